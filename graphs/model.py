@@ -1,0 +1,210 @@
+"""Falcon-H1 in one readable file, written so that torch.export sees one graph for prefill and decode.
+
+Parameter names are the checkpoint's. States are explicit inputs and outputs. µP multipliers stand where the published
+model has them; graph passes fold them into weights later. What the model family does is in docs/concepts.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from h1export import plugins  # noqa: F401  registers the h1 ops
+from h1export.core.spec import HybridSpec
+
+LayerStates = tuple[Tensor, Tensor, Tensor, Tensor]  # key, value, conv_state, recurrent_state: StateKind's order
+
+
+def scaled(x: Tensor, multiplier: float) -> Tensor:
+    """x * multiplier; no node in the graph for a multiplier of 1."""
+    return x if multiplier == 1.0 else x * multiplier
+
+
+def mup_vector(spec: HybridSpec) -> Tensor:
+    """ssm_multipliers spread over the rows of in_proj's output [z | x | B | C | dt]."""
+    parts = zip(spec.in_proj_parts, spec.ssm_multipliers, strict=True)
+    return torch.cat([torch.full((rows,), factor) for rows, factor in parts])
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm over each SSM group of channels, gated by silu(z) before or after the norm."""
+
+    def __init__(self, spec: HybridSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.mamba_d_ssm))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        s, gate = self.spec, F.silu(z)
+        if not s.mamba_norm_before_gate:
+            y = y * gate
+        width = s.mamba_d_ssm // s.mamba_n_groups
+        grouped = y.view(y.shape[0], y.shape[1], s.mamba_n_groups, width)
+        y = F.rms_norm(grouped, (width,), None, s.rms_norm_eps).view(y.shape) * self.weight
+        return y * gate if s.mamba_norm_before_gate else y
+
+
+class Conv1d(nn.Module):
+    """Holds the depthwise convolution's parameters under the checkpoint's names."""
+
+    def __init__(self, spec: HybridSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(spec.conv_dim, 1, spec.mamba_d_conv))
+        self.bias = nn.Parameter(torch.empty(spec.conv_dim)) if spec.mamba_conv_bias else None
+
+
+class Mixer(nn.Module):
+    """The Mamba-2 mixer: in_proj, causal convolution, scan, gate, out_proj."""
+
+    mup: Tensor
+
+    def __init__(self, spec: HybridSpec) -> None:
+        super().__init__()
+        s = self.spec = spec
+        self.in_proj = nn.Linear(s.hidden_size, sum(s.in_proj_parts), bias=s.mamba_proj_bias)
+        self.conv1d = Conv1d(s)
+        self.dt_bias = nn.Parameter(torch.empty(s.mamba_n_heads))
+        self.A_log = nn.Parameter(torch.empty(s.mamba_n_heads))
+        self.D = nn.Parameter(torch.empty(s.mamba_n_heads))
+        self.norm = GatedRMSNorm(s) if s.mamba_rms_norm else None
+        self.out_proj = nn.Linear(s.mamba_d_ssm, s.hidden_size, bias=s.projectors_bias)
+        self.register_buffer("mup", mup_vector(s), persistent=False)
+
+    def forward(self, x: Tensor, real: Tensor, conv: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [batch, seq, hidden]; real [batch, seq], 1.0 for real tokens."""
+        s, (batch, seq) = self.spec, x.shape[:2]
+        projected = self.in_proj(scaled(x, s.ssm_in_multiplier))
+        if any(factor != 1.0 for factor in s.ssm_multipliers):
+            projected = projected * self.mup
+        z, xbc, dt = projected.split([s.mamba_d_ssm, s.conv_dim, s.mamba_n_heads], dim=-1)
+        # masked after the projection, so that the convolution sees zeros for pads even with a projection bias
+        xbc, conv = torch.ops.h1.causal_conv(xbc * real[..., None], conv, self.conv1d.weight, self.conv1d.bias)
+        u, b, c = xbc.split([s.mamba_d_ssm, s.bc_dim, s.bc_dim], dim=-1)
+        y, recurrent = torch.ops.h1.ssm_scan(
+            u.view(batch, seq, s.mamba_n_heads, s.mamba_d_head),
+            dt,
+            -torch.exp(self.A_log),
+            b.view(batch, seq, s.mamba_n_groups, s.mamba_d_state),
+            c.view(batch, seq, s.mamba_n_groups, s.mamba_d_state),
+            self.D,
+            self.dt_bias,
+            recurrent,
+            real,
+            s.mamba_chunk_size,
+            *s.time_step_limit,
+        )
+        y = y.view(batch, seq, s.mamba_d_ssm)
+        gated = self.norm(y, z) if self.norm is not None else y * F.silu(z)
+        return self.out_proj(gated), conv, recurrent
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with µP-scaled keys."""
+
+    def __init__(self, spec: HybridSpec) -> None:
+        super().__init__()
+        s = self.spec = spec
+        self.q_proj = nn.Linear(s.hidden_size, s.attention_dim, bias=s.attention_bias)
+        self.k_proj = nn.Linear(s.hidden_size, s.kv_dim, bias=s.attention_bias)
+        self.v_proj = nn.Linear(s.hidden_size, s.kv_dim, bias=s.attention_bias)
+        self.o_proj = nn.Linear(s.attention_dim, s.hidden_size, bias=s.attention_bias)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s, (batch, seq) = self.spec, x.shape[:2]
+        q = self.q_proj(x).view(batch, seq, s.num_attention_heads, s.head_dim)
+        k = scaled(self.k_proj(x), s.key_multiplier).view(batch, seq, s.num_key_value_heads, s.head_dim)
+        v = self.v_proj(x).view(batch, seq, s.num_key_value_heads, s.head_dim)
+        out, keys, values = torch.ops.h1.attention(q, k, v, past_k, past_v, positions, mask, s.rope_theta)
+        return self.o_proj(out.view(batch, seq, s.attention_dim)), keys, values
+
+
+class MLP(nn.Module):
+    """SwiGLU with µP on the gate and the output."""
+
+    def __init__(self, spec: HybridSpec) -> None:
+        super().__init__()
+        s = self.spec = spec
+        self.gate_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=s.mlp_bias)
+        self.up_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=s.mlp_bias)
+        self.down_proj = nn.Linear(s.intermediate_size, s.hidden_size, bias=s.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, down = self.spec.mlp_multipliers
+        return scaled(self.down_proj(self.up_proj(x) * F.silu(scaled(self.gate_proj(x), gate))), down)
+
+
+class Layer(nn.Module):
+    """Two mixers side by side on one normed input, one residual add; then the MLP."""
+
+    def __init__(self, spec: HybridSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.mamba = Mixer(spec)
+        self.self_attn = Attention(spec)
+        self.pre_ff_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.feed_forward = MLP(spec)
+
+    def forward(self, h: Tensor, positions: Tensor, mask: Tensor, real: Tensor, states: LayerStates) -> tuple[Tensor, LayerStates]:
+        s, (past_k, past_v, conv, recurrent) = self.spec, states
+        x = self.input_layernorm(h)
+        mixed, conv, recurrent = self.mamba(x, real, conv, recurrent)
+        attended, keys, values = self.self_attn(scaled(x, s.attention_in_multiplier), positions, mask, past_k, past_v)
+        h = h + scaled(mixed, s.ssm_out_multiplier) + scaled(attended, s.attention_out_multiplier)
+        h = h + self.feed_forward(self.pre_ff_layernorm(h))
+        return h, (keys, values, conv, recurrent)
+
+
+class Backbone(nn.Module):
+    """Holds the parameters that the checkpoint names ``model.*``."""
+
+    def __init__(self, spec: HybridSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_hidden_layers))
+        self.final_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+
+
+class FalconH1(nn.Module):
+    """Logits and new states for new tokens.
+
+    Args:
+        spec: the architecture.
+        last_only: logits of the last position only, [batch, 1, vocab], instead of all.
+    """
+
+    def __init__(self, spec: HybridSpec, last_only: bool = False) -> None:
+        super().__init__()
+        self.spec, self.last_only = spec, last_only
+        self.model = Backbone(spec)
+        self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        if spec.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, states: list[LayerStates]) -> tuple[Tensor, list[LayerStates]]:
+        """input_ids [batch, seq]; attention_mask int64 [batch, past + seq], left padding only; canonical states (core.state)."""
+        s, seq, past = self.spec, input_ids.shape[1], states[0][0].shape[2]
+        # positions count real tokens; pads, all on the left, get position 0
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0).narrow(1, past, seq)
+        h = scaled(self.model.embed_tokens(input_ids), s.embedding_multiplier)
+        real = attention_mask.narrow(1, past, seq).to(h.dtype)
+        new_states = []
+        for layer, layer_states in zip(self.model.layers, states, strict=True):
+            h, layer_states = layer(h, positions, attention_mask, real, layer_states)
+            new_states.append(layer_states)
+        if self.last_only:
+            h = h.narrow(1, seq - 1, 1)
+        return scaled(self.lm_head(self.model.final_layernorm(h)), s.lm_head_multiplier), new_states

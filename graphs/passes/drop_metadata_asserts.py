@@ -1,0 +1,21 @@
+"""Drop torch.export's dtype assertions.
+
+Before: aten._assert_tensor_metadata(x, dtype=int64); y = aten.to(x, float32)
+After:  y = aten.to(x, float32)
+"""
+
+from h1export.graphs.passes.base import Pass, aten
+from h1export.graphs.programs import Program
+
+_ASSERT = aten._assert_tensor_metadata.default
+
+
+class DropMetadataAsserts(Pass):
+    def run(self, program: Program) -> int:
+        found = list(program.calls(_ASSERT))
+        for node in found:
+            program.graph.erase_node(node)
+        return len(found)
+
+    def ensures(self, program: Program) -> None:
+        self.check(not list(program.calls(_ASSERT)), "an assertion is left")

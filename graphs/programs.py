@@ -1,0 +1,55 @@
+"""Program: the traced model as every target receives it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from h1export.core.spec import HybridSpec
+from h1export.core.state import StateSpec
+from h1export.core.weights import Multiplier, WeightExpr
+
+Op = torch._ops.OpOverload
+
+
+@dataclass(frozen=True)
+class Program:
+    """One ATen graph without weights; states are explicit inputs and outputs.
+
+    Attributes:
+        spec: the architecture it was traced from.
+        states: its states, in the order of the graph's inputs and outputs.
+        module: the graph; placeholders are weights, constants or inputs, and the output is a flat tuple.
+        weights: placeholder -> how to make that initializer.
+        constants: placeholder -> a µP vector that no pass has folded yet.
+        inputs: placeholder -> I/O name.
+        outputs: I/O names in the order of the output tuple.
+    """
+
+    spec: HybridSpec
+    states: StateSpec
+    module: GraphModule
+    weights: Mapping[str, WeightExpr]
+    constants: Mapping[str, Multiplier]
+    inputs: Mapping[str, str]
+    outputs: tuple[str, ...]
+
+    @property
+    def graph(self) -> Graph:
+        return self.module.graph
+
+    def editable(self) -> Program:
+        """A copy whose graph and mappings a pass may change."""
+        return replace(self, module=copy.deepcopy(self.module), weights=dict(self.weights), constants=dict(self.constants))
+
+    def calls(self, *ops: Op) -> Iterator[Node]:
+        """Nodes that call one of ``ops``, in graph order, safe against edits while iterating."""
+        yield from [node for node in self.graph.nodes if node.op == "call_function" and node.target in ops]
+
+    def weight_of(self, node: object) -> WeightExpr | None:
+        """The expression behind a placeholder node; None for anything else."""
+        return self.weights.get(node.name) if isinstance(node, Node) and node.op == "placeholder" else None

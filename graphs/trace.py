@@ -1,0 +1,53 @@
+"""Trace the model once, on the meta device: no weights, dynamic batch, sequence and past, one graph for prefill and decode."""
+
+from __future__ import annotations
+
+import torch
+from torch.export import Dim
+from torch.export.graph_signature import InputKind
+
+from h1export.core.spec import HybridSpec
+from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, StateSpec
+from h1export.core.weights import Multiplier, WeightExpr
+from h1export.core.weights.layout import EMBEDDING, LM_HEAD
+from h1export.graphs.model import FalconH1, LayerStates
+from h1export.graphs.programs import Program
+
+_BATCH, _SEQ, _PAST = 3, 5, 7  # example sizes: distinct, so that no two dims can be mistaken for one
+
+
+def trace(spec: HybridSpec, last_only: bool = False) -> Program:
+    """The model's Program, µP multipliers still explicit. Seconds for any size; memory does not depend on it either."""
+    with torch.device("meta"):
+        model = FalconH1(spec, last_only).eval()
+        ids, mask = torch.ones(_BATCH, _SEQ, dtype=torch.int64), torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)
+        states = _example_states(spec)
+    batch, seq, past = Dim("batch", min=1), Dim("sequence", min=1), Dim("past", min=0)
+    kv, fixed = {0: batch, 2: past}, {0: batch}
+    shapes = ({0: batch, 1: seq}, {0: batch, 1: Dim.DYNAMIC}, [(kv, kv, fixed, fixed)] * spec.num_hidden_layers)
+    # oblivious: sizes 0 and 1 are sizes like any other, so that past 0 and sequence 1 run in the same graph
+    with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        exported = torch.export.export(model, (ids, mask, states), strict=False, dynamic_shapes=shapes)
+    return _program(exported, spec)
+
+
+def _example_states(spec: HybridSpec) -> list[LayerStates]:
+    tensors = [torch.empty([{"batch": _BATCH, "past": _PAST}.get(str(d), d) for d in t.shape]) for t in StateSpec.of(spec).tensors]
+    return [(tensors[i], tensors[i + 1], tensors[i + 2], tensors[i + 3]) for i in range(0, len(tensors), 4)]
+
+
+def _program(exported: torch.export.ExportedProgram, spec: HybridSpec) -> Program:
+    states = StateSpec.of(spec)
+    names = iter([INPUT_IDS, ATTENTION_MASK, *(tensor.past for tensor in states.tensors)])
+    weights, constants, inputs = {}, {}, {}
+    mup = Multiplier(tuple(zip(spec.in_proj_parts, spec.ssm_multipliers, strict=True)))
+    for item in exported.graph_signature.input_specs:
+        if item.kind is InputKind.PARAMETER:
+            name = EMBEDDING if item.target == LM_HEAD and spec.tie_word_embeddings else str(item.target)
+            weights[item.arg.name] = WeightExpr.of(name)
+        elif item.kind is InputKind.BUFFER:  # the model's only buffers are the mixers' mup vectors
+            constants[item.arg.name] = mup
+        else:
+            inputs[item.arg.name] = next(names)
+    outputs = (LOGITS, *(tensor.present for tensor in states.tensors))
+    return Program(spec, states, exported.graph_module, weights, constants, inputs, outputs)

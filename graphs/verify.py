@@ -1,0 +1,75 @@
+"""What a Program may contain when targets receive it: the whole vocabulary they must know."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Node
+
+from h1export.core.weights import tensor_layout
+from h1export.graphs.programs import Program
+
+aten, h1 = torch.ops.aten, torch.ops.h1
+
+LEGAL_OPS = frozenset(
+    {
+        h1.ssm_scan.default,
+        h1.causal_conv.default,
+        h1.attention.default,
+        aten.embedding.default,
+        aten.linear.default,
+        aten.rms_norm.default,
+        aten.silu.default,
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.mul.Tensor,
+        aten.cumsum.default,
+        aten.clamp.default,
+        aten.narrow.default,
+        aten.split_with_sizes.default,
+        aten.to.dtype,
+        aten.unsqueeze.default,
+        aten.view.default,
+        aten.sym_size.int,  # sizes: integers, not tensors
+        operator.sub,
+        operator.getitem,  # outputs of split_with_sizes and of the h1 ops
+    }
+)
+
+
+class VerifyError(Exception):
+    """A program that targets would misread: a bug in the front end, not bad input."""
+
+
+def verify(program: Program) -> None:
+    """Raises VerifyError unless every op is legal and every input, weight and output is accounted for."""
+    layout = tensor_layout(program.spec)
+    read: set[str] = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            read |= _placeholder(program, node)
+        elif node.op == "call_function":
+            if node.target not in LEGAL_OPS:
+                raise VerifyError(f"{node}: {node.target} is not a legal op; decompose it in the model or in a pass")
+        elif node.op == "output":
+            if len(node.args[0]) != len(program.outputs):
+                raise VerifyError(f"{len(node.args[0])} outputs for the names {program.outputs}")
+        else:
+            raise VerifyError(f"{node}: weights do not live inside a program ({node.op})")
+    if read != set(layout):
+        raise VerifyError(f"tensors that no initializer is made of, or unknown ones: {sorted(read ^ set(layout))}")
+
+
+def _placeholder(program: Program, node: Node) -> set[str]:
+    """The checkpoint tensors behind a placeholder, whose shape must be the expression's."""
+    if node.name in program.inputs:
+        return set()
+    expr = program.weights.get(node.name)
+    if expr is None:
+        raise VerifyError(f"{node}: neither an input nor a weight")
+    shapes = [tensor_layout(program.spec)[part.tensor] for part in expr.parts]
+    shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    if tuple(node.meta["val"].shape) != shape:
+        raise VerifyError(f"{node}: the graph says {tuple(node.meta['val'].shape)}, its expression {shape}")
+    return {part.tensor for part in expr.parts}

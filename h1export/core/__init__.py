@@ -1,0 +1,1 @@
+"""The floor everything stands on: architecture, states, weights, integers, artifacts, reports. Knows no torch and no runtime."""

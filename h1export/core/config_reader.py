@@ -1,0 +1,94 @@
+"""Typed, checked access to the values of a config.json; every error names the key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from h1export.errors import H1ExportError
+
+MAX_SIZE = 1 << 24  # no dimension of any model comes near; keeps hostile sizes from becoming work
+
+
+@dataclass(frozen=True)
+class ConfigReader:
+    """Reads ``config`` key by key; ``where`` names the file in errors. Every reader raises H1ExportError."""
+
+    config: Mapping[str, Any]
+    where: object
+
+    def error(self, key: str, what: str, next_step: str) -> H1ExportError:
+        return H1ExportError(self.where, f"key {key!r} {what}", next_step)
+
+    def must_be(self, key: str, value: object) -> None:
+        """The key is absent or null, or has this one value."""
+        found = self.config.get(key)
+        if found is not None and (found != value or type(found) is not type(value)):
+            raise self.error(key, f"is {found!r}", f"only {value!r} can be exported" if value is not None else "only null can be exported")
+
+    def size(self, key: str, default: int, limit: int = MAX_SIZE) -> int:
+        """A positive integer."""
+        value = self.config.get(key, default)
+        if type(value) is not int or not 0 < value <= limit:
+            raise self.error(key, f"is {value!r}", f"expected a whole number from 1 to {limit}")
+        return value
+
+    def optional_size(self, key: str, default: int | None) -> int | None:
+        """A positive integer, or None where the key is null (or absent without a default)."""
+        if self.config.get(key, default) is None:
+            return None
+        return self.size(key, default or 0)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false; null means the default."""
+        value = self.config.get(key)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise self.error(key, f"is {value!r}", "expected true or false")
+        return value
+
+    def positive(self, key: str, default: float) -> float:
+        """A finite number above zero; null means the default."""
+        value = self.config.get(key)
+        return default if value is None else self._finite(key, value, lowest=0.0, open_end=True)
+
+    def positives(self, key: str, count: int) -> tuple[float, ...]:
+        """``count`` finite numbers above zero; null means ones."""
+        values = self.config.get(key)
+        if values is None:
+            return (1.0,) * count
+        if not isinstance(values, list) or len(values) != count:
+            raise self.error(key, f"is {values!r}", f"expected a list of {count} numbers")
+        return tuple(self._finite(key, value, lowest=0.0, open_end=True) for value in values)
+
+    def interval(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
+        """[low, high] with 0 <= low < high <= infinity; transformers writes infinity as ``{"__float__": "Infinity"}``."""
+        values = self.config.get(key)
+        if values is None:
+            return default
+        if not isinstance(values, list) or len(values) != 2:
+            raise self.error(key, f"is {values!r}", "expected [low, high]")
+        low = self._finite(key, values[0], lowest=0.0, open_end=False)
+        infinite = values[1] in ({"__float__": "Infinity"}, math.inf)
+        high = math.inf if infinite else self._finite(key, values[1], lowest=0.0, open_end=True)
+        if low >= high:
+            raise self.error(key, f"is {values!r}", "expected low < high")
+        return low, high
+
+    def token_ids(self, key: str, default: int) -> tuple[int, ...]:
+        """One token id, a list of them, or null for none."""
+        value = self.config.get(key, default)
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if any(type(token) is not int or token < 0 for token in ids):
+            raise self.error(key, f"is {value!r}", "expected a token id or a list of token ids")
+        return tuple(ids)
+
+    def _finite(self, key: str, value: Any, lowest: float, open_end: bool) -> float:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise self.error(key, f"is {value!r}", "expected a finite number")
+        if value < lowest or (open_end and value == lowest):
+            raise self.error(key, f"is {value!r}", f"expected a number {'above' if open_end else 'of at least'} {lowest:g}")
+        return float(value)

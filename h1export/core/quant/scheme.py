@@ -1,0 +1,75 @@
+"""QuantScheme: which tensor gets which precision. The only place that decides it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from h1export.core.spec import HybridSpec
+from h1export.core.weights.layout import EMBEDDING, LM_HEAD, TensorLayout, tensor_layout
+from h1export.errors import H1ExportError
+
+QuantName = Literal["none", "int8", "int4"]
+BLOCK_SIZES = (32, 64, 128)
+PROJECTIONS = (
+    "mamba.in_proj.weight",
+    "mamba.out_proj.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "feed_forward.gate_proj.weight",
+    "feed_forward.up_proj.weight",
+    "feed_forward.down_proj.weight",
+    LM_HEAD,
+)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Integers of ``bits`` with one scale per ``block`` columns; block 0: one scale per row."""
+
+    bits: int
+    block: int
+
+    def columns_per_scale(self, columns: int) -> int:
+        return self.block or columns
+
+
+INT8 = Precision(8, 0)
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """``quant`` for the projections and the head; ``block`` columns share an int4 scale.
+
+    int4 also stores the embedding in integers: a tied one with its head's int4, an untied one in int8, because only one row
+    of it is read per token and so 4 bits would cost accuracy and buy no speed.
+    """
+
+    quant: QuantName = "int4"
+    block: int = 32
+
+    def __post_init__(self) -> None:
+        if self.quant not in get_args(QuantName):
+            raise H1ExportError("--quant", f"{self.quant!r} is unknown", f"one of {', '.join(get_args(QuantName))}")
+        if self.block not in BLOCK_SIZES:
+            raise H1ExportError("--block", f"{self.block} is not a block size", f"one of {', '.join(map(str, BLOCK_SIZES))}")
+
+    def precision(self, tensor: str, spec: HybridSpec) -> Precision | None:
+        """The integers that checkpoint tensor ``tensor`` is stored in; None: it stays float32."""
+        if self.quant == "none" or not tensor.endswith((*PROJECTIONS, EMBEDDING)):
+            return None
+        untied_embedding = tensor == EMBEDDING and not spec.tie_word_embeddings
+        return INT8 if self.quant == "int8" or untied_embedding else Precision(4, self.block)
+
+    def check(self, spec: HybridSpec) -> None:
+        """Raises H1ExportError where a block does not divide a tensor's width."""
+        layout: TensorLayout = tensor_layout(spec)
+        for name, shape in layout.items():
+            precision = self.precision(name, spec)
+            if precision and precision.block and shape[-1] % precision.block:
+                what = f"has {shape[-1]} columns, which blocks of {precision.block} do not divide"
+                smaller = [block for block in BLOCK_SIZES if shape[-1] % block == 0]
+                hint = f"use --block {smaller[-1]}" if smaller else "use --quant int8"
+                raise H1ExportError(f'tensor "{name}"', what, hint)

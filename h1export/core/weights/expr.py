@@ -1,0 +1,123 @@
+"""WeightExpr: what one initializer of an exported graph is made of.
+
+Graph passes rewrite expressions, never bytes: folding a µP multiplier into a projection changes its expression, and the
+bytes are computed once, row block by row block, while the artifact is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from h1export.core.state import Array
+from h1export.core.weights.store import WeightStore
+
+Function = Literal["neg", "exp"]
+
+# float64 inside, so that a folded -exp(A_log) is rounded once
+FUNCTIONS: Mapping[Function, Callable[[Array], Array]] = {
+    "neg": lambda x: -x,
+    "exp": lambda x: np.exp(x.astype(np.float64)).astype(np.float32),
+}
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """A factor per row, run-length coded: ``runs`` are (rows, factor) from the top; one run of 0 rows means all rows.
+
+    Carries µP beside the weights, in float32, never inside fp16 scales.
+    """
+
+    runs: tuple[tuple[int, float], ...] = ((0, 1.0),)
+
+    @classmethod
+    def scalar(cls, factor: float) -> Multiplier:
+        return cls(((0, factor),))
+
+    @property
+    def is_scalar(self) -> bool:
+        return self.runs[0][0] == 0
+
+    def times(self, other: Multiplier) -> Multiplier:
+        """The product, row by row."""
+        if self.is_scalar:
+            return Multiplier(tuple((rows, factor * self.runs[0][1]) for rows, factor in other.runs))
+        if other.is_scalar:
+            return other.times(self)
+        if [rows for rows, _ in self.runs] != [rows for rows, _ in other.runs]:
+            raise ValueError("two row multipliers with different parts")
+        return Multiplier(tuple((rows, a * b) for (rows, a), (_, b) in zip(self.runs, other.runs, strict=True)))
+
+    def rows(self, count: int) -> Array:
+        """One float32 factor per row, [count]."""
+        if self.is_scalar:
+            return np.full(count, self.runs[0][1], np.float32)
+        expanded = np.concatenate([np.full(rows, factor, np.float32) for rows, factor in self.runs])
+        if len(expanded) != count:
+            raise ValueError(f"multiplier of {len(expanded)} rows on a tensor of {count}")
+        return expanded
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """One checkpoint tensor: functions in order, then the multiplier."""
+
+    tensor: str
+    functions: tuple[Function, ...] = ()
+    multiplier: Multiplier = Multiplier()
+
+    def apply(self, function: Function) -> WeightPart:
+        if self.multiplier != Multiplier():
+            raise ValueError(f"{self.tensor}: a function after a multiplier has no place in a WeightPart")
+        return replace(self, functions=(*self.functions, function))
+
+    def times(self, multiplier: Multiplier) -> WeightPart:
+        return replace(self, multiplier=self.multiplier.times(multiplier))
+
+
+@dataclass(frozen=True)
+class WeightExpr:
+    """Parts concatenated along rows (axis 0)."""
+
+    parts: tuple[WeightPart, ...]
+
+    @classmethod
+    def of(cls, tensor: str) -> WeightExpr:
+        return cls((WeightPart(tensor),))
+
+    @property
+    def only(self) -> WeightPart:
+        """The part of an expression that has just one."""
+        (part,) = self.parts
+        return part
+
+    def apply(self, function: Function) -> WeightExpr:
+        return WeightExpr(tuple(part.apply(function) for part in self.parts))
+
+    def times(self, multiplier: Multiplier) -> WeightExpr:
+        """Every row times ``multiplier``; a row multiplier needs a single part."""
+        if not multiplier.is_scalar and len(self.parts) != 1:
+            raise ValueError("a row multiplier on a concatenation")
+        return WeightExpr(tuple(part.times(multiplier) for part in self.parts))
+
+    def shape(self, store: WeightStore) -> tuple[int, ...]:
+        shapes = [store.entry(part.tensor).shape for part in self.parts]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def blocks(self, store: WeightStore, max_bytes: int) -> Iterator[Array]:
+        """The initializer's float32 rows, at most ``max_bytes`` at a time."""
+        for part in self.parts:
+            factors, start = part.multiplier.rows(store.entry(part.tensor).shape[0]), 0
+            for block in store.blocks(part.tensor, max_bytes):
+                for function in part.functions:
+                    block = FUNCTIONS[function](block)
+                scale = factors[start : start + len(block)]
+                start += len(block)
+                yield block if part.multiplier == Multiplier() else block * scale.reshape(-1, *[1] * (block.ndim - 1))
+
+    def dense(self, store: WeightStore) -> Array:
+        """The whole initializer; for small tensors only."""
+        return np.concatenate(list(self.blocks(store, 1 << 24)))

@@ -1,0 +1,1 @@
+"""The op `h1::attention`: start with op.py."""

@@ -1,0 +1,54 @@
+"""h1::attention: grouped-query causal attention over a growing cache, rotary embedding inside.
+
+Source: RoFormer (Su et al. 2021) in the half-split layout of transformers' ``FalconH1Attention``; GQA (Ainslie et al. 2023).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.library.custom_op("h1::attention", mutates_args=())
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, positions: Tensor, mask: Tensor, rope_theta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """softmax(rope(q) K^T / sqrt(dim) over visible columns) V, with K = past_k followed by rope(k), V = past_v followed by v.
+
+    Args:
+        q: [batch, seq, heads, dim], not rotated.
+        k: [batch, seq, kv_heads, dim], not rotated; query head h reads kv head h // (heads / kv_heads).
+        v: like k.
+        past_k: [batch, kv_heads, past, dim], rotated.
+        past_v: [batch, kv_heads, past, dim].
+        positions: int64 [batch, seq], the rotary position of each new token.
+        mask: int64 [batch, past + seq], 1 for real tokens. A token always sees itself, so that padded rows stay finite.
+        rope_theta: base of the rotary frequencies.
+
+    Returns:
+        out [batch, seq, heads, dim] and K and V as above, all new tensors.
+    """
+    frequencies = rope_theta ** -(torch.arange(0, q.shape[3], 2, dtype=torch.int64, device=q.device).float() / q.shape[3])
+    angles = positions[..., None].float() * frequencies
+    keys = torch.cat([past_k, _rotate(k, angles).transpose(1, 2)], dim=2)
+    values = torch.cat([past_v, v.transpose(1, 2)], dim=2)
+    column = torch.arange(keys.shape[2], device=q.device)
+    own = column[past_k.shape[2] :, None]
+    visible = ((column[None] <= own) & mask[:, None, :].bool()) | (column[None] == own)
+    query = _rotate(q, angles).transpose(1, 2)
+    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible[:, None], enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), keys, values
+
+
+@attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, positions: Tensor, mask: Tensor, rope_theta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grown = (past_k.shape[0], past_k.shape[1], past_k.shape[2] + k.shape[1], past_k.shape[3])
+    return torch.empty_like(q), k.new_empty(grown), v.new_empty(grown)
+
+
+def _rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate [batch, seq, heads, dim] by angles [batch, seq, dim / 2]: pairs are (i, i + dim / 2)."""
+    cos, sin = angles.cos()[:, :, None].to(x.dtype), angles.sin()[:, :, None].to(x.dtype)
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)

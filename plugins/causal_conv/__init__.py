@@ -1,0 +1,1 @@
+"""The op `h1::causal_conv`: start with op.py."""

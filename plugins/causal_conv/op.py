@@ -1,0 +1,31 @@
+"""h1::causal_conv: depthwise causal convolution with a carried state, then SiLU.
+
+Source: the ``conv1d`` of Mamba-2 (Dao and Gu 2024, section 5.2) as in transformers' ``FalconH1Mixer``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.library.custom_op("h1::causal_conv", mutates_args=())
+def causal_conv(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y[b, s, c] = silu(bias[c] + sum_i weight[c, 0, i] * xs[b, s + i, c]) with xs = state followed by x.
+
+    Args:
+        x: [batch, seq, channels]; padded positions must be zero, as before the first token.
+        state: [batch, channels, taps - 1], the inputs before x, oldest first.
+        weight: [channels, 1, taps], as Conv1d stores it.
+        bias: [channels] or None.
+
+    Returns:
+        y [batch, seq, channels] and the state after x, both new tensors.
+    """
+    inputs = torch.cat([state, x.transpose(1, 2)], dim=-1)
+    y = F.silu(F.conv1d(inputs, weight, bias, groups=weight.shape[0]))
+    return y.transpose(1, 2).contiguous(), inputs.narrow(2, x.shape[1], state.shape[2]).clone()
+
+
+@causal_conv.register_fake
+def _(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(state)

@@ -1,0 +1,1 @@
+"""The op `h1::ssm_scan`: start with op.py."""

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from h1export import plugins  # noqa: F401  registers the h1 ops
 from h1export.core.spec import HybridSpec
+from h1export.plugins import h1
 
 LayerStates = tuple[Tensor, Tensor, Tensor, Tensor]  # key, value, conv_state, recurrent_state: StateKind's order
 
@@ -91,9 +91,9 @@ class Mixer(nn.Module):
             projected = projected * self.mup
         z, xbc, dt = projected.split([s.mamba_d_ssm, s.conv_dim, s.mamba_n_heads], dim=-1)
         # masked after the projection, so that the convolution sees zeros for pads even with a projection bias
-        xbc, conv = torch.ops.h1.causal_conv(xbc * real[..., None], conv, self.conv1d.weight, self.conv1d.bias)
+        xbc, conv = h1.causal_conv(xbc * real[..., None], conv, self.conv1d.weight, self.conv1d.bias)
         u, b, c = xbc.split([s.mamba_d_ssm, s.bc_dim, s.bc_dim], dim=-1)
-        y, recurrent = torch.ops.h1.ssm_scan(
+        y, recurrent = h1.ssm_scan(
             u.view(batch, seq, s.mamba_n_heads, s.mamba_d_head),
             dt,
             -torch.exp(self.A_log),
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(batch, seq, s.num_attention_heads, s.head_dim)
         k = scaled(self.k_proj(x), s.key_multiplier).view(batch, seq, s.num_key_value_heads, s.head_dim)
         v = self.v_proj(x).view(batch, seq, s.num_key_value_heads, s.head_dim)
-        out, keys, values = torch.ops.h1.attention(q, k, v, past_k, past_v, positions, mask, s.rope_theta)
+        out, keys, values = h1.attention(q, k, v, past_k, past_v, positions, mask, s.rope_theta)
         return self.o_proj(out.view(batch, seq, s.attention_dim)), keys, values
 
 

@@ -9,8 +9,9 @@ from torch.fx import Node
 
 from h1export.core.weights import tensor_layout
 from h1export.graphs.programs import Program
+from h1export.plugins import h1
 
-aten, h1 = torch.ops.aten, torch.ops.h1
+aten = torch.ops.aten
 
 LEGAL_OPS = frozenset(
     {

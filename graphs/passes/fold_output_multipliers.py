@@ -32,6 +32,7 @@ class FoldOutputMultipliers(Pass):
         return any(node.users for node in program.graph.nodes if node.name == name)
 
     def ensures(self, program: Program) -> None:
-        left = [node for node in program.calls(aten.mul.Tensor) if (m := multiplier_of(program, node)) and m[0].target is aten.linear.default]
+        matches = [multiplier_of(program, node) for node in program.calls(aten.mul.Tensor)]
+        left = [match[0] for match in matches if match and match[0].target is aten.linear.default]
         self.check(not left, f"multipliers left after projections: {left}")
         self.check(not program.constants, f"µP vectors left: {list(program.constants)}")

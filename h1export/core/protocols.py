@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from h1export.core.spec import HybridSpec
 from h1export.core.state import Array
+from h1export.errors import H1ExportError
 
 Ids = npt.NDArray[np.int64]
 States = TypeVar("States")
@@ -58,3 +59,18 @@ class Runner(Protocol, Generic[States]):
     def stored_weights(self) -> Mapping[str, Array]:
         """Checkpoint name -> float32 tensor, unfolded, dequantised from what the artifact stores. Lazy; quantised tensors only."""
         ...
+
+
+def check_call(ids: Ids, mask: Ids, past: int, vocab_size: int) -> None:
+    """The contract of ``Runner.step``'s inputs, for every runtime.
+
+    Raises:
+        H1ExportError: shapes that do not fit, token ids outside the vocabulary, or a mask that is not left padding.
+    """
+    if ids.ndim != 2 or not ids.size or mask.shape != (ids.shape[0], past + ids.shape[1]):
+        what = f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)} after {past} tokens"
+        raise H1ExportError("step", what, "expected [batch, new] and [batch, past + new]")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise H1ExportError("step", f"token ids from {ids.min()} to {ids.max()}", f"the vocabulary is 0 to {vocab_size - 1}")
+    if not np.isin(mask, (0, 1)).all() or (np.diff(mask, axis=1) < 0).any():
+        raise H1ExportError("step", "attention_mask has a pad after a real token", "pad on the left: recurrent states see tokens in order")

@@ -50,15 +50,14 @@ class WeightStore:
         for name, shape in layout.items():
             entry = self._entries.get(name)
             if entry is None:
-                raise H1ExportError(f'{folder}: tensor "{name}"', "is missing", "download the checkpoint again, or compare it with config.json")
+                raise H1ExportError(f'{folder}: tensor "{name}"', "is missing", "download the checkpoint again")
             if entry.shape != shape:
                 what = f"has shape {list(entry.shape)}, and config.json asks for {list(shape)}"
                 raise H1ExportError(f'{entry.file}: tensor "{name}"', what, "config and weights are of two different models")
         for name, entry in self._entries.items():
             if name not in layout and not (name == LM_HEAD and self._repeats_embedding()):
-                raise H1ExportError(
-                    f'{entry.file}: tensor "{name}"', "has no place in the architecture of config.json", "config and weights are of two models"
-                )
+                what = "has no place in the architecture that config.json describes"
+                raise H1ExportError(f'{entry.file}: tensor "{name}"', what, "config and weights are of two different models")
 
     def _repeats_embedding(self) -> bool:
         """A tied checkpoint may store its head all the same, as long as it is the embedding."""

@@ -1,0 +1,232 @@
+"""Artifact: a built folder and its manifest; written beside its place and renamed into it as the last act.
+
+The format is described in docs/artifact.md. Nothing in a manifest depends on a clock, a path or chance, so that one source
+and one set of options give one set of bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from h1export.core.spec import HybridSpec
+from h1export.core.weights import Multiplier
+from h1export.errors import H1ExportError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+REPORTS = ("report.json", "report.html")  # written by validate into a finished artifact, so outside the manifest
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """Rows of a quantised initializer that hold one checkpoint tensor."""
+
+    tensor: str
+    rows: int
+    multiplier: Multiplier
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A quantised initializer: ``bits`` per code, one scale per ``block`` columns (0: per row), parts from the top."""
+
+    initializer: str
+    bits: int
+    block: int
+    parts: tuple[StoredPart, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is, what it was made from and with, and what lies in it.
+
+    Attributes:
+        target: name of the target that made it and can load it.
+        source: sha256 over the checkpoint's tensors.
+        spec: HybridSpec as JSON values.
+        scheme: the QuantScheme's fields.
+        options: the target's options and the build switches.
+        toolchain: package -> version that took part.
+        inputs: graph input -> [dtype, dims].
+        outputs: graph output -> [dtype, dims].
+        weights: quantised initializers.
+        files: name -> [sha256, bytes].
+    """
+
+    target: str
+    source: str
+    spec: Mapping[str, Any]
+    scheme: Mapping[str, Any]
+    options: Mapping[str, Any]
+    toolchain: Mapping[str, str]
+    inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
+    outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
+    weights: tuple[StoredWeight, ...]
+    files: Mapping[str, tuple[str, int]]
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **_jsonable(dataclasses.asdict(self))}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def parse(cls, text: str, where: Path) -> Manifest:
+        try:
+            data = json.loads(text)
+            version = data.pop("format")
+            if version != FORMAT:
+                raise H1ExportError(where, f"format {version!r}, and this h1export reads format {FORMAT}", "build the artifact again")
+            data["weights"] = tuple(_stored_weight(item) for item in data["weights"])
+            data["files"] = {name: (str(digest), int(size)) for name, (digest, size) in data["files"].items()}
+            return cls(**data)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise H1ExportError(where, f"not a manifest of h1export ({error!r})", "build the artifact again") from None
+
+
+def _jsonable(value: Any) -> Any:
+    """JSON values only: tuples become lists, infinity becomes transformers' spelling of it."""
+    if isinstance(value, dict):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return {"__float__": "Infinity"} if isinstance(value, float) and math.isinf(value) else value
+
+
+def _stored_weight(data: Mapping[str, Any]) -> StoredWeight:
+    parts = tuple(
+        StoredPart(part["tensor"], part["rows"], Multiplier(tuple((rows, factor) for rows, factor in part["multiplier"]["runs"])))
+        for part in data["parts"]
+    )
+    return StoredWeight(data["initializer"], data["bits"], data["block"], parts)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder whose files are there in full length."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> Artifact:
+        """Read the manifest and check every file's size.
+
+        Raises:
+            H1ExportError: not an artifact, or files missing, added to or cut.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise H1ExportError(folder, f"no {MANIFEST}", "give a folder that h1export build has made")
+        manifest = Manifest.parse(path.read_text(encoding="utf-8", errors="replace"), path)
+        for name, (_, size) in manifest.files.items():
+            file = folder / name
+            if Path(name).name != name or file.is_symlink():
+                raise H1ExportError(path, f"lists {name!r}, which is not a plain file of the folder", "build the artifact again")
+            found = file.stat().st_size if file.is_file() else None
+            if found != size:
+                what = "is missing" if found is None else f"has {found} bytes, and the manifest says {size}"
+                raise H1ExportError(file, what, "build the artifact again")
+        return cls(folder, manifest)
+
+    def check_hashes(self) -> None:
+        """Raises H1ExportError where a file's sha256 is not the manifest's."""
+        for name, (digest, _) in self.manifest.files.items():
+            if _sha256(self.folder / name) != digest:
+                raise H1ExportError(self.folder / name, "was changed after the build", "build the artifact again")
+
+    @property
+    def spec(self) -> HybridSpec:
+        """The architecture, from the artifact's own copy of config.json."""
+        return HybridSpec.load(self.folder)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_table(folder: Path) -> dict[str, tuple[str, int]]:
+    """name -> (sha256, bytes) of every file in ``folder``."""
+    return {file.name: (_sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
+
+
+@contextmanager
+def staged(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling of ``out`` to fill; it becomes ``out`` on success and is removed on failure.
+
+    A killed process leaves the sibling, unlocked; the next build at the same place removes it.
+
+    Raises:
+        H1ExportError: ``out`` exists and ``force`` is not given, or is not something a build may replace.
+    """
+    out = out.absolute()
+    _check_place(out, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
+    stage = out.parent / f".{out.name}.partial-{os.getpid()}"
+    stage.mkdir()
+    lock = os.open(stage, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield stage
+        _sync(stage)
+        _check_place(out, force)
+        _rename_into_place(stage, out)
+    finally:
+        os.close(lock)
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check_place(out: Path, force: bool) -> None:
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not force:
+        raise H1ExportError(out, "exists", "choose another OUT, or replace it with --force")
+    replaceable = out.is_dir() and not out.is_symlink() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
+    if not replaceable:
+        raise H1ExportError(out, "is not an artifact of h1export", "--force replaces artifacts only; choose another OUT")
+
+
+def _remove_abandoned(out: Path) -> None:
+    for stale in out.parent.glob(f".{out.name}.partial-*"):
+        handle = os.open(stale, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # a build that is still running
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def _rename_into_place(stage: Path, out: Path) -> None:
+    replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    if out.exists():
+        out.rename(replaced)
+    try:
+        stage.rename(out)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(out)
+        raise
+    parent = os.open(out.parent, os.O_RDONLY)
+    os.fsync(parent)
+    os.close(parent)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,49 @@
+"""Where a MODEL is: the embedded one, a folder, or a Hub id in the cache or to download."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from h1export.errors import H1ExportError
+
+EMBEDDED = "tiny"
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")  # never code, never pickles
+
+
+def embedded_model() -> Path:
+    """The trained model inside the package."""
+    return Path(str(files("h1export") / "assets" / EMBEDDED))
+
+
+def resolve(model: str | None) -> Path:
+    """The checkpoint folder that ``model`` means; None means the embedded one.
+
+    Raises:
+        H1ExportError: no such folder, and not a Hub id that is cached or can be downloaded.
+    """
+    if model is None:
+        return embedded_model()
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise H1ExportError(model, "is a file", "give the checkpoint's folder")
+    if model.count("/") != 1 or model.startswith(("/", ".", "~")):
+        raise H1ExportError(model, "no such folder", "give a checkpoint folder, or a Hub id such as tiiuae/Falcon-H1-0.5B-Instruct")
+    return _from_hub(model)
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
+    except HFValidationError as error:
+        raise H1ExportError(model, f"no such folder, and not a Hub id ({error})", "give a checkpoint folder") from None
+    except HfHubHTTPError as error:
+        raise H1ExportError(model, f"the Hub refused it ({error})", "check the id, and your access to it") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        what = "no such folder, not in the local Hub cache, and the Hub cannot be reached"
+        raise H1ExportError(model, what, "download it where there is a network, or give a folder") from None

@@ -1,0 +1,57 @@
+"""What a target is. It lives on this floor and not in core, because it speaks of the graph's Program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from h1export.core.artifact import Artifact, StoredWeight
+from h1export.core.progress import Progress
+from h1export.core.protocols import Runner
+from h1export.core.quant import QuantScheme
+from h1export.core.weights import WeightStore
+from h1export.graphs.programs import Program
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Switches of a build; a target reads those it has a use for, and the manifest records them.
+
+    Attributes:
+        accuracy_level: ONNX Runtime's MatMulNBits: 0 computes in float32, 4 rounds activations to int8 (fastest).
+        last_logits: logits of the last position only.
+    """
+
+    accuracy_level: int = 4
+    last_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a target wrote, for the manifest."""
+
+    toolchain: Mapping[str, str]
+    inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
+    outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
+    weights: tuple[StoredWeight, ...]
+
+
+class Target(Protocol):
+    """A runtime. ``name`` is what --target takes."""
+
+    name: str
+
+    def lower(
+        self, program: Program, store: WeightStore, scheme: QuantScheme, options: BuildOptions, folder: Path, progress: Progress
+    ) -> Lowered:
+        """Write the runtime's files into ``folder``, which holds the checkpoint's config and tokenizer files already.
+
+        ``program`` is never changed. Raises H1ExportError where this runtime cannot take the model or the scheme.
+        """
+        ...
+
+    def load(self, artifact: Artifact, threads: int = 0) -> Runner[Any]:
+        """Load what ``lower`` wrote. ``threads`` 0: the runtime's own choice. Raises H1ExportError without the runtime."""
+        ...

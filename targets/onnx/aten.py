@@ -1,0 +1,89 @@
+"""Emitters for the ATen ops whose ONNX form is the same for every target; a target lists those it uses in its own table.
+
+Sizes (torch.SymInt) are 1-D int64 tensors of one element.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch.fx import Node
+
+from h1export.targets.onnx.builder import Value
+from h1export.targets.onnx.emit import Context, Emitter
+
+_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
+
+
+def binary(op_type: str) -> Emitter[Context]:
+    """An elementwise op of two tensors, or of a tensor and a number."""
+
+    def emit(c: Context, node: Node) -> None:
+        dtype = _NUMPY[node.meta["val"].dtype]
+        a, b = (c.value(arg) if isinstance(arg, Node) else c.build.constant(arg, dtype) for arg in node.args)
+        c.set(node, c.build.op(op_type, a, b))
+
+    return emit
+
+
+def _size(c: Context, arg: Any) -> Value:
+    return c.value(arg) if isinstance(arg, Node) else c.build.ints(arg)
+
+
+def size_sub(c: Context, node: Node) -> None:
+    c.set(node, c.build.op("Sub", _size(c, node.args[0]), _size(c, node.args[1])))
+
+
+def size(c: Context, node: Node) -> None:
+    x, axis = node.args
+    c.set(node, c.build.op("Shape", c.value(x), start=axis, end=int(axis) + 1))  # type: ignore[arg-type]
+
+
+def getitem(c: Context, node: Node) -> None:
+    c.set(node, c.item(node.args[0], int(node.args[1])))  # type: ignore[arg-type]
+
+
+def cumsum(c: Context, node: Node) -> None:
+    x, axis = node.args
+    c.set(node, c.build.op("CumSum", c.value(x), c.build.constant(axis, np.int64)))  # type: ignore[arg-type]
+
+
+def clamp(c: Context, node: Node) -> None:
+    """aten.clamp(x, min)."""
+    x, low = node.args
+    c.set(node, c.build.op("Clip", c.value(x), c.build.constant(low, _NUMPY[node.meta["val"].dtype])))  # type: ignore[arg-type]
+
+
+def narrow(c: Context, node: Node) -> None:
+    x, axis, start, length = node.args
+    first, count = _size(c, start), _size(c, length)
+    c.set(node, c.build.op("Slice", c.value(x), first, c.build.op("Add", first, count), c.build.ints(int(axis))))  # type: ignore[arg-type]
+
+
+def split(c: Context, node: Node) -> None:
+    x, sizes, axis = node.args
+    c.set(node, *c.build.ops("Split", len(sizes), c.value(x), c.build.ints(*sizes), axis=axis))  # type: ignore[arg-type, misc]
+
+
+def to_dtype(c: Context, node: Node) -> None:
+    c.set(node, c.build.op("Cast", c.value(node.args[0]), to=int(ir.DataType.from_numpy(np.dtype(_NUMPY[node.meta["val"].dtype])))))
+
+
+def unsqueeze(c: Context, node: Node) -> None:
+    x, axis = node.args
+    c.set(node, c.build.op("Unsqueeze", c.value(x), c.build.ints(int(axis))))  # type: ignore[arg-type]
+
+
+def view(c: Context, node: Node) -> None:
+    """A reshape whose dynamic dims stay where they are."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    before, after = x.meta["val"].shape, node.meta["val"].shape
+    dims = [dim if isinstance(dim, int) else 0 for dim in after]  # 0: as in the input
+    for axis, dim in enumerate(after):
+        if not isinstance(dim, int) and (axis >= len(before) or before[axis] != dim):
+            raise NotImplementedError(f"{node}: dynamic dim {axis} moves in a view")
+    c.set(node, c.build.op("Reshape", c.value(x), c.build.ints(*dims)))

@@ -1,0 +1,63 @@
+"""GraphBuilder: an ONNX graph under construction, on onnx_ir's Tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir import tape
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from h1export import __version__
+
+Value = ir.Value
+IR_VERSION = 10  # what runtimes of the last years read
+
+
+class GraphBuilder:
+    """Appends nodes; constants are made once each; values are named after the nodes that make them."""
+
+    def __init__(self, opsets: Mapping[str, int]) -> None:
+        self._tape = tape.Tape()
+        self._opsets = dict(opsets)
+        self._once: dict[Hashable, Any] = {}
+
+    def op(self, op_type: str, *inputs: Value | None, domain: str = "", **attributes: Any) -> Value:
+        """Append a node with one output."""
+        return self._tape.op(op_type, inputs, attributes, domain=domain)
+
+    def ops(self, op_type: str, outputs: int, *inputs: Value | None, domain: str = "", **attributes: Any) -> tuple[Value, ...]:
+        """Append a node with several outputs."""
+        return tuple(self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, domain=domain))
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """``make()`` the first time, its result ever after: subgraphs that all layers share."""
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
+
+    def initializer(self, tensor: ir.TensorProtocol) -> Value:
+        """An initializer, one per name."""
+        return self.once(("initializer", tensor.name), lambda: self._tape.initializer(tensor))  # type: ignore[no-any-return]
+
+    def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Value:
+        """A small constant inside the model file, one per value."""
+        array = np.asarray(value, dtype)
+        key = ("constant", array.dtype.str, array.shape, array.tobytes())
+        name = f"const_{len(self._once)}"
+        return self.once(key, lambda: self._tape.initializer(ir.tensor(array, name=name)))  # type: ignore[no-any-return]
+
+    def ints(self, *values: int) -> Value:
+        """A 1-D int64 constant."""
+        return self.constant(values, np.int64)
+
+    def model(self, inputs: list[Value], outputs: list[Value], name: str) -> ir.Model:
+        """The finished model, without nodes that nothing reads."""
+        nodes, initializers = self._tape.nodes, self._tape.initializers
+        graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=self._opsets, name=name)
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="h1export", producer_version=__version__)
+        RemoveUnusedNodesPass()(model)
+        return model

@@ -1,0 +1,93 @@
+"""Walk a Program and let a target's table emit ONNX for every node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+from torch.fx import Node
+
+from h1export.core.artifact import StoredWeight
+from h1export.core.quant import QuantScheme
+from h1export.core.state import Array
+from h1export.core.weights import WeightExpr, WeightStore
+from h1export.graphs.programs import Program
+from h1export.targets.onnx.builder import GraphBuilder, Value
+from h1export.targets.onnx.external import ExternalData
+
+BLOCK_BYTES = 64 << 20  # float32 rows in memory at a time
+
+
+class Context:
+    """What emitters see: the builder, the weights, the values made so far, and ``stored`` to note quantised weights in."""
+
+    def __init__(self, program: Program, store: WeightStore, scheme: QuantScheme, builder: GraphBuilder, data: ExternalData) -> None:
+        self.program, self.store, self.scheme = program, store, scheme
+        self.build, self.data = builder, data
+        self.stored: list[StoredWeight] = []
+        self._values: dict[Node, Value | tuple[Value, ...]] = {}
+
+    def set(self, node: Node, *values: Value) -> None:
+        """Bind a node to the value it stands for, or to its tuple of them."""
+        self._values[node] = values if len(values) > 1 else values[0]
+
+    def value(self, node: Any) -> Value:
+        """The value of an emitted node, or the initializer of a weight placeholder."""
+        expr = self.program.weight_of(node)
+        if expr is not None:
+            return self.weight(expr)
+        value = self._values[node]
+        assert isinstance(value, Value), f"{node} is a tuple"
+        return value
+
+    def item(self, node: Any, index: int) -> Value:
+        """One output of an emitted node with several."""
+        values = self._values[node]
+        assert isinstance(values, tuple), f"{node} is a single value"
+        return values[index]
+
+    def expr(self, node: Any) -> WeightExpr:
+        expr = self.program.weight_of(node)
+        assert expr is not None, f"{node} is not a weight"
+        return expr
+
+    def weight(self, expr: WeightExpr) -> Value:
+        """``expr`` in float32 as an initializer in the external data, written once."""
+        return self.build.once(expr, lambda: self.build.initializer(self._write(expr)))  # type: ignore[no-any-return]
+
+    def _write(self, expr: WeightExpr) -> ir.ExternalTensor:
+        sink = self.data.sink(initializer_name(expr), ir.DataType.FLOAT, expr.shape(self.store))
+        for block in expr.blocks(self.store, BLOCK_BYTES):
+            sink.write(block)
+        return sink.close()
+
+    def small_weight(self, name: str, array: Array) -> Value:
+        """A float32 initializer computed by the emitter itself."""
+        sink = self.data.sink(name, ir.DataType.FLOAT, array.shape)
+        sink.write(np.ascontiguousarray(array))
+        return self.build.initializer(sink.close())
+
+
+def initializer_name(expr: WeightExpr) -> str:
+    """The checkpoint's name(s) of what an initializer is made of."""
+    return "+".join(part.tensor for part in expr.parts)
+
+
+C = TypeVar("C", bound=Context)
+Emitter = Callable[[C, Node], None]
+
+
+def emit(context: C, table: Mapping[Any, Emitter[C]]) -> list[Value]:
+    """Emit every node in order and return the output values; inputs must be set already.
+
+    Raises:
+        KeyError: an op that the table lacks; graphs.verify lists what a table must have.
+    """
+    graph = context.program.graph
+    for node in graph.nodes:
+        if node.op == "call_function":
+            table[node.target](context, node)
+    (result,) = [node for node in graph.nodes if node.op == "output"]
+    return [context.value(node) for node in result.args[0]]

@@ -1,0 +1,69 @@
+"""The external data file of an ONNX model, written tensor by tensor, row block by row block."""
+
+from __future__ import annotations
+
+import os
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from h1export.core.progress import Progress
+
+SMALL, PAGE = 1 << 16, 4096  # tensors of SMALL bytes and more start on a page, so that runtimes can map them
+
+
+class TensorSink:
+    """The place of one tensor in the file; rows go in from the top."""
+
+    def __init__(self, handle: int, tensor: ir.ExternalTensor, nbytes: int, progress: Progress) -> None:
+        self.tensor = tensor
+        self._handle, self._progress = handle, progress
+        self._next, self._end = tensor.offset or 0, (tensor.offset or 0) + nbytes
+
+    def write(self, rows: npt.NDArray[Any]) -> None:
+        data = memoryview(rows.reshape(-1)).cast("B") if rows.flags.c_contiguous else memoryview(rows.tobytes())
+        if self._next + len(data) > self._end:
+            raise ValueError(f"{self.tensor.name}: more bytes than its shape says")
+        while data:
+            written = os.pwrite(self._handle, data, self._next)
+            self._next += written
+            data = data[written:]
+            self._progress.advance(written)
+
+    def close(self) -> ir.ExternalTensor:
+        if self._next != self._end:
+            raise ValueError(f"{self.tensor.name}: {self._end - self._next} bytes missing")
+        return self.tensor
+
+
+class ExternalData:
+    """Creates ``path`` and hands out places in it, one after the other."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        self._path, self._progress, self._end = path, progress, 0
+        self._handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+
+    def __enter__(self) -> ExternalData:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._handle)
+
+    def sink(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> TensorSink:
+        """Reserve the next place for a tensor."""
+        nbytes = prod(shape) * dtype.itemsize
+        align = PAGE if nbytes >= SMALL else 64
+        offset = -(-self._end // align) * align
+        self._end = int(offset + nbytes)
+        return TensorSink(self._handle, self._external(name, dtype, shape, offset, int(nbytes)), int(nbytes), self._progress)
+
+    def alias(self, name: str, shape: tuple[int, ...], of: ir.ExternalTensor) -> ir.ExternalTensor:
+        """The same bytes under another name and shape."""
+        return self._external(name, of.dtype, shape, of.offset or 0, of.length or 0)
+
+    def _external(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int, nbytes: int) -> ir.ExternalTensor:
+        return ir.ExternalTensor(self._path.name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self._path.parent)

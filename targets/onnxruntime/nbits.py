@@ -1,0 +1,147 @@
+"""Integers as ONNX Runtime wants them: MatMulNBits, and the embedding that may share its bytes.
+
+Codes are stored unsigned (zero point 8 or 128, the ops' default) and scales in float32 with µP multiplied in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from h1export.core.artifact import StoredPart, StoredWeight
+from h1export.core.quant import Precision, QuantizedTensor, quantized_blocks
+from h1export.core.state import Array
+from h1export.core.weights import WeightExpr
+from h1export.targets.onnx.builder import Value
+from h1export.targets.onnx.emit import BLOCK_BYTES, Context, initializer_name
+
+MS = "com.microsoft"
+INT8_BLOCKS = (128, 64, 32, 16)  # int8 has one scale a row; MatMulNBits wants blocks, so the scale is repeated
+CODES, SCALES = ".codes", ".scales"
+ROWS = ".rows"  # suffix of the name under which an embedding reads codes, one row a token
+
+Codes = npt.NDArray[np.uint8]
+
+
+class OrtContext(Context):
+    """Context with what only this target's emitters need."""
+
+    accuracy_level: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How MatMulNBits stores [rows, columns]: whole blocks, the last one padded with zero points."""
+
+    bits: int
+    block: int
+    columns: int
+
+    @classmethod
+    def of(cls, precision: Precision, columns: int) -> Layout:
+        whole = (block for block in INT8_BLOCKS if columns % block == 0)
+        return cls(precision.bits, precision.block or next(whole, INT8_BLOCKS[-1]), columns)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.columns // self.block)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block * self.bits // 8
+
+    @property
+    def zero_point(self) -> int:
+        return 1 << (self.bits - 1)
+
+    def pack(self, codes: npt.NDArray[np.int8]) -> Codes:
+        """int8 [rows, columns] -> uint8 [rows, blocks, block bytes]; int4 puts even columns into low nibbles."""
+        unsigned = np.full((len(codes), self.blocks * self.block), self.zero_point, np.uint8)
+        unsigned[:, : self.columns] = codes.view(np.uint8) + np.uint8(self.zero_point)  # wraps like two's complement
+        if self.bits == 4:
+            unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+        return unsigned.reshape(len(codes), self.blocks, self.block_bytes)
+
+    def unpack(self, packed: Codes) -> npt.NDArray[np.int8]:
+        """The inverse of ``pack``."""
+        flat = packed.reshape(len(packed), -1)
+        if self.bits == 4:
+            flat = np.stack([flat & 15, flat >> 4], axis=2).reshape(len(flat), -1)
+        return (flat[:, : self.columns] - np.uint8(self.zero_point)).view(np.int8)
+
+    def scales(self, tensor: QuantizedTensor) -> Array:
+        """float32 [rows, blocks]: fp16 scale times multiplier."""
+        scales = tensor.scales.astype(np.float32) * tensor.multiplier[:, None]
+        return np.broadcast_to(scales, (len(scales), self.blocks)) if scales.shape[1] == 1 else scales
+
+    def unscale(self, stored: Array, multiplier: Array, groups: int) -> npt.NDArray[np.float16]:
+        """The fp16 scales again: dividing by the multiplier lands within half a unit in the last place of float16."""
+        return (stored[:, :groups].astype(np.float64) / multiplier[:, None]).astype(np.float16)
+
+
+def _store(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, ir.ExternalTensor, ir.ExternalTensor]:
+    """Write codes and scales of ``expr``, once, and note them for the manifest."""
+    return c.build.once((expr, precision), lambda: _write(c, expr, precision))  # type: ignore[no-any-return]
+
+
+def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, ir.ExternalTensor, ir.ExternalTensor]:
+    rows, columns = expr.shape(c.store)
+    layout, name = Layout.of(precision, columns), initializer_name(expr)
+    codes = c.data.sink(name + CODES, ir.DataType.UINT8, (rows, layout.blocks, layout.block_bytes))
+    scales = c.data.sink(name + SCALES, ir.DataType.FLOAT, (rows, layout.blocks))
+    for part in expr.parts:  # each part is quantised on its own, then stacked
+        for block in quantized_blocks(part, c.store, precision, BLOCK_BYTES):
+            codes.write(layout.pack(block.codes))
+            scales.write(layout.scales(block))
+    parts = tuple(StoredPart(part.tensor, c.store.entry(part.tensor).shape[0], part.multiplier) for part in expr.parts)
+    c.stored.append(StoredWeight(name, precision.bits, precision.block, parts))
+    return layout, codes.close(), scales.close()
+
+
+def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision) -> Value:
+    """x [.., K] times the quantised weight [N, K], transposed."""
+    layout, codes, scales = _store(c, expr, precision)
+    rows, columns = expr.shape(c.store)
+    return c.build.op(
+        "MatMulNBits",
+        x,
+        c.build.initializer(codes),
+        c.build.initializer(scales),
+        domain=MS,
+        K=columns,
+        N=rows,
+        bits=layout.bits,
+        block_size=layout.block,
+        accuracy_level=c.accuracy_level,
+    )
+
+
+def embed_quantized(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
+    """Rows ``ids`` of the quantised embedding in float32; a tied head reads the same bytes."""
+    layout, codes, scales = _store(c, expr, precision)
+    build, flat = c.build, (expr.shape(c.store)[0], layout.blocks * layout.block_bytes)
+    table = build.initializer(c.data.alias(f"{codes.name}{ROWS}", flat, codes))
+    if layout.bits == 4:
+        attributes: dict[str, Any] = {"bits": 4, "block_size": layout.block, "gather_axis": 0, "quantize_axis": 1}
+        return build.op("GatherBlockQuantized", table, ids, build.initializer(scales), domain=MS, **attributes)
+    signed = build.op("Sub", build.op("Cast", build.op("Gather", table, ids), to=1), build.constant(layout.zero_point, np.float32))
+    values = build.op("Slice", signed, build.ints(0), build.ints(layout.columns), build.ints(2))
+    scale = build.op("Slice", build.op("Gather", build.initializer(scales), ids), build.ints(0), build.ints(1), build.ints(2))
+    return build.op("Mul", values, scale)
+
+
+def read_stored(weight: StoredWeight, tensors: dict[str, Any], columns: int) -> Iterator[tuple[str, QuantizedTensor]]:
+    """The integers that an artifact stores, by checkpoint tensor; ``tensors`` maps initializer names to arrays."""
+    layout = Layout.of(Precision(weight.bits, weight.block), columns)
+    codes, scales = tensors[weight.initializer + CODES], tensors[weight.initializer + SCALES]
+    groups, start = layout.blocks if weight.block else 1, 0
+    for part in weight.parts:
+        rows = slice(start, start + part.rows)
+        multiplier = part.multiplier.rows(part.rows)
+        yield part.tensor, QuantizedTensor(layout.unpack(codes[rows]), layout.unscale(scales[rows], multiplier, groups), multiplier)
+        start += part.rows

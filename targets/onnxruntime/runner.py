@@ -1,0 +1,117 @@
+"""Run an artifact with ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from h1export.core.artifact import Artifact
+from h1export.core.protocols import Capabilities, Ids, check_call
+from h1export.core.spec import HybridSpec
+from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec
+from h1export.core.weights import tensor_layout
+from h1export.errors import H1ExportError
+from h1export.targets.onnxruntime import layout, sdk
+from h1export.targets.onnxruntime.nbits import CODES, ROWS, SCALES, read_stored
+
+MODEL = "model.onnx"
+BATCHED_APPEND = (
+    "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
+    "h1export runs such a batch row by row, other clients must do the same"
+)
+States = dict[str, Array]
+
+
+class OnnxRuntimeRunner:
+    """Runner over model.onnx; states are float32 arrays by input name, in the graph's own layouts."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self._artifact, self._spec = artifact, artifact.spec
+        self._states = StateSpec.of(self._spec)
+        ort = sdk.onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors also come as exceptions
+        try:
+            self._session = ort.InferenceSession(str(artifact.folder / MODEL), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exception types share no base class
+            raise H1ExportError(artifact.folder / MODEL, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
+        self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
+
+    @property
+    def spec(self) -> HybridSpec:
+        return self._spec
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(None, not self._artifact.manifest.options["last_logits"], (BATCHED_APPEND,))
+
+    def initial(self, batch: int) -> States:
+        zeros = self._states.zeros(batch)
+        return {tensor.past: layout.permute(tensor.kind, zeros[tensor.key]) for tensor in self._states.tensors}
+
+    def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
+        past = states[self._states.tensors[0].past].shape[2]
+        check_call(ids, mask, past, self._spec.vocab_size)
+        if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0:
+            return self._row_by_row(ids, mask, states)
+        logits, *present = self._session.run(self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
+        return logits, {tensor.past: state for tensor, state in zip(self._states.tensors, present, strict=True)}
+
+    def _row_by_row(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
+        """See BATCHED_APPEND."""
+        rows = [
+            self.step(ids[i : i + 1], mask[i : i + 1], {name: state[i : i + 1] for name, state in states.items()}) for i in range(len(ids))
+        ]
+        return np.concatenate([logits for logits, _ in rows]), {name: np.concatenate([new[name] for _, new in rows]) for name in states}
+
+    def snapshot(self, states: States) -> dict[str, Array]:
+        return {tensor.key: layout.permute(tensor.kind, states[tensor.past]) for tensor in self._states.tensors}
+
+    def stored_weights(self) -> Mapping[str, Array]:
+        return StoredWeights(self._artifact)
+
+
+class StoredWeights(Mapping[str, Array]):
+    """What the artifact stores for each quantised checkpoint tensor, dequantised when asked for and not kept."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        columns = {name: shape[-1] for name, shape in tensor_layout(artifact.spec).items()}
+        self._tensors = _external_arrays(artifact)
+        self._weights = {part.tensor: (weight, columns[part.tensor]) for weight in artifact.manifest.weights for part in weight.parts}
+
+    def quantized(self, name: str) -> Any:
+        """The QuantizedTensor behind ``name``: the same integers on every target."""
+        weight, columns = self._weights[name]
+        return dict(read_stored(weight, self._tensors, columns))[name]
+
+    def __getitem__(self, name: str) -> Array:
+        unfolded: Array = self.quantized(name).unfolded()
+        return unfolded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def _external_arrays(artifact: Artifact) -> dict[str, Any]:
+    """Initializer -> memory-mapped array, for codes and scales. The file's names must stay inside the folder."""
+    arrays: dict[str, Any] = {}
+    for name, value in ir.load(artifact.folder / MODEL).graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor) or not name.endswith((CODES, CODES + ROWS, SCALES)):
+            continue
+        location = str(tensor.location)
+        if location not in artifact.manifest.files:
+            raise H1ExportError(artifact.folder / MODEL, f"points to {location!r}, outside the artifact", "build the artifact again")
+        shape = tuple(int(dim) for dim in tensor.shape)
+        if (tensor.offset or 0) + prod(shape) * tensor.dtype.itemsize > artifact.manifest.files[location][1]:
+            raise H1ExportError(artifact.folder / MODEL, f"initializer {name!r} lies outside {location}", "build the artifact again")
+        arrays[name.removesuffix(ROWS)] = np.memmap(artifact.folder / location, tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
+    return arrays

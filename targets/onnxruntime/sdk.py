@@ -1,0 +1,36 @@
+"""The only door to the onnxruntime package."""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from types import ModuleType
+
+from h1export.errors import H1ExportError
+
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # both install the module onnxruntime: the later one overwrites the other
+
+
+def installed() -> dict[str, str]:
+    """Distribution -> version of what provides the module ``onnxruntime``."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def onnxruntime() -> ModuleType:
+    """The module.
+
+    Raises:
+        H1ExportError: not installed, or both packages installed over each other.
+    """
+    packages = installed()
+    if not packages:
+        raise H1ExportError("onnxruntime", "is not installed", "pip install 'h1export[ort]' (or 'h1export[cuda]' for NVIDIA GPUs)")
+    if len(packages) > 1:
+        what = f"{' and '.join(packages)} are both installed and overwrite each other's files"
+        raise H1ExportError("onnxruntime", what, f"pip uninstall {' '.join(PACKAGES)}, then install the extra ort or the extra cuda")
+    return import_module("onnxruntime")

@@ -21,7 +21,8 @@ from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import BLOCK_BYTES, Context, initializer_name
 
 MS = "com.microsoft"
-INT8_BLOCKS = (128, 64, 32, 16)  # int8 has one scale a row; MatMulNBits wants blocks, so the scale is repeated
+# int8 has one scale a row, repeated for MatMulNBits' blocks; small ones, because accuracy level 4 rounds activations by block
+INT8_BLOCKS = (32, 16)
 CODES, SCALES = ".codes", ".scales"
 ROWS = ".rows"  # suffix of the name under which an embedding reads codes, one row a token
 

@@ -1,0 +1,159 @@
+"""Checkpoints for every test: the embedded model, and random Falcon-H1 models that between them turn every config switch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from h1export.sources import embedded_model
+
+BASE: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "mamba_d_ssm": 192,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 16,
+    "mamba_norm_before_gate": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e11},
+    "embedding_multiplier": 5.65,
+    "lm_head_multiplier": 0.39,
+    "key_multiplier": 0.39,
+    "attention_in_multiplier": 1.1,
+    "attention_out_multiplier": 0.9375,
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.47,
+    "ssm_multipliers": [0.3535, 0.25, 0.35, 0.5, 0.72],
+    "mlp_multipliers": [0.88, 0.59],
+    "tie_word_embeddings": False,
+    "initializer_range": 0.08,
+    "pad_token_id": 0,
+    "head_dim": 32,
+}
+
+# Between them every switch of the config is on and off, every size differs from its neighbours, every optional key is absent.
+SWITCHES: Mapping[str, dict[str, Any]] = {
+    "plain": {},
+    "norm_after_gate_two_groups": {"mamba_rms_norm": True, "mamba_n_groups": 2},
+    "norm_before_gate_three_groups": {"mamba_rms_norm": True, "mamba_norm_before_gate": True, "mamba_n_groups": 3},
+    "all_biases": {"attention_bias": True, "mlp_bias": True, "projectors_bias": True, "mamba_proj_bias": True},
+    "tied": {"tie_word_embeddings": True, "mamba_conv_bias": False},
+    "dt_limits": {"time_step_limit": (0.02, 0.3)},
+    "dt_lower_limit": {"time_step_limit": (0.05, float("inf")), "num_key_value_heads": 4},
+    "odd_sizes": {
+        "mamba_d_conv": 3,
+        "mamba_chunk_size": 7,
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "mamba_d_state": 24,
+        "num_hidden_layers": 1,
+    },
+    "expand": {
+        "mamba_d_ssm": None,
+        "mamba_expand": 2,
+        "mamba_n_heads": 4,
+        "mamba_d_head": "auto",
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+    },
+    "no_mup": {
+        "embedding_multiplier": 1.0,
+        "lm_head_multiplier": 1.0,
+        "key_multiplier": 1.0,
+        "attention_in_multiplier": 1.0,
+        "attention_out_multiplier": 1.0,
+        "ssm_in_multiplier": 1.0,
+        "ssm_out_multiplier": 1.0,
+        "ssm_multipliers": None,
+        "mlp_multipliers": None,
+        "mamba_d_conv": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "everything": {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "projectors_bias": True,
+        "mamba_proj_bias": True,
+        "mamba_rms_norm": True,
+        "mamba_n_groups": 2,
+        "tie_word_embeddings": True,
+        "time_step_limit": (0.01, 0.5),
+    },
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``switches`` runs once for every entry of SWITCHES."""
+    if "switches" in metafunc.fixturenames:
+        metafunc.parametrize("switches", list(SWITCHES), scope="session")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The embedded trained model."""
+    return embedded_model()
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_checkpoint("tied", **config) -> folder of a random bf16 model, made once; treat it as read-only."""
+    made: dict[str, Path] = {}
+
+    def make(name: str = "plain", **config: Any) -> Path:
+        key = f"{name} {sorted(config.items(), key=str)}"
+        if key not in made:
+            made[key] = _save(tmp_path_factory.mktemp(name), BASE | SWITCHES[name] | config)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def copy_checkpoint(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Like make_checkpoint, but a copy that the test may damage."""
+    return lambda name="plain", **config: Path(shutil.copytree(make_checkpoint(name, **config), tmp_path / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(switches: str, make_checkpoint: Callable[..., Path]) -> Path:
+    """One random model per entry of SWITCHES."""
+    return make_checkpoint(switches)
+
+
+def _save(folder: Path, config: dict[str, Any]) -> Path:
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    torch.manual_seed(0)
+    model = FalconH1ForCausalLM(FalconH1Config(**config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _make_nontrivial(name, parameter)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def _make_nontrivial(name: str, parameter: torch.Tensor) -> None:
+    """Initial values that no exporter could drop without being seen: no zeros, no ones."""
+    if name.endswith("dt_bias"):
+        parameter.copy_(torch.randn_like(parameter) * 1.5 - 2)
+    elif name.endswith("A_log"):
+        parameter.copy_(torch.log(1 + 15 * torch.rand_like(parameter)))
+    elif name.endswith(".D"):
+        parameter.copy_(torch.randn_like(parameter))
+    elif "norm" in name:
+        parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+    elif "conv1d" in name:
+        parameter.copy_(torch.randn_like(parameter) * 0.4)
+    elif parameter.ndim == 1:
+        parameter.copy_(0.1 * torch.randn_like(parameter))

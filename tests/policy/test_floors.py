@@ -1,0 +1,171 @@
+"""A module imports only downwards. import-linter says the same of the wheel; this says it of an editable install, where it is blind."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+RUNTIMES = {
+    "onnxruntime": "onnxruntime",
+    "onnxruntime_genai": "onnxruntime",
+    "tensorrt_rtx": "tensorrt",
+    "coremltools": "coreml",
+}  # -> target
+HEAVY = ("numpy", "torch", "onnx", "onnx_ir", "transformers", *RUNTIMES)
+SHARED_BY_TARGETS = ("h1export.targets.base", "h1export.targets.onnx")
+
+Floors = list[tuple[set[str], bool]]  # from the top: (packages, whether they may import each other)
+
+
+@pytest.fixture(scope="module")
+def floors(project: Mapping[str, Any]) -> Floors:
+    """The layers of pyproject.toml's import contract."""
+    (layers,) = [contract["layers"] for contract in project["tool"]["importlinter"]["contracts"] if contract["type"] == "layers"]
+    return [({f"h1export.{name}" for name in re.findall(r"\w+", layer)}, ":" in layer) for layer in layers]
+
+
+def imports(tree: ast.Module, known: Mapping[str, Any]) -> Iterator[str]:
+    """Modules that a module imports, anywhere in it, by statement or by ``import_module`` with a literal name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from [name if name in known else node.module for name in names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
+
+
+def inside(module: str, package: str) -> bool:
+    """Whether ``module`` is ``package`` or lies in it."""
+    return f"{module}.".startswith(f"{package}.")
+
+
+def floor_of(module: str, floors: Floors) -> tuple[int, str] | None:
+    """(height from the top, package) of the floor that ``module`` is on; None: on none."""
+    return next(((i, name) for i, (names, _) in enumerate(floors) for name in names if inside(module, name)), None)
+
+
+def upward(trees: Mapping[str, ast.Module], floors: Floors) -> list[str]:
+    """Imports of a floor above, or of an independent neighbour on the same floor."""
+    found = []
+    for module, tree in trees.items():
+        own = floor_of(module, floors)
+        for name in imports(tree, trees):
+            other = floor_of(name, floors)
+            if other is None:
+                continue
+            if own is None or other[0] < own[0] or (other[0] == own[0] and other[1] != own[1] and not floors[own[0]][1]):
+                found.append(f"{module} -> {name}")
+    return found
+
+
+def between_targets(trees: Mapping[str, ast.Module]) -> list[str]:
+    """Imports of one target by another."""
+    found = []
+    for module, tree in trees.items():
+        own = module.split(".")[:3]
+        for name in imports(tree, trees):
+            if inside(module, "h1export.targets") and len(own) == 3 and inside(name, "h1export.targets") and name != "h1export.targets":
+                shared = any(inside(name, package) for package in SHARED_BY_TARGETS)
+                if not shared and name.split(".")[:3] != own:
+                    found.append(f"{module} -> {name}")
+    return found
+
+
+def of_runtimes(trees: Mapping[str, ast.Module]) -> list[str]:
+    """Imports of a runtime outside its target."""
+    found = []
+    for module, tree in trees.items():
+        for name in imports(tree, trees):
+            runtime = name.split(".")[0]
+            if runtime in RUNTIMES and not inside(module, f"h1export.targets.{RUNTIMES[runtime]}"):
+                found.append(f"{module} -> {name}")
+    return found
+
+
+def loaded_by(code: str, names: Iterable[str]) -> set[str]:
+    """Which of ``names`` a fresh interpreter has loaded after ``code``."""
+    script = f"import sys\n{code}\nprint(*(set({[*names]!r}) & set(sys.modules)))"
+    return set(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split())
+
+
+def test_every_module_is_on_a_floor(trees: Mapping[str, ast.Module], floors: Floors) -> None:
+    assert [module for module in trees if floor_of(module, floors) is None] == ["h1export"]
+
+
+def test_modules_import_only_downwards(trees: Mapping[str, ast.Module], floors: Floors) -> None:
+    found = upward(trees, floors)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("h1export.core.spec", "import h1export.graphs.trace"),
+        ("h1export.core.spec", "def f():\n    from h1export import graphs"),
+        ("h1export.plugins.scan", "from h1export.targets import base"),
+        ("h1export.graphs.model", "from importlib import import_module\nimport_module('h1export.cli')"),
+        ("h1export.validate.run", "from h1export.targets.base import Target"),
+        ("h1export.targets.base", "import h1export.validate"),
+        ("h1export.errors", "import h1export.core"),
+        ("h1export", "from h1export.errors import H1ExportError"),
+    ],
+)
+def test_an_upward_import_is_seen(module: str, line: str, floors: Floors) -> None:
+    planted = {module: ast.parse(line), "h1export.graphs": ast.parse("")}
+    assert len(upward(planted, floors)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("h1export.cli", "from h1export import pipeline, sources"),
+        ("h1export.pipeline", "from h1export.sources import resolve"),
+        ("h1export.core.spec", "from h1export import __version__"),
+        ("h1export.targets.onnx.emit", "import h1export.targets.base, numpy"),
+    ],
+)
+def test_a_downward_import_is_allowed(module: str, line: str, floors: Floors) -> None:
+    assert upward({module: ast.parse(line)}, floors) == []
+
+
+def test_targets_do_not_import_each_other(trees: Mapping[str, ast.Module]) -> None:
+    assert between_targets(trees) == []
+
+
+def test_an_import_between_targets_is_seen() -> None:
+    planted = {"h1export.targets.coreml.target": ast.parse("from h1export.targets.onnxruntime.nbits import Layout")}
+    assert len(between_targets(planted)) == 1
+
+
+def test_runtimes_are_imported_by_their_own_targets_only(trees: Mapping[str, ast.Module]) -> None:
+    assert of_runtimes(trees) == []
+
+
+@pytest.mark.parametrize("line", ["import onnxruntime", "from onnxruntime.capi import x", "import_module('tensorrt_rtx')"])
+def test_a_runtime_outside_its_target_is_seen(line: str) -> None:
+    assert of_runtimes({"h1export.targets.onnx.emit": ast.parse(line)})
+    own = {
+        "h1export.targets.onnxruntime.sdk": ast.parse("import onnxruntime_genai"),
+        "h1export.targets.coreml.run": ast.parse("import coremltools"),
+    }
+    assert of_runtimes(own) == []
+
+
+def test_importing_the_package_is_light() -> None:
+    assert loaded_by("import h1export, h1export.errors", HEAVY) == set()
+
+
+def test_importing_every_module_loads_no_runtime(modules: Mapping[str, Any]) -> None:
+    assert loaded_by(f"import {', '.join(modules)}", RUNTIMES) == set()
+
+
+def test_a_heavy_import_is_seen() -> None:
+    assert loaded_by("import numpy", HEAVY) == {"numpy"}

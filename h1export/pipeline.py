@@ -5,22 +5,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from h1export import __version__
-from h1export.core.artifact import MANIFEST, Artifact, Manifest, file_table, staged
-from h1export.core.progress import Progress, Silent
+from h1export.core.artifact import MANIFEST, REPORTS, Artifact, Manifest, file_table, staged
+from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Runner
 from h1export.core.quant import QuantScheme
+from h1export.core.report import Report
 from h1export.core.spec import HybridSpec
 from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
+from h1export.generation import Sampling, end_tokens, generate
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
+from h1export.sources import embedded_model
 from h1export.targets import MODULES, BuildOptions, get_target
+from h1export.text import TOKENIZER, chat_prompt, load_tokenizer, scoring_ids, stream
+from h1export.validate import ValidateOptions
+from h1export.validate import validate as run_validation
 
+HELDOUT = "heldout.txt"  # in the embedded model's folder
 CARRIED = (  # files of a checkpoint that an artifact carries as they are
     "config.json",
     "generation_config.json",
@@ -43,7 +54,7 @@ def build(
     scheme: QuantScheme = QuantScheme(),  # noqa: B008  frozen
     options: BuildOptions = BuildOptions(),  # noqa: B008  frozen
     force: bool = False,
-    progress: Progress = Silent(),  # noqa: B008  stateless
+    progress: Progress = SILENT,
 ) -> Artifact:
     """Export ``checkpoint`` to ``target`` as the folder ``out``, which appears complete or not at all.
 
@@ -52,14 +63,14 @@ def build(
     """
     progress.stage("checkpoint")
     spec = HybridSpec.load(checkpoint)
-    store = WeightStore.open(checkpoint, spec)
+    store = WeightStore.open(checkpoint, spec, progress)
     scheme.check(spec)
     with staged(out, force) as folder:
         _carry(checkpoint, folder)
         progress.stage("trace")
         program = run_passes(trace(spec, options.last_logits))
         lowered = get_target(target).lower(program, store, scheme, options, folder, progress)
-        progress.stage("fingerprint")
+        progress.stage("fingerprint", store.nbytes)
         manifest = Manifest(
             target=target,
             source=store.fingerprint(),
@@ -97,3 +108,60 @@ def load(artifact: Artifact, threads: int = 0) -> Runner[Any]:
     if name not in MODULES:
         raise H1ExportError(artifact.folder / MANIFEST, f"target {name!r} is unknown", f"this h1export knows {', '.join(MODULES)}")
     return get_target(name).load(artifact, threads)
+
+
+def validate(
+    out: Path,
+    checkpoint: Path,
+    limits: Mapping[str, float],
+    text: Path | None = None,
+    text_bytes: int = 0,
+    latency_pairs: int = 7,
+    threads: int = 0,
+    progress: Progress = SILENT,
+) -> Report:
+    """Compare the artifact ``out`` with the reference on ``checkpoint`` and write ``out/report.json``.
+
+    Args:
+        limits: metric -> limit, overriding defaults.
+        text: for bits per byte; None: the held-out text that ships with the embedded model.
+        text_bytes: how much of it; 0: all.
+        latency_pairs: 0: no latency.
+        threads: for artifact and reference; 0: their own choice.
+
+    Raises:
+        H1ExportError: a damaged artifact, or a checkpoint that is not the one it was built from.
+    """
+    artifact = Artifact.open(out)
+    progress.stage("hashes")
+    artifact.check_hashes()
+    spec = HybridSpec.load(checkpoint)
+    if WeightStore.open(checkpoint, spec).fingerprint() != artifact.manifest.source or spec != artifact.spec:
+        raise H1ExportError(out, f"was not built from {checkpoint}", "give the checkpoint it was built from as MODEL")
+    if threads:
+        torch.set_num_threads(threads)
+    has_tokenizer = (out / TOKENIZER).is_file()
+    ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
+    options = ValidateOptions(limits, ids, nbytes, latency_pairs)
+    report = run_validation(artifact, load(artifact, threads), checkpoint, options, progress)
+    (out / REPORTS[0]).write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def _text(path: Path | None, nbytes: int) -> str:
+    data = (path or embedded_model() / HELDOUT).read_bytes()
+    return data[: nbytes or None].decode("utf-8", errors="ignore")
+
+
+def generate_text(out: Path, prompt: str, max_tokens: int, sampling: Sampling, chat: bool = False, threads: int = 0) -> Iterator[str]:
+    """Stream the continuation of ``prompt`` by the artifact ``out``; with ``chat``, it is a user's turn.
+
+    Raises:
+        H1ExportError: a damaged artifact, no tokenizer or chat template, a prompt that does not fit.
+    """
+    artifact = Artifact.open(out)
+    tokenizer = load_tokenizer(out)
+    text = chat_prompt(out, prompt) if chat else prompt
+    ids = np.array(tokenizer.encode(text, add_special_tokens=not chat).ids, np.int64)  # a template brings its own
+    runner = load(artifact, threads)
+    yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling, end_tokens(out, runner.spec.eos_token_ids)))

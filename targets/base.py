@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from h1export.core.artifact import Artifact, StoredWeight
 from h1export.core.progress import Progress
 from h1export.core.protocols import Runner
 from h1export.core.quant import QuantScheme
 from h1export.core.weights import WeightStore
-from h1export.graphs.programs import Program
+
+if TYPE_CHECKING:  # the command line names targets without loading torch
+    from h1export.graphs.programs import Program
 
 
 @dataclass(frozen=True)

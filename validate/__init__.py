@@ -1,1 +1,5 @@
-""""""
+"""The harness that says whether an artifact is right: start with run.py. It sees Runners and a reference, never a target."""
+
+from h1export.validate.run import ValidateOptions, validate
+
+__all__ = ["ValidateOptions", "validate"]

@@ -23,3 +23,6 @@ class Silent:
 
     def advance(self, nbytes: int) -> None:
         return
+
+
+SILENT = Silent()

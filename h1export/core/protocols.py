@@ -24,11 +24,13 @@ class Capabilities:
     Attributes:
         max_batch: rows in one call; None: no limit.
         all_logits: logits for every position; False: for the last one only.
+        float32: activations are float32 throughout; False: they are rounded somewhere, and figures drift by design.
         notes: limits in words, for the artifact's README and the report.
     """
 
     max_batch: int | None
     all_logits: bool
+    float32: bool = True
     notes: tuple[str, ...] = ()
 
 

@@ -11,17 +11,15 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-from h1export.core.progress import Progress
-
 SMALL, PAGE = 1 << 16, 4096  # tensors of SMALL bytes and more start on a page, so that runtimes can map them
 
 
 class TensorSink:
     """The place of one tensor in the file; rows go in from the top."""
 
-    def __init__(self, handle: int, tensor: ir.ExternalTensor, nbytes: int, progress: Progress) -> None:
+    def __init__(self, handle: int, tensor: ir.ExternalTensor, nbytes: int) -> None:
         self.tensor = tensor
-        self._handle, self._progress = handle, progress
+        self._handle = handle
         self._next, self._end = tensor.offset or 0, (tensor.offset or 0) + nbytes
 
     def write(self, rows: npt.NDArray[Any]) -> None:
@@ -32,7 +30,6 @@ class TensorSink:
             written = os.pwrite(self._handle, data, self._next)
             self._next += written
             data = data[written:]
-            self._progress.advance(written)
 
     def close(self) -> ir.ExternalTensor:
         if self._next != self._end:
@@ -43,8 +40,8 @@ class TensorSink:
 class ExternalData:
     """Creates ``path`` and hands out places in it, one after the other."""
 
-    def __init__(self, path: Path, progress: Progress) -> None:
-        self._path, self._progress, self._end = path, progress, 0
+    def __init__(self, path: Path) -> None:
+        self._path, self._end = path, 0
         self._handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
 
     def __enter__(self) -> ExternalData:
@@ -59,7 +56,7 @@ class ExternalData:
         align = PAGE if nbytes >= SMALL else 64
         offset = -(-self._end // align) * align
         self._end = int(offset + nbytes)
-        return TensorSink(self._handle, self._external(name, dtype, shape, offset, int(nbytes)), int(nbytes), self._progress)
+        return TensorSink(self._handle, self._external(name, dtype, shape, offset, int(nbytes)), int(nbytes))
 
     def alias(self, name: str, shape: tuple[int, ...], of: ir.ExternalTensor) -> ir.ExternalTensor:
         """The same bytes under another name and shape."""

@@ -48,7 +48,9 @@ class OnnxRuntimeRunner:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(None, not self._artifact.manifest.options["last_logits"], (BATCHED_APPEND,))
+        manifest = self._artifact.manifest
+        float32 = not (manifest.weights and manifest.options["accuracy_level"] == 4)
+        return Capabilities(None, not manifest.options["last_logits"], float32, (BATCHED_APPEND,))
 
     def initial(self, batch: int) -> States:
         zeros = self._states.zeros(batch)

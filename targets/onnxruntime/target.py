@@ -38,10 +38,10 @@ class OnnxRuntimeTarget:
         if options.accuracy_level not in ACCURACY_LEVELS:
             what = f"{options.accuracy_level} is not a level that ONNX Runtime's CPU kernels have"
             raise H1ExportError("--accuracy-level", what, f"one of {', '.join(map(str, ACCURACY_LEVELS))}")
-        progress.stage("weights")
+        progress.stage("weights", store.nbytes)
         builder = GraphBuilder(OPSETS)
         inputs, outputs = _inputs(program), _outputs(program, options)
-        with ExternalData(folder / DATA, progress) as data:
+        with ExternalData(folder / DATA) as data:
             context = OrtContext(program, store, scheme, builder, data)
             context.accuracy_level = options.accuracy_level
             graph_inputs = [_declare(name, dtype, dims) for name, (dtype, dims) in inputs.items()]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from h1export.core.progress import SILENT, Progress
 from h1export.core.spec import HybridSpec
 from h1export.core.state import Array
 from h1export.core.weights.header import TensorEntry, read_header
@@ -24,12 +25,12 @@ _DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2
 class WeightStore:
     """The tensors of one checkpoint folder. Nothing is read until asked for, and then only the rows asked for."""
 
-    def __init__(self, entries: dict[str, TensorEntry]) -> None:
-        self._entries = entries
+    def __init__(self, entries: dict[str, TensorEntry], progress: Progress) -> None:
+        self._entries, self._progress = entries, progress
 
     @classmethod
-    def open(cls, folder: Path, spec: HybridSpec) -> WeightStore:
-        """Open ``folder``'s safetensors file or shards and claim every tensor for ``spec``.
+    def open(cls, folder: Path, spec: HybridSpec, progress: Progress = SILENT) -> WeightStore:
+        """Open ``folder``'s safetensors file or shards and claim every tensor for ``spec``; ``progress`` sees the bytes read.
 
         Raises:
             H1ExportError: no safetensors, a damaged file, or a tensor that is missing, unclaimed or mis-shaped.
@@ -41,7 +42,7 @@ class WeightStore:
                     other = entries[entry.name].file.name
                     raise H1ExportError(f'{file}: tensor "{entry.name}"', f"is in {other} too", "remove one of the two shards")
                 entries[entry.name] = entry
-        store = cls(entries)
+        store = cls(entries, progress)
         store._claim(folder, spec)
         return store
 
@@ -74,11 +75,17 @@ class WeightStore:
     def entries(self) -> tuple[TensorEntry, ...]:
         return tuple(self._entries.values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
     def rows(self, name: str, start: int, stop: int) -> Array:
         """Rows [start, stop) of a tensor as float32 (exact for every source dtype)."""
         entry = self._entries[name]
         dtype = _DTYPES[entry.dtype]
         stored = np.memmap(entry.file, dtype, "r", entry.start, entry.shape)[start:stop]
+        self._progress.advance(stored.nbytes)
         if entry.dtype == "BF16":
             return (np.asarray(stored).astype(np.uint32) << 16).view(np.float32)
         return np.asarray(stored).astype(np.float32)
@@ -99,6 +106,7 @@ class WeightStore:
             data = np.memmap(entry.file, np.uint8, "r", entry.start, (entry.nbytes,))
             for start in range(0, entry.nbytes, 1 << 24):
                 digest.update(data[start : start + (1 << 24)])
+                self._progress.advance(min(1 << 24, entry.nbytes - start))
         return digest.hexdigest()
 
 

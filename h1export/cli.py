@@ -1,0 +1,311 @@
+"""The command line. Data goes to standard output, everything else to standard error.
+
+Exit codes: 0 done (validate: every gate passed); 1 a gate failed; 2 bad input, or it could not run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import get_completion_class
+from rich.console import Console
+
+from h1export import __version__
+from h1export.errors import H1ExportError
+from h1export.targets import MODULES
+
+F = TypeVar("F", bound=Callable[..., Any])
+QUANTS, BLOCKS = ("none", "int8", "int4"), ("32", "64", "128")
+REPORT = "report.json"
+
+
+def common(command: F) -> F:
+    """--json, --quiet and --debug, on every command; ``run`` has read --debug already."""
+    for option in (
+        click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
+        click.option("--quiet", is_flag=True, help="No progress and no tables."),
+        click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON."),
+    ):
+        command = option(command)
+    return command
+
+
+def say(message: object, quiet: bool = False) -> None:
+    if not quiet:
+        Console(stderr=True, soft_wrap=True).print(message, highlight=False)
+
+
+def answer(data: Any) -> None:
+    click.echo(json.dumps(data, indent=1))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
+def cli() -> None:
+    """Export Falcon-H1 models to the runtimes people deploy on, and check the result.
+
+    MODEL is a checkpoint folder in Hugging Face layout or a Hub id; without it, the small trained model inside the package.
+
+    \b
+    Examples:
+      h1export build --target ort --quant int4 --validate
+      h1export build ./Falcon-H1-0.5B --target ort --quant int4 --out falcon-int4
+      h1export validate falcon-int4 ./Falcon-H1-0.5B
+      h1export generate falcon-int4 "def fibonacci(n):"
+
+    Exit codes: 0 done, 1 a gate of validate failed, 2 bad input or could not run.
+    """
+
+
+VALIDATE_OPTIONS = (
+    click.option("--limit", "limits", multiple=True, metavar="METRIC=VALUE", help="Override a gate, e.g. stored.logits=1e-4. Repeatable."),
+    click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text for bits per byte [default: shipped]."),
+    click.option("--text-bytes", default=32768, show_default=True, help="How much of the text; 0: all of it."),
+    click.option("--latency-pairs", default=7, show_default=True, help="Paired runs for latency; 0: none."),
+    click.option("--threads", default=0, show_default=True, help="Threads for artifact and reference; 0: their own choice."),
+)
+
+
+def validate_options(command: F) -> F:
+    for option in reversed(VALIDATE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--target", "targets", type=click.Choice(list(MODULES)), multiple=True, required=True, help="Runtime. Repeatable.")
+@click.option("--quant", type=click.Choice(QUANTS), default="int4", show_default=True, help="Precision of the weights.")
+@click.option("--block", type=click.Choice(BLOCKS), default="32", show_default=True, help="Columns that share an int4 scale.")
+@click.option(
+    "--accuracy-level", default=4, show_default=True, help="ort: 4 rounds activations to int8 (fast), 0 keeps float32."
+)
+@click.option("--logits", type=click.Choice(("all", "last")), default="all", show_default=True, help="Positions that get logits.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to make [default: MODEL-TARGET-QUANT].")
+@click.option("--force", is_flag=True, help="Replace an artifact at OUT.")
+@click.option("--validate", "check", is_flag=True, help="Validate what was built.")
+@validate_options
+@common
+def build(
+    model: str | None,
+    targets: tuple[str, ...],
+    quant: str,
+    block: str,
+    accuracy_level: int,
+    logits: str,
+    out: Path | None,
+    force: bool,
+    check: bool,
+    quiet: bool,
+    as_json: bool,
+    **checks: Any,
+) -> int:
+    """Export MODEL to one or more targets.
+
+    \b
+    Examples:
+      h1export build --target ort --quant int4 --validate
+      h1export build tiiuae/Falcon-H1-0.5B-Instruct --target ort --quant int4 --out falcon
+    """
+    from h1export import pipeline, sources
+    from h1export.core.quant import QuantScheme
+    from h1export.render import Bars, human_bytes
+    from h1export.targets import BuildOptions
+
+    checkpoint = sources.resolve(model)
+    scheme = QuantScheme(quant, int(block))  # type: ignore[arg-type]  # click has checked it
+    options = BuildOptions(accuracy_level, logits == "last")
+    names, built, code = list(dict.fromkeys(targets)), [], 0
+    for target in names:
+        place = out or Path(f"{checkpoint.resolve().name}-{target}-{quant}")
+        if out and len(names) > 1:
+            place = out / target
+        with Bars(quiet or as_json) as bars:
+            artifact = pipeline.build(checkpoint, target, place, scheme, options, force, bars)
+        size = sum(size for _, size in artifact.manifest.files.values())
+        say(f"built {place}  {human_bytes(size)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
+        built.append({"target": target, "out": str(place), "bytes": size, "files": {k: v[1] for k, v in artifact.manifest.files.items()}})
+        if check:
+            report = _validate(place, checkpoint, quiet, as_json, **checks)
+            built[-1]["report"] = report
+            code = max(code, 0 if report["passed"] else 1)
+    if as_json:
+        answer(built)
+    return code
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("model", required=False)
+@validate_options
+@common
+def validate(out: Path, model: str | None, quiet: bool, as_json: bool, **checks: Any) -> int:
+    """Compare the artifact OUT with PyTorch on MODEL, the checkpoint it was built from; write OUT/report.json.
+
+    \b
+    Examples:
+      h1export validate tiny-ort-int4
+      h1export validate falcon-int4 ./Falcon-H1-0.5B --limit text.ratio=1.03 --latency-pairs 0
+    """
+    from h1export import sources
+
+    report = _validate(out, sources.resolve(model), quiet, as_json, **checks)
+    if as_json:
+        answer(report)
+    return 0 if report["passed"] else 1
+
+
+def _validate(
+    out: Path,
+    checkpoint: Path,
+    quiet: bool,
+    as_json: bool,
+    limits: tuple[str, ...],
+    text: Path | None,
+    text_bytes: int,
+    latency_pairs: int,
+    threads: int,
+) -> dict[str, Any]:
+    from h1export import pipeline
+    from h1export.render import Bars, report_table
+
+    with Bars(quiet or as_json) as bars:
+        report = pipeline.validate(out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars)
+    say(report_table(report), quiet or as_json)
+    say(f"{'PASSED' if report.passed else 'FAILED'}  {out / REPORT}", quiet or as_json)
+    return dict(json.loads(report.to_json()))
+
+
+def _parse_limits(limits: tuple[str, ...]) -> dict[str, float]:
+    parsed = {}
+    for item in limits:
+        metric, _, value = item.partition("=")
+        try:
+            parsed[metric] = float(value)
+        except ValueError:
+            raise H1ExportError("--limit", f"{item!r} is not METRIC=VALUE", "for example --limit stored.logits=1e-4") from None
+    return parsed
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="New tokens at most.")
+@click.option("--temperature", default=0.0, show_default=True, help="0: greedy.")
+@click.option("--top-k", default=0, show_default=True, help="Sample among the k likeliest tokens; 0: all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens up to this probability.")
+@click.option("--seed", default=0, show_default=True, help="Of the sampling.")
+@click.option("--chat", is_flag=True, help="PROMPT is a user's turn, framed by the chat template.")
+@click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
+@common
+def generate(
+    out: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    chat: bool,
+    threads: int,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Continue PROMPT with the artifact OUT; the text streams to standard output.
+
+    \b
+    Examples:
+      h1export generate tiny-ort-int4 "import os"
+      h1export generate falcon-int4 "Who are you?" --chat --temperature 0.7 --top-p 0.9 --seed 1
+    """
+    from h1export import pipeline
+    from h1export.generation import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    text = ""
+    for piece in pipeline.generate_text(out, prompt, max_tokens, sampling, chat, threads):
+        text += piece
+        if not as_json:
+            click.echo(piece, nl=False)
+    if as_json:
+        answer({"prompt": prompt, "text": text})
+    else:
+        click.echo()
+    return 0
+
+
+@cli.command()
+@click.argument("folder", required=False, metavar="MODEL|OUT")
+@common
+def inspect(folder: str | None, quiet: bool, as_json: bool) -> int:
+    """Say what a checkpoint or an artifact is, and check that it is whole."""
+    from h1export import sources
+    from h1export.describe import describe
+    from h1export.render import pairs_table
+
+    path = sources.resolve(folder)
+    found = describe(path)
+    if as_json:
+        answer(found)
+    elif not quiet:
+        spec = found.pop("spec")
+        console = Console()
+        console.print(pairs_table(f"{found.pop('kind')} {path}", found.items()))
+        console.print(pairs_table("architecture", spec.items()))
+    return 0
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+def completion(shell: str) -> int:
+    """Print the completion script of SHELL, e.g. for: eval "$(h1export completion bash)"."""
+    script = get_completion_class(shell)
+    assert script is not None
+    click.echo(script(cli, {}, "h1export", "_H1EXPORT_COMPLETE").source())
+    return 0
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return its exit code; an error becomes one line on standard error."""
+    debug = "--debug" in arguments
+    if not debug:
+        warnings.simplefilter("ignore")  # libraries' warnings are for developers
+    try:
+        return int(cli.main(arguments, "h1export", standalone_mode=False) or 0)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        error.show()
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # nobody listens; the interpreter must not flush it
+    except (Exception, click.Abort) as error:
+        if debug:
+            traceback.print_exc()
+        click.echo(f"h1export: {_message(error)}", err=True)
+    return 2
+
+
+def _message(error: BaseException) -> str:
+    """What to tell the user: what is wrong, where, and the next step."""
+    if isinstance(error, H1ExportError):
+        return str(error)
+    if isinstance(error, click.Abort):
+        return "interrupted"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'disk'}: {error.strerror or error}; free some space or choose another place, and run again"
+    if isinstance(error, MemoryError):
+        return "memory: not enough of it; close other programs or export a smaller model"
+    return f"internal error: {type(error).__name__}: {error}; run again with --debug and report it"

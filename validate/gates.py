@@ -1,0 +1,40 @@
+"""Default limits: wide enough for rounding, narrow enough for every planted fault in tests/validate/test_faults.py.
+
+A metric is "group.figure". ``stored`` compares with the model that holds the artifact's own dequantised weights, so it shows
+lowering errors alone; ``source`` compares with the checkpoint, so it shows quantisation too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from h1export.core.quant import QuantName
+from h1export.errors import H1ExportError
+
+# float32 against float32: 4 layers differ by 2e-6 of the range, 36 by 5e-6
+EXACT: Mapping[str, float] = {"logits": 5e-5, "states": 5e-5, "kl": 1e-6, "top1": 0.99}
+# activations rounded to int8 (accuracy level 4)
+ROUNDED: Mapping[str, float] = {"logits": 0.08, "states": 0.25, "kl": 0.05, "top1": 0.75}
+QUANTIZED: Mapping[QuantName, Mapping[str, float]] = {
+    "int8": {"source.kl": 0.05, "text.ratio": 1.01},
+    "int4": {"source.kl": 0.3, "text.ratio": 1.05},
+}
+STEPS = 0.51  # rounding to nearest leaves half a step, and rounding the scale to fp16 a little more
+LATENCY: Mapping[str, float] = {"latency.prefill": 1.0, "latency.decode": 1.0}  # an export slower than PyTorch has no point
+
+
+def limits(quant: QuantName, float32: bool, chosen: Mapping[str, float]) -> dict[str, float]:
+    """Metric -> limit for artifacts of ``quant``; ``chosen`` overrides.
+
+    Raises:
+        H1ExportError: ``chosen`` names a metric that this artifact has no gate for.
+    """
+    lowering = EXACT if float32 else ROUNDED
+    group = "source" if quant == "none" else "stored"
+    table = {f"{group}.{figure}": limit for figure, limit in lowering.items()} | dict(LATENCY)
+    table |= {"text.ratio": 1.0001} if quant == "none" else {"weights.steps": STEPS, **QUANTIZED[quant]}
+    known = table.keys() | {f"source.{figure}" for figure in EXACT}
+    for metric in chosen:
+        if metric not in known:
+            raise H1ExportError("--limit", f"{metric!r} is no gate of this artifact", f"one of {', '.join(sorted(known))}")
+    return table | dict(chosen)

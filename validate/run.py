@@ -1,0 +1,180 @@
+"""Run every check on one artifact and write down what came out."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+
+from h1export.core.artifact import Artifact
+from h1export.core.progress import Progress
+from h1export.core.protocols import Ids, Runner
+from h1export.core.quant import QuantName
+from h1export.core.report import Report, Row
+from h1export.core.state import Array, StateSpec
+from h1export.core.weights import WeightStore
+from h1export.validate import gates
+from h1export.validate.cases import Case, cases
+from h1export.validate.latency import PREFILL, measure
+from h1export.validate.logits import logit_figures
+from h1export.validate.perplexity import bits_per_byte
+from h1export.validate.reference import Reference
+from h1export.validate.states import StatePair, row_of_batch, state_errors, worst_by_kind
+from h1export.validate.weights import worst_steps
+
+SOURCE, STORED = "source", "stored weights"
+
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """What to run.
+
+    Attributes:
+        limits: metric -> limit, overriding the defaults in gates.
+        text_ids: token ids of a text for bits per byte; empty: no text.
+        text_bytes: bytes that ``text_ids[1:]`` stand for.
+        pairs: paired latency runs; 0: no latency.
+        seed: of the random token ids.
+    """
+
+    limits: Mapping[str, float] = field(default_factory=dict)
+    text_ids: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
+    text_bytes: int = 0
+    pairs: int = 7
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the artifact answered in one case: row by row, without padding."""
+
+    case: Case
+    ids: tuple[Ids, ...]
+    logits: tuple[Array, ...]
+    positions: Array
+    states: tuple[dict[str, Array], ...]
+
+
+def validate(artifact: Artifact, runner: Runner[Any], checkpoint: Path, options: ValidateOptions, progress: Progress) -> Report:
+    """Compare ``runner`` with the PyTorch reference on ``checkpoint``, which must be what the artifact was built from.
+
+    Raises:
+        H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
+    """
+    quant: QuantName = next(name for name in get_args(QuantName) if name == artifact.manifest.scheme["quant"])
+    limits = gates.limits(quant, runner.capabilities.float32, options.limits)
+    stored, rows = runner.stored_weights(), []
+    if stored:
+        progress.stage("stored weights")
+        rows.append(_weights_row(artifact, stored, WeightStore.open(checkpoint, runner.spec), limits))
+    progress.stage("artifact")
+    runs = list(_runs(runner, options.seed))
+    progress.stage("reference")
+    reference = Reference(checkpoint)
+    rows += [_case_row(run, reference, SOURCE, runner, limits) for run in runs]
+    progress.stage("text")
+    rows.append(_text_row(runner, reference, options, limits))
+    progress.stage("latency")
+    rows += _latency_rows(runner, reference, options, limits)
+    if stored:
+        progress.stage("reference on the stored weights")
+        reference.hold(stored)
+        rows[1:1] = [_case_row(run, reference, STORED, runner, limits) for run in runs]
+    return Report(_subject(artifact, runner), _environment(), tuple(rows))
+
+
+def _runs(runner: Runner[Any], seed: int) -> Iterator[Run]:
+    """Every case that the runner's capabilities allow, on random token ids."""
+    rng, states = np.random.default_rng(seed), StateSpec.of(runner.spec)
+    for case in cases(runner.spec):
+        batch = len(case.pads)
+        ids = rng.integers(0, runner.spec.vocab_size, (batch, case.length), dtype=np.int64)
+        if runner.capabilities.max_batch is not None and batch > runner.capabilities.max_batch:
+            yield Run(case, (), (), np.zeros(0, np.float32), ())
+            continue
+        mask = np.array([[column >= pad for column in range(case.length)] for pad in case.pads], np.int64)
+        logits, current, end = [], runner.initial(batch), 0
+        for tokens in case.calls:
+            end += tokens
+            answer, current = runner.step(ids[:, end - tokens : end], mask[:, :end], current)
+            logits.append(answer)
+        ends = np.cumsum(case.calls)
+        positions = np.arange(case.length) if runner.capabilities.all_logits else ends - 1
+        joined, snapshot = np.concatenate(logits, axis=1), runner.snapshot(current)
+        yield Run(
+            case,
+            tuple(ids[row, pad:] for row, pad in enumerate(case.pads)),
+            tuple(joined[row, positions >= pad] for row, pad in enumerate(case.pads)),
+            positions,
+            tuple(row_of_batch(snapshot, states, row, pad) for row, pad in enumerate(case.pads)),
+        )
+
+
+def _case_row(run: Run, reference: Reference, against: str, runner: Runner[Any], limits: Mapping[str, float]) -> Row:
+    if not run.ids:
+        return Row(run.case.name, against, note=f"the runtime takes at most {runner.capabilities.max_batch} rows at a time")
+    states = StateSpec.of(runner.spec)
+    logit_pairs: list[tuple[Array, Array]] = []
+    state_pairs: list[StatePair] = []
+    for ids, logits, found, pad in zip(run.ids, run.logits, run.states, run.case.pads, strict=True):
+        truth, truth_states = reference.full(ids)
+        logit_pairs.append((logits, truth[[p - pad for p in run.positions if p >= pad]]))
+        state_pairs.append((found, truth_states))
+    errors = state_errors(state_pairs, states)
+    by_kind = worst_by_kind(errors, states)
+    group = "stored" if against == STORED else "source"
+    figures = logit_figures(logit_pairs) | by_kind
+    gated = {name: limits[metric] for name in figures if (metric := f"{group}.{'states' if name in by_kind else name}") in limits}
+    return Row(run.case.name, against, figures, gated, note=f"worst state {max(errors, key=errors.__getitem__)}", details=errors)
+
+
+def _weights_row(artifact: Artifact, stored: Mapping[str, Array], store: WeightStore, limits: Mapping[str, float]) -> Row:
+    errors = worst_steps(stored, artifact.manifest.weights, store)
+    worst = max(errors, key=errors.__getitem__)
+    figures, gated = {"steps": errors[worst]}, {"steps": limits["weights.steps"]}
+    return Row("stored integers", SOURCE, figures, gated, note=f"{len(errors)} tensors, worst {worst}", details=errors)
+
+
+def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOptions, limits: Mapping[str, float]) -> Row:
+    name = "bits per byte"
+    if len(options.text_ids) < 2:
+        return Row(name, SOURCE, note="the checkpoint has no tokenizer, or the text is empty")
+    if not runner.capabilities.all_logits:
+        return Row(name, SOURCE, note="the artifact gives the last position's logits only")
+
+    def score(window: Ids) -> Array:
+        return runner.step(window[None, :-1], np.ones((1, len(window) - 1), np.int64), runner.initial(1))[0][0]
+
+    ours = bits_per_byte(score, options.text_ids, options.text_bytes)
+    theirs = bits_per_byte(lambda window: reference.full(window[:-1])[0], options.text_ids, options.text_bytes)
+    figures = {"artifact": ours, "reference": theirs, "ratio": ours / theirs}
+    return Row(name, SOURCE, figures, {"ratio": limits["text.ratio"]}, note=f"{options.text_bytes} bytes, {len(options.text_ids)} tokens")
+
+
+def _latency_rows(runner: Runner[Any], reference: Reference, options: ValidateOptions, limits: Mapping[str, float]) -> list[Row]:
+    if not options.pairs:
+        return [Row("latency", SOURCE, note="not asked for")]
+    prompt = np.random.default_rng(options.seed).integers(0, runner.spec.vocab_size, PREFILL, dtype=np.int64)
+    rows = []
+    for name, latency in measure(runner, reference, prompt, options.pairs).items():
+        figures = {"artifact_s": latency.artifact, "reference_s": latency.reference, "ratio": latency.ratio}
+        note = f"median of {options.pairs} interleaved pairs, PyTorch on {torch.get_num_threads()} threads"
+        rows.append(Row(f"{name} latency", SOURCE, figures, {"ratio": limits[f"latency.{name}"]}, note=note))
+    return rows
+
+
+def _subject(artifact: Artifact, runner: Runner[Any]) -> dict[str, Any]:
+    manifest = artifact.manifest
+    described = {"target": manifest.target, "scheme": dict(manifest.scheme), "options": dict(manifest.options), "source": manifest.source}
+    return described | {"notes": list(runner.capabilities.notes)}
+
+
+def _environment() -> dict[str, Any]:
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    return {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version(), "packages": packages}

@@ -1,0 +1,106 @@
+"""Every check of this project as a nox session. Plain ``nox`` runs what CI runs, on the Python that nox itself runs on."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import nox
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent
+PYPROJECT = ROOT / "pyproject.toml"
+EXTRAS: dict[str, list[str]] = nox.project.load_toml(PYPROJECT)["project"]["optional-dependencies"]
+PYTHONS = ("3.11", "3.12", "3.13")
+TARGETS = {"core": "", "ort": "[ort,genai]"}  # what a row of tests installs; each but core is a pytest marker of the same name
+
+nox.options.default_venv_backend = "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
+nox.options.sessions = ["lint", "types", f"tests-{sys.version_info.major}.{sys.version_info.minor}", "build"]
+
+
+def dev(*names: str) -> list[str]:
+    """The requirements of the extra `dev` for these tools only."""
+    found = {Requirement(requirement).name: requirement for requirement in EXTRAS["dev"]}
+    return [found[name] for name in names]
+
+
+def wheel(session: nox.Session, out: Path) -> Path:
+    """Build the sdist, and from it the wheel, into ``out``."""
+    session.install(*dev("build"))
+    session.run("pyproject-build", "--outdir", str(out), str(ROOT), silent=True)  # printed when it fails
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format and lint rules."""
+    session.install(*dev("ruff"))
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy and the import contracts, outside the root: checkers see the packages that setuptools maps on an installed wheel only."""
+    with tempfile.TemporaryDirectory() as folder:
+        session.install(str(wheel(session, Path(folder))), *dev("mypy", "import-linter"))
+        with session.chdir(folder):
+            session.run("mypy", "--config-file", str(PYPROJECT), "--strict", "-p", "h1export")
+            session.run("lint-imports", "--config", str(PYPROJECT))
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("target", list(TARGETS))
+def tests(session: nox.Session, target: str) -> None:
+    """Every test that needs neither a GPU, nor macOS, nor another runtime than ``target``'s. None may skip."""
+    session.install("-e", f".{TARGETS[target]}", *dev("pytest", "hypothesis"))
+    elsewhere = ["gpu", "mac", *(name for name in TARGETS if name not in ("core", target))]
+    results = Path(session.create_tmp()) / "results.xml"
+    session.run("pytest", "-m", " and ".join(f"not {marker}" for marker in elsewhere), f"--junitxml={results}", *session.posargs)
+    skipped = [f"{case.get('classname')}::{case.get('name')}" for case in ElementTree.parse(results).iterfind(".//testcase[skipped]")]
+    if skipped:
+        session.error(f"skipped, and every test selected here must run: {', '.join(skipped)}")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """The wheel alone in a clean environment runs its command; then every extra installs on top, and its runtime imports.
+
+    Not installed: `cuda`. onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and needs an NVIDIA GPU to run.
+    """
+    extras = ",".join(sorted(EXTRAS.keys() - {"cuda"}))
+    with tempfile.TemporaryDirectory() as folder:
+        path, clean = wheel(session, Path(folder)), Path(folder, "clean")
+        session.run("python", "-m", "venv", str(clean))
+        with session.chdir(folder):
+            session.run(f"{clean}/bin/pip", "install", "-q", str(path), external=True)
+            session.run(f"{clean}/bin/h1export", "--help", external=True)
+            session.run(f"{clean}/bin/pip", "install", "-q", f"{path}[{extras}]", external=True)
+            session.run(f"{clean}/bin/pip", "check", external=True)
+            for runtime in ("onnxruntime", "onnxruntime_genai", "tensorrt_rtx", "coremltools"):
+                session.run(
+                    f"{clean}/bin/python", "-c", f"import {runtime}; print({runtime}.__name__, {runtime}.__version__)", external=True
+                )
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks on a small model, to see that they run; figures worth quoting come from an idle machine."""
+    session.install("-e", ".[ort,genai]")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = f"{folder}/checkpoint"
+        session.run("python", "benchmarks/make_checkpoint.py", "--shape", "tiny-90M", "--layers", "2", "--shards", "2", checkpoint)
+        session.run("python", "benchmarks/build.py", checkpoint, "--json", f"{folder}/build.json")
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need an NVIDIA GPU."""
+    if shutil.which("nvidia-smi") is None:
+        session.skip("no NVIDIA GPU here (nvidia-smi is missing): run `nox -s gpu` on a machine that has one")
+    session.install("-e", ".[cuda,trt]", *dev("pytest", "hypothesis"))
+    session.run("pytest", "-m", "gpu", *session.posargs)

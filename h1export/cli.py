@@ -39,7 +39,7 @@ def common(command: F) -> F:
 
 def say(message: object, quiet: bool = False) -> None:
     if not quiet:
-        Console(stderr=True, soft_wrap=True).print(message, highlight=False)
+        Console(stderr=True).print(message, highlight=False)
 
 
 def answer(data: Any) -> None:
@@ -85,9 +85,7 @@ def validate_options(command: F) -> F:
 @click.option("--target", "targets", type=click.Choice(list(MODULES)), multiple=True, required=True, help="Runtime. Repeatable.")
 @click.option("--quant", type=click.Choice(QUANTS), default="int4", show_default=True, help="Precision of the weights.")
 @click.option("--block", type=click.Choice(BLOCKS), default="32", show_default=True, help="Columns that share an int4 scale.")
-@click.option(
-    "--accuracy-level", default=4, show_default=True, help="ort: 4 rounds activations to int8 (fast), 0 keeps float32."
-)
+@click.option("--accuracy-level", default=4, show_default=True, help="ort: 4 rounds activations to int8 (fast), 0 keeps float32.")
 @click.option("--logits", type=click.Choice(("all", "last")), default="all", show_default=True, help="Positions that get logits.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to make [default: MODEL-TARGET-QUANT].")
 @click.option("--force", is_flag=True, help="Replace an artifact at OUT.")
@@ -175,11 +173,12 @@ def _validate(
     threads: int,
 ) -> dict[str, Any]:
     from h1export import pipeline
-    from h1export.render import Bars, report_table
+    from h1export.render import Bars, report_tables
 
     with Bars(quiet or as_json) as bars:
         report = pipeline.validate(out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars)
-    say(report_table(report), quiet or as_json)
+    for table in report_tables(report):
+        say(table, quiet or as_json)
     say(f"{'PASSED' if report.passed else 'FAILED'}  {out / REPORT}", quiet or as_json)
     return dict(json.loads(report.to_json()))
 

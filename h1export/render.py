@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import TracebackType
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from h1export.core.report import Report, Row, Verdict
+from h1export.core.report import Report, Row, Verdict, within
 
 STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.INFO: "cyan", Verdict.NOT_APPLICABLE: "dim"}
 
@@ -39,24 +40,37 @@ class Bars:
             self._progress.advance(self._task, nbytes)
 
 
-def report_table(report: Report) -> Table:
-    """One line a row, figures with their limits where they have one."""
-    table = Table(title=f"{report.subject['target']}  {report.subject['scheme']['quant']}  accuracy of the export", title_justify="left")
-    for name, justify in (("check", "left"), ("against", "left"), ("figures (limit)", "left"), ("verdict", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+CASE_COLUMNS = ("logits", "states", "kl", "top1")
+
+
+def report_tables(report: Report) -> list[Table]:
+    """The cases, one line each, and everything else that was checked."""
+    cases = Table("case", "against", *CASE_COLUMNS, "verdict", box=SIMPLE, caption=_limits(report.rows), caption_justify="left")
+    others = Table("check", "figures", "verdict", box=SIMPLE)
     for row in report.rows:
-        table.add_row(row.check, row.against, _figures(row), f"[{STYLES[row.verdict]}]{row.verdict}[/]")
-    return table
+        verdict = f"[{STYLES[row.verdict]}]{row.verdict}[/]"
+        if row.figures.keys() >= set(CASE_COLUMNS):
+            cases.add_row(row.check, row.against, *(_cell(row, name) for name in CASE_COLUMNS), verdict)
+        else:
+            figures = "  ".join(f"{name} {_cell(row, name)}{_limit(row, name)}" for name in row.figures)
+            others.add_row(row.check, figures or f"[dim]{row.note}[/]", verdict)
+    return [cases, others]
 
 
-def _figures(row: Row) -> str:
-    if not row.figures:
-        return f"[dim]{row.note}[/]"
-    shown = []
-    for name, value in row.figures.items():
-        limit = f" ({row.limits[name]:.3g})" if name in row.limits else ""
-        shown.append(f"{name} {value:.3g}{limit}")
-    return "  ".join(shown)
+def _cell(row: Row, name: str) -> str:
+    value = f"{row.figures[name]:.3g}"
+    failed = name in row.limits and not within(name, row.figures[name], row.limits[name])
+    return f"[bold red]{value}[/]" if failed else value
+
+
+def _limit(row: Row, name: str) -> str:
+    return f" [dim](limit {row.limits[name]:.4g})[/]" if name in row.limits else ""
+
+
+def _limits(rows: Iterable[Row]) -> str:
+    """The limits of the cases, said once."""
+    found = {f"{row.against}.{n} {row.limits[n]:.3g}": None for row in rows for n in CASE_COLUMNS if n in row.limits}
+    return "limits  " + "  ".join(found)
 
 
 def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:

@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from h1export import pipeline
+from h1export.core.artifact import Artifact
+from h1export.core.quant import QuantScheme
 from h1export.sources import embedded_model
+from h1export.targets import BuildOptions
 
 BASE: dict[str, Any] = {
     "vocab_size": 259,
@@ -129,6 +133,21 @@ def copy_checkpoint(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Cal
 def checkpoint(switches: str, make_checkpoint: Callable[..., Path]) -> Path:
     """One random model per entry of SWITCHES."""
     return make_checkpoint(switches)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
+    """build(checkpoint, "int4", accuracy_level=0) -> an artifact for ONNX Runtime, made once; treat it as read-only."""
+    made: dict[tuple[Any, ...], Artifact] = {}
+
+    def make(checkpoint: Path, quant: str = "none", block: int = 32, accuracy_level: int = 0, last_logits: bool = False) -> Artifact:
+        key = (checkpoint, quant, block, accuracy_level, last_logits)
+        if key not in made:
+            scheme, options = QuantScheme(quant, block), BuildOptions(accuracy_level, last_logits)  # type: ignore[arg-type]
+            made[key] = pipeline.build(checkpoint, "ort", tmp_path_factory.mktemp("built") / "out", scheme, options)
+        return made[key]
+
+    return make
 
 
 def _save(folder: Path, config: dict[str, Any]) -> Path:

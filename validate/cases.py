@@ -25,11 +25,11 @@ def cases(spec: HybridSpec) -> tuple[Case, ...]:
     chunk = spec.mamba_chunk_size
     return (
         Case("one token", (1,)),
-        Case("shorter than the convolution", (spec.mamba_d_conv - 1,)),
-        Case("one below a chunk", (max(1, chunk - 1),)),
-        Case("exactly a chunk", (chunk,)),
-        Case("one above a chunk", (chunk + 1,)),
+        Case("shorter than conv", (spec.mamba_d_conv - 1,)),
+        Case("chunk - 1", (max(1, chunk - 1),)),
+        Case("one chunk", (chunk,)),
+        Case("chunk + 1", (chunk + 1,)),
         Case("64 decode steps", (8, *[1] * 64)),
-        Case("ragged chunks, carried states", (7, 16, 1, 2, 33, 11)),
-        Case("left-padded batch of 3", (29, 1, 1, 1), pads=(0, 9, 25)),
+        Case("ragged chunks", (7, 16, 1, 2, 33, 11)),
+        Case("padded batch of 3", (29, 1, 1, 1), pads=(0, 9, 25)),
     )

@@ -25,10 +25,10 @@ from h1export.validate.latency import PREFILL, measure
 from h1export.validate.logits import logit_figures
 from h1export.validate.perplexity import bits_per_byte
 from h1export.validate.reference import Reference
-from h1export.validate.states import StatePair, row_of_batch, state_errors, worst_by_kind
+from h1export.validate.states import StatePair, row_of_batch, state_errors
 from h1export.validate.weights import worst_steps
 
-SOURCE, STORED = "source", "stored weights"
+SOURCE, STORED = "source", "stored"  # what a row compares with; also the first half of its metrics
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,10 @@ def _case_row(run: Run, reference: Reference, against: str, runner: Runner[Any],
         logit_pairs.append((logits, truth[[p - pad for p in run.positions if p >= pad]]))
         state_pairs.append((found, truth_states))
     errors = state_errors(state_pairs, states)
-    by_kind = worst_by_kind(errors, states)
-    group = "stored" if against == STORED else "source"
-    figures = logit_figures(logit_pairs) | by_kind
-    gated = {name: limits[metric] for name in figures if (metric := f"{group}.{'states' if name in by_kind else name}") in limits}
-    return Row(run.case.name, against, figures, gated, note=f"worst state {max(errors, key=errors.__getitem__)}", details=errors)
+    worst = max(errors, key=errors.__getitem__)
+    figures = logit_figures(logit_pairs) | {"states": errors[worst]}
+    gated = {name: limits[metric] for name in figures if (metric := f"{against}.{name}") in limits}
+    return Row(run.case.name, against, figures, gated, note=f"worst state {worst}", details=errors)
 
 
 def _weights_row(artifact: Artifact, stored: Mapping[str, Array], store: WeightStore, limits: Mapping[str, float]) -> Row:

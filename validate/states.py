@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from h1export.core.state import Array, StateKind, StateSpec
+from h1export.core.state import Array, StateSpec
 from h1export.validate.logits import relative_error
 
 StatePair = tuple[Mapping[str, Array], Mapping[str, Array]]
@@ -13,11 +13,6 @@ StatePair = tuple[Mapping[str, Array], Mapping[str, Array]]
 def state_errors(pairs: Sequence[StatePair], states: StateSpec) -> dict[str, float]:
     """StateTensor.key -> relative_error, the worst of the (found, truth) pairs."""
     return {t.key: max(relative_error(found[t.key], truth[t.key]) for found, truth in pairs) for t in states.tensors}
-
-
-def worst_by_kind(errors: Mapping[str, float], states: StateSpec) -> dict[str, float]:
-    """StateKind -> the worst layer's error."""
-    return {str(kind): max(errors[t.key] for t in states.tensors if t.kind is kind) for kind in StateKind}
 
 
 def row_of_batch(snapshot: Mapping[str, Array], states: StateSpec, row: int, pad: int) -> dict[str, Array]:

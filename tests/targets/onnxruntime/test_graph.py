@@ -1,0 +1,123 @@
+"""Facts of the exported graph that a refactoring must keep."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from h1export import pipeline
+from h1export.core.artifact import Artifact
+from h1export.errors import H1ExportError
+from h1export.graphs.verify import LEGAL_OPS
+from h1export.targets.onnxruntime.ops import TABLE
+
+Build = Callable[..., Artifact]
+
+
+def load(artifact: Artifact) -> onnx.ModelProto:
+    return onnx.load(artifact.folder / "model.onnx", load_external_data=False)
+
+
+def test_the_table_is_the_legal_vocabulary() -> None:
+    assert set(TABLE) == LEGAL_OPS
+
+
+def test_one_kernel_a_layer_for_each_h1_op(tiny: Path, build: Build) -> None:
+    artifact = build(tiny, "int4")
+    layers = artifact.spec.num_hidden_layers
+    counts = Counter(node.op_type for node in load(artifact).graph.node)
+    assert counts["LinearAttention"] == counts["GroupQueryAttention"] == layers
+    assert counts["MatMulNBits"] == 9 * layers + 1
+    assert counts["RotaryEmbedding"] == 2 * layers
+    assert counts["Cos"] == counts["Sin"] == counts["CumSum"] == 1  # shared by all layers
+    assert counts["Transpose"] == counts["MatMul"] == counts["Identity"] == 0
+
+
+def test_names_and_shapes_are_those_of_the_manifest_and_of_the_session(tiny: Path, build: Build) -> None:
+    import onnxruntime as ort
+
+    artifact = build(tiny, "int4")
+    onnx.checker.check_model(str(artifact.folder / "model.onnx"))
+    session = ort.InferenceSession(str(artifact.folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    for found, said in ((session.get_inputs(), artifact.manifest.inputs), (session.get_outputs(), artifact.manifest.outputs)):
+        assert [value.name for value in found] != []
+        assert {value.name: tuple(value.shape) for value in found} == {name: tuple(dims) for name, (_, dims) in said.items()}
+    assert next(iter(artifact.manifest.outputs)) == "logits" or "logits" in artifact.manifest.outputs
+    for layer in range(artifact.spec.num_hidden_layers):
+        for kind in ("key", "value", "conv_state", "recurrent_state"):
+            assert f"past_key_values.{layer}.{kind}" in artifact.manifest.inputs
+            assert f"present.{layer}.{kind}" in artifact.manifest.outputs
+
+
+def test_two_builds_give_the_same_bytes(tiny: Path, build: Build, tmp_path: Path) -> None:
+    first = build(tiny, "int4")
+    second = pipeline.build(tiny, "ort", tmp_path / "elsewhere", options=pipeline.BuildOptions(accuracy_level=0))
+    assert second.manifest == first.manifest
+    for name in [*first.manifest.files, "manifest.json"]:
+        assert (second.folder / name).read_bytes() == (first.folder / name).read_bytes(), name
+
+
+def test_the_folder_carries_config_and_tokenizer(tiny: Path, build: Build) -> None:
+    files = build(tiny, "int4").manifest.files
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= files.keys()
+    assert {"model.onnx", "model.onnx.data", "genai_config.json"} <= files.keys()
+    assert not any(name.endswith((".safetensors", ".py")) for name in files)
+
+
+def test_batched_chunks_are_the_rows_alone(tiny: Path, build: Build) -> None:
+    """GroupQueryAttention refuses them; the Runner goes row by row."""
+    runner = pipeline.load(build(tiny))
+    ids, mask = np.random.default_rng(0).integers(0, 4096, (2, 12)), np.ones((2, 12), np.int64)
+    mask[1, :3] = 0
+    whole, _ = runner.step(ids, mask, runner.initial(2))
+    _, states = runner.step(ids[:, :5], mask[:, :5], runner.initial(2))
+    rest, _ = runner.step(ids[:, 5:], mask, states)
+    assert np.abs(rest - whole[:, 5:]).max() <= 1e-5 * np.ptp(whole)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "says"),
+    [
+        ([[1, 2]], [[1, 1, 1]], "expected \\[batch, new\\]"),
+        ([[1, 5000]], [[1, 1]], "the vocabulary is 0 to 4095"),
+        ([[1, 2]], [[1, 0]], "pad on the left"),
+        ([[1, 2]], [[2, 2]], "pad on the left"),
+    ],
+)
+def test_calls_that_break_the_contract_are_refused(
+    ids: list[list[int]], mask: list[list[int]], says: str, tiny: Path, build: Build
+) -> None:
+    runner = pipeline.load(build(tiny))
+    with pytest.raises(H1ExportError, match=says):
+        runner.step(np.array(ids), np.array(mask), runner.initial(1))
+
+
+def test_a_model_that_points_outside_its_folder_is_refused(tiny: Path, build: Build, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(build(tiny, "int4").folder, tmp_path / "copy"))
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../secret"
+    (tmp_path / "secret").write_bytes(b"\0" * 8_000_000)
+    onnx.save(model, folder / "model.onnx")
+    size = (folder / "model.onnx").stat().st_size
+    manifest = (folder / "manifest.json").read_text().replace(str(build(tiny, "int4").manifest.files["model.onnx"][1]), str(size))
+    (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(H1ExportError):
+        dict(pipeline.load(Artifact.open(folder)).stored_weights())
+
+
+def test_a_broken_model_is_an_error_of_ours(tiny: Path, build: Build, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(build(tiny).folder, tmp_path / "copy"))
+    data = bytearray((folder / "model.onnx").read_bytes())
+    data[: len(data) // 2] = bytes(len(data) // 2)
+    (folder / "model.onnx").write_bytes(bytes(data))
+    with pytest.raises(H1ExportError, match="onnxruntime cannot load it"):
+        pipeline.load(Artifact.open(folder))

@@ -1,0 +1,118 @@
+"""The exported graph against transformers: every config switch, every precision, every case of the harness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from h1export import pipeline
+from h1export.core.artifact import Artifact
+from h1export.core.progress import SILENT
+from h1export.core.report import Row
+from h1export.core.weights import WeightStore
+from h1export.graphs.interpret import ProgramRunner
+from h1export.graphs.passes import run_passes
+from h1export.graphs.trace import trace
+from h1export.validate import ValidateOptions, validate
+
+EXACT = 1e-5  # of the range; float32 leaves 1e-6 on these depths
+NO_LATENCY = ValidateOptions(pairs=0)
+
+Build = Callable[..., Artifact]
+
+
+def rows(artifact: Artifact, checkpoint: Path, against: str) -> list[Row]:
+    report = validate(artifact, pipeline.load(artifact), checkpoint, NO_LATENCY, SILENT)
+    assert report.passed, report.to_json()
+    return [row for row in report.rows if row.against == against and "logits" in row.figures]
+
+
+def assert_exact(found: list[Row], limit: float) -> None:
+    assert len(found) == 8
+    for row in found:
+        assert row.figures["logits"] <= limit, row
+        assert row.figures["states"] <= limit, row
+
+
+def test_float32_is_exact_for_every_switch(checkpoint: Path, build: Build) -> None:
+    assert_exact(rows(build(checkpoint), checkpoint, "source"), EXACT)
+
+
+def test_int4_is_exact_against_its_own_weights_for_every_switch(checkpoint: Path, build: Build) -> None:
+    assert_exact(rows(build(checkpoint, "int4"), checkpoint, "stored"), EXACT)
+
+
+@pytest.mark.parametrize("name", ["plain", "tied"])
+def test_int8_is_exact_against_its_own_weights(name: str, make_checkpoint: Callable[..., Path], build: Build) -> None:
+    checkpoint = make_checkpoint(name)
+    assert_exact(rows(build(checkpoint, "int8"), checkpoint, "stored"), EXACT)
+
+
+@pytest.mark.parametrize("name", ["plain", "tied"])
+def test_int8_takes_widths_that_no_block_divides(name: str, make_checkpoint: Callable[..., Path], build: Build) -> None:
+    checkpoint = make_checkpoint(name, hidden_size=100, num_attention_heads=2, intermediate_size=90)
+    assert_exact(rows(build(checkpoint, "int8"), checkpoint, "stored"), EXACT)
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_the_embedded_model_is_exact(quant: str, tiny: Path, build: Build) -> None:
+    found = rows(build(tiny, quant), tiny, "source" if quant == "none" else "stored")
+    assert_exact(found, EXACT)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_larger_blocks_are_exact(block: int, tiny: Path, build: Build) -> None:
+    assert_exact(rows(build(tiny, "int4", block=block), tiny, "stored"), EXACT)
+
+
+def test_accuracy_level_4_drifts_and_says_how_far(tiny: Path, build: Build) -> None:
+    drift = max(row.figures["logits"] for row in rows(build(tiny, "int4", accuracy_level=4), tiny, "stored"))
+    print(f"accuracy level 4: logits drift by {drift:.2e} of their range")
+    assert 1e-4 < drift < 0.08  # int8 activations cannot be exact; the upper end is the default gate
+
+
+def test_last_logits_are_the_last_of_all(tiny: Path, build: Build) -> None:
+    last, full = build(tiny, last_logits=True), build(tiny)
+    ids, mask = np.arange(2, 9)[None], np.ones((1, 7), np.int64)
+    answers = []
+    for artifact in (last, full):
+        runner: Any = pipeline.load(artifact)
+        answers.append(runner.step(ids, mask, runner.initial(1))[0])
+    assert answers[0].shape == (1, 1, 4096)
+    np.testing.assert_allclose(answers[0], answers[1][:, -1:], rtol=0, atol=1e-5)
+    assert_exact(rows(last, tiny, "source"), EXACT)
+
+
+def test_rotary_angles_at_long_positions(make_checkpoint: Callable[..., Path], build: Build) -> None:
+    """Past of 60,000 tokens: float32 angles of 6e4 radians must agree with PyTorch's."""
+    checkpoint, past = make_checkpoint("no_mup"), 60_000  # rope_theta 1e4: the angles that turn fastest
+    artifact = build(checkpoint)
+    rng, runners = np.random.default_rng(0), [pipeline.load(artifact)]
+    program = run_passes(trace(artifact.spec))
+    judge: Any = ProgramRunner(program, WeightStore.open(checkpoint, artifact.spec))
+    states = judge.initial(1)
+    grown = {}
+    for name, state in states.items():
+        shape = (*state.shape[:2], past, state.shape[3]) if name.endswith((".key", ".value")) else tuple(state.shape)
+        grown[name] = rng.standard_normal(shape).astype(np.float32) * 0.3
+    ids, mask = rng.integers(0, 259, (1, 3)), np.ones((1, past + 3), np.int64)
+    import torch
+
+    truth, after = judge.step(ids, mask, {name: torch.from_numpy(state) for name, state in grown.items()})
+    permuted = {name: _native(name, state) for name, state in grown.items()}
+    logits, native = runners[0].step(ids, mask, permuted)
+    assert np.abs(logits - truth).max() <= EXACT * np.ptp(truth)
+    found, expected = runners[0].snapshot(native), judge.snapshot(after)
+    for key in ("0.key", "1.key"):
+        assert np.abs(found[key][:, :, past:] - expected[key][:, :, past:]).max() <= EXACT * np.ptp(expected[key])
+
+
+def _native(name: str, state: Any) -> Any:
+    from h1export.core.state import StateKind
+    from h1export.targets.onnxruntime import layout
+
+    return layout.permute(StateKind(name.rsplit(".", 1)[1]), state)

@@ -102,12 +102,12 @@ def _carry(checkpoint: Path, folder: Path) -> None:
             raise H1ExportError(checkpoint / generation.name, "not a JSON object", "download it again, or delete it")
 
 
-def load(artifact: Artifact, threads: int = 0) -> Runner[Any]:
-    """A Runner over ``artifact`` by the target that made it."""
+def load(artifact: Artifact, threads: int = 0, float32: bool = False) -> Runner[Any]:
+    """A Runner over ``artifact`` by the target that made it; the arguments are those of ``Target.load``."""
     name = artifact.manifest.target
     if name not in MODULES:
         raise H1ExportError(artifact.folder / MANIFEST, f"target {name!r} is unknown", f"this h1export knows {', '.join(MODULES)}")
-    return get_target(name).load(artifact, threads)
+    return get_target(name).load(artifact, threads, float32)
 
 
 def validate(
@@ -143,7 +143,9 @@ def validate(
     has_tokenizer = (out / TOKENIZER).is_file()
     ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
     options = ValidateOptions(limits, ids, nbytes, latency_pairs)
-    report = run_validation(artifact, load(artifact, threads), checkpoint, options, progress)
+    runner = load(artifact, threads)
+    exact = runner if runner.capabilities.float32 else load(artifact, threads, float32=True)
+    report = run_validation(artifact, runner, exact, checkpoint, options, progress)
     (out / REPORTS[0]).write_text(report.to_json(), encoding="utf-8")
     return report
 

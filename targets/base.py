@@ -54,6 +54,10 @@ class Target(Protocol):
         """
         ...
 
-    def load(self, artifact: Artifact, threads: int = 0) -> Runner[Any]:
-        """Load what ``lower`` wrote. ``threads`` 0: the runtime's own choice. Raises H1ExportError without the runtime."""
+    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False) -> Runner[Any]:
+        """Load what ``lower`` wrote.
+
+        ``threads`` 0: the runtime's own choice. ``float32``: compute in float32 even where the artifact rounds activations,
+        so that a lowering error cannot hide behind the rounding. Raises H1ExportError without the runtime.
+        """
         ...

@@ -28,7 +28,7 @@ from h1export.validate.reference import Reference
 from h1export.validate.states import StatePair, row_of_batch, state_errors
 from h1export.validate.weights import worst_steps
 
-SOURCE, STORED = "source", "stored"  # what a row compares with; also the first half of its metrics
+SOURCE, STORED, DRIFT = "source", "stored", "drift"  # what a row compares; also the first half of its metrics, see gates
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,12 @@ class Run:
     states: tuple[dict[str, Array], ...]
 
 
-def validate(artifact: Artifact, runner: Runner[Any], checkpoint: Path, options: ValidateOptions, progress: Progress) -> Report:
-    """Compare ``runner`` with the PyTorch reference on ``checkpoint``, which must be what the artifact was built from.
+def validate(
+    artifact: Artifact, runner: Runner[Any], exact: Runner[Any], checkpoint: Path, options: ValidateOptions, progress: Progress
+) -> Report:
+    """Compare an artifact with the PyTorch reference on ``checkpoint``, which must be what it was built from.
+
+    ``runner`` is the artifact as it ships, ``exact`` the same in float32 arithmetic (the same Runner where it ships so).
 
     Raises:
         H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
@@ -75,9 +79,10 @@ def validate(artifact: Artifact, runner: Runner[Any], checkpoint: Path, options:
         rows.append(_weights_row(artifact, stored, WeightStore.open(checkpoint, runner.spec), limits))
     progress.stage("artifact")
     runs = list(_runs(runner, options.seed))
+    exact_runs = runs if exact is runner else list(_runs(exact, options.seed))
     progress.stage("reference")
     reference = Reference(checkpoint)
-    rows += [_case_row(run, reference, SOURCE, runner, limits) for run in runs]
+    rows += [row for run in runs for row in _case_rows({SOURCE: run}, reference, runner, limits)]
     progress.stage("text")
     rows.append(_text_row(runner, reference, options, limits))
     progress.stage("latency")
@@ -85,7 +90,11 @@ def validate(artifact: Artifact, runner: Runner[Any], checkpoint: Path, options:
     if stored:
         progress.stage("reference on the stored weights")
         reference.hold(stored)
-        rows[1:1] = [_case_row(run, reference, STORED, runner, limits) for run in runs]
+        groups = [
+            {STORED: run} if exact is runner else {STORED: run, DRIFT: shipped} for run, shipped in zip(exact_runs, runs, strict=True)
+        ]
+        lowering = [row for group in groups for row in _case_rows(group, reference, runner, limits)]
+        rows[1:1] = sorted(lowering, key=lambda row: row.against != STORED)
     return Report(_subject(artifact, runner), _environment(), tuple(rows))
 
 
@@ -116,21 +125,25 @@ def _runs(runner: Runner[Any], seed: int) -> Iterator[Run]:
         )
 
 
-def _case_row(run: Run, reference: Reference, against: str, runner: Runner[Any], limits: Mapping[str, float]) -> Row:
-    if not run.ids:
-        return Row(run.case.name, against, note=f"the runtime takes at most {runner.capabilities.max_batch} rows at a time")
-    states = StateSpec.of(runner.spec)
-    logit_pairs: list[tuple[Array, Array]] = []
-    state_pairs: list[StatePair] = []
-    for ids, logits, found, pad in zip(run.ids, run.logits, run.states, run.case.pads, strict=True):
-        truth, truth_states = reference.full(ids)
-        logit_pairs.append((logits, truth[[p - pad for p in run.positions if p >= pad]]))
-        state_pairs.append((found, truth_states))
-    errors = state_errors(state_pairs, states)
-    worst = max(errors, key=errors.__getitem__)
-    figures = logit_figures(logit_pairs) | {"states": errors[worst]}
-    gated = {name: limits[metric] for name in figures if (metric := f"{against}.{name}") in limits}
-    return Row(run.case.name, against, figures, gated, note=f"worst state {worst}", details=errors)
+def _case_rows(runs: Mapping[str, Run], reference: Reference, runner: Runner[Any], limits: Mapping[str, float]) -> list[Row]:
+    """One row for each way, by its group of metrics, in which the same case was run; the reference runs once."""
+    case, states = next(iter(runs.values())).case, StateSpec.of(runner.spec)
+    if not next(iter(runs.values())).ids:
+        return [Row(case.name, group, note=f"the runtime takes at most {runner.capabilities.max_batch} rows at a time") for group in runs]
+    truths = [reference.full(ids) for ids in next(iter(runs.values())).ids]
+    rows = []
+    for group, run in runs.items():
+        logit_pairs: list[tuple[Array, Array]] = []
+        state_pairs: list[StatePair] = []
+        for logits, found, pad, (truth, truth_states) in zip(run.logits, run.states, case.pads, truths, strict=True):
+            logit_pairs.append((logits, truth[[p - pad for p in run.positions if p >= pad]]))
+            state_pairs.append((found, truth_states))
+        errors = state_errors(state_pairs, states)
+        worst = max(errors, key=errors.__getitem__)
+        figures = logit_figures(logit_pairs) | {"states": errors[worst]}
+        gated = {name: limits[metric] for name in figures if (metric := f"{group}.{name}") in limits}
+        rows.append(Row(case.name, group, figures, gated, note=f"worst state {worst}", details=errors))
+    return rows
 
 
 def _weights_row(artifact: Artifact, stored: Mapping[str, Array], store: WeightStore, limits: Mapping[str, float]) -> Row:

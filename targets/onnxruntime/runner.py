@@ -19,6 +19,7 @@ from h1export.targets.onnxruntime import layout, sdk
 from h1export.targets.onnxruntime.nbits import CODES, ROWS, SCALES, read_stored
 
 MODEL = "model.onnx"
+ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
 BATCHED_APPEND = (
     "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
     "h1export runs such a batch row by row, other clients must do the same"
@@ -27,17 +28,23 @@ States = dict[str, Array]
 
 
 class OnnxRuntimeRunner:
-    """Runner over model.onnx; states are float32 arrays by input name, in the graph's own layouts."""
+    """Runner over model.onnx; states are float32 arrays by input name, in the graph's own layouts.
 
-    def __init__(self, artifact: Artifact, threads: int) -> None:
+    With ``float32`` the same graph computes in float32 where the artifact asks for int8 activations.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int, float32: bool) -> None:
         self._artifact, self._spec = artifact, artifact.spec
         self._states = StateSpec.of(self._spec)
         ort = sdk.onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors also come as exceptions
+        manifest = artifact.manifest
+        self._float32 = float32 or not manifest.weights or manifest.options["accuracy_level"] != ROUNDED_LEVEL
         try:
-            self._session = ort.InferenceSession(str(artifact.folder / MODEL), options, providers=["CPUExecutionProvider"])
+            model = _in_float32(artifact, options) if float32 else str(artifact.folder / MODEL)
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exception types share no base class
             raise H1ExportError(artifact.folder / MODEL, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
@@ -48,9 +55,7 @@ class OnnxRuntimeRunner:
 
     @property
     def capabilities(self) -> Capabilities:
-        manifest = self._artifact.manifest
-        float32 = not (manifest.weights and manifest.options["accuracy_level"] == 4)
-        return Capabilities(None, not manifest.options["last_logits"], float32, (BATCHED_APPEND,))
+        return Capabilities(None, not self._artifact.manifest.options["last_logits"], self._float32, (BATCHED_APPEND,))
 
     def initial(self, batch: int) -> States:
         zeros = self._states.zeros(batch)
@@ -100,6 +105,16 @@ class StoredWeights(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self._weights)
+
+
+def _in_float32(artifact: Artifact, options: Any) -> bytes:
+    """The model with every MatMulNBits at accuracy level 0; its external data stays where it is."""
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.folder))
+    model = ir.load(artifact.folder / MODEL)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    return ir.to_proto(model).SerializeToString()
 
 
 def _external_arrays(artifact: Artifact) -> dict[str, Any]:

@@ -58,8 +58,8 @@ class OnnxRuntimeTarget:
         toolchain = {name: metadata.version(name) for name in ("torch", "onnx-ir")}
         return Lowered(toolchain, inputs, outputs, tuple(context.stored))
 
-    def load(self, artifact: Artifact, threads: int = 0) -> OnnxRuntimeRunner:
-        return OnnxRuntimeRunner(artifact, threads)
+    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False) -> OnnxRuntimeRunner:
+        return OnnxRuntimeRunner(artifact, threads, float32)
 
 
 def _declare(name: str, dtype: str, dims: Dims) -> Value:

@@ -36,7 +36,8 @@ MULTIPLIERS = [
 
 
 def judge(artifact: Artifact, checkpoint: Path, runner: Any = None) -> Report:
-    return validate(artifact, runner or pipeline.load(artifact), checkpoint, ValidateOptions(pairs=0), SILENT)
+    exact = runner or pipeline.load(artifact, float32=True)
+    return validate(artifact, runner or pipeline.load(artifact), exact, checkpoint, ValidateOptions(pairs=0), SILENT)
 
 
 def failed(report: Report) -> list[Row]:
@@ -65,9 +66,11 @@ def edited_graph(artifact: Artifact, folder: Path, edit: Callable[[onnx.ModelPro
     return Artifact.open(copy)
 
 
-@pytest.mark.parametrize("quant", ["none", "int4"])
+@pytest.mark.parametrize(("quant", "level"), [("none", 0), ("int4", 4)])
 @pytest.mark.parametrize("key", MULTIPLIERS, ids=str)
-def test_a_dropped_multiplier_fails(key: Any, quant: str, make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
+def test_a_dropped_multiplier_fails(
+    key: Any, quant: str, level: int, make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path
+) -> None:
     def drop(config: dict[str, Any]) -> None:
         if isinstance(key, str):
             config[key] = 1.0
@@ -75,7 +78,7 @@ def test_a_dropped_multiplier_fails(key: Any, quant: str, make_checkpoint: MakeC
             config[key[0]][key[1]] = 1.0
 
     truth = make_checkpoint()
-    artifact = build(edited_config(truth, tmp_path, drop), quant)
+    artifact = build(edited_config(truth, tmp_path, drop), quant, accuracy_level=level)
     against = "source" if quant == "none" else "stored"
     assert any(row.against == against for row in failed(judge(artifact, truth)))
 

@@ -66,7 +66,7 @@ def test_verdicts(figures: dict[str, float], limits: dict[str, float], verdict: 
 
 def test_limits_can_be_set_and_must_exist() -> None:
     assert gates.limits("int4", True, {})["stored.logits"] == gates.EXACT["logits"]
-    assert gates.limits("int4", False, {})["stored.logits"] == gates.ROUNDED["logits"]
+    assert gates.limits("int4", False, {})["drift.logits"] == gates.ROUNDED["logits"]
     assert gates.limits("none", True, {"source.kl": 7.0})["source.kl"] == 7.0
     with pytest.raises(H1ExportError, match=r"stored\.logitz"):
         gates.limits("int4", True, {"stored.logitz": 1.0})

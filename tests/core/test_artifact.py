@@ -136,6 +136,21 @@ def test_two_builds_in_two_places_write_the_same_bytes(tmp_path: Path, spec: Hyb
     assert str(tmp_path) not in (one.folder / MANIFEST).read_text(encoding="utf-8")
 
 
+def test_the_order_of_mappings_does_not_reach_the_bytes(artifact: Artifact) -> None:
+    def reversed_mappings(value: Any) -> Any:
+        return {key: reversed_mappings(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
+
+    fields = {field.name: reversed_mappings(getattr(artifact.manifest, field.name)) for field in dataclasses.fields(Manifest)}
+    assert list(fields["files"]) != list(artifact.manifest.files)
+    assert Manifest(**fields).to_json() == artifact.manifest.to_json()
+
+
+def test_manifests_and_artifacts_are_frozen(artifact: Artifact) -> None:
+    for frozen in (artifact, artifact.manifest, artifact.manifest.weights[0], artifact.manifest.weights[0].parts[0]):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(frozen, dataclasses.fields(frozen)[0].name, None)
+
+
 def test_the_file_table_is_sha256_and_size(artifact: Artifact) -> None:
     expected = {name: (hashlib.sha256(content).hexdigest(), len(content)) for name, content in FILES.items()}
     assert artifact.manifest.files == expected

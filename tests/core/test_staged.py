@@ -28,7 +28,7 @@ with staged(Path(sys.argv[1]), force=sys.argv[2] == "force") as folder:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    return tmp_path / "place" / "out"
+    return tmp_path / "some" / "place" / "out"
 
 
 def fill(out: Path, content: str = "new", force: bool = False) -> None:
@@ -134,6 +134,13 @@ def test_without_force_nothing_is_replaced(kind: str, out: Path) -> None:
     assert left_in(out) == before
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_taken_place_is_refused_before_the_work_begins(force: bool, out: Path) -> None:
+    occupied(out, "notes.txt")
+    with pytest.raises(H1ExportError, match="out: "):
+        fail(out, AssertionError("the build was begun"), force)
+
+
 @pytest.mark.parametrize("kind", ["notes.txt", "file", "link", "dangling link"])
 def test_force_replaces_nothing_but_artifacts(kind: str, out: Path) -> None:
     survivor = occupied(out, kind)
@@ -229,6 +236,17 @@ def test_every_file_is_on_disk_before_the_rename(out: Path, monkeypatch: pytest.
     inode = {name: str((out / name).stat().st_ino) for name in ("a", "b", ".", "..")}
     assert set(calls[:2]) == {inode["a"], inode["b"]}
     assert calls[2:] == [inode["."], "rename", inode[".."]]
+
+
+def test_no_file_stays_open(out: Path) -> None:
+    """Neither after a success that clears a leftover, nor after a failure."""
+    before = sorted(os.listdir("/dev/fd"))
+    (out.parent / ".out.partial-1").mkdir(parents=True)
+    fill(out)
+    with pytest.raises(RuntimeError):
+        fail(out, RuntimeError(), force=True)
+    assert sorted(os.listdir("/dev/fd")) == before
+    assert left_in(out) == ["out"]
 
 
 @pytest.mark.parametrize("force", ["", "force"])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from h1export.core.protocols import Capabilities, Ids
+from h1export.core.protocols import Capabilities, Ids, check_call
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array
 from h1export.core.weights import WeightStore
@@ -32,13 +32,15 @@ class ProgramRunner:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(max_batch=None, all_logits=True)
+        logits = self._program.graph.output_node().args[0][0]  # type: ignore[index]
+        return Capabilities(max_batch=None, all_logits=not isinstance(logits.meta["val"].shape[1], int))  # type: ignore[union-attr]
 
     def initial(self, batch: int) -> States:
         zeros = self._program.states.zeros(batch)
         return {tensor.past: torch.from_numpy(zeros[tensor.key]) for tensor in self._program.states.tensors}
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
+        check_call(ids, mask, states[self._program.states.tensors[0].past].shape[2], self.spec.vocab_size)
         inputs = {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask), **states}
         values = [
             self._fixed[node.name] if node.name in self._fixed else inputs[self._program.inputs[node.name]]

@@ -17,7 +17,7 @@ _BATCH, _SEQ, _PAST = 3, 5, 7  # example sizes: distinct, so that no two dims ca
 
 
 def trace(spec: HybridSpec, last_only: bool = False) -> Program:
-    """The model's Program, µP multipliers still explicit. Seconds for any size; memory does not depend on it either."""
+    """The model's Program, µP multipliers still explicit. Seconds and a few hundred MB for any size."""
     with torch.device("meta"):
         model = FalconH1(spec, last_only).eval()
         ids, mask = torch.ones(_BATCH, _SEQ, dtype=torch.int64), torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)

@@ -7,6 +7,7 @@ import operator
 import torch
 from torch.fx import Node
 
+from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS
 from h1export.core.weights import tensor_layout
 from h1export.graphs.programs import Program
 from h1export.plugins import h1
@@ -46,6 +47,7 @@ class VerifyError(Exception):
 def verify(program: Program) -> None:
     """Raises VerifyError unless every op is legal and every input, weight and output is accounted for."""
     layout = tensor_layout(program.spec)
+    _check_io(program)
     read: set[str] = set()
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -62,13 +64,28 @@ def verify(program: Program) -> None:
         raise VerifyError(f"tensors that no initializer is made of, or unknown ones: {sorted(read ^ set(layout))}")
 
 
+def _check_io(program: Program) -> None:
+    """Ids, mask and every state come in, logits and every state go out."""
+    tensors = program.states.tensors
+    inputs, outputs = {INPUT_IDS, ATTENTION_MASK, *(t.past for t in tensors)}, (LOGITS, *(t.present for t in tensors))
+    placeholders = {node.name for node in program.graph.nodes if node.op == "placeholder"}
+    found = {name for node, name in program.inputs.items() if node in placeholders}
+    if found != inputs:
+        raise VerifyError(f"inputs missing or unknown: {sorted(found ^ inputs)}")
+    if program.outputs != outputs:
+        raise VerifyError(f"outputs missing or unknown: {sorted(set(program.outputs) ^ set(outputs))}")
+
+
 def _placeholder(program: Program, node: Node) -> set[str]:
-    """The checkpoint tensors behind a placeholder, whose shape must be the expression's."""
-    if node.name in program.inputs:
-        return set()
+    """The checkpoint tensors behind a placeholder that something reads, whose shape must be the expression's."""
     expr = program.weights.get(node.name)
-    if expr is None:
+    if node.name not in program.inputs and expr is None:
         raise VerifyError(f"{node}: neither an input nor a weight")
+    if not node.users:
+        made_of = program.inputs.get(node.name) or [part.tensor for part in expr.parts]  # type: ignore[union-attr]
+        raise VerifyError(f"{node}: nothing reads it ({made_of})")
+    if expr is None:
+        return set()
     shapes = [tensor_layout(program.spec)[part.tensor] for part in expr.parts]
     shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
     if tuple(node.meta["val"].shape) != shape:

@@ -18,12 +18,12 @@ from click.shell_completion import get_completion_class
 from rich.console import Console
 
 from h1export import __version__
+from h1export.core.artifact import REPORT
 from h1export.errors import H1ExportError
 from h1export.targets import MODULES
 
 F = TypeVar("F", bound=Callable[..., Any])
 QUANTS, BLOCKS = ("none", "int8", "int4"), ("32", "64", "128")
-REPORT = "report.json"
 
 
 def common(command: F) -> F:

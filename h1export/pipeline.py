@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from h1export import __version__
-from h1export.core.artifact import MANIFEST, REPORTS, Artifact, Manifest, file_table, staged
+from h1export.core.artifact import MANIFEST, REPORT, Artifact, Manifest, file_table, staged
 from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Runner
 from h1export.core.quant import QuantScheme
@@ -146,7 +146,7 @@ def validate(
     runner = load(artifact, threads)
     exact = runner if runner.capabilities.float32 else load(artifact, threads, float32=True)
     report = run_validation(artifact, runner, exact, checkpoint, options, progress)
-    (out / REPORTS[0]).write_text(report.to_json(), encoding="utf-8")
+    (out / REPORT).write_text(report.to_json(), encoding="utf-8")
     return report
 
 

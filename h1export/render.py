@@ -20,7 +20,8 @@ class Bars:
 
     def __init__(self, quiet: bool) -> None:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True)
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
         self._task: TaskID | None = None
 
     def __enter__(self) -> Bars:

@@ -152,7 +152,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
 
 def _save(folder: Path, config: dict[str, Any]) -> Path:
     from transformers import FalconH1Config, FalconH1ForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it would stand in what tests of the command line capture
     torch.manual_seed(0)
     model = FalconH1ForCausalLM(FalconH1Config(**config))
     with torch.no_grad():

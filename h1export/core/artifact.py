@@ -6,6 +6,7 @@ and one set of options give one set of bytes.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +27,8 @@ from h1export.errors import H1ExportError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-REPORTS = ("report.json", "report.html")  # written by validate into a finished artifact, so outside the manifest
+LINK = -1
+REPORT = "report.json"  # written by validate into a finished artifact, so outside the manifest
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,11 @@ class Manifest:
             if version != FORMAT:
                 raise H1ExportError(where, f"format {version!r}, and this h1export reads format {FORMAT}", "build the artifact again")
             data["weights"] = tuple(_stored_weight(item) for item in data["weights"])
+            for side in ("inputs", "outputs"):
+                data[side] = {name: (str(dtype), tuple(dims)) for name, (dtype, dims) in data[side].items()}
             data["files"] = {name: (str(digest), int(size)) for name, (digest, size) in data["files"].items()}
             return cls(**data)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise H1ExportError(where, f"not a manifest of h1export ({error!r})", "build the artifact again") from None
 
 
@@ -121,7 +126,7 @@ class Artifact:
         """Read the manifest and check every file's size.
 
         Raises:
-            H1ExportError: not an artifact, or files missing, added to or cut.
+            H1ExportError: not an artifact, or files of the manifest missing, cut or grown. Other files are nobody's business.
         """
         path = folder / MANIFEST
         if not path.is_file():
@@ -129,9 +134,9 @@ class Artifact:
         manifest = Manifest.parse(path.read_text(encoding="utf-8", errors="replace"), path)
         for name, (_, size) in manifest.files.items():
             file = folder / name
-            if Path(name).name != name or file.is_symlink():
+            found = _plain_size(file)
+            if Path(name).name != name or found == LINK:
                 raise H1ExportError(path, f"lists {name!r}, which is not a plain file of the folder", "build the artifact again")
-            found = file.stat().st_size if file.is_file() else None
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes, and the manifest says {size}"
                 raise H1ExportError(file, what, "build the artifact again")
@@ -147,6 +152,15 @@ class Artifact:
     def spec(self) -> HybridSpec:
         """The architecture, from the artifact's own copy of config.json."""
         return HybridSpec.load(self.folder)
+
+
+def _plain_size(file: Path) -> int | None:
+    """Bytes of a regular file, LINK for a symbolic link, None for anything else and nothing."""
+    try:
+        found = file.lstat()
+    except (OSError, ValueError):
+        return None
+    return LINK if stat.S_ISLNK(found.st_mode) else found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _sha256(file: Path) -> str:
@@ -166,17 +180,20 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
     A killed process leaves the sibling, unlocked; the next build at the same place removes it.
 
     Raises:
-        H1ExportError: ``out`` exists and ``force`` is not given, or is not something a build may replace.
+        H1ExportError: ``out`` exists and ``force`` is not given, is not something a build may replace, or cannot be made.
     """
     out = out.absolute()
-    _check_place(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
     stage = out.parent / f".{out.name}.partial-{os.getpid()}"
-    stage.mkdir()
-    lock = os.open(stage, os.O_RDONLY)
     try:
+        _check_place(out, force)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        stage.mkdir()
+        lock = os.open(stage, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, ValueError) as error:
+        raise H1ExportError(out, f"cannot be made ({error})", "choose another OUT") from None
+    try:
         yield stage
         _sync(stage)
         _check_place(out, force)
@@ -191,13 +208,23 @@ def _check_place(out: Path, force: bool) -> None:
         return
     if not force:
         raise H1ExportError(out, "exists", "choose another OUT, or replace it with --force")
-    replaceable = out.is_dir() and not out.is_symlink() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
-    if not replaceable:
+    if not (out.is_dir() and not out.is_symlink() and (_is_artifact(out) or not any(out.iterdir()))):
         raise H1ExportError(out, "is not an artifact of h1export", "--force replaces artifacts only; choose another OUT")
 
 
+def _is_artifact(folder: Path) -> bool:
+    """Whether the manifest is ours: other people's folders have a manifest.json too."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and {"format", "target", "files"} <= manifest.keys()
+
+
 def _remove_abandoned(out: Path) -> None:
-    for stale in out.parent.glob(f".{out.name}.partial-*"):
+    for stale in out.parent.iterdir():
+        if not stale.name.startswith(f".{out.name}.partial-") or stale.is_symlink() or not stale.is_dir():
+            continue
         handle = os.open(stale, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -217,16 +244,23 @@ def _sync(folder: Path) -> None:
 
 
 def _rename_into_place(stage: Path, out: Path) -> None:
-    replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
+    """``stage`` becomes ``out``; what was at ``out`` lies at ``stage`` then, for the caller to remove."""
     if out.exists():
-        out.rename(replaced)
-    try:
+        _exchange(stage, out)
+    else:
         stage.rename(out)
-    except OSError:
-        if replaced.exists():
-            replaced.rename(out)
-        raise
     parent = os.open(out.parent, os.O_RDONLY)
     os.fsync(parent)
     os.close(parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders in one step (renameat2, Linux), so that a kill never finds ``b`` missing; else in three."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+        return
+    aside = a.with_name(f"{a.name}-aside")
+    b.rename(aside)
+    a.rename(b)
+    aside.rename(a)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,7 @@ class ConfigReader:
         return tuple(ids)
 
     def _finite(self, key: str, value: Any, lowest: float, open_end: bool) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # an int may be beyond any float
             raise self.error(key, f"is {value!r}", "expected a finite number")
         if value < lowest or (open_end and value == lowest):
             raise self.error(key, f"is {value!r}", f"expected a number {'above' if open_end else 'of at least'} {lowest:g}")

@@ -25,7 +25,7 @@ class Capabilities:
         max_batch: rows in one call; None: no limit.
         all_logits: logits for every position; False: for the last one only.
         float32: activations are float32 throughout; False: they are rounded somewhere, and figures drift by design.
-        notes: limits in words, for the artifact's README and the report.
+        notes: limits in words, for the report.
     """
 
     max_batch: int | None
@@ -72,7 +72,9 @@ def check_call(ids: Ids, mask: Ids, past: int, vocab_size: int) -> None:
     if ids.ndim != 2 or not ids.size or mask.shape != (ids.shape[0], past + ids.shape[1]):
         what = f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)} after {past} tokens"
         raise H1ExportError("step", what, "expected [batch, new] and [batch, past + new]")
+    if ids.dtype != np.int64 or mask.dtype != np.int64:
+        raise H1ExportError("step", f"input_ids {ids.dtype} and attention_mask {mask.dtype}", "expected int64")
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise H1ExportError("step", f"token ids from {ids.min()} to {ids.max()}", f"the vocabulary is 0 to {vocab_size - 1}")
-    if not np.isin(mask, (0, 1)).all() or (np.diff(mask, axis=1) < 0).any():
+    if not np.isin(mask, (0, 1)).all() or (mask[:, 1:] < mask[:, :-1]).any():
         raise H1ExportError("step", "attention_mask has a pad after a real token", "pad on the left: recurrent states see tokens in order")

@@ -30,7 +30,7 @@ class Row:
 
     Attributes:
         check: what was run.
-        against: what it was compared with.
+        against: the group of metrics it belongs to: which run was compared with which weights.
         figures: name -> value.
         limits: name -> limit, for some or all of the figures.
         note: one line for the reader; the reason where there are no figures.

@@ -27,8 +27,7 @@ def attention(
     Returns:
         out [batch, seq, heads, dim] and K and V as above, all new tensors.
     """
-    frequencies = rope_theta ** -(torch.arange(0, q.shape[3], 2, dtype=torch.int64, device=q.device).float() / q.shape[3])
-    angles = positions[..., None].float() * frequencies
+    angles = positions[..., None].float() * rope_frequencies(rope_theta, q.shape[3]).to(q.device)
     keys = torch.cat([past_k, _rotate(k, angles).transpose(1, 2)], dim=2)
     values = torch.cat([past_v, v.transpose(1, 2)], dim=2)
     column = torch.arange(keys.shape[2], device=q.device)
@@ -36,7 +35,7 @@ def attention(
     visible = ((column[None] <= own) & mask[:, None, :].bool()) | (column[None] == own)
     query = _rotate(q, angles).transpose(1, 2)
     out = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible[:, None], enable_gqa=True)
-    return out.transpose(1, 2).contiguous(), keys, values
+    return out.transpose(1, 2).contiguous(), keys.contiguous(), values.contiguous()
 
 
 @attention.register_fake
@@ -44,7 +43,12 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, positions: Tensor, mask: Tensor, rope_theta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     grown = (past_k.shape[0], past_k.shape[1], past_k.shape[2] + k.shape[1], past_k.shape[3])
-    return torch.empty_like(q), k.new_empty(grown), v.new_empty(grown)
+    return q.new_empty(q.shape), k.new_empty(grown), v.new_empty(grown)
+
+
+def rope_frequencies(theta: float, dim: int) -> Tensor:
+    """Radians per position, float32 [dim / 2]: transformers' own expression, because a last bit is 3e-3 rad at position 1e5."""
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:

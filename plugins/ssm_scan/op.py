@@ -52,7 +52,7 @@ def ssm_scan(
         y, state = _chunk(drive[:, chunk], decay[:, chunk], B[:, chunk].float(), C[:, chunk].float(), state)
         outputs.append(y)
     y = torch.cat(outputs, dim=1) + x.float() * D.float()[:, None]
-    return y.to(x.dtype), state.clone()
+    return y.to(x.dtype).contiguous(), state.clone(memory_format=torch.contiguous_format)
 
 
 @ssm_scan.register_fake
@@ -70,7 +70,7 @@ def _(
     dt_min: float,
     dt_max: float,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(state)
+    return x.new_empty(x.shape), state.new_empty(state.shape)
 
 
 def _chunk(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,11 @@ class GraphBuilder:
         return self._once[key]
 
     def initializer(self, tensor: ir.TensorProtocol) -> Value:
-        """An initializer, one per name."""
-        return self.once(("initializer", tensor.name), lambda: self._tape.initializer(tensor))  # type: ignore[no-any-return]
+        """An initializer, one per name. Raises ValueError where a name comes back with another tensor."""
+        value: Value = self.once(("initializer", tensor.name), lambda: self._tape.initializer(tensor))
+        if value.const_value is not tensor:
+            raise ValueError(f"two initializers are called {tensor.name!r}")
+        return value
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Value:
         """A small constant inside the model file, one per value."""

@@ -71,8 +71,8 @@ class Context:
 
 
 def initializer_name(expr: WeightExpr) -> str:
-    """The checkpoint's name(s) of what an initializer is made of."""
-    return "+".join(part.tensor for part in expr.parts)
+    """The checkpoint's name(s) of what an initializer is made of, and the functions that made it."""
+    return "+".join(".".join((part.tensor, *part.functions)) for part in expr.parts)
 
 
 C = TypeVar("C", bound=Context)

@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from h1export.plugins import h1
+from h1export.plugins.attention.op import rope_frequencies
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context, Emitter
@@ -148,9 +149,7 @@ def attention(c: Context, node: Node) -> None:
 
 def _rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value]:
     """cos and sin, [batch, seq, dim / 2], for just the positions at hand: a table for 256K positions would be 134 MB."""
-    dim = c.program.spec.head_dim
-    # the float32 arithmetic of transformers, so that angles agree to the last bit even at positions of 1e5
-    frequencies = torch.tensor(theta) ** -(torch.arange(0, dim, 2).float() / dim)
+    frequencies = rope_frequencies(theta, c.program.spec.head_dim)
     position = c.build.op("Unsqueeze", c.build.op("Cast", c.value(positions), to=1), c.build.ints(2))
     angles = c.build.op("Mul", position, c.build.constant(frequencies.numpy(), np.float32))
     return c.build.op("Cos", angles), c.build.op("Sin", angles)

@@ -29,7 +29,7 @@ def onnxruntime() -> ModuleType:
     """
     packages = installed()
     if not packages:
-        raise H1ExportError("onnxruntime", "is not installed", "pip install 'h1export[ort]' (or 'h1export[cuda]' for NVIDIA GPUs)")
+        raise H1ExportError("onnxruntime", "is not installed", "pip install 'h1export[ort]'")
     if len(packages) > 1:
         what = f"{' and '.join(packages)} are both installed and overwrite each other's files"
         raise H1ExportError("onnxruntime", what, f"pip uninstall {' '.join(PACKAGES)}, then install the extra ort or the extra cuda")

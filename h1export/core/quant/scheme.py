@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from h1export.core.spec import HybridSpec
-from h1export.core.weights.layout import EMBEDDING, LM_HEAD, TensorLayout, tensor_layout
+from h1export.core.weights.layout import EMBEDDING, LM_HEAD, tensor_layout
 from h1export.errors import H1ExportError
 
 QuantName = Literal["none", "int8", "int4"]
@@ -43,8 +43,8 @@ INT8 = Precision(8, 0)
 class QuantScheme:
     """``quant`` for the projections and the head; ``block`` columns share an int4 scale.
 
-    int4 also stores the embedding in integers: a tied one with its head's int4, an untied one in int8, because only one row
-    of it is read per token and so 4 bits would cost accuracy and buy no speed.
+    Both also store the embedding in integers. In an int4 build a tied one shares its head's int4, and an untied one is int8:
+    only one row of it is read per token, so 4 bits would cost accuracy and buy no speed.
     """
 
     quant: QuantName = "int4"
@@ -65,11 +65,10 @@ class QuantScheme:
 
     def check(self, spec: HybridSpec) -> None:
         """Raises H1ExportError where a block does not divide a tensor's width."""
-        layout: TensorLayout = tensor_layout(spec)
-        for name, shape in layout.items():
-            precision = self.precision(name, spec)
-            if precision and precision.block and shape[-1] % precision.block:
-                what = f"has {shape[-1]} columns, which blocks of {precision.block} do not divide"
-                smaller = [block for block in BLOCK_SIZES if shape[-1] % block == 0]
-                hint = f"use --block {smaller[-1]}" if smaller else "use --quant int8"
-                raise H1ExportError(f'tensor "{name}"', what, hint)
+        blocked = {name: p.block for name in tensor_layout(spec) if (p := self.precision(name, spec)) and p.block}
+        widths = {name: tensor_layout(spec)[name][-1] for name in blocked}
+        for name, block in blocked.items():
+            if widths[name] % block:
+                what = f"has {widths[name]} columns, which blocks of {block} do not divide"
+                suits = [size for size in BLOCK_SIZES if not any(width % size for width in widths.values())]
+                raise H1ExportError(f'tensor "{name}"', what, f"use --block {suits[-1]}" if suits else "use --quant int8")

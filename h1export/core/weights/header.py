@@ -84,7 +84,7 @@ def _entry(file: Path, name: str, info: Any, base: int) -> TensorEntry:
     if not isinstance(info, dict):
         raise H1ExportError(where, "has no description", DOWNLOAD_AGAIN)
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise H1ExportError(where, f"has dtype {dtype!r}", f"only {', '.join(DTYPES)} checkpoints can be exported")
     for value, what in ((shape, "shape"), (offsets, "data_offsets")):
         if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):

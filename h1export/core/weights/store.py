@@ -129,6 +129,13 @@ def _shards(folder: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
             raise H1ExportError(index, f"names the shard {name!r}", "a shard is a .safetensors file in the checkpoint's own folder")
-        if not (folder / name).is_file():
+        if not _is_file(folder / name):
             raise H1ExportError(folder / name, "no such shard", f"{index.name} lists it; download it again")
     return [folder / name for name in names]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file system takes
+        return False

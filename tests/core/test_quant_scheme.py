@@ -130,7 +130,6 @@ def check_passes(scheme: QuantScheme, spec: HybridSpec) -> bool:
     return True
 
 
-@pytest.mark.xfail(strict=True, reason="the hint looks at the first tensor's width only, and the next tensor refuses the hinted block")
 def test_a_hinted_block_suits_every_tensor(spec_of: Callable[..., HybridSpec]) -> None:
     spec = spec_of(hidden_size=64 * 3, intermediate_size=32 * 5)
     assert math.gcd(spec.hidden_size, spec.intermediate_size, spec.mamba_d_ssm, spec.attention_dim) == 32

@@ -21,12 +21,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, FalconH1Config, FalconH1ForCausalLM, GenerationConfig, PreTrainedTokenizerFast, logging
 
 HELD_OUT = ("cmd", "csv", "fnmatch", "graphlib", "heapq", "sched", "shelve", "textwrap")
 SKIP_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "turtledemo"}
+# one digit | punctuation | a word with the space before it | space before no word | space; written without \p{..} and with
+# ASCII classes, because onnxruntime-genai's regular expressions know no more, and its ids must be the same
+PIECES = r"[0-9]|[!-/:-@\[-`{-~]+| ?[^\s!-@\[-`{-~]+|\s+(?![^\s!-@\[-`{-~])|\s+"
 SPECIAL = ["<|pad|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 3
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -79,8 +82,8 @@ def excerpts(train: dict[str, str], seed: int) -> str:
 def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE that splits digits one by one and keeps punctuation apart from words, as the family's does."""
     tok = Tokenizer(models.BPE())
-    splits = [pre_tokenizers.Digits(True), pre_tokenizers.Punctuation("contiguous"), pre_tokenizers.ByteLevel(False)]
-    tok.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    tok.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # every byte: nothing is unknown
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
@@ -374,7 +377,7 @@ def publish(model: FalconH1ForCausalLM, tok: PreTrainedTokenizerFast, texts: dic
 def main() -> None:
     """Build the data, train, and publish."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1250, help="optimizer steps of 2048 tokens; 0 publishes the initial weights")
+    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps of 2048 tokens; 0 publishes the initial weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("h1export/assets/tiny"))

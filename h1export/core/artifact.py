@@ -83,6 +83,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: str, where: Path) -> Manifest:
+        """The inverse of to_json. Raises H1ExportError, naming ``where``, for anything else."""
         try:
             data = json.loads(text)
             version = data.pop("format")

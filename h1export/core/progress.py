@@ -6,6 +6,8 @@ from typing import Protocol
 
 
 class Progress(Protocol):
+    """Where long work says how far it is."""
+
     def stage(self, name: str, total_bytes: int = 0) -> None:
         """A new stage begins; ``total_bytes`` 0: its length is unknown."""
         ...

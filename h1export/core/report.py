@@ -13,6 +13,8 @@ AT_LEAST = frozenset({"top1"})  # figures that must not fall below their limit; 
 
 
 class Verdict(StrEnum):
+    """What a row amounts to; only FAIL fails a report."""
+
     PASS = "pass"
     FAIL = "FAIL"
     INFO = "info"
@@ -46,6 +48,7 @@ class Row:
 
     @property
     def verdict(self) -> Verdict:
+        """FAIL for any figure beyond its limit or not a number; INFO where nothing has a limit."""
         if not self.figures:
             return Verdict.NOT_APPLICABLE
         judged = [within(name, self.figures[name], limit) for name, limit in self.limits.items()]

@@ -31,6 +31,8 @@ Array = npt.NDArray[np.float32]
 
 
 class StateKind(StrEnum):
+    """The four states of a layer; the value is part of I/O names."""
+
     KEY = "key"
     VALUE = "value"
     CONV = "conv_state"
@@ -74,6 +76,7 @@ class StateSpec:
 
     @classmethod
     def of(cls, spec: HybridSpec) -> StateSpec:
+        """The states of a model of ``spec``."""
         kv: tuple[int | str, ...] = (BATCH, spec.num_key_value_heads, PAST, spec.head_dim)
         shapes: dict[StateKind, tuple[int | str, ...]] = {
             StateKind.KEY: kv,

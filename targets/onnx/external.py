@@ -23,6 +23,7 @@ class TensorSink:
         self._next, self._end = tensor.offset or 0, (tensor.offset or 0) + nbytes
 
     def write(self, rows: npt.NDArray[Any]) -> None:
+        """Append the bytes of ``rows``. Raises ValueError beyond the end, OSError when the disk is full."""
         data = memoryview(rows.reshape(-1)).cast("B") if rows.flags.c_contiguous else memoryview(rows.tobytes())
         if self._next + len(data) > self._end:
             raise ValueError(f"{self.tensor.name}: more bytes than its shape says")
@@ -32,6 +33,7 @@ class TensorSink:
             data = data[written:]
 
     def close(self) -> ir.ExternalTensor:
+        """The finished tensor. Raises ValueError where bytes are missing."""
         if self._next != self._end:
             raise ValueError(f"{self.tensor.name}: {self._end - self._next} bytes missing")
         return self.tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from types import TracebackType
 
@@ -80,8 +81,14 @@ def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
     table.add_column(style="bold")
     table.add_column()
     for name, value in rows:
-        table.add_row(name, str(value))
+        table.add_row(name, "\n".join(_lines(value)) if isinstance(value, dict) else str(value))
     return table
+
+
+def _lines(values: dict[str, object]) -> list[str]:
+    """One line an item; of I/O names, which repeat layer by layer, the first layer's stand for all."""
+    shown = [f"{name}  {value}" for name, value in values.items() if not re.search(r"\.[1-9]\d*\.", name)]
+    return shown if len(shown) == len(values) else [*shown, f"and the same for every layer: {len(values)} in all"]
 
 
 def human_bytes(count: float) -> str:

@@ -158,6 +158,11 @@ def overlap(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
 
+def poison(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-2] + b"\xc0\x7f")  # the last weight becomes a bf16 NaN
+
+
 def cut_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -170,6 +175,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "extra layers": (lambda folder: edit_config(folder, num_hidden_layers=1), "has no place"),
     "missing layers": (lambda folder: edit_config(folder, num_hidden_layers=3), "is missing"),
     "NaN in config": (lambda folder: edit_config(folder, key_multiplier=float("nan")), "'key_multiplier' is nan"),
+    "NaN in weights": (poison, "not finite"),
     "pickle": (to_pickle, "pickle"),
     "shard path escape": (escape, "own folder"),
     "remote code": (lambda folder: edit_config(folder, auto_map={"AutoConfig": "x.py"}), "remote code"),
@@ -190,6 +196,16 @@ def test_hostile_checkpoints_give_one_line_and_nothing_else(
     assert run(["build", str(folder), "--target", "ort", "--out", str(place / "out")]) == 2
     assert_one_line(capfd, says)
     assert not place.exists() or not list(place.iterdir())
+
+
+def test_nan_weights_are_refused_in_float32_too(
+    copy_checkpoint: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_checkpoint()
+    poison(folder)
+    assert run(["build", str(folder), "--target", "ort", "--quant", "none", "--out", str(tmp_path / "place" / "out")]) == 2
+    assert_one_line(capfd, "not finite")
+    assert not list((tmp_path / "place").iterdir())
 
 
 def test_a_width_that_no_block_divides_names_tensor_and_way_out(

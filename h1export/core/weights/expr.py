@@ -14,6 +14,7 @@ import numpy as np
 
 from h1export.core.state import Array
 from h1export.core.weights.store import WeightStore
+from h1export.errors import H1ExportError
 
 Function = Literal["neg", "exp"]
 
@@ -108,12 +109,14 @@ class WeightExpr:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def blocks(self, store: WeightStore, max_bytes: int) -> Iterator[Array]:
-        """The initializer's float32 rows, at most ``max_bytes`` at a time."""
+        """The initializer's float32 rows, at most ``max_bytes`` at a time. Raises H1ExportError for NaN and infinity."""
         for part in self.parts:
             factors, start = part.multiplier.rows(store.entry(part.tensor).shape[0]), 0
             for block in store.blocks(part.tensor, max_bytes):
                 for function in part.functions:
                     block = FUNCTIONS[function](block)
+                if not np.isfinite(block).all():
+                    raise H1ExportError(f'tensor "{part.tensor}"', "holds values that are not finite", "download the checkpoint again")
                 scale = factors[start : start + len(block)]
                 start += len(block)
                 yield block if part.multiplier == Multiplier() else block * scale.reshape(-1, *[1] * (block.ndim - 1))

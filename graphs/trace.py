@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.fx.experimental._config as fx_config
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
 
 from h1export.core.spec import HybridSpec
-from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, StateSpec
+from h1export.core.state import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, StateSpec
 from h1export.core.weights import Multiplier, WeightExpr
 from h1export.core.weights.layout import EMBEDDING, LM_HEAD
 from h1export.graphs.model import FalconH1, LayerStates
@@ -26,13 +27,14 @@ def trace(spec: HybridSpec, last_only: bool = False) -> Program:
     kv, fixed = {0: batch, 2: past}, {0: batch}
     shapes = ({0: batch, 1: seq}, {0: batch, 1: Dim.DYNAMIC}, [(kv, kv, fixed, fixed)] * spec.num_hidden_layers)
     # oblivious: sizes 0 and 1 are sizes like any other, so that past 0 and sequence 1 run in the same graph
-    with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=True):
+    with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         exported = torch.export.export(model, (ids, mask, states), strict=False, dynamic_shapes=shapes)
     return _program(exported, spec)
 
 
 def _example_states(spec: HybridSpec) -> list[LayerStates]:
-    tensors = [torch.empty([{"batch": _BATCH, "past": _PAST}.get(str(d), d) for d in t.shape]) for t in StateSpec.of(spec).tensors]
+    sizes = {BATCH: _BATCH, PAST: _PAST}
+    tensors = [torch.empty([d if isinstance(d, int) else sizes[d] for d in t.shape]) for t in StateSpec.of(spec).tensors]
     return [(tensors[i], tensors[i + 1], tensors[i + 2], tensors[i + 3]) for i in range(0, len(tensors), 4)]
 
 

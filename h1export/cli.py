@@ -289,7 +289,7 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show()
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # nobody listens; the interpreter must not flush it
+        sys.stdout = None  # nobody listens; the interpreter must not flush it
     except (Exception, click.Abort) as error:
         if debug:
             traceback.print_exc()

@@ -27,8 +27,10 @@ class Latency:
 
 def paired(artifact: Callable[[], None], reference: Callable[[], None], pairs: int) -> Latency:
     """Run both by turns, ``pairs`` times after one warm-up each, the order swapped every time."""
-    artifact(), reference()
-    ours, theirs = [], []
+    artifact()
+    reference()
+    ours: list[float] = []
+    theirs: list[float] = []
     for pair in range(pairs):
         for run, times in [(artifact, ours), (reference, theirs)][:: 1 if pair % 2 else -1]:
             start = time.perf_counter()

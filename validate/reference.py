@@ -25,10 +25,12 @@ class Reference:
         from transformers import FalconH1ForCausalLM
         from transformers.utils import logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        model_class: Any = FalconH1ForCausalLM  # untyped
+        log: Any = logging
+        log.set_verbosity_error()
+        log.disable_progress_bar()
         try:
-            self._model: Any = FalconH1ForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
+            self._model: Any = model_class.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise H1ExportError(checkpoint, f"transformers cannot load it ({error})", "compare it with the published checkpoint") from None
 
@@ -52,7 +54,8 @@ class Reference:
                 StateKind.RECURRENT: layer.recurrent_states[0],
             }
             states |= {f"{index}.{kind}": np.asarray(tensor[0].float().numpy()) for kind, tensor in found.items()}
-        return result.logits[0].numpy(), states
+        logits: Array = result.logits[0].numpy()
+        return logits, states
 
     def start(self, ids: Ids) -> Any:
         """Prefill a row [seq] for timing; returns the cache."""

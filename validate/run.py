@@ -57,7 +57,7 @@ class Run:
     case: Case
     ids: tuple[Ids, ...]
     logits: tuple[Array, ...]
-    positions: Array
+    positions: Ids
     states: tuple[dict[str, Array], ...]
 
 
@@ -105,7 +105,7 @@ def _runs(runner: Runner[Any], seed: int) -> Iterator[Run]:
         batch = len(case.pads)
         ids = rng.integers(0, runner.spec.vocab_size, (batch, case.length), dtype=np.int64)
         if runner.capabilities.max_batch is not None and batch > runner.capabilities.max_batch:
-            yield Run(case, (), (), np.zeros(0, np.float32), ())
+            yield Run(case, (), (), np.zeros(0, np.int64), ())
             continue
         mask = np.array([[column >= pad for column in range(case.length)] for pad in case.pads], np.int64)
         logits, current, end = [], runner.initial(batch), 0
@@ -161,7 +161,8 @@ def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOption
         return Row(name, SOURCE, note="the artifact gives the last position's logits only")
 
     def score(window: Ids) -> Array:
-        return runner.step(window[None, :-1], np.ones((1, len(window) - 1), np.int64), runner.initial(1))[0][0]
+        logits: Array = runner.step(window[None, :-1], np.ones((1, len(window) - 1), np.int64), runner.initial(1))[0][0]
+        return logits
 
     ours = bits_per_byte(score, options.text_ids, options.text_bytes)
     theirs = bits_per_byte(lambda window: reference.full(window[:-1])[0], options.text_ids, options.text_bytes)

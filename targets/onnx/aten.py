@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.emit import Context, Emitter
+from h1export.targets.onnx.emit import Context, Emitter, args_of
 
 _NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
 
@@ -23,7 +23,7 @@ def binary(op_type: str) -> Emitter[Context]:
 
     def emit(c: Context, node: Node) -> None:
         dtype = _NUMPY[node.meta["val"].dtype]
-        a, b = (c.value(arg) if isinstance(arg, Node) else c.build.constant(arg, dtype) for arg in node.args)
+        a, b = (c.value(arg) if isinstance(arg, Node) else c.build.constant(arg, dtype) for arg in args_of(node))
         c.set(node, c.build.op(op_type, a, b))
 
     return emit
@@ -34,52 +34,52 @@ def _size(c: Context, arg: Any) -> Value:
 
 
 def size_sub(c: Context, node: Node) -> None:
-    c.set(node, c.build.op("Sub", _size(c, node.args[0]), _size(c, node.args[1])))
+    c.set(node, c.build.op("Sub", _size(c, args_of(node)[0]), _size(c, args_of(node)[1])))
 
 
 def size(c: Context, node: Node) -> None:
-    x, axis = node.args
-    c.set(node, c.build.op("Shape", c.value(x), start=axis, end=int(axis) + 1))  # type: ignore[arg-type]
+    x, axis = args_of(node)
+    c.set(node, c.build.op("Shape", c.value(x), start=axis, end=int(axis) + 1))
 
 
 def getitem(c: Context, node: Node) -> None:
-    c.set(node, c.item(node.args[0], int(node.args[1])))  # type: ignore[arg-type]
+    c.set(node, c.item(args_of(node)[0], int(args_of(node)[1])))
 
 
 def cumsum(c: Context, node: Node) -> None:
-    x, axis = node.args
-    c.set(node, c.build.op("CumSum", c.value(x), c.build.constant(axis, np.int64)))  # type: ignore[arg-type]
+    x, axis = args_of(node)
+    c.set(node, c.build.op("CumSum", c.value(x), c.build.constant(axis, np.int64)))
 
 
 def clamp(c: Context, node: Node) -> None:
     """aten.clamp(x, min)."""
-    x, low = node.args
-    c.set(node, c.build.op("Clip", c.value(x), c.build.constant(low, _NUMPY[node.meta["val"].dtype])))  # type: ignore[arg-type]
+    x, low = args_of(node)
+    c.set(node, c.build.op("Clip", c.value(x), c.build.constant(low, _NUMPY[node.meta["val"].dtype])))
 
 
 def narrow(c: Context, node: Node) -> None:
-    x, axis, start, length = node.args
+    x, axis, start, length = args_of(node)
     first, count = _size(c, start), _size(c, length)
-    c.set(node, c.build.op("Slice", c.value(x), first, c.build.op("Add", first, count), c.build.ints(int(axis))))  # type: ignore[arg-type]
+    c.set(node, c.build.op("Slice", c.value(x), first, c.build.op("Add", first, count), c.build.ints(int(axis))))
 
 
 def split(c: Context, node: Node) -> None:
-    x, sizes, axis = node.args
-    c.set(node, *c.build.ops("Split", len(sizes), c.value(x), c.build.ints(*sizes), axis=axis))  # type: ignore[arg-type, misc]
+    x, sizes, axis = args_of(node)
+    c.set(node, *c.build.ops("Split", len(sizes), c.value(x), c.build.ints(*sizes), axis=axis))
 
 
 def to_dtype(c: Context, node: Node) -> None:
-    c.set(node, c.build.op("Cast", c.value(node.args[0]), to=int(ir.DataType.from_numpy(np.dtype(_NUMPY[node.meta["val"].dtype])))))
+    c.set(node, c.build.op("Cast", c.value(args_of(node)[0]), to=int(ir.DataType.from_numpy(np.dtype(_NUMPY[node.meta["val"].dtype])))))
 
 
 def unsqueeze(c: Context, node: Node) -> None:
-    x, axis = node.args
-    c.set(node, c.build.op("Unsqueeze", c.value(x), c.build.ints(int(axis))))  # type: ignore[arg-type]
+    x, axis = args_of(node)
+    c.set(node, c.build.op("Unsqueeze", c.value(x), c.build.ints(int(axis))))
 
 
 def view(c: Context, node: Node) -> None:
     """A reshape whose dynamic dims stay where they are."""
-    x = node.args[0]
+    x = args_of(node)[0]
     assert isinstance(x, Node)
     before, after = x.meta["val"].shape, node.meta["val"].shape
     dims = [dim if isinstance(dim, int) else 0 for dim in after]  # 0: as in the input

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -24,7 +25,7 @@ class TensorSink:
 
     def write(self, rows: npt.NDArray[Any]) -> None:
         """Append the bytes of ``rows``. Raises ValueError beyond the end, OSError when the disk is full."""
-        data = memoryview(rows.reshape(-1)).cast("B") if rows.flags.c_contiguous else memoryview(rows.tobytes())
+        data = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
         if self._next + len(data) > self._end:
             raise ValueError(f"{self.tensor.name}: more bytes than its shape says")
         while data:

@@ -65,12 +65,12 @@ class Layout:
         unsigned = np.full((len(codes), self.blocks * self.block), self.zero_point, np.uint8)
         unsigned[:, : self.columns] = codes.view(np.uint8) + np.uint8(self.zero_point)  # wraps like two's complement
         if self.bits == 4:
-            unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
+            unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << np.uint8(4))
         return unsigned.reshape(len(codes), self.blocks, self.block_bytes)
 
     def unpack(self, packed: Codes) -> npt.NDArray[np.int8]:
         """The inverse of ``pack``."""
-        flat = packed.reshape(len(packed), -1)
+        flat: Codes = packed.reshape(len(packed), -1)
         if self.bits == 4:
             flat = np.stack([flat & 15, flat >> 4], axis=2).reshape(len(flat), -1)
         return (flat[:, : self.columns] - np.uint8(self.zero_point)).view(np.int8)

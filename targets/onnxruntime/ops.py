@@ -18,7 +18,7 @@ from h1export.plugins import h1
 from h1export.plugins.attention.op import rope_frequencies
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.emit import Context, Emitter
+from h1export.targets.onnx.emit import Context, Emitter, args_of
 from h1export.targets.onnxruntime.nbits import OrtContext, embed_quantized, matmul_nbits
 
 MS = "com.microsoft"
@@ -30,21 +30,21 @@ aten = torch.ops.aten
 
 def linear(c: OrtContext, node: Node) -> None:
     """MatMulNBits where the scheme says integers, else a product with the weight as the checkpoint stores it, [N, K]."""
-    x, expr = c.value(node.args[0]), c.expr(node.args[1])
+    x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
     precision = c.scheme.precision(expr.only.tensor, c.program.spec)
     y = matmul_nbits(c, x, expr, precision) if precision else c.build.op("FusedMatMul", x, c.weight(expr), domain=MS, transB=1)
-    bias = node.args[2] if len(node.args) > 2 else None
+    bias = args_of(node)[2] if len(args_of(node)) > 2 else None
     c.set(node, y if bias is None else c.build.op("Add", y, c.value(bias)))
 
 
 def embedding(c: Context, node: Node) -> None:
-    expr, ids = c.expr(node.args[0]), c.value(node.args[1])
+    expr, ids = c.expr(args_of(node)[0]), c.value(args_of(node)[1])
     precision = c.scheme.precision(expr.only.tensor, c.program.spec)
     c.set(node, c.build.op("Gather", c.weight(expr), ids) if precision is None else embed_quantized(c, ids, expr, precision))
 
 
 def rms_norm(c: Context, node: Node) -> None:
-    x, (width,), weight, epsilon = node.args
+    x, (width,), weight, epsilon = args_of(node)
     scale = c.build.constant(np.ones(width), np.float32) if weight is None else c.value(weight)
     c.set(node, c.build.op("RMSNormalization", c.value(x), scale, axis=-1, epsilon=epsilon))
 
@@ -54,7 +54,7 @@ def _silu(c: Context, x: Value) -> Value:
 
 
 def silu(c: Context, node: Node) -> None:
-    c.set(node, _silu(c, c.value(node.args[0])))
+    c.set(node, _silu(c, c.value(args_of(node)[0])))
 
 
 def _flat(c: Context, x: Any) -> Value:
@@ -66,7 +66,7 @@ def _flat(c: Context, x: Any) -> Value:
 
 def causal_conv(c: Context, node: Node) -> None:
     """Shifted products instead of CausalConvWithState, whose CPU kernel is scalar (4 times slower at 512 tokens)."""
-    x, state, weight, bias = node.args
+    x, state, weight, bias = args_of(node)
     taps, name = c.expr(weight).dense(c.store), c.expr(weight).only.tensor
     count = taps.shape[2]
     inputs = c.build.op("Concat", c.value(state), c.value(x), axis=1)
@@ -85,7 +85,7 @@ def causal_conv(c: Context, node: Node) -> None:
 
 def ssm_scan(c: Context, node: Node) -> None:
     """LinearAttention: query C, key B, value dt x, log decay dt A; fewer query heads than value heads are SSM groups."""
-    x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = node.args
+    x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = args_of(node)
     spec, build = c.program.spec, c.build
     step = build.op("Softplus", build.op("Add", c.value(dt), c.value(dt_bias)))
     if (dt_min, dt_max) != (0.0, math.inf):
@@ -118,7 +118,7 @@ def attention(c: Context, node: Node) -> None:
 
     Every row has the same physical length, so seqlens_k never tells pads apart: the bias does.
     """
-    q, k, v, past_k, past_v, positions, mask, theta = node.args
+    q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
     spec, build = c.program.spec, c.build
     cos, sin = build.once((positions, theta), lambda: _rotary_tables(c, positions, theta))
     bias, seqlens, total = build.once((mask, positions), lambda: _attention_mask(c, mask, positions))

@@ -114,7 +114,7 @@ def _in_float32(artifact: Artifact, options: Any) -> bytes:
     for node in model.graph:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-    return ir.to_proto(model).SerializeToString()
+    return bytes(ir.to_proto(model).SerializeToString())
 
 
 def _external_arrays(artifact: Artifact) -> dict[str, Any]:
@@ -127,8 +127,10 @@ def _external_arrays(artifact: Artifact) -> dict[str, Any]:
         location = str(tensor.location)
         if location not in artifact.manifest.files:
             raise H1ExportError(artifact.folder / MODEL, f"points to {location!r}, outside the artifact", "build the artifact again")
-        shape = tuple(int(dim) for dim in tensor.shape)
+        shape = tensor.shape.numpy()
         if (tensor.offset or 0) + prod(shape) * tensor.dtype.itemsize > artifact.manifest.files[location][1]:
             raise H1ExportError(artifact.folder / MODEL, f"initializer {name!r} lies outside {location}", "build the artifact again")
-        arrays[name.removesuffix(ROWS)] = np.memmap(artifact.folder / location, tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
+        arrays[name.removesuffix(ROWS)] = np.memmap(
+            artifact.folder / location, tensor.dtype.numpy(), mode="r", offset=tensor.offset or 0, shape=shape
+        )
     return arrays

@@ -83,16 +83,21 @@ def _entry(file: Path, name: str, info: Any, base: int) -> TensorEntry:
     where = f'{file}: tensor "{name}"'
     if not isinstance(info, dict):
         raise H1ExportError(where, "has no description", DOWNLOAD_AGAIN)
-    dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
+    dtype = info.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise H1ExportError(where, f"has dtype {dtype!r}", f"only {', '.join(DTYPES)} checkpoints can be exported")
-    for value, what in ((shape, "shape"), (offsets, "data_offsets")):
-        if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
-            raise H1ExportError(where, f"has {what} {value!r}", DOWNLOAD_AGAIN)
+    shape = _counts(info.get("shape"), f"{where} has shape")
+    offsets = _counts(info.get("data_offsets"), f"{where} has data_offsets")
     if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * DTYPES[dtype]:
         what = f"of shape {shape} and dtype {dtype} cannot lie at data_offsets {offsets}"
         raise H1ExportError(where, what, DOWNLOAD_AGAIN)
     return TensorEntry(file, name, dtype, tuple(shape), base + offsets[0])
+
+
+def _counts(value: Any, where: str) -> list[int]:
+    if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+        raise H1ExportError(f"{where} {value!r}", "not a list of counts", DOWNLOAD_AGAIN)
+    return value
 
 
 def _check_ranges(file: Path, entries: list[TensorEntry], base: int, size: int) -> None:

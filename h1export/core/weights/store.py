@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from h1export.errors import H1ExportError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 class WeightStore:
@@ -84,7 +85,7 @@ class WeightStore:
         """Rows [start, stop) of a tensor as float32 (exact for every source dtype)."""
         entry = self._entries[name]
         dtype = _DTYPES[entry.dtype]
-        stored = np.memmap(entry.file, dtype, "r", entry.start, entry.shape)[start:stop]
+        stored = np.memmap(entry.file, dtype, mode="r", offset=entry.start, shape=entry.shape)[start:stop]
         self._progress.advance(stored.nbytes)
         if entry.dtype == "BF16":
             return (np.asarray(stored).astype(np.uint32) << 16).view(np.float32)
@@ -103,9 +104,9 @@ class WeightStore:
         for name in sorted(self._entries):
             entry = self._entries[name]
             digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
-            data = np.memmap(entry.file, np.uint8, "r", entry.start, (entry.nbytes,))
+            data = np.memmap(entry.file, np.uint8, mode="r", offset=entry.start, shape=(entry.nbytes,))
             for start in range(0, entry.nbytes, 1 << 24):
-                digest.update(data[start : start + (1 << 24)])
+                digest.update(data[start : start + (1 << 24)].data)
                 self._progress.advance(min(1 << 24, entry.nbytes - start))
         return digest.hexdigest()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -17,15 +17,13 @@ from h1export.core.progress import Progress
 from h1export.core.protocols import Ids, Runner
 from h1export.core.quant import QuantName
 from h1export.core.report import Report, Row
-from h1export.core.state import Array, StateSpec
+from h1export.core.state import Array
 from h1export.core.weights import WeightStore
 from h1export.validate import gates
-from h1export.validate.cases import Case, cases
 from h1export.validate.latency import PREFILL, measure
-from h1export.validate.logits import logit_figures
+from h1export.validate.parity import case_rows, run_cases
 from h1export.validate.perplexity import bits_per_byte
 from h1export.validate.reference import Reference
-from h1export.validate.states import StatePair, row_of_batch, state_errors
 from h1export.validate.weights import worst_steps
 
 SOURCE, STORED, DRIFT = "source", "stored", "drift"  # what a row compares; also the first half of its metrics, see gates
@@ -50,17 +48,6 @@ class ValidateOptions:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the artifact answered in one case: row by row, without padding."""
-
-    case: Case
-    ids: tuple[Ids, ...]
-    logits: tuple[Array, ...]
-    positions: Ids
-    states: tuple[dict[str, Array], ...]
-
-
 def validate(
     artifact: Artifact, runner: Runner[Any], exact: Runner[Any], checkpoint: Path, options: ValidateOptions, progress: Progress
 ) -> Report:
@@ -78,11 +65,11 @@ def validate(
         progress.stage("stored weights")
         rows.append(_weights_row(artifact, stored, WeightStore.open(checkpoint, runner.spec), limits))
     progress.stage("artifact")
-    runs = list(_runs(runner, options.seed))
-    exact_runs = runs if exact is runner else list(_runs(exact, options.seed))
+    runs = list(run_cases(runner, options.seed))
+    exact_runs = runs if exact is runner else list(run_cases(exact, options.seed))
     progress.stage("reference")
     reference = Reference(checkpoint)
-    rows += [row for run in runs for row in _case_rows({SOURCE: run}, reference, runner, limits)]
+    rows += [row for run in runs for row in case_rows({SOURCE: run}, reference, runner, limits)]
     progress.stage("text")
     rows.append(_text_row(runner, reference, options, limits))
     progress.stage("latency")
@@ -90,60 +77,11 @@ def validate(
     if stored:
         progress.stage("reference on the stored weights")
         reference.hold(stored)
-        groups = [
-            {STORED: run} if exact is runner else {STORED: run, DRIFT: shipped} for run, shipped in zip(exact_runs, runs, strict=True)
-        ]
-        lowering = [row for group in groups for row in _case_rows(group, reference, runner, limits)]
+        pairs = zip(exact_runs, runs, strict=True)
+        ways = [{STORED: run} if exact is runner else {STORED: run, DRIFT: shipped} for run, shipped in pairs]
+        lowering = [row for way in ways for row in case_rows(way, reference, runner, limits)]
         rows[1:1] = sorted(lowering, key=lambda row: row.against != STORED)
     return Report(_subject(artifact, runner), _environment(), tuple(rows))
-
-
-def _runs(runner: Runner[Any], seed: int) -> Iterator[Run]:
-    """Every case that the runner's capabilities allow, on random token ids."""
-    rng, states = np.random.default_rng(seed), StateSpec.of(runner.spec)
-    for case in cases(runner.spec):
-        batch = len(case.pads)
-        ids = rng.integers(0, runner.spec.vocab_size, (batch, case.length), dtype=np.int64)
-        if runner.capabilities.max_batch is not None and batch > runner.capabilities.max_batch:
-            yield Run(case, (), (), np.zeros(0, np.int64), ())
-            continue
-        mask = np.array([[column >= pad for column in range(case.length)] for pad in case.pads], np.int64)
-        logits, current, end = [], runner.initial(batch), 0
-        for tokens in case.calls:
-            end += tokens
-            answer, current = runner.step(ids[:, end - tokens : end], mask[:, :end], current)
-            logits.append(answer)
-        ends = np.cumsum(case.calls)
-        positions = np.arange(case.length) if runner.capabilities.all_logits else ends - 1
-        joined, snapshot = np.concatenate(logits, axis=1), runner.snapshot(current)
-        yield Run(
-            case,
-            tuple(ids[row, pad:] for row, pad in enumerate(case.pads)),
-            tuple(joined[row, positions >= pad] for row, pad in enumerate(case.pads)),
-            positions,
-            tuple(row_of_batch(snapshot, states, row, pad) for row, pad in enumerate(case.pads)),
-        )
-
-
-def _case_rows(runs: Mapping[str, Run], reference: Reference, runner: Runner[Any], limits: Mapping[str, float]) -> list[Row]:
-    """One row for each way, by its group of metrics, in which the same case was run; the reference runs once."""
-    case, states = next(iter(runs.values())).case, StateSpec.of(runner.spec)
-    if not next(iter(runs.values())).ids:
-        return [Row(case.name, group, note=f"the runtime takes at most {runner.capabilities.max_batch} rows at a time") for group in runs]
-    truths = [reference.full(ids) for ids in next(iter(runs.values())).ids]
-    rows = []
-    for group, run in runs.items():
-        logit_pairs: list[tuple[Array, Array]] = []
-        state_pairs: list[StatePair] = []
-        for logits, found, pad, (truth, truth_states) in zip(run.logits, run.states, case.pads, truths, strict=True):
-            logit_pairs.append((logits, truth[[p - pad for p in run.positions if p >= pad]]))
-            state_pairs.append((found, truth_states))
-        errors = state_errors(state_pairs, states)
-        worst = max(errors, key=errors.__getitem__)
-        figures = logit_figures(logit_pairs) | {"states": errors[worst]}
-        gated = {name: limits[metric] for name in figures if (metric := f"{group}.{name}") in limits}
-        rows.append(Row(case.name, group, figures, gated, note=f"worst state {worst}", details=errors))
-    return rows
 
 
 def _weights_row(artifact: Artifact, stored: Mapping[str, Array], store: WeightStore, limits: Mapping[str, float]) -> Row:

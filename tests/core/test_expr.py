@@ -137,6 +137,8 @@ def test_the_decay_is_rounded_once(store: WeightStore) -> None:
     """-exp(A_log) is float64's value, rounded: half a unit in the last place of float32."""
     found = WeightExpr.of(A_LOG).apply("exp").apply("neg").dense(store)
     assert np.array_equal(found, (-np.exp(whole(store, A_LOG))).astype(np.float32))
+    x = np.linspace(-8, 8, 20_001, dtype=np.float32)
+    assert np.array_equal(FUNCTIONS["exp"](x), np.exp(x.astype(np.float64)).astype(np.float32))
 
 
 @PROPERTY

@@ -198,7 +198,6 @@ def test_force_replaces_an_artifact_in_three_steps_too(out: Path) -> None:
     assert left_in(out) == ["out"]
 
 
-@pytest.mark.xfail(strict=True, reason="where the second of three renames fails, the old artifact stays set aside")
 @pytest.mark.usefixtures("without_exchange")
 def test_a_rename_that_fails_puts_the_old_artifact_back(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(out, "old")

@@ -263,5 +263,9 @@ def _exchange(a: Path, b: Path) -> None:
         return
     aside = a.with_name(f"{a.name}-aside")
     b.rename(aside)
-    a.rename(b)
+    try:
+        a.rename(b)
+    except OSError:
+        aside.rename(b)
+        raise
     aside.rename(a)

@@ -6,6 +6,7 @@ import torch
 import torch.fx.experimental._config as fx_config
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
+from torch.fx import Graph
 
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, StateSpec
@@ -51,5 +52,15 @@ def _program(exported: torch.export.ExportedProgram, spec: HybridSpec) -> Progra
             constants[item.arg.name] = mup
         else:
             inputs[item.arg.name] = next(names)
+    _drop_other_names(exported.graph_module.graph, weights)
     outputs = (LOGITS, *(tensor.present for tensor in states.tensors))
     return Program(spec, states, exported.graph_module, weights, constants, inputs, outputs)
+
+
+def _drop_other_names(graph: Graph, weights: dict[str, WeightExpr]) -> None:
+    """torch.export keeps a placeholder for every name of a shared parameter (a tied head) and reads one of them."""
+    read = {weights[node.name] for node in graph.nodes if node.name in weights and node.users}
+    for node in list(graph.nodes):
+        if node.name in weights and not node.users and weights[node.name] in read:
+            graph.erase_node(node)
+            del weights[node.name]

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import FalconH1ForCausalLM
 
+from h1export.core.progress import SILENT
 from h1export.core.spec import HybridSpec
 from h1export.core.weights import WeightStore, tensor_layout
 from h1export.errors import H1ExportError
@@ -195,6 +196,25 @@ def test_the_fingerprint_sees_names_and_dtypes(plain: Path, tensors: Tensors, tm
     swapped = folder_of(tensors | {k: tensors[v], v: tensors[k]}, plain, tmp_path / "swapped")
     relabelled = folder_of({name: tensor.view(torch.float16) for name, tensor in tensors.items()}, plain, tmp_path / "relabelled")
     assert len({opened(folder).fingerprint() for folder in (plain, swapped, relabelled)}) == 3
+
+
+@pytest.mark.parametrize("end", [0, -1])
+def test_the_fingerprint_sees_both_ends_of_every_tensor(end: int, plain: Path, tmp_path: Path) -> None:
+    spec, whole = HybridSpec.load(plain), (plain / "model.safetensors").read_bytes()
+    store = WeightStore.open(plain, spec)
+    seen = {store.fingerprint()}
+    for entry in store.entries:
+        content = bytearray(whole)
+        content[entry.start + (end % entry.nbytes)] ^= 1
+        (tmp_path / "model.safetensors").write_bytes(content)
+        seen.add(WeightStore.open(tmp_path, spec).fingerprint())
+    assert len(seen) == 1 + len(store.entries)
+
+
+def test_the_fingerprint_sees_names_that_do_not_change_the_order(plain: Path) -> None:
+    store = opened(plain)
+    renamed = WeightStore({f"{entry.name}_": entry for entry in store.entries}, SILENT)
+    assert renamed.fingerprint() != store.fingerprint()
 
 
 @pytest.fixture(scope="module")

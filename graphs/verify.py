@@ -73,7 +73,8 @@ def _check_io(program: Program) -> None:
     if found != inputs:
         raise VerifyError(f"inputs missing or unknown: {sorted(found ^ inputs)}")
     if program.outputs != outputs:
-        raise VerifyError(f"outputs missing or unknown: {sorted(set(program.outputs) ^ set(outputs))}")
+        what = sorted(set(program.outputs) ^ set(outputs)) or f"none, but their order is {program.outputs}"
+        raise VerifyError(f"outputs missing or unknown: {what}")
 
 
 def _placeholder(program: Program, node: Node) -> set[str]:

@@ -25,7 +25,7 @@ __all__ = ["PASSES", "Pass", "PassError", "run_passes"]
 
 
 def run_passes(program: Program, passes: Sequence[Pass] = PASSES) -> Program:
-    """Apply ``passes`` in order to a copy of ``program``; the result is verified.
+    """Apply ``passes`` in order to a copy of ``program``; the result is verified, so they must do all that PASSES do.
 
     Raises:
         PassError: a pass met a graph it does not understand, or did not reach what it promises.

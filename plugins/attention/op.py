@@ -14,6 +14,8 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """softmax(rope(q) K^T / sqrt(dim) over visible columns) V, with K = past_k followed by rope(k), V = past_v followed by v.
 
+    All but positions and mask have one dtype.
+
     Args:
         q: [batch, seq, heads, dim], not rotated.
         k: [batch, seq, kv_heads, dim], not rotated; query head h reads kv head h // (heads / kv_heads).

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @torch.library.custom_op("h1::causal_conv", mutates_args=())
 def causal_conv(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y[b, s, c] = silu(bias[c] + sum_i weight[c, 0, i] * xs[b, s + i, c]) with xs = state followed by x.
+    """All tensors of one dtype: y[b, s, c] = silu(bias[c] + sum_i weight[c, 0, i] * xs[b, s + i, c]) with xs = state followed by x.
 
     Args:
         x: [batch, seq, channels]; padded positions must be zero, as before the first token.

@@ -70,7 +70,7 @@ def _(
     dt_min: float,
     dt_max: float,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), state.new_empty(state.shape)
+    return x.new_empty(x.shape), state.new_empty(state.shape, dtype=torch.float32)
 
 
 def _chunk(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

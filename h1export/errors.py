@@ -11,7 +11,12 @@ class H1ExportError(Exception):
     """
 
     def __init__(self, where: object, what: str, next_step: str) -> None:
-        super().__init__(f"{where}: {what}; {next_step}")
+        super().__init__(_printable(f"{where}: {what}; {next_step}"))
         self.where = str(where)
         self.what = what
         self.next_step = next_step
+
+
+def _printable(text: str) -> str:
+    """Names come from files of strangers: nothing in them may steer a terminal or break the line."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -87,12 +87,16 @@ class Manifest:
         try:
             data = json.loads(text)
             version = data.pop("format")
-            if version != FORMAT:
+            if type(version) is not int or version != FORMAT:
                 raise H1ExportError(where, f"format {version!r}, and this h1export reads format {FORMAT}", "build the artifact again")
             data["weights"] = tuple(_stored_weight(item) for item in data["weights"])
             for side in ("inputs", "outputs"):
                 data[side] = {name: (str(dtype), tuple(dims)) for name, (dtype, dims) in data[side].items()}
-            data["files"] = {name: (str(digest), int(size)) for name, (digest, size) in data["files"].items()}
+            data["files"] = {str(name): (_text(digest), _count(size)) for name, (digest, size) in data["files"].items()}
+            for name in ("target", "source"):
+                data[name] = _text(data[name])
+            for name in ("spec", "scheme", "options", "toolchain"):
+                data[name] = {**data[name]}
             return cls(**data)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise H1ExportError(where, f"not a manifest of h1export ({error!r})", "build the artifact again") from None
@@ -107,12 +111,25 @@ def _jsonable(value: Any) -> Any:
     return {"__float__": "Infinity"} if isinstance(value, float) and math.isinf(value) else value
 
 
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"{str(value)[:80]} is not a text")
+    return value
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{str(value)[:80]} is not a count")
+    return value
+
+
 def _stored_weight(data: Mapping[str, Any]) -> StoredWeight:
-    parts = tuple(
-        StoredPart(part["tensor"], part["rows"], Multiplier(tuple((rows, factor) for rows, factor in part["multiplier"]["runs"])))
-        for part in data["parts"]
-    )
-    return StoredWeight(data["initializer"], data["bits"], data["block"], parts)
+    parts = tuple(StoredPart(_text(part["tensor"]), _count(part["rows"]), _multiplier(part["multiplier"])) for part in data["parts"])
+    return StoredWeight(_text(data["initializer"]), _count(data["bits"]), _count(data["block"]), parts)
+
+
+def _multiplier(data: Mapping[str, Any]) -> Multiplier:
+    return Multiplier(tuple((_count(rows), float(factor)) for rows, factor in data["runs"]))
 
 
 @dataclass(frozen=True)
@@ -132,7 +149,11 @@ class Artifact:
         path = folder / MANIFEST
         if not path.is_file():
             raise H1ExportError(folder, f"no {MANIFEST}", "give a folder that h1export build has made")
-        manifest = Manifest.parse(path.read_text(encoding="utf-8", errors="replace"), path)
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise H1ExportError(path, f"cannot be read ({error.strerror})", "check its permissions") from None
+        manifest = Manifest.parse(text, path)
         for name, (_, size) in manifest.files.items():
             file = folder / name
             found = _plain_size(file)
@@ -186,9 +207,11 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
     out = out.absolute()
     stage = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
+        if out.parent.is_dir():
+            _restore_or_remove_aside(out)
+            _remove_abandoned(out)
         _check_place(out, force)
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
         stage.mkdir()
         lock = os.open(stage, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -222,11 +245,30 @@ def _is_artifact(folder: Path) -> bool:
     return isinstance(manifest, dict) and {"format", "target", "files"} <= manifest.keys()
 
 
+def _aside_name(out: Path) -> str:
+    return f".{out.name}.aside"
+
+
+def _restore_or_remove_aside(out: Path) -> None:
+    """After a kill in the middle of an exchange in three steps: the old artifact goes back, unless the new one is in place."""
+    aside = out.with_name(_aside_name(out))
+    if aside.is_dir() and not aside.is_symlink():
+        if out.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(out)
+
+
 def _remove_abandoned(out: Path) -> None:
+    prefix = f".{out.name}.partial-"
     for stale in out.parent.iterdir():
-        if not stale.name.startswith(f".{out.name}.partial-") or stale.is_symlink() or not stale.is_dir():
+        ours = stale.name.startswith(prefix) and stale.name.removeprefix(prefix).isdigit()
+        if not ours or stale.is_symlink() or not stale.is_dir():
             continue
-        handle = os.open(stale, os.O_RDONLY)
+        try:
+            handle = os.open(stale, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another build has just removed it
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -261,7 +303,7 @@ def _exchange(a: Path, b: Path) -> None:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
         return
-    aside = a.with_name(f"{a.name}-aside")
+    aside = b.with_name(_aside_name(b))
     b.rename(aside)
     try:
         a.rename(b)

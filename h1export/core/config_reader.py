@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from h1export.errors import H1ExportError
 
+FLOAT32 = np.finfo(np.float32)
 MAX_SIZE = 1 << 24  # no dimension of any model comes near; keeps hostile sizes from becoming work
 
 
@@ -87,9 +90,28 @@ class ConfigReader:
             raise self.error(key, f"is {value!r}", "expected a token id or a list of token ids")
         return tuple(ids)
 
+    def token_id(self, key: str, default: int) -> int | None:
+        """One token id, or null for none."""
+        ids = self.token_ids(key, default)
+        if isinstance(self.config.get(key), list):
+            raise self.error(key, f"is {self.config[key]!r}", "expected one token id")
+        return ids[0] if ids else None
+
     def _finite(self, key: str, value: Any, lowest: float, open_end: bool) -> float:
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # an int may be beyond any float
             raise self.error(key, f"is {value!r}", "expected a finite number")
+        if value and not FLOAT32.smallest_normal <= abs(value) <= FLOAT32.max:
+            raise self.error(key, f"is {value!r}", "expected a number that float32 can hold")
         if value < lowest or (open_end and value == lowest):
             raise self.error(key, f"is {value!r}", f"expected a number {'above' if open_end else 'of at least'} {lowest:g}")
         return float(value)
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's object_pairs_hook. Raises ValueError where a name appears twice: readers would differ on which one counts."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name!r} appears twice")
+        found[name] = value
+    return found

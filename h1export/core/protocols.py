@@ -76,5 +76,7 @@ def check_call(ids: Ids, mask: Ids, past: int, vocab_size: int) -> None:
         raise H1ExportError("step", f"input_ids {ids.dtype} and attention_mask {mask.dtype}", "expected int64")
     if ids.min() < 0 or ids.max() >= vocab_size:
         raise H1ExportError("step", f"token ids from {ids.min()} to {ids.max()}", f"the vocabulary is 0 to {vocab_size - 1}")
-    if not np.isin(mask, (0, 1)).all() or (mask[:, 1:] < mask[:, :-1]).any():
+    if not np.isin(mask, (0, 1)).all():
+        raise H1ExportError("step", "attention_mask has values besides 0 and 1", "1 is a real token, 0 a pad")
+    if (mask[:, 1:] < mask[:, :-1]).any():
         raise H1ExportError("step", "attention_mask has a pad after a real token", "pad on the left: recurrent states see tokens in order")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from h1export.core.config_reader import ConfigReader
+from h1export.core.config_reader import ConfigReader, without_duplicates
 from h1export.errors import H1ExportError
 
 MODEL_TYPE = "falcon_h1"
@@ -178,10 +178,12 @@ class HybridSpec:
         """
         path = folder / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
         except FileNotFoundError:
             raise H1ExportError(path, "no such file", "give a checkpoint folder in Hugging Face layout") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
+            raise H1ExportError(path, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
+        except (ValueError, RecursionError) as error:
             raise H1ExportError(path, f"not readable as JSON ({error})", "download the checkpoint again") from None
         return cls.from_config(config, path)
 
@@ -218,8 +220,8 @@ def _refuse_what_is_not_exported(read: ConfigReader) -> None:
         raise read.error("quantization_config", "the checkpoint is already quantised", "give the unquantised checkpoint")
     for key in ("layers_block_type", "layer_types"):
         kinds = read.config.get(key)
-        if kinds is not None and (not isinstance(kinds, list) or any(kind != "hybrid" for kind in kinds)):
-            raise read.error(key, f"is {kinds!r}", "only layers of kind 'hybrid' can be exported")
+        if kinds is not None and kinds != ["hybrid"] * read.size("num_hidden_layers", 32, limit=1024):
+            raise read.error(key, f"is {str(kinds)[:80]}", "expected 'hybrid' once for every layer; no other kind can be exported")
 
 
 def _rope_theta(read: ConfigReader) -> float:
@@ -286,9 +288,9 @@ def _parse(read: ConfigReader) -> HybridSpec:
         ssm_out_multiplier=read.positive("ssm_out_multiplier", 1.0),
         ssm_multipliers=(ssm[0], ssm[1], ssm[2], ssm[3], ssm[4]),
         mlp_multipliers=(mlp[0], mlp[1]),
-        bos_token_id=next(iter(read.token_ids("bos_token_id", 1)), None),
+        bos_token_id=read.token_id("bos_token_id", 1),
         eos_token_ids=read.token_ids("eos_token_id", 2),
-        pad_token_id=next(iter(read.token_ids("pad_token_id", 0)), None),
+        pad_token_id=read.token_id("pad_token_id", 0),
     )
 
 

@@ -19,6 +19,7 @@ BUILD = "import sys; from h1export.cli import run; sys.exit(run(sys.argv[1:]))"
 
 def start(*words: str, limit: int | None = None) -> subprocess.Popen[str]:
     def prepare() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, and inherited so, where the tests run in the background
         if limit is not None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

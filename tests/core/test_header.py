@@ -237,7 +237,13 @@ def test_an_empty_file(tmp_path: Path) -> None:
 
 def test_a_folder(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
-    refused(tmp_path / "model.safetensors", "cannot be read", "check the path")
+    refused(tmp_path / "model.safetensors", "not a regular file")
+
+
+def test_a_pipe_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(H1ExportError, match="not a regular file"):
+        read_header(tmp_path / "model.safetensors")
 
 
 def test_no_file(tmp_path: Path) -> None:

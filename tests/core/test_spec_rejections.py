@@ -243,13 +243,13 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_a_folder_in_the_files_place(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(H1ExportError, match=r"config\.json: not readable"):
+    with pytest.raises(H1ExportError, match=r"config\.json: cannot be read"):
         HybridSpec.load(tmp_path)
 
 
 def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("x", encoding="utf-8")
-    with pytest.raises(H1ExportError, match=r"config\.json: not readable"):
+    with pytest.raises(H1ExportError, match=r"config\.json: cannot be read"):
         HybridSpec.load(tmp_path / "model")
 
 

@@ -266,7 +266,7 @@ def test_no_weights_at_all(plain: Path) -> None:
 def test_a_folder_in_the_weights_place(plain: Path) -> None:
     (plain / SINGLE).unlink()
     (plain / SINGLE).mkdir()
-    refused(plain, SINGLE, "cannot be read")
+    refused(plain, SINGLE, "not a regular file")
 
 
 def test_a_shard_that_is_a_folder(sharded: Path) -> None:
@@ -285,4 +285,4 @@ def test_a_shard_that_is_not_safetensors(sharded: Path) -> None:
 def test_a_pointer_file_instead_of_the_weights(plain: Path) -> None:
     """What a clone without Git LFS leaves."""
     (plain / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11063192\n", encoding="utf-8")
-    refused(plain, SINGLE, "not a safetensors file")
+    refused(plain, SINGLE, "a Git LFS pointer", "run git lfs pull")

@@ -34,6 +34,10 @@ class Multiplier:
 
     runs: tuple[tuple[int, float], ...] = ((0, 1.0),)
 
+    def __post_init__(self) -> None:
+        if len(self.runs) > 1 and any(rows == 0 for rows, _ in self.runs):
+            raise ValueError(f"a run of no rows among {self.runs}")
+
     @classmethod
     def scalar(cls, factor: float) -> Multiplier:
         return cls(((0, factor),))

@@ -8,16 +8,19 @@ tensor, which byte and what to do.
 from __future__ import annotations
 
 import json
+import stat
 import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from h1export.core.config_reader import without_duplicates
 from h1export.errors import H1ExportError
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # the dtypes that Falcon-H1 checkpoints use -> bytes per element
+LFS_POINTER = b"version "  # how the text that stands for the file begins
 DOWNLOAD_AGAIN = "the file is damaged, download it again"
 
 
@@ -43,12 +46,17 @@ def read_header(file: Path) -> list[TensorEntry]:
         H1ExportError: not a safetensors file, truncated, or with a header that breaks the format's rules.
     """
     try:
-        size = file.stat().st_size
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise H1ExportError(file, "not a regular file", "give a checkpoint folder in Hugging Face layout")
+        size = found.st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if length < 0:
                 raise H1ExportError(file, f"{size} bytes are too few for a safetensors file", DOWNLOAD_AGAIN)
+            if prefix == LFS_POINTER:
+                raise H1ExportError(file, "a Git LFS pointer, not the file itself", "run git lfs pull")
             if length > MAX_HEADER_BYTES:
                 what = f"header of {length} bytes, and the format allows {MAX_HEADER_BYTES}"
                 raise H1ExportError(file, what, "the file is damaged or not a safetensors file")
@@ -63,14 +71,8 @@ def read_header(file: Path) -> list[TensorEntry]:
 
 
 def _parse(file: Path, text: bytes, base: int) -> list[TensorEntry]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name appears twice")
-        return found
-
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise H1ExportError(file, f"header is not valid JSON ({error})", DOWNLOAD_AGAIN) from None
     if not isinstance(header, dict):
@@ -95,9 +97,11 @@ def _entry(file: Path, name: str, info: Any, base: int) -> TensorEntry:
 
 
 def _counts(value: Any, where: str) -> list[int]:
-    if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
-        raise H1ExportError(f"{where} {value!r}", "not a list of counts", DOWNLOAD_AGAIN)
-    return value
+    """A short list of counts that fit 64 bits: products of hostile ones would take forever."""
+    fits = isinstance(value, list) and len(value) <= 8 and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+    if not fits:
+        raise H1ExportError(f"{where} {value!r:.80}", "not a list of at most 8 counts", DOWNLOAD_AGAIN)
+    return list(value)
 
 
 def _check_ranges(file: Path, entries: list[TensorEntry], base: int, size: int) -> None:

@@ -59,6 +59,8 @@ class WeightStore:
         for name, entry in self._entries.items():
             if name not in layout and not (name == LM_HEAD and self._repeats_embedding()):
                 what = "has no place in the architecture that config.json describes"
+                if name == LM_HEAD:
+                    what = "is not the embedding, and config.json ties the two (tie_word_embeddings)"
                 raise H1ExportError(f'{entry.file}: tensor "{name}"', what, "config and weights are of two different models")
 
     def _repeats_embedding(self) -> bool:

@@ -87,7 +87,7 @@ def test_batched_chunks_are_the_rows_alone(tiny: Path, build: Build) -> None:
         ([[1, 2]], [[1, 1, 1]], "expected \\[batch, new\\]"),
         ([[1, 5000]], [[1, 1]], "the vocabulary is 0 to 4095"),
         ([[1, 2]], [[1, 0]], "pad on the left"),
-        ([[1, 2]], [[2, 2]], "pad on the left"),
+        ([[1, 2]], [[2, 2]], "besides 0 and 1"),
     ],
 )
 def test_calls_that_break_the_contract_are_refused(

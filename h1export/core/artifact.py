@@ -213,8 +213,7 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
         _check_place(out, force)
         out.parent.mkdir(parents=True, exist_ok=True)
         stage.mkdir()
-        lock = os.open(stage, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = _locked(stage)
     except (OSError, ValueError) as error:
         raise H1ExportError(out, f"cannot be made ({error})", "choose another OUT") from None
     try:
@@ -225,6 +224,18 @@ def staged(out: Path, force: bool) -> Iterator[Path]:
     finally:
         os.close(lock)
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _locked(stage: Path) -> int:
+    """A handle that keeps ``stage`` locked while it is open; without a lock there is no stage."""
+    lock = os.open(stage, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        stage.rmdir()
+        raise
+    return lock
 
 
 def _check_place(out: Path, force: bool) -> None:
@@ -252,7 +263,7 @@ def _aside_name(out: Path) -> str:
 def _restore_or_remove_aside(out: Path) -> None:
     """After a kill in the middle of an exchange in three steps: the old artifact goes back, unless the new one is in place."""
     aside = out.with_name(_aside_name(out))
-    if aside.is_dir() and not aside.is_symlink():
+    if aside.is_dir() and not aside.is_symlink() and _is_artifact(aside):
         if out.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:

@@ -271,3 +271,22 @@ def test_what_only_looks_like_a_leftover_is_left_alone(make: Callable[[Path], No
     make(out.parent / ".out.partial-1")
     fill(out)
     assert left_in(out) == [".out.partial-1", "out"]
+
+
+def test_without_locks_there_is_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(H1ExportError, match="Operation not supported"), staged(tmp_path / "out", force=False):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_only_looks_set_aside_is_nobodys_business(out: Path) -> None:
+    theirs = out.with_name(f".{out.name}.aside")
+    theirs.mkdir(parents=True)
+    (theirs / "precious").write_text("theirs", encoding="utf-8")
+    fill(out)
+    fill(out, "newer", force=True)
+    assert (theirs / "precious").read_text(encoding="utf-8") == "theirs"

@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 from click.shell_completion import get_completion_class
@@ -19,11 +19,12 @@ from rich.console import Console
 
 from h1export import __version__
 from h1export.core.artifact import REPORT
+from h1export.core.quant.scheme import BLOCK_SIZES, QuantName
 from h1export.errors import H1ExportError
 from h1export.targets import MODULES
 
 F = TypeVar("F", bound=Callable[..., Any])
-QUANTS, BLOCKS = ("none", "int8", "int4"), ("32", "64", "128")
+QUANTS, BLOCKS = get_args(QuantName), [str(size) for size in BLOCK_SIZES]
 
 
 def common(command: F) -> F:

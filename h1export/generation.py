@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,12 +71,3 @@ def generate(runner: Runner[Any], prompt: Ids, max_tokens: int, sampling: Sampli
         yield token
         end += 1
         logits, states = runner.step(np.array([[token]]), np.ones((1, end), np.int64), states)
-
-
-def end_tokens(folder: Path, spec_eos: tuple[int, ...]) -> frozenset[int]:
-    """The end tokens of generation_config.json (one or a list), else those of config.json."""
-    path = folder / "generation_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    if found is None:
-        return frozenset(spec_eos)
-    return frozenset(found if isinstance(found, list) else [found])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -15,6 +14,7 @@ import torch
 
 from h1export import __version__
 from h1export.core.artifact import MANIFEST, REPORT, Artifact, Manifest, file_table, staged
+from h1export.core.generation_config import GENERATION_CONFIG, special_tokens
 from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Runner
 from h1export.core.quant import QuantScheme
@@ -22,7 +22,7 @@ from h1export.core.report import Report
 from h1export.core.spec import HybridSpec
 from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
-from h1export.generation import Sampling, end_tokens, generate
+from h1export.generation import Sampling, generate
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
 from h1export.sources import embedded_model
@@ -34,7 +34,7 @@ from h1export.validate import validate as run_validation
 HELDOUT = "heldout.txt"  # in the embedded model's folder
 CARRIED = (  # files of a checkpoint that an artifact carries as they are
     "config.json",
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -65,6 +65,7 @@ def build(
     spec = HybridSpec.load(checkpoint)
     store = WeightStore.open(checkpoint, spec, progress)
     scheme.check(spec)
+    special_tokens(checkpoint, spec)  # refused here rather than when somebody generates
     with staged(out, force) as folder:
         _carry(checkpoint, folder)
         progress.stage("trace")
@@ -92,14 +93,6 @@ def _carry(checkpoint: Path, folder: Path) -> None:
         source = checkpoint / name
         if source.is_file():
             shutil.copyfile(source, folder / name)
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        try:
-            readable = isinstance(json.loads(generation.read_text(encoding="utf-8")), dict)
-        except ValueError:
-            readable = False
-        if not readable:
-            raise H1ExportError(checkpoint / generation.name, "not a JSON object", "download it again, or delete it")
 
 
 def load(artifact: Artifact, threads: int = 0, float32: bool = False) -> Runner[Any]:
@@ -166,4 +159,5 @@ def generate_text(out: Path, prompt: str, max_tokens: int, sampling: Sampling, c
     text = chat_prompt(out, prompt) if chat else prompt
     ids = np.array(tokenizer.encode(text, add_special_tokens=not chat).ids, np.int64)  # a template brings its own
     runner = load(artifact, threads)
-    yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling, end_tokens(out, runner.spec.eos_token_ids)))
+    end = frozenset(special_tokens(out, runner.spec).eos)
+    yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling, end))

@@ -12,13 +12,11 @@ from h1export.graphs.programs import Program
 
 class FoldDecay(Pass):
     def run(self, program: Program) -> int:
-        found = [node for node in program.calls(aten.exp.default, aten.neg.default) if program.weight_of(node.args[0])]
         count = 0
-        while found:
-            for node in found:
+        for node in program.calls(aten.exp.default, aten.neg.default):  # in graph order, so neg meets exp folded already
+            if program.weight_of(node.args[0]):
                 self._fold(program, node)
-            count += len(found)
-            found = [node for node in program.calls(aten.exp.default, aten.neg.default) if program.weight_of(node.args[0])]
+                count += 1
         return count
 
     def _fold(self, program: Program, node: Node) -> None:

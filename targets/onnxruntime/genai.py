@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from h1export.core.generation_config import SpecialTokens, special_tokens
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateTensor
 
@@ -16,29 +17,22 @@ CONFIG = "genai_config.json"
 
 
 def write_config(spec: HybridSpec, model: str, folder: Path) -> None:
-    """Write the config beside ``model``; token ids come from generation_config.json where the checkpoint has one."""
-    config = {"model": _model(spec, model, _generation(folder)), "search": _search(spec)}
+    """Write the config beside ``model``, in a folder that carries the checkpoint's generation_config.json where it has one."""
+    config = {"model": _model(spec, model, special_tokens(folder, spec)), "search": _search(spec)}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def _generation(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-def _model(spec: HybridSpec, model: str, generation: dict[str, Any]) -> dict[str, Any]:
+def _model(spec: HybridSpec, model: str, tokens: SpecialTokens) -> dict[str, Any]:
     def pattern(side: str, kind: StateKind) -> str:
         name = StateTensor(0, kind, ())
         return (name.past if side == "past" else name.present).replace(".0.", ".%d.")
 
-    eos = generation.get("eos_token_id", list(spec.eos_token_ids))
-    tokens = {"bos_token_id": generation.get("bos_token_id", spec.bos_token_id), "eos_token_id": eos or None}
-    tokens["pad_token_id"] = generation.get("pad_token_id", spec.pad_token_id)
-    if tokens["pad_token_id"] is None:  # the client wants one; it is never read without padding
-        tokens["pad_token_id"] = eos[0] if isinstance(eos, list) and eos else eos or 0
+    # the client wants a pad token; it is never read without padding
+    pad = tokens.pad if tokens.pad is not None else next(iter(tokens.eos), 0)
+    ids = {"bos_token_id": tokens.bos, "eos_token_id": list(tokens.eos) or None, "pad_token_id": pad}
     return {
         "type": "decoder",
-        **{key: value for key, value in tokens.items() if value is not None},
+        **{key: value for key, value in ids.items() if value is not None},
         "context_length": spec.max_position_embeddings,
         "vocab_size": spec.vocab_size,
         "decoder": {

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from h1export.core.artifact import Artifact
 from h1export.core.protocols import Capabilities, Ids, check_call
+from h1export.core.quant import QuantizedTensor
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec
 from h1export.core.weights import tensor_layout
@@ -79,7 +80,7 @@ class OnnxRuntimeRunner:
     def snapshot(self, states: States) -> dict[str, Array]:
         return {tensor.key: layout.permute(tensor.kind, states[tensor.past]) for tensor in self._states.tensors}
 
-    def stored_weights(self) -> Mapping[str, Array]:
+    def stored_weights(self) -> StoredWeights:
         return StoredWeights(self._artifact)
 
 
@@ -91,14 +92,13 @@ class StoredWeights(Mapping[str, Array]):
         self._tensors = _external_arrays(artifact)
         self._weights = {part.tensor: (weight, columns[part.tensor]) for weight in artifact.manifest.weights for part in weight.parts}
 
-    def quantized(self, name: str) -> Any:
-        """The QuantizedTensor behind ``name``: the same integers on every target."""
+    def quantized(self, name: str) -> QuantizedTensor:
+        """What lies behind ``name``: the same integers on every target."""
         weight, columns = self._weights[name]
         return dict(read_stored(weight, self._tensors, columns))[name]
 
     def __getitem__(self, name: str) -> Array:
-        unfolded: Array = self.quantized(name).unfolded()
-        return unfolded
+        return self.quantized(name).unfolded()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

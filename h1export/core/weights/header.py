@@ -10,16 +10,20 @@ from __future__ import annotations
 import json
 import stat
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from h1export.core.config_reader import without_duplicates
 from h1export.errors import H1ExportError
 
 MAX_HEADER_BYTES = 100_000_000
-DTYPES = {"F32": 4, "F16": 2, "BF16": 2}  # the dtypes that Falcon-H1 checkpoints use -> bytes per element
+# the dtypes that Falcon-H1 checkpoints use -> how numpy reads them, which knows no bf16
+DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 LFS_POINTER = b"version "  # how the text that stands for the file begins
 DOWNLOAD_AGAIN = "the file is damaged, download it again"
 
@@ -36,7 +40,7 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype]
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def read_header(file: Path) -> list[TensorEntry]:
@@ -90,7 +94,7 @@ def _entry(file: Path, name: str, info: Any, base: int) -> TensorEntry:
         raise H1ExportError(where, f"has dtype {dtype!r}", f"only {', '.join(DTYPES)} checkpoints can be exported")
     shape = _counts(info.get("shape"), f"{where} has shape")
     offsets = _counts(info.get("data_offsets"), f"{where} has data_offsets")
-    if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * DTYPES[dtype]:
+    if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * DTYPES[dtype].itemsize:
         what = f"of shape {shape} and dtype {dtype} cannot lie at data_offsets {offsets}"
         raise H1ExportError(where, what, DOWNLOAD_AGAIN)
     return TensorEntry(file, name, dtype, tuple(shape), base + offsets[0])

@@ -6,21 +6,19 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from h1export.core.progress import SILENT, Progress
 from h1export.core.spec import HybridSpec
 from h1export.core.state import Array
-from h1export.core.weights.header import TensorEntry, read_header
+from h1export.core.weights.header import DTYPES, TensorEntry, read_header
 from h1export.core.weights.layout import EMBEDDING, LM_HEAD, tensor_layout
 from h1export.errors import H1ExportError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 class WeightStore:
@@ -86,7 +84,7 @@ class WeightStore:
     def rows(self, name: str, start: int, stop: int) -> Array:
         """Rows [start, stop) of a tensor as float32 (exact for every source dtype)."""
         entry = self._entries[name]
-        dtype = _DTYPES[entry.dtype]
+        dtype = DTYPES[entry.dtype]
         stored = np.memmap(entry.file, dtype, mode="r", offset=entry.start, shape=entry.shape)[start:stop]
         self._progress.advance(stored.nbytes)
         if entry.dtype == "BF16":

@@ -50,7 +50,7 @@ def test_genai_generates_what_we_generate(split: int | None, tiny: Path, build: 
 
 def test_genai_tokenizes_as_tokenizers_does(tiny: Path, build: Build) -> None:
     artifact = build(tiny)
-    text = (tiny / "heldout.txt").read_text(encoding="utf-8")[:20000]
+    text = (tiny / "heldout.txt").read_text(encoding="utf-8")
     theirs = og.Tokenizer(og.Model(str(artifact.folder))).encode(text)
     assert list(map(int, theirs)) == load_tokenizer(artifact.folder).encode(text, add_special_tokens=False).ids
 

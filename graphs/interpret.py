@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from h1export.core.protocols import Capabilities, Ids, check_call
+from h1export.core.protocols import Capabilities, Ids, SteppedSequences, check_call
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array
 from h1export.core.weights import WeightStore
@@ -52,6 +52,9 @@ class ProgramRunner:
         named = dict(zip(self._program.outputs, results, strict=True))
         logits: Array = named[LOGITS].numpy()
         return logits, {tensor.past: named[tensor.present] for tensor in self._program.states.tensors}
+
+    def start(self, batch: int, capacity: int) -> SteppedSequences:
+        return SteppedSequences(self, batch)
 
     def snapshot(self, states: States) -> dict[str, Array]:
         return {tensor.key: np.asarray(states[tensor.past].numpy()) for tensor in self._program.states.tensors}

@@ -196,7 +196,8 @@ class FalconH1(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, states: list[LayerStates]) -> tuple[Tensor, list[LayerStates]]:
         """input_ids [batch, seq]; attention_mask int64 [batch, past + seq], left padding only; canonical states (core.state)."""
-        s, seq, past = self.spec, input_ids.shape[1], states[0][0].shape[2]
+        s, seq = self.spec, input_ids.shape[1]
+        past = attention_mask.shape[1] - seq  # not the keys' own length: a target may hold them in a longer buffer
         # positions count real tokens; pads, all on the left, get position 0
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0).narrow(1, past, seq)
         h = scaled(self.model.embed_tokens(input_ids), s.embedding_multiplier)

@@ -19,6 +19,7 @@ LEGAL_OPS = frozenset(
         h1.ssm_scan.default,
         h1.causal_conv.default,
         h1.attention.default,
+        aten.cat.default,
         aten.embedding.default,
         aten.linear.default,
         aten.rms_norm.default,
@@ -87,8 +88,7 @@ def _placeholder(program: Program, node: Node) -> set[str]:
         raise VerifyError(f"{node}: nothing reads it ({made_of})")
     if expr is None:
         return set()
-    shapes = [tensor_layout(program.spec)[part.tensor] for part in expr.parts]
-    shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    shape = expr.shape(tensor_layout(program.spec).__getitem__)
     if tuple(node.meta["val"].shape) != shape:
         raise VerifyError(f"{node}: the graph says {tuple(node.meta['val'].shape)}, its expression {shape}")
     return {part.tensor for part in expr.parts}

@@ -60,14 +60,14 @@ def generate(runner: Runner[Any], prompt: Ids, max_tokens: int, sampling: Sampli
         raise H1ExportError("prompt", "has no tokens", "give at least one")
     if len(prompt) >= context:
         raise H1ExportError("prompt", f"has {len(prompt)} tokens, and the model's context is {context}", "shorten it")
-    rng, states, end = np.random.default_rng(sampling.seed), runner.initial(1), 0
+    rng = np.random.default_rng(sampling.seed)
+    sequence = runner.start(1, capacity=min(len(prompt) + max_tokens, context))
     for start in range(0, len(prompt), PREFILL_CHUNK):
-        end = min(start + PREFILL_CHUNK, len(prompt))
-        logits, states = runner.step(prompt[None, start:end], np.ones((1, end), np.int64), states)
-    for _ in range(min(max_tokens, context - len(prompt))):
+        logits = sequence.append(prompt[None, start : start + PREFILL_CHUNK])
+    for left in reversed(range(min(max_tokens, context - len(prompt)))):
         token = sampling.choose(logits[0, -1], rng)
         if token in eos:
             return
         yield token
-        end += 1
-        logits, states = runner.step(np.array([[token]]), np.ones((1, end), np.int64), states)
+        if left:
+            logits = sequence.append(np.array([[token]]))

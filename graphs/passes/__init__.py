@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from h1export.graphs.passes.base import Pass, PassError
+from h1export.graphs.passes.base import KindOf, Pass, PassError
 from h1export.graphs.passes.drop_metadata_asserts import DropMetadataAsserts
+from h1export.graphs.passes.flatten_splits import FlattenSplits
 from h1export.graphs.passes.fold_decay import FoldDecay
 from h1export.graphs.passes.fold_head_multiplier import FoldHeadMultiplier
 from h1export.graphs.passes.fold_input_multipliers import FoldInputMultipliers
 from h1export.graphs.passes.fold_output_multipliers import FoldOutputMultipliers
+from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
+from h1export.graphs.passes.fuse_summed_projections import FuseSummedProjections
 from h1export.graphs.programs import Program
 from h1export.graphs.verify import verify
 
@@ -21,11 +24,26 @@ PASSES: tuple[Pass, ...] = (
     FoldInputMultipliers(),
 )
 
-__all__ = ["PASSES", "Pass", "PassError", "run_passes"]
+
+def fusions(kind_of: KindOf, align: int) -> tuple[Pass, ...]:
+    """The passes of a target whose runtime has no fusion of its own, to run after PASSES.
+
+    Args:
+        kind_of: what weights must have in common to share an initializer: the target's precision of them.
+        align: columns of a block, which a concatenation along columns may not cut.
+    """
+    return (
+        FuseParallelProjections(kind_of),
+        FuseSummedProjections(kind_of, align),
+        FlattenSplits(),  # after the projections, whose fusion makes splits of splits
+    )
+
+
+__all__ = ["PASSES", "KindOf", "Pass", "PassError", "fusions", "run_passes"]
 
 
 def run_passes(program: Program, passes: Sequence[Pass] = PASSES) -> Program:
-    """Apply ``passes`` in order to a copy of ``program``; the result is verified, so they must do all that PASSES do.
+    """Apply ``passes`` in order to a copy of ``program``; the result is verified, so all that PASSES do must be done by then.
 
     Raises:
         PassError: a pass met a graph it does not understand, or did not reach what it promises.

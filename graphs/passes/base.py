@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-from h1export.core.weights import Multiplier
+from h1export.core.weights import Multiplier, WeightExpr
 from h1export.graphs.programs import Program
 
 aten = torch.ops.aten
+
+KindOf = Callable[[WeightExpr], Hashable]  # what must be equal for two weights to share an initializer: a target's precision
 
 
 class PassError(Exception):
@@ -64,6 +68,39 @@ def replace_node(program: Program, node: Node, by: Node) -> None:
     program.graph.erase_node(node)
 
 
+def args_of(node: Any) -> tuple[Any, ...]:
+    """The node's arguments; what each is, the op's schema says."""
+    args: tuple[Any, ...] = node.args
+    return args
+
+
 def linear_bias(node: Node) -> Node | None:
     bias = node.args[2] if len(node.args) > 2 else None
     return bias if isinstance(bias, Node) else None
+
+
+def call(program: Program, op: Callable[..., Any], *args: Any) -> Node:
+    """A new node at the graph's insertion point, with the value that torch.export would have noted for it."""
+    node = program.graph.call_function(op, args)
+    with torch.no_grad():
+        node.meta["val"] = op(*map_arg(args, lambda argument: argument.meta["val"]))
+    return node
+
+
+def concatenated_weight(program: Program, placeholders: Sequence[Node], axis: Literal[0, 1]) -> Node:
+    """A placeholder for the weights behind ``placeholders``, concatenated."""
+    expr = WeightExpr.concatenated([program.weights[node.name] for node in placeholders], axis)
+    values = [node.meta["val"] for node in placeholders]
+    with program.graph.inserting_after(placeholders[0]):
+        fused = program.graph.placeholder(placeholders[0].name)
+    fused.meta["val"] = torch.cat(values, dim=axis)
+    program.weights[fused.name] = expr  # type: ignore[index]  # the copy that run_passes made is a dict
+    return fused
+
+
+def drop_unread_weights(program: Program) -> None:
+    """Erase the placeholders that a fusion has left without a reader."""
+    for node in list(program.graph.nodes):
+        if node.name in program.weights and not node.users:
+            program.graph.erase_node(node)
+            del program.weights[node.name]  # type: ignore[attr-defined]

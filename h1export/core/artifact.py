@@ -26,27 +26,28 @@ from h1export.core.weights import Multiplier
 from h1export.errors import H1ExportError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 LINK = -1
 REPORT = "report.json"  # written by validate into a finished artifact, so outside the manifest
 
 
 @dataclass(frozen=True)
 class StoredPart:
-    """Rows of a quantised initializer that hold one checkpoint tensor."""
+    """Where a quantised initializer holds one checkpoint tensor: ``size`` rows, or columns where the parts lie side by side."""
 
     tensor: str
-    rows: int
+    size: int
     multiplier: Multiplier
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A quantised initializer: ``bits`` per code, one scale per ``block`` columns (0: per row), parts from the top."""
+    """A quantised initializer: ``bits`` per code, one scale per ``block`` columns (0: per row), parts in order along ``axis``."""
 
     initializer: str
     bits: int
     block: int
+    axis: int
     parts: tuple[StoredPart, ...]
 
 
@@ -124,8 +125,9 @@ def _count(value: Any) -> int:
 
 
 def _stored_weight(data: Mapping[str, Any]) -> StoredWeight:
-    parts = tuple(StoredPart(_text(part["tensor"]), _count(part["rows"]), _multiplier(part["multiplier"])) for part in data["parts"])
-    return StoredWeight(_text(data["initializer"]), _count(data["bits"]), _count(data["block"]), parts)
+    parts = tuple(StoredPart(_text(part["tensor"]), _count(part["size"]), _multiplier(part["multiplier"])) for part in data["parts"])
+    bits, block, axis = (_count(data[name]) for name in ("bits", "block", "axis"))
+    return StoredWeight(_text(data["initializer"]), bits, block, axis, parts)
 
 
 def _multiplier(data: Mapping[str, Any]) -> Multiplier:

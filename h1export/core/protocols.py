@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,24 @@ class Capabilities:
     notes: tuple[str, ...] = ()
 
 
+class Sequences(Protocol):
+    """A batch of sequences being extended; states are updated in place.
+
+    Attributes:
+        length: tokens so far, the same for every row.
+    """
+
+    length: int
+
+    def append(self, ids: Ids) -> Array:
+        """Logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
+
+        Raises:
+            H1ExportError: ids that do not fit the vocabulary, the batch or the capacity.
+        """
+        ...
+
+
 class Runner(Protocol, Generic[States]):
     """A loaded artifact. ``States`` is the runtime's own form of them, opaque to callers."""
 
@@ -54,6 +72,10 @@ class Runner(Protocol, Generic[States]):
         """
         ...
 
+    def start(self, batch: int, capacity: int) -> Sequences:
+        """``batch`` new sequences with room for ``capacity`` tokens each: the fast way to generate."""
+        ...
+
     def snapshot(self, states: States) -> dict[str, Array]:
         """The states by ``StateTensor.key`` in ``StateSpec``'s canonical layouts."""
         ...
@@ -61,6 +83,19 @@ class Runner(Protocol, Generic[States]):
     def stored_weights(self) -> Mapping[str, Array]:
         """Checkpoint name -> float32 tensor, unfolded, dequantised from what the artifact stores. Lazy; quantised tensors only."""
         ...
+
+
+class SteppedSequences:
+    """Sequences over ``Runner.step``, for a runtime that has no states in place."""
+
+    def __init__(self, runner: Runner[Any], batch: int) -> None:
+        self._runner, self._states, self._batch = runner, runner.initial(batch), batch
+        self.length = 0
+
+    def append(self, ids: Ids) -> Array:
+        self.length += ids.shape[1]
+        logits, self._states = self._runner.step(ids, np.ones((self._batch, self.length), np.int64), self._states)
+        return logits
 
 
 def check_call(ids: Ids, mask: Ids, past: int, vocab_size: int) -> None:

@@ -68,6 +68,11 @@ def split(c: Context, node: Node) -> None:
     c.set(node, *c.build.ops("Split", len(sizes), c.value(x), c.build.ints(*sizes), axis=axis))
 
 
+def cat(c: Context, node: Node) -> None:
+    tensors, axis = args_of(node)
+    c.set(node, c.build.op("Concat", *(c.value(tensor) for tensor in tensors), axis=axis))
+
+
 def to_dtype(c: Context, node: Node) -> None:
     c.set(node, c.build.op("Cast", c.value(args_of(node)[0]), to=int(ir.DataType.from_numpy(np.dtype(_NUMPY[node.meta["val"].dtype])))))
 

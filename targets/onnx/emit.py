@@ -10,7 +10,7 @@ import onnx_ir as ir
 from torch.fx import Node
 
 from h1export.core.artifact import StoredWeight
-from h1export.core.quant import QuantScheme
+from h1export.core.quant import Precision, QuantScheme
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr, WeightStore
 from h1export.graphs.programs import Program
@@ -53,12 +53,21 @@ class Context:
         assert expr is not None, f"{node} is not a weight"
         return expr
 
+    def has(self, node: Node) -> bool:
+        """Whether an emitter of an earlier node has made this one's value too."""
+        return node in self._values
+
+    def precision(self, expr: WeightExpr) -> Precision | None:
+        """The integers that all parts of ``expr`` are stored in; None: float32."""
+        (precision,) = {self.scheme.precision(part.tensor, self.program.spec) for part in expr.parts}
+        return precision
+
     def weight(self, expr: WeightExpr) -> Value:
         """``expr`` in float32 as an initializer in the external data, written once."""
         return self.build.once(expr, lambda: self.build.initializer(self._write(expr)))  # type: ignore[no-any-return]
 
     def _write(self, expr: WeightExpr) -> ir.ExternalTensor:
-        sink = self.data.sink(initializer_name(expr), ir.DataType.FLOAT, expr.shape(self.store))
+        sink = self.data.sink(initializer_name(expr), ir.DataType.FLOAT, expr.shape(self.store.shape))
         for block in expr.blocks(self.store, BLOCK_BYTES):
             sink.write(block)
         return sink.close()
@@ -77,7 +86,7 @@ def args_of(node: Node) -> tuple[Any, ...]:
 
 def initializer_name(expr: WeightExpr) -> str:
     """The checkpoint's name(s) of what an initializer is made of, and the functions that made it."""
-    return "+".join(".".join((part.tensor, *part.functions)) for part in expr.parts)
+    return ("+", "|")[expr.axis].join(".".join((part.tensor, *part.functions)) for part in expr.parts)
 
 
 C = TypeVar("C", bound=Context)
@@ -92,7 +101,7 @@ def emit(context: C, table: Mapping[Any, Emitter[C]]) -> list[Value]:
     """
     graph = context.program.graph
     for node in graph.nodes:
-        if node.op == "call_function":
+        if node.op == "call_function" and not context.has(node):
             table[node.target](context, node)
     (result,) = [node for node in graph.nodes if node.op == "output"]
     return [context.value(node) for node in result.args[0]]

@@ -5,8 +5,8 @@ Codes are stored unsigned (zero point 8 or 128, the ops' default) and scales in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,23 +91,23 @@ def _store(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, 
 
 
 def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, ir.ExternalTensor, ir.ExternalTensor]:
-    rows, columns = expr.shape(c.store)
+    rows, columns = expr.shape(c.store.shape)
     layout, name = Layout.of(precision, columns), initializer_name(expr)
     codes = c.data.sink(name + CODES, ir.DataType.UINT8, (rows, layout.blocks, layout.block_bytes))
     scales = c.data.sink(name + SCALES, ir.DataType.FLOAT, (rows, layout.blocks))
-    for part in expr.parts:  # each part is quantised on its own, then stacked
-        for block in quantized_blocks(part, c.store, precision, BLOCK_BYTES):
-            codes.write(layout.pack(block.codes))
-            scales.write(layout.scales(block))
-    parts = tuple(StoredPart(part.tensor, c.store.entry(part.tensor).shape[0], part.multiplier) for part in expr.parts)
-    c.stored.append(StoredWeight(name, precision.bits, precision.block, parts))
+    for strip in quantized_blocks(expr, c.store, precision, BLOCK_BYTES):
+        parts = [(replace(layout, columns=tensor.codes.shape[1]), tensor) for tensor in strip]
+        codes.write(np.concatenate([part.pack(tensor.codes) for part, tensor in parts], axis=1))
+        scales.write(np.concatenate([part.scales(tensor) for part, tensor in parts], axis=1))
+    stored = tuple(StoredPart(part.tensor, c.store.shape(part.tensor)[expr.axis], part.multiplier) for part in expr.parts)
+    c.stored.append(StoredWeight(name, precision.bits, precision.block, expr.axis, stored))
     return layout, codes.close(), scales.close()
 
 
 def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision) -> Value:
     """x [.., K] times the quantised weight [N, K], transposed."""
     layout, codes, scales = _store(c, expr, precision)
-    rows, columns = expr.shape(c.store)
+    rows, columns = expr.shape(c.store.shape)
     return c.build.op(
         "MatMulNBits",
         x,
@@ -125,7 +125,7 @@ def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision
 def embed_quantized(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
     """Rows ``ids`` of the quantised embedding in float32; a tied head reads the same bytes."""
     layout, codes, scales = _store(c, expr, precision)
-    build, flat = c.build, (expr.shape(c.store)[0], layout.blocks * layout.block_bytes)
+    build, flat = c.build, (expr.shape(c.store.shape)[0], layout.blocks * layout.block_bytes)
     table = build.initializer(c.data.alias(f"{codes.name}{ROWS}", flat, codes))
     if layout.bits == 4:
         attributes: dict[str, Any] = {"bits": 4, "block_size": layout.block, "gather_axis": 0, "quantize_axis": 1}
@@ -136,13 +136,25 @@ def embed_quantized(c: Context, ids: Value, expr: WeightExpr, precision: Precisi
     return build.op("Mul", values, scale)
 
 
-def read_stored(weight: StoredWeight, tensors: dict[str, Any], columns: int) -> Iterator[tuple[str, QuantizedTensor]]:
-    """The integers that an artifact stores, by checkpoint tensor; ``tensors`` maps initializer names to arrays."""
-    layout = Layout.of(Precision(weight.bits, weight.block), columns)
-    codes, scales = tensors[weight.initializer + CODES], tensors[weight.initializer + SCALES]
-    groups, start = layout.blocks if weight.block else 1, 0
+def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]) -> Iterator[tuple[str, QuantizedTensor]]:
+    """The integers that an artifact stores, by checkpoint tensor.
+
+    Args:
+        weight: the initializer's entry in the manifest.
+        tensors: initializer name -> array.
+        columns: of each checkpoint tensor.
+    """
+    precision = Precision(weight.bits, weight.block)
+    width = sum(part.size for part in weight.parts) if weight.axis else columns(weight.parts[0].tensor)
+    whole, start = Layout.of(precision, width), 0
     for part in weight.parts:
-        rows = slice(start, start + part.rows)
-        multiplier = part.multiplier.rows(part.rows)
-        yield part.tensor, QuantizedTensor(layout.unpack(codes[rows]), layout.unscale(scales[rows], multiplier, groups), multiplier)
-        start += part.rows
+        place = (
+            (slice(None), slice(start // whole.block, (start + part.size) // whole.block))
+            if weight.axis
+            else slice(start, start + part.size)
+        )
+        codes, scales = tensors[weight.initializer + CODES][place], tensors[weight.initializer + SCALES][place]
+        layout, multiplier = replace(whole, columns=columns(part.tensor)), part.multiplier.rows(len(codes))
+        groups = layout.blocks if weight.block else 1
+        yield part.tensor, QuantizedTensor(layout.unpack(codes), layout.unscale(scales, multiplier, groups), multiplier)
+        start += part.size

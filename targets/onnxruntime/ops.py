@@ -31,7 +31,7 @@ aten = torch.ops.aten
 def linear(c: OrtContext, node: Node) -> None:
     """MatMulNBits where the scheme says integers, else a product with the weight as the checkpoint stores it, [N, K]."""
     x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
-    precision = c.scheme.precision(expr.only.tensor, c.program.spec)
+    precision = c.precision(expr)
     y = matmul_nbits(c, x, expr, precision) if precision else c.build.op("FusedMatMul", x, c.weight(expr), domain=MS, transB=1)
     bias = args_of(node)[2] if len(args_of(node)) > 2 else None
     c.set(node, y if bias is None else c.build.op("Add", y, c.value(bias)))
@@ -39,8 +39,20 @@ def linear(c: OrtContext, node: Node) -> None:
 
 def embedding(c: Context, node: Node) -> None:
     expr, ids = c.expr(args_of(node)[0]), c.value(args_of(node)[1])
-    precision = c.scheme.precision(expr.only.tensor, c.program.spec)
+    precision = c.precision(expr)
     c.set(node, c.build.op("Gather", c.weight(expr), ids) if precision is None else embed_quantized(c, ids, expr, precision))
+
+
+def add(c: Context, node: Node) -> None:
+    """Where a norm reads the sum, both in one kernel."""
+    norms = [user for user in node.users if user.target is aten.rms_norm.default and args_of(user)[2] is not None]
+    if not norms:
+        return common.binary("Add")(c, node)
+    (x, y), (_, _, weight, epsilon) = args_of(node), args_of(norms[0])
+    operands = (c.value(x), c.value(y), c.value(weight))
+    normed, _, _, total = c.build.ops("SkipSimplifiedLayerNormalization", 4, *operands, domain=MS, epsilon=epsilon)
+    c.set(node, total)
+    return c.set(norms[0], normed)
 
 
 def rms_norm(c: Context, node: Node) -> None:
@@ -175,9 +187,10 @@ TABLE: Mapping[Any, Emitter[OrtContext]] = {
     aten.embedding.default: embedding,
     aten.rms_norm.default: rms_norm,
     aten.silu.default: silu,
-    aten.add.Tensor: common.binary("Add"),
+    aten.add.Tensor: add,
     aten.sub.Tensor: common.binary("Sub"),
     aten.mul.Tensor: common.binary("Mul"),
+    aten.cat.default: common.cat,
     aten.cumsum.default: common.cumsum,
     aten.clamp.default: common.clamp,
     aten.narrow.default: common.narrow,

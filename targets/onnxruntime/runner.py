@@ -18,6 +18,7 @@ from h1export.core.weights import tensor_layout
 from h1export.errors import H1ExportError
 from h1export.targets.onnxruntime import layout, sdk
 from h1export.targets.onnxruntime.nbits import CODES, ROWS, SCALES, read_stored
+from h1export.targets.onnxruntime.sequences import BoundSequences
 
 MODEL = "model.onnx"
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
@@ -77,6 +78,9 @@ class OnnxRuntimeRunner:
         ]
         return np.concatenate([logits for logits, _ in rows]), {name: np.concatenate([new[name] for _, new in rows]) for name in states}
 
+    def start(self, batch: int, capacity: int) -> BoundSequences:
+        return BoundSequences(self._session, self._states, self._spec.vocab_size, batch, capacity, batched_append=False)
+
     def snapshot(self, states: States) -> dict[str, Array]:
         return {tensor.key: layout.permute(tensor.kind, states[tensor.past]) for tensor in self._states.tensors}
 
@@ -88,14 +92,13 @@ class StoredWeights(Mapping[str, Array]):
     """What the artifact stores for each quantised checkpoint tensor, dequantised when asked for and not kept."""
 
     def __init__(self, artifact: Artifact) -> None:
-        columns = {name: shape[-1] for name, shape in tensor_layout(artifact.spec).items()}
+        self._columns = {name: shape[-1] for name, shape in tensor_layout(artifact.spec).items()}
         self._tensors = _external_arrays(artifact)
-        self._weights = {part.tensor: (weight, columns[part.tensor]) for weight in artifact.manifest.weights for part in weight.parts}
+        self._weights = {part.tensor: weight for weight in artifact.manifest.weights for part in weight.parts}
 
     def quantized(self, name: str) -> QuantizedTensor:
         """What lies behind ``name``: the same integers on every target."""
-        weight, columns = self._weights[name]
-        return dict(read_stored(weight, self._tensors, columns))[name]
+        return dict(read_stored(self._weights[name], self._tensors, self._columns.__getitem__))[name]
 
     def __getitem__(self, name: str) -> Array:
         return self.quantized(name).unfolded()

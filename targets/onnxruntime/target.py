@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from importlib import metadata
 from pathlib import Path
 
@@ -10,16 +11,18 @@ import onnx_ir as ir
 from h1export.core.artifact import Artifact
 from h1export.core.progress import Progress
 from h1export.core.quant import QuantScheme
+from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL, StateTensor
-from h1export.core.weights import WeightStore
+from h1export.core.weights import WeightExpr, WeightStore
 from h1export.errors import H1ExportError
+from h1export.graphs.passes import KindOf, fusions, run_passes
 from h1export.graphs.programs import Program
 from h1export.targets.base import BuildOptions, Lowered
 from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.emit import emit
 from h1export.targets.onnx.external import ExternalData
 from h1export.targets.onnxruntime import genai, layout
-from h1export.targets.onnxruntime.nbits import OrtContext
+from h1export.targets.onnxruntime.nbits import INT8_BLOCKS, OrtContext
 from h1export.targets.onnxruntime.ops import OPSETS, TABLE
 from h1export.targets.onnxruntime.runner import MODEL, OnnxRuntimeRunner
 
@@ -38,6 +41,7 @@ class OnnxRuntimeTarget:
         if options.accuracy_level not in ACCURACY_LEVELS:
             what = f"{options.accuracy_level} is not a level that ONNX Runtime's CPU kernels have"
             raise H1ExportError("--accuracy-level", what, f"one of {', '.join(map(str, ACCURACY_LEVELS))}")
+        program = run_passes(program, fusions(_kinds(scheme, program.spec), align=max(scheme.block, INT8_BLOCKS[0])))
         progress.stage("weights", store.nbytes)
         builder = GraphBuilder(OPSETS)
         inputs, outputs = _inputs(program), _outputs(program, options)
@@ -60,6 +64,15 @@ class OnnxRuntimeTarget:
 
     def load(self, artifact: Artifact, threads: int = 0, float32: bool = False) -> OnnxRuntimeRunner:
         return OnnxRuntimeRunner(artifact, threads, float32)
+
+
+def _kinds(scheme: QuantScheme, spec: HybridSpec) -> KindOf:
+    """Weights of one precision may share an initializer."""
+
+    def kind_of(expr: WeightExpr) -> Hashable:
+        return tuple({scheme.precision(part.tensor, spec) for part in expr.parts})
+
+    return kind_of
 
 
 def _declare(name: str, dtype: str, dims: Dims) -> Value:

@@ -35,7 +35,7 @@ def manifest_of(folder: Path, spec: HybridSpec) -> Manifest:
         toolchain={"numpy": "2.0.0", "h1export": "0.1.0"},
         inputs={"input_ids": ("int64", ("batch", "sequence"))},
         outputs={"logits": ("float32", ("batch", "sequence", 259))},
-        weights=(StoredWeight("in_proj_q4", 4, 32, (in_proj,)), StoredWeight("head_q4", 4, 32, (head,))),
+        weights=(StoredWeight("in_proj_q4", 4, 32, 0, (in_proj,)), StoredWeight("head_q4", 4, 32, 1, (head,))),
         files=file_table(folder),
     )
 
@@ -98,12 +98,13 @@ def test_a_manifest_survives_its_file(artifact: Artifact, spec: HybridSpec) -> N
 RUNS = st.floats(1e-6, 1e6).map(Multiplier.scalar) | st.lists(
     st.tuples(st.integers(1, 99), st.floats(1e-6, 1e6)), min_size=1, max_size=4
 ).map(lambda runs: Multiplier(tuple(runs)))
-PARTS = st.builds(StoredPart, tensor=st.text(max_size=9), rows=st.integers(1, 1 << 24), multiplier=RUNS)
+PARTS = st.builds(StoredPart, tensor=st.text(max_size=9), size=st.integers(1, 1 << 24), multiplier=RUNS)
 WEIGHTS = st.builds(
     StoredWeight,
     initializer=st.text(max_size=9),
     bits=st.sampled_from([4, 8]),
     block=st.sampled_from([0, 32]),
+    axis=st.sampled_from([0, 1]),
     parts=st.lists(PARTS, max_size=3).map(tuple),
 )
 
@@ -226,14 +227,14 @@ def test_a_listed_name_too_long_for_the_file_system(artifact: Artifact) -> None:
     refused(rewrite(artifact, lambda data: data["files"].update({"x" * 300: ["0", 0]})), "xxx", "is missing")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, 1.5, [], {}], ids=str)
+@pytest.mark.parametrize("version", [0, FORMAT + 1, str(FORMAT), None, 1.5, [], {}], ids=str)
 def test_other_versions_of_the_format(version: object, artifact: Artifact) -> None:
-    refused(rewrite(artifact, lambda data: data.update(format=version)), MANIFEST, f"format {version!r}", "reads format 1", "again")
+    refused(rewrite(artifact, lambda data: data.update(format=version)), MANIFEST, f"format {version!r}", f"reads format {FORMAT}", "again")
 
 
 GARBAGE: dict[str, bytes] = {
     "nothing": b"",
-    "cut": b'{"format": 1, "target": ',
+    "cut": b'{"format": 2, "target": ',
     "not utf-8": b"\xff\xfe\xff",
     "too deep": b"[" * 200_000,
     "null": b"null",
@@ -241,7 +242,7 @@ GARBAGE: dict[str, bytes] = {
     "a string": b'"format"',
     "a number": b"1",
     "no version": b"{}",
-    "only a version": b'{"format": 1}',
+    "only a version": b'{"format": 2}',
     "somebody else's": b'{"manifest_version": 3, "name": "an extension"}',
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 from h1export.core.quant.scheme import Precision
 from h1export.core.quant.tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 from h1export.core.state import Array
-from h1export.core.weights.expr import WeightPart
+from h1export.core.weights.expr import WeightExpr
 from h1export.core.weights.store import WeightStore
 from h1export.errors import H1ExportError
 
@@ -36,11 +36,16 @@ def quantize_rows(weight: Array, precision: Precision, multiplier: Array, name: 
     return QuantizedTensor(codes.reshape(rows, columns), scales, multiplier)
 
 
-def quantized_blocks(part: WeightPart, store: WeightStore, precision: Precision, max_bytes: int) -> Iterator[QuantizedTensor]:
-    """A part's integers by row blocks; the multiplier stays beside them."""
-    if part.functions:
-        raise ValueError(f"{part.tensor}: only plain tensors are quantised")
-    factors, start = part.multiplier.rows(store.entry(part.tensor).shape[0]), 0
-    for block in store.blocks(part.tensor, max_bytes):
-        yield quantize_rows(block, precision, factors[start : start + len(block)], part.tensor)
-        start += len(block)
+def quantized_blocks(expr: WeightExpr, store: WeightStore, precision: Precision, max_bytes: int) -> Iterator[list[QuantizedTensor]]:
+    """The integers of an expression by row blocks from the top; in each, the parts that lie side by side.
+
+    Every part is quantised on its own, and its multiplier stays beside its integers.
+    """
+    for strip in expr.strips:
+        if changed := [part.tensor for part in strip if part.functions]:
+            raise ValueError(f"{changed[0]}: only plain tensors are quantised")
+        for start, stop in store.row_ranges([part.tensor for part in strip], max_bytes):
+            yield [
+                quantize_rows(store.rows(part.tensor, start, stop), precision, part.factors(store)[start:stop], part.tensor)
+                for part in strip
+            ]

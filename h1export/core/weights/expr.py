@@ -6,7 +6,7 @@ bytes are computed once, row block by row block, while the artifact is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -82,16 +82,37 @@ class WeightPart:
     def times(self, multiplier: Multiplier) -> WeightPart:
         return replace(self, multiplier=self.multiplier.times(multiplier))
 
+    def factors(self, store: WeightStore) -> Array:
+        """The multiplier of each row, float32 [rows]."""
+        return self.multiplier.rows(store.entry(self.tensor).shape[0])
+
+    def rows(self, store: WeightStore, start: int, stop: int) -> Array:
+        """Rows [start, stop) in float32. Raises H1ExportError for NaN and infinity."""
+        block = store.rows(self.tensor, start, stop)
+        for function in self.functions:
+            block = FUNCTIONS[function](block)
+        if not np.isfinite(block).all():
+            raise H1ExportError(f'tensor "{self.tensor}"', "holds values that are not finite", "download the checkpoint again")
+        if self.multiplier == Multiplier():
+            return block
+        return block * self.factors(store)[start:stop].reshape(-1, *[1] * (block.ndim - 1))
+
 
 @dataclass(frozen=True)
 class WeightExpr:
-    """Parts concatenated along rows (axis 0)."""
+    """Parts, concatenated: one above the other along axis 0, or side by side along axis 1."""
 
     parts: tuple[WeightPart, ...]
+    axis: Literal[0, 1] = 0
 
     @classmethod
     def of(cls, tensor: str) -> WeightExpr:
         return cls((WeightPart(tensor),))
+
+    @classmethod
+    def concatenated(cls, exprs: Sequence[WeightExpr], axis: Literal[0, 1]) -> WeightExpr:
+        """One expression of several that have a part each."""
+        return cls(tuple(expr.only for expr in exprs), axis)
 
     @property
     def only(self) -> WeightPart:
@@ -99,31 +120,32 @@ class WeightExpr:
         (part,) = self.parts
         return part
 
+    @property
+    def strips(self) -> tuple[tuple[WeightPart, ...], ...]:
+        """The parts as they lie, from the top: each strip's parts are side by side."""
+        return (self.parts,) if self.axis else tuple((part,) for part in self.parts)
+
     def apply(self, function: Function) -> WeightExpr:
-        return WeightExpr(tuple(part.apply(function) for part in self.parts))
+        return replace(self, parts=tuple(part.apply(function) for part in self.parts))
 
     def times(self, multiplier: Multiplier) -> WeightExpr:
         """Every row times ``multiplier``; a row multiplier needs a single part."""
         if not multiplier.is_scalar and len(self.parts) != 1:
             raise ValueError("a row multiplier on a concatenation")
-        return WeightExpr(tuple(part.times(multiplier) for part in self.parts))
+        return replace(self, parts=tuple(part.times(multiplier) for part in self.parts))
 
-    def shape(self, store: WeightStore) -> tuple[int, ...]:
-        shapes = [store.entry(part.tensor).shape for part in self.parts]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    def shape(self, tensor_shape: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
+        """The initializer's shape, given the shape of each checkpoint tensor."""
+        shapes = [tensor_shape(part.tensor) for part in self.parts]
+        size = sum(shape[self.axis] for shape in shapes)
+        return (*shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :])
 
     def blocks(self, store: WeightStore, max_bytes: int) -> Iterator[Array]:
         """The initializer's float32 rows, at most ``max_bytes`` at a time. Raises H1ExportError for NaN and infinity."""
-        for part in self.parts:
-            factors, start = part.multiplier.rows(store.entry(part.tensor).shape[0]), 0
-            for block in store.blocks(part.tensor, max_bytes):
-                for function in part.functions:
-                    block = FUNCTIONS[function](block)
-                if not np.isfinite(block).all():
-                    raise H1ExportError(f'tensor "{part.tensor}"', "holds values that are not finite", "download the checkpoint again")
-                scale = factors[start : start + len(block)]
-                start += len(block)
-                yield block if part.multiplier == Multiplier() else block * scale.reshape(-1, *[1] * (block.ndim - 1))
+        for strip in self.strips:
+            for start, stop in store.row_ranges([part.tensor for part in strip], max_bytes):
+                blocks = [part.rows(store, start, stop) for part in strip]
+                yield blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
 
     def dense(self, store: WeightStore) -> Array:
         """The whole initializer; for small tensors only."""

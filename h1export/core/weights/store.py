@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,9 @@ class WeightStore:
     def entry(self, name: str) -> TensorEntry:
         return self._entries[name]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
         return tuple(self._entries.values())
@@ -91,12 +95,18 @@ class WeightStore:
             return (np.asarray(stored).astype(np.uint32) << 16).view(np.float32)
         return np.asarray(stored).astype(np.float32)
 
+    def row_ranges(self, names: Sequence[str], max_bytes: int) -> Iterator[tuple[int, int]]:
+        """[start, stop) over the rows of tensors side by side: at most ``max_bytes`` of float32 together, but at least one row."""
+        rows = self._entries[names[0]].shape[0]
+        nbytes = sum(4 * prod(self._entries[name].shape) for name in names)
+        step = max(1, max_bytes * rows // max(1, nbytes))
+        for start in range(0, rows, step):
+            yield start, min(start + step, rows)
+
     def blocks(self, name: str, max_bytes: int) -> Iterator[Array]:
         """The tensor in blocks of whole rows, each at most ``max_bytes`` of float32 (but at least one row)."""
-        rows = self._entries[name].shape[0]
-        step = max(1, max_bytes * rows // max(1, 4 * int(np.prod(self._entries[name].shape))))
-        for start in range(0, rows, step):
-            yield self.rows(name, start, min(start + step, rows))
+        for start, stop in self.row_ranges([name], max_bytes):
+            yield self.rows(name, start, stop)
 
     def fingerprint(self) -> str:
         """sha256 over every tensor's name, dtype, shape and bytes: what a build was made from."""

@@ -33,9 +33,10 @@ def test_one_kernel_a_layer_for_each_h1_op(tiny: Path, build: Build) -> None:
     layers = artifact.spec.num_hidden_layers
     counts = Counter(node.op_type for node in load(artifact).graph.node)
     assert counts["LinearAttention"] == counts["GroupQueryAttention"] == layers
-    assert counts["MatMulNBits"] == 9 * layers + 1
+    assert counts["MatMulNBits"] == 4 * layers + 1  # [in_proj; q; k; v], [out_proj | o_proj], [up; gate], down
     assert counts["RotaryEmbedding"] == 2 * layers
     assert counts["Cos"] == counts["Sin"] == counts["CumSum"] == 1  # shared by all layers
+    assert counts["SkipSimplifiedLayerNormalization"] == 2 * layers
     assert counts["Transpose"] == counts["MatMul"] == counts["Identity"] == 0
 
 

@@ -134,16 +134,17 @@ def test_a_stale_state_fails(kind: str, make_checkpoint: MakeCheckpoint, build: 
     assert all(f"worst state 1.{kind}" in row.note for row in rows if row.check == "one token")
 
 
-@pytest.mark.parametrize("quant", ["int4", "int8"])
-def test_one_wrong_block_fails(quant: str, make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("quant", "bits"), [("int4", 4), ("int8", 8)])
+def test_one_wrong_block_fails(quant: str, bits: int, make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
     """32 codes of one row of one layer: invisible to a comparison with the stored weights, so the integers are checked too."""
     truth = make_checkpoint()
     artifact = build(truth, quant)
     copy = Path(shutil.copytree(artifact.folder, tmp_path / "copy"))
-    name = "model.layers.1.self_attn.o_proj.weight.codes"
+    name = "model.layers.1.mamba.out_proj.weight|model.layers.1.self_attn.o_proj.weight.codes"
     model = onnx.load(copy / "model.onnx", load_external_data=False)
     (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
     offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
+    offset += artifact.spec.mamba_d_ssm * bits // 8  # o_proj's first column
     data = bytearray((copy / "model.onnx.data").read_bytes())
     data[offset : offset + 16] = bytes(byte ^ 0x88 for byte in data[offset : offset + 16])
     (copy / "model.onnx.data").write_bytes(bytes(data))

@@ -21,10 +21,10 @@ from h1export import __version__
 from h1export.core.artifact import REPORT
 from h1export.core.quant.scheme import BLOCK_SIZES, QuantName
 from h1export.errors import H1ExportError
-from h1export.targets import MODULES
+from h1export.targets import MODULES, ProviderName
 
 F = TypeVar("F", bound=Callable[..., Any])
-QUANTS, BLOCKS = get_args(QuantName), [str(size) for size in BLOCK_SIZES]
+QUANTS, BLOCKS, PROVIDERS = get_args(QuantName), [str(size) for size in BLOCK_SIZES], get_args(ProviderName)
 
 
 def common(command: F) -> F:
@@ -86,7 +86,9 @@ def validate_options(command: F) -> F:
 @click.option("--target", "targets", type=click.Choice(list(MODULES)), multiple=True, required=True, help="Runtime. Repeatable.")
 @click.option("--quant", type=click.Choice(QUANTS), default="int4", show_default=True, help="Precision of the weights.")
 @click.option("--block", type=click.Choice(BLOCKS), default="32", show_default=True, help="Columns that share an int4 scale.")
-@click.option("--accuracy-level", default=4, show_default=True, help="ort: 4 rounds activations to int8 (fast), 0 keeps float32.")
+@click.option("--accuracy-level", type=int, help="ort on CPUs: 4 rounds activations to int8 (fast), 0 keeps float32 [default: 4].")
+@click.option("--provider", type=click.Choice(PROVIDERS), default="cpu", show_default=True, help="ort: what the graph is for.")
+@click.option("--opset-only", is_flag=True, help="ort: ONNX's own operators alone, right on any runtime.")
 @click.option("--logits", type=click.Choice(("all", "last")), default="all", show_default=True, help="Positions that get logits.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to make [default: MODEL-TARGET-QUANT].")
 @click.option("--force", is_flag=True, help="Replace an artifact at OUT.")
@@ -98,7 +100,9 @@ def build(
     targets: tuple[str, ...],
     quant: str,
     block: str,
-    accuracy_level: int,
+    accuracy_level: int | None,
+    provider: ProviderName,
+    opset_only: bool,
     logits: str,
     out: Path | None,
     force: bool,
@@ -113,6 +117,8 @@ def build(
     Examples:
       h1export build --target ort --quant int4 --validate
       h1export build tiiuae/Falcon-H1-0.5B-Instruct --target ort --quant int4 --out falcon
+      h1export build ./Falcon-H1-0.5B --target ort --provider cuda --out falcon-cuda
+      h1export build ./Falcon-H1-0.5B --target ort --opset-only --out falcon-onnx
     """
     from h1export import pipeline, sources
     from h1export.core.quant import QuantScheme
@@ -121,7 +127,9 @@ def build(
 
     checkpoint = sources.resolve(model)
     scheme = QuantScheme(quant, int(block))  # type: ignore[arg-type]  # click has checked it
-    options = BuildOptions(accuracy_level, logits == "last")
+    if accuracy_level is None:
+        accuracy_level = 4 if provider == "cpu" else 0
+    options = BuildOptions(accuracy_level, logits == "last", provider, opset_only)
     names, built, code = list(dict.fromkeys(targets)), [], 0
     for target in names:
         place = out or Path(f"{checkpoint.resolve().name}-{target}-{quant}")

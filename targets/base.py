@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from h1export.core.artifact import Artifact, StoredWeight
 from h1export.core.progress import Progress
@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # the command line names targets without loading torch
     from h1export.graphs.programs import Program
 
 
+ProviderName = Literal["cpu", "cuda"]
+
+
 @dataclass(frozen=True)
 class BuildOptions:
     """Switches of a build; a target reads those it has a use for, and the manifest records them.
@@ -24,10 +27,14 @@ class BuildOptions:
     Attributes:
         accuracy_level: ONNX Runtime's MatMulNBits: 0 computes in float32, 4 rounds activations to int8 (fastest).
         last_logits: logits of the last position only.
+        provider: the ONNX Runtime execution provider that the graph is for.
+        opset_only: ONNX's own operators alone, for any runtime.
     """
 
     accuracy_level: int = 4
     last_logits: bool = False
+    provider: ProviderName = "cpu"
+    opset_only: bool = False
 
 
 @dataclass(frozen=True)

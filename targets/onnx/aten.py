@@ -15,14 +15,17 @@ from torch.fx import Node
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context, Emitter, args_of
 
-_NUMPY = {torch.float32: np.float32, torch.int64: np.int64}
+
+def _dtype(c: Context, node: Node) -> type[np.generic]:
+    """What a node's elements are in the graph: float32 of the program is the target's activations."""
+    return {torch.float32: c.activations, torch.int64: np.int64}[node.meta["val"].dtype]
 
 
 def binary(op_type: str) -> Emitter[Context]:
     """An elementwise op of two tensors, or of a tensor and a number."""
 
     def emit(c: Context, node: Node) -> None:
-        dtype = _NUMPY[node.meta["val"].dtype]
+        dtype = _dtype(c, node)
         a, b = (c.value(arg) if isinstance(arg, Node) else c.build.constant(arg, dtype) for arg in args_of(node))
         c.set(node, c.build.op(op_type, a, b))
 
@@ -54,7 +57,7 @@ def cumsum(c: Context, node: Node) -> None:
 def clamp(c: Context, node: Node) -> None:
     """aten.clamp(x, min)."""
     x, low = args_of(node)
-    c.set(node, c.build.op("Clip", c.value(x), c.build.constant(low, _NUMPY[node.meta["val"].dtype])))
+    c.set(node, c.build.op("Clip", c.value(x), c.build.constant(low, _dtype(c, node))))
 
 
 def narrow(c: Context, node: Node) -> None:
@@ -74,7 +77,7 @@ def cat(c: Context, node: Node) -> None:
 
 
 def to_dtype(c: Context, node: Node) -> None:
-    c.set(node, c.build.op("Cast", c.value(args_of(node)[0]), to=int(ir.DataType.from_numpy(np.dtype(_NUMPY[node.meta["val"].dtype])))))
+    c.set(node, c.build.op("Cast", c.value(args_of(node)[0]), to=int(ir.DataType.from_numpy(np.dtype(_dtype(c, node))))))
 
 
 def unsqueeze(c: Context, node: Node) -> None:

@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from h1export import __version__
 
 Value = ir.Value
-IR_VERSION = 10  # what runtimes of the last years read
+NEW_OPSET, IR_VERSIONS = 21, (8, 10)  # files for opsets before NEW_OPSET, and from it on: what runtimes of the last years read
 
 
 class GraphBuilder:
@@ -61,6 +61,8 @@ class GraphBuilder:
         """The finished model, without nodes that nothing reads."""
         nodes, initializers = self._tape.nodes, self._tape.initializers
         graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=self._opsets, name=name)
-        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="h1export", producer_version=__version__)
+        model = ir.Model(
+            graph, ir_version=IR_VERSIONS[self._opsets[""] >= NEW_OPSET], producer_name="h1export", producer_version=__version__
+        )
         RemoveUnusedNodesPass()(model)
         return model

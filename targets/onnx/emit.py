@@ -23,6 +23,8 @@ BLOCK_BYTES = 64 << 20  # float32 rows in memory at a time
 class Context:
     """What emitters see: the builder, the weights, the values made so far, and ``stored`` to note quantised weights in."""
 
+    activations: type[np.generic] = np.float32
+
     def __init__(self, program: Program, store: WeightStore, scheme: QuantScheme, builder: GraphBuilder, data: ExternalData) -> None:
         self.program, self.store, self.scheme = program, store, scheme
         self.build, self.data = builder, data
@@ -52,6 +54,19 @@ class Context:
         expr = self.program.weight_of(node)
         assert expr is not None, f"{node} is not a weight"
         return expr
+
+    def as_activation(self, value: Value) -> Value:
+        """A float32 value in the activations' dtype."""
+        return value if self.activations is np.float32 else self.build.op("Cast", value, to=int(ir.DataType.FLOAT16))
+
+    def as_float32(self, value: Value) -> Value:
+        """The inverse of ``as_activation``, but for the rounding."""
+        return value if self.activations is np.float32 else self.build.op("Cast", value, to=int(ir.DataType.FLOAT))
+
+    @property
+    def masked(self) -> float:
+        """What hides a key when added to its score: finite, so that a row of pads stays finite, and with room for a score below it."""
+        return -float(np.finfo(self.activations).max) / 2
 
     def has(self, node: Node) -> bool:
         """Whether an emitter of an earlier node has made this one's value too."""

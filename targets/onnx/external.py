@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from math import prod
 from pathlib import Path
@@ -32,6 +33,20 @@ class TensorSink:
             written = os.pwrite(self._handle, data, self._next)
             self._next += written
             data = data[written:]
+
+    def write_columns(self, columns: npt.NDArray[Any], first: int) -> None:
+        """Put ``columns`` [rows, n] beside those before: item ``first`` of each of the tensor's rows, counted in items of ``columns``.
+
+        Raises ValueError beyond the end, OSError when the disk is full. Every column goes in once, in any order, and nothing by ``write``.
+        """
+        data = np.ascontiguousarray(columns).view(np.uint8)
+        if self._next + data.nbytes > self._end:
+            raise ValueError(f"{self.tensor.name}: more bytes than its shape says")
+        begin, row_bytes = self.tensor.offset or 0, (self.tensor.length or 0) // len(data)
+        for row, line in enumerate(data):
+            if os.pwrite(self._handle, line, begin + row * row_bytes + first * columns.itemsize) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.tensor.name)
+        self._next += data.nbytes
 
     def close(self) -> ir.ExternalTensor:
         """The finished tensor. Raises ValueError where bytes are missing."""

@@ -12,17 +12,19 @@ from typing import Any
 from h1export.core.generation_config import SpecialTokens, special_tokens
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateTensor
+from h1export.targets.base import BuildOptions
+from h1export.targets.onnxruntime.flavour import FUSED_LEVEL
 
 CONFIG = "genai_config.json"
 
 
-def write_config(spec: HybridSpec, model: str, folder: Path) -> None:
+def write_config(spec: HybridSpec, model: str, folder: Path, options: BuildOptions) -> None:
     """Write the config beside ``model``, in a folder that carries the checkpoint's generation_config.json where it has one."""
-    config = {"model": _model(spec, model, special_tokens(folder, spec)), "search": _search(spec)}
+    config = {"model": _model(spec, model, special_tokens(folder, spec), _session_options(options)), "search": _search(spec)}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def _model(spec: HybridSpec, model: str, tokens: SpecialTokens) -> dict[str, Any]:
+def _model(spec: HybridSpec, model: str, tokens: SpecialTokens, session_options: dict[str, Any]) -> dict[str, Any]:
     def pattern(side: str, kind: StateKind) -> str:
         name = StateTensor(0, kind, ())
         return (name.past if side == "past" else name.present).replace(".0.", ".%d.")
@@ -36,7 +38,7 @@ def _model(spec: HybridSpec, model: str, tokens: SpecialTokens) -> dict[str, Any
         "context_length": spec.max_position_embeddings,
         "vocab_size": spec.vocab_size,
         "decoder": {
-            "session_options": {"log_id": "h1export", "provider_options": []},
+            "session_options": session_options,
             "filename": model,
             "head_size": spec.head_dim,
             "hidden_size": spec.hidden_size,
@@ -56,6 +58,12 @@ def _model(spec: HybridSpec, model: str, tokens: SpecialTokens) -> dict[str, Any
             },
         },
     }
+
+
+def _session_options(options: BuildOptions) -> dict[str, Any]:
+    providers = [{"cuda": {}}] if options.provider == "cuda" else []
+    level = {FUSED_LEVEL: str(options.accuracy_level)} if options.opset_only else {}
+    return {"log_id": "h1export", "provider_options": providers, **level}
 
 
 def _search(spec: HybridSpec) -> dict[str, Any]:

@@ -8,16 +8,19 @@ import numpy as np
 
 from h1export.core.state import Array, StateKind, StateTensor
 
-# axes of the canonical layout in this target's order; each is its own inverse
-PERMUTATION: Mapping[StateKind, tuple[int, ...]] = {StateKind.CONV: (0, 2, 1), StateKind.RECURRENT: (0, 1, 3, 2)}
+Permutation = Mapping[StateKind, tuple[int, ...]]
+
+# axes of the canonical layout in the graph's order; each is its own inverse
+PERMUTATION: Permutation = {StateKind.CONV: (0, 2, 1), StateKind.RECURRENT: (0, 1, 3, 2)}
+CUDA: Permutation = {StateKind.CONV: (0, 2, 1)}  # GatedDeltaNet's state is the canonical one
 
 
-def shape(tensor: StateTensor) -> tuple[int | str, ...]:
+def shape(tensor: StateTensor, permutation: Permutation = PERMUTATION) -> tuple[int | str, ...]:
     """The state's dims in the graph."""
-    return tuple(tensor.shape[axis] for axis in PERMUTATION.get(tensor.kind, range(len(tensor.shape))))
+    return tuple(tensor.shape[axis] for axis in permutation.get(tensor.kind, range(len(tensor.shape))))
 
 
-def permute(kind: StateKind, state: Array) -> Array:
+def permute(kind: StateKind, state: Array, permutation: Permutation = PERMUTATION) -> Array:
     """From the canonical layout to the graph's, or back."""
-    axes = PERMUTATION.get(kind)
+    axes = permutation.get(kind)
     return state if axes is None else np.ascontiguousarray(state.transpose(axes))

@@ -77,15 +77,23 @@ class Layout:
 
     def scales(self, tensor: QuantizedTensor) -> Array:
         """float32 [rows, blocks]: fp16 scale times multiplier."""
-        scales = tensor.scales.astype(np.float32) * tensor.multiplier[:, None]
+        return self._repeated(tensor.scales.astype(np.float32) * tensor.multiplier[:, None])
+
+    def plain_scales(self, tensor: QuantizedTensor) -> npt.NDArray[np.float16]:
+        """float16 [rows, blocks]: the scales alone, for a graph that multiplies by the multiplier itself."""
+        return self._repeated(tensor.scales)
+
+    def _repeated(self, scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.broadcast_to(scales, (len(scales), self.blocks)) if scales.shape[1] == 1 else scales
 
-    def unscale(self, stored: Array, multiplier: Array, groups: int) -> npt.NDArray[np.float16]:
+    def unscale(self, stored: npt.NDArray[Any], multiplier: Array, groups: int) -> npt.NDArray[np.float16]:
         """The fp16 scales again: dividing by the multiplier lands within half a unit in the last place of float16."""
+        if stored.dtype == np.float16:
+            return np.asarray(stored[:, :groups])
         return (stored[:, :groups].astype(np.float64) / multiplier[:, None]).astype(np.float16)
 
 
-def _store(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, ir.ExternalTensor, ir.ExternalTensor]:
+def store(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, ir.ExternalTensor, ir.ExternalTensor]:
     """Write codes and scales of ``expr``, once, and note them for the manifest."""
     return c.build.once((expr, precision), lambda: _write(c, expr, precision))  # type: ignore[no-any-return]
 
@@ -94,11 +102,12 @@ def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, 
     rows, columns = expr.shape(c.store.shape)
     layout, name = Layout.of(precision, columns), initializer_name(expr)
     codes = c.data.sink(name + CODES, ir.DataType.UINT8, (rows, layout.blocks, layout.block_bytes))
-    scales = c.data.sink(name + SCALES, ir.DataType.FLOAT, (rows, layout.blocks))
+    half = c.activations is np.float16  # MatMulNBits wants scales of the activations' dtype: fp16 has no room for multipliers
+    scales = c.data.sink(name + SCALES, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, (rows, layout.blocks))
     for strip in quantized_blocks(expr, c.store, precision, BLOCK_BYTES):
         parts = [(replace(layout, columns=tensor.codes.shape[1]), tensor) for tensor in strip]
         codes.write(np.concatenate([part.pack(tensor.codes) for part, tensor in parts], axis=1))
-        scales.write(np.concatenate([part.scales(tensor) for part, tensor in parts], axis=1))
+        scales.write(np.concatenate([part.plain_scales(tensor) if half else part.scales(tensor) for part, tensor in parts], axis=1))
     stored = tuple(StoredPart(part.tensor, c.store.shape(part.tensor)[expr.axis], part.multiplier) for part in expr.parts)
     c.stored.append(StoredWeight(name, precision.bits, precision.block, expr.axis, stored))
     return layout, codes.close(), scales.close()
@@ -106,7 +115,7 @@ def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, 
 
 def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision) -> Value:
     """x [.., K] times the quantised weight [N, K], transposed."""
-    layout, codes, scales = _store(c, expr, precision)
+    layout, codes, scales = store(c, expr, precision)
     rows, columns = expr.shape(c.store.shape)
     return c.build.op(
         "MatMulNBits",
@@ -124,7 +133,7 @@ def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision
 
 def embed_quantized(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
     """Rows ``ids`` of the quantised embedding in float32; a tied head reads the same bytes."""
-    layout, codes, scales = _store(c, expr, precision)
+    layout, codes, scales = store(c, expr, precision)
     build, flat = c.build, (expr.shape(c.store.shape)[0], layout.blocks * layout.block_bytes)
     table = build.initializer(c.data.alias(f"{codes.name}{ROWS}", flat, codes))
     if layout.bits == 4:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from h1export.targets.onnxruntime.nbits import OrtContext, embed_quantized, matm
 
 MS = "com.microsoft"
 OPSETS = {"": 23, MS: 1}
-MASKED = -float(np.finfo(np.float32).max)  # finite, so that a fully padded row stays finite
 
 aten = torch.ops.aten
 
@@ -57,7 +55,7 @@ def add(c: Context, node: Node) -> None:
 
 def rms_norm(c: Context, node: Node) -> None:
     x, (width,), weight, epsilon = args_of(node)
-    scale = c.build.constant(np.ones(width), np.float32) if weight is None else c.value(weight)
+    scale = c.build.constant(np.ones(width), c.activations) if weight is None else c.value(weight)
     c.set(node, c.build.op("RMSNormalization", c.value(x), scale, axis=-1, epsilon=epsilon))
 
 
@@ -164,14 +162,14 @@ def _rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value
     frequencies = rope_frequencies(theta, c.program.spec.head_dim)
     position = c.build.op("Unsqueeze", c.build.op("Cast", c.value(positions), to=1), c.build.ints(2))
     angles = c.build.op("Mul", position, c.build.constant(frequencies.numpy(), np.float32))
-    return c.build.op("Cos", angles), c.build.op("Sin", angles)
+    return c.as_activation(c.build.op("Cos", angles)), c.as_activation(c.build.op("Sin", angles))
 
 
 def _attention_mask(c: Context, mask: Any, positions: Any) -> tuple[Value, Value, Value]:
     """The bias [batch, 1, seq, total] that hides pads, and GroupQueryAttention's two lengths."""
     build = c.build
     pads = build.op("Sub", build.constant(1.0, np.float32), build.op("Cast", c.value(mask), to=1))
-    rows = build.op("Unsqueeze", build.op("Mul", pads, build.constant(MASKED, np.float32)), build.ints(1, 2))
+    rows = build.op("Unsqueeze", c.as_activation(build.op("Mul", pads, build.constant(c.masked, np.float32))), build.ints(1, 2))
     seq, total = build.op("Shape", c.value(positions), start=1, end=2), build.op("Shape", c.value(mask), start=1, end=2)
     bias = build.op("Expand", rows, build.op("Concat", build.ints(1, 1), seq, build.ints(1), axis=0))
     batch = build.op("Shape", c.value(mask), start=0, end=1)
@@ -179,7 +177,7 @@ def _attention_mask(c: Context, mask: Any, positions: Any) -> tuple[Value, Value
     return bias, build.op("Expand", last, batch), build.op("Squeeze", build.op("Cast", total, to=6))
 
 
-TABLE: Mapping[Any, Emitter[OrtContext]] = {
+TABLE: dict[Any, Emitter[OrtContext]] = {
     h1.ssm_scan.default: ssm_scan,
     h1.causal_conv.default: causal_conv,
     h1.attention.default: attention,

@@ -7,18 +7,22 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from h1export.core.artifact import Artifact
-from h1export.core.protocols import Capabilities, Ids, check_call
+from h1export.core.protocols import Capabilities, Ids, Sequences, SteppedSequences, check_call
 from h1export.core.quant import QuantizedTensor
 from h1export.core.spec import HybridSpec
-from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec
+from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateKind, StateSpec
 from h1export.core.weights import tensor_layout
 from h1export.errors import H1ExportError
 from h1export.targets.onnxruntime import layout, sdk
-from h1export.targets.onnxruntime.nbits import CODES, ROWS, SCALES, read_stored
+from h1export.targets.onnxruntime.flavour import CPU, FUSED_LEVEL, Flavour, ReadStored, flavour
+from h1export.targets.onnxruntime.nbits import CODES, ROWS, SCALES
 from h1export.targets.onnxruntime.sequences import BoundSequences
+from h1export.targets.onnxruntime.transposed import TABLE
+from h1export.targets.onnxruntime.widened import widened
 
 MODEL = "model.onnx"
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
@@ -26,11 +30,11 @@ BATCHED_APPEND = (
     "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
     "h1export runs such a batch row by row, other clients must do the same"
 )
-States = dict[str, Array]
+States = dict[str, npt.NDArray[Any]]
 
 
 class OnnxRuntimeRunner:
-    """Runner over model.onnx; states are float32 arrays by input name, in the graph's own layouts.
+    """Runner over model.onnx; states are arrays by input name, in the graph's own layouts.
 
     With ``float32`` the same graph computes in float32 where the artifact asks for int8 activations.
     """
@@ -38,17 +42,12 @@ class OnnxRuntimeRunner:
     def __init__(self, artifact: Artifact, threads: int, float32: bool) -> None:
         self._artifact, self._spec = artifact, artifact.spec
         self._states = StateSpec.of(self._spec)
-        ort = sdk.onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors also come as exceptions
-        manifest = artifact.manifest
-        self._float32 = float32 or not manifest.weights or manifest.options["accuracy_level"] != ROUNDED_LEVEL
-        try:
-            model = _in_float32(artifact, options) if float32 else str(artifact.folder / MODEL)
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exception types share no base class
-            raise H1ExportError(artifact.folder / MODEL, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
+        chosen = artifact.manifest.options
+        self._flavour = flavour(chosen["provider"], chosen["opset_only"])
+        rounded = bool(self._flavour.halves) or (bool(artifact.manifest.weights) and chosen["accuracy_level"] == ROUNDED_LEVEL)
+        self._float32 = float32 or not rounded
+        self._halves = frozenset() if float32 else self._flavour.halves
+        self._session = _session(artifact, self._flavour, threads, float32)
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
 
     @property
@@ -57,16 +56,24 @@ class OnnxRuntimeRunner:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(None, not self._artifact.manifest.options["last_logits"], self._float32, (BATCHED_APPEND,))
+        return Capabilities(
+            None,
+            not self._artifact.manifest.options["last_logits"],
+            self._float32,
+            () if self._flavour.batched_append else (BATCHED_APPEND,),
+        )
 
     def initial(self, batch: int) -> States:
-        zeros = self._states.zeros(batch)
-        return {tensor.past: layout.permute(tensor.kind, zeros[tensor.key]) for tensor in self._states.tensors}
+        zeros, permutation = self._states.zeros(batch), self._flavour.permutation
+        return {t.past: layout.permute(t.kind, zeros[t.key], permutation).astype(self._dtype(t.kind)) for t in self._states.tensors}
+
+    def _dtype(self, kind: StateKind) -> type[np.generic]:
+        return np.float16 if kind in self._halves else np.float32
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         past = states[self._states.tensors[0].past].shape[2]
         check_call(ids, mask, past, self._spec.vocab_size)
-        if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0:
+        if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._flavour.batched_append:
             return self._row_by_row(ids, mask, states)
         logits, *present = self._session.run(self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
         return logits, {tensor.past: state for tensor, state in zip(self._states.tensors, present, strict=True)}
@@ -78,27 +85,31 @@ class OnnxRuntimeRunner:
         ]
         return np.concatenate([logits for logits, _ in rows]), {name: np.concatenate([new[name] for _, new in rows]) for name in states}
 
-    def start(self, batch: int, capacity: int) -> BoundSequences:
+    def start(self, batch: int, capacity: int) -> Sequences:
+        if not self._flavour.bound:
+            return SteppedSequences(self, batch)
         return BoundSequences(self._session, self._states, self._spec.vocab_size, batch, capacity, batched_append=False)
 
     def snapshot(self, states: States) -> dict[str, Array]:
-        return {tensor.key: layout.permute(tensor.kind, states[tensor.past]) for tensor in self._states.tensors}
+        permutation = self._flavour.permutation
+        return {t.key: layout.permute(t.kind, states[t.past].astype(np.float32), permutation) for t in self._states.tensors}
 
     def stored_weights(self) -> StoredWeights:
-        return StoredWeights(self._artifact)
+        return StoredWeights(self._artifact, self._flavour.read_stored)
 
 
 class StoredWeights(Mapping[str, Array]):
     """What the artifact stores for each quantised checkpoint tensor, dequantised when asked for and not kept."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, read_stored: ReadStored) -> None:
+        self._read_stored = read_stored
         self._columns = {name: shape[-1] for name, shape in tensor_layout(artifact.spec).items()}
         self._tensors = _external_arrays(artifact)
         self._weights = {part.tensor: weight for weight in artifact.manifest.weights for part in weight.parts}
 
     def quantized(self, name: str) -> QuantizedTensor:
         """What lies behind ``name``: the same integers on every target."""
-        return dict(read_stored(self._weights[name], self._tensors, self._columns.__getitem__))[name]
+        return dict(self._read_stored(self._weights[name], self._tensors, self._columns.__getitem__))[name]
 
     def __getitem__(self, name: str) -> Array:
         return self.quantized(name).unfolded()
@@ -110,10 +121,30 @@ class StoredWeights(Mapping[str, Array]):
         return len(self._weights)
 
 
+def _session(artifact: Artifact, made: Flavour, threads: int, float32: bool) -> Any:
+    """An InferenceSession on the provider that the graph is for; with ``float32`` on the CPU, in float32 arithmetic."""
+    ort, path, provider = sdk.onnxruntime(), artifact.folder / MODEL, CPU if float32 else made.provider
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors also come as exceptions
+    options.add_session_config_entry(FUSED_LEVEL, str(0 if float32 else artifact.manifest.options["accuracy_level"]))
+    sdk.check_provider(provider)
+    try:
+        model = _in_float32(artifact, options) if float32 else str(path)
+        session = ort.InferenceSession(model, options, providers=list(dict.fromkeys((provider, CPU))))
+    except Exception as error:  # onnxruntime's exception types share no base class
+        raise H1ExportError(path, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
+    if provider not in session.get_providers():  # onnxruntime only logs it, and would run on the CPU
+        raise H1ExportError(
+            provider, "onnxruntime could not start it", "look at its log for what CUDA misses, or build with --provider cpu"
+        )
+    return session
+
+
 def _in_float32(artifact: Artifact, options: Any) -> bytes:
-    """The model with every MatMulNBits at accuracy level 0; its external data stays where it is."""
+    """The model in float32 arithmetic: no fp16, and every MatMulNBits at accuracy level 0. Its external data stays where it is."""
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.folder))
-    model = ir.load(artifact.folder / MODEL)
+    model = widened(ir.load(artifact.folder / MODEL))
     for node in model.graph:
         if node.op_type == "MatMulNBits":
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
@@ -125,15 +156,15 @@ def _external_arrays(artifact: Artifact) -> dict[str, Any]:
     arrays: dict[str, Any] = {}
     for name, value in ir.load(artifact.folder / MODEL).graph.initializers.items():
         tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor) or not name.endswith((CODES, CODES + ROWS, SCALES)):
+        if not isinstance(tensor, ir.ExternalTensor) or not name.endswith((CODES, CODES + ROWS, SCALES, TABLE)):
             continue
         location = str(tensor.location)
         if location not in artifact.manifest.files:
             raise H1ExportError(artifact.folder / MODEL, f"points to {location!r}, outside the artifact", "build the artifact again")
-        shape = tensor.shape.numpy()
-        if (tensor.offset or 0) + prod(shape) * tensor.dtype.itemsize > artifact.manifest.files[location][1]:
+        shape, dtype = tensor.shape.numpy(), tensor.dtype.numpy()
+        if tensor.dtype == ir.DataType.INT4:  # two to a byte
+            shape, dtype = (prod(shape) // 2,), np.dtype(np.uint8)
+        if (tensor.offset or 0) + prod(shape) * dtype.itemsize > artifact.manifest.files[location][1]:
             raise H1ExportError(artifact.folder / MODEL, f"initializer {name!r} lies outside {location}", "build the artifact again")
-        arrays[name.removesuffix(ROWS)] = np.memmap(
-            artifact.folder / location, tensor.dtype.numpy(), mode="r", offset=tensor.offset or 0, shape=shape
-        )
+        arrays[name.removesuffix(ROWS)] = np.memmap(artifact.folder / location, dtype, mode="r", offset=tensor.offset or 0, shape=shape)
     return arrays

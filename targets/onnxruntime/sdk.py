@@ -34,3 +34,11 @@ def onnxruntime() -> ModuleType:
         what = f"{' and '.join(packages)} are both installed and overwrite each other's files"
         raise H1ExportError("onnxruntime", what, f"pip uninstall {' '.join(PACKAGES)}, then install the extra ort or the extra cuda")
     return import_module("onnxruntime")
+
+
+def check_provider(provider: str) -> None:
+    """Raises H1ExportError where the installed onnxruntime lacks the execution provider."""
+    available = onnxruntime().get_available_providers()
+    if provider not in available:
+        what = f"this onnxruntime does not have it, only {', '.join(available)}"
+        raise H1ExportError(provider, what, "pip install 'h1export[cuda]' on a machine with an NVIDIA GPU, or build with --provider cpu")

@@ -1,0 +1,121 @@
+"""The graph of --provider cuda: fp16 activations, keys and values; the scan and its state in float32.
+
+Every operator here has a kernel of these dtypes in ONNX Runtime's CUDA provider: its docs/OperatorKernels.md, repeated for what this
+graph uses in tests/targets/onnxruntime/test_cuda.py. bf16 activations are not offered: MatMulNBits takes scales in the activations'
+dtype, and bf16 cannot hold the fp16 scales.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch.fx import Node
+
+from h1export.core.weights import Multiplier, WeightExpr
+from h1export.errors import H1ExportError
+from h1export.plugins import h1
+from h1export.targets.onnx.builder import Value
+from h1export.targets.onnx.emit import BLOCK_BYTES, Emitter, args_of, initializer_name
+from h1export.targets.onnxruntime.nbits import MS, ROWS, OrtContext, matmul_nbits, store
+from h1export.targets.onnxruntime.ops import TABLE as CPU_TABLE
+
+FLOAT = int(ir.DataType.FLOAT)
+
+aten = torch.ops.aten
+
+
+class CudaContext(OrtContext):
+    """fp16 activations. Small weights are stored in float32 and rounded when a session is made; matrices are stored in fp16."""
+
+    activations = np.float16
+
+    def weight(self, expr: WeightExpr) -> Value:
+        return self.build.once((expr, "half"), lambda: self.as_activation(self.exact(expr)))  # type: ignore[no-any-return]
+
+    def exact(self, expr: WeightExpr) -> Value:
+        """``expr`` in float32, as the scan takes its weights."""
+        return super().weight(expr)
+
+    def matrix(self, expr: WeightExpr) -> Value:
+        """``expr`` in fp16, written once. Raises H1ExportError for values beyond it."""
+        return self.build.once((expr, "matrix"), lambda: self.build.initializer(self._write_half(expr)))  # type: ignore[no-any-return]
+
+    def _write_half(self, expr: WeightExpr) -> ir.ExternalTensor:
+        sink = self.data.sink(initializer_name(expr), ir.DataType.FLOAT16, expr.shape(self.store.shape))
+        for block in expr.blocks(self.store, BLOCK_BYTES):
+            if np.abs(block).max(initial=0.0) > np.finfo(np.float16).max:
+                raise H1ExportError(f'weights "{initializer_name(expr)}"', "hold values beyond fp16", "use --provider cpu")
+            sink.write(block.astype(np.float16))
+        return sink.close()
+
+
+def linear(c: CudaContext, node: Node) -> None:
+    """The scales in fp16 as the integer rule has them, so µP multiplies the product, row by row."""
+    x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
+    precision = c.precision(expr)
+    if precision is None:
+        y = c.build.op("FusedMatMul", x, c.matrix(expr), domain=MS, transB=1)
+    else:
+        y = matmul_nbits(c, x, expr, precision)
+        if any(part.multiplier != Multiplier() for part in expr.parts):
+            factors = np.concatenate([part.factors(c.store) for part in expr.parts])
+            y = c.build.op("Mul", y, c.as_activation(c.small_weight(f"{initializer_name(expr)}.multiplier", factors)))
+    bias = args_of(node)[2] if len(args_of(node)) > 2 else None
+    c.set(node, y if bias is None else c.build.op("Add", y, c.value(bias)))
+
+
+def embedding(c: CudaContext, node: Node) -> None:
+    """GatherBlockQuantized for int4 and int8; a tied head reads the same bytes."""
+    expr, ids = c.expr(args_of(node)[0]), c.value(args_of(node)[1])
+    precision = c.precision(expr)
+    if precision is None:
+        return c.set(node, c.build.op("Gather", c.matrix(expr), ids))
+    assert expr.only.multiplier == Multiplier(), "the scales of an embedding hold no multiplier"
+    layout, codes, scales = store(c, expr, precision)
+    flat = (c.store.shape(expr.only.tensor)[0], layout.blocks * layout.block_bytes)
+    table = c.build.initializer(c.data.alias(f"{codes.name}{ROWS}", flat, codes))
+    attributes: dict[str, Any] = {"bits": layout.bits, "block_size": layout.block, "gather_axis": 0, "quantize_axis": 1}
+    rows = c.build.op("GatherBlockQuantized", table, ids, c.build.initializer(scales), domain=MS, **attributes)
+    if layout.blocks * layout.block != layout.columns:
+        rows = c.build.op("Slice", rows, c.build.ints(0), c.build.ints(layout.columns), c.build.ints(2))
+    return c.set(node, rows)
+
+
+def causal_conv(c: CudaContext, node: Node) -> None:
+    """One kernel, SiLU included."""
+    x, state, weight, bias = args_of(node)
+    operands = [c.value(x), c.value(weight), None if bias is None else c.value(bias), c.value(state)]
+    c.set(node, *c.build.ops("CausalConvWithState", 2, *operands, domain=MS, activation="silu", channels_last=1))
+
+
+def ssm_scan(c: CudaContext, node: Node) -> None:
+    """GatedDeltaNet without the delta: query C, key B, value dt x, decay dt A, all float32.
+
+    Its state is float32 whatever the rest is; LinearAttention's has the activations' dtype and would drift. With fp16 inputs it may
+    choose a kernel that rounds inside a chunk.
+    """
+    x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = args_of(node)
+    b = c.build
+    step = b.op("Softplus", b.op("Add", b.op("Cast", c.value(dt), to=FLOAT), c.exact(c.expr(dt_bias))))
+    if (dt_min, dt_max) != (0.0, math.inf):
+        high = None if dt_max == math.inf else b.constant(dt_max, np.float32)
+        step = b.op("Clip", step, b.constant(dt_min, np.float32), high)
+    step = b.op("Mul", step, b.once((mask, "column"), lambda: b.op("Cast", b.op("Unsqueeze", c.value(mask), b.ints(2)), to=FLOAT)))
+    exact, query, key = (b.op("Cast", c.value(value), to=FLOAT) for value in (x, C, B))
+    drive = b.op("Mul", exact, b.op("Unsqueeze", step, b.ints(3)))
+    operands = [query, key, drive, None, b.op("Mul", step, c.exact(c.expr(A))), None, c.value(state)]
+    y, new_state = b.ops("GatedDeltaNet", 2, *operands, domain=MS, update_rule="gated", scale=1.0)
+    skip = b.op("Mul", exact, b.op("Unsqueeze", c.exact(c.expr(D)), b.ints(1)))
+    c.set(node, c.as_activation(b.op("Add", y, skip)), new_state)
+
+
+TABLE: dict[Any, Emitter[Any]] = CPU_TABLE | {
+    h1.ssm_scan.default: ssm_scan,
+    h1.causal_conv.default: causal_conv,
+    aten.linear.default: linear,
+    aten.embedding.default: embedding,
+}

@@ -1,0 +1,116 @@
+"""Integers for DequantizeLinear: stored [columns, rows], as MatMul takes its second operand.
+
+ONNX Runtime turns DequantizeLinear and MatMul over this layout into MatMulNBits; over [rows, columns] it dequantises the whole
+weight in every call. int4 is signed, two codes a byte, as ONNX packs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from h1export.core.artifact import StoredPart, StoredWeight
+from h1export.core.quant import Precision, QuantizedTensor, quantized_blocks
+from h1export.core.weights import WeightExpr
+from h1export.targets.onnx.builder import Value
+from h1export.targets.onnx.emit import BLOCK_BYTES, Context, initializer_name
+from h1export.targets.onnx.external import TensorSink
+from h1export.targets.onnxruntime.nbits import CODES, SCALES, Layout
+
+TABLE = ".table"  # an embedding's codes, one row a token; a tied head has its own, transposed
+
+Codes = npt.NDArray[np.int8]
+Bytes = npt.NDArray[np.uint8]
+
+
+def pack(codes: Codes) -> Bytes:
+    """Signed int4, an even number in the last axis, the first of a pair in the low nibble."""
+    low, high = codes[..., 0::2].view(np.uint8) & np.uint8(15), codes[..., 1::2].view(np.uint8) << np.uint8(4)
+    return low | high
+
+
+def unpack(packed: Bytes) -> Codes:
+    """The inverse of ``pack`` on one axis."""
+    pairs = np.stack([packed << np.uint8(4), packed], axis=1).reshape(-1)
+    return pairs.view(np.int8) >> np.int8(4)
+
+
+def dequantized(c: Context, expr: WeightExpr, precision: Precision) -> Value:
+    """The weight [columns, rows] in float32, as a node over its integers."""
+    codes, scales = c.build.once((expr, precision), lambda: _write(c, expr, precision))
+    blocks: dict[str, int] = {"axis": 0, "block_size": precision.block} if precision.block else {"axis": 1}
+    return c.build.op("DequantizeLinear", codes, scales, **blocks)
+
+
+def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Value, Value]:
+    rows, columns = c.store.shape(expr.only.tensor)
+    name, layout = initializer_name(expr), Layout(precision.bits, precision.block or columns, columns)
+    codes = c.data.sink(name + CODES, ir.DataType.INT4 if precision.bits == 4 else ir.DataType.INT8, (columns, rows))
+    scales = c.data.sink(name + SCALES, ir.DataType.FLOAT, (layout.blocks, rows) if precision.block else (rows,))
+    # stripes of int4 have to end on bytes, and with an odd number of rows only the whole tensor does
+    step = 1 if precision.bits == 8 else 2 if rows % 2 == 0 else rows
+    start, pending = 0, np.zeros((columns, 0), np.int8)
+    for (tensor,) in quantized_blocks(expr, c.store, precision, BLOCK_BYTES):
+        scales.write_columns(layout.scales(tensor).T, start)
+        pending = np.concatenate([pending, tensor.codes.T], axis=1)
+        start += len(tensor.codes)
+        ready = pending.shape[1] // step * step
+        if ready:
+            _put(codes, pending[:, :ready], start - pending.shape[1], precision.bits, whole=ready == rows)
+        pending = pending[:, ready:]
+    c.stored.append(_entry(c, expr, precision))
+    return c.build.initializer(codes.close()), c.build.initializer(scales.close())
+
+
+def _put(sink: TensorSink, stripe: Codes, first: int, bits: int, whole: bool) -> None:
+    """Codes [columns, n] from row ``first`` of the checkpoint's tensor on."""
+    if whole:
+        sink.write(pack(stripe.reshape(-1)) if bits == 4 else stripe)
+    else:
+        sink.write_columns(pack(stripe) if bits == 4 else stripe, first * bits // 8)
+
+
+def _entry(c: Context, expr: WeightExpr, precision: Precision) -> StoredWeight:
+    part = StoredPart(expr.only.tensor, c.store.shape(expr.only.tensor)[0], expr.only.multiplier)
+    return StoredWeight(initializer_name(expr), precision.bits, precision.block, 0, (part,))
+
+
+def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: bool) -> Value:
+    """Rows ``ids`` of the embedding in float32. ``tied``: its integers are the head's, which notes them for the manifest."""
+    rows, columns = c.store.shape(expr.only.tensor)
+    name, b = initializer_name(expr) + TABLE, c.build
+    layout = Layout(precision.bits, precision.block or columns, columns)
+    stored = ir.DataType.UINT8 if precision.bits == 4 else ir.DataType.INT8
+    codes = c.data.sink(name, stored, (rows, columns * precision.bits // 8))
+    scales = c.data.sink(name + SCALES, ir.DataType.FLOAT, (rows, layout.blocks))
+    for (tensor,) in quantized_blocks(expr, c.store, precision, BLOCK_BYTES):
+        codes.write(layout.pack(tensor.codes) if precision.bits == 4 else tensor.codes)
+        scales.write(layout.scales(tensor))
+    if not tied:
+        c.stored.append(_entry(c, expr, precision))
+    found = b.op("Cast", b.op("Gather", b.initializer(codes.close()), ids), to=1)
+    scale = b.op("Gather", b.initializer(scales.close()), ids)
+    if precision.bits == 8:
+        return b.op("Mul", found, scale)
+    high = b.op("Floor", b.op("Div", found, b.constant(16, np.float32)))
+    low = b.op("Sub", found, b.op("Mul", high, b.constant(16, np.float32)))
+    pairs = b.op("Concat", b.op("Unsqueeze", low, b.ints(3)), b.op("Unsqueeze", high, b.ints(3)), axis=3)
+    signed = b.op("Sub", b.op("Reshape", pairs, b.ints(0, 0, layout.blocks, layout.block)), b.constant(layout.zero_point, np.float32))
+    return b.op("Reshape", b.op("Mul", signed, b.op("Unsqueeze", scale, b.ints(3))), b.ints(0, 0, columns))
+
+
+def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]) -> Iterator[tuple[str, QuantizedTensor]]:
+    """The integers that an artifact stores, by checkpoint tensor; arguments as of nbits.read_stored, int4 arrays packed and flat."""
+    (part,) = weight.parts
+    name, multiplier, width = weight.initializer, part.multiplier.rows(part.size), columns(part.tensor)
+    if name + CODES in tensors:
+        codes, scales = np.asarray(tensors[name + CODES]), tensors[name + SCALES].reshape(-1, part.size).T
+        codes = np.ascontiguousarray((unpack(codes).reshape(width, part.size) if weight.bits == 4 else codes).T)
+    else:
+        codes, scales = np.asarray(tensors[name + TABLE]), tensors[name + TABLE + SCALES]
+    layout = Layout(weight.bits, weight.block or width, width)
+    yield part.tensor, QuantizedTensor(codes, layout.unscale(scales, multiplier, layout.blocks), multiplier)

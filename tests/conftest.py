@@ -140,10 +140,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
     """build(checkpoint, "int4", accuracy_level=0) -> an artifact for ONNX Runtime, made once; treat it as read-only."""
     made: dict[tuple[Any, ...], Artifact] = {}
 
-    def make(checkpoint: Path, quant: str = "none", block: int = 32, accuracy_level: int = 0, last_logits: bool = False) -> Artifact:
-        key = (checkpoint, quant, block, accuracy_level, last_logits)
+    def make(checkpoint: Path, quant: str = "none", block: int = 32, **chosen: Any) -> Artifact:
+        options = BuildOptions(**{"accuracy_level": 0} | chosen)
+        key = (checkpoint, quant, block, options)
         if key not in made:
-            scheme, options = QuantScheme(quant, block), BuildOptions(accuracy_level, last_logits)  # type: ignore[arg-type]
+            scheme = QuantScheme(quant, block)  # type: ignore[arg-type]
             made[key] = pipeline.build(checkpoint, "ort", tmp_path_factory.mktemp("built") / "out", scheme, options)
         return made[key]
 

@@ -16,17 +16,18 @@ from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context, Emitter, args_of
 
 
-def _dtype(c: Context, node: Node) -> type[np.generic]:
-    """What a node's elements are in the graph: float32 of the program is the target's activations."""
-    return {torch.float32: c.activations, torch.int64: np.int64}[node.meta["val"].dtype]
+def _number(c: Context, node: Node, number: Any) -> Value:
+    """A constant beside ``node``'s tensors: an integer, or an activation."""
+    if node.meta["val"].dtype == torch.int64:
+        return c.build.constant(number, np.int64)
+    return c.build.once(("number", number), lambda: c.as_activation(c.build.constant(number, np.float32)))  # type: ignore[no-any-return]
 
 
 def binary(op_type: str) -> Emitter[Context]:
     """An elementwise op of two tensors, or of a tensor and a number."""
 
     def emit(c: Context, node: Node) -> None:
-        dtype = _dtype(c, node)
-        a, b = (c.value(arg) if isinstance(arg, Node) else c.build.constant(arg, dtype) for arg in args_of(node))
+        a, b = (c.value(arg) if isinstance(arg, Node) else _number(c, node, arg) for arg in args_of(node))
         c.set(node, c.build.op(op_type, a, b))
 
     return emit
@@ -57,7 +58,7 @@ def cumsum(c: Context, node: Node) -> None:
 def clamp(c: Context, node: Node) -> None:
     """aten.clamp(x, min)."""
     x, low = args_of(node)
-    c.set(node, c.build.op("Clip", c.value(x), c.build.constant(low, _dtype(c, node))))
+    c.set(node, c.build.op("Clip", c.value(x), _number(c, node, low)))
 
 
 def narrow(c: Context, node: Node) -> None:
@@ -77,7 +78,8 @@ def cat(c: Context, node: Node) -> None:
 
 
 def to_dtype(c: Context, node: Node) -> None:
-    c.set(node, c.build.op("Cast", c.value(args_of(node)[0]), to=int(ir.DataType.from_numpy(np.dtype(_dtype(c, node))))))
+    """aten.to.dtype to float32, which is the graph's activations."""
+    c.set(node, c.build.op("Cast", c.value(args_of(node)[0]), to=int(ir.DataType.from_numpy(np.dtype(c.activations)))))
 
 
 def unsqueeze(c: Context, node: Node) -> None:

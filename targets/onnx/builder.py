@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from h1export import __version__
 
 Value = ir.Value
-NEW_OPSET, IR_VERSIONS = 21, (8, 10)  # files for opsets before NEW_OPSET, and from it on: what runtimes of the last years read
+IR_VERSIONS = {18: 8, 19: 9, 21: 10, 23: 10}  # by opset; 23 came with 11, which runtimes of the last years do not read
 
 
 class GraphBuilder:
@@ -62,7 +62,7 @@ class GraphBuilder:
         nodes, initializers = self._tape.nodes, self._tape.initializers
         graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=self._opsets, name=name)
         model = ir.Model(
-            graph, ir_version=IR_VERSIONS[self._opsets[""] >= NEW_OPSET], producer_name="h1export", producer_version=__version__
+            graph, ir_version=IR_VERSIONS[self._opsets[""]], producer_name="h1export", producer_version=__version__
         )
         RemoveUnusedNodesPass()(model)
         return model

@@ -23,7 +23,7 @@ BLOCK_BYTES = 64 << 20  # float32 rows in memory at a time
 class Context:
     """What emitters see: the builder, the weights, the values made so far, and ``stored`` to note quantised weights in."""
 
-    activations: type[np.generic] = np.float32
+    activations: type[np.float16] | type[np.float32] = np.float32
 
     def __init__(self, program: Program, store: WeightStore, scheme: QuantScheme, builder: GraphBuilder, data: ExternalData) -> None:
         self.program, self.store, self.scheme = program, store, scheme

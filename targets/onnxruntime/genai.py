@@ -61,7 +61,7 @@ def _model(spec: HybridSpec, model: str, tokens: SpecialTokens, session_options:
 
 
 def _session_options(options: BuildOptions) -> dict[str, Any]:
-    providers = [{"cuda": {}}] if options.provider == "cuda" else []
+    providers: list[dict[str, Any]] = [{"cuda": {}}] if options.provider == "cuda" else []
     level = {FUSED_LEVEL: str(options.accuracy_level)} if options.opset_only else {}
     return {"log_id": "h1export", "provider_options": providers, **level}
 

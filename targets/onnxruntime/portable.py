@@ -1,7 +1,7 @@
 """The graph of --opset-only: ai.onnx operators alone, for any runtime.
 
 The norm, the rotary embedding and attention are spelled out, because their operators came with opset 23 and few runtimes have them;
-what is left needs opset 18, and blocked int4 needs 21. No control flow, and no operator that a runtime could only run as a loop.
+what is left needs opset 18, 19 for int8 and 21 for int4. No control flow, and no operator that a runtime could only run as a loop.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ aten = torch.ops.aten
 
 
 def opset(scheme: QuantScheme) -> int:
-    """The oldest opset that has all of it: DequantizeLinear knows int4 and blocks from 21 on."""
-    return 21 if scheme.quant == "int4" else 18
+    """The oldest opset that has all of it: DequantizeLinear knows int4 and blocks from 21 on, and ONNX's own evaluator knows it from 19 on."""
+    return {"none": 18, "int8": 19, "int4": 21}[scheme.quant]
 
 
 def linear(c: Context, node: Node) -> None:
@@ -87,11 +87,12 @@ def ssm_scan(c: Context, node: Node) -> None:
         step = b.op("Clip", step, b.constant(dt_min, np.float32), high)
     step = b.op("Mul", step, b.once((mask, "column"), lambda: b.op("Unsqueeze", c.value(mask), b.ints(2))))
     chunks = b.once((mask, "chunks"), lambda: Chunks.of(b, b.op("Shape", c.value(mask), start=1, end=2)))
-    drive, *rest = (
+    drive, keys, queries = (
         b.op("Reshape", value, b.ints(0, 0, -1))
         for value in (b.op("Mul", c.value(x), b.op("Unsqueeze", step, b.ints(3))), c.value(B), c.value(C))
     )
-    y, new_state = chunked_scan(b, c.program.spec, chunks, drive, b.op("Mul", step, c.value(A)), *rest, c.value(state))
+    decay = b.op("Mul", step, c.value(A))
+    y, new_state = chunked_scan(b, c.program.spec, chunks, drive, decay, keys, queries, c.value(state))
     c.set(node, b.op("Add", y, b.op("Mul", c.value(x), b.op("Unsqueeze", c.value(D), b.ints(1)))), new_state)
 
 

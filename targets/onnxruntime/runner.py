@@ -18,7 +18,7 @@ from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateK
 from h1export.core.weights import tensor_layout
 from h1export.errors import H1ExportError
 from h1export.targets.onnxruntime import layout, sdk
-from h1export.targets.onnxruntime.flavour import CPU, FUSED_LEVEL, Flavour, ReadStored, flavour
+from h1export.targets.onnxruntime.flavour import CPU, CUDA, FUSED_LEVEL, Flavour, ReadStored, flavour
 from h1export.targets.onnxruntime.nbits import CODES, ROWS, SCALES
 from h1export.targets.onnxruntime.sequences import BoundSequences
 from h1export.targets.onnxruntime.transposed import TABLE
@@ -30,6 +30,7 @@ BATCHED_APPEND = (
     "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
     "h1export runs such a batch row by row, other clients must do the same"
 )
+PLAIN = {CUDA: {"use_tf32": "0"}}  # float32 means float32
 States = dict[str, npt.NDArray[Any]]
 
 
@@ -122,19 +123,21 @@ class StoredWeights(Mapping[str, Array]):
 
 
 def _session(artifact: Artifact, made: Flavour, threads: int, float32: bool) -> Any:
-    """An InferenceSession on the provider that the graph is for; with ``float32`` on the CPU, in float32 arithmetic."""
-    ort, path, provider = sdk.onnxruntime(), artifact.folder / MODEL, CPU if float32 else made.provider
+    """An InferenceSession on the provider that the graph is for; with ``float32``, in float32 arithmetic, on CPUs too."""
+    ort, path, provider = sdk.onnxruntime(), artifact.folder / MODEL, made.provider
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors also come as exceptions
     options.add_session_config_entry(FUSED_LEVEL, str(0 if float32 else artifact.manifest.options["accuracy_level"]))
-    sdk.check_provider(provider)
+    if not float32:
+        sdk.check_provider(provider)
+    chain = [(name, PLAIN.get(name, {})) for name in dict.fromkeys((provider, CPU)) if name in ort.get_available_providers()]
     try:
         model = _in_float32(artifact, options) if float32 else str(path)
-        session = ort.InferenceSession(model, options, providers=list(dict.fromkeys((provider, CPU))))
+        session = ort.InferenceSession(model, options, providers=chain)
     except Exception as error:  # onnxruntime's exception types share no base class
         raise H1ExportError(path, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
-    if provider not in session.get_providers():  # onnxruntime only logs it, and would run on the CPU
+    if not float32 and provider not in session.get_providers():  # onnxruntime only logs it, and would run on the CPU
         raise H1ExportError(
             provider, "onnxruntime could not start it", "look at its log for what CUDA misses, or build with --provider cpu"
         )

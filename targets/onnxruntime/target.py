@@ -21,7 +21,7 @@ from h1export.targets.base import BuildOptions, Lowered
 from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.emit import emit
 from h1export.targets.onnx.external import ExternalData
-from h1export.targets.onnxruntime import genai, layout
+from h1export.targets.onnxruntime import genai, layout, readme
 from h1export.targets.onnxruntime.flavour import Flavour, flavour
 from h1export.targets.onnxruntime.nbits import INT8_BLOCKS
 from h1export.targets.onnxruntime.runner import MODEL, OnnxRuntimeRunner
@@ -60,6 +60,7 @@ class OnnxRuntimeTarget:
         progress.stage("graph")
         ir.save(builder.model(graph_inputs, results, "falcon_h1"), folder / MODEL)
         genai.write_config(program.spec, MODEL, folder, options)
+        readme.write(folder, options)
         toolchain = {name: metadata.version(name) for name in ("torch", "onnx-ir")}
         return Lowered(toolchain, inputs, outputs, tuple(context.stored))
 

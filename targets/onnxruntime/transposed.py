@@ -42,7 +42,7 @@ def unpack(packed: Bytes) -> Codes:
 def dequantized(c: Context, expr: WeightExpr, precision: Precision) -> Value:
     """The weight [columns, rows] in float32, as a node over its integers."""
     codes, scales = c.build.once((expr, precision), lambda: _write(c, expr, precision))
-    blocks: dict[str, int] = {"axis": 0, "block_size": precision.block} if precision.block else {"axis": 1}
+    blocks: dict[str, Any] = {"axis": 0, "block_size": precision.block} if precision.block else {"axis": 1}
     return c.build.op("DequantizeLinear", codes, scales, **blocks)
 
 

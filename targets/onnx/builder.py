@@ -61,8 +61,6 @@ class GraphBuilder:
         """The finished model, without nodes that nothing reads."""
         nodes, initializers = self._tape.nodes, self._tape.initializers
         graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=self._opsets, name=name)
-        model = ir.Model(
-            graph, ir_version=IR_VERSIONS[self._opsets[""]], producer_name="h1export", producer_version=__version__
-        )
+        model = ir.Model(graph, ir_version=IR_VERSIONS[self._opsets[""]], producer_name="h1export", producer_version=__version__)
         RemoveUnusedNodesPass()(model)
         return model

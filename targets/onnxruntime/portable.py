@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 
 def opset(scheme: QuantScheme) -> int:
-    """The oldest opset that has all of it: DequantizeLinear knows int4 and blocks from 21 on, and ONNX's own evaluator knows it from 19 on."""
+    """The oldest opset that has all of it: DequantizeLinear has int4 and blocks from 21 on; ONNX's own evaluator knows it from 19 on."""
     return {"none": 18, "int8": 19, "int4": 21}[scheme.quant]
 
 

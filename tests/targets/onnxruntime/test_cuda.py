@@ -1,0 +1,245 @@
+"""The graph of --provider cuda, as far as a CPU can judge it; tests marked gpu are for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto
+
+from h1export import pipeline
+from h1export.core.artifact import Artifact
+from h1export.core.progress import SILENT
+from h1export.core.quant import Precision, quantize_rows
+from h1export.core.report import Row
+from h1export.core.weights import WeightStore
+from h1export.errors import H1ExportError
+from h1export.graphs.verify import LEGAL_OPS
+from h1export.targets.base import BuildOptions
+from h1export.targets.onnxruntime import cuda, runner, sdk
+from h1export.targets.onnxruntime.flavour import CPU, flavour
+from h1export.validate import ValidateOptions, validate
+
+EXACT = 1e-5  # of the range; float32 leaves 3e-6 on these depths
+ROUNDED = 5e-3  # fp16 has 5e-4 for a product; a layer has some ten in a row, of which errors add up like their root, and 4 layers
+
+Build = Callable[..., Artifact]
+
+FLOAT, HALF, INT32, INT64, UINT8 = (getattr(TensorProto, name) for name in ("FLOAT", "FLOAT16", "INT32", "INT64", "UINT8"))
+REAL, INTEGERS = frozenset({FLOAT, HALF}), frozenset({INT32, INT64})
+MS = "com.microsoft"
+
+# (operator, domain) -> the dtypes of the first input that its CUDA kernel takes, of those that the graph could have. Source: the CUDA
+# section of onnxruntime's docs/OperatorKernels.md, generated from the registered kernels, as of onnxruntime-gpu 1.31.
+KERNELS: Mapping[tuple[str, str], frozenset[int]] = {
+    ("Add", ""): REAL | INTEGERS,
+    ("Cast", ""): REAL | INTEGERS,
+    ("Clip", ""): REAL | INTEGERS,
+    ("Concat", ""): REAL | INTEGERS,
+    ("Cos", ""): REAL,
+    ("CumSum", ""): REAL | INTEGERS,
+    ("Expand", ""): REAL | INTEGERS,
+    ("Gather", ""): REAL | INTEGERS,
+    ("Mul", ""): REAL | INTEGERS,
+    ("RMSNormalization", ""): REAL,
+    ("Reshape", ""): REAL | INTEGERS,
+    ("RotaryEmbedding", ""): REAL,
+    ("Shape", ""): REAL | INTEGERS,
+    ("Sin", ""): REAL,
+    ("Slice", ""): REAL | INTEGERS,
+    ("Softplus", ""): REAL,
+    ("Split", ""): REAL | INTEGERS,
+    ("Squeeze", ""): REAL | INTEGERS,
+    ("Sub", ""): REAL | INTEGERS,
+    ("Unsqueeze", ""): REAL | INTEGERS,
+    ("CausalConvWithState", MS): REAL,
+    ("FusedMatMul", MS): REAL,
+    ("GatedDeltaNet", MS): REAL,
+    ("GatherBlockQuantized", MS): frozenset({UINT8}),
+    ("GroupQueryAttention", MS): frozenset({HALF}),  # none for float32
+    ("MatMulNBits", MS): REAL,
+    ("QuickGelu", MS): REAL,
+    ("SkipSimplifiedLayerNormalization", MS): REAL,
+}
+
+
+def dtypes(model: onnx.ModelProto) -> dict[str, int]:
+    """Value -> element type; operators give out what they take in first, with the exceptions named here."""
+    known = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    known |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        given = known[node.input[0]]
+        if node.op_type == "Cast":
+            given = next(attribute.i for attribute in node.attribute if attribute.name == "to")
+        elif node.op_type == "Shape":
+            given = INT64
+        elif node.op_type == "GatherBlockQuantized":
+            given = known[node.input[2]]
+        for place, name in enumerate(node.output):
+            known[name] = FLOAT if node.op_type == "GatedDeltaNet" and place == 1 else given
+    return known
+
+
+def load(artifact: Artifact) -> onnx.ModelProto:
+    return onnx.load(artifact.folder / "model.onnx", load_external_data=False)
+
+
+def test_the_table_is_the_legal_vocabulary() -> None:
+    assert set(cuda.TABLE) == LEGAL_OPS
+
+
+def assert_kernels(model: onnx.ModelProto) -> None:
+    found = dtypes(model)
+    for node in model.graph.node:
+        assert found[node.input[0]] in KERNELS[node.op_type, node.domain], node
+    for node in model.graph.node:  # no operator adds fp16 to float32
+        mixed = {found[name] for name in node.input if name} & REAL
+        assert len(mixed) <= 1 or node.op_type in ("GatedDeltaNet", "MatMulNBits"), node
+    declared = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
+    assert declared == {name: found[name] for name in declared}
+
+
+def test_every_node_has_a_cuda_kernel_of_its_dtypes(checkpoint: Path, build: Build) -> None:
+    assert_kernels(load(build(checkpoint, "int4", provider="cuda")))
+
+
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_so_it_has_in_other_precisions(quant: str, make_checkpoint: Callable[..., Path], build: Build) -> None:
+    odd = {"hidden_size": 100, "num_attention_heads": 2, "intermediate_size": 90}  # int8 in blocks that pad the last
+    for checkpoint in (make_checkpoint("everything"), make_checkpoint("plain", **odd)):
+        assert_kernels(load(build(checkpoint, quant, provider="cuda")))
+
+
+def test_strict_shape_inference_passes(tiny: Path, build: Build) -> None:
+    model = onnx.load(build(tiny, "int4", provider="cuda").folder / "model.onnx")
+    inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    onnx.checker.check_model(inferred)
+    assert inferred.graph.value_info
+
+
+def test_states_are_half_but_for_the_recurrent_one(tiny: Path, build: Build) -> None:
+    artifact = build(tiny, "int4", provider="cuda")
+    for side in (artifact.manifest.inputs, artifact.manifest.outputs):
+        for name, (dtype, _) in side.items():
+            if name.startswith(("past", "present")):
+                assert dtype == ("FLOAT" if name.endswith("recurrent_state") else "FLOAT16"), name
+    assert artifact.manifest.outputs["logits"][0] == "FLOAT"
+
+
+def test_projections_of_one_input_are_one_product(tiny: Path, build: Build) -> None:
+    artifact = build(tiny, "int4", provider="cuda")
+    products = [node for node in load(artifact).graph.node if node.op_type == "MatMulNBits"]
+    assert len(products) == 5 * artifact.spec.num_hidden_layers + 1  # in_proj with q, k and v; out_proj; o_proj; gate with up; down
+
+
+def on_the_cpu(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The graph as it ships, fp16 and all, where onnxruntime's CPU provider stands in for CUDA's."""
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "flavour", lambda *options: replace(flavour(*options), provider=CPU))
+        return pipeline.load(artifact)
+
+
+def rows(artifact: Artifact, checkpoint: Path, shipped: Any, against: str) -> list[Row]:
+    report = validate(artifact, shipped, pipeline.load(artifact, float32=True), checkpoint, ValidateOptions(pairs=0), SILENT)
+    assert report.passed, report.to_json()
+    found = [row for row in report.rows if row.against == against and "logits" in row.figures]
+    assert len(found) == 8
+    return found
+
+
+def worst(found: list[Row]) -> float:
+    return max(max(row.figures["logits"], row.figures["states"]) for row in found)
+
+
+def test_int4_is_exact_in_float32_arithmetic_for_every_switch(checkpoint: Path, build: Build) -> None:
+    artifact = build(checkpoint, "int4", provider="cuda")
+    exact = pipeline.load(artifact, float32=True)
+    assert exact.capabilities.float32
+    assert worst(rows(artifact, checkpoint, exact, "stored")) <= EXACT
+
+
+def test_int8_takes_widths_that_no_block_divides(make_checkpoint: Callable[..., Path], build: Build) -> None:
+    checkpoint = make_checkpoint("plain", hidden_size=100, num_attention_heads=2, intermediate_size=90)
+    artifact = build(checkpoint, "int8", provider="cuda")
+    assert worst(rows(artifact, checkpoint, pipeline.load(artifact, float32=True), "stored")) <= EXACT
+
+
+def test_fp16_activations_drift_little(tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    for quant in ("int8", "int4"):
+        artifact = build(tiny, quant, provider="cuda")
+        shipped = on_the_cpu(artifact, monkeypatch)
+        assert not shipped.capabilities.float32
+        drift = worst(rows(artifact, tiny, shipped, "drift"))
+        print(f"{quant}: drift {drift:.1e}")
+        assert 1e-4 < drift < ROUNDED
+
+
+@pytest.mark.parametrize("name", ["no_mup", "everything"])
+def test_fp16_weights_are_close_to_the_checkpoint(
+    name: str, make_checkpoint: Callable[..., Path], build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without integers, weights are rounded once, and the report's gates are those of fp16."""
+    checkpoint = make_checkpoint(name)
+    artifact = build(checkpoint, provider="cuda")
+    assert 1e-5 < worst(rows(artifact, checkpoint, on_the_cpu(artifact, monkeypatch), "source")) < ROUNDED
+
+
+def test_the_artifact_holds_the_rules_integers_and_scales_bit_for_bit(tiny: Path, build: Build) -> None:
+    artifact = build(tiny, "int4", provider="cuda")
+    stored: Any = pipeline.load(artifact, float32=True).stored_weights()
+    store = WeightStore.open(tiny, artifact.spec)
+    for weight in artifact.manifest.weights:
+        for part in weight.parts:
+            rows = store.shape(part.tensor)[0]
+            truth = quantize_rows(store.rows(part.tensor, 0, rows), Precision(weight.bits, weight.block), part.multiplier.rows(rows))
+            found = stored.quantized(part.tensor)
+            assert np.array_equal(found.codes, truth.codes), part.tensor
+            assert np.array_equal(found.scales, truth.scales), part.tensor
+    assert len(stored) == 2 + 9 * artifact.spec.num_hidden_layers
+
+
+def test_genai_is_told_to_use_cuda(tiny: Path, build: Build) -> None:
+    assert (
+        '"provider_options": [\n     {\n      "cuda": {}' in (build(tiny, "int4", provider="cuda").folder / "genai_config.json").read_text()
+    )
+
+
+def test_without_cuda_the_runner_says_so(tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact, ort = build(tiny, "int4", provider="cuda"), sdk.onnxruntime()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU])
+    with pytest.raises(H1ExportError, match=r"CUDAExecutionProvider: this onnxruntime does not have it.*pip install 'h1export\[cuda\]'"):
+        pipeline.load(artifact)
+
+
+def test_a_cuda_that_does_not_start_is_an_error_and_no_slow_success(tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime itself falls back to the CPU with a line in its log."""
+    artifact, ort = build(tiny, "int4", provider="cuda"), sdk.onnxruntime()
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
+    make = ort.InferenceSession
+    monkeypatch.setattr(ort, "InferenceSession", lambda model, options, providers: make(model, options, providers=[CPU]))
+    with pytest.raises(H1ExportError, match="could not start"):
+        pipeline.load(artifact)
+
+
+def test_levels_of_the_cpus_products_are_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(H1ExportError, match="--accuracy-level: 4 is not a level that this graph's kernels have; one of 0"):
+        pipeline.build(tiny, "ort", tmp_path / "out", options=BuildOptions(4, provider="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+def test_validate_passes_on_cuda(quant: str, tiny: Path, build: Build) -> None:
+    artifact = build(tiny, quant, provider="cuda")
+    report = validate(artifact, pipeline.load(artifact), pipeline.load(artifact, float32=True), tiny, ValidateOptions(pairs=0), SILENT)
+    assert report.passed, report.to_json()
+
+
+@pytest.mark.gpu
+def test_cuda_runs_every_switch(checkpoint: Path, build: Build) -> None:
+    artifact = build(checkpoint, "int4", provider="cuda")
+    assert worst(rows(artifact, checkpoint, pipeline.load(artifact), "drift")) < ROUNDED

@@ -9,7 +9,7 @@ import json
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -24,6 +24,7 @@ from h1export.errors import H1ExportError
 from h1export.targets import MODULES, ProviderName
 
 F = TypeVar("F", bound=Callable[..., Any])
+LEVELS: Mapping[ProviderName, int] = {"cpu": 4, "cuda": 0}  # default accuracy levels
 QUANTS, BLOCKS, PROVIDERS = get_args(QuantName), [str(size) for size in BLOCK_SIZES], get_args(ProviderName)
 
 
@@ -117,7 +118,6 @@ def build(
     Examples:
       h1export build --target ort --quant int4 --validate
       h1export build tiiuae/Falcon-H1-0.5B-Instruct --target ort --quant int4 --out falcon
-      h1export build ./Falcon-H1-0.5B --target ort --provider cuda --out falcon-cuda
       h1export build ./Falcon-H1-0.5B --target ort --opset-only --out falcon-onnx
     """
     from h1export import pipeline, sources
@@ -127,9 +127,8 @@ def build(
 
     checkpoint = sources.resolve(model)
     scheme = QuantScheme(quant, int(block))  # type: ignore[arg-type]  # click has checked it
-    if accuracy_level is None:
-        accuracy_level = 4 if provider == "cpu" else 0
-    options = BuildOptions(accuracy_level, logits == "last", provider, opset_only)
+    level = accuracy_level if accuracy_level is not None else LEVELS[provider]
+    options = BuildOptions(level, logits == "last", provider, opset_only)
     names, built, code = list(dict.fromkeys(targets)), [], 0
     for target in names:
         place = out or Path(f"{checkpoint.resolve().name}-{target}-{quant}")

@@ -86,40 +86,37 @@ def chunked_scan(
         shape = b.once(("chunk", tail), lambda: b.op("Concat", b.ints(0, -1), chunks.length, b.ints(*tail), axis=0))
         return b.op("Transpose", b.op("Reshape", b.op("Pad", x, chunks.pads), shape), perm=perm)
 
-    u = cut(drive, g, r, p, perm=[0, 1, 3, 4, 2, 5])  # b c g r l p
-    log = cut(log_decay, g, r, perm=[0, 1, 3, 4, 2])  # b c g r l
-    keys = cut(B, g, n, perm=[0, 1, 3, 4, 2])  # b c g n l
-    queries = cut(C, g, n, perm=[0, 1, 3, 2, 4])  # b c g l n
+    u = cut(drive, g, r, p, perm=[0, 3, 4, 1, 2, 5])  # b g r c l p
+    log = cut(log_decay, g, r, perm=[0, 3, 4, 1, 2])  # b g r c l
+    keys = b.op("Unsqueeze", cut(B, g, n, perm=[0, 3, 1, 4, 2]), b.ints(2))  # b g 1 c n l
+    queries = b.op("Unsqueeze", cut(C, g, n, perm=[0, 3, 1, 2, 4]), b.ints(2))  # b g 1 c l n
 
-    within = _decay_between(b, log, chunks.within)  # b c g r l m
-    scores = b.op("Mul", b.op("Unsqueeze", b.op("MatMul", queries, keys), b.ints(3)), within)
-    to_end = b.op("Transpose", b.op("Slice", within, b.ints(-1), b.ints(END), b.ints(4)), perm=[0, 1, 2, 3, 5, 4])  # b c g r l 1
-    added = b.op("MatMul", b.op("Unsqueeze", keys, b.ints(3)), b.op("Mul", u, to_end))  # b c g r n p
-    from_start = b.op("CumSum", log, b.constant(-1, np.int64))  # b c g r l
-    whole = b.op("Slice", from_start, b.ints(-1), b.ints(END), b.ints(4))  # b c g r 1
+    within = _decay_between(b, log, chunks.within)  # b g r c l m
+    scores = b.op("Mul", b.op("MatMul", queries, keys), within)
+    to_end = b.op("Transpose", b.op("Slice", within, b.ints(-1), b.ints(END), b.ints(4)), perm=[0, 1, 2, 3, 5, 4])  # b g r c l 1
+    added = b.op("MatMul", keys, b.op("Mul", u, to_end))  # b g r c n p
+    from_start = b.op("CumSum", log, b.constant(-1, np.int64))  # b g r c l
 
-    entering, last = _across(b, spec, chunks, added, whole, state)
-    carried = b.op("MatMul", b.op("Unsqueeze", queries, b.ints(3)), entering)
-    carried = b.op("Mul", carried, b.op("Unsqueeze", b.op("Exp", from_start), b.ints(5)))
-    y = b.op("Transpose", b.op("Add", b.op("MatMul", scores, u), carried), perm=[0, 1, 4, 2, 3, 5])  # b c l g r p
+    entering, last = _across(b, spec, chunks, added, from_start, state)
+    carried = b.op("Mul", b.op("MatMul", queries, entering), b.op("Unsqueeze", b.op("Exp", from_start), b.ints(5)))
+    y = b.op("Transpose", b.op("Add", b.op("MatMul", scores, u), carried), perm=[0, 3, 4, 1, 2, 5])  # b c l g r p
     flat = b.op("Reshape", y, b.ints(0, -1, spec.mamba_n_heads, p))
     return b.op("Slice", flat, b.ints(0), chunks.seq, b.ints(1)), last
 
 
-def _across(b: GraphBuilder, spec: HybridSpec, chunks: Chunks, added: Value, whole: Value, state: Value) -> tuple[Value, Value]:
-    """States before each chunk, [b, c, g, r, n, p], and after the last one, [b, heads, n, p].
+def _across(b: GraphBuilder, spec: HybridSpec, chunks: Chunks, added: Value, from_start: Value, state: Value) -> tuple[Value, Value]:
+    """States before each chunk, [b, g, r, c, n, p], and after the last one, [b, heads, n, p].
 
-    ``added``: what each chunk adds to the state; ``whole``: its log decay, [b, c, g, r, 1]. One product with the decays between
-    chunks takes the place of a loop over them.
+    ``added``: what each chunk adds to the state; ``from_start``: log decays from its start to each of its tokens. One product with
+    the decays between chunks takes the place of a loop over them.
     """
     g, n, p = spec.mamba_n_groups, spec.mamba_d_state, spec.mamba_d_head
     r = spec.mamba_n_heads // g
-    first = b.op("Reshape", state, b.ints(0, 1, g, r, n * p))
-    states = b.op("Concat", first, b.op("Reshape", added, b.ints(0, 0, g, r, n * p)), axis=1)
-    log = b.op("Transpose", b.op("Squeeze", whole, b.ints(4)), perm=[0, 2, 3, 1])
-    decay = _decay_between(b, b.op("Pad", log, b.ints(0, 0, 0, 1, 0, 0, 0, 0)), chunks.across)
-    after = b.op("MatMul", decay, b.op("Transpose", states, perm=[0, 2, 3, 1, 4]))  # b g r 1+c np
+    first = b.op("Reshape", state, b.ints(0, g, r, 1, n * p))
+    states = b.op("Concat", first, b.op("Reshape", added, b.ints(0, g, r, -1, n * p)), axis=3)
+    whole = b.op("Squeeze", b.op("Slice", from_start, b.ints(-1), b.ints(END), b.ints(4)), b.ints(4))  # b g r c
+    decay = _decay_between(b, b.op("Pad", whole, b.ints(0, 0, 0, 1, 0, 0, 0, 0)), chunks.across)
+    after = b.op("MatMul", decay, states)  # b g r 1+c np
     before = b.op("Slice", after, b.ints(0), b.ints(-1), b.ints(3))
-    entering = b.op("Transpose", b.op("Reshape", before, b.ints(0, g, r, -1, n, p)), perm=[0, 3, 1, 2, 4, 5])
     last = b.op("Slice", after, b.ints(-1), b.ints(END), b.ints(3))
-    return entering, b.op("Reshape", last, b.ints(0, spec.mamba_n_heads, n, p))
+    return b.op("Reshape", before, b.ints(0, g, r, -1, n, p)), b.op("Reshape", last, b.ints(0, spec.mamba_n_heads, n, p))

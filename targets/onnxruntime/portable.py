@@ -23,6 +23,7 @@ from h1export.targets.onnx.emit import Context, Emitter, args_of
 from h1export.targets.onnxruntime import transposed
 from h1export.targets.onnxruntime.chunked_scan import Chunks, chunked_scan
 from h1export.targets.onnxruntime.ops import TABLE as CPU_TABLE
+from h1export.targets.onnxruntime.ops import shifted_products
 
 FLOAT = 1
 
@@ -35,6 +36,7 @@ def opset(scheme: QuantScheme) -> int:
 
 
 def linear(c: Context, node: Node) -> None:
+    """MatMul, by a DequantizeLinear where the scheme says integers."""
     x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
     precision = c.precision(expr)
     weight = c.build.op("Transpose", c.weight(expr), perm=[1, 0]) if precision is None else transposed.dequantized(c, expr, precision)
@@ -44,6 +46,7 @@ def linear(c: Context, node: Node) -> None:
 
 
 def embedding(c: Context, node: Node) -> None:
+    """Gather, and a product with the scales where the scheme says integers."""
     expr, ids = c.expr(args_of(node)[0]), c.value(args_of(node)[1])
     precision = c.precision(expr)
     if precision is None:
@@ -52,6 +55,7 @@ def embedding(c: Context, node: Node) -> None:
 
 
 def rms_norm(c: Context, node: Node) -> None:
+    """x / sqrt(mean(x^2) + epsilon) * weight."""
     x, _, weight, epsilon = args_of(node)
     b, x = c.build, c.value(x)
     mean = b.op("ReduceMean", b.op("Mul", x, x), b.ints(-1), keepdims=1)
@@ -68,17 +72,12 @@ def silu(c: Context, node: Node) -> None:
 
 
 def causal_conv(c: Context, node: Node) -> None:
-    """Conv with a group for each channel, over the carried inputs and the new ones; states are channels last."""
-    x, state, weight, bias = args_of(node)
-    b, (channels, _, taps) = c.build, c.expr(weight).shape(c.store.shape)
-    inputs = b.op("Concat", c.value(state), c.value(x), axis=1)
-    operands = [b.op("Transpose", inputs, perm=[0, 2, 1]), c.value(weight), *([] if bias is None else [c.value(bias)])]
-    y = b.op("Conv", *operands, group=channels, kernel_shape=[taps])
-    kept = b.op("Slice", inputs, b.ints(1 - taps), b.ints(np.iinfo(np.int64).max), b.ints(1))
-    c.set(node, b.op("Transpose", _silu(c, y), perm=[0, 2, 1]), kept)
+    total, carried = shifted_products(c, node)
+    c.set(node, _silu(c, total), carried)
 
 
 def ssm_scan(c: Context, node: Node) -> None:
+    """The chunked scan; what goes into it is as for LinearAttention."""
     x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = args_of(node)
     b = c.build
     step = b.op("Softplus", b.op("Add", c.value(dt), c.value(dt_bias)))

@@ -15,6 +15,7 @@ from h1export import pipeline
 from h1export.cli import run
 from h1export.core.artifact import Artifact
 from h1export.generation import Sampling, generate
+from h1export.targets.onnxruntime import sdk
 from h1export.text import load_tokenizer
 
 pytestmark = pytest.mark.ort
@@ -279,3 +280,37 @@ def test_an_existing_out_is_left_alone_without_force(
 def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", "/no/such", "--debug"]) == 2
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_the_graph_for_any_runtime(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert run(["build", "--target", "ort", "--opset-only", "--out", out, "--validate", *QUICK]) == 0
+    assert "PASSED" in capfd.readouterr().err
+    assert Artifact.open(Path(out)).manifest.options["opset_only"] is True
+
+
+def test_the_graph_for_cuda_is_built_anywhere_and_runs_on_cuda_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "out")
+    monkeypatch.setattr(sdk.onnxruntime(), "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert run(["build", "--target", "ort", "--provider", "cuda", "--out", out]) == 0
+    assert Artifact.open(Path(out)).manifest.options["accuracy_level"] == 0
+    for command in (["validate", out, *QUICK], ["generate", out, "import"]):
+        assert run(command) == 2
+        assert "CUDAExecutionProvider: this onnxruntime does not have it" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--provider", "cuda", "--opset-only"], "leave out --opset-only or --provider cuda"),
+        (["--provider", "cuda", "--accuracy-level", "4"], "--accuracy-level: 4 is not a level that this graph's kernels have"),
+    ],
+)
+def test_graphs_that_contradict_themselves_are_refused(
+    options: list[str], says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["build", "--target", "ort", *options, "--out", str(tmp_path / "out")]) == 2
+    assert says in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,63 @@
+// Vectors of 256 bits. Floats use the compilers' vector extension, which every CPU has; int8 dot products have one primitive
+// with a variant for each instruction set. H1_PORTABLE picks the plain variant anywhere, so that it can be tested.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) && !defined(H1_PORTABLE)
+#include <immintrin.h>
+#define H1_AVX2 1
+#endif
+
+namespace h1 {
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+constexpr size_t kLanes = 8;
+
+inline f32x8 load(const float* p) {
+  f32x8 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
+
+// The first `count` < 8 lanes of memory; the others are zeros, or left alone.
+inline f32x8 load_part(const float* p, size_t count) {
+  f32x8 v{};
+  std::memcpy(&v, p, count * sizeof(float));
+  return v;
+}
+inline void store_part(float* p, f32x8 v, size_t count) { std::memcpy(p, &v, count * sizeof(float)); }
+
+inline f32x8 splat(float x) { return f32x8{} + x; }
+inline f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
+inline f32x8 min(f32x8 a, f32x8 b) { return a < b ? a : b; }
+inline float sum(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+// exp(x) within 1e-7 relative error; 0 below -87.7, where results would soon be subnormal, and exp(88.37) above 88.37.
+inline f32x8 exp(f32x8 x) {
+  x = max(splat(-88.3365447505f), min(splat(88.3762626647950f), x));  // in this order NaN stays NaN
+  // x = n log 2 + r with |r| <= log(2) / 2: adding and subtracting 1.5 * 2^23 rounds to an integer
+  const f32x8 round = splat(12582912.0f);
+  const f32x8 n = (x * 1.44269504088896341f + round) - round;
+  const f32x8 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first exact in n's products
+  f32x8 p = splat(1.9875691500e-4f);  // Cephes' expf
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const i32x8 exponent = __builtin_convertvector(n, i32x8) + 127;
+  const i32x8 power = (exponent > 0 ? exponent : i32x8{}) << 23;  // 2^n, and 0 for what would be subnormal
+  f32x8 scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
+
+inline f32x8 silu(f32x8 x) { return x / (1.0f + exp(-x)); }
+
+}  // namespace h1

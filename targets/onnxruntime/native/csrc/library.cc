@@ -3,7 +3,10 @@
 
 namespace h1 {
 
+const OrtCustomOp* attention_op();
+const OrtCustomOp* causal_conv_op();
 const OrtCustomOp* silu_mul_op();
+const OrtCustomOp* ssm_scan_op();
 
 namespace {
 
@@ -11,7 +14,7 @@ namespace {
 OrtCustomOpDomain* make_domain() {
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain("h1export", &domain));
-  for (const OrtCustomOp* op : {silu_mul_op()}) check(api->CustomOpDomain_Add(domain, op));
+  for (const OrtCustomOp* op : {attention_op(), causal_conv_op(), silu_mul_op(), ssm_scan_op()}) check(api->CustomOpDomain_Add(domain, op));
   return domain;
 }
 

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from h1export.targets.onnxruntime.native import library
 
 DOMAIN = "h1export"
+STATES = {"CausalConv": ("state",), "SSMScan": ("state",), "Attention": ("past_k", "past_v")}  # op -> inputs that outputs replace
 VARIANTS = {"native": (), "portable": ("-DH1_PORTABLE",)}
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -31,13 +32,33 @@ def run_op(native_library: str) -> Callable[..., list[Any]]:
     def run(
         op: str, inputs: Mapping[str, Any], outputs: int = 1, threads: int = 2, constants: Arrays | None = None, **attributes: Any
     ) -> Any:
-        return session(native_library, op, inputs, outputs, threads, constants or {}, attributes)
+        made, fed = session(native_library, op, inputs, outputs, threads, constants or {}, attributes)
+        return made.run(None, fed)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_in_place(native_library: str) -> Callable[..., list[Any]]:
+    """As run_op, with the states' memory bound to the inputs and to the outputs that replace them."""
+
+    def run(op: str, inputs: Mapping[str, Any], outputs: int, threads: int = 2, **attributes: Any) -> Any:
+        made, fed = session(native_library, op, inputs, outputs, threads, {}, attributes)
+        binding, states = made.io_binding(), STATES[op]
+        values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in fed.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("out0")
+        for i, name in enumerate(states, 1):
+            binding.bind_ortvalue_output(f"out{i}", values[name])
+        made.run_with_iobinding(binding)
+        return [binding.get_outputs()[0].numpy(), *(values[name].numpy() for name in states)]
 
     return run
 
 
 def session(path: str, op: str, inputs: Mapping[str, Any], outputs: int, threads: int, constants: Arrays, attributes: Any) -> Any:
-    """Build the node's model and run it once. ``constants`` become initializers, the other inputs are fed."""
+    """A session of the one node, and what to feed it. ``constants`` become initializers, the other inputs are fed."""
     fed = {name: value for name, value in inputs.items() if value is not None and name not in constants}
     names = [name if value is not None else "" for name, value in inputs.items()]
     results = [f"out{i}" for i in range(outputs)]
@@ -53,4 +74,4 @@ def session(path: str, op: str, inputs: Mapping[str, Any], outputs: int, threads
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors also come as exceptions
     options.register_custom_ops_library(path)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, fed)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]), fed

@@ -80,24 +80,22 @@ struct Seen {
   float highest, weights;
 };
 
-// Turn the scores of `count` keys (a multiple of kLanes) into weights, and bring `values`, the row's sum so far, to the new maximum.
-void normalise(size_t count, float* scores, Seen& seen, float* values, size_t dim) {
+// Turn the scores of `count` keys (a multiple of kLanes) into weights. Returns the factor that brings the row's sum of values so far
+// to the new maximum.
+float normalise(size_t count, float* scores, Seen& seen) {
   f32x8 top = load(scores);
   for (size_t i = kLanes; i < count; i += kLanes) top = max(top, load(scores + i));
   float highest = seen.highest;
   for (size_t i = 0; i < kLanes; ++i) highest = std::max(highest, float(top[i]));
-  if (highest > seen.highest) {
-    const float factor = std::exp(seen.highest - highest);
-    for (size_t i = 0; i < dim; ++i) values[i] *= factor;
-    seen = {highest, seen.weights * factor};
-  }
   f32x8 weights{};
   for (size_t i = 0; i < count; i += kLanes) {
     const f32x8 weight = exp(load(scores + i) - highest);
     store(scores + i, weight);
     weights += weight;
   }
-  seen.weights += sum(weights);
+  const float factor = highest == seen.highest ? 1 : std::exp(seen.highest - highest);
+  seen = {highest, seen.weights * factor + sum(weights)};
+  return factor;
 }
 
 // Lane i: the sum of v[i]'s lanes.
@@ -111,27 +109,22 @@ inline f32x8 sums(const f32x8 (&v)[kLanes]) {
 #endif
 }
 
-// scores[i] = query . keys[i] for `count` keys; behind them up to the next multiple of kLanes, kHidden.
-void score(const float* query, const float* keys, size_t count, size_t dim, float* scores) {
-  for (size_t i = 0; i < count; i += kLanes) {
-    f32x8 products[kLanes] = {};
-    const float* key[kLanes];
-    for (size_t j = 0; j < kLanes; ++j) key[j] = keys + std::min(i + j, count - 1) * dim;
-    for (size_t d = 0; d < dim; d += kLanes) {
-      const f32x8 part = load(query + d);
-      for (size_t j = 0; j < kLanes; ++j) products[j] += part * load(key[j] + d);
-    }
-    store(scores + i, sums(products));
+// query . keys[i] for kLanes keys.
+f32x8 score(const float* query, const float* keys, size_t dim) {
+  f32x8 products[kLanes] = {};
+  for (size_t d = 0; d < dim; d += kLanes) {
+    const f32x8 part = load(query + d);
+    for (size_t i = 0; i < kLanes; ++i) products[i] += part * load(keys + i * dim + d);
   }
-  std::fill(scores + count, scores + (count + kLanes - 1) / kLanes * kLanes, kHidden);
+  return sums(products);
 }
 
 // One token and the columns [begin, end) of its context: for each head of the group what it has seen, and the sum of values.
 void attend_split(const Attention& a, size_t b, size_t kv, size_t begin, size_t end, Seen* seen, float* sums) {
   static thread_local Scratch<float> scratch;
   const size_t group = a.group();
-  float* queries = scratch.get(group * (a.dim + kKeys) + kKeys);
-  float *scores = queries + group * a.dim, *bias = scores + group * kKeys;
+  float* queries = scratch.get((group + kLanes) * a.dim + 2 * kKeys);
+  float *last_keys = queries + group * a.dim, *scores = last_keys + kLanes * a.dim, *bias = scores + kKeys;
   gather_queries(a, b, kv, 0, 1, queries);
   std::fill_n(seen, group, Seen{kLowest, 0});
   std::fill_n(sums, group * a.dim, 0.0f);
@@ -141,13 +134,17 @@ void attend_split(const Attention& a, size_t b, size_t kv, size_t begin, size_t 
     size_t shown = read_mask(a, b, start, count, bias);
     if (start + count == a.total && bias[count - 1] != 0) bias[count - 1] = 0, ++shown;  // the token itself
     if (shown == 0) continue;
+    const size_t rest = count % kLanes, whole = count - rest;
+    std::fill_n(last_keys, kLanes * a.dim, 0.0f);
+    std::copy_n(keys + whole * a.dim, rest * a.dim, last_keys);  // no key may be read behind the last
+    std::fill(bias + count, bias + padded, kHidden);
     for (size_t g = 0; g < group; ++g) {
-      float* row = scores + g * kKeys;
-      score(queries + g * a.dim, keys, count, a.dim, row);
-      if (shown < count) for (size_t i = 0; i < count; ++i) row[i] += bias[i];
-      normalise(padded, row, seen[g], sums + g * a.dim, a.dim);
+      const float* query = queries + g * a.dim;
+      for (size_t i = 0; i < whole; i += kLanes) store(scores + i, load(bias + i) + score(query, keys + i * a.dim, a.dim));
+      if (rest) store(scores + whole, load(bias + whole) + score(query, last_keys, a.dim));
+      const float factor = normalise(padded, scores, seen[g]);
+      gemm(1, a.dim, count, {scores, 0, 1}, values, a.dim, sums + g * a.dim, a.dim, &factor);
     }
-    gemm(group, a.dim, count, {scores, kKeys, 1}, values, a.dim, sums, a.dim, 1);
   }
 }
 
@@ -218,12 +215,13 @@ class Tile {
       const size_t rows = std::min(kRows, rows_ - row), last = own(row + rows - 1);
       if (last < start) continue;
       const size_t seen = std::min(count, last + 1 - start), padded = (seen + kLanes - 1) / kLanes * kLanes;
-      gemm(rows, padded, a_.dim, {queries_ + row * a_.dim, a_.dim, 1}, keys_, kKeys, scores_, kKeys, 0);
+      gemm(rows, padded, a_.dim, {queries_ + row * a_.dim, a_.dim, 1}, keys_, kKeys, scores_, kKeys, nullptr);
+      float factors[kRows];
       for (size_t i = 0; i < rows; ++i) {
         hide(row + i, start, count, padded, shown < count, scores_ + i * kKeys);
-        normalise(padded, scores_ + i * kKeys, seen_[row + i], sums_ + (row + i) * a_.dim, a_.dim);
+        factors[i] = normalise(padded, scores_ + i * kKeys, seen_[row + i]);
       }
-      gemm(rows, a_.dim, seen, {scores_, kKeys, 1}, values, a_.dim, sums_ + row * a_.dim, a_.dim, 1);
+      gemm(rows, a_.dim, seen, {scores_, kKeys, 1}, values, a_.dim, sums_ + row * a_.dim, a_.dim, factors);
     }
   }
 

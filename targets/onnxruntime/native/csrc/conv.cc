@@ -7,51 +7,54 @@
 namespace h1 {
 namespace {
 
-constexpr size_t kBlock = 128;         // channels of one item for a thread: what it touches stays in the L1 cache
-constexpr size_t kMostTaps = 8;        // Falcon-H1 has 4
-constexpr size_t kSerial = 1 << 13;    // elements that one thread has done before another has started
-constexpr float kZeros[kBlock] = {};
+constexpr size_t kMostTaps = 8;      // Falcon-H1 has 4
+constexpr size_t kGrain = 1 << 14;   // elements of one item for a thread: some microseconds
 
+// One sequence; x and y are at their first column.
 struct Conv {
   size_t tokens, channels, taps, x_width;
+  const float *x, *state, *weight, *bias, *mask;  // bias and mask may be null
+  float *y, *new_state;
+  const float* zeros;  // [channels]
+
+  // The inputs of one token: first those that the state holds, then the columns of x.
+  const float* input(size_t i) const {
+    if (i < taps - 1) return state + i * channels;
+    const size_t t = i - (taps - 1);
+    return mask == nullptr || mask[t] != 0 ? x + t * x_width : zeros;
+  }
 };
 
-// `width` channels of one sequence; pointers are at the first of them.
-void causal_conv_block(const Conv& conv, size_t width, const float* x, const float* state, const float* weight, const float* bias,
-                       const float* mask, float* y, float* new_state) {
-  const size_t before = conv.taps - 1, rest = width % kLanes, whole = width - rest;
-  float past[kMostTaps][kBlock];  // a copy, because new_state may overwrite state
-  for (size_t i = 0; i < before; ++i) std::copy_n(state + i * conv.channels, width, past[i]);
-  const auto input = [&](size_t i) {
-    if (i < before) return static_cast<const float*>(past[i]);
-    return mask == nullptr || mask[i - before] != 0 ? x + (i - before) * conv.x_width : kZeros;
-  };
-  for (size_t t = 0; t < conv.tokens; ++t) {
+void causal_conv(const Conv& conv, size_t begin, size_t end) {
+  for (size_t t = begin; t < end; ++t) {
     const float* window[kMostTaps];
-    for (size_t i = 0; i < conv.taps; ++i) window[i] = input(t + i);
-    const auto convolve = [&](size_t c, auto read) {
-      f32x8 total = bias == nullptr ? f32x8{} : read(bias + c);
-      for (size_t i = 0; i < conv.taps; ++i) total += read(weight + i * conv.channels + c) * read(window[i] + c);
-      return silu(total);
-    };
-    float* out = y + t * conv.channels;
-    for (size_t c = 0; c < whole; c += kLanes) store(out + c, convolve(c, [](const float* p) { return load(p); }));
-    if (rest) store_part(out + whole, convolve(whole, [rest](const float* p) { return load_part(p, rest); }), rest);
+    for (size_t i = 0; i < conv.taps; ++i) window[i] = conv.input(t + i);
+    map(conv.y + t * conv.channels, conv.channels, [&](size_t c, auto read) {
+      f32x8 sum = conv.bias == nullptr ? f32x8{} : read(conv.bias + c);
+      for (size_t i = 0; i < conv.taps; ++i) sum += read(conv.weight + i * conv.channels + c) * read(window[i] + c);
+      return silu(sum);
+    });
   }
-  for (size_t i = 0; i < before; ++i) std::copy_n(input(conv.tokens + i), width, new_state + i * conv.channels);
 }
 
-void causal_conv(const Parallel& parallel, const Conv& conv, size_t batch, const float* x, const float* state, const float* weight,
-                 const float* bias, const float* mask, float* y, float* new_state) {
-  const size_t blocks = (conv.channels + kBlock - 1) / kBlock, states = (conv.taps - 1) * conv.channels;
-  const auto block = [&](size_t item) {
-    const size_t b = item / blocks, c = item % blocks * kBlock;
-    causal_conv_block(conv, std::min(kBlock, conv.channels - c), x + b * conv.tokens * conv.x_width + c, state + b * states + c, weight + c,
-                      bias ? bias + c : nullptr, mask ? mask + b * conv.tokens : nullptr, y + b * conv.tokens * conv.channels + c,
-                      new_state + b * states + c);
-  };
-  if (batch * conv.tokens * conv.channels > kSerial) return parallel(batch * blocks, block);
-  for (size_t item = 0; item < batch * blocks; ++item) block(item);
+// Every sequence in turn, its tokens in parallel. new_state may overwrite state, so a copy is read.
+void causal_conv(const Parallel& parallel, size_t batch, Conv conv) {
+  static thread_local Scratch<float> scratch;
+  const size_t rows = conv.taps - 1, size = rows * conv.channels;
+  float* zeros = scratch.get(size + conv.channels);
+  float* past = zeros + conv.channels;
+  std::fill_n(zeros, conv.channels, 0.0f);
+  for (size_t b = 0; b < batch; ++b) {
+    Conv one = conv;
+    std::copy_n(conv.state + b * size, size, past);
+    one.state = past, one.zeros = zeros;
+    one.x += b * conv.tokens * conv.x_width, one.y += b * conv.tokens * conv.channels;
+    if (conv.mask) one.mask += b * conv.tokens;
+    parallel_ranges(parallel, conv.tokens, std::max<size_t>(1, kGrain / conv.channels), [&](size_t begin, size_t end) {
+      causal_conv(one, begin, end);
+    });
+    for (size_t i = 0; i < rows; ++i) std::copy_n(one.input(conv.tokens + i), conv.channels, conv.new_state + b * size + i * conv.channels);
+  }
 }
 
 class CausalConv {
@@ -76,8 +79,9 @@ class CausalConv {
     require(!mask || mask.shape == Shape{batch, tokens}, "mask must be [batch, tokens]");
     const auto y = call.output<float>(0, {batch, tokens, channels});
     const auto new_state = call.output<float>(1, state.shape);
-    const Conv conv{size_t(tokens), size_t(channels), size_t(taps), size_t(x.last())};
-    causal_conv(call.parallel, conv, batch, x.data + offset_, state.data, weight.data, bias.data, mask.data, y.data, new_state.data);
+    causal_conv(call.parallel, batch,
+                {size_t(tokens), size_t(channels), size_t(taps), size_t(x.last()), x.data + offset_, state.data, weight.data, bias.data,
+                 mask.data, y.data, new_state.data, nullptr});
   }
 
  private:

@@ -11,8 +11,8 @@
 namespace h1 {
 namespace {
 
-constexpr size_t kChunk = 64;    // tokens; more of them cost more within chunks, fewer cost more between them
-constexpr size_t kRows = 16;     // of a chunk's lower triangle, multiplied as one rectangle
+constexpr size_t kChunk = 48;    // tokens; more of them cost more within chunks, fewer cost more between them
+constexpr size_t kRows = 24;     // of a chunk's lower triangle, multiplied as one rectangle
 constexpr size_t kColumns = 64;  // of a head's state in one item for a thread: columns do not depend on each other
 
 struct Scan {
@@ -28,6 +28,8 @@ struct Scan {
   const float* B(size_t b, size_t t, size_t g) const { return xbc + token(b, t) * width() + heads * d_head + g * d_state; }
   const float* C(size_t b, size_t t, size_t g) const { return B(b, t, groups + g); }
   size_t group(size_t h) const { return h / (heads / groups); }
+  const float* gate_of(size_t b, size_t t, size_t h) const { return gate + token(b, t) * gate_width + h * d_head; }
+  float* out(size_t b, size_t t, size_t h) const { return y + (token(b, t) * heads + h) * d_head; }
 
   // dt after bias, softplus, limits and mask; in float64, so that sums of it stay exact enough.
   double step(size_t b, size_t t, size_t h) const {
@@ -41,8 +43,8 @@ struct Scan {
 // What the state gives, plus D x, times silu(gate), for `width` channels of a token.
 void write(const Scan& s, size_t b, size_t t, size_t h, size_t first, size_t width, const float* y) {
   const float* x = s.x(b, t, h) + first;
-  const float* gate = s.gate ? s.gate + s.token(b, t) * s.gate_width + h * s.d_head + first : nullptr;
-  map(s.y + (s.token(b, t) * s.heads + h) * s.d_head + first, width, [&](size_t p, auto read) {
+  const float* gate = s.gate ? s.gate_of(b, t, h) + first : nullptr;
+  map(s.out(b, t, h) + first, width, [&](size_t p, auto read) {
     const f32x8 sum = read(y + p) + s.D[h] * read(x + p);
     return gate == nullptr ? sum : sum * silu(read(gate + p));
   });
@@ -87,6 +89,17 @@ void step_head(const Scan& s, size_t b, size_t h) {
   write(s, b, 0, h, 0, s.d_head, y);
 }
 
+// Ask for what a chunk will write, and the next one read: a head's rows lie far apart, which hardware does not foresee.
+void prefetch(const Scan& s, size_t b, size_t t, size_t h, size_t first, size_t width) {
+  constexpr size_t kLine = 64 / sizeof(float);
+  const float* ahead = s.x(b, std::min(t + kChunk, s.tokens - 1), h) + first;
+  for (size_t p = 0; p < width; p += kLine) {
+    __builtin_prefetch(ahead + p);
+    __builtin_prefetch(s.out(b, t, h) + first + p, 1);
+    if (s.gate) __builtin_prefetch(s.gate_of(b, t, h) + first + p);
+  }
+}
+
 // What the heads of a group share in one chunk.
 struct Chunk {
   const float* Bt;  // [N, kChunk]: B transposed, zeros behind the last token
@@ -100,64 +113,86 @@ void prepare(const Scan& s, size_t b, size_t g, size_t begin, size_t length, flo
   }
   for (size_t i = 0; i < length; i += kRows) {
     const Strided C{s.C(b, begin + i, g), s.width(), 1};
-    gemm(std::min(kRows, length - i), i + kRows, s.d_state, C, Bt, kChunk, CB + i * kChunk, kChunk, 0);
+    gemm(std::min(kRows, length - i), i + kRows, s.d_state, C, Bt, kChunk, CB + i * kChunk, kChunk, nullptr);
   }
+}
+
+// first - second[i] for kLanes i, rounded to float32 once.
+inline f32x8 difference(double first, const double* second) {
+  typedef double f64x8 __attribute__((vector_size(64)));
+  f64x8 v;
+  std::memcpy(&v, second, sizeof v);
+  v = first - v;
+  return __builtin_convertvector(v, f32x8);
 }
 
 // mixing[i][j] = CB[i][j] exp(sum of decays from j + 1 to i) for j <= i < length, and zeros up to the end of each rectangle of kRows.
 void mix(size_t length, const double* total, const float* CB, float* mixing) {
-  typedef double f64x8 __attribute__((vector_size(64)));
   for (size_t i = 0; i < length; ++i) {
     float* row = mixing + i * kChunk;
-    for (size_t j = 0; j <= i; j += kLanes) {
-      f64x8 before;
-      std::memcpy(&before, total + j, sizeof before);
-      const f64x8 between = total[i] - before;
-      store(row + j, load(CB + i * kChunk + j) * exp(__builtin_convertvector(between, f32x8)));
-    }
+    for (size_t j = 0; j <= i; j += kLanes) store(row + j, load(CB + i * kChunk + j) * exp(difference(total[i], total + j)));
     std::fill(row + i + 1, row + (i / kRows + 1) * kRows, 0.0f);
   }
 }
 
-// Some columns of one head of one sequence, chunk after chunk. chunk(c) is the c-th.
-template <class GetChunk>
-void scan_columns(const Scan& s, size_t b, size_t h, size_t first, size_t width, const GetChunk& chunk) {
-  static thread_local Scratch<float> scratch;
-  float* S = scratch.get((s.d_state + 2 * kChunk) * kColumns + kChunk * kChunk);  // [N, kColumns]
-  float *u = S + s.d_state * kColumns, *y = u + kChunk * kColumns, *mixing = y + kChunk * kColumns;
-  const size_t padded = (width + kLanes - 1) / kLanes * kLanes, at = (b * s.heads + h) * s.d_state * s.d_head + first;
-  std::fill_n(S, (s.d_state + kChunk) * kColumns, 0.0f);
-  for (size_t n = 0; n < s.d_state; ++n) std::copy_n(s.state + at + n * s.d_head, width, S + n * kColumns);
-  for (size_t begin = 0; begin < s.tokens; begin += kChunk) {
-    const size_t length = std::min(kChunk, s.tokens - begin);
-    const Chunk shared = chunk(begin / kChunk);
-    double total[kChunk] = {}, sum = 0;
+// Some columns of one head of one sequence, chunk after chunk.
+class Columns {
+ public:
+  Columns(const Scan& s, size_t b, size_t h, size_t first, size_t width) : s_(s), b_(b), h_(h), first_(first), width_(width) {
+    static thread_local Scratch<float> scratch;
+    S_ = scratch.get((s.d_state + 3 * kChunk) * kColumns + kChunk * kChunk + s.d_state);
+    x_ = S_ + s.d_state * kColumns;
+    x_end_ = x_ + kChunk * kColumns;
+    y_ = x_end_ + kChunk * kColumns;
+    mixing_ = y_ + kChunk * kColumns;
+    decay_ = mixing_ + kChunk * kChunk;
+    std::fill(S_, y_, 0.0f);  // zeros behind the last column, because products take whole vectors
+  }
+
+  // chunk(c) is what the c-th chunk shares.
+  template <class GetChunk>
+  void run(const GetChunk& chunk) {
+    const size_t at = (b_ * s_.heads + h_) * s_.d_state * s_.d_head + first_;
+    for (size_t n = 0; n < s_.d_state; ++n) std::copy_n(s_.state + at + n * s_.d_head, width_, S_ + n * kColumns);
+    for (size_t begin = 0; begin < s_.tokens; begin += kChunk) step(begin, std::min(kChunk, s_.tokens - begin), chunk(begin / kChunk));
+    for (size_t n = 0; n < s_.d_state; ++n) std::copy_n(S_ + n * kColumns, width_, s_.new_state + at + n * s_.d_head);
+  }
+
+ private:
+  void step(size_t begin, size_t length, const Chunk& chunk) {
+    double steps[kChunk] = {}, total[kChunk] = {}, sum = 0;  // total[t]: the sum of log decays up to t
     for (size_t t = 0; t < length; ++t) {
-      const double step = s.step(b, begin + t, h);
-      total[t] = sum += step * s.A[h];
-      const float *x = s.x(b, begin + t, h) + first, factor = float(step);
-      map(u + t * kColumns, width, [&](size_t p, auto read) { return factor * read(x + p); });
+      steps[t] = s_.step(b_, begin + t, h_);
+      total[t] = sum += steps[t] * s_.A[h_];
     }
-    mix(length, total, shared.CB, mixing);
-    const Strided C{s.C(b, begin, s.group(h)), s.width(), 1};
-    gemm(length, padded, s.d_state, C, S, kColumns, y, kColumns, 0);
+    float from_start[kChunk], to_end[kChunk];
+    for (size_t t = 0; t < length; t += kLanes) {
+      store(from_start + t, exp(-difference(0, total + t)));
+      store(to_end + t, exp(difference(sum, total + t)));
+    }
     for (size_t t = 0; t < length; ++t) {
-      const float decay = float(std::exp(total[t]));
-      for (size_t p = 0; p < padded; ++p) y[t * kColumns + p] *= decay;
+      prefetch(s_, b_, begin + t, h_, first_, width_);
+      const float *x = s_.x(b_, begin + t, h_) + first_, now = float(steps[t]), end = now * to_end[t];
+      map(x_ + t * kColumns, width_, [&](size_t p, auto read) { return now * read(x + p); });
+      map(x_end_ + t * kColumns, width_, [&](size_t p, auto read) { return end * read(x + p); });
     }
+    const size_t padded = (width_ + kLanes - 1) / kLanes * kLanes;
+    const Strided C{s_.C(b_, begin, s_.group(h_)), s_.width(), 1};
+    gemm(length, padded, s_.d_state, C, S_, kColumns, y_, kColumns, nullptr);
+    mix(length, total, chunk.CB, mixing_);
     for (size_t i = 0; i < length; i += kRows) {
       const size_t rows = std::min(kRows, length - i);
-      gemm(rows, padded, i + rows, {mixing + i * kChunk, kChunk, 1}, u, kColumns, y + i * kColumns, kColumns, 1);
+      gemm(rows, padded, i + rows, {mixing_ + i * kChunk, kChunk, 1}, x_, kColumns, y_ + i * kColumns, kColumns, from_start + i);
     }
-    for (size_t t = 0; t < length; ++t) {
-      write(s, b, begin + t, h, first, width, y + t * kColumns);
-      const float to_end = float(std::exp(sum - total[t]));
-      for (size_t p = 0; p < padded; ++p) u[t * kColumns + p] *= to_end;
-    }
-    gemm(s.d_state, padded, length, {shared.Bt, kChunk, 1}, u, kColumns, S, kColumns, float(std::exp(sum)));
+    for (size_t t = 0; t < length; ++t) write(s_, b_, begin + t, h_, first_, width_, y_ + t * kColumns);
+    std::fill_n(decay_, s_.d_state, float(std::exp(sum)));
+    gemm(s_.d_state, padded, length, {chunk.Bt, kChunk, 1}, x_end_, kColumns, S_, kColumns, decay_);
   }
-  for (size_t n = 0; n < s.d_state; ++n) std::copy_n(S + n * kColumns, width, s.new_state + at + n * s.d_head);
-}
+
+  const Scan& s_;
+  const size_t b_, h_, first_, width_;
+  float *S_, *x_, *x_end_, *y_, *mixing_, *decay_;  // [N, kColumns], three times [kChunk, kColumns], [kChunk, kChunk], [N]
+};
 
 void ssm_scan(const Parallel& parallel, const Scan& s) {
   if (s.tokens == 1) return parallel(s.batch * s.heads, [&](size_t i) { step_head(s, i / s.heads, i % s.heads); });
@@ -172,7 +207,7 @@ void ssm_scan(const Parallel& parallel, const Scan& s) {
   });
   parallel(s.batch * s.heads * strips, [&](size_t i) {
     const size_t b = i / strips / s.heads, h = i / strips % s.heads, first = i % strips * kColumns;
-    scan_columns(s, b, h, first, std::min(kColumns, s.d_head - first), [&](size_t c) {
+    Columns(s, b, h, first, std::min(kColumns, s.d_head - first)).run([&](size_t c) {
       const float* Bt = chunk(b, s.group(h), c);
       return Chunk{Bt, Bt + s.d_state * kChunk};
     });

@@ -32,6 +32,14 @@ inline f32x8 load_part(const float* p, size_t count) {
 }
 inline void store_part(float* p, f32x8 v, size_t count) { std::memcpy(p, &v, count * sizeof(float)); }
 
+// out[i] = f(i, read) for `width` floats, a vector at a time; read(p) loads as many as there are left, so f reads from p + i.
+template <class F>
+inline void map(float* out, size_t width, const F& f) {
+  const size_t rest = width % kLanes, whole = width - rest;
+  for (size_t i = 0; i < whole; i += kLanes) store(out + i, f(i, [](const float* p) { return load(p); }));
+  if (rest) store_part(out + whole, f(whole, [rest](const float* p) { return load_part(p, rest); }), rest);
+}
+
 inline f32x8 splat(float x) { return f32x8{} + x; }
 inline f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
 inline f32x8 min(f32x8 a, f32x8 b) { return a < b ? a : b; }

@@ -14,8 +14,9 @@ namespace h1 {
 namespace {
 
 constexpr size_t kKeys = 64;       // of a block: its keys and values stay in the L1 or L2 cache
+constexpr size_t kOneKeys = 32;    // the same for one token, whose keys and values the heads of a group read again from the L1 cache
 constexpr size_t kSplit = 512;     // keys of one item for a thread, for one token
-constexpr size_t kQueries = 256;   // rows (tokens times heads of a group) of one item for a thread, for several tokens
+constexpr size_t kQueries = 264;   // rows (tokens times heads of a group) of one item for a thread, for several tokens
 constexpr size_t kRows = 6;        // rows whose scores are computed, normalised and used at a time
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr float kLowest = -1e30f;  // below any score, but finite: exp(kHidden - kLowest) is 0
@@ -75,26 +76,29 @@ size_t read_mask(const Attention& a, size_t b, size_t begin, size_t count, float
   return shown;
 }
 
-// What one query has seen of its context so far: values weighted by exp(score - highest), and the sum of these weights.
+// What one query has seen of its context so far: values weighted by exp(score - highest). The sum of weights is kept in lanes.
 struct Seen {
-  float highest, weights;
+  float highest = kLowest;
+  f32x8 weights{};
 };
 
 // Turn the scores of `count` keys (a multiple of kLanes) into weights. Returns the factor that brings the row's sum of values so far
-// to the new maximum.
+// to the new maximum; most blocks have none.
 float normalise(size_t count, float* scores, Seen& seen) {
   f32x8 top = load(scores);
   for (size_t i = kLanes; i < count; i += kLanes) top = max(top, load(scores + i));
-  float highest = seen.highest;
-  for (size_t i = 0; i < kLanes; ++i) highest = std::max(highest, float(top[i]));
-  f32x8 weights{};
-  for (size_t i = 0; i < count; i += kLanes) {
-    const f32x8 weight = exp(load(scores + i) - highest);
-    store(scores + i, weight);
-    weights += weight;
+  float factor = 1;
+  if (any(top > seen.highest)) {
+    const float before = seen.highest;
+    for (size_t i = 0; i < kLanes; ++i) seen.highest = std::max(seen.highest, float(top[i]));
+    factor = std::exp(before - seen.highest);
+    seen.weights *= factor;
   }
-  const float factor = highest == seen.highest ? 1 : std::exp(seen.highest - highest);
-  seen = {highest, seen.weights * factor + sum(weights)};
+  for (size_t i = 0; i < count; i += kLanes) {
+    const f32x8 weight = exp(load(scores + i) - seen.highest);
+    store(scores + i, weight);
+    seen.weights += weight;
+  }
   return factor;
 }
 
@@ -107,6 +111,11 @@ inline f32x8 sums(const f32x8 (&v)[kLanes]) {
 #else
   return f32x8{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3]), sum(v[4]), sum(v[5]), sum(v[6]), sum(v[7])};
 #endif
+}
+
+// Ask for `count` floats, which may lie outside what is allocated.
+inline void prefetch(size_t count, const float* p) {
+  for (size_t i = 0; i < count; i += 64 / sizeof(float)) __builtin_prefetch(p + i);
 }
 
 // query . keys[i] for kLanes keys.
@@ -123,28 +132,35 @@ f32x8 score(const float* query, const float* keys, size_t dim) {
 void attend_split(const Attention& a, size_t b, size_t kv, size_t begin, size_t end, Seen* seen, float* sums) {
   static thread_local Scratch<float> scratch;
   const size_t group = a.group();
-  float* queries = scratch.get((group + kLanes) * a.dim + 2 * kKeys);
-  float *last_keys = queries + group * a.dim, *scores = last_keys + kLanes * a.dim, *bias = scores + kKeys;
+  float* queries = scratch.get((group + kLanes) * a.dim + group * (kOneKeys + 1) + kOneKeys);
+  float *last_keys = queries + group * a.dim, *scores = last_keys + kLanes * a.dim;
+  float *bias = scores + group * kOneKeys, *factors = bias + kOneKeys;
   gather_queries(a, b, kv, 0, 1, queries);
-  std::fill_n(seen, group, Seen{kLowest, 0});
+  std::fill_n(seen, group, Seen{});
   std::fill_n(sums, group * a.dim, 0.0f);
-  for (size_t start = begin; start < end; start += kKeys) {
-    const size_t count = std::min(kKeys, end - start), padded = (count + kLanes - 1) / kLanes * kLanes;
+  for (size_t start = begin; start < end; start += kOneKeys) {
+    const size_t count = std::min(kOneKeys, end - start), padded = (count + kLanes - 1) / kLanes * kLanes;
     const float *keys = a.keys + a.cache(b, kv, start), *values = a.values + a.cache(b, kv, start);
     size_t shown = read_mask(a, b, start, count, bias);
     if (start + count == a.total && bias[count - 1] != 0) bias[count - 1] = 0, ++shown;  // the token itself
     if (shown == 0) continue;
     const size_t rest = count % kLanes, whole = count - rest;
-    std::fill_n(last_keys, kLanes * a.dim, 0.0f);
-    std::copy_n(keys + whole * a.dim, rest * a.dim, last_keys);  // no key may be read behind the last
-    std::fill(bias + count, bias + padded, kHidden);
+    if (rest) {  // no key may be read behind the last
+      std::fill_n(last_keys, kLanes * a.dim, 0.0f);
+      std::copy_n(keys + whole * a.dim, rest * a.dim, last_keys);
+      std::fill(bias + count, bias + padded, kHidden);
+    }
     for (size_t g = 0; g < group; ++g) {
       const float* query = queries + g * a.dim;
-      for (size_t i = 0; i < whole; i += kLanes) store(scores + i, load(bias + i) + score(query, keys + i * a.dim, a.dim));
-      if (rest) store(scores + whole, load(bias + whole) + score(query, last_keys, a.dim));
-      const float factor = normalise(padded, scores, seen[g]);
-      gemm(1, a.dim, count, {scores, 0, 1}, values, a.dim, sums + g * a.dim, a.dim, &factor);
+      float* row = scores + g * kOneKeys;
+      for (size_t i = 0; i < whole; i += kLanes) {
+        if (g == 0) prefetch(a.dim * kLanes, values + i * a.dim), prefetch(a.dim * kLanes, keys + (kOneKeys + i) * a.dim);
+        store(row + i, load(bias + i) + score(query, keys + i * a.dim, a.dim));
+      }
+      if (rest) store(row + whole, load(bias + whole) + score(query, last_keys, a.dim));
+      factors[g] = normalise(padded, row, seen[g]);
     }
+    gemm(group, a.dim, count, {scores, kOneKeys, 1}, values, a.dim, sums, a.dim, factors);
   }
 }
 
@@ -165,7 +181,7 @@ void attend_one(const Parallel& parallel, const Attention& a) {
     for (size_t i = 0; i < splits; ++i) {
       const size_t part = first + i * group;
       const float factor = std::exp(seen[part].highest - highest);
-      weights += factor * seen[part].weights;
+      weights += factor * sum(seen[part].weights);
       for (size_t d = 0; d < a.dim; ++d) out[d] += factor * sums[part * a.dim + d];
     }
     for (size_t d = 0; d < a.dim; ++d) out[d] /= weights;
@@ -190,13 +206,14 @@ class Tile {
   void run() {
     gather_queries(a_, b_, kv_, first_, tokens_, queries_);
     std::fill_n(sums_, rows_ * a_.dim, 0.0f);
-    std::fill_n(seen_, rows_, Seen{kLowest, 0});
+    std::fill_n(seen_, rows_, Seen{});
     const size_t end = own(rows_ - 1) + 1;
     for (size_t start = 0; start < end; start += kKeys) block(start, std::min(kKeys, end - start));
     for (size_t row = 0; row < rows_; ++row) {
       const size_t g = row % a_.group(), t = first_ + row / a_.group();
       float* out = a_.out + (a_.token(b_, t) * a_.heads + kv_ * a_.group() + g) * a_.dim;
-      for (size_t d = 0; d < a_.dim; ++d) out[d] = sums_[row * a_.dim + d] / seen_[row].weights;
+      const float weights = sum(seen_[row].weights);
+      for (size_t d = 0; d < a_.dim; ++d) out[d] = sums_[row * a_.dim + d] / weights;
     }
   }
 

@@ -24,7 +24,10 @@ template <size_t Rows, size_t Vectors>
 #endif
   for (size_t k = 0; k < depth; ++k) {
     f32x8 v[Vectors];
-    for (size_t j = 0; j < Vectors; ++j) v[j] = load(b + j * kLanes);
+    for (size_t j = 0; j < Vectors; ++j) {
+      v[j] = load(b + j * kLanes);
+      if constexpr (Rows > 1) in_register(v[j]);
+    }
     for (size_t i = 0; i < Rows; ++i) {
       const float scalar = i < Rows / 2 ? upper[i * a.row] : lower[(i - Rows / 2) * a.row];
       for (size_t j = 0; j < Vectors; ++j) sum[i][j] += scalar * v[j];

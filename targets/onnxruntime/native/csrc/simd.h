@@ -24,6 +24,13 @@ inline f32x8 load(const float* p) {
 }
 inline void store(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
 
+// Keeps a loaded vector in a register, where the compiler would load it again as an operand of every instruction.
+inline void in_register([[maybe_unused]] f32x8& v) {
+#if defined(__AVX__)
+  asm("" : "+x"(v));
+#endif
+}
+
 // The first `count` < 8 lanes of memory; the others are zeros, or left alone.
 inline f32x8 load_part(const float* p, size_t count) {
   f32x8 v{};
@@ -44,6 +51,15 @@ inline f32x8 splat(float x) { return f32x8{} + x; }
 inline f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
 inline f32x8 min(f32x8 a, f32x8 b) { return a < b ? a : b; }
 inline float sum(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+// Whether any lane of a comparison holds.
+inline bool any(i32x8 v) {
+#if defined(H1_AVX2)
+  return _mm256_movemask_ps(_mm256_castsi256_ps(__m256i(v))) != 0;
+#else
+  return (v[0] | v[1] | v[2] | v[3] | v[4] | v[5] | v[6] | v[7]) != 0;
+#endif
+}
 
 // exp(x) within 1e-7 relative error; 0 below -87.7, where results would soon be subnormal, and exp(88.37) above 88.37.
 inline f32x8 exp(f32x8 x) {

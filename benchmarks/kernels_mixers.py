@@ -27,8 +27,7 @@ from h1export.targets.onnxruntime.native import library
 
 LAYERS = 36
 WIDTH, HEADS, P, N, CHANNELS = 4120, 24, 64, 128, 1792  # [z 1536 | x B C 1792 | dt 24 | q 512 | k 128 | v 128]
-HEAD = '<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1, "h1export": 1]> g '
-Z_XBC_DT = "(float[1,t,4120] row, "
+HEAD = '<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1, "h1export": 1]> g (float[1,t,4120] row, '
 STOCK, OURS = "stock", "ours"
 
 CONV = {
@@ -56,14 +55,15 @@ SCAN = {
         biased = Add(raw, dt_bias)  soft = Softplus(biased)  column = Unsqueeze(mask, two)  step = Mul(soft, column)
         heads = Reshape(x, split)  steps = Unsqueeze(step, three)  drive4 = Mul(heads, steps)  drive = Reshape(drive4, flat)
         decay = Mul(step, A)
-        s, new = com.microsoft.LinearAttention<q_num_heads = 1, kv_num_heads = 24, update_rule = "gated", scale = 1.0>(C, B, drive, state, decay)
+        s, new = com.microsoft.LinearAttention<q_num_heads = 1, kv_num_heads = 24, update_rule = "gated", scale = 1.0>(
+            C, B, drive, state, decay)
         skips = Unsqueeze(D, one)  skip4 = Mul(heads, skips)  skip = Reshape(skip4, flat)
         sum = Add(s, skip)  weight = com.microsoft.QuickGelu<alpha = 1.0>(gate)  y = Mul(sum, weight)
     }""",
     OURS: """float[1,t,1792] xbc, float[24] A, float[24] D, float[24] dt_bias, float[1,24,128,64] state, float[1,t] mask) => (y, new) {
         y, new = h1export.SSMScan<heads = 24, groups = 1, d_head = 64, d_state = 128, dt_offset = 3328, gate_offset = 0, dt_min = 0.0,
-                                  dt_max = INFINITE>(xbc, row, A, D, dt_bias, state, mask, row)
-    }""".replace("INFINITE", "3e38"),
+                                  dt_max = 3e38>(xbc, row, A, D, dt_bias, state, mask, row)
+    }""",
 }
 CACHE = "float[1,2,p,64] keys, float[1,2,p,64] values"
 ATTENTION = {
@@ -96,7 +96,7 @@ class Formulation:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.register_custom_ops_library(str(library()))
-        model = onnx.parser.parse_model(HEAD + Z_XBC_DT + text).SerializeToString()
+        model = onnx.parser.parse_model(HEAD + text).SerializeToString()
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         bindings = []
         for values in layers:
@@ -131,7 +131,7 @@ def layer(tokens: int, past: int, rng: np.random.Generator) -> Mapping[str, Any]
     total, normal = past + tokens, lambda *shape: rng.standard_normal(shape, np.float32)
     angles = rng.uniform(0, 6, (1, tokens, 32))
     w = normal(4, CHANNELS)
-    arrays = {
+    return {
         "row": normal(1, tokens, WIDTH),
         "xbc": normal(1, tokens, CHANNELS),
         **{"w": w, "w0": w[0], "w1": w[1], "w2": w[2], "w3": w[3], "bias": normal(CHANNELS)},
@@ -144,7 +144,6 @@ def layer(tokens: int, past: int, rng: np.random.Generator) -> Mapping[str, Any]
         "keys": normal(1, 2, total, 64),
         "values": normal(1, 2, total, 64),
     }
-    return arrays
 
 
 def rounds(texts: Mapping[str, str], state: tuple[int, ...], tokens: int, past: int, args: argparse.Namespace) -> dict[str, float]:

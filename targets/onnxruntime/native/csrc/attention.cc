@@ -171,7 +171,8 @@ void attend_one(const Parallel& parallel, const Attention& a) {
   std::vector<float> sums(seen.size() * a.dim);
   parallel(a.batch * a.kv_heads * splits, [&](size_t i) {
     const size_t head = i / splits, begin = i % splits * kSplit;
-    attend_split(a, head / a.kv_heads, head % a.kv_heads, begin, std::min(a.total, begin + kSplit), &seen[i * group], &sums[i * group * a.dim]);
+    const size_t end = std::min(a.total, begin + kSplit), at = i * group;
+    attend_split(a, head / a.kv_heads, head % a.kv_heads, begin, end, &seen[at], &sums[at * a.dim]);
   });
   for (size_t h = 0; h < a.batch * a.heads; ++h) {
     const size_t first = h / group * splits * group + h % group;
@@ -298,7 +299,9 @@ class AttentionOp {
     const int64_t batch = qkv.shape[0], tokens = qkv.shape[1], total = mask.shape[1], past_rows = past_k.shape[2];
     require(q_offset_ + heads_ * dim_ <= qkv.last(), "the columns of q lie outside qkv");
     require(std::max(k_offset_, v_offset_) + kv_heads_ * dim_ <= qkv.last(), "the columns of k or v lie outside qkv");
-    for (const auto& table : {cos, sin}) require(table.shape == Shape{batch, tokens, dim_ / 2}, "cos and sin must be [batch, tokens, dim / 2]");
+    for (const auto& table : {cos, sin}) {
+      require(table.shape == Shape{batch, tokens, dim_ / 2}, "cos and sin must be [batch, tokens, dim / 2]");
+    }
     for (const auto& past : {past_k, past_v}) {
       require(past.shape == Shape{batch, kv_heads_, past_rows, dim_}, "past must be [batch, kv_heads, rows, head_dim]");
     }

@@ -240,7 +240,8 @@ class SSMScan {
     const int64_t batch = xbc.shape[0], tokens = xbc.shape[1], inner = heads_ * d_head_;
     require(xbc.last() == inner + 2 * groups_ * d_state_, "xbc must hold heads * d_head + 2 groups * d_state channels");
     require(dt.rows() == batch * tokens && dt_offset_ + heads_ <= dt.last(), "columns lie outside dt, or its rows differ");
-    require(!gate || (gate.rows() == batch * tokens && gate_offset_ + inner <= gate.last()), "columns lie outside gate, or its rows differ");
+    require(!gate || gate.rows() == batch * tokens, "gate must have the same rows as xbc");
+    require(!gate || gate_offset_ + inner <= gate.last(), "columns lie outside gate");
     for (const auto& vector : {A, D, dt_bias}) require(vector.shape == Shape{heads_}, "A, D and dt_bias must be [heads]");
     require(state.shape == Shape{batch, heads_, d_state_, d_head_}, "state must be [batch, heads, d_state, d_head]");
     require(mask.shape == Shape{batch, tokens}, "mask must be [batch, tokens]");

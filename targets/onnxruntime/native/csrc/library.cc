@@ -3,6 +3,7 @@
 
 namespace h1 {
 
+const OrtCustomOp* qmatmul_op();
 const OrtCustomOp* silu_mul_op();
 
 namespace {
@@ -11,7 +12,7 @@ namespace {
 OrtCustomOpDomain* make_domain() {
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain("h1export", &domain));
-  for (const OrtCustomOp* op : {silu_mul_op()}) check(api->CustomOpDomain_Add(domain, op));
+  for (const OrtCustomOp* op : {qmatmul_op(), silu_mul_op()}) check(api->CustomOpDomain_Add(domain, op));
   return domain;
 }
 

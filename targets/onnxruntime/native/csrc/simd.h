@@ -101,7 +101,10 @@ struct Dot<4> {
   void add(u8x32 w, s8x32 a) { sums = dot4(sums, (__m256i)w, (__m256i)a); }
   i32x8 total() const { return (i32x8)sums; }
 #else
-  void add(u8x32 w, s8x32 a) { sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16((__m256i)w, (__m256i)a)); }
+  void add(u8x32 w, s8x32 a) {
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16((__m256i)w, (__m256i)a));
+    asm("" : "+x"(sums));  // or GCC adds products to each other first, and runs out of registers for them
+  }
   i32x8 total() const { return (i32x8)_mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 #endif
   __m256i sums = _mm256_setzero_si256();

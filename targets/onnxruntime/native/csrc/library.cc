@@ -5,6 +5,7 @@ namespace h1 {
 
 const OrtCustomOp* attention_op();
 const OrtCustomOp* causal_conv_op();
+const OrtCustomOp* qmatmul_op();
 const OrtCustomOp* silu_mul_op();
 const OrtCustomOp* ssm_scan_op();
 
@@ -14,7 +15,9 @@ namespace {
 OrtCustomOpDomain* make_domain() {
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain("h1export", &domain));
-  for (const OrtCustomOp* op : {attention_op(), causal_conv_op(), silu_mul_op(), ssm_scan_op()}) check(api->CustomOpDomain_Add(domain, op));
+  for (const OrtCustomOp* op : {attention_op(), causal_conv_op(), qmatmul_op(), silu_mul_op(), ssm_scan_op()}) {
+    check(api->CustomOpDomain_Add(domain, op));
+  }
   return domain;
 }
 

@@ -15,6 +15,8 @@ namespace h1 {
 
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef int8_t s8x32 __attribute__((vector_size(32)));
+typedef uint8_t u8x32 __attribute__((vector_size(32)));
 constexpr size_t kLanes = 8;
 
 inline f32x8 load(const float* p) {
@@ -26,7 +28,7 @@ inline void store(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
 
 // Keeps a loaded vector in a register, where the compiler would load it again as an operand of every instruction.
 inline void in_register([[maybe_unused]] f32x8& v) {
-#if defined(__AVX__)
+#if defined(H1_AVX2)
   asm("" : "+x"(v));
 #endif
 }
@@ -45,6 +47,20 @@ inline void map(float* out, size_t width, const F& f) {
   const size_t rest = width % kLanes, whole = width - rest;
   for (size_t i = 0; i < whole; i += kLanes) store(out + i, f(i, [](const float* p) { return load(p); }));
   if (rest) store_part(out + whole, f(whole, [rest](const float* p) { return load_part(p, rest); }), rest);
+}
+
+template <class Vector>
+Vector load_bytes(const void* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The 4 bytes at p, eight times.
+inline s8x32 splat4(const int8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return (s8x32)(i32x8{} + four);
 }
 
 inline f32x8 splat(float x) { return f32x8{} + x; }
@@ -83,5 +99,59 @@ inline f32x8 exp(f32x8 x) {
 }
 
 inline f32x8 silu(f32x8 x) { return x / (1.0f + exp(-x)); }
+
+inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
+
+// Eight sums of int8 products: lane i gains w[4i] a[4i] + ... + w[4i + 3] a[4i + 3].
+// Dot<4>: w are unsigned and at most 15; at most 8 calls of add, because 16 products of 15 * 127 fill an int16.
+// Dot<8>: w are signed; |a| is at most 127.
+#if defined(H1_AVX2)
+template <int kBits>
+struct Dot;
+
+inline __m256i dot4(__m256i sum, __m256i u, __m256i s) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return _mm256_dpbusd_epi32(sum, u, s);
+#elif defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sum, u, s);
+#else
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#endif
+}
+
+template <>
+struct Dot<4> {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__)
+  void add(u8x32 w, s8x32 a) { sums = dot4(sums, (__m256i)w, (__m256i)a); }
+  i32x8 total() const { return (i32x8)sums; }
+#else
+  void add(u8x32 w, s8x32 a) {
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16((__m256i)w, (__m256i)a));
+    asm("" : "+x"(sums));  // or GCC adds products to each other first, and runs out of registers for them
+  }
+  i32x8 total() const { return (i32x8)_mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+#endif
+  __m256i sums = _mm256_setzero_si256();
+};
+
+template <>
+struct Dot<8> {
+  // w a = |w| (a with w's sign): unsigned times signed, and no sum of two products leaves an int16
+  void add(u8x32 w, s8x32 a) {
+    sums = dot4(sums, _mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)a, (__m256i)w));
+  }
+  i32x8 total() const { return (i32x8)sums; }
+  __m256i sums = _mm256_setzero_si256();
+};
+#else
+template <int kBits>
+struct Dot {
+  void add(u8x32 w, s8x32 a) {
+    for (int i = 0; i < 32; ++i) sums[i / 4] += (kBits == 8 ? (int8_t)w[i] : w[i]) * a[i];
+  }
+  i32x8 total() const { return sums; }
+  i32x8 sums{};
+};
+#endif
 
 }  // namespace h1

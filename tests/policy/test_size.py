@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 50
-SOURCES = (".py", ".cpp", ".cu", ".h", ".sh", ".toml", ".yaml")
+SOURCES = (".py", ".cc", ".cpp", ".cu", ".h", ".sh", ".toml", ".yaml")
+OTHERS = "targets/onnxruntime/native/include"  # headers that we carry and have not written
 
 
 def long_functions(tree: ast.Module) -> Iterator[str]:
@@ -28,8 +29,8 @@ def long_files(files: tuple[Path, ...]) -> Iterator[str]:
                 yield f"{file}: {lines} lines"
 
 
-def test_no_file_is_too_long(own_files: tuple[Path, ...]) -> None:
-    found = list(long_files(own_files))
+def test_no_file_is_too_long(root: Path, own_files: tuple[Path, ...]) -> None:
+    found = list(long_files(tuple(file for file in own_files if not file.is_relative_to(root / OTHERS))))
     assert not found, "\n".join(found)
 
 

@@ -1,0 +1,89 @@
+"""Our own CPU kernels behind ONNX Runtime's custom-op interface, compiled for this machine when first asked for.
+
+csrc/library.cc lists the ops; each is one file beside it. An artifact that uses them also holds a graph without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from h1export.errors import H1ExportError
+
+NATIVE = Path(__file__).parent
+SOURCES = tuple(sorted((NATIVE / "csrc").glob("*.cc")))
+HEADERS = tuple(sorted([*(NATIVE / "csrc").glob("*.h"), *(NATIVE / "include").glob("*.h")]))
+NAME = "libh1export_ort.so"
+COMPILERS = ("c++", "g++", "clang++")  # in this order, where $CXX is not set
+CPU = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+FLAGS = ("-std=c++17", "-O3", CPU, "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", f"-I{NATIVE / 'include'}")
+SHOWN_LINES = 5  # of what a failing compiler says
+NEXT_STEP = "install a C++17 compiler such as g++, or name one in CXX"
+
+
+def library(extra_flags: Sequence[str] = ()) -> Path:
+    """The library of ops, for ``SessionOptions.register_custom_ops_library``; compiled where the cache does not hold it.
+
+    The cache's key covers the sources, the flags and everything that the compiler defines by itself, which names its version and
+    what this CPU can do: machines may share a home directory. A caller that can do without catches the error, and must show it.
+
+    Raises:
+        H1ExportError: no compiler, the compiler failed, or the cache cannot be written.
+    """
+    command = [*_compiler(), *FLAGS, *extra_flags]
+    path = _cache() / _key(command) / NAME
+    if not path.exists():
+        _compile(command, path)
+    return path
+
+
+def _compiler() -> list[str]:
+    """$CXX, which may hold arguments, or the first compiler on the path."""
+    if named := os.environ.get("CXX"):
+        return shlex.split(named)
+    for name in COMPILERS:
+        if found := shutil.which(name):
+            return [found]
+    raise H1ExportError("native kernels", f"no C++ compiler found ({', '.join(COMPILERS)})", NEXT_STEP)
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "h1export" / "native"
+
+
+def _key(command: list[str]) -> str:
+    digest = hashlib.sha256(" ".join(command).encode())
+    digest.update(_run([*command, "-E", "-dM", "-x", "c++", os.devnull]))
+    for file in (*SOURCES, *HEADERS):
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:32]
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Compile into a folder of our own, then rename: other processes may do the same, and see nothing or all of it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / NAME
+            _run([*command, *map(str, SOURCES), "-o", str(made)])
+            made.replace(path)
+    except OSError as error:
+        raise H1ExportError(path.parent, f"the native kernels cannot be written ({error.strerror})", "set XDG_CACHE_HOME") from None
+
+
+def _run(command: list[str]) -> bytes:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL).stdout
+    except OSError as error:
+        raise H1ExportError(command[0], f"cannot run this C++ compiler ({error.strerror})", NEXT_STEP) from None
+    except subprocess.CalledProcessError as error:
+        said = " | ".join(error.stderr.decode(errors="replace").strip().splitlines()[-SHOWN_LINES:])
+        raise H1ExportError(command[0], f"the native kernels do not compile (exit code {error.returncode}: {said})", NEXT_STEP) from None

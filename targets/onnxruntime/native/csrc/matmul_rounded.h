@@ -1,0 +1,220 @@
+// Quantised weights times rounded activations, integers times integers (accuracy level 4):
+//
+//   y[t, n] = bias[n] + sum over blocks b of  scale_w[n, b] * (scale_x[t, b] * (sum of code_w * code_x) + correction[t, b])
+//
+// Few tokens (decode): each row is read once, as stored, and vectors run along its columns; memory is the limit. Many (prefill): a
+// panel of rows is unpacked once, vectors run along the rows and each holds 4 columns of 8 rows; integer units are the limit.
+#pragma once
+
+#include "activations.h"
+#include "matmul.h"
+#include "simd.h"
+
+namespace h1 {
+
+constexpr size_t kHalves = 2;                    // vectors of 8 rows side by side in a panel
+constexpr size_t kPanel = kHalves * kLanes;      // rows of a panel
+constexpr size_t kPanelTokens = 4;               // tokens at a time against a panel
+constexpr size_t kFewTokens = 8;                 // up to here a panel is not worth unpacking
+constexpr size_t kSlab = 1024;                   // tokens rounded at a time, to bound the memory for them
+constexpr size_t kRowsBytes = 1 << 16;           // weights of one item for a thread, with few tokens
+
+// Codes of a chunk, or of 8 words, as Dot takes them: int4 even (0) or odd (1) columns, int8 with their sign.
+template <class F>
+u8x32 columns_of(u8x32 packed, size_t part) {
+  if constexpr (F::kBits == 8) return packed ^ static_cast<uint8_t>(F::kZeroPoint);
+  return part == 0 ? packed & 15 : packed >> 4;
+}
+
+// Scales of a chunk's blocks, each in the lanes that hold its block's sums.
+template <class F>
+f32x8 spread(const float* s) {
+  if constexpr (F::kWords >= 8) return splat(s[0]);
+  if constexpr (F::kWords == 4) return f32x8{s[0], s[0], s[0], s[0], s[1], s[1], s[1], s[1]};
+  return f32x8{s[0], s[0], s[1], s[1], s[2], s[2], s[3], s[3]};
+}
+
+// Adds one chunk of kRows rows, `bytes` and `blocks` apart, times kTokens tokens.
+template <class F, size_t kRows, size_t kTokens>
+inline void add_chunk(const uint8_t* codes, size_t bytes, const float* scales, size_t blocks, const Activations& a, size_t token,
+                      size_t chunk, f32x8 (&sums)[kRows][kTokens]) {
+  u8x32 packed[kRows];
+  f32x8 scale[kRows];
+  for (size_t r = 0; r < kRows; ++r) {
+    packed[r] = load_bytes<u8x32>(codes + r * bytes);
+    scale[r] = spread<F>(scales + r * blocks);
+  }
+  for (size_t t = 0; t < kTokens; ++t) {
+    const int8_t* x = a.codes + (token + t) * a.stride + chunk * F::kChunk;
+    const size_t block = (token + t) * a.blocks + chunk * 8 / F::kWords;
+    const f32x8 x_scale = spread<F>(a.scales + block), correction = spread<F>(a.corrections + block);
+    for (size_t r = 0; r < kRows; ++r) {
+      Dot<F::kBits> dot;
+      for (size_t part = 0; part < F::kParts; ++part) dot.add(columns_of<F>(packed[r], part), load_bytes<s8x32>(x + part * 32));
+      sums[r][t] += (to_float(dot.total()) * x_scale + correction) * scale[r];
+    }
+  }
+}
+
+// kRows rows from `row` times kTokens tokens from `token`.
+template <class F, size_t kRows, size_t kTokens>
+void multiply_rows(const Weights& w, size_t row, const Activations& a, size_t token, float* y) {
+  constexpr size_t kBlocks = F::kWords < 8 ? 8 / F::kWords : 1;  // of a chunk
+  f32x8 sums[kRows][kTokens] = {};
+  const uint8_t* codes = w.codes + row * w.row_bytes;
+  const float* scales = w.scales + row * w.blocks;
+  const size_t chunks = w.row_bytes / F::kChunkBytes, rest = w.row_bytes % F::kChunkBytes;
+  for (size_t chunk = 0; chunk < chunks; ++chunk) {
+    add_chunk<F>(codes + chunk * F::kChunkBytes, w.row_bytes, scales + chunk * 8 / F::kWords, w.blocks, a, token, chunk, sums);
+  }
+  if (rest) {  // zeros behind the row, where the next row or nothing lies
+    uint8_t last_codes[kRows][F::kChunkBytes] = {};
+    float last_scales[kRows][kBlocks] = {};
+    for (size_t r = 0; r < kRows; ++r) {
+      std::memcpy(last_codes[r], codes + r * w.row_bytes + w.row_bytes - rest, rest);
+      std::memcpy(last_scales[r], scales + r * w.blocks + chunks * kBlocks, (w.blocks - chunks * kBlocks) * sizeof(float));
+    }
+    add_chunk<F>(last_codes[0], F::kChunkBytes, last_scales[0], kBlocks, a, token, chunks, sums);
+  }
+  for (size_t r = 0; r < kRows; ++r) {
+    for (size_t t = 0; t < kTokens; ++t) y[(token + t) * w.rows + row + r] = sum(sums[r][t]) + (w.bias ? w.bias[row + r] : 0.0f);
+  }
+}
+
+// Rows [begin, end) times all of a few tokens; the rows of a step stay in the cache from one group of tokens to the next.
+template <class F>
+void multiply_few(const Weights& w, size_t begin, size_t end, const Activations& a, size_t tokens, float* y) {
+  if (tokens == 1) {
+    for (; begin + 4 <= end; begin += 4) multiply_rows<F, 4, 1>(w, begin, a, 0, y);
+  }
+  for (; begin + 2 <= end; begin += 2) {
+    size_t token = 0;
+    for (; token + 4 <= tokens; token += 4) multiply_rows<F, 2, 4>(w, begin, a, token, y);
+    for (; token < tokens; ++token) multiply_rows<F, 2, 1>(w, begin, a, token, y);
+  }
+  if (begin < end) {
+    for (size_t token = 0; token < tokens; ++token) multiply_rows<F, 1, 1>(w, begin, a, token, y);
+  }
+}
+
+// kPanel rows, unpacked: codes [words, parts, kPanel, 4] and scales [blocks, kPanel]. Missing rows have scales 0.
+struct Panel {
+  uint8_t* codes;
+  float* scales;
+};
+
+template <class F>
+void unpack(const Weights& w, size_t row, const Panel& panel) {
+  const size_t words = w.row_bytes / 4, rows = std::min(kPanel, w.rows - row);
+  for (size_t word = 0; word < words; ++word) {
+    uint8_t packed[kPanel][4] = {};
+    for (size_t r = 0; r < rows; ++r) std::memcpy(packed[r], w.codes + (row + r) * w.row_bytes + word * 4, 4);
+    for (size_t part = 0; part < F::kParts; ++part) {
+      for (size_t half = 0; half < kHalves; ++half) {
+        const u8x32 columns = columns_of<F>(load_bytes<u8x32>(packed[half * kLanes]), part);
+        std::memcpy(panel.codes + ((word * F::kParts + part) * kHalves + half) * 32, &columns, 32);
+      }
+    }
+  }
+  for (size_t block = 0; block < w.blocks; ++block) {
+    for (size_t r = 0; r < kPanel; ++r) panel.scales[block * kPanel + r] = r < rows ? w.scales[(row + r) * w.blocks + block] : 0.0f;
+  }
+}
+
+// Sums of one block's products for kPanel rows and kPanelTokens tokens.
+template <class F>
+inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block, i32x8 (&totals)[kPanelTokens][kHalves]) {
+  constexpr size_t kGroup = F::kWords < 4 ? F::kWords : 4;  // words that Dot may sum
+  for (size_t first = 0; first < F::kWords; first += kGroup) {
+    Dot<F::kBits> dots[kPanelTokens][kHalves];
+    for (size_t word = first; word < first + kGroup; ++word) {
+      const size_t of_row = block * F::kWords + word;
+      for (size_t part = 0; part < F::kParts; ++part) {
+        const uint8_t* from = codes + (word * F::kParts + part) * kHalves * 32;
+        const u8x32 left = load_bytes<u8x32>(from), right = load_bytes<u8x32>(from + 32);
+        for (size_t t = 0; t < kPanelTokens; ++t) {
+          const s8x32 four = splat4(x + t * stride + of_row / 8 * F::kChunk + part * 32 + of_row % 8 * 4);
+          dots[t][0].add(left, four);
+          dots[t][1].add(right, four);
+        }
+      }
+    }
+    for (size_t t = 0; t < kPanelTokens; ++t) {
+      for (size_t half = 0; half < kHalves; ++half) totals[t][half] += dots[t][half].total();
+    }
+  }
+}
+
+// A panel times kPanelTokens tokens from `token`; `rows` of its rows exist.
+template <class F>
+void multiply_panel(const Weights& w, const Panel& panel, size_t row, size_t rows, const Activations& a, size_t token, float* y) {
+  f32x8 sums[kPanelTokens][kHalves] = {};
+  for (size_t block = 0; block < w.blocks; ++block) {
+    i32x8 totals[kPanelTokens][kHalves] = {};
+    block_sums<F>(panel.codes + block * F::kBlock * kPanel, a.codes + token * a.stride, a.stride, block, totals);
+    const float* scales = panel.scales + block * kPanel;
+    for (size_t t = 0; t < kPanelTokens; ++t) {
+      const f32x8 x_scale = splat(a.scales[(token + t) * a.blocks + block]), correction = splat(a.corrections[(token + t) * a.blocks + block]);
+      for (size_t half = 0; half < kHalves; ++half) {
+        sums[t][half] += (to_float(totals[t][half]) * x_scale + correction) * load(scales + half * kLanes);
+      }
+    }
+  }
+  for (size_t t = 0; t < kPanelTokens; ++t) {
+    float* out = y + (token + t) * w.rows + row;
+    for (size_t half = 0; half * kLanes < rows; ++half) {
+      const size_t count = std::min(kLanes, rows - half * kLanes);
+      const f32x8 bias = w.bias ? load_part(w.bias + row + half * kLanes, count) : f32x8{};
+      store_part(out + half * kLanes, sums[t][half] + bias, count);
+    }
+  }
+}
+
+template <class F>
+void multiply_many(const Weights& w, size_t row, const Activations& a, size_t tokens, float* y) {
+  static thread_local Scratch<uint8_t> codes;
+  static thread_local Scratch<float> scales;
+  const Panel panel{codes.get(w.blocks * F::kBlock * kPanel), scales.get(w.blocks * kPanel)};
+  unpack<F>(w, row, panel);
+  for (size_t token = 0; token < tokens; token += kPanelTokens) {  // the last step may repeat tokens of the one before
+    multiply_panel<F>(w, panel, row, std::min(kPanel, w.rows - row), a, std::min(token, tokens - kPanelTokens), y);
+  }
+}
+
+// Round `tokens` tokens into memory of the calling thread.
+template <class F>
+Activations round_tokens(const Weights& w, const float* x, size_t tokens, const Parallel& parallel) {
+  static thread_local Scratch<int8_t> code_memory;
+  static thread_local Scratch<float> float_memory;
+  const size_t chunks = (w.row_bytes + F::kChunkBytes - 1) / F::kChunkBytes, stride = chunks * F::kChunk;
+  const size_t blocks = (stride + F::kBlock - 1) / F::kBlock;
+  int8_t* codes = code_memory.get(tokens * stride);
+  float* scales = float_memory.get(2 * tokens * blocks);
+  float* corrections = scales + tokens * blocks;
+  const int zero_point = F::kBits == 4 ? F::kZeroPoint : 0;  // int8 codes are made signed before they are multiplied
+  const size_t lanes = tokens > kFewTokens ? 1 : std::min<size_t>(F::kWords, 8) * std::max<size_t>(F::kWords / 8, 1);
+  parallel_ranges(parallel, tokens, std::max<size_t>(1, (1 << 15) / stride), [=](size_t begin, size_t end) {
+    for (size_t t = begin; t < end; ++t) {
+      round_token<F>(x + t * w.columns, w.columns, zero_point, lanes, codes + t * stride, stride, scales + t * blocks,
+                     corrections + t * blocks, blocks);
+    }
+  });
+  return {codes, scales, corrections, stride, blocks};
+}
+
+template <class F>
+void matmul_rounded(const Weights& w, const float* x, size_t tokens, float* y, const Parallel& parallel) {
+  for (size_t start = 0; start < tokens; start += kSlab) {
+    const size_t count = std::min(kSlab, tokens - start);
+    float* out = y + start * w.rows;
+    const Activations a = round_tokens<F>(w, x + start * w.columns, count, parallel);
+    if (count <= kFewTokens) {
+      const size_t grain = std::max<size_t>(4, kRowsBytes / w.row_bytes / 4 * 4);
+      parallel_ranges(parallel, w.rows, grain, [&](size_t begin, size_t end) { multiply_few<F>(w, begin, end, a, count, out); });
+    } else {
+      parallel((w.rows + kPanel - 1) / kPanel, [&](size_t panel) { multiply_many<F>(w, panel * kPanel, a, count, out); });
+    }
+  }
+}
+
+}  // namespace h1

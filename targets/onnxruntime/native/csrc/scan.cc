@@ -1,0 +1,268 @@
+// SSMScan(xbc [B, T, C], dt [B, T, W], A [H], D [H], dt_bias [H], state [B, H, N, P], mask [B, T], gate [B, T, Wg]?)
+//   -> y [B, T, H * P], new_state [B, H, N, P]
+//   The Mamba-2 recurrence, S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T and y_t = S_t^T C_t + D x_t, times silu(gate) if there is one, with
+//   dt_t = clamp(softplus(dt_t + dt_bias)) mask_t. xbc is [x: H * P | B: G * N | C: G * N]. new_state may be the memory of state.
+//   Source: Dao and Gu, "Transformers are SSMs" (2024); several tokens take the chunked form of their section 6.
+#include <cmath>
+
+#include "gemm.h"
+#include "ort.h"
+
+namespace h1 {
+namespace {
+
+constexpr size_t kChunk = 48;    // tokens; more of them cost more within chunks, fewer cost more between them
+constexpr size_t kRows = 24;     // of a chunk's lower triangle, multiplied as one rectangle
+constexpr size_t kColumns = 64;  // of a head's state in one item for a thread: columns do not depend on each other
+
+struct Scan {
+  size_t batch, tokens, heads, groups, d_head, d_state;
+  size_t dt_width, gate_width;
+  float dt_min, dt_max;
+  const float *xbc, *dt, *A, *D, *dt_bias, *state, *mask, *gate;  // dt and gate at their first column
+  float *y, *new_state;
+
+  size_t width() const { return heads * d_head + 2 * groups * d_state; }
+  size_t token(size_t b, size_t t) const { return b * tokens + t; }
+  const float* x(size_t b, size_t t, size_t h) const { return xbc + token(b, t) * width() + h * d_head; }
+  const float* B(size_t b, size_t t, size_t g) const { return xbc + token(b, t) * width() + heads * d_head + g * d_state; }
+  const float* C(size_t b, size_t t, size_t g) const { return B(b, t, groups + g); }
+  size_t group(size_t h) const { return h / (heads / groups); }
+  const float* gate_of(size_t b, size_t t, size_t h) const { return gate + token(b, t) * gate_width + h * d_head; }
+  float* out(size_t b, size_t t, size_t h) const { return y + (token(b, t) * heads + h) * d_head; }
+
+  // dt after bias, softplus, limits and mask; in float64, so that sums of it stay exact enough.
+  double step(size_t b, size_t t, size_t h) const {
+    if (mask[token(b, t)] == 0) return 0;
+    const double raw = double(dt[token(b, t) * dt_width + h]) + dt_bias[h];
+    const double softplus = raw > 30 ? raw : std::log1p(std::exp(raw));
+    return std::min<double>(std::max<double>(softplus, dt_min), dt_max);
+  }
+};
+
+// What the state gives, plus D x, times silu(gate), for `width` channels of a token.
+void write(const Scan& s, size_t b, size_t t, size_t h, size_t first, size_t width, const float* y) {
+  const float* x = s.x(b, t, h) + first;
+  const float* gate = s.gate ? s.gate_of(b, t, h) + first : nullptr;
+  map(s.out(b, t, h) + first, width, [&](size_t p, auto read) {
+    const f32x8 sum = read(y + p) + s.D[h] * read(x + p);
+    return gate == nullptr ? sum : sum * silu(read(gate + p));
+  });
+}
+
+// S = decay S + B u^T and y = S^T C in one pass over `Count` vectors of columns; V is f32x8, or float for the last few columns.
+template <class V, size_t Count>
+void step_columns(size_t rows, size_t width, float decay, const float* B, const float* C, const float* u, const float* state,
+                  float* new_state, float* y) {
+  V sum[Count] = {}, drive[Count];
+  std::memcpy(drive, u, sizeof drive);
+  for (size_t n = 0; n < rows; ++n) {
+    for (size_t j = 0; j < Count; ++j) {
+      V S;
+      std::memcpy(&S, state + n * width + j * sizeof(V) / sizeof(float), sizeof S);
+      S = decay * S + B[n] * drive[j];
+      std::memcpy(new_state + n * width + j * sizeof(V) / sizeof(float), &S, sizeof S);
+      sum[j] += C[n] * S;
+    }
+  }
+  std::memcpy(y, sum, sizeof sum);
+}
+
+// One head of one sequence by one token: the state is read once and written once.
+void step_head(const Scan& s, size_t b, size_t h) {
+  static thread_local Scratch<float> scratch;
+  float *u = scratch.get(2 * s.d_head), *y = u + s.d_head;
+  const double step = s.step(b, 0, h);
+  const float decay = float(std::exp(step * s.A[h])), *x = s.x(b, 0, h);
+  for (size_t p = 0; p < s.d_head; ++p) u[p] = float(step) * x[p];
+  const float *B = s.B(b, 0, s.group(h)), *C = s.C(b, 0, s.group(h));
+  const size_t at = (b * s.heads + h) * s.d_state * s.d_head;
+  size_t p = 0;
+  const auto columns = [&](auto step_some, size_t count) {
+    for (; p + count <= s.d_head; p += count) {
+      step_some(s.d_state, s.d_head, decay, B, C, u + p, s.state + at + p, s.new_state + at + p, y + p);
+    }
+  };
+  columns(step_columns<f32x8, 8>, 8 * kLanes);
+  columns(step_columns<f32x8, 1>, kLanes);
+  columns(step_columns<float, 1>, 1);
+  write(s, b, 0, h, 0, s.d_head, y);
+}
+
+// Ask for what a chunk will write, and the next one read: a head's rows lie far apart, which hardware does not foresee.
+void prefetch(const Scan& s, size_t b, size_t t, size_t h, size_t first, size_t width) {
+  constexpr size_t kLine = 64 / sizeof(float);
+  const float* ahead = s.x(b, std::min(t + kChunk, s.tokens - 1), h) + first;
+  for (size_t p = 0; p < width; p += kLine) {
+    __builtin_prefetch(ahead + p);
+    __builtin_prefetch(s.out(b, t, h) + first + p, 1);
+    if (s.gate) __builtin_prefetch(s.gate_of(b, t, h) + first + p);
+  }
+}
+
+// What the heads of a group share in one chunk.
+struct Chunk {
+  const float* Bt;  // [N, kChunk]: B transposed, zeros behind the last token
+  const float* CB;  // [kChunk, kChunk]: C B^T, its lower triangle
+};
+
+void prepare(const Scan& s, size_t b, size_t g, size_t begin, size_t length, float* Bt, float* CB) {
+  for (size_t n = 0; n < s.d_state; ++n) {
+    for (size_t t = 0; t < length; ++t) Bt[n * kChunk + t] = s.B(b, begin + t, g)[n];
+    std::fill(Bt + n * kChunk + length, Bt + (n + 1) * kChunk, 0.0f);
+  }
+  for (size_t i = 0; i < length; i += kRows) {
+    const Strided C{s.C(b, begin + i, g), s.width(), 1};
+    gemm(std::min(kRows, length - i), i + kRows, s.d_state, C, Bt, kChunk, CB + i * kChunk, kChunk, nullptr);
+  }
+}
+
+// first - second[i] for kLanes i, rounded to float32 once.
+inline f32x8 difference(double first, const double* second) {
+  typedef double f64x8 __attribute__((vector_size(64)));
+  f64x8 v;
+  std::memcpy(&v, second, sizeof v);
+  v = first - v;
+  return __builtin_convertvector(v, f32x8);
+}
+
+// mixing[i][j] = CB[i][j] exp(sum of decays from j + 1 to i) for j <= i < length, and zeros up to the end of each rectangle of kRows.
+void mix(size_t length, const double* total, const float* CB, float* mixing) {
+  for (size_t i = 0; i < length; ++i) {
+    float* row = mixing + i * kChunk;
+    for (size_t j = 0; j <= i; j += kLanes) store(row + j, load(CB + i * kChunk + j) * exp(difference(total[i], total + j)));
+    std::fill(row + i + 1, row + (i / kRows + 1) * kRows, 0.0f);
+  }
+}
+
+// Some columns of one head of one sequence, chunk after chunk.
+class Columns {
+ public:
+  Columns(const Scan& s, size_t b, size_t h, size_t first, size_t width) : s_(s), b_(b), h_(h), first_(first), width_(width) {
+    static thread_local Scratch<float> scratch;
+    S_ = scratch.get((s.d_state + 3 * kChunk) * kColumns + kChunk * kChunk + s.d_state);
+    x_ = S_ + s.d_state * kColumns;
+    x_end_ = x_ + kChunk * kColumns;
+    y_ = x_end_ + kChunk * kColumns;
+    mixing_ = y_ + kChunk * kColumns;
+    decay_ = mixing_ + kChunk * kChunk;
+    std::fill(S_, y_, 0.0f);  // zeros behind the last column, because products take whole vectors
+  }
+
+  // chunk(c) is what the c-th chunk shares.
+  template <class GetChunk>
+  void run(const GetChunk& chunk) {
+    const size_t at = (b_ * s_.heads + h_) * s_.d_state * s_.d_head + first_;
+    for (size_t n = 0; n < s_.d_state; ++n) std::copy_n(s_.state + at + n * s_.d_head, width_, S_ + n * kColumns);
+    for (size_t begin = 0; begin < s_.tokens; begin += kChunk) step(begin, std::min(kChunk, s_.tokens - begin), chunk(begin / kChunk));
+    for (size_t n = 0; n < s_.d_state; ++n) std::copy_n(S_ + n * kColumns, width_, s_.new_state + at + n * s_.d_head);
+  }
+
+ private:
+  void step(size_t begin, size_t length, const Chunk& chunk) {
+    double steps[kChunk] = {}, total[kChunk] = {}, sum = 0;  // total[t]: the sum of log decays up to t
+    for (size_t t = 0; t < length; ++t) {
+      steps[t] = s_.step(b_, begin + t, h_);
+      total[t] = sum += steps[t] * s_.A[h_];
+    }
+    float from_start[kChunk], to_end[kChunk];
+    for (size_t t = 0; t < length; t += kLanes) {
+      store(from_start + t, exp(-difference(0, total + t)));
+      store(to_end + t, exp(difference(sum, total + t)));
+    }
+    for (size_t t = 0; t < length; ++t) {
+      prefetch(s_, b_, begin + t, h_, first_, width_);
+      const float *x = s_.x(b_, begin + t, h_) + first_, now = float(steps[t]), end = now * to_end[t];
+      map(x_ + t * kColumns, width_, [&](size_t p, auto read) { return now * read(x + p); });
+      map(x_end_ + t * kColumns, width_, [&](size_t p, auto read) { return end * read(x + p); });
+    }
+    const size_t padded = (width_ + kLanes - 1) / kLanes * kLanes;
+    const Strided C{s_.C(b_, begin, s_.group(h_)), s_.width(), 1};
+    gemm(length, padded, s_.d_state, C, S_, kColumns, y_, kColumns, nullptr);
+    mix(length, total, chunk.CB, mixing_);
+    for (size_t i = 0; i < length; i += kRows) {
+      const size_t rows = std::min(kRows, length - i);
+      gemm(rows, padded, i + rows, {mixing_ + i * kChunk, kChunk, 1}, x_, kColumns, y_ + i * kColumns, kColumns, from_start + i);
+    }
+    for (size_t t = 0; t < length; ++t) write(s_, b_, begin + t, h_, first_, width_, y_ + t * kColumns);
+    std::fill_n(decay_, s_.d_state, float(std::exp(sum)));
+    gemm(s_.d_state, padded, length, {chunk.Bt, kChunk, 1}, x_end_, kColumns, S_, kColumns, decay_);
+  }
+
+  const Scan& s_;
+  const size_t b_, h_, first_, width_;
+  float *S_, *x_, *x_end_, *y_, *mixing_, *decay_;  // [N, kColumns], three times [kChunk, kColumns], [kChunk, kChunk], [N]
+};
+
+void ssm_scan(const Parallel& parallel, const Scan& s) {
+  if (s.tokens == 1) return parallel(s.batch * s.heads, [&](size_t i) { step_head(s, i / s.heads, i % s.heads); });
+  const size_t chunks = (s.tokens + kChunk - 1) / kChunk, strips = (s.d_head + kColumns - 1) / kColumns;
+  const size_t size = (s.d_state + kChunk) * kChunk;
+  std::vector<float> memory(s.batch * s.groups * chunks * size);
+  const auto chunk = [&](size_t b, size_t g, size_t c) { return memory.data() + ((b * s.groups + g) * chunks + c) * size; };
+  parallel(s.batch * s.groups * chunks, [&](size_t i) {
+    const size_t b = i / chunks / s.groups, g = i / chunks % s.groups, c = i % chunks;
+    float* Bt = chunk(b, g, c);
+    prepare(s, b, g, c * kChunk, std::min(kChunk, s.tokens - c * kChunk), Bt, Bt + s.d_state * kChunk);
+  });
+  parallel(s.batch * s.heads * strips, [&](size_t i) {
+    const size_t b = i / strips / s.heads, h = i / strips % s.heads, first = i % strips * kColumns;
+    Columns(s, b, h, first, std::min(kColumns, s.d_head - first)).run([&](size_t c) {
+      const float* Bt = chunk(b, s.group(h), c);
+      return Chunk{Bt, Bt + s.d_state * kChunk};
+    });
+  });
+}
+
+class SSMScan {
+ public:
+  static constexpr const char* name = "SSMScan";
+  static constexpr Port inputs[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kOptionalFloat};
+  static constexpr Port outputs[] = {kFloat, kFloat};
+
+  explicit SSMScan(const Attributes& attributes)
+      : heads_(attributes.integer("heads")),
+        groups_(attributes.integer("groups")),
+        d_head_(attributes.integer("d_head")),
+        d_state_(attributes.integer("d_state")),
+        dt_offset_(attributes.integer("dt_offset")),
+        gate_offset_(attributes.integer("gate_offset")),
+        dt_min_(attributes.real("dt_min")),
+        dt_max_(attributes.real("dt_max")) {
+    require(heads_ > 0 && groups_ > 0 && heads_ % groups_ == 0, "groups must divide heads");
+    require(d_head_ > 0 && d_state_ > 0 && dt_offset_ >= 0 && gate_offset_ >= 0, "sizes must be positive, offsets not negative");
+  }
+
+  void compute(const Call& call) const {
+    const auto xbc = call.input<float>(0), dt = call.input<float>(1), A = call.input<float>(2), D = call.input<float>(3);
+    const auto dt_bias = call.input<float>(4), state = call.input<float>(5), mask = call.input<float>(6), gate = call.input<float>(7);
+    require(xbc.shape.size() == 3, "xbc must be [batch, tokens, channels]");
+    const int64_t batch = xbc.shape[0], tokens = xbc.shape[1], inner = heads_ * d_head_;
+    require(xbc.last() == inner + 2 * groups_ * d_state_, "xbc must hold heads * d_head + 2 groups * d_state channels");
+    require(dt.rows() == batch * tokens && dt_offset_ + heads_ <= dt.last(), "columns lie outside dt, or its rows differ");
+    require(!gate || gate.rows() == batch * tokens, "gate must have the same rows as xbc");
+    require(!gate || gate_offset_ + inner <= gate.last(), "columns lie outside gate");
+    for (const auto& vector : {A, D, dt_bias}) require(vector.shape == Shape{heads_}, "A, D and dt_bias must be [heads]");
+    require(state.shape == Shape{batch, heads_, d_state_, d_head_}, "state must be [batch, heads, d_state, d_head]");
+    require(mask.shape == Shape{batch, tokens}, "mask must be [batch, tokens]");
+    const auto y = call.output<float>(0, {batch, tokens, inner});
+    const auto new_state = call.output<float>(1, state.shape);
+    ssm_scan(call.parallel,
+             {size_t(batch), size_t(tokens), size_t(heads_), size_t(groups_), size_t(d_head_), size_t(d_state_), size_t(dt.last()),
+              size_t(gate ? gate.last() : 0), dt_min_, dt_max_, xbc.data, dt.data + dt_offset_, A.data, D.data, dt_bias.data, state.data,
+              mask.data, gate ? gate.data + gate_offset_ : nullptr, y.data, new_state.data});
+  }
+
+ private:
+  int64_t heads_, groups_, d_head_, d_state_, dt_offset_, gate_offset_;
+  float dt_min_, dt_max_;
+};
+
+}  // namespace
+
+const OrtCustomOp* ssm_scan_op() {
+  static const Op<SSMScan> op;
+  return &op;
+}
+
+}  // namespace h1

@@ -1,0 +1,157 @@
+// Vectors of 256 bits. Floats use the compilers' vector extension, which every CPU has; int8 dot products have one primitive
+// with a variant for each instruction set. H1_PORTABLE picks the plain variant anywhere, so that it can be tested.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) && !defined(H1_PORTABLE)
+#include <immintrin.h>
+#define H1_AVX2 1
+#endif
+
+namespace h1 {
+
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef int8_t s8x32 __attribute__((vector_size(32)));
+typedef uint8_t u8x32 __attribute__((vector_size(32)));
+constexpr size_t kLanes = 8;
+
+inline f32x8 load(const float* p) {
+  f32x8 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
+
+// Keeps a loaded vector in a register, where the compiler would load it again as an operand of every instruction.
+inline void in_register([[maybe_unused]] f32x8& v) {
+#if defined(H1_AVX2)
+  asm("" : "+x"(v));
+#endif
+}
+
+// The first `count` < 8 lanes of memory; the others are zeros, or left alone.
+inline f32x8 load_part(const float* p, size_t count) {
+  f32x8 v{};
+  std::memcpy(&v, p, count * sizeof(float));
+  return v;
+}
+inline void store_part(float* p, f32x8 v, size_t count) { std::memcpy(p, &v, count * sizeof(float)); }
+
+// out[i] = f(i, read) for `width` floats, a vector at a time; read(p) loads as many as there are left, so f reads from p + i.
+template <class F>
+inline void map(float* out, size_t width, const F& f) {
+  const size_t rest = width % kLanes, whole = width - rest;
+  for (size_t i = 0; i < whole; i += kLanes) store(out + i, f(i, [](const float* p) { return load(p); }));
+  if (rest) store_part(out + whole, f(whole, [rest](const float* p) { return load_part(p, rest); }), rest);
+}
+
+template <class Vector>
+Vector load_bytes(const void* p) {
+  Vector v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The 4 bytes at p, eight times.
+inline s8x32 splat4(const int8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return (s8x32)(i32x8{} + four);
+}
+
+inline f32x8 splat(float x) { return f32x8{} + x; }
+inline f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
+inline f32x8 min(f32x8 a, f32x8 b) { return a < b ? a : b; }
+inline float sum(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+// Whether any lane of a comparison holds.
+inline bool any(i32x8 v) {
+#if defined(H1_AVX2)
+  return _mm256_movemask_ps(_mm256_castsi256_ps(__m256i(v))) != 0;
+#else
+  return (v[0] | v[1] | v[2] | v[3] | v[4] | v[5] | v[6] | v[7]) != 0;
+#endif
+}
+
+// exp(x) within 1e-7 relative error; 0 below -87.7, where results would soon be subnormal, and exp(88.37) above 88.37.
+inline f32x8 exp(f32x8 x) {
+  x = max(splat(-88.3365447505f), min(splat(88.3762626647950f), x));  // in this order NaN stays NaN
+  // x = n log 2 + r with |r| <= log(2) / 2: adding and subtracting 1.5 * 2^23 rounds to an integer
+  const f32x8 round = splat(12582912.0f);
+  const f32x8 n = (x * 1.44269504088896341f + round) - round;
+  const f32x8 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first exact in n's products
+  f32x8 p = splat(1.9875691500e-4f);  // Cephes' expf
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = (p * r) * r + r + 1.0f;
+  const i32x8 exponent = __builtin_convertvector(n, i32x8) + 127;
+  const i32x8 power = (exponent > 0 ? exponent : i32x8{}) << 23;  // 2^n, and 0 for what would be subnormal
+  f32x8 scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return p * scale;
+}
+
+inline f32x8 silu(f32x8 x) { return x / (1.0f + exp(-x)); }
+
+inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
+
+// Eight sums of int8 products: lane i gains w[4i] a[4i] + ... + w[4i + 3] a[4i + 3].
+// Dot<4>: w are unsigned and at most 15; at most 8 calls of add, because 16 products of 15 * 127 fill an int16.
+// Dot<8>: w are signed; |a| is at most 127.
+#if defined(H1_AVX2)
+template <int kBits>
+struct Dot;
+
+inline __m256i dot4(__m256i sum, __m256i u, __m256i s) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return _mm256_dpbusd_epi32(sum, u, s);
+#elif defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sum, u, s);
+#else
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#endif
+}
+
+template <>
+struct Dot<4> {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__)
+  void add(u8x32 w, s8x32 a) { sums = dot4(sums, (__m256i)w, (__m256i)a); }
+  i32x8 total() const { return (i32x8)sums; }
+#else
+  void add(u8x32 w, s8x32 a) {
+    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16((__m256i)w, (__m256i)a));
+    asm("" : "+x"(sums));  // or GCC adds products to each other first, and runs out of registers for them
+  }
+  i32x8 total() const { return (i32x8)_mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+#endif
+  __m256i sums = _mm256_setzero_si256();
+};
+
+template <>
+struct Dot<8> {
+  // w a = |w| (a with w's sign): unsigned times signed, and no sum of two products leaves an int16
+  void add(u8x32 w, s8x32 a) {
+    sums = dot4(sums, _mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)a, (__m256i)w));
+  }
+  i32x8 total() const { return (i32x8)sums; }
+  __m256i sums = _mm256_setzero_si256();
+};
+#else
+template <int kBits>
+struct Dot {
+  void add(u8x32 w, s8x32 a) {
+    for (int i = 0; i < 32; ++i) sums[i / 4] += (kBits == 8 ? (int8_t)w[i] : w[i]) * a[i];
+  }
+  i32x8 total() const { return sums; }
+  i32x8 sums{};
+};
+#endif
+
+}  // namespace h1

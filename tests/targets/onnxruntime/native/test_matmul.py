@@ -1,0 +1,158 @@
+"""QMatMul against float64 on the same integers, and against MatMulNBits, whose storage and meaning it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from h1export.targets.onnxruntime.nbits import Layout
+
+RunOp = Callable[..., list[Any]]
+FORMATS = [(bits, block) for bits in (4, 8) for block in (16, 32, 64, 128)]
+
+
+class Case:
+    """Random weights in MatMulNBits' storage, random activations."""
+
+    def __init__(self, bits: int, block: int, rows: int, columns: int, lead: tuple[int, ...] = (1,), bias: bool = False, seed: int = 0):
+        rng, self.layout = np.random.default_rng(seed), Layout(bits, block, columns)
+        low = self.layout.zero_point
+        self.integers = rng.integers(-low, low, (rows, columns)).astype(np.int8)  # every code, those that our own scheme avoids too
+        self.codes = self.layout.pack(self.integers)
+        self.scales = rng.uniform(0.01, 0.1, (rows, self.layout.blocks)).astype(np.float32) / low
+        self.x = rng.standard_normal((*lead, columns)).astype(np.float32)
+        self.bias = rng.standard_normal(rows).astype(np.float32) if bias else None
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        return {"K": self.layout.columns, "N": len(self.codes), "bits": self.layout.bits, "block_size": self.layout.block}
+
+    def run(self, run_op: RunOp, level: int, threads: int = 2) -> Any:
+        inputs = {"x": self.x, "codes": self.codes, "scales": self.scales, "bias": self.bias}
+        constants = {name: inputs[name] for name in ("codes", "scales")}
+        (y,) = run_op("QMatMul", inputs, threads=threads, constants=constants, accuracy_level=level, **self.attributes)
+        return y
+
+    def reference(self, rounded: bool) -> Any:
+        """float64; ``rounded``: with x rounded as accuracy level 4 does it."""
+        layout, x = self.layout, self.x.astype(np.float64)
+        weights = self.integers * np.repeat(self.scales.astype(np.float64), layout.block, axis=1)[:, : layout.columns]
+        if rounded:
+            padded = np.zeros((*x.shape[:-1], layout.blocks * layout.block))
+            padded[..., : layout.columns] = x
+            blocks = padded.reshape(*x.shape[:-1], layout.blocks, layout.block)
+            scale = np.abs(blocks).max(axis=-1, keepdims=True) / 127
+            x = (np.rint(blocks / np.where(scale > 0, scale, 1)) * scale).reshape(padded.shape)[..., : layout.columns]
+        return x @ weights.T + (0 if self.bias is None else self.bias)
+
+    def error(self, y: Any, expected: Any) -> float:
+        """Largest difference relative to the largest value."""
+        assert y.shape == expected.shape
+        return float(np.abs(y - expected).max() / np.abs(expected).max())
+
+
+# Few tokens and many take different kernels (the limit is 8), whose steps are 2 or 4 rows and 4 tokens, or 16 rows and 4 tokens.
+SHAPES = (st.sampled_from(FORMATS), st.integers(1, 70), st.integers(1, 400), st.integers(1, 23), st.booleans(), st.integers(0, 2**32 - 1))
+
+
+@settings(deadline=None, max_examples=120, derandomize=True)
+@given(*SHAPES)
+@example((4, 32), 37, 96, 1, True, 0)  # a last chunk with one block of two
+@example((4, 16), 5, 16 * 7, 9, False, 1)
+def test_rounded(run_op: RunOp, form: tuple[int, int], rows: int, columns: int, tokens: int, bias: bool, seed: int) -> None:
+    """Integers are exact, so only the sum over blocks rounds: a handful of half units in the last place of float32, 6e-8.
+
+    Where a quotient lies half-way between two integers float32 may round to the other one: half a step of one activation.
+    """
+    case = Case(*form, rows, columns, (tokens,), bias, seed)
+    expected, y = case.reference(rounded=True), case.run(run_op, 4)
+    step = np.abs(case.x).max() / 127 * np.abs(case.scales).max() * case.layout.zero_point
+    differences = np.abs(y - expected)
+    assert differences.max() < step + 2e-6 * np.abs(expected).max()
+    assert np.median(differences) < 2e-6 * np.abs(expected).max()
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(*SHAPES)
+def test_float32(run_op: RunOp, form: tuple[int, int], rows: int, columns: int, tokens: int, bias: bool, seed: int) -> None:
+    case = Case(*form, rows, columns, (tokens,), bias, seed)
+    expected = case.reference(rounded=False)
+    # relative to what is summed, because few random terms may cancel; each of the products and sums rounds to 6e-8
+    summed = np.abs(case.x).max() * np.abs(case.integers).max() * case.scales.max() * np.sqrt(columns) + np.abs(expected).max()
+    assert np.abs(case.run(run_op, 0) - expected).max() < 1e-6 * summed
+
+
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 128), (8, 32)])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_agrees_with_matmul_nbits(run_op: RunOp, bits: int, block: int, tokens: int, level: int) -> None:
+    case = Case(bits, block, 130, 1024, (2, tokens))
+    node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", accuracy_level=level, **case.attributes)
+    fed = {"x": case.x, "codes": case.codes, "scales": case.scales}
+    types = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape) for name, value in fed.items()]
+    graph = helper.make_graph([node], "stock", types, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    (stock,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, fed)
+    # level 4 rounds activations to 0.5 / 127 of their block's largest; MatMulNBits' int8 kernel rounds them on its own terms
+    assert case.error(case.run(run_op, level), stock) < (1e-2 if level else 1e-6)
+
+
+def test_extreme_codes_and_activations_do_not_overflow(run_op: RunOp) -> None:
+    """Every product at its largest, of either sign: what int16 sums inside the kernels must bear."""
+    for bits, block in FORMATS:
+        for tokens in (1, 9):
+            for sign in (-1, 1):
+                case = Case(bits, block, 16, 256, (tokens,))
+                top = case.layout.zero_point
+                case.integers[:8], case.integers[8:] = -top, top - 1
+                case.codes, case.x = case.layout.pack(case.integers), np.full((tokens, 256), sign, np.float32)
+                assert case.error(case.run(run_op, 4), case.reference(rounded=True)) < 1e-6
+
+
+def test_magnitudes_from_block_to_block(run_op: RunOp) -> None:
+    """Zeros, tiny and huge blocks in one row: each block has its own scale."""
+    for tokens in (1, 9):
+        case = Case(4, 32, 40, 256, (tokens,))
+        case.x *= np.repeat([0, 1e-38, 1e-10, 1, 1e10, 1e3, 0, 1], 32).astype(np.float32)
+        assert case.error(case.run(run_op, 4), case.reference(rounded=True)) < 1e-6
+
+
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize("tokens", [2, 12])
+def test_nan_stays_in_its_token(run_op: RunOp, level: int, tokens: int) -> None:
+    case = Case(4, 32, 40, 96, (tokens,))
+    case.x[1, 50] = np.nan
+    y = case.run(run_op, level)
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(np.delete(y, 1, axis=0)).all()
+
+
+def test_more_tokens_than_are_rounded_at_a_time(run_op: RunOp) -> None:
+    case = Case(4, 32, 33, 64, (3, 700))
+    for level in (0, 4):
+        assert case.error(case.run(run_op, level), case.reference(rounded=level == 4)) < 1e-4  # a quotient half-way: see test_rounded
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_threads_do_not_change_a_bit(run_op: RunOp, tokens: int) -> None:
+    case = Case(4, 32, 300, 352, (tokens,))
+    assert np.array_equal(case.run(run_op, 4, threads=1), case.run(run_op, 4, threads=3))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"block_size": 48}, "block_size must be"), ({"bits": 2}, "bits must be"), ({"N": 7}, "codes and scales"), ({"K": 65}, "K columns")],
+)
+def test_what_does_not_fit_is_an_error(run_op: RunOp, change: dict[str, int], message: str) -> None:
+    case = Case(4, 32, 8, 64)
+    with pytest.raises(Exception, match=f"QMatMul: .*{message}"):
+        inputs = {"x": case.x, "codes": case.codes, "scales": case.scales}
+        run_op("QMatMul", inputs, accuracy_level=4, **{**case.attributes, **change})

@@ -26,7 +26,7 @@ from h1export.generation import Sampling, generate
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
 from h1export.sources import embedded_model
-from h1export.targets import MODULES, BuildOptions, get_target
+from h1export.targets import MODULES, BuildOptions, Kernels, get_target
 from h1export.text import TOKENIZER, chat_prompt, load_tokenizer, scoring_ids, stream
 from h1export.validate import ValidateOptions
 from h1export.validate import validate as run_validation
@@ -95,12 +95,12 @@ def _carry(checkpoint: Path, folder: Path) -> None:
             shutil.copyfile(source, folder / name)
 
 
-def load(artifact: Artifact, threads: int = 0, float32: bool = False) -> Runner[Any]:
+def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:
     """A Runner over ``artifact`` by the target that made it; the arguments are those of ``Target.load``."""
     name = artifact.manifest.target
     if name not in MODULES:
         raise H1ExportError(artifact.folder / MANIFEST, f"target {name!r} is unknown", f"this h1export knows {', '.join(MODULES)}")
-    return get_target(name).load(artifact, threads, float32)
+    return get_target(name).load(artifact, threads, float32, kernels)
 
 
 def validate(

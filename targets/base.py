@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the command line names targets without loading torch
 
 
 ProviderName = Literal["cpu", "cuda"]
+Kernels = Literal["auto", "native", "stock"]
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,14 @@ class Target(Protocol):
         """
         ...
 
-    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False) -> Runner[Any]:
+    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:
         """Load what ``lower`` wrote.
 
         ``threads`` 0: the runtime's own choice. ``float32``: compute in float32 even where the artifact rounds activations,
-        so that a lowering error cannot hide behind the rounding. Raises H1ExportError without the runtime.
+        so that a lowering error cannot hide behind the rounding. ``kernels``: h1export's own where the target has some ("native"),
+        the runtime's ("stock"), or native where they can be had, with a note where not ("auto").
+
+        Raises:
+            H1ExportError: without the runtime, or without the kernels asked for.
         """
         ...

@@ -79,7 +79,7 @@ class Context:
 
     def weight(self, expr: WeightExpr) -> Value:
         """``expr`` in float32 as an initializer in the external data, written once."""
-        return self.build.once(expr, lambda: self.build.initializer(self._write(expr)))  # type: ignore[no-any-return]
+        return self.build.initializer(self.data.once(expr, lambda: self._write(expr)))
 
     def _write(self, expr: WeightExpr) -> ir.ExternalTensor:
         sink = self.data.sink(initializer_name(expr), ir.DataType.FLOAT, expr.shape(self.store.shape))
@@ -87,11 +87,16 @@ class Context:
             sink.write(block)
         return sink.close()
 
-    def small_weight(self, name: str, array: Array) -> Value:
-        """A float32 initializer computed by the emitter itself."""
-        sink = self.data.sink(name, ir.DataType.FLOAT, array.shape)
-        sink.write(np.ascontiguousarray(array))
-        return self.build.initializer(sink.close())
+    def small_tensor(self, name: str, make: Callable[[], Array]) -> ir.ExternalTensor:
+        """A float32 tensor that the emitter computes itself, written once."""
+
+        def write() -> ir.ExternalTensor:
+            array = np.ascontiguousarray(make())
+            sink = self.data.sink(name, ir.DataType.FLOAT, array.shape)
+            sink.write(array)
+            return sink.close()
+
+        return self.data.once(("small", name), write)
 
 
 def args_of(node: Node) -> tuple[Any, ...]:

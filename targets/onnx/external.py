@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable, Hashable
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 SMALL, PAGE = 1 << 16, 4096  # tensors of SMALL bytes and more start on a page, so that runtimes can map them
+
+T = TypeVar("T")
 
 
 class TensorSink:
@@ -60,6 +63,7 @@ class ExternalData:
 
     def __init__(self, path: Path) -> None:
         self._path, self._end = path, 0
+        self._once: dict[Hashable, Any] = {}
         self._handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
 
     def __enter__(self) -> ExternalData:
@@ -76,9 +80,15 @@ class ExternalData:
         self._end = int(offset + nbytes)
         return TensorSink(self._handle, self._external(name, dtype, shape, offset, int(nbytes)), int(nbytes))
 
-    def alias(self, name: str, shape: tuple[int, ...], of: ir.ExternalTensor) -> ir.ExternalTensor:
-        """The same bytes under another name and shape."""
-        return self._external(name, of.dtype, shape, of.offset or 0, of.length or 0)
+    def once(self, key: Hashable, write: Callable[[], T]) -> T:
+        """What ``write()`` returned the first time: graphs that share this file share their tensors."""
+        if key not in self._once:
+            self._once[key] = write()
+        return self._once[key]  # type: ignore[no-any-return]
+
+    def alias(self, name: str, shape: tuple[int, ...], of: ir.ExternalTensor, start: int = 0) -> ir.ExternalTensor:
+        """Bytes of another tensor, from its byte ``start``, under a name and a shape of their own."""
+        return self._external(name, of.dtype, shape, (of.offset or 0) + start, int(prod(shape) * of.dtype.itemsize))
 
     def _external(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int, nbytes: int) -> ir.ExternalTensor:
         return ir.ExternalTensor(self._path.name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self._path.parent)

@@ -62,8 +62,9 @@ def linear(c: CudaContext, node: Node) -> None:
     else:
         y = matmul_nbits(c, x, expr, precision)
         if any(part.multiplier != Multiplier() for part in expr.parts):
-            factors = np.concatenate([part.factors(c.store) for part in expr.parts])
-            y = c.build.op("Mul", y, c.as_activation(c.small_weight(f"{initializer_name(expr)}.multiplier", factors)))
+            name = f"{initializer_name(expr)}.multiplier"
+            factors = c.small_tensor(name, lambda: np.concatenate([part.factors(c.store) for part in expr.parts]))
+            y = c.build.op("Mul", y, c.as_activation(c.build.initializer(factors)))
     bias = args_of(node)[2] if len(args_of(node)) > 2 else None
     c.set(node, y if bias is None else c.build.op("Add", y, c.value(bias)))
 

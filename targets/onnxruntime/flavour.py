@@ -15,6 +15,7 @@ from h1export.graphs.passes.flatten_splits import FlattenSplits
 from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
 from h1export.targets.onnx.emit import Emitter
 from h1export.targets.onnxruntime import cuda, layout, nbits, ops, portable, transposed
+from h1export.targets.onnxruntime.native import emitters
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"  # of the MatMulNBits that onnxruntime makes of DequantizeLinear and MatMul
@@ -37,6 +38,7 @@ class Flavour:
         batched_append: whether several rows may take several tokens each after a past.
         bound: whether keys may lie in a longer buffer that is past and present at once.
         read_stored: from its initializers to integers.
+        native: emitters of a second graph over the same weights, for our own kernels; None: there is none.
     """
 
     table: Mapping[Any, Emitter[Any]]
@@ -50,6 +52,7 @@ class Flavour:
     batched_append: bool = False
     bound: bool = False
     read_stored: ReadStored = nbits.read_stored
+    native: Mapping[Any, Emitter[Any]] | None = None
 
     def dtype(self, kind: StateKind) -> str:
         """ONNX's name of a state's dtype."""
@@ -61,7 +64,7 @@ def _microsoft(scheme: QuantScheme) -> dict[str, int]:
 
 
 FLAVOURS: Mapping[tuple[str, bool], Flavour] = {
-    ("cpu", False): Flavour(ops.TABLE, _microsoft, fusions, bound=True),
+    ("cpu", False): Flavour(ops.TABLE, _microsoft, fusions, bound=True, native=emitters.TABLE),
     ("cuda", False): Flavour(
         cuda.TABLE,
         _microsoft,

@@ -30,9 +30,15 @@ Codes = npt.NDArray[np.uint8]
 
 
 class OrtContext(Context):
-    """Context with what only this target's emitters need."""
+    """Context with what only this target's emitters need.
+
+    Attributes:
+        accuracy_level: of products with integers.
+        product: op type and domain of such a product: MatMulNBits, or one that takes the same inputs and attributes.
+    """
 
     accuracy_level: int = 0
+    product = ("MatMulNBits", MS)
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Layout:
 
 def store(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, ir.ExternalTensor, ir.ExternalTensor]:
     """Write codes and scales of ``expr``, once, and note them for the manifest."""
-    return c.build.once((expr, precision), lambda: _write(c, expr, precision))  # type: ignore[no-any-return]
+    return c.data.once((expr, precision), lambda: _write(c, expr, precision))
 
 
 def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, ir.ExternalTensor, ir.ExternalTensor]:
@@ -117,12 +123,13 @@ def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision
     """x [.., K] times the quantised weight [N, K], transposed."""
     layout, codes, scales = store(c, expr, precision)
     rows, columns = expr.shape(c.store.shape)
+    op_type, domain = c.product
     return c.build.op(
-        "MatMulNBits",
+        op_type,
         x,
         c.build.initializer(codes),
         c.build.initializer(scales),
-        domain=MS,
+        domain=domain,
         K=columns,
         N=rows,
         bits=layout.bits,

@@ -10,9 +10,11 @@ import operator
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from h1export.core.weights import WeightExpr
 from h1export.plugins import h1
 from h1export.plugins.attention.op import rope_frequencies
 from h1export.targets.onnx import aten as common
@@ -80,8 +82,9 @@ def shifted_products(c: Context, node: Node) -> tuple[Value, Value]:
     Instead of CausalConvWithState, whose CPU kernel is scalar (4 times slower at 512 tokens), or Conv (20 times slower at one).
     """
     x, state, weight, bias = args_of(node)
-    taps, name = c.expr(weight).dense(c.store), c.expr(weight).only.tensor
-    count = taps.shape[2]
+    taps = conv_taps(c, c.expr(weight))
+    count, channels = taps.shape.numpy()
+    row_bytes = (taps.length or 0) // count
     inputs = c.build.op("Concat", c.value(state), c.value(x), axis=1)
 
     def window(first: int, end: int) -> Value:
@@ -90,10 +93,16 @@ def shifted_products(c: Context, node: Node) -> tuple[Value, Value]:
     total = None if bias is None else c.value(bias)
     for tap in range(count):
         end = np.iinfo(np.int64).max if tap == count - 1 else tap + 1 - count
-        product = c.build.op("Mul", window(tap, end), c.small_weight(f"{name}.tap{tap}", taps[:, 0, tap]))
+        row = c.build.initializer(c.data.alias(f"{taps.name}.{tap}", (channels,), taps, start=tap * row_bytes))
+        product = c.build.op("Mul", window(tap, end), row)
         total = product if total is None else c.build.op("Add", total, product)
     assert total is not None
     return total, window(1 - count, np.iinfo(np.int64).max)
+
+
+def conv_taps(c: Context, weight: WeightExpr) -> ir.ExternalTensor:
+    """A convolution's weight [channels, 1, taps] as [taps, channels], channels last like its input."""
+    return c.small_tensor(f"{weight.only.tensor}.taps", lambda: weight.dense(c.store)[:, 0].T)
 
 
 def causal_conv(c: Context, node: Node) -> None:
@@ -138,7 +147,7 @@ def attention(c: Context, node: Node) -> None:
     """
     q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
     spec, build = c.program.spec, c.build
-    cos, sin = build.once((positions, theta), lambda: _rotary_tables(c, positions, theta))
+    cos, sin = rotary_tables(c, positions, theta)
     bias, seqlens, total = build.once((mask, positions), lambda: _attention_mask(c, mask, positions))
     rotated = [
         build.op("RotaryEmbedding", _flat(c, x), cos, sin, num_heads=heads)
@@ -165,8 +174,12 @@ def attention(c: Context, node: Node) -> None:
     c.set(node, build.op("Reshape", out, build.ints(0, 0, spec.num_attention_heads, spec.head_dim)), keys, values)
 
 
-def _rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value]:
+def rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value]:
     """cos and sin, [batch, seq, dim / 2], for just the positions at hand: a table for 256K positions would be 134 MB."""
+    return c.build.once((positions, theta), lambda: _rotary_tables(c, positions, theta))  # type: ignore[no-any-return]
+
+
+def _rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value]:
     frequencies = rope_frequencies(theta, c.program.spec.head_dim)
     position = c.build.op("Unsqueeze", c.build.op("Cast", c.value(positions), to=1), c.build.ints(2))
     angles = c.build.op("Mul", position, c.build.constant(frequencies.numpy(), np.float32))

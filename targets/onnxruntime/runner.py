@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateKind, StateSpec
 from h1export.core.weights import tensor_layout
 from h1export.errors import H1ExportError
-from h1export.targets.onnxruntime import layout, sdk
+from h1export.targets.base import Kernels
+from h1export.targets.onnxruntime import layout, native, sdk
 from h1export.targets.onnxruntime.flavour import CPU, CUDA, FUSED_LEVEL, Flavour, ReadStored, flavour
 from h1export.targets.onnxruntime.nbits import CODES, ROWS, SCALES
 from h1export.targets.onnxruntime.sequences import BoundSequences
@@ -25,11 +27,13 @@ from h1export.targets.onnxruntime.transposed import TABLE
 from h1export.targets.onnxruntime.widened import widened
 
 MODEL = "model.onnx"
+NATIVE_MODEL = "model.native.onnx"  # the same over our own kernels
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
 BATCHED_APPEND = (
     "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
     "h1export runs such a batch row by row, other clients must do the same"
 )
+NATIVE, STOCK = "kernels: h1export's own", "kernels: ONNX Runtime's own"
 PLAIN = {CUDA: {"use_tf32": "0"}}  # float32 means float32
 States = dict[str, npt.NDArray[Any]]
 
@@ -37,10 +41,11 @@ States = dict[str, npt.NDArray[Any]]
 class OnnxRuntimeRunner:
     """Runner over model.onnx; states are arrays by input name, in the graph's own layouts.
 
-    With ``float32`` the same graph computes in float32 where the artifact asks for int8 activations.
+    With ``float32`` the same graph computes in float32 where the artifact asks for int8 activations. ``kernels`` chooses between
+    model.onnx and model.native.onnx.
     """
 
-    def __init__(self, artifact: Artifact, threads: int, float32: bool) -> None:
+    def __init__(self, artifact: Artifact, threads: int, float32: bool, kernels: Kernels) -> None:
         self._artifact, self._spec = artifact, artifact.spec
         self._states = StateSpec.of(self._spec)
         chosen = artifact.manifest.options
@@ -48,7 +53,8 @@ class OnnxRuntimeRunner:
         rounded = bool(self._flavour.halves) or (bool(artifact.manifest.weights) and chosen["accuracy_level"] == ROUNDED_LEVEL)
         self._float32 = float32 or not rounded
         self._halves = frozenset() if float32 else self._flavour.halves
-        self._session = _session(artifact, self._flavour, threads, float32)
+        self._library, self._notes = _library(artifact, kernels)
+        self._session = _session(artifact, self._flavour, threads, float32, self._library)
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
 
     @property
@@ -61,8 +67,12 @@ class OnnxRuntimeRunner:
             None,
             not self._artifact.manifest.options["last_logits"],
             self._float32,
-            () if self._flavour.batched_append else (BATCHED_APPEND,),
+            self._notes if self._batched_append else (*self._notes, BATCHED_APPEND),
         )
+
+    @property
+    def _batched_append(self) -> bool:
+        return self._flavour.batched_append or self._library is not None
 
     def initial(self, batch: int) -> States:
         zeros, permutation = self._states.zeros(batch), self._flavour.permutation
@@ -74,7 +84,7 @@ class OnnxRuntimeRunner:
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         past = states[self._states.tensors[0].past].shape[2]
         check_call(ids, mask, past, self._spec.vocab_size)
-        if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._flavour.batched_append:
+        if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._batched_append:
             return self._row_by_row(ids, mask, states)
         logits, *present = self._session.run(self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
         return logits, {tensor.past: state for tensor, state in zip(self._states.tensors, present, strict=True)}
@@ -89,7 +99,7 @@ class OnnxRuntimeRunner:
     def start(self, batch: int, capacity: int) -> Sequences:
         if not self._flavour.bound:
             return SteppedSequences(self, batch)
-        return BoundSequences(self._session, self._states, self._spec.vocab_size, batch, capacity, batched_append=False)
+        return BoundSequences(self._session, self._states, self._spec.vocab_size, batch, capacity, self._batched_append)
 
     def snapshot(self, states: States) -> dict[str, Array]:
         permutation = self._flavour.permutation
@@ -122,18 +132,41 @@ class StoredWeights(Mapping[str, Array]):
         return len(self._weights)
 
 
-def _session(artifact: Artifact, made: Flavour, threads: int, float32: bool) -> Any:
+def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, tuple[str, ...]]:
+    """Our own kernels, where the artifact has a graph for them, and notes on what is used instead.
+
+    Raises:
+        H1ExportError: "native" kernels that the artifact has no graph for, or that do not compile.
+    """
+    if NATIVE_MODEL not in artifact.manifest.files:
+        if kernels == "native":
+            raise H1ExportError(artifact.folder, f"has no {NATIVE_MODEL}", "leave out --kernels native")
+        return None, ()
+    if kernels == "stock":
+        return None, (STOCK,)
+    try:
+        return native.library(), (NATIVE,)
+    except H1ExportError as error:
+        if kernels == "native":
+            raise
+        return None, (f"{STOCK}, because {error}",)
+
+
+def _session(artifact: Artifact, made: Flavour, threads: int, float32: bool, library: Path | None) -> Any:
     """An InferenceSession on the provider that the graph is for; with ``float32``, in float32 arithmetic, on CPUs too."""
-    ort, path, provider = sdk.onnxruntime(), artifact.folder / MODEL, made.provider
+    ort, provider = sdk.onnxruntime(), made.provider
+    path = artifact.folder / (MODEL if library is None else NATIVE_MODEL)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors also come as exceptions
     options.add_session_config_entry(FUSED_LEVEL, str(0 if float32 else artifact.manifest.options["accuracy_level"]))
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     if not float32:
         sdk.check_provider(provider)
     chain = [(name, PLAIN.get(name, {})) for name in dict.fromkeys((provider, CPU)) if name in ort.get_available_providers()]
     try:
-        model = _in_float32(artifact, options) if float32 else str(path)
+        model = _in_float32(path, options) if float32 else str(path)
         session = ort.InferenceSession(model, options, providers=chain)
     except Exception as error:  # onnxruntime's exception types share no base class
         raise H1ExportError(path, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
@@ -144,12 +177,12 @@ def _session(artifact: Artifact, made: Flavour, threads: int, float32: bool) -> 
     return session
 
 
-def _in_float32(artifact: Artifact, options: Any) -> bytes:
-    """The model in float32 arithmetic: no fp16, and every MatMulNBits at accuracy level 0. Its external data stays where it is."""
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(artifact.folder))
-    model = widened(ir.load(artifact.folder / MODEL))
+def _in_float32(path: Path, options: Any) -> bytes:
+    """The model in float32 arithmetic: no fp16, and every product with integers at accuracy level 0. Its external data stays where it is."""
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    model = widened(ir.load(path))
     for node in model.graph:
-        if node.op_type == "MatMulNBits":
+        if node.op_type in ("MatMulNBits", "QMatMul"):
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     return bytes(ir.to_proto(model).SerializeToString())
 

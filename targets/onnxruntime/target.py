@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -17,18 +18,20 @@ from h1export.core.weights import WeightExpr, WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import KindOf, run_passes
 from h1export.graphs.programs import Program
-from h1export.targets.base import BuildOptions, Lowered
+from h1export.targets.base import BuildOptions, Kernels, Lowered
 from h1export.targets.onnx.builder import GraphBuilder, Value
-from h1export.targets.onnx.emit import emit
+from h1export.targets.onnx.emit import Emitter, emit
 from h1export.targets.onnx.external import ExternalData
 from h1export.targets.onnxruntime import genai, layout, readme
 from h1export.targets.onnxruntime.flavour import Flavour, flavour
-from h1export.targets.onnxruntime.nbits import INT8_BLOCKS
-from h1export.targets.onnxruntime.runner import MODEL, OnnxRuntimeRunner
+from h1export.targets.onnxruntime.native.emitters import DOMAIN, NativeContext
+from h1export.targets.onnxruntime.nbits import INT8_BLOCKS, OrtContext
+from h1export.targets.onnxruntime.runner import MODEL, NATIVE_MODEL, OnnxRuntimeRunner
 
 DATA = MODEL + ".data"
 
 Dims = tuple[int | str, ...]
+Ports = Mapping[str, tuple[str, Dims]]
 
 
 class OnnxRuntimeTarget:
@@ -43,29 +46,22 @@ class OnnxRuntimeTarget:
             raise H1ExportError("--accuracy-level", what, f"one of {', '.join(map(str, made.accuracy_levels))}")
         program = run_passes(program, made.fuse(_kinds(scheme, program.spec), max(scheme.block, INT8_BLOCKS[0])))
         progress.stage("weights", store.nbytes)
-        builder = GraphBuilder(made.opsets(scheme))
         inputs, outputs = _inputs(program, made), _outputs(program, options, made)
         with ExternalData(folder / DATA) as data:
-            context = made.context(program, store, scheme, builder, data)
+            context = made.context(program, store, scheme, GraphBuilder(made.opsets(scheme)), data)
             context.accuracy_level = options.accuracy_level
-            graph_inputs = [_declare(name, dtype, dims) for name, (dtype, dims) in inputs.items()]
-            by_name = {value.name: value for value in graph_inputs}
-            for node in program.graph.nodes:
-                if node.op == "placeholder" and node.name in program.inputs:
-                    context.set(node, by_name[program.inputs[node.name]])
-            logits, *states = emit(context, made.table)
-        results = [context.as_float32(logits), *states]
-        for value, (name, (dtype, dims)) in zip(results, outputs.items(), strict=True):
-            value.name, value.type, value.shape = name, ir.TensorType(ir.DataType[dtype]), ir.Shape(dims)
-        progress.stage("graph")
-        ir.save(builder.model(graph_inputs, results, "falcon_h1"), folder / MODEL)
+            ir.save(_model(context, made.table, inputs, outputs), folder / MODEL)
+            if made.native is not None:
+                native = NativeContext(program, store, scheme, GraphBuilder({**made.opsets(scheme), DOMAIN: 1}), data)
+                native.accuracy_level = options.accuracy_level
+                ir.save(_model(native, made.native, inputs, outputs), folder / NATIVE_MODEL)
         genai.write_config(program.spec, MODEL, folder, options)
         readme.write(folder, options)
         toolchain = {name: metadata.version(name) for name in ("torch", "onnx-ir")}
         return Lowered(toolchain, inputs, outputs, tuple(context.stored))
 
-    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False) -> OnnxRuntimeRunner:
-        return OnnxRuntimeRunner(artifact, threads, float32)
+    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> OnnxRuntimeRunner:
+        return OnnxRuntimeRunner(artifact, threads, float32, kernels)
 
 
 def _kinds(scheme: QuantScheme, spec: HybridSpec) -> KindOf:
@@ -75,6 +71,20 @@ def _kinds(scheme: QuantScheme, spec: HybridSpec) -> KindOf:
         return tuple({scheme.precision(part.tensor, spec) for part in expr.parts})
 
     return kind_of
+
+
+def _model(context: OrtContext, table: Mapping[Any, Emitter[Any]], inputs: Ports, outputs: Ports) -> ir.Model:
+    """Emit the context's program by ``table``."""
+    graph_inputs = [_declare(name, dtype, dims) for name, (dtype, dims) in inputs.items()]
+    by_name = {value.name: value for value in graph_inputs}
+    for node in context.program.graph.nodes:
+        if node.op == "placeholder" and node.name in context.program.inputs:
+            context.set(node, by_name[context.program.inputs[node.name]])
+    logits, *states = emit(context, table)
+    results = [context.as_float32(logits), *states]
+    for value, (name, (dtype, dims)) in zip(results, outputs.items(), strict=True):
+        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType[dtype]), ir.Shape(dims)
+    return context.build.model(graph_inputs, results, "falcon_h1")
 
 
 def _declare(name: str, dtype: str, dims: Dims) -> Value:

@@ -1,0 +1,156 @@
+"""What differs where our own kernels run: one op for each h1 op, reading its columns out of the wide products they lie in.
+
+Every op is described where it is computed, in csrc.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from h1export.plugins import h1
+from h1export.targets.onnx import aten as common
+from h1export.targets.onnx.builder import Value
+from h1export.targets.onnx.emit import Emitter, args_of
+from h1export.targets.onnxruntime.nbits import OrtContext
+from h1export.targets.onnxruntime.ops import TABLE as STOCK_TABLE
+from h1export.targets.onnxruntime.ops import conv_taps, rotary_tables
+
+DOMAIN = "h1export"
+
+aten = torch.ops.aten
+
+
+class NativeContext(OrtContext):
+    """Heads are never an axis of their own: values that the Program views as [batch, seq, heads, dim] stay [batch, seq, heads * dim]."""
+
+    product = ("QMatMul", DOMAIN)
+
+    def op(self, op_type: str, *inputs: Value | None, **attributes: Any) -> Value:
+        return self.build.op(op_type, *inputs, domain=DOMAIN, **attributes)
+
+    def ops(self, op_type: str, outputs: int, *inputs: Value | None, **attributes: Any) -> tuple[Value, ...]:
+        return self.build.ops(op_type, outputs, *inputs, domain=DOMAIN, **attributes)
+
+    def columns(self, node: Any) -> tuple[Value, int]:
+        """(wide, offset) where the last axis of ``node``, flattened, lies in a wider value."""
+        while node.target is aten.view.default:
+            node = node.args[0]
+        if node.target is operator.getitem and args_of(node)[0].target is aten.split_with_sizes.default:
+            split, index = args_of(node)
+            whole, sizes, _ = args_of(split)
+            return self.value(whole), sum(sizes[:index])
+        return self.value(node), 0
+
+    def side_by_side(self, *nodes: Any) -> tuple[Value, list[int]]:
+        """(wide, offsets) of several; they are copied side by side where they do not lie in one value already."""
+        places = [self.columns(node) for node in nodes]
+        if len({id(wide) for wide, _ in places}) == 1:
+            return places[0][0], [offset for _, offset in places]
+        widths = [node.meta["val"].shape[2:].numel() for node in nodes]
+        wide = self.build.op("Concat", *(self.build.op("Reshape", self.value(n), self.build.ints(0, 0, -1)) for n in nodes), axis=2)
+        return wide, [sum(widths[:index]) for index in range(len(nodes))]
+
+
+def view(c: NativeContext, node: Node) -> None:
+    """Nothing to do where the value is flat already."""
+    x = args_of(node)[0]
+    flat = x.target is operator.getitem and args_of(x)[0].target in (h1.ssm_scan.default, h1.attention.default)
+    if flat and node.meta["val"].dim() == 3:
+        return c.set(node, c.value(x))
+    return common.view(c, node)
+
+
+def mul(c: NativeContext, node: Node) -> None:
+    """a * silu(gate) is one op."""
+    a, gate = args_of(node)
+    if not (isinstance(gate, Node) and gate.target is aten.silu.default and node.meta["val"].dim() == 3):
+        return common.binary("Mul")(c, node)
+    (x, a_offset), (z, gate_offset) = c.columns(a), c.columns(args_of(gate)[0])
+    width = node.meta["val"].shape[-1]
+    return c.set(node, c.op("SiluMul", x, z, a_offset=a_offset, gate_offset=gate_offset, width=width))
+
+
+def causal_conv(c: NativeContext, node: Node) -> None:
+    x, state, weight, bias = args_of(node)
+    mask = None
+    column = args_of(x)[1] if x.target is aten.mul.Tensor else None
+    if isinstance(column, Node) and column.target is aten.unsqueeze.default:  # pads are zeroed on the way in
+        x, mask = args_of(x)[0], c.value(args_of(column)[0])
+    wide, offset = c.columns(x)
+    taps = c.build.initializer(conv_taps(c, c.expr(weight)))
+    c.set(node, *c.ops("CausalConv", 2, wide, c.value(state), taps, None if bias is None else c.value(bias), mask, offset=offset))
+
+
+def ssm_scan(c: NativeContext, node: Node) -> None:
+    x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = args_of(node)
+    spec = c.program.spec
+    xbc, offsets = c.side_by_side(x, B, C)
+    assert offsets == [0, spec.mamba_d_ssm, spec.mamba_d_ssm + spec.bc_dim], "x, B and C are the convolution's output"
+    steps, dt_offset = c.columns(dt)
+    gated, gate, gate_offset = _gate(c, node)
+    outputs = c.ops(
+        "SSMScan",
+        2,
+        xbc,
+        steps,
+        *(c.value(weight) for weight in (A, D, dt_bias)),
+        c.value(state),
+        c.value(mask),
+        gate,
+        heads=spec.mamba_n_heads,
+        groups=spec.mamba_n_groups,
+        d_head=spec.mamba_d_head,
+        d_state=spec.mamba_d_state,
+        dt_offset=dt_offset,
+        gate_offset=gate_offset,
+        dt_min=dt_min,
+        dt_max=dt_max,
+    )
+    c.set(node, *outputs)
+    if gated is not None:
+        c.set(gated, outputs[0])
+
+
+def _gate(c: NativeContext, scan: Node) -> tuple[Node | None, Value | None, int]:
+    """(y * silu(z), z, offset of z) where the scan's y is read by its gate alone."""
+    (y,) = [user for user in scan.users if args_of(user)[1] == 0]
+    (flat,) = y.users
+    if len(flat.users) == 1:
+        (product,) = flat.users
+        gate = args_of(product)[1] if product.target is aten.mul.Tensor else None
+        if isinstance(gate, Node) and gate.target is aten.silu.default:
+            return product, *c.columns(args_of(gate)[0])
+    return None, None, 0
+
+
+def attention(c: NativeContext, node: Node) -> None:
+    q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
+    spec = c.program.spec
+    qkv, (q_offset, k_offset, v_offset) = c.side_by_side(q, k, v)
+    operands = [qkv, *rotary_tables(c, positions, theta), c.value(mask), c.value(past_k), c.value(past_v)]
+    outputs = c.ops(
+        "Attention",
+        3,
+        *operands,
+        num_heads=spec.num_attention_heads,
+        kv_heads=spec.num_key_value_heads,
+        head_dim=spec.head_dim,
+        q_offset=q_offset,
+        k_offset=k_offset,
+        v_offset=v_offset,
+        scale=spec.head_dim**-0.5,
+    )
+    c.set(node, *outputs)
+
+
+TABLE: dict[Any, Emitter[Any]] = STOCK_TABLE | {
+    h1.ssm_scan.default: ssm_scan,
+    h1.causal_conv.default: causal_conv,
+    h1.attention.default: attention,
+    aten.mul.Tensor: mul,
+    aten.view.default: view,
+}

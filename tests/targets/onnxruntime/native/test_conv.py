@@ -1,4 +1,4 @@
-"""CausalConv against h1::causal_conv in float64."""
+"""CausalConv against its definition in float64."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from h1export.plugins import h1
 
 RunOp = Callable[..., list[Any]]
 
@@ -19,11 +16,13 @@ TOLERANCE = 1e-6  # of the range: a few roundings at 6e-8 each, and exp's 1e-7
 
 
 def reference(inputs: dict[str, Any], offset: int) -> tuple[Any, Any]:
-    """The plugin's op on the columns at hand, in its own layouts, float64."""
-    x, state, weight, bias, mask = (None if value is None else torch.from_numpy(value).double() for value in inputs.values())
-    columns = x[..., offset : offset + weight.shape[1]] * (1 if mask is None else mask[..., None])
-    y, new_state = h1.causal_conv(columns, state.transpose(1, 2), weight.T[:, None], bias)
-    return y.numpy(), new_state.transpose(1, 2).numpy()
+    """The definition in float64."""
+    x, state, weight, bias, mask = (None if value is None else value.astype(np.float64) for value in inputs.values())
+    taps, channels = weight.shape
+    columns = x[..., offset : offset + channels] * (1 if mask is None else mask[..., None])
+    all_inputs = np.concatenate([state, columns], axis=1)
+    total = sum(weight[i] * all_inputs[:, i : i + x.shape[1]] for i in range(taps)) + (0 if bias is None else bias)
+    return total / (1 + np.exp(-total)), all_inputs[:, x.shape[1] :]
 
 
 def conv_inputs(batch: int, tokens: int, channels: int, taps: int, width: int, seed: int) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_the_state_in_place(run_op: RunOp, run_in_place: RunOp, tokens: int) -> 
 
 
 def test_slow_heads_keep_small_updates(run_op: RunOp) -> None:
-    """A head whose step is 1e-4, over 2000 tokens: differences of cumulative decays in float32 alone would be 1e-4 off."""
+    """Steps from 1e-4 on, over 2000 tokens, each head against its own range."""
     case = {"batch": 1, "tokens": 2000, "groups": 1, "heads_per_group": 4, "d_head": 32, "d_state": 16, "gated": False, "seed": 0}
     inputs, attributes = scan_inputs(case | {"limits": (0.0, math.inf)})
     (y, state), (y64, state64) = run_op("SSMScan", inputs, outputs=2, **attributes), recurrence(inputs, attributes)
@@ -137,6 +137,16 @@ def test_slow_heads_keep_small_updates(run_op: RunOp) -> None:
         columns = slice(head * 32, head * 32 + 32)
         assert error(y[..., columns], y64[..., columns]) < OUTPUT
         assert error(state[:, head], state64[:, head]) < STATE
+
+
+def test_short_steps_after_long_ones(run_op: RunOp) -> None:
+    """Differences of sums near -10000 decide: float32 sums are 5e-4 off there, and so would be the outputs after token 16."""
+    case = {"batch": 1, "tokens": 48, "groups": 1, "heads_per_group": 1, "d_head": 32, "d_state": 16, "gated": False, "seed": 0}
+    inputs, attributes = scan_inputs(case | {"limits": (0.0, math.inf)})
+    inputs["dt"][:, :16], inputs["dt"][:, 16:] = 60, 2
+    (y, state), (y64, state64) = run_op("SSMScan", inputs, outputs=2, **attributes), recurrence(inputs, attributes)
+    assert error(y[:, 20:], y64[:, 20:]) < OUTPUT
+    assert error(state, state64) < STATE
 
 
 def test_another_width_is_an_error(run_op: RunOp) -> None:

@@ -100,10 +100,11 @@ void multiply_few(const Weights& w, size_t begin, size_t end, const Activations&
   }
 }
 
-// kPanel rows, unpacked: codes [words, parts, kPanel, 4] and scales [blocks, kPanel]. Missing rows have scales 0.
+// kPanel rows, unpacked: codes [words, parts, kPanel, 4], scales [blocks, kPanel] and bias. Rows that do not exist are zeros.
 struct Panel {
   uint8_t* codes;
   float* scales;
+  float* bias;  // [kPanel]
 };
 
 template <class F>
@@ -119,27 +120,26 @@ void unpack(const Weights& w, size_t row, const Panel& panel) {
       }
     }
   }
+  for (size_t r = 0; r < kPanel; ++r) panel.bias[r] = w.bias && r < rows ? w.bias[row + r] : 0.0f;
   for (size_t block = 0; block < w.blocks; ++block) {
     for (size_t r = 0; r < kPanel; ++r) panel.scales[block * kPanel + r] = r < rows ? w.scales[(row + r) * w.blocks + block] : 0.0f;
   }
 }
 
-// Sums of one block's products for kPanel rows and kPanelTokens tokens.
+// Sums of one block's products for kPanel rows and kPanelTokens tokens, `stride` apart; the block begins at word `block_word`.
 template <class F>
-inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t first_word, i32x8 (&totals)[kPanelTokens][kHalves]) {
-  constexpr size_t kGroup = F::kWords < 4 ? F::kWords : 4;  // words that Dot may sum
+inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block_word, i32x8 (&totals)[kPanelTokens][kHalves]) {
+  constexpr size_t kGroup = std::min<size_t>(F::kWords, 4);  // words that Dot may sum; they lie in one chunk
   for (size_t first = 0; first < F::kWords; first += kGroup) {
+    const int8_t* words = x + (block_word + first) / kLanes * F::kChunk + (block_word + first) % kLanes * 4;
     Dot<F::kBits> dots[kPanelTokens][kHalves];
-    for (size_t word = first; word < first + kGroup; ++word) {
-      const size_t of_row = first_word + word;
-      for (size_t part = 0; part < F::kParts; ++part) {
-        const uint8_t* from = codes + (word * F::kParts + part) * kHalves * 32;
-        const u8x32 left = load_bytes<u8x32>(from), right = load_bytes<u8x32>(from + 32);
-        for (size_t t = 0; t < kPanelTokens; ++t) {
-          const s8x32 four = splat4(x + t * stride + of_row / 8 * F::kChunk + part * 32 + of_row % 8 * 4);
-          dots[t][0].add(left, four);
-          dots[t][1].add(right, four);
-        }
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kGroup * F::kParts; ++i, codes += kHalves * 32) {
+      const u8x32 left = load_bytes<u8x32>(codes), right = load_bytes<u8x32>(codes + 32);
+      for (size_t t = 0; t < kPanelTokens; ++t) {
+        const s8x32 four = splat4(words + t * stride + i % F::kParts * 32 + i / F::kParts * 4);
+        dots[t][0].add(left, four);
+        dots[t][1].add(right, four);
       }
     }
     for (size_t t = 0; t < kPanelTokens; ++t) {
@@ -153,6 +153,7 @@ template <class F>
 void multiply_panel(const Weights& w, const Panel& panel, size_t row, size_t rows, const Activations& a, size_t token, float* y) {
   const int8_t* x = a.codes + token * a.chunks * F::kChunk;
   const float* floats = a.floats + token * a.chunks * kFloats;
+  for (size_t t = 0; t < kPanelTokens; ++t) __builtin_prefetch(y + (token + t) * w.rows + row, 1);
   f32x8 sums[kPanelTokens][kHalves] = {};
   for (size_t block = 0; block < w.blocks; ++block) {
     i32x8 totals[kPanelTokens][kHalves] = {};
@@ -168,9 +169,12 @@ void multiply_panel(const Weights& w, const Panel& panel, size_t row, size_t row
   for (size_t t = 0; t < kPanelTokens; ++t) {
     float* out = y + (token + t) * w.rows + row;
     for (size_t half = 0; half * kLanes < rows; ++half) {
-      const size_t count = std::min(kLanes, rows - half * kLanes);
-      const f32x8 bias = w.bias ? load_part(w.bias + row + half * kLanes, count) : f32x8{};
-      store_part(out + half * kLanes, sums[t][half] + bias, count);
+      const f32x8 value = sums[t][half] + load(panel.bias + half * kLanes);
+      if (rows == kPanel) {
+        store(out + half * kLanes, value);
+      } else {
+        store_part(out + half * kLanes, value, std::min(kLanes, rows - half * kLanes));
+      }
     }
   }
 }
@@ -178,8 +182,9 @@ void multiply_panel(const Weights& w, const Panel& panel, size_t row, size_t row
 template <class F>
 void multiply_many(const Weights& w, size_t row, const Activations& a, size_t tokens, float* y) {
   static thread_local Scratch<uint8_t> codes;
-  static thread_local Scratch<float> scales;
-  const Panel panel{codes.get(w.blocks * F::kBlock * kPanel), scales.get(w.blocks * kPanel)};
+  static thread_local Scratch<float> floats;
+  float* bias = floats.get((1 + w.blocks) * kPanel);
+  const Panel panel{codes.get(w.blocks * F::kBlock * kPanel), bias + kPanel, bias};
   unpack<F>(w, row, panel);
   for (size_t token = 0; token < tokens; token += kPanelTokens) {  // the last step may repeat tokens of the one before
     multiply_panel<F>(w, panel, row, std::min(kPanel, w.rows - row), a, std::min(token, tokens - kPanelTokens), y);

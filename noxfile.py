@@ -106,6 +106,7 @@ def bench(session: nox.Session) -> None:
         checkpoint = f"{folder}/checkpoint"
         session.run("python", "benchmarks/make_checkpoint.py", "--shape", "tiny-90M", "--layers", "2", "--shards", "2", checkpoint)
         session.run("python", "benchmarks/build.py", checkpoint, "--json", f"{folder}/build.json")
+        session.run("python", "benchmarks/kernels.py", "--rounds", "1", "--tokens", "1")
 
 
 @nox.session

@@ -5,15 +5,21 @@
 #include <cstring>
 
 #include "matmul.h"
+#include "simd.h"
 
 namespace h1 {
 
+// In each chunk of int4 even columns come first. Beside each chunk lie 8 scales and 8 corrections, for the 8 sums of a chunk's
+// products: the scale of each sum's block, and in the first sum of each block what the weights' zero point adds to it.
 struct Activations {
-  const int8_t* codes;       // [tokens, stride], in each chunk even columns first (int4); zeros behind the last column
-  const float* scales;       // [tokens, blocks]
-  const float* corrections;  // [tokens, blocks]: what the weights' zero point adds to scale * sum of products
-  size_t stride, blocks;     // blocks of whole chunks
+  const int8_t* codes;  // [tokens, chunks, columns of a chunk], zeros behind the last column
+  const float* floats;  // [tokens, chunks, 16]
+  size_t chunks;
 };
+constexpr size_t kFloats = 2 * kLanes;  // of a chunk
+
+// Where the scale for a word's sum lies; its correction is kLanes behind.
+constexpr size_t lane_of(size_t word) { return word / kLanes * kFloats + word % kLanes; }
 
 // The largest magnitude; NaN if there is one, because its bits are the largest.
 inline float largest_magnitude(const float* x, size_t count) {
@@ -50,20 +56,20 @@ inline void even_columns_first(int8_t* codes, size_t columns, size_t chunk) {
   }
 }
 
-// Round one token. `zero_point` is that of the weights' codes; a correction is spread over `lanes` sums of its block.
+// Round one token; `zero_point` is that of the weights' codes as they are multiplied.
 template <class F>
-void round_token(const float* x, size_t columns, int zero_point, size_t lanes, int8_t* codes, size_t stride, float* scales,
-                 float* corrections, size_t blocks) {
-  std::memset(codes, 0, stride);
-  for (size_t block = 0; block < blocks; ++block) {
-    const size_t start = block * F::kBlock, count = start < columns ? std::min(F::kBlock, columns - start) : 0;
-    const float largest = largest_magnitude(x + start, count);
+void round_token(const float* x, size_t columns, int zero_point, int8_t* codes, float* floats, size_t chunks) {
+  std::memset(codes, 0, chunks * F::kChunk);
+  std::memset(floats, 0, chunks * kFloats * sizeof(float));
+  for (size_t start = 0; start < columns; start += F::kBlock) {
+    const size_t count = std::min(F::kBlock, columns - start), first = start / F::kBlock * F::kWords;
+    const float largest = largest_magnitude(x + start, count), scale = largest / 127;
     const float inverse = largest > 1e-30f ? 127 / largest : 0;  // smaller ones would overflow; they are zeros
     const int32_t total = round_to_int8(x + start, count, inverse, codes + start);
-    scales[block] = largest / 127;
-    corrections[block] = -static_cast<float>(zero_point * total) * scales[block] / static_cast<float>(lanes);
+    for (size_t word = first; word < first + F::kWords; ++word) floats[lane_of(word)] = scale;
+    floats[lane_of(first) + kLanes] = -static_cast<float>(zero_point * total) * scale;
   }
-  if constexpr (F::kParts == 2) even_columns_first(codes, stride, F::kChunk);
+  if constexpr (F::kParts == 2) even_columns_first(codes, chunks * F::kChunk, F::kChunk);
 }
 
 }  // namespace h1

@@ -17,7 +17,11 @@ constexpr size_t kPanel = kHalves * kLanes;      // rows of a panel
 constexpr size_t kPanelTokens = 4;               // tokens at a time against a panel
 constexpr size_t kFewTokens = 8;                 // up to here a panel is not worth unpacking
 constexpr size_t kSlab = 1024;                   // tokens rounded at a time, to bound the memory for them
+constexpr size_t kAhead = 4096;                  // bytes of codes fetched ahead with few tokens: memory answers late
 constexpr size_t kRowsBytes = 1 << 16;           // weights of one item for a thread, with few tokens
+
+template <class F>
+constexpr size_t kBlocksOfChunk = F::kWords < kLanes ? kLanes / F::kWords : 1;  // scales of a chunk
 
 // Codes of a chunk, or of 8 words, as Dot takes them: int4 even (0) or odd (1) columns, int8 with their sign.
 template <class F>
@@ -26,31 +30,22 @@ u8x32 columns_of(u8x32 packed, size_t part) {
   return part == 0 ? packed & 15 : packed >> 4;
 }
 
-// Scales of a chunk's blocks, each in the lanes that hold its block's sums.
-template <class F>
-f32x8 spread(const float* s) {
-  if constexpr (F::kWords >= 8) return splat(s[0]);
-  if constexpr (F::kWords == 4) return f32x8{s[0], s[0], s[0], s[0], s[1], s[1], s[1], s[1]};
-  return f32x8{s[0], s[0], s[1], s[1], s[2], s[2], s[3], s[3]};
-}
-
-// Adds one chunk of kRows rows, `bytes` and `blocks` apart, times kTokens tokens.
+// Adds one chunk of kRows rows, `bytes` and `blocks` apart, times kTokens tokens, `codes` and `floats` of which begin at the chunk.
 template <class F, size_t kRows, size_t kTokens>
-inline void add_chunk(const uint8_t* codes, size_t bytes, const float* scales, size_t blocks, const Activations& a, size_t token,
-                      size_t chunk, f32x8 (&sums)[kRows][kTokens]) {
+inline void add_chunk(const uint8_t* codes, size_t bytes, const float* scales, size_t blocks, const int8_t* x, const float* floats,
+                      size_t chunks, f32x8 (&sums)[kRows][kTokens]) {
   u8x32 packed[kRows];
   f32x8 scale[kRows];
   for (size_t r = 0; r < kRows; ++r) {
     packed[r] = load_bytes<u8x32>(codes + r * bytes);
-    scale[r] = spread<F>(scales + r * blocks);
+    scale[r] = repeat<kBlocksOfChunk<F>>(scales + r * blocks);
   }
   for (size_t t = 0; t < kTokens; ++t) {
-    const int8_t* x = a.codes + (token + t) * a.stride + chunk * F::kChunk;
-    const size_t block = (token + t) * a.blocks + chunk * 8 / F::kWords;
-    const f32x8 x_scale = spread<F>(a.scales + block), correction = spread<F>(a.corrections + block);
+    const int8_t* columns = x + t * chunks * F::kChunk;
+    const f32x8 x_scale = load(floats + t * chunks * kFloats), correction = load(floats + t * chunks * kFloats + kLanes);
     for (size_t r = 0; r < kRows; ++r) {
       Dot<F::kBits> dot;
-      for (size_t part = 0; part < F::kParts; ++part) dot.add(columns_of<F>(packed[r], part), load_bytes<s8x32>(x + part * 32));
+      for (size_t part = 0; part < F::kParts; ++part) dot.add(columns_of<F>(packed[r], part), load_bytes<s8x32>(columns + part * 32));
       sums[r][t] += (to_float(dot.total()) * x_scale + correction) * scale[r];
     }
   }
@@ -59,14 +54,22 @@ inline void add_chunk(const uint8_t* codes, size_t bytes, const float* scales, s
 // kRows rows from `row` times kTokens tokens from `token`.
 template <class F, size_t kRows, size_t kTokens>
 void multiply_rows(const Weights& w, size_t row, const Activations& a, size_t token, float* y) {
-  constexpr size_t kBlocks = F::kWords < 8 ? 8 / F::kWords : 1;  // of a chunk
-  f32x8 sums[kRows][kTokens] = {};
+  constexpr size_t kBlocks = kBlocksOfChunk<F>;
   const uint8_t* codes = w.codes + row * w.row_bytes;
   const float* scales = w.scales + row * w.blocks;
+  const int8_t* x = a.codes + token * a.chunks * F::kChunk;
+  const float* floats = a.floats + token * a.chunks * kFloats;
   const size_t chunks = w.row_bytes / F::kChunkBytes, rest = w.row_bytes % F::kChunkBytes;
-  for (size_t chunk = 0; chunk < chunks; ++chunk) {
-    add_chunk<F>(codes + chunk * F::kChunkBytes, w.row_bytes, scales + chunk * 8 / F::kWords, w.blocks, a, token, chunk, sums);
-  }
+  f32x8 sums[kRows][kTokens] = {}, odd[kRows][kTokens] = {};  // two, because additions to one wait for each other
+  const auto add = [&](size_t chunk, f32x8(&to)[kRows][kTokens]) {
+    __builtin_prefetch(codes + chunk * F::kChunkBytes * kRows + kAhead);  // in the order of memory, not of the rows
+    __builtin_prefetch(scales + chunk * kLanes / F::kWords * kRows + kAhead / (F::kWords * 4));
+    add_chunk<F>(codes + chunk * F::kChunkBytes, w.row_bytes, scales + chunk * kLanes / F::kWords, w.blocks, x + chunk * F::kChunk,
+                 floats + chunk * kFloats, a.chunks, to);
+  };
+  size_t chunk = 0;
+  for (; chunk + 2 <= chunks; chunk += 2) add(chunk, sums), add(chunk + 1, odd);
+  if (chunk < chunks) add(chunk, sums);
   if (rest) {  // zeros behind the row, where the next row or nothing lies
     uint8_t last_codes[kRows][F::kChunkBytes] = {};
     float last_scales[kRows][kBlocks] = {};
@@ -74,33 +77,34 @@ void multiply_rows(const Weights& w, size_t row, const Activations& a, size_t to
       std::memcpy(last_codes[r], codes + r * w.row_bytes + w.row_bytes - rest, rest);
       std::memcpy(last_scales[r], scales + r * w.blocks + chunks * kBlocks, (w.blocks - chunks * kBlocks) * sizeof(float));
     }
-    add_chunk<F>(last_codes[0], F::kChunkBytes, last_scales[0], kBlocks, a, token, chunks, sums);
+    add_chunk<F>(last_codes[0], F::kChunkBytes, last_scales[0], kBlocks, x + chunks * F::kChunk, floats + chunks * kFloats, a.chunks, sums);
   }
   for (size_t r = 0; r < kRows; ++r) {
-    for (size_t t = 0; t < kTokens; ++t) y[(token + t) * w.rows + row + r] = sum(sums[r][t]) + (w.bias ? w.bias[row + r] : 0.0f);
+    for (size_t t = 0; t < kTokens; ++t) {
+      y[(token + t) * w.rows + row + r] = sum(sums[r][t] + odd[r][t]) + (w.bias ? w.bias[row + r] : 0.0f);
+    }
   }
 }
 
-// Rows [begin, end) times all of a few tokens; the rows of a step stay in the cache from one group of tokens to the next.
+// Rows [begin, end) times all of a few tokens; rows stay in the cache from one step over the tokens to the next.
 template <class F>
 void multiply_few(const Weights& w, size_t begin, size_t end, const Activations& a, size_t tokens, float* y) {
-  if (tokens == 1) {
-    for (; begin + 4 <= end; begin += 4) multiply_rows<F, 4, 1>(w, begin, a, 0, y);
-  }
-  for (; begin + 2 <= end; begin += 2) {
+  for (; tokens > 1 && begin + 2 <= end; begin += 2) {
     size_t token = 0;
     for (; token + 4 <= tokens; token += 4) multiply_rows<F, 2, 4>(w, begin, a, token, y);
-    for (; token < tokens; ++token) multiply_rows<F, 2, 1>(w, begin, a, token, y);
+    for (; token + 2 <= tokens; token += 2) multiply_rows<F, 2, 2>(w, begin, a, token, y);
+    if (token < tokens) multiply_rows<F, 2, 1>(w, begin, a, token, y);
   }
-  if (begin < end) {
+  for (; begin < end; ++begin) {
     for (size_t token = 0; token < tokens; ++token) multiply_rows<F, 1, 1>(w, begin, a, token, y);
   }
 }
 
-// kPanel rows, unpacked: codes [words, parts, kPanel, 4] and scales [blocks, kPanel]. Missing rows have scales 0.
+// kPanel rows, unpacked: codes [words, parts, kPanel, 4], scales [blocks, kPanel] and bias. Rows that do not exist are zeros.
 struct Panel {
   uint8_t* codes;
   float* scales;
+  float* bias;  // [kPanel]
 };
 
 template <class F>
@@ -116,27 +120,26 @@ void unpack(const Weights& w, size_t row, const Panel& panel) {
       }
     }
   }
+  for (size_t r = 0; r < kPanel; ++r) panel.bias[r] = w.bias && r < rows ? w.bias[row + r] : 0.0f;
   for (size_t block = 0; block < w.blocks; ++block) {
     for (size_t r = 0; r < kPanel; ++r) panel.scales[block * kPanel + r] = r < rows ? w.scales[(row + r) * w.blocks + block] : 0.0f;
   }
 }
 
-// Sums of one block's products for kPanel rows and kPanelTokens tokens.
+// Sums of one block's products for kPanel rows and kPanelTokens tokens, `stride` apart; the block begins at word `block_word`.
 template <class F>
-inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block, i32x8 (&totals)[kPanelTokens][kHalves]) {
-  constexpr size_t kGroup = F::kWords < 4 ? F::kWords : 4;  // words that Dot may sum
+inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block_word, i32x8 (&totals)[kPanelTokens][kHalves]) {
+  constexpr size_t kGroup = std::min<size_t>(F::kWords, 4);  // words that Dot may sum; they lie in one chunk
   for (size_t first = 0; first < F::kWords; first += kGroup) {
+    const int8_t* words = x + (block_word + first) / kLanes * F::kChunk + (block_word + first) % kLanes * 4;
     Dot<F::kBits> dots[kPanelTokens][kHalves];
-    for (size_t word = first; word < first + kGroup; ++word) {
-      const size_t of_row = block * F::kWords + word;
-      for (size_t part = 0; part < F::kParts; ++part) {
-        const uint8_t* from = codes + (word * F::kParts + part) * kHalves * 32;
-        const u8x32 left = load_bytes<u8x32>(from), right = load_bytes<u8x32>(from + 32);
-        for (size_t t = 0; t < kPanelTokens; ++t) {
-          const s8x32 four = splat4(x + t * stride + of_row / 8 * F::kChunk + part * 32 + of_row % 8 * 4);
-          dots[t][0].add(left, four);
-          dots[t][1].add(right, four);
-        }
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kGroup * F::kParts; ++i, codes += kHalves * 32) {
+      const u8x32 left = load_bytes<u8x32>(codes), right = load_bytes<u8x32>(codes + 32);
+      for (size_t t = 0; t < kPanelTokens; ++t) {
+        const s8x32 four = splat4(words + t * stride + i % F::kParts * 32 + i / F::kParts * 4);
+        dots[t][0].add(left, four);
+        dots[t][1].add(right, four);
       }
     }
     for (size_t t = 0; t < kPanelTokens; ++t) {
@@ -148,24 +151,30 @@ inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, siz
 // A panel times kPanelTokens tokens from `token`; `rows` of its rows exist.
 template <class F>
 void multiply_panel(const Weights& w, const Panel& panel, size_t row, size_t rows, const Activations& a, size_t token, float* y) {
+  const int8_t* x = a.codes + token * a.chunks * F::kChunk;
+  const float* floats = a.floats + token * a.chunks * kFloats;
+  for (size_t t = 0; t < kPanelTokens; ++t) __builtin_prefetch(y + (token + t) * w.rows + row, 1);
   f32x8 sums[kPanelTokens][kHalves] = {};
   for (size_t block = 0; block < w.blocks; ++block) {
     i32x8 totals[kPanelTokens][kHalves] = {};
-    block_sums<F>(panel.codes + block * F::kBlock * kPanel, a.codes + token * a.stride, a.stride, block, totals);
-    const float* scales = panel.scales + block * kPanel;
+    block_sums<F>(panel.codes + block * F::kBlock * kPanel, x, a.chunks * F::kChunk, block * F::kWords, totals);
     for (size_t t = 0; t < kPanelTokens; ++t) {
-      const f32x8 x_scale = splat(a.scales[(token + t) * a.blocks + block]), correction = splat(a.corrections[(token + t) * a.blocks + block]);
+      const float* scale = floats + t * a.chunks * kFloats + lane_of(block * F::kWords);
       for (size_t half = 0; half < kHalves; ++half) {
-        sums[t][half] += (to_float(totals[t][half]) * x_scale + correction) * load(scales + half * kLanes);
+        const f32x8 value = to_float(totals[t][half]) * splat(scale[0]) + splat(scale[kLanes]);
+        sums[t][half] += value * load(panel.scales + block * kPanel + half * kLanes);
       }
     }
   }
   for (size_t t = 0; t < kPanelTokens; ++t) {
     float* out = y + (token + t) * w.rows + row;
     for (size_t half = 0; half * kLanes < rows; ++half) {
-      const size_t count = std::min(kLanes, rows - half * kLanes);
-      const f32x8 bias = w.bias ? load_part(w.bias + row + half * kLanes, count) : f32x8{};
-      store_part(out + half * kLanes, sums[t][half] + bias, count);
+      const f32x8 value = sums[t][half] + load(panel.bias + half * kLanes);
+      if (rows == kPanel) {
+        store(out + half * kLanes, value);
+      } else {
+        store_part(out + half * kLanes, value, std::min(kLanes, rows - half * kLanes));
+      }
     }
   }
 }
@@ -173,8 +182,9 @@ void multiply_panel(const Weights& w, const Panel& panel, size_t row, size_t row
 template <class F>
 void multiply_many(const Weights& w, size_t row, const Activations& a, size_t tokens, float* y) {
   static thread_local Scratch<uint8_t> codes;
-  static thread_local Scratch<float> scales;
-  const Panel panel{codes.get(w.blocks * F::kBlock * kPanel), scales.get(w.blocks * kPanel)};
+  static thread_local Scratch<float> floats;
+  float* bias = floats.get((1 + w.blocks) * kPanel);
+  const Panel panel{codes.get(w.blocks * F::kBlock * kPanel), bias + kPanel, bias};
   unpack<F>(w, row, panel);
   for (size_t token = 0; token < tokens; token += kPanelTokens) {  // the last step may repeat tokens of the one before
     multiply_panel<F>(w, panel, row, std::min(kPanel, w.rows - row), a, std::min(token, tokens - kPanelTokens), y);
@@ -186,20 +196,16 @@ template <class F>
 Activations round_tokens(const Weights& w, const float* x, size_t tokens, const Parallel& parallel) {
   static thread_local Scratch<int8_t> code_memory;
   static thread_local Scratch<float> float_memory;
-  const size_t chunks = (w.row_bytes + F::kChunkBytes - 1) / F::kChunkBytes, stride = chunks * F::kChunk;
-  const size_t blocks = (stride + F::kBlock - 1) / F::kBlock;
-  int8_t* codes = code_memory.get(tokens * stride);
-  float* scales = float_memory.get(2 * tokens * blocks);
-  float* corrections = scales + tokens * blocks;
+  const size_t chunks = (w.row_bytes + F::kChunkBytes - 1) / F::kChunkBytes;
+  int8_t* codes = code_memory.get(tokens * chunks * F::kChunk);
+  float* floats = float_memory.get(tokens * chunks * kFloats);
   const int zero_point = F::kBits == 4 ? F::kZeroPoint : 0;  // int8 codes are made signed before they are multiplied
-  const size_t lanes = tokens > kFewTokens ? 1 : std::min<size_t>(F::kWords, 8) * std::max<size_t>(F::kWords / 8, 1);
-  parallel_ranges(parallel, tokens, std::max<size_t>(1, (1 << 15) / stride), [=](size_t begin, size_t end) {
+  parallel_ranges(parallel, tokens, std::max<size_t>(1, (1 << 15) / w.columns), [=](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
-      round_token<F>(x + t * w.columns, w.columns, zero_point, lanes, codes + t * stride, stride, scales + t * blocks,
-                     corrections + t * blocks, blocks);
+      round_token<F>(x + t * w.columns, w.columns, zero_point, codes + t * chunks * F::kChunk, floats + t * chunks * kFloats, chunks);
     }
   });
-  return {codes, scales, corrections, stride, blocks};
+  return {codes, floats, chunks};
 }
 
 template <class F>
@@ -209,7 +215,7 @@ void matmul_rounded(const Weights& w, const float* x, size_t tokens, float* y, c
     float* out = y + start * w.rows;
     const Activations a = round_tokens<F>(w, x + start * w.columns, count, parallel);
     if (count <= kFewTokens) {
-      const size_t grain = std::max<size_t>(4, kRowsBytes / w.row_bytes / 4 * 4);
+      const size_t grain = std::max<size_t>(2, kRowsBytes / w.row_bytes / 2 * 2);
       parallel_ranges(parallel, w.rows, grain, [&](size_t begin, size_t end) { multiply_few<F>(w, begin, end, a, count, out); });
     } else {
       parallel((w.rows + kPanel - 1) / kPanel, [&](size_t panel) { multiply_many<F>(w, panel * kPanel, a, count, out); });

@@ -63,7 +63,7 @@ inline s8x32 splat4(const int8_t* p) {
   return (s8x32)(i32x8{} + four);
 }
 
-inline f32x8 splat(float x) { return f32x8{} + x; }
+inline f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
 inline f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
 inline f32x8 min(f32x8 a, f32x8 b) { return a < b ? a : b; }
 inline float sum(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
@@ -99,6 +99,26 @@ inline f32x8 exp(f32x8 x) {
 }
 
 inline f32x8 silu(f32x8 x) { return x / (1.0f + exp(-x)); }
+
+// The floats at s, each repeated: 8 / kDistinct times. Written out where compilers go through memory.
+template <int kDistinct>
+f32x8 repeat(const float* s) {
+  static_assert(kDistinct == 1 || kDistinct == 2 || kDistinct == 4);
+  if constexpr (kDistinct == 1) return splat(s[0]);
+#if defined(H1_AVX2)
+  if constexpr (kDistinct == 2) {
+    int64_t two;
+    std::memcpy(&two, s, sizeof two);
+    return (f32x8)_mm256_permutevar_ps((__m256)_mm256_set1_epi64x(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+  } else {
+    const __m128 four = _mm_loadu_ps(s);
+    return (f32x8)_mm256_permutevar_ps(_mm256_set_m128(four, four), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+  }
+#else
+  if constexpr (kDistinct == 2) return f32x8{s[0], s[0], s[0], s[0], s[1], s[1], s[1], s[1]};
+  return f32x8{s[0], s[0], s[1], s[1], s[2], s[2], s[3], s[3]};
+#endif
+}
 
 inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
 

@@ -1,0 +1,138 @@
+"""Time QMatMul against ONNX Runtime's MatMulNBits at accuracy level 4, on the same weights, at the shapes of Falcon-H1-0.5B.
+
+    python benchmarks/kernels.py --threads 2 --rounds 15
+
+Both run in one process, in turns, each as one graph of many nodes with different weights, so that caches hold no more of them
+than in a model; the bandwidth to compare with is read in the same rounds. Medians are printed: GB/s of codes and scales, and
+GFLOP/s. Quote figures of an idle machine only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto, helper
+from rich.console import Console
+from rich.table import Table
+
+from h1export.targets.onnxruntime.native import library
+
+SHAPES = ((4120, 1024), (1024, 2048), (4096, 1024), (32784, 1024))  # [in_proj | q | k | v], [out | o] and down, gate | up, head
+WORKING_SET = 1 << 27  # bytes of weights in a graph: several times a last-level cache
+READ_BYTES = 1 << 27
+STOCK, OURS = ("MatMulNBits", "com.microsoft"), ("QMatMul", "h1export")
+SCALE_BYTES = 4
+
+
+def weight_bytes(rows: int, columns: int, bits: int, block: int) -> int:
+    """Codes and scales of one weight."""
+    return rows * (columns * bits // 8 + columns // block * SCALE_BYTES)
+
+
+def graph(op: tuple[str, str], rows: int, columns: int, bits: int, block: int, count: int) -> bytes:
+    """``count`` nodes that multiply x [tokens, columns] by different random weights [rows, columns]."""
+    rng, (name, domain) = np.random.default_rng(0), op
+    nodes, constants = [], []
+    for i in range(count):
+        codes = rng.integers(0, 256, rows * columns * bits // 8, np.uint8)
+        scales = rng.uniform(0.5, 1.5, rows * columns // block).astype(np.float32)
+        constants += [
+            helper.make_tensor(f"codes{i}", TensorProto.UINT8, (rows, columns // block, block * bits // 8), codes.tobytes(), raw=True),
+            helper.make_tensor(f"scales{i}", TensorProto.FLOAT, (rows, columns // block), scales.tobytes(), raw=True),
+        ]
+        attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 4}
+        nodes.append(helper.make_node(name, ["x", f"codes{i}", f"scales{i}"], [f"y{i}"], domain=domain, **attributes))
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ("tokens", columns))
+    results = [helper.make_tensor_value_info(f"y{count - 1}", TensorProto.FLOAT, None)]
+    results += [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(count - 1)]  # or a node would be dropped
+    made = helper.make_graph(nodes, name, [x], results, constants)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
+    return bytes(helper.make_model(made, opset_imports=opsets, ir_version=10).SerializeToString())
+
+
+def timed(op: tuple[str, str], x: np.ndarray, rows: int, bits: int, block: int, count: int, threads: int) -> Callable[[], float]:
+    """A function that runs the graph once and returns seconds per node."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(library()))
+    session = ort.InferenceSession(graph(op, rows, x.shape[1], bits, block, count), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", x)
+    for output in session.get_outputs():
+        binding.bind_ortvalue_output(output.name, ort.OrtValue.ortvalue_from_numpy(np.zeros((len(x), rows), np.float32)))
+
+    def run() -> float:
+        start = time.perf_counter()
+        session.run_with_iobinding(binding)
+        return (time.perf_counter() - start) / count
+
+    run()  # the first call allocates, and MatMulNBits packs
+    return run
+
+
+def reading(threads: int) -> Callable[[], float]:
+    """A function that reads an array once, each thread its part, and returns seconds per byte."""
+    parts = np.array_split(np.ones(READ_BYTES // 4, np.uint32), threads)
+    pool = ThreadPoolExecutor(threads)
+
+    def run() -> float:
+        start = time.perf_counter()
+        list(pool.map(np.max, parts))
+        return (time.perf_counter() - start) / READ_BYTES
+
+    return run
+
+
+def measure(table: Table, rows: int, columns: int, tokens: int, args: argparse.Namespace) -> None:
+    """One line of the table."""
+    size = weight_bytes(rows, columns, args.bits, args.block)
+    count = max(1, (WORKING_SET if tokens == 1 else WORKING_SET // 8) // size)
+    x = np.random.default_rng(1).standard_normal((tokens, columns)).astype(np.float32)
+    runs = [timed(op, x, rows, args.bits, args.block, count, args.threads) for op in (STOCK, OURS)] + [reading(args.threads)]
+    rounds = [[run() for run in runs] for _ in range(args.rounds)]
+    stock, ours, byte = (statistics.median(column) for column in zip(*rounds, strict=True))
+    ratio = statistics.median(row[0] / row[1] for row in rounds)
+    share = statistics.median(size * row[2] / row[1] for row in rounds)
+    figures = [
+        f"{1e6 * seconds:.0f} us, {size / seconds / 1e9:.1f}, {2 * rows * columns * tokens / seconds / 1e9:.0f}"
+        for seconds in (stock, ours)
+    ]
+    best = [f"{2 * rows * columns * tokens / min(column) / 1e9:.0f}" for column in list(zip(*rounds, strict=True))[:2]]
+    table.add_row(f"{rows} x {columns}", str(tokens), *figures, " / ".join(best), f"{ratio:.2f}", f"{1e-9 / byte:.1f}", f"{share:.2f}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--bits", type=int, choices=[4, 8], default=4)
+    parser.add_argument("--block", type=int, choices=[16, 32, 64, 128], default=32)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512])
+    args = parser.parse_args()
+    table = Table(title=f"int{args.bits}, block {args.block}, {args.threads} threads, medians of {args.rounds} rounds")
+    for heading in (
+        "weight",
+        "tokens",
+        "MatMulNBits: time, GB/s, GFLOP/s",
+        "QMatMul",
+        "best GFLOP/s",
+        "stock / ours",
+        "read GB/s",
+        "share",
+    ):
+        table.add_column(heading, justify="right")
+    for tokens in args.tokens:
+        for rows, columns in SHAPES:
+            measure(table, rows, columns, tokens, args)
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -62,6 +62,7 @@ class OnnxRuntimeRunner:
             not self._artifact.manifest.options["last_logits"],
             self._float32,
             () if self._flavour.batched_append else (BATCHED_APPEND,),
+            f"onnxruntime {sdk.onnxruntime().__version__}",
         )
 
     def initial(self, batch: int) -> States:

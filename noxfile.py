@@ -101,12 +101,20 @@ def build(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks on a small model, to see that they run; figures worth quoting come from an idle machine."""
-    session.install("-e", ".[ort,genai]")
+    session.install("-e", ".[ort,genai,bench]")
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = f"{folder}/checkpoint"
+        checkpoint, artifact = f"{folder}/checkpoint", f"{folder}/artifact"
         session.run("python", "benchmarks/make_checkpoint.py", "--shape", "tiny-90M", "--layers", "2", "--shards", "2", checkpoint)
         session.run("python", "benchmarks/build.py", checkpoint, "--json", f"{folder}/build.json")
         session.run("python", "benchmarks/kernels.py", "--rounds", "1", "--tokens", "1")
+        sizes = ("--depth", "0", "64", "--prefill", "64", "--block", "32", "--threads", "1", "--rounds", "1")
+        limit = ("--export-limit", "5")  # OnnxExporter takes minutes even here: the row says that it did not finish
+        session.run("python", "benchmarks/peers.py", checkpoint, *sizes, *limit, "--json", f"{folder}/peers.json", "--plots", folder)
+        session.run("h1export", "build", checkpoint, "--target", "ort", "--out", artifact)
+        session.run("h1export", "bench", artifact, "--depth", "64", "--prefill", "64", "--repeats", "1")
+        session.run(
+            "python", "benchmarks/context.py", artifact, "--context", "64", "1024", "--rounds", "1", "--plot", f"{folder}/context.png"
+        )
 
 
 @nox.session

@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 from rich.table import Table
@@ -61,25 +62,29 @@ class Figures:
         return self.source_bytes / 1e6 / self.seconds
 
 
-def rss_anon(pid: int) -> int:
-    """Anonymous memory of a process in bytes; 0 once it has ended."""
+def status_bytes(pid: int, field: str) -> int:
+    """A figure of a process from /proc/PID/status, in bytes; 0 once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0)
 
 
-def run_watched(command: list[str]) -> tuple[float, int]:
-    """Run ``command`` to its end; (wall seconds, peak anonymous bytes).
+def run_watched(command: list[str], field: str = "RssAnon", limit: float | None = None, stdout: IO[str] | None = None) -> tuple[float, int]:
+    """Run ``command`` to its end; (wall seconds, the largest ``field`` of its status in bytes).
 
     Raises:
         subprocess.CalledProcessError: it failed.
+        subprocess.TimeoutExpired: it took more than ``limit`` seconds, and was killed.
     """
     start, peak = time.perf_counter(), 0
-    with subprocess.Popen(command) as process:
+    with subprocess.Popen(command, stdout=stdout) as process:
         while process.poll() is None:
-            peak = max(peak, rss_anon(process.pid))
+            peak = max(peak, status_bytes(process.pid, field))
+            if limit is not None and time.perf_counter() - start > limit:
+                process.kill()
+                raise subprocess.TimeoutExpired(command, limit)
             time.sleep(INTERVAL)
     seconds = time.perf_counter() - start
     if process.returncode:

@@ -83,9 +83,10 @@ OWN: Mapping[str, dict[str, Any]] = {  # what a shape is known to have otherwise
 Floats = npt.NDArray[np.float32]
 
 
-def config(shape: str, layers: int | None) -> dict[str, Any]:
-    """config.json of a shape, cut to ``layers`` layers where given."""
+def config(shape: str, layers: int | None, context: int | None = None) -> dict[str, Any]:
+    """config.json of a shape, cut to ``layers`` layers and for ``context`` positions where given."""
     cut = {} if layers is None else {"num_hidden_layers": layers}
+    cut |= {} if context is None else {"max_position_embeddings": context}
     return {**COMMON, **dict(zip(SIZES, SHAPES[shape], strict=True)), **OWN.get(shape, {}), **cut}
 
 
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where to write it; must not exist")
     parser.add_argument("--shape", choices=list(SHAPES), default="0.5B")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--context", type=int, help="another max_position_embeddings than the shape's")
     parser.add_argument("--shards", type=int, default=1, help="safetensors files")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -175,7 +177,7 @@ def main() -> None:
         parser.error(f"{args.folder}: exists; give a new folder")
     if args.shards < 1:
         parser.error(f"--shards {args.shards}: give 1 or more")
-    write_checkpoint(args.folder, config(args.shape, args.layers), args.shards, args.seed)
+    write_checkpoint(args.folder, config(args.shape, args.layers, args.context), args.shards, args.seed)
     size = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
     print(f"{args.folder}: {args.shape}, {size / 1e6:.0f} MB")
 

@@ -64,8 +64,5 @@ def _artifact(folder: Path) -> dict[str, Any]:
 
 def state_bytes(spec: HybridSpec) -> dict[str, int]:
     """Context length -> bytes of all states of one sequence in float32."""
-    tensors = StateSpec.of(spec).tensors
-    return {
-        str(context): sum(4 * prod({"batch": 1, "past": context}.get(str(dim), dim) for dim in t.shape) for t in tensors)  # type: ignore[misc]
-        for context in CONTEXTS
-    }
+    states = StateSpec.of(spec)
+    return {str(context): states.nbytes(1, context) for context in CONTEXTS}

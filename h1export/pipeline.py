@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ from h1export.targets import MODULES, BuildOptions, Kernels, get_target
 from h1export.text import TOKENIZER, chat_prompt, load_tokenizer, scoring_ids, stream
 from h1export.validate import ValidateOptions
 from h1export.validate import validate as run_validation
+from h1export.validate.bench import BenchOptions, BenchReport
+from h1export.validate.bench import bench as run_bench
+from h1export.validate.players import RunnerPlayer
 
 HELDOUT = "heldout.txt"  # in the embedded model's folder
 CARRIED = (  # files of a checkpoint that an artifact carries as they are
@@ -146,6 +150,24 @@ def validate(
 def _text(path: Path | None, nbytes: int) -> str:
     data = (path or embedded_model() / HELDOUT).read_bytes()
     return data[: nbytes or None].decode("utf-8", errors="ignore")
+
+
+def bench(folders: Sequence[Path], options: BenchOptions, progress: Progress = SILENT) -> BenchReport:
+    """Measure the speed of one artifact, or of two in turns.
+
+    Raises:
+        H1ExportError: a damaged artifact, or one that does not run here.
+    """
+    return run_bench([Artifact.open(folder) for folder in folders], partial(_player_of, options), options, progress)
+
+
+def _player_of(options: BenchOptions, artifact: Artifact, threads: int) -> Callable[[], RunnerPlayer]:
+    return partial(_play, artifact.folder, threads, options)
+
+
+def _play(folder: Path, threads: int, options: BenchOptions) -> RunnerPlayer:
+    """In a process of its own: an artifact ready to be timed."""
+    return RunnerPlayer(load(Artifact.open(folder), threads), options.batch, options.steps, 1 + options.repeats)
 
 
 def generate_text(out: Path, prompt: str, max_tokens: int, sampling: Sampling, chat: bool = False, threads: int = 0) -> Iterator[str]:

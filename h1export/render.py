@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -12,6 +13,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Ta
 from rich.table import Table
 
 from h1export.core.report import Report, Row, Verdict, within
+
+if TYPE_CHECKING:  # tables are drawn without loading what was measured
+    from h1export.validate.bench import BenchReport
+    from h1export.validate.statistics import Estimate
 
 STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.INFO: "cyan", Verdict.NOT_APPLICABLE: "dim"}
 
@@ -73,6 +78,39 @@ def _limits(rows: Iterable[Row]) -> str:
     """The limits of the cases, said once."""
     found = {f"{row.against}.{n} {row.limits[n]:.3g}": None for row in rows for n in CASE_COLUMNS if n in row.limits}
     return "limits  " + "  ".join(found)
+
+
+def bench_tables(report: BenchReport) -> list[Table]:
+    """The artifacts, one table for each, and the speeds of all of them."""
+    subjects = []
+    for subject in report.subjects:
+        settings = [f"{name} {value}" for name, value in (subject.scheme | subject.options).items()]
+        peaks = [f"{human_bytes(size)} with threads {threads}" for threads, size in subject.peak_bytes.items()]
+        size = human_bytes(subject.file_bytes)
+        rows = {"built as": ", ".join(settings), "kernels": subject.kernels, "files": size, "peak memory": ", ".join(peaks)}
+        subjects.append(pairs_table(subject.folder, rows.items()))
+    return [*subjects, _speeds_table(report)]
+
+
+def _speeds_table(report: BenchReport) -> Table:
+    paired = len(report.subjects) == 2
+    columns = ("threads", "timing", "tokens/s", "interval", "read a step", "of bandwidth")
+    table = Table(*(["artifact"] if paired else []), *columns, *(["ratio", "interval"] if paired else []), box=SIMPLE)
+    for speed in report.speeds:
+        decode = speed.step_bytes is not None
+        timing = f"decode at {speed.tokens}" if decode else f"prefill {speed.tokens}"
+        limit = [human_bytes(speed.step_bytes or 0), f"{speed.bandwidth_share:.0%}"] if decode else ["", ""]
+        cells = [str(speed.threads), timing, *_estimate(speed.tokens_per_second), *limit]
+        first = [f"{speed.subject + 1}"] if paired else []
+        table.add_row(*first, *cells, *(_estimate(speed.ratio) if speed.ratio else []))
+    bandwidth = ", ".join(f"{estimate.median / 1e9:.1f} GB/s with threads {threads}" for threads, estimate in report.bandwidth.items())
+    rounds = f"medians of {report.options.repeats} interleaved rounds, batch {report.options.batch}"
+    table.caption, table.caption_justify = f"{rounds}\nmeasured read bandwidth {bandwidth}", "left"
+    return table
+
+
+def _estimate(value: Estimate) -> list[str]:
+    return [f"{value.median:.4g}", f"{value.low:.4g} to {value.high:.4g}"]
 
 
 def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:

@@ -26,12 +26,14 @@ class Capabilities:
         all_logits: logits for every position; False: for the last one only.
         float32: activations are float32 throughout; False: they are rounded somewhere, and figures drift by design.
         notes: limits in words, for the report.
+        kernels: whose kernels compute, for the report.
     """
 
     max_batch: int | None
     all_logits: bool
     float32: bool = True
     notes: tuple[str, ...] = ()
+    kernels: str = ""
 
 
 class Sequences(Protocol):

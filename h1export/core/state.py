@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +86,11 @@ class StateSpec:
             StateKind.RECURRENT: (BATCH, spec.mamba_n_heads, spec.mamba_d_head, spec.mamba_d_state),
         }
         return cls(tuple(StateTensor(layer, kind, shapes[kind]) for layer in range(spec.num_hidden_layers) for kind in StateKind))
+
+    def nbytes(self, batch: int, past: int) -> int:
+        """Bytes of all states of ``batch`` sequences after ``past`` tokens."""
+        sizes = {BATCH: batch, PAST: past}
+        return sum(4 * prod(sizes[d] if isinstance(d, str) else d for d in t.shape) for t in self.tensors)
 
     def zeros(self, batch: int, past: int = 0) -> dict[str, Array]:
         """Canonical states before the first token, by ``StateTensor.key``; ``past`` columns of zero keys and values."""

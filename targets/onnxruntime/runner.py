@@ -33,7 +33,6 @@ BATCHED_APPEND = (
     "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
     "h1export runs such a batch row by row, other clients must do the same"
 )
-NATIVE, STOCK = "kernels: h1export's own", "kernels: ONNX Runtime's own"
 PLAIN = {CUDA: {"use_tf32": "0"}}  # float32 means float32
 States = dict[str, npt.NDArray[Any]]
 
@@ -54,6 +53,7 @@ class OnnxRuntimeRunner:
         self._float32 = float32 or not rounded
         self._halves = frozenset() if float32 else self._flavour.halves
         self._library, self._notes = _library(artifact, kernels)
+        self._kernels = f"{'onnxruntime' if self._library is None else 'h1export in onnxruntime'} {sdk.onnxruntime().__version__}"
         self._session = _session(artifact, self._flavour, threads, float32, self._library)
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
 
@@ -68,6 +68,7 @@ class OnnxRuntimeRunner:
             not self._artifact.manifest.options["last_logits"],
             self._float32,
             self._notes if self._batched_append else (*self._notes, BATCHED_APPEND),
+            self._kernels,
         )
 
     @property
@@ -143,13 +144,13 @@ def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, tuple[s
             raise H1ExportError(artifact.folder, f"has no {NATIVE_MODEL}", "leave out --kernels native")
         return None, ()
     if kernels == "stock":
-        return None, (STOCK,)
+        return None, ()
     try:
-        return native.library(), (NATIVE,)
+        return native.library(), ()
     except H1ExportError as error:
         if kernels == "native":
             raise
-        return None, (f"{STOCK}, because {error}",)
+        return None, (f"runs on onnxruntime's own kernels, for want of h1export's: {error}",)
 
 
 def _session(artifact: Artifact, made: Flavour, threads: int, float32: bool, library: Path | None) -> Any:

@@ -116,7 +116,7 @@ def test_completion_scripts(shell: str, capfd: pytest.CaptureFixture[str]) -> No
     assert "_H1EXPORT_COMPLETE" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["build"], ["validate"], ["generate"], ["inspect"], ["completion"]])
+@pytest.mark.parametrize("command", [[], ["build"], ["validate"], ["generate"], ["inspect"], ["bench"], ["completion"]])
 def test_help_has_text(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert run([*command, "--help"]) == 0
     assert len(capfd.readouterr().out) > 150
@@ -314,3 +314,19 @@ def test_graphs_that_contradict_themselves_are_refused(
     assert run(["build", "--target", "ort", *options, "--out", str(tmp_path / "out")]) == 2
     assert says in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_bench_against_another_artifact(built: str, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", built, "--depth", "8", "--prefill", "16", "--threads", "1", "--repeats", "1"]
+    assert run([*words, "--json"]) == 0
+    out, err = capfd.readouterr()
+    answer = json.loads(out)
+    assert err == ""
+    assert [(speed["kind"], speed["tokens"]) for speed in answer["speeds"]] == [("decode", 8), ("prefill", 16)]
+    assert run([*words, "--against", built]) == 0
+    out, err = capfd.readouterr()
+    assert out == ""
+    for words_shown in ("accuracy_level 4", "quant int4", "block 32", "onnxruntime", "decode at 8", "of bandwidth", "ratio"):
+        assert words_shown in err
+    assert run(["bench", str(Path(built).parent)]) == 2
+    assert "no manifest.json" in capfd.readouterr().err

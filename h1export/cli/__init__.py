@@ -9,43 +9,24 @@ import json
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import click
 from click.shell_completion import get_completion_class
 from rich.console import Console
 
 from h1export import __version__
+from h1export.cli.bench import bench
+from h1export.cli.common import F, answer, common, say
 from h1export.core.artifact import REPORT
 from h1export.core.quant.scheme import BLOCK_SIZES, QuantName
 from h1export.errors import H1ExportError
 from h1export.targets import MODULES, ProviderName
 
-F = TypeVar("F", bound=Callable[..., Any])
 LEVELS: Mapping[ProviderName, int] = {"cpu": 4, "cuda": 0}  # default accuracy levels
 QUANTS, BLOCKS, PROVIDERS = get_args(QuantName), [str(size) for size in BLOCK_SIZES], get_args(ProviderName)
-
-
-def common(command: F) -> F:
-    """--json, --quiet and --debug, on every command; ``run`` has read --debug already."""
-    for option in (
-        click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
-        click.option("--quiet", is_flag=True, help="No progress and no tables."),
-        click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON."),
-    ):
-        command = option(command)
-    return command
-
-
-def say(message: object, quiet: bool = False) -> None:
-    if not quiet:
-        Console(stderr=True).print(message, highlight=False)
-
-
-def answer(data: Any) -> None:
-    click.echo(json.dumps(data, indent=1))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -278,6 +259,9 @@ def completion(shell: str) -> int:
     assert script is not None
     click.echo(script(cli, {}, "h1export", "_H1EXPORT_COMPLETE").source())
     return 0
+
+
+cli.add_command(bench)
 
 
 def main() -> None:

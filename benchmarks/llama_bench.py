@@ -1,0 +1,62 @@
+"""llama.cpp as a peer: one run of its own llama-bench for every timing."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from subprocess import CalledProcessError
+from typing import Any
+
+from build import run_watched
+
+from h1export.errors import H1ExportError
+from h1export.validate.players import Kind, Timing
+
+
+class LlamaBench:
+    """A GGUF file under llama-bench, timed as validate.players.Child is. Each run warms up and fills the context itself."""
+
+    def __init__(self, program: Path, gguf: Path, threads: int, steps: int) -> None:
+        self._program, self._gguf, self._threads, self._steps, self._peak = program, gguf, threads, steps, 0
+        self.kernels = "llama.cpp"
+
+    def speed(self, timing: Timing) -> float:
+        """Tokens per second. Raises H1ExportError where llama-bench fails."""
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
+            try:
+                _, peak = run_watched(arguments(self._program, self._gguf, self._threads, self._steps, timing), "VmHWM", stdout=out)
+            except (OSError, CalledProcessError) as error:
+                raise H1ExportError(self._program, f"does not run {self._gguf.name} ({error})", "run it by hand") from None
+            out.seek(0)
+            run = find_run(out.read(), timing)
+        self._peak = max(self._peak, peak)
+        self.kernels = f"llama.cpp {run['build_commit']}, keys and values in {run['type_k']}"
+        return float(run["avg_ts"])
+
+    def finish(self) -> int:
+        """Bytes of memory at the largest peak of all runs."""
+        return self._peak
+
+
+def arguments(program: Path, gguf: Path, threads: int, steps: int, timing: Timing) -> list[str]:
+    """The command line of one run."""
+    prompt, generate, depth = (timing.tokens, 0, 0) if timing.kind is Kind.PREFILL else (0, steps, timing.tokens)
+    numbers = {"-t": threads, "-p": prompt, "-n": generate, "-d": depth, "-r": 1}
+    return [str(program), "-m", str(gguf), "-o", "json", *(word for option, value in numbers.items() for word in (option, str(value)))]
+
+
+def find_run(text: str, timing: Timing) -> dict[str, Any]:
+    """The one run for ``timing`` in llama-bench's JSON; ``avg_ts`` is its tokens per second.
+
+    Raises:
+        H1ExportError: no such run in it, or two.
+    """
+    try:
+        runs = [run for run in json.loads(text) if (run["n_prompt"] > 0) == (timing.kind is Kind.PREFILL)]
+        name = "n_prompt" if timing.kind is Kind.PREFILL else "n_depth"
+        (run,) = [run for run in runs if run[name] == timing.tokens]
+        return {key: run[key] for key in ("avg_ts", "build_commit", "type_k", "n_threads")}
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"its JSON has not one run of {timing.kind} {timing.tokens} ({type(error).__name__}: {error})"
+        raise H1ExportError("llama-bench", what, "compare its version with what is read here") from None

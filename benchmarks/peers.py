@@ -1,0 +1,239 @@
+"""Side by side on one checkpoint: this project's artifacts, llama.cpp, transformers, and transformers' OnnxExporter.
+
+    python benchmarks/peers.py CHECKPOINT --llama-bench .../llama-bench --gguf model-Q4_0.gguf model-Q4_K_M.gguf \
+        --json peers.json --plots FOLDER
+
+All peers take turns round by round, at one thread count after the other; medians over the rounds count, and ratios are taken
+round by round. Every peer has a process of its own; its memory is the peak beyond what its interpreter held before the model.
+GGUF files are made beforehand by llama.cpp's tools, so their export is not measured. Needs the extras ort and bench.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from build import run_watched
+from eager import Eager
+from llama_bench import LlamaBench
+from onnx_exporter import Exported
+from peers_report import Cell, Facts, Results, plot, show
+
+from h1export.core.artifact import Artifact
+from h1export.core.spec import HybridSpec
+from h1export.core.state import StateSpec
+from h1export.errors import H1ExportError
+from h1export.pipeline import load
+from h1export.validate.bench import interleave, machine
+from h1export.validate.players import Child, Kind, RunnerPlayer, Timing
+from h1export.validate.statistics import Estimate, estimate, ratio
+from h1export.validate.traffic import read_bandwidth, step_bytes
+
+HERE = Path(__file__).parent
+LLAMA = "llama.cpp"
+STEPS = 32  # tokens in one decode timing
+EAGER_STEPS = 8  # it is slower
+
+
+class Measured(Protocol):
+    """What Child and LlamaBench have in common."""
+
+    kernels: str
+
+    def speed(self, timing: Timing) -> float: ...
+
+    def finish(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One row of the table.
+
+    Attributes:
+        facts: what is known before it runs.
+        start: thread count -> the peer, loaded.
+        step_bytes: depth -> what one decode step has to read.
+    """
+
+    facts: Facts
+    start: Callable[[int], Measured]
+    step_bytes: Callable[[int], float]
+
+
+def ours(checkpoint: Path, block: int, scratch: Path, rounds: int) -> Peer:
+    """An int4 artifact at accuracy level 4, built here."""
+    out = scratch / f"block-{block}"
+    command = [sys.executable, str(HERE / "build.py"), str(checkpoint), "--quant", "int4", "--block", str(block), "--child", str(out)]
+    seconds, peak = run_watched(command)
+    artifact = Artifact.open(out)
+    size = sum(size for _, size in artifact.manifest.files.values())
+    facts = Facts(f"h1export int4 block {block}, accuracy level {artifact.manifest.options['accuracy_level']}", size, seconds, peak)
+    return Peer(facts, lambda threads: Child(partial(play, out, threads, rounds)), partial(step_bytes, artifact.manifest, artifact.spec, 1))
+
+
+def play(out: Path, threads: int, rounds: int) -> RunnerPlayer:
+    """An artifact in a process of its own."""
+    return RunnerPlayer(load(Artifact.open(out), threads), 1, STEPS, 1 + rounds)
+
+
+def eager(checkpoint: Path, spec: HybridSpec, dtype: str) -> Peer:
+    """transformers in ``dtype``."""
+    width = {"float32": 4, "bfloat16": 2}[dtype]
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    step = partial(least_bytes, spec, size // 2 * width, width * 8, width)  # a checkpoint holds bfloat16
+    facts = Facts(f"transformers eager {dtype}", size)
+    return Peer(facts, lambda threads: Child(partial(Eager, checkpoint, dtype, threads, EAGER_STEPS)), step)
+
+
+def gguf(program: Path | None, file: Path | None, spec: HybridSpec) -> Peer:
+    """llama.cpp on one GGUF file."""
+    if program is None or file is None:
+        return absent(LLAMA, "not run: give --llama-bench and --gguf")
+    size = file.stat().st_size
+    step = partial(least_bytes, spec, size, 4.5, 2)  # its keys and values are float16
+    return Peer(Facts(f"{LLAMA} {file.stem}", size), lambda threads: LlamaBench(program, file, threads, STEPS), step)
+
+
+def exported(checkpoint: Path, spec: HybridSpec, scratch: Path, limit: float) -> Peer:
+    """OnnxExporter's graphs, if they come into being within ``limit`` seconds."""
+    name, out = "transformers OnnxExporter float32", scratch / "exported"
+    try:
+        seconds, peak = run_watched([sys.executable, str(HERE / "onnx_exporter.py"), str(checkpoint), str(out)], limit=limit)
+    except subprocess.TimeoutExpired:
+        return absent(name, f"export did not finish in {limit:.0f} s")
+    except subprocess.CalledProcessError as error:
+        return absent(name, f"export failed with exit code {error.returncode}")
+    size = sum(file.stat().st_size for file in out.iterdir())
+    step = partial(least_bytes, spec, size // 2, 32, 4)  # each of its two graphs has all weights
+    return Peer(Facts(name, size, seconds, peak), lambda threads: Child(partial(Exported, out, threads, EAGER_STEPS)), step)
+
+
+def absent(name: str, note: str) -> Peer:
+    """A row without figures."""
+
+    def start(threads: int) -> Measured:
+        raise H1ExportError(name, note, "")
+
+    return Peer(Facts(name, note=note), start, lambda depth: 0)
+
+
+def least_bytes(spec: HybridSpec, weights: float, embedding_bits: float, kv_bytes: int, depth: int) -> float:
+    """What a decode step has to read of ``weights`` bytes with an embedding table inside, and of its states.
+
+    The table counts as one row where it is not the head's too; the states are float32 but for keys and values.
+    """
+    states, spent = StateSpec.of(spec), 0 if spec.tie_word_embeddings else spec.vocab_size * spec.hidden_size * embedding_bits / 8
+    fixed = states.nbytes(1, 0)
+    return weights - spent + fixed + (states.nbytes(1, depth) - fixed) * kv_bytes / 4
+
+
+@dataclass
+class Run:
+    """One run over all peers, thread count by thread count."""
+
+    peers: list[Peer]
+    timings: tuple[Timing, ...]
+    rounds: int
+    bandwidth: dict[int, Estimate] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
+    peaks: list[tuple[str, int, int]] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+
+    def at(self, threads: int) -> None:
+        """Measure every peer with ``threads`` threads; one that fails says why in its cells."""
+        loaded: dict[str, Measured] = {}
+        jobs: dict[Any, Callable[[], float]] = {None: read_bandwidth(threads)}
+        notes: dict[Any, str] = {}
+        for peer in self.peers:
+            name = peer.facts.name
+            try:
+                loaded[name] = peer.start(threads)
+            except H1ExportError as error:
+                notes |= {(name, timing): error.what for timing in self.timings}
+        for timing in self.timings:  # the warm-up, in which a peer may fail
+            for name, measured in loaded.items():
+                try:
+                    measured.speed(timing)
+                    jobs[name, timing] = partial(measured.speed, timing)
+                except H1ExportError as error:
+                    notes[name, timing] = error.what
+            print(f"threads {threads}: {timing.kind} {timing.tokens} warmed up", file=sys.stderr)
+        samples = interleave(jobs, self.rounds)
+        self.bandwidth[threads] = estimate(samples.pop(None))
+        self.cells += [self._cell(peer, threads, timing, samples, notes) for peer in self.peers for timing in self.timings]
+        for name, measured in loaded.items():
+            self.kernels[name] = measured.kernels
+            with suppress(H1ExportError):  # its process is gone; the cells say so
+                self.peaks.append((name, threads, measured.finish()))
+
+    def _cell(self, peer: Peer, threads: int, timing: Timing, samples: Mapping[Any, list[float]], notes: Mapping[Any, str]) -> Cell:
+        name = peer.facts.name
+        if (name, timing) not in samples:
+            return Cell(name, threads, timing, note=notes[name, timing])
+        found = samples[name, timing]
+        speed = estimate(found)
+        share = peer.step_bytes(timing.tokens) * speed.median / self.bandwidth[threads].median if timing.kind is Kind.DECODE else None
+        rivals = [samples[other.facts.name, timing] for other in self.peers if is_llama(other) and (other.facts.name, timing) in samples]
+        best = max(rivals, key=lambda rival: estimate(rival).median, default=None)
+        return Cell(name, threads, timing, speed, share, ratio(found, best) if best else None, tuple(found))
+
+
+def is_llama(peer: Peer) -> bool:
+    """Whether the row is one of llama.cpp's."""
+    return peer.facts.name.startswith(LLAMA)
+
+
+def peers_of(args: argparse.Namespace, scratch: Path) -> Iterator[Peer]:
+    """Every peer, with its export done."""
+    spec = HybridSpec.load(args.checkpoint)
+    for block in args.block:
+        yield ours(args.checkpoint, block, scratch, args.rounds)
+    for file in args.gguf or [None]:
+        yield gguf(args.llama_bench, file, spec)
+    for dtype in ("float32", "bfloat16"):
+        yield eager(args.checkpoint, spec, dtype)
+    yield exported(args.checkpoint, spec, scratch, args.export_limit)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's benchmark program")
+    parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="the checkpoint as GGUF, one file a quantisation")
+    parser.add_argument("--block", type=int, nargs="*", default=[32, 128], help="block sizes of our artifacts")
+    parser.add_argument("--depth", type=int, nargs="*", default=[0, 2048, 8192])
+    parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048])
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--export-limit", type=float, default=600, help="seconds that OnnxExporter may take")
+    parser.add_argument("--scratch", type=Path, help="where exports lie meanwhile (default: the system's temporary folder)")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--plots", type=Path, help="folder for one figure a thread count")
+    args = parser.parse_args()
+    timings = [*(Timing(Kind.DECODE, depth) for depth in args.depth), *(Timing(Kind.PREFILL, length) for length in args.prefill)]
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        run = Run(list(peers_of(args, Path(scratch))), tuple(timings), args.rounds)
+        for threads in args.threads:
+            run.at(threads)
+    facts = tuple(peer.facts for peer in run.peers)
+    name = args.checkpoint.resolve().name
+    results = Results(name, machine(), args.rounds, run.bandwidth, run.kernels, facts, tuple(run.peaks), tuple(run.cells))
+    if args.json:
+        args.json.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
+    show(results)
+    if args.plots:
+        print(*plot(results, args.plots))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""What every command shares: its options, and where its answers go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def common(command: F) -> F:
+    """--json, --quiet and --debug, on every command; ``run`` has read --debug already."""
+    for option in (
+        click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
+        click.option("--quiet", is_flag=True, help="No progress and no tables."),
+        click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON."),
+    ):
+        command = option(command)
+    return command
+
+
+def say(message: object, quiet: bool = False) -> None:
+    if not quiet:
+        Console(stderr=True).print(message, highlight=False)
+
+
+def answer(data: Any) -> None:
+    click.echo(json.dumps(data, indent=1))

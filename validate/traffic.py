@@ -1,0 +1,56 @@
+"""The memory limit: how many bytes a decode step must read, and how fast this machine reads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from h1export.core.artifact import Manifest
+from h1export.core.spec import HybridSpec
+from h1export.core.state import StateSpec
+from h1export.core.weights.layout import EMBEDDING
+
+FLOAT_BYTES = 4  # of a scale, which holds its multiplier too, and of a value that is not quantised
+READ_BYTES = 1 << 28  # the array that read_bandwidth reads: far beyond any last-level cache
+
+
+def step_bytes(manifest: Manifest, spec: HybridSpec, batch: int, depth: int) -> int:
+    """Bytes that one decode step of ``batch`` sequences reads after ``depth`` tokens: every weight once, every state once.
+
+    Of an untied embedding it reads a row a sequence. Activations stay in caches and do not count, nor do the states' writes.
+    """
+    weights = max(size for _, size in manifest.files.values())  # the largest file of an artifact holds them
+    if not spec.tie_word_embeddings:
+        row = _row_bytes(manifest, spec)
+        weights -= (spec.vocab_size - batch) * row
+    return weights + StateSpec.of(spec).nbytes(batch, depth)
+
+
+def _row_bytes(manifest: Manifest, spec: HybridSpec) -> int:
+    """What the artifact stores for a row of the embedding: codes and one scale a block, or float32."""
+    columns = spec.hidden_size
+    for weight in manifest.weights:
+        if any(part.tensor == EMBEDDING for part in weight.parts):
+            return columns * weight.bits // 8 + FLOAT_BYTES * (-(-columns // weight.block) if weight.block else 1)
+    return FLOAT_BYTES * columns
+
+
+def read_bandwidth(threads: int) -> Callable[[], float]:
+    """A measurement: bytes a second at which ``threads`` threads take the maximum of one large array, each of its own part.
+
+    NumPy lets other threads run meanwhile, and compares in vectors far faster than any memory delivers.
+    """
+    array = np.ones(READ_BYTES // 4, np.uint32)  # written once, so that every page is its own and not the zero page
+    parts: list[npt.NDArray[np.uint32]] = np.array_split(array, threads)
+    pool = ThreadPoolExecutor(threads)
+
+    def measure() -> float:
+        start = time.perf_counter()
+        list(pool.map(np.max, parts))
+        return READ_BYTES / (time.perf_counter() - start)
+
+    return measure

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 import onnx_ir as ir
 from torch.fx import Node
 
@@ -17,7 +17,7 @@ from h1export.graphs.programs import Program
 from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.external import ExternalData
 
-BLOCK_BYTES = 64 << 20  # float32 rows in memory at a time
+BLOCK_BYTES = 4 << 20  # of float32 rows that a thread works on at a time: they stay in the caches
 
 
 class Context:
@@ -67,16 +67,19 @@ class Context:
         return self.build.once(expr, lambda: self.build.initializer(self._write(expr)))  # type: ignore[no-any-return]
 
     def _write(self, expr: WeightExpr) -> ir.ExternalTensor:
-        sink = self.data.sink(initializer_name(expr), ir.DataType.FLOAT, expr.shape(self.store.shape))
-        for block in expr.blocks(self.store, BLOCK_BYTES):
-            sink.write(block)
-        return sink.close()
+        tensor = self.data.place(initializer_name(expr), ir.DataType.FLOAT, expr.shape(self.store.shape))
+        self.data.fill([tensor], (partial(_alone, block) for block in expr.lazy_blocks(self.store, BLOCK_BYTES)))
+        return tensor
 
-    def small_weight(self, name: str, array: Array) -> Value:
-        """A float32 initializer computed by the emitter itself."""
-        sink = self.data.sink(name, ir.DataType.FLOAT, array.shape)
-        sink.write(np.ascontiguousarray(array))
-        return self.build.initializer(sink.close())
+    def small_weight(self, name: str, shape: tuple[int, ...], make: Callable[[], Array]) -> Value:
+        """A float32 initializer that the emitter itself computes with ``make``, when it is written."""
+        tensor = self.data.place(name, ir.DataType.FLOAT, shape)
+        self.data.fill([tensor], [partial(_alone, make)])
+        return self.build.initializer(tensor)
+
+
+def _alone(block: Callable[[], Array]) -> tuple[Array]:
+    return (block(),)
 
 
 def args_of(node: Node) -> tuple[Any, ...]:

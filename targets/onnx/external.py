@@ -2,68 +2,123 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
-from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from h1export.core.journal import Extent, Journal
+from h1export.core.stage import Stage
+
 SMALL, PAGE = 1 << 16, 4096  # tensors of SMALL bytes and more start on a page, so that runtimes can map them
 
-
-class TensorSink:
-    """The place of one tensor in the file; rows go in from the top."""
-
-    def __init__(self, handle: int, tensor: ir.ExternalTensor, nbytes: int) -> None:
-        self.tensor = tensor
-        self._handle = handle
-        self._next, self._end = tensor.offset or 0, (tensor.offset or 0) + nbytes
-
-    def write(self, rows: npt.NDArray[Any]) -> None:
-        """Append the bytes of ``rows``. Raises ValueError beyond the end, OSError when the disk is full."""
-        data = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
-        if self._next + len(data) > self._end:
-            raise ValueError(f"{self.tensor.name}: more bytes than its shape says")
-        while data:
-            written = os.pwrite(self._handle, data, self._next)
-            self._next += written
-            data = data[written:]
-
-    def close(self) -> ir.ExternalTensor:
-        """The finished tensor. Raises ValueError where bytes are missing."""
-        if self._next != self._end:
-            raise ValueError(f"{self.tensor.name}: {self._end - self._next} bytes missing")
-        return self.tensor
+Rows = npt.NDArray[Any]
+Block = Callable[[], Sequence[Rows]]  # computes the next rows of one or more tensors
+T = TypeVar("T")
 
 
 class ExternalData:
-    """Creates ``path`` and hands out places in it, one after the other."""
+    """The file ``name`` of ``stage``: hands out places in it, one after the other, and fills them.
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._end = path, 0
-        self._handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    Places depend on nothing but the order of the calls, so a build that goes on after a kill finds its tensors where they were.
+    """
+
+    def __init__(self, stage: Stage, name: str) -> None:
+        self._stage, self._name, self._end = stage, name, 0
+        self._journal = Journal(stage.folder)
+        self._handle = os.open(stage.folder / name, os.O_CREAT | os.O_WRONLY, 0o644)
 
     def __enter__(self) -> ExternalData:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        os.close(self._handle)
+        try:
+            if error is None:
+                os.ftruncate(self._handle, self._end)
+        finally:
+            os.close(self._handle)
 
-    def sink(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> TensorSink:
+    def place(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:
         """Reserve the next place for a tensor."""
-        nbytes = prod(shape) * dtype.itemsize
+        nbytes = int(prod(shape) * dtype.itemsize)
         align = PAGE if nbytes >= SMALL else 64
         offset = -(-self._end // align) * align
-        self._end = int(offset + nbytes)
-        return TensorSink(self._handle, self._external(name, dtype, shape, offset, int(nbytes)), int(nbytes))
+        self._end = offset + nbytes
+        return self._external(name, dtype, shape, offset, nbytes)
 
     def alias(self, name: str, shape: tuple[int, ...], of: ir.ExternalTensor) -> ir.ExternalTensor:
         """The same bytes under another name and shape."""
         return self._external(name, of.dtype, shape, of.offset or 0, of.length or 0)
 
+    def fill(self, tensors: Sequence[ir.ExternalTensor], blocks: Iterable[Block]) -> None:
+        """Write ``tensors``, whose rows ``blocks`` compute from the top, one array a tensor and block.
+
+        Nothing is computed for a plan, nor where an earlier build wrote the same. Memory holds ``jobs`` blocks and their results.
+
+        Raises:
+            ValueError: more or fewer bytes than the shapes say.
+            OSError: the disk is full.
+        """
+        extents = [Extent(self._name, tensor.name or "", tensor.offset or 0, tensor.length or 0) for tensor in tensors]
+        if self._stage.dry or all(self._journal.holds(extent) for extent in extents):
+            return
+        writers = [_Writer(self._handle, extent) for extent in extents]
+        for arrays in in_order(blocks, self._stage.jobs):
+            for writer, rows in zip(writers, arrays, strict=True):
+                writer.write(rows)
+        for writer in writers:
+            self._journal.add(writer.extent, writer.close())
+
     def _external(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int, nbytes: int) -> ir.ExternalTensor:
-        return ir.ExternalTensor(self._path.name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self._path.parent)
+        return ir.ExternalTensor(self._name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self._stage.folder)
+
+
+class _Writer:
+    """One tensor on its way into the file."""
+
+    def __init__(self, handle: int, extent: Extent) -> None:
+        self.extent = extent
+        self._handle, self._next, self._end = handle, extent.offset, extent.offset + extent.length
+        self._digest = hashlib.sha256()
+
+    def write(self, rows: Rows) -> None:
+        data = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
+        if self._next + len(data) > self._end:
+            raise ValueError(f"{self.extent.tensor}: more bytes than its shape says")
+        self._digest.update(data)
+        while data:
+            written = os.pwrite(self._handle, data, self._next)
+            self._next += written
+            data = data[written:]
+
+    def close(self) -> str:
+        """The sha256 of what was written."""
+        if self._next != self._end:
+            raise ValueError(f"{self.extent.tensor}: {self._end - self._next} bytes missing")
+        return self._digest.hexdigest()
+
+
+def in_order(calls: Iterable[Callable[[], T]], jobs: int) -> Iterator[T]:
+    """The results of ``calls`` in their order, computed by ``jobs`` threads that run at most ``jobs`` calls ahead."""
+    if jobs == 1:
+        yield from (call() for call in calls)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        pending: deque[Future[T]] = deque()
+        try:
+            for call in calls:
+                pending.append(pool.submit(call))
+                if len(pending) > jobs:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.fx import Node
 
+from h1export.core.state import Array
+from h1export.core.weights import WeightExpr
 from h1export.plugins import h1
 from h1export.plugins.attention.op import rope_frequencies
 from h1export.targets.onnx import aten as common
@@ -79,8 +82,8 @@ def _flat(c: Context, x: Any) -> Value:
 def causal_conv(c: Context, node: Node) -> None:
     """Shifted products instead of CausalConvWithState, whose CPU kernel is scalar (4 times slower at 512 tokens)."""
     x, state, weight, bias = args_of(node)
-    taps, name = c.expr(weight).dense(c.store), c.expr(weight).only.tensor
-    count = taps.shape[2]
+    taps, name = c.expr(weight), c.expr(weight).only.tensor
+    channels, _, count = taps.shape(c.store.shape)
     inputs = c.build.op("Concat", c.value(state), c.value(x), axis=1)
 
     def window(first: int, end: int) -> Value:
@@ -89,10 +92,16 @@ def causal_conv(c: Context, node: Node) -> None:
     total = None if bias is None else c.value(bias)
     for tap in range(count):
         end = np.iinfo(np.int64).max if tap == count - 1 else tap + 1 - count
-        product = c.build.op("Mul", window(tap, end), c.small_weight(f"{name}.tap{tap}", taps[:, 0, tap]))
+        column = c.small_weight(f"{name}.tap{tap}", (channels,), partial(_tap, c, taps, tap))
+        product = c.build.op("Mul", window(tap, end), column)
         total = product if total is None else c.build.op("Add", total, product)
     assert total is not None
     c.set(node, _silu(c, total), window(1 - count, np.iinfo(np.int64).max))
+
+
+def _tap(c: Context, weight: WeightExpr, tap: int) -> Array:
+    """One column of a convolution's weight [channels, 1, taps]."""
+    return weight.dense(c.store)[:, 0, tap]
 
 
 def ssm_scan(c: Context, node: Node) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from importlib import metadata
-from pathlib import Path
 
 import onnx_ir as ir
 
@@ -12,6 +10,7 @@ from h1export.core.artifact import Artifact
 from h1export.core.progress import Progress
 from h1export.core.quant import QuantScheme
 from h1export.core.spec import HybridSpec
+from h1export.core.stage import Stage
 from h1export.core.state import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL, StateTensor
 from h1export.core.weights import WeightExpr, WeightStore
 from h1export.errors import H1ExportError
@@ -34,9 +33,10 @@ Dims = tuple[int | str, ...]
 
 class OnnxRuntimeTarget:
     name = "ort"
+    packages = ("numpy", "onnx-ir", "torch")
 
     def lower(
-        self, program: Program, store: WeightStore, scheme: QuantScheme, options: BuildOptions, folder: Path, progress: Progress
+        self, program: Program, store: WeightStore, scheme: QuantScheme, options: BuildOptions, stage: Stage, progress: Progress
     ) -> Lowered:
         if options.accuracy_level not in ACCURACY_LEVELS:
             what = f"{options.accuracy_level} is not a level that ONNX Runtime's CPU kernels have"
@@ -45,7 +45,7 @@ class OnnxRuntimeTarget:
         progress.stage("weights", store.nbytes)
         builder = GraphBuilder(OPSETS)
         inputs, outputs = _inputs(program), _outputs(program, options)
-        with ExternalData(folder / DATA) as data:
+        with ExternalData(stage, DATA) as data:
             context = OrtContext(program, store, scheme, builder, data)
             context.accuracy_level = options.accuracy_level
             graph_inputs = [_declare(name, dtype, dims) for name, (dtype, dims) in inputs.items()]
@@ -57,10 +57,9 @@ class OnnxRuntimeTarget:
         for value, (name, (dtype, dims)) in zip(results, outputs.items(), strict=True):
             value.name, value.type, value.shape = name, ir.TensorType(ir.DataType[dtype]), ir.Shape(dims)
         progress.stage("graph")
-        ir.save(builder.model(graph_inputs, results, "falcon_h1"), folder / MODEL)
-        genai.write_config(program.spec, MODEL, folder)
-        toolchain = {name: metadata.version(name) for name in ("torch", "onnx-ir")}
-        return Lowered(toolchain, inputs, outputs, tuple(context.stored))
+        ir.save(builder.model(graph_inputs, results, "falcon_h1"), stage.folder / MODEL)
+        genai.write_config(program.spec, MODEL, stage.folder)
+        return Lowered(inputs, outputs, tuple(context.stored))
 
     def load(self, artifact: Artifact, threads: int = 0, float32: bool = False) -> OnnxRuntimeRunner:
         return OnnxRuntimeRunner(artifact, threads, float32)

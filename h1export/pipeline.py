@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 
 from h1export import __version__
-from h1export.core.artifact import MANIFEST, REPORT, Artifact, Manifest, file_table, staged
+from h1export.core.artifact import MANIFEST, REPORT, Artifact, Manifest, file_table
 from h1export.core.generation_config import GENERATION_CONFIG, special_tokens
 from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Runner
 from h1export.core.quant import QuantScheme
 from h1export.core.report import Report
 from h1export.core.spec import HybridSpec
+from h1export.core.stage import Stage, check_place, cores, staged
 from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
 from h1export.generation import Sampling, generate
@@ -51,6 +53,58 @@ CARRIED = (  # files of a checkpoint that an artifact carries as they are
 )
 
 
+@dataclass(frozen=True)
+class Export:
+    """One export, checked and not begun."""
+
+    checkpoint: Path
+    target: str
+    scheme: QuantScheme
+    options: BuildOptions
+    spec: HybridSpec
+    store: WeightStore
+
+    @classmethod
+    def open(cls, checkpoint: Path, target: str, scheme: QuantScheme, options: BuildOptions, progress: Progress) -> Export:
+        """Raises H1ExportError for a checkpoint, scheme or option that cannot be exported."""
+        progress.stage("checkpoint")
+        spec = HybridSpec.load(checkpoint)
+        store = WeightStore.open(checkpoint, spec, progress)
+        scheme.check(spec)
+        special_tokens(checkpoint, spec)  # refused here rather than when somebody generates
+        return cls(checkpoint, target, scheme, options, spec, store)
+
+    def manifest(self, source: str) -> Manifest:
+        """What is known of the artifact before its first byte; ``source`` is the checkpoint's fingerprint."""
+        packages = get_target(self.target).packages
+        return Manifest(
+            target=self.target,
+            source=source,
+            spec=dataclasses.asdict(self.spec),
+            scheme=dataclasses.asdict(self.scheme),
+            options=dataclasses.asdict(self.options),
+            toolchain={"h1export": __version__, **{name: metadata.version(name) for name in packages}},
+            inputs={},
+            outputs={},
+            weights=(),
+            files={},
+        )
+
+    def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:
+        """Write every file of the artifact into ``stage`` and complete the ``manifest``, which is the last of them."""
+        for name in CARRIED:
+            if (self.checkpoint / name).is_file():
+                shutil.copyfile(self.checkpoint / name, stage.folder / name)
+        progress.stage("trace")
+        program = run_passes(trace(self.spec, self.options.last_logits))
+        lowered = get_target(self.target).lower(program, self.store, self.scheme, self.options, stage, progress)
+        progress.stage("hashes")
+        files = file_table(stage.folder, sizes_only=stage.dry)
+        manifest = dataclasses.replace(manifest, inputs=lowered.inputs, outputs=lowered.outputs, weights=lowered.weights, files=files)
+        (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+
 def build(
     checkpoint: Path,
     target: str,
@@ -59,44 +113,22 @@ def build(
     options: BuildOptions = BuildOptions(),  # noqa: B008  frozen
     force: bool = False,
     progress: Progress = SILENT,
+    jobs: int = 0,
 ) -> Artifact:
     """Export ``checkpoint`` to ``target`` as the folder ``out``, which appears complete or not at all.
+
+    A build that was killed goes on where it stopped. ``jobs`` threads compute weights (0: one a core); no byte depends on it.
 
     Raises:
         H1ExportError: a checkpoint, scheme or option that cannot be exported, or an ``out`` that is taken.
     """
-    progress.stage("checkpoint")
-    spec = HybridSpec.load(checkpoint)
-    store = WeightStore.open(checkpoint, spec, progress)
-    scheme.check(spec)
-    special_tokens(checkpoint, spec)  # refused here rather than when somebody generates
-    with staged(out, force) as folder:
-        _carry(checkpoint, folder)
-        progress.stage("trace")
-        program = run_passes(trace(spec, options.last_logits))
-        lowered = get_target(target).lower(program, store, scheme, options, folder, progress)
-        progress.stage("fingerprint", store.nbytes)
-        manifest = Manifest(
-            target=target,
-            source=store.fingerprint(),
-            spec=dataclasses.asdict(spec),
-            scheme=dataclasses.asdict(scheme),
-            options=dataclasses.asdict(options),
-            toolchain={"h1export": __version__, "numpy": metadata.version("numpy"), **lowered.toolchain},
-            inputs=lowered.inputs,
-            outputs=lowered.outputs,
-            weights=lowered.weights,
-            files=file_table(folder),
-        )
-        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    check_place(out, force)
+    export = Export.open(checkpoint, target, scheme, options, progress)
+    progress.stage("fingerprint", export.store.nbytes)
+    manifest = export.manifest(export.store.fingerprint())
+    with staged(out, force, manifest.key) as folder:
+        export.write(manifest, Stage(folder, jobs or cores()), progress)
     return Artifact.open(out)
-
-
-def _carry(checkpoint: Path, folder: Path) -> None:
-    for name in CARRIED:
-        source = checkpoint / name
-        if source.is_file():
-            shutil.copyfile(source, folder / name)
 
 
 def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:

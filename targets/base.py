@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from h1export.core.artifact import Artifact, StoredWeight
 from h1export.core.progress import Progress
 from h1export.core.protocols import Runner
 from h1export.core.quant import QuantScheme
+from h1export.core.stage import Stage
 from h1export.core.weights import WeightStore
 
 if TYPE_CHECKING:  # the command line names targets without loading torch
@@ -42,21 +42,21 @@ class BuildOptions:
 class Lowered:
     """What a target wrote, for the manifest."""
 
-    toolchain: Mapping[str, str]
     inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     weights: tuple[StoredWeight, ...]
 
 
 class Target(Protocol):
-    """A runtime. ``name`` is what --target takes."""
+    """A runtime. ``name`` is what --target takes, ``packages`` are those whose versions may change the bytes it writes."""
 
     name: str
+    packages: tuple[str, ...]
 
     def lower(
-        self, program: Program, store: WeightStore, scheme: QuantScheme, options: BuildOptions, folder: Path, progress: Progress
+        self, program: Program, store: WeightStore, scheme: QuantScheme, options: BuildOptions, stage: Stage, progress: Progress
     ) -> Lowered:
-        """Write the runtime's files into ``folder``, which holds the checkpoint's config and tokenizer files already.
+        """Write the runtime's files into ``stage.folder``, which holds the checkpoint's config and tokenizer files already.
 
         ``program`` is never changed. Raises H1ExportError where this runtime cannot take the model or the scheme.
         """

@@ -74,6 +74,7 @@ def validate_options(command: F) -> F:
 @click.option("--logits", type=click.Choice(("all", "last")), default="all", show_default=True, help="Positions that get logits.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to make [default: MODEL-TARGET-QUANT].")
 @click.option("--force", is_flag=True, help="Replace an artifact at OUT.")
+@click.option("--jobs", default=0, show_default=True, type=click.IntRange(min=0), help="Threads that compute weights; 0: one a core.")
 @click.option("--validate", "check", is_flag=True, help="Validate what was built.")
 @validate_options
 @common
@@ -88,6 +89,7 @@ def build(
     logits: str,
     out: Path | None,
     force: bool,
+    jobs: int,
     check: bool,
     quiet: bool,
     as_json: bool,
@@ -116,7 +118,7 @@ def build(
         if out and len(names) > 1:
             place = out / target
         with Bars(quiet or as_json) as bars:
-            artifact = pipeline.build(checkpoint, target, place, scheme, options, force, bars)
+            artifact = pipeline.build(checkpoint, target, place, scheme, options, force, bars, jobs)
         size = sum(size for _, size in artifact.manifest.files.values())
         say(f"built {place}  {human_bytes(size)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
         built.append({"target": target, "out": str(place), "bytes": size, "files": {k: v[1] for k, v in artifact.manifest.files.items()}})

@@ -1,4 +1,4 @@
-"""Artifact: a built folder and its manifest; written beside its place and renamed into it as the last act.
+"""Artifact: a built folder and its manifest.
 
 The format is described in docs/artifact.md. Nothing in a manifest depends on a clock, a path or chance, so that one source
 and one set of options give one set of bytes.
@@ -6,21 +6,17 @@ and one set of options give one set of bytes.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
-import os
-import shutil
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from h1export.core.journal import JOURNAL
 from h1export.core.spec import HybridSpec
 from h1export.core.weights import Multiplier
 from h1export.errors import H1ExportError
@@ -28,6 +24,7 @@ from h1export.errors import H1ExportError
 MANIFEST = "manifest.json"
 FORMAT = 2
 LINK = -1
+NO_SHA256 = 64 * "0"
 REPORT = "report.json"  # written by validate into a finished artifact, so outside the manifest
 
 
@@ -78,6 +75,12 @@ class Manifest:
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     weights: tuple[StoredWeight, ...]
     files: Mapping[str, tuple[str, int]]
+
+    @property
+    def key(self) -> str:
+        """What decides an artifact's bytes, as sha256: known before any of them is written."""
+        decided = dataclasses.replace(self, inputs={}, outputs={}, weights=(), files={})
+        return hashlib.sha256(decided.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **_jsonable(dataclasses.asdict(self))}, indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -192,135 +195,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def file_table(folder: Path) -> dict[str, tuple[str, int]]:
-    """name -> (sha256, bytes) of every file in ``folder``."""
-    return {file.name: (_sha256(file), file.stat().st_size) for file in sorted(folder.iterdir())}
-
-
-@contextmanager
-def staged(out: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling of ``out`` to fill; it becomes ``out`` on success and is removed on failure.
-
-    A killed process leaves the sibling, unlocked; the next build at the same place removes it.
-
-    Raises:
-        H1ExportError: ``out`` exists and ``force`` is not given, is not something a build may replace, or cannot be made.
-    """
-    out = out.absolute()
-    stage = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        if out.parent.is_dir():
-            _restore_or_remove_aside(out)
-            _remove_abandoned(out)
-        _check_place(out, force)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage.mkdir()
-        lock = _locked(stage)
-    except (OSError, ValueError) as error:
-        raise H1ExportError(out, f"cannot be made ({error})", "choose another OUT") from None
-    try:
-        yield stage
-        _sync(stage)
-        _check_place(out, force)
-        _rename_into_place(stage, out)
-    finally:
-        os.close(lock)
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _locked(stage: Path) -> int:
-    """A handle that keeps ``stage`` locked while it is open; without a lock there is no stage."""
-    lock = os.open(stage, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        stage.rmdir()
-        raise
-    return lock
-
-
-def _check_place(out: Path, force: bool) -> None:
-    if not (out.exists() or out.is_symlink()):
-        return
-    if not force:
-        raise H1ExportError(out, "exists", "choose another OUT, or replace it with --force")
-    if not (out.is_dir() and not out.is_symlink() and (_is_artifact(out) or not any(out.iterdir()))):
-        raise H1ExportError(out, "is not an artifact of h1export", "--force replaces artifacts only; choose another OUT")
-
-
-def _is_artifact(folder: Path) -> bool:
-    """Whether the manifest is ours: other people's folders have a manifest.json too."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and {"format", "target", "files"} <= manifest.keys()
-
-
-def _aside_name(out: Path) -> str:
-    return f".{out.name}.aside"
-
-
-def _restore_or_remove_aside(out: Path) -> None:
-    """After a kill in the middle of an exchange in three steps: the old artifact goes back, unless the new one is in place."""
-    aside = out.with_name(_aside_name(out))
-    if aside.is_dir() and not aside.is_symlink() and _is_artifact(aside):
-        if out.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.rename(out)
-
-
-def _remove_abandoned(out: Path) -> None:
-    prefix = f".{out.name}.partial-"
-    for stale in out.parent.iterdir():
-        ours = stale.name.startswith(prefix) and stale.name.removeprefix(prefix).isdigit()
-        if not ours or stale.is_symlink() or not stale.is_dir():
-            continue
-        try:
-            handle = os.open(stale, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # another build has just removed it
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue  # a build that is still running
-        else:
-            shutil.rmtree(stale, ignore_errors=True)
-        finally:
-            os.close(handle)
-
-
-def _sync(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def _rename_into_place(stage: Path, out: Path) -> None:
-    """``stage`` becomes ``out``; what was at ``out`` lies at ``stage`` then, for the caller to remove."""
-    if out.exists():
-        _exchange(stage, out)
-    else:
-        stage.rename(out)
-    parent = os.open(out.parent, os.O_RDONLY)
-    os.fsync(parent)
-    os.close(parent)
-
-
-def _exchange(a: Path, b: Path) -> None:
-    """Swap two folders in one step (renameat2, Linux), so that a kill never finds ``b`` missing; else in three."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
-        return
-    aside = b.with_name(_aside_name(b))
-    b.rename(aside)
-    try:
-        a.rename(b)
-    except OSError:
-        aside.rename(b)
-        raise
-    aside.rename(a)
+def file_table(folder: Path, sizes_only: bool = False) -> dict[str, tuple[str, int]]:
+    """name -> (sha256, bytes) of every file in ``folder`` but a journal; zeros for a sha256 where only sizes are asked for."""
+    files = [file for file in sorted(folder.iterdir()) if file.name != JOURNAL]
+    return {file.name: (NO_SHA256 if sizes_only else _sha256(file), file.stat().st_size) for file in files}

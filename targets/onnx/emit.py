@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from h1export.graphs.programs import Program
 from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.external import ExternalData
 
-BLOCK_BYTES = 64 << 20  # float32 rows in memory at a time
+BLOCK_BYTES = 4 << 20  # of float32 rows that a thread works on at a time: they stay in the caches
 
 
 class Context:
@@ -82,21 +83,23 @@ class Context:
         return self.build.initializer(self.data.once(expr, lambda: self._write(expr)))
 
     def _write(self, expr: WeightExpr) -> ir.ExternalTensor:
-        sink = self.data.sink(initializer_name(expr), ir.DataType.FLOAT, expr.shape(self.store.shape))
-        for block in expr.blocks(self.store, BLOCK_BYTES):
-            sink.write(block)
-        return sink.close()
+        tensor = self.data.place(initializer_name(expr), ir.DataType.FLOAT, expr.shape(self.store.shape))
+        self.data.fill([tensor], (partial(_alone, block) for block in expr.lazy_blocks(self.store, BLOCK_BYTES)))
+        return tensor
 
-    def small_tensor(self, name: str, make: Callable[[], Array]) -> ir.ExternalTensor:
-        """A float32 tensor that the emitter computes itself, written once."""
+    def small_tensor(self, name: str, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.ExternalTensor:
+        """A float32 tensor that the emitter itself computes with ``make``, when it is written: once."""
 
         def write() -> ir.ExternalTensor:
-            array = np.ascontiguousarray(make())
-            sink = self.data.sink(name, ir.DataType.FLOAT, array.shape)
-            sink.write(array)
-            return sink.close()
+            tensor = self.data.place(name, ir.DataType.FLOAT, shape)
+            self.data.fill([tensor], [partial(_alone, make)])
+            return tensor
 
         return self.data.once(("small", name), write)
+
+
+def _alone(block: Callable[[], Array]) -> tuple[Array]:
+    return (block(),)
 
 
 def args_of(node: Node) -> tuple[Any, ...]:

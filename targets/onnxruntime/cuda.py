@@ -8,13 +8,17 @@ dtype, and bf16 cannot hold the fp16 scales.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from h1export.core.state import Array
 from h1export.core.weights import Multiplier, WeightExpr
 from h1export.errors import H1ExportError
 from h1export.plugins import h1
@@ -45,12 +49,17 @@ class CudaContext(OrtContext):
         return self.build.once((expr, "matrix"), lambda: self.build.initializer(self._write_half(expr)))  # type: ignore[no-any-return]
 
     def _write_half(self, expr: WeightExpr) -> ir.ExternalTensor:
-        sink = self.data.sink(initializer_name(expr), ir.DataType.FLOAT16, expr.shape(self.store.shape))
-        for block in expr.blocks(self.store, BLOCK_BYTES):
-            if np.abs(block).max(initial=0.0) > np.finfo(np.float16).max:
-                raise H1ExportError(f'weights "{initializer_name(expr)}"', "hold values beyond fp16", "use --provider cpu")
-            sink.write(block.astype(np.float16))
-        return sink.close()
+        name = initializer_name(expr)
+        tensor = self.data.place(name, ir.DataType.FLOAT16, expr.shape(self.store.shape))
+        self.data.fill([tensor], (partial(_half, name, block) for block in expr.lazy_blocks(self.store, BLOCK_BYTES)))
+        return tensor
+
+
+def _half(name: str, block: Callable[[], Array]) -> tuple[npt.NDArray[np.float16]]:
+    values = block()
+    if np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
+        raise H1ExportError(f'weights "{name}"', "hold values beyond fp16", "use --provider cpu")
+    return (values.astype(np.float16),)
 
 
 def linear(c: CudaContext, node: Node) -> None:
@@ -63,7 +72,8 @@ def linear(c: CudaContext, node: Node) -> None:
         y = matmul_nbits(c, x, expr, precision)
         if any(part.multiplier != Multiplier() for part in expr.parts):
             name = f"{initializer_name(expr)}.multiplier"
-            factors = c.small_tensor(name, lambda: np.concatenate([part.factors(c.store) for part in expr.parts]))
+            shape = expr.shape(c.store.shape)[:1]
+            factors = c.small_tensor(name, shape, lambda: np.concatenate([part.factors(c.store) for part in expr.parts]))
             y = c.build.op("Mul", y, c.as_activation(c.build.initializer(factors)))
     bias = args_of(node)[2] if len(args_of(node)) > 2 else None
     c.set(node, y if bias is None else c.build.op("Add", y, c.value(bias)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from h1export.core.artifact import StoredPart, StoredWeight
-from h1export.core.quant import Precision, QuantizedTensor, quantized_blocks
+from h1export.core.quant import Precision, QuantizedBlock, QuantizedTensor, quantized_blocks
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr
 from h1export.targets.onnx.builder import Value
@@ -107,16 +108,22 @@ def store(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, i
 def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, ir.ExternalTensor, ir.ExternalTensor]:
     rows, columns = expr.shape(c.store.shape)
     layout, name = Layout.of(precision, columns), initializer_name(expr)
-    codes = c.data.sink(name + CODES, ir.DataType.UINT8, (rows, layout.blocks, layout.block_bytes))
     half = c.activations is np.float16  # MatMulNBits wants scales of the activations' dtype: fp16 has no room for multipliers
-    scales = c.data.sink(name + SCALES, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, (rows, layout.blocks))
-    for strip in quantized_blocks(expr, c.store, precision, BLOCK_BYTES):
-        parts = [(replace(layout, columns=tensor.codes.shape[1]), tensor) for tensor in strip]
-        codes.write(np.concatenate([part.pack(tensor.codes) for part, tensor in parts], axis=1))
-        scales.write(np.concatenate([part.plain_scales(tensor) if half else part.scales(tensor) for part, tensor in parts], axis=1))
+    codes = c.data.place(name + CODES, ir.DataType.UINT8, (rows, layout.blocks, layout.block_bytes))
+    scales = c.data.place(name + SCALES, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, (rows, layout.blocks))
+    blocks = quantized_blocks(expr, c.store, precision, BLOCK_BYTES)
+    c.data.fill([codes, scales], (partial(_stored_block, layout, half, block) for block in blocks))
     stored = tuple(StoredPart(part.tensor, c.store.shape(part.tensor)[expr.axis], part.multiplier) for part in expr.parts)
     c.stored.append(StoredWeight(name, precision.bits, precision.block, expr.axis, stored))
-    return layout, codes.close(), scales.close()
+    return layout, codes, scales
+
+
+def _stored_block(layout: Layout, half: bool, block: QuantizedBlock) -> tuple[Codes, npt.NDArray[Any]]:
+    """Codes and scales of a block of rows, as they lie in the file."""
+    parts = [(replace(layout, columns=tensor.codes.shape[1]), tensor) for tensor in block()]
+    codes = [part.pack(tensor.codes) for part, tensor in parts]
+    scales = [part.plain_scales(tensor) if half else part.scales(tensor) for part, tensor in parts]
+    return np.concatenate(codes, axis=1), np.concatenate(scales, axis=1)
 
 
 def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision) -> Value:

@@ -102,7 +102,8 @@ def shifted_products(c: Context, node: Node) -> tuple[Value, Value]:
 
 def conv_taps(c: Context, weight: WeightExpr) -> ir.ExternalTensor:
     """A convolution's weight [channels, 1, taps] as [taps, channels], channels last like its input."""
-    return c.small_tensor(f"{weight.only.tensor}.taps", lambda: weight.dense(c.store)[:, 0].T)
+    channels, _, taps = weight.shape(c.store.shape)
+    return c.small_tensor(f"{weight.only.tensor}.taps", (taps, channels), lambda: weight.dense(c.store)[:, 0].T)
 
 
 def causal_conv(c: Context, node: Node) -> None:

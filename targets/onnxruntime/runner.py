@@ -179,7 +179,7 @@ def _session(artifact: Artifact, made: Flavour, threads: int, float32: bool, lib
 
 
 def _in_float32(path: Path, options: Any) -> bytes:
-    """The model in float32 arithmetic: no fp16, and every product with integers at accuracy level 0. Its external data stays where it is."""
+    """The model in float32 arithmetic: no fp16, and products with integers at accuracy level 0. Its data stays where it is."""
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     model = widened(ir.load(path))
     for node in model.graph:

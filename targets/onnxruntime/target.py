@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -13,6 +11,7 @@ from h1export.core.artifact import Artifact
 from h1export.core.progress import Progress
 from h1export.core.quant import QuantScheme
 from h1export.core.spec import HybridSpec
+from h1export.core.stage import Stage
 from h1export.core.state import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL, StateTensor
 from h1export.core.weights import WeightExpr, WeightStore
 from h1export.errors import H1ExportError
@@ -36,9 +35,10 @@ Ports = Mapping[str, tuple[str, Dims]]
 
 class OnnxRuntimeTarget:
     name = "ort"
+    packages = ("numpy", "onnx-ir", "torch")
 
     def lower(
-        self, program: Program, store: WeightStore, scheme: QuantScheme, options: BuildOptions, folder: Path, progress: Progress
+        self, program: Program, store: WeightStore, scheme: QuantScheme, options: BuildOptions, stage: Stage, progress: Progress
     ) -> Lowered:
         made = flavour(options.provider, options.opset_only)
         if options.accuracy_level not in made.accuracy_levels:
@@ -47,18 +47,17 @@ class OnnxRuntimeTarget:
         program = run_passes(program, made.fuse(_kinds(scheme, program.spec), max(scheme.block, INT8_BLOCKS[0])))
         progress.stage("weights", store.nbytes)
         inputs, outputs = _inputs(program, made), _outputs(program, options, made)
-        with ExternalData(folder / DATA) as data:
+        with ExternalData(stage, DATA) as data:
             context = made.context(program, store, scheme, GraphBuilder(made.opsets(scheme)), data)
             context.accuracy_level = options.accuracy_level
-            ir.save(_model(context, made.table, inputs, outputs), folder / MODEL)
+            ir.save(_model(context, made.table, inputs, outputs), stage.folder / MODEL)
             if made.native is not None:
                 native = NativeContext(program, store, scheme, GraphBuilder({**made.opsets(scheme), DOMAIN: 1}), data)
                 native.accuracy_level = options.accuracy_level
-                ir.save(_model(native, made.native, inputs, outputs), folder / NATIVE_MODEL)
-        genai.write_config(program.spec, MODEL, folder, options)
-        readme.write(folder, options)
-        toolchain = {name: metadata.version(name) for name in ("torch", "onnx-ir")}
-        return Lowered(toolchain, inputs, outputs, tuple(context.stored))
+                ir.save(_model(native, made.native, inputs, outputs), stage.folder / NATIVE_MODEL)
+        genai.write_config(program.spec, MODEL, stage.folder, options)
+        readme.write(stage.folder, options)
+        return Lowered(inputs, outputs, tuple(context.stored))
 
     def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> OnnxRuntimeRunner:
         return OnnxRuntimeRunner(artifact, threads, float32, kernels)

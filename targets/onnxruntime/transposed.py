@@ -7,6 +7,7 @@ weight in every call. int4 is signed, two codes a byte, as ONNX packs them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from h1export.core.artifact import StoredPart, StoredWeight
-from h1export.core.quant import Precision, QuantizedTensor, quantized_blocks
+from h1export.core.quant import Precision, QuantizedBlock, QuantizedTensor, quantized_blocks
+from h1export.core.state import Array
 from h1export.core.weights import WeightExpr
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import BLOCK_BYTES, Context, initializer_name
-from h1export.targets.onnx.external import TensorSink
+from h1export.targets.onnx.external import Columns
 from h1export.targets.onnxruntime.nbits import CODES, SCALES, Layout
 
+SCALE_BYTES = 4
 TABLE = ".table"  # an embedding's codes, one row a token; a tied head has its own, transposed
 
 Codes = npt.NDArray[np.int8]
@@ -49,29 +52,32 @@ def dequantized(c: Context, expr: WeightExpr, precision: Precision) -> Value:
 def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Value, Value]:
     rows, columns = c.store.shape(expr.only.tensor)
     name, layout = initializer_name(expr), Layout(precision.bits, precision.block or columns, columns)
-    codes = c.data.sink(name + CODES, ir.DataType.INT4 if precision.bits == 4 else ir.DataType.INT8, (columns, rows))
-    scales = c.data.sink(name + SCALES, ir.DataType.FLOAT, (layout.blocks, rows) if precision.block else (rows,))
-    # stripes of int4 have to end on bytes, and with an odd number of rows only the whole tensor does
-    step = 1 if precision.bits == 8 else 2 if rows % 2 == 0 else rows
-    start, pending = 0, np.zeros((columns, 0), np.int8)
-    for (tensor,) in quantized_blocks(expr, c.store, precision, BLOCK_BYTES):
-        scales.write_columns(layout.scales(tensor).T, start)
-        pending = np.concatenate([pending, tensor.codes.T], axis=1)
-        start += len(tensor.codes)
-        ready = pending.shape[1] // step * step
-        if ready:
-            _put(codes, pending[:, :ready], start - pending.shape[1], precision.bits, whole=ready == rows)
-        pending = pending[:, ready:]
+    codes = c.data.place(name + CODES, ir.DataType.INT4 if precision.bits == 4 else ir.DataType.INT8, (columns, rows))
+    scales = c.data.place(name + SCALES, ir.DataType.FLOAT, (layout.blocks, rows) if precision.block else (rows,))
+    # columns of int4 have to end on bytes, and with an odd number of rows only the whole tensor does
+    multiple = 1 if precision.bits == 8 else 2 if rows % 2 == 0 else rows
+    ranges = c.store.row_ranges([expr.only.tensor], BLOCK_BYTES, multiple)
+    blocks = quantized_blocks(expr, c.store, precision, BLOCK_BYTES, multiple)
+    placed = (partial(_columns, layout, block, start) for (start, _), block in zip(ranges, blocks, strict=True))
+    c.data.fill([codes, scales], placed)
     c.stored.append(_entry(c, expr, precision))
-    return c.build.initializer(codes.close()), c.build.initializer(scales.close())
+    return c.build.initializer(codes), c.build.initializer(scales)
 
 
-def _put(sink: TensorSink, stripe: Codes, first: int, bits: int, whole: bool) -> None:
-    """Codes [columns, n] from row ``first`` of the checkpoint's tensor on."""
-    if whole:
-        sink.write(pack(stripe.reshape(-1)) if bits == 4 else stripe)
-    else:
-        sink.write_columns(pack(stripe) if bits == 4 else stripe, first * bits // 8)
+def _columns(layout: Layout, block: QuantizedBlock, start: int) -> tuple[Columns | Bytes, Columns]:
+    """Codes and scales of rows of the checkpoint's tensor, from ``start`` on, as columns."""
+    (tensor,) = block()
+    codes, scales = tensor.codes.T, Columns(layout.scales(tensor).T, start * SCALE_BYTES)
+    if layout.bits == 8:
+        return Columns(codes, start), scales
+    if len(tensor.codes) % 2:  # the whole tensor: pairs go on over the ends of rows
+        return pack(codes.reshape(-1)), scales
+    return Columns(pack(codes), start // 2), scales
+
+
+def _rows(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], Array]:
+    (tensor,) = block()
+    return layout.pack(tensor.codes) if layout.bits == 4 else tensor.codes, layout.scales(tensor)
 
 
 def _entry(c: Context, expr: WeightExpr, precision: Precision) -> StoredWeight:
@@ -85,15 +91,13 @@ def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: 
     name, b = initializer_name(expr) + TABLE, c.build
     layout = Layout(precision.bits, precision.block or columns, columns)
     stored = ir.DataType.UINT8 if precision.bits == 4 else ir.DataType.INT8
-    codes = c.data.sink(name, stored, (rows, columns * precision.bits // 8))
-    scales = c.data.sink(name + SCALES, ir.DataType.FLOAT, (rows, layout.blocks))
-    for (tensor,) in quantized_blocks(expr, c.store, precision, BLOCK_BYTES):
-        codes.write(layout.pack(tensor.codes) if precision.bits == 4 else tensor.codes)
-        scales.write(layout.scales(tensor))
+    codes = c.data.place(name, stored, (rows, columns * precision.bits // 8))
+    scales = c.data.place(name + SCALES, ir.DataType.FLOAT, (rows, layout.blocks))
+    c.data.fill([codes, scales], (partial(_rows, layout, block) for block in quantized_blocks(expr, c.store, precision, BLOCK_BYTES)))
     if not tied:
         c.stored.append(_entry(c, expr, precision))
-    found = b.op("Cast", b.op("Gather", b.initializer(codes.close()), ids), to=1)
-    scale = b.op("Gather", b.initializer(scales.close()), ids)
+    found = b.op("Cast", b.op("Gather", b.initializer(codes), ids), to=1)
+    scale = b.op("Gather", b.initializer(scales), ids)
     if precision.bits == 8:
         return b.op("Mul", found, scale)
     high = b.op("Floor", b.op("Div", found, b.constant(16, np.float32)))

@@ -1,4 +1,4 @@
-"""Builds that die: nothing at OUT, and the next build clears what they left."""
+"""Builds that die: nothing at OUT, and the next build goes on with what they left, or clears it."""
 
 from __future__ import annotations
 
@@ -47,13 +47,38 @@ def test_a_killed_build_leaves_nothing_at_out(signum: int, tiny: Path, tmp_path:
     Artifact.open(out).check_hashes()
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """A limit on file size stands in for the disk: writing fails in the middle of the weights."""
-    process = start("build", str(make_checkpoint()), "--target", "ort", "--quant", "none", "--out", str(tmp_path / "out"), limit=300_000)
-    _, err = process.communicate(timeout=300)
+# A mount namespace of its own, where the system lets users make one: mounts PLACE, builds there, then lists what is left.
+MOUNTED = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+MOUNTS = {
+    "full": ('mount -t tmpfs -o size=400k none "$0"', "free some space"),
+    "read-only": ('mount --bind "$0" "$0" && mount -o remount,bind,ro "$0"', "nothing can be written into"),
+}
+
+
+def can_mount() -> bool:
+    """Whether this system lets users mount things for themselves; many containers do not."""
+    try:
+        return subprocess.run([*MOUNTED, "mount -t tmpfs none /tmp"], check=False, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["limit", *(MOUNTS if can_mount() else ())])
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(kind: str, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """A limit on file size stands in for the disk everywhere: writing fails in the middle of the weights."""
+    words = ["build", str(make_checkpoint()), "--target", "ort", "--quant", "none", "--out", str(tmp_path / "out")]
+    if kind == "limit":
+        message, process = "free some space", start(*words, limit=300_000)
+    else:
+        mount, message = MOUNTS[kind]
+        script = f'{mount} || exit 9; "$@"; code=$?; ls -A "$0"; exit $code'
+        command = [*MOUNTED, script, str(tmp_path), sys.executable, "-c", BUILD, *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listed, err = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert "free some space" in err
+    assert message in err
     assert "Traceback" not in err
+    assert not listed
     assert not list(tmp_path.iterdir())
 
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h1export.core.artifact import FORMAT, MANIFEST, Artifact, Manifest, StoredPart, StoredWeight, file_table, staged
+from h1export.core.artifact import FORMAT, MANIFEST, Artifact, Manifest, StoredPart, StoredWeight, file_table
 from h1export.core.spec import HybridSpec
+from h1export.core.stage import staged
 from h1export.core.weights import Multiplier
 from h1export.errors import H1ExportError
 
@@ -42,7 +43,7 @@ def manifest_of(folder: Path, spec: HybridSpec) -> Manifest:
 
 def build(out: Path, spec: HybridSpec, reverse: bool = False) -> Artifact:
     """A small artifact at ``out``."""
-    with staged(out, force=False) as folder:
+    with staged(out, force=False, key="0123456789abcdef") as folder:
         for name in sorted(FILES, reverse=reverse):
             (folder / name).write_bytes(FILES[name])
         (folder / MANIFEST).write_text(manifest_of(folder, spec).to_json(), encoding="utf-8")

@@ -194,7 +194,7 @@ def test_blocks_of_any_size_make_the_same_integers(store: WeightStore, budget: i
     name = "model.layers.0.mamba.in_proj.weight"
     part = WeightPart(name, multiplier=Multiplier(((192, 0.5), (192, 0.25), (16, 3.0), (16, 4.0), (6, 5.0))))
     whole = quantize_rows(store.rows(name, 0, 422), precision, part.multiplier.rows(422))
-    blocks = list(quantized_blocks(WeightExpr((part,)), store, precision, budget))
+    blocks = [block() for block in quantized_blocks(WeightExpr((part,)), store, precision, budget)]
     for field in ("codes", "scales", "multiplier"):
         assert np.array_equal(np.concatenate([getattr(block, field) for (block,) in blocks]), getattr(whole, field))
 
@@ -203,7 +203,8 @@ def test_blocks_of_any_size_make_the_same_integers(store: WeightStore, budget: i
 @given(budget=st.integers(4000, 1 << 18))
 def test_parts_side_by_side_keep_their_own_integers(store: WeightStore, budget: int) -> None:
     mixers = [f"model.layers.0.{name}.weight" for name in ("mamba.out_proj", "self_attn.o_proj")]
-    blocks = list(quantized_blocks(WeightExpr(tuple(map(WeightPart, mixers)), axis=1), store, Precision(4, 32), budget))
+    both = WeightExpr(tuple(map(WeightPart, mixers)), axis=1)
+    blocks = [block() for block in quantized_blocks(both, store, Precision(4, 32), budget)]
     for place, name in enumerate(mixers):
         alone = quantize_rows(store.rows(name, 0, 1 << 20), Precision(4, 32), np.ones(store.shape(name)[0], np.float32))
         assert np.array_equal(np.concatenate([strip[place].codes for strip in blocks]), alone.codes)
@@ -226,4 +227,4 @@ def test_a_damaged_tensor_is_named(copy_checkpoint: Callable[..., Path]) -> None
         stream.write(b"\xff\x7f")
     store = WeightStore.open(folder, HybridSpec.load(folder))
     with pytest.raises(H1ExportError, match=rf'tensor "{name}": holds values that are not finite'):
-        list(quantized_blocks(WeightExpr.of(name), store, Precision(8, 0), 1 << 12))
+        [block() for block in quantized_blocks(WeightExpr.of(name), store, Precision(8, 0), 1 << 12)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from h1export.core.artifact import MANIFEST, staged
+from h1export.core.artifact import MANIFEST
+from h1export.core.journal import JOURNAL, Extent, Journal
+from h1export.core.stage import staged
 from h1export.errors import H1ExportError
+
+KEY = "0123456789abcdef"
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def manifest(target: str) -> str:
 
 
 def fill(out: Path, target: str = "new", force: bool = False) -> None:
-    with staged(out, force) as folder:
+    with staged(out, force, KEY) as folder:
         (folder / MANIFEST).write_text(manifest(target), encoding="utf-8")
 
 
@@ -40,7 +45,7 @@ def content(out: Path) -> str:
 
 def test_success(out: Path) -> None:
     """Missing parents are made, and nothing but OUT stays behind."""
-    with staged(out, force=False) as folder:
+    with staged(out, force=False, key=KEY) as folder:
         assert folder.parent == out.parent
         assert folder.is_dir()
         assert not out.exists()
@@ -53,7 +58,7 @@ def test_a_relative_place(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that changes its directory still ends where it was meant to."""
     out.parent.mkdir(parents=True)
     monkeypatch.chdir(out.parent)
-    with staged(Path("out"), force=False) as folder:
+    with staged(Path("out"), force=False, key=KEY) as folder:
         (folder / MANIFEST).write_text(manifest("new"), encoding="utf-8")
         monkeypatch.chdir("/")
     assert content(out) == "new"
@@ -61,7 +66,7 @@ def test_a_relative_place(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fail(out: Path, error: BaseException, force: bool = False) -> None:
     """A build that raises ``error`` when it is half done."""
-    with staged(out, force) as folder:
+    with staged(out, force, KEY) as folder:
         (folder / MANIFEST).write_text(manifest("half"), encoding="utf-8")
         raise error
 
@@ -150,7 +155,7 @@ def test_force_spares_a_folder_with_somebody_elses_manifest(theirs: bytes, out: 
 def test_force_replaces_an_artifact(out: Path) -> None:
     fill(out, "old")
     (out / "old file").write_text("old", encoding="utf-8")
-    with staged(out, force=True) as folder:
+    with staged(out, force=True, key=KEY) as folder:
         (folder / MANIFEST).write_text(manifest("new"), encoding="utf-8")
         assert content(out) == "old"
     assert content(out) == "new"
@@ -173,7 +178,7 @@ def test_force_with_nothing_to_replace(out: Path) -> None:
 @pytest.mark.parametrize("force", [False, True])
 def test_a_place_taken_during_the_build_is_not_replaced(force: bool, out: Path) -> None:
     def build() -> None:
-        with staged(out, force) as folder:
+        with staged(out, force, KEY) as folder:
             (folder / MANIFEST).write_text(manifest("late"), encoding="utf-8")
             out.mkdir()
             (out / "notes.txt").write_text("theirs", encoding="utf-8")
@@ -230,7 +235,7 @@ def test_every_file_is_on_disk_before_the_rename(out: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(Path, "rename", watched_rename)
-    with staged(out, force=False) as folder:
+    with staged(out, force=False, key=KEY) as folder:
         (folder / "a").write_text("1", encoding="utf-8")
         (folder / "b").write_text("2", encoding="utf-8")
     inode = {name: str((out / name).stat().st_ino) for name in ("a", "b", ".", "..")}
@@ -241,7 +246,7 @@ def test_every_file_is_on_disk_before_the_rename(out: Path, monkeypatch: pytest.
 def test_no_file_stays_open(out: Path) -> None:
     """Neither after a success that clears a leftover, nor after a failure."""
     before = sorted(os.listdir("/dev/fd"))
-    (out.parent / ".out.partial-1").mkdir(parents=True)
+    (out.parent / ".out.partial-0123456789abcdef").mkdir(parents=True)
     fill(out)
     with pytest.raises(RuntimeError):
         fail(out, RuntimeError(), force=True)
@@ -263,14 +268,56 @@ def test_places_where_nothing_can_be_made(place: Callable[[Path], Path], out: Pa
         fill(target)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda path: path.symlink_to("nowhere"), lambda path: path.symlink_to("/"), Path.touch], ids=["dangling", "link", "file"]
-)
+LOOKALIKES = [lambda path: path.symlink_to("nowhere"), lambda path: path.symlink_to("/"), Path.touch]
+
+
+@pytest.mark.parametrize("make", LOOKALIKES, ids=["dangling", "link", "file"])
 def test_what_only_looks_like_a_leftover_is_left_alone(make: Callable[[Path], None], out: Path) -> None:
     out.parent.mkdir(parents=True)
-    make(out.parent / ".out.partial-1")
+    make(out.parent / ".out.partial-fedcba9876543210")
     fill(out)
-    assert left_in(out) == [".out.partial-1", "out"]
+    assert left_in(out) == [".out.partial-fedcba9876543210", "out"]
+
+
+@pytest.mark.parametrize("make", LOOKALIKES, ids=["dangling", "link", "file"])
+def test_what_only_looks_like_the_stage_is_refused(make: Callable[[Path], None], out: Path) -> None:
+    out.parent.mkdir(parents=True)
+    make(out.parent / f".out.partial-{KEY}")
+    with pytest.raises(H1ExportError, match="cannot be made"):
+        fill(out)
+    assert left_in(out) == [f".out.partial-{KEY}"]
+
+
+@pytest.mark.parametrize("name", ["notes", ".out.partial-1", ".out.partial-FEDCBA9876543210", ".out2.partial-fedcba9876543210"])
+def test_folders_of_other_names_are_left_alone(name: str, out: Path) -> None:
+    (out.parent / name).mkdir(parents=True)
+    fill(out)
+    assert left_in(out) == sorted([name, "out"])
+
+
+def test_somebody_elses_stage_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name can be foretold, and whoever owns it could change what we write."""
+    (out.parent / f".out.partial-{KEY}").mkdir(parents=True)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(H1ExportError, match="belongs to somebody else"):
+        fill(out)
+
+
+def test_a_leftover_keeps_what_its_journal_names(out: Path) -> None:
+    stage = out.parent / f".out.partial-{KEY}"
+    (stage / "folder").mkdir(parents=True)
+    for name in ("data", "other"):
+        (stage / name).write_bytes(b"12345678")
+    (stage / "link").symlink_to("data")
+    extent = Extent("data", "a", 0, 4)
+    Journal(stage).add(extent, hashlib.sha256(b"1234").hexdigest())
+    Journal(stage).add(Extent("link", "b", 0, 4), "")
+    with staged(out, force=False, key=KEY) as folder:
+        assert folder == stage
+        assert {path.name for path in folder.iterdir()} == {"data", JOURNAL}
+        assert Journal(folder).holds(extent)
+    assert [path.name for path in out.iterdir()] == ["data"]
+    assert left_in(out) == ["out"]
 
 
 def test_without_locks_there_is_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +325,7 @@ def test_without_locks_there_is_no_stage(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with pytest.raises(H1ExportError, match="Operation not supported"), staged(tmp_path / "out", force=False):
+    with pytest.raises(H1ExportError, match="Operation not supported"), staged(tmp_path / "out", force=False, key=KEY):
         pass
     assert not list(tmp_path.iterdir())
 

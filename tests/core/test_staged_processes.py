@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from h1export.core.artifact import MANIFEST, staged
+from h1export.core.artifact import MANIFEST
+from h1export.core.stage import staged
+from h1export.errors import H1ExportError
+
+KEY, OTHER_KEY = "0123456789abcdef", "fedcba9876543210"
 
 BUILDER = """
 import sys
 from pathlib import Path
-from h1export.core.artifact import staged
-with staged(Path(sys.argv[1]), force=sys.argv[2] == "force") as folder:
+from h1export.core.stage import staged
+with staged(Path(sys.argv[1]), force=sys.argv[2] == "force", key=sys.argv[3]) as folder:
     (folder / "half").write_text("written")
     print(folder, flush=True)
     sys.stdin.readline()
@@ -28,7 +32,7 @@ with staged(Path(sys.argv[1]), force=sys.argv[2] == "force") as folder:
 DIES_AT_THE_RENAME = """
 import ctypes, os, sys
 from pathlib import Path
-from h1export.core.artifact import staged
+from h1export.core.stage import staged
 out, exchange = Path(sys.argv[1]), sys.argv[2] == "exchange"
 fsync, rename = os.fsync, Path.rename
 def fsync_or_die(handle):
@@ -42,7 +46,7 @@ os.fsync = fsync_or_die
 if not exchange:
     ctypes.CDLL = lambda *_, **__: object()
     Path.rename = rename_and_die
-with staged(out, force=True) as folder:
+with staged(out, force=True, key="0123456789abcdef") as folder:
     (folder / "manifest.json").write_text('{"format": 1, "target": "killed", "files": {}}')
 """
 
@@ -54,7 +58,7 @@ def out(tmp_path: Path) -> Path:
 
 def fill(out: Path, target: str = "new", force: bool = False) -> None:
     """A build of as much of a manifest as tells an artifact from other folders."""
-    with staged(out, force) as folder:
+    with staged(out, force, KEY) as folder:
         (folder / MANIFEST).write_text(json.dumps({"format": 1, "target": target, "files": {}}), encoding="utf-8")
 
 
@@ -68,10 +72,14 @@ def content(out: Path) -> str:
 
 
 @contextlib.contextmanager
-def builder(out: Path, force: str = "") -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def builder(out: Path, force: str = "", key: str = KEY) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """Another process in the middle of a build at ``out``, and its stage."""
     process = subprocess.Popen(
-        [sys.executable, "-c", BUILDER, str(out), force], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", BUILDER, str(out), force, key],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None
@@ -81,12 +89,13 @@ def builder(out: Path, force: str = "") -> Iterator[tuple[subprocess.Popen[str],
         process.communicate()
 
 
+@pytest.mark.parametrize("key", [KEY, OTHER_KEY], ids=["same", "other"])
 @pytest.mark.parametrize("force", ["", "force"])
-def test_a_killed_builder(force: str, out: Path) -> None:
+def test_a_killed_builder(force: str, key: str, out: Path) -> None:
     """Nothing appears at OUT (or the old artifact stays); the next build clears what is left and succeeds."""
     if force:
         fill(out, "old")
-    with builder(out, force) as (process, stage):
+    with builder(out, force, key) as (process, stage):
         assert (stage / "half").is_file()
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -99,8 +108,8 @@ def test_a_killed_builder(force: str, out: Path) -> None:
 
 
 def test_a_live_builders_stage_is_left_alone(out: Path) -> None:
-    """Two builds at one place: the second finishes, the first finds the place taken and leaves nothing."""
-    with builder(out) as (process, stage):
+    """Two builds of different things at one place: the second finishes, the first finds the place taken and leaves nothing."""
+    with builder(out, key=OTHER_KEY) as (process, stage):
         fill(out, "second")
         assert (stage / "half").is_file()
         _, errors = process.communicate("go on\n")
@@ -112,11 +121,22 @@ def test_a_live_builders_stage_is_left_alone(out: Path) -> None:
 
 
 def test_a_live_builder_that_may_replace_comes_last(out: Path) -> None:
-    with builder(out, "force") as (process, _):
+    with builder(out, "force", OTHER_KEY) as (process, _):
         fill(out, "second")
         process.communicate("go on\n")
         assert process.returncode == 0
     assert (out / "half").is_file()
+    assert left_in(out) == ["out"]
+
+
+def test_one_thing_is_built_by_one_process(out: Path) -> None:
+    """The second is told so at once; the first finishes."""
+    with builder(out) as (process, stage):
+        with pytest.raises(H1ExportError, match=r"out: another process builds the same thing there; wait for it"):
+            fill(out)
+        assert (stage / "half").is_file()
+        process.communicate("go on\n")
+        assert process.returncode == 0
     assert left_in(out) == ["out"]
 
 

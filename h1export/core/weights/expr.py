@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -140,13 +141,24 @@ class WeightExpr:
         size = sum(shape[self.axis] for shape in shapes)
         return (*shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :])
 
-    def blocks(self, store: WeightStore, max_bytes: int) -> Iterator[Array]:
-        """The initializer's float32 rows, at most ``max_bytes`` at a time. Raises H1ExportError for NaN and infinity."""
+    def lazy_blocks(self, store: WeightStore, max_bytes: int) -> Iterator[Callable[[], Array]]:
+        """The initializer's float32 rows, at most ``max_bytes`` at a time; read and computed when called, on any thread.
+
+        A call raises H1ExportError for NaN and infinity.
+        """
         for strip in self.strips:
             for start, stop in store.row_ranges([part.tensor for part in strip], max_bytes):
-                blocks = [part.rows(store, start, stop) for part in strip]
-                yield blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)
+                yield partial(_rows, strip, store, start, stop)
+
+    def blocks(self, store: WeightStore, max_bytes: int) -> Iterator[Array]:
+        """``lazy_blocks``, called one after the other."""
+        return (block() for block in self.lazy_blocks(store, max_bytes))
 
     def dense(self, store: WeightStore) -> Array:
         """The whole initializer; for small tensors only."""
         return np.concatenate(list(self.blocks(store, 1 << 24)))
+
+
+def _rows(strip: tuple[WeightPart, ...], store: WeightStore, start: int, stop: int) -> Array:
+    blocks = [part.rows(store, start, stop) for part in strip]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)

@@ -95,11 +95,11 @@ class WeightStore:
             return (np.asarray(stored).astype(np.uint32) << 16).view(np.float32)
         return np.asarray(stored).astype(np.float32)
 
-    def row_ranges(self, names: Sequence[str], max_bytes: int) -> Iterator[tuple[int, int]]:
-        """[start, stop) over the rows of tensors side by side: at most ``max_bytes`` of float32 together, but at least one row."""
+    def row_ranges(self, names: Sequence[str], max_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+        """[start, stop) over the rows of tensors side by side: at most ``max_bytes`` of float32 together, in multiples of some rows."""
         rows = self._entries[names[0]].shape[0]
         nbytes = sum(4 * prod(self._entries[name].shape) for name in names)
-        step = max(1, max_bytes * rows // max(1, nbytes))
+        step = max(1, max_bytes * rows // max(1, nbytes) // multiple) * multiple
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 

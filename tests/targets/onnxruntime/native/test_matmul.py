@@ -153,6 +153,6 @@ def test_threads_do_not_change_a_bit(run_op: RunOp, tokens: int) -> None:
 )
 def test_what_does_not_fit_is_an_error(run_op: RunOp, change: dict[str, int], message: str) -> None:
     case = Case(4, 32, 8, 64)
+    inputs = {"x": case.x, "codes": case.codes, "scales": case.scales}
     with pytest.raises(Exception, match=f"QMatMul: .*{message}"):
-        inputs = {"x": case.x, "codes": case.codes, "scales": case.scales}
         run_op("QMatMul", inputs, accuracy_level=4, **{**case.attributes, **change})

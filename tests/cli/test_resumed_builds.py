@@ -1,0 +1,110 @@
+"""Builds that are killed again and again, and end with the bytes of one that nobody disturbed."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from h1export import pipeline
+from h1export.core.journal import JOURNAL
+from h1export.core.quant import QuantScheme
+from h1export.core.weights import WeightStore
+
+# Kills builds at OUT in KILLS random moments, each time a build's length at most from its start; then lets one finish.
+# The graph is traced once, before the processes part: moments in the middle of the weights are the interesting ones.
+BUILDS = """
+import os, random, sys, time
+from pathlib import Path
+from h1export import pipeline
+from h1export.core.spec import HybridSpec
+checkpoint, truth, out, seed, kills = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+program = pipeline.trace(HybridSpec.load(checkpoint), False)
+pipeline.trace = lambda *_: program
+def started(place, jobs):
+    child = os.fork()
+    if not child:
+        pipeline.build(checkpoint, "ort", place, force=True, jobs=jobs)
+        os._exit(0)
+    return child
+start = time.monotonic()
+assert os.waitpid(started(truth, 1), 0)[1] == 0
+length = time.monotonic() - start
+moments = random.Random(seed)
+for _ in range(kills):
+    child = started(out, moments.choice((1, 2, 3)))
+    time.sleep(moments.uniform(0.1, 1) * length)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    stages = list(out.parent.glob(".out.partial-*"))
+    assert len(stages) <= 1, stages
+    print(sum(len((stage / ".journal").read_bytes().splitlines()) for stage in stages if (stage / ".journal").exists()), flush=True)
+assert os.waitpid(started(out, 2), 0)[1] == 0
+"""
+
+
+def sha256s(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+def test_twenty_kills_change_no_byte(tiny: Path, tmp_path: Path) -> None:
+    truth, out = tmp_path / "truth", tmp_path / "out"
+    words = [sys.executable, "-c", BUILDS, str(tiny), str(truth), str(out), "7", "20"]
+    run = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
+    assert sha256s(out) == sha256s(truth)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "truth"]
+    finished = [int(count) for count in run.stdout.split()]
+    assert len(finished) == 20
+    assert any(finished), "no kill came after a tensor was written"
+
+
+@pytest.fixture
+def killed(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """killed(key) leaves the stage of a build whose weights are all written; a list then sees the tensors that are read."""
+    read: list[str] = []
+    rows = WeightStore.rows
+
+    def build(checkpoint: Path, out: Path, scheme: QuantScheme) -> list[str]:
+        with monkeypatch.context() as patched:
+            patched.setattr("h1export.core.stage.shutil.rmtree", lambda *_, **__: None)
+            patched.setattr("h1export.pipeline.file_table", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                pipeline.build(checkpoint, "ort", out, scheme)
+        monkeypatch.setattr(WeightStore, "rows", lambda store, name, *range_: (read.append(name), rows(store, name, *range_))[1])
+        return read
+
+    return build
+
+
+def test_a_build_goes_on_without_reading_what_is_written(killed: Callable[..., list[str]], tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    read = killed(tiny, out, QuantScheme())
+    assert list(tmp_path.glob(f".out.partial-*/{JOURNAL}"))
+    artifact = pipeline.build(tiny, "ort", out)
+    assert read == []
+    artifact.check_hashes()
+    assert not list(out.glob(JOURNAL))
+
+
+def test_another_scheme_starts_anew(killed: Callable[..., list[str]], tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    read = killed(tiny, out, QuantScheme())
+    artifact = pipeline.build(tiny, "ort", out, QuantScheme("int4", 64))
+    assert len(set(read)) == len(WeightStore.open(tiny, artifact.spec).entries)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_checkpoint_starts_anew(killed: Callable[..., list[str]], copy_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """One changed byte in one tensor: nothing of the old build is used."""
+    checkpoint, out = copy_checkpoint(), tmp_path / "out"
+    read = killed(checkpoint, out, QuantScheme("int8"))
+    data = bytearray((checkpoint / "model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(data)
+    artifact = pipeline.build(checkpoint, "ort", out, QuantScheme("int8"))
+    assert len(set(read)) == len(WeightStore.open(checkpoint, artifact.spec).entries)
+    assert not list(tmp_path.glob(".out*"))

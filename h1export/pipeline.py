@@ -148,6 +148,7 @@ def validate(
     latency_pairs: int = 7,
     threads: int = 0,
     progress: Progress = SILENT,
+    kernels: Kernels = "auto",
 ) -> Report:
     """Compare the artifact ``out`` with the reference on ``checkpoint`` and write ``out/report.json``.
 
@@ -157,6 +158,8 @@ def validate(
         text_bytes: how much of it; 0: all.
         latency_pairs: 0: no latency.
         threads: for artifact and reference; 0: their own choice.
+        progress: told what is being done.
+        kernels: as of ``Target.load``.
 
     Raises:
         H1ExportError: a damaged artifact, or a checkpoint that is not the one it was built from.
@@ -172,8 +175,8 @@ def validate(
     has_tokenizer = (out / TOKENIZER).is_file()
     ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
     options = ValidateOptions(limits, ids, nbytes, latency_pairs)
-    runner = load(artifact, threads)
-    exact = runner if runner.capabilities.float32 else load(artifact, threads, float32=True)
+    runner = load(artifact, threads, kernels=kernels)
+    exact = runner if runner.capabilities.float32 else load(artifact, threads, float32=True, kernels=kernels)
     report = run_validation(artifact, runner, exact, checkpoint, options, progress)
     (out / REPORT).write_text(report.to_json(), encoding="utf-8")
     return report
@@ -184,25 +187,27 @@ def _text(path: Path | None, nbytes: int) -> str:
     return data[: nbytes or None].decode("utf-8", errors="ignore")
 
 
-def bench(folders: Sequence[Path], options: BenchOptions, progress: Progress = SILENT) -> BenchReport:
+def bench(folders: Sequence[Path], options: BenchOptions, progress: Progress = SILENT, kernels: Kernels = "auto") -> BenchReport:
     """Measure the speed of one artifact, or of two in turns.
 
     Raises:
         H1ExportError: a damaged artifact, or one that does not run here.
     """
-    return run_bench([Artifact.open(folder) for folder in folders], partial(_player_of, options), options, progress)
+    return run_bench([Artifact.open(folder) for folder in folders], partial(_player_of, options, kernels), options, progress)
 
 
-def _player_of(options: BenchOptions, artifact: Artifact, threads: int) -> Callable[[], RunnerPlayer]:
-    return partial(_play, artifact.folder, threads, options)
+def _player_of(options: BenchOptions, kernels: Kernels, artifact: Artifact, threads: int) -> Callable[[], RunnerPlayer]:
+    return partial(_play, artifact.folder, threads, kernels, options)
 
 
-def _play(folder: Path, threads: int, options: BenchOptions) -> RunnerPlayer:
+def _play(folder: Path, threads: int, kernels: Kernels, options: BenchOptions) -> RunnerPlayer:
     """In a process of its own: an artifact ready to be timed."""
-    return RunnerPlayer(load(Artifact.open(folder), threads), options.batch, options.steps, 1 + options.repeats)
+    return RunnerPlayer(load(Artifact.open(folder), threads, kernels=kernels), options.batch, options.steps, 1 + options.repeats)
 
 
-def generate_text(out: Path, prompt: str, max_tokens: int, sampling: Sampling, chat: bool = False, threads: int = 0) -> Iterator[str]:
+def generate_text(
+    out: Path, prompt: str, max_tokens: int, sampling: Sampling, chat: bool = False, threads: int = 0, kernels: Kernels = "auto"
+) -> Iterator[str]:
     """Stream the continuation of ``prompt`` by the artifact ``out``; with ``chat``, it is a user's turn.
 
     Raises:
@@ -212,6 +217,6 @@ def generate_text(out: Path, prompt: str, max_tokens: int, sampling: Sampling, c
     tokenizer = load_tokenizer(out)
     text = chat_prompt(out, prompt) if chat else prompt
     ids = np.array(tokenizer.encode(text, add_special_tokens=not chat).ids, np.int64)  # a template brings its own
-    runner = load(artifact, threads)
+    runner = load(artifact, threads, kernels=kernels)
     end = frozenset(special_tokens(out, runner.spec).eos)
     yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling, end))

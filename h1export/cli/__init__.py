@@ -19,11 +19,11 @@ from rich.console import Console
 
 from h1export import __version__
 from h1export.cli.bench import bench
-from h1export.cli.common import F, answer, common, say
+from h1export.cli.common import F, answer, common, kernels_option, say
 from h1export.core.artifact import REPORT
 from h1export.core.quant.scheme import BLOCK_SIZES, QuantName
 from h1export.errors import H1ExportError
-from h1export.targets import MODULES, ProviderName
+from h1export.targets import MODULES, Kernels, ProviderName
 
 LEVELS: Mapping[ProviderName, int] = {"cpu": 4, "cuda": 0}  # default accuracy levels
 QUANTS, BLOCKS, PROVIDERS = get_args(QuantName), [str(size) for size in BLOCK_SIZES], get_args(ProviderName)
@@ -54,6 +54,7 @@ VALIDATE_OPTIONS = (
     click.option("--text-bytes", default=32768, show_default=True, help="How much of the text; 0: all of it."),
     click.option("--latency-pairs", default=7, show_default=True, help="Paired runs for latency; 0: none."),
     click.option("--threads", default=0, show_default=True, help="Threads for artifact and reference; 0: their own choice."),
+    kernels_option,
 )
 
 
@@ -114,9 +115,8 @@ def build(
     options = BuildOptions(level, logits == "last", provider, opset_only)
     names, built, code = list(dict.fromkeys(targets)), [], 0
     for target in names:
-        place = out or Path(f"{checkpoint.resolve().name}-{target}-{quant}")
-        if out and len(names) > 1:
-            place = out / target
+        named = out or Path(f"{checkpoint.resolve().name}-{target}-{quant}")
+        place = named / target if out and len(names) > 1 else named
         with Bars(quiet or as_json) as bars:
             artifact = pipeline.build(checkpoint, target, place, scheme, options, force, bars, jobs)
         size = sum(size for _, size in artifact.manifest.files.values())
@@ -162,12 +162,13 @@ def _validate(
     text_bytes: int,
     latency_pairs: int,
     threads: int,
+    kernels: Kernels,
 ) -> dict[str, Any]:
     from h1export import pipeline
     from h1export.render import Bars, report_tables
 
     with Bars(quiet or as_json) as bars:
-        report = pipeline.validate(out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars)
+        report = pipeline.validate(out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars, kernels)
     for table in report_tables(report):
         say(table, quiet or as_json)
     say(f"{'PASSED' if report.passed else 'FAILED'}  {out / REPORT}", quiet or as_json)
@@ -195,6 +196,7 @@ def _parse_limits(limits: tuple[str, ...]) -> dict[str, float]:
 @click.option("--seed", default=0, show_default=True, help="Of the sampling.")
 @click.option("--chat", is_flag=True, help="PROMPT is a user's turn, framed by the chat template.")
 @click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
+@kernels_option
 @common
 def generate(
     out: Path,
@@ -206,6 +208,7 @@ def generate(
     seed: int,
     chat: bool,
     threads: int,
+    kernels: Kernels,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -221,7 +224,7 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     text = ""
-    for piece in pipeline.generate_text(out, prompt, max_tokens, sampling, chat, threads):
+    for piece in pipeline.generate_text(out, prompt, max_tokens, sampling, chat, threads, kernels):
         text += piece
         if not as_json:
             click.echo(piece, nl=False)

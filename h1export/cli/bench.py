@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 
-from h1export.cli.common import answer, common, say
+from h1export.cli.common import answer, common, kernels_option, say
+from h1export.targets import Kernels
 
 COUNT, DEPTH = click.IntRange(min=1), click.IntRange(min=0)
 
@@ -23,6 +24,7 @@ COUNT, DEPTH = click.IntRange(min=1), click.IntRange(min=0)
 @click.option("--threads", multiple=True, type=COUNT, help="Thread count [default: the machine's cores]. Repeatable.")
 @click.option("--batch", default=1, show_default=True, type=COUNT, help="Sequences at a time.")
 @click.option("--repeats", default=5, show_default=True, type=COUNT, help="Rounds over all configurations; their medians count.")
+@kernels_option
 @common
 def bench(
     out: Path,
@@ -32,6 +34,7 @@ def bench(
     threads: tuple[int, ...],
     batch: int,
     repeats: int,
+    kernels: Kernels,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -49,7 +52,7 @@ def bench(
     depths, prefills, threads = (tuple(dict.fromkeys(values)) for values in (depths, prefills, threads or (os.cpu_count() or 1,)))
     options = BenchOptions(depths, prefills, threads, batch, repeats)
     with Bars(quiet or as_json) as bars:
-        report = pipeline.bench([out] if against is None else [out, against], options, bars)
+        report = pipeline.bench([out] if against is None else [out, against], options, bars, kernels)
     for table in bench_tables(report):
         say(table, quiet or as_json)
     if as_json:

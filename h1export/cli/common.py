@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 from rich.console import Console
+
+from h1export.targets import Kernels
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -21,6 +23,15 @@ def common(command: F) -> F:
     ):
         command = option(command)
     return command
+
+
+kernels_option = click.option(
+    "--kernels",
+    type=click.Choice(get_args(Kernels)),
+    default="auto",
+    show_default=True,
+    help="native: h1export's own, compiled when first used; stock: the runtime's; auto: native where they compile.",
+)
 
 
 def say(message: object, quiet: bool = False) -> None:

@@ -23,9 +23,9 @@ from h1export.targets.onnx.emit import Emitter, emit
 from h1export.targets.onnx.external import ExternalData
 from h1export.targets.onnxruntime import genai, layout, readme
 from h1export.targets.onnxruntime.flavour import Flavour, flavour
-from h1export.targets.onnxruntime.native.emitters import DOMAIN, NativeContext
+from h1export.targets.onnxruntime.native.emitters import DOMAIN, NativeContext, covers
 from h1export.targets.onnxruntime.nbits import INT8_BLOCKS, OrtContext
-from h1export.targets.onnxruntime.runner import MODEL, NATIVE_MODEL, OnnxRuntimeRunner
+from h1export.targets.onnxruntime.runner import MODEL, NATIVE_MODEL, ROUNDED_LEVEL, OnnxRuntimeRunner
 
 DATA = MODEL + ".data"
 
@@ -51,9 +51,9 @@ class OnnxRuntimeTarget:
             context = made.context(program, store, scheme, GraphBuilder(made.opsets(scheme)), data)
             context.accuracy_level = options.accuracy_level
             ir.save(_model(context, made.table, inputs, outputs), stage.folder / MODEL)
-            if made.native is not None:
+            if made.native is not None and covers(program.spec):
                 native = NativeContext(program, store, scheme, GraphBuilder({**made.opsets(scheme), DOMAIN: 1}), data)
-                native.accuracy_level = options.accuracy_level
+                native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
                 ir.save(_model(native, made.native, inputs, outputs), stage.folder / NATIVE_MODEL)
         genai.write_config(program.spec, MODEL, stage.folder, options)
         readme.write(stage.folder, options)

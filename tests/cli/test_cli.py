@@ -316,7 +316,8 @@ def test_graphs_that_contradict_themselves_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_bench_against_another_artifact(built: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bench_against_another_artifact(built: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     words = ["bench", built, "--depth", "8", "--prefill", "16", "--threads", "1", "--repeats", "1"]
     assert run([*words, "--json"]) == 0
     out, err = capfd.readouterr()

@@ -16,6 +16,7 @@ from h1export import pipeline
 from h1export.core.artifact import Artifact
 from h1export.core.progress import SILENT
 from h1export.core.report import Report, Row, Verdict
+from h1export.targets import Kernels
 from h1export.validate import ValidateOptions, validate
 
 pytestmark = pytest.mark.ort
@@ -35,9 +36,10 @@ MULTIPLIERS = [
 ]
 
 
-def judge(artifact: Artifact, checkpoint: Path, runner: Any = None) -> Report:
-    exact = runner or pipeline.load(artifact, float32=True)
-    return validate(artifact, runner or pipeline.load(artifact), exact, checkpoint, ValidateOptions(pairs=0), SILENT)
+def judge(artifact: Artifact, checkpoint: Path, runner: Any = None, kernels: Kernels = "auto") -> Report:
+    exact = runner or pipeline.load(artifact, float32=True, kernels=kernels)
+    shipped = runner or pipeline.load(artifact, kernels=kernels)
+    return validate(artifact, shipped, exact, checkpoint, ValidateOptions(pairs=0), SILENT)
 
 
 def failed(report: Report) -> list[Row]:
@@ -98,19 +100,19 @@ def test_swapped_b_and_c_fail(make_checkpoint: MakeCheckpoint, build: Build, tmp
                 node.input[0], node.input[1] = node.input[1], node.input[0]
 
     truth = make_checkpoint()
-    assert failed(judge(edited_graph(build(truth), tmp_path, swap), truth))
+    assert failed(judge(edited_graph(build(truth), tmp_path, swap), truth, kernels="stock"))
 
 
 def test_a_convolution_off_by_one_fails(make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
     def rotate(model: onnx.ModelProto) -> None:
         names = {
-            f"model.layers.1.mamba.conv1d.weight.tap{tap}": f"model.layers.1.mamba.conv1d.weight.tap{(tap + 1) % 4}" for tap in range(4)
+            f"model.layers.1.mamba.conv1d.weight.taps.{tap}": f"model.layers.1.mamba.conv1d.weight.taps.{(tap + 1) % 4}" for tap in range(4)
         }
         for node in model.graph.node:
             node.input[:] = [names.get(name, name) for name in node.input]
 
     truth = make_checkpoint()
-    assert failed(judge(edited_graph(build(truth), tmp_path, rotate), truth))
+    assert failed(judge(edited_graph(build(truth), tmp_path, rotate), truth, kernels="stock"))
 
 
 @pytest.mark.parametrize("kind", ["recurrent_state", "conv_state", "key", "value"])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from h1export.core.spec import HybridSpec
 from h1export.plugins import h1
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
@@ -20,8 +21,14 @@ from h1export.targets.onnxruntime.ops import TABLE as STOCK_TABLE
 from h1export.targets.onnxruntime.ops import conv_taps, rotary_tables
 
 DOMAIN = "h1export"
+LANES, MOST_TAPS = 8, 8  # kLanes and kMostTaps of csrc
 
 aten = torch.ops.aten
+
+
+def covers(spec: HybridSpec) -> bool:
+    """Whether our kernels take a model of ``spec``: heads of whole vectors, and a convolution of few taps."""
+    return spec.head_dim % LANES == 0 and spec.mamba_d_conv <= MOST_TAPS
 
 
 class NativeContext(OrtContext):
@@ -75,6 +82,7 @@ def mul(c: NativeContext, node: Node) -> None:
 
 
 def causal_conv(c: NativeContext, node: Node) -> None:
+    """CausalConv, which takes the mask of pads itself."""
     x, state, weight, bias = args_of(node)
     mask = None
     column = args_of(x)[1] if x.target is aten.mul.Tensor else None
@@ -86,6 +94,7 @@ def causal_conv(c: NativeContext, node: Node) -> None:
 
 
 def ssm_scan(c: NativeContext, node: Node) -> None:
+    """SSMScan, which takes the gate too where nothing but the gate reads its output."""
     x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = args_of(node)
     spec = c.program.spec
     xbc, offsets = c.side_by_side(x, B, C)
@@ -128,6 +137,7 @@ def _gate(c: NativeContext, scan: Node) -> tuple[Node | None, Value | None, int]
 
 
 def attention(c: NativeContext, node: Node) -> None:
+    """Attention, rotary embedding and cache included."""
     q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
     spec = c.program.spec
     qkv, (q_offset, k_offset, v_offset) = c.side_by_side(q, k, v)

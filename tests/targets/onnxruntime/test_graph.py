@@ -120,4 +120,38 @@ def test_a_broken_model_is_an_error_of_ours(tiny: Path, build: Build, tmp_path: 
     data[: len(data) // 2] = bytes(len(data) // 2)
     (folder / "model.onnx").write_bytes(bytes(data))
     with pytest.raises(H1ExportError, match="onnxruntime cannot load it"):
-        pipeline.load(Artifact.open(folder))
+        pipeline.load(Artifact.open(folder), kernels="stock")
+
+
+def test_the_graph_over_our_own_kernels(tiny: Path, build: Build) -> None:
+    """One node an op of a layer, every weight shared with model.onnx."""
+    artifact = build(tiny, "int4")
+    layers, models = (
+        artifact.spec.num_hidden_layers,
+        [onnx.load(artifact.folder / name, load_external_data=False) for name in ("model.onnx", "model.native.onnx")],
+    )
+    counts = Counter(node.op_type for node in models[1].graph.node if node.domain == "h1export")
+    each = dict.fromkeys(("CausalConv", "SSMScan", "Attention", "SiluMul"), layers)
+    assert counts == {"QMatMul": 4 * layers + 1, **each}  # the mixer's gate is SSMScan's
+    places = [{t.name: [(e.key, e.value) for e in t.external_data] for t in model.graph.initializer if t.external_data} for model in models]
+    shared = places[0].keys() & places[1].keys()
+    assert all(places[0][name] == places[1][name] for name in shared)
+    assert places[1].keys() - shared == {f"model.layers.{layer}.mamba.conv1d.weight.taps" for layer in range(layers)}
+
+
+def test_without_a_compiler_the_artifact_runs_all_the_same(
+    tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    artifact = build(tiny, "int4")
+    capabilities = pipeline.load(artifact).capabilities
+    assert capabilities.kernels.startswith("onnxruntime ")
+    assert any("no-such-compiler" in note for note in capabilities.notes)
+    with pytest.raises(H1ExportError, match="no-such-compiler"):
+        pipeline.load(artifact, kernels="native")
+
+
+def test_kernels_that_an_artifact_has_no_graph_for(tiny: Path, build: Build) -> None:
+    with pytest.raises(H1ExportError, match=r"has no model\.native\.onnx"):
+        pipeline.load(build(tiny, opset_only=True), kernels="native")

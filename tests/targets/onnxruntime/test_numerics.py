@@ -17,6 +17,7 @@ from h1export.core.weights import WeightStore
 from h1export.graphs.interpret import ProgramRunner
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
+from h1export.targets import Kernels
 from h1export.validate import ValidateOptions, validate
 
 EXACT = 1e-5  # of the range; float32 leaves 1e-6 on these depths
@@ -25,8 +26,12 @@ NO_LATENCY = ValidateOptions(pairs=0)
 Build = Callable[..., Artifact]
 
 
-def rows(artifact: Artifact, checkpoint: Path, against: str) -> list[Row]:
-    report = validate(artifact, pipeline.load(artifact), pipeline.load(artifact, float32=True), checkpoint, NO_LATENCY, SILENT)
+both_kernels = pytest.mark.parametrize("kernels", ["stock", "native"])
+
+
+def rows(artifact: Artifact, checkpoint: Path, against: str, kernels: Kernels = "auto") -> list[Row]:
+    shipped, exact = (pipeline.load(artifact, float32=float32, kernels=kernels) for float32 in (False, True))
+    report = validate(artifact, shipped, exact, checkpoint, NO_LATENCY, SILENT)
     assert report.passed, report.to_json()
     return [row for row in report.rows if row.against == against and "logits" in row.figures]
 
@@ -38,18 +43,21 @@ def assert_exact(found: list[Row], limit: float) -> None:
         assert row.figures["states"] <= limit, row
 
 
-def test_float32_is_exact_for_every_switch(checkpoint: Path, build: Build) -> None:
-    assert_exact(rows(build(checkpoint), checkpoint, "source"), EXACT)
+@both_kernels
+def test_float32_is_exact_for_every_switch(kernels: Kernels, checkpoint: Path, build: Build) -> None:
+    assert_exact(rows(build(checkpoint), checkpoint, "source", kernels), EXACT)
 
 
-def test_int4_is_exact_against_its_own_weights_for_every_switch(checkpoint: Path, build: Build) -> None:
-    assert_exact(rows(build(checkpoint, "int4"), checkpoint, "stored"), EXACT)
+@both_kernels
+def test_int4_is_exact_against_its_own_weights_for_every_switch(kernels: Kernels, checkpoint: Path, build: Build) -> None:
+    assert_exact(rows(build(checkpoint, "int4"), checkpoint, "stored", kernels), EXACT)
 
 
+@both_kernels
 @pytest.mark.parametrize("name", ["plain", "tied"])
-def test_int8_is_exact_against_its_own_weights(name: str, make_checkpoint: Callable[..., Path], build: Build) -> None:
+def test_int8_is_exact_against_its_own_weights(name: str, kernels: Kernels, make_checkpoint: Callable[..., Path], build: Build) -> None:
     checkpoint = make_checkpoint(name)
-    assert_exact(rows(build(checkpoint, "int8"), checkpoint, "stored"), EXACT)
+    assert_exact(rows(build(checkpoint, "int8"), checkpoint, "stored", kernels), EXACT)
 
 
 @pytest.mark.parametrize("name", ["plain", "tied"])
@@ -69,10 +77,11 @@ def test_larger_blocks_are_exact(block: int, tiny: Path, build: Build) -> None:
     assert_exact(rows(build(tiny, "int4", block=block), tiny, "stored"), EXACT)
 
 
-def test_accuracy_level_4_drifts_and_says_how_far(tiny: Path, build: Build) -> None:
+@both_kernels
+def test_accuracy_level_4_drifts_and_says_how_far(kernels: Kernels, tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int4", accuracy_level=4)
-    assert_exact(rows(artifact, tiny, "stored"), EXACT)  # the same file in float32 arithmetic
-    drift = max(row.figures["logits"] for row in rows(artifact, tiny, "drift"))
+    assert_exact(rows(artifact, tiny, "stored", kernels), EXACT)  # the same file in float32 arithmetic
+    drift = max(row.figures["logits"] for row in rows(artifact, tiny, "drift", kernels))
     print(f"accuracy level 4: logits drift by {drift:.2e} of their range")
     assert 1e-4 < drift < 0.08  # int8 activations cannot be exact; the upper end is the default gate
 

@@ -11,14 +11,16 @@ import pytest
 from h1export import pipeline
 from h1export.core.artifact import Artifact
 from h1export.errors import H1ExportError
+from h1export.targets import Kernels
 
 Build = Callable[..., Artifact]
 
 
+@pytest.mark.parametrize("kernels", ["stock", "native"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("spare", [0, 30])
-def test_appending_in_place_is_step(batch: int, spare: int, tiny: Path, build: Build) -> None:
-    runner = pipeline.load(build(tiny, "int4"))
+def test_appending_in_place_is_step(batch: int, spare: int, kernels: Kernels, tiny: Path, build: Build) -> None:
+    runner = pipeline.load(build(tiny, "int4"), kernels=kernels)
     ids = np.random.default_rng(0).integers(0, runner.spec.vocab_size, (batch, 33))
     sequences, states = runner.start(batch, capacity=33 + spare), runner.initial(batch)
     for start, end in [(0, 20), (20, 21), (21, 22), (22, 32), (32, 33)]:

@@ -142,7 +142,7 @@ void attend_split(const Attention& a, size_t b, size_t kv, size_t begin, size_t 
     const size_t count = std::min(kOneKeys, end - start), padded = (count + kLanes - 1) / kLanes * kLanes;
     const float *keys = a.keys + a.cache(b, kv, start), *values = a.values + a.cache(b, kv, start);
     size_t shown = read_mask(a, b, start, count, bias);
-    if (start + count == a.total && bias[count - 1] != 0) ++shown;  // the token itself
+    if (start + count == a.total && bias[count - 1] != 0) bias[count - 1] = 0, ++shown;  // the token itself
     if (shown == 0) continue;
     const size_t rest = count % kLanes, whole = count - rest;
     if (rest) {  // no key may be read behind the last

@@ -129,6 +129,11 @@ inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
 template <int kBits>
 struct Dot;
 
+// Whether dot4 is one instruction. H1_DOT4 may be defined on any machine: the same results by the same road, for tests.
+#if !defined(H1_DOT4) && (defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__))
+#define H1_DOT4
+#endif
+
 inline __m256i dot4(__m256i sum, __m256i u, __m256i s) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
   return _mm256_dpbusd_epi32(sum, u, s);
@@ -141,7 +146,7 @@ inline __m256i dot4(__m256i sum, __m256i u, __m256i s) {
 
 template <>
 struct Dot<4> {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__)
+#if defined(H1_DOT4)
   void add(u8x32 w, s8x32 a) { sums = dot4(sums, (__m256i)w, (__m256i)a); }
   i32x8 total() const { return (i32x8)sums; }
 #else

@@ -1,4 +1,4 @@
-"""One node of ours at a time, on the library as compiled for this machine and on its plain C++ variant."""
+"""One node of ours at a time, on the library as compiled for this machine, as for one with VNNI, and in plain C++."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from h1export.targets.onnxruntime.native import library
 
 DOMAIN = "h1export"
 STATES = {"CausalConv": ("state",), "SSMScan": ("state",), "Attention": ("past_k", "past_v")}  # op -> inputs that outputs replace
-VARIANTS = {"native": (), "portable": ("-DH1_PORTABLE",)}
+VARIANTS = {"native": (), "vnni": ("-DH1_DOT4",), "portable": ("-DH1_PORTABLE",)}
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 

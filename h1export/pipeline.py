@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,19 +16,22 @@ import numpy as np
 import torch
 
 from h1export import __version__
-from h1export.core.artifact import MANIFEST, REPORT, Artifact, Manifest, file_table
+from h1export import plan as planning
+from h1export.core.artifact import MANIFEST, NO_SHA256, REPORT, Artifact, Manifest, file_table
 from h1export.core.generation_config import GENERATION_CONFIG, special_tokens
 from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Runner
 from h1export.core.quant import QuantScheme
 from h1export.core.report import Report
 from h1export.core.spec import HybridSpec
-from h1export.core.stage import Stage, check_place, cores, staged
+from h1export.core.stage import Stage, check_place, cores, dry_stage, staged
+from h1export.core.state import StateSpec
 from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
 from h1export.generation import Sampling, generate
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
+from h1export.plan import Plan
 from h1export.sources import embedded_model
 from h1export.targets import MODULES, BuildOptions, Kernels, get_target
 from h1export.text import TOKENIZER, chat_prompt, load_tokenizer, scoring_ids, stream
@@ -129,6 +133,41 @@ def build(
     with staged(out, force, manifest.key) as folder:
         export.write(manifest, Stage(folder, jobs or cores()), progress)
     return Artifact.open(out)
+
+
+def plan(
+    checkpoint: Path,
+    target: str,
+    out: Path,
+    scheme: QuantScheme,
+    options: BuildOptions,
+    contexts: Sequence[int] = (),
+    progress: Progress = SILENT,
+    jobs: int = 0,
+) -> Plan:
+    """What ``build`` with these arguments would make and need; ``contexts``: lengths at which to give the size of the states.
+
+    Raises:
+        H1ExportError: a checkpoint, scheme or option that cannot be exported.
+    """
+    export, jobs = Export.open(checkpoint, target, scheme, options, progress), jobs or cores()
+    start = time.perf_counter()
+    with dry_stage() as stage:
+        export.write(export.manifest(NO_SHA256), stage, progress)
+        files = file_table(stage.folder, sizes_only=True)
+    lowering = time.perf_counter() - start
+    sizes = {name: size for name, (_, size) in files.items()}
+    return Plan(
+        target,
+        str(out),
+        sizes,
+        planning.peak_bytes(jobs),
+        lowering + planning.seconds(export.store, scheme, export.spec, sum(sizes.values()), jobs),
+        export.store.nbytes,
+        planning.disk_free(out),
+        {context: StateSpec.of(export.spec).nbytes(1, context) for context in contexts},
+        planning.precisions(scheme, export.spec),
+    )
 
 
 def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:

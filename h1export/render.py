@@ -15,6 +15,7 @@ from rich.table import Table
 from h1export.core.report import Report, Row, Verdict, within
 
 if TYPE_CHECKING:  # tables are drawn without loading what was measured
+    from h1export.plan import Plan
     from h1export.validate.bench import BenchReport
     from h1export.validate.statistics import Estimate
 
@@ -136,3 +137,17 @@ def human_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.4g} TB"
+
+
+def plan_table(plan: Plan) -> Table:
+    """A plan for a person: sizes first."""
+    fits = "enough" if plan.disk_free > plan.artifact_bytes else "NOT ENOUGH"
+    rows: list[tuple[str, object]] = [
+        ("artifact", f"{human_bytes(plan.artifact_bytes)} from {human_bytes(plan.source_bytes)}"),
+        ("disk", f"{human_bytes(plan.disk_free)} free: {fits}"),
+        ("peak memory", human_bytes(plan.peak_bytes)),
+        ("time", f"about {plan.seconds:.0f} s, from lowering it and rounding a sample here"),
+        *((f"states at {context} tokens", human_bytes(size)) for context, size in plan.state_bytes.items()),
+        *((precision, f"{count} tensors") for precision, count in plan.by_precision().items()),
+    ]
+    return pairs_table(f"{plan.target}: {plan.out}", rows)

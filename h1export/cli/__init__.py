@@ -9,9 +9,8 @@ import json
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
@@ -20,13 +19,11 @@ from rich.console import Console
 from h1export import __version__
 from h1export.cli.bench import bench
 from h1export.cli.common import F, answer, common, kernels_option, say
+from h1export.cli.export import Asked, export_options
+from h1export.cli.plan import plan
 from h1export.core.artifact import REPORT
-from h1export.core.quant.scheme import BLOCK_SIZES, QuantName
 from h1export.errors import H1ExportError
-from h1export.targets import MODULES, Kernels, ProviderName
-
-LEVELS: Mapping[ProviderName, int] = {"cpu": 4, "cuda": 0}  # default accuracy levels
-QUANTS, BLOCKS, PROVIDERS = get_args(QuantName), [str(size) for size in BLOCK_SIZES], get_args(ProviderName)
+from h1export.targets import Kernels
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -65,37 +62,12 @@ def validate_options(command: F) -> F:
 
 
 @cli.command()
-@click.argument("model", required=False)
-@click.option("--target", "targets", type=click.Choice(list(MODULES)), multiple=True, required=True, help="Runtime. Repeatable.")
-@click.option("--quant", type=click.Choice(QUANTS), default="int4", show_default=True, help="Precision of the weights.")
-@click.option("--block", type=click.Choice(BLOCKS), default="32", show_default=True, help="Columns that share an int4 scale.")
-@click.option("--accuracy-level", type=int, help="ort on CPUs: 4 rounds activations to int8 (fast), 0 keeps float32 [default: 4].")
-@click.option("--provider", type=click.Choice(PROVIDERS), default="cpu", show_default=True, help="ort: what the graph is for.")
-@click.option("--opset-only", is_flag=True, help="ort: ONNX's own operators alone, right on any runtime.")
-@click.option("--logits", type=click.Choice(("all", "last")), default="all", show_default=True, help="Positions that get logits.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to make [default: MODEL-TARGET-QUANT].")
+@export_options
 @click.option("--force", is_flag=True, help="Replace an artifact at OUT.")
-@click.option("--jobs", default=0, show_default=True, type=click.IntRange(min=0), help="Threads that compute weights; 0: one a core.")
 @click.option("--validate", "check", is_flag=True, help="Validate what was built.")
 @validate_options
 @common
-def build(
-    model: str | None,
-    targets: tuple[str, ...],
-    quant: str,
-    block: str,
-    accuracy_level: int | None,
-    provider: ProviderName,
-    opset_only: bool,
-    logits: str,
-    out: Path | None,
-    force: bool,
-    jobs: int,
-    check: bool,
-    quiet: bool,
-    as_json: bool,
-    **checks: Any,
-) -> int:
+def build(asked: Asked, force: bool, check: bool, quiet: bool, as_json: bool, **checks: Any) -> int:
     """Export MODEL to one or more targets.
 
     \b
@@ -104,26 +76,18 @@ def build(
       h1export build tiiuae/Falcon-H1-0.5B-Instruct --target ort --quant int4 --out falcon
       h1export build ./Falcon-H1-0.5B --target ort --opset-only --out falcon-onnx
     """
-    from h1export import pipeline, sources
-    from h1export.core.quant import QuantScheme
+    from h1export import pipeline
     from h1export.render import Bars, human_bytes
-    from h1export.targets import BuildOptions
 
-    checkpoint = sources.resolve(model)
-    scheme = QuantScheme(quant, int(block))  # type: ignore[arg-type]  # click has checked it
-    level = accuracy_level if accuracy_level is not None else LEVELS[provider]
-    options = BuildOptions(level, logits == "last", provider, opset_only)
-    names, built, code = list(dict.fromkeys(targets)), [], 0
-    for target in names:
-        named = out or Path(f"{checkpoint.resolve().name}-{target}-{quant}")
-        place = named / target if out and len(names) > 1 else named
+    built, code = [], 0
+    for target, place in asked.places():
         with Bars(quiet or as_json) as bars:
-            artifact = pipeline.build(checkpoint, target, place, scheme, options, force, bars, jobs)
+            artifact = pipeline.build(asked.checkpoint, target, place, asked.scheme, asked.options, force, bars, asked.jobs)
         size = sum(size for _, size in artifact.manifest.files.values())
         say(f"built {place}  {human_bytes(size)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
         built.append({"target": target, "out": str(place), "bytes": size, "files": {k: v[1] for k, v in artifact.manifest.files.items()}})
         if check:
-            report = _validate(place, checkpoint, quiet, as_json, **checks)
+            report = _validate(place, asked.checkpoint, quiet, as_json, **checks)
             built[-1]["report"] = report
             code = max(code, 0 if report["passed"] else 1)
     if as_json:
@@ -267,6 +231,7 @@ def completion(shell: str) -> int:
 
 
 cli.add_command(bench)
+cli.add_command(plan)
 
 
 def main() -> None:

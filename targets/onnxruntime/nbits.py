@@ -128,21 +128,17 @@ def _stored_block(layout: Layout, half: bool, block: QuantizedBlock) -> tuple[Co
 
 def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision) -> Value:
     """x [.., K] times the quantised weight [N, K], transposed."""
+    inputs, attributes = product_operands(c, expr, precision)
+    op_type, domain = c.product
+    return c.build.op(op_type, x, *inputs, domain=domain, **attributes)
+
+
+def product_operands(c: OrtContext, expr: WeightExpr, precision: Precision) -> tuple[tuple[Value, Value], dict[str, int]]:
+    """Codes and scales, and the attributes of a product with them."""
     layout, codes, scales = store(c, expr, precision)
     rows, columns = expr.shape(c.store.shape)
-    op_type, domain = c.product
-    return c.build.op(
-        op_type,
-        x,
-        c.build.initializer(codes),
-        c.build.initializer(scales),
-        domain=domain,
-        K=columns,
-        N=rows,
-        bits=layout.bits,
-        block_size=layout.block,
-        accuracy_level=c.accuracy_level,
-    )
+    attributes = {"K": columns, "N": rows, "bits": layout.bits, "block_size": layout.block, "accuracy_level": c.accuracy_level}
+    return (c.build.initializer(codes), c.build.initializer(scales)), attributes
 
 
 def embed_quantized(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Value:

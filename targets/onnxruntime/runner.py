@@ -183,7 +183,7 @@ def _in_float32(path: Path, options: Any) -> bytes:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     model = widened(ir.load(path))
     for node in model.graph:
-        if node.op_type in ("MatMulNBits", "QMatMul"):
+        if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     return bytes(ir.to_proto(model).SerializeToString())
 

@@ -16,9 +16,8 @@ from h1export.plugins import h1
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Emitter, args_of
-from h1export.targets.onnxruntime.nbits import OrtContext
-from h1export.targets.onnxruntime.ops import TABLE as STOCK_TABLE
-from h1export.targets.onnxruntime.ops import conv_taps, rotary_tables
+from h1export.targets.onnxruntime import ops as stock
+from h1export.targets.onnxruntime.nbits import OrtContext, product_operands
 
 DOMAIN = "h1export"
 LANES, MOST_TAPS = 8, 8  # kLanes and kMostTaps of csrc
@@ -62,6 +61,48 @@ class NativeContext(OrtContext):
         return wide, [sum(widths[:index]) for index in range(len(nodes))]
 
 
+def linear(c: NativeContext, node: Node) -> None:
+    """A product with integers, and what comes before it where nothing else reads that: a gate, or two values side by side."""
+    x, expr = args_of(node)[0], c.expr(args_of(node)[1])
+    precision = c.precision(expr)
+    if precision is None or len(x.users) > 1:
+        return stock.linear(c, node)
+    weights, attributes = product_operands(c, expr, precision)
+    bias = c.value(args_of(node)[2]) if len(args_of(node)) > 2 else None
+    if x.target is aten.cat.default and len(args_of(x)[0]) == 2:
+        return c.set(node, c.op("PairQMatMul", *(c.value(side) for side in args_of(x)[0]), *weights, bias, **attributes))
+    if (gated := _gated(x)) is not None:
+        (a, a_offset), (gate, gate_offset) = map(c.columns, gated)
+        offsets = {"a_offset": a_offset, "gate_offset": gate_offset}
+        return c.set(node, c.op("SiluQMatMul", a, gate, *weights, bias, **offsets, **attributes))
+    return stock.linear(c, node)
+
+
+def _gated(node: Node) -> tuple[Node, Node] | None:
+    """(a, gate) where ``node`` is a * silu(gate)."""
+    if node.target is not aten.mul.Tensor or node.meta["val"].dim() != 3:
+        return None
+    a, gate = args_of(node)
+    return (a, args_of(gate)[0]) if isinstance(gate, Node) and gate.target is aten.silu.default else None
+
+
+def add(c: NativeContext, node: Node) -> None:
+    """A sum that a norm and then a product with integers read: all in one."""
+    norms = [user for user in node.users if user.target is aten.rms_norm.default and args_of(user)[2] is not None]
+    products = [user for norm in norms for user in norm.users if user.target is aten.linear.default]
+    if len(norms) == len(products) == 1 and len(norms[0].users) == 1:
+        (_, _, weight, epsilon), (product,) = args_of(norms[0]), products
+        precision = c.precision(c.expr(args_of(product)[1]))
+        if precision is not None:
+            weights, attributes = product_operands(c, c.expr(args_of(product)[1]), precision)
+            bias = c.value(args_of(product)[2]) if len(args_of(product)) > 2 else None
+            operands = (*(c.value(x) for x in args_of(node)), c.value(weight), *weights, bias)
+            y, total = c.ops("NormQMatMul", 2, *operands, epsilon=epsilon, **attributes)
+            c.set(node, total)
+            return c.set(product, y)
+    return stock.add(c, node)
+
+
 def view(c: NativeContext, node: Node) -> None:
     """Nothing to do where the value is flat already."""
     x = args_of(node)[0]
@@ -73,10 +114,10 @@ def view(c: NativeContext, node: Node) -> None:
 
 def mul(c: NativeContext, node: Node) -> None:
     """a * silu(gate) is one op."""
-    a, gate = args_of(node)
-    if not (isinstance(gate, Node) and gate.target is aten.silu.default and node.meta["val"].dim() == 3):
+    gated = _gated(node)
+    if gated is None:
         return common.binary("Mul")(c, node)
-    (x, a_offset), (z, gate_offset) = c.columns(a), c.columns(args_of(gate)[0])
+    (x, a_offset), (z, gate_offset) = map(c.columns, gated)
     width = node.meta["val"].shape[-1]
     return c.set(node, c.op("SiluMul", x, z, a_offset=a_offset, gate_offset=gate_offset, width=width))
 
@@ -89,7 +130,7 @@ def causal_conv(c: NativeContext, node: Node) -> None:
     if isinstance(column, Node) and column.target is aten.unsqueeze.default:  # pads are zeroed on the way in
         x, mask = args_of(x)[0], c.value(args_of(column)[0])
     wide, offset = c.columns(x)
-    taps = c.build.initializer(conv_taps(c, c.expr(weight)))
+    taps = c.build.initializer(stock.conv_taps(c, c.expr(weight)))
     c.set(node, *c.ops("CausalConv", 2, wide, c.value(state), taps, None if bias is None else c.value(bias), mask, offset=offset))
 
 
@@ -141,7 +182,7 @@ def attention(c: NativeContext, node: Node) -> None:
     q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
     spec = c.program.spec
     qkv, (q_offset, k_offset, v_offset) = c.side_by_side(q, k, v)
-    operands = [qkv, *rotary_tables(c, positions, theta), c.value(mask), c.value(past_k), c.value(past_v)]
+    operands = [qkv, *stock.rotary_tables(c, positions, theta), c.value(mask), c.value(past_k), c.value(past_v)]
     outputs = c.ops(
         "Attention",
         3,
@@ -157,7 +198,9 @@ def attention(c: NativeContext, node: Node) -> None:
     c.set(node, *outputs)
 
 
-TABLE: dict[Any, Emitter[Any]] = STOCK_TABLE | {
+TABLE: dict[Any, Emitter[Any]] = stock.TABLE | {
+    aten.linear.default: linear,
+    aten.add.Tensor: add,
     h1.ssm_scan.default: ssm_scan,
     h1.causal_conv.default: causal_conv,
     h1.attention.default: attention,

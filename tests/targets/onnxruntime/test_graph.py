@@ -131,8 +131,8 @@ def test_the_graph_over_our_own_kernels(tiny: Path, build: Build) -> None:
         [onnx.load(artifact.folder / name, load_external_data=False) for name in ("model.onnx", "model.native.onnx")],
     )
     counts = Counter(node.op_type for node in models[1].graph.node if node.domain == "h1export")
-    each = dict.fromkeys(("CausalConv", "SSMScan", "Attention", "SiluMul"), layers)
-    assert counts == {"QMatMul": 4 * layers + 1, **each}  # the mixer's gate is SSMScan's
+    each = dict.fromkeys(("CausalConv", "SSMScan", "Attention", "PairQMatMul", "SiluQMatMul"), layers)
+    assert counts == {"NormQMatMul": 2 * layers, "QMatMul": 1, **each}  # the first norm has no sum before it
     places = [{t.name: [(e.key, e.value) for e in t.external_data] for t in model.graph.initializer if t.external_data} for model in models]
     shared = places[0].keys() & places[1].keys()
     assert all(places[0][name] == places[1][name] for name in shared)

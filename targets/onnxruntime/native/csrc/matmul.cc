@@ -1,15 +1,24 @@
-// QMatMul(x [..., K], codes u8 [N, blocks, bytes], scales [N, blocks], bias [N]?) -> y [..., N]
-//   com.microsoft MatMulNBits' storage and meaning. accuracy_level 4 rounds x to int8 by blocks of block_size, 0 computes in float32.
+// Products with quantised weights [N, K], as com.microsoft MatMulNBits stores and means them, and what comes before them in a layer:
+//
+// QMatMul(x [..., K], W...) -> y [..., N]
+// NormQMatMul(a [..., K], b [..., K], norm [K], W...) -> y [..., N], sum [..., K]     x = rms_norm(a + b, epsilon) * norm, sum = a + b
+// PairQMatMul(a [..., Ka], b [..., Kb], W...) -> y [..., N]                           x = [a | b]
+// SiluQMatMul(a [..., Wa], gate [..., Wg], W...) -> y [..., N]                        x = a[a_offset : +K] * silu(gate[gate_offset : +K])
+//
+// W... is codes u8 [N, blocks, bytes], scales [N, blocks], bias [N]?. accuracy_level 4 rounds x to int8 by blocks of block_size,
+// 0 computes in float32. Each saves a node of its own, whose few microseconds nothing hides when there is one token.
 #include "matmul.h"
 
 #include "matmul_float.h"
 #include "matmul_rounded.h"
 #include "ort.h"
+#include "simd.h"
 
 namespace h1 {
 namespace {
 
 constexpr int64_t kRounded = 4;  // the accuracy level
+constexpr size_t kGrain = 16384;  // elements of x that a thread makes at a time: some microseconds
 
 using Multiply = void (*)(const Weights&, const float*, size_t, float*, const Parallel&);
 
@@ -29,14 +38,128 @@ Multiply of_block(int64_t block_size, int64_t accuracy_level) {
   }
 }
 
-class QMatMul {
- public:
+// The x of a product, and the shape that it has but for its last dimension, K.
+struct Factor {
+  const float* x;
+  Shape shape;
+};
+
+// x = make(row, to) for all rows in the shape of `like`, in memory of the calling thread.
+template <class Make>
+Factor made(const Call& call, const Tensor<const float>& like, int64_t columns, const Make& make) {
+  static thread_local Scratch<float> memory;
+  const auto width = static_cast<size_t>(columns), rows = static_cast<size_t>(like.rows());
+  float* const x = memory.get(rows * width);
+  parallel_ranges(call.parallel, rows, std::max<size_t>(1, kGrain / width), [&](size_t begin, size_t end) {
+    for (size_t row = begin; row < end; ++row) make(row, x + row * width);
+  });
+  return {x, like.shape};
+}
+
+float sum_of_squares(const float* x, size_t count) {
+  f32x8 sums{};
+  size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) sums += load(x + i) * load(x + i);
+  if (i < count) {
+    const f32x8 last = load_part(x + i, count - i);
+    sums += last * last;
+  }
+  return sum(sums);
+}
+
+struct Plain {
   static constexpr const char* name = "QMatMul";
   static constexpr Port inputs[] = {kFloat, kUInt8, kFloat, kOptionalFloat};
   static constexpr Port outputs[] = {kFloat};
+  static constexpr size_t kWeights = 1;  // the input where W... begins
 
-  explicit QMatMul(const Attributes& attributes)
-      : columns_(attributes.integer("K")), rows_(attributes.integer("N")), bits_(attributes.integer("bits")),
+  explicit Plain(const Attributes&) {}
+
+  Factor operator()(const Call& call, int64_t columns) const {
+    const auto x = call.input<float>(0);
+    require(!x.shape.empty() && x.last() == columns, "x must have K columns");
+    return {x.data, x.shape};
+  }
+};
+
+struct Norm {
+  static constexpr const char* name = "NormQMatMul";
+  static constexpr Port inputs[] = {kFloat, kFloat, kFloat, kUInt8, kFloat, kOptionalFloat};
+  static constexpr Port outputs[] = {kFloat, kFloat};
+  static constexpr size_t kWeights = 3;
+
+  explicit Norm(const Attributes& attributes) : epsilon(attributes.real("epsilon")) {}
+
+  Factor operator()(const Call& call, int64_t columns) const {
+    const auto a = call.input<float>(0), b = call.input<float>(1), norm = call.input<float>(2);
+    require(!a.shape.empty() && a.last() == columns && a.shape == b.shape, "a and b must have K columns, and the same rows");
+    require(norm.shape == Shape{columns}, "norm must be [K]");
+    float* const sums = call.output<float>(1, a.shape).data;
+    const auto width = static_cast<size_t>(columns);
+    return made(call, a, columns, [&](size_t row, float* x) {
+      const float *left = a.data + row * width, *right = b.data + row * width;
+      float* const added = sums + row * width;
+      map(added, width, [&](size_t i, auto read) { return read(left + i) + read(right + i); });
+      const float scale = 1 / std::sqrt(sum_of_squares(added, width) / static_cast<float>(columns) + epsilon);
+      map(x, width, [&](size_t i, auto read) { return scale * read(added + i) * read(norm.data + i); });
+    });
+  }
+
+  float epsilon;
+};
+
+struct Pair {
+  static constexpr const char* name = "PairQMatMul";
+  static constexpr Port inputs[] = {kFloat, kFloat, kUInt8, kFloat, kOptionalFloat};
+  static constexpr Port outputs[] = {kFloat};
+  static constexpr size_t kWeights = 2;
+
+  explicit Pair(const Attributes&) {}
+
+  Factor operator()(const Call& call, int64_t columns) const {
+    const auto a = call.input<float>(0), b = call.input<float>(1);
+    require(!a.shape.empty() && !b.shape.empty() && a.rows() == b.rows(), "a and b must have the same rows");
+    require(a.last() + b.last() == columns, "a and b must have K columns together");
+    const auto left = static_cast<size_t>(a.last()), right = static_cast<size_t>(b.last());
+    return made(call, a, columns, [&](size_t row, float* x) {
+      std::copy_n(a.data + row * left, left, x);
+      std::copy_n(b.data + row * right, right, x + left);
+    });
+  }
+};
+
+struct Silu {
+  static constexpr const char* name = "SiluQMatMul";
+  static constexpr Port inputs[] = {kFloat, kFloat, kUInt8, kFloat, kOptionalFloat};
+  static constexpr Port outputs[] = {kFloat};
+  static constexpr size_t kWeights = 2;
+
+  explicit Silu(const Attributes& attributes) : a_offset(attributes.integer("a_offset")), gate_offset(attributes.integer("gate_offset")) {
+    require(a_offset >= 0 && gate_offset >= 0, "offsets must not be negative");
+  }
+
+  Factor operator()(const Call& call, int64_t columns) const {
+    const auto a = call.input<float>(0), gate = call.input<float>(1);
+    require(!a.shape.empty() && !gate.shape.empty() && a.rows() == gate.rows(), "a and gate must have the same rows");
+    require(a_offset + columns <= a.last() && gate_offset + columns <= gate.last(), "columns lie outside the tensor");
+    return made(call, a, columns, [&](size_t row, float* x) {
+      const float *from = a.data + row * a.last() + a_offset, *by = gate.data + row * gate.last() + gate_offset;
+      map(x, static_cast<size_t>(columns), [&](size_t i, auto read) { return read(from + i) * silu(read(by + i)); });
+    });
+  }
+
+  int64_t a_offset, gate_offset;
+};
+
+template <class Before>
+class Product {
+ public:
+  static constexpr const char* name = Before::name;
+  static constexpr const auto& inputs = Before::inputs;
+  static constexpr const auto& outputs = Before::outputs;
+
+  explicit Product(const Attributes& attributes)
+      : before_(attributes), columns_(attributes.integer("K")), rows_(attributes.integer("N")), bits_(attributes.integer("bits")),
         block_size_(attributes.integer("block_size")) {
     const int64_t level = attributes.integer("accuracy_level");
     require(columns_ > 0 && rows_ > 0, "K and N must be positive");
@@ -46,31 +169,36 @@ class QMatMul {
   }
 
   void compute(const Call& call) const {
-    const auto x = call.input<float>(0);
-    const auto codes = call.input<uint8_t>(1);
-    const auto scales = call.input<float>(2), bias = call.input<float>(3);
+    Factor factor = before_(call, columns_);
+    const auto codes = call.input<uint8_t>(Before::kWeights);
+    const auto scales = call.input<float>(Before::kWeights + 1), bias = call.input<float>(Before::kWeights + 2);
     const int64_t blocks = (columns_ + block_size_ - 1) / block_size_, row_bytes = blocks * block_size_ * bits_ / 8;
-    require(!x.shape.empty() && x.last() == columns_, "x must have K columns");
     require(codes.size() == rows_ * row_bytes && scales.size() == rows_ * blocks, "codes and scales must be [N, blocks, ...]");
     require(!bias || bias.size() == rows_, "bias must be [N]");
-    Shape shape = x.shape;
-    shape.back() = rows_;
-    const auto y = call.output<float>(0, shape);
+    factor.shape.back() = rows_;
+    const auto y = call.output<float>(0, factor.shape);
     const auto count = [](int64_t value) { return static_cast<size_t>(value); };
     const Weights weights{codes.data, scales.data, bias.data, count(rows_), count(columns_), count(blocks), count(row_bytes)};
-    multiply_(weights, x.data, count(x.rows()), y.data, call.parallel);
+    multiply_(weights, factor.x, count(y.rows()), y.data, call.parallel);
   }
 
  private:
+  Before before_;
   int64_t columns_, rows_, bits_, block_size_;
   Multiply multiply_;
 };
 
-}  // namespace
-
-const OrtCustomOp* qmatmul_op() {
-  static const Op<QMatMul> op;
+template <class Before>
+const OrtCustomOp* product_op() {
+  static const Op<Product<Before>> op;
   return &op;
 }
+
+}  // namespace
+
+const OrtCustomOp* qmatmul_op() { return product_op<Plain>(); }
+const OrtCustomOp* norm_qmatmul_op() { return product_op<Norm>(); }
+const OrtCustomOp* pair_qmatmul_op() { return product_op<Pair>(); }
+const OrtCustomOp* silu_qmatmul_op() { return product_op<Silu>(); }
 
 }  // namespace h1

@@ -156,3 +156,71 @@ def test_what_does_not_fit_is_an_error(run_op: RunOp, change: dict[str, int], me
     inputs = {"x": case.x, "codes": case.codes, "scales": case.scales}
     with pytest.raises(Exception, match=f"QMatMul: .*{message}"):
         run_op("QMatMul", inputs, accuracy_level=4, **{**case.attributes, **change})
+
+
+# What comes before a product: the same product on x as numpy makes it, in float64.
+
+
+def product(run_op: RunOp, op: str, case: Case, inputs: dict[str, Any], outputs: int = 1, **attributes: Any) -> Any:
+    """The op in float32 arithmetic on ``inputs`` and the case's weights."""
+    weights = {"codes": case.codes, "scales": case.scales, "bias": case.bias}
+    return run_op(op, {**inputs, **weights}, outputs=outputs, accuracy_level=0, **case.attributes, **attributes)
+
+
+def close(case: Case, y: Any, x: Any) -> None:
+    """``y`` is the case's product with ``x``: tolerance as in test_float32, and as much again for making x in float32."""
+    case.x = x
+    expected = case.reference(rounded=False)
+    summed = np.abs(x).max() * np.abs(case.integers).max() * case.scales.max() * np.sqrt(x.shape[-1]) + np.abs(expected).max()
+    assert y.shape == expected.shape
+    assert np.abs(y - expected).max() < 2e-6 * summed
+
+
+BEFORE = (st.integers(1, 150), st.integers(1, 20), st.booleans(), st.integers(0, 2**32 - 1))
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(*BEFORE)
+def test_a_sum_and_its_norm_before_a_product(run_op: RunOp, columns: int, tokens: int, bias: bool, seed: int) -> None:
+    case, rng = Case(4, 32, 9, columns, (2, tokens), bias, seed), np.random.default_rng(seed)
+    a, b = case.x, rng.standard_normal(case.x.shape).astype(np.float32)
+    norm = rng.uniform(0.5, 2, columns).astype(np.float32)
+    y, total = product(run_op, "NormQMatMul", case, {"a": a, "b": b, "norm": norm}, 2, epsilon=1e-5)
+    np.testing.assert_array_equal(total, a + b)
+    exact = a.astype(np.float64) + b
+    close(case, y, exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * norm)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(*BEFORE, st.integers(1, 150))
+def test_two_values_side_by_side_before_a_product(run_op: RunOp, columns: int, tokens: int, bias: bool, seed: int, more: int) -> None:
+    case = Case(4, 32, 9, columns + more, (2, tokens), bias, seed)
+    a, b = case.x[..., :columns], case.x[..., columns:]
+    (y,) = product(run_op, "PairQMatMul", case, {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)})
+    close(case, y, case.x.astype(np.float64))
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(*BEFORE)
+def test_a_gate_before_a_product(run_op: RunOp, columns: int, tokens: int, bias: bool, seed: int) -> None:
+    case, rng = Case(8, 16, 9, columns, (2, tokens), bias, seed), np.random.default_rng(seed)
+    wide = 3 * rng.standard_normal((2, tokens, 2 * columns + 5)).astype(np.float32)  # one projection: [up | gate | ...]
+    (y,) = product(run_op, "SiluQMatMul", case, {"a": wide, "gate": wide}, a_offset=3, gate_offset=columns + 4)
+    a, gate = (wide[..., start : start + columns].astype(np.float64) for start in (3, columns + 4))
+    close(case, y, a * gate / (1 + np.exp(-gate)))
+
+
+@pytest.mark.parametrize(
+    ("op", "widths", "attributes", "message"),
+    [
+        ("NormQMatMul", {"a": 64, "b": 32, "norm": 64}, {"epsilon": 1e-5}, "the same rows"),
+        ("NormQMatMul", {"a": 64, "b": 64, "norm": 32}, {"epsilon": 1e-5}, "norm must be"),
+        ("PairQMatMul", {"a": 32, "b": 31}, {}, "K columns together"),
+        ("SiluQMatMul", {"a": 64, "gate": 64}, {"a_offset": 0, "gate_offset": 1}, "outside the tensor"),
+    ],
+)
+def test_what_does_not_fit_before_a_product(run_op: RunOp, op: str, widths: dict[str, int], attributes: Any, message: str) -> None:
+    case = Case(4, 32, 8, 64)
+    inputs = {name: np.zeros(width if name == "norm" else (1, width), np.float32) for name, width in widths.items()}
+    with pytest.raises(Exception, match=f"{op}: .*{message}"):
+        product(run_op, op, case, inputs, 1 + (op == "NormQMatMul"), **attributes)

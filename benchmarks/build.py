@@ -98,21 +98,25 @@ def cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def measure(args: argparse.Namespace) -> Figures:
-    """Build once and collect the figures."""
-    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+def measure(checkpoint: Path, target: str = "ort", quant: str = "int4", block: int = 32, scratch: Path | None = None) -> Figures:
+    """Build once and collect the figures.
+
+    Raises:
+        subprocess.CalledProcessError: the build failed.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder, "artifact")
-        options = ["--target", args.target, "--quant", args.quant, "--block", str(args.block)]
-        seconds, peak = run_watched([sys.executable, __file__, str(args.checkpoint), *options, "--child", str(out)])
+        options = ["--target", target, "--quant", quant, "--block", str(block)]
+        seconds, peak = run_watched([sys.executable, __file__, str(checkpoint), *options, "--child", str(out)])
         toolchain = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["toolchain"]
         return Figures(
-            checkpoint=args.checkpoint.name,
-            target=args.target,
-            quant=args.quant,
-            block=args.block,
+            checkpoint=checkpoint.name,
+            target=target,
+            quant=quant,
+            block=block,
             seconds=seconds,
             peak_anonymous_bytes=peak,
-            source_bytes=sum(file.stat().st_size for file in args.checkpoint.glob("*.safetensors")),
+            source_bytes=sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")),
             artifact_bytes=sum(file.stat().st_size for file in out.iterdir()),
             cpu=cpu_model(),
             cores=os.cpu_count() or 1,
@@ -150,7 +154,7 @@ def main() -> None:
         build(args.checkpoint, args.target, args.child, QuantScheme(args.quant, args.block))
         return
     try:
-        figures = measure(args)
+        figures = measure(args.checkpoint, args.target, args.quant, args.block, args.scratch)
     except subprocess.CalledProcessError as error:
         sys.exit(f"{args.checkpoint}: the build above failed with exit code {error.returncode}")
     if args.json:

@@ -119,8 +119,8 @@ def blocks(name: str, shape: tuple[int, ...], seed: int) -> Iterator[bytes]:
         yield bfloat16(values(name, min(BLOCK, count - start), rng)).tobytes()
 
 
-def write_shard(stream: BinaryIO, tensors: Mapping[str, tuple[int, ...]], seed: int) -> None:
-    """A safetensors file: u64 header size, JSON header, then the data in the header's order."""
+def write_shard(stream: BinaryIO, tensors: Mapping[str, tuple[int, ...]], seed: int | None) -> None:
+    """A safetensors file: u64 header size, JSON header, then the data in the header's order; without a seed, a hole of zeros."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors.items():
@@ -129,6 +129,9 @@ def write_shard(stream: BinaryIO, tensors: Mapping[str, tuple[int, ...]], seed: 
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts on 8 bytes
     stream.write(struct.pack("<Q", len(text)) + text)
+    if seed is None:
+        stream.truncate(stream.tell() + end)
+        return
     for name, shape in tensors.items():
         for block in blocks(name, shape, seed):
             stream.write(block)
@@ -144,16 +147,19 @@ def split(tensors: Mapping[str, tuple[int, ...]], shards: int) -> list[dict[str,
     return [group for group in groups if group]
 
 
-def write_checkpoint(folder: Path, settings: Mapping[str, Any], shards: int, seed: int) -> None:
-    """Write config, weights and, where the vocabulary has room for it, the embedded model's tokenizer into a new ``folder``."""
+def write_checkpoint(folder: Path, settings: Mapping[str, Any], shards: int, seed: int, real_shards: int | None = None) -> None:
+    """Write config, weights and, where the vocabulary has room for it, the embedded model's tokenizer into a new ``folder``.
+
+    Only the first ``real_shards`` hold random values where that is given; the others are files of zeros that take no disk.
+    """
     tensors = tensor_layout(HybridSpec.from_config(settings, folder / "config.json"))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     groups = split(tensors, shards)
     names = [SINGLE] if len(groups) == 1 else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    for name, group in zip(names, groups, strict=True):
+    for number, (name, group) in enumerate(zip(names, groups, strict=True)):
         with (folder / name).open("wb") as stream:
-            write_shard(stream, group, seed)
+            write_shard(stream, group, seed if real_shards is None or number < real_shards else None)
     if len(groups) > 1:
         where = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
         index = {"metadata": {"total_size": 2 * sum(map(prod, tensors.values()))}, "weight_map": where}
@@ -171,13 +177,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--context", type=int, help="another max_position_embeddings than the shape's")
     parser.add_argument("--shards", type=int, default=1, help="safetensors files")
+    parser.add_argument("--real-shards", type=int, help="the first so many hold values, the others are sparse files of zeros")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder}: exists; give a new folder")
     if args.shards < 1:
         parser.error(f"--shards {args.shards}: give 1 or more")
-    write_checkpoint(args.folder, config(args.shape, args.layers, args.context), args.shards, args.seed)
+    write_checkpoint(args.folder, config(args.shape, args.layers, args.context), args.shards, args.seed, args.real_shards)
     size = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
     print(f"{args.folder}: {args.shape}, {size / 1e6:.0f} MB")
 

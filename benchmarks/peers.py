@@ -39,7 +39,7 @@ from h1export.validate.statistics import Estimate, estimate, ratio
 from h1export.validate.traffic import read_bandwidth, step_bytes
 
 HERE = Path(__file__).parent
-LLAMA = "llama.cpp"
+LLAMA, OURS, EAGER, EXPORTER = PEERS = ("llama.cpp", "h1export", "eager", "OnnxExporter")
 STEPS = 32  # tokens in one decode timing
 EAGER_STEPS = 8  # it is slower
 
@@ -193,21 +193,26 @@ def is_llama(peer: Peer) -> bool:
 
 
 def peers_of(args: argparse.Namespace, scratch: Path) -> Iterator[Peer]:
-    """Every peer, with its export done."""
+    """Every peer that was asked for, with its export done."""
     spec = HybridSpec.load(args.checkpoint)
-    for block in args.block:
-        yield ours(args.checkpoint, block, scratch, args.rounds)
-    for file in args.gguf or [None]:
-        yield gguf(args.llama_bench, file, spec)
-    for dtype in ("float32", "bfloat16"):
-        yield eager(args.checkpoint, spec, dtype)
-    yield exported(args.checkpoint, spec, scratch, args.export_limit)
+    if OURS in args.peers:
+        for block in args.block:
+            yield ours(args.checkpoint, block, scratch, args.rounds)
+    if LLAMA in args.peers:
+        for file in args.gguf or [None]:
+            yield gguf(args.llama_bench, file, spec)
+    if EAGER in args.peers:
+        for dtype in ("float32", "bfloat16"):
+            yield eager(args.checkpoint, spec, dtype)
+    if EXPORTER in args.peers:
+        yield exported(args.checkpoint, spec, scratch, args.export_limit)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's benchmark program")
     parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="the checkpoint as GGUF, one file a quantisation")
     parser.add_argument("--block", type=int, nargs="*", default=[32, 128], help="block sizes of our artifacts")

@@ -21,7 +21,10 @@ from h1export.graphs.programs import Program
 
 
 class FuseSummedProjections(Pass):
-    """Kinds as in FuseParallelProjections; columns must be whole blocks of ``align``. Projections with biases stay apart."""
+    """Kinds as in FuseParallelProjections; columns must be whole blocks of ``align``.
+
+    Projections with biases, or with a factor for each row, stay apart.
+    """
 
     def __init__(self, kind_of: KindOf, align: int) -> None:
         self._kind_of, self._align = kind_of, align
@@ -60,7 +63,8 @@ class FuseSummedProjections(Pass):
             and node.target is aten.linear.default
             and len(node.users) == 1
             and linear_bias(node) is None
-            and len(program.weights[args_of(node)[1].name].parts) == 1
+            and len(parts := program.weights[args_of(node)[1].name].parts) == 1
+            and parts[0].multiplier.is_scalar
             and args_of(node)[1].meta["val"].shape[1] % self._align == 0
         )
 

@@ -24,7 +24,7 @@ from h1export.errors import H1ExportError
 from h1export.plugins import h1
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import BLOCK_BYTES, Emitter, args_of, initializer_name
-from h1export.targets.onnxruntime.nbits import MS, ROWS, OrtContext, matmul_nbits, store
+from h1export.targets.onnxruntime.nbits import MS, ROWS, OrtContext, factors, matmul_nbits, store
 from h1export.targets.onnxruntime.ops import TABLE as CPU_TABLE
 
 FLOAT = int(ir.DataType.FLOAT)
@@ -69,12 +69,8 @@ def linear(c: CudaContext, node: Node) -> None:
     if precision is None:
         y = c.build.op("FusedMatMul", x, c.matrix(expr), domain=MS, transB=1)
     else:
-        y = matmul_nbits(c, x, expr, precision)
-        if any(part.multiplier != Multiplier() for part in expr.parts):
-            name = f"{initializer_name(expr)}.multiplier"
-            shape = expr.shape(c.store.shape)[:1]
-            factors = c.small_tensor(name, shape, lambda: np.concatenate([part.factors(c.store) for part in expr.parts]))
-            y = c.build.op("Mul", y, c.as_activation(c.build.initializer(factors)))
+        y, multiplier = matmul_nbits(c, x, expr, precision), factors(c, expr)
+        y = y if multiplier is None else c.build.op("Mul", y, c.as_activation(multiplier))
     bias = args_of(node)[2] if len(args_of(node)) > 2 else None
     c.set(node, y if bias is None else c.build.op("Add", y, c.value(bias)))
 
@@ -86,11 +82,12 @@ def embedding(c: CudaContext, node: Node) -> None:
     if precision is None:
         return c.set(node, c.build.op("Gather", c.matrix(expr), ids))
     assert expr.only.multiplier == Multiplier(), "the scales of an embedding hold no multiplier"
-    layout, codes, scales = store(c, expr, precision)
+    stored = store(c, expr, precision)
+    layout, codes = stored.layout, stored.codes
     flat = (c.store.shape(expr.only.tensor)[0], layout.blocks * layout.block_bytes)
     table = c.build.initializer(c.data.alias(f"{codes.name}{ROWS}", flat, codes))
     attributes: dict[str, Any] = {"bits": layout.bits, "block_size": layout.block, "gather_axis": 0, "quantize_axis": 1}
-    rows = c.build.op("GatherBlockQuantized", table, ids, c.build.initializer(scales), domain=MS, **attributes)
+    rows = c.build.op("GatherBlockQuantized", table, ids, c.build.initializer(stored.scales), domain=MS, **attributes)
     if layout.blocks * layout.block != layout.columns:
         rows = c.build.op("Slice", rows, c.build.ints(0), c.build.ints(layout.columns), c.build.ints(2))
     return c.set(node, rows)

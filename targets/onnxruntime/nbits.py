@@ -1,6 +1,8 @@
 """Integers as ONNX Runtime wants them: MatMulNBits, and the embedding that may share its bytes.
 
-Codes are stored unsigned (zero point 8 or 128, the ops' default) and scales in float32 with µP multiplied in.
+Codes are stored unsigned (zero point 8 or 128, the ops' default), scales in float16 as the integer rule has them: a block of 32
+int4 codes is 18 bytes. MatMulNBits wants scales of its activations' dtype, so float32 ones with µP multiplied in are nodes, which
+ONNX Runtime computes once, when a session is made.
 """
 
 from __future__ import annotations
@@ -16,8 +18,7 @@ import onnx_ir as ir
 
 from h1export.core.artifact import StoredPart, StoredWeight
 from h1export.core.quant import Precision, QuantizedBlock, QuantizedTensor, quantized_blocks
-from h1export.core.state import Array
-from h1export.core.weights import WeightExpr
+from h1export.core.weights import Multiplier, WeightExpr
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import BLOCK_BYTES, Context, initializer_name
 
@@ -35,11 +36,9 @@ class OrtContext(Context):
 
     Attributes:
         accuracy_level: of products with integers.
-        product: op type and domain of such a product: MatMulNBits, or one that takes the same inputs and attributes.
     """
 
     accuracy_level: int = 0
-    product = ("MatMulNBits", MS)
 
 
 @dataclass(frozen=True)
@@ -82,76 +81,94 @@ class Layout:
             flat = np.stack([flat & 15, flat >> 4], axis=2).reshape(len(flat), -1)
         return (flat[:, : self.columns] - np.uint8(self.zero_point)).view(np.int8)
 
-    def scales(self, tensor: QuantizedTensor) -> Array:
-        """float32 [rows, blocks]: fp16 scale times multiplier."""
-        return self._repeated(tensor.scales.astype(np.float32) * tensor.multiplier[:, None])
-
-    def plain_scales(self, tensor: QuantizedTensor) -> npt.NDArray[np.float16]:
-        """float16 [rows, blocks]: the scales alone, for a graph that multiplies by the multiplier itself."""
-        return self._repeated(tensor.scales)
-
-    def _repeated(self, scales: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        return np.broadcast_to(scales, (len(scales), self.blocks)) if scales.shape[1] == 1 else scales
-
-    def unscale(self, stored: npt.NDArray[Any], multiplier: Array, groups: int) -> npt.NDArray[np.float16]:
-        """The fp16 scales again: dividing by the multiplier lands within half a unit in the last place of float16."""
-        if stored.dtype == np.float16:
-            return np.asarray(stored[:, :groups])
-        return (stored[:, :groups].astype(np.float64) / multiplier[:, None]).astype(np.float16)
+    def scales(self, tensor: QuantizedTensor) -> npt.NDArray[np.float16]:
+        """float16 [rows, blocks]: a scale per row stands in each of its blocks."""
+        return np.broadcast_to(tensor.scales, (len(tensor.scales), self.blocks)) if tensor.scales.shape[1] == 1 else tensor.scales
 
 
-def store(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, ir.ExternalTensor, ir.ExternalTensor]:
+@dataclass(frozen=True)
+class Stored:
+    """A weight in the external data: ``codes`` uint8 [rows, blocks, block bytes], ``scales`` float16 [rows, blocks]."""
+
+    layout: Layout
+    codes: ir.ExternalTensor
+    scales: ir.ExternalTensor
+
+
+def store(c: Context, expr: WeightExpr, precision: Precision) -> Stored:
     """Write codes and scales of ``expr``, once, and note them for the manifest."""
     return c.data.once((expr, precision), lambda: _write(c, expr, precision))
 
 
-def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Layout, ir.ExternalTensor, ir.ExternalTensor]:
+def _write(c: Context, expr: WeightExpr, precision: Precision) -> Stored:
     rows, columns = expr.shape(c.store.shape)
     layout, name = Layout.of(precision, columns), initializer_name(expr)
-    half = c.activations is np.float16  # MatMulNBits wants scales of the activations' dtype: fp16 has no room for multipliers
     codes = c.data.place(name + CODES, ir.DataType.UINT8, (rows, layout.blocks, layout.block_bytes))
-    scales = c.data.place(name + SCALES, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, (rows, layout.blocks))
-    blocks = quantized_blocks(expr, c.store, precision, BLOCK_BYTES)
-    c.data.fill([codes, scales], (partial(_stored_block, layout, half, block) for block in blocks))
+    scales = c.data.place(name + SCALES, ir.DataType.FLOAT16, (rows, layout.blocks))
+    c.data.fill(
+        [codes, scales], (partial(_stored_block, layout, block) for block in quantized_blocks(expr, c.store, precision, BLOCK_BYTES))
+    )
     stored = tuple(StoredPart(part.tensor, c.store.shape(part.tensor)[expr.axis], part.multiplier) for part in expr.parts)
     c.stored.append(StoredWeight(name, precision.bits, precision.block, expr.axis, stored))
-    return layout, codes, scales
+    return Stored(layout, codes, scales)
 
 
-def _stored_block(layout: Layout, half: bool, block: QuantizedBlock) -> tuple[Codes, npt.NDArray[Any]]:
+def _stored_block(layout: Layout, block: QuantizedBlock) -> tuple[Codes, npt.NDArray[np.float16]]:
     """Codes and scales of a block of rows, as they lie in the file."""
     parts = [(replace(layout, columns=tensor.codes.shape[1]), tensor) for tensor in block()]
-    codes = [part.pack(tensor.codes) for part, tensor in parts]
-    scales = [part.plain_scales(tensor) if half else part.scales(tensor) for part, tensor in parts]
+    codes, scales = zip(*((part.pack(tensor.codes), part.scales(tensor)) for part, tensor in parts), strict=True)
     return np.concatenate(codes, axis=1), np.concatenate(scales, axis=1)
 
 
 def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision) -> Value:
-    """x [.., K] times the quantised weight [N, K], transposed."""
-    inputs, attributes = product_operands(c, expr, precision)
-    op_type, domain = c.product
-    return c.build.op(op_type, x, *inputs, domain=domain, **attributes)
+    """x [.., K] times the quantised weight [N, K], transposed; without µP where activations are fp16."""
+    stored = store(c, expr, precision)
+    scales = c.build.initializer(stored.scales) if c.activations is np.float16 else float_scales(c, expr, stored)
+    return c.build.op("MatMulNBits", x, c.build.initializer(stored.codes), scales, domain=MS, **attributes(c, expr, stored))
 
 
-def product_operands(c: OrtContext, expr: WeightExpr, precision: Precision) -> tuple[tuple[Value, Value], dict[str, int]]:
-    """Codes and scales, and the attributes of a product with them."""
-    layout, codes, scales = store(c, expr, precision)
-    rows, columns = expr.shape(c.store.shape)
-    attributes = {"K": columns, "N": rows, "bits": layout.bits, "block_size": layout.block, "accuracy_level": c.accuracy_level}
-    return (c.build.initializer(codes), c.build.initializer(scales)), attributes
+def attributes(c: OrtContext, expr: WeightExpr, stored: Stored) -> dict[str, int]:
+    """Those of MatMulNBits, and of our own products."""
+    (rows, columns), layout = expr.shape(c.store.shape), stored.layout
+    return {"K": columns, "N": rows, "bits": layout.bits, "block_size": layout.block, "accuracy_level": c.accuracy_level}
+
+
+def factors(c: Context, expr: WeightExpr) -> Value | None:
+    """µP of each row of an expression along axis 0, float32 [rows]; None where all are 1."""
+    if all(part.multiplier == Multiplier() for part in expr.parts):
+        return None
+    shape = expr.shape(c.store.shape)[:1]
+    made = c.small_tensor(f"{initializer_name(expr)}.multiplier", shape, lambda: np.concatenate([p.factors(c.store) for p in expr.parts]))
+    return c.build.initializer(made)
+
+
+def float_scales(c: Context, expr: WeightExpr, stored: Stored) -> Value:
+    """float32 [rows, blocks]: scales times µP, from constants alone."""
+    return c.build.once((expr, "float scales"), lambda: _float_scales(c, expr, stored))  # type: ignore[no-any-return]
+
+
+def _float_scales(c: Context, expr: WeightExpr, stored: Stored) -> Value:
+    b = c.build
+    scales = b.op("Cast", b.initializer(stored.scales), to=int(ir.DataType.FLOAT))
+    if expr.axis == 1:
+        blocks = [c.store.shape(part.tensor)[1] // stored.layout.block for part in expr.parts]
+        return b.op("Mul", scales, b.constant(np.repeat([part.multiplier.factor for part in expr.parts], blocks), np.float32))
+    multiplier = factors(c, expr)
+    return scales if multiplier is None else b.op("Mul", scales, b.op("Unsqueeze", multiplier, b.ints(1)))
 
 
 def embed_quantized(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
-    """Rows ``ids`` of the quantised embedding in float32; a tied head reads the same bytes."""
-    layout, codes, scales = store(c, expr, precision)
-    build, flat = c.build, (expr.shape(c.store.shape)[0], layout.blocks * layout.block_bytes)
+    """Rows ``ids`` of the quantised embedding in the activations' dtype; a tied head reads the same bytes."""
+    stored, build = store(c, expr, precision), c.build
+    layout, codes = stored.layout, stored.codes
+    flat = (expr.shape(c.store.shape)[0], layout.blocks * layout.block_bytes)
     table = build.initializer(c.data.alias(f"{codes.name}{ROWS}", flat, codes))
     if layout.bits == 4:
         attributes: dict[str, Any] = {"bits": 4, "block_size": layout.block, "gather_axis": 0, "quantize_axis": 1}
-        return build.op("GatherBlockQuantized", table, ids, build.initializer(scales), domain=MS, **attributes)
+        return build.op("GatherBlockQuantized", table, ids, float_scales(c, expr, stored), domain=MS, **attributes)
     signed = build.op("Sub", build.op("Cast", build.op("Gather", table, ids), to=1), build.constant(layout.zero_point, np.float32))
     values = build.op("Slice", signed, build.ints(0), build.ints(layout.columns), build.ints(2))
-    scale = build.op("Slice", build.op("Gather", build.initializer(scales), ids), build.ints(0), build.ints(1), build.ints(2))
+    scale = build.op("Slice", build.op("Gather", float_scales(c, expr, stored), ids), build.ints(0), build.ints(1), build.ints(2))
     return build.op("Mul", values, scale)
 
 
@@ -175,5 +192,5 @@ def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Calla
         codes, scales = tensors[weight.initializer + CODES][place], tensors[weight.initializer + SCALES][place]
         layout, multiplier = replace(whole, columns=columns(part.tensor)), part.multiplier.rows(len(codes))
         groups = layout.blocks if weight.block else 1
-        yield part.tensor, QuantizedTensor(layout.unpack(codes), layout.unscale(scales, multiplier, groups), multiplier)
+        yield part.tensor, QuantizedTensor(layout.unpack(codes), np.asarray(scales[:, :groups]), multiplier)
         start += part.size

@@ -167,7 +167,7 @@ def _session(artifact: Artifact, made: Flavour, threads: int, float32: bool, lib
         sdk.check_provider(provider)
     chain = [(name, PLAIN.get(name, {})) for name in dict.fromkeys((provider, CPU)) if name in ort.get_available_providers()]
     try:
-        model = _in_float32(path, options) if float32 else str(path)
+        model = _in_float32(path, made, options) if float32 else str(path)
         session = ort.InferenceSession(model, options, providers=chain)
     except Exception as error:  # onnxruntime's exception types share no base class
         raise H1ExportError(path, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
@@ -178,10 +178,10 @@ def _session(artifact: Artifact, made: Flavour, threads: int, float32: bool, lib
     return session
 
 
-def _in_float32(path: Path, options: Any) -> bytes:
-    """The model in float32 arithmetic: no fp16, and products with integers at accuracy level 0. Its data stays where it is."""
+def _in_float32(path: Path, made: Flavour, options: Any) -> bytes:
+    """The model in float32 arithmetic: no fp16 activations, and products with integers at accuracy level 0. Its data stays where it is."""
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    model = widened(ir.load(path))
+    model = widened(ir.load(path)) if made.halves else ir.load(path)
     for node in model.graph:
         if "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)

@@ -42,6 +42,16 @@ def unpack(packed: Bytes) -> Codes:
     return pairs.view(np.int8) >> np.int8(4)
 
 
+def folded_scales(tensor: QuantizedTensor) -> Array:
+    """float32 [rows, blocks]: fp16 scale times multiplier."""
+    return tensor.scales.astype(np.float32) * tensor.multiplier[:, None]
+
+
+def unfolded_scales(stored: Array, multiplier: Array) -> npt.NDArray[np.float16]:
+    """The inverse: dividing by the multiplier lands within half a unit in the last place of float16."""
+    return (stored.astype(np.float64) / multiplier[:, None]).astype(np.float16)
+
+
 def dequantized(c: Context, expr: WeightExpr, precision: Precision) -> Value:
     """The weight [columns, rows] in float32, as a node over its integers."""
     codes, scales = c.build.once((expr, precision), lambda: _write(c, expr, precision))
@@ -67,7 +77,7 @@ def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Value, V
 def _columns(layout: Layout, block: QuantizedBlock, start: int) -> tuple[Columns | Bytes, Columns]:
     """Codes and scales of rows of the checkpoint's tensor, from ``start`` on, as columns."""
     (tensor,) = block()
-    codes, scales = tensor.codes.T, Columns(layout.scales(tensor).T, start * SCALE_BYTES)
+    codes, scales = tensor.codes.T, Columns(folded_scales(tensor).T, start * SCALE_BYTES)
     if layout.bits == 8:
         return Columns(codes, start), scales
     if len(tensor.codes) % 2:  # the whole tensor: pairs go on over the ends of rows
@@ -77,7 +87,7 @@ def _columns(layout: Layout, block: QuantizedBlock, start: int) -> tuple[Columns
 
 def _rows(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], Array]:
     (tensor,) = block()
-    return layout.pack(tensor.codes) if layout.bits == 4 else tensor.codes, layout.scales(tensor)
+    return layout.pack(tensor.codes) if layout.bits == 4 else tensor.codes, folded_scales(tensor)
 
 
 def _entry(c: Context, expr: WeightExpr, precision: Precision) -> StoredWeight:
@@ -116,5 +126,4 @@ def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Calla
         codes = np.ascontiguousarray((unpack(codes).reshape(width, part.size) if weight.bits == 4 else codes).T)
     else:
         codes, scales = np.asarray(tensors[name + TABLE]), tensors[name + TABLE + SCALES]
-    layout = Layout(weight.bits, weight.block or width, width)
-    yield part.tensor, QuantizedTensor(codes, layout.unscale(scales, multiplier, layout.blocks), multiplier)
+    yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier)

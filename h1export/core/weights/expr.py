@@ -47,6 +47,13 @@ class Multiplier:
     def is_scalar(self) -> bool:
         return self.runs[0][0] == 0
 
+    @property
+    def factor(self) -> float:
+        """That of all rows. Raises ValueError where rows have their own."""
+        if not self.is_scalar:
+            raise ValueError(f"{len(self.runs)} runs of rows have no single factor")
+        return self.runs[0][1]
+
     def times(self, other: Multiplier) -> Multiplier:
         """The product, row by row."""
         if self.is_scalar:

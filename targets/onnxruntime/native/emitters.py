@@ -6,6 +6,7 @@ Every op is described where it is computed, in csrc.
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Emitter, args_of
 from h1export.targets.onnxruntime import ops as stock
-from h1export.targets.onnxruntime.nbits import OrtContext, product_operands
+from h1export.targets.onnxruntime.nbits import OrtContext, attributes, factors, store
 
 DOMAIN = "h1export"
 LANES, MOST_TAPS = 8, 8  # kLanes and kMostTaps of csrc
@@ -33,7 +34,9 @@ def covers(spec: HybridSpec) -> bool:
 class NativeContext(OrtContext):
     """Heads are never an axis of their own: values that the Program views as [batch, seq, heads, dim] stay [batch, seq, heads * dim]."""
 
-    product = ("QMatMul", DOMAIN)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.gated_by_scan: set[Node] = set()
 
     def op(self, op_type: str, *inputs: Value | None, **attributes: Any) -> Value:
         return self.build.op(op_type, *inputs, domain=DOMAIN, **attributes)
@@ -61,21 +64,43 @@ class NativeContext(OrtContext):
         return wide, [sum(widths[:index]) for index in range(len(nodes))]
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product with integers: what its op takes beside x."""
+
+    operands: tuple[Value | None, ...]
+    attributes: dict[str, Any]
+
+    @classmethod
+    def of(cls, c: NativeContext, node: Node) -> Product | None:
+        """That of an aten.linear; None: its weight is float32."""
+        expr, bias = c.expr(args_of(node)[1]), args_of(node)[2] if len(args_of(node)) > 2 else None
+        precision = c.precision(expr)
+        if precision is None:
+            return None
+        stored = store(c, expr, precision)
+        weight = c.build.initializer(stored.codes), c.build.initializer(stored.scales)
+        multiplier = factors(c, expr) if expr.axis == 0 else None  # of columns: see linear
+        return cls((*weight, multiplier, None if bias is None else c.value(bias)), attributes(c, expr, stored))
+
+
 def linear(c: NativeContext, node: Node) -> None:
     """A product with integers, and what comes before it where nothing else reads that: a gate, or two values side by side."""
     x, expr = args_of(node)[0], c.expr(args_of(node)[1])
-    precision = c.precision(expr)
-    if precision is None or len(x.users) > 1:
+    product = Product.of(c, node)
+    if product is None:
         return stock.linear(c, node)
-    weights, attributes = product_operands(c, expr, precision)
-    bias = c.value(args_of(node)[2]) if len(args_of(node)) > 2 else None
-    if x.target is aten.cat.default and len(args_of(x)[0]) == 2:
-        return c.set(node, c.op("PairQMatMul", *(c.value(side) for side in args_of(x)[0]), *weights, bias, **attributes))
-    if (gated := _gated(x)) is not None:
+    if expr.axis == 1:
+        a_factor, b_factor = (part.multiplier.factor for part in expr.parts)
+        sides = (c.value(side) for side in args_of(x)[0])
+        scaled = {"a_factor": a_factor, "b_factor": b_factor}
+        return c.set(node, c.op("PairQMatMul", *sides, *product.operands, **scaled, **product.attributes))
+    gated = _gated(x) if len(x.users) == 1 and x not in c.gated_by_scan else None
+    if gated is not None:
         (a, a_offset), (gate, gate_offset) = map(c.columns, gated)
         offsets = {"a_offset": a_offset, "gate_offset": gate_offset}
-        return c.set(node, c.op("SiluQMatMul", a, gate, *weights, bias, **offsets, **attributes))
-    return stock.linear(c, node)
+        return c.set(node, c.op("SiluQMatMul", a, gate, *product.operands, **offsets, **product.attributes))
+    return c.set(node, c.op("QMatMul", c.value(x), *product.operands, **product.attributes))
 
 
 def _gated(node: Node) -> tuple[Node, Node] | None:
@@ -91,15 +116,12 @@ def add(c: NativeContext, node: Node) -> None:
     norms = [user for user in node.users if user.target is aten.rms_norm.default and args_of(user)[2] is not None]
     products = [user for norm in norms for user in norm.users if user.target is aten.linear.default]
     if len(norms) == len(products) == 1 and len(norms[0].users) == 1:
-        (_, _, weight, epsilon), (product,) = args_of(norms[0]), products
-        precision = c.precision(c.expr(args_of(product)[1]))
-        if precision is not None:
-            weights, attributes = product_operands(c, c.expr(args_of(product)[1]), precision)
-            bias = c.value(args_of(product)[2]) if len(args_of(product)) > 2 else None
-            operands = (*(c.value(x) for x in args_of(node)), c.value(weight), *weights, bias)
-            y, total = c.ops("NormQMatMul", 2, *operands, epsilon=epsilon, **attributes)
+        (_, _, weight, epsilon), product = args_of(norms[0]), Product.of(c, products[0])
+        if product is not None:
+            operands = (*(c.value(x) for x in args_of(node)), c.value(weight), *product.operands)
+            y, total = c.ops("NormQMatMul", 2, *operands, epsilon=epsilon, **product.attributes)
             c.set(node, total)
-            return c.set(product, y)
+            return c.set(products[0], y)
     return stock.add(c, node)
 
 
@@ -162,6 +184,7 @@ def ssm_scan(c: NativeContext, node: Node) -> None:
     )
     c.set(node, *outputs)
     if gated is not None:
+        c.gated_by_scan.add(gated)
         c.set(gated, outputs[0])
 
 

@@ -19,7 +19,8 @@ from onnx.reference import ReferenceEvaluator
 from h1export import pipeline
 from h1export.core.artifact import Artifact
 from h1export.core.progress import SILENT
-from h1export.core.quant import Precision, quantize_rows
+from h1export.core.quant import Precision, QuantizedTensor, quantize_rows
+from h1export.core.quant.tensor import MAX_SCALE, MIN_SCALE
 from h1export.core.spec import HybridSpec
 from h1export.core.state import StateSpec
 from h1export.core.weights import WeightStore
@@ -49,6 +50,14 @@ def assert_exact(artifact: Artifact, checkpoint: Path, against: str) -> None:
 
 def load(artifact: Artifact) -> onnx.ModelProto:
     return onnx.load(artifact.folder / "model.onnx")
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(st.floats(MIN_SCALE, MAX_SCALE, width=16), st.floats(1e-6, 1e6))
+def test_scales_come_back_bit_for_bit_whatever_the_multiplier(scale: float, multiplier: float) -> None:
+    factor = np.array([multiplier], np.float32)
+    tensor = QuantizedTensor(np.zeros((1, 64), np.int8), np.full((1, 2), scale, np.float16), factor)
+    assert np.array_equal(transposed.unfolded_scales(transposed.folded_scales(tensor), factor), tensor.scales)
 
 
 def test_the_table_is_the_legal_vocabulary() -> None:

@@ -1,12 +1,12 @@
-// Products with quantised weights [N, K], as com.microsoft MatMulNBits stores and means them, and what comes before them in a layer:
+// Products with quantised weights [N, K], codes as com.microsoft MatMulNBits stores them, and what comes before them in a layer:
 //
 // QMatMul(x [..., K], W...) -> y [..., N]
 // NormQMatMul(a [..., K], b [..., K], norm [K], W...) -> y [..., N], sum [..., K]     x = rms_norm(a + b, epsilon) * norm, sum = a + b
-// PairQMatMul(a [..., Ka], b [..., Kb], W...) -> y [..., N]                           x = [a | b]
+// PairQMatMul(a [..., Ka], b [..., Kb], W...) -> y [..., N]                           x = [a a_factor | b b_factor]
 // SiluQMatMul(a [..., Wa], gate [..., Wg], W...) -> y [..., N]                        x = a[a_offset : +K] * silu(gate[gate_offset : +K])
 //
-// W... is codes u8 [N, blocks, bytes], scales [N, blocks], bias [N]?. accuracy_level 4 rounds x to int8 by blocks of block_size,
-// 0 computes in float32. Each saves a node of its own, whose few microseconds nothing hides when there is one token.
+// W... is codes u8 [N, blocks, bytes], scales f16 [N, blocks], factors [N]?, bias [N]?: y = factors * (x codes scales) + bias.
+// accuracy_level 4 rounds x to int8 by blocks of block_size, 0 computes in float32. Each saves a node of its own, whose few microseconds nothing hides when there is one token.
 #include "matmul.h"
 
 #include "matmul_float.h"
@@ -69,7 +69,7 @@ float sum_of_squares(const float* x, size_t count) {
 
 struct Plain {
   static constexpr const char* name = "QMatMul";
-  static constexpr Port inputs[] = {kFloat, kUInt8, kFloat, kOptionalFloat};
+  static constexpr Port inputs[] = {kFloat, kUInt8, kHalf, kOptionalFloat, kOptionalFloat};
   static constexpr Port outputs[] = {kFloat};
   static constexpr size_t kWeights = 1;  // the input where W... begins
 
@@ -84,7 +84,7 @@ struct Plain {
 
 struct Norm {
   static constexpr const char* name = "NormQMatMul";
-  static constexpr Port inputs[] = {kFloat, kFloat, kFloat, kUInt8, kFloat, kOptionalFloat};
+  static constexpr Port inputs[] = {kFloat, kFloat, kFloat, kUInt8, kHalf, kOptionalFloat, kOptionalFloat};
   static constexpr Port outputs[] = {kFloat, kFloat};
   static constexpr size_t kWeights = 3;
 
@@ -110,11 +110,11 @@ struct Norm {
 
 struct Pair {
   static constexpr const char* name = "PairQMatMul";
-  static constexpr Port inputs[] = {kFloat, kFloat, kUInt8, kFloat, kOptionalFloat};
+  static constexpr Port inputs[] = {kFloat, kFloat, kUInt8, kHalf, kOptionalFloat, kOptionalFloat};
   static constexpr Port outputs[] = {kFloat};
   static constexpr size_t kWeights = 2;
 
-  explicit Pair(const Attributes&) {}
+  explicit Pair(const Attributes& attributes) : a_factor(attributes.real("a_factor")), b_factor(attributes.real("b_factor")) {}
 
   Factor operator()(const Call& call, int64_t columns) const {
     const auto a = call.input<float>(0), b = call.input<float>(1);
@@ -122,15 +122,17 @@ struct Pair {
     require(a.last() + b.last() == columns, "a and b must have K columns together");
     const auto left = static_cast<size_t>(a.last()), right = static_cast<size_t>(b.last());
     return made(call, a, columns, [&](size_t row, float* x) {
-      std::copy_n(a.data + row * left, left, x);
-      std::copy_n(b.data + row * right, right, x + left);
+      map(x, left, [&](size_t i, auto read) { return a_factor * read(a.data + row * left + i); });
+      map(x + left, right, [&](size_t i, auto read) { return b_factor * read(b.data + row * right + i); });
     });
   }
+
+  float a_factor, b_factor;
 };
 
 struct Silu {
   static constexpr const char* name = "SiluQMatMul";
-  static constexpr Port inputs[] = {kFloat, kFloat, kUInt8, kFloat, kOptionalFloat};
+  static constexpr Port inputs[] = {kFloat, kFloat, kUInt8, kHalf, kOptionalFloat, kOptionalFloat};
   static constexpr Port outputs[] = {kFloat};
   static constexpr size_t kWeights = 2;
 
@@ -171,14 +173,16 @@ class Product {
   void compute(const Call& call) const {
     Factor factor = before_(call, columns_);
     const auto codes = call.input<uint8_t>(Before::kWeights);
-    const auto scales = call.input<float>(Before::kWeights + 1), bias = call.input<float>(Before::kWeights + 2);
+    const auto scales = call.input<Half>(Before::kWeights + 1);
+    const auto factors = call.input<float>(Before::kWeights + 2), bias = call.input<float>(Before::kWeights + 3);
     const int64_t blocks = (columns_ + block_size_ - 1) / block_size_, row_bytes = blocks * block_size_ * bits_ / 8;
     require(codes.size() == rows_ * row_bytes && scales.size() == rows_ * blocks, "codes and scales must be [N, blocks, ...]");
-    require(!bias || bias.size() == rows_, "bias must be [N]");
+    require((!factors || factors.size() == rows_) && (!bias || bias.size() == rows_), "factors and bias must be [N]");
     factor.shape.back() = rows_;
     const auto y = call.output<float>(0, factor.shape);
     const auto count = [](int64_t value) { return static_cast<size_t>(value); };
-    const Weights weights{codes.data, scales.data, bias.data, count(rows_), count(columns_), count(blocks), count(row_bytes)};
+    const Weights weights{codes.data,   scales.data,     factors.data,  bias.data,
+                          count(rows_), count(columns_), count(blocks), count(row_bytes)};
     multiply_(weights, factor.x, count(y.rows()), y.data, call.parallel);
   }
 

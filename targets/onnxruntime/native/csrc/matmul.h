@@ -5,15 +5,20 @@
 #include <cstdint>
 
 #include "parallel.h"
+#include "simd.h"
 
 namespace h1 {
 
-// As MatMulNBits stores them (targets/onnxruntime/nbits.py): weight = scale * (code - zero point); the last block is padded.
+// As an artifact stores them (targets/onnxruntime/nbits.py): weight = factor * scale * (code - zero point); the last block is padded.
 struct Weights {
-  const uint8_t* codes;  // [rows, blocks * bytes of a block]; int4: even columns in low nibbles
-  const float* scales;   // [rows, blocks]
-  const float* bias;     // [rows], or null
+  const uint8_t* codes;   // [rows, blocks * bytes of a block]; int4: even columns in low nibbles
+  const Half* scales;     // [rows, blocks]
+  const float* factors;   // [rows], or null for ones
+  const float* bias;      // [rows], or null for zeros
   size_t rows, columns, blocks, row_bytes;
+
+  float factor(size_t row) const { return factors ? factors[row] : 1.0f; }
+  float finish(size_t row, float sum) const { return sum * factor(row) + (bias ? bias[row] : 0.0f); }
 };
 
 // y[t, n] = bias[n] + sum_k x[t, k] * weight[n, k], with x rounded to int8 by blocks, or in float32.

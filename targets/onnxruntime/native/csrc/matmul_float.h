@@ -21,11 +21,11 @@ void reorder(const float* x, size_t columns, float* out, size_t stride) {
 
 // One row in the order of `reorder`.
 template <class F>
-void dequantise(const uint8_t* codes, const float* scales, size_t row_bytes, float* out, size_t stride) {
+void dequantise(const uint8_t* codes, const Half* scales, float factor, size_t row_bytes, float* out, size_t stride) {
   constexpr size_t kBytes = F::kBlock / F::kParts, kStep = std::min(kBytes, F::kChunkBytes);  // of one scale, within a chunk
   std::fill(out + stride - F::kChunk, out + stride, 0.0f);
   for (size_t byte = 0; byte < row_bytes; byte += kStep) {
-    const float scale = scales[byte / kBytes];
+    const float scale = to_float(scales[byte / kBytes]) * factor;
     float* to = out + byte / F::kChunkBytes * F::kChunk + byte % F::kChunkBytes;
     for (size_t i = 0; i < kStep; ++i) {
       const int code = codes[byte + i];
@@ -75,7 +75,8 @@ void matmul_float(const Weights& w, const float* x, size_t tokens, float* y, con
       for (size_t row = begin; row < end; row += kFloatRows) {
         const size_t some = std::min(kFloatRows, end - row);
         for (size_t r = 0; r < some; ++r) {
-          dequantise<F>(w.codes + (row + r) * w.row_bytes, w.scales + (row + r) * w.blocks, w.row_bytes, rows + r * stride, stride);
+          const size_t from = row + r;
+          dequantise<F>(w.codes + from * w.row_bytes, w.scales + from * w.blocks, w.factor(from), w.row_bytes, rows + r * stride, stride);
         }
         const auto multiply = some == kFloatRows ? multiply_all<kFloatRows> : multiply_all<1>;
         multiply(rows, copies, count, stride, w.bias ? w.bias + row : nullptr, y + start * w.rows + row, w.rows);

@@ -1,6 +1,6 @@
 // Quantised weights times rounded activations, integers times integers (accuracy level 4):
 //
-//   y[t, n] = bias[n] + sum over blocks b of  scale_w[n, b] * (scale_x[t, b] * (sum of code_w * code_x) + correction[t, b])
+//   y[t, n] = bias[n] + factor[n] * sum over blocks b of  scale_w[n, b] * (scale_x[t, b] * (sum of code_w * code_x) + correction[t, b])
 //
 // Few tokens (decode): each row is read once, as stored, and vectors run along its columns; memory is the limit. Many (prefill): a
 // panel of rows is unpacked once, vectors run along the rows and each holds 4 columns of 8 rows; integer units are the limit.
@@ -32,7 +32,7 @@ u8x32 columns_of(u8x32 packed, size_t part) {
 
 // Adds one chunk of kRows rows, `bytes` and `blocks` apart, times kTokens tokens, `codes` and `floats` of which begin at the chunk.
 template <class F, size_t kRows, size_t kTokens>
-inline void add_chunk(const uint8_t* codes, size_t bytes, const float* scales, size_t blocks, const int8_t* x, const float* floats,
+inline void add_chunk(const uint8_t* codes, size_t bytes, const Half* scales, size_t blocks, const int8_t* x, const float* floats,
                       size_t chunks, f32x8 (&sums)[kRows][kTokens]) {
   u8x32 packed[kRows];
   f32x8 scale[kRows];
@@ -56,7 +56,7 @@ template <class F, size_t kRows, size_t kTokens>
 void multiply_rows(const Weights& w, size_t row, const Activations& a, size_t token, float* y) {
   constexpr size_t kBlocks = kBlocksOfChunk<F>;
   const uint8_t* codes = w.codes + row * w.row_bytes;
-  const float* scales = w.scales + row * w.blocks;
+  const Half* scales = w.scales + row * w.blocks;
   const int8_t* x = a.codes + token * a.chunks * F::kChunk;
   const float* floats = a.floats + token * a.chunks * kFloats;
   const size_t chunks = w.row_bytes / F::kChunkBytes, rest = w.row_bytes % F::kChunkBytes;
@@ -72,16 +72,16 @@ void multiply_rows(const Weights& w, size_t row, const Activations& a, size_t to
   if (chunk < chunks) add(chunk, sums);
   if (rest) {  // zeros behind the row, where the next row or nothing lies
     uint8_t last_codes[kRows][F::kChunkBytes] = {};
-    float last_scales[kRows][kBlocks] = {};
+    Half last_scales[kRows][kBlocks] = {};
     for (size_t r = 0; r < kRows; ++r) {
       std::memcpy(last_codes[r], codes + r * w.row_bytes + w.row_bytes - rest, rest);
-      std::memcpy(last_scales[r], scales + r * w.blocks + chunks * kBlocks, (w.blocks - chunks * kBlocks) * sizeof(float));
+      std::memcpy(last_scales[r], scales + r * w.blocks + chunks * kBlocks, (w.blocks - chunks * kBlocks) * sizeof(Half));
     }
     add_chunk<F>(last_codes[0], F::kChunkBytes, last_scales[0], kBlocks, x + chunks * F::kChunk, floats + chunks * kFloats, a.chunks, sums);
   }
   for (size_t r = 0; r < kRows; ++r) {
     for (size_t t = 0; t < kTokens; ++t) {
-      y[(token + t) * w.rows + row + r] = sum(sums[r][t] + odd[r][t]) + (w.bias ? w.bias[row + r] : 0.0f);
+      y[(token + t) * w.rows + row + r] = w.finish(row + r, sum(sums[r][t] + odd[r][t]));
     }
   }
 }
@@ -100,7 +100,7 @@ void multiply_few(const Weights& w, size_t begin, size_t end, const Activations&
   }
 }
 
-// kPanel rows, unpacked: codes [words, parts, kPanel, 4], scales [blocks, kPanel] and bias. Rows that do not exist are zeros.
+// kPanel rows, unpacked: codes [words, parts, kPanel, 4], scales [blocks, kPanel] with factors, and bias. Rows that do not exist are zeros.
 struct Panel {
   uint8_t* codes;
   float* scales;
@@ -122,7 +122,9 @@ void unpack(const Weights& w, size_t row, const Panel& panel) {
   }
   for (size_t r = 0; r < kPanel; ++r) panel.bias[r] = w.bias && r < rows ? w.bias[row + r] : 0.0f;
   for (size_t block = 0; block < w.blocks; ++block) {
-    for (size_t r = 0; r < kPanel; ++r) panel.scales[block * kPanel + r] = r < rows ? w.scales[(row + r) * w.blocks + block] : 0.0f;
+    for (size_t r = 0; r < kPanel; ++r) {
+      panel.scales[block * kPanel + r] = r < rows ? w.factor(row + r) * to_float(w.scales[(row + r) * w.blocks + block]) : 0.0f;
+    }
   }
 }
 

@@ -130,6 +130,7 @@ struct Port {
 };
 inline constexpr Port kFloat{};
 inline constexpr Port kOptionalFloat{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, true};
+inline constexpr Port kHalf{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16};
 inline constexpr Port kUInt8{ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8};
 inline constexpr Port kInt64{ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64};
 

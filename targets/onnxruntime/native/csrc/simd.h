@@ -100,23 +100,47 @@ inline f32x8 exp(f32x8 x) {
 
 inline f32x8 silu(f32x8 x) { return x / (1.0f + exp(-x)); }
 
-// The floats at s, each repeated: 8 / kDistinct times. Written out where compilers go through memory.
+// A float16 that is positive and normal, as scales are (core/quant/tensor.py): an exponent's bias and three places from a float.
+struct Half {
+  uint16_t bits;
+};
+constexpr int kHalfShift = 13, kHalfBias = (127 - 15) << 23;
+
+inline float to_float(Half half) {
+  const int32_t bits = (half.bits << kHalfShift) + kHalfBias;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The halves at s, each repeated: 8 / kDistinct times. Written out where compilers go through memory.
 template <int kDistinct>
-f32x8 repeat(const float* s) {
+f32x8 repeat(const Half* s) {
   static_assert(kDistinct == 1 || kDistinct == 2 || kDistinct == 4);
-  if constexpr (kDistinct == 1) return splat(s[0]);
+  if constexpr (kDistinct == 1) return splat(to_float(s[0]));
 #if defined(H1_AVX2)
+  // two bytes into the middle of each lane, eight places from where a float has them
+  constexpr char kNone = -128;
+  __m256i halves, places;
   if constexpr (kDistinct == 2) {
-    int64_t two;
+    int32_t two;
     std::memcpy(&two, s, sizeof two);
-    return (f32x8)_mm256_permutevar_ps((__m256)_mm256_set1_epi64x(two), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+    halves = _mm256_set1_epi32(two);
+    places = _mm256_setr_epi8(kNone, 0, 1, kNone, kNone, 0, 1, kNone, kNone, 0, 1, kNone, kNone, 0, 1, kNone,  //
+                              kNone, 2, 3, kNone, kNone, 2, 3, kNone, kNone, 2, 3, kNone, kNone, 2, 3, kNone);
   } else {
-    const __m128 four = _mm_loadu_ps(s);
-    return (f32x8)_mm256_permutevar_ps(_mm256_set_m128(four, four), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+    int64_t four;
+    std::memcpy(&four, s, sizeof four);
+    halves = _mm256_set1_epi64x(four);
+    places = _mm256_setr_epi8(kNone, 0, 1, kNone, kNone, 0, 1, kNone, kNone, 2, 3, kNone, kNone, 2, 3, kNone,  //
+                              kNone, 4, 5, kNone, kNone, 4, 5, kNone, kNone, 6, 7, kNone, kNone, 6, 7, kNone);
   }
+  const __m256i shifted = _mm256_slli_epi32(_mm256_shuffle_epi8(halves, places), kHalfShift - 8);
+  return (f32x8)_mm256_add_epi32(shifted, _mm256_set1_epi32(kHalfBias));
 #else
-  if constexpr (kDistinct == 2) return f32x8{s[0], s[0], s[0], s[0], s[1], s[1], s[1], s[1]};
-  return f32x8{s[0], s[0], s[1], s[1], s[2], s[2], s[3], s[3]};
+  f32x8 result;
+  for (size_t i = 0; i < kLanes; ++i) result[i] = to_float(s[i * kDistinct / kLanes]);
+  return result;
 #endif
 }
 

@@ -1,4 +1,4 @@
-"""QMatMul against float64 on the same integers, and against MatMulNBits, whose storage and meaning it has."""
+"""QMatMul against float64 on the same integers, and against MatMulNBits, whose codes it reads."""
 
 from __future__ import annotations
 
@@ -19,31 +19,42 @@ FORMATS = [(bits, block) for bits in (4, 8) for block in (16, 32, 64, 128)]
 
 
 class Case:
-    """Random weights in MatMulNBits' storage, random activations."""
+    """Random weights as an artifact stores them, random activations; ``bias``: with factors and biases for the rows."""
 
     def __init__(self, bits: int, block: int, rows: int, columns: int, lead: tuple[int, ...] = (1,), bias: bool = False, seed: int = 0):
         rng, self.layout = np.random.default_rng(seed), Layout(bits, block, columns)
         low = self.layout.zero_point
         self.integers = rng.integers(-low, low, (rows, columns)).astype(np.int8)  # every code, those that our own scheme avoids too
         self.codes = self.layout.pack(self.integers)
-        self.scales = rng.uniform(0.01, 0.1, (rows, self.layout.blocks)).astype(np.float32) / low
+        self.scales = (rng.uniform(0.01, 0.1, (rows, self.layout.blocks)) / low).astype(np.float16)
         self.x = rng.standard_normal((*lead, columns)).astype(np.float32)
         self.bias = rng.standard_normal(rows).astype(np.float32) if bias else None
+        self.factors = rng.uniform(-2, 2, rows).astype(np.float32) if bias else None
+
+    @property
+    def weight(self) -> dict[str, Any]:
+        return {"codes": self.codes, "scales": self.scales, "factors": self.factors, "bias": self.bias}
+
+    @property
+    def weight_scales(self) -> Any:
+        """float64 [rows, blocks], factors included."""
+        return self.scales * (np.ones(len(self.scales)) if self.factors is None else self.factors.astype(np.float64))[:, None]
 
     @property
     def attributes(self) -> dict[str, int]:
         return {"K": self.layout.columns, "N": len(self.codes), "bits": self.layout.bits, "block_size": self.layout.block}
 
     def run(self, run_op: RunOp, level: int, threads: int = 2) -> Any:
-        inputs = {"x": self.x, "codes": self.codes, "scales": self.scales, "bias": self.bias}
-        constants = {name: inputs[name] for name in ("codes", "scales")}
-        (y,) = run_op("QMatMul", inputs, threads=threads, constants=constants, accuracy_level=level, **self.attributes)
+        constants = {name: self.weight[name] for name in ("codes", "scales")}
+        (y,) = run_op(
+            "QMatMul", {"x": self.x, **self.weight}, threads=threads, constants=constants, accuracy_level=level, **self.attributes
+        )
         return y
 
     def reference(self, rounded: bool) -> Any:
         """float64; ``rounded``: with x rounded as accuracy level 4 does it."""
         layout, x = self.layout, self.x.astype(np.float64)
-        weights = self.integers * np.repeat(self.scales.astype(np.float64), layout.block, axis=1)[:, : layout.columns]
+        weights = self.integers * np.repeat(self.weight_scales, layout.block, axis=1)[:, : layout.columns]
         if rounded:
             padded = np.zeros((*x.shape[:-1], layout.blocks * layout.block))
             padded[..., : layout.columns] = x
@@ -73,7 +84,7 @@ def test_rounded(run_op: RunOp, form: tuple[int, int], rows: int, columns: int, 
     """
     case = Case(*form, rows, columns, (tokens,), bias, seed)
     expected, y = case.reference(rounded=True), case.run(run_op, 4)
-    step = np.abs(case.x).max() / 127 * np.abs(case.scales).max() * case.layout.zero_point
+    step = np.abs(case.x).max() / 127 * np.abs(case.weight_scales).max() * case.layout.zero_point
     differences = np.abs(y - expected)
     assert differences.max() < step + 2e-6 * np.abs(expected).max()
     assert np.median(differences) < 2e-6 * np.abs(expected).max()
@@ -85,7 +96,9 @@ def test_float32(run_op: RunOp, form: tuple[int, int], rows: int, columns: int, 
     case = Case(*form, rows, columns, (tokens,), bias, seed)
     expected = case.reference(rounded=False)
     # relative to what is summed, because few random terms may cancel; each of the products and sums rounds to 6e-8
-    summed = np.abs(case.x).max() * np.abs(case.integers).max() * case.scales.max() * np.sqrt(columns) + np.abs(expected).max()
+    summed = (
+        np.abs(case.x).max() * np.abs(case.integers).max() * np.abs(case.weight_scales).max() * np.sqrt(columns) + np.abs(expected).max()
+    )
     assert np.abs(case.run(run_op, 0) - expected).max() < 1e-6 * summed
 
 
@@ -95,7 +108,7 @@ def test_float32(run_op: RunOp, form: tuple[int, int], rows: int, columns: int, 
 def test_agrees_with_matmul_nbits(run_op: RunOp, bits: int, block: int, tokens: int, level: int) -> None:
     case = Case(bits, block, 130, 1024, (2, tokens))
     node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", accuracy_level=level, **case.attributes)
-    fed = {"x": case.x, "codes": case.codes, "scales": case.scales}
+    fed = {"x": case.x, "codes": case.codes, "scales": case.scales.astype(np.float32)}
     types = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape) for name, value in fed.items()]
     graph = helper.make_graph([node], "stock", types, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -153,9 +166,26 @@ def test_threads_do_not_change_a_bit(run_op: RunOp, tokens: int) -> None:
 )
 def test_what_does_not_fit_is_an_error(run_op: RunOp, change: dict[str, int], message: str) -> None:
     case = Case(4, 32, 8, 64)
-    inputs = {"x": case.x, "codes": case.codes, "scales": case.scales}
     with pytest.raises(Exception, match=f"QMatMul: .*{message}"):
-        run_op("QMatMul", inputs, accuracy_level=4, **{**case.attributes, **change})
+        run_op("QMatMul", {"x": case.x, **case.weight}, accuracy_level=4, **{**case.attributes, **change})
+
+
+@pytest.mark.parametrize("name", ["factors", "bias"])
+def test_factors_and_biases_are_one_a_row(run_op: RunOp, name: str) -> None:
+    case = Case(4, 32, 8, 64)
+    weight = case.weight | {name: np.ones(7, np.float32)}
+    with pytest.raises(Exception, match="QMatMul: factors and bias must be"):
+        run_op("QMatMul", {"x": case.x, **weight}, accuracy_level=4, **case.attributes)
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_the_smallest_and_the_largest_scales(run_op: RunOp, block: int, tokens: int) -> None:
+    """Every exponent that a positive normal float16 may have, in each place of a chunk."""
+    case = Case(4, block, 60, 1024, (tokens,))
+    exponents = np.arange(case.scales.size).reshape(case.scales.shape) % 30 - 14
+    case.scales = np.ldexp(np.random.default_rng(2).uniform(1, 2 - 2**-10, case.scales.shape), exponents).astype(np.float16)
+    assert case.error(case.run(run_op, 4), case.reference(rounded=True)) < 1e-6
 
 
 # What comes before a product: the same product on x as numpy makes it, in float64.
@@ -163,15 +193,16 @@ def test_what_does_not_fit_is_an_error(run_op: RunOp, change: dict[str, int], me
 
 def product(run_op: RunOp, op: str, case: Case, inputs: dict[str, Any], outputs: int = 1, **attributes: Any) -> Any:
     """The op in float32 arithmetic on ``inputs`` and the case's weights."""
-    weights = {"codes": case.codes, "scales": case.scales, "bias": case.bias}
-    return run_op(op, {**inputs, **weights}, outputs=outputs, accuracy_level=0, **case.attributes, **attributes)
+    return run_op(op, {**inputs, **case.weight}, outputs=outputs, accuracy_level=0, **case.attributes, **attributes)
 
 
 def close(case: Case, y: Any, x: Any) -> None:
     """``y`` is the case's product with ``x``: tolerance as in test_float32, and as much again for making x in float32."""
     case.x = x
     expected = case.reference(rounded=False)
-    summed = np.abs(x).max() * np.abs(case.integers).max() * case.scales.max() * np.sqrt(x.shape[-1]) + np.abs(expected).max()
+    summed = (
+        np.abs(x).max() * np.abs(case.integers).max() * np.abs(case.weight_scales).max() * np.sqrt(x.shape[-1]) + np.abs(expected).max()
+    )
     assert y.shape == expected.shape
     assert np.abs(y - expected).max() < 2e-6 * summed
 
@@ -196,8 +227,9 @@ def test_a_sum_and_its_norm_before_a_product(run_op: RunOp, columns: int, tokens
 def test_two_values_side_by_side_before_a_product(run_op: RunOp, columns: int, tokens: int, bias: bool, seed: int, more: int) -> None:
     case = Case(4, 32, 9, columns + more, (2, tokens), bias, seed)
     a, b = case.x[..., :columns], case.x[..., columns:]
-    (y,) = product(run_op, "PairQMatMul", case, {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)})
-    close(case, y, case.x.astype(np.float64))
+    sides = {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)}
+    (y,) = product(run_op, "PairQMatMul", case, sides, a_factor=0.5, b_factor=-3.0)
+    close(case, y, np.concatenate([0.5 * a.astype(np.float64), -3.0 * b], axis=-1))
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
@@ -215,7 +247,7 @@ def test_a_gate_before_a_product(run_op: RunOp, columns: int, tokens: int, bias:
     [
         ("NormQMatMul", {"a": 64, "b": 32, "norm": 64}, {"epsilon": 1e-5}, "the same rows"),
         ("NormQMatMul", {"a": 64, "b": 64, "norm": 32}, {"epsilon": 1e-5}, "norm must be"),
-        ("PairQMatMul", {"a": 32, "b": 31}, {}, "K columns together"),
+        ("PairQMatMul", {"a": 32, "b": 31}, {"a_factor": 1.0, "b_factor": 1.0}, "K columns together"),
         ("SiluQMatMul", {"a": 64, "gate": 64}, {"a_offset": 0, "gate_offset": 1}, "outside the tensor"),
     ],
 )

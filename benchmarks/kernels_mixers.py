@@ -96,6 +96,7 @@ class Formulation:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.register_custom_ops_library(str(library()))
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # or one session's threads take time from the other's
         model = onnx.parser.parse_model(HEAD + text).SerializeToString()
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         bindings = []

@@ -263,7 +263,10 @@ class Tile {
 
 void attention(const Parallel& parallel, const Attention& a) {
   const size_t caches = a.batch * a.kv_heads;
-  parallel(caches, [&](size_t i) { append(a, i / a.kv_heads, i % a.kv_heads); });
+  const bool little = a.tokens == 1 && a.past_k == a.keys && a.past_v == a.values;  // too little for several threads
+  parallel_ranges(parallel, caches, little ? caches : 1, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) append(a, i / a.kv_heads, i % a.kv_heads);
+  });
   if (a.tokens == 1) return attend_one(parallel, a);
   const size_t tokens = std::max<size_t>(1, kQueries / a.group()), tiles = (a.tokens + tokens - 1) / tokens;
   parallel(caches * tiles, [&](size_t i) {

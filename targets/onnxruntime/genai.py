@@ -14,17 +14,18 @@ from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateTensor
 from h1export.targets.base import BuildOptions
 from h1export.targets.onnxruntime.flavour import FUSED_LEVEL
+from h1export.targets.onnxruntime.session import MODEL, SETTINGS
 
 CONFIG = "genai_config.json"
 
 
-def write_config(spec: HybridSpec, model: str, folder: Path, options: BuildOptions) -> None:
-    """Write the config beside ``model``, in a folder that carries the checkpoint's generation_config.json where it has one."""
-    config = {"model": _model(spec, model, special_tokens(folder, spec), _session_options(options)), "search": _search(spec)}
+def write_config(spec: HybridSpec, folder: Path, options: BuildOptions) -> None:
+    """Write the config into a folder that carries the checkpoint's generation_config.json where it has one."""
+    config = {"model": _model(spec, special_tokens(folder, spec), _session_options(options)), "search": _search(spec)}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def _model(spec: HybridSpec, model: str, tokens: SpecialTokens, session_options: dict[str, Any]) -> dict[str, Any]:
+def _model(spec: HybridSpec, tokens: SpecialTokens, session_options: dict[str, Any]) -> dict[str, Any]:
     def pattern(side: str, kind: StateKind) -> str:
         name = StateTensor(0, kind, ())
         return (name.past if side == "past" else name.present).replace(".0.", ".%d.")
@@ -39,7 +40,7 @@ def _model(spec: HybridSpec, model: str, tokens: SpecialTokens, session_options:
         "vocab_size": spec.vocab_size,
         "decoder": {
             "session_options": session_options,
-            "filename": model,
+            "filename": MODEL,
             "head_size": spec.head_dim,
             "hidden_size": spec.hidden_size,
             "num_attention_heads": spec.num_attention_heads,
@@ -63,7 +64,7 @@ def _model(spec: HybridSpec, model: str, tokens: SpecialTokens, session_options:
 def _session_options(options: BuildOptions) -> dict[str, Any]:
     providers: list[dict[str, Any]] = [{"cuda": {}}] if options.provider == "cuda" else []
     level = {FUSED_LEVEL: str(options.accuracy_level)} if options.opset_only else {}
-    return {"log_id": "h1export", "provider_options": providers, **level}
+    return {"log_id": "h1export", "provider_options": providers, **SETTINGS[MODEL], **level}
 
 
 def _search(spec: HybridSpec) -> dict[str, Any]:

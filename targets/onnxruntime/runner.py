@@ -20,20 +20,17 @@ from h1export.core.weights import tensor_layout
 from h1export.errors import H1ExportError
 from h1export.targets.base import Kernels
 from h1export.targets.onnxruntime import layout, native, sdk
-from h1export.targets.onnxruntime.flavour import CPU, CUDA, FUSED_LEVEL, Flavour, ReadStored, flavour
+from h1export.targets.onnxruntime.flavour import ReadStored, flavour
 from h1export.targets.onnxruntime.nbits import CODES, ROWS, SCALES
 from h1export.targets.onnxruntime.sequences import BoundSequences
+from h1export.targets.onnxruntime.session import MODEL, NATIVE_MODEL, open_session
 from h1export.targets.onnxruntime.transposed import TABLE
-from h1export.targets.onnxruntime.widened import widened
 
-MODEL = "model.onnx"
-NATIVE_MODEL = "model.native.onnx"  # the same over our own kernels
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
 BATCHED_APPEND = (
     "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
     "h1export runs such a batch row by row, other clients must do the same"
 )
-PLAIN = {CUDA: {"use_tf32": "0"}}  # float32 means float32
 States = dict[str, npt.NDArray[Any]]
 
 
@@ -54,7 +51,7 @@ class OnnxRuntimeRunner:
         self._halves = frozenset() if float32 else self._flavour.halves
         self._library, self._notes = _library(artifact, kernels)
         self._kernels = f"{'onnxruntime' if self._library is None else 'h1export in onnxruntime'} {sdk.onnxruntime().__version__}"
-        self._session = _session(artifact, self._flavour, threads, float32, self._library)
+        self._session = open_session(artifact, self._flavour, threads, float32, self._library)
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
 
     @property
@@ -151,41 +148,6 @@ def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, tuple[s
         if kernels == "native":
             raise
         return None, (f"runs on onnxruntime's own kernels, for want of h1export's: {error}",)
-
-
-def _session(artifact: Artifact, made: Flavour, threads: int, float32: bool, library: Path | None) -> Any:
-    """An InferenceSession on the provider that the graph is for; with ``float32``, in float32 arithmetic, on CPUs too."""
-    ort, provider = sdk.onnxruntime(), made.provider
-    path = artifact.folder / (MODEL if library is None else NATIVE_MODEL)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors also come as exceptions
-    options.add_session_config_entry(FUSED_LEVEL, str(0 if float32 else artifact.manifest.options["accuracy_level"]))
-    if library is not None:
-        options.register_custom_ops_library(str(library))
-    if not float32:
-        sdk.check_provider(provider)
-    chain = [(name, PLAIN.get(name, {})) for name in dict.fromkeys((provider, CPU)) if name in ort.get_available_providers()]
-    try:
-        model = _in_float32(path, made, options) if float32 else str(path)
-        session = ort.InferenceSession(model, options, providers=chain)
-    except Exception as error:  # onnxruntime's exception types share no base class
-        raise H1ExportError(path, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
-    if not float32 and provider not in session.get_providers():  # onnxruntime only logs it, and would run on the CPU
-        raise H1ExportError(
-            provider, "onnxruntime could not start it", "look at its log for what CUDA misses, or build with --provider cpu"
-        )
-    return session
-
-
-def _in_float32(path: Path, made: Flavour, options: Any) -> bytes:
-    """The model in float32 arithmetic: no fp16 activations, and products with integers at accuracy level 0. Its data stays where it is."""
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    model = widened(ir.load(path)) if made.halves else ir.load(path)
-    for node in model.graph:
-        if "accuracy_level" in node.attributes:
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-    return bytes(ir.to_proto(model).SerializeToString())
 
 
 def _external_arrays(artifact: Artifact) -> dict[str, Any]:

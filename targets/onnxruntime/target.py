@@ -25,7 +25,8 @@ from h1export.targets.onnxruntime import genai, layout, readme
 from h1export.targets.onnxruntime.flavour import Flavour, flavour
 from h1export.targets.onnxruntime.native.emitters import DOMAIN, NativeContext, covers
 from h1export.targets.onnxruntime.nbits import INT8_BLOCKS, OrtContext
-from h1export.targets.onnxruntime.runner import MODEL, NATIVE_MODEL, ROUNDED_LEVEL, OnnxRuntimeRunner
+from h1export.targets.onnxruntime.runner import ROUNDED_LEVEL, OnnxRuntimeRunner
+from h1export.targets.onnxruntime.session import MODEL, NATIVE_MODEL
 
 DATA = MODEL + ".data"
 
@@ -55,7 +56,7 @@ class OnnxRuntimeTarget:
                 native = NativeContext(program, store, scheme, GraphBuilder({**made.opsets(scheme), DOMAIN: 1}), data)
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
                 ir.save(_model(native, made.native, inputs, outputs), stage.folder / NATIVE_MODEL)
-        genai.write_config(program.spec, MODEL, stage.folder, options)
+        genai.write_config(program.spec, stage.folder, options)
         readme.write(stage.folder, options)
         return Lowered(inputs, outputs, tuple(context.stored))
 

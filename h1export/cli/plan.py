@@ -19,7 +19,7 @@ from h1export.cli.export import Asked, export_options
 def plan(asked: Asked, contexts: tuple[int, ...], quiet: bool, as_json: bool) -> int:
     """Say what a build would make and need, without building: sizes, memory, disk, time, states, precisions.
 
-    No weight is read, so a checkpoint of any size is planned within seconds.
+    No weight is read: a checkpoint of any size is planned in less than a minute.
 
     \b
     Examples:

@@ -145,13 +145,15 @@ def plot(points: list[Point], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
-    points = sorted(points, key=lambda found: found.built.source_bytes)
-    size = [found.built.source_bytes / 1e9 for found in points]
     seconds, memory = figure.subplots(1, 2)
-    seconds.plot(size, [found.built.seconds for found in points], marker="o")
+    for found in points:  # no line between them: layers count too, and some cases are cut
+        size, label = found.built.source_bytes / 1e9, f"{found.case.shape}, {found.case.layers} layers"
+        seconds.plot(size, found.built.seconds, "o", label=label)
+        memory.plot(size, found.built.peak_anonymous_bytes / 1e6, "o")
     seconds.set(xscale="log", yscale="log", xlabel="checkpoint, GB", ylabel="build, s")
-    memory.plot(size, [found.built.peak_anonymous_bytes / 1e6 for found in points], marker="o")
-    memory.set(xscale="log", ylim=(0, None), xlabel="checkpoint, GB", ylabel="peak anonymous memory, MB")
+    seconds.legend()
+    memory.set(xscale="log", xlabel="checkpoint, GB", ylabel="peak anonymous memory, MB")
+    memory.set_ylim(bottom=0)
     figure.savefig(file, dpi=120)
 
 

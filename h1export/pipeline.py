@@ -245,9 +245,18 @@ def _play(folder: Path, threads: int, kernels: Kernels, options: BenchOptions) -
 
 
 def generate_text(
-    out: Path, prompt: str, max_tokens: int, sampling: Sampling, chat: bool = False, threads: int = 0, kernels: Kernels = "auto"
+    out: Path,
+    prompt: str,
+    max_tokens: int,
+    sampling: Sampling,
+    chat: bool = False,
+    threads: int = 0,
+    kernels: Kernels = "auto",
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[str]:
     """Stream the continuation of ``prompt`` by the artifact ``out``; with ``chat``, it is a user's turn.
+
+    ``tell`` hears why the artifact runs slower here than it could, where it does.
 
     Raises:
         H1ExportError: a damaged artifact, no tokenizer or chat template, a prompt that does not fit.
@@ -257,5 +266,7 @@ def generate_text(
     text = chat_prompt(out, prompt) if chat else prompt
     ids = np.array(tokenizer.encode(text, add_special_tokens=not chat).ids, np.int64)  # a template brings its own
     runner = load(artifact, threads, kernels=kernels)
+    if runner.capabilities.fallback:
+        tell(runner.capabilities.fallback)
     end = frozenset(special_tokens(out, runner.spec).eos)
     yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling, end))

@@ -123,7 +123,8 @@ def _latency_rows(runner: Runner[Any], reference: Reference, options: ValidateOp
 def _subject(artifact: Artifact, runner: Runner[Any]) -> dict[str, Any]:
     manifest = artifact.manifest
     described = {"target": manifest.target, "scheme": dict(manifest.scheme), "options": dict(manifest.options), "source": manifest.source}
-    return described | {"notes": list(runner.capabilities.notes)}
+    capabilities = runner.capabilities
+    return described | {"notes": [*capabilities.notes, *filter(None, [capabilities.fallback])]}
 
 
 def _environment() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import sys
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     text = ""
-    for piece in pipeline.generate_text(out, prompt, max_tokens, sampling, chat, threads, kernels):
+    for piece in pipeline.generate_text(out, prompt, max_tokens, sampling, chat, threads, kernels, partial(say, quiet=quiet)):
         text += piece
         if not as_json:
             click.echo(piece, nl=False)

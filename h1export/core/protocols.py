@@ -27,6 +27,7 @@ class Capabilities:
         float32: activations are float32 throughout; False: they are rounded somewhere, and figures drift by design.
         notes: limits in words, for the report.
         kernels: whose kernels compute, for the report.
+        fallback: what is slower than it could be here, why, and the next step; empty: nothing is. Users are told.
     """
 
     max_batch: int | None
@@ -34,6 +35,7 @@ class Capabilities:
     float32: bool = True
     notes: tuple[str, ...] = ()
     kernels: str = ""
+    fallback: str = ""
 
 
 class Sequences(Protocol):

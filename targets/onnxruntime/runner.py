@@ -49,7 +49,7 @@ class OnnxRuntimeRunner:
         rounded = bool(self._flavour.halves) or (bool(artifact.manifest.weights) and chosen["accuracy_level"] == ROUNDED_LEVEL)
         self._float32 = float32 or not rounded
         self._halves = frozenset() if float32 else self._flavour.halves
-        self._library, self._notes = _library(artifact, kernels)
+        self._library, self._fallback = _library(artifact, kernels)
         self._kernels = f"{'onnxruntime' if self._library is None else 'h1export in onnxruntime'} {sdk.onnxruntime().__version__}"
         self._session = open_session(artifact, self._flavour, threads, float32, self._library)
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
@@ -64,8 +64,9 @@ class OnnxRuntimeRunner:
             None,
             not self._artifact.manifest.options["last_logits"],
             self._float32,
-            self._notes if self._batched_append else (*self._notes, BATCHED_APPEND),
+            () if self._batched_append else (BATCHED_APPEND,),
             self._kernels,
+            self._fallback,
         )
 
     @property
@@ -130,8 +131,8 @@ class StoredWeights(Mapping[str, Array]):
         return len(self._weights)
 
 
-def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, tuple[str, ...]]:
-    """Our own kernels, where the artifact has a graph for them, and notes on what is used instead.
+def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, str]:
+    """Our own kernels, where the artifact has a graph for them, or why they cannot be had.
 
     Raises:
         H1ExportError: "native" kernels that the artifact has no graph for, or that do not compile.
@@ -139,15 +140,15 @@ def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, tuple[s
     if NATIVE_MODEL not in artifact.manifest.files:
         if kernels == "native":
             raise H1ExportError(artifact.folder, f"has no {NATIVE_MODEL}", "leave out --kernels native")
-        return None, ()
+        return None, ""
     if kernels == "stock":
-        return None, ()
+        return None, ""
     try:
-        return native.library(), ()
+        return native.library(), ""
     except H1ExportError as error:
         if kernels == "native":
             raise
-        return None, (f"runs on onnxruntime's own kernels, for want of h1export's: {error}",)
+        return None, f"runs on onnxruntime's own kernels, slower than h1export's: {error}"
 
 
 def _external_arrays(artifact: Artifact) -> dict[str, Any]:

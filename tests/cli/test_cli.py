@@ -69,6 +69,16 @@ def test_generate_streams_what_the_library_generates(built: str, capfd: pytest.C
     assert capfd.readouterr().out == expected + "\n"
 
 
+def test_generate_says_that_it_runs_slower_than_it_could(
+    built: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for options, said in (((), True), (("--quiet",), False), (("--kernels", "stock"), False)):
+        assert run(["generate", built, "import os", "--max-tokens", "2", *options]) == 0
+        assert ("no-such-compiler" in capfd.readouterr().err) == said
+
+
 def test_sampling_is_reproducible_by_seed(built: str, capfd: pytest.CaptureFixture[str]) -> None:
     def sample(*options: str) -> str:
         assert run(["generate", built, "def f(", "--max-tokens", "16", "--temperature", "1.0", "--json", *options]) == 0

@@ -19,15 +19,13 @@ import torch
 from torch.fx import Node
 
 from h1export.core.state import Array
-from h1export.core.weights import Multiplier, WeightExpr
+from h1export.core.weights import WeightExpr
 from h1export.errors import H1ExportError
 from h1export.plugins import h1
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import BLOCK_BYTES, Emitter, args_of, initializer_name
-from h1export.targets.onnxruntime.nbits import MS, ROWS, OrtContext, factors, matmul_nbits, store
+from h1export.targets.onnxruntime.nbits import FLOAT, MS, OrtContext, factors, gather_block_quantized, matmul_nbits, store
 from h1export.targets.onnxruntime.ops import TABLE as CPU_TABLE
-
-FLOAT = int(ir.DataType.FLOAT)
 
 aten = torch.ops.aten
 
@@ -81,13 +79,8 @@ def embedding(c: CudaContext, node: Node) -> None:
     precision = c.precision(expr)
     if precision is None:
         return c.set(node, c.build.op("Gather", c.matrix(expr), ids))
-    assert expr.only.multiplier == Multiplier(), "the scales of an embedding hold no multiplier"
     stored = store(c, expr, precision)
-    layout, codes = stored.layout, stored.codes
-    flat = (c.store.shape(expr.only.tensor)[0], layout.blocks * layout.block_bytes)
-    table = c.build.initializer(c.data.alias(f"{codes.name}{ROWS}", flat, codes))
-    attributes: dict[str, Any] = {"bits": layout.bits, "block_size": layout.block, "gather_axis": 0, "quantize_axis": 1}
-    rows = c.build.op("GatherBlockQuantized", table, ids, c.build.initializer(stored.scales), domain=MS, **attributes)
+    layout, rows = stored.layout, gather_block_quantized(c, ids, expr, stored, c.build.initializer(stored.scales))
     if layout.blocks * layout.block != layout.columns:
         rows = c.build.op("Slice", rows, c.build.ints(0), c.build.ints(layout.columns), c.build.ints(2))
     return c.set(node, rows)

@@ -22,7 +22,7 @@ from h1export.core.weights import Multiplier, WeightExpr
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import BLOCK_BYTES, Context, initializer_name
 
-MS = "com.microsoft"
+MS, FLOAT = "com.microsoft", int(ir.DataType.FLOAT)
 # int8 has one scale a row, repeated for MatMulNBits' blocks; small ones, because accuracy level 4 rounds activations by block
 INT8_BLOCKS = (32, 16)
 CODES, SCALES = ".codes", ".scales"
@@ -149,7 +149,7 @@ def float_scales(c: Context, expr: WeightExpr, stored: Stored) -> Value:
 
 def _float_scales(c: Context, expr: WeightExpr, stored: Stored) -> Value:
     b = c.build
-    scales = b.op("Cast", b.initializer(stored.scales), to=int(ir.DataType.FLOAT))
+    scales = b.op("Cast", b.initializer(stored.scales), to=FLOAT)
     if expr.axis == 1:
         blocks = [c.store.shape(part.tensor)[1] // stored.layout.block for part in expr.parts]
         return b.op("Mul", scales, b.constant(np.repeat([part.multiplier.factor for part in expr.parts], blocks), np.float32))
@@ -158,18 +158,30 @@ def _float_scales(c: Context, expr: WeightExpr, stored: Stored) -> Value:
 
 
 def embed_quantized(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
-    """Rows ``ids`` of the quantised embedding in the activations' dtype; a tied head reads the same bytes."""
-    stored, build = store(c, expr, precision), c.build
-    layout, codes = stored.layout, stored.codes
-    flat = (expr.shape(c.store.shape)[0], layout.blocks * layout.block_bytes)
-    table = build.initializer(c.data.alias(f"{codes.name}{ROWS}", flat, codes))
-    if layout.bits == 4:
-        attributes: dict[str, Any] = {"bits": 4, "block_size": layout.block, "gather_axis": 0, "quantize_axis": 1}
-        return build.op("GatherBlockQuantized", table, ids, float_scales(c, expr, stored), domain=MS, **attributes)
-    signed = build.op("Sub", build.op("Cast", build.op("Gather", table, ids), to=1), build.constant(layout.zero_point, np.float32))
-    values = build.op("Slice", signed, build.ints(0), build.ints(layout.columns), build.ints(2))
-    scale = build.op("Slice", build.op("Gather", float_scales(c, expr, stored), ids), build.ints(0), build.ints(1), build.ints(2))
-    return build.op("Mul", values, scale)
+    """Rows ``ids`` of the quantised embedding in float32; a tied head reads the same bytes."""
+    stored, b = store(c, expr, precision), c.build
+    if precision.bits == 4:
+        return gather_block_quantized(c, ids, expr, stored, float_scales(c, expr, stored))
+    layout, gathered = stored.layout, b.op("Gather", embedding_table(c, expr, stored), ids)
+    signed = b.op("Sub", b.op("Cast", gathered, to=FLOAT), b.constant(layout.zero_point, np.float32))
+    values = b.op("Slice", signed, b.ints(0), b.ints(layout.columns), b.ints(2))
+    # one scale a row: the first block's, in float32 once it is gathered, or a session would hold them all in float32
+    scale = b.op("Slice", b.op("Gather", b.initializer(stored.scales), ids), b.ints(0), b.ints(1), b.ints(2))
+    return b.op("Mul", values, b.op("Cast", scale, to=FLOAT))
+
+
+def gather_block_quantized(c: Context, ids: Value, expr: WeightExpr, stored: Stored, scales: Value) -> Value:
+    """Rows ``ids`` of an embedding, whole blocks of them, in the dtype of ``scales``."""
+    layout = stored.layout
+    how = {"bits": layout.bits, "block_size": layout.block, "gather_axis": 0, "quantize_axis": 1}
+    return c.build.op("GatherBlockQuantized", embedding_table(c, expr, stored), ids, scales, domain=MS, **how)
+
+
+def embedding_table(c: Context, expr: WeightExpr, stored: Stored) -> Value:
+    """The codes of an embedding, one flat row a token: bytes that a tied head reads too."""
+    assert expr.only.multiplier == Multiplier(), "an embedding is stored without a multiplier"
+    flat = (expr.shape(c.store.shape)[0], stored.layout.blocks * stored.layout.block_bytes)
+    return c.build.initializer(c.data.alias(f"{stored.codes.name}{ROWS}", flat, stored.codes))
 
 
 def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]) -> Iterator[tuple[str, QuantizedTensor]]:

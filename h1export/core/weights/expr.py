@@ -57,7 +57,7 @@ class Multiplier:
     def times(self, other: Multiplier) -> Multiplier:
         """The product, row by row."""
         if self.is_scalar:
-            return Multiplier(tuple((rows, factor * self.runs[0][1]) for rows, factor in other.runs))
+            return Multiplier(tuple((rows, factor * self.factor) for rows, factor in other.runs))
         if other.is_scalar:
             return other.times(self)
         if [rows for rows, _ in self.runs] != [rows for rows, _ in other.runs]:
@@ -67,7 +67,7 @@ class Multiplier:
     def rows(self, count: int) -> Array:
         """One float32 factor per row, [count]."""
         if self.is_scalar:
-            return np.full(count, self.runs[0][1], np.float32)
+            return np.full(count, self.factor, np.float32)
         expanded = np.concatenate([np.full(rows, factor, np.float32) for rows, factor in self.runs])
         if len(expanded) != count:
             raise ValueError(f"multiplier of {len(expanded)} rows on a tensor of {count}")

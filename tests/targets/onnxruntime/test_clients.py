@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +17,11 @@ from h1export.core.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.generation import Sampling, generate
 from h1export.targets.onnxruntime import sdk
+from h1export.targets.onnxruntime.genai import CONFIG
+from h1export.targets.onnxruntime.session import MODEL, SETTINGS
 from h1export.text import load_tokenizer
 from h1export.validate.logits import log_softmax
+from h1export.validate.reference import Reference
 
 Build = Callable[..., Artifact]
 PROMPT = "def main(argv):\n    parser ="
@@ -58,6 +62,21 @@ def test_genai_generates_what_we_generate_however_the_prompt_is_cut(
     (theirs,) = continued(generator, 64)
     assert theirs == ours[: len(theirs)]
     assert len(theirs) == 64 or theirs[-1] in artifact.spec.eos_token_ids
+
+
+def test_genai_generates_what_transformers_generates(tiny: Path, build: Build) -> None:
+    """Greedy in float32: after the prompt and each token, the published model's best guess is the next one."""
+    model = og.Model(str(build(tiny).folder))
+    ids = list(map(int, og.Tokenizer(model).encode(PROMPT)))
+    (theirs,) = continued(genai(model, [ids], 64), 64)
+    logits, _ = Reference(tiny).full(np.array(ids + theirs[:-1], np.int64))
+    assert theirs == logits[len(ids) - 1 :].argmax(-1).tolist()
+    assert len(theirs) == 64
+
+
+def test_genai_config_has_the_settings_of_our_own_sessions(tiny: Path, build: Build) -> None:
+    config = json.loads((build(tiny).folder / CONFIG).read_text(encoding="utf-8"))
+    assert config["model"]["decoder"]["session_options"].items() >= SETTINGS[MODEL].items()
 
 
 @pytest.mark.parametrize("opset_only", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.fx.experimental._config as fx_config
 from torch.export import Dim
@@ -14,12 +16,20 @@ from h1export.core.weights import Multiplier, WeightExpr
 from h1export.core.weights.layout import EMBEDDING, LM_HEAD
 from h1export.graphs.model import FalconH1, LayerStates
 from h1export.graphs.programs import Program
+from h1export.graphs.unroll import TRACED, unroll
 
 _BATCH, _SEQ, _PAST = 3, 5, 7  # example sizes: distinct, so that no two dims can be mistaken for one
 
 
 def trace(spec: HybridSpec, last_only: bool = False) -> Program:
-    """The model's Program, µP multipliers still explicit. Seconds and a few hundred MB for any size."""
+    """The model's Program, µP multipliers still explicit. A few seconds and a few hundred MB for any size: see ``unroll``."""
+    if spec.num_hidden_layers <= TRACED:
+        return trace_all(spec, last_only)
+    return unroll(trace_all(replace(spec, num_hidden_layers=TRACED), last_only), spec)
+
+
+def trace_all(spec: HybridSpec, last_only: bool = False) -> Program:
+    """``trace`` without copies: torch.export sees every layer."""
     with torch.device("meta"):
         model = FalconH1(spec, last_only).eval()
         ids, mask = torch.ones(_BATCH, _SEQ, dtype=torch.int64), torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)

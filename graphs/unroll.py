@@ -1,0 +1,131 @@
+"""Unroll: all layers are alike, so two are traced, and every further layer is a copy of the second.
+
+torch.export takes some tenths of a second a layer, a copy milliseconds. Why the second: it reads what a layer made, as all later
+ones do, and the first reads the embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from h1export.core.spec import HybridSpec
+from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateSpec
+from h1export.core.weights import Multiplier, WeightExpr
+from h1export.graphs.programs import Program
+
+TRACED = 2  # layers of the program to unroll
+
+# a layer's number in the name of its tensors and modules, of their placeholders, of its states' placeholders
+_NUMBER = re.compile(r"(?<=model\.layers\.)\d+|(?<=^[pb]_model_layers_)\d+|(?<=^states_)\d+")
+
+
+def unroll(program: Program, spec: HybridSpec) -> Program:
+    """The Program of ``spec`` from that of its first two layers: what tracing all layers gives, down to the names of nodes.
+
+    One thing differs, which nothing reads: meta["torch_fn"], the tracer's count of calls, is the second layer's in all copies.
+
+    Raises:
+        ValueError: the two layers are not alike.
+    """
+    unrolled = _Unrolled(program.graph, spec.num_hidden_layers)
+    weights: dict[str, WeightExpr] = {}
+    constants: dict[str, Multiplier] = {}
+    inputs: list[str] = []
+    for name, traced in unrolled.placeholders.items():
+        if expr := program.weight_of(traced):
+            weights[name] = WeightExpr.of(_renumbered(expr.only.tensor, _number(name)))
+        elif traced.name in program.constants:
+            constants[name] = program.constants[traced.name]
+        else:
+            inputs.append(name)
+    states, module = StateSpec.of(spec), GraphModule({}, unrolled.graph)
+    names = (INPUT_IDS, ATTENTION_MASK, *(tensor.past for tensor in states.tensors))
+    outputs = (LOGITS, *(tensor.present for tensor in states.tensors))
+    return Program(spec, states, module, weights, constants, dict(zip(inputs, names, strict=True)), outputs)
+
+
+class _Unrolled:
+    """A graph of ``layers`` layers, and the traced node that each of its placeholders is a copy of.
+
+    A copy of a layer's node is known by its twin, the second layer's, and by its own layer; any other copy by its original.
+    """
+
+    def __init__(self, traced: Graph, layers: int) -> None:
+        self.graph = Graph()
+        self.placeholders: dict[str, Node] = {}
+        self._last = layers - 1
+        self._layers = {node: _layer(node) for node in traced.nodes}
+        first, second = ([node for node, layer in self._layers.items() if layer == number] for number in range(TRACED))
+        if _form(first) != _form(second):
+            raise ValueError("the second layer is not like the first")
+        self._twins = {node: node for node in traced.nodes} | dict(zip(first, second, strict=True))
+        self._copies: dict[tuple[Node, int | None], Node] = {}
+        # a layer is four runs of nodes: weights, constants, states and calls; each of the second layer's goes on with those of the others
+        for layer, nodes in groupby(self._layers, self._layers.__getitem__):
+            run = list(nodes)
+            for copied in range(TRACED - 1, layers) if layer == TRACED - 1 else [layer]:
+                for node in run:
+                    self._append(node, copied)
+
+    def _append(self, node: Node, layer: int | None) -> None:
+        """Copy ``node`` into ``layer``, behind all others."""
+        if node.op == "output":
+            self.graph.output(self._results(node))
+            return
+        if node.op == "placeholder":
+            copy = self.graph.placeholder(_renumbered(node.name, layer))
+            self.placeholders[copy.name] = node
+        else:
+            args, kwargs = map_arg((node.args, node.kwargs), lambda read: self._read(read, node, layer))
+            copy = self.graph.create_node(node.op, node.target, args, kwargs, node.name)  # a name that is taken is counted on
+        copy.meta = _meta(node, layer)
+        self._copies[self._twins[node], layer] = copy
+
+    def _read(self, read: Node, reader: Node, layer: int | None) -> Node:
+        """What the copy of ``reader`` in ``layer`` reads where ``reader`` reads ``read``."""
+        of, own = self._layers[read], self._layers[reader]
+        if of is not None:  # as many layers away; behind the layers, what the second has made is the last one's
+            of = of + layer - own if layer is not None and own is not None else of * self._last
+        return self._copies[self._twins[read], of]
+
+    def _results(self, output: Node) -> tuple[Node, ...]:
+        """Logits, and the new states of every layer."""
+        results: Any = output.args[0]
+        states = [self._twins[node] for node in results[1 : 1 + len(StateKind)]]
+        return self._read(results[0], output, None), *(self._copies[state, layer] for layer in range(self._last + 1) for state in states)
+
+
+def _layer(node: Node) -> int | None:
+    """The layer that a traced node belongs to; None for what comes before and after the layers."""
+    modules = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return _number(node.name if node.op == "placeholder" else (modules or [""])[-1])
+
+
+def _number(name: str) -> int | None:
+    found = _NUMBER.search(name)
+    return int(found[0]) if found else None
+
+
+def _renumbered(name: str, layer: int | None) -> str:
+    return name if layer is None else _NUMBER.sub(str(layer), name)
+
+
+def _form(layer: list[Node]) -> list[Any]:
+    """What a layer computes, in words that do not tell which layer it is: its own nodes are numbers, others nothing."""
+    places = {node: f"%{place}" for place, node in enumerate(layer)}
+    names = [_renumbered(node.name, 0) if node.op == "placeholder" else node.target for node in layer]
+    return [(name, str(node.meta["val"]), map_arg((node.args, node.kwargs), places.get)) for name, node in zip(names, layer, strict=True)]
+
+
+def _meta(node: Node, layer: int | None) -> dict[str, Any]:
+    """The node's meta, with the names of the modules in ``layer``."""
+    meta = dict(node.meta)
+    if layer is not None and "nn_module_stack" in meta:
+        modules = meta["nn_module_stack"].items()
+        meta["nn_module_stack"] = {_renumbered(key, layer): (_renumbered(path, layer), kind) for key, (path, kind) in modules}
+    return meta

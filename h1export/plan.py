@@ -17,7 +17,7 @@ import numpy as np
 from h1export.core.quant import Precision, QuantScheme, quantize_rows
 from h1export.core.spec import HybridSpec
 from h1export.core.weights import WeightStore, tensor_layout
-from h1export.targets.onnx.emit import BLOCK_BYTES
+from h1export.targets.weightfile import BLOCK_BYTES
 
 BLOCK_COPIES = 6  # of a block that rounding and packing hold at a time, in float32
 SAMPLE_ROWS, SAMPLE_COLUMNS = 1024, 1024

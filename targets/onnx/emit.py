@@ -17,8 +17,7 @@ from h1export.core.weights import WeightExpr, WeightStore
 from h1export.graphs.programs import Program
 from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.external import ExternalData
-
-BLOCK_BYTES = 4 << 20  # of float32 rows that a thread works on at a time: they stay in the caches
+from h1export.targets.weightfile import BLOCK_BYTES
 
 
 class Context:

@@ -23,9 +23,10 @@ from h1export.core.weights import WeightExpr
 from h1export.errors import H1ExportError
 from h1export.plugins import h1
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.emit import BLOCK_BYTES, Emitter, args_of, initializer_name
+from h1export.targets.onnx.emit import Emitter, args_of, initializer_name
 from h1export.targets.onnxruntime.nbits import FLOAT, MS, OrtContext, factors, gather_block_quantized, matmul_nbits, store
 from h1export.targets.onnxruntime.ops import TABLE as CPU_TABLE
+from h1export.targets.weightfile import BLOCK_BYTES
 
 aten = torch.ops.aten
 

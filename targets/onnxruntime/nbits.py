@@ -20,7 +20,8 @@ from h1export.core.artifact import StoredPart, StoredWeight
 from h1export.core.quant import Precision, QuantizedBlock, QuantizedTensor, quantized_blocks
 from h1export.core.weights import Multiplier, WeightExpr
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.emit import BLOCK_BYTES, Context, initializer_name
+from h1export.targets.onnx.emit import Context, initializer_name
+from h1export.targets.weightfile import BLOCK_BYTES
 
 MS, FLOAT = "com.microsoft", int(ir.DataType.FLOAT)
 # int8 has one scale a row, repeated for MatMulNBits' blocks; small ones, because accuracy level 4 rounds activations by block

@@ -19,9 +19,9 @@ from h1export.core.quant import Precision, QuantizedBlock, QuantizedTensor, quan
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.emit import BLOCK_BYTES, Context, initializer_name
-from h1export.targets.onnx.external import Columns
+from h1export.targets.onnx.emit import Context, initializer_name
 from h1export.targets.onnxruntime.nbits import CODES, SCALES, Layout
+from h1export.targets.weightfile import BLOCK_BYTES, Columns
 
 SCALE_BYTES = 4
 TABLE = ".table"  # an embedding's codes, one row a token; a tied head has its own, transposed

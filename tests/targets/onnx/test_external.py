@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from h1export.core.journal import JOURNAL
 from h1export.core.stage import Stage
-from h1export.targets.onnx.external import PAGE, ExternalData, in_order
+from h1export.targets.onnx.external import PAGE, ExternalData
+from h1export.targets.weightfile import in_order
 
 UINT8, FLOAT = ir.DataType.UINT8, ir.DataType.FLOAT
 SHAPES = [(3, 5), (40, 64), (300, 256), (1, 1), (1000, 100)]

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import cast
 
-from h1export.targets.base import BuildOptions, Kernels, ProviderName, Target
+from h1export.targets.base import BuildOptions, Compute, Kernels, ProviderName, Target
 
 # name -> module with a class `target`; one line a target
-MODULES: Mapping[str, str] = {"ort": "h1export.targets.onnxruntime.target"}
+MODULES: Mapping[str, str] = {"ort": "h1export.targets.onnxruntime.target", "coreml": "h1export.targets.coreml.target"}
 
-__all__ = ["MODULES", "BuildOptions", "Kernels", "ProviderName", "Target", "get_target"]
+__all__ = ["MODULES", "BuildOptions", "Compute", "Kernels", "ProviderName", "Target", "get_target"]
 
 
 def get_target(name: str) -> Target:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the command line names targets without loading torch
 
 ProviderName = Literal["cpu", "cuda"]
 Kernels = Literal["auto", "native", "stock"]
+Compute = Literal["fp16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,18 @@ class BuildOptions:
         last_logits: logits of the last position only.
         provider: the ONNX Runtime execution provider that the graph is for.
         opset_only: ONNX's own operators alone, for any runtime.
+        max_context: tokens of a sequence, where a runtime wants buffers of fixed length.
+        compute: dtype of CoreML's activations.
+        state_io: CoreML: states are inputs and outputs of every call instead of the runtime's own.
     """
 
     accuracy_level: int = 4
     last_logits: bool = False
     provider: ProviderName = "cpu"
     opset_only: bool = False
+    max_context: int = 2048
+    compute: Compute = "fp16"
+    state_io: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import click
 
 from h1export.core.quant.scheme import BLOCK_SIZES, QuantName, QuantScheme
-from h1export.targets import MODULES, BuildOptions, ProviderName
+from h1export.targets import MODULES, BuildOptions, Compute, ProviderName
 
 LEVELS = {"cpu": 4, "cuda": 0}  # provider -> --accuracy-level where it is not given
 BLOCKS, QUANTS, PROVIDERS = [str(size) for size in BLOCK_SIZES], get_args(QuantName), get_args(ProviderName)
@@ -25,6 +25,9 @@ OPTIONS = (
     click.option("--provider", type=click.Choice(PROVIDERS), default="cpu", show_default=True, help="ort: what the graph is for."),
     click.option("--opset-only", is_flag=True, help="ort: ONNX's own operators alone, right on any runtime."),
     click.option("--logits", type=click.Choice(("all", "last")), default="all", show_default=True, help="Positions that get logits."),
+    click.option("--max-context", default=2048, show_default=True, type=click.IntRange(min=1), help="coreml: tokens of a sequence."),
+    click.option("--compute", type=click.Choice(get_args(Compute)), default="fp16", show_default=True, help="coreml: dtype of activations."),
+    click.option("--state-io", is_flag=True, help="coreml: states as inputs and outputs instead of the runtime's own."),
     click.option("--out", type=click.Path(path_type=Path), help="Folder to make [default: MODEL-TARGET-QUANT]."),
     click.option("--jobs", default=0, show_default=True, type=click.IntRange(min=0), help="Threads that compute weights; 0: one a core."),
 )
@@ -61,6 +64,9 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
         provider: ProviderName,
         opset_only: bool,
         logits: str,
+        max_context: int,
+        compute: Compute,
+        state_io: bool,
         out: Path | None,
         jobs: int,
         **others: Any,
@@ -69,7 +75,7 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
 
         checkpoint = sources.resolve(model)
         level = LEVELS[provider] if accuracy_level is None else accuracy_level
-        options = BuildOptions(level, logits == "last", provider, opset_only)
+        options = BuildOptions(level, logits == "last", provider, opset_only, max_context, compute, state_io)
         return command(Asked(checkpoint, tuple(dict.fromkeys(targets)), QuantScheme(quant, int(block)), options, out, jobs), **others)
 
     for option in reversed(OPTIONS):

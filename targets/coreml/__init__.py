@@ -1,0 +1,1 @@
+"""CoreML: start reading in target.py."""

@@ -1,0 +1,76 @@
+"""The target "coreml": an ML program with a decode and a prefill function over one set of weights and states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from h1export.core.artifact import Artifact
+from h1export.core.progress import Progress
+from h1export.core.quant import QuantScheme
+from h1export.core.stage import Stage
+from h1export.core.weights import WeightStore
+from h1export.errors import H1ExportError
+from h1export.graphs.programs import Program
+from h1export.targets.base import BuildOptions, Kernels, Lowered
+from h1export.targets.coreml import layout, package, sdk
+from h1export.targets.coreml.blobs import Blobs
+from h1export.targets.coreml.functions import mil_program
+from h1export.targets.coreml.layout import DECODE, PREFILL
+from h1export.targets.coreml.runner import CoreMLRunner
+from h1export.targets.coreml.weights import Float, Weights
+
+COMPUTE: Mapping[str, Float] = {"fp16": np.float16, "fp32": np.float32}
+Ports = Mapping[str, tuple[str, tuple[int | str, ...]]]
+
+
+class CoreMLTarget:
+    name = "coreml"
+    packages = ("coremltools", "numpy", "torch")
+
+    def lower(
+        self, program: Program, store: WeightStore, scheme: QuantScheme, options: BuildOptions, stage: Stage, progress: Progress
+    ) -> Lowered:
+        _check(options)
+        sdk.coremltools()
+        (stage.folder / layout.WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
+        with Blobs(stage, layout.WEIGHTS) as blobs:
+            weights = Weights(store, scheme, program.spec, blobs, COMPUTE[options.compute])
+            built = mil_program(program, weights, (DECODE, PREFILL), options.max_context, options.state_io)
+            progress.stage("weights", store.nbytes)
+            notes = {"max_context": str(options.max_context), "prefill_tokens": str(PREFILL.tokens)}
+            model = package.protobuf(built, weights, notes)
+            blobs.finish()
+        package.write(stage.folder, model)
+        inputs, outputs = _ports(built)
+        return Lowered(inputs, outputs, tuple(weights.stored))
+
+    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> CoreMLRunner:
+        if kernels == "native":
+            raise H1ExportError(artifact.folder, "CoreML has no kernels of h1export's own", "leave out --kernels native")
+        return CoreMLRunner(artifact)
+
+
+def _check(options: BuildOptions) -> None:
+    if options.max_context < PREFILL.tokens:
+        what = f"{options.max_context} is less than a prefill of {PREFILL.tokens} tokens"
+        raise H1ExportError("--max-context", what, f"{PREFILL.tokens} or more")
+
+
+def _ports(built: object) -> tuple[Ports, Ports]:
+    """Inputs and outputs by "function.name", states among the inputs."""
+    inputs, outputs = {}, {}
+    for name, function in built.functions.items():  # type: ignore[attr-defined]
+        inputs |= {f"{name}.{port}": _port(var) for port, var in function.inputs.items()}
+        outputs |= {f"{name}.{var.name}": _port(var) for var in function.outputs}
+    return inputs, outputs
+
+
+def _port(var: object) -> tuple[str, tuple[int | str, ...]]:
+    types = sdk.mil().types
+    names = {types.fp16: "FLOAT16", types.fp32: "FLOAT", types.int32: "INT32"}
+    return names[var.dtype], tuple(map(int, var.shape))  # type: ignore[attr-defined]
+
+
+target = CoreMLTarget()

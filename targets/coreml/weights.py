@@ -1,0 +1,128 @@
+"""Weights of an ML program: stand-ins in its functions, whose bytes are computed when the package is written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from h1export.core.artifact import StoredPart, StoredWeight
+from h1export.core.quant import Precision, QuantizedBlock, QuantScheme, quantized_blocks
+from h1export.core.spec import HybridSpec
+from h1export.core.state import Array
+from h1export.core.weights import WeightExpr, WeightPart, WeightStore
+from h1export.core.weights.layout import EMBEDDING
+from h1export.errors import H1ExportError
+from h1export.targets.coreml import sdk
+from h1export.targets.coreml.blobs import OF_ARRAY, Blobs, BlobType, pack_int4
+from h1export.targets.weightfile import BLOCK_BYTES, Block
+
+Float = type[np.float16] | type[np.float32]
+Var = Any  # coremltools' Var, untyped
+
+SCALES, CODES = "_scales", "_codes"
+
+
+def mil_name(expr: WeightExpr) -> str:
+    """The checkpoint's name of a weight and the functions that made it, without dots."""
+    return "_".join((expr.only.tensor, *expr.only.functions)).replace(".", "_")
+
+
+class Weights:
+    """Makes a constant for a weight in the function at hand; the bytes are written once, however many functions read them.
+
+    Constants have the shape and dtype of the weight and hold NaN, so that a tool that computed with them would be seen.
+
+    Attributes:
+        compute: the dtype of activations, and so of weights, scales and multipliers.
+        stored: quantised weights, for the manifest.
+    """
+
+    def __init__(self, store: WeightStore, scheme: QuantScheme, spec: HybridSpec, blobs: Blobs, compute: Float) -> None:
+        self.compute, self.stored = compute, list[StoredWeight]()
+        self._store, self._scheme, self._spec, self._blobs = store, scheme, spec, blobs
+        self._places: dict[str, Callable[[], int]] = {}
+
+    def precision(self, expr: WeightExpr) -> Precision | None:
+        """The integers of ``expr``; None: it is stored in floats. An embedding has integers where it shares its head's alone."""
+        if expr.only.tensor == EMBEDDING and not self._spec.tie_word_embeddings:
+            return None
+        return self._scheme.precision(expr.only.tensor, self._spec)
+
+    def dense(self, expr: WeightExpr, shape: tuple[int, ...] | None = None, dtype: Float | None = None) -> Var:
+        """``expr``, µP included, in ``shape`` and ``dtype``; by default its own shape and ``compute``."""
+        dtype, own = dtype or self.compute, expr.shape(self._store.shape)
+        blocks = (partial(_floats, block, dtype, expr) for block in expr.lazy_blocks(self._store, BLOCK_BYTES))
+        return self._constant(mil_name(expr), shape or own, dtype, blocks)
+
+    def conv_tap(self, expr: WeightExpr, tap: int) -> Var:
+        """One tap of a convolution's weight [channels, 1, taps]: [channels]."""
+
+        def block() -> tuple[npt.NDArray[np.floating[Any]]]:
+            return _floats(lambda: expr.dense(self._store)[:, 0, tap], self.compute, expr)
+
+        return self._constant(f"{mil_name(expr)}_{tap}", (expr.shape(self._store.shape)[0],), self.compute, [block])
+
+    def multiplier(self, part: WeightPart) -> Var | None:
+        """µP beside quantised rows: a scalar or [rows]; None where it is 1."""
+        if part.multiplier.is_scalar:
+            return None if part.multiplier.factor == 1.0 else self.compute(part.multiplier.factor)
+        return part.factors(self._store).astype(self.compute)
+
+    def quantized(self, expr: WeightExpr, precision: Precision) -> Var:
+        """codes * scales [rows, columns] of a matrix, without µP: constexpr_blockwise_shift_scale."""
+        name, (rows, columns) = mil_name(expr), expr.shape(self._store.shape)
+        groups = columns // precision.columns_per_scale(columns)
+        mb = sdk.builder()
+        data = mb.const(val=np.broadcast_to(np.zeros((), sdk.int4() if precision.bits == 4 else np.int8), (rows, columns)), name=name + CODES)
+        scale = self._stand_in(name + SCALES, (rows, groups), self.compute)
+        self._places[name + CODES] = lambda: self._write(expr, precision, groups)[0]
+        self._places[name + SCALES] = lambda: self._write(expr, precision, groups)[1]
+        return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=name)
+
+    def offset(self, var: Var) -> int | None:
+        """Where weight.bin has the value of a constant; None: it is small and stands in the program itself."""
+        if (place := self._places.get(var.name)) is not None:
+            return self._blobs.once(var.name, place)
+        array = np.asarray(var.val)
+        if array.size < 10 or array.dtype not in OF_ARRAY:  # coremltools' own limit
+            return None
+        key = (array.dtype.str, array.shape, hashlib.sha256(np.ascontiguousarray(array)).hexdigest())
+        return self._blobs.once(key, lambda: self._blobs.add_array(var.name, array))
+
+    def _constant(self, name: str, shape: tuple[int, ...], dtype: Float, blocks: Iterable[Block]) -> Var:
+        self._places[name] = lambda: self._blobs.add([(name, OF_ARRAY[np.dtype(dtype)], shape)], blocks)[0]
+        return self._stand_in(name, shape, dtype)
+
+    def _stand_in(self, name: str, shape: tuple[int, ...], dtype: Float) -> Var:
+        return sdk.builder().const(val=np.broadcast_to(dtype(np.nan), shape), name=name)
+
+    def _write(self, expr: WeightExpr, precision: Precision, groups: int) -> tuple[int, int]:
+        def write() -> tuple[int, int]:
+            name, (rows, columns) = mil_name(expr), expr.shape(self._store.shape)
+            codes = (name + CODES, BlobType.INT4 if precision.bits == 4 else BlobType.INT8, (rows, columns))
+            scales = (name + SCALES, OF_ARRAY[np.dtype(self.compute)], (rows, groups))
+            blocks = quantized_blocks(expr, self._store, precision, BLOCK_BYTES)
+            first, second = self._blobs.add([codes, scales], (partial(_integers, block, precision, self.compute) for block in blocks))
+            part = StoredPart(expr.only.tensor, rows, expr.only.multiplier)
+            self.stored.append(StoredWeight(name, precision.bits, precision.block, 0, (part,)))
+            return first, second
+
+        return self._blobs.once((expr, precision), write)
+
+
+def _integers(block: QuantizedBlock, precision: Precision, compute: Float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    (tensor,) = block()
+    return pack_int4(tensor.codes) if precision.bits == 4 else tensor.codes, tensor.scales.astype(compute)
+
+
+def _floats(block: Callable[[], Array], dtype: Float, expr: WeightExpr) -> tuple[npt.NDArray[np.floating[Any]]]:
+    """Raises H1ExportError for a value beyond the range of fp16."""
+    values = block()
+    if dtype is np.float16 and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
+        raise H1ExportError(f'tensor "{expr.only.tensor}"', f"holds {np.abs(values).max():g}, too large for fp16", "use --compute fp32")
+    return (values.astype(dtype),)

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import Any
 
 from h1export.core.journal import JOURNAL
 from h1export.core.spec import HybridSpec
+from h1export.core.tree import NOT_PLAIN, names, plain_size
 from h1export.core.weights import Multiplier
 from h1export.errors import H1ExportError
 
 MANIFEST = "manifest.json"
-FORMAT = 2
-LINK = -1
+FORMAT = 3
 NO_SHA256 = 64 * "0"
 REPORT = "report.json"  # written by validate into a finished artifact, so outside the manifest
 
@@ -62,7 +61,7 @@ class Manifest:
         inputs: graph input -> [dtype, dims].
         outputs: graph output -> [dtype, dims].
         weights: quantised initializers.
-        files: name -> [sha256, bytes].
+        files: name -> [sha256, bytes]; slashes part a name from those of the folders that it lies in.
     """
 
     target: str
@@ -160,13 +159,12 @@ class Artifact:
             raise H1ExportError(path, f"cannot be read ({error.strerror})", "check its permissions") from None
         manifest = Manifest.parse(text, path)
         for name, (_, size) in manifest.files.items():
-            file = folder / name
-            found = _plain_size(file)
-            if Path(name).name != name or found == LINK:
+            found = plain_size(folder, name)
+            if found == NOT_PLAIN:
                 raise H1ExportError(path, f"lists {name!r}, which is not a plain file of the folder", "build the artifact again")
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes, and the manifest says {size}"
-                raise H1ExportError(file, what, "build the artifact again")
+                raise H1ExportError(folder / name, what, "build the artifact again")
         return cls(folder, manifest)
 
     def check_hashes(self) -> None:
@@ -181,21 +179,23 @@ class Artifact:
         return HybridSpec.load(self.folder)
 
 
-def _plain_size(file: Path) -> int | None:
-    """Bytes of a regular file, LINK for a symbolic link, None for anything else and nothing."""
-    try:
-        found = file.lstat()
-    except (OSError, ValueError):
-        return None
-    return LINK if stat.S_ISLNK(found.st_mode) else found.st_size if stat.S_ISREG(found.st_mode) else None
-
-
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def file_table(folder: Path, sizes_only: bool = False) -> dict[str, tuple[str, int]]:
-    """name -> (sha256, bytes) of every file in ``folder`` but a journal; zeros for a sha256 where only sizes are asked for."""
-    files = [file for file in sorted(folder.iterdir()) if file.name != JOURNAL]
-    return {file.name: (NO_SHA256 if sizes_only else _sha256(file), file.stat().st_size) for file in files}
+    """name -> (sha256, bytes) of every file below ``folder`` but a journal; zeros for a sha256 where only sizes are asked for.
+
+    Raises:
+        H1ExportError: something that no manifest may list, such as a symbolic link.
+    """
+    table = {}
+    for name in names(folder):
+        if name == JOURNAL:
+            continue
+        size = plain_size(folder, name)
+        if size is None or size == NOT_PLAIN:
+            raise H1ExportError(folder / name, "is not a plain file", "a target writes plain files and folders only")
+        table[name] = (NO_SHA256 if sizes_only else _sha256(folder / name), size)
+    return table

@@ -19,7 +19,7 @@ READ_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Extent:
-    """``length`` bytes from ``offset`` of ``file`` in the stage: one tensor."""
+    """``length`` bytes from ``offset`` of ``file`` in the stage, a relative name with slashes: one tensor."""
 
     file: str
     tensor: str

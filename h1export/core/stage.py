@@ -20,6 +20,7 @@ from pathlib import Path
 
 from h1export.core.artifact import MANIFEST
 from h1export.core.journal import JOURNAL, Journal
+from h1export.core.tree import folders, names
 from h1export.errors import H1ExportError
 
 KEY_LENGTH = 16  # hex digits of a key that a stage's name carries
@@ -140,13 +141,14 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _keep_written(stage: Path) -> None:
-    """Remove what the journal does not name: it is small, and written again."""
+    """Remove what the journal does not name, which is small and written again, and folders that hold nothing then."""
     kept = Journal(stage).files | {JOURNAL}
-    for path in stage.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name not in kept or path.is_symlink():
-            path.unlink()
+    for name in names(stage):
+        if name not in kept or (stage / name).is_symlink():
+            (stage / name).unlink()
+    for folder in folders(stage):
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _is_artifact(folder: Path) -> bool:
@@ -194,9 +196,9 @@ def _remove_abandoned(out: Path) -> None:
 
 
 def _seal(stage: Path) -> None:
-    """Bring every file to the disk; then the journal has done its work."""
-    for file in stage.iterdir():
-        _sync(file)
+    """Bring every file and folder to the disk; then the journal has done its work."""
+    for path in (*(stage / name for name in names(stage)), *folders(stage)):
+        _sync(path)
     Journal(stage).remove()
     _sync(stage)
 

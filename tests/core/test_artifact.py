@@ -20,7 +20,14 @@ from h1export.core.stage import staged
 from h1export.core.weights import Multiplier
 from h1export.errors import H1ExportError
 
-FILES = {"config.json": b"{}", "model.onnx": b"graph", "model.onnx.data": bytes(range(256))}
+FILES = {
+    "config.json": b"{}",
+    "model.mlpackage/Data/weights/weight.bin": bytes(reversed(range(256))),
+    "model.mlpackage/Manifest.json": b"[]",
+    "model.onnx": b"graph",
+    "model.onnx.data": bytes(range(256)),
+}
+NESTED = "model.mlpackage/Data/weights/weight.bin"
 
 
 def manifest_of(folder: Path, spec: HybridSpec) -> Manifest:
@@ -45,6 +52,7 @@ def build(out: Path, spec: HybridSpec, reverse: bool = False) -> Artifact:
     """A small artifact at ``out``."""
     with staged(out, force=False, key="0123456789abcdef") as folder:
         for name in sorted(FILES, reverse=reverse):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(FILES[name])
         (folder / MANIFEST).write_text(manifest_of(folder, spec).to_json(), encoding="utf-8")
     return Artifact.open(out)
@@ -156,6 +164,27 @@ def test_manifests_and_artifacts_are_frozen(artifact: Artifact) -> None:
 def test_the_file_table_is_sha256_and_size(artifact: Artifact) -> None:
     expected = {name: (hashlib.sha256(content).hexdigest(), len(content)) for name, content in FILES.items()}
     assert artifact.manifest.files == expected
+    assert list(file_table(artifact.folder)) == sorted([*FILES, MANIFEST])
+
+
+def test_sizes_alone_read_no_file(artifact: Artifact) -> None:
+    (artifact.folder / NESTED).chmod(0)
+    assert file_table(artifact.folder, sizes_only=True)[NESTED] == (64 * "0", 256)
+
+
+@pytest.mark.parametrize("name", ["link", "model.mlpackage/Data/link"])
+@pytest.mark.parametrize("to", ["config.json", "model.mlpackage", "nowhere"])
+def test_a_link_is_in_no_file_table(name: str, to: str, artifact: Artifact) -> None:
+    """What lies behind it is not the artifact's, and Artifact.open would refuse it."""
+    (artifact.folder / name).symlink_to(artifact.folder / to)
+    with pytest.raises(H1ExportError, match=f"{name}: is not a plain file; a target writes plain files"):
+        file_table(artifact.folder)
+
+
+def test_a_name_that_is_another_ones_elsewhere_is_in_no_file_table(artifact: Artifact) -> None:
+    (artifact.folder / "a\\b").write_bytes(b"")
+    with pytest.raises(H1ExportError, match="is not a plain file"):
+        file_table(artifact.folder)
 
 
 def test_the_spec_is_read_from_the_artifacts_own_config(artifact: Artifact, released: dict[str, Any], spec: HybridSpec) -> None:
@@ -202,11 +231,31 @@ def test_a_link_in_a_files_place(artifact: Artifact, tmp_path: Path) -> None:
     refused(artifact.folder, MANIFEST, "'model.onnx.data'", "not a plain file")
 
 
-@pytest.mark.parametrize("name", ["../outside", "sub/inside", "/", ".", "./model.onnx", "model.onnx/", "a/../model.onnx"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_link_in_the_place_of_a_folder_on_the_way(depth: int, artifact: Artifact, tmp_path: Path) -> None:
+    folder = artifact.folder / "/".join(NESTED.split("/")[:depth])
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    refused(artifact.folder, MANIFEST, repr(NESTED), "not a plain file")
+
+
+def test_a_file_in_the_place_of_a_folder_on_the_way(artifact: Artifact, tmp_path: Path) -> None:
+    (artifact.folder / "model.mlpackage").rename(tmp_path / "elsewhere")
+    (artifact.folder / "model.mlpackage").write_bytes(b"")
+    refused(artifact.folder, f"{NESTED}: is missing")
+
+
+LEAVING = ["../outside", "/", ".", "..", "", "./model.onnx", "model.onnx/", "a/../model.onnx"]
+INSIDE = ["sub//inside", "sub/./inside", "sub/../sub/inside", "sub\\inside", "sub\\..\\model.onnx", "/sub/inside"]
+
+
+@pytest.mark.parametrize("name", [*LEAVING, *INSIDE], ids=repr)
 def test_listed_names_may_not_leave_the_folder(name: str, artifact: Artifact) -> None:
+    """Nor say in another way what one name says already."""
     (artifact.folder.parent / "outside").write_bytes(b"graph")
     (artifact.folder / "sub").mkdir()
-    (artifact.folder / "sub" / "inside").write_bytes(b"graph")
+    for inside in ("sub/inside", "sub\\inside"):
+        (artifact.folder / inside).write_bytes(b"graph")
     entry = artifact.manifest.files["model.onnx"]
     folder = rewrite(artifact, lambda data: data["files"].update({name: entry}))
     refused(folder, MANIFEST, repr(name), "not a plain file")
@@ -219,7 +268,7 @@ def test_listed_names_may_not_be_absolute(artifact: Artifact) -> None:
     refused(folder, MANIFEST, str(outside), "not a plain file")
 
 
-@pytest.mark.parametrize("name", ["..", "", "a\0b"], ids=repr)
+@pytest.mark.parametrize("name", ["a\0b", "none", "model.mlpackage", "model.mlpackage/none", "\ud800"], ids=ascii)
 def test_listed_names_that_are_no_file(name: str, artifact: Artifact) -> None:
     refused(rewrite(artifact, lambda data: data["files"].update({name: ["0", 0]})), "is missing")
 
@@ -235,7 +284,7 @@ def test_other_versions_of_the_format(version: object, artifact: Artifact) -> No
 
 GARBAGE: dict[str, bytes] = {
     "nothing": b"",
-    "cut": b'{"format": 2, "target": ',
+    "cut": b'{"format": 3, "target": ',
     "not utf-8": b"\xff\xfe\xff",
     "too deep": b"[" * 200_000,
     "null": b"null",
@@ -243,7 +292,7 @@ GARBAGE: dict[str, bytes] = {
     "a string": b'"format"',
     "a number": b"1",
     "no version": b"{}",
-    "only a version": b'{"format": 2}',
+    "only a version": b'{"format": 3}',
     "somebody else's": b'{"manifest_version": 3, "name": "an extension"}',
 }
 

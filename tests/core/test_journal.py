@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from h1export.core.journal import JOURNAL, Extent, Journal
 
 DATA = bytes(range(200))
-EXTENTS = [Extent("data", "a", 0, 50), Extent("data", "b", 64, 100), Extent("more", "c", 10, 5)]
+EXTENTS = [Extent("data", "a", 0, 50), Extent("data", "b", 64, 100), Extent("in/a/more", "c", 10, 5)]
 
 
 def digest(extent: Extent) -> str:
@@ -22,7 +22,8 @@ def digest(extent: Extent) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two files, and a journal that has noted all of EXTENTS."""
-    for name in ("data", "more"):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for name in ("data", "in/a/more"):
         (tmp_path / name).write_bytes(DATA)
     journal = Journal(tmp_path)
     for extent in EXTENTS:
@@ -33,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
 def test_what_was_added_is_held(folder: Path) -> None:
     journal = Journal(folder)
     assert all(journal.holds(extent) for extent in EXTENTS)
-    assert journal.files == {"data", "more"}
+    assert journal.files == {"data", "in/a/more"}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_one_changed_byte_loses_its_extent_only(place: int, tmp_path_factory: py
 
 def test_a_file_cut_short_or_gone_holds_nothing(folder: Path) -> None:
     (folder / "data").write_bytes(DATA[:120])
-    (folder / "more").unlink()
+    (folder / "in" / "a" / "more").unlink()
     assert [Journal(folder).holds(extent) for extent in EXTENTS] == [True, False, False]
 
 

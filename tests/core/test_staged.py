@@ -221,7 +221,7 @@ def test_a_rename_that_fails_puts_the_old_artifact_back(out: Path, monkeypatch: 
 
 
 def test_every_file_is_on_disk_before_the_rename(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of system calls: fsync of each file and of the stage, the rename, fsync of the parent."""
+    """The order of system calls: fsync of each file, of folders from the inside out and of the stage, the rename, fsync of the parent."""
     calls: list[str] = []
     fsync, rename = os.fsync, Path.rename
 
@@ -237,10 +237,11 @@ def test_every_file_is_on_disk_before_the_rename(out: Path, monkeypatch: pytest.
     monkeypatch.setattr(Path, "rename", watched_rename)
     with staged(out, force=False, key=KEY) as folder:
         (folder / "a").write_text("1", encoding="utf-8")
-        (folder / "b").write_text("2", encoding="utf-8")
-    inode = {name: str((out / name).stat().st_ino) for name in ("a", "b", ".", "..")}
-    assert set(calls[:2]) == {inode["a"], inode["b"]}
-    assert calls[2:] == [inode["."], "rename", inode[".."]]
+        (folder / "b" / "c").mkdir(parents=True)
+        (folder / "b" / "c" / "d").write_text("2", encoding="utf-8")
+    inode = {name: str((out / name).stat().st_ino) for name in ("a", "b/c/d", "b/c", "b", ".", "..")}
+    assert set(calls[:2]) == {inode["a"], inode["b/c/d"]}
+    assert calls[2:] == [inode["b/c"], inode["b"], inode["."], "rename", inode[".."]]
 
 
 def test_no_file_stays_open(out: Path) -> None:
@@ -318,6 +319,29 @@ def test_a_leftover_keeps_what_its_journal_names(out: Path) -> None:
         assert Journal(folder).holds(extent)
     assert [path.name for path in out.iterdir()] == ["data"]
     assert left_in(out) == ["out"]
+
+
+def test_a_leftover_keeps_nested_files_that_its_journal_names(out: Path) -> None:
+    """Their neighbours go, and folders that are empty then; a link on the way goes, and what it leads to stays as it is."""
+    stage, elsewhere = out.parent / f".out.partial-{KEY}", out.parent / "elsewhere"
+    for name in ("deep/er/data", "deep/er/other", "deep/none/left/x", "deep/.journal", "data", "empty/too/../x", "named/as/file/x"):
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).write_bytes(b"12345678")
+    (stage / "empty" / "too").mkdir(exist_ok=True)
+    elsewhere.mkdir()
+    (elsewhere / "data").write_bytes(b"theirs")
+    (stage / "link").symlink_to(elsewhere)
+    (stage / "deep" / "link").symlink_to(elsewhere / "data")
+    extent = Extent("deep/er/data", "a", 0, 4)
+    Journal(stage).add(extent, hashlib.sha256(b"1234").hexdigest())
+    for name in ("link/data", "deep/link", "../elsewhere/data", "named/as/file", str(elsewhere / "data")):
+        Journal(stage).add(Extent(name, "b", 0, 4), "")
+    with staged(out, force=False, key=KEY) as folder:
+        assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) == [JOURNAL, "deep", "deep/er", "deep/er/data"]
+        assert Journal(folder).holds(extent)
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*")) == ["deep", "deep/er", "deep/er/data"]
+    assert (elsewhere / "data").read_bytes() == b"theirs"
+    assert left_in(out) == ["elsewhere", "out"]
 
 
 def test_without_locks_there_is_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

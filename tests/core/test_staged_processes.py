@@ -14,6 +14,7 @@ import pytest
 
 from h1export.core.artifact import MANIFEST
 from h1export.core.stage import staged
+from h1export.core.tree import names
 from h1export.errors import H1ExportError
 
 KEY, OTHER_KEY = "0123456789abcdef", "fedcba9876543210"
@@ -48,6 +49,31 @@ if not exchange:
     Path.rename = rename_and_die
 with staged(out, force=True, key="0123456789abcdef") as folder:
     (folder / "manifest.json").write_text('{"format": 1, "target": "killed", "files": {}}')
+"""
+
+# Writes the tensors of a nested file, one by one and journalled, and kills itself before the one whose number it is given.
+DIES_BEFORE_A_TENSOR = """
+import hashlib, os, sys
+from pathlib import Path
+from h1export.core.journal import Extent, Journal
+from h1export.core.stage import staged
+out, last, name = Path(sys.argv[1]), int(sys.argv[2]), "package/Data/weight.bin"
+with staged(out, force=False, key="0123456789abcdef") as folder:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "package" / "unnamed").write_text("written again")
+    journal = Journal(folder)
+    with open(os.open(folder / name, os.O_CREAT | os.O_RDWR), "r+b") as stream:
+        for tensor in range(8):
+            extent, data = Extent(name, str(tensor), 100 * tensor, 100), bytes([tensor]) * 100
+            if tensor == last:
+                os.kill(os.getpid(), 9)
+            if journal.holds(extent):
+                continue
+            print(tensor, flush=True)
+            stream.seek(extent.offset)
+            stream.write(data)
+            stream.flush()
+            journal.add(extent, hashlib.sha256(data).hexdigest())
 """
 
 
@@ -178,4 +204,20 @@ def test_a_builder_killed_between_renames_where_nothing_can_be_swapped(out: Path
     killed_at_the_rename(out, "rename")
     fill(out, force=True)
     assert content(out) == "new"
+    assert left_in(out) == ["out"]
+
+
+def test_a_killed_build_goes_on_in_a_nested_file(out: Path) -> None:
+    """Each tensor is written once, whoever writes it; nothing of the stage is left beside the artifact."""
+    written = []
+    for last in (3, 3, 4, 7, 8):
+        run = subprocess.run(
+            [sys.executable, "-c", DIES_BEFORE_A_TENSOR, str(out), str(last)], stdout=subprocess.PIPE, text=True, check=False
+        )
+        assert run.returncode == (-signal.SIGKILL if last < 8 else 0)
+        assert out.exists() == (last == 8)
+        written.append(run.stdout.split())
+    assert written == [["0", "1", "2"], [], ["3"], ["4", "5", "6"], ["7"]]
+    assert (out / "package" / "Data" / "weight.bin").read_bytes() == b"".join(bytes([tensor]) * 100 for tensor in range(8))
+    assert names(out) == ["package/Data/weight.bin", "package/unnamed"]
     assert left_in(out) == ["out"]

@@ -15,8 +15,11 @@ ROOT = Path(__file__).parent
 PYPROJECT = ROOT / "pyproject.toml"
 EXTRAS: dict[str, list[str]] = nox.project.load_toml(PYPROJECT)["project"]["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
-TARGETS = {"core": "", "ort": "[ort,genai]"}  # row of tests -> extras it installs
-RUNTIMES = {"ort": "tests/targets/onnxruntime"}  # row, and marker of the tests that need its runtime -> folder of tests that all do
+TARGETS = {"core": "", "ort": "[ort,genai]", "coreml": "[coreml]"}  # row of tests -> extras it installs
+RUNTIMES = {
+    "ort": "tests/targets/onnxruntime",
+    "coreml": "tests/targets/coreml",
+}  # row, and marker of the tests that need its runtime -> folder of tests that all do
 
 nox.options.default_venv_backend = "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
 nox.options.sessions = ["lint", "types", f"tests-{sys.version_info.major}.{sys.version_info.minor}", "build"]

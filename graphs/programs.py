@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -14,6 +15,12 @@ from h1export.core.state import StateSpec
 from h1export.core.weights import Multiplier, WeightExpr
 
 Op = torch._ops.OpOverload
+
+
+def args_of(node: Any) -> tuple[Any, ...]:
+    """The node's arguments; what each is, graphs.verify and the op's schema say."""
+    args: tuple[Any, ...] = node.args
+    return args
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,8 @@ def validate(
     options = ValidateOptions(limits, ids, nbytes, latency_pairs)
     runner = load(artifact, threads, kernels=kernels)
     exact = runner if runner.capabilities.float32 else load(artifact, threads, float32=True, kernels=kernels)
+    if not exact.capabilities.float32:  # the runtime has no float32 form of it
+        exact = runner
     report = run_validation(artifact, runner, exact, checkpoint, options, progress)
     (out / REPORT).write_text(report.to_json(), encoding="utf-8")
     return report
@@ -241,7 +243,11 @@ def _player_of(options: BenchOptions, kernels: Kernels, artifact: Artifact, thre
 
 def _play(folder: Path, threads: int, kernels: Kernels, options: BenchOptions) -> RunnerPlayer:
     """In a process of its own: an artifact ready to be timed."""
-    return RunnerPlayer(load(Artifact.open(folder), threads, kernels=kernels), options.batch, options.steps, 1 + options.repeats)
+    runner = load(Artifact.open(folder), threads, kernels=kernels)
+    if runner.capabilities.emulated:
+        what = f"is computed by {runner.capabilities.kernels} here: its speed says nothing"
+        raise H1ExportError(folder, what, "measure it where its runtime is")
+    return RunnerPlayer(runner, options.batch, options.steps, 1 + options.repeats)
 
 
 def generate_text(

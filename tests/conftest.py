@@ -137,15 +137,15 @@ def checkpoint(switches: str, make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
-    """build(checkpoint, "int4", accuracy_level=0) -> an artifact for ONNX Runtime, made once; treat it as read-only."""
+    """build(checkpoint, "int4", accuracy_level=0) -> an artifact, made once; treat it as read-only. ``target``: ONNX Runtime."""
     made: dict[tuple[Any, ...], Artifact] = {}
 
-    def make(checkpoint: Path, quant: str = "none", block: int = 32, **chosen: Any) -> Artifact:
+    def make(checkpoint: Path, quant: str = "none", block: int = 32, target: str = "ort", **chosen: Any) -> Artifact:
         options = BuildOptions(**{"accuracy_level": 0} | chosen)
-        key = (checkpoint, quant, block, options)
+        key = (checkpoint, quant, block, target, options)
         if key not in made:
             scheme = QuantScheme(quant, block)  # type: ignore[arg-type]
-            made[key] = pipeline.build(checkpoint, "ort", tmp_path_factory.mktemp("built") / "out", scheme, options)
+            made[key] = pipeline.build(checkpoint, target, tmp_path_factory.mktemp("built") / "out", scheme, options)
         return made[key]
 
     return make

@@ -29,7 +29,7 @@ def cases(spec: HybridSpec) -> tuple[Case, ...]:
         Case("chunk - 1", (max(1, chunk - 1),)),
         Case("one chunk", (chunk,)),
         Case("chunk + 1", (chunk + 1,)),
-        Case("64 decode steps", (8, *[1] * 64)),
+        Case("512 decode steps", (8, *[1] * 512)),
         Case("ragged chunks", (7, 16, 1, 2, 33, 11)),
         Case("padded batch of 3", (29, 1, 1, 1), pads=(0, 9, 25)),
     )

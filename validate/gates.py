@@ -27,14 +27,16 @@ STEPS = 0.51  # rounding to nearest leaves half a step, and rounding the scale t
 LATENCY: Mapping[str, float] = {"latency.prefill": 1.5, "latency.decode": 1.0}
 
 
-def limits(quant: QuantName, float32: bool, chosen: Mapping[str, float]) -> dict[str, float]:
-    """Metric -> limit for artifacts of ``quant``, which ship with float32 activations or not; ``chosen`` overrides.
+def limits(quant: QuantName, float32: bool, exact: bool, chosen: Mapping[str, float]) -> dict[str, float]:
+    """Metric -> limit for artifacts of ``quant``; ``chosen`` overrides.
+
+    ``float32``: they ship with float32 activations. ``exact``: their lowering is judged in float32 arithmetic.
 
     Raises:
         H1ExportError: ``chosen`` names a metric that this artifact has no gate for.
     """
     group = "source" if quant == "none" else "stored"
-    rounded = quant == "none" and not float32  # the weights are rounded with the activations, so nothing is exact
+    rounded = not exact or (quant == "none" and not float32)  # weights are rounded with the activations, so nothing is exact
     table = {f"{group}.{figure}": limit for figure, limit in (HALF if rounded else EXACT).items()} | dict(LATENCY)
     if not float32 and not rounded:
         table |= {f"drift.{figure}": limit for figure, limit in ROUNDED.items()}

@@ -19,13 +19,14 @@ from h1export.validate.states import StatePair, row_of_batch, state_errors
 
 @dataclass(frozen=True)
 class Run:
-    """What the artifact answered in one case: row by row, without padding."""
+    """What the artifact answered in one case: row by row, without padding; or why the runtime cannot be asked."""
 
     case: Case
     ids: tuple[Ids, ...]
     logits: tuple[Array, ...]
     positions: Ids
     states: tuple[dict[str, Array], ...]
+    impossible: str = ""
 
 
 def run_cases(runner: Runner[Any], seed: int) -> Iterator[Run]:
@@ -34,8 +35,8 @@ def run_cases(runner: Runner[Any], seed: int) -> Iterator[Run]:
     for case in cases(runner.spec):
         batch = len(case.pads)
         ids = rng.integers(0, runner.spec.vocab_size, (batch, case.length), dtype=np.int64)
-        if runner.capabilities.max_batch is not None and batch > runner.capabilities.max_batch:
-            yield Run(case, (), (), np.zeros(0, np.int64), ())
+        if impossible := _impossible(case, runner):
+            yield Run(case, (), (), np.zeros(0, np.int64), (), impossible)
             continue
         mask = np.array([[column >= pad for column in range(case.length)] for pad in case.pads], np.int64)
         logits, current, end = [], runner.initial(batch), 0
@@ -55,12 +56,23 @@ def run_cases(runner: Runner[Any], seed: int) -> Iterator[Run]:
         )
 
 
+def _impossible(case: Case, runner: Runner[Any]) -> str:
+    """Why the runner's capabilities rule a case out; empty: they do not."""
+    limits = runner.capabilities
+    if limits.max_batch is not None and len(case.pads) > limits.max_batch:
+        return f"the runtime takes at most {limits.max_batch} rows at a time"
+    if limits.max_context is not None and case.length > limits.max_context:
+        return f"the artifact has room for {limits.max_context} tokens"
+    return ""
+
+
 def case_rows(runs: Mapping[str, Run], reference: Reference, runner: Runner[Any], limits: Mapping[str, float]) -> list[Row]:
     """One row for each way, by its group of metrics, in which the same case was run; the reference runs once."""
-    case, states = next(iter(runs.values())).case, StateSpec.of(runner.spec)
-    if not next(iter(runs.values())).ids:
-        return [Row(case.name, group, note=f"the runtime takes at most {runner.capabilities.max_batch} rows at a time") for group in runs]
-    truths = [reference.full(ids) for ids in next(iter(runs.values())).ids]
+    first, states = next(iter(runs.values())), StateSpec.of(runner.spec)
+    case = first.case
+    if first.impossible:
+        return [Row(case.name, group, note=first.impossible) for group in runs]
+    truths = [reference.full(ids) for ids in first.ids]
     rows = []
     for group, run in runs.items():
         logit_pairs: list[tuple[Array, Array]] = []

@@ -22,7 +22,7 @@ from h1export.core.weights import WeightStore
 from h1export.validate import gates
 from h1export.validate.latency import PREFILL, measure
 from h1export.validate.parity import case_rows, run_cases
-from h1export.validate.perplexity import bits_per_byte
+from h1export.validate.perplexity import WINDOW, bits_per_byte
 from h1export.validate.reference import Reference
 from h1export.validate.weights import worst_steps
 
@@ -53,13 +53,13 @@ def validate(
 ) -> Report:
     """Compare an artifact with the PyTorch reference on ``checkpoint``, which must be what it was built from.
 
-    ``runner`` is the artifact as it ships, ``exact`` the same in float32 arithmetic (the same Runner where it ships so).
+    ``runner`` is the artifact as it ships, ``exact`` the same in float32 arithmetic (the same Runner where it ships so, or cannot).
 
     Raises:
         H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
     quant: QuantName = next(name for name in get_args(QuantName) if name == artifact.manifest.scheme["quant"])
-    limits = gates.limits(quant, runner.capabilities.float32, options.limits)
+    limits = gates.limits(quant, runner.capabilities.float32, exact.capabilities.float32, options.limits)
     stored, rows = runner.stored_weights(), []
     if stored:
         progress.stage("stored weights")
@@ -97,6 +97,8 @@ def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOption
         return Row(name, SOURCE, note="the checkpoint has no tokenizer, or the text is empty")
     if not runner.capabilities.all_logits:
         return Row(name, SOURCE, note="the artifact gives the last position's logits only")
+    if (room := runner.capabilities.max_context) is not None and room < WINDOW:
+        return Row(name, SOURCE, note=f"windows of {WINDOW} tokens do not fit into {room}")
 
     def score(window: Ids) -> Array:
         logits: Array = runner.step(window[None, :-1], np.ones((1, len(window) - 1), np.int64), runner.initial(1))[0][0]
@@ -111,6 +113,8 @@ def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOption
 def _latency_rows(runner: Runner[Any], reference: Reference, options: ValidateOptions, limits: Mapping[str, float]) -> list[Row]:
     if not options.pairs:
         return [Row("latency", SOURCE, note="not asked for")]
+    if runner.capabilities.emulated:
+        return [Row("latency", SOURCE, note=f"computed by {runner.capabilities.kernels}: its speed says nothing")]
     prompt = np.random.default_rng(options.seed).integers(0, runner.spec.vocab_size, PREFILL, dtype=np.int64)
     rows = []
     for name, latency in measure(runner, reference, prompt, options.pairs).items():

@@ -68,12 +68,6 @@ def replace_node(program: Program, node: Node, by: Node) -> None:
     program.graph.erase_node(node)
 
 
-def args_of(node: Any) -> tuple[Any, ...]:
-    """The node's arguments; what each is, the op's schema says."""
-    args: tuple[Any, ...] = node.args
-    return args
-
-
 def linear_bias(node: Node) -> Node | None:
     bias = node.args[2] if len(node.args) > 2 else None
     return bias if isinstance(bias, Node) else None

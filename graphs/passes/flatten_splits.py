@@ -8,8 +8,8 @@ import operator
 
 from torch.fx import Node
 
-from h1export.graphs.passes.base import Pass, args_of, aten, call, replace_node
-from h1export.graphs.programs import Program
+from h1export.graphs.passes.base import Pass, aten, call, replace_node
+from h1export.graphs.programs import Program, args_of
 
 
 class FlattenSplits(Pass):

@@ -13,7 +13,6 @@ from torch.fx import Node
 from h1export.graphs.passes.base import (
     KindOf,
     Pass,
-    args_of,
     aten,
     call,
     concatenated_weight,
@@ -21,7 +20,7 @@ from h1export.graphs.passes.base import (
     linear_bias,
     replace_node,
 )
-from h1export.graphs.programs import Program
+from h1export.graphs.programs import Program, args_of
 
 
 class FuseParallelProjections(Pass):

@@ -9,7 +9,6 @@ from torch.fx import Node
 from h1export.graphs.passes.base import (
     KindOf,
     Pass,
-    args_of,
     aten,
     call,
     concatenated_weight,
@@ -17,7 +16,7 @@ from h1export.graphs.passes.base import (
     linear_bias,
     replace_node,
 )
-from h1export.graphs.programs import Program
+from h1export.graphs.programs import Program, args_of
 
 
 class FuseSummedProjections(Pass):

@@ -26,7 +26,9 @@ OPTIONS = (
     click.option("--opset-only", is_flag=True, help="ort: ONNX's own operators alone, right on any runtime."),
     click.option("--logits", type=click.Choice(("all", "last")), default="all", show_default=True, help="Positions that get logits."),
     click.option("--max-context", default=2048, show_default=True, type=click.IntRange(min=1), help="coreml: tokens of a sequence."),
-    click.option("--compute", type=click.Choice(get_args(Compute)), default="fp16", show_default=True, help="coreml: dtype of activations."),
+    click.option(
+        "--compute", type=click.Choice(get_args(Compute)), default="fp16", show_default=True, help="coreml: dtype of activations."
+    ),
     click.option("--state-io", is_flag=True, help="coreml: states as inputs and outputs instead of the runtime's own."),
     click.option("--out", type=click.Path(path_type=Path), help="Folder to make [default: MODEL-TARGET-QUANT]."),
     click.option("--jobs", default=0, show_default=True, type=click.IntRange(min=0), help="Threads that compute weights; 0: one a core."),

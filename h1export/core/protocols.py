@@ -28,6 +28,8 @@ class Capabilities:
         notes: limits in words, for the report.
         kernels: whose kernels compute, for the report.
         fallback: what is slower than it could be here, why, and the next step; empty: nothing is. Users are told.
+        max_context: tokens in one sequence; None: no limit.
+        emulated: not the runtime itself computes, but something that stands in for it: right, and no measure of speed.
     """
 
     max_batch: int | None
@@ -36,6 +38,8 @@ class Capabilities:
     notes: tuple[str, ...] = ()
     kernels: str = ""
     fallback: str = ""
+    max_context: int | None = None
+    emulated: bool = False
 
 
 class Sequences(Protocol):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from h1export.core.state import StateTensor
+from h1export.graphs.programs import args_of
 from h1export.plugins.attention.op import rope_frequencies
 from h1export.targets.coreml.context import MASKED, Context
 from h1export.targets.coreml.weights import Var
@@ -16,7 +16,7 @@ from h1export.targets.coreml.weights import Var
 
 def attention(c: Context, node: Node) -> None:
     """A head's group of queries lies along its tokens, [1, kv_heads, group * T, dim], so that keys are not repeated."""
-    q, k, v, past_k, past_v, *_, theta = node.args
+    q, k, v, past_k, past_v, *_, theta = args_of(node)
     s, tokens = c.program.spec, c.call.tokens
     cos, sin = c.once(("rope", theta), lambda: _rotary_rows(c, theta))
     query, new_keys = (_rotate(c, _heads_first(c, operand), cos, sin) for operand in (q, k))
@@ -41,10 +41,10 @@ def rotary_table(theta: float, dim: int, length: int) -> tuple[torch.Tensor, tor
 
 def _rotary_rows(c: Context, theta: Any) -> tuple[Var, Var]:
     """cos and sin of this call's positions, [T, dim / 2]."""
-    rows = []
-    for table in rotary_table(theta, c.program.spec.head_dim, c.max_context):
-        rows.append(c.op("gather", x=table.numpy().astype(c.weights.compute), indices=positions(c), axis=0, validate_indices=False))
-    return rows[0], rows[1]
+    tables = rotary_table(theta, c.program.spec.head_dim, c.max_context)
+    arrays = [table.numpy().astype(c.weights.compute) for table in tables]
+    cos, sin = (c.op("gather", x=array, indices=positions(c), axis=0, validate_indices=False) for array in arrays)
+    return cos, sin
 
 
 def positions(c: Context) -> Var:
@@ -62,21 +62,15 @@ def _rotate(c: Context, x: Var, cos: Var, sin: Var) -> Var:
 
 def _append(c: Context, past: Any, new: Var) -> Var:
     """Keys or values with this call's written at ``position``: [1, kv_heads, max_context, dim]."""
-    tensor = _tensor(c, past)
     begin, end = c.once("window", lambda: _window(c))
-    return c.states.write(tensor, c.op("slice_update", x=c.states.read(tensor), update=new, begin=begin, end=end))
-
-
-def _tensor(c: Context, past: Any) -> StateTensor:
-    (tensor,) = [tensor for tensor in c.program.states.tensors if tensor.past == c.program.inputs[past.name]]
-    return tensor
+    return c.states.write(c.state(past), c.op("slice_update", x=c.states.read(c.state(past)), update=new, begin=begin, end=end))
 
 
 def _window(c: Context) -> tuple[Var, Var]:
     """The corners of this call's rows in the keys' buffer."""
     s, zero = c.program.spec, np.zeros(1, np.int32)
     stop = c.op("add", x=c.position, y=np.int32(c.call.tokens))
-    heads, dim = np.int32([s.num_key_value_heads]), np.int32([s.head_dim])
+    heads, dim = (np.array([size], np.int32) for size in (s.num_key_value_heads, s.head_dim))
     begin = c.op("concat", values=[zero, zero, c.position, zero], axis=0)
     return begin, c.op("concat", values=[np.ones(1, np.int32), heads, stop, dim], axis=0)
 

@@ -80,4 +80,3 @@ class Blobs(WeightFile):
 
 def _constant(*data: bytes) -> Callable[[], Sequence[npt.NDArray[np.uint8]]]:
     return lambda: [np.frombuffer(part, np.uint8) for part in data]
-

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from h1export.core.state import INPUT_IDS, StateTensor
 from h1export.core.weights import WeightExpr
 from h1export.graphs.programs import Program
 from h1export.targets.coreml import sdk
@@ -63,6 +64,11 @@ class Context:
         expr = self.program.weight_of(node)
         return self._values[node] if expr is None else self.once(expr, lambda: self.weights.dense(expr))
 
+    def state(self, node: Any) -> StateTensor:
+        """The state that an input stands for."""
+        (tensor,) = [tensor for tensor in self.program.states.tensors if tensor.past == self.program.inputs[node.name]]
+        return tensor
+
     def expr(self, node: Any) -> WeightExpr:
         expr = self.program.weight_of(node)
         assert expr is not None, f"{node} is not a weight"
@@ -94,7 +100,7 @@ class _Sizes:
 
     def __init__(self, program: Program, tokens: int, past: int) -> None:
         placeholders = {program.inputs[node.name]: node for node in program.graph.nodes if node.name in program.inputs}
-        batch, seq = placeholders["input_ids"].meta["val"].shape
+        batch, seq = placeholders[INPUT_IDS].meta["val"].shape
         keys = placeholders[program.states.tensors[0].past].meta["val"].shape
         self._numbers = {batch.node.expr: 1, seq.node.expr: tokens, keys[2].node.expr: past}
 

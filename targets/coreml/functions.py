@@ -77,5 +77,3 @@ def _real(c: Context) -> Any:
         return ALL_REAL
     tokens = np.arange(c.call.tokens, dtype=np.int32)[None]
     return c.activation(c.op("less", x=tokens, y=c.n_valid))
-
-

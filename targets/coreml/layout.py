@@ -33,6 +33,7 @@ class Call:
 
 
 DECODE, PREFILL = Call("decode", 1), Call("prefill", 64)
+CALLS = (DECODE, PREFILL)
 
 
 def state_name(tensor: StateTensor) -> str:

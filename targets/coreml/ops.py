@@ -11,6 +11,8 @@ import torch
 from torch.fx import Node
 
 from h1export.core.weights import WeightExpr
+from h1export.graphs.passes.base import linear_bias
+from h1export.graphs.programs import args_of
 from h1export.plugins import h1
 from h1export.targets.coreml.attention import attention
 from h1export.targets.coreml.context import ALL_REAL, Context
@@ -24,8 +26,8 @@ Emitter = Callable[[Context, Node], None]
 
 def linear(c: Context, node: Node) -> None:
     """Integers where the scheme has some, and µP as a product beside them; else floats with µP folded in."""
-    x, expr = c.value(node.args[0]), c.expr(node.args[1])
-    bias = {"bias": c.value(node.args[2])} if len(node.args) > 2 and node.args[2] is not None else {}
+    x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
+    bias = {} if (added := linear_bias(node)) is None else {"bias": c.value(added)}
     multiplier = None if c.weights.precision(expr) is None else c.weights.multiplier(expr.only)
     if multiplier is None:
         return c.set(node, c.op("linear", x=x, weight=_matrix(c, expr), **bias))
@@ -39,13 +41,13 @@ def _matrix(c: Context, expr: WeightExpr) -> Var:
 
 
 def embedding(c: Context, node: Node) -> None:
-    table, ids = _matrix(c, c.expr(node.args[0])), c.value(node.args[1])
+    table, ids = _matrix(c, c.expr(args_of(node)[0])), c.value(args_of(node)[1])
     c.set(node, c.op("gather", x=table, indices=ids, axis=0, validate_indices=False))
 
 
 def rms_norm(c: Context, node: Node) -> None:
     """In float32: a square leaves the range of fp16 from 256 on."""
-    x, _shape, weight, epsilon = node.args
+    x, _shape, weight, epsilon = args_of(node)
     wide = c.float32(c.value(x))
     mean = c.op("reduce_mean", x=c.op("mul", x=wide, y=wide), axes=[-1], keep_dims=True)
     inverse = c.op("rsqrt", x=c.op("add", x=mean, y=np.float32(epsilon)), epsilon=np.float32(0))
@@ -55,37 +57,37 @@ def rms_norm(c: Context, node: Node) -> None:
 
 def binary(op_type: str) -> Emitter:
     def emit(c: Context, node: Node) -> None:
-        x, y = (c.value(argument) for argument in node.args)
+        x, y = (c.value(argument) for argument in args_of(node))
         c.set(node, x if y is ALL_REAL else c.op(op_type, x=x, y=y))
 
     return emit
 
 
 def silu(c: Context, node: Node) -> None:
-    c.set(node, c.op("silu", x=c.value(node.args[0])))
+    c.set(node, c.op("silu", x=c.value(args_of(node)[0])))
 
 
 def view(c: Context, node: Node) -> None:
-    c.set(node, c.op("reshape", x=c.value(node.args[0]), shape=c.shape(node)))
+    c.set(node, c.op("reshape", x=c.value(args_of(node)[0]), shape=c.shape(node)))
 
 
 def unsqueeze(c: Context, node: Node) -> None:
-    x, axis = c.value(node.args[0]), node.args[1]
+    x, axis = c.value(args_of(node)[0]), args_of(node)[1]
     c.set(node, x if x is ALL_REAL else c.op("expand_dims", x=x, axes=[axis]))
 
 
 def split(c: Context, node: Node) -> None:
-    x, sizes, *axis = node.args
-    c.set(node, *c.op("split", x=c.value(x), split_sizes=tuple(sizes), axis=axis[0] if axis else 0))  # type: ignore[arg-type]
+    x, sizes, *axis = args_of(node)
+    c.set(node, *c.op("split", x=c.value(x), split_sizes=tuple(sizes), axis=axis[0] if axis else 0))
 
 
 def getitem(c: Context, node: Node) -> None:
-    c.set(node, c.value(node.args[0])[node.args[1]])
+    c.set(node, c.value(args_of(node)[0])[args_of(node)[1]])
 
 
 def last_token(c: Context, node: Node) -> None:
     """narrow: a program that gives one position's logits takes the last; in a padded call that is the last real one."""
-    x = c.value(node.args[0])
+    x = c.value(args_of(node)[0])
     if c.n_valid is None:
         return c.set(node, x)
     index = c.op("sub", x=c.n_valid, y=np.int32(1))

@@ -17,7 +17,7 @@ WEIGHTS_REFERENCE = "@model_path/weights/weight.bin"
 
 def protobuf(program: Any, weights: Weights, notes: Mapping[str, str]) -> Any:
     """The Model message of a MIL program; writes the bytes of its weights on the way. ``notes`` go into its metadata."""
-    load, values = sdk.serializer(), sdk.protobuf_values()
+    load, values = (sdk.module(f"coremltools.converters.mil.backend.mil.{name}") for name in ("load", "helper"))
 
     class Exporter(load.MILProtoExporter):  # type: ignore[name-defined,misc]
         """Takes values from ``weights`` instead of the constants that stand in for them."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from torch.fx import Node
 
-from h1export.core.state import StateKind
+from h1export.graphs.programs import args_of
 from h1export.targets.coreml.context import ALL_REAL, Context
 from h1export.targets.coreml.weights import Var
+
+Scan = Callable[..., tuple[Var, Var]]  # (context, dt, dt A, x, B, C, state), all float32 -> y [1, T, heads, d_head], the state after
 
 
 def ssm_scan(c: Context, node: Node) -> None:
@@ -18,13 +21,13 @@ def ssm_scan(c: Context, node: Node) -> None:
 
     Differences of cumulative sums would lose digits as chunks grow; a masked sum for each pair of tokens does not.
     """
-    x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = node.args
+    x, dt, A, B, C, D, dt_bias, state, mask, _, dt_min, dt_max = args_of(node)
     step = _step(c, dt, dt_bias, mask, dt_min, dt_max)
     decay = c.op("mul", x=step, y=_float32(c, A, (c.program.spec.mamba_n_heads,)))  # [1, T, heads]
     inputs = [c.float32(c.value(operand)) for operand in (x, B, C)]
-    (tensor,) = [t for t in c.program.states.tensors if t.past == c.program.inputs[state.name]]  # type: ignore[union-attr]
-    y, after = (_chunk_scan if c.call.padded else _one_token)(c, step, decay, *inputs, c.states.read(tensor))
-    c.states.write(tensor, after)
+    scan: Scan = _chunk if c.call.padded else _one_token
+    y, after = scan(c, step, decay, *inputs, c.states.read(c.state(state)))
+    c.states.write(c.state(state), after)
     skip = c.op("mul", x=inputs[0], y=_float32(c, D, (c.program.spec.mamba_n_heads, 1)))
     c.set(node, c.activation(c.op("add", x=y, y=skip)), after)
 
@@ -59,7 +62,7 @@ def _one_token(c: Context, step: Var, decay: Var, x: Var, B: Var, C: Var, state:
     return c.op("reshape", x=y, shape=(1, 1, s.mamba_n_heads, s.mamba_d_head)), c.op("reshape", x=after, shape=state.shape)
 
 
-def _chunk_scan(c: Context, step: Var, decay: Var, x: Var, B: Var, C: Var, state: Var) -> tuple[Var, Var]:
+def _chunk(c: Context, step: Var, decay: Var, x: Var, B: Var, C: Var, state: Var) -> tuple[Var, Var]:
     s, tokens = c.program.spec, c.call.tokens
     groups, heads, dim = s.mamba_n_groups, s.mamba_n_heads, s.mamba_d_head
     B, C = (c.op("transpose", x=operand, perm=(0, 2, 1, 3)) for operand in (B, C))  # [1, groups, T, d_state]
@@ -102,10 +105,8 @@ def _state_after(c: Context, decay: Var, between: Var, drive: Var, B: Var, state
 
 def causal_conv(c: Context, node: Node) -> None:
     """A product and a sum for each tap, channels last; the state is what precedes the first pad."""
-    x, state, weight, bias = node.args
-    (tensor,) = [t for t in c.program.states.tensors if t.past == c.program.inputs[state.name]]  # type: ignore[union-attr]
-    assert tensor.kind is StateKind.CONV
-    inputs = c.op("concat", values=[c.states.read(tensor), c.value(x)], axis=1)
+    x, state, weight, bias = args_of(node)
+    inputs = c.op("concat", values=[c.states.read(c.state(state)), c.value(x)], axis=1)
     _, rows, channels = inputs.shape
     carried = rows - c.call.tokens
     total = None if bias is None else c.value(bias)
@@ -115,7 +116,7 @@ def causal_conv(c: Context, node: Node) -> None:
         total = product if total is None else c.op("add", x=product, y=total)
     begin = (0, c.call.tokens, 0) if c.n_valid is None else c.once("n_valid row", lambda: _row(c, c.n_valid))
     after = c.op("slice_by_size", x=inputs, begin=begin, size=(1, carried, channels))
-    c.states.write(tensor, after)
+    c.states.write(c.state(state), after)
     c.set(node, c.op("silu", x=total), after)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +18,13 @@ from h1export.targets.base import BuildOptions, Kernels, Lowered
 from h1export.targets.coreml import layout, package, sdk
 from h1export.targets.coreml.blobs import Blobs
 from h1export.targets.coreml.functions import mil_program
-from h1export.targets.coreml.layout import DECODE, PREFILL
+from h1export.targets.coreml.layout import CALLS, PREFILL
 from h1export.targets.coreml.runner import CoreMLRunner
-from h1export.targets.coreml.weights import Float, Weights
+from h1export.targets.coreml.weights import Float, Var, Weights
 
 COMPUTE: Mapping[str, Float] = {"fp16": np.float16, "fp32": np.float32}
-Ports = Mapping[str, tuple[str, tuple[int | str, ...]]]
+Port = tuple[str, tuple[int | str, ...]]
+Ports = Mapping[str, Port]
 
 
 class CoreMLTarget:
@@ -37,7 +39,7 @@ class CoreMLTarget:
         (stage.folder / layout.WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
         with Blobs(stage, layout.WEIGHTS) as blobs:
             weights = Weights(store, scheme, program.spec, blobs, COMPUTE[options.compute])
-            built = mil_program(program, weights, (DECODE, PREFILL), options.max_context, options.state_io)
+            built = mil_program(program, weights, CALLS, options.max_context, options.state_io)
             progress.stage("weights", store.nbytes)
             notes = {"max_context": str(options.max_context), "prefill_tokens": str(PREFILL.tokens)}
             model = package.protobuf(built, weights, notes)
@@ -58,19 +60,20 @@ def _check(options: BuildOptions) -> None:
         raise H1ExportError("--max-context", what, f"{PREFILL.tokens} or more")
 
 
-def _ports(built: object) -> tuple[Ports, Ports]:
+def _ports(built: Any) -> tuple[Ports, Ports]:
     """Inputs and outputs by "function.name", states among the inputs."""
-    inputs, outputs = {}, {}
-    for name, function in built.functions.items():  # type: ignore[attr-defined]
+    inputs: dict[str, Port] = {}
+    outputs: dict[str, Port] = {}
+    for name, function in built.functions.items():
         inputs |= {f"{name}.{port}": _port(var) for port, var in function.inputs.items()}
         outputs |= {f"{name}.{var.name}": _port(var) for var in function.outputs}
     return inputs, outputs
 
 
-def _port(var: object) -> tuple[str, tuple[int | str, ...]]:
+def _port(var: Var) -> Port:
     types = sdk.mil().types
     names = {types.fp16: "FLOAT16", types.fp32: "FLOAT", types.int32: "INT32"}
-    return names[var.dtype], tuple(map(int, var.shape))  # type: ignore[attr-defined]
+    return names[var.dtype], tuple(map(int, var.shape))
 
 
 target = CoreMLTarget()

@@ -78,7 +78,9 @@ class Weights:
         name, (rows, columns) = mil_name(expr), expr.shape(self._store.shape)
         groups = columns // precision.columns_per_scale(columns)
         mb = sdk.builder()
-        data = mb.const(val=np.broadcast_to(np.zeros((), sdk.int4() if precision.bits == 4 else np.int8), (rows, columns)), name=name + CODES)
+        data = mb.const(
+            val=np.broadcast_to(np.zeros((), sdk.int4() if precision.bits == 4 else np.int8), (rows, columns)), name=name + CODES
+        )
         scale = self._stand_in(name + SCALES, (rows, groups), self.compute)
         self._places[name + CODES] = lambda: self._write(expr, precision, groups)[0]
         self._places[name + SCALES] = lambda: self._write(expr, precision, groups)[1]
@@ -91,7 +93,7 @@ class Weights:
         array = np.asarray(var.val)
         if array.size < 10 or array.dtype not in OF_ARRAY:  # coremltools' own limit
             return None
-        key = (array.dtype.str, array.shape, hashlib.sha256(np.ascontiguousarray(array)).hexdigest())
+        key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).hexdigest())
         return self._blobs.once(key, lambda: self._blobs.add_array(var.name, array))
 
     def _constant(self, name: str, shape: tuple[int, ...], dtype: Float, blocks: Iterable[Block]) -> Var:

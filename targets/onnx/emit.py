@@ -101,11 +101,6 @@ def _alone(block: Callable[[], Array]) -> tuple[Array]:
     return (block(),)
 
 
-def args_of(node: Node) -> tuple[Any, ...]:
-    """The node's arguments; what each is, graphs.verify and the op's schema say."""
-    return node.args
-
-
 def initializer_name(expr: WeightExpr) -> str:
     """The checkpoint's name(s) of what an initializer is made of, and the functions that made it."""
     return ("+", "|")[expr.axis].join(".".join((part.tensor, *part.functions)) for part in expr.parts)

@@ -21,9 +21,10 @@ from torch.fx import Node
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr
 from h1export.errors import H1ExportError
+from h1export.graphs.programs import args_of
 from h1export.plugins import h1
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.emit import Emitter, args_of, initializer_name
+from h1export.targets.onnx.emit import Emitter, initializer_name
 from h1export.targets.onnxruntime.nbits import FLOAT, MS, OrtContext, factors, gather_block_quantized, matmul_nbits, store
 from h1export.targets.onnxruntime.ops import TABLE as CPU_TABLE
 from h1export.targets.weightfile import BLOCK_BYTES

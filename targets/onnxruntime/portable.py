@@ -15,11 +15,12 @@ import torch
 from torch.fx import Node
 
 from h1export.core.quant import QuantScheme
+from h1export.graphs.programs import args_of
 from h1export.plugins import h1
 from h1export.plugins.attention.op import rope_frequencies
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.emit import Context, Emitter, args_of
+from h1export.targets.onnx.emit import Context, Emitter
 from h1export.targets.onnxruntime import transposed
 from h1export.targets.onnxruntime.chunked_scan import Chunks, chunked_scan
 from h1export.targets.onnxruntime.ops import TABLE as CPU_TABLE

@@ -18,7 +18,7 @@ RUNTIMES = {
     "coremltools": "coreml",
 }  # -> target
 HEAVY = ("numpy", "torch", "onnx", "onnx_ir", "transformers", *RUNTIMES)
-SHARED_BY_TARGETS = ("h1export.targets.base", "h1export.targets.onnx")
+SHARED_BY_TARGETS = ("h1export.targets.base", "h1export.targets.onnx", "h1export.targets.weightfile")
 
 Floors = list[tuple[set[str], bool]]  # from the top: (packages, whether they may import each other)
 

@@ -90,7 +90,7 @@ def test_a_wrong_rope_base_fails(make_checkpoint: MakeCheckpoint, build: Build, 
     artifact = build(edited_config(truth, tmp_path, lambda config: config["rope_parameters"].update(rope_theta=1e10)))
     rows = failed(judge(artifact, truth))
     assert "one token" not in {row.check for row in rows}  # position 0 does not turn
-    assert "64 decode steps" in {row.check for row in rows}
+    assert "512 decode steps" in {row.check for row in rows}
 
 
 def test_swapped_b_and_c_fail(make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_stale_state_fails(kind: str, make_checkpoint: MakeCheckpoint, build: 
 
     runner.step = stale
     rows = failed(judge(artifact, truth, runner))
-    assert "64 decode steps" in {row.check for row in rows}
+    assert "512 decode steps" in {row.check for row in rows}
     assert all(f"worst state 1.{kind}" in row.note for row in rows if row.check == "one token")
 
 

@@ -65,13 +65,15 @@ def test_verdicts(figures: dict[str, float], limits: dict[str, float], verdict: 
 
 
 def test_limits_can_be_set_and_must_exist() -> None:
-    assert gates.limits("int4", True, {})["stored.logits"] == gates.EXACT["logits"]
-    assert gates.limits("int4", False, {})["drift.logits"] == gates.ROUNDED["logits"]
-    assert gates.limits("none", True, {"source.kl": 7.0})["source.kl"] == 7.0
+    assert gates.limits("int4", True, True, {})["stored.logits"] == gates.EXACT["logits"]
+    assert gates.limits("int4", False, True, {})["drift.logits"] == gates.ROUNDED["logits"]
+    assert gates.limits("int4", False, False, {})["stored.logits"] == gates.HALF["logits"]
+    assert "drift.logits" not in gates.limits("int4", False, False, {})
+    assert gates.limits("none", True, True, {"source.kl": 7.0})["source.kl"] == 7.0
     with pytest.raises(H1ExportError, match=r"stored\.logitz"):
-        gates.limits("int4", True, {"stored.logitz": 1.0})
+        gates.limits("int4", True, True, {"stored.logitz": 1.0})
     with pytest.raises(H1ExportError, match=r"stored\.kl"):
-        gates.limits("none", True, {"stored.kl": 1.0})  # nothing is quantised, so nothing is stored
+        gates.limits("none", True, True, {"stored.kl": 1.0})  # nothing is quantised, so nothing is stored
 
 
 def test_windows_score_every_token_but_the_first_once() -> None:

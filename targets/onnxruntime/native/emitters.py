@@ -13,10 +13,11 @@ import torch
 from torch.fx import Node
 
 from h1export.core.spec import HybridSpec
+from h1export.graphs.programs import args_of
 from h1export.plugins import h1
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.emit import Emitter, args_of
+from h1export.targets.onnx.emit import Emitter
 from h1export.targets.onnxruntime import ops as stock
 from h1export.targets.onnxruntime.nbits import OrtContext, attributes, factors, store
 

@@ -1,0 +1,140 @@
+"""What executes a package: Core ML on a Mac, our evaluator anywhere else; and how tokens become calls of its functions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from h1export.core.protocols import Ids
+from h1export.core.state import Array
+from h1export.targets.coreml import layout, sdk
+from h1export.targets.coreml.evaluator import Evaluator, Package
+from h1export.targets.coreml.layout import CALLS, DECODE, LOGITS, PREFILL, Call
+
+Arrays = dict[str, npt.NDArray[Any]]
+Held = Any  # states in an executor's own form
+
+
+class Executor(Protocol):
+    """The functions of a package.
+
+    Attributes:
+        name: what computes, for the report.
+        emulated: whether that is not Core ML.
+    """
+
+    name: str
+    emulated: bool
+
+    def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
+        """States to call functions on; the arrays stay as they are."""
+        ...
+
+    def run(self, function: str, inputs: Arrays, held: Held) -> Arrays:
+        """Outputs of a call, which updates ``held``."""
+        ...
+
+    def fetch(self, held: Held) -> Arrays:
+        """The states by name, in arrays that no later call changes."""
+        ...
+
+
+class Evaluated:
+    """Our evaluator: slow, true to the declared dtypes, on any machine."""
+
+    name, emulated = "h1export's MIL evaluator, not Core ML", True
+
+    def __init__(self, package: Path) -> None:
+        opened = Package.open(package)
+        self._evaluators = {call.name: Evaluator(opened, call.name) for call in CALLS}
+
+    def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
+        return dict(states)
+
+    def run(self, function: str, inputs: Arrays, held: Held) -> Arrays:
+        return dict(self._evaluators[function].run(inputs, held))  # type: ignore[index]
+
+    def fetch(self, held: Held) -> Arrays:
+        return dict(held)
+
+
+class OnMac:
+    """Core ML. Not run by us: it needs macOS 15."""
+
+    name, emulated = "Core ML", False
+
+    def __init__(self, package: Path) -> None:
+        ct = sdk.coremltools()
+        units = ct.ComputeUnit.CPU_AND_GPU  # the Neural Engine has no blocks of int4
+        self._models = {call.name: ct.models.MLModel(str(package), function_name=call.name, compute_units=units) for call in CALLS}
+
+    def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
+        if not states:
+            return None, ()
+        state = self._models[DECODE.name].make_state()
+        for name, array in states.items():
+            state.write_state(name, array)
+        return state, tuple(states)
+
+    def run(self, function: str, inputs: Arrays, held: Held) -> Arrays:
+        return dict(self._models[function].predict(inputs, state=held[0]))  # type: ignore[index]
+
+    def fetch(self, held: Held) -> Arrays:
+        state, names = held
+        return {name: np.array(state.read_state(name)) for name in names}
+
+
+class Passing:
+    """An executor for a package whose states are inputs and outputs; ``outputs`` names the output of each input."""
+
+    def __init__(self, executor: Executor, outputs: Mapping[str, str]) -> None:
+        self.name, self.emulated = executor.name, executor.emulated
+        self._executor, self._outputs, self._nothing = executor, outputs, executor.hold({})
+
+    def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
+        return dict(states)
+
+    def run(self, function: str, inputs: Arrays, held: Held) -> Arrays:
+        outputs = self._executor.run(function, inputs | held, self._nothing)
+        held.update({name: outputs.pop(output) for name, output in self._outputs.items()})
+        return outputs
+
+    def fetch(self, held: Held) -> Arrays:
+        return dict(held)
+
+
+def executor(package: Path, passed: Mapping[str, str]) -> Executor:
+    """What executes ``package`` on this machine; ``passed`` as ``Passing`` takes it, empty for a package that has states."""
+    found: Executor = OnMac(package) if sys.platform == "darwin" else Evaluated(package)
+    return Passing(found, passed) if passed else found
+
+
+def advance(executor: Executor, held: Held, ids: Ids, position: int, max_context: int, all_logits: bool) -> Array:
+    """Append ids [1, new] after ``position`` tokens, as padded prefills and decodes; logits float32 [1, new or 1, vocab]."""
+    answers, start = [], 0
+    while start < ids.shape[1]:
+        call, count = _next_call(position + start, ids.shape[1] - start, max_context)
+        logits = _call(executor, held, call, ids[:, start : start + count], position + start)
+        answers.append(logits[:, :count] if all_logits else logits)
+        start += count
+    return np.concatenate(answers, axis=1) if all_logits else answers[-1]
+
+
+def _next_call(position: int, left: int, max_context: int) -> tuple[Call, int]:
+    """A padded prefill writes keys for its pads too, and they must fit."""
+    fits = position + PREFILL.tokens <= max_context
+    return (PREFILL, min(PREFILL.tokens, left)) if fits and left > 1 else (DECODE, 1)
+
+
+def _call(executor: Executor, held: Held, call: Call, ids: Ids, position: int) -> Array:
+    padded = np.zeros((1, call.tokens), np.int32)
+    padded[:, : ids.shape[1]] = ids
+    inputs: Arrays = {layout.INPUT_IDS: padded, layout.POSITION: np.array([position], np.int32)}
+    if call.padded:
+        inputs[layout.N_VALID] = np.array([ids.shape[1]], np.int32)
+    return np.asarray(executor.run(call.name, inputs, held)[LOGITS], np.float32)

@@ -1,0 +1,332 @@
+"""Check this artifact on a Mac: every compute unit against golden.npz, and its speed.
+
+    pip install coremltools numpy
+    python verify_on_mac.py
+
+Needs macOS 15 and the files beside this one. Prints a table and writes report.json. Exit code 0: passed; 1: failed; 2: could not
+be run. CPU_ONLY and the units that mac.json names have to pass; figures of the others are for information.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, get_args
+from zipfile import BadZipFile
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+PACKAGE, SETTINGS, GOLDEN = "model.mlpackage", "mac.json", "golden.npz"
+MANIFEST, REPORT = "manifest.json", "report.json"
+PAST, PRESENT = "past_key_values_", "present_"  # with --state-io: inputs, and the outputs that they become
+FORMAT = 1  # of golden.npz
+
+UnitsName = Literal["CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL"]
+UNITS: tuple[UnitsName, ...] = get_args(UnitsName)
+Ids = np.ndarray[Any, Any]  # int32 [count]
+Row = np.ndarray[Any, Any]  # logits, float32 [vocab]
+
+
+class CannotRunError(Exception):
+    """Nothing can be said about the artifact here."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """mac.json: how the package was built.
+
+    Attributes:
+        max_context: tokens that the states have room for.
+        chunk: tokens of a prefill call.
+        compute: the units it is meant for, by coremltools' names.
+        state_io: states are inputs and outputs.
+        last_logits: prefill gives the logits of the last valid token only.
+    """
+
+    max_context: int
+    chunk: int = 64
+    compute: UnitsName = "CPU_AND_GPU"
+    state_io: bool = False
+    last_logits: bool = False
+
+    def must_pass(self, unit: str) -> bool:
+        return unit in ("CPU_ONLY", self.compute)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Logits ``prefill`` [p, vocab] at ``positions`` [p] of ``prompt`` [n]; ``decode`` [steps, vocab] of ``tokens`` [steps] after it."""
+
+    name: str
+    prompt: Ids
+    positions: Ids
+    prefill: Row
+    tokens: Ids
+    decode: Row
+
+
+class Function:
+    """One function of the package on one compute unit, through coremltools."""
+
+    def __init__(self, package: Path, name: str, units: str) -> None:
+        tools = import_module("coremltools")
+        self._model = tools.models.MLModel(str(package), function_name=name, compute_units=tools.ComputeUnit[units])
+        description = self._model.get_spec().description
+        described = next((one for one in description.functions if one.name == name), description)
+        self.inputs = {feature.name: tuple(feature.type.multiArrayType.shape) for feature in described.input}
+
+    def make_state(self) -> Any:
+        return self._model.make_state()
+
+    def predict(self, feeds: Mapping[str, Any], state: Any) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self._model.predict(dict(feeds)) if state is None else self._model.predict(dict(feeds), state=state)
+        return found
+
+
+def load(package: Path, name: str, units: str) -> Function:
+    """The only door to Core ML; a test puts another in its place.
+
+    Raises:
+        CannotRunError: no macOS 15, or no coremltools.
+    """
+    version = platform.mac_ver()[0]
+    if platform.system() != "Darwin" or int(version.split(".")[0] or 0) < 15:
+        system = f"macOS {version}" if version else platform.system()
+        raise CannotRunError(f"this is {system}, and Core ML runs this package on macOS 15 or later; copy the folder to such a Mac")
+    try:
+        return Function(package, name, units)
+    except ImportError as error:
+        raise CannotRunError(f"coremltools cannot be imported ({error}); pip install coremltools") from None
+
+
+def calls(length: int, settings: Settings, position: int = 0) -> Iterator[tuple[str, int, int]]:
+    """(function, position, tokens) that take ``length`` tokens in: chunks while a whole one has room, then one by one."""
+    while length:
+        whole = position + settings.chunk <= settings.max_context
+        count = min(length, settings.chunk) if whole else 1
+        yield "prefill" if whole else "decode", position, count
+        position, length = position + count, length - count
+
+
+class Session:
+    """One sequence over both functions, which share its states; they are made by ``first``."""
+
+    def __init__(self, functions: Mapping[str, Function], settings: Settings, first: str) -> None:
+        self._functions, self._chunk = functions, settings.chunk
+        inputs = functions[first].inputs
+        self._past: dict[str, Any] = {name: np.zeros(shape, np.float32) for name, shape in inputs.items() if name.startswith(PAST)}
+        self._state = None if settings.state_io else functions[first].make_state()
+
+    def call(self, name: str, position: int, ids: Ids) -> dict[int, Row]:
+        """Position -> logits of ``ids`` [count], those that the function gives. Pads after them are id 0."""
+        padded = np.zeros((1, self._chunk if name == "prefill" else 1), np.int32)
+        padded[0, : len(ids)] = ids
+        feeds = {"input_ids": padded, "position": np.array([position], np.int32), **self._past}
+        if name == "prefill":
+            feeds["n_valid"] = np.array([len(ids)], np.int32)
+        found = self._functions[name].predict(feeds, self._state)
+        self._past = {past: found[PRESENT + past.removeprefix(PAST)] for past in self._past}
+        logits = np.asarray(found["logits"], np.float32)[0]
+        first = position + len(ids) - 1 if len(logits) == 1 else position
+        return {first + row: logits[row] for row in range(min(len(logits), len(ids)))}
+
+    def decode(self, position: int, ids: Ids) -> dict[int, Row]:
+        """Position -> logits of ``ids`` [count], one call each."""
+        found: dict[int, Row] = {}
+        for step in range(len(ids)):
+            found |= self.call("decode", position + step, ids[step : step + 1])
+        return found
+
+
+def run_case(functions: Mapping[str, Function], settings: Settings, case: Case) -> tuple[list[tuple[Row, Row]], str]:
+    """(found, golden) logits of ``case``, and a note.
+
+    Decode goes on in the states that prefill has filled: both are functions of one package and agree in the states' names and
+    shapes. We are not sure that every system allows it: where it raises an error, decode takes the prompt in too.
+    """
+    session, taken = Session(functions, settings, "prefill"), 0
+    found: dict[int, Row] = {}
+    ids = np.concatenate([case.prompt, case.tokens])
+    for name, position, count in calls(len(case.prompt), settings):
+        if name == "prefill":
+            found |= session.call(name, position, ids[position : position + count])
+            taken = position + count
+    try:
+        decoded, note = session.decode(taken, ids[taken:]), ""
+    except Exception as error:
+        if settings.state_io:
+            raise
+        decoded = Session(functions, settings, "decode").decode(0, ids)
+        note = f"decode refused prefill's states, and took the prompt in itself: {str(error)[:200]}"
+    golden = dict(zip(case.positions.tolist(), case.prefill, strict=True))
+    golden |= {len(case.prompt) + step: row for step, row in enumerate(case.decode)}
+    pairs = [(rows[place], row) for rows in (found, decoded) for place, row in golden.items() if place in rows]
+    return pairs, note
+
+
+def figures_of(pairs: Sequence[tuple[Row, Row]]) -> dict[str, float]:
+    """logits: the largest difference over the golden range, in the worst row; NaN if not finite. top1: share of equal argmax."""
+    errors = [float(np.abs(found - truth).max()) / (float(truth.max() - truth.min()) or 1.0) for found, truth in pairs]
+    worst = max(errors) if all(map(math.isfinite, errors)) else math.nan
+    return {"logits": worst, "top1": sum(int(found.argmax() == truth.argmax()) for found, truth in pairs) / len(pairs)}
+
+
+def row_of(check: str, against: str, figures: Mapping[str, float], limit: float | None, note: str) -> dict[str, Any]:
+    """A row as h1export's own reports have it; ``limit`` is that of the logits."""
+    limits = {} if limit is None else {"logits": limit}
+    verdict = "n/a" if not figures else "pass" if limits else "info"
+    if any(math.isnan(value) for value in figures.values()) or (limit is not None and not figures["logits"] <= limit):
+        verdict = "FAIL"
+    shown = {name: str(value) if math.isnan(value) else value for name, value in figures.items()}
+    return {"check": check, "against": against, "figures": shown, "limits": limits, "note": note, "details": {}, "verdict": verdict}
+
+
+def case_row(functions: Mapping[str, Function], settings: Settings, case: Case, unit: str, tolerance: float) -> dict[str, Any]:
+    """The row of one case on one unit. What is wrong on a unit that has to pass is a failure, elsewhere it is a note."""
+    must = settings.must_pass(unit)
+    try:
+        pairs, note = run_case(functions, settings, case)
+        figures = figures_of(pairs)
+        note = "; ".join(filter(None, [note, "not finite" if math.isnan(figures["logits"]) else f"{len(pairs)} rows of logits"]))
+    except Exception as error:
+        figures, note = {"logits": math.nan, "top1": 0.0}, f"{type(error).__name__}: {str(error)[:200]}"
+    if not must and math.isnan(figures["logits"]):
+        figures = {}
+    return row_of(f"{case.name}, {unit}", "golden", figures, tolerance if must else None, note)
+
+
+def latency_row(functions: Mapping[str, Function], settings: Settings, unit: str, repeats: int) -> dict[str, Any]:
+    """Median milliseconds of a prefill chunk from position 0, and of the token after it."""
+    ids, figures = np.ones(settings.chunk, np.int32), {}
+    try:
+        session = Session(functions, settings, "prefill")
+        for name, position, count in (("prefill", 0, settings.chunk), ("decode", settings.chunk, 1)):
+            figures[f"{name}_ms"] = 1000 * _median_seconds(partial(session.call, name, position, ids[:count]), repeats)
+    except Exception as error:
+        return row_of(f"latency, {unit}", "time", {}, None, f"{type(error).__name__}: {str(error)[:200]}")
+    return row_of(f"latency, {unit}", "time", figures, None, f"median of {repeats}: a chunk of {settings.chunk} tokens, one token after it")
+
+
+def _median_seconds(call: Callable[[], object], repeats: int) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def unit_rows(settings: Settings, cases: Sequence[Case], tolerance: float, unit: str, repeats: int) -> list[dict[str, Any]]:
+    """Every row of one unit. Raises CannotRunError, and nothing else."""
+    try:
+        functions = {name: load(HERE / PACKAGE, name, unit) for name in ("prefill", "decode")}
+    except CannotRunError:
+        raise
+    except Exception as error:
+        must, note = settings.must_pass(unit), f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}"
+        return [row_of(f"load, {unit}", "golden", {"logits": math.nan} if must else {}, tolerance if must else None, note)]
+    has = functions["prefill"].inputs.get("input_ids")
+    if has != (1, settings.chunk):
+        raise CannotRunError(f"{PACKAGE}: prefill takes input_ids {has}, and {SETTINGS} says chunks of {settings.chunk}; build it again")
+    rows = [case_row(functions, settings, case, unit, tolerance) for case in cases]
+    return [*rows, latency_row(functions, settings, unit, repeats)]
+
+
+def read_settings(folder: Path) -> Settings:
+    """mac.json. Raises CannotRunError where it is missing or says something else."""
+    try:
+        return Settings(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CannotRunError(f"{SETTINGS} cannot be read ({error}); copy the whole artifact") from None
+
+
+def read_golden(folder: Path, settings: Settings) -> tuple[list[Case], float]:
+    """The cases, and the limit for their logits. Raises CannotRunError where they are missing or do not fit."""
+    try:
+        with np.load(folder / GOLDEN, allow_pickle=False) as data:
+            if int(data["format"]) != FORMAT:
+                raise ValueError(f"format {int(data['format'])}, and this script reads {FORMAT}")
+            fields = ("prompt", "positions", "prefill", "tokens", "decode")
+            cases = [Case(str(name), *(data[f"{k}.{field}"] for field in fields)) for k, name in enumerate(data["names"])]
+            tolerance = float(data["tolerance"])
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise CannotRunError(f"{GOLDEN} cannot be read ({error}); copy the whole artifact") from None
+    for case in cases:
+        if len(case.prompt) + len(case.tokens) > settings.max_context:
+            raise CannotRunError(f"{GOLDEN}: {case.name!r} is longer than {settings.max_context} tokens; build the artifact again")
+    return cases, tolerance
+
+
+def read_subject(folder: Path) -> dict[str, Any]:
+    """What manifest.json says of the artifact. Raises CannotRunError where it is no JSON object."""
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8") if (folder / MANIFEST).exists() else "{}"
+        return {name: value for name, value in json.loads(text).items() if name in ("target", "scheme", "options", "source")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise CannotRunError(f"{MANIFEST} cannot be read ({error}); copy the whole artifact") from None
+
+
+def report_of(settings: Settings, subject: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The report, of the schema of h1export's own report.json."""
+    packages = {"numpy": np.__version__}
+    if (tools := sys.modules.get("coremltools")) is not None:
+        packages["coremltools"] = str(tools.__version__)
+    environment = {"machine": platform.machine(), "system": f"{platform.system()} {platform.mac_ver()[0]}".strip()}
+    environment["python"] = platform.python_version()
+    notes = [f"made for {settings.compute}", f"chunks of {settings.chunk} tokens"]
+    passed = all(row["verdict"] != "FAIL" for row in rows)
+    return {
+        "passed": passed,
+        "subject": {**subject, "notes": notes},
+        "environment": {**environment, "packages": packages},
+        "rows": list(rows),
+    }
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a row."""
+    width = max(len(row["check"]) for row in rows)
+    for row in rows:
+        figures = "  ".join(f"{name} {value if isinstance(value, str) else format(value, '.4g')}" for name, value in row["figures"].items())
+        limits = "".join(f" (limit {limit:.3g})" for limit in row["limits"].values())
+        print(f"{row['verdict']:4}  {row['check']:{width}}  {figures}{limits}  {row['note']}".rstrip())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0: passed; 1: failed; 2: could not be run."""
+    parser = argparse.ArgumentParser(description="Check this artifact on a Mac.")
+    parser.add_argument("--units", nargs="+", choices=UNITS, default=UNITS, help="compute units [default: all]")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each function [default: 20]")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = read_settings(HERE)
+        cases, tolerance = read_golden(HERE, settings)
+        subject = read_subject(HERE)
+        rows = [row for unit in arguments.units for row in unit_rows(settings, cases, tolerance, unit, arguments.repeats)]
+    except CannotRunError as error:
+        print(f"verify_on_mac: {error}", file=sys.stderr)
+        return 2
+    report = report_of(settings, subject, rows)
+    print_table(rows)
+    (HERE / REPORT).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if not any(row["limits"] for row in rows):
+        print(f"nothing was judged: CPU_ONLY and {settings.compute} have to pass; written to {REPORT}", file=sys.stderr)
+        return 2
+    print(f"{'passed' if report['passed'] else 'FAILED'}; written to {REPORT}")
+    return 0 if report["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

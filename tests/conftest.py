@@ -97,6 +97,15 @@ SWITCHES: Mapping[str, dict[str, Any]] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A runtime's own folder of tests bears its marker."""
+    folders = {Path(__file__).parent / "targets" / "onnxruntime": "ort", Path(__file__).parent / "targets" / "coreml": "coreml"}
+    for item in items:
+        for folder, marker in folders.items():
+            if item.path.is_relative_to(folder):
+                item.add_marker(marker)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``switches`` runs once for every entry of SWITCHES."""
     if "switches" in metafunc.fixturenames:

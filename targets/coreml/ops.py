@@ -56,6 +56,8 @@ def rms_norm(c: Context, node: Node) -> None:
 
 
 def binary(op_type: str) -> Emitter:
+    """An elementwise op of two tensors, or of a tensor and a number."""
+
     def emit(c: Context, node: Node) -> None:
         x, y = (c.value(argument) for argument in args_of(node))
         c.set(node, x if y is ALL_REAL else c.op(op_type, x=x, y=y))

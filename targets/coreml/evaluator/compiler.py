@@ -1,0 +1,163 @@
+"""Resolves a function to steps once: names to slots, constants to arrays, ops to functions with their attributes at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from h1export.errors import H1ExportError
+from h1export.targets.coreml.evaluator.constants import (
+    Constant,
+    Meaning,
+    State,
+    arguments_of,
+    constant,
+    converted,
+    meaning_of,
+    op_of,
+)
+from h1export.targets.coreml.evaluator.dtypes import FP16, Array
+from h1export.targets.coreml.evaluator.ops.base import Op
+from h1export.targets.coreml.evaluator.package import Package
+from h1export.targets.coreml.evaluator.program import DAMAGED, Block, Function, Operation, Value
+from h1export.targets.coreml.evaluator.steps import (
+    Body,
+    Branch,
+    Computed,
+    OpStep,
+    Output,
+    ReadState,
+    Step,
+    WhileLoop,
+    WriteState,
+)
+
+Names = dict[str, Meaning]
+
+
+class Compiler:
+    """Compiles one function of a package; all that it finds is in its attributes afterwards.
+
+    Raises:
+        H1ExportError: an op or input that the evaluator does not have, a name that nothing computes, a broken constant.
+    """
+
+    def __init__(self, package: Package, function: Function) -> None:
+        self._package = package
+        self._control = {"read_state": self._read, "write_state": self._write, "while_loop": self._loop, "cond": self._branch}
+        self.slots = 0
+        self.outputs: list[Output] = []  # of every op that runs
+        self.constants: dict[int, Array] = {}  # by slot, those that stand beside computed tensors
+        self.inputs = {name: self._slot() for name in function.inputs}
+        names: Names = {**self.inputs, **{name: State(name, kind) for name, kind in function.states.items()}}
+        where = f"{package.path}: function {function.name!r}"
+        self.steps, self.returned = self._block(function.block, names, where)
+
+    def _slot(self) -> int:
+        self.slots += 1
+        return self.slots - 1
+
+    def _block(self, block: Block, names: Names, where: str) -> tuple[tuple[Step, ...], tuple[int, ...]]:
+        """A block's steps, and the slots of its outputs; ``names`` gets its own."""
+        steps: list[Step] = []
+        for operation in block.operations:
+            if operation.constant:
+                names |= dict.fromkeys((name for name, _ in operation.outputs), operation)
+            else:
+                steps.append(self._control.get(operation.type, self._step)(operation, names))
+        return tuple(steps), tuple(self._tensor(meaning_of(name, names, where), names, where) for name in block.outputs)
+
+    def _step(self, operation: Operation, names: Names) -> Step:
+        op = op_of(operation)
+        fixed = _defaults(operation, op)
+        computed: list[Computed] = []
+        for name, arguments in arguments_of(operation, op).items():
+            parameter = op.parameters[name]
+            meanings = [item if isinstance(item, Value) else meaning_of(item, names, operation.where) for item in arguments]
+            known = [constant(self._package, item, names) for item in meanings if isinstance(item, Constant)]
+            if len(known) == len(meanings):
+                fixed[name] = tuple(known) if parameter.many else converted(known[0], parameter, name, operation.where)
+            else:
+                slots = tuple(self._tensor(item, names, operation.where) for item in meanings)
+                computed.append(Computed(name, slots, parameter.convert, parameter.many))
+        return OpStep(op, fixed, tuple(computed), self._outputs(operation, names, op.moves), operation.where)
+
+    def _outputs(self, operation: Operation, names: Names, moves: bool) -> tuple[Output, ...]:
+        made = tuple(Output(self._slot(), name, kind, operation.type, moves) for name, kind in operation.outputs)
+        names |= {output.name: output.slot for output in made}
+        self.outputs += made
+        return made
+
+    def _tensor(self, meaning: Meaning | Value, names: Names, where: str) -> int:
+        """The slot that holds a tensor; a constant gets one."""
+        if isinstance(meaning, int):
+            return meaning
+        if isinstance(meaning, State):
+            raise H1ExportError(where, f"takes state {meaning.name!r} as a tensor", "read it with read_state first")
+        slot = self._slot()
+        self.constants[slot] = constant(self._package, meaning, names)
+        return slot
+
+    def _tensors(self, operation: Operation, name: str, names: Names) -> tuple[int, ...]:
+        meanings = [
+            argument if isinstance(argument, Value) else meaning_of(argument, names, operation.where)
+            for argument in operation.inputs.get(name, ())
+        ]
+        return tuple(self._tensor(meaning, names, operation.where) for meaning in meanings)
+
+    def _read(self, operation: Operation, names: Names) -> Step:
+        state = _state(operation, names)
+        outputs = self._outputs(operation, names, moves=True)
+        _count(operation, (outputs, 1))
+        return ReadState(state.name, outputs[0], operation.where)
+
+    def _write(self, operation: Operation, names: Names) -> Step:
+        state = _state(operation, names)
+        slots = self._tensors(operation, "data", names)
+        _count(operation, (slots, 1), (operation.outputs, 0))
+        return WriteState(state.name, state.type, slots[0], operation.where)
+
+    def _body(self, block: Block, names: Names, where: str) -> Body:
+        slots = tuple(self._slot() for _ in block.inputs)
+        inner: Names = {**names, **{name: slot for (name, _), slot in zip(block.inputs, slots, strict=True)}}
+        return Body(slots, *self._block(block, inner, where))
+
+    def _loop(self, operation: Operation, names: Names) -> Step:
+        variables = self._tensors(operation, "loop_vars", names)
+        _count(operation, (operation.blocks, 2), (operation.outputs, len(variables)))
+        condition, body = (self._body(block, names, operation.where) for block in operation.blocks)
+        _count(operation, (condition.outputs, 1), *((items, len(variables)) for items in (condition.inputs, body.inputs, body.outputs)))
+        return WhileLoop(variables, condition, body, self._outputs(operation, names, moves=True), operation.where)
+
+    def _branch(self, operation: Operation, names: Names) -> Step:
+        predicate = self._tensors(operation, "pred", names)
+        _count(operation, (predicate, 1), (operation.blocks, 2))
+        first, second = (self._body(block, names, operation.where) for block in operation.blocks)
+        outputs = self._outputs(operation, names, moves=True)
+        _count(operation, (first.inputs, 0), (second.inputs, 0), (first.outputs, len(outputs)), (second.outputs, len(outputs)))
+        return Branch(predicate[0], (first, second), outputs, operation.where)
+
+
+def _defaults(operation: Operation, op: Op) -> dict[str, Any]:
+    """Floats that an fp16 op leaves out, as fp16 has them: there an epsilon of 1e-12 is zero."""
+    if not any(kind.dtype is FP16 for _, kind in operation.outputs):
+        return {}
+    floats = {name: parameter.default for name, parameter in op.parameters.items() if isinstance(parameter.default, float)}
+    return {name: float(np.float16(value)) for name, value in floats.items()}
+
+
+def _state(operation: Operation, names: Names) -> State:
+    arguments = operation.inputs.get("input", ())
+    found = meaning_of(arguments[0], names, operation.where) if len(arguments) == 1 and isinstance(arguments[0], str) else None
+    if not isinstance(found, State):
+        raise H1ExportError(operation.where, "takes no state as its input", DAMAGED)
+    return found
+
+
+def _count(operation: Operation, *expected: tuple[Sequence[object], int]) -> None:
+    """Raises H1ExportError unless each sequence is as long as it must be."""
+    for items, count in expected:
+        if len(items) != count:
+            raise H1ExportError(operation.where, f"has {len(items)} inputs, outputs or blocks where {count} belong", DAMAGED)

@@ -1,0 +1,76 @@
+"""From the messages of MIL.proto to program.py's dataclasses, with the checks that make the rest of the evaluator safe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from h1export.errors import H1ExportError
+from h1export.targets.coreml.evaluator.program import (
+    DAMAGED,
+    Argument,
+    Block,
+    Function,
+    Operation,
+    ReadBlob,
+    TensorType,
+    Value,
+    tensor_type,
+)
+
+Named = tuple[tuple[str, TensorType], ...]
+
+
+def parse_function(name: str, message: Any, opset: str, read: ReadBlob, where: str) -> Function:
+    """A function of a program; ``where`` names its package in messages.
+
+    Raises:
+        H1ExportError: written for another opset, or a type, constant or operation that cannot be read.
+    """
+    where = f"{where}: function {name!r}"
+    if message.opset != opset or opset not in message.block_specializations:
+        raise H1ExportError(where, f"is written for {message.opset or 'no opset'}, not {opset}", "build it for iOS 18")
+    inputs: dict[str, TensorType] = {}
+    states: dict[str, TensorType] = {}
+    for item in message.inputs:
+        at = f"{where}, input {item.name!r}"
+        if item.name in inputs or item.name in states:
+            raise H1ExportError(at, "appears twice", DAMAGED)
+        if item.type.WhichOneof("type") == "stateType":
+            states[item.name] = tensor_type(item.type.stateType.wrappedType, at)
+        else:
+            inputs[item.name] = tensor_type(item.type, at)
+    block = _block(message.block_specializations[opset], read, where)
+    types = {**inputs, **{output: kind for operation in block.operations for output, kind in operation.outputs}}
+    for output in block.outputs:
+        if output not in types:
+            raise H1ExportError(where, f"returns {output!r}, which nothing computes", DAMAGED)
+    for state, kind in states.items():
+        if None in kind.shape:
+            raise H1ExportError(where, f"state {state!r} has no fixed shape: {kind}", "give states fixed shapes")
+    return Function(name, opset, inputs, states, {output: types[output] for output in block.outputs}, block)
+
+
+def _block(message: Any, read: ReadBlob, where: str) -> Block:
+    inputs: Named = tuple((item.name, tensor_type(item.type, f"{where}, {item.name!r}")) for item in message.inputs)
+    return Block(inputs, tuple(message.outputs), tuple(_operation(item, read, where) for item in message.operations))
+
+
+def _operation(message: Any, read: ReadBlob, where: str) -> Operation:
+    first = message.outputs[0].name if message.outputs else ""
+    at = f"{where}, op {message.type} {first!r}" if first else f"{where}, op {message.type}"
+    attributes = {str(name): Value(value, read, at) for name, value in message.attributes.items()}
+    if message.type == "const" and ("val" not in attributes or len(message.outputs) != 1):
+        raise H1ExportError(at, "is a const without a value", DAMAGED)
+    inputs = {str(name): tuple(_argument(item, read, at) for item in argument.arguments) for name, argument in message.inputs.items()}
+    if empty := [name for name, arguments in inputs.items() if not arguments]:
+        raise H1ExportError(at, f"has an input {empty[0]!r} without a value", DAMAGED)
+    outputs = tuple((item.name, tensor_type(item.type, at)) for item in message.outputs)
+    blocks = tuple(_block(item, read, where) for item in message.blocks)
+    return Operation(message.type, first, inputs, attributes, outputs, blocks, at)
+
+
+def _argument(message: Any, read: ReadBlob, where: str) -> Argument:
+    kind = message.WhichOneof("binding")
+    if kind is None:
+        raise H1ExportError(where, "has an input without a value", DAMAGED)
+    return str(message.name) if kind == "name" else Value(message.value, read, where)

@@ -1,0 +1,151 @@
+"""Packages written message by message, so that a test says what is in the file, and in a millisecond."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from coremltools.proto import MIL_pb2, Model_pb2
+
+from h1export.targets.coreml.evaluator import Evaluator, Package
+from h1export.targets.coreml.evaluator.dtypes import BY_NAME
+
+NAMES = {"bool": "bool", "object": "string", "float16": "fp16", "float32": "fp32"}
+FIELDS = {"fp32": "floats", "bool": "bools", "string": "strings", "int32": "ints", "int16": "ints", "uint16": "ints"}
+Type = tuple[str, Sequence[int | None]]  # ("fp16", (1, 2, None))
+
+
+class Mil:
+    """Makers of messages, and of packages out of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, itertools.count()
+
+    def type(self, kind: Type) -> Any:
+        dtype, shape = kind
+        message = MIL_pb2.ValueType()
+        message.tensorType.dataType = BY_NAME[dtype].mil
+        message.tensorType.rank = len(shape)
+        for size in shape:
+            dimension = message.tensorType.dimensions.add()
+            if size is None:
+                dimension.unknown.variadic = False
+            else:
+                dimension.constant.size = size
+        return message
+
+    def value(self, item: object, dtype: str | None = None) -> Any:
+        """An array, number, bool, string, or a list of numbers; fp32 for floats, int32 for integers."""
+        array = np.asarray(item)
+        if array.dtype.kind == "U":
+            array = array.astype(object)
+        elif not isinstance(item, (np.ndarray, np.generic)):
+            array = array.astype({"f": np.float32, "i": np.int32}.get(array.dtype.kind, array.dtype))
+        name = dtype or NAMES.get(str(array.dtype), str(array.dtype))
+        message = MIL_pb2.Value(type=self.type((name, array.shape)))
+        tensor = message.immediateValue.tensor
+        if name in FIELDS:
+            getattr(tensor, FIELDS[name]).values.extend(array.ravel().tolist())
+        else:
+            tensor.bytes.values = array.tobytes()
+        return message
+
+    def blob(self, offset: int, kind: Type, file: str = "@model_path/weights/weight.bin") -> Any:
+        message = MIL_pb2.Value(type=self.type(kind))
+        message.blobFileValue.fileName, message.blobFileValue.offset = file, offset
+        return message
+
+    def const(self, name: str, value: Any) -> Any:
+        message = MIL_pb2.Operation(type="const")
+        message.attributes["val"].CopyFrom(value)
+        message.outputs.add(name=name, type=value.type)
+        return message
+
+    def op(self, type: str, inputs: Mapping[str, object], outputs: Mapping[str, Type], blocks: Sequence[Any] = ()) -> Any:
+        """Inputs: a name, a list of names, or a value message."""
+        message = MIL_pb2.Operation(type=type)
+        for name, item in inputs.items():
+            for part in item if isinstance(item, list) else [item]:
+                argument = message.inputs[name].arguments.add()
+                if isinstance(part, str):
+                    argument.name = part
+                else:
+                    argument.value.CopyFrom(part)
+        for name, kind in outputs.items():
+            message.outputs.add(name=name, type=self.type(kind))
+        message.blocks.extend(blocks)
+        return message
+
+    def block(self, inputs: Mapping[str, Type], operations: Sequence[Any], outputs: Sequence[str]) -> Any:
+        message = MIL_pb2.Block(operations=operations, outputs=outputs)
+        for name, kind in inputs.items():
+            message.inputs.add(name=name, type=self.type(kind))
+        return message
+
+    def function(
+        self, inputs: Mapping[str, Type], operations: Sequence[Any], outputs: Sequence[str], states: Mapping[str, Type] | None = None
+    ) -> Any:
+        message = MIL_pb2.Function(opset="CoreML8")
+        for name, kind in inputs.items():
+            message.inputs.add(name=name, type=self.type(kind))
+        for name, kind in (states or {}).items():
+            state = message.inputs.add(name=name)
+            state.type.stateType.wrappedType.CopyFrom(self.type(kind))
+        message.block_specializations["CoreML8"].CopyFrom(self.block({}, operations, outputs))
+        return message
+
+    def save(self, functions: Mapping[str, Any], weights: bytes | None = None) -> Path:
+        """A package with these functions."""
+        model = Model_pb2.Model(specificationVersion=9)
+        model.mlProgram.version = 1
+        for name, function in functions.items():
+            model.mlProgram.functions[name].CopyFrom(function)
+        path = self._folder / f"{next(self._count)}.mlpackage"
+        data = path / "Data" / "com.apple.CoreML"
+        (data / "weights").mkdir(parents=True)
+        (data / "model.mlmodel").write_bytes(model.SerializeToString())
+        if weights is not None:
+            (data / "weights" / "weight.bin").write_bytes(weights)
+        entry = {"path": "com.apple.CoreML/model.mlmodel", "name": "model.mlmodel", "author": "", "description": ""}
+        manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": {"ROOT": entry}, "rootModelIdentifier": "ROOT"}
+        (path / "Manifest.json").write_text(json.dumps(manifest))
+        return path
+
+
+@pytest.fixture(scope="session")
+def mil(tmp_path_factory: pytest.TempPathFactory) -> Mil:
+    return Mil(tmp_path_factory.mktemp("mil"))
+
+
+def _type(array: np.ndarray) -> Type:
+    return NAMES.get(str(array.dtype), str(array.dtype)), array.shape
+
+
+@pytest.fixture(scope="session")
+def run_op(mil: Mil) -> Iterator[Callable[..., Any]]:
+    """run_op("add", {"x": array, "y": array}, {"axis": 0}, ("fp16", (2, 3))) -> the result of a program with this op alone.
+
+    Tensors are the program's inputs, a list of them a tuple; constants stand in the op. Several output types: a list of results.
+    """
+
+    def run(op: str, tensors: Mapping[str, Any], constants: Mapping[str, object], *outputs: Type) -> Any:
+        given = {
+            f"{name}{i}": array for name, item in tensors.items() for i, array in enumerate(item if isinstance(item, list) else [item])
+        }
+        inputs: dict[str, object] = {
+            name: [f"{name}{i}" for i in range(len(item) if isinstance(item, list) else 1)] for name, item in tensors.items()
+        }
+        inputs |= {name: item if isinstance(item, MIL_pb2.Value) else mil.value(item) for name, item in constants.items()}
+        results = {f"out{i}": kind for i, kind in enumerate(outputs)}
+        operation = mil.op(op, inputs, results)
+        path = mil.save({"main": mil.function({name: _type(array) for name, array in given.items()}, [operation], list(results))})
+        found = Evaluator(Package.open(path)).run(given)
+        assert all(array.dtype == BY_NAME[kind].array for array, (kind, _) in zip(found.values(), outputs, strict=True))
+        return found["out0"] if len(outputs) == 1 else list(found.values())
+
+    return run

@@ -1,0 +1,133 @@
+"""What is wrong with a package before a device says so, or does not: one small check a rule, each over the package as saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from h1export.errors import H1ExportError
+from h1export.targets.coreml.evaluator import Evaluator, Package
+from h1export.targets.coreml.evaluator.package import stored
+from h1export.targets.coreml.evaluator.program import Function, Operation, TensorType, Value
+
+LARGEST_DIM = 1 << 17  # of a tensor that devices are known to take: a vocabulary fits
+UNKNOWN_TO_DEVICES = ("int64", "uint64", "fp64")  # Core ML narrows them without a word
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault: ``rule`` is the name of its check, ``where`` an operation or a function."""
+
+    rule: str
+    where: str
+    what: str
+
+
+Check = Callable[[Package], Iterator[Finding]]
+
+
+def lint(package: Package) -> list[Finding]:
+    """Every fault that the checks find, in their order. A check that cannot go on is a finding of its own."""
+    found: list[Finding] = []
+    for name, check in CHECKS.items():
+        try:
+            found += check(package)
+        except H1ExportError as error:
+            found.append(Finding(name, error.where, error.what))
+    return found
+
+
+def _operations(package: Package) -> Iterator[tuple[Function, Operation]]:
+    for function in package.functions.values():
+        for operation in function.block.walk():
+            yield function, operation
+
+
+def _values(operation: Operation) -> Iterator[tuple[str, Value]]:
+    """The constants that an operation holds itself."""
+    yield from operation.attributes.items()
+    yield from ((name, argument) for name, arguments in operation.inputs.items() for argument in arguments if isinstance(argument, Value))
+
+
+def operations(package: Package) -> Iterator[Finding]:
+    """Ops, attributes and types that the evaluator has: each function resolves."""
+    for name in package.functions:
+        try:
+            Evaluator(package, name)
+        except H1ExportError as error:
+            yield Finding("operations", error.where, error.what)
+
+
+def types(package: Package) -> Iterator[Finding]:
+    """No 64-bit numbers."""
+    for _, operation in _operations(package):
+        kinds = [kind for _, kind in operation.outputs] + [value.type for _, value in _values(operation)]
+        for kind in kinds:
+            if kind.dtype.name in UNKNOWN_TO_DEVICES:
+                yield Finding("types", operation.where, f"has {kind}")
+
+
+def constants(package: Package) -> Iterator[Finding]:
+    """Blobs that lie within their file and hold what the program says, and no constant that is not finite."""
+    for _, operation in _operations(package):
+        for name, value in _values(operation):
+            try:
+                array = value.array()
+            except H1ExportError as error:
+                yield Finding("constants", error.where, error.what)
+                continue
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                yield Finding("constants", operation.where, f"{name} holds values that are not finite")
+
+
+def blocks(package: Package) -> Iterator[Finding]:
+    """Scales that divide their integers along every axis."""
+    for function, operation in _operations(package):
+        if operation.type == "constexpr_blockwise_shift_scale":
+            data, scale = (stored(operation, function.block)[name].type.shape for name in ("data", "scale"))
+            if len(data) != len(scale) or any(not part or (whole or 0) % part for whole, part in zip(data, scale, strict=True)):
+                yield Finding("blocks", operation.where, f"has integers {list(data)} and scales {list(scale)}")
+
+
+def states(package: Package) -> Iterator[Finding]:
+    """The same states in every function, read and written by each: one state object serves them all."""
+    declared: dict[str, TensorType] = {}
+    for name, function in package.functions.items():
+        if declared and function.states != declared:
+            differ = {key for key in declared.keys() | function.states.keys() if declared.get(key) != function.states.get(key)}
+            yield Finding("states", f"function {name!r}", f"has other states than the one before: {', '.join(sorted(differ))}")
+        declared = dict(function.states)
+        for kind in ("read_state", "write_state"):
+            touched = {argument for op in function.block.walk() if op.type == kind for argument in op.inputs["input"]}
+            for state in function.states.keys() - touched:
+                yield Finding("states", f"function {name!r}", f"has no {kind} of {state!r}")
+
+
+def dimensions(package: Package) -> Iterator[Finding]:
+    """No tensor with a dimension of 0, one known only when run, or one beyond LARGEST_DIM."""
+    for _, operation in _operations(package):
+        for name, kind in operation.outputs:
+            if not all(size and size <= LARGEST_DIM for size in kind.shape):
+                yield Finding("dimensions", operation.where, f"output {name!r} is {kind}")
+
+
+def description(package: Package) -> Iterator[Finding]:
+    """What the model says of its functions is what its program has."""
+    said = {function.name: function for function in package.model.description.functions}
+    for name in package.functions.keys() ^ said.keys():
+        yield Finding("description", f"function {name!r}", "is in the program or in the description alone")
+    for name in package.functions.keys() & said.keys():
+        function = package.functions[name]
+        pairs: Mapping[str, tuple[set[str], set[str]]] = {
+            "inputs": (set(function.inputs), {feature.name for feature in said[name].input}),
+            "outputs": (set(function.outputs), {feature.name for feature in said[name].output}),
+            "states": (set(function.states), {feature.name for feature in said[name].state}),
+        }
+        for what, (own, described) in pairs.items():
+            if own != described:
+                yield Finding("description", f"function {name!r}", f"{what} {sorted(own ^ described)} are on one side only")
+
+
+CHECKS: Mapping[str, Check] = {check.__name__: check for check in (operations, types, constants, blocks, states, dimensions, description)}

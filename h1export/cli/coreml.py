@@ -1,0 +1,122 @@
+"""`h1export coreml`: look into CoreML packages, anybody's, on any machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from h1export.cli.common import answer, common, say
+from h1export.errors import H1ExportError
+
+FAULTY = 1  # exit code of lint where it finds something
+
+
+@click.group()
+def coreml() -> None:
+    """Run, inspect and lint CoreML packages (mlProgram, iOS 18), without a Mac.
+
+    PACKAGE is an .mlpackage, or an artifact of h1export that holds one.
+    """
+
+
+def _open(path: Path) -> Any:
+    from h1export.targets.coreml.evaluator import Package
+    from h1export.targets.coreml.layout import PACKAGE
+
+    return Package.open(path / PACKAGE if (path / PACKAGE).is_dir() else path)
+
+
+package = click.argument("package", type=click.Path(path_type=Path))
+
+
+@coreml.command()
+@package
+@common
+def inspect(package: Path, quiet: bool, as_json: bool) -> int:
+    """Functions of PACKAGE: inputs, outputs, states, and how many of which ops."""
+    from collections import Counter
+
+    from h1export.render import pairs_table
+
+    found = {
+        name: {
+            "inputs": {port: str(kind) for port, kind in function.inputs.items()},
+            "outputs": {port: str(kind) for port, kind in function.outputs.items()},
+            "states": {port: str(kind) for port, kind in function.states.items()},
+            "operations": dict(Counter(operation.type for operation in function.block.walk()).most_common()),
+        }
+        for name, function in _open(package).functions.items()
+    }
+    if as_json:
+        answer(found)
+    else:
+        for name, parts in found.items():
+            rows = [(f"{what[:-1]} {key}", value) for what, items in parts.items() for key, value in items.items()]
+            say(pairs_table(f"function {name}", rows), quiet)
+    return 0
+
+
+@coreml.command()
+@package
+@common
+def lint(package: Path, quiet: bool, as_json: bool) -> int:
+    """Say what is wrong with PACKAGE. Exit code 1 where something is."""
+    from h1export.targets.coreml.lint import lint as run
+
+    findings = run(_open(package))
+    if as_json:
+        answer([{"rule": finding.rule, "where": finding.where, "what": finding.what} for finding in findings])
+    for finding in findings:
+        say(f"{finding.rule}: {finding.where} {finding.what}", quiet or as_json)
+    say("clean" if not findings else f"{len(findings)} faults", quiet or as_json)
+    return FAULTY if findings else 0
+
+
+@coreml.command()
+@package
+@click.option("--function", help="Function to call [default: the package's own].")
+@click.option(
+    "--inputs", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help=".npz: an array for each input."
+)
+@click.option("--states", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=".npz of states [default: zeros].")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help=".npz to write: outputs, and states as the call left them.")
+@common
+def run(package: Path, function: str | None, inputs: Path, states: Path | None, out: Path | None, quiet: bool, as_json: bool) -> int:
+    """Call a function of PACKAGE once in the evaluator; say what came out, and how near fp16's end (65504) each kind of op came.
+
+    \b
+    Examples:
+      h1export coreml run model.mlpackage --function decode --inputs in.npz --out after.npz
+      h1export coreml run model.mlpackage --function decode --inputs next.npz --states after.npz
+    """
+    import numpy as np
+
+    from h1export.render import pairs_table
+    from h1export.targets.coreml.evaluator import Evaluator
+
+    evaluator = Evaluator(_open(package), function)
+    held = evaluator.initial_states()
+    if states is not None:
+        given = _arrays(states)
+        held = {name: given[name] for name in held if name in given}
+    outputs = evaluator.run(_arrays(inputs), held)
+    if out is not None:
+        np.savez(out, **outputs, **held)  # type: ignore[arg-type]
+    described = {name: f"{array.dtype} {list(array.shape)}, {array.min():g} to {array.max():g}" for name, array in outputs.items()}
+    if as_json:
+        answer({"outputs": described, "maxima": evaluator.maxima_by_op()})
+    say(pairs_table("outputs", described.items()), quiet or as_json)
+    say(pairs_table("largest fp16 magnitude", sorted(evaluator.maxima_by_op().items())), quiet or as_json)
+    return 0
+
+
+def _arrays(file: Path) -> dict[str, Any]:
+    import numpy as np
+
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise H1ExportError(file, f"is no .npz of arrays ({error})", "write it with numpy.savez") from None

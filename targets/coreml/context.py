@@ -94,6 +94,14 @@ class Context:
     def float32(self, x: Var) -> Var:
         return self.cast(x, np.float32)
 
+    def as_wide(self, x: Any, y: Any) -> dict[str, Any]:
+        """Operands x and y of a binary op, in float32 where one of them is; numbers take the tensor's dtype."""
+        wide = any(getattr(operand, "dtype", None) == sdk.mil().types.fp32 for operand in (x, y))
+        return {"x": x, "y": y} if not wide else {"x": self._wide(x), "y": self._wide(y)}
+
+    def _wide(self, operand: Any) -> Any:
+        return np.float32(operand) if isinstance(operand, np.floating) else self.float32(operand)
+
 
 class _Sizes:
     """Numbers for the symbols of the traced shapes: one sequence, so many tokens, so many keys before them."""

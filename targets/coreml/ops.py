@@ -41,8 +41,9 @@ def _matrix(c: Context, expr: WeightExpr) -> Var:
 
 
 def embedding(c: Context, node: Node) -> None:
+    """The residual stream begins, and stays, in float32: every layer adds to it, and trained models leave fp16's range there."""
     table, ids = _matrix(c, c.expr(args_of(node)[0])), c.value(args_of(node)[1])
-    c.set(node, c.op("gather", x=table, indices=ids, axis=0, validate_indices=False))
+    c.set(node, c.float32(c.op("gather", x=table, indices=ids, axis=0, validate_indices=False)))
 
 
 def rms_norm(c: Context, node: Node) -> None:
@@ -56,11 +57,11 @@ def rms_norm(c: Context, node: Node) -> None:
 
 
 def binary(op_type: str) -> Emitter:
-    """An elementwise op of two tensors, or of a tensor and a number."""
+    """An elementwise op of two tensors, or of a tensor and a number, as wide as its widest tensor."""
 
     def emit(c: Context, node: Node) -> None:
         x, y = (c.value(argument) for argument in args_of(node))
-        c.set(node, x if y is ALL_REAL else c.op(op_type, x=x, y=y))
+        c.set(node, x if y is ALL_REAL else c.op(op_type, **c.as_wide(x, y)))
 
     return emit
 

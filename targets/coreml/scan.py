@@ -104,15 +104,18 @@ def _state_after(c: Context, decay: Var, between: Var, drive: Var, B: Var, state
 
 
 def causal_conv(c: Context, node: Node) -> None:
-    """A product and a sum for each tap, channels last; the state is what precedes the first pad."""
+    """A product and a sum for each tap, channels last; the state is what precedes the first pad.
+
+    In float32 until the scan has read the result: there, what x, B and C are off by adds up.
+    """
     x, state, weight, bias = args_of(node)
     inputs = c.op("concat", values=[c.states.read(c.state(state)), c.value(x)], axis=1)
     _, rows, channels = inputs.shape
-    carried = rows - c.call.tokens
-    total = None if bias is None else c.value(bias)
+    carried, wide = rows - c.call.tokens, c.float32(inputs)
+    total = None if bias is None else c.float32(c.value(bias))
     for tap in range(carried + 1):
-        window = c.op("slice_by_size", x=inputs, begin=(0, tap, 0), size=(1, c.call.tokens, channels))
-        product = c.op("mul", x=window, y=c.weights.conv_tap(c.expr(weight), tap))
+        window = c.op("slice_by_size", x=wide, begin=(0, tap, 0), size=(1, c.call.tokens, channels))
+        product = c.op("mul", x=window, y=c.float32(c.weights.conv_tap(c.expr(weight), tap)))
         total = product if total is None else c.op("add", x=product, y=total)
     begin = (0, c.call.tokens, 0) if c.n_valid is None else c.once("n_valid row", lambda: _row(c, c.n_valid))
     after = c.op("slice_by_size", x=inputs, begin=begin, size=(1, carried, channels))

@@ -1,20 +1,90 @@
-"""Run a Program with PyTorch, eagerly, on its own weight expressions: the Runner that judges passes, with no target in between."""
+"""Run a Program with PyTorch, eagerly, on its own weight expressions: what judges passes and artifacts, with no target in between."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from h1export.core.protocols import Capabilities, Ids, SteppedSequences, check_call
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array
-from h1export.core.weights import WeightStore
+from h1export.core.weights import WeightExpr, WeightStore
 from h1export.graphs.programs import Program
 
+aten = torch.ops.aten
+
 States = dict[str, Tensor]
+Blocks = Callable[[WeightExpr], Iterable[Array]]  # an expression's float32 rows, from the top
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """Stands for a weight that is read when an op asks for it."""
+
+    blocks: Callable[[], Iterable[Array]]
+
+    def __iter__(self) -> Any:
+        return (torch.from_numpy(block) for block in self.blocks())
+
+    def whole(self) -> Tensor:
+        return torch.cat(list(self))
+
+
+class _Interpreter(torch.fx.Interpreter):
+    """Takes matrices row block by row block, so that none has to be in memory whole."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is aten.linear.default and isinstance(args[1], _Streamed):
+            x, weight, *bias = args
+            product = torch.cat([x @ block.T for block in weight], dim=-1)
+            return product + tree_map_only(_Streamed, _Streamed.whole, bias[0]) if bias and bias[0] is not None else product
+        if target is aten.embedding.default and isinstance(args[0], _Streamed):
+            return _gathered(*args)
+        return super().call_function(target, tree_map_only(_Streamed, _Streamed.whole, args), kwargs)
+
+
+def _gathered(table: _Streamed, ids: Tensor) -> Tensor:
+    """Rows ``ids`` of a table."""
+    rows, start = [torch.zeros(0)] * ids.numel(), 0
+    for block in table:
+        for place, index in enumerate(ids.flatten().tolist()):
+            if start <= index < start + len(block):
+                rows[place] = block[index - start].clone()
+        start += len(block)
+    return torch.stack(rows).reshape(*ids.shape, -1)
+
+
+def _run(program: Program, fixed: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs by I/O name; ``fixed`` has the values of the placeholders that are no inputs."""
+    values = [
+        fixed[node.name] if node.name in fixed else inputs[program.inputs[node.name]]
+        for node in program.graph.nodes
+        if node.op == "placeholder"
+    ]
+    with torch.no_grad():
+        return dict(zip(program.outputs, _Interpreter(program.module).run(*values), strict=True))
+
+
+def _initial(program: Program, batch: int) -> States:
+    zeros = program.states.zeros(batch)
+    return {tensor.past: torch.from_numpy(zeros[tensor.key]) for tensor in program.states.tensors}
+
+
+def _inputs(ids: Ids, mask: Ids, states: States) -> dict[str, Tensor]:
+    return {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask), **states}
+
+
+def forward(program: Program, blocks: Blocks, ids: Ids) -> Array:
+    """Logits float32 [n, vocab] of one sequence ids int64 [n], from nothing; weights pass by, and none stays in memory."""
+    fixed = {name: _Streamed(lambda expr=expr: blocks(expr)) for name, expr in program.weights.items()}  # type: ignore[misc]
+    logits: Array = _run(program, fixed, _inputs(ids[None], np.ones((1, len(ids)), np.int64), _initial(program, 1)))[LOGITS][0].numpy()
+    return logits
 
 
 class ProgramRunner:
@@ -36,20 +106,11 @@ class ProgramRunner:
         return Capabilities(max_batch=None, all_logits=not isinstance(logits.meta["val"].shape[1], int))  # type: ignore[union-attr]
 
     def initial(self, batch: int) -> States:
-        zeros = self._program.states.zeros(batch)
-        return {tensor.past: torch.from_numpy(zeros[tensor.key]) for tensor in self._program.states.tensors}
+        return _initial(self._program, batch)
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         check_call(ids, mask, states[self._program.states.tensors[0].past].shape[2], self.spec.vocab_size)
-        inputs = {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask), **states}
-        values = [
-            self._fixed[node.name] if node.name in self._fixed else inputs[self._program.inputs[node.name]]
-            for node in self._program.graph.nodes
-            if node.op == "placeholder"
-        ]
-        with torch.no_grad():
-            results = torch.fx.Interpreter(self._program.module).run(*values)
-        named = dict(zip(self._program.outputs, results, strict=True))
+        named = _run(self._program, self._fixed, _inputs(ids, mask, states))
         logits: Array = named[LOGITS].numpy()
         return logits, {tensor.past: named[tensor.present] for tensor in self._program.states.tensors}
 

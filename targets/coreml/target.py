@@ -13,14 +13,20 @@ from h1export.core.quant import QuantScheme
 from h1export.core.stage import Stage
 from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
+from h1export.graphs.interpret import forward
+from h1export.graphs.passes import run_passes
 from h1export.graphs.programs import Program
+from h1export.graphs.trace import trace
 from h1export.targets.base import BuildOptions, Kernels, Lowered
 from h1export.targets.coreml import layout, package, sdk
 from h1export.targets.coreml.blobs import Blobs
 from h1export.targets.coreml.functions import mil_program
 from h1export.targets.coreml.layout import CALLS, PREFILL
+from h1export.targets.coreml.mac import golden, readme
+from h1export.targets.coreml.mac.verify_on_mac import Settings
 from h1export.targets.coreml.runner import CoreMLRunner
 from h1export.targets.coreml.weights import Float, Var, Weights
+from h1export.targets.weightfile import in_order
 
 COMPUTE: Mapping[str, Float] = {"fp16": np.float16, "fp32": np.float32}
 Port = tuple[str, tuple[int | str, ...]]
@@ -45,6 +51,7 @@ class CoreMLTarget:
             model = package.protobuf(built, weights, notes)
             blobs.finish()
         package.write(stage.folder, model)
+        _write_mac_files(program, weights, options, stage, progress)
         inputs, outputs = _ports(built)
         return Lowered(inputs, outputs, tuple(weights.stored))
 
@@ -55,9 +62,23 @@ class CoreMLTarget:
 
 
 def _check(options: BuildOptions) -> None:
-    if options.max_context < PREFILL.tokens:
-        what = f"{options.max_context} is less than a prefill of {PREFILL.tokens} tokens"
-        raise H1ExportError("--max-context", what, f"{PREFILL.tokens} or more")
+    if options.max_context <= PREFILL.tokens:
+        what = f"{options.max_context} has no room for a prefill of {PREFILL.tokens} tokens and one after it"
+        raise H1ExportError("--max-context", what, f"{PREFILL.tokens + 1} or more")
+
+
+def _write_mac_files(program: Program, weights: Weights, options: BuildOptions, stage: Stage, progress: Progress) -> None:
+    """What a Mac's owner checks the package with; its truth is the graph in float32 on the weights that the package stores."""
+    prompts, vocab = golden.lengths(PREFILL.tokens, options.max_context), program.spec.vocab_size
+    positions = golden.places(prompts, PREFILL.tokens)
+    ids = np.random.default_rng(0).integers(0, vocab, max(prompts) + golden.STEPS, dtype=np.int64)
+    logits = np.zeros((len(positions), vocab), np.float32)
+    if not stage.dry:
+        progress.stage("golden logits", weights.nbytes)
+        every = run_passes(trace(program.spec)) if options.last_logits else program
+        logits = forward(every, lambda expr: in_order(weights.stored_blocks(expr), stage.jobs), ids)[positions]
+    settings = Settings(options.max_context, PREFILL.tokens, state_io=options.state_io, last_logits=options.last_logits)
+    readme.write(stage.folder, settings, golden.golden(ids, logits, prompts, positions))
 
 
 def _ports(built: Any) -> tuple[Ports, Ports]:

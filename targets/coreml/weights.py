@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.core.artifact import StoredPart, StoredWeight
-from h1export.core.quant import Precision, QuantizedBlock, QuantScheme, quantized_blocks
+from h1export.core.quant import Precision, QuantizedBlock, QuantScheme, dequantized_blocks, quantized_blocks
 from h1export.core.spec import HybridSpec
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr, WeightPart, WeightStore
@@ -52,6 +52,15 @@ class Weights:
         if expr.only.tensor == EMBEDDING and not self._spec.tie_word_embeddings:
             return None
         return self._scheme.precision(expr.only.tensor, self._spec)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the checkpoint's tensors."""
+        return self._store.nbytes
+
+    def stored_blocks(self, expr: WeightExpr) -> Iterator[Callable[[], Array]]:
+        """``dequantized_blocks`` of what the package stores: integers as it has them, and the checkpoint's own floats elsewhere."""
+        return dequantized_blocks(expr, self._store, self.precision(expr), BLOCK_BYTES)
 
     def dense(self, expr: WeightExpr, shape: tuple[int, ...] | None = None, dtype: Float | None = None) -> Var:
         """``expr``, µP included, in ``shape`` and ``dtype``; by default its own shape and ``compute``."""

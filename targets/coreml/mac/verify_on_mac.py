@@ -66,14 +66,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Case:
-    """Logits ``prefill`` [p, vocab] at ``positions`` [p] of ``prompt`` [n]; ``decode`` [steps, vocab] of ``tokens`` [steps] after it."""
+    """The first ``prompt`` of ``ids`` are a prompt, the others are decoded after it; ``golden``: position -> logits."""
 
-    name: str
-    prompt: Ids
-    positions: Ids
-    prefill: Row
-    tokens: Ids
-    decode: Row
+    ids: Ids
+    prompt: int
+    golden: Mapping[int, Row]
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompt} token{'s' if self.prompt > 1 else ''}"
 
 
 class Function:
@@ -157,21 +158,18 @@ def run_case(functions: Mapping[str, Function], settings: Settings, case: Case) 
     """
     session, taken = Session(functions, settings, "prefill"), 0
     found: dict[int, Row] = {}
-    ids = np.concatenate([case.prompt, case.tokens])
-    for name, position, count in calls(len(case.prompt), settings):
+    for name, position, count in calls(case.prompt, settings):
         if name == "prefill":
-            found |= session.call(name, position, ids[position : position + count])
+            found |= session.call(name, position, case.ids[position : position + count])
             taken = position + count
     try:
-        decoded, note = session.decode(taken, ids[taken:]), ""
+        decoded, note = session.decode(taken, case.ids[taken:]), ""
     except Exception as error:
         if settings.state_io:
             raise
-        decoded = Session(functions, settings, "decode").decode(0, ids)
+        decoded = Session(functions, settings, "decode").decode(0, case.ids)
         note = f"decode refused prefill's states, and took the prompt in itself: {str(error)[:200]}"
-    golden = dict(zip(case.positions.tolist(), case.prefill, strict=True))
-    golden |= {len(case.prompt) + step: row for step, row in enumerate(case.decode)}
-    pairs = [(rows[place], row) for rows in (found, decoded) for place, row in golden.items() if place in rows]
+    pairs = [(rows[place], row) for rows in (found, decoded) for place, row in case.golden.items() if place in rows]
     return pairs, note
 
 
@@ -258,13 +256,14 @@ def read_golden(folder: Path, settings: Settings) -> tuple[list[Case], float]:
         with np.load(folder / GOLDEN, allow_pickle=False) as data:
             if int(data["format"]) != FORMAT:
                 raise ValueError(f"format {int(data['format'])}, and this script reads {FORMAT}")
-            fields = ("prompt", "positions", "prefill", "tokens", "decode")
-            cases = [Case(str(name), *(data[f"{k}.{field}"] for field in fields)) for k, name in enumerate(data["names"])]
+            ids, steps = data["ids"], int(data["steps"])
+            golden = dict(zip(data["positions"].tolist(), data["logits"].astype(np.float32), strict=True))
+            cases = [Case(ids[: length + steps], length, golden) for length in data["prompts"].tolist()]
             tolerance = float(data["tolerance"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise CannotRunError(f"{GOLDEN} cannot be read ({error}); copy the whole artifact") from None
     for case in cases:
-        if len(case.prompt) + len(case.tokens) > settings.max_context:
+        if len(case.ids) > settings.max_context:
             raise CannotRunError(f"{GOLDEN}: {case.name!r} is longer than {settings.max_context} tokens; build the artifact again")
     return cases, tolerance
 

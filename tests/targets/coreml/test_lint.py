@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 
 from h1export.core.artifact import Artifact
-from h1export.targets.coreml import layout, sdk
+from h1export.targets.coreml import layout
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.lint import lint
 
@@ -20,17 +19,14 @@ Edit = Callable[[Any], None]
 
 
 @pytest.fixture
-def planted(make_checkpoint: Callable[..., Path], build: Build, tmp_path: Path) -> Callable[[Edit], set[str]]:
+def planted(
+    make_checkpoint: Callable[..., Path], build: Build, with_changed_program: Callable[..., Artifact]
+) -> Callable[[Edit], set[str]]:
     """planted(edit) -> the rules that a package breaks once ``edit`` has changed its Model message."""
-    built = build(make_checkpoint(), "int4", target="coreml", max_context=64)
+    built = build(make_checkpoint(), "int4", target="coreml", max_context=96)
 
     def plant(edit: Edit) -> set[str]:
-        folder = Path(shutil.copytree(built.folder / layout.PACKAGE, tmp_path / layout.PACKAGE))
-        file = folder.parent / layout.MODEL
-        model = sdk.proto().Model_pb2.Model.FromString(file.read_bytes())
-        edit(model)
-        file.write_bytes(model.SerializeToString())
-        return {finding.rule for finding in lint(Package.open(folder))}
+        return {finding.rule for finding in lint(Package.open(with_changed_program(built, edit).folder / layout.PACKAGE))}
 
     return plant
 

@@ -9,7 +9,7 @@ import platform
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,18 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export.core.protocols import Capabilities
 from h1export.core.report import Report, Row
 from h1export.errors import H1ExportError
 from h1export.targets.coreml.mac import readme
-from h1export.targets.coreml.mac.golden import golden, lengths, pack
+from h1export.targets.coreml.mac.golden import TOLERANCE, golden, lengths, pack, places
 from h1export.targets.coreml.mac.verify_on_mac import UNITS, Settings
 
 VOCAB, WIDTH, CONTEXT, CHUNK, STEPS = 11, 6, 40, 8, 5
 STATE = ("past_key_values_0_recurrent_state", "past_key_values_0_key")
 RANDOM = np.random.default_rng(5)
 TABLE, MIX, HEAD = (RANDOM.standard_normal(shape).astype(np.float32) for shape in ((VOCAB, WIDTH), (WIDTH, WIDTH), (2 * WIDTH, VOCAB)))
-TEXT = RANDOM.integers(1, VOCAB, CONTEXT).astype(np.int64)
+TEXT = RANDOM.integers(1, VOCAB, CONTEXT + 1).astype(np.int64)
 
 
 def advance(states: list[np.ndarray], token: int, position: int) -> np.ndarray:
@@ -41,28 +40,6 @@ def advance(states: list[np.ndarray], token: int, position: int) -> np.ndarray:
 
 def zeros() -> list[np.ndarray]:
     return [np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.float32)]
-
-
-@dataclass
-class ToyRunner:
-    """The toy as golden() sees it."""
-
-    all_logits: bool = True
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(1, self.all_logits)
-
-    def initial(self, batch: int) -> tuple[list[np.ndarray], int]:
-        assert batch == 1
-        return zeros(), 0
-
-    def step(self, ids: np.ndarray, mask: np.ndarray, states: Any) -> tuple[np.ndarray, Any]:
-        values, past = [value.copy() for value in states[0]], states[1]
-        assert mask.shape == (1, past + ids.shape[1])
-        assert ids.dtype == mask.dtype == np.int64
-        logits = [advance(values, int(token), past + k) for k, token in enumerate(ids[0])]
-        return np.stack(logits if self.all_logits else logits[-1:])[None], (values, past + ids.shape[1])
 
 
 @dataclass
@@ -125,9 +102,16 @@ VARIANTS = {
 }
 
 
-def data(settings: Settings = SETTINGS, **changes: Any) -> bytes:
-    prompts = lengths(settings.chunk, settings.max_context, len(TEXT), STEPS)
-    return golden(**{"runner": ToyRunner(), "ids": TEXT, "prompts": prompts, "chunk": settings.chunk, "steps": STEPS} | changes)
+def truth() -> np.ndarray:
+    """The toy's logits after each token of TEXT."""
+    states = zeros()
+    return np.stack([advance(states, int(token), place) for place, token in enumerate(TEXT)])
+
+
+def data(settings: Settings = SETTINGS, prompts: Sequence[int] | None = None, steps: int = STEPS) -> bytes:
+    found = lengths(settings.chunk, settings.max_context, len(TEXT), steps) if prompts is None else prompts
+    positions = [place for place in places(found, settings.chunk, steps) if place < len(TEXT)] if found else []
+    return golden(TEXT, truth()[positions], found, positions, steps)
 
 
 @pytest.fixture
@@ -165,7 +149,7 @@ def test_a_right_model_passes(variant: str, artifact: Callable[..., Any], capsys
     assert script.main(["--repeats", "1"]) == 0, capsys.readouterr().out
     assert [verdicts(script, unit) for unit in UNITS] == [{"pass"}, {"pass"}, {"info"}, {"info"}]
     worst = max(row["figures"]["logits"] for row in report(script)["rows"] if "logits" in row["figures"])
-    assert 0 < worst < 1e-3  # rounded to fp16, no more
+    assert worst < 1e-3  # rounded to fp16, no more
     speeds = [row["figures"] for row in report(script)["rows"] if row["check"].startswith("latency")]
     assert len(speeds) == len(UNITS)
     assert all(speed["prefill_ms"] > 0 and speed["decode_ms"] > 0 for speed in speeds)
@@ -263,7 +247,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "golden.npz cut": lambda out: (out / "golden.npz").write_bytes((out / "golden.npz").read_bytes()[:500]),
     "golden.npz empty": lambda out: (out / "golden.npz").write_bytes(b""),
     "golden.npz of another format": lambda out: of_another_format(out / "golden.npz"),
-    "golden.npz too long": lambda out: (out / "golden.npz").write_bytes(data(prompts=[CONTEXT - STEPS + 1])),
+    "golden.npz too long": lambda out: (out / "golden.npz").write_bytes(data(SETTINGS, [CONTEXT - STEPS + 1])),
     "mac.json gone": lambda out: (out / "mac.json").unlink(),
     "mac.json of somebody else": lambda out: (out / "mac.json").write_text('{"a": 1}', encoding="utf-8"),
     "manifest.json broken": lambda out: (out / "manifest.json").write_text("[]", encoding="utf-8"),
@@ -340,28 +324,16 @@ def test_the_readmes_python_generates(variant: str, monkeypatch: pytest.MonkeyPa
     assert [int(word) for word in capsys.readouterr().out.split()] == greedy([1, 2, 3], 20)
 
 
-@pytest.mark.parametrize("all_logits", [True, False])
-def test_golden_arrays_are_what_the_runner_gives(all_logits: bool) -> None:
-    """One call for the whole prompt or several, no matter; see the table of golden.py."""
-    found = np.load(io.BytesIO(data(runner=ToyRunner(all_logits), prompts=[1, CHUNK + 1, 30], tolerance=0.5)), allow_pickle=False)
-    assert (found["format"], found["tolerance"], found["names"].tolist()) == (1, 0.5, ["1 token", "9 tokens", "30 tokens"])
-    for k, length in enumerate((1, CHUNK + 1, 30)):
-        states = zeros()
-        rows = [advance(states, int(token), place) for place, token in enumerate([*TEXT[:length], *found[f"{k}.tokens"]])]
-        positions = [0, (length - 1) // 2, CHUNK - 1, CHUNK, length - 1] if all_logits else [length - 1]
-        assert found[f"{k}.prompt"].tolist() == TEXT[:length].tolist()
-        assert found[f"{k}.positions"].tolist() == sorted({place for place in positions if place < length})
-        np.testing.assert_array_equal(found[f"{k}.prefill"], [rows[place] for place in found[f"{k}.positions"]])
-        np.testing.assert_array_equal(found[f"{k}.decode"], rows[length:])
-        assert found[f"{k}.tokens"].tolist() == [int(row.argmax()) for row in rows[length - 1 : -1]]
-        assert found[f"{k}.prefill"].dtype == found[f"{k}.decode"].dtype == np.float32
-        assert found[f"{k}.prompt"].dtype == found[f"{k}.positions"].dtype == found[f"{k}.tokens"].dtype == np.int32
-
-
-def test_long_prompts_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = data()
-    monkeypatch.setattr("h1export.targets.coreml.mac.golden.PIECE", 7)
-    assert data() == whole
+def test_golden_arrays() -> None:
+    """See the table of golden.py."""
+    found = np.load(io.BytesIO(data(prompts=[1, CHUNK + 1, 30])), allow_pickle=False)
+    assert (found["format"], found["tolerance"], found["steps"]) == (1, TOLERANCE, STEPS)
+    assert found["prompts"].tolist() == [1, CHUNK + 1, 30]
+    np.testing.assert_array_equal(found["ids"], TEXT)
+    wanted = [*range(STEPS + 1), *range(CHUNK - 1, CHUNK + STEPS + 1), *range(29, 30 + STEPS)]
+    assert found["positions"].tolist() == sorted(set(wanted))
+    np.testing.assert_array_equal(found["logits"], truth()[found["positions"]].astype(np.float16))
+    assert found["ids"].dtype == found["prompts"].dtype == found["positions"].dtype == np.int32
 
 
 def test_golden_bytes_know_neither_time_nor_system(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +344,7 @@ def test_golden_bytes_know_neither_time_nor_system(monkeypatch: pytest.MonkeyPat
     assert {entry.date_time for entry in zipfile.ZipFile(io.BytesIO(first)).infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
-@pytest.mark.parametrize("wrong", [{"prompts": []}, {"prompts": [0]}, {"prompts": [CONTEXT + 1]}, {"steps": 0}], ids=str)
+@pytest.mark.parametrize("wrong", [{"prompts": []}, {"prompts": [0]}, {"prompts": [len(TEXT) - STEPS + 1]}, {"steps": 0}], ids=str)
 def test_golden_cases_that_are_none(wrong: dict[str, Any]) -> None:
     with pytest.raises(H1ExportError, match=r"golden cases: prompts of .* give at least one length"):
         data(**wrong)

@@ -38,11 +38,11 @@ def test_calls_cover_every_token_once_within_the_room(room: int, chunk: int, dat
 @pytest.mark.parametrize(
     ("chunk", "room", "available", "expected"),
     [
-        (64, 4096, 10_000, (1, 63, 64, 65, 133, 4088)),
-        (64, 4096, 70, (1, 63, 64, 65, 70)),
-        (64, 96, 500, (1, 63, 64, 65, 88)),
-        (64, 32, 500, (1, 24)),
-        (1, 16, 500, (1, 2, 7, 8)),
+        (64, 4096, 10_000, (1, 63, 64, 65, 133, 4092)),
+        (64, 4096, 70, (1, 63, 64, 65, 66)),
+        (64, 96, 500, (1, 63, 64, 65, 92)),
+        (64, 32, 500, (1, 28)),
+        (1, 16, 500, (1, 2, 7, 12)),
     ],
 )
 def test_lengths_meet_every_cut_and_the_end(chunk: int, room: int, available: int, expected: tuple[int, ...]) -> None:

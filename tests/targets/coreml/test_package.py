@@ -120,6 +120,6 @@ def test_coremltools_reads_and_validates_the_package(tiny: Path, build: Build) -
 
 
 def test_a_context_shorter_than_a_prefill_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(H1ExportError, match=r"--max-context.*64 or more"):
-        pipeline.build(tiny, "coreml", tmp_path / "out", options=BuildOptions(max_context=63))
+    with pytest.raises(H1ExportError, match=r"--max-context.*65 or more"):
+        pipeline.build(tiny, "coreml", tmp_path / "out", options=BuildOptions(max_context=64))
     assert not (tmp_path / "out").exists()

@@ -122,3 +122,6 @@ class ProgramRunner:
 
     def stored_weights(self) -> Mapping[str, Array]:
         return {}
+
+    def magnitudes(self) -> Mapping[str, float]:
+        return {}

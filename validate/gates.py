@@ -24,7 +24,8 @@ QUANTIZED: Mapping[QuantName, Mapping[str, float]] = {
 }
 STEPS = 0.51  # rounding to nearest leaves half a step, and rounding the scale to fp16 a little more
 # ratios to PyTorch; prefill is mostly matrix products, where PyTorch is good and a busy machine makes the ratio swing
-LATENCY: Mapping[str, float] = {"latency.prefill": 1.5, "latency.decode": 1.0}
+FP16 = {"fp16.share": 1.0}  # of 65504, the largest finite number: what lies beyond is infinite
+LATENCY = {"latency.prefill": 1.5, "latency.decode": 1.0}
 
 
 def limits(quant: QuantName, float32: bool, exact: bool, chosen: Mapping[str, float]) -> dict[str, float]:
@@ -37,7 +38,7 @@ def limits(quant: QuantName, float32: bool, exact: bool, chosen: Mapping[str, fl
     """
     group = "source" if quant == "none" else "stored"
     rounded = not exact or (quant == "none" and not float32)  # weights are rounded with the activations, so nothing is exact
-    table = {f"{group}.{figure}": limit for figure, limit in (HALF if rounded else EXACT).items()} | dict(LATENCY)
+    table = {f"{group}.{figure}": limit for figure, limit in (HALF if rounded else EXACT).items()} | LATENCY | FP16
     if not float32 and not rounded:
         table |= {f"drift.{figure}": limit for figure, limit in ROUNDED.items()}
     table |= {"text.ratio": 1.001 if rounded else 1.0001} if quant == "none" else {"weights.steps": STEPS, **QUANTIZED[quant]}

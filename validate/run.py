@@ -26,6 +26,7 @@ from h1export.validate.perplexity import WINDOW, bits_per_byte
 from h1export.validate.reference import Reference
 from h1export.validate.weights import worst_steps
 
+FP16_MAX = float(np.finfo(np.float16).max)
 SOURCE, STORED, DRIFT = "source", "stored", "drift"  # what a row compares; also the first half of its metrics, see gates
 
 
@@ -67,6 +68,8 @@ def validate(
     progress.stage("artifact")
     runs = list(run_cases(runner, options.seed))
     exact_runs = runs if exact is runner else list(run_cases(exact, options.seed))
+    if magnitudes := runner.magnitudes():
+        rows.append(_fp16_row(magnitudes, limits))
     progress.stage("reference")
     reference = Reference(checkpoint)
     rows += [row for run in runs for row in case_rows({SOURCE: run}, reference, runner, limits)]
@@ -89,6 +92,14 @@ def _weights_row(artifact: Artifact, stored: Mapping[str, Array], store: WeightS
     worst = max(errors, key=errors.__getitem__)
     figures, gated = {"steps": errors[worst]}, {"steps": limits["weights.steps"]}
     return Row("stored integers", SOURCE, figures, gated, note=f"{len(errors)} tensors, worst {worst}", details=errors)
+
+
+def _fp16_row(magnitudes: Mapping[str, float], limits: Mapping[str, float]) -> Row:
+    """How near the activations of all cases came to the end of fp16."""
+    worst = max(magnitudes, key=lambda op: float(np.nan_to_num(magnitudes[op], nan=np.inf)))
+    figures = {"largest": magnitudes[worst], "share": magnitudes[worst] / FP16_MAX}
+    note = f"{len(magnitudes)} kinds of op, worst {worst}"
+    return Row("fp16 range", "65504", figures, {"share": limits["fp16.share"]}, note=note, details=magnitudes)
 
 
 def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOptions, limits: Mapping[str, float]) -> Row:

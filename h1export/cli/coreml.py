@@ -60,12 +60,16 @@ def inspect(package: Path, quiet: bool, as_json: bool) -> int:
 
 @coreml.command()
 @package
+@click.option("--neural-engine", is_flag=True, help="Also what only the Neural Engine does not take.")
 @common
-def lint(package: Path, quiet: bool, as_json: bool) -> int:
-    """Say what is wrong with PACKAGE. Exit code 1 where something is."""
+def lint(package: Path, neural_engine: bool, quiet: bool, as_json: bool) -> int:
+    """Say what is wrong with PACKAGE: ops, types, constants, shapes, states, positions; coremltools' own validation is part of it.
+
+    Exit code 1 where something is wrong.
+    """
     from h1export.targets.coreml.lint import lint as run
 
-    findings = run(_open(package))
+    findings = run(_open(package), neural_engine)
     if as_json:
         answer([{"rule": finding.rule, "where": finding.where, "what": finding.what} for finding in findings])
     for finding in findings:

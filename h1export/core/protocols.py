@@ -92,6 +92,13 @@ class Runner(Protocol, Generic[States]):
         """Checkpoint name -> float32 tensor, unfolded, dequantised from what the artifact stores. Lazy; quantised tensors only."""
         ...
 
+    def magnitudes(self) -> Mapping[str, float]:
+        """Kind of op -> the largest magnitude that it gave in fp16 so far, before rounding; beyond 65504 it became infinite.
+
+        Empty where nothing is computed in fp16, or the runtime does not show it.
+        """
+        ...
+
 
 class SteppedSequences:
     """Sequences over ``Runner.step``, for a runtime that has no states in place."""

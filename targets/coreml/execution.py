@@ -43,6 +43,10 @@ class Executor(Protocol):
         """The states by name, in arrays that no later call changes."""
         ...
 
+    def magnitudes(self) -> Mapping[str, float]:
+        """See ``Runner.magnitudes``."""
+        ...
+
 
 class Evaluated:
     """Our evaluator: slow, true to the declared dtypes, on any machine."""
@@ -61,6 +65,13 @@ class Evaluated:
 
     def fetch(self, held: Held) -> Arrays:
         return dict(held)
+
+    def magnitudes(self) -> Mapping[str, float]:
+        found: dict[str, float] = {}
+        for evaluator in self._evaluators.values():
+            for op, magnitude in evaluator.maxima_by_op().items():
+                found[op] = float(np.maximum(found.get(op, 0.0), magnitude))
+        return found
 
 
 class OnMac:
@@ -88,6 +99,9 @@ class OnMac:
         state, names = held
         return {name: np.array(state.read_state(name)) for name in names}
 
+    def magnitudes(self) -> Mapping[str, float]:
+        return {}  # Core ML shows no value but the outputs
+
 
 class Passing:
     """An executor for a package whose states are inputs and outputs; ``outputs`` names the output of each input."""
@@ -106,6 +120,9 @@ class Passing:
 
     def fetch(self, held: Held) -> Arrays:
         return dict(held)
+
+    def magnitudes(self) -> Mapping[str, float]:
+        return self._executor.magnitudes()
 
 
 def executor(package: Path, passed: Mapping[str, str]) -> Executor:

@@ -14,6 +14,7 @@ DATA = f"{PACKAGE}/Data/com.apple.CoreML"
 MODEL, WEIGHTS = f"{DATA}/model.mlmodel", f"{DATA}/weights/weight.bin"
 
 INPUT_IDS, POSITION, N_VALID, LOGITS = "input_ids", "position", "n_valid", "logits"
+MAX_CONTEXT, PREFILL_TOKENS = "max_context", "prefill_tokens"  # in the package's metadata
 LOW_SCALE = 2048.0  # the low half of a recurrent state is stored times this: fp16 has 11 bits
 LOW = "_low"
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from h1export.errors import H1ExportError
+from h1export.targets.coreml import layout, sdk
 from h1export.targets.coreml.evaluator import Evaluator, Package
 from h1export.targets.coreml.evaluator.package import stored
 from h1export.targets.coreml.evaluator.program import Function, Operation, TensorType, Value
 
-LARGEST_DIM = 1 << 17  # of a tensor that devices are known to take: a vocabulary fits
+LARGEST_DIM, LARGEST_RANK = 1 << 18, 5  # of a tensor: a vocabulary fits; Core ML has no tensors of rank 6
+NE_DIM, NE_MULTIPLE = 1 << 14, 32  # of a tensor on the Neural Engine; of the last dimension of its states
 UNKNOWN_TO_DEVICES = ("int64", "uint64", "fp64")  # Core ML narrows them without a word
 
 
@@ -28,10 +30,13 @@ class Finding:
 Check = Callable[[Package], Iterator[Finding]]
 
 
-def lint(package: Package) -> list[Finding]:
-    """Every fault that the checks find, in their order. A check that cannot go on is a finding of its own."""
+def lint(package: Package, neural_engine: bool = False) -> list[Finding]:
+    """Every fault that the checks find, in their order. A check that cannot go on is a finding of its own.
+
+    ``neural_engine``: also what is no fault elsewhere.
+    """
     found: list[Finding] = []
-    for name, check in CHECKS.items():
+    for name, check in (CHECKS | ({"on_neural_engine": on_neural_engine} if neural_engine else {})).items():
         try:
             found += check(package)
         except H1ExportError as error:
@@ -106,11 +111,69 @@ def states(package: Package) -> Iterator[Finding]:
 
 
 def dimensions(package: Package) -> Iterator[Finding]:
-    """No tensor with a dimension of 0, one known only when run, or one beyond LARGEST_DIM."""
+    """No tensor with a dimension of 0, one known only when run, one beyond LARGEST_DIM, or too many of them."""
     for _, operation in _operations(package):
         for name, kind in operation.outputs:
-            if not all(size and size <= LARGEST_DIM for size in kind.shape):
+            if len(kind.shape) > LARGEST_RANK or not all(size and size <= LARGEST_DIM for size in kind.shape):
                 yield Finding("dimensions", operation.where, f"output {name!r} is {kind}")
+
+
+def shapes(package: Package) -> Iterator[Finding]:
+    """Every op computes the shape that it declares: each function runs once, on ones."""
+    for name in package.functions:
+        yield from _run(package, name, "shapes", {})
+
+
+def positions(package: Package) -> Iterator[Finding]:
+    """In a package that says how many tokens it has room for, each function runs on the last ones, and on none after them."""
+    room = dict(package.model.description.metadata.userDefined).get(layout.MAX_CONTEXT, "")
+    for name, function in package.functions.items() if room.isdigit() else ():
+        if layout.POSITION not in function.inputs or layout.INPUT_IDS not in function.inputs:
+            continue
+        last = int(room) - int(function.inputs[layout.INPUT_IDS].shape[-1] or 1)
+        yield from _run(package, name, "positions", {layout.POSITION: last})
+        if not list(_run(package, name, "positions", {layout.POSITION: last + 1})):
+            yield Finding("positions", f"function {name!r}", f"writes beyond its room for {room} tokens without an error")
+
+
+def _run(package: Package, name: str, rule: str, given: Mapping[str, int]) -> Iterator[Finding]:
+    """What goes wrong in a call on ones, or on the numbers ``given`` for some inputs; no large weight is read."""
+    try:
+        evaluator = Evaluator(package, name, hollow=True)
+        inputs = {
+            key: np.full([size or 1 for size in kind.shape], given.get(key, 1), kind.dtype.array)
+            for key, kind in evaluator.function.inputs.items()
+        }
+        evaluator.run(inputs, evaluator.initial_states())
+    except H1ExportError as error:
+        yield Finding(rule, error.where, error.what)
+
+
+def reload(package: Package) -> Iterator[Finding]:
+    """coremltools' own reader takes it, and its own validation finds nothing."""
+    loader = sdk.module("coremltools.converters.mil.frontend.milproto.load")
+    weights = str(package.weights) if package.weights.is_dir() else ""
+    try:
+        loader.load(package.model, specification_version=package.model.specificationVersion, file_weights_dir=weights).validate()
+    except Exception as error:  # it raises what its many ops raise
+        yield Finding("reload", str(package.path), f"coremltools says {type(error).__name__}: {str(error)[:200]}")
+
+
+def on_neural_engine(package: Package) -> Iterator[Finding]:
+    """States whose last dimension it takes, no tensor too wide for it, no scales by block, which others have found silently wrong there."""
+    for name, function in package.functions.items():
+        for state, kind in function.states.items():
+            if (kind.shape[-1] or 0) % NE_MULTIPLE:
+                yield Finding(
+                    "on_neural_engine", f"function {name!r}", f"state {state!r} is {kind}, whose last dimension is no multiple of 32"
+                )
+    for _, operation in _operations(package):
+        if operation.type == "constexpr_blockwise_shift_scale":
+            yield Finding("on_neural_engine", operation.where, "has scales by block")
+        elif not operation.constant and any((size or 0) > NE_DIM for _, kind in operation.outputs for size in kind.shape):
+            yield Finding(
+                "on_neural_engine", operation.where, f"is wider than {NE_DIM}: {', '.join(str(kind) for _, kind in operation.outputs)}"
+            )
 
 
 def description(package: Package) -> Iterator[Finding]:
@@ -130,4 +193,6 @@ def description(package: Package) -> Iterator[Finding]:
                 yield Finding("description", f"function {name!r}", f"{what} {sorted(own ^ described)} are on one side only")
 
 
-CHECKS: Mapping[str, Check] = {check.__name__: check for check in (operations, types, constants, blocks, states, dimensions, description)}
+CHECKS: Mapping[str, Check] = {
+    check.__name__: check for check in (operations, types, constants, blocks, states, dimensions, description, shapes, positions, reload)
+}

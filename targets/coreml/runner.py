@@ -97,6 +97,9 @@ class CoreMLRunner:
             found[tensor.key] = layout.canonical(tensor, state, states.length)
         return found
 
+    def magnitudes(self) -> Mapping[str, float]:
+        return self._executor.magnitudes()
+
     def stored_weights(self) -> StoredWeights:
         return StoredWeights(self._artifact)
 

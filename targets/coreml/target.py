@@ -47,7 +47,7 @@ class CoreMLTarget:
             weights = Weights(store, scheme, program.spec, blobs, COMPUTE[options.compute])
             built = mil_program(program, weights, CALLS, options.max_context, options.state_io)
             progress.stage("weights", store.nbytes)
-            notes = {"max_context": str(options.max_context), "prefill_tokens": str(PREFILL.tokens)}
+            notes = {layout.MAX_CONTEXT: str(options.max_context), layout.PREFILL_TOKENS: str(PREFILL.tokens)}
             model = package.protobuf(built, weights, notes)
             blobs.finish()
         package.write(stage.folder, model)

@@ -104,6 +104,9 @@ class OnnxRuntimeRunner:
         permutation = self._flavour.permutation
         return {t.key: layout.permute(t.kind, states[t.past].astype(np.float32), permutation) for t in self._states.tensors}
 
+    def magnitudes(self) -> Mapping[str, float]:
+        return {}
+
     def stored_weights(self) -> StoredWeights:
         return StoredWeights(self._artifact, self._flavour.read_stored)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -35,17 +36,20 @@ from h1export.targets.coreml.evaluator.steps import (
 )
 
 Names = dict[str, Meaning]
+LARGE = 4096  # elements of a constant that a hollow program goes without
 
 
 class Compiler:
     """Compiles one function of a package; all that it finds is in its attributes afterwards.
 
+    ``hollow``: large float constants are zeros that take no memory, for a run that only has to show shapes and bounds.
+
     Raises:
         H1ExportError: an op or input that the evaluator does not have, a name that nothing computes, a broken constant.
     """
 
-    def __init__(self, package: Package, function: Function) -> None:
-        self._package = package
+    def __init__(self, package: Package, function: Function, hollow: bool = False) -> None:
+        self._package, self._hollow = package, hollow
         self._control = {"read_state": self._read, "write_state": self._write, "while_loop": self._loop, "cond": self._branch}
         self.slots = 0
         self.outputs: list[Output] = []  # of every op that runs
@@ -76,7 +80,7 @@ class Compiler:
         for name, arguments in arguments_of(operation, op).items():
             parameter = op.parameters[name]
             meanings = [item if isinstance(item, Value) else meaning_of(item, names, operation.where) for item in arguments]
-            known = [constant(self._package, item, names) for item in meanings if isinstance(item, Constant)]
+            known = [self._constant(item, names) for item in meanings if isinstance(item, Constant)]
             if len(known) == len(meanings):
                 fixed[name] = tuple(known) if parameter.many else converted(known[0], parameter, name, operation.where)
             else:
@@ -97,8 +101,15 @@ class Compiler:
         if isinstance(meaning, State):
             raise H1ExportError(where, f"takes state {meaning.name!r} as a tensor", "read it with read_state first")
         slot = self._slot()
-        self.constants[slot] = constant(self._package, meaning, names)
+        self.constants[slot] = self._constant(meaning, names)
         return slot
+
+    def _constant(self, meaning: Constant, names: Names) -> Array:
+        kind = meaning.type if isinstance(meaning, Value) else meaning.outputs[0][1]
+        shape = tuple(size or 0 for size in kind.shape)
+        if self._hollow and kind.dtype.array.kind == "f" and prod(shape) >= LARGE:
+            return np.broadcast_to(np.zeros((), np.float32), shape)
+        return constant(self._package, meaning, names)
 
     def _tensors(self, operation: Operation, name: str, names: Names) -> tuple[int, ...]:
         meanings = [

@@ -20,16 +20,16 @@ class Evaluator:
     """A function, resolved once and run many times. ops compute in float32; an fp16 result is rounded once, at the op's output.
 
     A device may keep or round intermediate results elsewhere, so equal bits are not to be expected there; declared types, shapes and
-    bounds are checked as a device would at the latest.
+    bounds are checked as a device would at the latest. ``hollow``: see Compiler.
 
     Raises:
         H1ExportError: no such function, or one with an op, an input of an op or a constant that the evaluator cannot take.
     """
 
-    def __init__(self, package: Package, function: str | None = None) -> None:
+    def __init__(self, package: Package, function: str | None = None, hollow: bool = False) -> None:
         self._package = package
         self.function: Function = package.function(function or package.default_function)
-        compiler = Compiler(package, self.function)
+        compiler = Compiler(package, self.function, hollow)
         self._steps, self._returned, self._slots = compiler.steps, compiler.returned, compiler.inputs
         self._computed = compiler.outputs
         self._values: list[Array | None] = [compiler.constants.get(slot) for slot in range(compiler.slots)]

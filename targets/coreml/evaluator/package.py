@@ -61,6 +61,11 @@ class Package:
         return cls(path, file, model)
 
     @property
+    def weights(self) -> Path:
+        """The folder that programs keep their blobs in."""
+        return self._file.parent / "weights"
+
+    @property
     def default_function(self) -> str:
         """The function that runs where none is named: the model's own choice, else ``main``, else the first by name."""
         chosen = str(self.model.description.defaultFunctionName)

@@ -93,6 +93,39 @@ def test_a_state_that_nothing_writes(planted: Callable[[Edit], set[str]]) -> Non
     assert "states" in planted(edit)
 
 
+def test_a_declared_shape_that_is_not_the_computed_one(planted: Callable[[Edit], set[str]]) -> None:
+    def edit(model: Any) -> None:
+        first(model, "silu").outputs[0].type.tensorType.dimensions[2].constant.size += 1
+
+    assert {"shapes", "reload"} <= planted(edit)
+
+
+def test_room_for_fewer_tokens_than_it_says(planted: Callable[[Edit], set[str]]) -> None:
+    assert planted(lambda model: model.description.metadata.userDefined.update(max_context="97")) == {"positions"}
+
+
+def test_a_position_that_nothing_bounds(planted: Callable[[Edit], set[str]]) -> None:
+    """It says less than it has: a call beyond that does not fail."""
+    assert planted(lambda model: model.description.metadata.userDefined.update(max_context="95")) == {"positions"}
+
+
+def test_a_tensor_of_rank_6(planted: Callable[[Edit], set[str]]) -> None:
+    def edit(model: Any) -> None:
+        kind = first(model, "expand_dims").outputs[0].type.tensorType
+        while len(kind.dimensions) < 6:
+            kind.dimensions.add().constant.size = 1
+        kind.rank = 6
+
+    assert "dimensions" in planted(edit)
+
+
+def test_what_only_the_neural_engine_does_not_take(make_checkpoint: Callable[..., Path], build: Build) -> None:
+    package = Package.open(build(make_checkpoint(), "int4", target="coreml", max_context=96).folder / layout.PACKAGE)
+    found = {finding.what for finding in lint(package, neural_engine=True)}
+    assert "has scales by block" in found
+    assert any("no multiple of 32" in what for what in found)
+
+
 def test_a_description_that_is_not_the_programs(planted: Callable[[Edit], set[str]]) -> None:
     def edit(model: Any) -> None:
         model.description.functions[0].input[0].name = "tokens"

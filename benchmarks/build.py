@@ -117,7 +117,7 @@ def measure(checkpoint: Path, target: str = "ort", quant: str = "int4", block: i
             seconds=seconds,
             peak_anonymous_bytes=peak,
             source_bytes=sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")),
-            artifact_bytes=sum(file.stat().st_size for file in out.iterdir()),
+            artifact_bytes=sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
             cpu=cpu_model(),
             cores=os.cpu_count() or 1,
             date=datetime.date.today().isoformat(),

@@ -79,6 +79,7 @@ def _mask(c: Context, group: int) -> Var:
     """[1, 1, group * T, max_context]: 0 where a key's position is no later than the query's. Pads come later than all real tokens."""
     columns = np.arange(c.max_context, dtype=np.int32)[None]
     later = c.op("greater", x=columns, y=c.op("expand_dims", x=positions(c), axes=[1]))
-    hidden = c.op("mul", x=c.activation(later), y=c.weights.compute(MASKED))
+    masked = c.op("fill", shape=later.shape, value=c.weights.compute(MASKED))  # select does not broadcast its condition
+    hidden = c.op("select", cond=later, a=masked, b=c.weights.compute(0))
     mask = c.op("expand_dims", x=hidden, axes=[0, 1])
     return mask if c.call.tokens == 1 else c.op("tile", x=mask, reps=(1, 1, group, 1))

@@ -60,7 +60,7 @@ def operations(package: Package) -> Iterator[Finding]:
     """Ops, attributes and types that the evaluator has: each function resolves."""
     for name in package.functions:
         try:
-            Evaluator(package, name)
+            Evaluator(package, name, hollow=True)
         except H1ExportError as error:
             yield Finding("operations", error.where, error.what)
 
@@ -118,25 +118,23 @@ def dimensions(package: Package) -> Iterator[Finding]:
                 yield Finding("dimensions", operation.where, f"output {name!r} is {kind}")
 
 
-def shapes(package: Package) -> Iterator[Finding]:
-    """Every op computes the shape that it declares: each function runs once, on ones."""
-    for name in package.functions:
-        yield from _run(package, name, "shapes", {})
+def calls(package: Package) -> Iterator[Finding]:
+    """Every op computes the shape that it declares, and stays within its bounds, in a call of each function.
 
-
-def positions(package: Package) -> Iterator[Finding]:
-    """In a package that says how many tokens it has room for, each function runs on the last ones, and on none after them."""
+    Where a package says how many tokens it has room for, the call is on the last of them, and one beyond has to fail.
+    """
     room = dict(package.model.description.metadata.userDefined).get(layout.MAX_CONTEXT, "")
-    for name, function in package.functions.items() if room.isdigit() else ():
-        if layout.POSITION not in function.inputs or layout.INPUT_IDS not in function.inputs:
+    for name, function in package.functions.items():
+        if not (room.isdigit() and {layout.POSITION, layout.INPUT_IDS} <= function.inputs.keys()):
+            yield from _run(package, name, {})
             continue
         last = int(room) - int(function.inputs[layout.INPUT_IDS].shape[-1] or 1)
-        yield from _run(package, name, "positions", {layout.POSITION: last})
-        if not list(_run(package, name, "positions", {layout.POSITION: last + 1})):
-            yield Finding("positions", f"function {name!r}", f"writes beyond its room for {room} tokens without an error")
+        yield from _run(package, name, {layout.POSITION: last})
+        if not list(_run(package, name, {layout.POSITION: last + 1})):
+            yield Finding("calls", f"function {name!r}", f"writes beyond its room for {room} tokens without an error")
 
 
-def _run(package: Package, name: str, rule: str, given: Mapping[str, int]) -> Iterator[Finding]:
+def _run(package: Package, name: str, given: Mapping[str, int]) -> Iterator[Finding]:
     """What goes wrong in a call on ones, or on the numbers ``given`` for some inputs; no large weight is read."""
     try:
         evaluator = Evaluator(package, name, hollow=True)
@@ -146,7 +144,7 @@ def _run(package: Package, name: str, rule: str, given: Mapping[str, int]) -> It
         }
         evaluator.run(inputs, evaluator.initial_states())
     except H1ExportError as error:
-        yield Finding(rule, error.where, error.what)
+        yield Finding("calls", error.where, error.what)
 
 
 def reload(package: Package) -> Iterator[Finding]:
@@ -194,5 +192,5 @@ def description(package: Package) -> Iterator[Finding]:
 
 
 CHECKS: Mapping[str, Check] = {
-    check.__name__: check for check in (operations, types, constants, blocks, states, dimensions, description, shapes, positions, reload)
+    check.__name__: check for check in (operations, types, constants, blocks, states, dimensions, description, calls, reload)
 }

@@ -80,8 +80,12 @@ def decode(raw: Array, dtype: DType, count: int) -> Array:
     """``count`` elements from little-endian bytes (uint8, exactly ``dtype.nbytes(count)``): a view, or a new array where packed."""
     if not dtype.packed:
         return raw.view(dtype.array.newbyteorder("<"))
-    bits = np.unpackbits(raw, bitorder="little")[: count * dtype.bits].reshape(count, dtype.bits)
-    codes: Array = (bits << np.arange(dtype.bits, dtype=np.uint8)).sum(axis=1, dtype=np.uint8)
+    codes: Array
+    if dtype.bits == 4:  # what most weights are, and six times as fast
+        codes = np.stack((raw & 15, raw >> 4), axis=1).ravel()[:count]
+    else:
+        bits = np.unpackbits(raw, bitorder="little")[: count * dtype.bits].reshape(count, dtype.bits)
+        codes = (bits << np.arange(dtype.bits, dtype=np.uint8)).sum(axis=1, dtype=np.uint8)
     if dtype is INT4:
         codes = (codes ^ 8).astype(np.int8) - np.int8(8)
     return codes

@@ -133,7 +133,8 @@ def stored(operation: Operation, block: Block) -> dict[str, Value]:
     if not operation.constant:
         raise H1ExportError(operation.where, "is computed when run", "ask for a constant")
     values = {name: value for name, value in operation.attributes.items() if name != "name"}
-    consts = {output: other for other in block.walk() if other.type == "const" for output, _ in other.outputs}
+    named = any(isinstance(argument, str) for argument, *_ in operation.inputs.values())
+    consts = {output: other for other in block.walk() if other.type == "const" for output, _ in other.outputs} if named else {}
     for name, (argument, *_) in operation.inputs.items():
         if isinstance(argument, Value):
             values[name] = argument

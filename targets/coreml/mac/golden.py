@@ -29,7 +29,7 @@ from h1export.errors import H1ExportError
 from h1export.targets.coreml.mac.verify_on_mac import FORMAT
 
 STEPS = 4
-LONGEST = 256  # tokens: one forward of them is part of a build
+LONGEST = 160  # tokens: one forward of them is part of a build
 TOLERANCE = 0.02  # fp16 activations and states through every layer of a large model
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date that a zip file can bear
 

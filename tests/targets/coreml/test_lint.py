@@ -97,16 +97,16 @@ def test_a_declared_shape_that_is_not_the_computed_one(planted: Callable[[Edit],
     def edit(model: Any) -> None:
         first(model, "silu").outputs[0].type.tensorType.dimensions[2].constant.size += 1
 
-    assert {"shapes", "reload"} <= planted(edit)
+    assert {"calls", "reload"} <= planted(edit)
 
 
 def test_room_for_fewer_tokens_than_it_says(planted: Callable[[Edit], set[str]]) -> None:
-    assert planted(lambda model: model.description.metadata.userDefined.update(max_context="97")) == {"positions"}
+    assert planted(lambda model: model.description.metadata.userDefined.update(max_context="97")) == {"calls"}
 
 
 def test_a_position_that_nothing_bounds(planted: Callable[[Edit], set[str]]) -> None:
     """It says less than it has: a call beyond that does not fail."""
-    assert planted(lambda model: model.description.metadata.userDefined.update(max_context="95")) == {"positions"}
+    assert planted(lambda model: model.description.metadata.userDefined.update(max_context="95")) == {"calls"}
 
 
 def test_a_tensor_of_rank_6(planted: Callable[[Edit], set[str]]) -> None:

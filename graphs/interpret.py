@@ -15,6 +15,7 @@ from h1export.core.protocols import Capabilities, Ids, SteppedSequences, check_c
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array
 from h1export.core.weights import WeightExpr, WeightStore
+from h1export.errors import H1ExportError
 from h1export.graphs.programs import Program
 
 aten = torch.ops.aten
@@ -113,6 +114,9 @@ class ProgramRunner:
         named = _run(self._program, self._fixed, _inputs(ids, mask, states))
         logits: Array = named[LOGITS].numpy()
         return logits, {tensor.past: named[tensor.present] for tensor in self._program.states.tensors}
+
+    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
+        raise H1ExportError("observe", "is not what this Runner is for", "compare its logits and states")
 
     def start(self, batch: int, capacity: int) -> SteppedSequences:
         return SteppedSequences(self, batch)

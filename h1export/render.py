@@ -61,7 +61,8 @@ def report_tables(report: Report) -> list[Table]:
             cases.add_row(row.check, row.against, *(_cell(row, name) for name in CASE_COLUMNS), verdict)
         else:
             figures = "  ".join(f"{name} {_cell(row, name)}{_limit(row, name)}" for name in row.figures)
-            others.add_row(row.check, figures or f"[dim]{row.note}[/]", verdict)
+            note = f"[dim]{row.note}[/]" if row.note else ""
+            others.add_row(row.check, "\n".join(filter(None, (figures, note))), verdict)
     return [cases, others]
 
 

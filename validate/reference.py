@@ -16,6 +16,7 @@ import torch
 from h1export.core.protocols import Ids
 from h1export.core.state import Array, StateKind
 from h1export.errors import H1ExportError
+from h1export.validate.probes import arrays, watched
 
 
 class Reference:
@@ -40,6 +41,12 @@ class Reference:
         with torch.no_grad():
             for name in weights:
                 parameters[name].copy_(torch.from_numpy(weights[name]))
+
+    def observe(self, ids: Ids) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+        """``full``, and the probes of core/probes.py: name -> float32 [seq, width]."""
+        with watched(self._model) as found:
+            logits, states = self.full(ids)
+        return logits, states, arrays(found)
 
     def full(self, ids: Ids) -> tuple[Array, dict[str, Array]]:
         """Logits [seq, vocab] of one unpadded row [seq] and, by StateTensor.key, its canonical states without the batch axis."""

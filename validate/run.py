@@ -20,6 +20,7 @@ from h1export.core.report import Report, Row
 from h1export.core.state import Array
 from h1export.core.weights import WeightStore
 from h1export.validate import gates
+from h1export.validate.bisect import bisect, integers_row
 from h1export.validate.latency import PREFILL, measure
 from h1export.validate.parity import case_rows, run_cases
 from h1export.validate.perplexity import WINDOW, bits_per_byte
@@ -40,6 +41,7 @@ class ValidateOptions:
         text_bytes: bytes that ``text_ids[1:]`` stand for.
         pairs: paired latency runs; 0: no latency.
         seed: of the random token ids.
+        bisect: name the first layer and op family beyond tolerance.
     """
 
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class ValidateOptions:
     text_bytes: int = 0
     pairs: int = 7
     seed: int = 0
+    bisect: bool = False
 
 
 def validate(
@@ -84,6 +87,11 @@ def validate(
         ways = [{STORED: run} if exact is runner else {STORED: run, DRIFT: shipped} for run, shipped in pairs]
         lowering = [row for way in ways for row in case_rows(way, reference, runner, limits)]
         rows[1:1] = sorted(lowering, key=lambda row: row.against != STORED)
+    if options.bisect:
+        progress.stage("layer by layer")
+        group = STORED if stored else SOURCE
+        rows += [integers_row(row.details, SOURCE, row.limits["steps"]) for row in rows if "steps" in row.figures]
+        rows += bisect(exact, reference, group, limits[f"{group}.states"], options.seed)
     return Report(_subject(artifact, runner), _environment(), tuple(rows))
 
 

@@ -29,6 +29,7 @@ class Capabilities:
         kernels: whose kernels compute, for the report.
         fallback: what is slower than it could be here, why, and the next step; empty: nothing is. Users are told.
         max_context: tokens in one sequence; None: no limit.
+        probes: whether ``observe`` works.
         emulated: not the runtime itself computes, but something that stands in for it: right, and no measure of speed.
     """
 
@@ -40,6 +41,7 @@ class Capabilities:
     fallback: str = ""
     max_context: int | None = None
     emulated: bool = False
+    probes: bool = False
 
 
 class Sequences(Protocol):
@@ -77,6 +79,14 @@ class Runner(Protocol, Generic[States]):
         """One call: ids [batch, new], mask [batch, past + new] with 1 for real tokens and left padding only.
 
         Returns logits, float32 [batch, new or 1, vocab], and the states after the call.
+        """
+        ...
+
+    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
+        """``step``, and the probes of core/probes.py: name -> float32 [batch, new, width].
+
+        Raises:
+            H1ExportError: ``capabilities.probes`` is False.
         """
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,8 +35,8 @@ class Executor(Protocol):
         """States to call functions on; the arrays stay as they are."""
         ...
 
-    def run(self, function: str, inputs: Arrays, held: Held) -> Arrays:
-        """Outputs of a call, which updates ``held``."""
+    def run(self, function: str, inputs: Arrays, held: Held, watch: Collection[str] = ()) -> Arrays:
+        """Outputs of a call, which updates ``held``, and values between its ops by name, where the executor is ``emulated``."""
         ...
 
     def fetch(self, held: Held) -> Arrays:
@@ -60,8 +60,8 @@ class Evaluated:
     def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
         return dict(states)
 
-    def run(self, function: str, inputs: Arrays, held: Held) -> Arrays:
-        return dict(self._evaluators[function].run(inputs, held))  # type: ignore[index]
+    def run(self, function: str, inputs: Arrays, held: Held, watch: Collection[str] = ()) -> Arrays:
+        return self._evaluators[function].run(inputs, held, watch)  # type: ignore[index]
 
     def fetch(self, held: Held) -> Arrays:
         return dict(held)
@@ -92,7 +92,7 @@ class OnMac:
             state.write_state(name, array)
         return state, tuple(states)
 
-    def run(self, function: str, inputs: Arrays, held: Held) -> Arrays:
+    def run(self, function: str, inputs: Arrays, held: Held, watch: Collection[str] = ()) -> Arrays:
         return dict(self._models[function].predict(inputs, state=held[0]))  # type: ignore[index]
 
     def fetch(self, held: Held) -> Arrays:
@@ -113,8 +113,8 @@ class Passing:
     def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
         return dict(states)
 
-    def run(self, function: str, inputs: Arrays, held: Held) -> Arrays:
-        outputs = self._executor.run(function, inputs | held, self._nothing)
+    def run(self, function: str, inputs: Arrays, held: Held, watch: Collection[str] = ()) -> Arrays:
+        outputs = self._executor.run(function, inputs | held, self._nothing, watch)
         held.update({name: outputs.pop(output) for name, output in self._outputs.items()})
         return outputs
 
@@ -133,13 +133,26 @@ def executor(package: Path, passed: Mapping[str, str]) -> Executor:
 
 def advance(executor: Executor, held: Held, ids: Ids, position: int, max_context: int, all_logits: bool) -> Array:
     """Append ids [1, new] after ``position`` tokens, as padded prefills and decodes; logits float32 [1, new or 1, vocab]."""
-    answers, start = [], 0
+    logits = [outputs[LOGITS][:, :count] for outputs, count in _calls(executor, held, ids, position, max_context)]
+    return np.asarray(np.concatenate(logits, axis=1) if all_logits else logits[-1], np.float32)
+
+
+def observe(executor: Executor, held: Held, ids: Ids, position: int, max_context: int, watch: Collection[str]) -> Arrays:
+    """As ``advance``: every row of the outputs and of the values that ``watch`` names, [1, new, ...]."""
+    calls = list(_calls(executor, held, ids, position, max_context, watch))
+    names = [name for name in calls[0][0] if name == LOGITS or name in watch]
+    return {name: np.concatenate([outputs[name][:, :count] for outputs, count in calls], axis=1) for name in names}
+
+
+def _calls(
+    executor: Executor, held: Held, ids: Ids, position: int, max_context: int, watch: Collection[str] = ()
+) -> Iterator[tuple[Arrays, int]]:
+    """The outputs of each call, and how many of its rows are tokens."""
+    start = 0
     while start < ids.shape[1]:
         call, count = _next_call(position + start, ids.shape[1] - start, max_context)
-        logits = _call(executor, held, call, ids[:, start : start + count], position + start)
-        answers.append(logits[:, :count] if all_logits else logits)
+        yield _call(executor, held, call, ids[:, start : start + count], position + start, watch), count
         start += count
-    return np.concatenate(answers, axis=1) if all_logits else answers[-1]
 
 
 def _next_call(position: int, left: int, max_context: int) -> tuple[Call, int]:
@@ -148,10 +161,10 @@ def _next_call(position: int, left: int, max_context: int) -> tuple[Call, int]:
     return (PREFILL, min(PREFILL.tokens, left)) if fits and left > 1 else (DECODE, 1)
 
 
-def _call(executor: Executor, held: Held, call: Call, ids: Ids, position: int) -> Array:
+def _call(executor: Executor, held: Held, call: Call, ids: Ids, position: int, watch: Collection[str]) -> Arrays:
     padded = np.zeros((1, call.tokens), np.int32)
     padded[:, : ids.shape[1]] = ids
     inputs: Arrays = {layout.INPUT_IDS: padded, layout.POSITION: np.array([position], np.int32)}
     if call.padded:
         inputs[layout.N_VALID] = np.array([ids.shape[1]], np.int32)
-    return np.asarray(executor.run(call.name, inputs, held)[LOGITS], np.float32)
+    return executor.run(call.name, inputs, held, watch)

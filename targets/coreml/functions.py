@@ -9,6 +9,7 @@ import numpy as np
 from torch.fx import Node
 
 from h1export.core.state import INPUT_IDS
+from h1export.graphs.probes import probes
 from h1export.graphs.programs import Program
 from h1export.plugins import h1
 from h1export.targets.coreml import layout, sdk
@@ -41,6 +42,8 @@ def _function(program: Program, weights: Weights, call: Call, max_context: int, 
         given = function.inputs
         context = Context(program, weights, states, call, max_context, given[POSITION], given.get(N_VALID))
         logits = _emit(context, given[layout.INPUT_IDS])
+        for name, node in probes(program).items():
+            context.value(node).name = layout.probe_output(name)
         function.set_outputs([mb.identity(x=logits, name=LOGITS), *states.outputs()])
     return function
 

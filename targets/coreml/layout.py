@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from h1export.core.probes import PREFIX
 from h1export.core.state import Array, StateKind, StateTensor
 
 PACKAGE = "model.mlpackage"
@@ -45,6 +46,11 @@ def state_name(tensor: StateTensor) -> str:
 def output_name(tensor: StateTensor) -> str:
     """Of the output that a state becomes in a package without states."""
     return tensor.present.replace(".", "_")
+
+
+def probe_output(probe: str) -> str:
+    """What a probe is called in a function: MIL's names have no dots."""
+    return (PREFIX + probe).replace(".", "_")
 
 
 def shape(tensor: StateTensor, max_context: int) -> tuple[int, ...]:

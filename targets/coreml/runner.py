@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.core.artifact import Artifact
+from h1export.core.probes import probe_names
 from h1export.core.protocols import Capabilities, Ids, check_call
 from h1export.core.quant import QuantizedTensor
 from h1export.core.spec import HybridSpec
@@ -18,7 +19,7 @@ from h1export.core.state import Array, StateKind, StateSpec
 from h1export.errors import H1ExportError
 from h1export.targets.coreml import layout
 from h1export.targets.coreml.evaluator import Package
-from h1export.targets.coreml.execution import advance, executor
+from h1export.targets.coreml.execution import Held, advance, executor, observe
 from h1export.targets.coreml.layout import LOW, LOW_SCALE, output_name, state_name
 
 NO_PADS = "one sequence at a time, without padding on the left"
@@ -60,6 +61,7 @@ class CoreMLRunner:
             kernels=self._executor.name,
             max_context=self._max_context,
             emulated=self._executor.emulated,
+            probes=self._executor.emulated,
         )
 
     def initial(self, batch: int) -> States:
@@ -70,13 +72,28 @@ class CoreMLRunner:
         return States(0, {name: np.zeros([int(dim) for dim in dims], DTYPES[dtype]) for name, (dtype, dims) in ports.items()})
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
+        held = self._hold(ids, mask, states)
+        logits = self._advance(held, ids, states.length)
+        return logits, States(states.length + ids.shape[1], self._executor.fetch(held))
+
+    def _hold(self, ids: Ids, mask: Ids, states: States) -> Held:
+        """``states`` to call functions on. Raises H1ExportError for a call that CoreML does not take."""
         check_call(ids, mask, states.length, self._spec.vocab_size)
         if len(ids) != 1 or not mask.all():
             raise H1ExportError("step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", f"CoreML takes {NO_PADS}")
         self._check_room("step", states.length + ids.shape[1])
-        held = self._executor.hold(states.arrays)
-        logits = self._advance(held, ids, states.length)
-        return logits, States(states.length + ids.shape[1], self._executor.fetch(held))
+        return self._executor.hold(states.arrays)
+
+    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
+        if not self.capabilities.probes:
+            raise H1ExportError("observe", f"{self._executor.name} shows no value between its ops", "validate the artifact off a Mac")
+        held = self._hold(ids, mask, states)
+        names = {layout.probe_output(name): name for name in probe_names(self._spec.num_hidden_layers)}
+        found = observe(self._executor, held, ids, states.length, self._max_context, names)
+        logits = np.asarray(found.pop(layout.LOGITS), np.float32)
+        probes = {names[key]: value.astype(np.float32).reshape(*ids.shape, -1) for key, value in found.items()}
+        after = States(states.length + ids.shape[1], self._executor.fetch(held))
+        return logits if self._all_logits else logits[:, -1:], after, probes
 
     def _check_room(self, where: str, tokens: int) -> None:
         if tokens > self._max_context:

@@ -11,9 +11,11 @@ import onnx_ir as ir
 from torch.fx import Node
 
 from h1export.core.artifact import StoredWeight
+from h1export.core.probes import PREFIX
 from h1export.core.quant import Precision, QuantScheme
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr, WeightStore
+from h1export.graphs.probes import probes
 from h1export.graphs.programs import Program
 from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.external import ExternalData
@@ -104,6 +106,12 @@ def _alone(block: Callable[[], Array]) -> tuple[Array]:
 def initializer_name(expr: WeightExpr) -> str:
     """The checkpoint's name(s) of what an initializer is made of, and the functions that made it."""
     return ("+", "|")[expr.axis].join(".".join((part.tensor, *part.functions)) for part in expr.parts)
+
+
+def name_probes(context: Context) -> None:
+    """Name the emitted values that core/probes.py speaks of; a Runner makes outputs of them when it is asked to observe."""
+    for name, node in probes(context.program).items():
+        context.value(node).name = PREFIX + name
 
 
 C = TypeVar("C", bound=Context)

@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from h1export.core.artifact import Artifact
+from h1export.core.probes import PREFIX
 from h1export.errors import H1ExportError
 from h1export.targets.onnxruntime import sdk
 from h1export.targets.onnxruntime.flavour import CPU, CUDA, FUSED_LEVEL, Flavour
@@ -31,8 +32,11 @@ SETTINGS = {  # genai_config.json says the same to onnxruntime-genai
 PLAIN = {CUDA: {"use_tf32": "0"}}  # float32 means float32
 
 
-def open_session(artifact: Artifact, made: Flavour, threads: int, float32: bool, library: Path | None) -> Any:
-    """An InferenceSession on the provider that the graph is for; with ``float32``, in float32 arithmetic, on CPUs too."""
+def open_session(artifact: Artifact, made: Flavour, threads: int, float32: bool, library: Path | None, observed: bool = False) -> Any:
+    """An InferenceSession on the provider that the graph is for; with ``float32``, in float32 arithmetic, on CPUs too.
+
+    ``observed``: the values that core/probes.py speaks of are outputs too.
+    """
     ort, provider = sdk.onnxruntime(), made.provider
     path = artifact.folder / (MODEL if library is None else NATIVE_MODEL)
     options = ort.SessionOptions()
@@ -47,7 +51,7 @@ def open_session(artifact: Artifact, made: Flavour, threads: int, float32: bool,
         sdk.check_provider(provider)
     chain = [(name, PLAIN.get(name, {})) for name in dict.fromkeys((provider, CPU)) if name in ort.get_available_providers()]
     try:
-        model = _in_float32(path, made, options) if float32 else str(path)
+        model = _changed(path, made, options, float32, observed) if float32 or observed else str(path)
         session = ort.InferenceSession(model, options, providers=chain)
     except Exception as error:  # onnxruntime's exception types share no base class
         raise H1ExportError(path, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
@@ -58,11 +62,16 @@ def open_session(artifact: Artifact, made: Flavour, threads: int, float32: bool,
     return session
 
 
-def _in_float32(path: Path, made: Flavour, options: Any) -> bytes:
-    """The model in float32 arithmetic: no fp16 activations, and products with integers at accuracy level 0. Its data stays where it is."""
+def _changed(path: Path, made: Flavour, options: Any, float32: bool, observed: bool) -> bytes:
+    """The model in float32 arithmetic (no fp16 activations, products with integers at accuracy level 0), or with its probes as outputs.
+
+    Its data stays where it is.
+    """
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    model = widened(ir.load(path)) if made.halves else ir.load(path)
+    model = widened(ir.load(path)) if float32 and made.halves else ir.load(path)
     for node in model.graph:
-        if "accuracy_level" in node.attributes:
+        if float32 and "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+        if observed:
+            model.graph.outputs.extend(value for value in node.outputs if (value.name or "").startswith(PREFIX))
     return bytes(ir.to_proto(model).SerializeToString())

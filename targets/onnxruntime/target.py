@@ -19,7 +19,7 @@ from h1export.graphs.passes import KindOf, run_passes
 from h1export.graphs.programs import Program
 from h1export.targets.base import BuildOptions, Kernels, Lowered
 from h1export.targets.onnx.builder import GraphBuilder, Value
-from h1export.targets.onnx.emit import Emitter, emit
+from h1export.targets.onnx.emit import Emitter, emit, name_probes
 from h1export.targets.onnx.external import ExternalData
 from h1export.targets.onnxruntime import genai, layout, readme
 from h1export.targets.onnxruntime.flavour import Flavour, flavour
@@ -51,7 +51,9 @@ class OnnxRuntimeTarget:
         with ExternalData(stage, DATA) as data:
             context = made.context(program, store, scheme, GraphBuilder(made.opsets(scheme)), data)
             context.accuracy_level = options.accuracy_level
-            ir.save(_model(context, made.table, inputs, outputs), stage.folder / MODEL)
+            model = _model(context, made.table, inputs, outputs)
+            name_probes(context)
+            ir.save(model, stage.folder / MODEL)
             if made.native is not None and covers(program.spec):
                 native = NativeContext(program, store, scheme, GraphBuilder({**made.opsets(scheme), DOMAIN: 1}), data)
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4

@@ -1,4 +1,4 @@
-"""Planted faults: an artifact that is wrong in one thing must fail the harness's default gates."""
+"""Planted faults: an artifact that is wrong in one thing must fail the harness's default gates, and bisect must name the thing."""
 
 from __future__ import annotations
 
@@ -23,28 +23,40 @@ pytestmark = pytest.mark.ort
 Build = Callable[..., Artifact]
 MakeCheckpoint = Callable[..., Path]
 
-MULTIPLIERS = [
-    "embedding_multiplier",
-    "lm_head_multiplier",
-    "key_multiplier",
-    "attention_in_multiplier",
-    "attention_out_multiplier",
-    "ssm_in_multiplier",
-    "ssm_out_multiplier",
-    *(("ssm_multipliers", i) for i in range(5)),
-    *(("mlp_multipliers", i) for i in range(2)),
-]
+# config key, or key and place in its list -> what bisect says of an artifact without the multiplier
+MULTIPLIERS: dict[Any, str] = {
+    "embedding_multiplier": "embedding (at embedding)",
+    "lm_head_multiplier": "final norm or lm_head (at logits)",
+    "key_multiplier": "layer 0, k_proj (at 0.key)",
+    "attention_in_multiplier": "layer 0, q_proj (at 0.query)",
+    "attention_out_multiplier": "layer 0, out_proj or o_proj (at 0.mixed)",
+    "ssm_in_multiplier": "layer 0, in_proj (at 0.gate)",
+    "ssm_out_multiplier": "layer 0, out_proj or o_proj (at 0.mixed)",
+    ("ssm_multipliers", 0): "layer 0, in_proj (at 0.gate)",
+    **{("ssm_multipliers", i): "layer 0, in_proj (at 0.conv_input)" for i in (1, 2, 3)},
+    ("ssm_multipliers", 4): "layer 0, in_proj (at 0.dt)",
+    ("mlp_multipliers", 0): "layer 0, gate_proj or up_proj (at 0.product)",
+    ("mlp_multipliers", 1): "layer 0, down_proj (at 0.output)",
+}
 
 
 def judge(artifact: Artifact, checkpoint: Path, runner: Any = None, kernels: Kernels = "auto") -> Report:
     exact = runner or pipeline.load(artifact, float32=True, kernels=kernels)
     shipped = runner or pipeline.load(artifact, kernels=kernels)
-    return validate(artifact, shipped, exact, checkpoint, ValidateOptions(pairs=0), SILENT)
+    return validate(artifact, shipped, exact, checkpoint, ValidateOptions(pairs=0, bisect=True), SILENT)
 
 
 def failed(report: Report) -> list[Row]:
+    """The rows of cases that fail."""
     assert not report.passed
-    return [row for row in report.rows if row.verdict is Verdict.FAIL]
+    return [row for row in report.rows if row.verdict is Verdict.FAIL and not row.check.startswith("bisect")]
+
+
+def named(report: Report, phase: str = "prefill") -> str:
+    """What bisect says went wrong first."""
+    (row,) = [row for row in report.rows if row.check == f"bisect {phase}"]
+    assert row.verdict is Verdict.FAIL
+    return row.note.removeprefix("first beyond tolerance: ")
 
 
 def edited_config(checkpoint: Path, folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
@@ -81,26 +93,49 @@ def test_a_dropped_multiplier_fails(
 
     truth = make_checkpoint()
     artifact = build(edited_config(truth, tmp_path, drop), quant, accuracy_level=level)
-    against = "source" if quant == "none" else "stored"
-    assert any(row.against == against for row in failed(judge(artifact, truth)))
+    against, report = "source" if quant == "none" else "stored", judge(artifact, truth)
+    assert any(row.against == against for row in failed(report))
+    assert named(report) == MULTIPLIERS[key]
 
 
 def test_a_wrong_rope_base_fails(make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
     truth = make_checkpoint()
     artifact = build(edited_config(truth, tmp_path, lambda config: config["rope_parameters"].update(rope_theta=1e10)))
-    rows = failed(judge(artifact, truth))
+    report = judge(artifact, truth)
+    rows = failed(report)
+    assert named(report) == "layer 0, rotary embedding (at 0.key added)"
     assert "one token" not in {row.check for row in rows}  # position 0 does not turn
     assert "512 decode steps" in {row.check for row in rows}
 
 
-def test_swapped_b_and_c_fail(make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
-    def swap(model: onnx.ModelProto) -> None:
-        for node in model.graph.node:
-            if node.op_type == "LinearAttention":
-                node.input[0], node.input[1] = node.input[1], node.input[0]
+def scan_of_layer_1(model: onnx.ModelProto) -> onnx.NodeProto:
+    return [node for node in model.graph.node if node.op_type == "LinearAttention"][1]
 
-    truth = make_checkpoint()
-    assert failed(judge(edited_graph(build(truth), tmp_path, swap), truth, kernels="stock"))
+
+def swap_b_and_c(model: onnx.ModelProto) -> None:
+    node = scan_of_layer_1(model)
+    node.input[0], node.input[1] = node.input[1], node.input[0]
+
+
+def swap_groups(model: onnx.ModelProto) -> None:
+    """B of one group goes to the heads of the other."""
+    node = scan_of_layer_1(model)
+    split = onnx.helper.make_node("Split", [node.input[1]], ["fault.first", "fault.second"], axis=-1, num_outputs=2)
+    joined = onnx.helper.make_node("Concat", ["fault.second", "fault.first"], ["fault.swapped"], axis=-1)
+    place = list(model.graph.node).index(node)
+    node.input[1] = "fault.swapped"
+    for added in (joined, split):
+        model.graph.node.insert(place, added)
+
+
+@pytest.mark.parametrize(("edit", "model"), [(swap_b_and_c, "plain"), (swap_groups, "norm_after_gate_two_groups")])
+def test_a_scan_of_the_wrong_inputs_fails(
+    edit: Callable[[onnx.ModelProto], None], model: str, make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path
+) -> None:
+    truth = make_checkpoint(model)
+    report = judge(edited_graph(build(truth), tmp_path, edit), truth, kernels="stock")
+    assert failed(report)
+    assert named(report) == "layer 1, scan or its gate (at 1.gated)"
 
 
 def test_a_convolution_off_by_one_fails(make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
@@ -112,28 +147,68 @@ def test_a_convolution_off_by_one_fails(make_checkpoint: MakeCheckpoint, build: 
             node.input[:] = [names.get(name, name) for name in node.input]
 
     truth = make_checkpoint()
-    assert failed(judge(edited_graph(build(truth), tmp_path, rotate), truth, kernels="stock"))
+    report = judge(edited_graph(build(truth), tmp_path, rotate), truth, kernels="stock")
+    assert failed(report)
+    assert named(report) == "layer 1, convolution (at 1.conv)"
 
 
-@pytest.mark.parametrize("kind", ["recurrent_state", "conv_state", "key", "value"])
+def with_changed_states(artifact: Artifact, change: Callable[[Any, Any], Any]) -> Any:
+    """A Runner that hands on what ``change`` makes of the states before and after a call."""
+    runner: Any = pipeline.load(artifact)
+    step, observe = runner.step, runner.observe
+
+    def changed_step(ids: Any, mask: Any, states: Any) -> Any:
+        logits, new = step(ids, mask, states)
+        return logits, change(states, new)
+
+    def changed_observe(ids: Any, mask: Any, states: Any) -> Any:
+        logits, new, probes = observe(ids, mask, states)
+        return logits, change(states, new), probes
+
+    runner.step, runner.observe = changed_step, changed_observe
+    return runner
+
+
+STALE = {
+    "recurrent_state": "layer 1, recurrent_state as it is handed on (at 1.recurrent_state)",
+    "conv_state": "layer 1, conv_state as it is handed on (at 1.conv_state)",
+    "key": "layer 1, key cache (at 1.key added)",
+    "value": "layer 1, value cache (at 1.value added)",
+}
+
+
+@pytest.mark.parametrize("kind", STALE)
 def test_a_stale_state_fails(kind: str, make_checkpoint: MakeCheckpoint, build: Build) -> None:
     """One layer hands back the state it was given; the first call cannot show it, later ones must."""
     truth, name = make_checkpoint(), f"past_key_values.1.{kind}"
-    artifact = build(truth)
-    runner: Any = pipeline.load(artifact)
-    step = runner.step
 
-    def stale(ids: Any, mask: Any, states: Any) -> Any:
-        logits, new = step(ids, mask, states)
+    def stale(states: Any, new: Any) -> Any:
         old = states[name]
         if old.shape != new[name].shape:  # a cache must grow all the same
             old = np.concatenate([old, np.zeros_like(new[name][:, :, old.shape[2] :])], axis=2)
-        return logits, {**new, name: old}
+        return {**new, name: old}
 
-    runner.step = stale
-    rows = failed(judge(artifact, truth, runner))
+    artifact = build(truth)
+    report = judge(artifact, truth, with_changed_states(artifact, stale))
+    rows = failed(report)
     assert "512 decode steps" in {row.check for row in rows}
     assert all(f"worst state 1.{kind}" in row.note for row in rows if row.check == "one token")
+    assert named(report) == STALE[kind]
+
+
+def test_a_cache_that_loses_its_oldest_token_fails(make_checkpoint: MakeCheckpoint, build: Build) -> None:
+    truth, name = make_checkpoint(), "past_key_values.1.key"
+
+    def lose(states: Any, new: Any) -> Any:
+        return (
+            {**new, name: np.concatenate([np.zeros_like(new[name][:, :, :1]), new[name][:, :, 1:]], axis=2)} if states[name].size else new
+        )
+
+    artifact = build(truth)
+    report = judge(artifact, truth, with_changed_states(artifact, lose))
+    assert failed(report)
+    assert named(report, "decode") == "layer 1, key cache (at 1.key kept)"
+    assert next(row for row in report.rows if row.check == "bisect prefill").verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize(("quant", "bits"), [("int4", 4), ("int8", 8)])
@@ -150,9 +225,12 @@ def test_one_wrong_block_fails(quant: str, bits: int, make_checkpoint: MakeCheck
     data = bytearray((copy / "model.onnx.data").read_bytes())
     data[offset : offset + 16] = bytes(byte ^ 0x88 for byte in data[offset : offset + 16])
     (copy / "model.onnx.data").write_bytes(bytes(data))
-    rows = failed(judge(Artifact.open(copy), truth))
+    report = judge(Artifact.open(copy), truth)
+    rows = failed(report)
     assert [row.check for row in rows if "steps" in row.figures] == ["stored integers"]
     assert rows[0].note.endswith("model.layers.1.self_attn.o_proj.weight")
+    (integers,) = [row for row in report.rows if row.check == "bisect integers"]
+    assert integers.note.startswith("beyond rounding: layer 1, o_proj")
 
 
 def test_answers_that_are_not_numbers_fail(make_checkpoint: MakeCheckpoint, build: Build) -> None:

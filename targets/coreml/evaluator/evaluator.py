@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -39,8 +39,10 @@ class Evaluator:
         """Zeros for every state, in its declared type."""
         return {name: np.zeros(*_layout(kind)) for name, kind in self.function.states.items()}
 
-    def run(self, inputs: Mapping[str, Array], states: dict[str, Array] | None = None) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], states: dict[str, Array] | None = None, watch: Collection[str] = ()) -> dict[str, Array]:
         """The outputs by name, in their declared types; ``states`` gets new read-only arrays, the old ones stay.
+
+        ``watch`` names outputs of ops that are returned beside them, float32 where they are fp16; one that no op has is left out.
 
         Raises:
             H1ExportError: inputs or states that are missing, unknown, or of another type or shape than declared; an op that fails on
@@ -57,6 +59,7 @@ class Evaluator:
                 step(frame)
             returned = zip(self.function.outputs.items(), self._returned, strict=True)
             outputs = {name: narrow(frame.values[slot], kind.dtype) for (name, kind), slot in returned}
+        outputs |= {output.name: frame.values[output.slot] for output in self._computed if output.name in watch}
         if states is not None:
             states.update(frame.states)
             self._held = {name: (states[name], array) for name, array in frame.held.items()}

@@ -1,0 +1,84 @@
+"""Where a Program's probes are (core/probes.py): found by what reads and makes them, so that passes and fusions do not move them."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from h1export.core.probes import Point, probe_name
+from h1export.graphs.programs import Program, args_of
+from h1export.plugins import h1
+
+aten = torch.ops.aten
+
+READ_BY: Mapping[str, Point] = {  # a layer's tensor -> the point that the op with this weight reads
+    "input_layernorm.weight": Point.RESIDUAL,
+    "pre_ff_layernorm.weight": Point.MIXED,
+    "mamba.out_proj.weight": Point.GATED,
+    "self_attn.o_proj.weight": Point.ATTENDED,
+    "feed_forward.down_proj.weight": Point.PRODUCT,
+}
+LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
+FINAL_NORM = "model.final_layernorm.weight"
+IN_PROJ = "mamba.in_proj.weight"
+UP_TO_PROJECTION = (aten.view.default, aten.mul.Tensor, aten.split_with_sizes.default, operator.getitem)
+
+
+def probes(program: Program) -> dict[str, Node]:
+    """Probe -> the node that has its value, heads side by side or apart."""
+    found: dict[str, Node] = {}
+    for node in program.calls(aten.rms_norm.default, aten.linear.default):
+        for tensor, x in _read(program, node):
+            if tensor == FINAL_NORM:
+                found[probe_name(program.spec.num_hidden_layers, Point.RESIDUAL)] = _unviewed(x)
+            elif (match := LAYER_TENSOR.fullmatch(tensor)) and match[2] in READ_BY:
+                found[probe_name(int(match[1]), READ_BY[match[2]])] = _unviewed(x)
+    for layer, node in enumerate(program.calls(h1.causal_conv.default)):
+        found[probe_name(layer, Point.CONV_INPUT)] = _unviewed(args_of(node)[0])
+        (conv,) = [user for user in node.users if user.args[1] == 0]
+        found[probe_name(layer, Point.CONV)] = conv
+    for layer, node in enumerate(program.calls(h1.ssm_scan.default)):
+        found[probe_name(layer, Point.DT)] = _unviewed(args_of(node)[1])
+    for layer, node in enumerate(program.calls(h1.attention.default)):
+        for point, x in zip((Point.QUERY, Point.KEY, Point.VALUE), node.args, strict=False):
+            found[probe_name(layer, point)] = _unviewed(x)
+    for node in program.calls(aten.silu.default):
+        if (layer_of_gate := _in_proj_layer(program, args_of(node)[0])) is not None:
+            found[probe_name(layer_of_gate, Point.GATE)] = _unviewed(args_of(node)[0])
+    return found
+
+
+def _read(program: Program, node: Node) -> Iterator[tuple[str, Any]]:
+    """(checkpoint tensor, what is multiplied by it) of a norm or a product; of a product of several side by side, each with its own."""
+    norm = node.target is aten.rms_norm.default
+    x, expr = node.args[0], program.weight_of(node.args[2 if norm else 1])
+    if expr is None:
+        return
+    if len(expr.parts) > 1 and expr.axis == 1:
+        yield from zip((part.tensor for part in expr.parts), args_of(x)[0], strict=True)
+    else:
+        yield from ((part.tensor, x) for part in expr.parts)
+
+
+def _unviewed(node: Any) -> Node:
+    """The value before it was cut into heads: a target may go without the view."""
+    while node.target is aten.view.default:
+        node = node.args[0]
+    assert isinstance(node, Node)
+    return node
+
+
+def _in_proj_layer(program: Program, node: Any) -> int | None:
+    """The layer whose in_proj made ``node``; None: something else did."""
+    while node.target in UP_TO_PROJECTION:
+        node = node.args[0]
+    if node.target is not aten.linear.default:
+        return None
+    expr = program.weight_of(node.args[1])
+    matches = [LAYER_TENSOR.fullmatch(part.tensor) for part in (expr.parts if expr else ())]
+    return next((int(match[1]) for match in matches if match and match[2] == IN_PROJ), None)

@@ -305,6 +305,13 @@ def test_as_many_results_as_are_declared(mil: Any, load: Load) -> None:
         load({"x": FLOATS}, [mil.op("exp", {"x": "x"}, {"y": FLOATS, "z": FLOATS})], ["y"]).run({"x": X})
 
 
+def test_more_memory_than_any_machine_has_is_an_error_of_the_program(mil: Any, load: Load) -> None:
+    fill = mil.op("fill", {"shape": "s", "value": mil.value(1.0)}, {"y": ("fp32", (None, None))})
+    evaluator = load({"s": ("int32", (2,))}, [fill], ["y"])
+    with pytest.raises(H1ExportError, match="op fill 'y': fails: Unable to allocate"):
+        evaluator.run({"s": np.array([2**30, 2**30], np.int32)})
+
+
 def test_overflow_and_nan_are_seen(mil: Any, load: Load) -> None:
     """``maxima`` are those before rounding, of fp16 results alone, over all runs; a NaN stays; what only moves values is left out."""
     operations = [

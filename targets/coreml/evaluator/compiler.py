@@ -22,7 +22,7 @@ from h1export.targets.coreml.evaluator.constants import (
 from h1export.targets.coreml.evaluator.dtypes import FP16, Array
 from h1export.targets.coreml.evaluator.ops.base import Op
 from h1export.targets.coreml.evaluator.package import Package
-from h1export.targets.coreml.evaluator.program import DAMAGED, Block, Function, Operation, Value
+from h1export.targets.coreml.evaluator.program import DAMAGED, Block, Function, Operation, TensorType, Value
 from h1export.targets.coreml.evaluator.steps import (
     Body,
     Branch,
@@ -51,17 +51,22 @@ class Compiler:
     def __init__(self, package: Package, function: Function, hollow: bool = False) -> None:
         self._package, self._hollow = package, hollow
         self._control = {"read_state": self._read, "write_state": self._write, "while_loop": self._loop, "cond": self._branch}
-        self.slots = 0
+        self._types: list[TensorType] = []  # by slot, as declared
         self.outputs: list[Output] = []  # of every op that runs
         self.constants: dict[int, Array] = {}  # by slot, those that stand beside computed tensors
-        self.inputs = {name: self._slot() for name in function.inputs}
+        self.inputs = {name: self._slot(kind) for name, kind in function.inputs.items()}
         names: Names = {**self.inputs, **{name: State(name, kind) for name, kind in function.states.items()}}
         where = f"{package.path}: function {function.name!r}"
         self.steps, self.returned = self._block(function.block, names, where)
 
-    def _slot(self) -> int:
-        self.slots += 1
-        return self.slots - 1
+    @property
+    def slots(self) -> int:
+        """How many values a run holds."""
+        return len(self._types)
+
+    def _slot(self, kind: TensorType) -> int:
+        self._types.append(kind)
+        return len(self._types) - 1
 
     def _block(self, block: Block, names: Names, where: str) -> tuple[tuple[Step, ...], tuple[int, ...]]:
         """A block's steps, and the slots of its outputs; ``names`` gets its own."""
@@ -89,7 +94,7 @@ class Compiler:
         return OpStep(op, fixed, tuple(computed), self._outputs(operation, names, op.moves), operation.where)
 
     def _outputs(self, operation: Operation, names: Names, moves: bool) -> tuple[Output, ...]:
-        made = tuple(Output(self._slot(), name, kind, operation.type, moves) for name, kind in operation.outputs)
+        made = tuple(Output(self._slot(kind), name, kind, operation.type, moves) for name, kind in operation.outputs)
         names |= {output.name: output.slot for output in made}
         self.outputs += made
         return made
@@ -100,12 +105,12 @@ class Compiler:
             return meaning
         if isinstance(meaning, State):
             raise H1ExportError(where, f"takes state {meaning.name!r} as a tensor", "read it with read_state first")
-        slot = self._slot()
+        slot = self._slot(_declared(meaning))
         self.constants[slot] = self._constant(meaning, names)
         return slot
 
     def _constant(self, meaning: Constant, names: Names) -> Array:
-        kind = meaning.type if isinstance(meaning, Value) else meaning.outputs[0][1]
+        kind = _declared(meaning)
         shape = tuple(size or 0 for size in kind.shape)
         if self._hollow and kind.dtype.array.kind == "f" and prod(shape) >= LARGE:
             return np.broadcast_to(np.zeros((), np.float32), shape)
@@ -128,10 +133,11 @@ class Compiler:
         state = _state(operation, names)
         slots = self._tensors(operation, "data", names)
         _count(operation, (slots, 1), (operation.outputs, 0))
+        self._same(operation, slots, [state.type])
         return WriteState(state.name, state.type, slots[0], operation.where)
 
     def _body(self, block: Block, names: Names, where: str) -> Body:
-        slots = tuple(self._slot() for _ in block.inputs)
+        slots = tuple(self._slot(kind) for _, kind in block.inputs)
         inner: Names = {**names, **{name: slot for (name, _), slot in zip(block.inputs, slots, strict=True)}}
         return Body(slots, *self._block(block, inner, where))
 
@@ -140,7 +146,10 @@ class Compiler:
         _count(operation, (operation.blocks, 2), (operation.outputs, len(variables)))
         condition, body = (self._body(block, names, operation.where) for block in operation.blocks)
         _count(operation, (condition.outputs, 1), *((items, len(variables)) for items in (condition.inputs, body.inputs, body.outputs)))
-        return WhileLoop(variables, condition, body, self._outputs(operation, names, moves=True), operation.where)
+        outputs = self._outputs(operation, names, moves=True)
+        for slots in (variables, condition.inputs, body.inputs, body.outputs):
+            self._same(operation, slots, [output.type for output in outputs])
+        return WhileLoop(variables, condition, body, outputs, operation.where)
 
     def _branch(self, operation: Operation, names: Names) -> Step:
         predicate = self._tensors(operation, "pred", names)
@@ -148,7 +157,19 @@ class Compiler:
         first, second = (self._body(block, names, operation.where) for block in operation.blocks)
         outputs = self._outputs(operation, names, moves=True)
         _count(operation, (first.inputs, 0), (second.inputs, 0), (first.outputs, len(outputs)), (second.outputs, len(outputs)))
+        for block in (first, second):
+            self._same(operation, block.outputs, [output.type for output in outputs])
         return Branch(predicate[0], (first, second), outputs, operation.where)
+
+    def _same(self, operation: Operation, slots: Sequence[int], declared: Sequence[TensorType]) -> None:
+        """Raises H1ExportError where a value that is handed on as it is has another element type than the place it goes to."""
+        for slot, kind in zip(slots, declared, strict=True):
+            if self._types[slot].dtype is not kind.dtype:
+                raise H1ExportError(operation.where, f"hands on {self._types[slot]} as {kind}", "cast it first")
+
+
+def _declared(meaning: Constant) -> TensorType:
+    return meaning.type if isinstance(meaning, Value) else meaning.outputs[0][1]
 
 
 def _defaults(operation: Operation, op: Op) -> dict[str, Any]:

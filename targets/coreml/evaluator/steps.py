@@ -18,7 +18,7 @@ from h1export.targets.coreml.evaluator.ops.base import Op, OpError
 from h1export.targets.coreml.evaluator.program import TensorType
 
 UNRUNNABLE = "this program is invalid on a device too, or uses what the evaluator does not have"
-FAILURES = (OpError, ValueError, TypeError, IndexError, ArithmeticError, RuntimeError, AttributeError, NotImplementedError)
+FAILURES = (OpError, ValueError, TypeError, IndexError, ArithmeticError, RuntimeError, AttributeError, MemoryError)
 
 
 @dataclass

@@ -20,6 +20,12 @@ FIELDS = {"fp32": "floats", "bool": "bools", "string": "strings", "int32": "ints
 Type = tuple[str, Sequence[int | None]]  # ("fp16", (1, 2, None))
 
 
+def packed(codes: np.ndarray, bits: int) -> bytes:
+    """Integers narrower than a byte in a row, the first in the lowest bits; negative ones in two's complement."""
+    number = sum((int(code) % (1 << bits)) << (i * bits) for i, code in enumerate(codes.ravel()))
+    return number.to_bytes((codes.size * bits + 7) // 8, "little")
+
+
 class Mil:
     """Makers of messages, and of packages out of them."""
 
@@ -52,7 +58,7 @@ class Mil:
         if name in FIELDS:
             getattr(tensor, FIELDS[name]).values.extend(array.ravel().tolist())
         else:
-            tensor.bytes.values = array.tobytes()
+            tensor.bytes.values = packed(array, BY_NAME[name].bits) if BY_NAME[name].packed else array.tobytes()
         return message
 
     def blob(self, offset: int, kind: Type, file: str = "@model_path/weights/weight.bin") -> Any:

@@ -191,6 +191,6 @@ def description(package: Package) -> Iterator[Finding]:
                 yield Finding("description", f"function {name!r}", f"{what} {sorted(own ^ described)} are on one side only")
 
 
-CHECKS: Mapping[str, Check] = {
+CHECKS: dict[str, Check] = {
     check.__name__: check for check in (operations, types, constants, blocks, states, dimensions, description, calls, reload)
 }

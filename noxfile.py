@@ -15,10 +15,11 @@ ROOT = Path(__file__).parent
 PYPROJECT = ROOT / "pyproject.toml"
 EXTRAS: dict[str, list[str]] = nox.project.load_toml(PYPROJECT)["project"]["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
-TARGETS = {"core": "", "ort": "[ort,genai]", "coreml": "[coreml,ort]"}  # row of tests -> extras it installs
+TARGETS = {"core": "", "ort": "[ort,genai]", "coreml": "[coreml,ort]", "trt": "[trt]"}  # row of tests -> extras it installs
 RUNTIMES = {
     "ort": "tests/targets/onnxruntime",
     "coreml": "tests/targets/coreml",
+    "trt": "tests/plugins/gpu",
 }  # row, and marker of the tests that need its runtime -> folder of tests that all do
 
 nox.options.default_venv_backend = "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
@@ -95,7 +96,7 @@ def build(session: nox.Session) -> None:
             session.run(f"{clean}/bin/h1export", "--help", external=True)
             session.run(f"{clean}/bin/pip", "install", "-q", "--no-compile", f"{path}[{extras}]", external=True)
             session.run(f"{clean}/bin/pip", "check", external=True)
-            for runtime in ("onnxruntime", "onnxruntime_genai", "tensorrt_rtx", "coremltools"):
+            for runtime in ("onnxruntime", "onnxruntime_genai", "tensorrt_rtx", "triton", "coremltools"):
                 session.run(
                     f"{clean}/bin/python", "-c", f"import {runtime}; print({runtime}.__name__, {runtime}.__version__)", external=True
                 )

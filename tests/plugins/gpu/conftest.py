@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,9 +12,6 @@ import torch
 
 Inputs = dict[str, Any]
 Array = npt.NDArray[np.float64]
-
-assert "triton" not in sys.modules, "Triton decides at its import whether it interprets"
-os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

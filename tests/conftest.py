@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from h1export.core.artifact import Artifact
 from h1export.core.quant import QuantScheme
 from h1export.sources import embedded_model
 from h1export.targets import BuildOptions
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at its import, and other packages import Triton
 
 BASE: dict[str, Any] = {
     "vocab_size": 259,

@@ -17,7 +17,8 @@ RUNTIMES = {
     "tensorrt_rtx": "tensorrt",
     "coremltools": "coreml",
 }  # -> target
-HEAVY = ("numpy", "torch", "onnx", "onnx_ir", "transformers", *RUNTIMES)
+TRITON = re.compile(r"h1export\.plugins\.\w+\.kernels")  # modules that are written in Triton, and so need it to be imported
+HEAVY = ("numpy", "torch", "onnx", "onnx_ir", "transformers", "triton", *RUNTIMES)
 SHARED_BY_TARGETS = ("h1export.targets.base", "h1export.targets.onnx", "h1export.targets.weightfile")
 
 Floors = list[tuple[set[str], bool]]  # from the top: (packages, whether they may import each other)
@@ -88,6 +89,13 @@ def of_runtimes(trees: Mapping[str, ast.Module]) -> list[str]:
             if runtime in RUNTIMES and not inside(module, f"h1export.targets.{RUNTIMES[runtime]}"):
                 found.append(f"{module} -> {name}")
     return found
+
+
+def of_triton(trees: Mapping[str, ast.Module]) -> list[str]:
+    """Imports of Triton, or of modules written in it, anywhere but in such modules and in the door, which imports by name."""
+    others = [name for name in trees if not TRITON.fullmatch(name) and name != "h1export.plugins.gpu.sdk"]
+    taken = [(module, name) for module in others for name in imports(trees[module], trees)]
+    return [f"{module} -> {name}" for module, name in taken if name.split(".")[0] == "triton" or TRITON.fullmatch(name)]
 
 
 def loaded_by(code: str, names: Iterable[str]) -> set[str]:
@@ -164,7 +172,23 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_importing_every_module_loads_no_runtime(modules: Mapping[str, Any]) -> None:
-    assert loaded_by(f"import {', '.join(modules)}", RUNTIMES) == set()
+    importable = [name for name in modules if not TRITON.fullmatch(name)]
+    assert loaded_by(f"import {', '.join(importable)}", ("triton", *RUNTIMES)) == set()
+
+
+def test_triton_is_imported_by_its_door_only(trees: Mapping[str, ast.Module]) -> None:
+    assert of_triton(trees) == []
+    assert any(TRITON.fullmatch(name) for name in trees)
+
+
+@pytest.mark.parametrize("line", ["import triton.language", "from h1export.plugins.scan import kernels", "import_module('triton')"])
+def test_an_import_of_triton_is_seen(line: str) -> None:
+    planted = {
+        "h1export.plugins.scan.kernels": ast.parse("import triton"),
+        "h1export.plugins.gpu.sdk": ast.parse("import_module('triton')"),
+    }
+    assert of_triton(planted) == []
+    assert len(of_triton(planted | {"h1export.targets.tensorrt.target": ast.parse(line)})) == 1
 
 
 def test_a_heavy_import_is_seen() -> None:

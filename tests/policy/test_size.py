@@ -8,7 +8,7 @@ from pathlib import Path
 
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 50
 SOURCES = (".py", ".cc", ".cpp", ".cu", ".h", ".sh", ".toml", ".yaml")
-OTHERS = "targets/onnxruntime/native/include"  # headers that we carry and have not written
+OTHERS = ("targets/onnxruntime/native/include", "targets/tensorrt/plugin/include")  # headers that we carry and have not written
 
 
 def long_functions(tree: ast.Module) -> Iterator[str]:
@@ -30,7 +30,7 @@ def long_files(files: tuple[Path, ...]) -> Iterator[str]:
 
 
 def test_no_file_is_too_long(root: Path, own_files: tuple[Path, ...]) -> None:
-    found = list(long_files(tuple(file for file in own_files if not file.is_relative_to(root / OTHERS))))
+    found = list(long_files(tuple(file for file in own_files if not any(file.is_relative_to(root / folder) for folder in OTHERS))))
     assert not found, "\n".join(found)
 
 

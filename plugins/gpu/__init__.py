@@ -1,0 +1,1 @@
+"""What the GPU kernels of all ops share: start with kernel.py."""

@@ -1,0 +1,172 @@
+"""h1::ssm_scan in Triton: three kernels for many tokens, parallel over chunks, and one for a single token.
+
+Source: Dao and Gu, "Transformers are SSMs" (2024), section 6. A prompt is cut into chunks of Q tokens.
+
+    chunk_state    one program a (tile of the state, chunk, head): what the chunk alone adds to the state
+    state_passing  one program a (tile of the state, head): the state that enters each chunk, and the last one
+    chunk_scan     one program a (tile of tokens and channels, chunk, head): y
+    decode         one program a (channels, head): a token's state and y in one pass over the state
+
+Tensors are contiguous, with op.py's shapes. x, dt, B, C and mask share one dtype, y too; A, D, dt_bias and states are float32, and so is
+every sum. Decays are summed tile by tile, from each tile's own ends (Horner's scheme across tiles), so that no long sums are subtracted.
+Products of the tensor cores take operands in x's dtype. y is rounded to it anyway, so its operands are rounded once. The state outlives
+its call: what goes into it is split in two such operands, so that a term errs by the square of a rounding, and is held in units of the
+tile's largest step, because the steps of slow heads are subnormal in fp16.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def step_size(raw, bias, real, dt_min, dt_max):
+    """clamp(softplus(raw + bias)) * real in float32; log1p is a series, because log(1 + e) loses the small steps of slow heads."""
+    v = raw.to(tl.float32) + bias
+    e = tl.exp(-tl.abs(v))
+    z = e / (2.0 + e)  # log1p(e) = 2 atanh(z), z <= 1/3
+    q = z * z
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
+    softplus = tl.maximum(v, 0.0) + 2.0 * z * series
+    return tl.minimum(tl.maximum(softplus, dt_min), dt_max) * real.to(tl.float32)
+
+
+@triton.jit
+def load_steps(dt, mask, bias, first, i, inside, h, H, dt_min, dt_max):
+    """The steps of head h for the tokens first + i, 0 outside; ``first`` is int64, so that the many offsets can be int32."""
+    raw = tl.load(dt + first * H + h + i * H, mask=inside, other=0.0)
+    real = tl.load(mask + first + i, mask=inside, other=0.0)
+    return step_size(raw, bias, real, dt_min, dt_max)
+
+
+@triton.jit
+def scores(C, B, i, inside, keys_inside, stride, N: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
+    """C B^T of BT tokens with BT tokens (keys), which start at the pointers C and B; float32 [BT, BT]."""
+    product = tl.zeros([BT, BT], tl.float32)
+    for first in range(0, N, BN):
+        n = first + tl.arange(0, BN)
+        c = tl.load(C + (i[:, None] * stride + n[None, :]), mask=inside[:, None], other=0.0)
+        b = tl.load(B + (i[None, :] * stride + n[:, None]), mask=keys_inside[None, :], other=0.0)
+        product = tl.dot(c, b, product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def chunk_state(
+    x, dt, A, B, dt_bias, mask, T, H, G, dt_min, dt_max, local, total,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """local [batch, H, chunks, P, N]: the state after a chunk that zeros entered; total [batch, H, chunks]: the chunk's log decay.
+
+    Grid: (P / BP * N / BN, chunks, batch * H).
+    """
+    tile, chunk, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, h = (bh // H).to(tl.int64) * T, bh % H
+    g, i = h // (H // G), tl.arange(0, BT)
+    p = tile // (N // BN) * BP + tl.arange(0, BP)
+    n = tile % (N // BN) * BN + tl.arange(0, BN)
+    a, bias = tl.load(A + h), tl.load(dt_bias + h)
+    state = tl.zeros([BP, BN], tl.float32)
+    decay, unit = 0.0, 1.0
+    for start in range(chunk * Q, tl.minimum(chunk * Q + Q, T), BT):
+        first, inside = row + start, start + i < T
+        step = load_steps(dt, mask, bias, first, i, inside, h, H, dt_min, dt_max)
+        steps = step * a
+        whole = tl.sum(steps, axis=0)
+        weight = step * tl.exp(tl.cumsum(steps, axis=0, reverse=True) - steps)
+        most = tl.max(weight, axis=0)
+        most = tl.where(most > 0.0, most, unit)
+        u = tl.load(x + (first * H + h) * P + (i[None, :] * (H * P) + p[:, None]), mask=inside[None, :], other=0.0)
+        b = tl.load(B + (first * G + g) * N + (i[:, None] * (G * N) + n[None, :]), mask=inside[:, None], other=0.0)
+        drive = u.to(tl.float32) * (weight / most)[None, :]
+        high = drive.to(x.dtype.element_ty)
+        low = (drive - high.to(tl.float32)).to(x.dtype.element_ty)
+        state = tl.dot(high, b, state * (tl.exp(whole) * unit / most), input_precision="ieee")
+        state = tl.dot(low, b, state, input_precision="ieee")
+        decay, unit = decay + whole, most
+    at = bh.to(tl.int64) * tl.num_programs(1) + chunk
+    tl.store(local + at * (P * N) + (p[:, None] * N + n[None, :]), state * unit)
+    tl.store(total + at, decay, mask=tile == 0)
+
+
+@triton.jit
+def state_passing(local, total, state, chunks, entry, new_state, P: tl.constexpr, N: tl.constexpr, BS: tl.constexpr):
+    """entry [batch, H, chunks, P, N], in x's dtype: the state before each chunk; new_state may be the memory of state.
+
+    Grid: (P * N / BS, batch * H).
+    """
+    bh, at = tl.program_id(1).to(tl.int64), tl.program_id(0) * BS + tl.arange(0, BS)
+    s = tl.load(state + bh * P * N + at)
+    for chunk in tl.range(0, chunks, num_stages=4):
+        here = (bh * chunks + chunk) * P * N + at
+        added = tl.load(local + here)
+        decay = tl.exp(tl.load(total + bh * chunks + chunk))
+        tl.store(entry + here, s.to(entry.dtype.element_ty))
+        s = s * decay + added
+    tl.debug_barrier()  # all of state is read
+    tl.store(new_state + bh * P * N + at, s)
+
+
+@triton.jit
+def chunk_scan(
+    x, dt, A, B, C, D, dt_bias, mask, entry, T, H, G, dt_min, dt_max, y,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """y of BT tokens and BP channels of a head: from the state that entered the chunk, the chunk's earlier tiles, and the tile itself.
+
+    Grid: (Q / BT * P / BP, chunks, batch * H).
+    """
+    tile, chunk, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, h = (bh // H).to(tl.int64) * T, bh % H
+    g, own = h // (H // G), chunk * Q + tile // (P // BP) * BT
+    if own < T:
+        p, i = tile % (P // BP) * BP + tl.arange(0, BP), tl.arange(0, BT)
+        a, bias = tl.load(A + h), tl.load(dt_bias + h)
+        first, inside, every = row + own, own + i < T, i < BT
+        channels, c_tile = i[:, None] * (H * P) + p[None, :], C + (first * G + g) * N
+        acc = tl.zeros([BT, BP], tl.float32)
+        for start in range(0, N, BN):
+            n = start + tl.arange(0, BN)
+            c = tl.load(c_tile + (i[:, None] * (G * N) + n[None, :]), mask=inside[:, None], other=0.0)
+            s = tl.load(entry + (bh.to(tl.int64) * tl.num_programs(1) + chunk) * (P * N) + (p[None, :] * N + n[:, None]))
+            acc = tl.dot(c, s, acc, input_precision="ieee")
+        for start in range(chunk * Q, own, BT):
+            keys = row + start
+            step = load_steps(dt, mask, bias, keys, i, every, h, H, dt_min, dt_max)
+            steps = step * a
+            weight = step * tl.exp(tl.cumsum(steps, axis=0, reverse=True) - steps)
+            w = scores(c_tile, B + (keys * G + g) * N, i, inside, every, G * N, N, BT, BN) * weight[None, :]
+            u = tl.load(x + (keys * H + h) * P + channels)
+            acc = tl.dot(w.to(u.dtype), u, acc * tl.exp(tl.sum(steps, axis=0)), input_precision="ieee")
+        step = load_steps(dt, mask, bias, first, i, inside, h, H, dt_min, dt_max)
+        since = tl.cumsum(step * a, axis=0)
+        between = tl.exp(tl.minimum(since[:, None] - since[None, :], 0.0)) * step[None, :]
+        w = scores(c_tile, B + (first * G + g) * N, i, inside, inside, G * N, N, BT, BN)
+        w = tl.where(i[:, None] >= i[None, :], w * between, 0.0)
+        u = tl.load(x + (first * H + h) * P + channels, mask=inside[:, None], other=0.0)
+        acc = tl.dot(w.to(u.dtype), u, acc * tl.exp(since)[:, None], input_precision="ieee")
+        acc += tl.load(D + h) * u.to(tl.float32)
+        tl.store(y + (first * H + h) * P + channels, acc.to(y.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def decode(
+    x, dt, A, B, C, D, dt_bias, state, mask, H, G, dt_min, dt_max, y, new_state,
+    P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """y and the state of one token: each element of the state is read once and written once; new_state may be the memory of state.
+
+    Grid: (P / BP, batch * H).
+    """
+    bh = tl.program_id(1)
+    b, h = bh // H, bh % H
+    p, n = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, N)
+    at, row = p[:, None] * N + n[None, :], bh.to(tl.int64) * (P * N)
+    s = tl.load(state + row + at)
+    step = step_size(tl.load(dt + bh), tl.load(dt_bias + h), tl.load(mask + b), dt_min, dt_max)
+    u = tl.load(x + bh * P + p).to(tl.float32)
+    group = (b * G + h // (H // G)) * N + n
+    s = s * tl.exp(step * tl.load(A + h)) + (step * u)[:, None] * tl.load(B + group).to(tl.float32)[None, :]
+    tl.debug_barrier()  # all of this tile of state is read
+    tl.store(new_state + row + at, s)
+    out = tl.sum(s * tl.load(C + group).to(tl.float32)[None, :], axis=1) + tl.load(D + h) * u
+    tl.store(y + bh * P + p, out.to(y.dtype.element_ty))

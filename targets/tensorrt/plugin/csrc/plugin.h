@@ -1,0 +1,155 @@
+// An h1 op as a TensorRT plugin. What ops differ in is in Op; see ssm_scan.cc.
+//
+// Op has: Attributes, Plan (what an enqueue needs), kName, inputs(), fields(), kStateInput;
+//   bool plan(Sizes, DataType, Attributes, architecture, Plan&, why)   kernels for the sizes; architecture 0: of any GPU
+//   size_t workspace(Sizes, DataType)                                  bytes
+//   bool enqueue(Plan, inputs, outputs, Attributes, workspace, stream, why)
+#pragma once
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cubins.h"
+#include "driver.h"
+#include "log.h"
+#include "sizes.h"
+
+namespace h1 {
+
+using namespace nvinfer1;
+
+constexpr char const* kNamespace = "h1export";
+constexpr char const* kVersion = "1";
+constexpr char const* kInPlace = "state_in_place";  // 1: output 1 is the memory of the state; 0: it has its own
+constexpr char const* kBuiltBy = "library";         // in an engine: kLibrary of the plugin that it was built with
+constexpr int32_t kOutputs = 2, kFailed = -1;
+
+template <class Op>
+class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuildV2, public IPluginV3OneRuntime {
+ public:
+  Plugin(typename Op::Attributes const& attributes, int32_t in_place) : attributes_(attributes), in_place_(in_place) {}
+
+  IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
+    switch (type) {
+      case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
+      case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuildV2*>(this);
+      case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+    }
+    return nullptr;
+  }
+  IPluginV3* clone() noexcept override { return new Plugin(attributes_, in_place_); }
+  char const* getPluginName() const noexcept override { return Op::kName; }
+  char const* getPluginVersion() const noexcept override { return kVersion; }
+  char const* getPluginNamespace() const noexcept override { return kNamespace; }
+
+  int32_t getNbOutputs() const noexcept override { return kOutputs; }
+  int32_t getAliasedInput(int32_t output) noexcept override { return in_place_ != 0 && output == 1 ? Op::kStateInput : -1; }
+
+  int32_t getOutputDataTypes(DataType* outputs, int32_t, DataType const* inputs, int32_t count) const noexcept override {
+    if (!counted(count)) return kFailed;
+    outputs[0] = inputs[0];
+    outputs[1] = inputs[Op::kStateInput];
+    return 0;
+  }
+
+  int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs, int32_t,
+                          IExprBuilder&) noexcept override {
+    if (!counted(count)) return kFailed;
+    outputs[0] = inputs[0];
+    outputs[1] = inputs[Op::kStateInput];
+    return 0;
+  }
+
+  bool supportsFormatCombination(int32_t at, DynamicPluginTensorDesc const* io, int32_t inputs, int32_t) noexcept override {
+    if (inputs != count() || io[at].desc.format != TensorFormat::kLINEAR) return false;
+    DataType const own = io[0].desc.type, type = io[at].desc.type;
+    if (at == 0) return own == DataType::kHALF || own == DataType::kBF16;
+    int32_t const input = at < inputs ? at : at == inputs ? 0 : Op::kStateInput;
+    return type == (Op::inputs()[input].own ? own : DataType::kFLOAT);
+  }
+
+  int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t count, DynamicPluginTensorDesc const*, int32_t) noexcept override {
+    std::string why;
+    if (!counted(count)) return kFailed;
+    Sizes sizes;
+    for (int32_t i = 0; i < count; ++i) {
+      if (!sizes.add(Op::inputs()[i], in[i].desc.dims, why)) return failed(why);
+    }
+    Sizes most;
+    if (!largest(in, most, why)) return failed(why);
+    typename Op::Plan plan;
+    return Op::plan(most, in[0].desc.type, attributes_, 0, plan, why) ? 0 : failed(why);
+  }
+
+  size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t) const noexcept override {
+    Sizes most;
+    std::string why;
+    return largest(in, most, why) ? Op::workspace(most, in[0].desc.type) : 0;
+  }
+
+  int32_t onShapeChange(PluginTensorDesc const* in, int32_t count, PluginTensorDesc const*, int32_t) noexcept override {
+    std::string why;
+    if (!counted(count)) return kFailed;
+    return prepare(in, why) ? 0 : failed(why);
+  }
+
+  int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs, void* workspace,
+                  cudaStream_t stream) noexcept override {
+    std::string why;
+    if (!plan_ && !prepare(in, why)) return failed(why);
+    if (in_place_ != 0 && outputs[1] != inputs[Op::kStateInput]) return failed("the state and its output are not one memory");
+    return Op::enqueue(*plan_, inputs, outputs, attributes_, workspace, stream, why) ? 0 : failed(why);
+  }
+
+  IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
+
+  PluginFieldCollection const* getFieldsToSerialize() noexcept override {
+    serialized_.clear();
+    for (Field const& field : Op::fields()) {
+      serialized_.emplace_back(field.name, reinterpret_cast<char const*>(&attributes_) + field.offset, field.type, 1);
+    }
+    serialized_.emplace_back(kInPlace, &in_place_, PluginFieldType::kINT32, 1);
+    serialized_.emplace_back(kBuiltBy, kLibrary, PluginFieldType::kCHAR, static_cast<int32_t>(std::strlen(kLibrary)));
+    collection_ = {static_cast<int32_t>(serialized_.size()), serialized_.data()};
+    return &collection_;
+  }
+
+ private:
+  static int32_t count() { return static_cast<int32_t>(Op::inputs().size()); }
+  static int32_t failed(std::string const& why) { return fail(Op::kName, why) ? 0 : kFailed; }
+  static bool counted(int32_t inputs) {
+    return inputs == count() || fail(Op::kName, std::to_string(inputs) + " inputs, and should be " + std::to_string(count()));
+  }
+
+  static bool largest(DynamicPluginTensorDesc const* in, Sizes& most, std::string& why) {
+    for (int32_t i = 0; i < count(); ++i) {
+      if (!most.add(Op::inputs()[i], in[i].max, why)) return false;
+    }
+    return true;
+  }
+
+  bool prepare(PluginTensorDesc const* in, std::string& why) {
+    Sizes sizes;
+    for (int32_t i = 0; i < count(); ++i) {
+      if (!sizes.add(Op::inputs()[i], in[i].dims, why)) return false;
+    }
+    int32_t const architecture = gpu_architecture(why);
+    typename Op::Plan plan;
+    if (architecture == 0 || !Op::plan(sizes, in[0].type, attributes_, architecture, plan, why)) return false;
+    for (Cubin const* kernel : plan.kernels) {
+      if (!load(*kernel, why)) return false;
+    }
+    plan_ = plan;
+    return true;
+  }
+
+  typename Op::Attributes attributes_;
+  int32_t in_place_;
+  std::optional<typename Op::Plan> plan_;
+  std::vector<PluginField> serialized_;
+  PluginFieldCollection collection_{};
+};
+
+}  // namespace h1

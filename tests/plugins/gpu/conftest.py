@@ -1,0 +1,60 @@
+"""The GPU kernels under Triton's interpreter on a CPU, with bfloat16 as a GPU has it, and the recurrence they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+Inputs = dict[str, Any]
+Array = npt.NDArray[np.float64]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bfloat16() -> Iterator[None]:
+    """Triton 3.7's interpreter holds bfloat16 as uint16: its products multiply the bits, and its casts cut instead of rounding."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def rounding_cast(self: Any, source: Any, to: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return cast(self, source, to)
+        rounded = torch.from_numpy(np.array(source.data)).bfloat16()
+        return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
+        patch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
+        patch.setattr(InterpreterBuilder, "create_fp_trunc", rounding_cast)
+        yield
+
+
+@pytest.fixture(scope="session")
+def recurrence() -> Callable[..., tuple[Array, Array]]:
+    """recurrence(inputs, absolute=False) -> y and the last state in float64, a token at a time; ``absolute``: no sign, nothing cancels."""
+
+    def run(inputs: Inputs, absolute: bool = False) -> tuple[Array, Array]:
+        sign = np.abs if absolute else np.positive
+        x, B, C, D, S = (sign(inputs[name].double().numpy()) for name in ("x", "B", "C", "D", "state"))
+        A, mask = inputs["A"].double().numpy(), inputs["mask"].double().numpy()
+        dt = np.logaddexp(0, inputs["dt"].double().numpy() + inputs["dt_bias"].double().numpy())
+        dt = np.clip(dt, inputs["dt_min"], inputs["dt_max"]) * mask[..., None]
+        of_head = np.arange(x.shape[2]) // (x.shape[2] // B.shape[2])
+        B, C, y = B[:, :, of_head], C[:, :, of_head], np.empty_like(x)
+        for t in range(x.shape[1]):
+            S = np.exp(dt[:, t] * A)[..., None, None] * S + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+            y[:, t] = (S * C[:, t, :, None]).sum(-1) + D[:, None] * x[:, t]
+        return y, S
+
+    return run

@@ -1,0 +1,76 @@
+"""The plugin library with stand-ins for machine code, and a program that does to it what TensorRT does, over a driver that writes down."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin
+from h1export.plugins.gpu.kernel import Kernel
+from h1export.plugins.gpu.shapes import PUBLISHED
+from h1export.targets.tensorrt.plugin import kernels, library
+from h1export.targets.tensorrt.plugin.embed import write_sources
+from h1export.targets.tensorrt.plugin.schema import OPS
+
+HERE = Path(__file__).parent
+FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-fPIC")
+
+
+def image(kernel: Kernel, architecture: int) -> str:
+    """What stands for the machine code of a kernel; the driver says which one it was given."""
+    return f"code of {kernel.symbol} for sm_{architecture}"
+
+
+@pytest.fixture(scope="session")
+def stand_ins() -> list[Cubin]:
+    """For every published shape, dtype and architecture."""
+    shapes = dict.fromkeys((shape.d_head, shape.d_state, shape.taps) for shape in PUBLISHED)
+    wanted = dict.fromkeys(kernel for shape in shapes for dtype in ("fp16", "bf16") for kernel in kernels(*shape, dtype))
+    return [Cubin(k, sm, f"{image(k, sm)}\0".encode(), k.name, 0, 0, 1000 + sm) for k in wanted for sm in ARCHITECTURES]
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory, stand_ins: list[Cubin]) -> Path:
+    """Folder of the plugin's source, its library in cache/, the harness, and, in gpu/, the driver."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source = write_sources(folder / "source", stand_ins)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        made_library = library(stand_ins)
+    (folder / "gpu").mkdir()
+    (folder / "kinds.h").write_text(kinds())
+    include = [f"-I{folder}", "-isystem", str(source / "include"), "-isystem", str(source / "cuda")]
+    compiler = shutil.which("c++") or "c++"
+    for name, made, more in (("fake_cuda", "gpu/libcuda.so.1", ["-shared"]), ("harness", "harness", ["-ldl"])):
+        command = [compiler, *FLAGS, *include, str(HERE / "driver" / f"{name}.cc"), "-o", str(folder / made), *more]
+        subprocess.run(command, check=True)
+    (folder / made_library.name).symlink_to(made_library)
+    return folder
+
+
+def kinds() -> str:
+    """A letter for each argument of each kernel, for the driver."""
+    rows = [
+        f'if (!std::strcmp(kernel, "{name}")) return "{"".join("p" if kind[0] == "*" else kind[0] for _, kind in arguments)}";'
+        for op in OPS
+        for name, arguments in op.kernels.items()
+    ]
+    return "\n".join(["#include <cstring>", "inline char const* kinds(char const* kernel) {", *rows, "return nullptr;", "}", ""])
+
+
+@pytest.fixture(scope="session")
+def harness(driver: Path) -> Callable[..., list[list[str]]]:
+    """harness(line, ...) -> the lines that each case printed; with_driver=False: on a machine without one."""
+
+    def run(cases: Sequence[str], with_driver: bool = True) -> list[list[str]]:
+        environment = {"LD_LIBRARY_PATH": str(driver / ("gpu" if with_driver else "none"))}
+        command = [str(driver / "harness"), str(driver / "libh1export_plugin.so")]
+        done = subprocess.run(command, input="\n".join(cases), capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [part.splitlines() for part in done.stdout.split("case\n")[1:]]
+
+    return run

@@ -21,7 +21,7 @@ from h1export.core.artifact import MANIFEST, NO_SHA256, REPORT, Artifact, Manife
 from h1export.core.generation_config import GENERATION_CONFIG, special_tokens
 from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Runner
-from h1export.core.quant import QuantScheme
+from h1export.core.quant import QuantScheme, Rounded, quantize_rows
 from h1export.core.report import Report
 from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage, check_place, cores, dry_stage, staged
@@ -101,7 +101,8 @@ class Export:
                 shutil.copyfile(self.checkpoint / name, stage.folder / name)
         progress.stage("trace")
         program = run_passes(trace(self.spec, self.options.last_logits))
-        lowered = get_target(self.target).lower(program, self.store, self.scheme, self.options, stage, progress)
+        integers = Rounded(self.store, self.scheme.precisions(self.spec), quantize_rows)
+        lowered = get_target(self.target).lower(program, self.store, integers, self.options, stage, progress)
         progress.stage("hashes")
         files = file_table(stage.folder, sizes_only=stage.dry)
         manifest = dataclasses.replace(manifest, inputs=lowered.inputs, outputs=lowered.outputs, weights=lowered.weights, files=files)

@@ -62,7 +62,8 @@ class Plan:
 
 def precisions(scheme: QuantScheme, spec: HybridSpec) -> dict[str, str]:
     """Checkpoint tensor -> its precision in words."""
-    return {name: _words(scheme.precision(name, spec)) for name in tensor_layout(spec)}
+    chosen = scheme.precisions(spec)
+    return {name: _words(chosen.get(name)) for name in tensor_layout(spec)}
 
 
 def _words(precision: Precision | None) -> str:
@@ -87,8 +88,7 @@ def anonymous_bytes() -> int:
 
 def seconds(store: WeightStore, scheme: QuantScheme, spec: HybridSpec, artifact_bytes: int, jobs: int) -> float:
     """How long a build computes weights and writes them; reading is hidden behind it."""
-    quantised = [name for name in tensor_layout(spec) if scheme.precision(name, spec)]
-    values = sum(prod(store.shape(name)) for name in quantised)
+    values = sum(prod(store.shape(name)) for name in scheme.precisions(spec))
     return values / _sampled_speed(scheme) / jobs + (artifact_bytes + store.nbytes) / WRITES_PER_SECOND
 
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-
 import numpy as np
 
-from h1export.core.quant.scheme import Precision
+from h1export.core.quant.precision import Precision
 from h1export.core.quant.tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 from h1export.core.state import Array
-from h1export.core.weights.expr import WeightExpr, WeightPart
-from h1export.core.weights.store import WeightStore
 from h1export.errors import H1ExportError
-
-QuantizedBlock = Callable[[], list[QuantizedTensor]]
 
 
 def quantize_rows(weight: Array, precision: Precision, multiplier: Array, name: str = "weight") -> QuantizedTensor:
@@ -25,7 +18,7 @@ def quantize_rows(weight: Array, precision: Precision, multiplier: Array, name: 
     Raises:
         H1ExportError: a value that is not finite, or too large for an fp16 scale; ``name`` names the tensor.
     """
-    top = (1 << (precision.bits - 1)) - 1
+    top = precision.top
     rows, columns = weight.shape
     blocks = weight.reshape(rows, -1, precision.columns_per_scale(columns))
     absmax = np.abs(blocks).max(axis=2)
@@ -37,22 +30,3 @@ def quantize_rows(weight: Array, precision: Precision, multiplier: Array, name: 
     quotient = blocks / scales.astype(np.float32)[..., None]
     codes = np.clip(np.rint(quotient, out=quotient), -top, top, out=quotient).astype(np.int8)
     return QuantizedTensor(codes.reshape(rows, columns), scales, multiplier)
-
-
-def quantized_blocks(
-    expr: WeightExpr, store: WeightStore, precision: Precision, max_bytes: int, multiple: int = 1
-) -> Iterator[QuantizedBlock]:
-    """The integers of an expression by row blocks from the top; in each, the parts that lie side by side.
-
-    A block is read and computed when it is called, on any thread; it holds at most ``max_bytes`` of float32, and a multiple of
-    ``multiple`` rows. Every part is quantised on its own, and its multiplier stays beside its integers.
-    """
-    for strip in expr.strips:
-        if changed := [part.tensor for part in strip if part.functions]:
-            raise ValueError(f"{changed[0]}: only plain tensors are quantised")
-        for start, stop in store.row_ranges([part.tensor for part in strip], max_bytes, multiple):
-            yield partial(_quantize, strip, store, precision, start, stop)
-
-
-def _quantize(strip: tuple[WeightPart, ...], store: WeightStore, precision: Precision, start: int, stop: int) -> list[QuantizedTensor]:
-    return [quantize_rows(store.rows(part.tensor, start, stop), precision, part.factors(store)[start:stop], part.tensor) for part in strip]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from h1export.core.quant.precision import INT8, Precision
 from h1export.core.spec import HybridSpec
 from h1export.core.weights.layout import EMBEDDING, LM_HEAD, tensor_layout
 from h1export.errors import H1ExportError
@@ -23,20 +24,6 @@ PROJECTIONS = (
     "feed_forward.down_proj.weight",
     LM_HEAD,
 )
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Integers of ``bits`` with one scale per ``block`` columns; block 0: one scale per row."""
-
-    bits: int
-    block: int
-
-    def columns_per_scale(self, columns: int) -> int:
-        return self.block or columns
-
-
-INT8 = Precision(8, 0)
 
 
 @dataclass(frozen=True)
@@ -63,9 +50,13 @@ class QuantScheme:
         untied_embedding = tensor == EMBEDDING and not spec.tie_word_embeddings
         return INT8 if self.quant == "int8" or untied_embedding else Precision(4, self.block)
 
+    def precisions(self, spec: HybridSpec) -> dict[str, Precision]:
+        """Those of all tensors that are stored in integers."""
+        return {name: precision for name in tensor_layout(spec) if (precision := self.precision(name, spec))}
+
     def check(self, spec: HybridSpec) -> None:
         """Raises H1ExportError where a block does not divide a tensor's width."""
-        blocked = {name: p.block for name in tensor_layout(spec) if (p := self.precision(name, spec)) and p.block}
+        blocked = {name: precision.block for name, precision in self.precisions(spec).items() if precision.block}
         widths = {name: tensor_layout(spec)[name][-1] for name in blocked}
         for name, block in blocked.items():
             if widths[name] % block:

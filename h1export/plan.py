@@ -34,9 +34,10 @@ class Plan:
         out: where the artifact would lie.
         files: name -> bytes. Exact: the graph was lowered, only no weight was read.
         peak_bytes: anonymous memory of the build at its peak.
-        seconds: of the build: those that tracing and lowering took, and an estimate from rounding a sample of weights on this machine.
+        seconds: of the build: those that tracing and lowering took, and an estimate from samples of the work on this machine.
         source_bytes: of the checkpoint's tensors.
-        disk_free: bytes that the disk of ``out`` has left; the build needs room for ``files``.
+        disk_free: bytes that the disk of ``out`` has left; the build needs room for ``files`` and ``scratch_bytes``.
+        scratch_bytes: what the method keeps on that disk until the build is done.
         state_bytes: context length -> bytes of all states of one sequence.
         precisions: checkpoint tensor -> its precision in the artifact.
     """
@@ -48,6 +49,7 @@ class Plan:
     seconds: float
     source_bytes: int
     disk_free: int
+    scratch_bytes: int
     state_bytes: Mapping[int, int]
     precisions: Mapping[str, str]
 

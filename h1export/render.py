@@ -141,12 +141,13 @@ def human_bytes(count: float) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """A plan for a person: sizes first."""
-    fits = "enough" if plan.disk_free > plan.artifact_bytes else "NOT ENOUGH"
+    fits = "enough" if plan.disk_free > plan.artifact_bytes + plan.scratch_bytes else "NOT ENOUGH"
+    scratch = f", {human_bytes(plan.scratch_bytes)} needed beside the artifact until it is done" if plan.scratch_bytes else ""
     rows: list[tuple[str, object]] = [
         ("artifact", f"{human_bytes(plan.artifact_bytes)} from {human_bytes(plan.source_bytes)}"),
-        ("disk", f"{human_bytes(plan.disk_free)} free: {fits}"),
+        ("disk", f"{human_bytes(plan.disk_free)} free: {fits}{scratch}"),
         ("peak memory", human_bytes(plan.peak_bytes)),
-        ("time", f"about {plan.seconds:.0f} s, from lowering it and rounding a sample here"),
+        ("time", f"about {plan.seconds:.0f} s, from lowering it and samples of the work here"),
         *((f"states at {context} tokens", human_bytes(size)) for context, size in plan.state_bytes.items()),
         *((precision, f"{count} tensors") for precision, count in plan.by_precision().items()),
     ]

@@ -15,7 +15,7 @@ import torch
 from h1export.core.artifact import Artifact
 from h1export.core.progress import Progress
 from h1export.core.protocols import Ids, Runner
-from h1export.core.quant import QuantName
+from h1export.core.quant import Method, QuantName
 from h1export.core.report import Report, Row
 from h1export.core.state import Array
 from h1export.core.weights import WeightStore
@@ -24,7 +24,7 @@ from h1export.validate.latency import PREFILL, measure
 from h1export.validate.parity import case_rows, run_cases
 from h1export.validate.perplexity import WINDOW, bits_per_byte
 from h1export.validate.reference import Reference
-from h1export.validate.weights import worst_steps
+from h1export.validate.weights import weight_errors
 
 SOURCE, STORED, DRIFT = "source", "stored", "drift"  # what a row compares; also the first half of its metrics, see gates
 
@@ -59,7 +59,8 @@ def validate(
         H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
     quant: QuantName = next(name for name in get_args(QuantName) if name == artifact.manifest.scheme["quant"])
-    limits = gates.limits(quant, runner.capabilities.float32, exact.capabilities.float32, options.limits)
+    method: Method = next(name for name in get_args(Method) if name == artifact.manifest.scheme.get("method", "rtn"))
+    limits = gates.limits(quant, method, runner.capabilities.float32, exact.capabilities.float32, options.limits)
     stored, rows = runner.stored_weights(), []
     if stored:
         progress.stage("stored weights")
@@ -85,10 +86,13 @@ def validate(
 
 
 def _weights_row(artifact: Artifact, stored: Mapping[str, Array], store: WeightStore, limits: Mapping[str, float]) -> Row:
-    errors = worst_steps(stored, artifact.manifest.weights, store)
-    worst = max(errors, key=errors.__getitem__)
-    figures, gated = {"steps": errors[worst]}, {"steps": limits["weights.steps"]}
-    return Row("stored integers", SOURCE, figures, gated, note=f"{len(errors)} tensors, worst {worst}", details=errors)
+    errors = weight_errors(stored, artifact.manifest.weights, store)
+    gated = {name: limits[metric] for name in ("steps", "block") if (metric := f"weights.{name}") in limits}
+    (judged,) = gated
+    details = {tensor: figures[judged] for tensor, figures in errors.items()}
+    worst = max(details, key=details.__getitem__)
+    figures = {name: max(found[name] for found in errors.values()) for name in errors[worst]}
+    return Row("stored integers", SOURCE, figures, gated, note=f"{len(errors)} tensors, worst {worst}", details=details)
 
 
 def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOptions, limits: Mapping[str, float]) -> Row:

@@ -65,15 +65,23 @@ def test_verdicts(figures: dict[str, float], limits: dict[str, float], verdict: 
 
 
 def test_limits_can_be_set_and_must_exist() -> None:
-    assert gates.limits("int4", True, True, {})["stored.logits"] == gates.EXACT["logits"]
-    assert gates.limits("int4", False, True, {})["drift.logits"] == gates.ROUNDED["logits"]
-    assert gates.limits("int4", False, False, {})["stored.logits"] == gates.HALF["logits"]
-    assert "drift.logits" not in gates.limits("int4", False, False, {})
-    assert gates.limits("none", True, True, {"source.kl": 7.0})["source.kl"] == 7.0
+    assert gates.limits("int4", "rtn", True, True, {})["stored.logits"] == gates.EXACT["logits"]
+    assert gates.limits("int4", "rtn", False, True, {})["drift.logits"] == gates.ROUNDED["logits"]
+    assert gates.limits("int4", "rtn", False, False, {})["stored.logits"] == gates.HALF["logits"]
+    assert "drift.logits" not in gates.limits("int4", "rtn", False, False, {})
+    assert gates.limits("none", "rtn", True, True, {"source.kl": 7.0})["source.kl"] == 7.0
     with pytest.raises(H1ExportError, match=r"stored\.logitz"):
-        gates.limits("int4", True, True, {"stored.logitz": 1.0})
+        gates.limits("int4", "rtn", True, True, {"stored.logitz": 1.0})
     with pytest.raises(H1ExportError, match=r"stored\.kl"):
-        gates.limits("none", True, True, {"stored.kl": 1.0})  # nothing is quantised, so nothing is stored
+        gates.limits("none", "rtn", True, True, {"stored.kl": 1.0})  # nothing is quantised, so nothing is stored
+
+
+def test_integers_are_judged_by_what_their_method_may_do() -> None:
+    assert "weights.block" not in gates.limits("int4", "rtn", True, True, {})
+    for method in ("search", "gptq"):
+        limits = gates.limits("int4", method, True, True, {})  # type: ignore[arg-type]
+        assert limits["weights.block"] == gates.BLOCK
+        assert "weights.steps" not in limits
 
 
 def test_windows_score_every_token_but_the_first_once() -> None:

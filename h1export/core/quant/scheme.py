@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,6 +12,8 @@ from h1export.core.weights.layout import EMBEDDING, LM_HEAD, tensor_layout
 from h1export.errors import H1ExportError
 
 QuantName = Literal["none", "int8", "int4"]
+Method = Literal["rtn", "search", "gptq"]
+BEST: Mapping[QuantName, Method] = {"none": "rtn", "int8": "rtn", "int4": "gptq"}  # int8 loses nothing that a method could save
 BLOCK_SIZES = (32, 64, 128)
 PROJECTIONS = (
     "mamba.in_proj.weight",
@@ -28,16 +31,29 @@ PROJECTIONS = (
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """``quant`` for the projections and the head; ``block`` columns share an int4 scale.
+    """``quant`` for the projections and the head; ``block`` columns share an int4 scale; ``method`` chooses the integers.
 
-    Both also store the embedding in integers. In an int4 build a tied one shares its head's int4, and an untied one is int8:
+    rtn rounds each weight to the nearest code; search looks for the scales that leave the least error; gptq looks at what goes into
+    each product on a calibration text.
+
+    int4 and int8 also store the embedding in integers. In an int4 build a tied one shares its head's int4, and an untied one is int8:
     only one row of it is read per token, so 4 bits would cost accuracy and buy no speed.
     """
 
     quant: QuantName = "int4"
     block: int = 32
+    method: Method = "rtn"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method needs a calibration text."""
+        return self.method == "gptq"
 
     def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise H1ExportError("--method", f"{self.method!r} is unknown", f"one of {', '.join(get_args(Method))}")
+        if self.quant == "none" and self.method != "rtn":
+            raise H1ExportError("--method", f"{self.method} has nothing to do with --quant none", "leave out one of the two")
         if self.quant not in get_args(QuantName):
             raise H1ExportError("--quant", f"{self.quant!r} is unknown", f"one of {', '.join(get_args(QuantName))}")
         if self.block not in BLOCK_SIZES:

@@ -49,6 +49,8 @@ class Bars:
 
 
 CASE_COLUMNS = ("logits", "states", "kl", "top1")
+FINE = ("artifact", "reference", "ratio", "top1")  # whose thousandths matter
+ERROR = "_se"  # ends the name of a figure's standard error
 
 
 def report_tables(report: Report) -> list[Table]:
@@ -60,15 +62,20 @@ def report_tables(report: Report) -> list[Table]:
         if row.figures.keys() >= set(CASE_COLUMNS):
             cases.add_row(row.check, row.against, *(_cell(row, name) for name in CASE_COLUMNS), verdict)
         else:
-            figures = "  ".join(f"{name} {_cell(row, name)}{_limit(row, name)}" for name in row.figures)
+            shown = [name for name in row.figures if not name.endswith(ERROR)]
+            figures = "  ".join(f"{name} {_cell(row, name)}{_error(row, name)}{_limit(row, name)}" for name in shown)
             others.add_row(row.check, figures or f"[dim]{row.note}[/]", verdict)
     return [cases, others]
 
 
 def _cell(row: Row, name: str) -> str:
-    value = f"{row.figures[name]:.3g}"
+    value = f"{row.figures[name]:.4g}" if name in FINE else f"{row.figures[name]:.3g}"
     failed = name in row.limits and not within(name, row.figures[name], row.limits[name])
     return f"[bold red]{value}[/]" if failed else value
+
+
+def _error(row: Row, name: str) -> str:
+    return f" ± {row.figures[name + ERROR]:.2g}" if name + ERROR in row.figures else ""
 
 
 def _limit(row: Row, name: str) -> str:

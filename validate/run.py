@@ -22,7 +22,7 @@ from h1export.core.weights import WeightStore
 from h1export.validate import gates
 from h1export.validate.latency import PREFILL, measure
 from h1export.validate.parity import case_rows, run_cases
-from h1export.validate.perplexity import WINDOW, bits_per_byte
+from h1export.validate.perplexity import WINDOW, Scored, text_figures, windows
 from h1export.validate.reference import Reference
 from h1export.validate.weights import weight_errors
 
@@ -108,9 +108,8 @@ def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOption
         logits: Array = runner.step(window[None, :-1], np.ones((1, len(window) - 1), np.int64), runner.initial(1))[0][0]
         return logits
 
-    ours = bits_per_byte(score, options.text_ids, options.text_bytes)
-    theirs = bits_per_byte(lambda window: reference.full(window[:-1])[0], options.text_ids, options.text_bytes)
-    figures = {"artifact": ours, "reference": theirs, "ratio": ours / theirs}
+    scored = (Scored.of(score(window), reference.full(window[:-1])[0], window) for window in windows(options.text_ids))
+    figures = text_figures(scored, options.text_bytes)
     return Row(name, SOURCE, figures, {"ratio": limits["text.ratio"]}, note=f"{options.text_bytes} bytes, {len(options.text_ids)} tokens")
 
 

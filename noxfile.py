@@ -116,7 +116,7 @@ def bench(session: nox.Session) -> None:
         limit = ("--export-limit", "5")  # OnnxExporter takes minutes even here: the row says that it did not finish
         session.run("python", "benchmarks/peers.py", checkpoint, *sizes, *limit, "--json", f"{folder}/peers.json", "--plots", folder)
         session.run("python", "benchmarks/scale.py", "--shapes", "tiny-90M", "--real", "0.1", "--plot", f"{folder}/scale.png")
-        session.run("h1export", "build", checkpoint, "--target", "ort", "--out", artifact)
+        session.run("h1export", "build", checkpoint, "--target", "ort", "--method", "rtn", "--out", artifact)
         session.run("h1export", "bench", artifact, "--depth", "64", "--prefill", "64", "--repeats", "1")
         session.run(
             "python", "benchmarks/context.py", artifact, "--context", "64", "1024", "--rounds", "1", "--plot", f"{folder}/context.png"

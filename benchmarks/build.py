@@ -46,6 +46,7 @@ class Figures:
     checkpoint: str
     target: str
     quant: str
+    method: str
     block: int
     seconds: float
     peak_anonymous_bytes: int
@@ -98,7 +99,9 @@ def cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def measure(checkpoint: Path, target: str = "ort", quant: str = "int4", block: int = 32, scratch: Path | None = None) -> Figures:
+def measure(
+    checkpoint: Path, target: str = "ort", quant: str = "int4", method: str = "rtn", block: int = 32, scratch: Path | None = None
+) -> Figures:
     """Build once and collect the figures.
 
     Raises:
@@ -106,13 +109,14 @@ def measure(checkpoint: Path, target: str = "ort", quant: str = "int4", block: i
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder, "artifact")
-        options = ["--target", target, "--quant", quant, "--block", str(block)]
+        options = ["--target", target, "--quant", quant, "--method", method, "--block", str(block)]
         seconds, peak = run_watched([sys.executable, __file__, str(checkpoint), *options, "--child", str(out)])
         toolchain = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["toolchain"]
         return Figures(
             checkpoint=checkpoint.name,
             target=target,
             quant=quant,
+            method=method,
             block=block,
             seconds=seconds,
             peak_anonymous_bytes=peak,
@@ -128,7 +132,8 @@ def measure(checkpoint: Path, target: str = "ort", quant: str = "int4", block: i
 def show(figures: Figures) -> None:
     """Print the figures as a table."""
     table = Table(
-        title=f"{figures.checkpoint} to {figures.target}, {figures.quant}", caption=f"{figures.cpu}, {figures.cores} cores, {figures.date}"
+        title=f"{figures.checkpoint} to {figures.target}, {figures.quant} by {figures.method}",
+        caption=f"{figures.cpu}, {figures.cores} cores, {figures.date}",
     )
     for column in ("seconds", "peak anonymous MB", "source MB", "artifact MB", "source MB/s"):
         table.add_column(column, justify="right")
@@ -143,6 +148,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--target", choices=list(MODULES), default="ort")
     parser.add_argument("--quant", choices=["none", "int8", "int4"], default="int4")
+    parser.add_argument("--method", choices=["rtn", "search", "gptq"], default="rtn")
     parser.add_argument("--block", type=int, choices=BLOCK_SIZES, default=32)
     parser.add_argument(
         "--scratch", type=Path, help="where the artifact lies while it is measured (default: the system's temporary folder)"
@@ -151,10 +157,10 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # the measured process: build there, and no more
     args = parser.parse_args()
     if args.child:
-        build(args.checkpoint, args.target, args.child, QuantScheme(args.quant, args.block))
+        build(args.checkpoint, args.target, args.child, QuantScheme(args.quant, args.block, args.method))
         return
     try:
-        figures = measure(args.checkpoint, args.target, args.quant, args.block, args.scratch)
+        figures = measure(args.checkpoint, args.target, args.quant, args.method, args.block, args.scratch)
     except subprocess.CalledProcessError as error:
         sys.exit(f"{args.checkpoint}: the build above failed with exit code {error.returncode}")
     if args.json:

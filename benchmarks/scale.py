@@ -99,7 +99,7 @@ def forget(folder: Path) -> None:
 def foretell(checkpoint: Path) -> Foretold:
     """Ask for the plan in a process of its own, as users do."""
     start = time.perf_counter()
-    command = [sys.executable, "-c", CLI, "plan", str(checkpoint), "--target", "ort", "--quant", "int4", "--json"]
+    command = [sys.executable, "-c", CLI, "plan", str(checkpoint), "--target", "ort", "--quant", "int4", "--method", "rtn", "--json"]
     (answer,) = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return Foretold(answer["artifact_bytes"], answer["peak_bytes"], answer["seconds"], time.perf_counter() - start)
 

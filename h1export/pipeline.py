@@ -17,11 +17,12 @@ import torch
 
 from h1export import __version__
 from h1export import plan as planning
+from h1export.calibration import Calibration
 from h1export.core.artifact import MANIFEST, NO_SHA256, REPORT, Artifact, Manifest, file_table
 from h1export.core.generation_config import GENERATION_CONFIG, special_tokens
 from h1export.core.progress import SILENT, Progress
-from h1export.core.protocols import Runner
-from h1export.core.quant import QuantScheme
+from h1export.core.protocols import Ids, Runner
+from h1export.core.quant import Integers, Method, QuantScheme, Rounded, Rounding, quantize_rows, search_rows
 from h1export.core.report import Report
 from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage, check_place, cores, dry_stage, staged
@@ -32,6 +33,8 @@ from h1export.generation import Sampling, generate
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
 from h1export.plan import Plan
+from h1export.quantize.cost import Cost
+from h1export.quantize.solve import solve
 from h1export.sources import embedded_model
 from h1export.targets import MODULES, BuildOptions, Kernels, get_target
 from h1export.text import TOKENIZER, chat_prompt, load_tokenizer, scoring_ids, stream
@@ -57,26 +60,34 @@ CARRIED = (  # files of a checkpoint that an artifact carries as they are
 )
 
 
+ROUNDINGS: Mapping[Method, Rounding] = {"rtn": quantize_rows, "search": search_rows, "gptq": quantize_rows}  # gptq's is the embedding's
+
+
 @dataclass(frozen=True)
 class Export:
-    """One export, checked and not begun."""
+    """One export, checked and not begun. ``ids``: calibration tokens [samples, length], where the scheme's method looks at some."""
 
     checkpoint: Path
     target: str
     scheme: QuantScheme
     options: BuildOptions
+    calibration: Calibration
     spec: HybridSpec
     store: WeightStore
+    ids: Ids | None
 
     @classmethod
-    def open(cls, checkpoint: Path, target: str, scheme: QuantScheme, options: BuildOptions, progress: Progress) -> Export:
-        """Raises H1ExportError for a checkpoint, scheme or option that cannot be exported."""
+    def open(
+        cls, checkpoint: Path, target: str, scheme: QuantScheme, options: BuildOptions, calibration: Calibration, progress: Progress
+    ) -> Export:
+        """Raises H1ExportError for a checkpoint, scheme, option or calibration text that cannot be exported."""
         progress.stage("checkpoint")
         spec = HybridSpec.load(checkpoint)
         store = WeightStore.open(checkpoint, spec, progress)
         scheme.check(spec)
         special_tokens(checkpoint, spec)  # refused here rather than when somebody generates
-        return cls(checkpoint, target, scheme, options, spec, store)
+        ids = calibration.ids(checkpoint) if scheme.calibrated else None
+        return cls(checkpoint, target, scheme, options, calibration, spec, store, ids)
 
     def manifest(self, source: str) -> Manifest:
         """What is known of the artifact before its first byte; ``source`` is the checkpoint's fingerprint."""
@@ -85,7 +96,7 @@ class Export:
             target=self.target,
             source=source,
             spec=dataclasses.asdict(self.spec),
-            scheme=dataclasses.asdict(self.scheme),
+            scheme=dataclasses.asdict(self.scheme) | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)}),
             options=dataclasses.asdict(self.options),
             toolchain={"h1export": __version__, **{name: metadata.version(name) for name in packages}},
             inputs={},
@@ -101,7 +112,12 @@ class Export:
                 shutil.copyfile(self.checkpoint / name, stage.folder / name)
         progress.stage("trace")
         program = run_passes(trace(self.spec, self.options.last_logits))
-        lowered = get_target(self.target).lower(program, self.store, self.scheme, self.options, stage, progress)
+        integers: Integers = Rounded(self.store, self.scheme.precisions(self.spec), ROUNDINGS[self.scheme.method])
+        if self.ids is not None and not stage.dry:
+            with dry_stage() as dry:  # what the target refuses, it refuses before the long work
+                get_target(self.target).lower(program, self.store, integers, self.options, dry, SILENT)
+            integers = solve(self.store, self.spec, integers, self.ids, stage, progress)
+        lowered = get_target(self.target).lower(program, self.store, integers, self.options, stage, progress)
         progress.stage("hashes")
         files = file_table(stage.folder, sizes_only=stage.dry)
         manifest = dataclasses.replace(manifest, inputs=lowered.inputs, outputs=lowered.outputs, weights=lowered.weights, files=files)
@@ -118,16 +134,18 @@ def build(
     force: bool = False,
     progress: Progress = SILENT,
     jobs: int = 0,
+    calibration: Calibration = Calibration(),  # noqa: B008  frozen
 ) -> Artifact:
     """Export ``checkpoint`` to ``target`` as the folder ``out``, which appears complete or not at all.
 
     A build that was killed goes on where it stopped. ``jobs`` threads compute weights (0: one a core); no byte depends on it.
+    ``calibration`` is for a scheme whose method looks at a text.
 
     Raises:
         H1ExportError: a checkpoint, scheme or option that cannot be exported, or an ``out`` that is taken.
     """
     check_place(out, force)
-    export = Export.open(checkpoint, target, scheme, options, progress)
+    export = Export.open(checkpoint, target, scheme, options, calibration, progress)
     progress.stage("fingerprint", export.store.nbytes)
     manifest = export.manifest(export.store.fingerprint())
     with staged(out, force, manifest.key) as folder:
@@ -144,27 +162,30 @@ def plan(
     contexts: Sequence[int] = (),
     progress: Progress = SILENT,
     jobs: int = 0,
+    calibration: Calibration = Calibration(),  # noqa: B008  frozen
 ) -> Plan:
     """What ``build`` with these arguments would make and need; ``contexts``: lengths at which to give the size of the states.
 
     Raises:
         H1ExportError: a checkpoint, scheme or option that cannot be exported.
     """
-    export, jobs = Export.open(checkpoint, target, scheme, options, progress), jobs or cores()
+    export, jobs = Export.open(checkpoint, target, scheme, options, calibration, progress), jobs or cores()
     start = time.perf_counter()
     with dry_stage() as stage:
         export.write(export.manifest(NO_SHA256), stage, progress)
         files = file_table(stage.folder, sizes_only=True)
     lowering = time.perf_counter() - start
     sizes = {name: size for name, (_, size) in files.items()}
+    cost = None if export.ids is None else Cost(export.store, export.spec, scheme.precisions(export.spec), export.ids)
     return Plan(
         target,
         str(out),
         sizes,
-        planning.peak_bytes(jobs),
-        lowering + planning.seconds(export.store, scheme, export.spec, sum(sizes.values()), jobs),
+        planning.peak_bytes(jobs) + (cost.peak_bytes(jobs) if cost else 0),
+        lowering + planning.seconds(export.store, scheme, export.spec, sum(sizes.values()), jobs) + (cost.seconds(jobs) if cost else 0),
         export.store.nbytes,
         planning.disk_free(out),
+        cost.disk_bytes if cost else 0,
         {context: StateSpec.of(export.spec).nbytes(1, context) for context in contexts},
         planning.precisions(scheme, export.spec),
     )

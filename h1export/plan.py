@@ -34,9 +34,10 @@ class Plan:
         out: where the artifact would lie.
         files: name -> bytes. Exact: the graph was lowered, only no weight was read.
         peak_bytes: anonymous memory of the build at its peak.
-        seconds: of the build: those that tracing and lowering took, and an estimate from rounding a sample of weights on this machine.
+        seconds: of the build: those that tracing and lowering took, and an estimate from samples of the work on this machine.
         source_bytes: of the checkpoint's tensors.
-        disk_free: bytes that the disk of ``out`` has left; the build needs room for ``files``.
+        disk_free: bytes that the disk of ``out`` has left; the build needs room for ``files`` and ``scratch_bytes``.
+        scratch_bytes: what the method keeps on that disk until the build is done.
         state_bytes: context length -> bytes of all states of one sequence.
         precisions: checkpoint tensor -> its precision in the artifact.
     """
@@ -48,6 +49,7 @@ class Plan:
     seconds: float
     source_bytes: int
     disk_free: int
+    scratch_bytes: int
     state_bytes: Mapping[int, int]
     precisions: Mapping[str, str]
 
@@ -62,7 +64,8 @@ class Plan:
 
 def precisions(scheme: QuantScheme, spec: HybridSpec) -> dict[str, str]:
     """Checkpoint tensor -> its precision in words."""
-    return {name: _words(scheme.precision(name, spec)) for name in tensor_layout(spec)}
+    chosen = scheme.precisions(spec)
+    return {name: _words(chosen.get(name)) for name in tensor_layout(spec)}
 
 
 def _words(precision: Precision | None) -> str:
@@ -87,8 +90,7 @@ def anonymous_bytes() -> int:
 
 def seconds(store: WeightStore, scheme: QuantScheme, spec: HybridSpec, artifact_bytes: int, jobs: int) -> float:
     """How long a build computes weights and writes them; reading is hidden behind it."""
-    quantised = [name for name in tensor_layout(spec) if scheme.precision(name, spec)]
-    values = sum(prod(store.shape(name)) for name in quantised)
+    values = sum(prod(store.shape(name)) for name in scheme.precisions(spec))
     return values / _sampled_speed(scheme) / jobs + (artifact_bytes + store.nbytes) / WRITES_PER_SECOND
 
 

@@ -49,6 +49,8 @@ class Bars:
 
 
 CASE_COLUMNS = ("logits", "states", "kl", "top1")
+FINE = ("artifact", "reference", "ratio", "top1")  # whose thousandths matter
+ERROR = "_se"  # ends the name of a figure's standard error
 
 
 def report_tables(report: Report) -> list[Table]:
@@ -60,16 +62,21 @@ def report_tables(report: Report) -> list[Table]:
         if row.figures.keys() >= set(CASE_COLUMNS):
             cases.add_row(row.check, row.against, *(_cell(row, name) for name in CASE_COLUMNS), verdict)
         else:
-            figures = "  ".join(f"{name} {_cell(row, name)}{_limit(row, name)}" for name in row.figures)
+            shown = [name for name in row.figures if not name.endswith(ERROR)]
+            figures = "  ".join(f"{name} {_cell(row, name)}{_error(row, name)}{_limit(row, name)}" for name in shown)
             note = f"[dim]{row.note}[/]" if row.note else ""
             others.add_row(row.check, "\n".join(filter(None, (figures, note))), verdict)
     return [cases, others]
 
 
 def _cell(row: Row, name: str) -> str:
-    value = f"{row.figures[name]:.3g}"
+    value = f"{row.figures[name]:.4g}" if name in FINE else f"{row.figures[name]:.3g}"
     failed = name in row.limits and not within(name, row.figures[name], row.limits[name])
     return f"[bold red]{value}[/]" if failed else value
+
+
+def _error(row: Row, name: str) -> str:
+    return f" ± {row.figures[name + ERROR]:.2g}" if name + ERROR in row.figures else ""
 
 
 def _limit(row: Row, name: str) -> str:
@@ -142,12 +149,13 @@ def human_bytes(count: float) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """A plan for a person: sizes first."""
-    fits = "enough" if plan.disk_free > plan.artifact_bytes else "NOT ENOUGH"
+    fits = "enough" if plan.disk_free > plan.artifact_bytes + plan.scratch_bytes else "NOT ENOUGH"
+    scratch = f", {human_bytes(plan.scratch_bytes)} needed beside the artifact until it is done" if plan.scratch_bytes else ""
     rows: list[tuple[str, object]] = [
         ("artifact", f"{human_bytes(plan.artifact_bytes)} from {human_bytes(plan.source_bytes)}"),
-        ("disk", f"{human_bytes(plan.disk_free)} free: {fits}"),
+        ("disk", f"{human_bytes(plan.disk_free)} free: {fits}{scratch}"),
         ("peak memory", human_bytes(plan.peak_bytes)),
-        ("time", f"about {plan.seconds:.0f} s, from lowering it and rounding a sample here"),
+        ("time", f"about {plan.seconds:.0f} s, from lowering it and samples of the work here"),
         *((f"states at {context} tokens", human_bytes(size)) for context, size in plan.state_bytes.items()),
         *((precision, f"{count} tensors") for precision, count in plan.by_precision().items()),
     ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from h1export.core.artifact import Artifact, StoredWeight
 from h1export.core.progress import Progress
 from h1export.core.protocols import Runner
-from h1export.core.quant import QuantScheme
+from h1export.core.quant import Integers
 from h1export.core.stage import Stage
 from h1export.core.weights import WeightStore
 
@@ -61,11 +61,11 @@ class Target(Protocol):
     packages: tuple[str, ...]
 
     def lower(
-        self, program: Program, store: WeightStore, scheme: QuantScheme, options: BuildOptions, stage: Stage, progress: Progress
+        self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress
     ) -> Lowered:
         """Write the runtime's files into ``stage.folder``, which holds the checkpoint's config and tokenizer files already.
 
-        ``program`` is never changed. Raises H1ExportError where this runtime cannot take the model or the scheme.
+        ``program`` is never changed. Raises H1ExportError where this runtime cannot take the model or the integers.
         """
         ...
 

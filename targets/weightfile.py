@@ -69,6 +69,10 @@ class WeightFile:
             self._once[key] = write()
         return self._once[key]  # type: ignore[no-any-return]
 
+    def holds(self, extent: Extent) -> bool:
+        """Whether an earlier build, or this one, has written it."""
+        return self._journal.holds(extent)
+
     def write(self, extents: Sequence[Extent], blocks: Iterable[Block]) -> None:
         """Fill ``extents``, whose rows ``blocks`` compute from the top, one array an extent and block.
 

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from h1export import pipeline
+from h1export.calibration import Calibration
 from h1export.core.artifact import Artifact
 from h1export.core.quant import QuantScheme
 from h1export.sources import embedded_model
 from h1export.targets import BuildOptions
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at its import, and other packages import Triton
+SHORT = Calibration(samples=4, length=256)  # of the tests' models, whose widths it exceeds: the moments have full rank
 
 BASE: dict[str, Any] = {
     "vocab_size": 259,
@@ -135,6 +138,17 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     return make
 
 
+@pytest.fixture(scope="session")
+def spoken_checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plain random model with a tokenizer, one token a byte, so that it can be calibrated; treat it as read-only."""
+    folder = Path(shutil.copytree(make_checkpoint(), tmp_path_factory.mktemp("spoken") / "checkpoint"))
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
 @pytest.fixture
 def copy_checkpoint(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """Like make_checkpoint, but a copy that the test may damage."""
@@ -149,15 +163,19 @@ def checkpoint(switches: str, make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
-    """build(checkpoint, "int4", accuracy_level=0) -> an artifact, made once; treat it as read-only. ``target``: ONNX Runtime."""
+    """build(checkpoint, "int4", accuracy_level=0) -> an artifact, made once; treat it as read-only. ``target``: ONNX Runtime.
+
+    Integers are rounded unless ``method`` says otherwise; it has a short calibration text.
+    """
     made: dict[tuple[Any, ...], Artifact] = {}
 
-    def make(checkpoint: Path, quant: str = "none", block: int = 32, target: str = "ort", **chosen: Any) -> Artifact:
+    def make(checkpoint: Path, quant: str = "none", block: int = 32, target: str = "ort", method: str = "rtn", **chosen: Any) -> Artifact:
         options = BuildOptions(**{"accuracy_level": 0} | chosen)
-        key = (checkpoint, quant, block, target, options)
+        key = (checkpoint, quant, block, target, method, options)
         if key not in made:
-            scheme = QuantScheme(quant, block)  # type: ignore[arg-type]
-            made[key] = pipeline.build(checkpoint, target, tmp_path_factory.mktemp("built") / "out", scheme, options)
+            scheme = QuantScheme(quant, block, method)  # type: ignore[arg-type]
+            out = tmp_path_factory.mktemp("built") / "out"
+            made[key] = pipeline.build(checkpoint, target, out, scheme, options, calibration=SHORT)
         return made[key]
 
     return make

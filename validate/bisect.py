@@ -15,7 +15,7 @@ import numpy as np
 
 from h1export.core.probes import ACCUSED, Point, probe_name
 from h1export.core.protocols import Ids, Runner
-from h1export.core.report import Row
+from h1export.core.report import Row, Verdict
 from h1export.core.state import Array, StateKind
 from h1export.validate.logits import relative_error
 from h1export.validate.reference import Reference
@@ -66,13 +66,14 @@ def bisect(runner: Runner[Any], reference: Reference, group: str, limit: float, 
     return rows
 
 
-def integers_row(errors: Mapping[str, float], group: str, limit: float) -> Row:
-    """The tensor whose stored integers are furthest from the checkpoint, in steps; it names its own layer and op."""
-    worst = max(errors, key=errors.__getitem__)
+def integers_row(judged: Row) -> Row:
+    """What the row on stored integers says, in layers and ops: the tensor that is furthest from the checkpoint."""
+    worst = max(judged.details, key=judged.details.__getitem__)
     match = LAYER_TENSOR.fullmatch(worst)
     where = f"layer {match[1]}, {match[2]}" if match else worst
-    note = f"beyond rounding: {where} ({worst})" if not errors[worst] <= limit else f"{len(errors)} tensors, worst {worst}"
-    return Row("bisect integers", group, {"steps": errors[worst]}, {"steps": limit}, note=note)
+    beyond = judged.verdict is Verdict.FAIL
+    note = f"beyond rounding: {where} ({worst})" if beyond else f"{len(judged.details)} tensors, worst {worst}"
+    return Row("bisect integers", judged.against, judged.figures, judged.limits, note=note)
 
 
 def _words(suspect: Suspect) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from h1export.core.quant import QuantName
+from h1export.core.quant import Method, QuantName
 from h1export.errors import H1ExportError
 
 # float32 against float32: 4 layers differ by 2e-6 of the range, 36 layers by 3e-6
@@ -23,13 +23,15 @@ QUANTIZED: Mapping[QuantName, Mapping[str, float]] = {
     "int4": {"source.kl": 0.3, "text.ratio": 1.05},
 }
 STEPS = 0.51  # rounding to nearest leaves half a step, and rounding the scale to fp16 a little more
+# other methods clip (search) and make up for errors elsewhere (GPTQ: up to 7 steps for a weight, 1.3 for a block); a wrong block is 3 off
+BLOCK = 2.0
 # ratios to PyTorch; prefill is mostly matrix products, where PyTorch is good and a busy machine makes the ratio swing
 FP16 = {"fp16.share": 1.0}  # of 65504, the largest finite number: what lies beyond is infinite
 LATENCY = {"latency.prefill": 1.5, "latency.decode": 1.0}
 
 
-def limits(quant: QuantName, float32: bool, exact: bool, chosen: Mapping[str, float]) -> dict[str, float]:
-    """Metric -> limit for artifacts of ``quant``; ``chosen`` overrides.
+def limits(quant: QuantName, method: Method, float32: bool, exact: bool, chosen: Mapping[str, float]) -> dict[str, float]:
+    """Metric -> limit for artifacts of ``quant`` by ``method``; ``chosen`` overrides.
 
     ``float32``: they ship with float32 activations. ``exact``: their lowering is judged in float32 arithmetic.
 
@@ -41,7 +43,8 @@ def limits(quant: QuantName, float32: bool, exact: bool, chosen: Mapping[str, fl
     table = {f"{group}.{figure}": limit for figure, limit in (HALF if rounded else EXACT).items()} | LATENCY | FP16
     if not float32 and not rounded:
         table |= {f"drift.{figure}": limit for figure, limit in ROUNDED.items()}
-    table |= {"text.ratio": 1.001 if rounded else 1.0001} if quant == "none" else {"weights.steps": STEPS, **QUANTIZED[quant]}
+    integers = {"weights.steps": STEPS} if method == "rtn" else {"weights.block": BLOCK}
+    table |= {"text.ratio": 1.001 if rounded else 1.0001} if quant == "none" else {**integers, **QUANTIZED[quant]}
     known = table.keys() | {f"source.{figure}" for figure in EXACT}
     for metric in chosen:
         if metric not in known:

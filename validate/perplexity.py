@@ -1,9 +1,10 @@
-"""Bits per byte over a text."""
+"""Two models over one text: bits per byte, and how far their predictions are apart."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,25 +14,72 @@ from h1export.core.state import Array
 from h1export.validate.logits import log_softmax
 
 WINDOW = 512  # tokens a window; each starts from empty states with the last token of the one before
+ROWS = 256  # positions whose probabilities are held in float64 at a time
+TAIL = 0.99
+RESAMPLES = 500
 
 ScoreWindow = Callable[[Ids], Array]  # ids [seq] -> logits [seq, vocab]
-
-
-def bits_per_byte(score: ScoreWindow, ids: Ids, nbytes: int) -> float:
-    """Negative log likelihood of all tokens but the first, in bits, over the ``nbytes`` that they stand for."""
-    nats = sum(window_nats(score(window), window) for window in windows(ids))
-    return nats / math.log(2) / nbytes
+Figures = npt.NDArray[np.float64]
 
 
 def windows(ids: Ids) -> list[Ids]:
+    """Every token but the first is scored once: windows overlap by a token."""
     return [ids[start : start + WINDOW + 1] for start in range(0, len(ids) - 1, WINDOW)]
 
 
-def window_nats(logits: Array, window: Ids) -> float:
-    """-sum log p(window[1:]) given the logits of window[:-1] (those of the last token, if there, are not needed)."""
-    targets: npt.NDArray[np.int64] = window[1:]
-    return -sum(
-        float(log_softmax(logits[start : start + 256][: len(targets) - start])[np.arange(len(part)), part].sum())
-        for start in range(0, len(targets), 256)
-        if (part := targets[start : start + 256]).size
-    )
+@dataclass(frozen=True)
+class Scored:
+    """What two models said to the scored tokens of one window, each [tokens].
+
+    Attributes:
+        found: -ln p of the token by the model that is judged.
+        truth: the same by the one that judges.
+        kl: KL(truth || found) of the whole predictions, in nats.
+        same: whether both think the same token the likeliest.
+    """
+
+    found: Figures
+    truth: Figures
+    kl: Figures
+    same: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, found: Array, truth: Array, window: Ids) -> Scored:
+        """From the logits [seq, vocab] of ``window[:-1]``; a further row, that of the last token, is not needed."""
+        targets = window[1:]
+        parts = [_scored(found[s : s + ROWS], truth[s : s + ROWS], targets[s : s + ROWS]) for s in range(0, len(targets), ROWS)]
+        return cls(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _scored(found: Array, truth: Array, targets: Ids) -> tuple[Figures, Figures, Figures, npt.NDArray[np.bool_]]:
+    count = np.arange(len(targets))
+    a, b = log_softmax(found[: len(targets)]), log_softmax(truth[: len(targets)])
+    return -a[count, targets], -b[count, targets], (np.exp(b) * (b - a)).sum(-1), a.argmax(-1) == b.argmax(-1)
+
+
+def text_figures(scored: Iterable[Scored], nbytes: int) -> dict[str, float]:
+    """Figures of a text of ``nbytes`` bytes, and with "_se" their standard errors, by a bootstrap over whole windows.
+
+    artifact, reference: bits per byte. ratio: the first to the second. kl: mean, in nats. kl_p99: its 99th percentile over positions.
+    top1: share of positions with the same likeliest token.
+
+    Source of the bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 6 and 8.
+    """
+    kept = list(scored)
+    draws = np.random.default_rng(0).integers(0, len(kept), (RESAMPLES, len(kept)))
+    figures = _figures(kept)
+    samples = [_figures([kept[window] for window in draw]) for draw in draws]
+    errors = {f"{name}_se": float(np.std([sample[name] for sample in samples])) for name in figures}
+    bits = math.log(2) * nbytes
+    found, truth = (sum(float(nats.sum()) for nats in side) / bits for side in zip(*((w.found, w.truth) for w in kept), strict=True))
+    return {"artifact": found, "reference": truth, **figures, **errors}
+
+
+def _figures(kept: list[Scored]) -> dict[str, float]:
+    kl = np.concatenate([window.kl for window in kept])
+    return {
+        "ratio": sum(float(window.found.sum()) for window in kept) / sum(float(window.truth.sum()) for window in kept),
+        "kl": float(kl.mean()),
+        "kl_p99": float(np.quantile(kl, TAIL)),
+        "top1": float(np.concatenate([window.same for window in kept]).mean()),
+    }

@@ -15,7 +15,7 @@ import torch
 from h1export.core.artifact import Artifact
 from h1export.core.progress import Progress
 from h1export.core.protocols import Ids, Runner
-from h1export.core.quant import QuantName
+from h1export.core.quant import Method, QuantName
 from h1export.core.report import Report, Row
 from h1export.core.state import Array
 from h1export.core.weights import WeightStore
@@ -23,10 +23,11 @@ from h1export.validate import gates
 from h1export.validate.bisect import bisect, integers_row
 from h1export.validate.latency import PREFILL, measure
 from h1export.validate.parity import case_rows, run_cases
-from h1export.validate.perplexity import WINDOW, bits_per_byte
+from h1export.validate.perplexity import WINDOW, Scored, text_figures, windows
 from h1export.validate.reference import Reference
-from h1export.validate.weights import worst_steps
+from h1export.validate.weights import weight_errors
 
+INTEGERS = "stored integers"
 FP16_MAX = float(np.finfo(np.float16).max)
 SOURCE, STORED, DRIFT = "source", "stored", "drift"  # what a row compares; also the first half of its metrics, see gates
 
@@ -63,7 +64,8 @@ def validate(
         H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
     quant: QuantName = next(name for name in get_args(QuantName) if name == artifact.manifest.scheme["quant"])
-    limits = gates.limits(quant, runner.capabilities.float32, exact.capabilities.float32, options.limits)
+    method: Method = next(name for name in get_args(Method) if name == artifact.manifest.scheme.get("method", "rtn"))
+    limits = gates.limits(quant, method, runner.capabilities.float32, exact.capabilities.float32, options.limits)
     stored, rows = runner.stored_weights(), []
     if stored:
         progress.stage("stored weights")
@@ -90,16 +92,19 @@ def validate(
     if options.bisect:
         progress.stage("layer by layer")
         group = STORED if stored else SOURCE
-        rows += [integers_row(row.details, SOURCE, row.limits["steps"]) for row in rows if "steps" in row.figures]
+        rows += [integers_row(row) for row in rows if row.check == INTEGERS]
         rows += bisect(exact, reference, group, limits[f"{group}.states"], options.seed)
     return Report(_subject(artifact, runner), _environment(), tuple(rows))
 
 
 def _weights_row(artifact: Artifact, stored: Mapping[str, Array], store: WeightStore, limits: Mapping[str, float]) -> Row:
-    errors = worst_steps(stored, artifact.manifest.weights, store)
-    worst = max(errors, key=errors.__getitem__)
-    figures, gated = {"steps": errors[worst]}, {"steps": limits["weights.steps"]}
-    return Row("stored integers", SOURCE, figures, gated, note=f"{len(errors)} tensors, worst {worst}", details=errors)
+    errors = weight_errors(stored, artifact.manifest.weights, store)
+    gated = {name: limits[metric] for name in ("steps", "block") if (metric := f"weights.{name}") in limits}
+    (judged,) = gated
+    details = {tensor: figures[judged] for tensor, figures in errors.items()}
+    worst = max(details, key=details.__getitem__)
+    figures = {name: max(found[name] for found in errors.values()) for name in errors[worst]}
+    return Row(INTEGERS, SOURCE, figures, gated, note=f"{len(errors)} tensors, worst {worst}", details=details)
 
 
 def _fp16_row(magnitudes: Mapping[str, float], limits: Mapping[str, float]) -> Row:
@@ -123,9 +128,8 @@ def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOption
         logits: Array = runner.step(window[None, :-1], np.ones((1, len(window) - 1), np.int64), runner.initial(1))[0][0]
         return logits
 
-    ours = bits_per_byte(score, options.text_ids, options.text_bytes)
-    theirs = bits_per_byte(lambda window: reference.full(window[:-1])[0], options.text_ids, options.text_bytes)
-    figures = {"artifact": ours, "reference": theirs, "ratio": ours / theirs}
+    scored = (Scored.of(score(window), reference.full(window[:-1])[0], window) for window in windows(options.text_ids))
+    figures = text_figures(scored, options.text_bytes)
     return Row(name, SOURCE, figures, {"ratio": limits["text.ratio"]}, note=f"{options.text_bytes} bytes, {len(options.text_ids)} tokens")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from h1export.core.artifact import StoredWeight
+from h1export.core.quant import Precision
 from h1export.core.quant.tensor import MIN_SCALE
 from h1export.core.state import Array
 from h1export.core.weights import WeightStore
@@ -14,19 +15,22 @@ from h1export.core.weights import WeightStore
 ROW_BYTES = 1 << 24  # float32 rows compared at a time
 
 
-def worst_steps(stored: Mapping[str, Array], weights: tuple[StoredWeight, ...], store: WeightStore) -> dict[str, float]:
-    """Checkpoint tensor -> the largest error of a weight, in quantisation steps of its block.
+def weight_errors(stored: Mapping[str, Array], weights: tuple[StoredWeight, ...], store: WeightStore) -> dict[str, dict[str, float]]:
+    """Checkpoint tensor -> its largest errors, in quantisation steps of the block that they are in.
 
-    A step is the block's largest weight over 7 (int4) or 127 (int8), so rounding to nearest leaves half a step.
+    A step is the block's largest weight over 7 (int4) or 127 (int8). ``steps``: the error of one weight, to which rounding to nearest
+    leaves half a step. ``block``: the root of a block's mean squared error.
     """
-    return {part.tensor: _worst(stored[part.tensor], part.tensor, weight, store) for weight in weights for part in weight.parts}
+    return {part.tensor: _errors(stored[part.tensor], part.tensor, weight, store) for weight in weights for part in weight.parts}
 
 
-def _worst(found: Array, name: str, weight: StoredWeight, store: WeightStore) -> float:
-    top, worst, start = (1 << (weight.bits - 1)) - 1, 0.0, 0
+def _errors(found: Array, name: str, weight: StoredWeight, store: WeightStore) -> dict[str, float]:
+    top, worst, start = Precision(weight.bits, weight.block).top, {"steps": 0.0, "block": 0.0}, 0
     for truth in store.blocks(name, ROW_BYTES):
         blocks = truth.reshape(len(truth), -1, weight.block or truth.shape[1])
-        error = np.abs(found[start : start + len(truth)].reshape(blocks.shape) - blocks).max(axis=2)
+        error = np.abs(found[start : start + len(truth)].reshape(blocks.shape) - blocks)
         step = np.maximum(np.abs(blocks).max(axis=2) / top, MIN_SCALE)
-        worst, start = max(worst, float((error / step).max())), start + len(truth)
+        largest = {"steps": error.max(axis=2) / step, "block": np.sqrt(np.square(error).mean(axis=2)) / step}
+        worst = {figure: max(worst[figure], float(values.max())) for figure, values in largest.items()}
+        start += len(truth)
     return worst

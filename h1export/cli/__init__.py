@@ -85,7 +85,9 @@ def build(asked: Asked, force: bool, check: bool, quiet: bool, as_json: bool, **
     built, code = [], 0
     for target, place in asked.places():
         with Bars(quiet or as_json) as bars:
-            artifact = pipeline.build(asked.checkpoint, target, place, asked.scheme, asked.options, force, bars, asked.jobs)
+            artifact = pipeline.build(
+                asked.checkpoint, target, place, asked.scheme, asked.options, force, bars, asked.jobs, asked.calibration
+            )
         size = sum(size for _, size in artifact.manifest.files.values())
         say(f"built {place}  {human_bytes(size)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
         built.append({"target": target, "out": str(place), "bytes": size, "files": {k: v[1] for k, v in artifact.manifest.files.items()}})

@@ -32,7 +32,8 @@ def plan(asked: Asked, contexts: tuple[int, ...], quiet: bool, as_json: bool) ->
     plans = []
     for target, place in asked.places():
         with Bars(quiet or as_json) as bars:
-            plans.append(pipeline.plan(asked.checkpoint, target, place, asked.scheme, asked.options, contexts, bars, asked.jobs))
+            how = (asked.scheme, asked.options, contexts, bars, asked.jobs, asked.calibration)
+            plans.append(pipeline.plan(asked.checkpoint, target, place, *how))
         say(plan_table(plans[-1]), quiet or as_json)
     if as_json:
         answer([{**asdict(found), "artifact_bytes": found.artifact_bytes} for found in plans])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from h1export.core.journal import JOURNAL
+from h1export.core.journal import JOURNAL, SCRATCH
 from h1export.core.spec import HybridSpec
 from h1export.core.tree import NOT_PLAIN, names, plain_size
 from h1export.core.weights import Multiplier
@@ -185,14 +185,14 @@ def _sha256(file: Path) -> str:
 
 
 def file_table(folder: Path, sizes_only: bool = False) -> dict[str, tuple[str, int]]:
-    """name -> (sha256, bytes) of every file below ``folder`` but a journal; zeros for a sha256 where only sizes are asked for.
+    """name -> (sha256, bytes) of every file below ``folder`` but a stage's own; zeros for a sha256 where only sizes are asked for.
 
     Raises:
         H1ExportError: something that no manifest may list, such as a symbolic link.
     """
     table = {}
     for name in names(folder):
-        if name == JOURNAL:
+        if name == JOURNAL or name.startswith(f"{SCRATCH}/"):
             continue
         size = plain_size(folder, name)
         if size is None or size == NOT_PLAIN:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-JOURNAL = ".journal"  # in the stage, never in an artifact
+JOURNAL, SCRATCH = ".journal", ".scratch"  # a file and a folder of a stage, never of an artifact
 READ_BYTES = 1 << 20
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from h1export.core.artifact import MANIFEST
-from h1export.core.journal import JOURNAL, Journal
+from h1export.core.journal import JOURNAL, SCRATCH, Journal
 from h1export.core.tree import folders, names
 from h1export.errors import H1ExportError
 
@@ -196,7 +196,8 @@ def _remove_abandoned(out: Path) -> None:
 
 
 def _seal(stage: Path) -> None:
-    """Bring every file and folder to the disk; then the journal has done its work."""
+    """Bring every file and folder to the disk, but for what was only in aid of them; then the journal has done its work."""
+    shutil.rmtree(stage / SCRATCH, ignore_errors=True)
     for path in (*(stage / name for name in names(stage)), *folders(stage)):
         _sync(path)
     Journal(stage).remove()

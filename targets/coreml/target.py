@@ -9,7 +9,7 @@ import numpy as np
 
 from h1export.core.artifact import Artifact
 from h1export.core.progress import Progress
-from h1export.core.quant import QuantScheme
+from h1export.core.quant import Integers
 from h1export.core.stage import Stage
 from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
@@ -38,13 +38,13 @@ class CoreMLTarget:
     packages = ("coremltools", "numpy", "torch")
 
     def lower(
-        self, program: Program, store: WeightStore, scheme: QuantScheme, options: BuildOptions, stage: Stage, progress: Progress
+        self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress
     ) -> Lowered:
         _check(options)
         sdk.coremltools()
         (stage.folder / layout.WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
         with Blobs(stage, layout.WEIGHTS) as blobs:
-            weights = Weights(store, scheme, program.spec, blobs, COMPUTE[options.compute])
+            weights = Weights(store, integers, program.spec, blobs, COMPUTE[options.compute])
             built = mil_program(program, weights, CALLS, options.max_context, options.state_io)
             progress.stage("weights", store.nbytes)
             notes = {layout.MAX_CONTEXT: str(options.max_context), layout.PREFILL_TOKENS: str(PREFILL.tokens)}

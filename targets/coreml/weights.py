@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.core.artifact import StoredPart, StoredWeight
-from h1export.core.quant import Precision, QuantizedBlock, QuantScheme, dequantized_blocks, quantized_blocks
+from h1export.core.quant import Integers, Precision, QuantizedBlock, dequantized_blocks, quantized_blocks
 from h1export.core.spec import HybridSpec
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr, WeightPart, WeightStore
@@ -42,16 +42,16 @@ class Weights:
         stored: quantised weights, for the manifest.
     """
 
-    def __init__(self, store: WeightStore, scheme: QuantScheme, spec: HybridSpec, blobs: Blobs, compute: Float) -> None:
+    def __init__(self, store: WeightStore, integers: Integers, spec: HybridSpec, blobs: Blobs, compute: Float) -> None:
         self.compute, self.stored = compute, list[StoredWeight]()
-        self._store, self._scheme, self._spec, self._blobs = store, scheme, spec, blobs
+        self._store, self._integers, self._spec, self._blobs = store, integers, spec, blobs
         self._places: dict[str, Callable[[], int]] = {}
 
     def precision(self, expr: WeightExpr) -> Precision | None:
         """The integers of ``expr``; None: it is stored in floats. An embedding has integers where it shares its head's alone."""
         if expr.only.tensor == EMBEDDING and not self._spec.tie_word_embeddings:
             return None
-        return self._scheme.precision(expr.only.tensor, self._spec)
+        return self._integers.precisions.get(expr.only.tensor)
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +60,7 @@ class Weights:
 
     def stored_blocks(self, expr: WeightExpr) -> Iterator[Callable[[], Array]]:
         """``dequantized_blocks`` of what the package stores: integers as it has them, and the checkpoint's own floats elsewhere."""
-        return dequantized_blocks(expr, self._store, self.precision(expr), BLOCK_BYTES)
+        return dequantized_blocks(expr, self._store, self._integers if self.precision(expr) else None, BLOCK_BYTES)
 
     def dense(self, expr: WeightExpr, shape: tuple[int, ...] | None = None, dtype: Float | None = None) -> Var:
         """``expr``, µP included, in ``shape`` and ``dtype``; by default its own shape and ``compute``."""
@@ -117,7 +117,7 @@ class Weights:
             name, (rows, columns) = mil_name(expr), expr.shape(self._store.shape)
             codes = (name + CODES, BlobType.INT4 if precision.bits == 4 else BlobType.INT8, (rows, columns))
             scales = (name + SCALES, OF_ARRAY[np.dtype(self.compute)], (rows, groups))
-            blocks = quantized_blocks(expr, self._store, precision, BLOCK_BYTES)
+            blocks = quantized_blocks(expr, self._store, self._integers, BLOCK_BYTES)
             first, second = self._blobs.add([codes, scales], (partial(_integers, block, precision, self.compute) for block in blocks))
             part = StoredPart(expr.only.tensor, rows, expr.only.multiplier)
             self.stored.append(StoredWeight(name, precision.bits, precision.block, 0, (part,)))

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from h1export.core.artifact import StoredWeight
 from h1export.core.probes import PREFIX
-from h1export.core.quant import Precision, QuantScheme
+from h1export.core.quant import Integers, Precision
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr, WeightStore
 from h1export.graphs.probes import probes
@@ -27,8 +27,8 @@ class Context:
 
     activations: type[np.float16] | type[np.float32] = np.float32
 
-    def __init__(self, program: Program, store: WeightStore, scheme: QuantScheme, builder: GraphBuilder, data: ExternalData) -> None:
-        self.program, self.store, self.scheme = program, store, scheme
+    def __init__(self, program: Program, store: WeightStore, integers: Integers, builder: GraphBuilder, data: ExternalData) -> None:
+        self.program, self.store, self.integers = program, store, integers
         self.build, self.data = builder, data
         self.stored: list[StoredWeight] = []
         self._values: dict[Node, Value | tuple[Value, ...]] = {}
@@ -76,7 +76,7 @@ class Context:
 
     def precision(self, expr: WeightExpr) -> Precision | None:
         """The integers that all parts of ``expr`` are stored in; None: float32."""
-        (precision,) = {self.scheme.precision(part.tensor, self.program.spec) for part in expr.parts}
+        (precision,) = {self.integers.precisions.get(part.tensor) for part in expr.parts}
         return precision
 
     def weight(self, expr: WeightExpr) -> Value:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from h1export.core.artifact import StoredWeight
-from h1export.core.quant import QuantizedTensor, QuantScheme
+from h1export.core.quant import Precision, QuantizedTensor
 from h1export.core.state import StateKind
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import KindOf, Pass, fusions
@@ -28,7 +28,7 @@ class Flavour:
 
     Attributes:
         table: its emitters.
-        opsets: domain -> version, for a scheme.
+        opsets: domain -> version, for the precisions of its weights.
         fuse: the passes to run first, for a precision of weights and the columns that a fusion may not cut.
         provider: ONNX Runtime's name of what runs it.
         context: what the emitters see.
@@ -42,7 +42,7 @@ class Flavour:
     """
 
     table: Mapping[Any, Emitter[Any]]
-    opsets: Callable[[QuantScheme], dict[str, int]]
+    opsets: Callable[[Collection[Precision]], dict[str, int]]
     fuse: Callable[[KindOf, int], tuple[Pass, ...]]
     provider: str = CPU
     context: type[nbits.OrtContext] = nbits.OrtContext
@@ -59,7 +59,7 @@ class Flavour:
         return "FLOAT16" if kind in self.halves else "FLOAT"
 
 
-def _microsoft(scheme: QuantScheme) -> dict[str, int]:
+def _microsoft(precisions: Collection[Precision]) -> dict[str, int]:
     return dict(ops.OPSETS)
 
 
@@ -79,7 +79,7 @@ FLAVOURS: Mapping[tuple[str, bool], Flavour] = {
     # levels: ONNX Runtime on CPUs makes MatMulNBits of this graph's products
     ("cpu", True): Flavour(
         portable.TABLE,
-        lambda scheme: {"": portable.opset(scheme)},
+        lambda precisions: {"": portable.opset(precisions)},
         lambda kind_of, align: (),
         batched_append=True,
         read_stored=transposed.read_stored,

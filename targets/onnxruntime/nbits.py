@@ -107,7 +107,7 @@ def _write(c: Context, expr: WeightExpr, precision: Precision) -> Stored:
     codes = c.data.place(name + CODES, ir.DataType.UINT8, (rows, layout.blocks, layout.block_bytes))
     scales = c.data.place(name + SCALES, ir.DataType.FLOAT16, (rows, layout.blocks))
     c.data.fill(
-        [codes, scales], (partial(_stored_block, layout, block) for block in quantized_blocks(expr, c.store, precision, BLOCK_BYTES))
+        [codes, scales], (partial(_stored_block, layout, block) for block in quantized_blocks(expr, c.store, c.integers, BLOCK_BYTES))
     )
     stored = tuple(StoredPart(part.tensor, c.store.shape(part.tensor)[expr.axis], part.multiplier) for part in expr.parts)
     c.stored.append(StoredWeight(name, precision.bits, precision.block, expr.axis, stored))

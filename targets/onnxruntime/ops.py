@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 
 def linear(c: OrtContext, node: Node) -> None:
-    """MatMulNBits where the scheme says integers, else a product with the weight as the checkpoint stores it, [N, K]."""
+    """MatMulNBits where it is stored in integers, else a product with the weight as the checkpoint stores it, [N, K]."""
     x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
     precision = c.precision(expr)
     y = matmul_nbits(c, x, expr, precision) if precision else c.build.op("FusedMatMul", x, c.weight(expr), domain=MS, transB=1)

@@ -7,14 +7,14 @@ what is left needs opset 18, 19 for int8 and 21 for int4. No control flow, and n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch.fx import Node
 
-from h1export.core.quant import QuantScheme
+from h1export.core.quant import Precision
 from h1export.graphs.programs import args_of
 from h1export.plugins import h1
 from h1export.plugins.attention.op import rope_frequencies
@@ -31,13 +31,13 @@ FLOAT = 1
 aten = torch.ops.aten
 
 
-def opset(scheme: QuantScheme) -> int:
+def opset(precisions: Collection[Precision]) -> int:
     """The oldest opset that has all of it: DequantizeLinear has int4 and blocks from 21 on; ONNX's own evaluator knows it from 19 on."""
-    return {"none": 18, "int8": 19, "int4": 21}[scheme.quant]
+    return 21 if any(precision.block for precision in precisions) else 19 if precisions else 18
 
 
 def linear(c: Context, node: Node) -> None:
-    """MatMul, by a DequantizeLinear where the scheme says integers."""
+    """MatMul, by a DequantizeLinear where it is stored in integers."""
     x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
     precision = c.precision(expr)
     weight = c.build.op("Transpose", c.weight(expr), perm=[1, 0]) if precision is None else transposed.dequantized(c, expr, precision)
@@ -47,7 +47,7 @@ def linear(c: Context, node: Node) -> None:
 
 
 def embedding(c: Context, node: Node) -> None:
-    """Gather, and a product with the scales where the scheme says integers."""
+    """Gather, and a product with the scales where it is stored in integers."""
     expr, ids = c.expr(args_of(node)[0]), c.value(args_of(node)[1])
     precision = c.precision(expr)
     if precision is None:

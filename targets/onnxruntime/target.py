@@ -9,8 +9,7 @@ import onnx_ir as ir
 
 from h1export.core.artifact import Artifact
 from h1export.core.progress import Progress
-from h1export.core.quant import QuantScheme
-from h1export.core.spec import HybridSpec
+from h1export.core.quant import Integers
 from h1export.core.stage import Stage
 from h1export.core.state import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL, StateTensor
 from h1export.core.weights import WeightExpr, WeightStore
@@ -39,23 +38,25 @@ class OnnxRuntimeTarget:
     packages = ("numpy", "onnx-ir", "torch")
 
     def lower(
-        self, program: Program, store: WeightStore, scheme: QuantScheme, options: BuildOptions, stage: Stage, progress: Progress
+        self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress
     ) -> Lowered:
         made = flavour(options.provider, options.opset_only)
         if options.accuracy_level not in made.accuracy_levels:
             what = f"{options.accuracy_level} is not a level that this graph's kernels have"
             raise H1ExportError("--accuracy-level", what, f"one of {', '.join(map(str, made.accuracy_levels))}")
-        program = run_passes(program, made.fuse(_kinds(scheme, program.spec), max(scheme.block, INT8_BLOCKS[0])))
+        precisions = set(integers.precisions.values())
+        align = max([INT8_BLOCKS[0], *(precision.block for precision in precisions)])
+        program = run_passes(program, made.fuse(_kinds(integers), align))
         progress.stage("weights", store.nbytes)
         inputs, outputs = _inputs(program, made), _outputs(program, options, made)
         with ExternalData(stage, DATA) as data:
-            context = made.context(program, store, scheme, GraphBuilder(made.opsets(scheme)), data)
+            context = made.context(program, store, integers, GraphBuilder(made.opsets(precisions)), data)
             context.accuracy_level = options.accuracy_level
             model = _model(context, made.table, inputs, outputs)
             name_probes(context)
             ir.save(model, stage.folder / MODEL)
             if made.native is not None and covers(program.spec):
-                native = NativeContext(program, store, scheme, GraphBuilder({**made.opsets(scheme), DOMAIN: 1}), data)
+                native = NativeContext(program, store, integers, GraphBuilder({**made.opsets(precisions), DOMAIN: 1}), data)
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
                 ir.save(_model(native, made.native, inputs, outputs), stage.folder / NATIVE_MODEL)
         genai.write_config(program.spec, stage.folder, options)
@@ -66,11 +67,11 @@ class OnnxRuntimeTarget:
         return OnnxRuntimeRunner(artifact, threads, float32, kernels)
 
 
-def _kinds(scheme: QuantScheme, spec: HybridSpec) -> KindOf:
+def _kinds(integers: Integers) -> KindOf:
     """Weights of one precision may share an initializer."""
 
     def kind_of(expr: WeightExpr) -> Hashable:
-        return tuple({scheme.precision(part.tensor, spec) for part in expr.parts})
+        return tuple({integers.precisions.get(part.tensor) for part in expr.parts})
 
     return kind_of
 

@@ -67,7 +67,7 @@ def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Value, V
     # columns of int4 have to end on bytes, and with an odd number of rows only the whole tensor does
     multiple = 1 if precision.bits == 8 else 2 if rows % 2 == 0 else rows
     ranges = c.store.row_ranges([expr.only.tensor], BLOCK_BYTES, multiple)
-    blocks = quantized_blocks(expr, c.store, precision, BLOCK_BYTES, multiple)
+    blocks = quantized_blocks(expr, c.store, c.integers, BLOCK_BYTES, multiple)
     placed = (partial(_columns, layout, block, start) for (start, _), block in zip(ranges, blocks, strict=True))
     c.data.fill([codes, scales], placed)
     c.stored.append(_entry(c, expr, precision))
@@ -103,7 +103,7 @@ def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: 
     stored = ir.DataType.UINT8 if precision.bits == 4 else ir.DataType.INT8
     codes = c.data.place(name, stored, (rows, columns * precision.bits // 8))
     scales = c.data.place(name + SCALES, ir.DataType.FLOAT, (rows, layout.blocks))
-    c.data.fill([codes, scales], (partial(_rows, layout, block) for block in quantized_blocks(expr, c.store, precision, BLOCK_BYTES)))
+    c.data.fill([codes, scales], (partial(_rows, layout, block) for block in quantized_blocks(expr, c.store, c.integers, BLOCK_BYTES)))
     if not tied:
         c.stored.append(_entry(c, expr, precision))
     found = b.op("Cast", b.op("Gather", b.initializer(codes), ids), to=1)

@@ -204,7 +204,7 @@ def test_hostile_checkpoints_give_one_line_and_nothing_else(
     folder = copy_checkpoint()
     damage(folder)
     place = tmp_path / "place"
-    assert run(["build", str(folder), "--target", "ort", "--out", str(place / "out")]) == 2
+    assert run(["build", str(folder), "--target", "ort", "--method", "rtn", "--out", str(place / "out")]) == 2
     assert_one_line(capfd, says)
     assert not place.exists() or not list(place.iterdir())
 
@@ -294,7 +294,7 @@ def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_the_graph_for_any_runtime(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
-    assert run(["build", "--target", "ort", "--opset-only", "--out", out, "--validate", *QUICK]) == 0
+    assert run(["build", "--target", "ort", "--opset-only", "--method", "rtn", "--out", out, "--validate", *QUICK]) == 0
     assert "PASSED" in capfd.readouterr().err
     assert Artifact.open(Path(out)).manifest.options["opset_only"] is True
 
@@ -304,7 +304,7 @@ def test_the_graph_for_cuda_is_built_anywhere_and_runs_on_cuda_only(
 ) -> None:
     out = str(tmp_path / "out")
     monkeypatch.setattr(sdk.onnxruntime(), "get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert run(["build", "--target", "ort", "--provider", "cuda", "--out", out]) == 0
+    assert run(["build", "--target", "ort", "--provider", "cuda", "--method", "rtn", "--out", out]) == 0
     assert Artifact.open(Path(out)).manifest.options["accuracy_level"] == 0
     for command in (["validate", out, *QUICK], ["generate", out, "import"]):
         assert run(command) == 2

@@ -12,7 +12,7 @@ import pytest
 
 from h1export import pipeline
 from h1export.cli import run
-from h1export.core.quant import QuantScheme
+from h1export.core.quant import Method, QuantScheme
 from h1export.core.weights import WeightStore
 from h1export.targets import BuildOptions
 
@@ -25,7 +25,7 @@ INTERVAL = 0.005  # seconds between looks at a process's memory
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 def test_sizes_are_exact(quant: str, tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    words = ["--target", "ort", "--quant", quant, "--out", str(out)]
+    words = ["--target", "ort", "--quant", quant, "--method", "rtn", "--out", str(out)]
     assert run(["plan", *words, "--json"]) == 0
     (plan,) = json.loads(capfd.readouterr().out)
     assert not list(tmp_path.iterdir())
@@ -35,13 +35,15 @@ def test_sizes_are_exact(quant: str, tiny: Path, tmp_path: Path, capfd: pytest.C
     assert plan["source_bytes"] > plan["artifact_bytes"] or quant == "none"
 
 
-def test_no_weight_is_read(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_no_weight_is_read(method: Method, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object) -> None:
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(WeightStore, "rows", read)
-    plan = pipeline.plan(tiny, "ort", tmp_path / "out", QuantScheme(), BuildOptions(), contexts=(0, 100))
+    plan = pipeline.plan(tiny, "ort", tmp_path / "out", QuantScheme("int4", 32, method), BuildOptions(), contexts=(0, 100))
     assert plan.state_bytes[100] - plan.state_bytes[0] == 100 * 2 * 4 * 2 * 64 * 4  # keys and values of 4 layers, 2 heads of 64, float32
+    assert (plan.scratch_bytes > 0) == (method == "gptq")
     assert plan.precisions["lm_head.weight"] == "int4, block 32"
     assert plan.precisions["model.embed_tokens.weight"] == "int8, a scale per row"
     assert plan.precisions["model.final_layernorm.weight"] == "float32"
@@ -50,7 +52,7 @@ def test_no_weight_is_read(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_peak_memory_is_near_the_measured_one(tiny: Path, tmp_path: Path) -> None:
     """Each in a process of its own, as a user runs them."""
-    words = ["--target", "ort", "--out", str(tmp_path / "out"), "--jobs", "2"]
+    words = ["--target", "ort", "--method", "rtn", "--out", str(tmp_path / "out"), "--jobs", "2"]
     planned = json.loads(subprocess.run(command("plan", *words, "--json"), check=True, capture_output=True).stdout)[0]["peak_bytes"]
     measured = peak_anonymous_bytes(command("build", *words, "--quiet"))
     assert planned == pytest.approx(measured, rel=MEMORY)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h1export.core.quant import Precision, QuantizedTensor, quantize_rows, quantized_blocks
+from h1export.core.quant import Precision, QuantizedTensor, Rounded, quantize_rows, quantized_blocks
 from h1export.core.quant.tensor import MAX_SCALE, MIN_SCALE
 from h1export.core.spec import HybridSpec
 from h1export.core.weights import Multiplier, WeightExpr, WeightPart, WeightStore
@@ -188,13 +188,18 @@ def store(make_checkpoint: Callable[..., Path]) -> WeightStore:
     return WeightStore.open(folder, HybridSpec.load(folder))
 
 
+def rounded(store: WeightStore, precision: Precision) -> Rounded:
+    """Every tensor of the store rounded to ``precision``."""
+    return Rounded(store, {entry.name: precision for entry in store.entries}, quantize_rows)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(budget=st.integers(4000, 1 << 18), precision=st.sampled_from([Precision(4, 32), Precision(4, 64), Precision(8, 0)]))
 def test_blocks_of_any_size_make_the_same_integers(store: WeightStore, budget: int, precision: Precision) -> None:
     name = "model.layers.0.mamba.in_proj.weight"
     part = WeightPart(name, multiplier=Multiplier(((192, 0.5), (192, 0.25), (16, 3.0), (16, 4.0), (6, 5.0))))
     whole = quantize_rows(store.rows(name, 0, 422), precision, part.multiplier.rows(422))
-    blocks = [block() for block in quantized_blocks(WeightExpr((part,)), store, precision, budget)]
+    blocks = [block() for block in quantized_blocks(WeightExpr((part,)), store, rounded(store, precision), budget)]
     for field in ("codes", "scales", "multiplier"):
         assert np.array_equal(np.concatenate([getattr(block, field) for (block,) in blocks]), getattr(whole, field))
 
@@ -204,7 +209,7 @@ def test_blocks_of_any_size_make_the_same_integers(store: WeightStore, budget: i
 def test_parts_side_by_side_keep_their_own_integers(store: WeightStore, budget: int) -> None:
     mixers = [f"model.layers.0.{name}.weight" for name in ("mamba.out_proj", "self_attn.o_proj")]
     both = WeightExpr(tuple(map(WeightPart, mixers)), axis=1)
-    blocks = [block() for block in quantized_blocks(both, store, Precision(4, 32), budget)]
+    blocks = [block() for block in quantized_blocks(both, store, rounded(store, Precision(4, 32)), budget)]
     for place, name in enumerate(mixers):
         alone = quantize_rows(store.rows(name, 0, 1 << 20), Precision(4, 32), np.ones(store.shape(name)[0], np.float32))
         assert np.array_equal(np.concatenate([strip[place].codes for strip in blocks]), alone.codes)
@@ -214,7 +219,7 @@ def test_parts_side_by_side_keep_their_own_integers(store: WeightStore, budget: 
 def test_a_transformed_tensor_is_not_quantised(store: WeightStore) -> None:
     part = WeightPart("model.layers.0.mamba.in_proj.weight", ("neg",))
     with pytest.raises(ValueError, match=r"in_proj\.weight: only plain tensors"):
-        next(quantized_blocks(WeightExpr((part,)), store, Precision(4, 32), 1 << 20))
+        next(quantized_blocks(WeightExpr((part,)), store, rounded(store, Precision(4, 32)), 1 << 20))
 
 
 def test_a_damaged_tensor_is_named(copy_checkpoint: Callable[..., Path]) -> None:
@@ -227,4 +232,4 @@ def test_a_damaged_tensor_is_named(copy_checkpoint: Callable[..., Path]) -> None
         stream.write(b"\xff\x7f")
     store = WeightStore.open(folder, HybridSpec.load(folder))
     with pytest.raises(H1ExportError, match=rf'tensor "{name}": holds values that are not finite'):
-        [block() for block in quantized_blocks(WeightExpr.of(name), store, Precision(8, 0), 1 << 12)]
+        [block() for block in quantized_blocks(WeightExpr.of(name), store, rounded(store, Precision(8, 0)), 1 << 12)]

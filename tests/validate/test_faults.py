@@ -211,11 +211,12 @@ def test_a_cache_that_loses_its_oldest_token_fails(make_checkpoint: MakeCheckpoi
     assert next(row for row in report.rows if row.check == "bisect prefill").verdict is Verdict.PASS
 
 
-@pytest.mark.parametrize(("quant", "bits"), [("int4", 4), ("int8", 8)])
-def test_one_wrong_block_fails(quant: str, bits: int, make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("quant", "bits", "method"), [("int4", 4, "rtn"), ("int8", 8, "rtn"), ("int4", 4, "search"), ("int4", 4, "gptq")])
+def test_one_wrong_block_fails(quant: str, bits: int, method: str, spoken_checkpoint: Path, build: Build, tmp_path: Path) -> None:
     """32 codes of one row of one layer: invisible to a comparison with the stored weights, so the integers are checked too."""
-    truth = make_checkpoint()
-    artifact = build(truth, quant)
+    truth = spoken_checkpoint
+    artifact = build(truth, quant, method=method)
+    assert judge(artifact, truth).passed
     copy = Path(shutil.copytree(artifact.folder, tmp_path / "copy"))
     name = "model.layers.1.mamba.out_proj.weight|model.layers.1.self_attn.o_proj.weight.codes"
     model = onnx.load(copy / "model.onnx", load_external_data=False)
@@ -227,7 +228,7 @@ def test_one_wrong_block_fails(quant: str, bits: int, make_checkpoint: MakeCheck
     (copy / "model.onnx.data").write_bytes(bytes(data))
     report = judge(Artifact.open(copy), truth)
     rows = failed(report)
-    assert [row.check for row in rows if "steps" in row.figures] == ["stored integers"]
+    assert [row.check for row in rows if "block" in row.figures] == ["stored integers"]
     assert rows[0].note.endswith("model.layers.1.self_attn.o_proj.weight")
     (integers,) = [row for row in report.rows if row.check == "bisect integers"]
     assert integers.note.startswith("beyond rounding: layer 1, o_proj")

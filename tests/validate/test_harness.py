@@ -20,7 +20,7 @@ from h1export.text import load_tokenizer, scoring_ids
 from h1export.validate import gates
 from h1export.validate.latency import paired
 from h1export.validate.logits import logit_figures, relative_error
-from h1export.validate.perplexity import WINDOW, bits_per_byte, windows
+from h1export.validate.perplexity import WINDOW, Scored, text_figures, windows
 
 Build = Callable[..., Artifact]
 
@@ -65,15 +65,23 @@ def test_verdicts(figures: dict[str, float], limits: dict[str, float], verdict: 
 
 
 def test_limits_can_be_set_and_must_exist() -> None:
-    assert gates.limits("int4", True, True, {})["stored.logits"] == gates.EXACT["logits"]
-    assert gates.limits("int4", False, True, {})["drift.logits"] == gates.ROUNDED["logits"]
-    assert gates.limits("int4", False, False, {})["stored.logits"] == gates.HALF["logits"]
-    assert "drift.logits" not in gates.limits("int4", False, False, {})
-    assert gates.limits("none", True, True, {"source.kl": 7.0})["source.kl"] == 7.0
+    assert gates.limits("int4", "rtn", True, True, {})["stored.logits"] == gates.EXACT["logits"]
+    assert gates.limits("int4", "rtn", False, True, {})["drift.logits"] == gates.ROUNDED["logits"]
+    assert gates.limits("int4", "rtn", False, False, {})["stored.logits"] == gates.HALF["logits"]
+    assert "drift.logits" not in gates.limits("int4", "rtn", False, False, {})
+    assert gates.limits("none", "rtn", True, True, {"source.kl": 7.0})["source.kl"] == 7.0
     with pytest.raises(H1ExportError, match=r"stored\.logitz"):
-        gates.limits("int4", True, True, {"stored.logitz": 1.0})
+        gates.limits("int4", "rtn", True, True, {"stored.logitz": 1.0})
     with pytest.raises(H1ExportError, match=r"stored\.kl"):
-        gates.limits("none", True, True, {"stored.kl": 1.0})  # nothing is quantised, so nothing is stored
+        gates.limits("none", "rtn", True, True, {"stored.kl": 1.0})  # nothing is quantised, so nothing is stored
+
+
+def test_integers_are_judged_by_what_their_method_may_do() -> None:
+    assert "weights.block" not in gates.limits("int4", "rtn", True, True, {})
+    for method in ("search", "gptq"):
+        limits = gates.limits("int4", method, True, True, {})  # type: ignore[arg-type]
+        assert limits["weights.block"] == gates.BLOCK
+        assert "weights.steps" not in limits
 
 
 def test_windows_score_every_token_but_the_first_once() -> None:
@@ -85,8 +93,42 @@ def test_windows_score_every_token_but_the_first_once() -> None:
 
 def test_a_uniform_model_costs_log2_of_the_vocabulary() -> None:
     ids = np.arange(1000) % 50
-    uniform = bits_per_byte(lambda window: np.zeros((len(window), 64), np.float32), ids, 999)
-    assert uniform == pytest.approx(6.0)
+    flat = np.zeros((WINDOW, 64), np.float32)
+    figures = text_figures((Scored.of(flat, flat, window) for window in windows(ids)), 999)
+    assert figures["artifact"] == figures["reference"] == pytest.approx(6.0)
+    assert (figures["ratio"], figures["kl"], figures["kl_p99"], figures["top1"]) == (1, 0, 0, 1)
+
+
+def test_text_figures_against_torch() -> None:
+    """Over more positions than are held at a time."""
+    rng, length, vocab = np.random.default_rng(0), 300, 17
+    scored, kl, same, nats = [], [], [], [0.0, 0.0]
+    for _ in range(4):
+        truth = rng.standard_normal((length, vocab)).astype(np.float32)
+        found, window = truth + 0.3 * rng.standard_normal(truth.shape).astype(np.float32), rng.integers(0, vocab, length + 1)
+        scored.append(Scored.of(found, truth, window))
+        a, b = (torch.log_softmax(torch.from_numpy(logits).double(), -1) for logits in (found, truth))
+        kl.append((b.exp() * (b - a)).sum(-1))
+        same.append(a.argmax(-1) == b.argmax(-1))
+        targets = torch.from_numpy(window[1:])
+        nats = [total + float(torch.nn.functional.nll_loss(log, targets, reduction="sum")) for total, log in zip(nats, (a, b), strict=True)]
+    figures = text_figures(scored, 1000)
+    assert figures["artifact"] == pytest.approx(nats[0] / math.log(2) / 1000)
+    assert figures["reference"] == pytest.approx(nats[1] / math.log(2) / 1000)
+    assert figures["ratio"] == pytest.approx(nats[0] / nats[1])
+    assert figures["kl"] == pytest.approx(float(torch.cat(kl).mean()))
+    assert figures["kl_p99"] == pytest.approx(float(torch.cat(kl).quantile(0.99)))
+    assert figures["top1"] == pytest.approx(float(torch.cat(same).double().mean()))
+
+
+def test_standard_errors_are_those_of_the_mean() -> None:
+    """Windows of independent figures: s / sqrt(n), within the error of 500 resamples of 100 windows, about a tenth."""
+    rng = np.random.default_rng(1)
+    kl = rng.exponential(size=(100, 8))
+    flat = np.ones(8)
+    figures = text_figures([Scored(flat, flat, window, flat > 0) for window in kl], 1)
+    assert figures["kl_se"] == pytest.approx(kl.mean(axis=1).std() / 10, rel=0.2)
+    assert figures["ratio_se"] == figures["top1_se"] == 0
 
 
 @pytest.mark.ort

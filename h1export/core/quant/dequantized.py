@@ -7,22 +7,21 @@ from functools import partial
 
 import numpy as np
 
-from h1export.core.quant.rtn import QuantizedBlock, quantized_blocks
-from h1export.core.quant.scheme import Precision
+from h1export.core.quant.integers import Integers, QuantizedBlock, quantized_blocks
 from h1export.core.state import Array
 from h1export.core.weights.expr import WeightExpr
 from h1export.core.weights.store import WeightStore
 
 
-def dequantized_blocks(expr: WeightExpr, store: WeightStore, precision: Precision | None, max_bytes: int) -> Iterator[Callable[[], Array]]:
-    """The rows of ``expr``, µP included, rounded as ``precision`` rounds them (None: as they are), by blocks from the top.
+def dequantized_blocks(expr: WeightExpr, store: WeightStore, integers: Integers | None, max_bytes: int) -> Iterator[Callable[[], Array]]:
+    """The rows of ``expr``, µP included, from ``integers`` (None: as the checkpoint has them), by blocks from the top.
 
     A block is float32 [rows, columns] of at most ``max_bytes``, computed when it is called, on any thread.
     """
-    if precision is None:
+    if integers is None:
         yield from expr.lazy_blocks(store, max_bytes)
     else:
-        yield from (partial(_folded, block) for block in quantized_blocks(expr, store, precision, max_bytes))
+        yield from (partial(_folded, block) for block in quantized_blocks(expr, store, integers, max_bytes))
 
 
 def _folded(block: QuantizedBlock) -> Array:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from h1export.core.quant.precision import INT8, Precision
 from h1export.core.spec import HybridSpec
 from h1export.core.weights.layout import EMBEDDING, LM_HEAD, tensor_layout
 from h1export.errors import H1ExportError
 
 QuantName = Literal["none", "int8", "int4"]
+Method = Literal["rtn", "search", "gptq"]
+BEST: Mapping[QuantName, Method] = {"none": "rtn", "int8": "rtn", "int4": "gptq"}  # int8 loses nothing that a method could save
 BLOCK_SIZES = (32, 64, 128)
 PROJECTIONS = (
     "mamba.in_proj.weight",
@@ -26,31 +30,30 @@ PROJECTIONS = (
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Integers of ``bits`` with one scale per ``block`` columns; block 0: one scale per row."""
-
-    bits: int
-    block: int
-
-    def columns_per_scale(self, columns: int) -> int:
-        return self.block or columns
-
-
-INT8 = Precision(8, 0)
-
-
-@dataclass(frozen=True)
 class QuantScheme:
-    """``quant`` for the projections and the head; ``block`` columns share an int4 scale.
+    """``quant`` for the projections and the head; ``block`` columns share an int4 scale; ``method`` chooses the integers.
 
-    Both also store the embedding in integers. In an int4 build a tied one shares its head's int4, and an untied one is int8:
+    rtn rounds each weight to the nearest code; search looks for the scales that leave the least error; gptq looks at what goes into
+    each product on a calibration text.
+
+    int4 and int8 also store the embedding in integers. In an int4 build a tied one shares its head's int4, and an untied one is int8:
     only one row of it is read per token, so 4 bits would cost accuracy and buy no speed.
     """
 
     quant: QuantName = "int4"
     block: int = 32
+    method: Method = "rtn"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method needs a calibration text."""
+        return self.method == "gptq"
 
     def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise H1ExportError("--method", f"{self.method!r} is unknown", f"one of {', '.join(get_args(Method))}")
+        if self.quant == "none" and self.method != "rtn":
+            raise H1ExportError("--method", f"{self.method} has nothing to do with --quant none", "leave out one of the two")
         if self.quant not in get_args(QuantName):
             raise H1ExportError("--quant", f"{self.quant!r} is unknown", f"one of {', '.join(get_args(QuantName))}")
         if self.block not in BLOCK_SIZES:
@@ -63,9 +66,13 @@ class QuantScheme:
         untied_embedding = tensor == EMBEDDING and not spec.tie_word_embeddings
         return INT8 if self.quant == "int8" or untied_embedding else Precision(4, self.block)
 
+    def precisions(self, spec: HybridSpec) -> dict[str, Precision]:
+        """Those of all tensors that are stored in integers."""
+        return {name: precision for name in tensor_layout(spec) if (precision := self.precision(name, spec))}
+
     def check(self, spec: HybridSpec) -> None:
         """Raises H1ExportError where a block does not divide a tensor's width."""
-        blocked = {name: p.block for name in tensor_layout(spec) if (p := self.precision(name, spec)) and p.block}
+        blocked = {name: precision.block for name, precision in self.precisions(spec).items() if precision.block}
         widths = {name: tensor_layout(spec)[name][-1] for name in blocked}
         for name, block in blocked.items():
             if widths[name] % block:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,10 @@ class QuantizedTensor:
             raise ValueError(f"codes {self.codes.shape}, scales {self.scales.shape}, multiplier {self.multiplier.shape} do not fit")
         if self.scales.size and not (self.scales.min() >= MIN_SCALE and np.isfinite(self.scales).all()):
             raise ValueError("scales must be positive, normal and finite")
+
+    def times(self, multiplier: Array) -> QuantizedTensor:
+        """The same integers with every row's multiplier times that of ``multiplier`` [rows]."""
+        return replace(self, multiplier=self.multiplier * multiplier)
 
     def unfolded(self) -> Array:
         """codes * scales, float32 [rows, columns]: the checkpoint's tensor as stored."""

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from h1export.core.progress import SILENT
-from h1export.core.quant import QuantScheme
+from h1export.core.quant import QuantScheme, Rounded, quantize_rows
 from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage
 from h1export.core.state import StateKind
@@ -57,7 +57,8 @@ def scan_package(checkpoint: Path, folder: Path, call: Call) -> Evaluator:
     mb, mil, mil_program = sdk.builder(), sdk.mil(), sdk.mil().Program()
     (folder / layout.WEIGHTS).parent.mkdir(parents=True)
     with Blobs(Stage(folder), layout.WEIGHTS) as blobs:
-        weights, states = Weights(store, QuantScheme(), spec, blobs, np.float16), HeldStates([tensor], 64, np.float16)
+        integers = Rounded(store, QuantScheme().precisions(spec), quantize_rows)
+        weights, states = Weights(store, integers, spec, blobs, np.float16), HeldStates([tensor], 64, np.float16)
         shapes = Context(program, weights, states, call, 64, None, None)
         ports = {name: mb.placeholder(shape=shapes.shape(node.args[i]), dtype=mil.types.fp16) for name, i in INPUTS.items()}  # type: ignore[arg-type]
         with mil.Function({**ports, **states.placeholders()}, opset_version=sdk.coremltools().target.iOS18) as function:

@@ -1,0 +1,89 @@
+"""GPTQ: columns are rounded one after the other, and those still to come take up what rounding changed in the product.
+
+Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022: act-order, lazy
+blocks, and the inverse by Cholesky. Groups are static: a block's scale is chosen before any column is rounded, so that its columns
+may be visited apart. On CPUs, by torch's linear algebra; this module is imported by name, because the others do without torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from h1export.core.quant.precision import Precision
+from h1export.core.quant.search import searched_scales
+from h1export.core.quant.tensor import QuantizedTensor
+from h1export.core.state import Array
+from h1export.errors import H1ExportError
+
+DAMPING = 0.01  # of the mean second moment, added to the diagonal
+LAZY = 128  # columns whose corrections reach the later ones together, as one matrix product
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """What the second moments of a product's inputs say about rounding its weight.
+
+    Attributes:
+        order: int64 [columns], the order in which columns are rounded: the largest second moment first.
+        upper: float32 [columns, columns], the Cholesky factor U of the moments' inverse in that order, inverse = U^T U.
+        importance: float32 [columns], the damped diagonal of the moments.
+    """
+
+    order: Tensor
+    upper: Tensor
+    importance: Array
+
+
+def invert(moments: Tensor, name: str) -> Inverse:
+    """The Inverse of ``moments``, float64 [columns, columns]: the sum of x x^T over inputs x; its scale does not matter.
+
+    Raises:
+        H1ExportError: moments that are not finite; ``name`` names the product.
+    """
+    diagonal = moments.diagonal()
+    if not torch.isfinite(moments).all():
+        raise H1ExportError(f'inputs of "{name}"', "are not finite on the calibration text", "use --method rtn, and check the checkpoint")
+    damping = DAMPING * float(diagonal.mean()) or 1.0  # inputs that are all zero leave plain rounding
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    damped = moments[order][:, order]
+    damped.diagonal().add_(damping)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    return Inverse(order, upper.float(), (diagonal + damping).float().numpy())
+
+
+def solve_rows(weight: Array, precision: Precision, inverse: Inverse, name: str) -> QuantizedTensor:
+    """Integers of ``weight`` [rows, columns] with a multiplier of 1; rows do not influence each other.
+
+    Raises:
+        H1ExportError: as quantize_rows does.
+    """
+    rows, columns = weight.shape
+    width = precision.columns_per_scale(columns)
+    blocks = weight.reshape(rows, -1, width)
+    scales = searched_scales(blocks, precision, inverse.importance.reshape(-1, width), name)
+    by_column = torch.from_numpy(scales.astype(np.float32).T.copy())  # [groups, rows]
+    codes = torch.empty((columns, rows), dtype=torch.int8)
+    rest = torch.from_numpy(weight).T[inverse.order].contiguous()  # [columns, rows], in the order of rounding
+    for start in range(0, columns, LAZY):
+        stop = min(start + LAZY, columns)
+        errors = _round_columns(rest[start:stop], inverse, start, by_column, width, precision.top, codes)
+        rest[stop:] -= inverse.upper[start:stop, stop:].T @ errors
+    return QuantizedTensor(codes.T.contiguous().numpy(), scales, np.ones(rows, np.float32))
+
+
+def _round_columns(rest: Tensor, inverse: Inverse, start: int, scales: Tensor, width: int, top: int, codes: Tensor) -> Tensor:
+    """Round ``rest`` [LAZY columns, rows], which it changes, into ``codes``; the columns' errors, as later ones take them up."""
+    errors = torch.empty_like(rest)
+    for i in range(len(rest)):
+        column, row = int(inverse.order[start + i]), inverse.upper[start + i, start : start + len(rest)]
+        scale = scales[column // width]
+        code = torch.round(rest[i] / scale).clamp_(-top, top)
+        codes[column] = code.to(torch.int8)
+        errors[i] = (rest[i] - code * scale) / row[i]
+        rest[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
+    return errors

@@ -1,0 +1,1 @@
+"""What a method needs forward passes for: start with solve.py."""

@@ -1,0 +1,67 @@
+"""What solving a model needs, from its shapes: for a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from math import prod
+from time import perf_counter
+
+import torch
+
+from h1export.core.protocols import Ids
+from h1export.core.spec import HybridSpec
+from h1export.core.weights import WeightStore
+from h1export.quantize.layers import head_tensor, prefix, products
+from h1export.quantize.solve import SOLVE_BYTES
+
+SAMPLE, SAMPLES = 768, 3  # rows and columns of the products that are timed
+SOLVE_COPIES = 4  # of a block of rows: weight, rest, scales by search, codes
+
+
+class Cost:
+    """Of solving ``tensors`` of a checkpoint on calibration ids [samples, length]."""
+
+    def __init__(self, store: WeightStore, spec: HybridSpec, tensors: Collection[str], ids: Ids) -> None:
+        self._store, self._spec, self._samples, self._length = store, spec, *ids.shape
+        first = [group for group in products(0).values() if group[0] in tensors]
+        self._columns = [store.shape(group[0])[1] for group in first]
+        self._layer = sum(prod(entry.shape) for entry in store.entries if entry.name.startswith(prefix(0)))
+        self._solved = [store.shape(tensor) for group in first for tensor in group]
+        self._head = store.shape(head_tensor(spec))
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the stage while it works: integers, and twice the sequences between two layers."""
+        codes = self._spec.num_hidden_layers * sum(map(prod, self._solved)) + prod(self._head)
+        return codes + 2 * 4 * self._samples * self._length * self._spec.hidden_size
+
+    def peak_bytes(self, jobs: int) -> int:
+        """Anonymous memory at its peak, above what the process holds before: a layer, its moments, and what each thread has at hand."""
+        widest = max(self._columns, default=0)
+        moments, inverting = 8 * sum(columns**2 for columns in self._columns), 5 * 8 * widest**2
+        sequences = (jobs + 1) * 4 * self._length * (sum(self._columns) + 8 * self._spec.hidden_size)
+        return max(4 * self._layer + sequences + moments + 3 * 4 * widest**2, moments + inverting + (jobs + 1) * SOLVE_COPIES * SOLVE_BYTES)
+
+    def seconds(self, jobs: int) -> float:
+        """Of ``jobs`` threads, from a matrix product's speed on one of this machine's."""
+        tokens = self._samples * self._length
+        forward = 2 * 2 * 2 * tokens * self._layer  # both runs of a layer; the mixers cost about as much as its products
+        moments = sum(2 * tokens * columns**2 for columns in self._columns)  # on one thread, beside the runs
+        inverses = sum(2 * 2 * columns**3 for columns in self._columns)  # three steps of a third to two thirds each, in float64
+        rounding = sum(2 * rows * columns**2 for rows, columns in self._solved)
+        rows, columns = self._head
+        head = 2 * tokens * columns**2 + 2 * rows * columns**2
+        total = self._spec.num_hidden_layers * (max(forward / jobs, moments) + (inverses + rounding) / jobs) + head / jobs
+        return total / _flops()
+
+
+def _flops() -> float:
+    """Operations a second of one thread in a float32 product."""
+    threads, times, matrix = torch.get_num_threads(), [], torch.ones(SAMPLE, SAMPLE)
+    torch.set_num_threads(1)
+    for _ in range(SAMPLES):
+        start = perf_counter()
+        matrix @ matrix
+        times.append(perf_counter() - start)
+    torch.set_num_threads(threads)
+    return 2 * SAMPLE**3 / min(times)

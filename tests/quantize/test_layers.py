@@ -1,0 +1,60 @@
+"""The model a layer at a time is the model: against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from h1export.core.spec import HybridSpec
+from h1export.core.weights import WeightStore
+from h1export.quantize.layers import INPUTS, LoadedLayer, embed, head_tensor, logits, products
+from h1export.validate.logits import relative_error
+from h1export.validate.reference import Reference
+
+
+def whole(store: WeightStore) -> Callable[[str], np.ndarray]:  # type: ignore[type-arg]
+    return lambda name: store.rows(name, 0, store.shape(name)[0])
+
+
+def test_logits_are_those_of_transformers(checkpoint: Path) -> None:
+    spec = HybridSpec.load(checkpoint)
+    store, ids = WeightStore.open(checkpoint, spec), np.random.default_rng(0).integers(0, spec.vocab_size, 40)
+    hidden = embed(store, spec, ids)
+    for layer in range(spec.num_hidden_layers):
+        hidden = LoadedLayer(store, spec, layer, whole(store)).output(hidden)
+    found = logits(store, spec, hidden, whole(store)(head_tensor(spec)))
+    assert relative_error(found, Reference(checkpoint).full(ids)[0]) < 1e-5
+
+
+def test_the_inputs_are_those_of_the_products(make_checkpoint: Callable[..., Path]) -> None:
+    """Seen by hooks on transformers' own layer; µP's factor on an input is the model's, and changes no integer."""
+    from transformers import FalconH1ForCausalLM
+
+    folder = make_checkpoint("everything")
+    spec = HybridSpec.load(folder)
+    store, ids = WeightStore.open(folder, spec), np.random.default_rng(0).integers(0, spec.vocab_size, 40)
+    found = LoadedLayer(store, spec, 0, whole(store)).inputs(embed(store, spec, ids))
+    model = FalconH1ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs: dict[str, torch.Tensor] = {}
+    for group in INPUTS.values():
+        for name in group:
+            module = model.model.layers[0].get_submodule(name)
+            module.register_forward_pre_hook(lambda _, args, name=name: theirs.update({name: args[0][0]}))
+    with torch.no_grad():
+        model(torch.from_numpy(ids)[None])
+    assert found.keys() == INPUTS.keys()
+    for group in INPUTS.values():
+        for name in group:
+            ours, other = found[group[0]].flatten(), theirs[name].flatten()
+            factor = (ours @ other) / (ours @ ours)
+            torch.testing.assert_close(ours * factor, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
+
+
+def test_every_projection_of_a_layer_has_an_input(make_checkpoint: Callable[..., Path]) -> None:
+    spec = HybridSpec.load(make_checkpoint())
+    store = WeightStore.open(make_checkpoint(), spec)
+    matrices = {entry.name for entry in store.entries if entry.name.startswith("model.layers.1.") and len(entry.shape) == 2}
+    assert {tensor for group in products(1).values() for tensor in group} == matrices

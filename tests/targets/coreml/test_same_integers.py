@@ -1,0 +1,29 @@
+"""One build, several targets: every artifact holds the same codes and scales, whatever the method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from h1export import pipeline
+from h1export.core.artifact import Artifact
+from h1export.core.weights.layout import EMBEDDING
+
+
+@pytest.mark.parametrize("method", ["rtn", "search", "gptq"])
+def test_every_target_holds_the_same_integers(method: str, spoken_checkpoint: Path, build: Callable[..., Artifact]) -> None:
+    made = (
+        build(spoken_checkpoint, "int4", method=method),
+        build(spoken_checkpoint, "int4", method=method, opset_only=True),
+        build(spoken_checkpoint, "int4", method=method, target="coreml", max_context=192),
+    )
+    first, *others = (pipeline.load(artifact).stored_weights() for artifact in made)
+    for other in others:
+        assert set(first) - set(other) <= {EMBEDDING}  # CoreML's embedding is in floats where it is not the head
+        for name in other:
+            one, same = first.quantized(name), other.quantized(name)  # type: ignore[attr-defined]
+            np.testing.assert_array_equal(one.codes, same.codes)
+            np.testing.assert_array_equal(one.scales, same.scales)

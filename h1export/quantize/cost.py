@@ -22,7 +22,8 @@ class Cost:
     """Of solving ``tensors`` of a checkpoint on calibration ids [samples, length]."""
 
     def __init__(self, store: WeightStore, spec: HybridSpec, tensors: Collection[str], ids: Ids) -> None:
-        self._store, self._spec, self._samples, self._length = store, spec, *ids.shape
+        self._store, self._spec = store, spec
+        self._samples, self._length = map(int, ids.shape)
         first = [group for group in products(0).values() if group[0] in tensors]
         self._columns = [store.shape(group[0])[1] for group in first]
         self._layer = sum(prod(entry.shape) for entry in store.entries if entry.name.startswith(prefix(0)))

@@ -23,6 +23,7 @@ from h1export.core.generation_config import GENERATION_CONFIG, special_tokens
 from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Ids, Runner
 from h1export.core.quant import Integers, Method, QuantScheme, Rounded, Rounding, quantize_rows, search_rows
+from h1export.core.quant.budget import Sensitivity
 from h1export.core.report import Report
 from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage, check_place, cores, dry_stage, staged
@@ -34,6 +35,7 @@ from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
 from h1export.plan import Plan
 from h1export.quantize.cost import Cost
+from h1export.quantize.sensitivity import sensitivities
 from h1export.quantize.solve import solve
 from h1export.sources import embedded_model
 from h1export.targets import MODULES, BuildOptions, Kernels, get_target
@@ -44,6 +46,7 @@ from h1export.validate.bench import BenchOptions, BenchReport
 from h1export.validate.bench import bench as run_bench
 from h1export.validate.players import RunnerPlayer
 
+SENSITIVITY_SAMPLES = 4  # each goes through half the model once for every tensor
 HELDOUT = "heldout.txt"  # in the embedded model's folder
 CARRIED = (  # files of a checkpoint that an artifact carries as they are
     "config.json",
@@ -151,6 +154,25 @@ def build(
     with staged(out, force, manifest.key) as folder:
         export.write(manifest, Stage(folder, jobs or cores()), progress)
     return Artifact.open(out)
+
+
+def sensitivity(
+    checkpoint: Path,
+    scheme: QuantScheme,
+    calibration: Calibration = Calibration(),  # noqa: B008  frozen
+    progress: Progress = SILENT,
+    jobs: int = 0,
+) -> dict[str, Sensitivity]:
+    """Of every product's weight, rounded with searched scales, on the first samples of the calibration text.
+
+    Raises:
+        H1ExportError: a checkpoint, scheme or calibration text that cannot be used.
+    """
+    spec = HybridSpec.load(checkpoint)
+    store = WeightStore.open(checkpoint, spec)
+    scheme.check(spec)
+    ids = calibration.ids(checkpoint)[:SENSITIVITY_SAMPLES]
+    return sensitivities(store, spec, Rounded(store, scheme.precisions(spec), search_rows), ids, jobs or cores(), progress)
 
 
 def plan(

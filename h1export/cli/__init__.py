@@ -23,6 +23,7 @@ from h1export.cli.common import F, answer, common, kernels_option, say
 from h1export.cli.coreml import coreml
 from h1export.cli.export import Asked, export_options
 from h1export.cli.plan import plan
+from h1export.cli.sensitivity import sensitivity
 from h1export.core.artifact import REPORT
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
@@ -239,6 +240,7 @@ def completion(shell: str) -> int:
 cli.add_command(bench)
 cli.add_command(coreml)
 cli.add_command(plan)
+cli.add_command(sensitivity)
 
 
 def main() -> None:

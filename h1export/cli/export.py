@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from h1export.core.quant.budget import Budget
 from h1export.core.quant.scheme import BEST, BLOCK_SIZES, Method, QuantName, QuantScheme
 from h1export.errors import H1ExportError
 from h1export.targets import MODULES, BuildOptions, Compute, ProviderName
@@ -39,6 +40,9 @@ OPTIONS = (
     click.option("--calibration-samples", default=40, show_default=True, type=click.IntRange(min=1), help="Sequences of the text."),
     click.option("--calibration-length", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens of each."),
     click.option("--calibration-seed", default=0, show_default=True, help="Of the places in the text."),
+    click.option("--precisions", type=click.Path(path_type=Path), help="A plan.yaml of tensors with precisions of their own."),
+    click.option("--budget-bits", type=float, help="Keep the most sensitive tensors at int8, up to so many bits a weight on average."),
+    click.option("--budget-kl", type=float, help="The same, down to this sum of the others' divergences."),
     click.option("--accuracy-level", type=int, help="ort on CPUs: 4 rounds activations to int8 (fast), 0 keeps float32 [default: 4]."),
     click.option("--provider", type=click.Choice(PROVIDERS), default="cpu", show_default=True, help="ort: what the graph is for."),
     click.option("--opset-only", is_flag=True, help="ort: ONNX's own operators alone, right on any runtime."),
@@ -72,6 +76,23 @@ class Asked:
             yield target, named / target if self.out and len(self.targets) > 1 else named
 
 
+def _budget(precisions: Path | None, bits: float | None, kl: float | None) -> Budget | None:
+    """Of the three, at most one."""
+    if sum(given is not None for given in (precisions, bits, kl)) > 1:
+        raise H1ExportError("--precisions, --budget-bits, --budget-kl", "say the same thing twice", "give one of them")
+    return None if bits is None and kl is None else Budget(bits, kl)
+
+
+def within(checkpoint: Path, scheme: QuantScheme, calibration: Calibration, budget: Budget, jobs: int, quiet: bool) -> QuantScheme:
+    """``scheme`` with the most sensitive tensors at int8."""
+    from h1export import pipeline
+    from h1export.render import Bars
+
+    with Bars(quiet) as bars:
+        found = pipeline.sensitivity(checkpoint, scheme, calibration, bars, jobs)
+    return replace(scheme, chosen=dict.fromkeys(budget.raised(found), "int8"))
+
+
 def export_options(command: Callable[..., int]) -> Callable[..., int]:
     """Gives ``command`` the options above, as one Asked in place of them."""
 
@@ -86,6 +107,9 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
         calibration_samples: int,
         calibration_length: int,
         calibration_seed: int,
+        precisions: Path | None,
+        budget_bits: float | None,
+        budget_kl: float | None,
         accuracy_level: int | None,
         provider: ProviderName,
         opset_only: bool,
@@ -99,14 +123,18 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
     ) -> int:
         from h1export import sources
         from h1export.calibration import Calibration
+        from h1export.precisions import read_plan
 
         checkpoint = sources.resolve(model)
         level = LEVELS[provider] if accuracy_level is None else accuracy_level
         options = BuildOptions(level, logits == "last", provider, opset_only, max_context, compute, state_io)
-        scheme = QuantScheme(quant, int(block), method or BEST[quant])
-        if calibration_file is not None and not scheme.calibrated:
+        scheme = QuantScheme(quant, int(block), method or BEST[quant], read_plan(precisions) if precisions else {})
+        budget = _budget(precisions, budget_bits, budget_kl)
+        if calibration_file is not None and not scheme.calibrated and budget is None:
             raise H1ExportError("--calibration", f"{scheme.method} looks at no text", "leave it out, or use --method gptq")
         calibration = Calibration(calibration_file, calibration_samples, calibration_length, calibration_seed)
+        if budget is not None:
+            scheme = within(checkpoint, scheme, calibration, budget, jobs, bool(others["quiet"] or others["as_json"]))
         return command(Asked(checkpoint, tuple(dict.fromkeys(targets)), scheme, options, calibration, out, jobs), **others)
 
     for option in reversed(OPTIONS):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -27,6 +28,17 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
 }
 
 ReadWeight = Callable[[str], Array]
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """torch computes on the thread that calls it: how many share a product changes its last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def prefix(layer: int) -> str:

@@ -8,14 +8,12 @@ sums are taken in the order of the sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from h1export.core.journal import SCRATCH, Extent
@@ -28,7 +26,7 @@ from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage
 from h1export.core.state import Array
 from h1export.core.weights import WeightStore
-from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, products
+from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, one_thread_each, products
 from h1export.targets.weightfile import Rows, WeightFile, in_order
 
 WORK = f"{SCRATCH}/gptq"
@@ -54,21 +52,10 @@ def solve(store: WeightStore, spec: HybridSpec, rest: Integers, ids: Ids, stage:
         H1ExportError: weights or inputs that are not finite, or too large for fp16 scales.
     """
     (stage.folder / SCRATCH).mkdir(exist_ok=True)
-    with _one_thread_each(), WeightFile(stage, WORK) as file:
+    with one_thread_each(), WeightFile(stage, WORK) as file:
         solver = _Solver(store, spec, rest, ids, stage, file)
         solver.run(progress)
     return solver.solved
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """torch computes on the thread that calls it: how many share a product changes its last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Solver:

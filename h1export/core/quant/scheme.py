@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from h1export.core.quant.precision import INT8, Precision
@@ -38,11 +38,14 @@ class QuantScheme:
 
     int4 and int8 also store the embedding in integers. In an int4 build a tied one shares its head's int4, and an untied one is int8:
     only one row of it is read per token, so 4 bits would cost accuracy and buy no speed.
+
+    ``chosen`` are tensors with a precision of their own, in place of ``quant``.
     """
 
     quant: QuantName = "int4"
     block: int = 32
     method: Method = "rtn"
+    chosen: Mapping[str, QuantName] = field(default_factory=dict)
 
     @property
     def calibrated(self) -> bool:
@@ -61,17 +64,23 @@ class QuantScheme:
 
     def precision(self, tensor: str, spec: HybridSpec) -> Precision | None:
         """The integers that checkpoint tensor ``tensor`` is stored in; None: it stays float32."""
-        if self.quant == "none" or not tensor.endswith((*PROJECTIONS, EMBEDDING)):
+        quant = self.chosen.get(tensor, self.quant)
+        if quant == "none" or not tensor.endswith((*PROJECTIONS, EMBEDDING)):
             return None
         untied_embedding = tensor == EMBEDDING and not spec.tie_word_embeddings
-        return INT8 if self.quant == "int8" or untied_embedding else Precision(4, self.block)
+        return INT8 if quant == "int8" or untied_embedding else Precision(4, self.block)
 
     def precisions(self, spec: HybridSpec) -> dict[str, Precision]:
         """Those of all tensors that are stored in integers."""
         return {name: precision for name in tensor_layout(spec) if (precision := self.precision(name, spec))}
 
     def check(self, spec: HybridSpec) -> None:
-        """Raises H1ExportError where a block does not divide a tensor's width."""
+        """Raises H1ExportError where a block does not divide a tensor's width, or a chosen tensor is none that has a choice."""
+        for name, quant in self.chosen.items():
+            if name not in tensor_layout(spec) or not name.endswith((*PROJECTIONS, EMBEDDING)):
+                raise H1ExportError(f'tensor "{name}"', "is no weight that this model could store in integers", "correct --precisions")
+            if name == EMBEDDING and not spec.tie_word_embeddings and quant == "int4":
+                raise H1ExportError(f'tensor "{name}"', "is never int4 where it is not the head", "correct --precisions")
         blocked = {name: precision.block for name, precision in self.precisions(spec).items() if precision.block}
         widths = {name: tensor_layout(spec)[name][-1] for name in blocked}
         for name, block in blocked.items():

@@ -1,0 +1,164 @@
+"""What quantisation costs a model, by method: divergence from the full model, and bits per byte, on held-out text.
+
+    python benchmarks/quality.py [CHECKPOINT] --windows 61 --json quality.json
+
+Every method rounds the same tensors, the projections and the head, and transformers computes with the rounded weights in float32; so
+this is the rounding alone, without any runtime's. Beside ours stand torchao's asymmetric int4 in groups of 32 and GGUF's Q4_0 as the
+gguf package rounds it (which cannot round to Q4_K). Needs the extra `bench`. Without CHECKPOINT, the embedded model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from h1export import pipeline
+from h1export.calibration import Calibration
+from h1export.core.progress import SILENT
+from h1export.core.protocols import Ids
+from h1export.core.quant import Integers, Precision, QuantScheme, Rounded, quantize_rows, search_rows
+from h1export.core.quant.budget import Budget
+from h1export.core.spec import HybridSpec
+from h1export.core.stage import Stage, cores
+from h1export.core.state import Array
+from h1export.core.weights import WeightStore
+from h1export.quantize.solve import solve
+from h1export.sources import embedded_model, resolve
+from h1export.text import scoring_ids
+from h1export.validate.perplexity import Scored, text_figures, windows
+from h1export.validate.reference import Reference
+
+GROUP, BUDGET = 32, 5.0
+RoundedWeights = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One method. ``bits``: of codes, scales and zero points, a quantised weight. ``seconds``: to choose the integers."""
+
+    method: str
+    bits: float
+    seconds: float
+    figures: dict[str, float]
+
+
+class Judge:
+    """Compares weights with the checkpoint's on some windows of a text."""
+
+    def __init__(self, checkpoint: Path, ids: Ids, nbytes: int) -> None:
+        self._reference, self._windows, self._nbytes = Reference(checkpoint), windows(ids), nbytes
+        self._truths = [self._reference.full(window[:-1])[0] for window in self._windows]
+
+    def figures(self, weights: RoundedWeights) -> dict[str, float]:
+        """``weights`` by checkpoint name; every call must hold the same names."""
+        self._reference.hold(weights)
+        pairs = zip(self._windows, self._truths, strict=True)
+        return text_figures((Scored.of(self._reference.full(window[:-1])[0], truth, window) for window, truth in pairs), self._nbytes)
+
+
+def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
+    """(method, bits a weight, how to make the weights) of this project's methods."""
+    spec = HybridSpec.load(checkpoint)
+    store = WeightStore.open(checkpoint, spec)
+    four = {name: precision for name, precision in QuantScheme("int4", GROUP).precisions(spec).items() if precision.bits == 4}
+    eight = {name: precision for name, precision in QuantScheme("int8").precisions(spec).items() if name in four}
+
+    def weights(integers: Integers) -> RoundedWeights:
+        return {name: integers.rows(name, 0, store.shape(name)[0]).unfolded() for name in four}
+
+    def solved(precisions: Mapping[str, Precision]) -> RoundedWeights:
+        with tempfile.TemporaryDirectory() as folder:
+            ids = Calibration(samples=samples).ids(checkpoint)
+            return weights(solve(store, spec, Rounded(store, precisions, quantize_rows), ids, Stage(Path(folder), cores()), SILENT))
+
+    def mixed() -> RoundedWeights:
+        return solved(four | Budget(bits=BUDGET).raised(pipeline.sensitivity(checkpoint, QuantScheme("int4", GROUP))))
+
+    yield "int4 rtn", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, quantize_rows))
+    yield "int4 search", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, search_rows))
+    yield "int4 gptq", 4 + 16 / GROUP, lambda: solved(four)
+    yield f"int4 and int8 gptq, at most {BUDGET} bits", BUDGET, mixed
+    rows, values = (sum(count(store.shape(name)) for name in four) for count in (lambda shape: shape[0], prod))
+    yield "int8 rtn", 8 + 16 * rows / values, lambda: weights(Rounded(store, eight, quantize_rows))
+
+
+def theirs(checkpoint: Path) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
+    """The same of others' rounding, on the same tensors."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+    from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
+
+    spec = HybridSpec.load(checkpoint)
+    store = WeightStore.open(checkpoint, spec)
+    names = [name for name, precision in QuantScheme("int4", GROUP).precisions(spec).items() if precision.bits == 4]
+
+    def torchao(weight: Array) -> Array:
+        tensor, block, limits = torch.from_numpy(weight), (1, GROUP), (0, 15)
+        scale, zero = choose_qparams_affine(tensor, MappingType.ASYMMETRIC, block, torch.uint8, *limits, eps=1e-6)
+        scale = scale.to(torch.bfloat16).float()
+        codes = quantize_affine(tensor, block, scale, zero, torch.uint8, *limits)
+        found: Array = dequantize_affine(codes, block, scale, zero, torch.uint8, *limits).numpy()
+        return found
+
+    def gguf(weight: Array) -> Array:
+        kind = GGMLQuantizationType.Q4_0
+        return np.asarray(dequantize(quantize(weight, kind), kind), np.float32)
+
+    for name, bits, rounding in (("torchao int4, asymmetric", 4 + 32 / GROUP, torchao), ("GGUF Q4_0", 4 + 16 / GROUP, gguf)):
+        yield name, bits, lambda rounding=rounding: {name: rounding(store.rows(name, 0, store.shape(name)[0])) for name in names}  # type: ignore[misc]
+
+
+def table(found: list[Quality], tokens: int) -> Table:
+    """One line a method; losses relative to the full model."""
+    result = Table("method", "bits a weight", "mean KL", "99 %", "loss, bits per byte", "top-1", "seconds", box=SIMPLE)
+    for quality in found:
+        f = quality.figures
+        cells = (f"{f['kl']:.5f} ± {f['kl_se']:.5f}", f"{f['kl_p99']:.4f} ± {f['kl_p99_se']:.4f}")
+        loss, top1 = f"{100 * (f['ratio'] - 1):+.3f} % ± {100 * f['ratio_se']:.3f}", f"{f['top1']:.4f} ± {f['top1_se']:.4f}"
+        result.add_row(quality.method, f"{quality.bits:.2f}", *cells, loss, top1, f"{quality.seconds:.0f}")
+    result.caption = (
+        f"{tokens} tokens of held-out text, head included; the full model has {found[0].figures['reference']:.4f} bits per byte"
+    )
+    return result
+
+
+def main() -> None:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?")
+    parser.add_argument("--windows", type=int, default=0, help="of the text, 512 tokens each; 0: all")
+    parser.add_argument("--samples", type=int, default=Calibration().samples, help="of the calibration text")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    checkpoint = resolve(args.checkpoint)
+    text = (embedded_model() / "heldout.txt").read_text(encoding="utf-8")
+    if args.windows:
+        text = text[: 1700 * args.windows]  # about 512 tokens of the embedded model's
+    ids, nbytes = scoring_ids(checkpoint, text)
+    judge, found = Judge(checkpoint, ids, nbytes), []
+    for method, bits, make in (*ours(checkpoint, args.samples), *theirs(checkpoint)):
+        start = time.perf_counter()
+        weights = make()
+        seconds = time.perf_counter() - start
+        found.append(Quality(method, bits, seconds, judge.figures(weights)))
+        print(method, found[-1].figures, file=sys.stderr, flush=True)
+    Console().print(table(found, len(ids)))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(quality) for quality in found], indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""`h1export sensitivity`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from h1export.cli.common import answer, common, say
+from h1export.core.quant.budget import Budget
+from h1export.core.quant.scheme import BLOCK_SIZES, QuantScheme
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--block", type=click.Choice([str(size) for size in BLOCK_SIZES]), default="32", show_default=True, help="As of build.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Text, as of build [default: shipped].")
+@click.option("--budget-bits", type=float, help="Keep the most sensitive tensors at int8, up to so many bits a weight on average.")
+@click.option("--budget-kl", type=float, help="The same, down to this sum of the others' divergences.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the plan, to be edited and given to build --precisions."
+)
+@click.option("--jobs", default=0, show_default=True, type=click.IntRange(min=0), help="Threads; 0: one a core.")
+@common
+def sensitivity(
+    model: str | None,
+    block: str,
+    calibration: Path | None,
+    budget_bits: float | None,
+    budget_kl: float | None,
+    out: Path | None,
+    jobs: int,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Measure how far MODEL's predictions move (KL, nats) when one tensor alone is int4, and choose precisions within a budget.
+
+    \b
+    Examples:
+      h1export sensitivity --budget-bits 5.0 --out plan.yaml
+      h1export build --target ort --precisions plan.yaml
+    """
+    from h1export import pipeline, sources
+    from h1export.calibration import Calibration
+    from h1export.precisions import plan_text
+    from h1export.render import Bars
+
+    if budget_bits is not None and budget_kl is not None:
+        raise click.UsageError("give one of --budget-bits and --budget-kl")
+    budget = Budget(budget_bits, budget_kl)
+    with Bars(quiet or as_json) as bars:
+        found = pipeline.sensitivity(sources.resolve(model), QuantScheme("int4", int(block)), Calibration(calibration), bars, jobs)
+    raised = {} if budget_bits is None and budget_kl is None else budget.raised(found)
+    text = plan_text(found, raised)
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+    if as_json:
+        answer({name: {"kl": tensor.kl, "shape": tensor.shape, "int8": name in raised} for name, tensor in found.items()})
+    else:
+        say(text.rstrip(), quiet)
+    return 0

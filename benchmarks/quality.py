@@ -85,7 +85,7 @@ def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[
             return weights(solve(store, spec, Rounded(store, precisions, quantize_rows), ids, Stage(Path(folder), cores()), SILENT))
 
     def mixed() -> RoundedWeights:
-        return solved(four | Budget(bits=BUDGET).raised(pipeline.sensitivity(checkpoint, QuantScheme("int4", GROUP))))
+        return solved(four | Budget(bits=BUDGET).raised(pipeline.sensitivity(checkpoint, QuantScheme("int4", GROUP, "gptq"))))
 
     yield "int4 rtn", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, quantize_rows))
     yield "int4 search", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, search_rows))

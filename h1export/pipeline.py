@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def sensitivity(
     progress: Progress = SILENT,
     jobs: int = 0,
 ) -> dict[str, Sensitivity]:
-    """Of every product's weight, rounded with searched scales, on the first samples of the calibration text.
+    """Of every product's weight, in the integers that the scheme's method gives it, on the first samples of the calibration text.
 
     Raises:
         H1ExportError: a checkpoint, scheme or calibration text that cannot be used.
@@ -171,8 +172,12 @@ def sensitivity(
     spec = HybridSpec.load(checkpoint)
     store = WeightStore.open(checkpoint, spec)
     scheme.check(spec)
-    ids = calibration.ids(checkpoint)[:SENSITIVITY_SAMPLES]
-    return sensitivities(store, spec, Rounded(store, scheme.precisions(spec), search_rows), ids, jobs or cores(), progress)
+    ids, jobs = calibration.ids(checkpoint), jobs or cores()
+    integers: Integers = Rounded(store, scheme.precisions(spec), ROUNDINGS[scheme.method])
+    with tempfile.TemporaryDirectory(prefix="h1export-sensitivity-") as folder:
+        if scheme.calibrated:
+            integers = solve(store, spec, integers, ids, Stage(Path(folder), jobs), progress)
+        return sensitivities(store, spec, integers, ids[:SENSITIVITY_SAMPLES], jobs, progress)
 
 
 def plan(

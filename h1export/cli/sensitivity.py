@@ -8,7 +8,7 @@ import click
 
 from h1export.cli.common import answer, common, say
 from h1export.core.quant.budget import Budget
-from h1export.core.quant.scheme import BLOCK_SIZES, QuantScheme
+from h1export.core.quant.scheme import BEST, BLOCK_SIZES, QuantScheme
 
 
 @click.command()
@@ -49,7 +49,9 @@ def sensitivity(
         raise click.UsageError("give one of --budget-bits and --budget-kl")
     budget = Budget(budget_bits, budget_kl)
     with Bars(quiet or as_json) as bars:
-        found = pipeline.sensitivity(sources.resolve(model), QuantScheme("int4", int(block)), Calibration(calibration), bars, jobs)
+        found = pipeline.sensitivity(
+            sources.resolve(model), QuantScheme("int4", int(block), BEST["int4"]), Calibration(calibration), bars, jobs
+        )
     raised = {} if budget_bits is None and budget_kl is None else budget.raised(found)
     text = plan_text(found, raised)
     if out is not None:

@@ -9,12 +9,15 @@ from time import perf_counter
 import torch
 
 from h1export.core.protocols import Ids
+from h1export.core.quant.gptq import ROUNDS
+from h1export.core.quant.scheme import BLOCK_SIZES
 from h1export.core.spec import HybridSpec
 from h1export.core.weights import WeightStore
 from h1export.quantize.layers import head_tensor, prefix, products
 from h1export.quantize.solve import SOLVE_BYTES
 
 SAMPLE, SAMPLES = 768, 3  # rows and columns of the products that are timed
+FIT_BYTES, LEAST_BLOCK = 12, min(BLOCK_SIZES)  # the equations for scales, in float32 and in float64
 SOLVE_COPIES = 4  # of a block of rows: weight, rest, scales by search, codes
 
 
@@ -41,7 +44,9 @@ class Cost:
         widest = max(self._columns, default=0)
         moments, inverting = 8 * sum(columns**2 for columns in self._columns), 5 * 8 * widest**2
         sequences = (jobs + 1) * 4 * self._length * (sum(self._columns) + 8 * self._spec.hidden_size)
-        return max(4 * self._layer + sequences + moments + 3 * 4 * widest**2, moments + inverting + (jobs + 1) * SOLVE_COPIES * SOLVE_BYTES)
+        fitting = FIT_BYTES * SOLVE_BYTES // 4 * widest // LEAST_BLOCK**2  # for each of the rows at hand, blocks times blocks
+        solving = (jobs + 1) * (SOLVE_COPIES * SOLVE_BYTES + fitting)
+        return max(4 * self._layer + sequences + moments + 4 * 4 * widest**2, moments + inverting + solving)
 
     def seconds(self, jobs: int) -> float:
         """Of ``jobs`` threads, from a matrix product's speed on one of this machine's."""
@@ -49,9 +54,10 @@ class Cost:
         forward = 2 * 2 * 2 * tokens * self._layer  # both runs of a layer; the mixers cost about as much as its products
         moments = sum(2 * tokens * columns**2 for columns in self._columns)  # on one thread, beside the runs
         inverses = sum(2 * 2 * columns**3 for columns in self._columns)  # three steps of a third to two thirds each, in float64
-        rounding = sum(2 * rows * columns**2 for rows, columns in self._solved)
+        turns = 1 + 2 * ROUNDS + 2  # rounding and fitting cost about the same; a fit has two products
+        rounding = sum(2 * turns * rows * columns**2 for rows, columns in self._solved)
         rows, columns = self._head
-        head = 2 * tokens * columns**2 + 2 * rows * columns**2
+        head = 2 * tokens * columns**2 + 2 * turns * rows * columns**2
         total = self._spec.num_hidden_layers * (max(forward / jobs, moments) + (inverses + rounding) / jobs) + head / jobs
         return total / _flops()
 

@@ -17,9 +17,9 @@ EXTRAS: dict[str, list[str]] = nox.project.load_toml(PYPROJECT)["project"]["opti
 PYTHONS = ("3.11", "3.12", "3.13")
 TARGETS = {"core": "", "ort": "[ort,genai]", "coreml": "[coreml,ort]"}  # row of tests -> extras it installs
 RUNTIMES = {
-    "ort": "tests/targets/onnxruntime",
-    "coreml": "tests/targets/coreml",
-}  # row, and marker of the tests that need its runtime -> folder of tests that all do
+    "ort": ("tests/clients", "tests/targets/onnxruntime"),
+    "coreml": ("tests/targets/coreml",),
+}  # row, and marker of the tests that need its runtime -> folders of tests that all do
 
 nox.options.default_venv_backend = "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
 nox.options.sessions = ["lint", "types", f"tests-{sys.version_info.major}.{sys.version_info.minor}", "build"]
@@ -71,10 +71,12 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session, target: str) -> None:
     """Row "core": every test that needs no runtime; another row: those that need its runtime. No GPU, no macOS, and none may skip."""
     session.install("-e", f".{TARGETS[target]}", *dev("pytest", "hypothesis"))
-    others = {name: folder for name, folder in RUNTIMES.items() if name != target}
+    others = {name: folders for name, folders in RUNTIMES.items() if name != target}
     markers = " and ".join((*([target] if target in RUNTIMES else []), *(f"not {name}" for name in ("gpu", "mac", *others))))
     results = Path(session.create_tmp()) / "results.xml"
-    ignored = [f"--ignore={folder}" for folder in others.values()]  # not by a marker: to see one, pytest would have to import the file
+    ignored = [
+        f"--ignore={folder}" for folders in others.values() for folder in folders
+    ]  # not by a marker: to see one, pytest would have to import the file
     session.run("pytest", "-m", markers, *ignored, f"--junitxml={results}", *session.posargs)
     if skipped := skips(results):
         session.error(f"skipped, and every test selected here must run: {', '.join(skipped)}")
@@ -128,4 +130,4 @@ def gpu(session: nox.Session) -> None:
         session.skip("no NVIDIA GPU here (nvidia-smi is missing): run `nox -s gpu` on a machine that has one")
     session.install("-e", ".[cuda,trt]", *dev("pytest", "hypothesis"))
     # not collected: it imports onnxruntime-genai, which would install the CPU's onnxruntime over this one
-    session.run("pytest", "-m", "gpu", "--ignore=tests/targets/onnxruntime/test_clients.py", *session.posargs)
+    session.run("pytest", "-m", "gpu", "--ignore=tests/targets/onnxruntime/test_clients.py", "--ignore=tests/clients", *session.posargs)

@@ -178,6 +178,15 @@ def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: K
     return get_target(name).load(artifact, threads, float32, kernels)
 
 
+def load_folder(out: str | Path, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:
+    """``h1export.load``: a Runner over the artifact in the folder ``out``; the other arguments are those of ``Target.load``.
+
+    Raises:
+        H1ExportError: a damaged artifact, or one that does not run here.
+    """
+    return load(Artifact.open(Path(out)), threads, float32, kernels)
+
+
 def validate(
     out: Path,
     checkpoint: Path,

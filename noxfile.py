@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent
 PYPROJECT = ROOT / "pyproject.toml"
 EXTRAS: dict[str, list[str]] = nox.project.load_toml(PYPROJECT)["project"]["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
-TARGETS = {"core": "", "ort": "[ort,genai]", "coreml": "[coreml,ort]"}  # row of tests -> extras it installs
+TARGETS = {"core": "", "ort": "[ort,genai,eval]", "coreml": "[coreml,ort]"}  # row of tests -> extras it installs
 RUNTIMES = {
     "ort": ("tests/clients", "tests/targets/onnxruntime"),
     "coreml": ("tests/targets/coreml",),

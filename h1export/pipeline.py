@@ -187,6 +187,13 @@ def load_folder(out: str | Path, threads: int = 0, float32: bool = False, kernel
     return load(Artifact.open(Path(out)), threads, float32, kernels)
 
 
+def check_source(artifact: Artifact, checkpoint: Path) -> None:
+    """Raises H1ExportError where ``artifact`` was not built from ``checkpoint``."""
+    spec = HybridSpec.load(checkpoint)
+    if WeightStore.open(checkpoint, spec).fingerprint() != artifact.manifest.source or spec != artifact.spec:
+        raise H1ExportError(artifact.folder, f"was not built from {checkpoint}", "give the checkpoint it was built from as MODEL")
+
+
 def validate(
     out: Path,
     checkpoint: Path,
@@ -215,9 +222,7 @@ def validate(
     artifact = Artifact.open(out)
     progress.stage("hashes")
     artifact.check_hashes()
-    spec = HybridSpec.load(checkpoint)
-    if WeightStore.open(checkpoint, spec).fingerprint() != artifact.manifest.source or spec != artifact.spec:
-        raise H1ExportError(out, f"was not built from {checkpoint}", "give the checkpoint it was built from as MODEL")
+    check_source(artifact, checkpoint)
     if threads:
         torch.set_num_threads(threads)
     has_tokenizer = (out / TOKENIZER).is_file()

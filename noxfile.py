@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent
 PYPROJECT = ROOT / "pyproject.toml"
 EXTRAS: dict[str, list[str]] = nox.project.load_toml(PYPROJECT)["project"]["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
-TARGETS = {"core": "", "ort": "[ort,genai,eval]", "coreml": "[coreml,ort]"}  # row of tests -> extras it installs
+TARGETS = {"core": "", "ort": "[ort,genai,eval,optimum]", "coreml": "[coreml,ort]"}  # row of tests -> extras it installs
 RUNTIMES = {
     "ort": ("tests/clients", "tests/targets/onnxruntime"),
     "coreml": ("tests/targets/coreml",),
@@ -97,6 +97,7 @@ def build(session: nox.Session) -> None:
             session.run(f"{clean}/bin/h1export", "--help", external=True)
             session.run(f"{clean}/bin/pip", "install", "-q", "--no-compile", f"{path}[{extras}]", external=True)
             session.run(f"{clean}/bin/pip", "check", external=True)
+            session.run(f"{clean}/bin/optimum-cli", "export", "h1export", "--help", external=True, silent=True)  # optimum finds ours
             for runtime in ("onnxruntime", "onnxruntime_genai", "tensorrt_rtx", "coremltools"):
                 session.run(
                     f"{clean}/bin/python", "-c", f"import {runtime}; print({runtime}.__name__, {runtime}.__version__)", external=True

@@ -15,11 +15,12 @@ ROOT = Path(__file__).parent
 PYPROJECT = ROOT / "pyproject.toml"
 EXTRAS: dict[str, list[str]] = nox.project.load_toml(PYPROJECT)["project"]["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
-TARGETS = {"core": "", "ort": "[ort,genai]", "coreml": "[coreml,ort]", "trt": "[trt]"}  # row of tests -> extras it installs
+# row of tests -> extras it installs
+TARGETS = {"core": "", "ort": "[ort,genai,eval,optimum]", "coreml": "[coreml,ort]", "trt": "[trt]"}
 RUNTIMES = {
-    "ort": ["tests/targets/onnxruntime"],
-    "coreml": ["tests/targets/coreml"],
-    "trt": ["tests/targets/tensorrt", "tests/plugins/gpu"],
+    "ort": ("tests/clients", "tests/targets/onnxruntime"),
+    "coreml": ("tests/targets/coreml",),
+    "trt": ("tests/targets/tensorrt", "tests/plugins/gpu"),
 }  # row, and marker of the tests that need its runtime -> folders of tests that all do
 
 nox.options.default_venv_backend = "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
@@ -97,6 +98,7 @@ def build(session: nox.Session) -> None:
             session.run(f"{clean}/bin/h1export", "--help", external=True)
             session.run(f"{clean}/bin/pip", "install", "-q", "--no-compile", f"{path}[{extras}]", external=True)
             session.run(f"{clean}/bin/pip", "check", external=True)
+            session.run(f"{clean}/bin/optimum-cli", "export", "h1export", "--help", external=True, silent=True)  # optimum finds ours
             for runtime in ("onnxruntime", "onnxruntime_genai", "tensorrt_rtx", "triton", "coremltools"):
                 session.run(
                     f"{clean}/bin/python", "-c", f"import {runtime}; print({runtime}.__name__, {runtime}.__version__)", external=True
@@ -130,4 +132,4 @@ def gpu(session: nox.Session) -> None:
         session.skip("no NVIDIA GPU here (nvidia-smi is missing): run `nox -s gpu` on a machine that has one")
     session.install("-e", ".[cuda,trt]", *dev("pytest", "hypothesis"))
     # not collected: it imports onnxruntime-genai, which would install the CPU's onnxruntime over this one
-    session.run("pytest", "-m", "gpu", "--ignore=tests/targets/onnxruntime/test_clients.py", *session.posargs)
+    session.run("pytest", "-m", "gpu", "--ignore=tests/targets/onnxruntime/test_clients.py", "--ignore=tests/clients", *session.posargs)

@@ -226,6 +226,22 @@ def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: K
     return get_target(name).load(artifact, threads, float32, kernels)
 
 
+def load_folder(out: str | Path, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:
+    """``h1export.load``: a Runner over the artifact in the folder ``out``; the other arguments are those of ``Target.load``.
+
+    Raises:
+        H1ExportError: a damaged artifact, or one that does not run here.
+    """
+    return load(Artifact.open(Path(out)), threads, float32, kernels)
+
+
+def check_source(artifact: Artifact, checkpoint: Path) -> None:
+    """Raises H1ExportError where ``artifact`` was not built from ``checkpoint``."""
+    spec = HybridSpec.load(checkpoint)
+    if WeightStore.open(checkpoint, spec).fingerprint() != artifact.manifest.source or spec != artifact.spec:
+        raise H1ExportError(artifact.folder, f"was not built from {checkpoint}", "give the checkpoint it was built from as MODEL")
+
+
 def validate(
     out: Path,
     checkpoint: Path,
@@ -256,9 +272,7 @@ def validate(
     artifact = Artifact.open(out)
     progress.stage("hashes")
     artifact.check_hashes()
-    spec = HybridSpec.load(checkpoint)
-    if WeightStore.open(checkpoint, spec).fingerprint() != artifact.manifest.source or spec != artifact.spec:
-        raise H1ExportError(out, f"was not built from {checkpoint}", "give the checkpoint it was built from as MODEL")
+    check_source(artifact, checkpoint)
     if threads:
         torch.set_num_threads(threads)
     has_tokenizer = (out / TOKENIZER).is_file()

@@ -104,11 +104,11 @@ SWITCHES: Mapping[str, dict[str, Any]] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A runtime's own folder of tests bears its marker."""
-    folders = {Path(__file__).parent / "targets" / "onnxruntime": "ort", Path(__file__).parent / "targets" / "coreml": "coreml"}
+    """A folder of tests that all need a runtime bears its marker."""
+    folders = {"clients": "ort", "targets/onnxruntime": "ort", "targets/coreml": "coreml"}
     for item in items:
         for folder, marker in folders.items():
-            if item.path.is_relative_to(folder):
+            if item.path.is_relative_to(Path(__file__).parent / folder):
                 item.add_marker(marker)
 
 

@@ -21,6 +21,7 @@ from h1export import __version__
 from h1export.cli.bench import bench
 from h1export.cli.common import F, answer, common, kernels_option, say
 from h1export.cli.coreml import coreml
+from h1export.cli.evaluate import evaluate
 from h1export.cli.export import Asked, export_options
 from h1export.cli.plan import plan
 from h1export.cli.sensitivity import sensitivity
@@ -239,6 +240,7 @@ def completion(shell: str) -> int:
 
 cli.add_command(bench)
 cli.add_command(coreml)
+cli.add_command(evaluate)
 cli.add_command(plan)
 cli.add_command(sensitivity)
 

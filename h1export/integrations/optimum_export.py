@@ -1,0 +1,50 @@
+"""`optimum-cli export h1export`: `h1export build` as a subcommand of optimum, with the options that it has there."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from h1export.cli import build, run
+
+OWN = ("model", "out")  # optimum names these two its own way, for every exporter
+
+
+class H1ExportCommand(BaseOptimumCLICommand):
+    """``-m MODEL OUTPUT`` as in optimum's other exports, then the options of `h1export build`."""
+
+    COMMAND = CommandInfo(name="h1export", help="Export Falcon-H1 models to the runtimes that h1export knows, with int4 weights.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Every option of the click command, once more for argparse; click checks the values."""
+        parser.add_argument("-m", "--model", required=True, help="Checkpoint folder in Hugging Face layout, or a Hub id.")
+        parser.add_argument("output", help="Folder to make.")
+        for option in _options():
+            text = (option.help or "").replace("%", "%%")
+            if option.is_flag:
+                parser.add_argument(*option.opts, dest=option.name, action="store_true", help=text)
+            else:
+                action = "append" if option.multiple else "store"
+                parser.add_argument(*option.opts, dest=option.name, action=action, required=option.required, help=text)
+
+    def run(self) -> None:
+        given: dict[str, Any] = dict(vars(self.args))
+        arguments = ["build", given["model"], "--out", given["output"]]
+        for option in _options():
+            value = given[str(option.name)]
+            if option.is_flag:
+                arguments += option.opts if value else []
+            elif value is not None:
+                arguments += [part for item in (value if option.multiple else [value]) for part in (option.opts[0], item)]
+        if code := run(arguments):
+            sys.exit(code)
+
+
+def _options() -> Iterator[click.Option]:
+    yield from (param for param in build.params if isinstance(param, click.Option) and param.name not in OWN and not param.hidden)

@@ -1,0 +1,90 @@
+"""pytest plugin: a repository gates its exports with the fixtures below. It loads nothing heavy until one of them is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from h1export.comparison import Exported, Truth
+    from h1export.core.protocols import Ids
+    from h1export.core.state import Array
+
+ARTIFACT, CHECKPOINT = "h1_artifact", "h1_checkpoint"
+SETTINGS = {
+    ARTIFACT: "folder that h1export build has made",
+    CHECKPOINT: "checkpoint that it was built from: folder or Hub id [default: h1export's own]",
+}
+
+
+def pytest_addoption(parser: Any) -> None:
+    """--h1-artifact and --h1-checkpoint, and the same in the configuration file, where paths are relative to it."""
+    group = parser.getgroup("h1export")
+    for name, text in SETTINGS.items():
+        group.addoption("--" + name.replace("_", "-"), default=None, help=text)
+        parser.addini(name, text, default="")
+
+
+def _setting(config: Any, name: str) -> str | None:
+    given = config.getoption(name)
+    if given is None and (written := config.getini(name)):
+        place = (config.inipath.parent if config.inipath else config.rootpath) / written
+        return str(place) if place.exists() or name == ARTIFACT else str(written)  # a Hub id is no path
+    return given or None
+
+
+def _failing(make: Callable[[], Any]) -> Any:
+    """What ``make`` gives; what a user is meant to read comes without a traceback."""
+    from h1export.errors import H1ExportError
+
+    try:
+        return make()
+    except H1ExportError as error:
+        message = str(error)
+    return pytest.fail(f"h1export: {message}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def h1_artifact(request: pytest.FixtureRequest) -> Exported:
+    """The artifact that --h1-artifact or the setting h1_artifact names: ``ids(text)``, ``logits(ids)``, ``runner``, ``exact``."""
+    folder = _setting(request.config, ARTIFACT)
+    if folder is None:
+        pytest.fail("h1export: no artifact; give --h1-artifact FOLDER, or h1_artifact in the configuration file", pytrace=False)
+    from h1export.comparison import Exported
+
+    found: Exported = _failing(lambda: Exported.open(Path(folder)))
+    return found
+
+
+@pytest.fixture(scope="session")
+def h1_reference(request: pytest.FixtureRequest, h1_artifact: Exported) -> Truth:
+    """PyTorch on the checkpoint that h1_artifact was built from, with the weights that the artifact stores: ``logits(ids)``."""
+    from h1export import sources
+    from h1export.comparison import Truth
+
+    checkpoint = _setting(request.config, CHECKPOINT)
+    found: Truth = _failing(lambda: Truth(sources.resolve(checkpoint), h1_artifact))
+    return found
+
+
+@pytest.fixture(scope="session")
+def assert_logits_close(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """assert_logits_close(found, truth, ids=None, tolerance=None): logits [seq, vocab] within ``tolerance`` of the truth's range.
+
+    Without a tolerance, h1_artifact's own: the gate that `validate` has for it. ``ids``: for the message.
+    """
+
+    def check(found: Array, truth: Array, ids: Ids | None = None, tolerance: float | None = None) -> None:
+        __tracebackhide__ = True
+        from h1export.comparison import Tolerance, difference
+
+        exported: Exported = request.getfixturevalue("h1_artifact")
+        allowed = exported.tolerance if tolerance is None else Tolerance(tolerance, "that the test gives")
+        message = _failing(lambda: difference(found, truth, allowed, exported.tokenizer, ids))
+        if message:
+            raise AssertionError(message)
+
+    return check

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,7 +13,6 @@ from tokenizers import Tokenizer
 from h1export import pipeline
 from h1export.core.artifact import Artifact
 from h1export.core.protocols import Ids, Runner
-from h1export.core.quant import QuantName
 from h1export.core.state import Array
 from h1export.errors import H1ExportError
 from h1export.text import load_tokenizer
@@ -65,9 +64,8 @@ class Exported:
     @property
     def tolerance(self) -> Tolerance:
         """The default gate of `validate` for this artifact against its own weights."""
-        scheme = self.artifact.manifest.scheme["quant"]
-        quant: QuantName = next(name for name in get_args(QuantName) if name == scheme)
-        limits = gates.limits(quant, self.runner.capabilities.float32, self.exact.runner.capabilities.float32, {})
+        shipped, exact = self.runner.capabilities, self.exact.runner.capabilities
+        limits = gates.limits_of(self.artifact.manifest, shipped.float32, exact.float32, {})
         metric = next(metric for group in ("drift", "stored", "source") if (metric := f"{group}.logits") in limits)
         return Tolerance(limits[metric], metric)
 

@@ -8,7 +8,9 @@ activations. ``source``: the artifact as it ships against the checkpoint, so it 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
+from h1export.core.artifact import Manifest
 from h1export.core.quant import Method, QuantName
 from h1export.errors import H1ExportError
 
@@ -28,6 +30,13 @@ BLOCK = 2.0
 # ratios to PyTorch; prefill is mostly matrix products, where PyTorch is good and a busy machine makes the ratio swing
 FP16 = {"fp16.share": 1.0}  # of 65504, the largest finite number: what lies beyond is infinite
 LATENCY = {"latency.prefill": 1.5, "latency.decode": 1.0}
+
+
+def limits_of(manifest: Manifest, float32: bool, exact: bool, chosen: Mapping[str, float]) -> dict[str, float]:
+    """``limits`` for the artifact with this ``manifest``."""
+    quant: QuantName = next(name for name in get_args(QuantName) if name == manifest.scheme["quant"])
+    method: Method = next(name for name in get_args(Method) if name == manifest.scheme.get("method", "rtn"))
+    return limits(quant, method, float32, exact, chosen)
 
 
 def limits(quant: QuantName, method: Method, float32: bool, exact: bool, chosen: Mapping[str, float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ import torch
 from h1export.core.artifact import Artifact
 from h1export.core.progress import Progress
 from h1export.core.protocols import Ids, Runner
-from h1export.core.quant import Method, QuantName
 from h1export.core.report import Report, Row
 from h1export.core.state import Array
 from h1export.core.weights import WeightStore
@@ -63,9 +62,7 @@ def validate(
     Raises:
         H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
-    quant: QuantName = next(name for name in get_args(QuantName) if name == artifact.manifest.scheme["quant"])
-    method: Method = next(name for name in get_args(Method) if name == artifact.manifest.scheme.get("method", "rtn"))
-    limits = gates.limits(quant, method, runner.capabilities.float32, exact.capabilities.float32, options.limits)
+    limits = gates.limits_of(artifact.manifest, runner.capabilities.float32, exact.capabilities.float32, options.limits)
     stored, rows = runner.stored_weights(), []
     if stored:
         progress.stage("stored weights")

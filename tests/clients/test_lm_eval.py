@@ -26,7 +26,7 @@ from h1export.errors import H1ExportError
 from h1export.generation import Sampling, generate
 from h1export.integrations.lm_eval import ArtifactLM
 from h1export.text import load_tokenizer
-from h1export.validate.perplexity import WINDOW, bits_per_byte
+from h1export.validate.perplexity import WINDOW, Scored, text_figures, windows
 
 Build = Callable[..., Artifact]
 
@@ -91,8 +91,9 @@ def test_rolling_is_the_perplexity_of_validate(model: ArtifactLM, tiny: Path, he
     def score(window: np.ndarray[Any, Any]) -> Any:
         return runner.step(window[None, :-1], np.ones((1, len(window) - 1), np.int64), runner.initial(1))[0][0]
 
-    nbytes = len(text.encode())
-    assert -found / math.log(2) / nbytes == pytest.approx(bits_per_byte(score, ids, nbytes), rel=1e-4)
+    nbytes, answers = len(text.encode()), [(score(window), window) for window in windows(ids)]
+    figures = text_figures((Scored.of(logits, logits, window) for logits, window in answers), nbytes)
+    assert -found / math.log(2) / nbytes == pytest.approx(figures["artifact"], rel=1e-4)
 
 
 CONTEXT, CHOICES = "import os\n\ndef main(", ("argv", "argv=None):\n    ", "self", "")

@@ -176,7 +176,9 @@ def test_importing_the_package_is_light() -> None:
 
 def test_importing_every_module_loads_no_runtime(modules: Mapping[str, Any]) -> None:
     ours = [name for name in modules if inside(name, "h1export") and not inside(name, HOSTED) and not TRITON.fullmatch(name)]
-    assert loaded_by(f"import {', '.join(ours)}", ("triton", *RUNTIMES)) == set()
+    assert loaded_by(f"import {', '.join(ours)}", tuple(RUNTIMES)) == set()
+    ours.remove("h1export.hf")  # transformers' own models load Triton where it is installed
+    assert loaded_by(f"import {', '.join(ours)}", ("triton",)) == set()
 
 
 def test_triton_is_imported_by_its_door_only(trees: Mapping[str, ast.Module]) -> None:

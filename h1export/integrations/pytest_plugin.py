@@ -53,6 +53,7 @@ def h1_artifact(request: pytest.FixtureRequest) -> Exported:
     folder = _setting(request.config, ARTIFACT)
     if folder is None:
         pytest.fail("h1export: no artifact; give --h1-artifact FOLDER, or h1_artifact in the configuration file", pytrace=False)
+    assert folder is not None  # fail raises
     from h1export.comparison import Exported
 
     found: Exported = _failing(lambda: Exported.open(Path(folder)))

@@ -107,7 +107,8 @@ def fitted_scales(weight: Array, codes: Codes, scales: Scales, inverse: Inverse)
     normal.diagonal(dim1=1, dim2=2).add_(trust)
     fitted = torch.linalg.solve(normal, wanted + trust * before)
     tame = (fitted > before / WILD) & (fitted < before * WILD)
-    return np.clip(torch.where(tame, fitted, before).numpy(), MIN_SCALE, MAX_SCALE).astype(np.float16)
+    found: Scales = np.clip(torch.where(tame, fitted, before).numpy(), MIN_SCALE, MAX_SCALE).astype(np.float16)
+    return found
 
 
 def round_rows(weight: Array, scales: Scales, precision: Precision, inverse: Inverse) -> Codes:

@@ -94,7 +94,7 @@ def test_the_manifest_says_on_what_integers_were_chosen(spoken_checkpoint: Path,
     assert run(["build", *words, *few, "--out", str(tmp_path / "out")]) == 0
     scheme = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["scheme"]
     ids = scheme["calibration"].pop("ids")
-    assert scheme == {"quant": "int4", "block": 32, "method": "gptq", "calibration": {"samples": 2, "length": 100, "seed": 5}}
+    assert scheme == {"quant": "int4", "block": 32, "method": "gptq", "chosen": {}, "calibration": {"samples": 2, "length": 100, "seed": 5}}
     chosen = Calibration(text, 2, 100, 5)
     assert ids == chosen.described(chosen.ids(spoken_checkpoint))["ids"]
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text(encoding="utf-8")

@@ -72,13 +72,16 @@ def types(session: nox.Session) -> None:
 @nox.parametrize("target", list(TARGETS))
 def tests(session: nox.Session, target: str) -> None:
     """Row "core": every test that needs no runtime; another row: those that need its runtime. No GPU, no macOS, and none may skip."""
-    session.install("-e", f".{TARGETS[target]}", *dev("pytest", "hypothesis"))
+    session.install("-e", f".{TARGETS[target]}", *dev("pytest", "pytest-xdist", "hypothesis"))
     others = {name: folders for name, folders in RUNTIMES.items() if name != target}
     markers = " and ".join((*([target] if target in RUNTIMES else []), *(f"not {name}" for name in ("gpu", "mac", *others))))
     results = Path(session.create_tmp()) / "results.xml"
     # not by a marker: to see one, pytest would have to import the file
     ignored = [f"--ignore={folder}" for folders in others.values() for folder in folders]
-    session.run("pytest", "-m", markers, *ignored, f"--junitxml={results}", *session.posargs)
+    # a worker for each core, with one thread each: small models leave a second thread idle
+    workers = ("-n", "auto", "--maxprocesses=4", "--dist=loadscope")
+    threads = {"OMP_NUM_THREADS": "1"}
+    session.run("pytest", "-q", *workers, "-m", markers, *ignored, f"--junitxml={results}", *session.posargs, env=threads)
     if skipped := skips(results):
         session.error(f"skipped, and every test selected here must run: {', '.join(skipped)}")
 

@@ -35,29 +35,29 @@ class Cost:
 
     @property
     def disk_bytes(self) -> int:
-        """Of the stage while it works: integers, and twice the sequences between two layers."""
+        """Of the stage while it works: integers, and both sequences, right and wrong, before a layer and after it."""
         codes = self._spec.num_hidden_layers * sum(map(prod, self._solved)) + prod(self._head)
-        return codes + 2 * 4 * self._samples * self._length * self._spec.hidden_size
+        return codes + 4 * 4 * self._samples * self._length * self._spec.hidden_size
 
     def peak_bytes(self, jobs: int) -> int:
         """Anonymous memory at its peak, above what the process holds before: a layer, its moments, and what each thread has at hand."""
         widest = max(self._columns, default=0)
-        moments, inverting = 8 * sum(columns**2 for columns in self._columns), 5 * 8 * widest**2
-        sequences = (jobs + 1) * 4 * self._length * (sum(self._columns) + 8 * self._spec.hidden_size)
+        moments, inverting = 2 * 8 * sum(columns**2 for columns in self._columns), 6 * 8 * widest**2
+        sequences = (jobs + 1) * 2 * 4 * self._length * (sum(self._columns) + 8 * self._spec.hidden_size)
         fitting = FIT_BYTES * SOLVE_BYTES // 4 * widest // LEAST_BLOCK**2  # for each of the rows at hand, blocks times blocks
         solving = (jobs + 1) * (SOLVE_COPIES * SOLVE_BYTES + fitting)
-        return max(4 * self._layer + sequences + moments + 4 * 4 * widest**2, moments + inverting + solving)
+        return max(4 * self._layer + sequences + moments + 2 * 4 * widest**2, moments + inverting + solving)
 
     def seconds(self, jobs: int) -> float:
         """Of ``jobs`` threads, from a matrix product's speed on one of this machine's."""
         tokens = self._samples * self._length
-        forward = 2 * 2 * 2 * tokens * self._layer  # both runs of a layer; the mixers cost about as much as its products
-        moments = sum(2 * tokens * columns**2 for columns in self._columns)  # on one thread, beside the runs
-        inverses = sum(2 * 2 * columns**3 for columns in self._columns)  # three steps of a third to two thirds each, in float64
-        turns = 1 + 2 * ROUNDS + 2  # rounding and fitting cost about the same; a fit has two products
+        forward = 3 * 2 * 2 * tokens * self._layer  # three runs of a layer; the mixers cost about as much as its products
+        moments = sum(2 * 2 * tokens * columns**2 for columns in self._columns)  # on one thread, beside the runs
+        inverses = sum(2 * 4 * columns**3 for columns in self._columns)  # three steps of a third to two thirds each, a product, in float64
+        turns = 2 + 2 * ROUNDS + 2  # correcting, rounding and fitting cost about the same; a fit has two products
         rounding = sum(2 * turns * rows * columns**2 for rows, columns in self._solved)
         rows, columns = self._head
-        head = 2 * tokens * columns**2 + 2 * turns * rows * columns**2
+        head = 2 * 2 * tokens * columns**2 + 2 * turns * rows * columns**2
         total = self._spec.num_hidden_layers * (max(forward / jobs, moments) + (inverses + rounding) / jobs) + head / jobs
         return total / _flops()
 

@@ -96,13 +96,10 @@ class LoadedLayer:
 
     def output(self, hidden: Array) -> Array:
         """Of ``hidden`` [seq, hidden]; on any thread."""
-        return self._run(hidden)[0]
+        return self.run(hidden)[0]
 
-    def inputs(self, hidden: Array) -> Mapping[str, Tensor]:
-        """Of its products [seq, columns], by INPUTS' names; on any thread."""
-        return self._run(hidden)[1]
-
-    def _run(self, hidden: Array) -> tuple[Array, dict[str, Tensor]]:
+    def run(self, hidden: Array) -> tuple[Array, Mapping[str, Tensor]]:
+        """The output, and the inputs of its products [seq, columns] by INPUTS' names; on any thread."""
         seq, seen = len(hidden), dict[str, Tensor]()
         self._thread.seen, ones = seen, torch.ones(1, seq)
         with torch.no_grad():

@@ -1,19 +1,21 @@
 """GPTQ of a whole model: layer by layer, each on what the layers before it, quantised already, make of the calibration text.
 
-Memory holds a layer. The sequences between two layers, and the integers, lie in files of the stage's scratch folder, so that a build
+What a layer should be given, by the checkpoint's weights, goes along: a product makes up for what quantisation did to its inputs.
+Memory holds a layer. Both sequences between two layers, and the integers, lie in files of the stage's scratch folder, so that a build
 that was killed goes on in the layer where it stopped. Bytes do not depend on the number of threads: each computes on its own, and
 sums are taken in the order of the sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from h1export.core.journal import SCRATCH, Extent
@@ -33,8 +35,30 @@ WORK = f"{SCRATCH}/gptq"
 SOLVE_BYTES = 16 << 20  # of float32 rows that a thread solves at a time
 ALIGN = 64
 
-T = TypeVar("T")
 Groups = Mapping[str, tuple[str, ...]]  # input of a product -> the weights that it is multiplied by
+Run = Callable[[Array], tuple[Array, Mapping[str, Tensor]]]  # sequence [length, hidden] -> output, and inputs of products [length, columns]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over all positions of a product's inputs x, and of what they should be, t: float64 [columns, columns].
+
+    Attributes:
+        own: x x^T.
+        drift: (t - x) x^T.
+    """
+
+    own: Tensor
+    drift: Tensor
+
+    @classmethod
+    def zero(cls, columns: int) -> Moments:
+        return cls(*(torch.zeros(columns, columns, dtype=torch.float64) for _ in range(2)))
+
+    def add(self, truth: Tensor, found: Tensor) -> None:
+        """The positions of a sequence [length, columns]."""
+        self.own.add_(found.T @ found)
+        self.drift.add_((truth - found).T @ found)
 
 
 def solve(store: WeightStore, spec: HybridSpec, rest: Integers, ids: Ids, stage: Stage, progress: Progress) -> Solved:
@@ -59,7 +83,7 @@ def solve(store: WeightStore, spec: HybridSpec, rest: Integers, ids: Ids, stage:
 
 
 class _Solver:
-    """The work of one build. ``file`` holds the integers of all tensors, and twice the sequences between two layers."""
+    """The work of one build. ``file`` holds the integers of all tensors, and what goes into one layer and the next, wrong and right."""
 
     def __init__(self, store: WeightStore, spec: HybridSpec, rest: Integers, ids: Ids, stage: Stage, file: WeightFile) -> None:
         self._store, self._spec, self._ids, self._stage, self._file = store, spec, ids, stage, file
@@ -68,7 +92,7 @@ class _Solver:
         places = {tensor: self._place(tensor, rest) for tensor in (*tensors, self._head) if tensor in rest.precisions}
         self.solved = Solved(stage.folder, places, rest)
         self._shape = (*ids.shape, spec.hidden_size)
-        self._between = [file.reserve("between", 4 * prod(self._shape), ALIGN) for _ in range(2)]
+        self._between = [file.reserve("between", 4 * prod(self._shape), ALIGN) for _ in range(4)]
 
     def _place(self, tensor: str, rest: Integers) -> Place:
         rows, columns = self._store.shape(tensor)
@@ -82,17 +106,32 @@ class _Solver:
         unsolved = next((layer for layer in range(layers) if self._open(products(layer))), layers)
         if unsolved == layers and not self._open({"head": (self._head,)}):
             return
-        start = next((layer for layer in range(unsolved, 0, -1) if self._file.holds(self._input(layer))), 0)
+        start = next((layer for layer in range(unsolved, 0, -1) if all(map(self._file.holds, self._inputs(layer)))), 0)
         if start == 0:
-            self._write_input(0, (partial(embed, self._store, self._spec, ids) for ids in self._ids))
+            self._file.write(self._inputs(0), (partial(_twice, embed, self._store, self._spec, ids) for ids in self._ids))
         for layer in range(start, layers):
             progress.stage(f"GPTQ, layer {layer + 1} of {layers}")
-            if groups := self._open(products(layer)):
-                self._solve(groups, self._moments(LoadedLayer(self._store, self._spec, layer, self._original).inputs, layer, groups))
-            self._write_input(layer + 1, self._each(LoadedLayer(self._store, self._spec, layer, self._quantised).output, layer))
+            self._solve_layer(layer, self._open(products(layer)))
         progress.stage("GPTQ, head")
         if groups := self._open({"head": (self._head,)}):
-            self._solve(groups, self._moments(lambda hidden: {"head": final_norm(self._store, self._spec, hidden)}, layers, groups))
+            moments: dict[str, Moments] = {}
+            deque(self._watched(self._run_head, layers, groups, moments), maxlen=0)
+            self._solve(groups, moments)
+
+    def _solve_layer(self, layer: int, groups: Groups) -> None:
+        """Solve ``groups``, and write what should come into the next layer and what does."""
+        (truth, ours), moments = self._inputs(layer + 1), dict[str, Moments]()
+        outputs = self._watched(LoadedLayer(self._store, self._spec, layer, self._original).run, layer, groups, moments)
+        if groups and self._file.holds(truth):  # written by a build that was killed afterwards
+            deque(outputs, maxlen=0)
+        else:
+            self._file.write([truth], (partial(_this, output) for output in outputs))
+        self._solve(groups, moments)
+        quantised = LoadedLayer(self._store, self._spec, layer, self._quantised).output
+        self._file.write([ours], (partial(_alone, quantised, found) for _, found in self._sequences(layer)))
+
+    def _run_head(self, hidden: Array) -> tuple[Array, Mapping[str, Tensor]]:
+        return hidden, {"head": final_norm(self._store, self._spec, hidden)}
 
     def _open(self, groups: Mapping[str, tuple[str, ...]]) -> Groups:
         """Of ``groups``, what is to be solved and is not in the file."""
@@ -103,30 +142,28 @@ class _Solver:
         place = self.solved.places.get(tensor)
         return place is not None and not (self._file.holds(place.codes) and self._file.holds(place.scales))
 
-    def _input(self, layer: int) -> Extent:
-        """Where the inputs of ``layer`` lie, float32 [samples, length, hidden]; those of the head are the last."""
-        return replace(self._between[layer % 2], tensor=f"input of layer {layer}")
+    def _inputs(self, layer: int) -> tuple[Extent, Extent]:
+        """Where what should come into ``layer`` lies, and what does: float32 [samples, length, hidden]. Those of the head are the last."""
+        truth, ours = self._between[layer % 2 :: 2]
+        return replace(truth, tensor=f"right input of layer {layer}"), replace(ours, tensor=f"input of layer {layer}")
 
-    def _each(self, function: Callable[[Array], T], layer: int) -> Iterator[Callable[[], T]]:
-        """``function`` of the inputs [length, hidden] of ``layer``, sequence by sequence, when called."""
-        extent = self._input(layer)
-        inputs = np.memmap(self._stage.folder / extent.file, np.float32, "r", extent.offset, self._shape)
-        return (partial(_of_copy, function, sequence) for sequence in inputs)
+    def _sequences(self, layer: int) -> Iterator[tuple[Array, Array]]:
+        """Of ``_inputs``, sequence by sequence."""
+        maps = (np.memmap(self._stage.folder / extent.file, np.float32, "r", extent.offset, self._shape) for extent in self._inputs(layer))
+        return zip(*maps, strict=True)
 
-    def _write_input(self, layer: int, sequences: Iterable[Callable[[], Array]]) -> None:
-        self._file.write([self._input(layer)], (partial(_alone, sequence) for sequence in sequences))
-
-    def _moments(self, inputs: Callable[[Array], Mapping[str, Tensor]], layer: int, groups: Groups) -> dict[str, Tensor]:
-        """The sums of x x^T, float64 [columns, columns], over all positions of the inputs that ``groups`` names."""
-        sums: dict[str, Tensor] = {}
-        for found in in_order(self._each(inputs, layer), self._stage.jobs):
+    def _watched(self, run: Run, layer: int, groups: Groups, moments: dict[str, Moments]) -> Iterator[Array]:
+        """The outputs of ``run`` for what should come into ``layer``, while ``moments`` gather those of ``groups``."""
+        runs = (partial(_both, run, truth, found if groups else None) for truth, found in self._sequences(layer))
+        for (output, right), found in in_order(runs, self._stage.jobs):
             for name in groups:
-                moments = found[name].T @ found[name]
-                sums[name] = sums[name].add_(moments) if name in sums else moments.double()
-        return sums
+                if name not in moments:
+                    moments[name] = Moments.zero(found[name].shape[1])
+                moments[name].add(right[name], found[name])
+            yield output
 
-    def _solve(self, groups: Groups, moments: dict[str, Tensor]) -> None:
-        inverses = in_order((partial(invert, moments.pop(name), group[0]) for name, group in groups.items()), self._stage.jobs)
+    def _solve(self, groups: Groups, moments: dict[str, Moments]) -> None:
+        inverses = in_order((partial(_inverse, moments.pop(name), group[0]) for name, group in groups.items()), self._stage.jobs)
         for inverse, group in zip(inverses, groups.values(), strict=True):
             for tensor in group:
                 place = self.solved.places[tensor]
@@ -145,10 +182,23 @@ class _Solver:
         return self.solved.rows(tensor, 0, rows).unfolded() if tensor in self.solved.places else self._original(tensor)
 
 
-def _of_copy(function: Callable[[Array], T], sequence: Array) -> T:
-    """Of a copy, because torch takes no array that it could not write to."""
-    return function(np.array(sequence))
+def _both(run: Run, truth: Array, found: Array | None) -> tuple[tuple[Array, Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    """``run`` of copies, because torch takes no array that it could not write to; of ``found`` the inputs only, where it is given."""
+    return run(np.array(truth)), {} if found is None else run(np.array(found))[1]
 
 
-def _alone(block: Callable[[], Array]) -> tuple[Array]:
-    return (block(),)
+def _inverse(moments: Moments, name: str) -> Inverse:
+    return invert(moments.own, name, moments.drift)
+
+
+def _alone(function: Callable[[Array], Array], sequence: Array) -> tuple[Array]:
+    return (function(np.array(sequence)),)
+
+
+def _this(sequence: Array) -> tuple[Array]:
+    return (sequence,)
+
+
+def _twice(function: Callable[..., Array], *arguments: object) -> tuple[Array, Array]:
+    found = function(*arguments)
+    return found, found

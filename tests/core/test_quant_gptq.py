@@ -105,6 +105,26 @@ def test_fits_that_say_nothing_leave_the_scales() -> None:
     np.testing.assert_array_equal(fitted_scales(weight, nothing, start.scales, invert(torch.from_numpy(moments), "x")), start.scales)
 
 
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(groups=st.integers(1, 4), noise=st.sampled_from([0.1, 0.5]), seed=st.integers(0, 1 << 30))
+def test_a_product_makes_up_for_what_its_inputs_lost(groups: int, noise: float, seed: int) -> None:
+    """Inputs x that are a shrunk and noisy version of t: the outputs come nearer to those of the weight on t, and near the best there is."""
+    rng, columns = np.random.default_rng(seed), 32 * groups
+    t = rng.normal(size=(8 * columns, columns)) @ rng.normal(size=(columns, columns)) / columns**0.5
+    x = (1 - noise) * t + noise * rng.normal(size=t.shape)
+    weight = rng.normal(size=(16, columns)).astype(np.float32)
+
+    def distance(found: Any) -> float:
+        return float(np.square(t @ weight.T - x @ found.T).sum())
+
+    moments, drift = (torch.from_numpy(matrix) for matrix in (x.T @ x, (t - x).T @ x))
+    blind, seeing = (solve_rows(weight, INT4, invert(moments, "x", known), "w").unfolded().astype(np.float64) for known in (None, drift))
+    best = np.linalg.lstsq(x, t @ weight.T, rcond=None)[0].T
+    assert distance(seeing) < distance(blind)
+    rounding = solve_rows(best.astype(np.float32), INT4, invert(moments, "x"), "w").unfolded().astype(np.float64)
+    assert distance(seeing) < 1.1 * distance(rounding)
+
+
 @pytest.mark.parametrize("factor", [1e-6, 3.0, 1e8])
 def test_the_size_of_the_moments_does_not_matter(factor: float) -> None:
     """So one set of moments serves products whose inputs differ by a multiplier."""

@@ -36,7 +36,7 @@ def test_the_inputs_are_those_of_the_products(make_checkpoint: Callable[..., Pat
     folder = make_checkpoint("everything")
     spec = HybridSpec.load(folder)
     store, ids = WeightStore.open(folder, spec), np.random.default_rng(0).integers(0, spec.vocab_size, 40)
-    found = LoadedLayer(store, spec, 0, whole(store)).inputs(embed(store, spec, ids))
+    found = LoadedLayer(store, spec, 0, whole(store)).run(embed(store, spec, ids))[1]
     model = FalconH1ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     theirs: dict[str, torch.Tensor] = {}
     for group in INPUTS.values():

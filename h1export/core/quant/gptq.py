@@ -2,8 +2,10 @@
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022: act-order, lazy
 blocks, and the inverse by Cholesky. Groups are static: a block's scale is chosen before any column is rounded, so that its columns
-may be visited apart; afterwards scales are fitted to the codes by least squares. On CPUs, by torch's linear algebra; this module is
-imported by name, because the others do without torch.
+may be visited apart; afterwards scales are fitted to the codes by least squares. What is rounded is not the checkpoint's weight but the
+one that comes nearest to its outputs from the inputs that the layers before, quantised already, leave (the aim of Li et al., "GPTAQ",
+2025, here by least squares ahead of the rounding). On CPUs, by torch's linear algebra; this module is imported by name, because the
+others do without torch.
 """
 
 from __future__ import annotations
@@ -40,16 +42,21 @@ class Inverse:
         upper: float32 [columns, columns], the Cholesky factor U of the moments' inverse in that order, inverse = U^T U.
         importance: float32 [columns], the damped diagonal of the moments.
         moments: float32 [columns, columns], damped, in the columns' own order.
+        correction: float32 [columns, columns]: a weight plus its product with this gives nearly the outputs on x that the weight gives
+            on the inputs that x is a quantised model's version of. None: x is what it should be.
     """
 
     order: Tensor
     upper: Tensor
     importance: Array
     moments: Tensor
+    correction: Tensor | None
 
 
-def invert(moments: Tensor, name: str) -> Inverse:
+def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
     """The Inverse of ``moments``, float64 [columns, columns]: the sum of x x^T over inputs x; its scale does not matter.
+
+    ``drift``, float64 [columns, columns], on the same scale, is the sum of (t - x) x^T, where t is what x should be.
 
     Raises:
         H1ExportError: moments that are not finite; ``name`` names the product.
@@ -66,7 +73,8 @@ def invert(moments: Tensor, name: str) -> Inverse:
     importance = (diagonal + damping).float()
     own = moments.float()
     own.diagonal().copy_(importance)
-    return Inverse(order, upper.float(), importance.numpy(), own)
+    correction = None if drift is None else (drift[:, order] @ inverse).float()[:, torch.argsort(order)].contiguous()
+    return Inverse(order, upper.float(), importance.numpy(), own, correction)
 
 
 def solve_rows(weight: Array, precision: Precision, inverse: Inverse, name: str) -> QuantizedTensor:
@@ -79,6 +87,8 @@ def solve_rows(weight: Array, precision: Precision, inverse: Inverse, name: str)
     """
     rows, columns = weight.shape
     width = precision.columns_per_scale(columns)
+    if inverse.correction is not None:
+        weight = weight + (torch.from_numpy(weight) @ inverse.correction).numpy()
     blocks = weight.reshape(rows, -1, width)
     scales = searched_scales(blocks, precision, inverse.importance.reshape(-1, width), name)
     codes = round_rows(weight, scales, precision, inverse)

@@ -108,7 +108,7 @@ def test_fits_that_say_nothing_leave_the_scales() -> None:
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(groups=st.integers(1, 4), noise=st.sampled_from([0.1, 0.5]), seed=st.integers(0, 1 << 30))
 def test_a_product_makes_up_for_what_its_inputs_lost(groups: int, noise: float, seed: int) -> None:
-    """Inputs x that are a shrunk and noisy version of t: the outputs come nearer to those of the weight on t, and near the best there is."""
+    """Inputs x that are a shrunk and noisy version of t: the outputs come nearer to those of the weight on t."""
     rng, columns = np.random.default_rng(seed), 32 * groups
     t = rng.normal(size=(8 * columns, columns)) @ rng.normal(size=(columns, columns)) / columns**0.5
     x = (1 - noise) * t + noise * rng.normal(size=t.shape)

@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--target", choices=list(MODULES), default="ort")
     parser.add_argument("--quant", choices=["none", "int8", "int4"], default="int4")
-    parser.add_argument("--method", choices=["rtn", "search", "gptq"], default="rtn")
+    parser.add_argument("--method", choices=["rtn", "search", "awq", "gptq"], default="rtn")
     parser.add_argument("--block", type=int, choices=BLOCK_SIZES, default=32)
     parser.add_argument(
         "--scratch", type=Path, help="where the artifact lies while it is measured (default: the system's temporary folder)"

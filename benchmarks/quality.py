@@ -35,6 +35,8 @@ from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage, cores
 from h1export.core.state import Array
 from h1export.core.weights import WeightStore
+from h1export.core.weights.scaling import ScaledStore
+from h1export.quantize.scaling import scaling
 from h1export.quantize.solve import solve
 from h1export.sources import embedded_model, resolve
 from h1export.text import scoring_ids
@@ -84,11 +86,17 @@ def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[
             ids = Calibration(samples=samples).ids(checkpoint)
             return weights(solve(store, spec, Rounded(store, precisions, quantize_rows), ids, Stage(Path(folder), cores()), SILENT))
 
+    def scaled() -> RoundedWeights:
+        factors = scaling(store, spec, four, Calibration(samples=samples).ids(checkpoint), cores(), SILENT)
+        found = weights(Rounded(ScaledStore(store, factors, SILENT), four, search_rows))
+        return {name: factors.undone(name, weight) for name, weight in found.items()}
+
     def mixed() -> RoundedWeights:
         return solved(four | Budget(bits=BUDGET).raised(pipeline.sensitivity(checkpoint, QuantScheme("int4", GROUP, "gptq"))))
 
     yield "int4 rtn", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, quantize_rows))
     yield "int4 search", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, search_rows))
+    yield "int4 awq", 4 + 16 / GROUP, scaled
     yield "int4 gptq", 4 + 16 / GROUP, lambda: solved(four)
     yield f"int4 and int8 gptq, at most {BUDGET} bits", BUDGET, mixed
     rows, values = (sum(count(store.shape(name)) for name in four) for count in (lambda shape: shape[0], prod))

@@ -23,7 +23,7 @@ from h1export.core.artifact import MANIFEST, NO_SHA256, REPORT, Artifact, Manife
 from h1export.core.generation_config import GENERATION_CONFIG, special_tokens
 from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Ids, Runner
-from h1export.core.quant import Integers, Method, QuantScheme, Rounded, Rounding, quantize_rows, search_rows
+from h1export.core.quant import QuantScheme
 from h1export.core.quant.budget import Sensitivity
 from h1export.core.report import Report
 from h1export.core.spec import HybridSpec
@@ -35,9 +35,9 @@ from h1export.generation import Sampling, generate
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
 from h1export.plan import Plan
-from h1export.quantize.cost import Cost
+from h1export.quantize.cost import cost_of
+from h1export.quantize.methods import integers_of
 from h1export.quantize.sensitivity import sensitivities
-from h1export.quantize.solve import solve
 from h1export.sources import embedded_model
 from h1export.targets import MODULES, BuildOptions, Kernels, get_target
 from h1export.text import TOKENIZER, chat_prompt, load_tokenizer, scoring_ids, stream
@@ -62,9 +62,6 @@ CARRIED = (  # files of a checkpoint that an artifact carries as they are
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-ROUNDINGS: Mapping[Method, Rounding] = {"rtn": quantize_rows, "search": search_rows, "gptq": quantize_rows}  # gptq's is the embedding's
 
 
 @dataclass(frozen=True)
@@ -116,12 +113,12 @@ class Export:
                 shutil.copyfile(self.checkpoint / name, stage.folder / name)
         progress.stage("trace")
         program = run_passes(trace(self.spec, self.options.last_logits))
-        integers: Integers = Rounded(self.store, self.scheme.precisions(self.spec), ROUNDINGS[self.scheme.method])
         if self.ids is not None and not stage.dry:
             with dry_stage() as dry:  # what the target refuses, it refuses before the long work
-                get_target(self.target).lower(program, self.store, integers, self.options, dry, SILENT)
-            integers = solve(self.store, self.spec, integers, self.ids, stage, progress)
-        lowered = get_target(self.target).lower(program, self.store, integers, self.options, stage, progress)
+                store, integers = integers_of(self.store, self.spec, self.scheme, self.ids, dry, SILENT)
+                get_target(self.target).lower(program, store, integers, self.options, dry, SILENT)
+        store, integers = integers_of(self.store, self.spec, self.scheme, self.ids, stage, progress)
+        lowered = get_target(self.target).lower(program, store, integers, self.options, stage, progress)
         progress.stage("hashes")
         files = file_table(stage.folder, sizes_only=stage.dry)
         manifest = dataclasses.replace(manifest, inputs=lowered.inputs, outputs=lowered.outputs, weights=lowered.weights, files=files)
@@ -173,10 +170,8 @@ def sensitivity(
     store = WeightStore.open(checkpoint, spec)
     scheme.check(spec)
     ids, jobs = calibration.ids(checkpoint), jobs or cores()
-    integers: Integers = Rounded(store, scheme.precisions(spec), ROUNDINGS[scheme.method])
     with tempfile.TemporaryDirectory(prefix="h1export-sensitivity-") as folder:
-        if scheme.calibrated:
-            integers = solve(store, spec, integers, ids, Stage(Path(folder), jobs), progress)
+        store, integers = integers_of(store, spec, scheme, ids, Stage(Path(folder), jobs), progress)
         return sensitivities(store, spec, integers, ids[:SENSITIVITY_SAMPLES], jobs, progress)
 
 
@@ -203,7 +198,7 @@ def plan(
         files = file_table(stage.folder, sizes_only=True)
     lowering = time.perf_counter() - start
     sizes = {name: size for name, (_, size) in files.items()}
-    cost = None if export.ids is None else Cost(export.store, export.spec, scheme.precisions(export.spec), export.ids)
+    cost = None if export.ids is None else cost_of(scheme.method, export.store, export.spec, scheme.precisions(export.spec), export.ids)
     return Plan(
         target,
         str(out),

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from h1export.core.artifact import Artifact
-from h1export.core.progress import Progress
+from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Ids, Runner
 from h1export.core.report import Report, Row
 from h1export.core.state import Array
 from h1export.core.weights import WeightStore
+from h1export.core.weights.scaling import ScaledStore, Scaling
 from h1export.validate import gates
 from h1export.validate.bisect import bisect, integers_row
 from h1export.validate.latency import PREFILL, measure
@@ -64,9 +65,11 @@ def validate(
     """
     limits = gates.limits_of(artifact.manifest, runner.capabilities.float32, exact.capabilities.float32, options.limits)
     stored, rows = runner.stored_weights(), []
+    scaling = Scaling.load(artifact.folder)
+    store = ScaledStore(WeightStore.open(checkpoint, runner.spec), scaling, SILENT)
     if stored:
         progress.stage("stored weights")
-        rows.append(_weights_row(artifact, stored, WeightStore.open(checkpoint, runner.spec), limits))
+        rows.append(_weights_row(artifact, stored, store, limits))
     progress.stage("artifact")
     runs = list(run_cases(runner, options.seed))
     exact_runs = runs if exact is runner else list(run_cases(exact, options.seed))
@@ -81,6 +84,7 @@ def validate(
     rows += _latency_rows(runner, reference, options, limits)
     if stored:
         progress.stage("reference on the stored weights")
+        reference.hold({name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys()})
         reference.hold(stored)
         pairs = zip(exact_runs, runs, strict=True)
         ways = [{STORED: run} if exact is runner else {STORED: run, DRIFT: shipped} for run, shipped in pairs]

@@ -29,13 +29,13 @@ OPTIONS = (
     click.option(
         "--method",
         type=click.Choice(get_args(Method)),
-        help="How integers are chosen: by rounding, by a search for scales, or by GPTQ on a text [default: gptq for int4].",
+        help="How integers are chosen: by rounding, by a search for scales, or by AWQ or GPTQ on a text [default: gptq for int4].",
     ),
     click.option(
         "--calibration",
         "calibration_file",
         type=click.Path(path_type=Path),
-        help='Text for gptq: .txt, or .jsonl with a "text" a line [default: shipped].',
+        help='Text for awq and gptq: .txt, or .jsonl with a "text" a line [default: shipped].',
     ),
     click.option("--calibration-samples", default=40, show_default=True, type=click.IntRange(min=1), help="Sequences of the text."),
     click.option("--calibration-length", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens of each."),

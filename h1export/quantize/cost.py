@@ -1,29 +1,53 @@
-"""What solving a model needs, from its shapes: for a plan."""
+"""What a method that looks at a text needs, from the model's shapes: for a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from math import prod
 from time import perf_counter
+from typing import Protocol
 
 import torch
 
 from h1export.core.protocols import Ids
 from h1export.core.quant.gptq import ROUNDS
-from h1export.core.quant.scheme import BLOCK_SIZES
+from h1export.core.quant.scheme import BLOCK_SIZES, Method
 from h1export.core.spec import HybridSpec
 from h1export.core.weights import WeightStore
 from h1export.quantize.layers import head_tensor, prefix, products
+from h1export.quantize.scaling import EXPONENTS, SEARCH_BYTES
 from h1export.quantize.solve import SOLVE_BYTES
 
 SAMPLE, SAMPLES = 768, 3  # rows and columns of the products that are timed
 FIT_BYTES, LEAST_BLOCK = 12, min(BLOCK_SIZES)  # the equations for scales, in float32 and in float64
+TRY_COPIES = 6  # of a block of rows: weight, scaled, quotients, codes, dequantised, error
+ROUNDING_FLOPS = 2000  # of a product that take as long as rounding a weight does
 SOLVE_COPIES = 4  # of a block of rows: weight, rest, scales by search, codes
 
 
-class Cost:
-    """Of solving ``tensors`` of a checkpoint on calibration ids [samples, length]."""
+class Cost(Protocol):
+    """Of a method on ``tensors`` of a checkpoint with calibration ids [samples, length]."""
 
+    @property
+    def disk_bytes(self) -> int:
+        """Of the stage while it works, beyond the artifact's own."""
+        ...
+
+    def peak_bytes(self, jobs: int) -> int:
+        """Anonymous memory at its peak, above what the process holds before."""
+        ...
+
+    def seconds(self, jobs: int) -> float:
+        """Of ``jobs`` threads, from a matrix product's speed on one of this machine's."""
+        ...
+
+
+def cost_of(method: Method, store: WeightStore, spec: HybridSpec, tensors: Collection[str], ids: Ids) -> Cost:
+    """That of ``method``, which looks at a text."""
+    return (_Scaling if method == "awq" else _Solving)(store, spec, tensors, ids)
+
+
+class _Shapes:
     def __init__(self, store: WeightStore, spec: HybridSpec, tensors: Collection[str], ids: Ids) -> None:
         self._store, self._spec = store, spec
         self._samples, self._length = map(int, ids.shape)
@@ -33,14 +57,16 @@ class Cost:
         self._solved = [store.shape(tensor) for group in first for tensor in group]
         self._head = store.shape(head_tensor(spec))
 
+
+class _Solving(_Shapes):
     @property
     def disk_bytes(self) -> int:
-        """Of the stage while it works: integers, and both sequences, right and wrong, before a layer and after it."""
+        """Integers, and both sequences, right and wrong, before a layer and after it."""
         codes = self._spec.num_hidden_layers * sum(map(prod, self._solved)) + prod(self._head)
         return codes + 4 * 4 * self._samples * self._length * self._spec.hidden_size
 
     def peak_bytes(self, jobs: int) -> int:
-        """Anonymous memory at its peak, above what the process holds before: a layer, its moments, and what each thread has at hand."""
+        """A layer, its moments, and what each thread has at hand."""
         widest = max(self._columns, default=0)
         moments, inverting = 2 * 8 * sum(columns**2 for columns in self._columns), 6 * 8 * widest**2
         sequences = (jobs + 1) * 2 * 4 * self._length * (sum(self._columns) + 8 * self._spec.hidden_size)
@@ -49,7 +75,6 @@ class Cost:
         return max(4 * self._layer + sequences + moments + 2 * 4 * widest**2, moments + inverting + solving)
 
     def seconds(self, jobs: int) -> float:
-        """Of ``jobs`` threads, from a matrix product's speed on one of this machine's."""
         tokens = self._samples * self._length
         forward = 3 * 2 * 2 * tokens * self._layer  # three runs of a layer; the mixers cost about as much as its products
         moments = sum(2 * 2 * tokens * columns**2 for columns in self._columns)  # on one thread, beside the runs
@@ -60,6 +85,28 @@ class Cost:
         head = 2 * 2 * tokens * columns**2 + 2 * turns * rows * columns**2
         total = self._spec.num_hidden_layers * (max(forward / jobs, moments) + (inverses + rounding) / jobs) + head / jobs
         return total / _flops()
+
+
+class _Scaling(_Shapes):
+    @property
+    def disk_bytes(self) -> int:
+        return 0
+
+    def peak_bytes(self, jobs: int) -> int:
+        """A layer, the sequences, and moments or what each thread has at hand."""
+        hidden = 4 * self._samples * self._length * self._spec.hidden_size
+        inputs = (jobs + 1) * 4 * self._length * (sum(self._columns) + 8 * self._spec.hidden_size)
+        moments = 4 * sum(columns**2 for columns in self._columns) + 4 * max(self._columns, default=0) ** 2
+        return 4 * self._layer + hidden + moments + max(inputs, (jobs + 1) * TRY_COPIES * SEARCH_BYTES)
+
+    def seconds(self, jobs: int) -> float:
+        tokens = self._samples * self._length
+        forward = 2 * 2 * tokens * self._layer
+        moments = sum(2 * tokens * columns**2 for columns in self._columns)
+        tries = len(EXPONENTS) * sum(rows * columns * (2 * columns + ROUNDING_FLOPS) for rows, columns in self._solved)
+        rows, columns = self._head
+        head = 2 * tokens * columns**2 + len(EXPONENTS) * rows * columns * (2 * columns + ROUNDING_FLOPS) / jobs
+        return (self._spec.num_hidden_layers * (max(forward / jobs, moments) + tries / jobs) + head) / _flops()
 
 
 def _flops() -> float:

@@ -100,7 +100,7 @@ def test_the_manifest_says_on_what_integers_were_chosen(spoken_checkpoint: Path,
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("method", ["awq", "", "RTN"])
+@pytest.mark.parametrize("method", ["smooth", "", "RTN"])
 def test_unknown_methods(method: str) -> None:
-    with pytest.raises(H1ExportError, match=f"--method: {method!r} is unknown; one of rtn, search, gptq"):
+    with pytest.raises(H1ExportError, match=f"--method: {method!r} is unknown; one of rtn, search, awq, gptq"):
         QuantScheme("int4", 32, method)  # type: ignore[arg-type]

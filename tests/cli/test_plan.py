@@ -35,7 +35,7 @@ def test_sizes_are_exact(quant: str, tiny: Path, tmp_path: Path, capfd: pytest.C
     assert plan["source_bytes"] > plan["artifact_bytes"] or quant == "none"
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
 def test_no_weight_is_read(method: Method, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object) -> None:
         raise AssertionError("a weight was read")

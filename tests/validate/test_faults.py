@@ -211,7 +211,7 @@ def test_a_cache_that_loses_its_oldest_token_fails(make_checkpoint: MakeCheckpoi
     assert next(row for row in report.rows if row.check == "bisect prefill").verdict is Verdict.PASS
 
 
-@pytest.mark.parametrize(("quant", "bits", "method"), [("int4", 4, "rtn"), ("int8", 8, "rtn"), ("int4", 4, "search"), ("int4", 4, "gptq")])
+@pytest.mark.parametrize(("quant", "bits", "method"), [("int4", 4, "rtn"), ("int8", 8, "rtn"), ("int4", 4, "awq"), ("int4", 4, "gptq")])
 def test_one_wrong_block_fails(quant: str, bits: int, method: str, spoken_checkpoint: Path, build: Build, tmp_path: Path) -> None:
     """32 codes of one row of one layer: invisible to a comparison with the stored weights, so the integers are checked too."""
     truth = spoken_checkpoint

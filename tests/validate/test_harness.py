@@ -78,7 +78,7 @@ def test_limits_can_be_set_and_must_exist() -> None:
 
 def test_integers_are_judged_by_what_their_method_may_do() -> None:
     assert "weights.block" not in gates.limits("int4", "rtn", True, True, {})
-    for method in ("search", "gptq"):
+    for method in ("search", "awq", "gptq"):
         limits = gates.limits("int4", method, True, True, {})  # type: ignore[arg-type]
         assert limits["weights.block"] == gates.BLOCK
         assert "weights.steps" not in limits

@@ -12,7 +12,7 @@ from h1export.core.weights.layout import EMBEDDING, LM_HEAD, tensor_layout
 from h1export.errors import H1ExportError
 
 QuantName = Literal["none", "int8", "int4"]
-Method = Literal["rtn", "search", "gptq"]
+Method = Literal["rtn", "search", "awq", "gptq"]
 BEST: Mapping[QuantName, Method] = {"none": "rtn", "int8": "rtn", "int4": "gptq"}  # int8 loses nothing that a method could save
 BLOCK_SIZES = (32, 64, 128)
 PROJECTIONS = (
@@ -33,8 +33,8 @@ PROJECTIONS = (
 class QuantScheme:
     """``quant`` for the projections and the head; ``block`` columns share an int4 scale; ``method`` chooses the integers.
 
-    rtn rounds each weight to the nearest code; search looks for the scales that leave the least error; gptq looks at what goes into
-    each product on a calibration text.
+    rtn rounds each weight to the nearest code; search looks for the scales that leave the least error; awq and gptq look at what goes
+    into each product on a calibration text.
 
     int4 and int8 also store the embedding in integers. In an int4 build a tied one shares its head's int4, and an untied one is int8:
     only one row of it is read per token, so 4 bits would cost accuracy and buy no speed.
@@ -50,7 +50,7 @@ class QuantScheme:
     @property
     def calibrated(self) -> bool:
         """Whether the method needs a calibration text."""
-        return self.method == "gptq"
+        return self.method in ("awq", "gptq")
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):

@@ -13,7 +13,7 @@ from h1export.core.artifact import Artifact
 from h1export.core.weights.layout import EMBEDDING
 
 
-@pytest.mark.parametrize("method", ["rtn", "search", "gptq"])
+@pytest.mark.parametrize("method", ["rtn", "search", "awq", "gptq"])
 def test_every_target_holds_the_same_integers(method: str, spoken_checkpoint: Path, build: Callable[..., Artifact]) -> None:
     made = (
         build(spoken_checkpoint, "int4", method=method),

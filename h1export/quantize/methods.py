@@ -1,0 +1,45 @@
+"""Each method's way from a checkpoint to integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from h1export.core.progress import Progress
+from h1export.core.protocols import Ids
+from h1export.core.quant import Integers, Method, QuantScheme, Rounded, Rounding, quantize_rows, search_rows
+from h1export.core.spec import HybridSpec
+from h1export.core.stage import Stage
+from h1export.core.weights import WeightStore
+from h1export.core.weights.scaling import ScaledStore, Scaling
+from h1export.quantize.scaling import no_scaling, scaling
+from h1export.quantize.solve import solve
+
+# gptq's is that of the embedding, which no product reads
+ROUNDINGS: Mapping[Method, Rounding] = {"rtn": quantize_rows, "search": search_rows, "awq": search_rows, "gptq": quantize_rows}
+
+
+def integers_of(
+    store: WeightStore, spec: HybridSpec, scheme: QuantScheme, ids: Ids | None, stage: Stage, progress: Progress
+) -> tuple[WeightStore, Integers]:
+    """The checkpoint as an artifact holds it, and its integers.
+
+    ``ids`` [samples, length]: calibration tokens, where the method looks at some. In a dry ``stage``, shapes alone are right.
+
+    Raises:
+        H1ExportError: weights, or inputs of products, that have no integers.
+    """
+    precisions = scheme.precisions(spec)
+    if scheme.method == "awq" and ids is not None:
+        factors = _scaling(store, spec, scheme, ids, stage, progress)
+        factors.save(stage.folder)
+        store = ScaledStore(store, factors, progress)
+    rounded = Rounded(store, precisions, ROUNDINGS[scheme.method])
+    if scheme.method == "gptq" and ids is not None and not stage.dry:
+        return store, solve(store, spec, rounded, ids, stage, progress)
+    return store, rounded
+
+
+def _scaling(store: WeightStore, spec: HybridSpec, scheme: QuantScheme, ids: Ids, stage: Stage, progress: Progress) -> Scaling:
+    if stage.dry:
+        return no_scaling(store, spec, scheme.precisions(spec))
+    return scaling(store, spec, scheme.precisions(spec), ids, stage.jobs, progress)

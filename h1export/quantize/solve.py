@@ -1,6 +1,7 @@
 """GPTQ of a whole model: layer by layer, each on what the layers before it, quantised already, make of the calibration text.
 
 What a layer should be given, by the checkpoint's weights, goes along: a product makes up for what quantisation did to its inputs.
+Last comes the head, each of whose rows is solved on the contexts in which its token is likely.
 Memory holds a layer. Both sequences between two layers, and the integers, lie in files of the stage's scratch folder, so that a build
 that was killed goes on in the layer where it stopped. Bytes do not depend on the number of threads: each computes on its own, and
 sums are taken in the order of the sequences.
@@ -28,10 +29,12 @@ from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage
 from h1export.core.state import Array
 from h1export.core.weights import WeightStore
+from h1export.quantize.contexts import contexts
 from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, one_thread_each, products
 from h1export.targets.weightfile import Rows, WeightFile, in_order
 
 WORK = f"{SCRATCH}/gptq"
+PLAIN = 0.5  # how much the plain moments count beside those of the contexts that matter to a token
 SOLVE_BYTES = 16 << 20  # of float32 rows that a thread solves at a time
 ALIGN = 64
 
@@ -55,10 +58,17 @@ class Moments:
     def zero(cls, columns: int) -> Moments:
         return cls(*(torch.zeros(columns, columns, dtype=torch.float64) for _ in range(2)))
 
-    def add(self, truth: Tensor, found: Tensor) -> None:
-        """The positions of a sequence [length, columns]."""
-        self.own.add_(found.T @ found)
-        self.drift.add_((truth - found).T @ found)
+    def add(self, truth: Tensor, found: Tensor, weights: Tensor | None = None) -> None:
+        """The positions of a sequence [length, columns], each so many times as ``weights`` [length] say."""
+        weighed = found if weights is None else found * weights[:, None]
+        self.own.add_(found.T @ weighed)
+        self.drift.add_((truth - found).T @ weighed)
+
+    def mixed(self, other: Moments, share: float) -> Moments:
+        """With ``share`` of another's, after both are brought to one size."""
+        sizes = [float(moments.own.diagonal().mean()) or 1.0 for moments in (self, other)]
+        own, drift = (mine / sizes[0] + share / sizes[1] * theirs for mine, theirs in ((self.own, other.own), (self.drift, other.drift)))
+        return Moments(own, drift)
 
 
 def solve(store: WeightStore, spec: HybridSpec, rest: Integers, ids: Ids, stage: Stage, progress: Progress) -> Solved:
@@ -104,7 +114,7 @@ class _Solver:
         """Solve what is not solved yet, from the last layer before it whose input lies in the file."""
         layers = self._spec.num_hidden_layers
         unsolved = next((layer for layer in range(layers) if self._open(products(layer))), layers)
-        if unsolved == layers and not self._open({"head": (self._head,)}):
+        if unsolved == layers and not self._is_open(self._head):
             return
         start = next((layer for layer in range(unsolved, 0, -1) if all(map(self._file.holds, self._inputs(layer)))), 0)
         if start == 0:
@@ -112,11 +122,9 @@ class _Solver:
         for layer in range(start, layers):
             progress.stage(f"GPTQ, layer {layer + 1} of {layers}")
             self._solve_layer(layer, self._open(products(layer)))
-        progress.stage("GPTQ, head")
-        if groups := self._open({"head": (self._head,)}):
-            moments: dict[str, Moments] = {}
-            deque(self._watched(self._run_head, layers, groups, moments), maxlen=0)
-            self._solve(groups, moments)
+        if self._is_open(self._head):
+            progress.stage("GPTQ, head")
+            self._solve_head()
 
     def _solve_layer(self, layer: int, groups: Groups) -> None:
         """Solve ``groups``, and write what should come into the next layer and what does."""
@@ -130,8 +138,36 @@ class _Solver:
         quantised = LoadedLayer(self._store, self._spec, layer, self._quantised).output
         self._file.write([ours], (partial(_alone, quantised, found) for _, found in self._sequences(layer)))
 
-    def _run_head(self, hidden: Array) -> tuple[Array, Mapping[str, Tensor]]:
-        return hidden, {"head": final_norm(self._store, self._spec, hidden)}
+    def _solve_head(self) -> None:
+        """Solve the head group by group, each on the moments of the contexts that matter to its tokens, and a share of the plain ones."""
+        weight = torch.from_numpy(self._original(self._head))
+        found = contexts(self._head_inputs, weight, self._spec.lm_head_multiplier, self._stage.jobs)
+        place, plain = self.solved.places[self._head], Moments.zero(weight.shape[1])
+        for right, ours in in_order(self._head_inputs(), self._stage.jobs):
+            plain.add(right, ours)
+        codes = np.empty(place.shape, np.int8)
+        scales = np.empty((place.shape[0], place.scales.length // 2 // place.shape[0]), np.float16)
+        groups = [torch.nonzero(found.groups == group)[:, 0].numpy() for group in range(len(found.weights))]
+        calls = (partial(self._solve_group, weight, rows, weights, plain) for rows, weights in zip(groups, found.weights, strict=True))
+        for rows, solved in zip(groups, in_order(calls, self._stage.jobs), strict=True):
+            codes[rows], scales[rows] = solved
+        self._file.write([place.codes, place.scales], [partial(_these, codes, scales)])
+
+    def _head_inputs(self) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+        """What should come into the head and what does, [length, columns], a sequence a call."""
+        norm = partial(final_norm, self._store, self._spec)
+        return (partial(_normed, norm, *pair) for pair in self._sequences(self._spec.num_hidden_layers))
+
+    def _solve_group(self, weight: Tensor, rows: Ids, weights: Tensor, plain: Moments) -> tuple[Rows, Rows]:
+        """Codes and scales of some ``rows`` of the head; ``weights`` [samples, length] of their positions."""
+        moments = Moments.zero(weight.shape[1])
+        for sequence, call in zip(weights, self._head_inputs(), strict=True):
+            moments.add(*call(), sequence)
+        inverse = _inverse(moments.mixed(plain, PLAIN), self._head)
+        step = max(1, SOLVE_BYTES // (4 * weight.shape[1]))
+        parts = [weight[rows[start : start + step]].numpy() for start in range(0, len(rows), step)]
+        solved = [solve_rows(part, self.solved.precisions[self._head], inverse, self._head) for part in parts]
+        return np.concatenate([part.codes for part in solved]), np.concatenate([part.scales for part in solved])
 
     def _open(self, groups: Mapping[str, tuple[str, ...]]) -> Groups:
         """Of ``groups``, what is to be solved and is not in the file."""
@@ -193,6 +229,14 @@ def _inverse(moments: Moments, name: str) -> Inverse:
 
 def _alone(function: Callable[[Array], Array], sequence: Array) -> tuple[Array]:
     return (function(np.array(sequence)),)
+
+
+def _these(codes: Rows, scales: Rows) -> tuple[Rows, Rows]:
+    return codes, scales
+
+
+def _normed(norm: Callable[[Array], Tensor], truth: Array, found: Array) -> tuple[Tensor, Tensor]:
+    return norm(np.array(truth)), norm(np.array(found))
 
 
 def _this(sequence: Array) -> tuple[Array]:

@@ -14,6 +14,7 @@ from h1export.core.quant.gptq import ROUNDS
 from h1export.core.quant.scheme import BLOCK_SIZES, Method
 from h1export.core.spec import HybridSpec
 from h1export.core.weights import WeightStore
+from h1export.quantize.contexts import GROUPS, POSITIONS, SKETCH
 from h1export.quantize.layers import head_tensor, prefix, products
 from h1export.quantize.scaling import EXPONENTS, SEARCH_BYTES
 from h1export.quantize.solve import SOLVE_BYTES
@@ -22,6 +23,7 @@ SAMPLE, SAMPLES = 768, 3  # rows and columns of the products that are timed
 FIT_BYTES, LEAST_BLOCK = 12, min(BLOCK_SIZES)  # the equations for scales, in float32 and in float64
 TRY_COPIES = 6  # of a block of rows: weight, scaled, quotients, codes, dequantised, error
 ROUNDING_FLOPS = 2000  # of a product that take as long as rounding a weight does
+PROBABILITY_COPIES = 3  # of a few positions' logits: exponents, probabilities, variances
 SOLVE_COPIES = 4  # of a block of rows: weight, rest, scales by search, codes
 
 
@@ -72,7 +74,11 @@ class _Solving(_Shapes):
         sequences = (jobs + 1) * 2 * 4 * self._length * (sum(self._columns) + 8 * self._spec.hidden_size)
         fitting = FIT_BYTES * SOLVE_BYTES // 4 * widest // LEAST_BLOCK**2  # for each of the rows at hand, blocks times blocks
         solving = (jobs + 1) * (SOLVE_COPIES * SOLVE_BYTES + fitting)
-        return max(4 * self._layer + sequences + moments + 2 * 4 * widest**2, moments + inverting + solving)
+        rows, columns = self._head
+        contexts = (jobs + 1) * 4 * rows * (PROBABILITY_COPIES * POSITIONS + SKETCH) + 2 * 4 * rows * GROUPS
+        groups = (jobs + 1) * (8 * 8 * columns**2 + SOLVE_COPIES * SOLVE_BYTES + fitting)  # each thread has a group's moments
+        head = 5 * rows * columns + max(contexts, groups)
+        return max(4 * self._layer + sequences + moments + 2 * 4 * widest**2, moments + inverting + solving, head)
 
     def seconds(self, jobs: int) -> float:
         tokens = self._samples * self._length
@@ -82,7 +88,9 @@ class _Solving(_Shapes):
         turns = 2 + 2 * ROUNDS + 2  # correcting, rounding and fitting cost about the same; a fit has two products
         rounding = sum(2 * turns * rows * columns**2 for rows, columns in self._solved)
         rows, columns = self._head
-        head = 2 * 2 * tokens * columns**2 + 2 * turns * rows * columns**2
+        logits = 2 * 2 * tokens * rows * (columns + SKETCH)  # computed twice
+        groups = GROUPS * (2 * 2 * tokens * columns**2 + 2 * 4 * columns**3)  # moments and inverses of each
+        head = logits + groups + 2 * turns * rows * columns**2
         total = self._spec.num_hidden_layers * (max(forward / jobs, moments) + (inverses + rounding) / jobs) + head / jobs
         return total / _flops()
 

@@ -82,4 +82,5 @@ def _nearby(sketch: Tensor, count: int, generator: torch.Generator) -> Tensor:
         nearest = torch.argmax(directions @ centres.T, dim=1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, directions)
         centres = torch.nn.functional.normalize(sums, dim=1)
-    return torch.unique(nearest, return_inverse=True)[1]
+    numbered: Tensor = torch.unique(nearest, return_inverse=True)[1]
+    return numbered

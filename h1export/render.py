@@ -17,9 +17,16 @@ from h1export.core.report import Report, Row, Verdict, within
 if TYPE_CHECKING:  # tables are drawn without loading what was measured
     from h1export.plan import Plan
     from h1export.validate.bench import BenchReport
+    from h1export.validate.regression import Check, GateReport
     from h1export.validate.statistics import Estimate
 
-STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.INFO: "cyan", Verdict.NOT_APPLICABLE: "dim"}
+STYLES = {
+    Verdict.PASS: "green",
+    Verdict.FAIL: "bold red",
+    Verdict.INCONCLUSIVE: "yellow",
+    Verdict.INFO: "cyan",
+    Verdict.NOT_APPLICABLE: "dim",
+}
 
 
 class Bars:
@@ -124,6 +131,23 @@ def _speeds_table(report: BenchReport) -> Table:
 
 def _estimate(value: Estimate) -> list[str]:
     return [f"{value.median:.4g}", f"{value.low:.4g} to {value.high:.4g}"]
+
+
+def gate_table(report: GateReport) -> Table:
+    """Every check, and the verdict."""
+    table = Table("check", "figure", "interval", "limit", "verdict", "note", box=SIMPLE)
+    for check in report.checks:
+        table.add_row(check.name, *_figures(check), f"[{STYLES[check.verdict]}]{check.verdict}[/]", check.note)
+    table.caption, table.caption_justify = f"{report.verdict}: {report.artifact}, timings relative to the baseline", "left"
+    return table
+
+
+def _figures(check: Check) -> list[str]:
+    if check.figure is None or check.limit is None:
+        return ["", "", ""]
+    if check.low is not None and check.high is not None:
+        return [f"{check.figure:.3f}", f"{check.low:.3f} to {check.high:.3f}", f"{check.limit:.3g}"]
+    return [f"{check.figure:,.0f}", "", f"{check.limit:,.0f}"]
 
 
 def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -179,6 +180,7 @@ class _Failure:
 def _serve(make: Callable[[], Player], pipe: Connection) -> None:
     """The child's side: one answer for every request, the last of which is None."""
     before = memory()[0]
+    warnings.simplefilter("ignore")  # libraries' warnings are for developers
     try:
         player = make()
         pipe.send(player.capabilities)

@@ -22,7 +22,7 @@ def to_junit(report: GateReport) -> str:
     for check in report.checks:
         case = ElementTree.SubElement(suite, "testcase", classname=f"{report.gate.target}.{report.gate.quant}", name=check.name)
         if check.verdict in ELEMENTS:
-            message = check.note if check.figure is None else f"{check.figure:.6g}, limit {check.limit:.6g}; {check.note}"
+            message = check.note if check.figure is None else f"{check.figure:.10g}, limit {check.limit:.10g}; {check.note}"
             ElementTree.SubElement(case, ELEMENTS[check.verdict], message=message, type=check.verdict)
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

@@ -148,12 +148,14 @@ def measured_checks(makers: Makers, then: Baseline, gate: Gate) -> Iterator[Chec
         peak, limit = memory_of(makers, gate), gate.memory * then.peak_bytes
         yield Check("peak memory", Verdict.FAIL if peak > limit else Verdict.PASS, peak, limit)
     kind, names = cpu_kind(), [str(limit.timing) for limit in gate.timings]
-    if names and kind not in then.ratios:
+    if not names:
+        return
+    if kind not in then.ratios:
         what = f"the baseline is of {' and '.join(then.ratios) or 'no CPU'}, and this one is {kind}"
         settle = f"{what}: run h1export gate --write-baseline here, which keeps the others"
         yield from (Check(name, Verdict.INCONCLUSIVE, note=settle) for name in names)
         return
-    ratios = then.ratios[kind] if names else {}
+    ratios = then.ratios[kind]
     _in_baseline(dict.fromkeys(names), ratios)
     child = Child(makers.pair)
     limits = {limit.timing: limit.slowdown for limit in _possible(gate, child, makers.steps)}
@@ -169,7 +171,7 @@ def measured_checks(makers: Makers, then: Baseline, gate: Gate) -> Iterator[Chec
 def measured(makers: Makers, now: Baseline, gate: Gate) -> Baseline:
     """``now`` with its memory and ratios on this kind of CPU, from PROCESSES processes."""
     samples: dict[Timing, list[float]] = {limit.timing: [] for limit in gate.timings}
-    for _ in range(PROCESSES):
+    for _ in range(PROCESSES if samples else 0):
         child = Child(makers.pair)
         _possible(gate, child, makers.steps)
         for timing in samples:

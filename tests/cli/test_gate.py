@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -14,10 +16,12 @@ import pytest
 from h1export import measuring
 from h1export.cli import run
 from h1export.core.artifact import Artifact
+from h1export.core.protocols import Runner
 from h1export.core.report import Verdict
 from h1export.junit import to_junit
-from h1export.validate.gate_file import Baseline, Gate, read_baselines, write_baselines
-from h1export.validate.regression import Check, GateReport, Makers, cpu_kind
+from h1export.validate import regression
+from h1export.validate.gate_file import Baseline, Gate, read_baselines, read_gates, write_baselines
+from h1export.validate.regression import Check, GateReport, cpu_kind
 
 Build = Callable[..., Artifact]
 COUNTED = '[[gate]]\ntarget = "ort"\nquant = "int4"\n'
@@ -34,12 +38,25 @@ def gates(tmp_path: Path) -> Path:
     return tmp_path / "gates.toml"
 
 
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no runtime is that runs the artifact."""
+    monkeypatch.setattr(measuring, "load", partial(load_emulated, measuring.load))
+
+
+def load_emulated(load: Callable[..., Runner[Any]], *args: Any, **options: Any) -> Any:
+    return SimpleNamespace(capabilities=replace(load(*args, **options).capabilities, emulated=True))
+
+
 def baseline_of(gates: Path) -> Baseline:
     return read_baselines(gates.with_name("gates.baseline.json"))["ort int4"]
 
 
 @pytest.mark.ort
-def test_a_baseline_is_kept_by_what_it_is_of(built: tuple[str, str], gates: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_baseline_is_kept_by_what_it_is_of(
+    built: tuple[str, str], gates: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(regression, "PROCESSES", 1)
     gates.write_text(TIMED)
     words, junit = ["gate", *built, "--gates", str(gates)], gates.with_name("gate.xml")
     assert run(words) == 2
@@ -64,6 +81,7 @@ def test_a_baseline_is_kept_by_what_it_is_of(built: tuple[str, str], gates: Path
 
 
 @pytest.mark.ort
+@pytest.mark.usefixtures("emulated")
 def test_a_larger_artifact_fails(built: tuple[str, str], gates: Path, capfd: pytest.CaptureFixture[str]) -> None:
     gates.write_text(COUNTED)
     words = ["gate", *built, "--gates", str(gates)]
@@ -93,6 +111,7 @@ def test_bad_input_is_one_line(built: tuple[str, str], tiny: Path, gates: Path, 
 
 
 @pytest.mark.ort
+@pytest.mark.usefixtures("emulated")
 def test_another_build_has_no_baseline(built: tuple[str, str], build: Build, gates: Path, capfd: pytest.CaptureFixture[str]) -> None:
     gates.write_text(COUNTED)
     assert run(["gate", *built, "--gates", str(gates), "--write-baseline"]) == 0
@@ -102,19 +121,13 @@ def test_another_build_has_no_baseline(built: tuple[str, str], build: Build, gat
 
 
 @pytest.mark.ort
-def test_what_is_only_emulated_is_counted_and_not_timed(
-    built: tuple[str, str], gates: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("emulated")
+def test_what_is_only_emulated_is_counted_and_not_timed(built: tuple[str, str], gates: Path, capfd: pytest.CaptureFixture[str]) -> None:
     gates.write_text(TIMED)
-    monkeypatch.setattr(measuring.Gated, "makers", no_makers)
     assert run(["gate", *built, "--gates", str(gates), "--write-baseline"]) == 0
     capfd.readouterr()
     assert run(["gate", *built, "--gates", str(gates), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["checks"][-1]["verdict"] == "n/a"
-
-
-def no_makers(*_: Any) -> Makers | None:
-    return None
 
 
 CHECKS = (
@@ -149,14 +162,7 @@ def test_the_worst_verdict_is_the_reports() -> None:
     )
 
 
-def test_the_projects_own_gates_are_read(root_gates: Path) -> None:
-    from h1export.validate.gate_file import read_gates
-
-    (gate,), place = read_gates(root_gates)
+def test_the_projects_own_gates_are_read() -> None:
+    (gate,), place = read_gates(Path(__file__).parents[2] / "gates.toml")
     (baseline,) = read_baselines(place).values()
     assert {str(limit.timing) for limit in gate.timings} == {name for ratios in baseline.ratios.values() for name in ratios}
-
-
-@pytest.fixture
-def root_gates() -> Path:
-    return Path(__file__).parents[2] / "gates.toml"

@@ -32,7 +32,7 @@ from h1export.targets import get_target
 from h1export.validate.bench import machine
 from h1export.validate.gate_file import Baseline, Gate, Limit
 from h1export.validate.players import Kind, RunnerPlayer, Timing, pin
-from h1export.validate.regression import Check, Makers, PairPlayer, counted, cpu_kind, measured, measured_checks
+from h1export.validate.regression import Check, GateReport, Makers, PairPlayer, counted, cpu_kind, measured, measured_checks
 
 TIMINGS = (Limit(Timing(Kind.DECODE, 0)), Limit(Timing(Kind.PREFILL, 128)))
 FACTOR = 1.3
@@ -104,7 +104,8 @@ def main() -> None:
         print(name, dict(Counter(str(check.verdict) for checks in checked for check in checks)), f"in {len(checked)} runs")
     if args.json:
         args.json.write_text(json.dumps({name: [[asdict(c) for c in cs] for cs in checked] for name, (checked, _) in found.items()}))
-    sys.exit(not all(check.verdict is wanted for checked, wanted in found.values() for checks in checked for check in checks))
+    reports = [(GateReport(str(args.artifact), gate, {}, checks), wanted) for checked, wanted in found.values() for checks in checked]
+    sys.exit(not all(report.verdict is wanted for report, wanted in reports))
 
 
 if __name__ == "__main__":

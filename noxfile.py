@@ -129,6 +129,16 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def gate(session: nox.Session) -> None:
+    """The latency gate's self-test: 20 unchanged builds pass beside a busy core, and a planted slowdown fails; not in CI, for its time."""
+    session.install("-e", ".[ort]")
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = f"{folder}/artifact"
+        session.run("h1export", "build", "--target", "ort", "--quant", "int4", "--out", artifact)
+        session.run("python", "benchmarks/gate_selftest.py", artifact, *session.posargs)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need an NVIDIA GPU."""
     if shutil.which("nvidia-smi") is None:

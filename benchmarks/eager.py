@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from h1export.core.protocols import Capabilities
 from h1export.validate.players import Kind, Timing
 
 START = 8  # tokens that a cache is started with
@@ -29,7 +30,7 @@ class Eager:
         torch.set_num_threads(threads)
         self._model: Any = FalconH1ForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype), local_files_only=True).eval()
         self._steps = steps
-        self.kernels = f"PyTorch {torch.__version__}, {dtype}"
+        self.capabilities = Capabilities(None, all_logits=False, kernels=f"PyTorch {torch.__version__}, {dtype}")
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from h1export.core.protocols import Capabilities
 from h1export.validate.players import Kind, Timing
 
 PROMPT = 160  # tokens of the traced prompt
@@ -46,7 +47,7 @@ class Exported:
             ort.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"]) for name in ("prefill", "decode")
         )
         self._steps = steps
-        self.kernels = f"onnxruntime {ort.__version__}"
+        self.capabilities = Capabilities(None, all_logits=True, kernels=f"onnxruntime {ort.__version__}")
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second."""

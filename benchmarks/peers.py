@@ -69,7 +69,7 @@ class Peer:
     step_bytes: Callable[[int], float]
 
 
-def ours(checkpoint: Path, block: int, scratch: Path, rounds: int) -> Peer:
+def ours(checkpoint: Path, block: int, scratch: Path) -> Peer:
     """An int4 artifact at accuracy level 4, built here."""
     out = scratch / f"block-{block}"
     command = [sys.executable, str(HERE / "build.py"), str(checkpoint), "--quant", "int4", "--block", str(block), "--child", str(out)]
@@ -77,12 +77,12 @@ def ours(checkpoint: Path, block: int, scratch: Path, rounds: int) -> Peer:
     artifact = Artifact.open(out)
     size = sum(size for _, size in artifact.manifest.files.values())
     facts = Facts(f"h1export int4 block {block}, accuracy level {artifact.manifest.options['accuracy_level']}", size, seconds, peak)
-    return Peer(facts, lambda threads: Child(partial(play, out, threads, rounds)), partial(step_bytes, artifact.manifest, artifact.spec, 1))
+    return Peer(facts, lambda threads: Child(partial(play, out, threads)), partial(step_bytes, artifact.manifest, artifact.spec, 1))
 
 
-def play(out: Path, threads: int, rounds: int) -> RunnerPlayer:
+def play(out: Path, threads: int) -> RunnerPlayer:
     """An artifact in a process of its own."""
-    return RunnerPlayer(load(Artifact.open(out), threads), 1, STEPS, 1 + rounds)
+    return RunnerPlayer(load(Artifact.open(out), threads), STEPS)
 
 
 def eager(checkpoint: Path, spec: HybridSpec, dtype: str) -> Peer:
@@ -197,7 +197,7 @@ def peers_of(args: argparse.Namespace, scratch: Path) -> Iterator[Peer]:
     spec = HybridSpec.load(args.checkpoint)
     if OURS in args.peers:
         for block in args.block:
-            yield ours(args.checkpoint, block, scratch, args.rounds)
+            yield ours(args.checkpoint, block, scratch)
     if LLAMA in args.peers:
         for file in args.gguf or [None]:
             yield gguf(args.llama_bench, file, spec)

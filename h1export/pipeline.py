@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,6 @@ from h1export.targets import MODULES, BuildOptions, Kernels, get_target
 from h1export.text import TOKENIZER, chat_prompt, load_tokenizer, scoring_ids, stream
 from h1export.validate import ValidateOptions
 from h1export.validate import validate as run_validation
-from h1export.validate.bench import BenchOptions, BenchReport
-from h1export.validate.bench import bench as run_bench
-from h1export.validate.players import RunnerPlayer
 
 SENSITIVITY_SAMPLES = 4  # each goes through half the model once for every tensor
 HELDOUT = "heldout.txt"  # in the embedded model's folder
@@ -285,28 +281,6 @@ def validate(
 def _text(path: Path | None, nbytes: int) -> str:
     data = (path or embedded_model() / HELDOUT).read_bytes()
     return data[: nbytes or None].decode("utf-8", errors="ignore")
-
-
-def bench(folders: Sequence[Path], options: BenchOptions, progress: Progress = SILENT, kernels: Kernels = "auto") -> BenchReport:
-    """Measure the speed of one artifact, or of two in turns.
-
-    Raises:
-        H1ExportError: a damaged artifact, or one that does not run here.
-    """
-    return run_bench([Artifact.open(folder) for folder in folders], partial(_player_of, options, kernels), options, progress)
-
-
-def _player_of(options: BenchOptions, kernels: Kernels, artifact: Artifact, threads: int) -> Callable[[], RunnerPlayer]:
-    return partial(_play, artifact.folder, threads, kernels, options)
-
-
-def _play(folder: Path, threads: int, kernels: Kernels, options: BenchOptions) -> RunnerPlayer:
-    """In a process of its own: an artifact ready to be timed."""
-    runner = load(Artifact.open(folder), threads, kernels=kernels)
-    if runner.capabilities.emulated:
-        what = f"is computed by {runner.capabilities.kernels} here: its speed says nothing"
-        raise H1ExportError(folder, what, "measure it where its runtime is")
-    return RunnerPlayer(runner, options.batch, options.steps, 1 + options.repeats)
 
 
 def generate_text(

@@ -17,9 +17,16 @@ from h1export.core.report import Report, Row, Verdict, within
 if TYPE_CHECKING:  # tables are drawn without loading what was measured
     from h1export.plan import Plan
     from h1export.validate.bench import BenchReport
+    from h1export.validate.regression import Check, GateReport
     from h1export.validate.statistics import Estimate
 
-STYLES = {Verdict.PASS: "green", Verdict.FAIL: "bold red", Verdict.INFO: "cyan", Verdict.NOT_APPLICABLE: "dim"}
+STYLES = {
+    Verdict.PASS: "green",
+    Verdict.FAIL: "bold red",
+    Verdict.INCONCLUSIVE: "yellow",
+    Verdict.INFO: "cyan",
+    Verdict.NOT_APPLICABLE: "dim",
+}
 
 
 class Bars:
@@ -93,10 +100,15 @@ def bench_tables(report: BenchReport) -> list[Table]:
     """The artifacts, one table for each, and the speeds of all of them."""
     subjects = []
     for subject in report.subjects:
-        settings = [f"{name} {value}" for name, value in (subject.scheme | subject.options).items()]
+        settings = [f"{name} {value}" for name, value in subject.built_as.items()]
         peaks = [f"{human_bytes(size)} with threads {threads}" for threads, size in subject.peak_bytes.items()]
-        size = human_bytes(subject.file_bytes)
-        rows = {"built as": ", ".join(settings), "kernels": subject.kernels, "files": size, "peak memory": ", ".join(peaks)}
+        size = human_bytes(subject.weight_bytes)
+        rows = {
+            "built as": ", ".join(settings),
+            "kernels": subject.kernels,
+            "size": size,
+            "peak memory": ", ".join(peaks),
+        }
         subjects.append(pairs_table(subject.folder, rows.items()))
     return [*subjects, _speeds_table(report)]
 
@@ -104,22 +116,38 @@ def bench_tables(report: BenchReport) -> list[Table]:
 def _speeds_table(report: BenchReport) -> Table:
     paired = len(report.subjects) == 2
     columns = ("threads", "timing", "tokens/s", "interval", "read a step", "of bandwidth")
-    table = Table(*(["artifact"] if paired else []), *columns, *(["ratio", "interval"] if paired else []), box=SIMPLE)
+    table = Table(*(["of"] if paired else []), *columns, *(["ratio", "interval"] if paired else []), box=SIMPLE)
     for speed in report.speeds:
         decode = speed.step_bytes is not None
-        timing = f"decode at {speed.tokens}" if decode else f"prefill {speed.tokens}"
         limit = [human_bytes(speed.step_bytes or 0), f"{speed.bandwidth_share:.0%}"] if decode else ["", ""]
-        cells = [str(speed.threads), timing, *_estimate(speed.tokens_per_second), *limit]
+        cells = [str(speed.threads), speed.what, *_estimate(speed.tokens_per_second), *limit]
         first = [f"{speed.subject + 1}"] if paired else []
         table.add_row(*first, *cells, *(_estimate(speed.ratio) if speed.ratio else []))
     bandwidth = ", ".join(f"{estimate.median / 1e9:.1f} GB/s with threads {threads}" for threads, estimate in report.bandwidth.items())
-    rounds = f"medians of {report.options.repeats} interleaved rounds, batch {report.options.batch}"
-    table.caption, table.caption_justify = f"{rounds}\nmeasured read bandwidth {bandwidth}", "left"
+    lines = [f"medians of {report.options.repeats} interleaved rounds", f"measured read bandwidth {bandwidth}"]
+    table.caption, table.caption_justify = "\n".join((*lines, *(f"left out: {reason}" for reason in report.left_out))), "left"
     return table
 
 
 def _estimate(value: Estimate) -> list[str]:
     return [f"{value.median:.4g}", f"{value.low:.4g} to {value.high:.4g}"]
+
+
+def gate_table(report: GateReport) -> Table:
+    """Every check, and the verdict."""
+    table = Table("check", "figure", "interval", "limit", "verdict", "note", box=SIMPLE)
+    for check in report.checks:
+        table.add_row(check.name, *_figures(check), f"[{STYLES[check.verdict]}]{check.verdict}[/]", check.note)
+    table.caption, table.caption_justify = f"{report.verdict}: {report.artifact}, timings relative to the baseline", "left"
+    return table
+
+
+def _figures(check: Check) -> list[str]:
+    if check.figure is None or check.limit is None:
+        return ["", "", ""]
+    if check.low is not None and check.high is not None:
+        return [f"{check.figure:.3f}", f"{check.low:.3f} to {check.high:.3f}", f"{check.limit:.3g}"]
+    return [f"{check.figure:,.0f}", "", f"{check.limit:,.0f}"]
 
 
 def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:

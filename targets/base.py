@@ -69,6 +69,10 @@ class Target(Protocol):
         """
         ...
 
+    def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
+        """Graph -> type of op -> how many nodes of it, those of subgraphs too. Raises H1ExportError for a damaged artifact."""
+        ...
+
     def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:
         """Load what ``lower`` wrote.
 

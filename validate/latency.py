@@ -44,13 +44,14 @@ def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) 
     batch, token = prompt[None], prompt[-1:][None]
     ones = np.ones((1, len(prompt) + DECODE), np.int64)
     _, states = runner.step(batch, ones[:, : len(prompt)], runner.initial(1))
-    cache = reference.start(prompt)
+    sequences = reference.start(1, 0)
+    sequences.append(batch)
 
     def prefill() -> None:
         runner.step(batch, ones[:, : len(prompt)], runner.initial(1))
 
     def reference_prefill() -> None:
-        reference.start(prompt)
+        reference.start(1, 0).append(batch)
 
     def decode() -> None:
         current = states
@@ -59,6 +60,6 @@ def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) 
 
     def reference_decode() -> None:
         for _ in range(DECODE):  # the cache grows on; a few dozen columns do not change the time of a step
-            reference.decode(int(token[0, 0]), cache)
+            sequences.append(token)
 
     return {"prefill": paired(prefill, reference_prefill, pairs), "decode": paired(decode, reference_decode, pairs)}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,10 +17,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from h1export.core.protocols import Runner, Sequences
+from h1export.core.protocols import Capabilities, Sequences
+from h1export.core.spec import HybridSpec
 from h1export.errors import H1ExportError
 
 CHUNK = 512  # tokens a call while a sequence is brought to its depth
+DRIFT = 8  # a sequence is decoded until it is deeper than asked for by this part of the depth
 
 
 class Kind(StrEnum):
@@ -30,54 +34,98 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Timing:
-    """One thing to time: prefill of ``tokens``, or decode at depth ``tokens``."""
+    """One thing to time: prefill of ``tokens``, or decode at depth ``tokens``, for ``batch`` sequences at a time."""
 
     kind: Kind
     tokens: int
+    batch: int = 1
+
+    def __str__(self) -> str:
+        what = f"decode at {self.tokens}" if self.kind is Kind.DECODE else f"prefill {self.tokens}"
+        return what if self.batch == 1 else f"{what}, batch {self.batch}"
+
+    def refused(self, capabilities: Capabilities, steps: int) -> str:
+        """Why a model of these ``capabilities`` cannot be timed so, ``steps`` tokens a timing; empty: it can."""
+        if capabilities.max_batch is not None and self.batch > capabilities.max_batch:
+            return f"takes {capabilities.max_batch} sequences at a time"
+        room = self.tokens + (steps if self.kind is Kind.DECODE else 0)
+        if capabilities.max_context is not None and room > capabilities.max_context:
+            return f"has room for {capabilities.max_context} tokens"
+        return ""
 
 
 class Player(Protocol):
     """A model that can be timed."""
 
-    kernels: str  # whose kernels compute
+    @property
+    def capabilities(self) -> Capabilities: ...
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second, those of all sequences of a batch together."""
         ...
 
 
-class RunnerPlayer:
-    """A Runner under the clock. Tokens are random: time does not depend on them.
+class Timed(Protocol):
+    """What a Player needs of a model: a Runner has it, and so has validate's Reference."""
 
-    A sequence stays at about its depth, as later timings go on where earlier ones stopped. At depth 0 each timing starts anew.
+    @property
+    def spec(self) -> HybridSpec: ...
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    def start(self, batch: int, capacity: int) -> Sequences: ...
+
+
+class RunnerPlayer:
+    """A model under the clock. Tokens are random: time does not depend on them.
+
+    Later timings of a depth go on where earlier ones stopped, until the sequence is deeper by a part of 1 / DRIFT or one timing; then
+    a new one is brought to the depth. At depth 0 each timing starts anew. ``chunk``: tokens a call on the way to a depth.
     """
 
-    def __init__(self, runner: Runner[Any], batch: int, steps: int, rounds: int) -> None:
-        self._runner, self._batch, self._steps, self._rounds = runner, batch, steps, rounds
-        self._sequences: dict[int, Sequences] = {}
+    def __init__(self, model: Timed, steps: int, clock: Callable[[], float] = time.perf_counter, chunk: int = CHUNK) -> None:
+        self._model, self._steps, self._clock, self._chunk = model, steps, clock, chunk
+        self._sequences: dict[Timing, tuple[Sequences, int]] = {}  # and their capacity
         self._random = np.random.default_rng(0)
-        self.kernels = runner.capabilities.kernels
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._model.capabilities
 
     def speed(self, timing: Timing) -> float:
         if timing.kind is Kind.PREFILL:
-            return self._timed(self._runner.start(self._batch, timing.tokens), [timing.tokens])
-        if timing.tokens not in self._sequences:
-            capacity = timing.tokens + self._steps * (self._rounds if timing.tokens else 1)
-            self._sequences[timing.tokens] = sequences = self._runner.start(self._batch, capacity)
-            for start in range(0, timing.tokens, CHUNK):
-                self._append(sequences, min(CHUNK, timing.tokens - start))
-        if timing.tokens:
-            return self._timed(self._sequences[timing.tokens], [1] * self._steps)
-        return self._timed(self._sequences.pop(0), [1] * self._steps)
+            return self._timed(self._model.start(timing.batch, timing.tokens), timing, [timing.tokens])
+        sequences, capacity = self._sequences.pop(timing, (None, 0))
+        if sequences is None or sequences.length + self._steps > capacity:
+            capacity = timing.tokens + max(self._steps, timing.tokens // DRIFT)
+            capacity = min(capacity, self._model.capabilities.max_context or capacity)
+            sequences = self._model.start(timing.batch, capacity)
+            for start in range(0, timing.tokens, self._chunk):
+                self._append(sequences, timing, min(self._chunk, timing.tokens - start))
+        self._sequences[timing] = sequences, capacity
+        return self._timed(sequences, timing, [1] * self._steps)
 
-    def _timed(self, sequences: Sequences, calls: list[int]) -> float:
-        start = time.perf_counter()
+    def _timed(self, sequences: Sequences, timing: Timing, calls: list[int]) -> float:
+        start = self._clock()
         for tokens in calls:
-            self._append(sequences, tokens)
-        return self._batch * sum(calls) / (time.perf_counter() - start)
+            self._append(sequences, timing, tokens)
+        return timing.batch * sum(calls) / (self._clock() - start)
 
-    def _append(self, sequences: Sequences, tokens: int) -> None:
-        sequences.append(self._random.integers(0, self._runner.spec.vocab_size, (self._batch, tokens), dtype=np.int64))
+    def _append(self, sequences: Sequences, timing: Timing, tokens: int) -> None:
+        sequences.append(self._random.integers(0, self._model.spec.vocab_size, (timing.batch, tokens), dtype=np.int64))
+
+
+def pin(threads: int) -> tuple[int, ...]:
+    """Keep this process on as many cores as it has threads, so that they do not wander; which, or none outside Linux.
+
+    The last ones: systems like to put their own work on the first.
+    """
+    if sys.platform != "linux":
+        return ()
+    cores = sorted(os.sched_getaffinity(0))[-threads:]
+    os.sched_setaffinity(0, cores)
+    return tuple(cores)
 
 
 class Child:
@@ -93,7 +141,11 @@ class Child:
         self._process = context.Process(target=_serve, args=(make, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        self.kernels = str(self._receive())
+        self.capabilities: Capabilities = self._receive()
+
+    @property
+    def kernels(self) -> str:
+        return self.capabilities.kernels
 
     def speed(self, timing: Timing) -> float:
         self._pipe.send(timing)
@@ -128,9 +180,10 @@ class _Failure:
 def _serve(make: Callable[[], Player], pipe: Connection) -> None:
     """The child's side: one answer for every request, the last of which is None."""
     before = memory()[0]
+    warnings.simplefilter("ignore")  # libraries' warnings are for developers
     try:
         player = make()
-        pipe.send(player.kernels)
+        pipe.send(player.capabilities)
         while (timing := pipe.recv()) is not None:
             pipe.send(player.speed(timing))
         pipe.send(memory()[1] - before)

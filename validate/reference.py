@@ -7,13 +7,15 @@ Full forwards only. transformers' cached decode ignores time_step_limit and its 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from h1export.core.protocols import Ids
+from h1export.core.protocols import Capabilities, Ids, Sequences
+from h1export.core.spec import HybridSpec
 from h1export.core.state import Array, StateKind
 from h1export.errors import H1ExportError
 from h1export.validate.probes import arrays, watched
@@ -30,6 +32,7 @@ class Reference:
         log: Any = logging
         log.set_verbosity_error()
         log.disable_progress_bar()
+        self.spec = HybridSpec.load(checkpoint)
         try:
             self._model: Any = model_class.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
         except (OSError, ValueError, RuntimeError) as error:
@@ -64,12 +67,25 @@ class Reference:
         logits: Array = result.logits[0].numpy()
         return logits, states
 
-    def start(self, ids: Ids) -> Any:
-        """Prefill a row [seq] for timing; returns the cache."""
-        with torch.no_grad():
-            return self._model(torch.from_numpy(ids)[None], use_cache=True, logits_to_keep=1).past_key_values
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(None, all_logits=False, kernels=f"PyTorch {torch.__version__}, transformers {metadata.version('transformers')}")
 
-    def decode(self, token: int, cache: Any) -> None:
-        """One cached step for timing."""
+    def start(self, batch: int, capacity: int) -> Sequences:
+        """``batch`` sequences for timing; their cache takes any number of tokens."""
+        return CachedSequences(self._model)
+
+
+class CachedSequences:
+    """transformers' cached decode, as its users run it. For timing: see above for what it gets wrong."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._cache, self.length = model, None, 0
+
+    def append(self, ids: Ids) -> Array:
         with torch.no_grad():
-            self._model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            result = self._model(torch.from_numpy(ids), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = result.past_key_values
+        self.length += ids.shape[1]
+        logits: Array = result.logits.numpy()
+        return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from h1export.core.artifact import Manifest
 from h1export.core.spec import HybridSpec
 from h1export.core.state import StateSpec
-from h1export.core.weights.layout import EMBEDDING
+from h1export.core.weights.layout import EMBEDDING, tensor_layout
 
 FLOAT_BYTES, SCALE_BYTES = 4, 2  # of a value that is not quantised, and of a scale
 READ_BYTES = 1 << 28  # the array that read_bandwidth reads: far beyond any last-level cache
@@ -28,6 +29,17 @@ def step_bytes(manifest: Manifest, spec: HybridSpec, batch: int, depth: int) -> 
         row = _row_bytes(manifest, spec)
         weights -= (spec.vocab_size - batch) * row
     return weights + StateSpec.of(spec).nbytes(batch, depth)
+
+
+def float_bytes(spec: HybridSpec) -> int:
+    """Bytes of all weights in float32."""
+    return FLOAT_BYTES * sum(prod(shape) for shape in tensor_layout(spec).values())
+
+
+def float_step_bytes(spec: HybridSpec, batch: int, depth: int) -> int:
+    """``step_bytes`` of a model that holds float32 weights."""
+    unread = 0 if spec.tie_word_embeddings else (spec.vocab_size - batch) * FLOAT_BYTES * spec.hidden_size
+    return float_bytes(spec) - unread + StateSpec.of(spec).nbytes(batch, depth)
 
 
 def _row_bytes(manifest: Manifest, spec: HybridSpec) -> int:

@@ -1,6 +1,6 @@
 """The command line. Data goes to standard output, everything else to standard error.
 
-Exit codes: 0 done (validate: every gate passed); 1 a gate failed; 2 bad input, or it could not run.
+Exit codes: 0 done (validate and gate: every check passed); 1 a check failed; 2 bad input, or it could not run; 3 gate could not decide.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from h1export.cli.common import F, answer, common, kernels_option, say
 from h1export.cli.coreml import coreml
 from h1export.cli.evaluate import evaluate
 from h1export.cli.export import Asked, export_options
+from h1export.cli.gate import gate
 from h1export.cli.plan import plan
 from h1export.cli.sensitivity import sensitivity
 from h1export.core.artifact import REPORT
@@ -45,7 +46,7 @@ def cli() -> None:
       h1export validate falcon-int4 ./Falcon-H1-0.5B
       h1export generate falcon-int4 "def fibonacci(n):"
 
-    Exit codes: 0 done, 1 a gate of validate failed, 2 bad input or could not run.
+    Exit codes: 0 done, 1 a check of validate or gate failed, 2 bad input or could not run, 3 gate could not decide.
     """
 
 
@@ -241,6 +242,7 @@ def completion(shell: str) -> int:
 cli.add_command(bench)
 cli.add_command(coreml)
 cli.add_command(evaluate)
+cli.add_command(gate)
 cli.add_command(plan)
 cli.add_command(sensitivity)
 

@@ -9,30 +9,34 @@ from pathlib import Path
 import click
 
 from h1export.cli.common import answer, common, kernels_option, say
+from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
 COUNT, DEPTH = click.IntRange(min=1), click.IntRange(min=0)
+REFERENCE = "reference"
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--against", type=click.Path(path_type=Path), metavar="OUT2", help="Another artifact, measured in turns with OUT.")
+@click.argument("model", required=False)
+@click.option("--against", metavar="OUT2|reference", help="Measured in turns with OUT: an artifact, or transformers on MODEL.")
 @click.option(
     "--depth", "depths", multiple=True, type=DEPTH, default=(0, 2048), show_default=True, help="Decode after N tokens. Repeatable."
 )
 @click.option("--prefill", "prefills", multiple=True, type=COUNT, default=(512,), show_default=True, help="Prompt of N tokens. Repeatable.")
 @click.option("--threads", multiple=True, type=COUNT, help="Thread count [default: the machine's cores]. Repeatable.")
-@click.option("--batch", default=1, show_default=True, type=COUNT, help="Sequences at a time.")
+@click.option("--batch", "batches", multiple=True, type=COUNT, default=(1,), show_default=True, help="Sequences at a time. Repeatable.")
 @click.option("--repeats", default=5, show_default=True, type=COUNT, help="Rounds over all configurations; their medians count.")
 @kernels_option
 @common
 def bench(
     out: Path,
-    against: Path | None,
+    model: str | None,
+    against: str | None,
     depths: tuple[int, ...],
     prefills: tuple[int, ...],
     threads: tuple[int, ...],
-    batch: int,
+    batches: tuple[int, ...],
     repeats: int,
     kernels: Kernels,
     quiet: bool,
@@ -40,19 +44,27 @@ def bench(
 ) -> int:
     """Measure the artifact OUT: tokens per second, memory, and how near decode comes to what memory bandwidth allows.
 
+    MODEL is the checkpoint that OUT was built from, for --against reference: transformers' model with the weights that OUT stores.
+
     \b
     Examples:
       h1export bench falcon-int4
       h1export bench falcon-int4 --against falcon-int4-block128 --threads 1 --threads 2 --depth 0 --depth 8192
+      h1export bench falcon-int4 ./Falcon-H1-0.5B --against reference --batch 1 --batch 4
     """
-    from h1export import pipeline
+    from h1export import measuring, sources
     from h1export.render import Bars, bench_tables
     from h1export.validate.bench import BenchOptions
 
-    depths, prefills, threads = (tuple(dict.fromkeys(values)) for values in (depths, prefills, threads or (os.cpu_count() or 1,)))
-    options = BenchOptions(depths, prefills, threads, batch, repeats)
+    threads = threads or (os.cpu_count() or 1,)
+    depths, prefills, threads, batches = (tuple(dict.fromkeys(values)) for values in (depths, prefills, threads, batches))
+    options = BenchOptions(depths, prefills, threads, batches, repeats)
+    reference = against == REFERENCE
+    if model is not None and not reference:
+        raise H1ExportError(model, "is of no use here", f"MODEL is for --against {REFERENCE}")
+    checkpoint, other = sources.resolve(model) if reference else None, None if reference or against is None else Path(against)
     with Bars(quiet or as_json) as bars:
-        report = pipeline.bench([out] if against is None else [out, against], options, bars, kernels)
+        report = measuring.bench(out, other, checkpoint, options, bars, kernels)
     for table in bench_tables(report):
         say(table, quiet or as_json)
     if as_json:

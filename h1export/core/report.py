@@ -13,10 +13,11 @@ AT_LEAST = frozenset({"top1"})  # figures that must not fall below their limit; 
 
 
 class Verdict(StrEnum):
-    """What a row amounts to; only FAIL fails a report."""
+    """What a row amounts to; only FAIL fails a report. INCONCLUSIVE: measured, and not well enough to say."""
 
     PASS = "pass"
     FAIL = "FAIL"
+    INCONCLUSIVE = "inconclusive"
     INFO = "info"
     NOT_APPLICABLE = "n/a"
 

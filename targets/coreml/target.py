@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from h1export.graphs.trace import trace
 from h1export.targets.base import BuildOptions, Kernels, Lowered
 from h1export.targets.coreml import layout, package, sdk
 from h1export.targets.coreml.blobs import Blobs
+from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.functions import mil_program
 from h1export.targets.coreml.layout import CALLS, PREFILL
 from h1export.targets.coreml.mac import golden, readme
@@ -54,6 +56,10 @@ class CoreMLTarget:
         _write_mac_files(program, weights, options, stage, progress)
         inputs, outputs = _ports(built)
         return Lowered(inputs, outputs, tuple(weights.stored))
+
+    def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
+        functions = Package.open(artifact.folder / layout.PACKAGE).functions
+        return {name: dict(Counter(operation.type for operation in function.block.walk())) for name, function in functions.items()}
 
     def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> CoreMLRunner:
         if kernels == "native":

@@ -18,6 +18,7 @@ from h1export.graphs.passes import KindOf, run_passes
 from h1export.graphs.programs import Program
 from h1export.targets.base import BuildOptions, Kernels, Lowered
 from h1export.targets.onnx.builder import GraphBuilder, Value
+from h1export.targets.onnx.counts import node_counts
 from h1export.targets.onnx.emit import Emitter, emit, name_probes
 from h1export.targets.onnx.external import ExternalData
 from h1export.targets.onnxruntime import genai, layout, readme
@@ -62,6 +63,10 @@ class OnnxRuntimeTarget:
         genai.write_config(program.spec, stage.folder, options)
         readme.write(stage.folder, options)
         return Lowered(inputs, outputs, tuple(context.stored))
+
+    def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
+        graphs = [name for name in (MODEL, NATIVE_MODEL) if name in artifact.manifest.files]
+        return {name: node_counts(artifact.folder / name) for name in graphs}
 
     def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> OnnxRuntimeRunner:
         return OnnxRuntimeRunner(artifact, threads, float32, kernels)

@@ -126,7 +126,7 @@ def test_completion_scripts(shell: str, capfd: pytest.CaptureFixture[str]) -> No
     assert "_H1EXPORT_COMPLETE" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["build"], ["validate"], ["generate"], ["inspect"], ["bench"], ["completion"]])
+@pytest.mark.parametrize("command", [[], ["build"], ["validate"], ["generate"], ["inspect"], ["bench"], ["gate"], ["completion"]])
 def test_help_has_text(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert run([*command, "--help"]) == 0
     assert len(capfd.readouterr().out) > 150

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from h1export import pipeline
+from h1export import measuring, pipeline
 from h1export.core.artifact import Artifact
+from h1export.core.protocols import Capabilities
 from h1export.core.state import StateSpec
 from h1export.errors import H1ExportError
 from h1export.validate.bench import BenchOptions, interleave
-from h1export.validate.players import Child, Kind, RunnerPlayer, Timing
+from h1export.validate.players import Child, Kind, RunnerPlayer, Timing, pin
+from h1export.validate.reference import Reference
 from h1export.validate.statistics import CONFIDENCE, estimate, ratio
 from h1export.validate.traffic import READ_BYTES, read_bandwidth, step_bytes
 
@@ -104,41 +107,105 @@ def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> No
             self.inner = runner.start(batch, capacity)
             return self
 
+        @property
+        def length(self) -> int:
+            return self.inner.length
+
         def append(self, ids: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
             calls.append((self.inner.length, ids.shape[1]))
             self.inner.append(ids)
 
-    player = RunnerPlayer(Counted(), batch=2, steps=3, rounds=2)  # type: ignore[arg-type]
-    assert player.speed(Timing(Kind.DECODE, 520)) > 0
+    player = RunnerPlayer(Counted(), steps=3)  # type: ignore[arg-type]
+    assert player.speed(Timing(Kind.DECODE, 520, 2)) > 0
     assert calls == [(0, 512), (512, 8), (520, 1), (521, 1), (522, 1)]
     calls.clear()
-    player.speed(Timing(Kind.DECODE, 520))
+    player.speed(Timing(Kind.DECODE, 520, 2))
     player.speed(Timing(Kind.DECODE, 0))
     player.speed(Timing(Kind.DECODE, 0))
     player.speed(Timing(Kind.PREFILL, 9))
     assert calls == [(523, 1), (524, 1), (525, 1), *[(0, 1), (1, 1), (2, 1)] * 2, (0, 9)]
+    calls.clear()
+    for _ in range(3):  # an eighth of 40 has room for one timing of 3 and no more
+        player.speed(Timing(Kind.DECODE, 40))
+    assert calls == [(0, 40), (40, 1), (41, 1), (42, 1)] * 3
 
 
 @pytest.mark.ort
 def test_two_artifacts_are_measured_in_turns(tiny: Path, build: Build) -> None:
     artifacts = [build(tiny, "int4", accuracy_level=4), build(tiny)]
-    options = BenchOptions(depths=(0, 16), prefills=(32,), threads=(1,), batch=2, repeats=2, steps=2)
-    report = pipeline.bench([artifact.folder for artifact in artifacts], options)
-    assert [(speed.subject, speed.kind, speed.tokens) for speed in report.speeds] == [
-        (subject, kind, tokens) for kind, tokens in (("decode", 0), ("decode", 16), ("prefill", 32)) for subject in (0, 1)
+    options = BenchOptions(depths=(0, 16), prefills=(32,), threads=(1,), batches=(1, 2), repeats=2, steps=2)
+    report = measuring.bench(*(artifact.folder for artifact in artifacts), None, options)
+    assert [(speed.subject, speed.what) for speed in report.speeds] == [
+        (subject, what + batch)
+        for what in ("decode at 0", "decode at 16", "prefill 32")
+        for batch in ("", ", batch 2")
+        for subject in (0, 1)
     ]
     for speed in report.speeds:
         assert len(speed.samples) == 2
         assert (speed.ratio is not None) == (speed.subject == 0)
         if speed.step_bytes is not None:
-            assert speed.step_bytes == step_bytes(artifacts[speed.subject].manifest, artifacts[speed.subject].spec, 2, speed.tokens)
+            assert speed.step_bytes == step_bytes(
+                artifacts[speed.subject].manifest, artifacts[speed.subject].spec, speed.batch, speed.tokens
+            )
             assert speed.bandwidth_share == pytest.approx(
-                speed.step_bytes * speed.tokens_per_second.median / 2 / report.bandwidth[1].median
+                speed.step_bytes * speed.tokens_per_second.median / speed.batch / report.bandwidth[1].median
             )
     int4, full = report.subjects
     assert int4.peak_bytes[1] > artifacts[0].manifest.files["model.onnx.data"][1]
-    assert (int4.scheme["quant"], int4.options["accuracy_level"], full.scheme["quant"]) == ("int4", 4, "none")
+    assert (int4.built_as["quant"], int4.built_as["accuracy_level"], full.built_as["quant"]) == ("int4", 4, "none")
     assert int4.kernels.startswith("h1export in onnxruntime ")
+
+
+@pytest.mark.ort
+def test_the_reference_is_measured_in_turns(make_checkpoint: Callable[..., Path], build: Build, tiny: Path) -> None:
+    checkpoint = make_checkpoint()
+    artifact, options = build(checkpoint, "int4"), BenchOptions((0, 8), (16,), (1,), (2,), repeats=2, steps=2)
+    report = measuring.bench(artifact.folder, None, checkpoint, options)
+    ours, reference = report.subjects
+    assert (ours.target, reference.target, reference.built_as["weights"]) == ("ort", "transformers", "the artifact's, dequantised")
+    stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))  # bfloat16, and a header
+    assert reference.weight_bytes == pytest.approx(2 * stored, rel=0.05)
+    assert [speed.ratio is not None for speed in report.speeds] == [True, False] * 3
+    with pytest.raises(H1ExportError, match="was not built from"):
+        measuring.bench(artifact.folder, None, tiny, options)
+
+
+def test_a_reference_times_what_it_is_asked(make_checkpoint: Callable[..., Path]) -> None:
+    reference = Reference(make_checkpoint())
+    ids = np.random.default_rng(0).integers(0, 259, (2, 9))
+    sequences = reference.start(2, 0)
+    logits = [sequences.append(part)[:, -1] for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:])]
+    for row, found in zip(ids, logits[-1], strict=True):  # without time_step_limit and pads, its cache is right
+        np.testing.assert_allclose(found, reference.full(row)[0][-1], atol=1e-4)
+    assert sequences.length == 9
+
+
+@pytest.mark.parametrize(
+    ("limits", "timing", "reason"),
+    [
+        (Capabilities(None, True), Timing(Kind.DECODE, 9999, 64), ""),
+        (Capabilities(1, True), Timing(Kind.PREFILL, 8, 2), "takes 1 sequences at a time"),
+        (Capabilities(None, True, max_context=64), Timing(Kind.PREFILL, 64), ""),
+        (Capabilities(None, True, max_context=64), Timing(Kind.PREFILL, 65), "has room for 64 tokens"),
+        (Capabilities(None, True, max_context=64), Timing(Kind.DECODE, 32), ""),
+        (Capabilities(None, True, max_context=64), Timing(Kind.DECODE, 33), "has room for 64 tokens"),
+    ],
+)
+def test_what_a_runner_cannot_do_is_left_out(limits: Capabilities, timing: Timing, reason: str) -> None:
+    assert timing.refused(limits, steps=32) == reason
+
+
+def test_a_process_is_pinned_to_as_many_cores_as_threads() -> None:
+    if sys.platform != "linux":
+        assert pin(1) == ()
+        return
+    before = os.sched_getaffinity(0)
+    try:
+        assert pin(1) == (max(before),) == tuple(os.sched_getaffinity(0))
+        assert pin(99) == (max(before),)
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_a_childs_error_is_its_parents(tmp_path: Path) -> None:

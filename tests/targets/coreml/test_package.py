@@ -17,7 +17,7 @@ from h1export.core.quant import QuantScheme, quantize_rows
 from h1export.core.weights import WeightStore, tensor_layout
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
-from h1export.targets import BuildOptions
+from h1export.targets import BuildOptions, get_target
 from h1export.targets.coreml import layout, sdk
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.ops import TABLE, UNUSED
@@ -37,7 +37,7 @@ def test_the_table_is_the_legal_vocabulary_but_for_what_is_never_reached() -> No
 @pytest.mark.parametrize("function", ["decode", "prefill"])
 def test_one_kernel_a_layer(function: str, tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int4", target="coreml", max_context=192)
-    layers, counts = artifact.spec.num_hidden_layers, Counter(operation.type for operation in operations(artifact, function))
+    layers, counts = artifact.spec.num_hidden_layers, Counter(get_target("coreml").operations(artifact)[function])
     assert counts["scaled_dot_product_attention"] == layers
     assert counts["slice_update"] == 2 * layers
     assert counts["linear"] == counts["constexpr_blockwise_shift_scale"] == 9 * layers + 1

@@ -1,0 +1,112 @@
+"""Does the latency gate see a planted slowdown, and let an unchanged build pass, on a busy machine?
+
+    python benchmarks/gate_selftest.py ARTIFACT [--model CHECKPOINT] [--runs 20] [--planted 5] [--json FILE]
+
+A baseline is measured first. Then, with another process copying memory on the first core all the time, the artifact is gated RUNS times as
+it is, which must pass every time, and PLANTED times with its work done 1.3 times, which must fail every time. Exit code 1 where not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from slowed import Slowed
+
+from h1export.core.artifact import Artifact
+from h1export.core.report import Verdict
+from h1export.measuring import GATE_STEPS, REFERENCE_STEPS, reference_player, timed_runner
+from h1export.sources import resolve
+from h1export.targets import get_target
+from h1export.validate.bench import machine
+from h1export.validate.gate_file import Baseline, Gate, Limit
+from h1export.validate.players import Kind, RunnerPlayer, Timing, pin
+from h1export.validate.regression import Check, GateReport, Makers, PairPlayer, counted, cpu_kind, measured, measured_checks
+
+TIMINGS = (Limit(Timing(Kind.DECODE, 0)), Limit(Timing(Kind.PREFILL, 128)))
+FACTOR = 1.3
+LOAD_BYTES = 1 << 26  # copied by the load: beyond caches, so that it takes memory bandwidth too
+
+
+def play(folder: Path, checkpoint: Path, factor: float) -> PairPlayer:
+    """What a gate's process does, with the artifact's work done ``factor`` times."""
+    pin(1)
+    runner = timed_runner(Artifact.open(folder), 1, "auto")
+    ours = RunnerPlayer(Slowed(runner, factor), GATE_STEPS, time.process_time)
+    return PairPlayer(ours, reference_player(checkpoint, runner, 1, REFERENCE_STEPS, time.process_time))
+
+
+def makers(folder: Path, checkpoint: Path, factor: float) -> Makers:
+    pair = partial(play, folder, checkpoint, factor)
+    return Makers(pair, pair, GATE_STEPS)
+
+
+def load_core(core: int) -> None:
+    """Keep one core and the memory busy, for ever."""
+    os.sched_setaffinity(0, {core})
+    source = np.ones(LOAD_BYTES, np.uint8)
+    while True:
+        source.copy()
+
+
+@contextmanager
+def loaded() -> Iterator[None]:
+    """The first core busy; the gate's process keeps to the last."""
+    process = multiprocessing.get_context("spawn").Process(target=load_core, args=(min(os.sched_getaffinity(0)),), daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.kill()
+
+
+def runs(folder: Path, checkpoint: Path, baseline: Baseline, gate: Gate, factor: float, count: int) -> Iterator[tuple[Check, ...]]:
+    """The checks of ``count`` gates, one after the other."""
+    for number in range(1, count + 1):
+        start = time.perf_counter()
+        checks = tuple(measured_checks(makers(folder, checkpoint, factor), baseline, gate))
+        said = ", ".join(f"{check.name} {check.figure:.3f} {check.verdict} after {check.note}" for check in checks)
+        print(f"x{factor} {number}/{count}: {said}; {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        yield checks
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--model", help="the checkpoint it was built from [default: h1export's own]")
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--planted", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write every check here too")
+    args = parser.parse_args()
+    artifact, checkpoint = Artifact.open(args.artifact), resolve(args.model)
+    target = artifact.manifest.target
+    gate = Gate(target, artifact.manifest.scheme["quant"], TIMINGS)
+    now = counted(artifact, gate, get_target(target).operations(artifact))
+    baseline = replace(measured(makers(args.artifact, checkpoint, 1.0), now, gate), peak_bytes=0)  # memory is not in question here
+    with loaded():
+        unchanged = list(runs(args.artifact, checkpoint, baseline, gate, 1.0, args.runs))
+        planted = list(runs(args.artifact, checkpoint, baseline, gate, FACTOR, args.planted))
+    found = {"unchanged": (unchanged, Verdict.PASS), f"slowed {FACTOR} times": (planted, Verdict.FAIL)}
+    print(f"{machine()['cpu']}, {machine()['cores']} cores, {cpu_kind()}")
+    for name, (checked, _) in found.items():
+        print(name, dict(Counter(str(check.verdict) for checks in checked for check in checks)), f"in {len(checked)} runs")
+    if args.json:
+        args.json.write_text(json.dumps({name: [[asdict(c) for c in cs] for cs in checked] for name, (checked, _) in found.items()}))
+    reports = [(GateReport(str(args.artifact), gate, {}, checks), wanted) for checked, wanted in found.values() for checks in checked]
+    sys.exit(not all(report.verdict is wanted for report, wanted in reports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""`h1export gate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from h1export.cli.common import answer, common, kernels_option, say
+from h1export.core.report import Verdict
+from h1export.targets import Kernels
+
+CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3}
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("model", required=False)
+@click.option("--gates", default="gates.toml", show_default=True, type=click.Path(path_type=Path), help="What to hold OUT against.")
+@click.option("--write-baseline", is_flag=True, help="Make OUT the baseline of its gate instead.")
+@click.option("--junit", type=click.Path(dir_okay=False, path_type=Path), help="Write the checks as JUnit XML too.")
+@kernels_option
+@common
+def gate(
+    out: Path, model: str | None, gates: Path, write_baseline: bool, junit: Path | None, kernels: Kernels, quiet: bool, as_json: bool
+) -> int:
+    """Has the artifact OUT, built from MODEL, got larger, hungrier or slower than its baseline?
+
+    Times are ratios to transformers on MODEL in the same run.
+
+    \b
+    Examples:
+      h1export gate tiny-ort-int4 --write-baseline
+      h1export gate tiny-ort-int4 --junit gate.xml
+
+    Exit codes: 0 passed, 1 failed, 3 inconclusive, 2 bad input or could not run.
+    """
+    from h1export import measuring, sources
+    from h1export.junit import to_junit
+    from h1export.render import Bars, gate_table
+
+    checkpoint = sources.resolve(model)
+    if write_baseline:
+        with Bars(quiet or as_json) as bars:
+            place = measuring.write_baseline(out, checkpoint, gates, bars, kernels)
+        say(f"wrote {place}", quiet or as_json)
+        if as_json:
+            answer({"baseline": str(place)})
+        return 0
+    with Bars(quiet or as_json) as bars:
+        report = measuring.gate(out, checkpoint, gates, bars, kernels)
+    if junit is not None:
+        junit.write_text(to_junit(report), encoding="utf-8")
+    say(gate_table(report), quiet or as_json)
+    if as_json:
+        answer(json.loads(report.to_json()))
+    return CODES[report.verdict]

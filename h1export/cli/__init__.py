@@ -55,6 +55,14 @@ VALIDATE_OPTIONS = (
     click.option("--text-bytes", default=32768, show_default=True, help="How much of the text; 0: all of it."),
     click.option("--latency-pairs", default=7, show_default=True, help="Paired runs for latency; 0: none."),
     click.option("--threads", default=0, show_default=True, help="Threads for artifact and reference; 0: their own choice."),
+    click.option("--prompts", default=8, show_default=True, type=click.IntRange(min=0), help="Greedy texts to compare; 0: none."),
+    click.option(
+        "--context",
+        "contexts",
+        multiple=True,
+        type=click.IntRange(min=16),
+        help="Compare states after N tokens in chunks, and time tokens there. Repeatable.",
+    ),
     click.option("--bisect", is_flag=True, help="Name the first layer and op that go wrong."),
     kernels_option,
 )
@@ -133,14 +141,13 @@ def _validate(
     text_bytes: int,
     latency_pairs: int,
     threads: int,
-    bisect: bool,
-    kernels: Kernels,
+    **others: Any,
 ) -> dict[str, Any]:
     from h1export import pipeline
     from h1export.render import Bars, report_tables
 
     with Bars(quiet or as_json) as bars:
-        report = pipeline.validate(out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars, kernels, bisect)
+        report = pipeline.validate(out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars, **others)
     for table in report_tables(report):
         say(table, quiet or as_json)
     say(f"{'PASSED' if report.passed else 'FAILED'}  {out / REPORT}", quiet or as_json)

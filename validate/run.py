@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from h1export.core.artifact import Artifact, Manifest
-from h1export.core.progress import Progress
+from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Ids, Runner
 from h1export.core.report import Report, Row
 from h1export.core.state import Array
@@ -104,6 +104,23 @@ def validate(
     if options.bisect:
         rows += [integers_row(row) for row in rows if row.check == INTEGERS]
     return Report(_described(artifact.manifest) | _shown(runner), _environment(), tuple(rows))
+
+
+def judge(
+    runner: Runner[Any],
+    checkpoint: Path,
+    options: ValidateOptions = ValidateOptions(),
+    progress: Progress = SILENT,
+) -> Report:
+    """Compare any Runner with the PyTorch reference on ``checkpoint``, as ``validate`` does an artifact that is not quantised.
+
+    Raises:
+        H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
+    """
+    float32 = runner.capabilities.float32
+    limits = gates.limits("none", "rtn", float32, float32, options.limits)
+    rows = _rows(Trial(runner, runner, {}, limits, options), Reference(checkpoint), progress)
+    return Report(_shown(runner), _environment(), tuple(rows))
 
 
 @dataclass(frozen=True)

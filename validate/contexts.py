@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from h1export.core.histogram import Histogram
 from h1export.core.protocols import Ids, Runner, Sequences
-from h1export.core.report import Row
+from h1export.core.report import LOGIT_ERROR, Row
 from h1export.core.state import Array, StateSpec
-from h1export.validate.logits import logit_figures
+from h1export.validate.logits import logit_figures, position_errors
 from h1export.validate.reference import Reference
 from h1export.validate.states import row_of_batch, state_errors
 
@@ -38,9 +39,11 @@ def context_rows(
             logits, states = _prefill(runner, ids)
             errors = state_errors([(states, truth_states)], StateSpec.of(spec))
             worst = max(errors, key=errors.__getitem__)
-            figures = logit_figures([(logits, truth[-len(logits) :])]) | {"states": errors[worst]}
+            pairs = [(logits, truth[-len(logits) :])]
+            figures = logit_figures(pairs) | {"states": errors[worst]}
             gated = {name: limits[metric] for name in figures if (metric := f"{group}.{name}") in limits}
-            rows.append(Row(check, group, figures, gated, note=f"worst state {worst}", details=errors))
+            histograms = {LOGIT_ERROR: Histogram.of(position_errors(pairs))}
+            rows.append(Row(check, group, figures, gated, f"worst state {worst}", errors, histograms))
     return rows
 
 

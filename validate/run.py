@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from h1export.core.artifact import Artifact, Manifest
+from h1export.core.histogram import Histogram
 from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Ids, Runner
-from h1export.core.report import Report, Row
+from h1export.core.report import KL, LOGIT_ERROR, Report, Row
 from h1export.core.state import Array
 from h1export.core.weights import WeightStore
 from h1export.validate import gates
@@ -204,9 +205,12 @@ def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOption
         logits: Array = runner.step(window[None, :-1], np.ones((1, len(window) - 1), np.int64), runner.initial(1))[0][0]
         return logits
 
-    scored = (Scored.of(score(window), reference.full(window[:-1])[0], window) for window in windows(options.text_ids))
-    figures = text_figures(scored, options.text_bytes)
-    return Row(name, SOURCE, figures, {"ratio": limits["text.ratio"]}, note=f"{options.text_bytes} bytes, {len(options.text_ids)} tokens")
+    scored = [Scored.of(score(window), reference.full(window[:-1])[0], window) for window in windows(options.text_ids)]
+    spread = {KL: [window.kl for window in scored], LOGIT_ERROR: [window.error for window in scored]}
+    histograms = {values: Histogram.of(np.concatenate(parts)) for values, parts in spread.items()}
+    note = f"{options.text_bytes} bytes, {len(options.text_ids)} tokens"
+    figures, gated = text_figures(scored, options.text_bytes), {"ratio": limits["text.ratio"]}
+    return Row(name, SOURCE, figures, gated, note, histograms=histograms)
 
 
 def _latency_rows(runner: Runner[Any], reference: Reference, options: ValidateOptions, limits: Mapping[str, float]) -> list[Row]:

@@ -24,6 +24,7 @@ from h1export.cli.coreml import coreml
 from h1export.cli.evaluate import evaluate
 from h1export.cli.export import Asked, export_options
 from h1export.cli.plan import plan
+from h1export.cli.report import report
 from h1export.cli.sensitivity import sensitivity
 from h1export.core.artifact import REPORT
 from h1export.errors import H1ExportError
@@ -249,6 +250,7 @@ cli.add_command(bench)
 cli.add_command(coreml)
 cli.add_command(evaluate)
 cli.add_command(plan)
+cli.add_command(report)
 cli.add_command(sensitivity)
 
 

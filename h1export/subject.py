@@ -19,7 +19,8 @@ from h1export.errors import H1ExportError
 KINDS = {".mamba.": "mamba", ".self_attn.": "attention", ".feed_forward.": "MLP", "embed_tokens": "embedding", "lm_head": "head"}
 OTHERS = "all else: floats, the graph, other files"
 SCALE_BITS = 16
-REPORT_KEYS, ROW_KEYS = {field.name for field in fields(Report)}, {field.name for field in fields(Row)} | {"verdict"}
+REPORT_KEYS = {field.name for field in fields(Report)} | {"passed"}
+ROW_KEYS = {field.name for field in fields(Row)} | {"verdict"}
 CASES = {"logits", "states", "kl", "top1"}  # a row with these figures is a case or a context
 
 
@@ -108,7 +109,9 @@ class Subject:
             count, columns = prod(layout[tensor]), layout[tensor][-1]
             weights, bits = found.setdefault(_kind(tensor), [0, 0])
             found[_kind(tensor)] = [weights + count, bits + count * (weight.bits + SCALE_BITS / (weight.block or columns))]
-        rows = [{"kind": kind, "weights": n, "bits": bits / n, "nbytes": round(bits / 8)} for kind, (n, bits) in sorted(found.items())]
+        rows: list[dict[str, Any]] = [
+            {"kind": kind, "weights": n, "bits": bits / n, "nbytes": round(bits / 8)} for kind, (n, bits) in sorted(found.items())
+        ]
         rest = sum(prod(shape) for tensor, shape in layout.items() if tensor not in stored)
         return [*rows, {"kind": OTHERS, "weights": rest, "bits": None, "nbytes": self.nbytes - sum(row["nbytes"] for row in rows)}]
 

@@ -16,6 +16,7 @@ from h1export import pipeline
 from h1export.core.artifact import Artifact
 from h1export.core.progress import SILENT
 from h1export.core.report import Report, Row, Verdict
+from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 from h1export.validate import ValidateOptions, gates, validate
 from h1export.validate.bisect import bisect
@@ -198,6 +199,19 @@ def test_a_fault_in_our_own_kernels_is_named(
 
     assert named(Report({}, {}, rows("native"))) == said
     assert Report({}, {}, rows("stock")).passed  # its own graph is right
+
+
+def test_a_graph_without_names_is_not_bisected(make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
+    def unnamed(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [name.replace("probe.", "value.") for name in names]
+        del model.graph.value_info[:]
+
+    artifact = edited_graph(build(make_checkpoint(), "int4"), tmp_path, unnamed, "model.native.onnx")
+    runner = pipeline.load(artifact, kernels="native")
+    with pytest.raises(H1ExportError, match="names no values between its ops; build the artifact again"):
+        runner.observe(np.ones((1, 3), np.int64), np.ones((1, 3), np.int64), runner.initial(1))
 
 
 def with_changed_states(artifact: Artifact, change: Callable[[Any, Any], Any]) -> Any:

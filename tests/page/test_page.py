@@ -120,7 +120,7 @@ def test_one_file_without_network_or_scripts(judged: Judge) -> None:
 def test_hostile_texts_stay_texts(judged: Judge) -> None:
     name = "<b onclick=alert(3)>$a_$&\"'"
     text = page([judged(name, hostile=HOSTILE)])
-    found, plain = Page(text), Page(page([judged("plain")]))
+    found, plain = Page(text), Page(page([judged("plain", hostile="harmless")]))
     assert [tag for tag, _ in found.elements if tag not in ("li", "ul")] == [tag for tag, _ in plain.elements if tag not in ("li", "ul")]
     assert "alert(1)" in text
     assert "{{ 7*7 }}" in text

@@ -16,7 +16,7 @@ PYPROJECT = ROOT / "pyproject.toml"
 EXTRAS: dict[str, list[str]] = nox.project.load_toml(PYPROJECT)["project"]["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
 # row of tests -> extras it installs
-TARGETS = {"core": "", "ort": "[ort,genai,eval,optimum]", "coreml": "[coreml,ort]", "trt": "[trt]"}
+TARGETS = {"core": "", "ort": "[ort,genai,eval,optimum,exporter,report]", "coreml": "[coreml,ort]", "trt": "[trt]"}
 RUNTIMES = {
     "ort": ("tests/clients", "tests/targets/onnxruntime"),
     "coreml": ("tests/targets/coreml",),
@@ -71,10 +71,10 @@ def types(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 @nox.parametrize("target", list(TARGETS))
 def tests(session: nox.Session, target: str) -> None:
-    """Row "core": every test that needs no runtime; another row: those that need its runtime. No GPU, no macOS, and none may skip."""
+    """Row "core": every test that needs no runtime; another row: those that need its runtime. No browser, GPU, macOS; none may skip."""
     session.install("-e", f".{TARGETS[target]}", *dev("pytest", "pytest-xdist", "hypothesis"))
     others = {name: folders for name, folders in RUNTIMES.items() if name != target}
-    markers = " and ".join((*([target] if target in RUNTIMES else []), *(f"not {name}" for name in ("gpu", "mac", *others))))
+    markers = " and ".join((*([target] if target in RUNTIMES else []), *(f"not {name}" for name in ("chromium", "gpu", "mac", *others))))
     results = Path(session.create_tmp()) / "results.xml"
     # not by a marker: to see one, pytest would have to import the file
     ignored = [f"--ignore={folder}" for folders in others.values() for folder in folders]
@@ -136,6 +136,16 @@ def gate(session: nox.Session) -> None:
         artifact = f"{folder}/artifact"
         session.run("h1export", "build", "--target", "ort", "--quant", "int4", "--out", artifact)
         session.run("python", "benchmarks/gate_selftest.py", artifact, *session.posargs)
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """The page of `h1export report` in headless Chromium, as wide as a phone and a desktop; screenshots stay in the session's folder."""
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        session.error("no Chromium here: install it (on Debian, apt-get install chromium) and run `nox -s report` again")
+    session.install("-e", ".[ort,report]", *dev("pytest", "hypothesis"))
+    screenshots = {"H1EXPORT_SCREENSHOTS": session.create_tmp()}
+    session.run("pytest", "-q", "-m", "chromium", "tests/page", *session.posargs, env=screenshots)
 
 
 @nox.session

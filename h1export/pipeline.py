@@ -244,6 +244,8 @@ def validate(
     progress: Progress = SILENT,
     kernels: Kernels = "auto",
     bisect: bool = False,
+    prompts: int = 8,
+    contexts: Sequence[int] = (),
 ) -> Report:
     """Compare the artifact ``out`` with the reference on ``checkpoint`` and write ``out/report.json``.
 
@@ -255,7 +257,7 @@ def validate(
         threads: for artifact and reference; 0: their own choice.
         progress: told what is being done.
         kernels: as of ``Target.load``.
-        bisect: also compare layer by layer, and name the first layer and op family beyond tolerance.
+        bisect, prompts, contexts: as of ValidateOptions.
 
     Raises:
         H1ExportError: a damaged artifact, or a checkpoint that is not the one it was built from.
@@ -268,7 +270,7 @@ def validate(
         torch.set_num_threads(threads)
     has_tokenizer = (out / TOKENIZER).is_file()
     ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
-    options = ValidateOptions(limits, ids, nbytes, latency_pairs, bisect=bisect)
+    options = ValidateOptions(limits, ids, nbytes, latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts))
     runner = load(artifact, threads, kernels=kernels)
     exact = runner if runner.capabilities.float32 else load(artifact, threads, float32=True, kernels=kernels)
     if not exact.capabilities.float32:  # the runtime has no float32 form of it

@@ -56,7 +56,7 @@ class Bars:
 
 
 CASE_COLUMNS = ("logits", "states", "kl", "top1")
-FINE = ("artifact", "reference", "ratio", "top1")  # whose thousandths matter
+FINE = ("artifact", "reference", "ratio", "top1", "top5")  # whose thousandths matter
 ERROR = "_se"  # ends the name of a figure's standard error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from h1export.core.probes import ACCUSED, Point, probe_name
+from h1export.core.probes import ACCUSED, WITHOUT_PRODUCT, Point, probe_name
 from h1export.core.protocols import Ids, Runner
 from h1export.core.report import Row, Verdict
 from h1export.core.state import Array, StateKind
@@ -116,6 +116,8 @@ def _probe(found: Call, truth: Call, layer: int, point: Point) -> Iterator[Suspe
         place, family = name, ACCUSED[point]
         if point is Point.RESIDUAL:  # what the layer before has made of it
             place, family = (f"{layer - 1}.output", family) if layer else (EMBEDDING, EMBEDDING)
+            if layer and probe_name(layer - 1, Point.PRODUCT) not in found.probes:
+                family = WITHOUT_PRODUCT
         yield Suspect(place, family, relative_error(found.probes[name], truth.probes[name]))
 
 

@@ -24,6 +24,11 @@ def log_softmax(logits: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.float6
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
+def position_errors(pairs: Sequence[tuple[Array, Array]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Of every position of the (found, truth) pairs, its largest difference over its pair's range."""
+    return np.concatenate([np.abs(found - truth).max(-1).astype(np.float64) / (float(np.ptp(truth)) or 1.0) for found, truth in pairs])
+
+
 def logit_figures(pairs: Sequence[tuple[Array, Array]]) -> dict[str, float]:
     """Figures over (found, truth) pairs of logits [positions, vocab].
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from h1export.core.histogram import Histogram
 from h1export.core.protocols import Ids, Runner
-from h1export.core.report import Row
+from h1export.core.report import LOGIT_ERROR, Row
 from h1export.core.state import Array, StateSpec
 from h1export.validate.cases import Case, cases
-from h1export.validate.logits import logit_figures
+from h1export.validate.logits import logit_figures, position_errors
 from h1export.validate.reference import Reference
 from h1export.validate.states import StatePair, row_of_batch, state_errors
 
@@ -84,5 +85,6 @@ def case_rows(runs: Mapping[str, Run], reference: Reference, runner: Runner[Any]
         worst = max(errors, key=errors.__getitem__)
         figures = logit_figures(logit_pairs) | {"states": errors[worst]}
         gated = {name: limits[metric] for name in figures if (metric := f"{group}.{name}") in limits}
-        rows.append(Row(case.name, group, figures, gated, note=f"worst state {worst}", details=errors))
+        histograms = {LOGIT_ERROR: Histogram.of(position_errors(logit_pairs))}
+        rows.append(Row(case.name, group, figures, gated, f"worst state {worst}", errors, histograms))
     return rows

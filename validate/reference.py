@@ -1,7 +1,8 @@
 """The judge: transformers' FalconH1ForCausalLM in float32, run on whole sequences, one row at a time.
 
-Full forwards only. transformers' cached decode ignores time_step_limit and its padded batches leak into the convolution
-(both in 5.23), so for a padded row the truth is the row run alone, and for a decode step it is the forward of all so far.
+Full forwards, and for long rows pieces of many tokens. transformers' cached decode ignores time_step_limit and its padded batches
+leak into the convolution (both in 5.23), so for a padded row the truth is the row run alone, and for a decode step it is the forward of
+all so far.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from h1export.core.protocols import Capabilities, Ids, Sequences
 from h1export.core.spec import HybridSpec
 from h1export.core.state import Array, StateKind
 from h1export.errors import H1ExportError
+from h1export.validate.logits import relative_error
 from h1export.validate.probes import arrays, watched
+
+PIECE = 512  # tokens of a long row at a time; a last one alone goes with them, because it would be a decode step
+CONTINUES = 1e-3  # by which pieces may differ from the whole, and a cache that is not read does by far
 
 
 class Reference:
@@ -53,8 +58,34 @@ class Reference:
 
     def full(self, ids: Ids) -> tuple[Array, dict[str, Array]]:
         """Logits [seq, vocab] of one unpadded row [seq] and, by StateTensor.key, its canonical states without the batch axis."""
+        return self._answer(ids, None, 0)[:2]
+
+    def in_pieces(self, ids: Ids, tail: int, piece: int = PIECE) -> tuple[Array, dict[str, Array]]:
+        """``full``, of the last ``tail`` positions, in memory that grows with the states alone.
+
+        Raises:
+            H1ExportError: this transformers does not go on rightly from what a piece leaves in its cache.
+        """
+        if piece == PIECE:
+            self._check_pieces()
+        cache, start, kept = None, 0, np.zeros((0, self._model.config.vocab_size), np.float32)
+        while start < len(ids):
+            end = len(ids) if len(ids) - start <= piece + 1 else start + piece
+            logits, states, cache = self._answer(ids[start:end], cache, tail)
+            start, kept = end, np.concatenate([kept, logits])[-tail:]
+        return kept, states
+
+    def _check_pieces(self) -> None:
+        ids = np.arange(24) % self._model.config.vocab_size
+        if not relative_error(self.in_pieces(ids, len(ids), piece=16)[0], self.full(ids)[0]) <= CONTINUES:
+            what = "its Falcon-H1 does not go on from a cache by several tokens, so there is no reference for long contexts"
+            raise H1ExportError("transformers", what, "install 5.24 or a later one, or leave out --context")
+
+    def _answer(self, ids: Ids, cache: Any, tail: int) -> tuple[Array, dict[str, Array], Any]:
+        """Logits of the last ``tail`` positions (0: of all), states, and the cache, of ids [seq] after those in ``cache``."""
+        past = {} if cache is None else {"past_key_values": cache}
         with torch.no_grad():
-            result = self._model(torch.from_numpy(ids)[None], use_cache=True, logits_to_keep=0)
+            result = self._model(torch.from_numpy(ids)[None], **past, use_cache=True, logits_to_keep=tail)
         states: dict[str, Array] = {}
         for index, layer in enumerate(result.past_key_values.layers):
             found = {
@@ -65,7 +96,7 @@ class Reference:
             }
             states |= {f"{index}.{kind}": np.asarray(tensor[0].float().numpy()) for kind, tensor in found.items()}
         logits: Array = result.logits[0].numpy()
-        return logits, states
+        return logits, states, result.past_key_values
 
     @property
     def capabilities(self) -> Capabilities:

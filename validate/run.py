@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from h1export.core.artifact import Artifact
+from h1export.core.artifact import Artifact, Manifest
+from h1export.core.histogram import Histogram
 from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Ids, Runner
-from h1export.core.report import Report, Row
+from h1export.core.report import KL, LOGIT_ERROR, Report, Row
 from h1export.core.state import Array
 from h1export.core.weights import WeightStore
 from h1export.core.weights.scaling import ScaledStore, Scaling
 from h1export.validate import gates
 from h1export.validate.bisect import bisect, integers_row
+from h1export.validate.contexts import context_rows, cost_rows
+from h1export.validate.divergence import CHECK as GREEDY
+from h1export.validate.divergence import Continuation, continuations, divergence_row, impossible, prompts
 from h1export.validate.latency import PREFILL, measure
-from h1export.validate.parity import case_rows, run_cases
+from h1export.validate.parity import Run, case_rows, run_cases
 from h1export.validate.perplexity import WINDOW, Scored, text_figures, windows
 from h1export.validate.reference import Reference
 from h1export.validate.weights import weight_errors
@@ -43,6 +47,8 @@ class ValidateOptions:
         pairs: paired latency runs; 0: no latency.
         seed: of the random token ids.
         bisect: name the first layer and op family beyond tolerance.
+        prompts: greedy texts, from places in the text; 0: none.
+        contexts: lengths at which to compare states after a prefill in chunks, and to time tokens.
     """
 
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -51,6 +57,34 @@ class ValidateOptions:
     pairs: int = 7
     seed: int = 0
     bisect: bool = False
+    prompts: int = 8
+    contexts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Who is judged, and by what.
+
+    Attributes:
+        runner: the artifact as it ships.
+        exact: the same in float32 arithmetic; ``runner`` itself where it ships so, or cannot.
+        stored: checkpoint name -> float32 tensor, of what is quantised, or scaled for that.
+        limits: metric -> limit.
+        options: what to run.
+    """
+
+    runner: Runner[Any]
+    exact: Runner[Any]
+    stored: Mapping[str, Array]
+    limits: Mapping[str, float]
+    options: ValidateOptions
+
+    @property
+    def ways(self) -> dict[str, Runner[Any]]:
+        """The ways in which lowering is judged, by their group of metrics, against a reference that holds ``stored``."""
+        if not self.stored:
+            return {SOURCE: self.runner}
+        return {STORED: self.exact} | ({} if self.exact is self.runner else {DRIFT: self.runner})
 
 
 def validate(
@@ -58,7 +92,7 @@ def validate(
 ) -> Report:
     """Compare an artifact with the PyTorch reference on ``checkpoint``, which must be what it was built from.
 
-    ``runner`` is the artifact as it ships, ``exact`` the same in float32 arithmetic (the same Runner where it ships so, or cannot).
+    ``runner`` and ``exact`` are those of Trial.
 
     Raises:
         H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
@@ -70,32 +104,79 @@ def validate(
     if stored:
         progress.stage("stored weights")
         rows.append(_weights_row(artifact, stored, store, limits))
+    scaled = {name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys()}
+    trial = Trial(runner, exact, {**stored, **scaled} if scaled else stored, limits, options)
+    rows += _rows(trial, Reference(checkpoint), progress)
+    if options.bisect:
+        rows += [integers_row(row) for row in rows if row.check == INTEGERS]
+    return Report(_described(artifact.manifest) | _shown(runner), _environment(), tuple(rows))
+
+
+def judge(
+    runner: Runner[Any],
+    checkpoint: Path,
+    options: ValidateOptions = ValidateOptions(),
+    progress: Progress = SILENT,
+) -> Report:
+    """Compare any Runner with the PyTorch reference on ``checkpoint``, as ``validate`` does an artifact that is not quantised.
+
+    Raises:
+        H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
+    """
+    float32 = runner.capabilities.float32
+    limits = gates.limits("none", "rtn", float32, float32, options.limits)
+    rows = _rows(Trial(runner, runner, {}, limits, options), Reference(checkpoint), progress)
+    return Report(_shown(runner), _environment(), tuple(rows))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a runner said to the cases, and its greedy texts; ``silent``: why there are none."""
+
+    runs: list[Run]
+    texts: list[Continuation]
+    silent: str
+
+    @classmethod
+    def of(cls, runner: Runner[Any], options: ValidateOptions) -> Answers:
+        """Ask ``runner``."""
+        starts = prompts(options.text_ids, options.prompts, options.seed)
+        silent = impossible(runner, starts)
+        return cls(list(run_cases(runner, options.seed)), [] if silent else list(continuations(runner, starts)), silent)
+
+    def greedy(self, group: str, reference: Reference) -> Row:
+        return Row(GREEDY, group, note=self.silent) if self.silent else divergence_row(group, self.texts, reference)
+
+
+def _rows(trial: Trial, reference: Reference, progress: Progress) -> list[Row]:
+    """Everything but the integers: against the checkpoint's weights, then against the stored ones, which become the reference's."""
+    runner, options, limits = trial.runner, trial.options, trial.limits
     progress.stage("artifact")
-    runs = list(run_cases(runner, options.seed))
-    exact_runs = runs if exact is runner else list(run_cases(exact, options.seed))
-    if magnitudes := runner.magnitudes():
-        rows.append(_fp16_row(magnitudes, limits))
+    shipped = Answers.of(runner, options)
+    judged = {group: shipped if way is runner else Answers.of(way, options) for group, way in trial.ways.items()}
+    rows = [_fp16_row(magnitudes, limits)] if (magnitudes := runner.magnitudes()) else []
     progress.stage("reference")
-    reference = Reference(checkpoint)
-    rows += [row for run in runs for row in case_rows({SOURCE: run}, reference, runner, limits)]
+    rows += [row for run in shipped.runs for row in case_rows({SOURCE: run}, reference, runner, limits)]
     progress.stage("text")
-    rows.append(_text_row(runner, reference, options, limits))
+    rows += [_text_row(runner, reference, options, limits), shipped.greedy(SOURCE, reference)]
     progress.stage("latency")
     rows += _latency_rows(runner, reference, options, limits)
-    if stored:
+    if trial.stored:
         progress.stage("reference on the stored weights")
-        reference.hold({name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys()})
-        reference.hold(stored)
-        pairs = zip(exact_runs, runs, strict=True)
-        ways = [{STORED: run} if exact is runner else {STORED: run, DRIFT: shipped} for run, shipped in pairs]
-        lowering = [row for way in ways for row in case_rows(way, reference, runner, limits)]
-        rows[1:1] = sorted(lowering, key=lambda row: row.against != STORED)
+        reference.hold(trial.stored)
+        asked = zip(*(answers.runs for answers in judged.values()), strict=True)
+        lowering = [row for runs in asked for row in case_rows(dict(zip(judged, runs, strict=True)), reference, runner, limits)]
+        rows = [*sorted(lowering, key=lambda row: row.against != STORED), *rows]
+        rows += [answers.greedy(group, reference) for group, answers in judged.items()]
+    if options.contexts:
+        progress.stage("long contexts")
+        rows += context_rows(trial.ways, reference, options.contexts, limits, options.seed)
+        rows += cost_rows(runner, options.contexts, SOURCE, options.seed)
     if options.bisect:
         progress.stage("layer by layer")
-        group = STORED if stored else SOURCE
-        rows += [integers_row(row) for row in rows if row.check == INTEGERS]
-        rows += bisect(exact, reference, group, limits[f"{group}.states"], options.seed)
-    return Report(_subject(artifact, runner), _environment(), tuple(rows))
+        group = next(iter(trial.ways))
+        rows += bisect(trial.exact, reference, group, limits[f"{group}.states"], options.seed)
+    return rows
 
 
 def _weights_row(artifact: Artifact, stored: Mapping[str, Array], store: WeightStore, limits: Mapping[str, float]) -> Row:
@@ -129,9 +210,12 @@ def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOption
         logits: Array = runner.step(window[None, :-1], np.ones((1, len(window) - 1), np.int64), runner.initial(1))[0][0]
         return logits
 
-    scored = (Scored.of(score(window), reference.full(window[:-1])[0], window) for window in windows(options.text_ids))
-    figures = text_figures(scored, options.text_bytes)
-    return Row(name, SOURCE, figures, {"ratio": limits["text.ratio"]}, note=f"{options.text_bytes} bytes, {len(options.text_ids)} tokens")
+    scored = [Scored.of(score(window), reference.full(window[:-1])[0], window) for window in windows(options.text_ids)]
+    spread = {KL: [window.kl for window in scored], LOGIT_ERROR: [window.error for window in scored]}
+    histograms = {values: Histogram.of(np.concatenate(parts)) for values, parts in spread.items()}
+    note = f"{options.text_bytes} bytes, {len(options.text_ids)} tokens"
+    figures, gated = text_figures(scored, options.text_bytes), {"ratio": limits["text.ratio"]}
+    return Row(name, SOURCE, figures, gated, note, histograms=histograms)
 
 
 def _latency_rows(runner: Runner[Any], reference: Reference, options: ValidateOptions, limits: Mapping[str, float]) -> list[Row]:
@@ -148,11 +232,13 @@ def _latency_rows(runner: Runner[Any], reference: Reference, options: ValidateOp
     return rows
 
 
-def _subject(artifact: Artifact, runner: Runner[Any]) -> dict[str, Any]:
-    manifest = artifact.manifest
-    described = {"target": manifest.target, "scheme": dict(manifest.scheme), "options": dict(manifest.options), "source": manifest.source}
+def _described(manifest: Manifest) -> dict[str, Any]:
+    return {"target": manifest.target, "scheme": dict(manifest.scheme), "options": dict(manifest.options), "source": manifest.source}
+
+
+def _shown(runner: Runner[Any]) -> dict[str, Any]:
     capabilities = runner.capabilities
-    return described | {"notes": [*capabilities.notes, *filter(None, [capabilities.fallback])]}
+    return {"kernels": capabilities.kernels, "notes": [*capabilities.notes, *filter(None, [capabilities.fallback])]}
 
 
 def _environment() -> dict[str, Any]:

@@ -25,6 +25,7 @@ from h1export.cli.evaluate import evaluate
 from h1export.cli.export import Asked, export_options
 from h1export.cli.gate import gate
 from h1export.cli.plan import plan
+from h1export.cli.report import report
 from h1export.cli.sensitivity import sensitivity
 from h1export.core.artifact import REPORT
 from h1export.errors import H1ExportError
@@ -56,6 +57,14 @@ VALIDATE_OPTIONS = (
     click.option("--text-bytes", default=32768, show_default=True, help="How much of the text; 0: all of it."),
     click.option("--latency-pairs", default=7, show_default=True, help="Paired runs for latency; 0: none."),
     click.option("--threads", default=0, show_default=True, help="Threads for artifact and reference; 0: their own choice."),
+    click.option("--prompts", default=8, show_default=True, type=click.IntRange(min=0), help="Greedy texts to compare; 0: none."),
+    click.option(
+        "--context",
+        "contexts",
+        multiple=True,
+        type=click.IntRange(min=16),
+        help="Compare states after N tokens in chunks, and time tokens there. Repeatable.",
+    ),
     click.option("--bisect", is_flag=True, help="Name the first layer and op that go wrong."),
     kernels_option,
 )
@@ -134,14 +143,13 @@ def _validate(
     text_bytes: int,
     latency_pairs: int,
     threads: int,
-    bisect: bool,
-    kernels: Kernels,
+    **others: Any,
 ) -> dict[str, Any]:
     from h1export import pipeline
     from h1export.render import Bars, report_tables
 
     with Bars(quiet or as_json) as bars:
-        report = pipeline.validate(out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars, kernels, bisect)
+        report = pipeline.validate(out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars, **others)
     for table in report_tables(report):
         say(table, quiet or as_json)
     say(f"{'PASSED' if report.passed else 'FAILED'}  {out / REPORT}", quiet or as_json)
@@ -244,6 +252,7 @@ cli.add_command(coreml)
 cli.add_command(evaluate)
 cli.add_command(gate)
 cli.add_command(plan)
+cli.add_command(report)
 cli.add_command(sensitivity)
 
 

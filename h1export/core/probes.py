@@ -6,8 +6,11 @@ of layers as its layer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
+
+from h1export.core.state import Array
 
 
 class Point(StrEnum):
@@ -41,6 +44,7 @@ ACCUSED: Mapping[Point, str] = {
     Point.MIXED: "out_proj or o_proj",
     Point.PRODUCT: "gate_proj or up_proj",
 }
+WITHOUT_PRODUCT = "gate_proj, up_proj or down_proj"  # accused at the residual where one kernel computes what lies between
 
 
 def probe_name(layer: int, point: Point) -> str:
@@ -53,3 +57,20 @@ def probe_names(layers: int) -> list[str]:
 
 
 PREFIX = "probe."  # of the names that a target gives to a graph's values, so that a Runner finds its probes
+Columns = tuple[int, int]  # the first, and the first after them
+PART = re.compile(r"([^\[]+)(?:\[(\d+):(\d+)\])?")
+
+
+def label(parts: Mapping[str, Columns | None]) -> str:
+    """The name of a graph's value that is a probe (None), or holds several side by side: probe.0.query[0:128]+0.key[128:192]."""
+    return PREFIX + "+".join(name + ("[{}:{}]".format(*columns) if columns else "") for name, columns in parts.items())
+
+
+def probes_in(name: str, value: Array) -> dict[str, Array]:
+    """Probe -> its columns of ``value`` [..., width], which ``label`` gave its ``name``."""
+    found = {}
+    for part in name.removeprefix(PREFIX).split("+"):
+        match = PART.fullmatch(part)
+        assert match is not None, name
+        found[match[1]] = value if match[2] is None else value[..., int(match[2]) : int(match[3])]
+    return found

@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-AT_LEAST = frozenset({"top1"})  # figures that must not fall below their limit; all others must not exceed it
+from h1export.core.histogram import Histogram
+
+LOGIT_ERROR, KL = "logit error", "kl"  # histograms: of positions
+AT_LEAST = frozenset({"top1", "top5"})  # figures that must not fall below their limit; all others must not exceed it
 
 
 class Verdict(StrEnum):
@@ -38,6 +41,7 @@ class Row:
         limits: name -> limit, for some or all of the figures.
         note: one line for the reader; the reason where there are no figures.
         details: figures too many for a table, by name.
+        histograms: how values behind the figures are spread, by name.
     """
 
     check: str
@@ -46,6 +50,7 @@ class Row:
     limits: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     details: Mapping[str, float] = field(default_factory=dict)
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
 
     @property
     def verdict(self) -> Verdict:

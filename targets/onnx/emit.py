@@ -11,7 +11,7 @@ import onnx_ir as ir
 from torch.fx import Node
 
 from h1export.core.artifact import StoredWeight
-from h1export.core.probes import PREFIX
+from h1export.core.probes import Columns, label
 from h1export.core.quant import Integers, Precision
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr, WeightStore
@@ -51,6 +51,10 @@ class Context:
         values = self._values[node]
         assert isinstance(values, tuple), f"{node} is a single value"
         return values[index]
+
+    def probed(self, node: Node) -> tuple[Value, Columns | None]:
+        """Where a probe's value is: the whole of a value, or columns of it."""
+        return self.value(node), None
 
     def expr(self, node: Any) -> WeightExpr:
         expr = self.program.weight_of(node)
@@ -110,8 +114,12 @@ def initializer_name(expr: WeightExpr) -> str:
 
 def name_probes(context: Context) -> None:
     """Name the emitted values that core/probes.py speaks of; a Runner makes outputs of them when it is asked to observe."""
+    parts: dict[Value, dict[str, Columns | None]] = {}
     for name, node in probes(context.program).items():
-        context.value(node).name = PREFIX + name
+        value, columns = context.probed(node)
+        parts.setdefault(value, {})[name] = columns
+    for value, inside in parts.items():
+        value.name = label(inside)
 
 
 C = TypeVar("C", bound=Context)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from h1export.core.artifact import Artifact
-from h1export.core.probes import PREFIX
+from h1export.core.probes import PREFIX, probes_in
 from h1export.core.protocols import Capabilities, Ids, Sequences, SteppedSequences, check_call
 from h1export.core.quant import QuantizedTensor
 from h1export.core.spec import HybridSpec
@@ -54,7 +54,7 @@ class OnnxRuntimeRunner:
         self._library, self._fallback = _library(artifact, kernels)
         self._kernels = f"{'onnxruntime' if self._library is None else 'h1export in onnxruntime'} {sdk.onnxruntime().__version__}"
         self._session = open_session(artifact, self._flavour, threads, float32, self._library)
-        self._open_observed = partial(open_session, artifact, self._flavour, threads, float32, None, observed=True)
+        self._open_observed = partial(open_session, artifact, self._flavour, threads, float32, self._library, observed=True)
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
 
     @property
@@ -101,16 +101,20 @@ class OnnxRuntimeRunner:
 
     @cached_property
     def _observed(self) -> Any:
-        """A session over model.onnx, whatever kernels ``step`` runs on: there, values lie between the ops."""
         return self._open_observed()
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
         check_call(ids, mask, states[self._states.tensors[0].past].shape[2], self._spec.vocab_size)
         names = [output.name for output in self._observed.get_outputs()]
         found = dict(zip(names, self._observed.run(names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states}), strict=True))
-        probes = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
+        probes = {
+            probe: part
+            for name, value in found.items()
+            if name.startswith(PREFIX)
+            for probe, part in probes_in(name, value.astype(np.float32).reshape(*ids.shape, -1)).items()
+        }
         after = {tensor.past: found[tensor.present] for tensor in self._states.tensors}
-        return found[LOGITS], after, {name: value.astype(np.float32).reshape(*ids.shape, -1) for name, value in probes.items()}
+        return found[LOGITS], after, probes
 
     def start(self, batch: int, capacity: int) -> Sequences:
         if not self._flavour.bound:

@@ -53,6 +53,8 @@ def open_session(artifact: Artifact, made: Flavour, threads: int, float32: bool,
     try:
         model = _changed(path, made, options, float32, observed) if float32 or observed else str(path)
         session = ort.InferenceSession(model, options, providers=chain)
+    except H1ExportError:
+        raise
     except Exception as error:  # onnxruntime's exception types share no base class
         raise H1ExportError(path, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
     if not float32 and provider not in session.get_providers():  # onnxruntime only logs it, and would run on the CPU
@@ -74,4 +76,6 @@ def _changed(path: Path, made: Flavour, options: Any, float32: bool, observed: b
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
         if observed:
             model.graph.outputs.extend(value for value in node.outputs if (value.name or "").startswith(PREFIX))
+    if observed and not any((value.name or "").startswith(PREFIX) for value in model.graph.outputs):
+        raise H1ExportError(path, "names no values between its ops", "build the artifact again")
     return bytes(ir.to_proto(model).SerializeToString())

@@ -53,9 +53,7 @@ class OnnxRuntimeTarget:
         with ExternalData(stage, DATA) as data:
             context = made.context(program, store, integers, GraphBuilder(made.opsets(precisions)), data)
             context.accuracy_level = options.accuracy_level
-            model = _model(context, made.table, inputs, outputs)
-            name_probes(context)
-            ir.save(model, stage.folder / MODEL)
+            ir.save(_model(context, made.table, inputs, outputs), stage.folder / MODEL)
             if made.native is not None and covers(program.spec):
                 native = NativeContext(program, store, integers, GraphBuilder({**made.opsets(precisions), DOMAIN: 1}), data)
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
@@ -82,7 +80,7 @@ def _kinds(integers: Integers) -> KindOf:
 
 
 def _model(context: OrtContext, table: Mapping[Any, Emitter[Any]], inputs: Ports, outputs: Ports) -> ir.Model:
-    """Emit the context's program by ``table``."""
+    """Emit the context's program by ``table``, with names for its probes."""
     graph_inputs = [_declare(name, dtype, dims) for name, (dtype, dims) in inputs.items()]
     by_name = {value.name: value for value in graph_inputs}
     for node in context.program.graph.nodes:
@@ -92,6 +90,7 @@ def _model(context: OrtContext, table: Mapping[Any, Emitter[Any]], inputs: Ports
     results = [context.as_float32(logits), *states]
     for value, (name, (dtype, dims)) in zip(results, outputs.items(), strict=True):
         value.name, value.type, value.shape = name, ir.TensorType(ir.DataType[dtype]), ir.Shape(dims)
+    name_probes(context)
     return context.build.model(graph_inputs, results, "falcon_h1")
 
 

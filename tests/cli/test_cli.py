@@ -20,7 +20,7 @@ from h1export.text import load_tokenizer
 
 pytestmark = pytest.mark.ort
 Build = Callable[..., Artifact]
-QUICK = ["--latency-pairs", "0", "--text-bytes", "500"]
+QUICK = ["--latency-pairs", "0", "--text-bytes", "500", "--prompts", "0"]
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,11 @@ from h1export import pipeline
 from h1export.core.artifact import Artifact
 from h1export.core.progress import SILENT
 from h1export.core.report import Report, Row, Verdict
+from h1export.errors import H1ExportError
 from h1export.targets import Kernels
-from h1export.validate import ValidateOptions, validate
+from h1export.validate import ValidateOptions, gates, validate
+from h1export.validate.bisect import bisect
+from h1export.validate.reference import Reference
 
 pytestmark = pytest.mark.ort
 Build = Callable[..., Artifact]
@@ -38,6 +41,7 @@ MULTIPLIERS: dict[Any, str] = {
     ("mlp_multipliers", 0): "layer 0, gate_proj or up_proj (at 0.product)",
     ("mlp_multipliers", 1): "layer 0, down_proj (at 0.output)",
 }
+MLP = "gate_proj, up_proj or down_proj"  # of integers, one kernel of ours computes what follows gate_proj and up_proj
 
 
 def judge(artifact: Artifact, checkpoint: Path, runner: Any = None, kernels: Kernels = "auto") -> Report:
@@ -68,14 +72,14 @@ def edited_config(checkpoint: Path, folder: Path, edit: Callable[[dict[str, Any]
     return wrong
 
 
-def edited_graph(artifact: Artifact, folder: Path, edit: Callable[[onnx.ModelProto], None]) -> Artifact:
+def edited_graph(artifact: Artifact, folder: Path, edit: Callable[[onnx.ModelProto], None], name: str = "model.onnx") -> Artifact:
     """A copy of ``artifact`` with another graph; the manifest keeps up with the size."""
     copy = Path(shutil.copytree(artifact.folder, folder / "edited"))
-    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    model = onnx.load(copy / name, load_external_data=False)
     edit(model)
-    onnx.save(model, copy / "model.onnx")
+    onnx.save(model, copy / name)
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["model.onnx"][1] = (copy / "model.onnx").stat().st_size
+    manifest["files"][name][1] = (copy / name).stat().st_size
     (copy / "manifest.json").write_text(json.dumps(manifest))
     return Artifact.open(copy)
 
@@ -95,7 +99,8 @@ def test_a_dropped_multiplier_fails(
     artifact = build(edited_config(truth, tmp_path, drop), quant, accuracy_level=level)
     against, report = "source" if quant == "none" else "stored", judge(artifact, truth)
     assert any(row.against == against for row in failed(report))
-    assert named(report) == MULTIPLIERS[key]
+    fused = quant == "int4" and key[0] == "mlp_multipliers"
+    assert named(report) == (f"layer 0, {MLP} (at 0.output)" if fused else MULTIPLIERS[key])
 
 
 def test_a_wrong_rope_base_fails(make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
@@ -150,6 +155,63 @@ def test_a_convolution_off_by_one_fails(make_checkpoint: MakeCheckpoint, build: 
     report = judge(edited_graph(build(truth), tmp_path, rotate), truth, kernels="stock")
     assert failed(report)
     assert named(report) == "layer 1, convolution (at 1.conv)"
+
+
+# op of ours, which of them, and a change of its attributes -> what bisect says; layer 0 has as many of each op
+NATIVE: dict[tuple[str, int, str], tuple[Callable[[float], float], str]] = {
+    ("CausalConv", 1, "offset"): (lambda offset: offset - 1, "layer 1, convolution (at 1.conv)"),
+    ("SSMScan", 1, "dt_offset"): (lambda offset: offset + 1, "layer 1, scan or its gate (at 1.gated)"),
+    ("SSMScan", 1, "gate_offset"): (lambda offset: offset + 1, "layer 1, scan or its gate (at 1.gated)"),
+    ("Attention", 1, "scale"): (lambda scale: scale * 1.01, "layer 1, attention (at 1.attended)"),
+    ("Attention", 1, "k_offset"): (lambda offset: offset - 1, "layer 1, key cache (at 1.key added)"),
+    ("PairQMatMul", 1, "b_factor"): (lambda factor: factor * 1.01, "layer 1, out_proj or o_proj (at 1.mixed)"),
+    ("NormQMatMul", 1, "epsilon"): (lambda epsilon: epsilon + 0.1, "layer 1, in_proj (at 1.gate)"),
+    ("NormQMatMul", 2, "epsilon"): (lambda epsilon: epsilon + 0.1, f"layer 1, {MLP} (at 1.output)"),
+    ("SiluQMatMul", 1, "gate_offset"): (lambda offset: offset - 1, f"layer 1, {MLP} (at 1.output)"),
+}
+
+
+@pytest.fixture(scope="module")
+def int4_reference(make_checkpoint: MakeCheckpoint, build: Build) -> Reference:
+    """PyTorch on what the plain int4 artifact stores."""
+    reference = Reference(make_checkpoint())
+    reference.hold(pipeline.load(build(make_checkpoint(), "int4")).stored_weights())
+    return reference
+
+
+@pytest.mark.parametrize("place", NATIVE, ids=str)
+def test_a_fault_in_our_own_kernels_is_named(
+    place: tuple[str, int, str], int4_reference: Reference, make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path
+) -> None:
+    (op, index, name), (change, said) = place, NATIVE[place]
+
+    def wrong(model: onnx.ModelProto) -> None:
+        node = [node for node in model.graph.node if node.op_type == op][index]
+        (attribute,) = [attribute for attribute in node.attribute if attribute.name == name]
+        value = onnx.helper.get_attribute_value(attribute)
+        attribute.CopyFrom(onnx.helper.make_attribute(name, type(value)(change(value))))
+
+    artifact = edited_graph(build(make_checkpoint(), "int4"), tmp_path, wrong, "model.native.onnx")
+
+    def rows(kernels: Kernels) -> tuple[Row, ...]:
+        runner = pipeline.load(artifact, float32=True, kernels=kernels)
+        return tuple(bisect(runner, int4_reference, "stored", gates.EXACT["states"], seed=0))
+
+    assert named(Report({}, {}, rows("native"))) == said
+    assert Report({}, {}, rows("stock")).passed  # its own graph is right
+
+
+def test_a_graph_without_names_is_not_bisected(make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
+    def unnamed(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [name.replace("probe.", "value.") for name in names]
+        del model.graph.value_info[:]
+
+    artifact = edited_graph(build(make_checkpoint(), "int4"), tmp_path, unnamed, "model.native.onnx")
+    runner = pipeline.load(artifact, kernels="native")
+    with pytest.raises(H1ExportError, match="names no values between its ops; build the artifact again"):
+        runner.observe(np.ones((1, 3), np.int64), np.ones((1, 3), np.int64), runner.initial(1))
 
 
 def with_changed_states(artifact: Artifact, change: Callable[[Any, Any], Any]) -> Any:

@@ -52,6 +52,7 @@ def test_logit_figures_against_torch() -> None:
         ({"logits": float("nan")}, {}, Verdict.FAIL),
         ({"top1": 0.98}, {"top1": 0.99}, Verdict.FAIL),
         ({"top1": 1.0}, {"top1": 0.99}, Verdict.PASS),
+        ({"top5": 0.98}, {"top5": 0.99}, Verdict.FAIL),
         ({"kl": 0.1}, {}, Verdict.INFO),
         ({}, {}, Verdict.NOT_APPLICABLE),
     ],
@@ -96,13 +97,13 @@ def test_a_uniform_model_costs_log2_of_the_vocabulary() -> None:
     flat = np.zeros((WINDOW, 64), np.float32)
     figures = text_figures((Scored.of(flat, flat, window) for window in windows(ids)), 999)
     assert figures["artifact"] == figures["reference"] == pytest.approx(6.0)
-    assert (figures["ratio"], figures["kl"], figures["kl_p99"], figures["top1"]) == (1, 0, 0, 1)
+    assert (figures["ratio"], figures["kl"], figures["kl_p99"], figures["top1"], figures["top5"]) == (1, 0, 0, 1, 1)
 
 
 def test_text_figures_against_torch() -> None:
     """Over more positions than are held at a time."""
     rng, length, vocab = np.random.default_rng(0), 300, 17
-    scored, kl, same, nats = [], [], [], [0.0, 0.0]
+    scored, kl, same, shared, nats = [], [], [], [], [0.0, 0.0]
     for _ in range(4):
         truth = rng.standard_normal((length, vocab)).astype(np.float32)
         found, window = truth + 0.3 * rng.standard_normal(truth.shape).astype(np.float32), rng.integers(0, vocab, length + 1)
@@ -110,6 +111,9 @@ def test_text_figures_against_torch() -> None:
         a, b = (torch.log_softmax(torch.from_numpy(logits).double(), -1) for logits in (found, truth))
         kl.append((b.exp() * (b - a)).sum(-1))
         same.append(a.argmax(-1) == b.argmax(-1))
+        best = (a.argsort(-1)[:, -5:], b.argsort(-1)[:, -5:])
+        shared += [len(set(ours.tolist()) & set(theirs.tolist())) / 5 for ours, theirs in zip(*best, strict=True)]
+        assert scored[-1].error == pytest.approx(np.abs(found - truth).max(1) / (truth.max() - truth.min()))
         targets = torch.from_numpy(window[1:])
         nats = [total + float(torch.nn.functional.nll_loss(log, targets, reduction="sum")) for total, log in zip(nats, (a, b), strict=True)]
     figures = text_figures(scored, 1000)
@@ -119,6 +123,8 @@ def test_text_figures_against_torch() -> None:
     assert figures["kl"] == pytest.approx(float(torch.cat(kl).mean()))
     assert figures["kl_p99"] == pytest.approx(float(torch.cat(kl).quantile(0.99)))
     assert figures["top1"] == pytest.approx(float(torch.cat(same).double().mean()))
+    assert figures["top5"] == pytest.approx(np.mean(shared))
+    assert figures["top1"] < figures["top5"] < 1
 
 
 def test_standard_errors_are_those_of_the_mean() -> None:
@@ -126,7 +132,7 @@ def test_standard_errors_are_those_of_the_mean() -> None:
     rng = np.random.default_rng(1)
     kl = rng.exponential(size=(100, 8))
     flat = np.ones(8)
-    figures = text_figures([Scored(flat, flat, window, flat > 0) for window in kl], 1)
+    figures = text_figures([Scored(flat, flat, window, flat > 0, flat, flat) for window in kl], 1)
     assert figures["kl_se"] == pytest.approx(kl.mean(axis=1).std() / 10, rel=0.2)
     assert figures["ratio_se"] == figures["top1_se"] == 0
 
@@ -137,7 +143,7 @@ def test_bits_per_byte_equals_a_plain_transformers_loop(tiny: Path, build: Build
 
     text = (tiny / "heldout.txt").read_text(encoding="utf-8")[:6000]
     artifact = build(tiny)
-    report = pipeline.validate(artifact.folder, tiny, {}, text=None, text_bytes=6000, latency_pairs=0)
+    report = pipeline.validate(artifact.folder, tiny, {}, text=None, text_bytes=6000, latency_pairs=0, prompts=0)
     (row,) = [row for row in report.rows if row.check == "bits per byte"]
     ids, nbytes = scoring_ids(tiny, text)
     model: Any = FalconH1ForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
@@ -160,7 +166,7 @@ def test_scored_bytes_leave_out_the_first_token(tiny: Path) -> None:
 
 @pytest.mark.ort
 def test_lowering_and_quantisation_errors_are_told_apart(tiny: Path, build: Build) -> None:
-    report = pipeline.validate(build(tiny, "int4").folder, tiny, {}, text_bytes=2000, latency_pairs=0)
+    report = pipeline.validate(build(tiny, "int4").folder, tiny, {}, text_bytes=2000, latency_pairs=0, prompts=0)
     assert report.passed, report.to_json()
     by_group = {
         group: [row.figures["logits"] for row in report.rows if row.against == group and "logits" in row.figures]
@@ -173,7 +179,7 @@ def test_lowering_and_quantisation_errors_are_told_apart(tiny: Path, build: Buil
 @pytest.mark.ort
 def test_the_report_is_written_and_does_not_break_the_artifact(tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int8")
-    report = pipeline.validate(artifact.folder, tiny, {}, text_bytes=1000, latency_pairs=1)
+    report = pipeline.validate(artifact.folder, tiny, {}, text_bytes=1000, latency_pairs=1, prompts=0)
     assert json.loads((artifact.folder / "report.json").read_text()) == json.loads(report.to_json())
     Artifact.open(artifact.folder).check_hashes()
     latency = {row.check: row.figures for row in report.rows if row.check.endswith("latency")}
@@ -190,7 +196,7 @@ def test_another_checkpoint_than_the_source_is_refused(tiny: Path, make_checkpoi
 @pytest.mark.ort
 def test_a_checkpoint_without_tokenizer_shows_text_as_not_applicable(make_checkpoint: Callable[..., Path], build: Build) -> None:
     checkpoint = make_checkpoint()
-    report = pipeline.validate(build(checkpoint).folder, checkpoint, {}, latency_pairs=0)
+    report = pipeline.validate(build(checkpoint).folder, checkpoint, {}, latency_pairs=0, prompts=0)
     verdicts = {row.check: row.verdict for row in report.rows}
     assert verdicts["bits per byte"] is verdicts["latency"] is Verdict.NOT_APPLICABLE
     assert report.passed

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from h1export.core.probes import Columns
 from h1export.core.spec import HybridSpec
 from h1export.graphs.programs import args_of
 from h1export.plugins import h1
@@ -54,6 +55,12 @@ class NativeContext(OrtContext):
             whole, sizes, _ = args_of(split)
             return self.value(whole), sum(sizes[:index])
         return self.value(node), 0
+
+    def probed(self, node: Node) -> tuple[Value, Columns | None]:
+        """Our ops read columns out of wide products, so nothing splits those."""
+        inner, _ = _unmasked(node)
+        wide, offset = self.columns(inner)
+        return wide, None if wide is self.value(inner) else (offset, offset + node.meta["val"].shape[2:].numel())
 
     def side_by_side(self, *nodes: Any) -> tuple[Value, list[int]]:
         """(wide, offsets) of several; they are copied side by side where they do not lie in one value already."""
@@ -148,13 +155,19 @@ def mul(c: NativeContext, node: Node) -> None:
 def causal_conv(c: NativeContext, node: Node) -> None:
     """CausalConv, which takes the mask of pads itself."""
     x, state, weight, bias = args_of(node)
-    mask = None
-    column = args_of(x)[1] if x.target is aten.mul.Tensor else None
-    if isinstance(column, Node) and column.target is aten.unsqueeze.default:  # pads are zeroed on the way in
-        x, mask = args_of(x)[0], c.value(args_of(column)[0])
+    x, pads = _unmasked(x)
+    mask = None if pads is None else c.value(pads)
     wide, offset = c.columns(x)
     taps = c.build.initializer(stock.conv_taps(c, c.expr(weight)))
     c.set(node, *c.ops("CausalConv", 2, wide, c.value(state), taps, None if bias is None else c.value(bias), mask, offset=offset))
+
+
+def _unmasked(x: Node) -> tuple[Node, Node | None]:
+    """(x, mask) of a product that zeroes pads; (x, None) of anything else."""
+    column = args_of(x)[1] if x.target is aten.mul.Tensor else None
+    if isinstance(column, Node) and column.target is aten.unsqueeze.default:
+        return args_of(x)[0], args_of(column)[0]
+    return x, None
 
 
 def ssm_scan(c: NativeContext, node: Node) -> None:

@@ -1,0 +1,104 @@
+"""An export by transformers' own OnnxExporter behind the Runner protocol, so that the harness judges it.
+
+``OnnxExporter().export_for_generation(model, inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)`` writes two graphs: prefill, from
+nothing, and decode, of one token. Both take one row without pads. A decode graph has to be dynamic, because the past grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from h1export.core.protocols import Capabilities, Ids, Sequences, SteppedSequences, check_call
+from h1export.core.spec import HybridSpec
+from h1export.core.state import INPUT_IDS, LOGITS, Array, StateKind, StateSpec, StateTensor
+from h1export.errors import H1ExportError
+from h1export.targets.onnxruntime import sdk
+
+PREFILL, DECODE = "prefill.onnx", "decode.onnx"
+KINDS = {StateKind.KEY: "keys", StateKind.VALUE: "values", StateKind.CONV: "conv_states.0", StateKind.RECURRENT: "recurrent_states.0"}
+SHORT = "prefill leaves too short a convolution state after fewer tokens than the convolution has taps: they go through decode here"
+States = dict[str, npt.NDArray[Any]]
+
+
+class ExporterRunner:
+    """A Runner over what OnnxExporter saved in ``folder``; states are arrays by the names of its cache."""
+
+    def __init__(self, folder: Path, threads: int = 0) -> None:
+        ort = sdk.onnxruntime()
+        self._spec = HybridSpec.load(folder)
+        self._states = StateSpec.of(self._spec)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors also come as exceptions
+        try:
+            self._prefill, self._decode = (
+                ort.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"]) for name in (PREFILL, DECODE)
+            )
+        except Exception as error:  # onnxruntime's exception types share no base class
+            raise H1ExportError(folder, f"onnxruntime cannot load {PREFILL} and {DECODE} ({error})", "export it again") from None
+        self._kernels = f"onnxruntime {ort.__version__}"
+        (length,) = [port.shape[1] for port in self._prefill.get_inputs() if port.name == INPUT_IDS]
+        self._length = length if isinstance(length, int) else None  # that of the traced prompt, where it is not dynamic
+
+    @property
+    def spec(self) -> HybridSpec:
+        return self._spec
+
+    @property
+    def capabilities(self) -> Capabilities:
+        fixed = f"prefill takes {self._length} tokens, no fewer and no more: others go through decode"
+        return Capabilities(1, True, notes=(fixed if self._length else SHORT,), kernels=self._kernels)
+
+    def initial(self, batch: int) -> States:
+        zeros = self._states.zeros(batch)
+        return {_name(t): _wider(zeros[t.key]) if t.kind is StateKind.CONV else zeros[t.key] for t in self._states.tensors}
+
+    def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
+        past = states[_name(self._states.tensors[0])].shape[2]
+        check_call(ids, mask, past, self._spec.vocab_size)
+        if len(ids) > 1 or not mask.all():
+            raise H1ExportError("step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", "its graphs take one row without pads")
+        if not past and (ids.shape[1] == self._length if self._length else ids.shape[1] >= self._spec.mamba_d_conv):
+            return self._run(self._prefill, ids, 0, {})
+        rows = []
+        for position in range(ids.shape[1]):
+            logits, states = self._run(self._decode, ids[:, position : position + 1], past + position, states)
+            rows.append(logits)
+        return np.concatenate(rows, axis=1), states
+
+    def _run(self, session: Any, ids: Ids, past: int, states: States) -> tuple[Array, States]:
+        given = {INPUT_IDS: ids, "position_ids": np.arange(past, past + ids.shape[1])[None], **states}
+        feeds = {port.name: given[port.name.removeprefix("input.")] for port in session.get_inputs()}
+        names = [port.name for port in session.get_outputs()]
+        found = {name.removeprefix("output."): array for name, array in zip(names, session.run(names, feeds), strict=True)}
+        return found.pop(LOGITS), found
+
+    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
+        raise H1ExportError("observe", "these graphs do not name what lies inside", "leave out bisect")
+
+    def start(self, batch: int, capacity: int) -> Sequences:
+        return SteppedSequences(self, batch)
+
+    def snapshot(self, states: States) -> dict[str, Array]:
+        arrays = {tensor: states[_name(tensor)] for tensor in self._states.tensors}
+        return {t.key: array[..., 1:] if t.kind is StateKind.CONV else array for t, array in arrays.items()}
+
+    def magnitudes(self) -> Mapping[str, float]:
+        return {}
+
+    def stored_weights(self) -> Mapping[str, Array]:
+        return {}
+
+
+def _name(tensor: StateTensor) -> str:
+    return f"cache.layers.{tensor.layer}.{KINDS[tensor.kind]}"
+
+
+def _wider(state: Array) -> Array:
+    """With the one input more than the convolution needs that transformers keeps."""
+    return np.pad(state, ((0, 0), (0, 0), (1, 0)))

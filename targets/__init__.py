@@ -9,7 +9,11 @@ from typing import cast
 from h1export.targets.base import BuildOptions, Compute, Kernels, ProviderName, Target
 
 # name -> module with a class `target`; one line a target
-MODULES: Mapping[str, str] = {"ort": "h1export.targets.onnxruntime.target", "coreml": "h1export.targets.coreml.target"}
+MODULES: Mapping[str, str] = {
+    "ort": "h1export.targets.onnxruntime.target",
+    "trt": "h1export.targets.tensorrt.target",
+    "coreml": "h1export.targets.coreml.target",
+}
 
 __all__ = ["MODULES", "BuildOptions", "Compute", "Kernels", "ProviderName", "Target", "get_target"]
 

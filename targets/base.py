@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the command line names targets without loading torch
 
 ProviderName = Literal["cpu", "cuda"]
 Kernels = Literal["auto", "native", "stock"]
-Compute = Literal["fp16", "fp32"]
+Compute = Literal["fp16", "bf16", "fp32"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class BuildOptions:
         provider: the ONNX Runtime execution provider that the graph is for.
         opset_only: ONNX's own operators alone, for any runtime.
         max_context: tokens of a sequence, where a runtime wants buffers of fixed length.
-        compute: dtype of CoreML's activations.
+        compute: dtype of activations, where a runtime has several.
         state_io: CoreML: states are inputs and outputs of every call instead of the runtime's own.
+        max_batch: sequences of a call, where a runtime's buffers have a fixed size.
     """
 
     accuracy_level: int = 4
@@ -43,6 +44,7 @@ class BuildOptions:
     max_context: int = 2048
     compute: Compute = "fp16"
     state_io: bool = False
+    max_batch: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import cast
 
-from h1export.targets.base import BuildOptions, Compute, Kernels, ProviderName, Target
+from h1export.targets.base import BuildOptions, Compute, Kernels, ProviderName, RuntimeName, Target
 
 # name -> module with a class `target`; one line a target
 MODULES: Mapping[str, str] = {
@@ -15,7 +15,7 @@ MODULES: Mapping[str, str] = {
     "coreml": "h1export.targets.coreml.target",
 }
 
-__all__ = ["MODULES", "BuildOptions", "Compute", "Kernels", "ProviderName", "Target", "get_target"]
+__all__ = ["MODULES", "BuildOptions", "Compute", "Kernels", "ProviderName", "RuntimeName", "Target", "get_target"]
 
 
 def get_target(name: str) -> Target:

@@ -23,6 +23,7 @@ from h1export.cli.common import F, answer, common, kernels_option, say
 from h1export.cli.coreml import coreml
 from h1export.cli.evaluate import evaluate
 from h1export.cli.export import Asked, export_options
+from h1export.cli.finish import finish
 from h1export.cli.plan import plan
 from h1export.cli.sensitivity import sensitivity
 from h1export.core.artifact import REPORT
@@ -80,6 +81,7 @@ def build(asked: Asked, force: bool, check: bool, quiet: bool, as_json: bool, **
       h1export build --target ort --quant int4 --validate
       h1export build tiiuae/Falcon-H1-0.5B-Instruct --target ort --quant int4 --out falcon
       h1export build ./Falcon-H1-0.5B --target ort --opset-only --out falcon-onnx
+      h1export build ./Falcon-H1-0.5B --target trt --max-context 4096 --out falcon-trt
     """
     from h1export import pipeline
     from h1export.render import Bars, human_bytes
@@ -241,6 +243,7 @@ def completion(shell: str) -> int:
 cli.add_command(bench)
 cli.add_command(coreml)
 cli.add_command(evaluate)
+cli.add_command(finish)
 cli.add_command(plan)
 cli.add_command(sensitivity)
 

@@ -36,6 +36,7 @@ Ports = Mapping[str, Port]
 class CoreMLTarget:
     name = "coreml"
     packages = ("coremltools", "numpy", "torch")
+    options = frozenset({"compute", "last_logits", "max_context", "state_io"})
 
     def lower(
         self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress

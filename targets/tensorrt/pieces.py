@@ -13,6 +13,7 @@ from typing import Any
 
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
+from h1export.errors import H1ExportError
 from h1export.targets.tensorrt.plugin.schema import NAMESPACE
 
 FLOAT = TensorProto.FLOAT
@@ -35,13 +36,19 @@ class Piece:
 
 
 class Cutter:
-    """Cuts ``network``, whose data stays where it is. ``rounded``: in the declared dtypes; ``shown``: values to keep."""
+    """Cuts ``network``, whose data stays where it is. ``rounded``: in the declared dtypes; ``shown``: values to keep.
+
+    Raises:
+        H1ExportError: a value whose dtype the network does not declare.
+    """
 
     def __init__(self, network: ModelProto, rounded: bool, shown: Collection[str] = ()) -> None:
         self._network, self._rounded = network, rounded
         graph = network.graph
         self._types = {info.name: info.type.tensor_type.elem_type for info in (*graph.value_info, *graph.input, *graph.output)}
         self._types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+        for name in (name for node in graph.node for name in node.output if name not in self._types):
+            raise H1ExportError("model.onnx", f"declares no dtype of value {name!r}", "build the artifact again")
         self._kept = {*(output.name for output in graph.output), *shown}
 
     def constants(self) -> Piece:
@@ -99,13 +106,13 @@ class Cutter:
         inputs = () if initializers else tuple(sorted(self._read_by(nodes) - made))
         peaks: dict[str, str] = {}
         body = [*loads, *(one for node in nodes for one in self._emulated(node, peaks))]
-        infos = [self._info(name) for name in (*outputs, *peaks)]
+        infos = [*map(self._info, outputs), *(helper.make_tensor_value_info(peak, FLOAT, ()) for peak in peaks)]
         graph = helper.make_graph(body, "piece", [self._info(name) for name in inputs], infos, tensors)
         model = helper.make_model(graph, opset_imports=self._network.opset_import, ir_version=self._network.ir_version)
         return Piece(model, inputs, tuple(outputs), peaks)
 
     def _info(self, name: str) -> ValueInfoProto:
-        kind = self._types.get(name, FLOAT)
+        kind = self._types[name]
         return helper.make_tensor_value_info(name, FLOAT if kind in HALVES else kind, None)
 
     def _initializers(self, outputs: Collection[str]) -> tuple[list[TensorProto], list[NodeProto]]:

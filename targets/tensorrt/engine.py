@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import Any
 
 from h1export.core.progress import Progress
 from h1export.errors import H1ExportError
@@ -21,7 +21,11 @@ AGAIN = "build the artifact again"
 OURS = re.compile(r"h1export::\w+: .*")  # what our plugin says of itself
 KNOWN: Sequence[tuple[str, str, str]] = (  # what is said -> what it means, and what to do
     ("Plugin not found", "has a node that neither TensorRT nor the plugin knows", AGAIN),
-    ("Failed to find any supported plugin", "gives a plugin's node dtypes that it does not take", AGAIN),
+    (
+        "Failed to find any supported plugin|could not find any supported formats",
+        "gives a plugin's node dtypes that it does not take",
+        AGAIN,
+    ),
     (
         "ALIASED_PLUGIN_IO",
         "updates states in place, which the recipe does not allow",
@@ -74,18 +78,14 @@ def build(folder: Path, progress: Progress) -> Heard:
                     progress.stage(heard.stage)
         if process.returncode != 0:
             (folder / recipe.engine).unlink(missing_ok=True)
-            raise _error(folder, recipe, heard, process.returncode, _last_line(errors))
+            errors.seek(0)
+            raise _error(folder, recipe, heard, process.returncode, [line for line in errors.read().splitlines() if line.strip()])
     return heard
 
 
-def _last_line(stream: IO[str]) -> str:
-    stream.seek(0)
-    return next((line.strip() for line in reversed(stream.read().splitlines()) if line.strip()), "")
-
-
-def _error(folder: Path, recipe: Recipe, heard: Heard, code: int, last: str) -> H1ExportError:
-    """Our plugin's own words first, then what is known, then the first thing that was said."""
-    name, said = f"{sdk.NAMES[recipe.runtime]} {heard.version}".strip(), " | ".join(heard.said)
+def _error(folder: Path, recipe: Recipe, heard: Heard, code: int, printed: Sequence[str]) -> H1ExportError:
+    """Our plugin's own words first, which it prints where it is given no log; then what is known, then the first thing that was said."""
+    name, said = f"{sdk.NAMES[recipe.runtime]} {heard.version}".strip(), " | ".join([*heard.said, *printed])
     where = folder / (recipe.plugin if heard.stage == "load the plugin" else recipe.network)
     if ours := OURS.search(said):
         return H1ExportError(where, f"{name} could not {heard.stage}: {ours[0].split(' | ')[0]}", AGAIN)
@@ -93,5 +93,5 @@ def _error(folder: Path, recipe: Recipe, heard: Heard, code: int, last: str) -> 
         if re.search(pattern, said):
             return H1ExportError(where, f"{what}, says {name}: {heard.said[0]}", next_step)
     died = f"died with signal {-code}" if code < 0 else f"could not {heard.stage}"
-    reason = (heard.said or [last or "it does not say why"])[0]
+    reason = next(iter(heard.said), printed[-1] if printed else "it does not say why")
     return H1ExportError(where, f"{name} {died}: {reason}", AGAIN)

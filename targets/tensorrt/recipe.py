@@ -90,7 +90,7 @@ class Recipe:
         for index, profile in enumerate(self.profiles):
             words.append(f"--profile={index}")
             for place, which in enumerate(("min", "opt", "max")):
-                sizes = (f"{name}:{'x'.join(map(str, shapes[place]))}" for name, shapes in profile.inputs.items())
+                sizes = (f"{name}:{'x'.join(map(str, shapes[place]))}" for name, shapes in sorted(profile.inputs.items()))
                 words.append(f"--{which}Shapes={','.join(sizes)}")
         return shlex.join(words)
 

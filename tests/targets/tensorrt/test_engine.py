@@ -73,7 +73,7 @@ def test_the_recipe_says_it_all(built: Artifact) -> None:
     assert prefill.inputs["past_key_values.0.key"][2] == (2, 2, 96, 32)
     line = (built.folder / "trtexec.sh").read_text()
     assert line == recipe.trtexec() + "\n"
-    assert "--maxShapes=input_ids:2x96,attention_mask:2x96,write_indices:2" in line
+    assert "--maxShapes=attention_mask:2x96,input_ids:2x96,past_key_values.0.conv_state:2x320x3" in line
     assert line.count("--profile=") == 2
 
 
@@ -113,7 +113,7 @@ def test_a_wrong_network_is_an_error(edit: Edit, said: str, folder: Path) -> Non
 def test_a_recipe_without_consent_to_states_in_place(folder: Path) -> None:
     recipe = Recipe.read(folder)
     (folder / RECIPE).write_text(replace(recipe, preview_features=()).to_json())
-    with pytest.raises(H1ExportError, match=r"updates states in place, against the recipe.*preview_features"):
+    with pytest.raises(H1ExportError, match=r"updates states in place, which the recipe does not allow.*preview_features"):
         engine.build(folder, SILENT)
     assert not (folder / ENGINE).exists()
 

@@ -120,6 +120,12 @@ def check_switches(context: click.Context, targets: Sequence[str]) -> None:
             raise H1ExportError(parameter.opts[0], what, f"leave it out; it is for {owners}")
 
 
+def _build_options(given: dict[str, Any]) -> BuildOptions:
+    """From the command line's values, by field."""
+    level = LEVELS[given["provider"]] if given["accuracy_level"] is None else given["accuracy_level"]
+    return BuildOptions(**given | {"accuracy_level": level, "last_logits": given["last_logits"] == "last"})
+
+
 def within(checkpoint: Path, scheme: QuantScheme, calibration: Calibration, budget: Budget, jobs: int, quiet: bool) -> QuantScheme:
     """``scheme`` with the most sensitive tensors at int8."""
     from h1export import pipeline
@@ -149,16 +155,6 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
         precisions: Path | None,
         budget_bits: float | None,
         budget_kl: float | None,
-        accuracy_level: int | None,
-        provider: ProviderName,
-        opset_only: bool,
-        logits: str,
-        max_context: int,
-        compute: Compute,
-        state_io: bool,
-        max_batch: int,
-        runtime: RuntimeName | None,
-        architectures: tuple[int, ...],
         out: Path | None,
         jobs: int,
         **others: Any,
@@ -169,9 +165,7 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
 
         check_switches(context, targets)
         checkpoint = sources.resolve(model)
-        level = LEVELS[provider] if accuracy_level is None else accuracy_level
-        switches = (level, logits == "last", provider, opset_only, max_context, compute, state_io, max_batch, runtime, architectures)
-        options = BuildOptions(*switches)
+        options = _build_options({field: others.pop(parameter) for parameter, field in SWITCHES.items()})
         scheme = QuantScheme(quant, int(block), method or BEST[quant], read_plan(precisions) if precisions else {})
         budget = _budget(precisions, budget_bits, budget_kl)
         if calibration_file is not None and not scheme.calibrated and budget is None:

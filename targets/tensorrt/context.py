@@ -51,6 +51,7 @@ class TypedBuilder(GraphBuilder):
     """A GraphBuilder whose values know their dtypes; the model file has them too."""
 
     def ops(self, op_type: str, outputs: int, *inputs: Value | None, domain: str = "", **attributes: Any) -> tuple[Value, ...]:
+        """Append a node with several outputs."""
         values = super().ops(op_type, outputs, *inputs, domain=domain, **attributes)
         node = values[0].producer()
         assert node is not None

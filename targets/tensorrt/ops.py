@@ -52,6 +52,7 @@ def embedding(c: TensorRTContext, node: Node) -> None:
 
 
 def rms_norm(c: TensorRTContext, node: Node) -> None:
+    """In float32: a square leaves the range of fp16 from 256 on."""
     x, (width,), weight, epsilon = args_of(node)
     scale = c.build.constant(np.ones(width), np.float32) if weight is None else c.exact(c.expr(weight))
     normed = c.build.op("RMSNormalization", c.as_float32(c.value(x)), scale, axis=-1, epsilon=epsilon)
@@ -107,6 +108,7 @@ def _written(c: TensorRTContext) -> Value:
 
 
 def causal_conv(c: TensorRTContext, node: Node) -> None:
+    """The plugin's CausalConv, which always takes a bias."""
     x, state, weight, bias = args_of(node)
     channels = c.program.spec.conv_dim
     added = c.as_activation(c.build.constant(np.zeros(channels), np.float32)) if bias is None else c.value(bias)
@@ -114,6 +116,7 @@ def causal_conv(c: TensorRTContext, node: Node) -> None:
 
 
 def ssm_scan(c: TensorRTContext, node: Node) -> None:
+    """The plugin's SSMScan; A, D, dt_bias and the state are float32."""
     x, dt, A, B, C, D, dt_bias, state, mask, chunk_size, dt_min, dt_max = args_of(node)
     decay, skip, bias = (c.exact(c.expr(weight)) for weight in (A, D, dt_bias))
     operands = [c.value(x), c.value(dt), decay, c.value(B), c.value(C), skip, bias, c.value(state), c.value(mask)]

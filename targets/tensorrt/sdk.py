@@ -44,13 +44,26 @@ def module(runtime: RuntimeName, versions: str) -> Any:
     return found
 
 
+def _rtx_library() -> Path:
+    try:
+        shipped = [file for file in metadata.files(RTX_LIBRARIES) or [] if file.name.startswith(RTX_LIBRARY)]
+    except metadata.PackageNotFoundError:
+        shipped = []
+    if not shipped:
+        raise H1ExportError(NAMES["rtx"], f"is installed without {RTX_LIBRARY}", INSTALL["rtx"])
+    return Path(str(shipped[0].locate()))
+
+
 @contextmanager
 def environment(runtime: RuntimeName) -> Iterator[dict[str, str]]:
-    """The environment of a process that builds: there, RTX's library also has the name that its parser looks for."""
+    """The environment of a process that builds: there, RTX's library also has the name that its parser looks for.
+
+    Raises:
+        H1ExportError: RTX is installed without its libraries.
+    """
     with TemporaryDirectory(prefix="h1export-tensorrt-") as folder:
         paths = os.environ.get("LD_LIBRARY_PATH", "")
         if runtime == "rtx":
-            shipped = [file for file in metadata.files(RTX_LIBRARIES) or [] if file.name.startswith(RTX_LIBRARY)]
-            Path(folder, RTX_LIBRARY).symlink_to(Path(str(shipped[0].locate())))
+            Path(folder, RTX_LIBRARY).symlink_to(_rtx_library())
             paths = os.pathsep.join(filter(None, (folder, paths)))
         yield os.environ | {"LD_LIBRARY_PATH": paths}

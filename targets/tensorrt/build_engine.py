@@ -67,7 +67,7 @@ def _config(trt: Any, builder: Any, network: Any, recipe: Recipe) -> Any:
 
 
 def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc,name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         """Tells errors."""
 
         def __init__(self) -> None:

@@ -19,7 +19,7 @@ from h1export.targets.tensorrt.pieces import Cutter, Piece
 from h1export.targets.tensorrt.plugin.schema import OPS
 
 Values = dict[str, npt.NDArray[Any]]
-DTYPES = {TensorProto.FLOAT16: torch.float16, TensorProto.BFLOAT16: torch.bfloat16}
+DTYPES: Mapping[int, torch.dtype] = {TensorProto.FLOAT16: torch.float16, TensorProto.BFLOAT16: torch.bfloat16}
 
 
 class Execution:

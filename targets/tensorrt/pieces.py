@@ -78,7 +78,7 @@ class Cutter:
     @property
     def half(self) -> int:
         """Of the activations: the type of the first state."""
-        return next(self._types[info.name] for info in self._network.graph.input if self.is_half(info.name))
+        return int(next(self._types[info.name] for info in self._network.graph.input if self.is_half(info.name)))
 
     def _fixed_nodes(self) -> list[NodeProto]:
         known = {"", *(tensor.name for tensor in self._network.graph.initializer)}

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 import onnx_ir as ir
 
 from h1export.core.quant import Integers
+from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage
 from h1export.core.weights import WeightExpr, WeightStore
 from h1export.core.weights.layout import EMBEDDING
@@ -24,11 +25,12 @@ from h1export.targets.tensorrt.layout import DATA, MODEL, WRITE_INDICES, Dims
 from h1export.targets.tensorrt.ops import TABLE
 
 
-def check(integers: Integers, options: BuildOptions) -> None:
+def check(spec: HybridSpec, integers: Integers, options: BuildOptions) -> None:
     """Raises H1ExportError for integers and options that TensorRT does not take."""
     if options.compute not in layout.OWN:
         raise H1ExportError("--compute", f"{options.compute} is not a dtype of this network", f"one of {', '.join(layout.OWN)}")
-    wide = [name for name, precision in integers.precisions.items() if precision.bits != 4 and name != EMBEDDING]
+    gathered = {EMBEDDING} if not spec.tie_word_embeddings else set()  # never multiplied by
+    wide = [name for name, precision in integers.precisions.items() if precision.bits != 4 and name not in gathered]
     if wide:
         where = "--quant int8" if len(wide) >= len(integers.precisions) - 1 else f'tensor "{wide[0]}" in int8'
         what = "TensorRT multiplies int8 weights by int8 activations only, and these activations are not; for weights alone it has int4"

@@ -31,7 +31,7 @@ class TensorRTTarget:
     def lower(
         self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress
     ) -> Lowered:
-        network.check(integers, options)
+        network.check(program.spec, integers, options)
         runtime = options.runtime or ("rtx" if sdk.has("rtx") else "tensorrt")
         architectures = _architectures(runtime, options)
         spec = program.spec

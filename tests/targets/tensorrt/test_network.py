@@ -22,6 +22,7 @@ from h1export.core.quant.scheme import QuantName
 from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage
 from h1export.core.weights import WeightStore
+from h1export.core.weights.layout import EMBEDDING
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
@@ -29,6 +30,7 @@ from h1export.graphs.verify import LEGAL_OPS
 from h1export.targets import MODULES, BuildOptions, get_target
 from h1export.targets.onnx import columns
 from h1export.targets.tensorrt import weights
+from h1export.targets.tensorrt.network import check
 from h1export.targets.tensorrt.ops import TABLE
 
 Build = Callable[..., Artifact]
@@ -146,6 +148,15 @@ def test_one_tensor_in_int8_is_refused(lower: Callable[..., None]) -> None:
     name = "model.layers.1.mamba.in_proj.weight"
     with pytest.raises(H1ExportError, match=f'tensor "{name}" in int8'):
         lower(QuantScheme("int4", chosen={name: "int8"}))
+
+
+def test_a_tied_embedding_in_int8_is_refused(make_checkpoint: Callable[..., Path]) -> None:
+    """It is the head too, which is multiplied by; an untied one is gathered from alone, and int8 in every int4 build."""
+    tied, untied = (HybridSpec.load(make_checkpoint(name)) for name in ("tied", "plain"))
+    chosen = QuantScheme("int4", chosen={EMBEDDING: "int8"})
+    with pytest.raises(H1ExportError, match=f'tensor "{EMBEDDING}" in int8'):
+        check(tied, Rounded(WeightStore.open(make_checkpoint("tied"), tied), chosen.precisions(tied), quantize_rows), BuildOptions())
+    check(untied, Rounded(WeightStore.open(make_checkpoint(), untied), chosen.precisions(untied), quantize_rows), BuildOptions())
 
 
 def test_a_shape_without_a_kernel_is_refused(lower: Callable[..., None]) -> None:

@@ -139,10 +139,8 @@ def within(checkpoint: Path, scheme: QuantScheme, calibration: Calibration, budg
 def export_options(command: Callable[..., int]) -> Callable[..., int]:
     """Gives ``command`` the options above, as one Asked in place of them."""
 
-    @click.pass_context
     @wraps(command)
     def asked(
-        context: click.Context,
         model: str | None,
         targets: tuple[str, ...],
         quant: QuantName,
@@ -163,7 +161,7 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
         from h1export.calibration import Calibration
         from h1export.precisions import read_plan
 
-        check_switches(context, targets)
+        check_switches(click.get_current_context(), targets)
         checkpoint = sources.resolve(model)
         options = _build_options({field: others.pop(parameter) for parameter, field in SWITCHES.items()})
         scheme = QuantScheme(quant, int(block), method or BEST[quant], read_plan(precisions) if precisions else {})

@@ -28,7 +28,7 @@ from h1export.targets.tensorrt.weights import dequantized, embed, factors
 
 aten = torch.ops.aten
 
-PLUGIN = {"domain": NAMESPACE, "plugin_namespace": NAMESPACE, "plugin_version": VERSION, "state_in_place": 1}
+PLUGIN: Mapping[str, Any] = {"domain": NAMESPACE, "plugin_namespace": NAMESPACE, "plugin_version": VERSION, "state_in_place": 1}
 
 
 def linear(c: TensorRTContext, node: Node) -> None:
@@ -71,6 +71,7 @@ def binary(op_type: str) -> Emitter[TensorRTContext]:
         values = [c.value(argument) if isinstance(argument, Node) else argument for argument in args_of(node)]
         dtypes = [value.dtype for value in values if isinstance(value, ir.Value)]
         dtype = FLOAT if FLOAT in dtypes else dtypes[0]
+        assert dtype is not None, f"{node} has an operand without a dtype"
         c.set(node, c.build.op(op_type, *(_operand(c, value, dtype) for value in values)))
 
     return emit

@@ -16,7 +16,7 @@ PYPROJECT = ROOT / "pyproject.toml"
 EXTRAS: dict[str, list[str]] = nox.project.load_toml(PYPROJECT)["project"]["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
 # row of tests -> extras it installs
-TARGETS = {"core": "", "ort": "[ort,genai,eval,optimum,exporter,report]", "coreml": "[coreml,ort]", "trt": "[trt]"}
+TARGETS = {"core": "", "ort": "[ort,genai,eval,optimum,exporter,report]", "coreml": "[coreml,ort]", "trt": "[trt,ort]"}
 RUNTIMES = {
     "ort": ("tests/clients", "tests/targets/onnxruntime"),
     "coreml": ("tests/targets/coreml",),

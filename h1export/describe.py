@@ -52,6 +52,7 @@ def _artifact(folder: Path) -> dict[str, Any]:
         "options": dict(manifest.options),
         "toolchain": dict(manifest.toolchain),
         "source": manifest.source,
+        **({"passport": dict(manifest.passport)} if manifest.passport else {}),
         "files": {name: size for name, (_, size) in manifest.files.items()},
         "hashes": "verified",
         "quantised_tensors": sum(len(weight.parts) for weight in manifest.weights),

@@ -117,7 +117,8 @@ class Export:
         lowered = get_target(self.target).lower(program, store, integers, self.options, stage, progress)
         progress.stage("hashes")
         files = file_table(stage.folder, sizes_only=stage.dry)
-        manifest = dataclasses.replace(manifest, inputs=lowered.inputs, outputs=lowered.outputs, weights=lowered.weights, files=files)
+        found = {name: getattr(lowered, name) for name in ("inputs", "outputs", "weights", "passport")}
+        manifest = dataclasses.replace(manifest, **found, files=files)
         (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
 

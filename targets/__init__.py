@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import cast
 
-from h1export.targets.base import BuildOptions, Compute, Kernels, ProviderName, Target
+from h1export.targets.base import BuildOptions, Compute, Kernels, ProviderName, RuntimeName, Target
 
 # name -> module with a class `target`; one line a target
-MODULES: Mapping[str, str] = {"ort": "h1export.targets.onnxruntime.target", "coreml": "h1export.targets.coreml.target"}
+MODULES: Mapping[str, str] = {
+    "ort": "h1export.targets.onnxruntime.target",
+    "trt": "h1export.targets.tensorrt.target",
+    "coreml": "h1export.targets.coreml.target",
+}
 
-__all__ = ["MODULES", "BuildOptions", "Compute", "Kernels", "ProviderName", "Target", "get_target"]
+__all__ = ["MODULES", "BuildOptions", "Compute", "Kernels", "ProviderName", "RuntimeName", "Target", "get_target"]
 
 
 def get_target(name: str) -> Target:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from h1export.core.artifact import Artifact, StoredWeight
@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # the command line names targets without loading torch
 
 ProviderName = Literal["cpu", "cuda"]
 Kernels = Literal["auto", "native", "stock"]
-Compute = Literal["fp16", "fp32"]
+Compute = Literal["fp16", "bf16", "fp32"]
+RuntimeName = Literal["rtx", "tensorrt"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,11 @@ class BuildOptions:
         provider: the ONNX Runtime execution provider that the graph is for.
         opset_only: ONNX's own operators alone, for any runtime.
         max_context: tokens of a sequence, where a runtime wants buffers of fixed length.
-        compute: dtype of CoreML's activations.
+        compute: dtype of activations, where a runtime has several.
         state_io: CoreML: states are inputs and outputs of every call instead of the runtime's own.
+        max_batch: sequences of a call, where a runtime's buffers have a fixed size.
+        runtime: TensorRT: whose engine; None: TensorRT-RTX where it is installed.
+        architectures: TensorRT: compute capabilities of the GPUs that the artifact is for; empty: the runtime's usual ones.
     """
 
     accuracy_level: int = 4
@@ -43,6 +47,9 @@ class BuildOptions:
     max_context: int = 2048
     compute: Compute = "fp16"
     state_io: bool = False
+    max_batch: int = 1
+    runtime: RuntimeName | None = None
+    architectures: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,21 @@ class Lowered:
     inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     weights: tuple[StoredWeight, ...]
+    passport: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Target(Protocol):
-    """A runtime. ``name`` is what --target takes, ``packages`` are those whose versions may change the bytes it writes."""
+    """A runtime.
+
+    Attributes:
+        name: what --target takes.
+        packages: those whose versions may change the bytes it writes.
+        options: the fields of BuildOptions that it reads.
+    """
 
     name: str
     packages: tuple[str, ...]
+    options: frozenset[str]
 
     def lower(
         self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress

@@ -105,7 +105,7 @@ SWITCHES: Mapping[str, dict[str, Any]] = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A folder of tests that all need a runtime bears its marker."""
-    folders = {"clients": "ort", "targets/onnxruntime": "ort", "targets/coreml": "coreml"}
+    folders = {"clients": "ort", "targets/onnxruntime": "ort", "targets/coreml": "coreml", "targets/tensorrt": "trt"}
     for item in items:
         for folder, marker in folders.items():
             if item.path.is_relative_to(Path(__file__).parent / folder):
@@ -179,6 +179,18 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def without_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds for TensorRT whose plugin is an empty file: no compiler runs, and a model may have sizes that no GPU kernel has."""
+
+    def write(folder: Path, *_: Any) -> None:
+        folder.mkdir()
+        (folder / "libh1export_plugin.so").touch()
+
+    monkeypatch.setattr("h1export.targets.tensorrt.plugin.kernels", lambda *_: ())
+    monkeypatch.setattr("h1export.targets.tensorrt.plugin.write", write)
 
 
 def _save(folder: Path, config: dict[str, Any]) -> Path:

@@ -23,6 +23,7 @@ from h1export.cli.common import F, answer, common, kernels_option, say
 from h1export.cli.coreml import coreml
 from h1export.cli.evaluate import evaluate
 from h1export.cli.export import Asked, export_options
+from h1export.cli.finish import finish
 from h1export.cli.gate import gate
 from h1export.cli.plan import plan
 from h1export.cli.report import report
@@ -90,6 +91,7 @@ def build(asked: Asked, force: bool, check: bool, quiet: bool, as_json: bool, **
       h1export build --target ort --quant int4 --validate
       h1export build tiiuae/Falcon-H1-0.5B-Instruct --target ort --quant int4 --out falcon
       h1export build ./Falcon-H1-0.5B --target ort --opset-only --out falcon-onnx
+      h1export build ./Falcon-H1-0.5B --target trt --max-context 4096 --out falcon-trt
     """
     from h1export import pipeline
     from h1export.render import Bars, human_bytes
@@ -250,6 +252,7 @@ def completion(shell: str) -> int:
 cli.add_command(bench)
 cli.add_command(coreml)
 cli.add_command(evaluate)
+cli.add_command(finish)
 cli.add_command(gate)
 cli.add_command(plan)
 cli.add_command(report)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from h1export.core.quant.budget import Budget
 from h1export.core.quant.scheme import BEST, BLOCK_SIZES, Method, QuantName, QuantScheme
 from h1export.errors import H1ExportError
-from h1export.targets import MODULES, BuildOptions, Compute, ProviderName
+from h1export.targets import MODULES, BuildOptions, Compute, ProviderName, RuntimeName, get_target
 
 if TYPE_CHECKING:  # help and completion come without loading a tokenizer
     from h1export.calibration import Calibration
@@ -47,14 +48,38 @@ OPTIONS = (
     click.option("--provider", type=click.Choice(PROVIDERS), default="cpu", show_default=True, help="ort: what the graph is for."),
     click.option("--opset-only", is_flag=True, help="ort: ONNX's own operators alone, right on any runtime."),
     click.option("--logits", type=click.Choice(("all", "last")), default="all", show_default=True, help="Positions that get logits."),
-    click.option("--max-context", default=2048, show_default=True, type=click.IntRange(min=1), help="coreml: tokens of a sequence."),
+    click.option("--max-context", default=2048, show_default=True, type=click.IntRange(min=1), help="coreml, trt: tokens of a sequence."),
     click.option(
-        "--compute", type=click.Choice(get_args(Compute)), default="fp16", show_default=True, help="coreml: dtype of activations."
+        "--compute",
+        type=click.Choice(get_args(Compute)),
+        default="fp16",
+        show_default=True,
+        help="Dtype of activations: coreml has fp16 and fp32, trt fp16 and bf16.",
     ),
     click.option("--state-io", is_flag=True, help="coreml: states as inputs and outputs instead of the runtime's own."),
+    click.option("--max-batch", default=1, show_default=True, type=click.IntRange(min=1), help="trt: sequences of a call."),
+    click.option(
+        "--runtime",
+        type=click.Choice(get_args(RuntimeName)),
+        help="trt: TensorRT-RTX, whose engine is built here, or TensorRT, for `finish` on a GPU host [default: rtx, if installed].",
+    ),
+    click.option("--sm", "architectures", type=int, multiple=True, help="trt: compute capability such as 89. Repeatable."),
     click.option("--out", type=click.Path(path_type=Path), help="Folder to make [default: MODEL-TARGET-QUANT]."),
     click.option("--jobs", default=0, show_default=True, type=click.IntRange(min=0), help="Threads that compute weights; 0: one a core."),
 )
+
+SWITCHES = {  # parameter -> field of BuildOptions
+    "accuracy_level": "accuracy_level",
+    "logits": "last_logits",
+    "provider": "provider",
+    "opset_only": "opset_only",
+    "max_context": "max_context",
+    "compute": "compute",
+    "state_io": "state_io",
+    "max_batch": "max_batch",
+    "runtime": "runtime",
+    "architectures": "architectures",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,24 @@ def _budget(precisions: Path | None, bits: float | None, kl: float | None) -> Bu
     if sum(given is not None for given in (precisions, bits, kl)) > 1:
         raise H1ExportError("--precisions, --budget-bits, --budget-kl", "say the same thing twice", "give one of them")
     return None if bits is None and kl is None else Budget(bits, kl)
+
+
+def check_switches(context: click.Context, targets: Sequence[str]) -> None:
+    """Raises H1ExportError for a switch on the command line that none of the ``targets`` reads."""
+    reads = {name: get_target(name).options for name in MODULES}
+    for parameter in context.command.params:
+        switch = SWITCHES.get(parameter.name or "")
+        given = switch is not None and context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and not any(switch in reads[name] for name in targets):
+            owners = ", ".join(name for name, fields in reads.items() if switch in fields)
+            what = f"is nothing that --target {', '.join(targets)} reads"
+            raise H1ExportError(parameter.opts[0], what, f"leave it out; it is for {owners}")
+
+
+def _build_options(given: dict[str, Any]) -> BuildOptions:
+    """From the command line's values, by field."""
+    level = LEVELS[given["provider"]] if given["accuracy_level"] is None else given["accuracy_level"]
+    return BuildOptions(**given | {"accuracy_level": level, "last_logits": given["last_logits"] == "last"})
 
 
 def within(checkpoint: Path, scheme: QuantScheme, calibration: Calibration, budget: Budget, jobs: int, quiet: bool) -> QuantScheme:
@@ -110,13 +153,6 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
         precisions: Path | None,
         budget_bits: float | None,
         budget_kl: float | None,
-        accuracy_level: int | None,
-        provider: ProviderName,
-        opset_only: bool,
-        logits: str,
-        max_context: int,
-        compute: Compute,
-        state_io: bool,
         out: Path | None,
         jobs: int,
         **others: Any,
@@ -125,9 +161,9 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
         from h1export.calibration import Calibration
         from h1export.precisions import read_plan
 
+        check_switches(click.get_current_context(), targets)
         checkpoint = sources.resolve(model)
-        level = LEVELS[provider] if accuracy_level is None else accuracy_level
-        options = BuildOptions(level, logits == "last", provider, opset_only, max_context, compute, state_io)
+        options = _build_options({field: others.pop(parameter) for parameter, field in SWITCHES.items()})
         scheme = QuantScheme(quant, int(block), method or BEST[quant], read_plan(precisions) if precisions else {})
         budget = _budget(precisions, budget_bits, budget_kl)
         if calibration_file is not None and not scheme.calibrated and budget is None:

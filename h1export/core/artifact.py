@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Manifest:
         outputs: graph output -> [dtype, dims].
         weights: quantised initializers.
         files: name -> [sha256, bytes]; slashes part a name from those of the folders that it lies in.
+        passport: what the machine that runs it must have, as JSON values; empty where a target has no such demands, and then not written.
     """
 
     target: str
@@ -74,15 +75,17 @@ class Manifest:
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     weights: tuple[StoredWeight, ...]
     files: Mapping[str, tuple[str, int]]
+    passport: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """What decides an artifact's bytes, as sha256: known before any of them is written."""
-        decided = dataclasses.replace(self, inputs={}, outputs={}, weights=(), files={})
+        decided = dataclasses.replace(self, inputs={}, outputs={}, weights=(), files={}, passport={})
         return hashlib.sha256(decided.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **_jsonable(dataclasses.asdict(self))}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        data = {name: value for name, value in dataclasses.asdict(self).items() if value or name != "passport"}
+        return json.dumps({"format": FORMAT, **_jsonable(data)}, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
     def parse(cls, text: str, where: Path) -> Manifest:
@@ -98,8 +101,8 @@ class Manifest:
             data["files"] = {str(name): (_text(digest), _count(size)) for name, (digest, size) in data["files"].items()}
             for name in ("target", "source"):
                 data[name] = _text(data[name])
-            for name in ("spec", "scheme", "options", "toolchain"):
-                data[name] = {**data[name]}
+            for name in ("spec", "scheme", "options", "toolchain", "passport"):
+                data[name] = {**data.get(name, {})} if name == "passport" else {**data[name]}
             return cls(**data)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise H1ExportError(where, f"not a manifest of h1export ({error!r})", "build the artifact again") from None

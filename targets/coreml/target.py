@@ -18,7 +18,7 @@ from h1export.graphs.interpret import forward
 from h1export.graphs.passes import run_passes
 from h1export.graphs.programs import Program
 from h1export.graphs.trace import trace
-from h1export.targets.base import BuildOptions, Kernels, Lowered
+from h1export.targets.base import BuildOptions, Compute, Kernels, Lowered
 from h1export.targets.coreml import layout, package, sdk
 from h1export.targets.coreml.blobs import Blobs
 from h1export.targets.coreml.evaluator import Package
@@ -30,7 +30,7 @@ from h1export.targets.coreml.runner import CoreMLRunner
 from h1export.targets.coreml.weights import Float, Var, Weights
 from h1export.targets.weightfile import in_order
 
-COMPUTE: Mapping[str, Float] = {"fp16": np.float16, "fp32": np.float32}
+COMPUTE: Mapping[Compute, Float] = {"fp16": np.float16, "fp32": np.float32}
 Port = tuple[str, tuple[int | str, ...]]
 Ports = Mapping[str, Port]
 
@@ -38,6 +38,7 @@ Ports = Mapping[str, Port]
 class CoreMLTarget:
     name = "coreml"
     packages = ("coremltools", "numpy", "torch")
+    options = frozenset({"compute", "last_logits", "max_context", "state_io"})
 
     def lower(
         self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress
@@ -68,6 +69,8 @@ class CoreMLTarget:
 
 
 def _check(options: BuildOptions) -> None:
+    if options.compute not in COMPUTE:
+        raise H1ExportError("--compute", f"{options.compute} is none of CoreML's dtypes", f"one of {', '.join(COMPUTE)}")
     if options.max_context <= PREFILL.tokens:
         what = f"{options.max_context} has no room for a prefill of {PREFILL.tokens} tokens and one after it"
         raise H1ExportError("--max-context", what, f"{PREFILL.tokens + 1} or more")

@@ -14,7 +14,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from h1export import __version__
 
 Value = ir.Value
-IR_VERSIONS = {18: 8, 19: 9, 21: 10, 23: 10}  # by opset; 23 came with 11, which runtimes of the last years do not read
+# by opset; 23 came with 11, which runtimes of the last years do not read
+IR_VERSIONS = {18: 8, 19: 9, 21: 10, 23: 10, 24: 11}
 
 
 class GraphBuilder:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from h1export.core.artifact import StoredWeight
-from h1export.core.quant import Precision, QuantizedTensor
+from h1export.core.quant import Precision
 from h1export.core.state import StateKind
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import KindOf, Pass, fusions
 from h1export.graphs.passes.flatten_splits import FlattenSplits
 from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
 from h1export.targets.onnx.emit import Emitter
+from h1export.targets.onnx.stored import ReadStored
 from h1export.targets.onnxruntime import cuda, layout, nbits, ops, portable, transposed
 from h1export.targets.onnxruntime.native import emitters
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"  # of the MatMulNBits that onnxruntime makes of DequantizeLinear and MatMul
-ReadStored = Callable[[StoredWeight, Mapping[str, Any], Callable[[str], int]], Iterator[tuple[str, QuantizedTensor]]]
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from h1export.core.artifact import StoredPart, StoredWeight
 from h1export.core.quant import Precision, QuantizedBlock, QuantizedTensor, quantized_blocks
 from h1export.core.weights import Multiplier, WeightExpr
 from h1export.targets.onnx.builder import Value
+from h1export.targets.onnx.columns import CODES, SCALES
 from h1export.targets.onnx.emit import Context, initializer_name
 from h1export.targets.weightfile import BLOCK_BYTES
 
 MS, FLOAT = "com.microsoft", int(ir.DataType.FLOAT)
 # int8 has one scale a row, repeated for MatMulNBits' blocks; small ones, because accuracy level 4 rounds activations by block
 INT8_BLOCKS = (32, 16)
-CODES, SCALES = ".codes", ".scales"
 ROWS = ".rows"  # suffix of the name under which an embedding reads codes, one row a token
 
 Codes = npt.NDArray[np.uint8]

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property, partial
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from h1export.core.artifact import Artifact
 from h1export.core.probes import PREFIX, probes_in
 from h1export.core.protocols import Capabilities, Ids, Sequences, SteppedSequences, check_call
-from h1export.core.quant import QuantizedTensor
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateKind, StateSpec
-from h1export.core.weights import tensor_layout
 from h1export.errors import H1ExportError
 from h1export.targets.base import Kernels
-from h1export.targets.onnxruntime import layout, native, sdk
-from h1export.targets.onnxruntime.flavour import ReadStored, flavour
-from h1export.targets.onnxruntime.nbits import CODES, ROWS, SCALES
+from h1export.targets.onnx import sdk
+from h1export.targets.onnx.columns import CODES, SCALES
+from h1export.targets.onnx.stored import StoredWeights
+from h1export.targets.onnxruntime import layout, native
+from h1export.targets.onnxruntime.flavour import flavour
+from h1export.targets.onnxruntime.nbits import ROWS
 from h1export.targets.onnxruntime.sequences import BoundSequences
 from h1export.targets.onnxruntime.session import MODEL, NATIVE_MODEL, open_session
 from h1export.targets.onnxruntime.transposed import TABLE
@@ -129,30 +128,12 @@ class OnnxRuntimeRunner:
         return {}
 
     def stored_weights(self) -> StoredWeights:
-        return StoredWeights(self._artifact, self._flavour.read_stored)
+        return StoredWeights(self._artifact, MODEL, _key, self._flavour.read_stored)
 
 
-class StoredWeights(Mapping[str, Array]):
-    """What the artifact stores for each quantised checkpoint tensor, dequantised when asked for and not kept."""
-
-    def __init__(self, artifact: Artifact, read_stored: ReadStored) -> None:
-        self._read_stored = read_stored
-        self._columns = {name: shape[-1] for name, shape in tensor_layout(artifact.spec).items()}
-        self._tensors = _external_arrays(artifact)
-        self._weights = {part.tensor: weight for weight in artifact.manifest.weights for part in weight.parts}
-
-    def quantized(self, name: str) -> QuantizedTensor:
-        """What lies behind ``name``: the same integers on every target."""
-        return dict(self._read_stored(self._weights[name], self._tensors, self._columns.__getitem__))[name]
-
-    def __getitem__(self, name: str) -> Array:
-        return self.quantized(name).unfolded()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
+def _key(name: str) -> str | None:
+    """Under which name ``read_stored`` asks for an initializer; None: it never does."""
+    return name.removesuffix(ROWS) if name.endswith((CODES, CODES + ROWS, SCALES, TABLE)) else None
 
 
 def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, str]:
@@ -173,22 +154,3 @@ def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, str]:
         if kernels == "native":
             raise
         return None, f"runs on onnxruntime's own kernels, slower than h1export's: {error}"
-
-
-def _external_arrays(artifact: Artifact) -> dict[str, Any]:
-    """Initializer -> memory-mapped array, for codes and scales. The file's names must stay inside the folder."""
-    arrays: dict[str, Any] = {}
-    for name, value in ir.load(artifact.folder / MODEL).graph.initializers.items():
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor) or not name.endswith((CODES, CODES + ROWS, SCALES, TABLE)):
-            continue
-        location = str(tensor.location)
-        if location not in artifact.manifest.files:
-            raise H1ExportError(artifact.folder / MODEL, f"points to {location!r}, outside the artifact", "build the artifact again")
-        shape, dtype = tensor.shape.numpy(), tensor.dtype.numpy()
-        if tensor.dtype == ir.DataType.INT4:  # two to a byte
-            shape, dtype = (prod(shape) // 2,), np.dtype(np.uint8)
-        if (tensor.offset or 0) + prod(shape) * dtype.itemsize > artifact.manifest.files[location][1]:
-            raise H1ExportError(artifact.folder / MODEL, f"initializer {name!r} lies outside {location}", "build the artifact again")
-        arrays[name.removesuffix(ROWS)] = np.memmap(artifact.folder / location, dtype, mode="r", offset=tensor.offset or 0, shape=shape)
-    return arrays

@@ -9,7 +9,8 @@ import numpy as np
 from h1export.core.protocols import Ids, check_call
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, StateSpec
 from h1export.errors import H1ExportError
-from h1export.targets.onnxruntime import layout, sdk
+from h1export.targets.onnx import sdk
+from h1export.targets.onnxruntime import layout
 
 
 class BoundSequences:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from h1export.core.artifact import Artifact
 from h1export.core.probes import PREFIX
 from h1export.errors import H1ExportError
-from h1export.targets.onnxruntime import sdk
+from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime.flavour import CPU, CUDA, FUSED_LEVEL, Flavour
 from h1export.targets.onnxruntime.widened import widened
 

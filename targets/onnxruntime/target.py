@@ -37,6 +37,7 @@ Ports = Mapping[str, tuple[str, Dims]]
 class OnnxRuntimeTarget:
     name = "ort"
     packages = ("numpy", "onnx-ir", "torch")
+    options = frozenset({"accuracy_level", "last_logits", "opset_only", "provider"})
 
     def lower(
         self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress

@@ -1,7 +1,7 @@
 """Integers for DequantizeLinear: stored [columns, rows], as MatMul takes its second operand.
 
 ONNX Runtime turns DequantizeLinear and MatMul over this layout into MatMulNBits; over [rows, columns] it dequantises the whole
-weight in every call. int4 is signed, two codes a byte, as ONNX packs them.
+weight in every call.
 """
 
 from __future__ import annotations
@@ -19,27 +19,12 @@ from h1export.core.quant import Precision, QuantizedBlock, QuantizedTensor, quan
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr
 from h1export.targets.onnx.builder import Value
+from h1export.targets.onnx.columns import CODES, SCALES, read_columns, write_columns
 from h1export.targets.onnx.emit import Context, initializer_name
-from h1export.targets.onnxruntime.nbits import CODES, SCALES, Layout
-from h1export.targets.weightfile import BLOCK_BYTES, Columns
+from h1export.targets.onnxruntime.nbits import Layout
+from h1export.targets.weightfile import BLOCK_BYTES
 
-SCALE_BYTES = 4
 TABLE = ".table"  # an embedding's codes, one row a token; a tied head has its own, transposed
-
-Codes = npt.NDArray[np.int8]
-Bytes = npt.NDArray[np.uint8]
-
-
-def pack(codes: Codes) -> Bytes:
-    """Signed int4, an even number in the last axis, the first of a pair in the low nibble."""
-    low, high = codes[..., 0::2].view(np.uint8) & np.uint8(15), codes[..., 1::2].view(np.uint8) << np.uint8(4)
-    return low | high
-
-
-def unpack(packed: Bytes) -> Codes:
-    """The inverse of ``pack`` on one axis."""
-    pairs = np.stack([packed << np.uint8(4), packed], axis=1).reshape(-1)
-    return pairs.view(np.int8) >> np.int8(4)
 
 
 def folded_scales(tensor: QuantizedTensor) -> Array:
@@ -60,29 +45,9 @@ def dequantized(c: Context, expr: WeightExpr, precision: Precision) -> Value:
 
 
 def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Value, Value]:
-    rows, columns = c.store.shape(expr.only.tensor)
-    name, layout = initializer_name(expr), Layout(precision.bits, precision.block or columns, columns)
-    codes = c.data.place(name + CODES, ir.DataType.INT4 if precision.bits == 4 else ir.DataType.INT8, (columns, rows))
-    scales = c.data.place(name + SCALES, ir.DataType.FLOAT, (layout.blocks, rows) if precision.block else (rows,))
-    # columns of int4 have to end on bytes, and with an odd number of rows only the whole tensor does
-    multiple = 1 if precision.bits == 8 else 2 if rows % 2 == 0 else rows
-    ranges = c.store.row_ranges([expr.only.tensor], BLOCK_BYTES, multiple)
-    blocks = quantized_blocks(expr, c.store, c.integers, BLOCK_BYTES, multiple)
-    placed = (partial(_columns, layout, block, start) for (start, _), block in zip(ranges, blocks, strict=True))
-    c.data.fill([codes, scales], placed)
+    codes, scales = write_columns(c, expr, precision, ir.DataType.FLOAT, folded_scales)
     c.stored.append(_entry(c, expr, precision))
     return c.build.initializer(codes), c.build.initializer(scales)
-
-
-def _columns(layout: Layout, block: QuantizedBlock, start: int) -> tuple[Columns | Bytes, Columns]:
-    """Codes and scales of rows of the checkpoint's tensor, from ``start`` on, as columns."""
-    (tensor,) = block()
-    codes, scales = tensor.codes.T, Columns(folded_scales(tensor).T, start * SCALE_BYTES)
-    if layout.bits == 8:
-        return Columns(codes, start), scales
-    if len(tensor.codes) % 2:  # the whole tensor: pairs go on over the ends of rows
-        return pack(codes.reshape(-1)), scales
-    return Columns(pack(codes), start // 2), scales
 
 
 def _rows(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], Array]:
@@ -122,8 +87,8 @@ def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Calla
     (part,) = weight.parts
     name, multiplier, width = weight.initializer, part.multiplier.rows(part.size), columns(part.tensor)
     if name + CODES in tensors:
-        codes, scales = np.asarray(tensors[name + CODES]), tensors[name + SCALES].reshape(-1, part.size).T
-        codes = np.ascontiguousarray((unpack(codes).reshape(width, part.size) if weight.bits == 4 else codes).T)
+        scales = tensors[name + SCALES].reshape(-1, part.size).T
+        codes = read_columns(tensors[name + CODES], weight.bits, width, part.size)
     else:
         codes, scales = np.asarray(tensors[name + TABLE]), tensors[name + TABLE + SCALES]
     yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier)

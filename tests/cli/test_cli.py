@@ -15,7 +15,7 @@ from h1export import pipeline
 from h1export.cli import run
 from h1export.core.artifact import Artifact
 from h1export.generation import Sampling, generate
-from h1export.targets.onnxruntime import sdk
+from h1export.targets.onnx import sdk
 from h1export.text import load_tokenizer
 
 pytestmark = pytest.mark.ort

@@ -67,6 +67,18 @@ def library(cubins: Sequence[Cubin], tensorrt_include: Path | None = None) -> Pa
     return path
 
 
+def write(folder: Path, wanted: Iterable[Kernel], architectures: Sequence[int]) -> None:
+    """Write ``folder``: the plugin's source with machine code, for CMake, and its library.
+
+    Raises:
+        H1ExportError: Triton or CMake is missing or fails, or a kernel spills.
+    """
+    cubins = compile_all(wanted, architectures)
+    folder.mkdir(exist_ok=True)
+    write_sources(folder / "source", cubins)
+    shutil.copyfile(library(cubins), folder / NAME)
+
+
 def build(source: Path, folder: Path, tensorrt_include: Path | None = None) -> Path:
     """Run CMake on sources that ``write_sources`` wrote; warnings are errors.
 

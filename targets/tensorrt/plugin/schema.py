@@ -16,6 +16,7 @@ from h1export.plugins.ssm_scan import launch as scan
 
 Arguments = tuple[tuple[str, str], ...]
 
+NAMESPACE, VERSION = "h1export", "1"  # of both ops in TensorRT: kNamespace and kVersion of csrc/plugin.h
 FIELDS = {"int": ("int32_t", "kINT32"), "float": ("float", "kFLOAT32")}  # Torch's type of an attribute -> C++'s, PluginFieldType's
 SCALARS = {"i32": "int32_t", "fp32": "float"}  # Triton's type of a kernel's argument -> C++'s
 

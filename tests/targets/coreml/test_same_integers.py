@@ -14,11 +14,14 @@ from h1export.core.weights.layout import EMBEDDING
 
 
 @pytest.mark.parametrize("method", ["rtn", "search", "awq", "gptq"])
-def test_every_target_holds_the_same_integers(method: str, spoken_checkpoint: Path, build: Callable[..., Artifact]) -> None:
+def test_every_target_holds_the_same_integers(
+    method: str, spoken_checkpoint: Path, build: Callable[..., Artifact], without_plugin: None
+) -> None:
     made = (
         build(spoken_checkpoint, "int4", method=method),
         build(spoken_checkpoint, "int4", method=method, opset_only=True),
         build(spoken_checkpoint, "int4", method=method, target="coreml", max_context=192),
+        build(spoken_checkpoint, "int4", method=method, target="trt", max_context=192, runtime="tensorrt"),
     )
     first, *others = (pipeline.load(artifact).stored_weights() for artifact in made)
     for other in others:

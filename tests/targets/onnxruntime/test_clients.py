@@ -16,7 +16,7 @@ from h1export import pipeline
 from h1export.core.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.generation import Sampling, generate
-from h1export.targets.onnxruntime import sdk
+from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime.genai import CONFIG
 from h1export.targets.onnxruntime.session import MODEL, SETTINGS
 from h1export.text import load_tokenizer

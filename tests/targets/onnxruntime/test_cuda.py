@@ -21,7 +21,8 @@ from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
 from h1export.targets.base import BuildOptions
-from h1export.targets.onnxruntime import cuda, runner, sdk
+from h1export.targets.onnx import sdk
+from h1export.targets.onnxruntime import cuda, runner
 from h1export.targets.onnxruntime.flavour import CPU, flavour
 from h1export.validate import ValidateOptions, validate
 

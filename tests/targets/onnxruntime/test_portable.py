@@ -27,6 +27,7 @@ from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
 from h1export.targets.base import BuildOptions
+from h1export.targets.onnx import columns
 from h1export.targets.onnx.builder import GraphBuilder
 from h1export.targets.onnxruntime import layout, portable, transposed
 from h1export.targets.onnxruntime.chunked_scan import LENGTH, Chunks, chunked_scan
@@ -171,7 +172,7 @@ def test_the_scan_is_the_recurrence(seq: int, batch: int, rate: float, seed: int
 @given(pairs=st.integers(1, 99), seed=st.integers(0, 2**32 - 1))
 def test_pack_and_unpack_are_inverse(pairs: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(-8, 8, 2 * pairs).astype(np.int8)
-    assert np.array_equal(transposed.unpack(transposed.pack(codes)), codes)
+    assert np.array_equal(columns.unpack(columns.pack(codes)), codes)
 
 
 @pytest.mark.parametrize(("quant", "name"), [("int4", "plain"), ("int4", "tied"), ("int8", "plain")])
@@ -181,7 +182,8 @@ def test_the_artifact_holds_the_rules_integers_bit_for_bit(
     """Whatever the row blocks: the vocabulary and in_proj have odd numbers of rows, and a few rows at a time make the same file."""
     checkpoint = make_checkpoint(name, mamba_n_heads=3, mamba_d_ssm=96)
     artifact = build(checkpoint, quant, opset_only=True)
-    monkeypatch.setattr(transposed, "BLOCK_BYTES", 3000)
+    for module in (columns, transposed):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 3000)
     options = BuildOptions(accuracy_level=0, opset_only=True)
     again = pipeline.build(checkpoint, "ort", tmp_path / "again", pipeline.QuantScheme(quant), options)  # type: ignore[arg-type]
     assert again.manifest.files == artifact.manifest.files

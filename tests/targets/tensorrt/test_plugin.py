@@ -21,8 +21,6 @@ from h1export.targets.tensorrt.plugin import build, library
 from h1export.targets.tensorrt.plugin.embed import digest, write_sources
 from h1export.targets.tensorrt.plugin.schema import OPS, Op, header
 
-pytestmark = pytest.mark.trt
-
 Harness = Callable[..., list[list[str]]]
 
 PAGE = 4096  # the harness puts tensor i at PAGE * (i + 1)

@@ -15,8 +15,6 @@ from onnx import TensorProto, helper
 from h1export.plugins.gpu.shapes import PUBLISHED
 from h1export.targets.tensorrt.plugin.schema import OPS
 
-pytestmark = pytest.mark.trt
-
 Build = Callable[..., str]
 
 SIZES = {"heads": 24, "groups": 1, "d_head": 64, "d_state": 128, "channels": PUBLISHED[1].channels, "kept": 3, "taps": 4, "one": 1}

@@ -1,0 +1,117 @@
+"""Run an artifact's network on a CPU, to judge it: TensorRT itself takes no part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import numpy.typing as npt
+
+from h1export.core.artifact import Artifact
+from h1export.core.probes import PREFIX, probe_names
+from h1export.core.protocols import Capabilities, Ids, SteppedSequences, check_call
+from h1export.core.spec import HybridSpec
+from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec
+from h1export.errors import H1ExportError
+from h1export.targets.onnx import sdk
+from h1export.targets.onnx.stored import StoredWeights
+from h1export.targets.tensorrt.execution import Execution, Values
+from h1export.targets.tensorrt.layout import MODEL, PREFILL_TOKENS, WRITE_INDICES
+from h1export.targets.tensorrt.weights import key, read_stored
+
+
+@dataclass(frozen=True)
+class States:
+    """Sequences of ``length`` tokens: the network's states by input name, what is fp16 or bf16 there in float32."""
+
+    length: int
+    arrays: dict[str, npt.NDArray[np.float32]]
+
+
+class TensorRTRunner:
+    """Runner over model.onnx, the very file that is handed to a builder, in its dtypes or, with ``float32``, in float32 throughout."""
+
+    def __init__(self, artifact: Artifact, threads: int, float32: bool) -> None:
+        self._artifact, self._spec, self._float32 = artifact, artifact.spec, float32
+        self._states, options = StateSpec.of(self._spec), artifact.manifest.options
+        self._max_context, self._max_batch = int(options["max_context"]), int(options["max_batch"])
+        self._all_logits, self._compute = not options["last_logits"], "fp32" if float32 else str(options["compute"])
+        self._open = partial(Execution, artifact.folder, artifact.manifest.files, not float32, threads)
+        self._execution = self._open()
+
+    @property
+    def spec(self) -> HybridSpec:
+        return self._spec
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            max_batch=self._max_batch,
+            all_logits=self._all_logits,
+            float32=self._float32,
+            notes=(f"{self._max_batch} sequences of {self._max_context} tokens at most",),
+            kernels=f"onnxruntime {sdk.onnxruntime().__version__} and the ops' references in {self._compute}, not TensorRT",
+            max_context=self._max_context,
+            emulated=True,
+            probes=True,
+        )
+
+    def initial(self, batch: int) -> States:
+        if batch > self._max_batch:
+            what = f"{batch} rows, and the network takes {self._max_batch}"
+            raise H1ExportError("initial", what, f"build it with --max-batch {batch}")
+        zeros = self._states.zeros(batch, self._max_context)
+        return States(0, {tensor.past: zeros[tensor.key] for tensor in self._states.tensors})
+
+    def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
+        logits, after, _ = self._advance(self._execution, ids, mask, states)
+        return logits, after
+
+    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
+        return self._advance(self._observed, ids, mask, states)
+
+    @cached_property
+    def _observed(self) -> Execution:
+        return self._open(shown=[PREFIX + name for name in probe_names(self._spec.num_hidden_layers)])
+
+    def _advance(self, execution: Execution, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
+        """Calls that fit the profiles, one after the other."""
+        check_call(ids, mask, states.length, self._spec.vocab_size)
+        self._check_room("step", states.length + ids.shape[1])
+        calls: list[Values] = []
+        for start in range(0, ids.shape[1], PREFILL_TOKENS):
+            new = ids[:, start : start + PREFILL_TOKENS]
+            calls.append(execution.run(self._inputs(new, mask, states)))
+            states = States(states.length + new.shape[1], {tensor.past: calls[-1].pop(tensor.present) for tensor in self._states.tensors})
+        joined = {name: np.concatenate([call[name] for call in calls], axis=1) for name in calls[0]}
+        logits = joined.pop(LOGITS)
+        probes = {name.removeprefix(PREFIX): value.reshape(*ids.shape, -1) for name, value in joined.items()}
+        return logits if self._all_logits else logits[:, -1:], states, probes
+
+    def _inputs(self, ids: Ids, mask: Ids, states: States) -> Values:
+        end, batch = states.length + ids.shape[1], len(ids)
+        columns = np.zeros((batch, self._max_context), np.int64)
+        columns[:, :end] = mask[:, :end]
+        indices = np.full(batch, states.length, np.int64)
+        return {INPUT_IDS: np.ascontiguousarray(ids), ATTENTION_MASK: columns, WRITE_INDICES: indices, **states.arrays}
+
+    def _check_room(self, where: str, tokens: int) -> None:
+        if tokens > self._max_context:
+            what = f"{tokens} tokens, and the network has room for {self._max_context}"
+            raise H1ExportError(where, what, f"build it with --max-context {tokens}")
+
+    def start(self, batch: int, capacity: int) -> SteppedSequences:
+        self._check_room("start", capacity)
+        return SteppedSequences(self, batch)
+
+    def snapshot(self, states: States) -> dict[str, Array]:
+        arrays = {tensor: states.arrays[tensor.past] for tensor in self._states.tensors}
+        return {tensor.key: array[:, :, : states.length] if tensor.kind.grows else array for tensor, array in arrays.items()}
+
+    def magnitudes(self) -> Mapping[str, float]:
+        return self._execution.magnitudes()
+
+    def stored_weights(self) -> StoredWeights:
+        return StoredWeights(self._artifact, MODEL, key, read_stored)

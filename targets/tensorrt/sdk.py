@@ -1,0 +1,69 @@
+"""The only door to the packages of TensorRT-RTX and TensorRT, which have one interface under two names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from h1export.errors import H1ExportError
+from h1export.targets.base import RuntimeName
+
+MODULES: Mapping[RuntimeName, str] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+NAMES: Mapping[RuntimeName, str] = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+INSTALL: Mapping[RuntimeName, str] = {
+    "rtx": "pip install 'h1export[trt]' on Linux",
+    "tensorrt": "install TensorRT 10.15 or later on a machine with an NVIDIA GPU",
+}
+RTX_LIBRARIES = "tensorrt-rtx-cu13-libs"
+RTX_LIBRARY = "libtensorrt_rtx.so"  # RTX's parser opens it by this name when it adds a plugin; its package has another
+
+
+def has(runtime: RuntimeName) -> bool:
+    return find_spec(MODULES[runtime]) is not None
+
+
+def module(runtime: RuntimeName, versions: str) -> Any:
+    """The module, of one of ``versions``.
+
+    Raises:
+        H1ExportError: not installed, or another version.
+    """
+    if not has(runtime):
+        raise H1ExportError(NAMES[runtime], "is not installed", INSTALL[runtime])
+    found: Any = import_module(MODULES[runtime])
+    if not SpecifierSet(versions).contains(found.__version__, prereleases=True):
+        raise H1ExportError(NAMES[runtime], f"is {found.__version__}, and {versions} is needed", INSTALL[runtime])
+    return found
+
+
+def _rtx_library() -> Path:
+    try:
+        shipped = [file for file in metadata.files(RTX_LIBRARIES) or [] if file.name.startswith(RTX_LIBRARY)]
+    except metadata.PackageNotFoundError:
+        shipped = []
+    if not shipped:
+        raise H1ExportError(NAMES["rtx"], f"is installed without {RTX_LIBRARY}", INSTALL["rtx"])
+    return Path(str(shipped[0].locate()))
+
+
+@contextmanager
+def environment(runtime: RuntimeName) -> Iterator[dict[str, str]]:
+    """The environment of a process that builds: there, RTX's library also has the name that its parser looks for.
+
+    Raises:
+        H1ExportError: RTX is installed without its libraries.
+    """
+    with TemporaryDirectory(prefix="h1export-tensorrt-") as folder:
+        paths = os.environ.get("LD_LIBRARY_PATH", "")
+        if runtime == "rtx":
+            Path(folder, RTX_LIBRARY).symlink_to(_rtx_library())
+            paths = os.pathsep.join(filter(None, (folder, paths)))
+        yield os.environ | {"LD_LIBRARY_PATH": paths}

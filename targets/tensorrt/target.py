@@ -1,0 +1,91 @@
+"""The target "trt": an ONNX network, the plugin of the h1 ops, and an engine where TensorRT-RTX builds one here."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from h1export.core.artifact import Artifact
+from h1export.core.progress import Progress
+from h1export.core.quant import Integers
+from h1export.core.stage import Stage
+from h1export.core.weights import WeightStore
+from h1export.errors import H1ExportError
+from h1export.graphs.programs import Program
+from h1export.plugins.gpu.cubin import ARCHITECTURES
+from h1export.targets.base import BuildOptions, Kernels, Lowered, RuntimeName
+from h1export.targets.tensorrt import engine, network, plugin, sdk
+from h1export.targets.tensorrt.layout import DATA, MODEL, Ports
+from h1export.targets.tensorrt.passport import Passport
+from h1export.targets.tensorrt.recipe import ENGINE, LIBRARY, RECIPE, RTX_ARCHITECTURES, TRTEXEC, Recipe
+from h1export.targets.tensorrt.runner import TensorRTRunner
+
+OF_RTX = (80, 86, 89, 120, 121)  # compute capabilities that RTX builds for, and our kernels are compiled for
+
+
+class TensorRTTarget:
+    name = "trt"
+    packages = ("numpy", "onnx-ir", "torch")
+    options = frozenset({"architectures", "compute", "last_logits", "max_batch", "max_context", "runtime"})
+
+    def lower(
+        self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress
+    ) -> Lowered:
+        network.check(program.spec, integers, options)
+        runtime = options.runtime or ("rtx" if sdk.has("rtx") else "tensorrt")
+        architectures = _architectures(runtime, options)
+        spec = program.spec
+        kernels = plugin.kernels(spec.mamba_d_head, spec.mamba_d_state, spec.mamba_d_conv, options.compute)
+        if runtime == "rtx" and not sdk.has(runtime):
+            raise H1ExportError(sdk.NAMES[runtime], "is not installed", f"{sdk.INSTALL[runtime]}, or build with --runtime tensorrt")
+        if not stage.dry:
+            progress.stage("plugin")
+            plugin.write(stage.folder / Path(LIBRARY).parent, kernels, architectures)
+        progress.stage("weights", store.nbytes)
+        lowered = network.write(program, store, integers, options, stage)
+        if stage.dry:
+            return lowered
+        passport = _finish(stage.folder, runtime, architectures, lowered.inputs, options, progress)
+        return Lowered(lowered.inputs, lowered.outputs, lowered.weights, passport.to_json())
+
+    def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
+        return {MODEL: node_counts(artifact.folder / MODEL)}
+
+    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> TensorRTRunner:
+        if kernels == "native":
+            raise H1ExportError(
+                artifact.folder, "h1export's kernels for it run on GPUs only, and this is a CPU", "leave out --kernels native"
+            )
+        return TensorRTRunner(artifact, threads, float32)
+
+
+def _architectures(runtime: RuntimeName, options: BuildOptions) -> tuple[int, ...]:
+    """Raises H1ExportError for one that the runtime, or our kernels, are not built for."""
+    known = OF_RTX if runtime == "rtx" else ARCHITECTURES
+    for architecture in options.architectures:
+        if architecture not in known:
+            what = f"{architecture} is no compute capability that {sdk.NAMES[runtime]} and the kernels are built for"
+            raise H1ExportError("--sm", what, f"one of {', '.join(map(str, known))}")
+    return tuple(dict.fromkeys(options.architectures)) or (RTX_ARCHITECTURES if runtime == "rtx" else ARCHITECTURES)
+
+
+def _finish(
+    folder: Path, runtime: RuntimeName, architectures: tuple[int, ...], inputs: Ports, options: BuildOptions, progress: Progress
+) -> Passport:
+    """The recipe, and what it makes where its builder runs without a GPU."""
+    hashes = {name: _sha256(folder / name) for name in (MODEL, DATA, LIBRARY)}
+    recipe = Recipe.of(runtime, architectures, inputs, options, hashes)
+    (folder / RECIPE).write_text(recipe.to_json(), encoding="utf-8")
+    (folder / TRTEXEC).write_text(f"{recipe.trtexec()}\n", encoding="utf-8")
+    if runtime == "tensorrt":
+        return Passport(runtime, "", architectures, hashes[LIBRARY], "")
+    heard = engine.build(folder, progress)
+    return Passport(runtime, heard.version, architectures, hashes[LIBRARY], _sha256(folder / ENGINE))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+target = TensorRTTarget()

@@ -1,0 +1,155 @@
+"""TensorRT-RTX itself: it parses and builds what a build makes, on a CPU; what is wrong is an error in our words and leaves nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from h1export import cli, pipeline
+from h1export.core.artifact import Artifact
+from h1export.core.progress import SILENT
+from h1export.core.quant import QuantScheme
+from h1export.errors import H1ExportError
+from h1export.targets import BuildOptions
+from h1export.targets.tensorrt import engine
+from h1export.targets.tensorrt.recipe import ENGINE, LIBRARY, MODEL, RECIPE, Recipe
+
+Edit = Callable[[onnx.ModelProto], None]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
+    """Of a head dim and a state size that the library has kernels for."""
+    return make_checkpoint(mamba_d_state=64)
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint: Path, driver: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """An int4 artifact with an engine for one GPU; stand-ins are its machine code."""
+
+    def write(folder: Path, *_: Any) -> None:
+        folder.mkdir()
+        shutil.copyfile(driver / "libh1export_plugin.so", folder / "libh1export_plugin.so")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("h1export.targets.tensorrt.plugin.write", write)
+        options = BuildOptions(max_context=96, max_batch=2, runtime="rtx", architectures=(86,))
+        return pipeline.build(checkpoint, "trt", tmp_path_factory.mktemp("engine") / "out", QuantScheme("int4"), options)
+
+
+@pytest.fixture
+def folder(built: Artifact, tmp_path: Path) -> Path:
+    """A copy of its files but for the engine."""
+    copy = Path(shutil.copytree(built.folder, tmp_path / "copy"))
+    (copy / ENGINE).unlink()
+    return copy
+
+
+def test_the_engine_has_both_profiles_and_a_plugin_layer_for_each_op(built: Artifact, folder: Path) -> None:
+    assert built.manifest.files[ENGINE][1] > built.manifest.files["model.onnx.data"][1] / 2
+    heard = engine.build(folder, SILENT)
+    assert heard.plugins == 2 * built.spec.num_hidden_layers
+    assert heard.profiles == 2
+    assert heard.said == []
+    passport = built.manifest.passport
+    assert passport["version"] == heard.version
+    assert passport["engine"] == built.manifest.files[ENGINE][0]
+    assert passport["plugin"] == built.manifest.files[LIBRARY][0]
+    assert passport["architectures"] == [86]
+
+
+def test_the_recipe_says_it_all(built: Artifact) -> None:
+    recipe = Recipe.read(built.folder)
+    assert recipe.hashes == {name: built.manifest.files[name][0] for name in (MODEL, f"{MODEL}.data", LIBRARY)}
+    decode, prefill = recipe.profiles
+    assert decode.inputs["input_ids"] == ((1, 1), (2, 1), (2, 1))
+    assert prefill.inputs["input_ids"] == ((1, 1), (2, 24), (2, 96))
+    assert prefill.inputs["past_key_values.0.key"][2] == (2, 2, 96, 32)
+    line = (built.folder / "trtexec.sh").read_text()
+    assert line == recipe.trtexec() + "\n"
+    assert "--maxShapes=attention_mask:2x96,input_ids:2x96,past_key_values.0.conv_state:2x320x3" in line
+    assert line.count("--profile=") == 2
+
+
+def unknown_op(model: onnx.ModelProto) -> None:
+    next(node for node in model.graph.node if node.op_type == "SSMScan").op_type = "SSMScam"
+
+
+def wrong_dtype(model: onnx.ModelProto) -> None:
+    """The decay A in fp16."""
+    node = next(node for node in model.graph.node if node.op_type == "SSMScan")
+    model.graph.node.insert(0, onnx.helper.make_node("Cast", [node.input[2]], ["short"], to=onnx.TensorProto.FLOAT16))
+    node.input[2] = "short"
+
+
+def no_attribute(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "SSMScan")
+    node.attribute.remove(next(attribute for attribute in node.attribute if attribute.name == "dt_max"))
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (unknown_op, "has a node that neither TensorRT nor the plugin knows.*SSMScam"),
+        (wrong_dtype, "dtypes that it does not take"),
+        (no_attribute, "could not parse the network: h1export::SSMScan: .*attribute dt_max is missing"),
+    ],
+)
+def test_a_wrong_network_is_an_error(edit: Edit, said: str, folder: Path) -> None:
+    model = onnx.load(folder / MODEL, load_external_data=False)
+    edit(model)
+    onnx.save(model, folder / MODEL)
+    with pytest.raises(H1ExportError, match=rf"{MODEL}: .*{said}"):
+        engine.build(folder, SILENT)
+    assert not (folder / ENGINE).exists()
+
+
+def test_a_recipe_without_consent_to_states_in_place(folder: Path) -> None:
+    recipe = Recipe.read(folder)
+    (folder / RECIPE).write_text(replace(recipe, preview_features=()).to_json())
+    with pytest.raises(H1ExportError, match=r"updates states in place, which the recipe does not allow.*preview_features"):
+        engine.build(folder, SILENT)
+    assert not (folder / ENGINE).exists()
+
+
+def test_a_corrupted_network(folder: Path) -> None:
+    (folder / MODEL).write_bytes(b"no model at all")
+    with pytest.raises(H1ExportError, match=rf"{MODEL}: "):
+        engine.build(folder, SILENT)
+    assert not (folder / ENGINE).exists()
+
+
+def test_a_corrupted_plugin_ends_the_build_with_code_2_and_nothing_left(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(folder: Path, *_: Any) -> None:
+        folder.mkdir()
+        (folder / "libh1export_plugin.so").write_bytes(b"\x7fELF and nothing that follows")
+
+    monkeypatch.setattr("h1export.targets.tensorrt.plugin.write", write)
+    command = ["build", str(checkpoint), "--target", "trt", "--method", "rtn", "--quiet", "--sm", "86", "--out", str(tmp_path / "out")]
+    assert cli.run([*command, "--runtime", "rtx"]) == 2
+    said = capsys.readouterr().err
+    assert "libh1export_plugin.so: TensorRT-RTX" in said
+    assert "could not load the plugin" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_rtx_the_error_says_so(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("h1export.targets.tensorrt.sdk.has", lambda _: False)
+    with pytest.raises(H1ExportError, match=r"TensorRT-RTX: is not installed; pip install .*or build with --runtime tensorrt"):
+        pipeline.build(checkpoint, "trt", tmp_path / "out", QuantScheme("int4"), BuildOptions(runtime="rtx"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"runtime": "rtx"}', '{"profiles": [{}]}'])
+def test_what_is_no_recipe(text: str, tmp_path: Path) -> None:
+    (tmp_path / RECIPE).write_text(text)
+    with pytest.raises(H1ExportError, match=r"recipe.json: is no recipe"):
+        Recipe.read(tmp_path)

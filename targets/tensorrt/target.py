@@ -14,6 +14,7 @@ from h1export.errors import H1ExportError
 from h1export.graphs.programs import Program
 from h1export.plugins.gpu.cubin import ARCHITECTURES
 from h1export.targets.base import BuildOptions, Kernels, Lowered, RuntimeName
+from h1export.targets.onnx.counts import node_counts
 from h1export.targets.tensorrt import engine, network, plugin, sdk
 from h1export.targets.tensorrt.layout import DATA, MODEL, Ports
 from h1export.targets.tensorrt.passport import Passport

@@ -17,7 +17,7 @@ from h1export.core.protocols import Capabilities, Ids, Sequences, SteppedSequenc
 from h1export.core.spec import HybridSpec
 from h1export.core.state import INPUT_IDS, LOGITS, Array, StateKind, StateSpec, StateTensor
 from h1export.errors import H1ExportError
-from h1export.targets.onnxruntime import sdk
+from h1export.targets.onnx import sdk
 
 PREFILL, DECODE = "prefill.onnx", "decode.onnx"
 KINDS = {StateKind.KEY: "keys", StateKind.VALUE: "values", StateKind.CONV: "conv_states.0", StateKind.RECURRENT: "recurrent_states.0"}

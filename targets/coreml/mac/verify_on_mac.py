@@ -187,7 +187,8 @@ def row_of(check: str, against: str, figures: Mapping[str, float], limit: float 
     if any(math.isnan(value) for value in figures.values()) or (limit is not None and not figures["logits"] <= limit):
         verdict = "FAIL"
     shown = {name: str(value) if math.isnan(value) else value for name, value in figures.items()}
-    return {"check": check, "against": against, "figures": shown, "limits": limits, "note": note, "details": {}, "verdict": verdict}
+    row = {"check": check, "against": against, "figures": shown, "limits": limits, "note": note}
+    return row | {"details": {}, "histograms": {}, "verdict": verdict}
 
 
 def case_row(functions: Mapping[str, Function], settings: Settings, case: Case, unit: str, tolerance: float) -> dict[str, Any]:

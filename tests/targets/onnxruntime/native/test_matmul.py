@@ -64,8 +64,8 @@ class Case:
         return x @ weights.T + (0 if self.bias is None else self.bias)
 
     def summed(self, expected: Any) -> float:
-        """The size of what is summed: relative to it, and not to the sums, because few random terms may cancel."""
-        terms = np.abs(self.x).max() * np.abs(self.integers).max() * np.abs(self.weight_scales).max() * np.sqrt(self.x.shape[-1])
+        """The size of what is summed, codes as they are stored: unlike the sums, it does not vanish where few random terms cancel."""
+        terms = np.abs(self.x).max() * self.layout.zero_point * np.abs(self.weight_scales).max() * np.sqrt(self.x.shape[-1])
         return float(terms + np.abs(expected).max())
 
     def error(self, y: Any, expected: Any) -> float:

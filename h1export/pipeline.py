@@ -23,8 +23,9 @@ from h1export.core.artifact import MANIFEST, NO_SHA256, REPORT, Artifact, Manife
 from h1export.core.generation_config import GENERATION_CONFIG, special_tokens
 from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Ids, Runner
-from h1export.core.quant import Integers, Method, QuantScheme, Rounded, Rounding, quantize_rows, search_rows
+from h1export.core.quant import Integers, Method, QuantScheme, Ready, Rounded, Rounding, quantize_rows, search_rows
 from h1export.core.quant.budget import Sensitivity
+from h1export.core.quant.scheme import READY
 from h1export.core.report import Report
 from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage, check_place, cores, dry_stage, staged
@@ -32,7 +33,7 @@ from h1export.core.state import StateSpec
 from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
 from h1export.generation import Sampling, generate
-from h1export.graphs.passes import run_passes
+from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
 from h1export.plan import Plan
 from h1export.quantize.cost import Cost
@@ -69,7 +70,12 @@ ROUNDINGS: Mapping[Method, Rounding] = {"rtn": quantize_rows, "search": search_r
 
 @dataclass(frozen=True)
 class Export:
-    """One export, checked and not begun. ``ids``: calibration tokens [samples, length], where the scheme's method looks at some."""
+    """One export, checked and not begun.
+
+    Attributes:
+        integers: where a method looks at a text, only their precisions are final.
+        ids: calibration tokens [samples, length], where the scheme's method looks at some.
+    """
 
     checkpoint: Path
     target: str
@@ -78,6 +84,7 @@ class Export:
     calibration: Calibration
     spec: HybridSpec
     store: WeightStore
+    integers: Integers
     ids: Ids | None
 
     @classmethod
@@ -90,8 +97,9 @@ class Export:
         store = WeightStore.open(checkpoint, spec, progress)
         scheme.check(spec)
         special_tokens(checkpoint, spec)  # refused here rather than when somebody generates
+        integers = _integers(store, spec, scheme)
         ids = calibration.ids(checkpoint) if scheme.calibrated else None
-        return cls(checkpoint, target, scheme, options, calibration, spec, store, ids)
+        return cls(checkpoint, target, scheme, options, calibration, spec, store, integers, ids)
 
     def manifest(self, source: str) -> Manifest:
         """What is known of the artifact before its first byte; ``source`` is the checkpoint's fingerprint."""
@@ -100,7 +108,7 @@ class Export:
             target=self.target,
             source=source,
             spec=dataclasses.asdict(self.spec),
-            scheme=dataclasses.asdict(self.scheme) | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)}),
+            scheme=self._scheme(),
             options=dataclasses.asdict(self.options),
             toolchain={"h1export": __version__, **{name: metadata.version(name) for name in packages}},
             inputs={},
@@ -109,14 +117,21 @@ class Export:
             files={},
         )
 
+    def _scheme(self) -> dict[str, Any]:
+        """What decided the integers."""
+        scheme = dataclasses.asdict(self.scheme)
+        if self.store.layout is not None:
+            ready = dataclasses.asdict(self.store.layout)
+            return scheme | {"quant": f"int{self.store.layout.bits}", "method": READY, READY: ready}
+        return scheme | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)})
+
     def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:
         """Write every file of the artifact into ``stage`` and complete the ``manifest``, which is the last of them."""
         for name in CARRIED:
             if (self.checkpoint / name).is_file():
                 shutil.copyfile(self.checkpoint / name, stage.folder / name)
         progress.stage("trace")
-        program = run_passes(trace(self.spec, self.options.last_logits))
-        integers: Integers = Rounded(self.store, self.scheme.precisions(self.spec), ROUNDINGS[self.scheme.method])
+        program, integers = run_passes(trace(self.spec, self.options.last_logits), passes_for(self.store.order_name)), self.integers
         if self.ids is not None and not stage.dry:
             with dry_stage() as dry:  # what the target refuses, it refuses before the long work
                 get_target(self.target).lower(program, self.store, integers, self.options, dry, SILENT)
@@ -127,6 +142,21 @@ class Export:
         manifest = dataclasses.replace(manifest, inputs=lowered.inputs, outputs=lowered.outputs, weights=lowered.weights, files=files)
         (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
+
+
+def _integers(store: WeightStore, spec: HybridSpec, scheme: QuantScheme) -> Integers:
+    """Those of the checkpoint where it has some; the others are rounded as ``scheme`` says.
+
+    Raises:
+        H1ExportError: integers that no runtime takes, or a scheme for weights that are in integers already.
+    """
+    rounded = Rounded(store, scheme.precisions(spec), ROUNDINGS[scheme.method])
+    if store.layout is None:
+        return rounded
+    for name in rounded.precisions.keys() & store.packed.keys():
+        what = f"is in int{store.layout.bits} already, and its own integers are exported"
+        raise H1ExportError(f'tensor "{name}"', what, "leave it out of --quant and --precisions, or give the unquantised checkpoint")
+    return Ready.of(store, rounded)
 
 
 def build(
@@ -209,12 +239,12 @@ def plan(
         str(out),
         sizes,
         planning.peak_bytes(jobs) + (cost.peak_bytes(jobs) if cost else 0),
-        lowering + planning.seconds(export.store, scheme, export.spec, sum(sizes.values()), jobs) + (cost.seconds(jobs) if cost else 0),
+        lowering + planning.seconds(export.store, scheme, export.integers, sum(sizes.values()), jobs) + (cost.seconds(jobs) if cost else 0),
         export.store.nbytes,
         planning.disk_free(out),
         cost.disk_bytes if cost else 0,
         {context: StateSpec.of(export.spec).nbytes(1, context) for context in contexts},
-        planning.precisions(scheme, export.spec),
+        planning.precisions(export.integers, export.spec),
     )
 
 

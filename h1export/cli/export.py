@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from h1export.core.quant.budget import Budget
 from h1export.core.quant.scheme import BEST, BLOCK_SIZES, Method, QuantName, QuantScheme
+from h1export.core.weights.gptq_layout import GptqLayout
 from h1export.errors import H1ExportError
 from h1export.targets import MODULES, BuildOptions, Compute, ProviderName
 
@@ -68,11 +70,12 @@ class Asked:
     calibration: Calibration
     out: Path | None
     jobs: int
+    precision: str
 
     def places(self) -> Iterator[tuple[str, Path]]:
-        """Each target and the folder that its artifact gets; several targets lie side by side in OUT."""
+        """Each target and the folder that its artifact gets; several targets lie side by side in OUT. ``precision`` names them."""
         for target in self.targets:
-            named = self.out or Path(f"{self.checkpoint.resolve().name}-{target}-{self.scheme.quant}")
+            named = self.out or Path(f"{self.checkpoint.resolve().name}-{target}-{self.precision}")
             yield target, named / target if self.out and len(self.targets) > 1 else named
 
 
@@ -81,6 +84,20 @@ def _budget(precisions: Path | None, bits: float | None, kl: float | None) -> Bu
     if sum(given is not None for given in (precisions, bits, kl)) > 1:
         raise H1ExportError("--precisions, --budget-bits, --budget-kl", "say the same thing twice", "give one of them")
     return None if bits is None and kl is None else Budget(bits, kl)
+
+
+OF_A_METHOD = ("quant", "method", "calibration_file", "budget_bits", "budget_kl")
+
+
+def ready_made(checkpoint: Path) -> GptqLayout | None:
+    """How the checkpoint is quantised already. Raises H1ExportError where it is, and the command line chooses integers for it too."""
+    layout, given = GptqLayout.load(checkpoint), click.get_current_context().get_parameter_source
+    for name in OF_A_METHOD if layout is not None else ():
+        if given(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.removesuffix('_file').replace('_', '-')}"
+            what = "the checkpoint is quantised already, and its own integers are exported"
+            raise H1ExportError(option, what, "leave it out, or give the unquantised checkpoint")
+    return layout
 
 
 def within(checkpoint: Path, scheme: QuantScheme, calibration: Calibration, budget: Budget, jobs: int, quiet: bool) -> QuantScheme:
@@ -128,6 +145,8 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
         checkpoint = sources.resolve(model)
         level = LEVELS[provider] if accuracy_level is None else accuracy_level
         options = BuildOptions(level, logits == "last", provider, opset_only, max_context, compute, state_io)
+        layout = ready_made(checkpoint)
+        quant = "none" if layout else quant  # of what it has in floats
         scheme = QuantScheme(quant, int(block), method or BEST[quant], read_plan(precisions) if precisions else {})
         budget = _budget(precisions, budget_bits, budget_kl)
         if calibration_file is not None and not scheme.calibrated and budget is None:
@@ -135,7 +154,8 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
         calibration = Calibration(calibration_file, calibration_samples, calibration_length, calibration_seed)
         if budget is not None:
             scheme = within(checkpoint, scheme, calibration, budget, jobs, bool(others["quiet"] or others["as_json"]))
-        return command(Asked(checkpoint, tuple(dict.fromkeys(targets)), scheme, options, calibration, out, jobs), **others)
+        precision = f"int{layout.bits}" if layout else quant
+        return command(Asked(checkpoint, tuple(dict.fromkeys(targets)), scheme, options, calibration, out, jobs, precision), **others)
 
     for option in reversed(OPTIONS):
         asked = option(asked)

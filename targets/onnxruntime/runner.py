@@ -19,15 +19,17 @@ from h1export.core.quant import QuantizedTensor
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateKind, StateSpec
 from h1export.core.weights import tensor_layout
+from h1export.core.weights.packed import ORDER
 from h1export.errors import H1ExportError
 from h1export.targets.base import Kernels
 from h1export.targets.onnxruntime import layout, native, sdk
 from h1export.targets.onnxruntime.flavour import ReadStored, flavour
-from h1export.targets.onnxruntime.nbits import CODES, ROWS, SCALES
+from h1export.targets.onnxruntime.nbits import CODES, ROWS, SCALES, ZEROS
 from h1export.targets.onnxruntime.sequences import BoundSequences
 from h1export.targets.onnxruntime.session import MODEL, NATIVE_MODEL, open_session
 from h1export.targets.onnxruntime.transposed import TABLE
 
+READ = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)  # ends of names of initializers
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
 BATCHED_APPEND = (
     "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
@@ -136,13 +138,15 @@ class StoredWeights(Mapping[str, Array]):
         self._columns = {name: shape[-1] for name, shape in tensor_layout(artifact.spec).items()}
         self._tensors = _external_arrays(artifact)
         self._weights = {part.tensor: weight for weight in artifact.manifest.weights for part in weight.parts}
+        self._orders = {part.tensor: part.order for weight in artifact.manifest.weights for part in weight.parts}
 
     def quantized(self, name: str) -> QuantizedTensor:
         """What lies behind ``name``: the same integers on every target."""
         return dict(self._read_stored(self._weights[name], self._tensors, self._columns.__getitem__))[name]
 
     def __getitem__(self, name: str) -> Array:
-        return self.quantized(name).unfolded()
+        order = self._orders[name]
+        return self.quantized(name).unfolded(self._tensors[order] if order else None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -172,11 +176,11 @@ def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, str]:
 
 
 def _external_arrays(artifact: Artifact) -> dict[str, Any]:
-    """Initializer -> memory-mapped array, for codes and scales. The file's names must stay inside the folder."""
+    """Initializer -> memory-mapped array, for what StoredWeights reads. The file's names must stay inside the folder."""
     arrays: dict[str, Any] = {}
     for name, value in ir.load(artifact.folder / MODEL).graph.initializers.items():
         tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor) or not name.endswith((CODES, CODES + ROWS, SCALES, TABLE)):
+        if not isinstance(tensor, ir.ExternalTensor) or not (name.startswith(ORDER) or name.endswith(READ)):
             continue
         location = str(tensor.location)
         if location not in artifact.manifest.files:

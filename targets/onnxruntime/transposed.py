@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from h1export.core.artifact import StoredPart, StoredWeight
+from h1export.core.artifact import StoredWeight
 from h1export.core.quant import Precision, QuantizedBlock, QuantizedTensor, quantized_blocks
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context, initializer_name
-from h1export.targets.onnxruntime.nbits import CODES, SCALES, Layout
+from h1export.targets.onnxruntime.nbits import CODES, SCALES, ZEROS, Layout, stored_parts
 from h1export.targets.weightfile import BLOCK_BYTES, Columns
 
 SCALE_BYTES = 4
@@ -54,35 +54,43 @@ def unfolded_scales(stored: Array, multiplier: Array) -> npt.NDArray[np.float16]
 
 def dequantized(c: Context, expr: WeightExpr, precision: Precision) -> Value:
     """The weight [columns, rows] in float32, as a node over its integers."""
-    codes, scales = c.build.once((expr, precision), lambda: _write(c, expr, precision))
+    operands = c.build.once((expr, precision), lambda: _write(c, expr, precision))
     blocks: dict[str, Any] = {"axis": 0, "block_size": precision.block} if precision.block else {"axis": 1}
-    return c.build.op("DequantizeLinear", codes, scales, **blocks)
+    return c.build.op("DequantizeLinear", *operands, **blocks)
 
 
-def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Value, Value]:
+def _write(c: Context, expr: WeightExpr, precision: Precision) -> list[Value]:
+    """Codes, scales, and zero points where there are some."""
     rows, columns = c.store.shape(expr.only.tensor)
     name, layout = initializer_name(expr), Layout(precision.bits, precision.block or columns, columns)
-    codes = c.data.place(name + CODES, ir.DataType.INT4 if precision.bits == 4 else ir.DataType.INT8, (columns, rows))
-    scales = c.data.place(name + SCALES, ir.DataType.FLOAT, (layout.blocks, rows) if precision.block else (rows,))
+    stored, groups = ir.DataType.INT4 if precision.bits == 4 else ir.DataType.INT8, (layout.blocks, rows) if precision.block else (rows,)
+    places = [c.data.place(name + CODES, stored, (columns, rows)), c.data.place(name + SCALES, ir.DataType.FLOAT, groups)]
+    if precision.zeros:
+        places.append(c.data.place(name + ZEROS, stored, groups))
     # columns of int4 have to end on bytes, and with an odd number of rows only the whole tensor does
     multiple = 1 if precision.bits == 8 else 2 if rows % 2 == 0 else rows
     ranges = c.store.row_ranges([expr.only.tensor], BLOCK_BYTES, multiple)
     blocks = quantized_blocks(expr, c.store, c.integers, BLOCK_BYTES, multiple)
     placed = (partial(_columns, layout, block, start) for (start, _), block in zip(ranges, blocks, strict=True))
-    c.data.fill([codes, scales], placed)
+    c.data.fill(places, placed)
     c.stored.append(_entry(c, expr, precision))
-    return c.build.initializer(codes), c.build.initializer(scales)
+    return [c.build.initializer(place) for place in places]
 
 
-def _columns(layout: Layout, block: QuantizedBlock, start: int) -> tuple[Columns | Bytes, Columns]:
-    """Codes and scales of rows of the checkpoint's tensor, from ``start`` on, as columns."""
+def _columns(layout: Layout, block: QuantizedBlock, start: int) -> tuple[Columns | Bytes, ...]:
+    """Codes, scales and zero points of rows of the checkpoint's tensor, from ``start`` on, as columns."""
     (tensor,) = block()
-    codes, scales = tensor.codes.T, Columns(folded_scales(tensor).T, start * SCALE_BYTES)
+    scales = Columns(folded_scales(tensor).T, start * SCALE_BYTES)
+    codes = _integer_columns(layout, tensor.codes, start)
+    return (codes, scales) if tensor.zeros is None else (codes, scales, _integer_columns(layout, tensor.zeros, start))
+
+
+def _integer_columns(layout: Layout, rows: Codes, start: int) -> Columns | Bytes:
     if layout.bits == 8:
-        return Columns(codes, start), scales
-    if len(tensor.codes) % 2:  # the whole tensor: pairs go on over the ends of rows
-        return pack(codes.reshape(-1)), scales
-    return Columns(pack(codes), start // 2), scales
+        return Columns(rows.T, start)
+    if len(rows) % 2:  # the whole tensor: pairs go on over the ends of rows
+        return pack(rows.T.reshape(-1))
+    return Columns(pack(rows.T), start // 2)
 
 
 def _rows(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], Array]:
@@ -91,8 +99,7 @@ def _rows(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], Arra
 
 
 def _entry(c: Context, expr: WeightExpr, precision: Precision) -> StoredWeight:
-    part = StoredPart(expr.only.tensor, c.store.shape(expr.only.tensor)[0], expr.only.multiplier)
-    return StoredWeight(initializer_name(expr), precision.bits, precision.block, 0, (part,))
+    return StoredWeight(initializer_name(expr), precision.bits, precision.block, 0, stored_parts(c, expr))
 
 
 def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: bool) -> Value:
@@ -120,10 +127,17 @@ def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: 
 def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]) -> Iterator[tuple[str, QuantizedTensor]]:
     """The integers that an artifact stores, by checkpoint tensor; arguments as of nbits.read_stored, int4 arrays packed and flat."""
     (part,) = weight.parts
-    name, multiplier, width = weight.initializer, part.multiplier.rows(part.size), columns(part.tensor)
+    name, multiplier = weight.initializer, part.multiplier.rows(part.size)
+    zeros = None
     if name + CODES in tensors:
-        codes, scales = np.asarray(tensors[name + CODES]), tensors[name + SCALES].reshape(-1, part.size).T
-        codes = np.ascontiguousarray((unpack(codes).reshape(width, part.size) if weight.bits == 4 else codes).T)
+        codes, scales = _rows_of(tensors[name + CODES], part.size, weight.bits), tensors[name + SCALES].reshape(-1, part.size).T
+        zeros = _rows_of(tensors[name + ZEROS], part.size, weight.bits) if name + ZEROS in tensors else None
     else:
         codes, scales = np.asarray(tensors[name + TABLE]), tensors[name + TABLE + SCALES]
-    yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier)
+    yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier, zeros)
+
+
+def _rows_of(stored: Bytes | Codes, rows: int, bits: int) -> Codes:
+    """int8 [rows, n] of what lies there by columns."""
+    columns: Codes = unpack(np.asarray(stored)) if bits == 4 else np.asarray(stored)
+    return np.ascontiguousarray(columns.reshape(-1, rows).T)

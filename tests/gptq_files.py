@@ -88,7 +88,8 @@ def write(source: Path, out: Path, how: Gptq) -> Written:
 def write_tensors(tensors: Tensors, out: Path, how: Gptq) -> Written:
     """model.safetensors of ``tensors``, those of projections packed."""
     written, rng = Written(out), np.random.default_rng(how.seed)
-    names = [name for name in sorted(tensors) if name.split(".")[-2] in MATRICES or (how.head and name == "lm_head.weight")]
+    modules = {f"{module}.weight" for module in (*MATRICES, *(["lm_head"] if how.head else []))}
+    names = [name for name in sorted(tensors) if ".".join(name.split(".")[-2:]) in modules]
     for name in names:
         tensors |= _packed(name, tensors.pop(name), how, written, rng)
     _save(out, tensors)

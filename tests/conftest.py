@@ -168,16 +168,13 @@ def gptq_logits(make_checkpoint: Callable[..., Path]) -> Callable[..., Any]:
     """gptq_logits(written, ids [n]) -> transformers' logits [n, vocab] on weights that the writer, and not h1export, dequantised."""
     from transformers import FalconH1ForCausalLM
 
-    models: dict[str, Any] = {}
-
     def logits(written: Written, ids: Any, name: str = "plain") -> Any:
-        if name not in models:
-            models[name] = FalconH1ForCausalLM.from_pretrained(make_checkpoint(name, **PACKABLE), dtype=torch.float32).eval()
-        parameters = dict(models[name].named_parameters())
+        model: Any = FalconH1ForCausalLM.from_pretrained(make_checkpoint(name, **PACKABLE), dtype=torch.float32).eval()
+        parameters = dict(model.named_parameters())
         with torch.no_grad():
             for tensor in written.codes:
                 parameters[tensor].copy_(torch.from_numpy(written.weight(tensor)))
-            return models[name](torch.from_numpy(ids)[None]).logits[0].numpy()
+            return model(torch.from_numpy(ids)[None]).logits[0].numpy()
 
     return logits
 

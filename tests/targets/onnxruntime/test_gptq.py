@@ -81,7 +81,7 @@ HOWS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=8, derandomize=True)
+@settings(deadline=None, max_examples=6, derandomize=True)
 @given(how=HOWS, opset_only=st.booleans())
 def test_logits_are_those_of_the_writers_weights(how: dict[str, Any], opset_only: bool, make_gptq: Make, gptq_logits: Logits) -> None:
     with tempfile.TemporaryDirectory() as folder:

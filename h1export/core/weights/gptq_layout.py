@@ -95,13 +95,13 @@ class GptqLayout:
 
     @classmethod
     def load(cls, folder: Path) -> GptqLayout | None:
-        """That of the checkpoint ``folder``; None: its weights are floats.
+        """That of the checkpoint ``folder``; None: its weights are floats, as they are where no config.json says otherwise.
 
         Raises:
-            H1ExportError: no config.json, or a quantisation that this exporter cannot carry through exactly.
+            H1ExportError: a quantisation that this exporter cannot carry through exactly.
         """
         path = folder / CONFIG
-        config = read_config(path)
+        config = read_config(path) if path.exists() else None
         found = config.get(KEY) if isinstance(config, dict) else None
         return None if found is None else cls.from_config(found, f"{path}: {KEY}")
 

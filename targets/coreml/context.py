@@ -63,7 +63,7 @@ class Context:
             return self.weights.compute(node)
         expr, tensor = self.program.weight_of(node), self.program.orders.get(node.name)
         if tensor is not None:
-            return self.once(node, lambda: self.weights.order(tensor))
+            return self.once(self.weights.store.order_name(tensor), lambda: self.weights.order(tensor))
         return self._values[node] if expr is None else self.once(expr, lambda: self.weights.dense(expr))
 
     def state(self, node: Any) -> StateTensor:

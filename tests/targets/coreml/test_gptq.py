@@ -20,7 +20,7 @@ IDS = np.random.default_rng(0).integers(0, 264, 70, dtype=np.int64)  # a prefill
 
 
 HOWS: list[dict[str, Any]] = [
-    {"sym": False, "act_order": True, "group": 96, "head": True},
+    {"sym": False, "act_order": True, "group": 96, "head": True, "like": {"self_attn.o_proj": "mamba.in_proj"}},
     {"bits": 8, "sym": False, "group": -1, "v2": True},
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,10 @@ def _run(program: Program, fixed: Mapping[str, Any], inputs: Mapping[str, Tensor
         return dict(zip(program.outputs, _Interpreter(program.module).run(*values), strict=True))
 
 
+def _orders(program: Program, store: WeightStore) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(store.packed[tensor].order) for name, tensor in program.orders.items()}
+
+
 def _initial(program: Program, batch: int) -> States:
     zeros = program.states.zeros(batch)
     return {tensor.past: torch.from_numpy(zeros[tensor.key]) for tensor in program.states.tensors}
@@ -81,9 +86,10 @@ def _inputs(ids: Ids, mask: Ids, states: States) -> dict[str, Tensor]:
     return {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask), **states}
 
 
-def forward(program: Program, blocks: Blocks, ids: Ids) -> Array:
+def forward(program: Program, store: WeightStore, blocks: Blocks, ids: Ids) -> Array:
     """Logits float32 [n, vocab] of one sequence ids int64 [n], from nothing; weights pass by, and none stays in memory."""
-    fixed = {name: _Streamed(lambda expr=expr: blocks(expr)) for name, expr in program.weights.items()}  # type: ignore[misc]
+    fixed: dict[str, Any] = {name: _Streamed(partial(blocks, expr)) for name, expr in program.weights.items()}
+    fixed |= _orders(program, store)
     logits: Array = _run(program, fixed, _inputs(ids[None], np.ones((1, len(ids)), np.int64), _initial(program, 1)))[LOGITS][0].numpy()
     return logits
 
@@ -94,6 +100,7 @@ class ProgramRunner:
     def __init__(self, program: Program, store: WeightStore) -> None:
         self._program = program
         self._fixed = {name: torch.from_numpy(expr.dense(store)) for name, expr in program.weights.items()}
+        self._fixed |= _orders(program, store)
         for name, multiplier in program.constants.items():
             self._fixed[name] = torch.from_numpy(multiplier.rows(sum(program.spec.in_proj_parts)))
 

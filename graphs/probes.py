@@ -66,8 +66,8 @@ def _read(program: Program, node: Node) -> Iterator[tuple[str, Any]]:
 
 
 def _unviewed(node: Any) -> Node:
-    """The value before it was cut into heads: a target may go without the view."""
-    while node.target is aten.view.default:
+    """The value before it was cut into heads, where a target may go without the view, and before its columns were sorted."""
+    while node.target in (aten.view.default, aten.index_select.default):
         node = node.args[0]
     assert isinstance(node, Node)
     return node

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Program:
         constants: placeholder -> a µP vector that no pass has folded yet.
         inputs: placeholder -> I/O name.
         outputs: I/O names in the order of the output tuple.
+        orders: placeholder -> a packed tensor whose order of columns it is, int64 [columns].
     """
 
     spec: HybridSpec
@@ -44,6 +45,7 @@ class Program:
     constants: Mapping[str, Multiplier]
     inputs: Mapping[str, str]
     outputs: tuple[str, ...]
+    orders: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def graph(self) -> Graph:
@@ -51,7 +53,8 @@ class Program:
 
     def editable(self) -> Program:
         """A copy whose graph and mappings a pass may change."""
-        return replace(self, module=copy.deepcopy(self.module), weights=dict(self.weights), constants=dict(self.constants))
+        module, weights = copy.deepcopy(self.module), dict(self.weights)
+        return replace(self, module=module, weights=weights, constants=dict(self.constants), orders=dict(self.orders))
 
     def calls(self, *ops: Op) -> Iterator[Node]:
         """Nodes that call one of ``ops``, in graph order, safe against edits while iterating."""

@@ -29,6 +29,7 @@ LEGAL_OPS = frozenset(
         aten.mul.Tensor,
         aten.cumsum.default,
         aten.clamp.default,
+        aten.index_select.default,
         aten.narrow.default,
         aten.split_with_sizes.default,
         aten.to.dtype,
@@ -81,6 +82,8 @@ def _check_io(program: Program) -> None:
 def _placeholder(program: Program, node: Node) -> set[str]:
     """The checkpoint tensors behind a placeholder that something reads, whose shape must be the expression's."""
     expr = program.weights.get(node.name)
+    if node.name in program.orders:
+        return set()
     if node.name not in program.inputs and expr is None:
         raise VerifyError(f"{node}: neither an input nor a weight")
     if not node.users:

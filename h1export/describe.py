@@ -11,7 +11,7 @@ from typing import Any
 from h1export.core.artifact import MANIFEST, Artifact
 from h1export.core.spec import HybridSpec
 from h1export.core.state import StateSpec
-from h1export.core.weights import WeightStore
+from h1export.core.weights import WeightStore, tensor_layout
 
 CONTEXTS = (0, 2048, 16384)  # tokens at which state sizes are given
 
@@ -34,8 +34,9 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     return {
         "kind": "checkpoint",
         "tensors": len(store.entries),
-        "parameters": sum(prod(entry.shape) for entry in store.entries),
+        "parameters": sum(prod(shape) for shape in tensor_layout(spec).values()),
         "bytes_by_dtype": dict(by_dtype),
+        "quantised": None if store.layout is None else {**dataclasses.asdict(store.layout), "tensors": len(store.packed)},
         "state_bytes": state_bytes(spec),
         "spec": dataclasses.asdict(spec),
     }

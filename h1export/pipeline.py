@@ -22,8 +22,9 @@ from h1export.core.artifact import MANIFEST, NO_SHA256, REPORT, Artifact, Manife
 from h1export.core.generation_config import GENERATION_CONFIG, special_tokens
 from h1export.core.progress import SILENT, Progress
 from h1export.core.protocols import Ids, Runner
-from h1export.core.quant import QuantScheme
+from h1export.core.quant import Integers, QuantScheme
 from h1export.core.quant.budget import Sensitivity
+from h1export.core.quant.scheme import READY
 from h1export.core.report import Report
 from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage, check_place, cores, dry_stage, staged
@@ -31,11 +32,11 @@ from h1export.core.state import StateSpec
 from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
 from h1export.generation import Sampling, generate
-from h1export.graphs.passes import run_passes
+from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
 from h1export.plan import Plan
 from h1export.quantize.cost import cost_of
-from h1export.quantize.methods import integers_of
+from h1export.quantize.methods import integers_of, rounded
 from h1export.quantize.sensitivity import sensitivities
 from h1export.sources import embedded_model
 from h1export.targets import MODULES, BuildOptions, Kernels, get_target
@@ -62,7 +63,12 @@ CARRIED = (  # files of a checkpoint that an artifact carries as they are
 
 @dataclass(frozen=True)
 class Export:
-    """One export, checked and not begun. ``ids``: calibration tokens [samples, length], where the scheme's method looks at some."""
+    """One export, checked and not begun.
+
+    Attributes:
+        integers: where a method looks at a text, only their precisions are final.
+        ids: calibration tokens [samples, length], where the scheme's method looks at some.
+    """
 
     checkpoint: Path
     target: str
@@ -71,6 +77,7 @@ class Export:
     calibration: Calibration
     spec: HybridSpec
     store: WeightStore
+    integers: Integers
     ids: Ids | None
 
     @classmethod
@@ -83,8 +90,9 @@ class Export:
         store = WeightStore.open(checkpoint, spec, progress)
         scheme.check(spec)
         special_tokens(checkpoint, spec)  # refused here rather than when somebody generates
+        integers = rounded(store, spec, scheme)
         ids = calibration.ids(checkpoint) if scheme.calibrated else None
-        return cls(checkpoint, target, scheme, options, calibration, spec, store, ids)
+        return cls(checkpoint, target, scheme, options, calibration, spec, store, integers, ids)
 
     def manifest(self, source: str) -> Manifest:
         """What is known of the artifact before its first byte; ``source`` is the checkpoint's fingerprint."""
@@ -93,7 +101,7 @@ class Export:
             target=self.target,
             source=source,
             spec=dataclasses.asdict(self.spec),
-            scheme=dataclasses.asdict(self.scheme) | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)}),
+            scheme=self._scheme(),
             options=dataclasses.asdict(self.options),
             toolchain={"h1export": __version__, **{name: metadata.version(name) for name in packages}},
             inputs={},
@@ -102,13 +110,21 @@ class Export:
             files={},
         )
 
+    def _scheme(self) -> dict[str, Any]:
+        """What decided the integers."""
+        scheme = dataclasses.asdict(self.scheme)
+        if self.store.layout is not None:
+            ready = dataclasses.asdict(self.store.layout)
+            return scheme | {"quant": f"int{self.store.layout.bits}", "method": READY, READY: ready}
+        return scheme | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)})
+
     def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:
         """Write every file of the artifact into ``stage`` and complete the ``manifest``, which is the last of them."""
         for name in CARRIED:
             if (self.checkpoint / name).is_file():
                 shutil.copyfile(self.checkpoint / name, stage.folder / name)
         progress.stage("trace")
-        program = run_passes(trace(self.spec, self.options.last_logits))
+        program = run_passes(trace(self.spec, self.options.last_logits), passes_for(self.store.order_name))
         if self.ids is not None and not stage.dry:
             with dry_stage() as dry:  # what the target refuses, it refuses before the long work
                 store, integers = integers_of(self.store, self.spec, self.scheme, self.ids, dry, SILENT)
@@ -201,12 +217,12 @@ def plan(
         str(out),
         sizes,
         planning.peak_bytes(jobs) + (cost.peak_bytes(jobs) if cost else 0),
-        lowering + planning.seconds(export.store, scheme, export.spec, sum(sizes.values()), jobs) + (cost.seconds(jobs) if cost else 0),
+        lowering + planning.seconds(export.store, scheme, export.integers, sum(sizes.values()), jobs) + (cost.seconds(jobs) if cost else 0),
         export.store.nbytes,
         planning.disk_free(out),
         cost.disk_bytes if cost else 0,
         {context: StateSpec.of(export.spec).nbytes(1, context) for context in contexts},
-        planning.precisions(scheme, export.spec),
+        planning.precisions(export.integers, export.spec),
     )
 
 

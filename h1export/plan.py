@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from h1export.core.quant import Precision, QuantScheme, quantize_rows
+from h1export.core.quant import Integers, Precision, QuantScheme, quantize_rows
 from h1export.core.spec import HybridSpec
 from h1export.core.weights import WeightStore, tensor_layout
 from h1export.targets.weightfile import BLOCK_BYTES
@@ -62,16 +62,16 @@ class Plan:
         return dict(Counter(self.precisions.values()))
 
 
-def precisions(scheme: QuantScheme, spec: HybridSpec) -> dict[str, str]:
-    """Checkpoint tensor -> its precision in words."""
-    chosen = scheme.precisions(spec)
-    return {name: _words(chosen.get(name)) for name in tensor_layout(spec)}
+def precisions(integers: Integers, spec: HybridSpec) -> dict[str, str]:
+    """Tensor of the architecture -> its precision in words."""
+    return {name: _words(integers.precisions.get(name)) for name in tensor_layout(spec)}
 
 
 def _words(precision: Precision | None) -> str:
     if precision is None:
         return "float32"
-    return f"int{precision.bits}, {f'block {precision.block}' if precision.block else 'a scale per row'}"
+    zeros = ", zero points" if precision.zeros else ""
+    return f"int{precision.bits}, {f'block {precision.block}' if precision.block else 'a scale per row'}{zeros}"
 
 
 def peak_bytes(jobs: int) -> int:
@@ -88,9 +88,9 @@ def anonymous_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def seconds(store: WeightStore, scheme: QuantScheme, spec: HybridSpec, artifact_bytes: int, jobs: int) -> float:
+def seconds(store: WeightStore, scheme: QuantScheme, integers: Integers, artifact_bytes: int, jobs: int) -> float:
     """How long a build computes weights and writes them; reading is hidden behind it."""
-    values = sum(prod(store.shape(name)) for name in scheme.precisions(spec))
+    values = sum(prod(store.shape(name)) for name in integers.precisions)
     return values / _sampled_speed(scheme) / jobs + (artifact_bytes + store.nbytes) / WRITES_PER_SECOND
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gptq_files import Gptq, Written, write
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from h1export import pipeline
@@ -147,6 +148,35 @@ def spoken_checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: py
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+PACKABLE = {"vocab_size": 264, "num_hidden_layers": 1, "mamba_d_ssm": 256, "mamba_n_heads": 8}  # rows that fill words of codes
+
+
+@pytest.fixture(scope="session")
+def make_gptq(make_checkpoint: Callable[..., Path]) -> Callable[..., Written]:
+    """make_gptq(folder, bits=8, ...) -> a ready-made checkpoint in ``folder`` of a random model with one layer, by gptq_files.Gptq."""
+
+    def make(folder: Path, name: str = "plain", **how: Any) -> Written:
+        return write(make_checkpoint(name, **PACKABLE), folder, Gptq(**how))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def gptq_logits(make_checkpoint: Callable[..., Path]) -> Callable[..., Any]:
+    """gptq_logits(written, ids [n]) -> transformers' logits [n, vocab] on weights that the writer, and not h1export, dequantised."""
+    from transformers import FalconH1ForCausalLM
+
+    def logits(written: Written, ids: Any, name: str = "plain") -> Any:
+        model: Any = FalconH1ForCausalLM.from_pretrained(make_checkpoint(name, **PACKABLE), dtype=torch.float32).eval()
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for tensor in written.codes:
+                parameters[tensor].copy_(torch.from_numpy(written.weight(tensor)))
+            return model(torch.from_numpy(ids)[None]).logits[0].numpy()
+
+    return logits
 
 
 @pytest.fixture

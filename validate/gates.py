@@ -12,6 +12,7 @@ from typing import get_args
 
 from h1export.core.artifact import Manifest
 from h1export.core.quant import Method, QuantName
+from h1export.core.quant.scheme import READY
 from h1export.errors import H1ExportError
 
 # float32 against float32: 4 layers differ by 2e-6 of the range, 36 layers by 3e-6
@@ -35,7 +36,9 @@ LATENCY = {"latency.prefill": 1.5, "latency.decode": 1.0}
 def limits_of(manifest: Manifest, float32: bool, exact: bool, chosen: Mapping[str, float]) -> dict[str, float]:
     """``limits`` for the artifact with this ``manifest``."""
     quant: QuantName = next(name for name in get_args(QuantName) if name == manifest.scheme["quant"])
-    method: Method = next(name for name in get_args(Method) if name == manifest.scheme.get("method", "rtn"))
+    chosen_by = manifest.scheme.get("method", "rtn")
+    # what a ready-made checkpoint has in floats is rounded, and what it has in integers must be equal
+    method: Method = "rtn" if chosen_by == READY else next(name for name in get_args(Method) if name == chosen_by)
     return limits(quant, method, float32, exact, chosen)
 
 

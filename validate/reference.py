@@ -18,6 +18,8 @@ import torch
 from h1export.core.protocols import Capabilities, Ids, Sequences
 from h1export.core.spec import HybridSpec
 from h1export.core.state import Array, StateKind
+from h1export.core.weights import WeightStore, tensor_layout
+from h1export.core.weights.gptq_layout import GptqLayout
 from h1export.errors import H1ExportError
 from h1export.validate.logits import relative_error
 from h1export.validate.probes import arrays, watched
@@ -27,21 +29,33 @@ CONTINUES = 1e-3  # by which pieces may differ from the whole, and a cache that 
 
 
 class Reference:
-    """The published model on the checkpoint's weights, or on an artifact's."""
+    """The published model on the checkpoint's weights, or on an artifact's; on integers times scales where the checkpoint has those."""
 
     def __init__(self, checkpoint: Path) -> None:
-        from transformers import FalconH1ForCausalLM
+        from transformers import FalconH1Config, FalconH1ForCausalLM
         from transformers.utils import logging
 
         model_class: Any = FalconH1ForCausalLM  # untyped
+        config_class: Any = FalconH1Config
         log: Any = logging
         log.set_verbosity_error()
         log.disable_progress_bar()
         self.spec = HybridSpec.load(checkpoint)
+        packed = GptqLayout.load(checkpoint) is not None
         try:
-            self._model: Any = model_class.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
+            if packed:  # transformers itself would need kernels for it
+                config = config_class.from_pretrained(checkpoint, local_files_only=True)
+                del config.quantization_config
+                self._model: Any = model_class(config).float().eval()
+            else:
+                self._model = model_class.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise H1ExportError(checkpoint, f"transformers cannot load it ({error})", "compare it with the published checkpoint") from None
+        if packed:
+            spec = HybridSpec.load(checkpoint)
+            store = WeightStore.open(checkpoint, spec)
+            for name, shape in tensor_layout(spec).items():
+                self.hold({name: store.rows(name, 0, shape[0])})
 
     def hold(self, weights: Mapping[str, Array]) -> None:
         """Replace parameters by ``weights``, in place."""

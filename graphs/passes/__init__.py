@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from h1export.graphs.passes.base import KindOf, Pass, PassError
 from h1export.graphs.passes.drop_metadata_asserts import DropMetadataAsserts
@@ -13,6 +13,7 @@ from h1export.graphs.passes.fold_input_multipliers import FoldInputMultipliers
 from h1export.graphs.passes.fold_output_multipliers import FoldOutputMultipliers
 from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
 from h1export.graphs.passes.fuse_summed_projections import FuseSummedProjections
+from h1export.graphs.passes.sort_columns import SortColumns
 from h1export.graphs.programs import Program
 from h1export.graphs.verify import verify
 
@@ -39,7 +40,12 @@ def fusions(kind_of: KindOf, align: int) -> tuple[Pass, ...]:
     )
 
 
-__all__ = ["PASSES", "KindOf", "Pass", "PassError", "fusions", "run_passes"]
+def passes_for(order_name: Callable[[str], str]) -> tuple[Pass, ...]:
+    """All that stands between trace and targets, for a checkpoint whose integers have their columns in these orders."""
+    return (*PASSES, SortColumns(order_name))
+
+
+__all__ = ["PASSES", "KindOf", "Pass", "PassError", "fusions", "passes_for", "run_passes"]
 
 
 def run_passes(program: Program, passes: Sequence[Pass] = PASSES) -> Program:

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from h1export.core.quant.budget import Budget
 from h1export.core.quant.scheme import BEST, BLOCK_SIZES, Method, QuantName, QuantScheme
+from h1export.core.weights.gptq_layout import GptqLayout
 from h1export.errors import H1ExportError
 from h1export.targets import MODULES, BuildOptions, Compute, ProviderName, RuntimeName, get_target
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # help and completion come without loading a tokenizer
 LEVELS = {"cpu": 4, "cuda": 0}  # provider -> --accuracy-level where it is not given
 BLOCKS, QUANTS, PROVIDERS = [str(size) for size in BLOCK_SIZES], get_args(QuantName), get_args(ProviderName)
 
+OF_A_METHOD = ("quant", "method", "calibration_file", "budget_bits", "budget_kl")  # parameters that choose integers
 OPTIONS = (
     click.argument("model", required=False),
     click.option("--target", "targets", type=click.Choice(list(MODULES)), multiple=True, required=True, help="Runtime. Repeatable."),
@@ -93,11 +95,12 @@ class Asked:
     calibration: Calibration
     out: Path | None
     jobs: int
+    precision: str
 
     def places(self) -> Iterator[tuple[str, Path]]:
-        """Each target and the folder that its artifact gets; several targets lie side by side in OUT."""
+        """Each target and the folder that its artifact gets; several targets lie side by side in OUT. ``precision`` names them."""
         for target in self.targets:
-            named = self.out or Path(f"{self.checkpoint.resolve().name}-{target}-{self.scheme.quant}")
+            named = self.out or Path(f"{self.checkpoint.resolve().name}-{target}-{self.precision}")
             yield target, named / target if self.out and len(self.targets) > 1 else named
 
 
@@ -124,6 +127,17 @@ def _build_options(given: dict[str, Any]) -> BuildOptions:
     """From the command line's values, by field."""
     level = LEVELS[given["provider"]] if given["accuracy_level"] is None else given["accuracy_level"]
     return BuildOptions(**given | {"accuracy_level": level, "last_logits": given["last_logits"] == "last"})
+
+
+def ready_made(checkpoint: Path) -> GptqLayout | None:
+    """How the checkpoint is quantised already. Raises H1ExportError where it is, and the command line chooses integers for it too."""
+    layout, given = GptqLayout.load(checkpoint), click.get_current_context().get_parameter_source
+    for name in OF_A_METHOD if layout is not None else ():
+        if given(name) is ParameterSource.COMMANDLINE:
+            option = f"--{name.removesuffix('_file').replace('_', '-')}"
+            what = "the checkpoint is quantised already, and its own integers are exported"
+            raise H1ExportError(option, what, "leave it out, or give the unquantised checkpoint")
+    return layout
 
 
 def within(checkpoint: Path, scheme: QuantScheme, calibration: Calibration, budget: Budget, jobs: int, quiet: bool) -> QuantScheme:
@@ -164,6 +178,8 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
         check_switches(click.get_current_context(), targets)
         checkpoint = sources.resolve(model)
         options = _build_options({field: others.pop(parameter) for parameter, field in SWITCHES.items()})
+        layout = ready_made(checkpoint)
+        quant = "none" if layout else quant  # of what it has in floats
         scheme = QuantScheme(quant, int(block), method or BEST[quant], read_plan(precisions) if precisions else {})
         budget = _budget(precisions, budget_bits, budget_kl)
         if calibration_file is not None and not scheme.calibrated and budget is None:
@@ -171,7 +187,8 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
         calibration = Calibration(calibration_file, calibration_samples, calibration_length, calibration_seed)
         if budget is not None:
             scheme = within(checkpoint, scheme, calibration, budget, jobs, bool(others["quiet"] or others["as_json"]))
-        return command(Asked(checkpoint, tuple(dict.fromkeys(targets)), scheme, options, calibration, out, jobs), **others)
+        precision = f"int{layout.bits}" if layout else quant
+        return command(Asked(checkpoint, tuple(dict.fromkeys(targets)), scheme, options, calibration, out, jobs, precision), **others)
 
     for option in reversed(OPTIONS):
         asked = option(asked)

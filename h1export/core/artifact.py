@@ -22,18 +22,23 @@ from h1export.core.weights import Multiplier
 from h1export.errors import H1ExportError
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 NO_SHA256 = 64 * "0"
 REPORT = "report.json"  # written by validate into a finished artifact, so outside the manifest
 
 
 @dataclass(frozen=True)
 class StoredPart:
-    """Where a quantised initializer holds one checkpoint tensor: ``size`` rows, or columns where the parts lie side by side."""
+    """Where a quantised initializer holds one checkpoint tensor: ``size`` rows, or columns where the parts lie side by side.
+
+    ``order`` names the constant that has the order of its columns, int [columns]: column i is the tensor's column order[i]. Empty: as
+    they come.
+    """
 
     tensor: str
     size: int
     multiplier: Multiplier
+    order: str = ""
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,10 @@ def _count(value: Any) -> int:
 
 
 def _stored_weight(data: Mapping[str, Any]) -> StoredWeight:
-    parts = tuple(StoredPart(_text(part["tensor"]), _count(part["size"]), _multiplier(part["multiplier"])) for part in data["parts"])
+    parts = tuple(
+        StoredPart(_text(part["tensor"]), _count(part["size"]), _multiplier(part["multiplier"]), _text(part["order"]))
+        for part in data["parts"]
+    )
     bits, block, axis = (_count(data[name]) for name in ("bits", "block", "axis"))
     return StoredWeight(_text(data["initializer"]), bits, block, axis, parts)
 

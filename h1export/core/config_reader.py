@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from h1export.errors import H1ExportError
 
+CONFIG = "config.json"
 FLOAT32 = np.finfo(np.float32)
 MAX_SIZE = 1 << 24  # no dimension of any model comes near; keeps hostile sizes from becoming work
 
@@ -115,3 +118,15 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the name {name!r} appears twice")
         found[name] = value
     return found
+
+
+def read_config(path: Path) -> Any:
+    """A checkpoint's config.json, parsed. Raises H1ExportError where there is none, or it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+    except FileNotFoundError:
+        raise H1ExportError(path, "no such file", "give a checkpoint folder in Hugging Face layout") from None
+    except OSError as error:
+        raise H1ExportError(path, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
+    except (ValueError, RecursionError) as error:
+        raise H1ExportError(path, f"not readable as JSON ({error})", "download the checkpoint again") from None

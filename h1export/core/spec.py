@@ -6,14 +6,13 @@ models use, so every key that is read is listed in ``USED_KEYS`` and every other
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from h1export.core.config_reader import ConfigReader, without_duplicates
+from h1export.core.config_reader import CONFIG, ConfigReader, read_config
 from h1export.errors import H1ExportError
 
 MODEL_TYPE = "falcon_h1"
@@ -64,7 +63,6 @@ USED_KEYS = frozenset(
         "ssm_out_multiplier",
         "ssm_multipliers",
         "mlp_multipliers",
-        "quantization_config",
         "auto_map",
         "bos_token_id",
         "eos_token_id",
@@ -86,6 +84,7 @@ IGNORED_KEYS: Mapping[str, str] = {
     "num_logits_to_keep": "the exported graph has its own switch, --logits",
     "output_attentions": "a transformers run-time switch",
     "output_hidden_states": "a transformers run-time switch",
+    "quantization_config": "how weights are stored, not what they multiply: GptqLayout reads it",
     "return_dict": "a transformers run-time switch",
     "time_step_floor": "initialisation only",
     "time_step_max": "initialisation only",
@@ -176,16 +175,8 @@ class HybridSpec:
         Raises:
             H1ExportError: the file is missing or not a Falcon-H1 config this exporter can carry through exactly.
         """
-        path = folder / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-        except FileNotFoundError:
-            raise H1ExportError(path, "no such file", "give a checkpoint folder in Hugging Face layout") from None
-        except OSError as error:
-            raise H1ExportError(path, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
-        except (ValueError, RecursionError) as error:
-            raise H1ExportError(path, f"not readable as JSON ({error})", "download the checkpoint again") from None
-        return cls.from_config(config, path)
+        path = folder / CONFIG
+        return cls.from_config(read_config(path), path)
 
     @classmethod
     def from_config(cls, config: Any, where: object = "config.json") -> HybridSpec:
@@ -216,8 +207,6 @@ def _refuse_what_is_not_exported(read: ConfigReader) -> None:
     read.must_be("mamba_use_mlp", True)
     if read.config.get("auto_map") is not None:
         raise read.error("auto_map", "asks for code from the checkpoint", "h1export never runs remote code; remove the key")
-    if read.config.get("quantization_config") is not None:
-        raise read.error("quantization_config", "the checkpoint is already quantised", "give the unquantised checkpoint")
     for key in ("layers_block_type", "layer_types"):
         kinds = read.config.get(key)
         if kinds is not None and kinds != ["hybrid"] * read.size("num_hidden_layers", 32, limit=1024):

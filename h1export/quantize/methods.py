@@ -6,16 +6,32 @@ from collections.abc import Mapping
 
 from h1export.core.progress import Progress
 from h1export.core.protocols import Ids
-from h1export.core.quant import Integers, Method, QuantScheme, Rounded, Rounding, quantize_rows, search_rows
+from h1export.core.quant import Integers, Method, QuantScheme, Ready, Rounded, Rounding, quantize_rows, search_rows
 from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage
 from h1export.core.weights import WeightStore
 from h1export.core.weights.scaling import ScaledStore, Scaling
+from h1export.errors import H1ExportError
 from h1export.quantize.scaling import no_scaling, scaling
 from h1export.quantize.solve import solve
 
 # gptq's is that of the embedding, which no product reads
 ROUNDINGS: Mapping[Method, Rounding] = {"rtn": quantize_rows, "search": search_rows, "awq": search_rows, "gptq": quantize_rows}
+
+
+def rounded(store: WeightStore, spec: HybridSpec, scheme: QuantScheme) -> Integers:
+    """Those of the checkpoint where it has some; the others are rounded. Where a method looks at a text, only precisions are final.
+
+    Raises:
+        H1ExportError: integers that no runtime takes, or a scheme for weights that are in integers already.
+    """
+    found = Rounded(store, scheme.precisions(spec), ROUNDINGS[scheme.method])
+    if store.layout is None:
+        return found
+    for name in found.precisions.keys() & store.packed.keys():
+        what = f"is in int{store.layout.bits} already, and its own integers are exported"
+        raise H1ExportError(f'tensor "{name}"', what, "leave it out of --quant and --precisions, or give the unquantised checkpoint")
+    return Ready.of(store, found)
 
 
 def integers_of(
@@ -28,15 +44,14 @@ def integers_of(
     Raises:
         H1ExportError: weights, or inputs of products, that have no integers.
     """
-    precisions = scheme.precisions(spec)
     if scheme.method == "awq" and ids is not None:
         factors = _scaling(store, spec, scheme, ids, stage, progress)
         factors.save(stage.folder)
         store = ScaledStore(store, factors, progress)
-    rounded = Rounded(store, precisions, ROUNDINGS[scheme.method])
+    integers = rounded(store, spec, scheme)
     if scheme.method == "gptq" and ids is not None and not stage.dry:
-        return store, solve(store, spec, rounded, ids, stage, progress)
-    return store, rounded
+        integers = solve(store, spec, integers, ids, stage, progress)
+    return store, integers
 
 
 def _scaling(store: WeightStore, spec: HybridSpec, scheme: QuantScheme, ids: Ids, stage: Stage, progress: Progress) -> Scaling:

@@ -61,7 +61,9 @@ class Context:
         """The value of an emitted node; of a weight placeholder, its floats in the dtype of activations."""
         if isinstance(node, (int, float)):
             return self.weights.compute(node)
-        expr = self.program.weight_of(node)
+        expr, tensor = self.program.weight_of(node), self.program.orders.get(node.name)
+        if tensor is not None:
+            return self.once(self.weights.store.order_name(tensor), lambda: self.weights.order(tensor))
         return self._values[node] if expr is None else self.once(expr, lambda: self.weights.dense(expr))
 
     def state(self, node: Any) -> StateTensor:

@@ -88,6 +88,11 @@ def getitem(c: Context, node: Node) -> None:
     c.set(node, c.value(args_of(node)[0])[args_of(node)[1]])
 
 
+def index_select(c: Context, node: Node) -> None:
+    x, axis, index = args_of(node)
+    c.set(node, c.op("gather", x=c.value(x), indices=c.value(index), axis=axis, validate_indices=False))
+
+
 def last_token(c: Context, node: Node) -> None:
     """narrow: a program that gives one position's logits takes the last; in a padded call that is the last real one."""
     x = c.value(args_of(node)[0])
@@ -106,6 +111,7 @@ TABLE: Mapping[Any, Emitter] = {
     aten.rms_norm.default: rms_norm,
     aten.silu.default: silu,
     aten.add.Tensor: binary("add"),
+    aten.index_select.default: index_select,
     aten.mul.Tensor: binary("mul"),
     aten.narrow.default: last_token,
     aten.split_with_sizes.default: split,

@@ -21,6 +21,7 @@ from h1export.targets.coreml import layout
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.execution import Held, advance, executor, observe
 from h1export.targets.coreml.layout import LOW, LOW_SCALE, output_name, state_name
+from h1export.targets.coreml.weights import order_name
 
 NO_PADS = "one sequence at a time, without padding on the left"
 DTYPES = {"FLOAT16": np.float16, "FLOAT": np.float32}
@@ -151,11 +152,12 @@ class StoredWeights(Mapping[str, Array]):
         """What lies behind ``name``: the same integers on every target."""
         weight = self._weights[name]
         found = self._package.constant(weight.initializer)
-        codes, scales = found["data"], found["scale"]
-        return QuantizedTensor(codes, scales.astype(np.float16), weight.parts[0].multiplier.rows(len(codes)))
+        codes, scales, zeros = found["data"], found["scale"], found.get("offset")
+        return QuantizedTensor(codes, scales.astype(np.float16), weight.parts[0].multiplier.rows(len(codes)), zeros)
 
     def __getitem__(self, name: str) -> Array:
-        return self.quantized(name).unfolded()
+        order = self._weights[name].parts[0].order
+        return self.quantized(name).unfolded(self._package.constant(order_name(order))["val"] if order else None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -15,7 +15,7 @@ from h1export.core.stage import Stage
 from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.interpret import forward
-from h1export.graphs.passes import run_passes
+from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.programs import Program
 from h1export.graphs.trace import trace
 from h1export.targets.base import BuildOptions, Compute, Kernels, Lowered
@@ -84,8 +84,8 @@ def _write_mac_files(program: Program, weights: Weights, options: BuildOptions, 
     logits = np.zeros((len(positions), vocab), np.float32)
     if not stage.dry:
         progress.stage("golden logits", weights.nbytes)
-        every = run_passes(trace(program.spec)) if options.last_logits else program
-        logits = forward(every, lambda expr: in_order(weights.stored_blocks(expr), stage.jobs), ids)[positions]
+        every = run_passes(trace(program.spec), passes_for(weights.store.order_name)) if options.last_logits else program
+        logits = forward(every, weights.store, lambda expr: in_order(weights.stored_blocks(expr), stage.jobs), ids)[positions]
     settings = Settings(options.max_context, PREFILL.tokens, state_io=options.state_io, last_logits=options.last_logits)
     readme.write(stage.folder, settings, golden.golden(ids, logits, prompts, positions))
 

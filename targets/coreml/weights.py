@@ -24,7 +24,7 @@ from h1export.targets.weightfile import BLOCK_BYTES, Block
 Float = type[np.float16] | type[np.float32]
 Var = Any  # coremltools' Var, untyped
 
-SCALES, CODES = "_scales", "_codes"
+SCALES, CODES, ZEROS = "_scales", "_codes", "_zeros"
 
 
 def mil_name(expr: WeightExpr) -> str:
@@ -38,13 +38,14 @@ class Weights:
     Constants have the shape and dtype of the weight and hold NaN, so that a tool that computed with them would be seen.
 
     Attributes:
+        store: where they come from.
         compute: the dtype of activations, and so of weights, scales and multipliers.
         stored: quantised weights, for the manifest.
     """
 
     def __init__(self, store: WeightStore, integers: Integers, spec: HybridSpec, blobs: Blobs, compute: Float) -> None:
         self.compute, self.stored = compute, list[StoredWeight]()
-        self._store, self._integers, self._spec, self._blobs = store, integers, spec, blobs
+        self.store, self._integers, self._spec, self._blobs = store, integers, spec, blobs
         self._places: dict[str, Callable[[], int]] = {}
 
     def precision(self, expr: WeightExpr) -> Precision | None:
@@ -56,44 +57,48 @@ class Weights:
     @property
     def nbytes(self) -> int:
         """Bytes of the checkpoint's tensors."""
-        return self._store.nbytes
+        return self.store.nbytes
 
     def stored_blocks(self, expr: WeightExpr) -> Iterator[Callable[[], Array]]:
         """``dequantized_blocks`` of what the package stores: integers as it has them, and the checkpoint's own floats elsewhere."""
-        return dequantized_blocks(expr, self._store, self._integers if self.precision(expr) else None, BLOCK_BYTES)
+        return dequantized_blocks(expr, self.store, self._integers if self.precision(expr) else None, BLOCK_BYTES)
 
     def dense(self, expr: WeightExpr, shape: tuple[int, ...] | None = None, dtype: Float | None = None) -> Var:
         """``expr``, µP included, in ``shape`` and ``dtype``; by default its own shape and ``compute``."""
-        dtype, own = dtype or self.compute, expr.shape(self._store.shape)
-        blocks = (partial(_floats, block, dtype, expr) for block in expr.lazy_blocks(self._store, BLOCK_BYTES))
+        dtype, own = dtype or self.compute, expr.shape(self.store.shape)
+        blocks = (partial(_floats, block, dtype, expr) for block in expr.lazy_blocks(self.store, BLOCK_BYTES))
         return self._constant(mil_name(expr), shape or own, dtype, blocks)
 
     def conv_tap(self, expr: WeightExpr, tap: int) -> Var:
         """One tap of a convolution's weight [channels, 1, taps]: [channels]."""
 
         def block() -> tuple[npt.NDArray[np.floating[Any]]]:
-            return _floats(lambda: expr.dense(self._store)[:, 0, tap], self.compute, expr)
+            return _floats(lambda: expr.dense(self.store)[:, 0, tap], self.compute, expr)
 
-        return self._constant(f"{mil_name(expr)}_{tap}", (expr.shape(self._store.shape)[0],), self.compute, [block])
+        return self._constant(f"{mil_name(expr)}_{tap}", (expr.shape(self.store.shape)[0],), self.compute, [block])
 
     def multiplier(self, part: WeightPart) -> Var | None:
         """µP beside quantised rows: a scalar or [rows]; None where it is 1."""
         if part.multiplier.is_scalar:
             return None if part.multiplier.factor == 1.0 else self.compute(part.multiplier.factor)
-        return part.factors(self._store).astype(self.compute)
+        return part.factors(self.store).astype(self.compute)
 
     def quantized(self, expr: WeightExpr, precision: Precision) -> Var:
-        """codes * scales [rows, columns] of a matrix, without µP: constexpr_blockwise_shift_scale."""
-        name, (rows, columns) = mil_name(expr), expr.shape(self._store.shape)
+        """(codes - zeros) * scales [rows, columns] of a matrix, without µP: constexpr_blockwise_shift_scale."""
+        name, (rows, columns) = mil_name(expr), expr.shape(self.store.shape)
         groups = columns // precision.columns_per_scale(columns)
-        mb = sdk.builder()
-        data = mb.const(
-            val=np.broadcast_to(np.zeros((), sdk.int4() if precision.bits == 4 else np.int8), (rows, columns)), name=name + CODES
-        )
-        scale = self._stand_in(name + SCALES, (rows, groups), self.compute)
-        self._places[name + CODES] = lambda: self._write(expr, precision, groups)[0]
-        self._places[name + SCALES] = lambda: self._write(expr, precision, groups)[1]
-        return mb.constexpr_blockwise_shift_scale(data=data, scale=scale, name=name)
+        integer = np.zeros((), sdk.int4() if precision.bits == 4 else np.int8)
+        shapes = {CODES: (rows, columns), SCALES: (rows, groups), **({ZEROS: (rows, groups)} if precision.zeros else {})}
+        made = {}
+        for place, (suffix, shape) in enumerate(shapes.items()):
+            made[suffix] = self._stand_in(name + suffix, shape, self.compute(np.nan) if suffix == SCALES else integer)
+            self._places[name + suffix] = partial(self._written, expr, precision, groups, place)
+        offset = {"offset": made[ZEROS]} if precision.zeros else {}
+        return sdk.builder().constexpr_blockwise_shift_scale(data=made[CODES], scale=made[SCALES], name=name, **offset)
+
+    def order(self, tensor: str) -> Var:
+        """The order of a packed tensor's columns, int32 [columns]."""
+        return sdk.builder().const(val=self.store.packed[tensor].order.astype(np.int32), name=order_name(self.store.order_name(tensor)))
 
     def offset(self, var: Var) -> int | None:
         """Where weight.bin has the value of a constant; None: it is small and stands in the program itself."""
@@ -107,28 +112,41 @@ class Weights:
 
     def _constant(self, name: str, shape: tuple[int, ...], dtype: Float, blocks: Iterable[Block]) -> Var:
         self._places[name] = lambda: self._blobs.add([(name, OF_ARRAY[np.dtype(dtype)], shape)], blocks)[0]
-        return self._stand_in(name, shape, dtype)
+        return self._stand_in(name, shape, dtype(np.nan))
 
-    def _stand_in(self, name: str, shape: tuple[int, ...], dtype: Float) -> Var:
-        return sdk.builder().const(val=np.broadcast_to(dtype(np.nan), shape), name=name)
+    def _stand_in(self, name: str, shape: tuple[int, ...], value: Any) -> Var:
+        return sdk.builder().const(val=np.broadcast_to(value, shape), name=name)
 
-    def _write(self, expr: WeightExpr, precision: Precision, groups: int) -> tuple[int, int]:
-        def write() -> tuple[int, int]:
-            name, (rows, columns) = mil_name(expr), expr.shape(self._store.shape)
-            codes = (name + CODES, BlobType.INT4 if precision.bits == 4 else BlobType.INT8, (rows, columns))
-            scales = (name + SCALES, OF_ARRAY[np.dtype(self.compute)], (rows, groups))
-            blocks = quantized_blocks(expr, self._store, self._integers, BLOCK_BYTES)
-            first, second = self._blobs.add([codes, scales], (partial(_integers, block, precision, self.compute) for block in blocks))
-            part = StoredPart(expr.only.tensor, rows, expr.only.multiplier)
+    def _written(self, expr: WeightExpr, precision: Precision, groups: int, place: int) -> int:
+        """Where codes (0), scales (1) or zero points (2) of ``expr`` lie, written together and once."""
+
+        def write() -> list[int]:
+            name, (rows, columns) = mil_name(expr), expr.shape(self.store.shape)
+            integer = BlobType.INT4 if precision.bits == 4 else BlobType.INT8
+            tensors = [(name + CODES, integer, (rows, columns)), (name + SCALES, OF_ARRAY[np.dtype(self.compute)], (rows, groups))]
+            if precision.zeros:
+                tensors.append((name + ZEROS, integer, (rows, groups)))
+            # rows of zero points may end within a byte, and two of them do not
+            blocks = quantized_blocks(expr, self.store, self._integers, BLOCK_BYTES, multiple=2 if precision.zeros else 1)
+            offsets = self._blobs.add(tensors, (partial(_integers, block, precision, self.compute) for block in blocks))
+            part = StoredPart(expr.only.tensor, rows, expr.only.multiplier, self.store.order_name(expr.only.tensor))
             self.stored.append(StoredWeight(name, precision.bits, precision.block, 0, (part,)))
-            return first, second
+            return offsets
 
-        return self._blobs.once((expr, precision), write)
+        return self._blobs.once((expr, precision), write)[place]
 
 
-def _integers(block: QuantizedBlock, precision: Precision, compute: Float) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+def order_name(stored: str) -> str:
+    """Of the constant that a manifest calls ``stored``."""
+    return stored.replace(".", "_")
+
+
+def _integers(block: QuantizedBlock, precision: Precision, compute: Float) -> tuple[npt.NDArray[Any], ...]:
     (tensor,) = block()
-    return pack_int4(tensor.codes) if precision.bits == 4 else tensor.codes, tensor.scales.astype(compute)
+    codes, scales = pack_int4(tensor.codes) if precision.bits == 4 else tensor.codes, tensor.scales.astype(compute)
+    if tensor.zeros is None:
+        return codes, scales
+    return codes, scales, pack_int4(tensor.zeros.reshape(1, -1)) if precision.bits == 4 else tensor.zeros
 
 
 def _floats(block: Callable[[], Array], dtype: Float, expr: WeightExpr) -> tuple[npt.NDArray[np.floating[Any]]]:

@@ -73,6 +73,11 @@ def split(c: Context, node: Node) -> None:
     c.set(node, *c.build.ops("Split", len(sizes), c.value(x), c.build.ints(*sizes), axis=axis))
 
 
+def index_select(c: Context, node: Node) -> None:
+    x, axis, index = args_of(node)
+    c.set(node, c.build.op("Gather", c.value(x), c.value(index), axis=axis))
+
+
 def cat(c: Context, node: Node) -> None:
     tensors, axis = args_of(node)
     c.set(node, c.build.op("Concat", *(c.value(tensor) for tensor in tensors), axis=axis))

@@ -18,7 +18,7 @@ from h1export.core.weights import WeightExpr
 from h1export.targets.onnx.emit import Context, initializer_name
 from h1export.targets.weightfile import BLOCK_BYTES, Columns
 
-CODES, SCALES = ".codes", ".scales"
+CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"
 
 Codes = npt.NDArray[np.int8]
 Bytes = npt.NDArray[np.uint8]
@@ -37,20 +37,19 @@ def unpack(packed: Bytes) -> Codes:
     return pairs.view(np.int8) >> np.int8(4)
 
 
-def write_columns(
-    c: Context, expr: WeightExpr, precision: Precision, dtype: ir.DataType, scales_of: Scales
-) -> tuple[ir.ExternalTensor, ir.ExternalTensor]:
-    """Write codes [columns, rows] of an expression along axis 0, and scales [blocks, rows] of ``dtype``; [rows] with one a row.
+def write_columns(c: Context, expr: WeightExpr, precision: Precision, dtype: ir.DataType, scales_of: Scales) -> list[ir.ExternalTensor]:
+    """Write codes [columns, rows] of an expression along axis 0, scales [blocks, rows] of ``dtype``, and zero points where there are some.
 
-    Of several parts, each has an even number of rows where codes are int4.
+    With one scale a row these are [rows]. Of several parts, each has an even number of rows where codes are int4.
     """
     rows, columns = expr.shape(c.store.shape)
     name, blocks = initializer_name(expr), columns // precision.columns_per_scale(columns)
-    codes = c.data.place(name + CODES, ir.DataType.INT4 if precision.bits == 4 else ir.DataType.INT8, (columns, rows))
-    scales = c.data.place(name + SCALES, dtype, (blocks, rows) if precision.block else (rows,))
-    placed = (partial(_columns, precision, scales_of, block, start) for start, block in _blocks(c, expr, precision))
-    c.data.fill([codes, scales], placed)
-    return codes, scales
+    stored, groups = ir.DataType.INT4 if precision.bits == 4 else ir.DataType.INT8, (blocks, rows) if precision.block else (rows,)
+    places = [c.data.place(name + CODES, stored, (columns, rows)), c.data.place(name + SCALES, dtype, groups)]
+    if precision.zeros:
+        places.append(c.data.place(name + ZEROS, stored, groups))
+    c.data.fill(places, (partial(_columns, precision.bits, scales_of, block, start) for start, block in _blocks(c, expr, precision)))
+    return places
 
 
 def _blocks(c: Context, expr: WeightExpr, precision: Precision) -> Iterator[tuple[int, QuantizedBlock]]:
@@ -66,19 +65,23 @@ def _blocks(c: Context, expr: WeightExpr, precision: Precision) -> Iterator[tupl
         top += rows
 
 
-def _columns(precision: Precision, scales_of: Scales, block: QuantizedBlock, start: int) -> tuple[Columns | Bytes, Columns]:
-    """Codes and scales of rows from ``start`` on, as columns."""
+def _columns(bits: int, scales_of: Scales, block: QuantizedBlock, start: int) -> tuple[Columns | Bytes, ...]:
+    """Codes, scales and zero points of rows from ``start`` on, as columns."""
     (tensor,) = block()
     stored = scales_of(tensor)
-    codes, scales = tensor.codes.T, Columns(stored.T, start * stored.itemsize)
-    if precision.bits == 8:
-        return Columns(codes, start), scales
-    if len(tensor.codes) % 2:  # the whole tensor: pairs go on over the ends of rows
-        return pack(codes.reshape(-1)), scales
-    return Columns(pack(codes), start // 2), scales
+    codes, scales = _integer_columns(bits, tensor.codes, start), Columns(stored.T, start * stored.itemsize)
+    return (codes, scales) if tensor.zeros is None else (codes, scales, _integer_columns(bits, tensor.zeros, start))
 
 
-def read_columns(packed: Any, bits: int, columns: int, rows: int) -> Codes:
-    """The codes [rows, columns] of an array as stored; int4 as flat bytes."""
-    codes = np.asarray(packed)
-    return np.ascontiguousarray((unpack(codes).reshape(columns, rows) if bits == 4 else codes).T)
+def _integer_columns(bits: int, rows: Codes, start: int) -> Columns | Bytes:
+    if bits == 8:
+        return Columns(rows.T, start)
+    if len(rows) % 2:  # the whole tensor: pairs go on over the ends of rows
+        return pack(rows.T.reshape(-1))
+    return Columns(pack(rows.T), start // 2)
+
+
+def read_columns(packed: Any, bits: int, rows: int) -> Codes:
+    """int8 [rows, n] of an array as stored; int4 as flat bytes."""
+    columns: Codes = unpack(np.asarray(packed)) if bits == 4 else np.asarray(packed)
+    return np.ascontiguousarray(columns.reshape(-1, rows).T)

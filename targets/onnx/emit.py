@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from torch.fx import Node
 
-from h1export.core.artifact import StoredWeight
+from h1export.core.artifact import StoredPart, StoredWeight
 from h1export.core.probes import Columns, label
 from h1export.core.quant import Integers, Precision
 from h1export.core.state import Array
@@ -38,10 +38,12 @@ class Context:
         self._values[node] = values if len(values) > 1 else values[0]
 
     def value(self, node: Any) -> Value:
-        """The value of an emitted node, or the initializer of a weight placeholder."""
+        """The value of an emitted node, or the initializer of a weight or order placeholder."""
         expr = self.program.weight_of(node)
         if expr is not None:
             return self.weight(expr)
+        if node.name in self.program.orders:
+            return self.order(self.program.orders[node.name])
         value = self._values[node]
         assert isinstance(value, Value), f"{node} is a tuple"
         return value
@@ -92,6 +94,18 @@ class Context:
         self.data.fill([tensor], (partial(_alone, block) for block in expr.lazy_blocks(self.store, BLOCK_BYTES)))
         return tensor
 
+    def order(self, tensor: str) -> Value:
+        """The order of a packed tensor's columns, int64 [columns]; written once for all that have it."""
+        name = self.store.order_name(tensor)
+
+        def write() -> ir.ExternalTensor:
+            order = self.store.packed[tensor].order
+            placed = self.data.place(name, ir.DataType.INT64, order.shape)
+            self.data.fill([placed], [lambda: (order,)])
+            return placed
+
+        return self.build.initializer(self.data.once(("order", name), write))
+
     def small_tensor(self, name: str, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.ExternalTensor:
         """A float32 tensor that the emitter itself computes with ``make``, when it is written: once."""
 
@@ -105,6 +119,14 @@ class Context:
 
 def _alone(block: Callable[[], Array]) -> tuple[Array]:
     return (block(),)
+
+
+def stored_parts(c: Context, expr: WeightExpr) -> tuple[StoredPart, ...]:
+    """What the manifest says about the parts of ``expr``."""
+    return tuple(
+        StoredPart(part.tensor, c.store.shape(part.tensor)[expr.axis], part.multiplier, c.store.order_name(part.tensor))
+        for part in expr.parts
+    )
 
 
 def initializer_name(expr: WeightExpr) -> str:

@@ -30,13 +30,15 @@ class StoredWeights(Mapping[str, Array]):
         self._columns = {name: shape[-1] for name, shape in tensor_layout(artifact.spec).items()}
         self._tensors = external_arrays(artifact, model, key)
         self._weights = {part.tensor: weight for weight in artifact.manifest.weights for part in weight.parts}
+        self._orders = {part.tensor: part.order for weight in artifact.manifest.weights for part in weight.parts}
 
     def quantized(self, name: str) -> QuantizedTensor:
         """What lies behind ``name``: the same integers on every target."""
         return dict(self._read_stored(self._weights[name], self._tensors, self._columns.__getitem__))[name]
 
     def __getitem__(self, name: str) -> Array:
-        return self.quantized(name).unfolded()
+        order = self._orders[name]
+        return self.quantized(name).unfolded(self._tensors[order] if order else None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -1,8 +1,8 @@
 """Integers as ONNX Runtime wants them: MatMulNBits, and the embedding that may share its bytes.
 
-Codes are stored unsigned (zero point 8 or 128, the ops' default), scales in float16 as the integer rule has them: a block of 32
-int4 codes is 18 bytes. MatMulNBits wants scales of its activations' dtype, so float32 ones with µP multiplied in are nodes, which
-ONNX Runtime computes once, when a session is made.
+Codes are stored unsigned (zero point 8 or 128, the ops' default, where a tensor has none of its own), scales in float16 as the integer
+rule has them: a block of 32 int4 codes is 18 bytes. MatMulNBits wants scales of its activations' dtype, so float32 ones with µP
+multiplied in are nodes, which ONNX Runtime computes once, when a session is made.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from h1export.core.artifact import StoredPart, StoredWeight
+from h1export.core.artifact import StoredWeight
 from h1export.core.quant import Precision, QuantizedBlock, QuantizedTensor, quantized_blocks
 from h1export.core.weights import Multiplier, WeightExpr
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.columns import CODES, SCALES
-from h1export.targets.onnx.emit import Context, initializer_name
+from h1export.targets.onnx.columns import CODES, SCALES, ZEROS
+from h1export.targets.onnx.emit import Context, initializer_name, stored_parts
 from h1export.targets.weightfile import BLOCK_BYTES
 
 MS, FLOAT = "com.microsoft", int(ir.DataType.FLOAT)
@@ -30,6 +30,7 @@ INT8_BLOCKS = (32, 16)
 ROWS = ".rows"  # suffix of the name under which an embedding reads codes, one row a token
 
 Codes = npt.NDArray[np.uint8]
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 class OrtContext(Context):
@@ -82,22 +83,50 @@ class Layout:
             flat = np.stack([flat & 15, flat >> 4], axis=2).reshape(len(flat), -1)
         return (flat[:, : self.columns] - np.uint8(self.zero_point)).view(np.int8)
 
-    def scales(self, tensor: QuantizedTensor) -> npt.NDArray[np.float16]:
-        """float16 [rows, blocks]: a scale per row stands in each of its blocks."""
-        return np.broadcast_to(tensor.scales, (len(tensor.scales), self.blocks)) if tensor.scales.shape[1] == 1 else tensor.scales
+    @property
+    def zero_bytes(self) -> int:
+        """Of the zero points of a row."""
+        return -(-self.blocks * self.bits // 8)
+
+    def pack_zeros(self, zeros: npt.NDArray[np.int8]) -> Codes:
+        """int8 [rows, blocks] -> uint8 [rows, zero bytes]; int4 puts even blocks into low nibbles."""
+        unsigned = np.zeros((len(zeros), self.zero_bytes * 8 // self.bits), np.uint8)
+        unsigned[:, : self.blocks] = zeros.view(np.uint8) + np.uint8(self.zero_point)
+        return unsigned[:, 0::2] | (unsigned[:, 1::2] << np.uint8(4)) if self.bits == 4 else unsigned
+
+    def unpack_zeros(self, packed: Codes) -> npt.NDArray[np.int8]:
+        """The inverse of ``pack_zeros``."""
+        flat = np.stack([packed & 15, packed >> 4], axis=2).reshape(len(packed), -1) if self.bits == 4 else packed
+        return np.ascontiguousarray(flat[:, : self.blocks] - np.uint8(self.zero_point)).view(np.int8)
+
+    def spread(self, values: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
+        """[rows, blocks] of scales or zero points: one for a row stands in each of its blocks."""
+        return np.broadcast_to(values, (len(values), self.blocks)) if values.shape[1] == 1 else values
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight in the external data: ``codes`` uint8 [rows, blocks, block bytes], ``scales`` float16 [rows, blocks]."""
+    """A weight in the external data.
+
+    Attributes:
+        layout: of its rows.
+        codes: uint8 [rows, blocks, block bytes].
+        scales: float16 [rows, blocks].
+        zeros: uint8 [rows, zero bytes], where it has zero points of its own.
+    """
 
     layout: Layout
     codes: ir.ExternalTensor
     scales: ir.ExternalTensor
+    zeros: ir.ExternalTensor | None
+
+    def zero_points(self, c: Context) -> tuple[Value, ...]:
+        """The last operand of the ops that read it."""
+        return () if self.zeros is None else (c.build.initializer(self.zeros),)
 
 
 def store(c: Context, expr: WeightExpr, precision: Precision) -> Stored:
-    """Write codes and scales of ``expr``, once, and note them for the manifest."""
+    """Write codes, scales and zero points of ``expr``, once, and note them for the manifest."""
     return c.data.once((expr, precision), lambda: _write(c, expr, precision))
 
 
@@ -106,26 +135,29 @@ def _write(c: Context, expr: WeightExpr, precision: Precision) -> Stored:
     layout, name = Layout.of(precision, columns), initializer_name(expr)
     codes = c.data.place(name + CODES, ir.DataType.UINT8, (rows, layout.blocks, layout.block_bytes))
     scales = c.data.place(name + SCALES, ir.DataType.FLOAT16, (rows, layout.blocks))
-    c.data.fill(
-        [codes, scales], (partial(_stored_block, layout, block) for block in quantized_blocks(expr, c.store, c.integers, BLOCK_BYTES))
-    )
-    stored = tuple(StoredPart(part.tensor, c.store.shape(part.tensor)[expr.axis], part.multiplier) for part in expr.parts)
-    c.stored.append(StoredWeight(name, precision.bits, precision.block, expr.axis, stored))
-    return Stored(layout, codes, scales)
+    zeros = c.data.place(name + ZEROS, ir.DataType.UINT8, (rows, layout.zero_bytes)) if precision.zeros else None
+    places = [codes, scales] if zeros is None else [codes, scales, zeros]
+    blocks = quantized_blocks(expr, c.store, c.integers, BLOCK_BYTES)
+    c.data.fill(places, (partial(_stored_block, layout, block) for block in blocks))
+    c.stored.append(StoredWeight(name, precision.bits, precision.block, expr.axis, stored_parts(c, expr)))
+    return Stored(layout, codes, scales, zeros)
 
 
-def _stored_block(layout: Layout, block: QuantizedBlock) -> tuple[Codes, npt.NDArray[np.float16]]:
-    """Codes and scales of a block of rows, as they lie in the file."""
+def _stored_block(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], ...]:
+    """Codes, scales and zero points of a block of rows, as they lie in the file."""
     parts = [(replace(layout, columns=tensor.codes.shape[1]), tensor) for tensor in block()]
-    codes, scales = zip(*((part.pack(tensor.codes), part.scales(tensor)) for part, tensor in parts), strict=True)
-    return np.concatenate(codes, axis=1), np.concatenate(scales, axis=1)
+    codes = np.concatenate([part.pack(tensor.codes) for part, tensor in parts], axis=1)
+    scales = np.concatenate([part.spread(tensor.scales) for part, tensor in parts], axis=1)
+    zeros = [part.spread(tensor.zeros) for part, tensor in parts if tensor.zeros is not None]
+    return (codes, scales, layout.pack_zeros(np.concatenate(zeros, axis=1))) if zeros else (codes, scales)
 
 
 def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision) -> Value:
     """x [.., K] times the quantised weight [N, K], transposed; without µP where activations are fp16."""
     stored = store(c, expr, precision)
     scales = c.build.initializer(stored.scales) if c.activations is np.float16 else float_scales(c, expr, stored)
-    return c.build.op("MatMulNBits", x, c.build.initializer(stored.codes), scales, domain=MS, **attributes(c, expr, stored))
+    operands = (c.build.initializer(stored.codes), scales, *stored.zero_points(c))
+    return c.build.op("MatMulNBits", x, *operands, domain=MS, **attributes(c, expr, stored))
 
 
 def attributes(c: OrtContext, expr: WeightExpr, stored: Stored) -> dict[str, int]:
@@ -161,6 +193,7 @@ def _float_scales(c: Context, expr: WeightExpr, stored: Stored) -> Value:
 def embed_quantized(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
     """Rows ``ids`` of the quantised embedding in float32; a tied head reads the same bytes."""
     stored, b = store(c, expr, precision), c.build
+    assert not precision.zeros, "no checkpoint has integers for its embedding"
     if precision.bits == 4:
         return gather_block_quantized(c, ids, expr, stored, float_scales(c, expr, stored))
     layout, gathered = stored.layout, b.op("Gather", embedding_table(c, expr, stored), ids)
@@ -194,16 +227,16 @@ def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Calla
         columns: of each checkpoint tensor.
     """
     precision = Precision(weight.bits, weight.block)
+    zeros = tensors.get(weight.initializer + ZEROS)
     width = sum(part.size for part in weight.parts) if weight.axis else columns(weight.parts[0].tensor)
     whole, start = Layout.of(precision, width), 0
     for part in weight.parts:
-        place = (
-            (slice(None), slice(start // whole.block, (start + part.size) // whole.block))
-            if weight.axis
-            else slice(start, start + part.size)
-        )
-        codes, scales = tensors[weight.initializer + CODES][place], tensors[weight.initializer + SCALES][place]
+        rows, blocks = slice(start, start + part.size), slice(None)
+        if weight.axis:
+            rows, blocks = slice(None), slice(start // whole.block, (start + part.size) // whole.block)
+        codes, scales = tensors[weight.initializer + CODES][rows, blocks], tensors[weight.initializer + SCALES][rows, blocks]
         layout, multiplier = replace(whole, columns=columns(part.tensor)), part.multiplier.rows(len(codes))
-        groups = layout.blocks if weight.block else 1
-        yield part.tensor, QuantizedTensor(layout.unpack(codes), np.asarray(scales[:, :groups]), multiplier)
+        groups = slice(layout.blocks if weight.block else 1)
+        shifts = None if zeros is None else whole.unpack_zeros(np.asarray(zeros[rows]))[:, blocks][:, groups]
+        yield part.tensor, QuantizedTensor(layout.unpack(codes), np.asarray(scales[:, groups]), multiplier, shifts)
         start += part.size

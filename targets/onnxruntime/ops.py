@@ -213,6 +213,7 @@ TABLE: dict[Any, Emitter[OrtContext]] = {
     aten.mul.Tensor: common.binary("Mul"),
     aten.cat.default: common.cat,
     aten.cumsum.default: common.cumsum,
+    aten.index_select.default: common.index_select,
     aten.clamp.default: common.clamp,
     aten.narrow.default: common.narrow,
     aten.split_with_sizes.default: common.split,

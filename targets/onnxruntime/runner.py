@@ -15,10 +15,11 @@ from h1export.core.probes import PREFIX, probes_in
 from h1export.core.protocols import Capabilities, Ids, Sequences, SteppedSequences, check_call
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateKind, StateSpec
+from h1export.core.weights.packed import ORDER
 from h1export.errors import H1ExportError
 from h1export.targets.base import Kernels
 from h1export.targets.onnx import sdk
-from h1export.targets.onnx.columns import CODES, SCALES
+from h1export.targets.onnx.columns import CODES, SCALES, ZEROS
 from h1export.targets.onnx.stored import StoredWeights
 from h1export.targets.onnxruntime import layout, native
 from h1export.targets.onnxruntime.flavour import flavour
@@ -27,6 +28,7 @@ from h1export.targets.onnxruntime.sequences import BoundSequences
 from h1export.targets.onnxruntime.session import MODEL, NATIVE_MODEL, open_session
 from h1export.targets.onnxruntime.transposed import TABLE
 
+READ = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)  # ends of names of initializers
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
 BATCHED_APPEND = (
     "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
@@ -133,7 +135,7 @@ class OnnxRuntimeRunner:
 
 def _key(name: str) -> str | None:
     """Under which name ``read_stored`` asks for an initializer; None: it never does."""
-    return name.removesuffix(ROWS) if name.endswith((CODES, CODES + ROWS, SCALES, TABLE)) else None
+    return name.removesuffix(ROWS) if name.startswith(ORDER) or name.endswith(READ) else None
 
 
 def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, str]:

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from h1export.core.artifact import StoredPart, StoredWeight
+from h1export.core.artifact import StoredWeight
 from h1export.core.quant import Precision, QuantizedBlock, QuantizedTensor, quantized_blocks
 from h1export.core.state import Array
 from h1export.core.weights import WeightExpr
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.columns import CODES, SCALES, read_columns, write_columns
-from h1export.targets.onnx.emit import Context, initializer_name
+from h1export.targets.onnx.columns import CODES, SCALES, ZEROS, read_columns, write_columns
+from h1export.targets.onnx.emit import Context, initializer_name, stored_parts
 from h1export.targets.onnxruntime.nbits import Layout
 from h1export.targets.weightfile import BLOCK_BYTES
 
@@ -39,15 +39,16 @@ def unfolded_scales(stored: Array, multiplier: Array) -> npt.NDArray[np.float16]
 
 def dequantized(c: Context, expr: WeightExpr, precision: Precision) -> Value:
     """The weight [columns, rows] in float32, as a node over its integers."""
-    codes, scales = c.build.once((expr, precision), lambda: _write(c, expr, precision))
+    operands = c.build.once((expr, precision), lambda: _write(c, expr, precision))
     blocks: dict[str, Any] = {"axis": 0, "block_size": precision.block} if precision.block else {"axis": 1}
-    return c.build.op("DequantizeLinear", codes, scales, **blocks)
+    return c.build.op("DequantizeLinear", *operands, **blocks)
 
 
-def _write(c: Context, expr: WeightExpr, precision: Precision) -> tuple[Value, Value]:
-    codes, scales = write_columns(c, expr, precision, ir.DataType.FLOAT, folded_scales)
+def _write(c: Context, expr: WeightExpr, precision: Precision) -> list[Value]:
+    """Codes, scales, and zero points where there are some."""
+    places = write_columns(c, expr, precision, ir.DataType.FLOAT, folded_scales)
     c.stored.append(_entry(c, expr, precision))
-    return c.build.initializer(codes), c.build.initializer(scales)
+    return [c.build.initializer(place) for place in places]
 
 
 def _rows(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], Array]:
@@ -56,8 +57,7 @@ def _rows(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], Arra
 
 
 def _entry(c: Context, expr: WeightExpr, precision: Precision) -> StoredWeight:
-    part = StoredPart(expr.only.tensor, c.store.shape(expr.only.tensor)[0], expr.only.multiplier)
-    return StoredWeight(initializer_name(expr), precision.bits, precision.block, 0, (part,))
+    return StoredWeight(initializer_name(expr), precision.bits, precision.block, 0, stored_parts(c, expr))
 
 
 def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: bool) -> Value:
@@ -85,10 +85,12 @@ def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: 
 def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]) -> Iterator[tuple[str, QuantizedTensor]]:
     """The integers that an artifact stores, by checkpoint tensor; arguments as of nbits.read_stored, int4 arrays packed and flat."""
     (part,) = weight.parts
-    name, multiplier, width = weight.initializer, part.multiplier.rows(part.size), columns(part.tensor)
+    name, multiplier = weight.initializer, part.multiplier.rows(part.size)
+    zeros = None
     if name + CODES in tensors:
         scales = tensors[name + SCALES].reshape(-1, part.size).T
-        codes = read_columns(tensors[name + CODES], weight.bits, width, part.size)
+        codes = read_columns(tensors[name + CODES], weight.bits, part.size)
+        zeros = read_columns(tensors[name + ZEROS], weight.bits, part.size) if name + ZEROS in tensors else None
     else:
         codes, scales = np.asarray(tensors[name + TABLE]), tensors[name + TABLE + SCALES]
-    yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier)
+    yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier, zeros)

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import onnx_ir as ir
 
-from h1export.core.quant import Integers
+from h1export.core.quant import Integers, need_symmetric
 from h1export.core.spec import HybridSpec
 from h1export.core.stage import Stage
 from h1export.core.weights import WeightExpr, WeightStore
@@ -27,6 +27,7 @@ from h1export.targets.tensorrt.ops import TABLE
 
 def check(spec: HybridSpec, integers: Integers, options: BuildOptions) -> None:
     """Raises H1ExportError for integers and options that TensorRT does not take."""
+    need_symmetric(integers, "TensorRT")
     if options.compute not in layout.OWN:
         raise H1ExportError("--compute", f"{options.compute} is not a dtype of this network", f"one of {', '.join(layout.OWN)}")
     gathered = {EMBEDDING} if not spec.tie_word_embeddings else set()  # never multiplied by

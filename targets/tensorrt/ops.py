@@ -168,6 +168,7 @@ TABLE: Mapping[Any, Emitter[TensorRTContext]] = {
     aten.mul.Tensor: binary("Mul"),
     aten.cat.default: common.cat,
     aten.cumsum.default: common.cumsum,
+    aten.index_select.default: common.index_select,
     aten.clamp.default: common.clamp,
     aten.narrow.default: narrow,
     aten.split_with_sizes.default: common.split,

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from h1export.core.artifact import StoredPart, StoredWeight
+from h1export.core.artifact import StoredWeight
 from h1export.core.quant import Precision, QuantizedBlock, QuantizedTensor, quantized_blocks
 from h1export.core.weights import Multiplier, WeightExpr
+from h1export.core.weights.packed import ORDER
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.columns import CODES, SCALES, pack, read_columns, unpack, write_columns
-from h1export.targets.onnx.emit import initializer_name
+from h1export.targets.onnx.emit import initializer_name, stored_parts
 from h1export.targets.tensorrt.context import TensorRTContext
 from h1export.targets.weightfile import BLOCK_BYTES
 
@@ -96,13 +97,12 @@ def _rows(bits: int, block: QuantizedBlock) -> tuple[Words, npt.NDArray[np.float
 
 
 def _note(c: TensorRTContext, expr: WeightExpr, precision: Precision) -> None:
-    parts = tuple(StoredPart(part.tensor, c.store.shape(part.tensor)[0], part.multiplier) for part in expr.parts)
-    c.stored.append(StoredWeight(initializer_name(expr), precision.bits, precision.block, 0, parts))
+    c.stored.append(StoredWeight(initializer_name(expr), precision.bits, precision.block, 0, stored_parts(c, expr)))
 
 
 def key(name: str) -> str | None:
     """What ``read_stored`` asks for."""
-    return name if name.endswith((CODES, SCALES, WORDS)) else None
+    return name if name.startswith(ORDER) or name.endswith((CODES, SCALES, WORDS)) else None
 
 
 def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]) -> Iterator[tuple[str, QuantizedTensor]]:
@@ -110,7 +110,7 @@ def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Calla
     name, start = weight.initializer, 0
     if name + CODES in tensors:
         rows = sum(part.size for part in weight.parts)
-        codes = read_columns(tensors[name + CODES], weight.bits, columns(weight.parts[0].tensor), rows)
+        codes = read_columns(tensors[name + CODES], weight.bits, rows)
         scales = tensors[name + SCALES].T
     else:
         codes, scales = codes_of(np.asarray(tensors[name + WORDS]), weight.bits), tensors[name + WORDS + SCALES]

@@ -284,7 +284,7 @@ def test_other_versions_of_the_format(version: object, artifact: Artifact) -> No
 
 GARBAGE: dict[str, bytes] = {
     "nothing": b"",
-    "cut": b'{"format": 3, "target": ',
+    "cut": b'{"format": 4, "target": ',
     "not utf-8": b"\xff\xfe\xff",
     "too deep": b"[" * 200_000,
     "null": b"null",
@@ -292,7 +292,7 @@ GARBAGE: dict[str, bytes] = {
     "a string": b'"format"',
     "a number": b"1",
     "no version": b"{}",
-    "only a version": b'{"format": 3}',
+    "only a version": b'{"format": 4}',
     "somebody else's": b'{"manifest_version": 3, "name": "an extension"}',
 }
 

@@ -166,11 +166,11 @@ def test_parts_that_do_not_fit_are_misuse(codes: tuple[int, ...], scales: tuple[
         QuantizedTensor(np.zeros(codes, np.int8), np.ones(scales, np.float16), np.ones(multiplier, np.float32))
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf, MIN_SCALE / 2])
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
 def test_scales_that_break_the_rule_are_misuse(scale: float) -> None:
     scales = np.ones((2, 2), np.float16)
     scales[1, 1] = scale
-    with pytest.raises(ValueError, match="positive, normal and finite"):
+    with pytest.raises(ValueError, match="positive and finite"):
         QuantizedTensor(np.zeros((2, 8), np.int8), scales, ones(2))
 
 

@@ -185,7 +185,6 @@ def test_integers_too_large_for_a_float(key: str, released: dict[str, Any]) -> N
         ({"layer_types": ["full_attention"]}, ("'layer_types'", "hybrid")),
         ({"layer_types": "hybrid"}, ("'layer_types'",)),
         ({"auto_map": {"AutoModel": "code.Model"}}, ("'auto_map'", "never runs remote code")),
-        ({"quantization_config": {"bits": 4}}, ("'quantization_config'", "unquantised")),
     ],
 )
 def test_what_is_not_exported(changes: dict[str, Any], mentioned: tuple[str, ...], released: dict[str, Any]) -> None:

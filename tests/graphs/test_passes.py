@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gptq_files import Written
 from torch.fx import Node
 
+from h1export.core.quant import Ready, Rounded, quantize_rows, quantized_blocks
 from h1export.core.weights import Multiplier, WeightExpr
 from h1export.graphs.passes import PASSES, Pass, PassError, run_passes
 from h1export.graphs.passes.base import multiplier_of
@@ -17,6 +21,7 @@ from h1export.graphs.passes.fold_decay import FoldDecay
 from h1export.graphs.passes.fold_head_multiplier import FoldHeadMultiplier
 from h1export.graphs.passes.fold_input_multipliers import FoldInputMultipliers
 from h1export.graphs.passes.fold_output_multipliers import FoldOutputMultipliers
+from h1export.graphs.passes.sort_columns import SortColumns
 from h1export.graphs.programs import Program
 from h1export.graphs.trace import trace
 from h1export.plugins import h1
@@ -24,6 +29,7 @@ from h1export.plugins import h1
 Apply = Callable[[Pass, Program], Program]
 aten = torch.ops.aten
 LINEAR, MUL, NORM = aten.linear.default, aten.mul.Tensor, aten.rms_norm.default
+SELECT = aten.index_select.default
 
 SAME = 1e-6  # of the range: a folded multiplier rounds once more or once less
 CHUNKS = [5, 20, 1, 1]
@@ -317,3 +323,26 @@ def test_a_multiplier_is_a_number_or_a_mup_vector(full_lab: Any) -> None:
     vectors = [match for match in found if match and not match[1].is_scalar]
     assert len(vectors) == full_lab.spec.num_hidden_layers
     assert None in found
+
+
+def test_sort_columns(make_gptq: Callable[..., Written], lab_of: Any, tmp_path: Path) -> None:
+    """One gather for products of one input and one order, of columns that the weights have in that order too."""
+    like = {"self_attn.q_proj": "mamba.in_proj", "feed_forward.up_proj": "feed_forward.gate_proj"}
+    lab = lab_of(make_gptq(tmp_path, act_order=True, like=like).folder)
+    program = run_passes(lab.passed, (SortColumns(lab.store.order_name),))
+    assert counts(lab.passed, SELECT) == (0,)
+    assert counts(program, SELECT) == (7,)  # nine products
+    assert len(program.orders) == 7
+    assert {part.sorted for expr in program.weights.values() for part in expr.parts if part.tensor in lab.store.packed} == {True}
+    (logits, states), (same, same_states) = (lab.run(which, CHUNKS) for which in (lab.passed, program))
+    assert np.abs(logits - same).max() <= SAME * np.ptp(logits)
+    for key, state in states.items():
+        assert np.abs(state - same_states[key]).max() <= SAME * np.ptp(state), key
+    assert run_passes(program, (SortColumns(lab.store.order_name),)).orders == program.orders
+
+
+def test_integers_and_graph_agree_on_the_order_of_columns(make_gptq: Callable[..., Written], lab_of: Any, tmp_path: Path) -> None:
+    lab = lab_of(make_gptq(tmp_path, act_order=True).folder)
+    integers = Ready.of(lab.store, Rounded(lab.store, {}, quantize_rows))
+    with pytest.raises(ValueError, match="another order than the graph"):
+        list(quantized_blocks(WeightExpr.of("model.layers.0.mamba.out_proj.weight"), lab.store, integers, 1 << 20))

@@ -58,6 +58,8 @@ def quantized_blocks(
     for strip in expr.strips:
         if changed := [part.tensor for part in strip if part.functions]:
             raise ValueError(f"{changed[0]}: only plain tensors are quantised")
+        if apart := [part.tensor for part in strip if part.sorted != bool(store.order_name(part.tensor))]:
+            raise ValueError(f"{apart[0]}: its integers have their columns in another order than the graph")
         for start, stop in store.row_ranges([part.tensor for part in strip], max_bytes, multiple):
             yield partial(_block, strip, store, integers, start, stop)
 

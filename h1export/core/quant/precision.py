@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Precision:
-    """Integers of ``bits`` with one scale per ``block`` columns; block 0: one scale per row."""
+    """Integers of ``bits`` with one scale per ``block`` columns; block 0: one scale per row. ``zeros``: and with as many zero points."""
 
     bits: int
     block: int
+    zeros: bool = False
 
     @property
     def top(self) -> int:

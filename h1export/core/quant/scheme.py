@@ -13,6 +13,7 @@ from h1export.errors import H1ExportError
 
 QuantName = Literal["none", "int8", "int4"]
 Method = Literal["rtn", "search", "awq", "gptq"]
+READY = "ready"  # in place of a method: the checkpoint had integers already
 BEST: Mapping[QuantName, Method] = {"none": "rtn", "int8": "rtn", "int4": "gptq"}  # int8 loses nothing that a method could save
 BLOCK_SIZES = (32, 64, 128)
 PROJECTIONS = (

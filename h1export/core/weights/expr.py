@@ -76,11 +76,12 @@ class Multiplier:
 
 @dataclass(frozen=True)
 class WeightPart:
-    """One checkpoint tensor: functions in order, then the multiplier."""
+    """One checkpoint tensor: functions in order, then the multiplier. ``sorted``: its columns in ``PackedMatrix.order``."""
 
     tensor: str
     functions: tuple[Function, ...] = ()
     multiplier: Multiplier = Multiplier()
+    sorted: bool = False
 
     def apply(self, function: Function) -> WeightPart:
         if self.multiplier != Multiplier():
@@ -92,11 +93,13 @@ class WeightPart:
 
     def factors(self, store: WeightStore) -> Array:
         """The multiplier of each row, float32 [rows]."""
-        return self.multiplier.rows(store.entry(self.tensor).shape[0])
+        return self.multiplier.rows(store.shape(self.tensor)[0])
 
     def rows(self, store: WeightStore, start: int, stop: int) -> Array:
         """Rows [start, stop) in float32. Raises H1ExportError for NaN and infinity."""
         block = store.rows(self.tensor, start, stop)
+        if self.sorted:
+            block = block[:, store.packed[self.tensor].order]
         for function in self.functions:
             block = FUNCTIONS[function](block)
         if not np.isfinite(block).all():
@@ -141,6 +144,10 @@ class WeightExpr:
         if not multiplier.is_scalar and len(self.parts) != 1:
             raise ValueError("a row multiplier on a concatenation")
         return replace(self, parts=tuple(part.times(multiplier) for part in self.parts))
+
+    def sort(self) -> WeightExpr:
+        """Every part's columns in ``PackedMatrix.order``."""
+        return replace(self, parts=tuple(replace(part, sorted=True) for part in self.parts))
 
     def shape(self, tensor_shape: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
         """The initializer's shape, given the shape of each checkpoint tensor."""

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from h1export.core.config_reader import without_duplicates
+from h1export.core.state import Array
 from h1export.errors import H1ExportError
 
 MAX_HEADER_BYTES = 100_000_000
+FLOATS = ("F32", "F16", "BF16")
 # the dtypes that Falcon-H1 checkpoints use -> how numpy reads them, which knows no bf16
-DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "I32": np.dtype("<i4")}
 LFS_POINTER = b"version "  # how the text that stands for the file begins
 DOWNLOAD_AGAIN = "the file is damaged, download it again"
 
@@ -41,6 +44,15 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def values(self) -> npt.NDArray[Any]:
+        """The tensor as it is stored, mapped."""
+        return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.start, shape=self.shape)
+
+    def floats(self, place: Any) -> Array:
+        """What a numpy index picks of a tensor of FLOATS, as float32: exact for each of them."""
+        stored = np.asarray(self.values()[place])
+        return (stored.astype(np.uint32) << 16).view(np.float32) if self.dtype == "BF16" else stored.astype(np.float32)
 
 
 def read_header(file: Path) -> list[TensorEntry]:
@@ -91,7 +103,7 @@ def _entry(file: Path, name: str, info: Any, base: int) -> TensorEntry:
         raise H1ExportError(where, "has no description", DOWNLOAD_AGAIN)
     dtype = info.get("dtype")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise H1ExportError(where, f"has dtype {dtype!r}", f"only {', '.join(DTYPES)} checkpoints can be exported")
+        raise H1ExportError(where, f"has dtype {dtype!r}", f"only {', '.join(FLOATS)} checkpoints can be exported")
     shape = _counts(info.get("shape"), f"{where} has shape")
     offsets = _counts(info.get("data_offsets"), f"{where} has data_offsets")
     if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * DTYPES[dtype].itemsize:

@@ -77,8 +77,8 @@ class ScaledStore(WeightStore):
     """The tensors of ``store`` as ``scaling`` makes them."""
 
     def __init__(self, store: WeightStore, scaling: Scaling, progress: Progress) -> None:
-        super().__init__({entry.name: entry for entry in store.entries}, progress)
-        self._scaling = scaling
+        super().__init__({entry.name: entry for entry in store.entries}, progress, store.layout)
+        self.packed, self._scaling = store.packed, scaling
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """As the parent does, scaled."""

@@ -81,10 +81,10 @@ class Product:
 
     @classmethod
     def of(cls, c: NativeContext, node: Node) -> Product | None:
-        """That of an aten.linear; None: its weight is float32."""
+        """That of an aten.linear; None: its weight is float32, or has zero points, which the runtime's own kernel takes."""
         expr, bias = c.expr(args_of(node)[1]), args_of(node)[2] if len(args_of(node)) > 2 else None
         precision = c.precision(expr)
-        if precision is None:
+        if precision is None or precision.zeros:
             return None
         stored = store(c, expr, precision)
         weight = c.build.initializer(stored.codes), c.build.initializer(stored.scales)

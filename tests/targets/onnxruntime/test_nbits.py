@@ -50,7 +50,7 @@ def test_matmul_nbits_means_what_the_integers_say(precision: Precision, rows: in
         "MatMulNBits",
         x,
         build.initializer(ir.tensor(layout.pack(tensor.codes), name="codes")),
-        build.initializer(ir.tensor(layout.scales(tensor) * multiplier[:, None], name="scales")),
+        build.initializer(ir.tensor(layout.spread(tensor.scales) * multiplier[:, None], name="scales")),
         domain="com.microsoft",
         K=columns,
         N=rows,

@@ -1,0 +1,133 @@
+"""Checkpoints in GPTQ's layout, packed as its writers do: word by word with shifts, nothing of h1export's reader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+
+Tensors = dict[str, npt.NDArray[Any]]
+MATRICES = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "x")
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """What to write.
+
+    Attributes:
+        bits: of a code.
+        group: columns of a group; -1: all.
+        sym: zero points in the middle.
+        v2: zero points as they are; else less 1.
+        act_order: columns are in groups at random, in each tensor its own way, but where ``like`` says otherwise.
+        like: module of a layer -> the one, before it in the alphabet, whose groups it shares.
+        head: lm_head too.
+        seed: of codes, zero points and scales.
+        keys: of quantization_config, besides what follows from the others.
+    """
+
+    bits: int = 4
+    group: int = 32
+    sym: bool = True
+    v2: bool = False
+    act_order: bool = False
+    like: Mapping[str, str] = field(default_factory=dict)
+    head: bool = False
+    seed: int = 0
+    keys: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint, and for each packed weight what it holds: codes [rows, columns], zeros and scales [rows, groups], g_idx [columns]."""
+
+    folder: Path
+    codes: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    zeros: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    scales: dict[str, npt.NDArray[np.float16]] = field(default_factory=dict)
+    g_idx: dict[str, npt.NDArray[np.int32]] = field(default_factory=dict)
+
+    def weight(self, name: str) -> npt.NDArray[np.float64]:
+        """scales (codes - zeros), column by column, in float64."""
+        groups = self.g_idx[name]
+        difference = self.codes[name] - self.zeros[name][:, groups]
+        weight: npt.NDArray[np.float64] = difference * self.scales[name][:, groups].astype(np.float64)
+        return weight
+
+
+def pack(values: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.int32]:
+    """[n, m] -> [n * bits / 32, m]: the first of a word's values in its lowest bits."""
+    each = 32 // bits
+    words = np.zeros((len(values) // each, values.shape[1]), np.uint64)
+    for place in range(each):
+        words |= values[place::each].astype(np.uint64) << np.uint64(bits * place)
+    return words.astype(np.uint32).view(np.int32)
+
+
+def write(source: Path, out: Path, how: Gptq) -> Written:
+    """The model of ``source`` with the weights of its projections replaced by random integers of about their size."""
+    shutil.copytree(source, out, dirs_exist_ok=True)
+    tensors: Tensors = {name: tensor.float().numpy() for name, tensor in load_torch(source / "model.safetensors").items()}
+    written = write_tensors(tensors, out, how)
+    config = json.loads((out / "config.json").read_text())
+    method = {"quant_method": "gptq", "bits": how.bits, "group_size": how.group, "sym": how.sym, "desc_act": how.act_order}
+    method["checkpoint_format"] = "gptq_v2" if how.v2 else "gptq"
+    config["quantization_config"] = method | {"damp_percent": 0.1, "lm_head": how.head, "meta": {"quantizer": ["x:1"]}} | dict(how.keys)
+    (out / "config.json").write_text(json.dumps(config))
+    return written
+
+
+def write_tensors(tensors: Tensors, out: Path, how: Gptq) -> Written:
+    """model.safetensors of ``tensors``, those of projections packed."""
+    written, rng = Written(out), np.random.default_rng(how.seed)
+    modules = {f"{module}.weight" for module in (*MATRICES, *(["lm_head"] if how.head else []))}
+    names = [name for name in sorted(tensors) if ".".join(name.split(".")[-2:]) in modules]
+    for name in names:
+        tensors |= _packed(name, tensors.pop(name), how, written, rng)
+    _save(out, tensors)
+    return written
+
+
+def _save(folder: Path, tensors: Tensors) -> None:
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
+def _packed(name: str, weight: Any, how: Gptq, written: Written, rng: np.random.Generator) -> dict[str, Any]:
+    rows, columns = weight.shape
+    size, top = columns if how.group == -1 else how.group, 2**how.bits
+    groups = -(-columns // size)
+    g_idx = (np.arange(columns) // size).astype(np.int32)
+    if how.act_order:
+        module = ".".join(name.split(".")[3:-1])
+        like = how.like.get(module)
+        g_idx = rng.permutation(g_idx) if like is None else written.g_idx[name.replace(module, like)]
+    codes = rng.integers(0, top, (rows, columns))
+    zeros = np.full((rows, groups), top // 2) if how.sym else rng.integers(0, top, (rows, groups))
+    step = np.std(weight) / np.std(np.arange(top)) * (1 if how.sym else 0.7)
+    scales = (step * rng.uniform(0.5, 1.5, (rows, groups))).astype(np.float16)
+    written.codes[name], written.zeros[name], written.scales[name], written.g_idx[name] = codes, zeros, scales, g_idx
+    stored = pack(zeros, how.bits).view(np.uint32)  # [rows * bits / 32, groups]
+    if not how.v2:  # from all of a word at once, as GPTQModel does: a 0 borrows from its neighbour
+        stored = stored - np.uint32(0x11111111 if how.bits == 4 else 0x01010101)
+    stem = name.removesuffix("weight")
+    return {
+        f"{stem}qweight": pack(codes.T, how.bits),
+        f"{stem}qzeros": stored.view(np.int32).T,
+        f"{stem}scales": scales.T,
+        f"{stem}g_idx": g_idx,
+    }
+
+
+def edit(folder: Path, change: Callable[[Tensors], object]) -> None:
+    """Rewrite the tensors after ``change`` has had them, name -> array."""
+    tensors = {name: tensor.copy() for name, tensor in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    _save(folder, tensors)

@@ -1,0 +1,46 @@
+"""Ready-made GPTQ checkpoints in a Core ML package: zero points are offsets, and sorted columns are gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gptq_files import Written
+
+from h1export import pipeline
+from h1export.core.quant import QuantScheme
+from h1export.targets import BuildOptions
+from h1export.validate.logits import relative_error
+
+HALF = 3e-3  # of the range
+IDS = np.random.default_rng(0).integers(0, 264, 70, dtype=np.int64)  # a prefill and decodes
+
+
+HOWS: list[dict[str, Any]] = [
+    {"sym": False, "act_order": True, "group": 96, "head": True, "like": {"self_attn.o_proj": "mamba.in_proj"}},
+    {"bits": 8, "sym": False, "group": -1, "v2": True},
+]
+
+
+@pytest.mark.parametrize("how", HOWS, ids=str)
+def test_the_package_computes_what_the_integers_mean(
+    how: dict[str, Any], make_gptq: Callable[..., Written], gptq_logits: Callable[..., Any], tmp_path: Path
+) -> None:
+    written = make_gptq(tmp_path / "in", **how)
+    options = BuildOptions(max_context=128)
+    runner = pipeline.load(pipeline.build(written.folder, "coreml", tmp_path / "out", QuantScheme("none"), options))
+    logits, _ = runner.step(IDS[None], np.ones((1, len(IDS)), np.int64), runner.initial(1))
+    assert relative_error(logits[0], gptq_logits(written, IDS)) <= HALF
+    onnx = pipeline.load(pipeline.build(written.folder, "ort", tmp_path / "onnx", QuantScheme("none")))
+    ours: Any = runner.stored_weights()
+    theirs: Any = onnx.stored_weights()
+    assert set(ours) == set(theirs) == set(written.codes)
+    for name in written.codes:
+        np.testing.assert_array_equal(ours[name], written.weight(name))
+        one, same = ours.quantized(name), theirs.quantized(name)
+        np.testing.assert_array_equal(one.codes, same.codes)
+        np.testing.assert_array_equal(one.scales, same.scales)
+        np.testing.assert_array_equal(one.zeros if one.zeros is not None else 0, same.zeros if same.zeros is not None else 0)

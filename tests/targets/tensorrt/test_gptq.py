@@ -1,0 +1,49 @@
+"""Ready-made GPTQ checkpoints in a network for TensorRT: sorted columns are gathered, and zero points are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gptq_files import Written
+
+from h1export import pipeline
+from h1export.core.artifact import Artifact
+from h1export.core.quant import QuantScheme
+from h1export.errors import H1ExportError
+from h1export.targets import BuildOptions
+from h1export.validate.logits import relative_error
+
+IDS = np.random.default_rng(0).integers(0, 264, 70, dtype=np.int64)
+
+
+def made(written: Written, out: Path) -> Artifact:
+    return pipeline.build(written.folder, "trt", out, QuantScheme("none"), BuildOptions(max_context=128, runtime="tensorrt"))
+
+
+@pytest.mark.parametrize(("group", "head"), [(96, True), (-1, False)])
+def test_the_network_computes_what_the_integers_mean(
+    group: int, head: bool, make_gptq: Callable[..., Written], gptq_logits: Callable[..., Any], without_plugin: None, tmp_path: Path
+) -> None:
+    written = make_gptq(tmp_path / "in", act_order=True, group=group, head=head, like={"self_attn.o_proj": "mamba.in_proj"})
+    artifact, truth = made(written, tmp_path / "out"), gptq_logits(written, IDS)
+    for float32, limit in ((True, 1e-5), (False, 5e-3)):
+        runner = pipeline.load(artifact, float32=float32)
+        logits, _ = runner.step(IDS[None], np.ones((1, len(IDS)), np.int64), runner.initial(1))
+        assert relative_error(logits[0], truth) <= limit
+    stored: Any = runner.stored_weights()
+    assert set(stored) == set(written.codes)
+    for name in written.codes:
+        np.testing.assert_array_equal(stored[name], written.weight(name))
+
+
+def test_zero_points_are_refused(make_gptq: Callable[..., Written], without_plugin: None, tmp_path: Path) -> None:
+    written = make_gptq(tmp_path / "in", sym=False)
+    with pytest.raises(
+        H1ExportError, match="zero points of its own, and TensorRT takes symmetric integers only; use --target ort or coreml"
+    ):
+        made(written, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

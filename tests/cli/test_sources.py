@@ -55,6 +55,7 @@ def test_no_model_is_the_embedded_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["/etc/hostname", "./nothing", "~/nothing", "a/b/c", "nothing", "../x", "-x/..", "org/name with space"])
-def test_what_is_no_model_is_refused(model: str) -> None:
+def test_what_is_no_model_is_refused(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(H1ExportError):
         resolve(model)

@@ -90,9 +90,9 @@ def tests(session: nox.Session, target: str) -> None:
 def build(session: nox.Session) -> None:
     """The wheel alone in a clean environment runs its command; then every extra installs on top, and its runtime imports.
 
-    Not installed: `cuda`. onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and needs an NVIDIA GPU to run.
+    Not installed: `cuda`, whose onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and `torch-trt`; both need an NVIDIA GPU.
     """
-    extras = ",".join(sorted(EXTRAS.keys() - {"cuda"}))
+    extras = ",".join(sorted(EXTRAS.keys() - {"cuda", "torch-trt"}))
     with tempfile.TemporaryDirectory() as folder:
         path, clean = wheel(session, Path(folder)), Path(folder, "clean")
         session.run("python", "-m", "venv", str(clean))
@@ -150,9 +150,10 @@ def report(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """The tests that need an NVIDIA GPU."""
+    """The tests that need an NVIDIA GPU: kernels, engines by `h1export validate`, torch-tensorrt, ONNX Runtime's CUDA provider."""
     if shutil.which("nvidia-smi") is None:
         session.skip("no NVIDIA GPU here (nvidia-smi is missing): run `nox -s gpu` on a machine that has one")
-    session.install("-e", ".[cuda,trt]", *dev("pytest", "hypothesis"))
+    session.install("-e", ".[cuda,trt,torch-trt]", *dev("pytest", "hypothesis"))
     # not collected: it imports onnxruntime-genai, which would install the CPU's onnxruntime over this one
-    session.run("pytest", "-m", "gpu", "--ignore=tests/targets/onnxruntime/test_clients.py", "--ignore=tests/clients", *session.posargs)
+    ignored = ("--ignore=tests/targets/onnxruntime/test_clients.py", "--ignore=tests/clients")
+    session.run("pytest", "-rs", "-m", "gpu", *ignored, *session.posargs, env={"TRITON_INTERPRET": "0"})  # compiled kernels

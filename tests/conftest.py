@@ -215,9 +215,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
 def without_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds for TensorRT whose plugin is an empty file: no compiler runs, and a model may have sizes that no GPU kernel has."""
 
-    def write(folder: Path, *_: Any) -> None:
+    def write(folder: Path, *_: Any) -> dict[str, dict[str, int]]:
         folder.mkdir()
         (folder / "libh1export_plugin.so").touch()
+        return {"decode sm_89": {"registers": 40, "spilled": 0, "shared": 1024}}
 
     monkeypatch.setattr("h1export.targets.tensorrt.plugin.kernels", lambda *_: ())
     monkeypatch.setattr("h1export.targets.tensorrt.plugin.write", write)

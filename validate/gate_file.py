@@ -82,6 +82,7 @@ class Baseline:
         nodes: graph -> op type -> how many.
         files: name -> bytes.
         step_bytes: timing -> bytes.
+        spills: GPU kernel and architecture -> bytes a thread that it stores for want of registers.
         peak_bytes: of memory; 0: not measured.
         ratios: kind of CPU -> timing -> ratio. One kind says little about another, whose vector instructions differ.
     """
@@ -90,6 +91,7 @@ class Baseline:
     nodes: Mapping[str, Mapping[str, int]]
     files: Mapping[str, int]
     step_bytes: Mapping[str, int]
+    spills: Mapping[str, int] = field(default_factory=dict)
     peak_bytes: int = 0
     ratios: Mapping[str, Mapping[str, Ratio]] = field(default_factory=dict)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
-import numpy as np
-
-from h1export.core.protocols import Ids, Runner
+from h1export.core.protocols import Ids, Runner, Sequences
 from h1export.validate.reference import Reference
 
 PREFILL, DECODE = 128, 16  # tokens a prefill, steps a decode run
@@ -39,27 +38,27 @@ def paired(artifact: Callable[[], None], reference: Callable[[], None], pairs: i
     return Latency(median(ours), median(theirs), median(a / b for a, b in zip(ours, theirs, strict=True)))
 
 
+def tokens_needed(pairs: int) -> int:
+    """How long the sequences of ``measure`` get."""
+    return PREFILL + DECODE * (pairs + 1)
+
+
 def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) -> dict[str, Latency]:
-    """Prefill of ``prompt`` [seq] and DECODE steps after it."""
+    """A prefill of ``prompt`` [PREFILL], and DECODE steps after it; the sequences grow on, which changes little in a step's time."""
     batch, token = prompt[None], prompt[-1:][None]
-    ones = np.ones((1, len(prompt) + DECODE), np.int64)
-    _, states = runner.step(batch, ones[:, : len(prompt)], runner.initial(1))
-    sequences = reference.start(1, 0)
-    sequences.append(batch)
+    ours, theirs = partial(runner.start, 1, tokens_needed(pairs)), partial(reference.start, 1, 0)
 
-    def prefill() -> None:
-        runner.step(batch, ones[:, : len(prompt)], runner.initial(1))
+    def prefill(start: Callable[[], Sequences]) -> Callable[[], None]:
+        return lambda: _extend(start(), batch, 1)
 
-    def reference_prefill() -> None:
-        reference.start(1, 0).append(batch)
+    def decode(start: Callable[[], Sequences]) -> Callable[[], None]:
+        sequences = start()
+        sequences.append(batch)
+        return partial(_extend, sequences, token, DECODE)
 
-    def decode() -> None:
-        current = states
-        for step in range(DECODE):
-            _, current = runner.step(token, ones[:, : len(prompt) + step + 1], current)
+    return {name: paired(way(ours), way(theirs), pairs) for name, way in (("prefill", prefill), ("decode", decode))}
 
-    def reference_decode() -> None:
-        for _ in range(DECODE):  # the cache grows on; a few dozen columns do not change the time of a step
-            sequences.append(token)
 
-    return {"prefill": paired(prefill, reference_prefill, pairs), "decode": paired(decode, reference_decode, pairs)}
+def _extend(sequences: Sequences, ids: Ids, times: int) -> None:
+    for _ in range(times):
+        sequences.append(ids)

@@ -95,11 +95,12 @@ def counted(artifact: Artifact, gate: Gate, operations: Mapping[str, Mapping[str
     decoded = [limit.timing for limit in gate.timings if limit.timing.kind is Kind.DECODE]
     steps = {str(timing): step_bytes(artifact.manifest, artifact.spec, timing.batch, timing.tokens) for timing in decoded}
     files = {name: size for name, (_, size) in artifact.manifest.files.items()}
-    return Baseline(model_of(artifact.manifest), operations, files, steps)
+    spills = {name: kernel["spilled"] for name, kernel in artifact.manifest.passport.get("kernels", {}).items()}
+    return Baseline(model_of(artifact.manifest), operations, files, steps, spills)
 
 
 def counted_checks(now: Baseline, then: Baseline, gate: Gate) -> Iterator[Check]:
-    """Nodes, files and bytes read a step, each against the baseline."""
+    """Nodes, files, bytes read a step and spills, each against the baseline."""
     if now.model != then.model:
         raise H1ExportError("baseline", "is of another model, or of other build options", WRITE)
     for graph in dict.fromkeys((*now.nodes, *then.nodes)):
@@ -108,6 +109,8 @@ def counted_checks(now: Baseline, then: Baseline, gate: Gate) -> Iterator[Check]
     if now.step_bytes:
         _in_baseline(now.step_bytes, then.step_bytes)
         yield _within("bytes a step reads", now.step_bytes, then.step_bytes, gate.step_bytes)
+    if now.spills:
+        yield _within("kernel spills", now.spills, then.spills, 1.0)
 
 
 def _within(name: str, now: Mapping[str, int], then: Mapping[str, int], factor: float) -> Check:

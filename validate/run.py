@@ -25,7 +25,7 @@ from h1export.validate.bisect import bisect, integers_row
 from h1export.validate.contexts import context_rows, cost_rows
 from h1export.validate.divergence import CHECK as GREEDY
 from h1export.validate.divergence import Continuation, continuations, divergence_row, impossible, prompts
-from h1export.validate.latency import PREFILL, measure
+from h1export.validate.latency import PREFILL, measure, tokens_needed
 from h1export.validate.parity import Run, case_rows, run_cases
 from h1export.validate.perplexity import WINDOW, Scored, text_figures, windows
 from h1export.validate.reference import Reference
@@ -223,6 +223,8 @@ def _latency_rows(runner: Runner[Any], reference: Reference, options: ValidateOp
         return [Row("latency", SOURCE, note="not asked for")]
     if runner.capabilities.emulated:
         return [Row("latency", SOURCE, note=f"computed by {runner.capabilities.kernels}: its speed says nothing")]
+    if (room := runner.capabilities.max_context) is not None and room < (needed := tokens_needed(options.pairs)):
+        return [Row("latency", SOURCE, note=f"{needed} tokens do not fit into {room}")]
     prompt = np.random.default_rng(options.seed).integers(0, runner.spec.vocab_size, PREFILL, dtype=np.int64)
     rows = []
     for name, latency in measure(runner, reference, prompt, options.pairs).items():

@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.library.custom_op("h1::attention", mutates_args=())
-def attention(
+def composed(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, positions: Tensor, mask: Tensor, rope_theta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax(rope(q) K^T / sqrt(dim) over visible columns) V, with K = past_k followed by rope(k), V = past_v followed by v.
+    """h1::attention in torch's own operators: softmax(rope(q) K^T / sqrt(dim) over visible columns) V.
 
-    All but positions and mask have one dtype.
+    K is past_k followed by rope(k), V is past_v followed by v. All but positions and mask have one dtype.
 
     Args:
         q: [batch, seq, heads, dim], not rotated.
@@ -38,6 +37,9 @@ def attention(
     query = _rotate(q, angles).transpose(1, 2)
     out = F.scaled_dot_product_attention(query, keys, values, attn_mask=visible[:, None], enable_gqa=True)
     return out.transpose(1, 2).contiguous(), keys.contiguous(), values.contiguous()
+
+
+attention = torch.library.custom_op("h1::attention", mutates_args=())(composed)
 
 
 @attention.register_fake

@@ -24,7 +24,7 @@ def build(folder: Path) -> bool:
     recipe = Recipe.read(folder)
     trt = sdk.module(recipe.runtime, recipe.versions)
     tell(version=trt.__version__)
-    logger = _logger(trt)
+    logger = sdk.logger(trt, lambda said: tell(said=said))
     builder = trt.Builder(logger)
     tell(stage="load the plugin")
     if builder.get_plugin_registry().load_library(str(folder / recipe.plugin)) is None:
@@ -64,20 +64,6 @@ def _config(trt: Any, builder: Any, network: Any, recipe: Recipe) -> Any:
         config.add_optimization_profile(profile)
     tell(profiles=config.num_optimization_profiles)
     return config
-
-
-def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Tells errors."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, text: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                tell(said=text)
-
-    return Logger()
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ from onnx import NodeProto, TensorProto, helper
 
 from h1export.errors import H1ExportError
 from h1export.targets.onnx import sdk
-from h1export.targets.tensorrt.layout import MODEL
+from h1export.targets.tensorrt.layout import MODEL, TORCH
 from h1export.targets.tensorrt.pieces import Cutter, Piece
 from h1export.targets.tensorrt.plugin.schema import OPS
 
 Values = dict[str, npt.NDArray[Any]]
-DTYPES: Mapping[int, torch.dtype] = {TensorProto.FLOAT16: torch.float16, TensorProto.BFLOAT16: torch.bfloat16}
 
 
 class Execution:
@@ -93,7 +92,7 @@ class Execution:
             return result
         if self._cutter.half == TensorProto.FLOAT16:
             self._note(op, float(result.abs().max()))
-        return result.to(DTYPES[self._cutter.half]).float()
+        return result.to(TORCH[self._cutter.half]).float()
 
 
 def _read(folder: Path, files: Collection[str]) -> onnx.ModelProto:

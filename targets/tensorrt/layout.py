@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
+import torch
 
 from h1export.core.state import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, StateKind, StateTensor
 from h1export.graphs.programs import Program
@@ -21,6 +22,7 @@ Ports = Mapping[str, tuple[str, Dims]]
 
 OWN: Mapping[Compute, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT = ir.DataType.FLOAT
+TORCH: Mapping[int, torch.dtype] = {FLOAT: torch.float32, OWN["fp16"]: torch.float16, OWN["bf16"]: torch.bfloat16}  # by ONNX's number
 
 
 @dataclass(frozen=True)

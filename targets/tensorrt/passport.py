@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ DRIVER = "libcuda.so.1"
 class Passport:
     """``runtime`` and ``version`` that built the engine, ``architectures`` that it is for, sha256 of ``plugin`` and ``engine``.
 
-    Without an engine, ``version`` and ``engine`` are empty.
+    Without an engine, ``version`` and ``engine`` are empty. ``kernels``: what the plugin's machine code takes of a GPU.
     """
 
     runtime: RuntimeName
@@ -31,6 +31,7 @@ class Passport:
     architectures: tuple[int, ...]
     plugin: str
     engine: str
+    kernels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, for the manifest."""

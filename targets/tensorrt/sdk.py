@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module, metadata
 from importlib.util import find_spec
@@ -42,6 +42,20 @@ def module(runtime: RuntimeName, versions: str) -> Any:
     if not SpecifierSet(versions).contains(found.__version__, prereleases=True):
         raise H1ExportError(NAMES[runtime], f"is {found.__version__}, and {versions} is needed", INSTALL[runtime])
     return found
+
+
+def logger(trt: Any, hear: Callable[[str], object]) -> Any:
+    """What hands every error of the module ``trt`` to ``hear``."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity <= trt.ILogger.ERROR:
+                hear(text)
+
+    return Logger()
 
 
 def _rtx_library() -> Path:

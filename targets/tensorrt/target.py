@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from h1export.core.artifact import Artifact
@@ -16,10 +17,11 @@ from h1export.plugins.gpu.cubin import ARCHITECTURES
 from h1export.targets.base import BuildOptions, Kernels, Lowered, RuntimeName
 from h1export.targets.onnx.counts import node_counts
 from h1export.targets.tensorrt import engine, network, plugin, sdk
+from h1export.targets.tensorrt.engine_runner import EngineRunner
 from h1export.targets.tensorrt.layout import DATA, MODEL, Ports
+from h1export.targets.tensorrt.network_runner import NetworkRunner
 from h1export.targets.tensorrt.passport import Passport
 from h1export.targets.tensorrt.recipe import ENGINE, LIBRARY, RECIPE, RTX_ARCHITECTURES, TRTEXEC, Recipe
-from h1export.targets.tensorrt.runner import TensorRTRunner
 
 OF_RTX = (80, 86, 89, 120, 121)  # compute capabilities that RTX builds for, and our kernels are compiled for
 
@@ -39,25 +41,30 @@ class TensorRTTarget:
         kernels = plugin.kernels(spec.mamba_d_head, spec.mamba_d_state, spec.mamba_d_conv, options.compute)
         if runtime == "rtx" and not sdk.has(runtime):
             raise H1ExportError(sdk.NAMES[runtime], "is not installed", f"{sdk.INSTALL[runtime]}, or build with --runtime tensorrt")
+        made = {}
         if not stage.dry:
             progress.stage("plugin")
-            plugin.write(stage.folder / Path(LIBRARY).parent, kernels, architectures)
+            made = plugin.write(stage.folder / Path(LIBRARY).parent, kernels, architectures)
         progress.stage("weights", store.nbytes)
         lowered = network.write(program, store, integers, options, stage)
         if stage.dry:
             return lowered
-        passport = _finish(stage.folder, runtime, architectures, lowered.inputs, options, progress)
-        return Lowered(lowered.inputs, lowered.outputs, lowered.weights, passport.to_json())
+        passport = replace(_finish(stage.folder, runtime, architectures, lowered.inputs, options, progress), kernels=made)
+        return replace(lowered, passport=passport.to_json())
 
     def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
         return {MODEL: node_counts(artifact.folder / MODEL)}
 
-    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> TensorRTRunner:
-        if kernels == "native":
-            raise H1ExportError(
-                artifact.folder, "h1export's kernels for it run on GPUs only, and this is a CPU", "leave out --kernels native"
-            )
-        return TensorRTRunner(artifact, threads, float32)
+    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> EngineRunner | NetworkRunner:
+        """The engine on the GPU at hand, or, on the CPU, the network that it was built from, which alone has a ``float32`` form."""
+        if float32 or kernels == "stock":
+            return NetworkRunner(artifact, threads, float32)
+        try:
+            return EngineRunner(artifact)
+        except H1ExportError as error:
+            if kernels == "native":
+                raise
+            return NetworkRunner(artifact, threads, float32, f"is computed on the CPU, and not by its engine: {error}")
 
 
 def _architectures(runtime: RuntimeName, options: BuildOptions) -> tuple[int, ...]:

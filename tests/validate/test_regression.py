@@ -27,7 +27,13 @@ from h1export.validate.regression import BEST_OF, PairPlayer, counted, counted_c
 Build = Callable[..., Artifact]
 DECODE, PREFILL = Timing(Kind.DECODE, 0), Timing(Kind.PREFILL, 64)
 GATE = Gate("ort", "int4", (Limit(DECODE), Limit(PREFILL)))
-BASE = Baseline("m", {"model.onnx": {"Add": 4, "Mul": 2}}, {"model.onnx": 100, "README.md": 7}, {"decode at 0": 50})
+BASE = Baseline(
+    "m",
+    {"model.onnx": {"Add": 4, "Mul": 2}},
+    {"model.onnx": 100, "README.md": 7},
+    {"decode at 0": 50},
+    {"decode sm_80": 0, "chunk_scan sm_80": 16},
+)
 
 
 def verdicts(now: Baseline, gate: Gate = GATE) -> dict[str, tuple[Verdict, str]]:
@@ -36,7 +42,7 @@ def verdicts(now: Baseline, gate: Gate = GATE) -> dict[str, tuple[Verdict, str]]
 
 def test_the_same_figures_pass() -> None:
     assert set(verdicts(BASE).values()) == {(Verdict.PASS, "")}
-    assert list(verdicts(BASE)) == ["nodes model.onnx", "file bytes", "bytes a step reads"]
+    assert list(verdicts(BASE)) == ["nodes model.onnx", "file bytes", "bytes a step reads", "kernel spills"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +54,8 @@ def test_the_same_figures_pass() -> None:
         ({"files": {"model.onnx": 101, "README.md": 1}}, "file bytes", "model.onnx 101, was 100"),
         ({"files": {**BASE.files, "more": 1}}, "file bytes", "more 1, was 0"),
         ({"step_bytes": {"decode at 0": 51}}, "bytes a step reads", "decode at 0 51, was 50"),
+        ({"spills": {"decode sm_80": 4, "chunk_scan sm_80": 0}}, "kernel spills", "decode sm_80 4, was 0"),
+        ({"spills": {"decode sm_86": 8}}, "kernel spills", "decode sm_86 8, was 0"),  # fewer in all, but of a new kernel
     ],
 )
 def test_more_of_anything_fails(change: dict[str, Any], name: str, note: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from h1export.targets.tensorrt.plugin.embed import digest, write_sources
 
 NAME = "libh1export_plugin.so"
 SHOWN_LINES = 5  # of what a failing compiler says
-NEXT_STEP = "install CMake 3.20 or later and a C++17 compiler"
+NEXT_STEP = "install the extra trt, which has CMake, and a C++17 compiler"
 
 
 def kernels(d_head: int, d_state: int, taps: int, dtype: str) -> tuple[Kernel, ...]:
@@ -67,8 +68,10 @@ def library(cubins: Sequence[Cubin], tensorrt_include: Path | None = None) -> Pa
     return path
 
 
-def write(folder: Path, wanted: Iterable[Kernel], architectures: Sequence[int]) -> None:
+def write(folder: Path, wanted: Iterable[Kernel], architectures: Sequence[int]) -> dict[str, dict[str, int]]:
     """Write ``folder``: the plugin's source with machine code, for CMake, and its library.
+
+    Returns what each kernel takes of a GPU, by its symbol and architecture: registers a thread, bytes spilled, bytes of shared memory.
 
     Raises:
         H1ExportError: Triton or CMake is missing or fails, or a kernel spills.
@@ -77,6 +80,14 @@ def write(folder: Path, wanted: Iterable[Kernel], architectures: Sequence[int]) 
     folder.mkdir(exist_ok=True)
     write_sources(folder / "source", cubins)
     shutil.copyfile(library(cubins), folder / NAME)
+    return {
+        f"{cubin.kernel.symbol} sm_{cubin.architecture}": {
+            "registers": cubin.registers,
+            "spilled": cubin.spilled,
+            "shared": cubin.shared,
+        }
+        for cubin in cubins
+    }
 
 
 def build(source: Path, folder: Path, tensorrt_include: Path | None = None) -> Path:
@@ -85,7 +96,7 @@ def build(source: Path, folder: Path, tensorrt_include: Path | None = None) -> P
     Raises:
         H1ExportError: no CMake or compiler, or they fail.
     """
-    cmake = shutil.which("cmake")
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=sysconfig.get_path("scripts"))  # of the extra trt
     if cmake is None:
         raise H1ExportError("TensorRT plugin", "no cmake found", NEXT_STEP)
     include = [] if tensorrt_include is None else [f"-DH1EXPORT_TENSORRT_INCLUDE={tensorrt_include}"]

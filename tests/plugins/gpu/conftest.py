@@ -1,7 +1,8 @@
-"""The GPU kernels under Triton's interpreter on a CPU, with bfloat16 as a GPU has it, and the recurrence they stand for."""
+"""The GPU kernels under Triton's interpreter on a CPU, with bfloat16 as a GPU has it, or on a GPU; and the recurrence they stand for."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,6 +39,18 @@ def bfloat16() -> Iterator[None]:
         patch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
         patch.setattr(InterpreterBuilder, "create_fp_trunc", rounding_cast)
         yield
+
+
+@pytest.fixture(scope="session", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the kernels run. Triton decides between interpreter and compiler once a process."""
+    if request.param == "interpreter":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here, or torch has no CUDA")
+    if os.environ["TRITON_INTERPRET"] != "0":
+        pytest.fail("Triton's interpreter is on: set TRITON_INTERPRET=0, as nox -s gpu does")
+    return torch.device("cuda")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The GPU kernel of h1::causal_conv against the sum it stands for in float64, under Triton's interpreter."""
+"""The GPU kernel of h1::causal_conv against the sum it stands for in float64, under Triton's interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ pytestmark = pytest.mark.trt
 Inputs = dict[str, Any]
 Array = npt.NDArray[np.float64]
 
+CPU = torch.device("cpu")
 TOLERANCE = 2e-6  # five products and a SiLU, each rounded to float32's 6e-8
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 FAULT = 1e-2  # what a wrong kernel must exceed
@@ -32,12 +33,12 @@ def by_definition(inputs: Inputs) -> tuple[Array, Array, Array]:
     return total / (1 + np.exp(-total)), xs[:, -(taps - 1) :].swapaxes(1, 2), size
 
 
-def convolved(inputs: Inputs, in_place: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and the state by our kernel; the input tensors stay as they are."""
-    state = inputs["state"].clone()
-    y, after = causal_conv(**inputs | {"state": state}, new_state=state if in_place else None)
-    assert (after is state) == in_place
-    return y, after
+def convolved(inputs: Inputs, in_place: bool = False, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and the state by our kernel on ``device``; the input tensors stay as they are."""
+    held = {name: None if value is None else value.to(device, copy=True) for name, value in inputs.items()}
+    y, after = causal_conv(**held, new_state=held["state"] if in_place else None)
+    assert (after is held["state"]) == in_place
+    return y.cpu(), after.cpu()
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -55,13 +56,13 @@ def convolved(inputs: Inputs, in_place: bool = False) -> tuple[torch.Tensor, tor
     ids=str,
 )
 def test_is_the_definition(
-    case: dict[str, Any], dtype: torch.dtype, conv_inputs: Callable[..., Inputs], error: Callable[..., float]
+    case: dict[str, Any], dtype: torch.dtype, device: torch.device, conv_inputs: Callable[..., Inputs], error: Callable[..., float]
 ) -> None:
     """y is off by its own rounding; the state is a copy."""
     inputs = conv_inputs(**{"channels": 40} | case, dtype=dtype)
     y64, state64, size = by_definition(inputs)
     for in_place in (False, True):
-        y, state = convolved(inputs, in_place)
+        y, state = convolved(inputs, in_place, device)
         assert error(y, y64, size) < TOLERANCE + ROUNDING[dtype]
         assert np.array_equal(state.double().numpy(), state64)
 

@@ -1,4 +1,4 @@
-"""The GPU kernels of h1::ssm_scan against its recurrence in float64, under Triton's interpreter."""
+"""The GPU kernels of h1::ssm_scan against its recurrence in float64, under Triton's interpreter, and the main cases on a GPU."""
 
 from __future__ import annotations
 
@@ -35,15 +35,18 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TILES, (32, 64), SMALL)
 
 
-def scanned(inputs: Inputs, in_place: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and the state by our kernels; the input tensors stay as they are."""
-    held = {name: value for name, value in inputs.items() if name != "chunk_size"}
-    held |= {"mask": inputs["mask"].to(inputs["x"].dtype), "state": inputs["state"].clone()}
+CPU = torch.device("cpu")
+
+
+def scanned(inputs: Inputs, in_place: bool = False, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and the state by our kernels on ``device``; the input tensors stay as they are."""
+    held = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items() if name != "chunk_size"}
+    held |= {"mask": held["mask"].to(inputs["x"].dtype), "state": held["state"].clone()}
     y, state = ssm_scan(**held, new_state=held["state"] if in_place else None)
     assert (state is held["state"]) == in_place
-    assert in_place or torch.equal(held["state"], inputs["state"])
+    assert in_place or torch.equal(held["state"].cpu(), inputs["state"])
     assert (y.dtype, state.dtype) == (inputs["x"].dtype, torch.float32)
-    return y, state
+    return y.cpu(), state.cpu()
 
 
 def check(inputs: Inputs, y: torch.Tensor, state: torch.Tensor, recurrence: Recurrence, error: Callable[..., float]) -> None:
@@ -68,26 +71,37 @@ SHAPE = {"batch": 1, "groups": 2, "heads_per_group": 1, "d_head": 32, "d_state":
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"T{case['seq']}")
 @pytest.mark.usefixtures("small_tiles")
 def test_is_the_recurrence(
-    case: dict[str, Any], dtype: torch.dtype, scan_inputs: Callable[..., Inputs], recurrence: Recurrence, error: Callable[..., float]
+    case: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    scan_inputs: Callable[..., Inputs],
+    recurrence: Recurrence,
+    error: Callable[..., float],
 ) -> None:
     inputs = scan_inputs(**SHAPE | case, dtype=dtype)
-    check(inputs, *scanned(inputs), recurrence, error)
+    check(inputs, *scanned(inputs, device=device), recurrence, error)
 
 
 @pytest.mark.parametrize(("d_head", "d_state", "seq"), [(*sizes, seq) for sizes in TILES for seq in (1, 129)])
 def test_every_row_of_the_table(
-    d_head: int, d_state: int, seq: int, scan_inputs: Callable[..., Inputs], recurrence: Recurrence, error: Callable[..., float]
+    d_head: int,
+    d_state: int,
+    seq: int,
+    device: torch.device,
+    scan_inputs: Callable[..., Inputs],
+    recurrence: Recurrence,
+    error: Callable[..., float],
 ) -> None:
     """With the tiles that are compiled; 129 tokens end in a ragged tile, and where chunks have 128 in one of a second chunk."""
     inputs = scan_inputs(1, seq, 1, 1, d_head, d_state, dtype=torch.float16)
-    check(inputs, *scanned(inputs), recurrence, error)
+    check(inputs, *scanned(inputs, device=device), recurrence, error)
 
 
 @pytest.mark.parametrize("seq", [1, 65])
 @pytest.mark.usefixtures("small_tiles")
-def test_a_state_in_place_is_the_state_beside(seq: int, scan_inputs: Callable[..., Inputs]) -> None:
+def test_a_state_in_place_is_the_state_beside(seq: int, device: torch.device, scan_inputs: Callable[..., Inputs]) -> None:
     inputs = scan_inputs(**SHAPE | {"seq": seq, "pads": (3,)}, dtype=torch.float16)
-    for beside, in_place in zip(scanned(inputs), scanned(inputs, in_place=True), strict=True):
+    for beside, in_place in zip(scanned(inputs, device=device), scanned(inputs, in_place=True, device=device), strict=True):
         assert torch.equal(beside, in_place)
 
 

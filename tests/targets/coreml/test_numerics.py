@@ -20,6 +20,7 @@ from h1export.validate.reference import Reference
 from h1export.validate.states import state_errors
 
 HALF, EXACT = 3e-3, 1e-5  # of the range
+FP16_STEP = 2.0**-10  # from a number to the next
 CALLS = (70, 1, 1, 64, 5, 1, 17)  # whole and padded prefills, decodes between them
 
 Build = Callable[..., Artifact]
@@ -76,7 +77,7 @@ def test_only_the_last_logits(tiny: Path, build: Build) -> None:
     ids, mask = np.arange(70)[None], np.ones((1, 70), np.int64)
     answers = [runner.step(ids, mask, runner.initial(1))[0] for runner in map(pipeline.load, (every, last))]
     assert answers[1].shape[1] == 1
-    np.testing.assert_array_equal(answers[0][:, -1:], answers[1])
+    np.testing.assert_allclose(answers[1], answers[0][:, -1:], rtol=FP16_STEP)  # one row's product may be summed in another order
 
 
 def test_the_buffer_is_used_to_its_last_row_and_no_further(tiny: Path, build: Build) -> None:

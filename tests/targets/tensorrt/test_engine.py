@@ -33,9 +33,10 @@ def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
 def built(checkpoint: Path, driver: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """An int4 artifact with an engine for one GPU; stand-ins are its machine code."""
 
-    def write(folder: Path, *_: Any) -> None:
+    def write(folder: Path, *_: Any) -> dict[str, Any]:
         folder.mkdir()
         shutil.copyfile(driver / "libh1export_plugin.so", folder / "libh1export_plugin.so")
+        return {}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("h1export.targets.tensorrt.plugin.write", write)
@@ -128,9 +129,10 @@ def test_a_corrupted_network(folder: Path) -> None:
 def test_a_corrupted_plugin_ends_the_build_with_code_2_and_nothing_left(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def write(folder: Path, *_: Any) -> None:
+    def write(folder: Path, *_: Any) -> dict[str, Any]:
         folder.mkdir()
         (folder / "libh1export_plugin.so").write_bytes(b"\x7fELF and nothing that follows")
+        return {}
 
     monkeypatch.setattr("h1export.targets.tensorrt.plugin.write", write)
     command = ["build", str(checkpoint), "--target", "trt", "--method", "rtn", "--quiet", "--sm", "86", "--out", str(tmp_path / "out")]

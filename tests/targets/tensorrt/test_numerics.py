@@ -25,6 +25,7 @@ from h1export.validate.reference import Reference
 from h1export.validate.states import row_of_batch, state_errors
 
 EXACT, HALF, BRAIN = 1e-5, 5e-3, 4e-2  # of the range; bf16 has three bits fewer than fp16
+FP16_STEP = 2.0**-10  # from a number to the next
 CALLS, PADS = (20, 1, 1, 17, 1), (0, 7)
 
 Build = Callable[..., Artifact]
@@ -85,7 +86,7 @@ def test_validate_passes_as_for_every_target(make_checkpoint: Callable[..., Path
 
 
 def test_a_prompt_longer_than_the_profile_and_the_last_row(make_checkpoint: Callable[..., Path], network: Build, monkeypatch: Any) -> None:
-    monkeypatch.setattr("h1export.targets.tensorrt.runner.PREFILL_TOKENS", 32)
+    monkeypatch.setattr("h1export.targets.tensorrt.limits.PREFILL_TOKENS", 32)
     checkpoint = make_checkpoint()
     runner, reference = pipeline.load(network(checkpoint), float32=True), Reference(checkpoint)
     reference.hold(runner.stored_weights())
@@ -102,7 +103,7 @@ def test_only_the_last_logits(make_checkpoint: Callable[..., Path], network: Bui
     every, last = (pipeline.load(network(make_checkpoint(), last_logits=last)) for last in (False, True))
     ids, ones = np.arange(9)[None], np.ones((1, 9), np.int64)
     expected, answer = (runner.step(ids, ones, runner.initial(1))[0] for runner in (every, last))
-    np.testing.assert_array_equal(answer, expected[:, -1:])
+    np.testing.assert_allclose(answer, expected[:, -1:], rtol=FP16_STEP)  # one row's product may be summed in another order
 
 
 def of(model: onnx.ModelProto, op: str) -> list[onnx.NodeProto]:

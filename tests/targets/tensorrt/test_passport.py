@@ -17,6 +17,8 @@ from h1export.targets.tensorrt.engine import Heard
 from h1export.targets.tensorrt.finish import finish
 from h1export.targets.tensorrt.passport import Host, Passport, check
 from h1export.targets.tensorrt.recipe import ENGINE, LIBRARY
+from h1export.validate.gate_file import Gate
+from h1export.validate.regression import counted
 
 HOST = Host({"tensorrt": "10.15.1"}, 89)
 
@@ -49,6 +51,8 @@ def test_finish_builds_the_engine_and_enters_it(unfinished: Path, gpu: None) -> 
     assert Passport.of(after) == passport
     assert (passport.version, passport.architectures) == ("10.15.1", (89,))
     assert passport.engine == after.manifest.files[ENGINE][0]
+    assert passport.kernels == {"decode sm_89": {"registers": 40, "spilled": 0, "shared": 1024}}
+    assert counted(after, Gate("trt", "int4"), {}).spills == {"decode sm_89": 0}
     assert before.manifest.files.items() < after.manifest.files.items()
     (unfinished / ENGINE).chmod(0o400)
     assert finish(unfinished, SILENT) == passport  # and leaves it, the second time

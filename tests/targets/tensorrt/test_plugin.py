@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin
 from h1export.plugins.gpu.kernel import Launch
 from h1export.plugins.gpu.shapes import PUBLISHED, Shape
 from h1export.plugins.ssm_scan import launch as scan
-from h1export.targets.tensorrt.plugin import build, library
+from h1export.targets.tensorrt.plugin import build, library, write
 from h1export.targets.tensorrt.plugin.embed import digest, write_sources
 from h1export.targets.tensorrt.plugin.schema import OPS, Op, header
 
@@ -239,5 +240,15 @@ def test_a_warning_stops_the_build_and_nothing_is_left(stand_ins: list[Cubin], t
 
 def test_without_cmake_the_error_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(H1ExportError, match="install CMake"):
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    with pytest.raises(H1ExportError, match="no cmake found; install the extra trt"):
         build(tmp_path, tmp_path)
+
+
+def test_what_kernels_take_is_told(stand_ins: list[Cubin], driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cubins = [replace(stand_ins[0], registers=40, spilled=8, shared=512)]
+    monkeypatch.setattr("h1export.targets.tensorrt.plugin.compile_all", lambda *_: cubins)
+    monkeypatch.setattr("h1export.targets.tensorrt.plugin.library", lambda _: driver / "libh1export_plugin.so")
+    name = f"{cubins[0].kernel.symbol} sm_{cubins[0].architecture}"
+    assert write(tmp_path / "plugin", [cubins[0].kernel], [80]) == {name: {"registers": 40, "spilled": 8, "shared": 512}}
+    assert (tmp_path / "plugin" / "libh1export_plugin.so").is_file()

@@ -14,11 +14,11 @@ from h1export.core.probes import PREFIX, probe_names
 from h1export.core.protocols import Capabilities, Ids, SteppedSequences, check_call
 from h1export.core.spec import HybridSpec
 from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec
-from h1export.errors import H1ExportError
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.stored import StoredWeights
 from h1export.targets.tensorrt.execution import Execution, Values
-from h1export.targets.tensorrt.layout import MODEL, PREFILL_TOKENS, WRITE_INDICES
+from h1export.targets.tensorrt.layout import MODEL, WRITE_INDICES
+from h1export.targets.tensorrt.limits import Limits, calls
 from h1export.targets.tensorrt.weights import key, read_stored
 
 
@@ -30,13 +30,15 @@ class States:
     arrays: dict[str, npt.NDArray[np.float32]]
 
 
-class TensorRTRunner:
-    """Runner over model.onnx, the very file that is handed to a builder, in its dtypes or, with ``float32``, in float32 throughout."""
+class NetworkRunner:
+    """Runner over model.onnx, the very file that is handed to a builder, in its dtypes or, with ``float32``, in float32 throughout.
 
-    def __init__(self, artifact: Artifact, threads: int, float32: bool) -> None:
-        self._artifact, self._spec, self._float32 = artifact, artifact.spec, float32
-        self._states, options = StateSpec.of(self._spec), artifact.manifest.options
-        self._max_context, self._max_batch = int(options["max_context"]), int(options["max_batch"])
+    ``why``: why no engine runs instead, for users; empty where this is what they asked for.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int, float32: bool, why: str = "") -> None:
+        self._artifact, self._spec, self._float32, self._why = artifact, artifact.spec, float32, why
+        self._states, options, self._limits = StateSpec.of(self._spec), artifact.manifest.options, Limits.of(artifact)
         self._all_logits, self._compute = not options["last_logits"], "fp32" if float32 else str(options["compute"])
         self._open = partial(Execution, artifact.folder, artifact.manifest.files, not float32, threads)
         self._execution = self._open()
@@ -48,21 +50,20 @@ class TensorRTRunner:
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            max_batch=self._max_batch,
+            max_batch=self._limits.max_batch,
             all_logits=self._all_logits,
             float32=self._float32,
-            notes=(f"{self._max_batch} sequences of {self._max_context} tokens at most",),
+            notes=(self._limits.note,),
             kernels=f"onnxruntime {sdk.onnxruntime().__version__} and the ops' references in {self._compute}, not TensorRT",
-            max_context=self._max_context,
+            fallback=self._why,
+            max_context=self._limits.max_context,
             emulated=True,
             probes=True,
         )
 
     def initial(self, batch: int) -> States:
-        if batch > self._max_batch:
-            what = f"{batch} rows, and the network takes {self._max_batch}"
-            raise H1ExportError("initial", what, f"build it with --max-batch {batch}")
-        zeros = self._states.zeros(batch, self._max_context)
+        self._limits.check_rows("start", batch)
+        zeros = self._states.zeros(batch, self._limits.max_context)
         return States(0, {tensor.past: zeros[tensor.key] for tensor in self._states.tensors})
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
@@ -79,31 +80,26 @@ class TensorRTRunner:
     def _advance(self, execution: Execution, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
         """Calls that fit the profiles, one after the other."""
         check_call(ids, mask, states.length, self._spec.vocab_size)
-        self._check_room("step", states.length + ids.shape[1])
-        calls: list[Values] = []
-        for start in range(0, ids.shape[1], PREFILL_TOKENS):
-            new = ids[:, start : start + PREFILL_TOKENS]
-            calls.append(execution.run(self._inputs(new, mask, states)))
-            states = States(states.length + new.shape[1], {tensor.past: calls[-1].pop(tensor.present) for tensor in self._states.tensors})
-        joined = {name: np.concatenate([call[name] for call in calls], axis=1) for name in calls[0]}
+        self._limits.check_room("step", states.length + ids.shape[1])
+        found: list[Values] = []
+        for part in calls(ids.shape[1]):
+            found.append(execution.run(self._inputs(ids[:, part], mask, states)))
+            after = {tensor.past: found[-1].pop(tensor.present) for tensor in self._states.tensors}
+            states = States(states.length + part.stop - part.start, after)
+        joined = {name: np.concatenate([call[name] for call in found], axis=1) for name in found[0]}
         logits = joined.pop(LOGITS)
         probes = {name.removeprefix(PREFIX): value.reshape(*ids.shape, -1) for name, value in joined.items()}
         return logits if self._all_logits else logits[:, -1:], states, probes
 
     def _inputs(self, ids: Ids, mask: Ids, states: States) -> Values:
         end, batch = states.length + ids.shape[1], len(ids)
-        columns = np.zeros((batch, self._max_context), np.int64)
+        columns = np.zeros((batch, self._limits.max_context), np.int64)
         columns[:, :end] = mask[:, :end]
         indices = np.full(batch, states.length, np.int64)
         return {INPUT_IDS: np.ascontiguousarray(ids), ATTENTION_MASK: columns, WRITE_INDICES: indices, **states.arrays}
 
-    def _check_room(self, where: str, tokens: int) -> None:
-        if tokens > self._max_context:
-            what = f"{tokens} tokens, and the network has room for {self._max_context}"
-            raise H1ExportError(where, what, f"build it with --max-context {tokens}")
-
     def start(self, batch: int, capacity: int) -> SteppedSequences:
-        self._check_room("start", capacity)
+        self._limits.check_room("start", capacity)
         return SteppedSequences(self, batch)
 
     def snapshot(self, states: States) -> dict[str, Array]:

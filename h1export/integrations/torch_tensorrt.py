@@ -1,0 +1,111 @@
+"""The h1 ops in torch-tensorrt, as layers of our plugin. Importing this imports torch-tensorrt, which needs an NVIDIA GPU.
+
+``load`` gives a model that torch-tensorrt can compile, ``register`` the plugin that its engines need; docs/tensorrt.md has an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorrt as trt
+import torch
+from torch_tensorrt.dynamo.conversion import dynamo_tensorrt_converter
+from torch_tensorrt.dynamo.conversion.converter_utils import cast_trt_tensor, get_trt_tensor
+
+from h1export.core.spec import HybridSpec
+from h1export.core.weights import WeightStore
+from h1export.errors import H1ExportError
+from h1export.graphs.model import FalconH1
+from h1export.plugins import h1
+from h1export.plugins.attention.op import composed
+from h1export.plugins.gpu.kernel import DTYPES, OURS
+from h1export.targets.tensorrt import plugin
+from h1export.targets.tensorrt.passport import gpu_architecture
+from h1export.targets.tensorrt.plugin.schema import NAMESPACE, OPS, VERSION, Op
+
+HALVES = (torch.float16, torch.bfloat16)
+EXACT = ("A_log", "D", "dt_bias")  # parameters of the scan that the plugin reads in float32
+FIELDS: Mapping[str, tuple[type[np.generic], Any]] = {
+    "int": (np.int32, trt.PluginFieldType.INT32),
+    "float": (np.float32, trt.PluginFieldType.FLOAT32),
+}
+DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {h1.attention.default: composed}  # for ExportedProgram.run_decompositions
+
+
+def load(checkpoint: str | Path, dtype: torch.dtype = torch.float16) -> FalconH1:
+    """The model in the folder ``checkpoint`` with ``dtype`` activations, on the CPU; states are inputs and outputs, see graphs/model.py.
+
+    Raises:
+        H1ExportError: a checkpoint that h1export does not export.
+    """
+    spec = HybridSpec.load(Path(checkpoint))
+    store, model = WeightStore.open(Path(checkpoint), spec), FalconH1(spec).eval()
+    for name, parameter in model.named_parameters():
+        values = torch.from_numpy(store.rows(name, 0, len(parameter))).view(parameter.shape)
+        parameter.data = values if name.endswith(EXACT) else values.to(dtype)
+    for vector in model.buffers():  # µP
+        vector.data = vector.to(dtype)
+    return model
+
+
+def register(checkpoint: str | Path, dtype: torch.dtype = torch.float16) -> Path:
+    """Compile the plugin for the model in ``checkpoint`` and for the GPU at hand, and load it into TensorRT. Returns the library.
+
+    Raises:
+        H1ExportError: no GPU, no kernels for its architecture or the model's sizes, no compiler, or TensorRT does not load the plugin.
+    """
+    spec = HybridSpec.load(Path(checkpoint))
+    wanted = plugin.kernels(spec.mamba_d_head, spec.mamba_d_state, spec.mamba_d_conv, DTYPES[dtype])
+    library = plugin.library(plugin.compile_all(wanted, (gpu_architecture(),)))
+    if trt.get_plugin_registry().load_library(str(library)) is None:
+        raise H1ExportError(library, f"TensorRT {trt.__version__} does not load the plugin", "see what it logged")
+    return library
+
+
+def convert(context: Any, op: Op, arguments: Sequence[Any], name: str) -> tuple[Any, ...]:
+    """One layer of the plugin; its state is an output beside the input.
+
+    Raises:
+        H1ExportError: the plugin was not registered, or refuses the attributes.
+    """
+    given = dict(zip((argument.name for argument in op.schema.arguments), arguments, strict=True))
+    own = get_trt_tensor(context, given["x"], f"{name}_x").dtype
+    tensors = []
+    for each in op.inputs:
+        value = np.zeros(given["weight"].shape[0], np.float32) if given[each] is None else given[each]  # no bias
+        tensor = get_trt_tensor(context, value, f"{name}_{each}")
+        tensors.append(cast_trt_tensor(context, tensor, own if op.kind(each) == OURS else trt.float32, f"{name}_{each}_cast"))
+    layer = context.net.add_plugin_v3(tensors, [], _instance(op, given, name))
+    layer.name = name
+    return tuple(layer.get_output(index) for index in range(2))
+
+
+def _instance(op: Op, given: Mapping[str, Any], name: str) -> Any:
+    creator = trt.get_plugin_registry().get_creator(op.name, VERSION, NAMESPACE)
+    if creator is None:
+        raise H1ExportError(f"h1::{op.space}", "TensorRT does not have the plugin", "call register before torch_tensorrt compiles")
+    attributes = [("state_in_place", "int", 0), *((attribute, kind, given[attribute]) for attribute, kind in op.attributes)]
+    fields = [trt.PluginField(field, np.array([value], FIELDS[kind][0]), FIELDS[kind][1]) for field, kind, value in attributes]
+    made = creator.create_plugin(name, trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
+    if made is None:
+        raise H1ExportError(f"h1::{op.space}", f"the plugin refuses {dict(given)}", "see what TensorRT logged")
+    return made
+
+
+def _takes(node: torch.fx.Node, *_: Any) -> bool:
+    """In other dtypes an op stays torch's."""
+    x: Any = node.args[0]
+    return x.meta["val"].dtype in HALVES
+
+
+def _register(op: Op) -> None:
+    @dynamo_tensorrt_converter(getattr(torch.ops.h1, op.space).default, capability_validator=_takes, supports_dynamic_shapes=True)
+    def converter(context: Any, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+        return convert(context, op, args, name)
+
+
+for _op in OPS:
+    _register(_op)

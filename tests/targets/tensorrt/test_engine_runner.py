@@ -1,0 +1,173 @@
+"""What runs on a GPU host, over a stand-in for TensorRT that computes the network at the addresses it is given."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_tensorrt import FakeGpu, FakeTensorRT
+
+from h1export import pipeline
+from h1export.core.artifact import Artifact
+from h1export.core.progress import SILENT
+from h1export.core.protocols import Runner
+from h1export.errors import H1ExportError
+from h1export.targets.tensorrt.engine import Heard
+from h1export.targets.tensorrt.finish import finish
+from h1export.targets.tensorrt.passport import Host
+from h1export.targets.tensorrt.recipe import ENGINE
+from h1export.validate import ValidateOptions, validate
+
+HOST = Host({"tensorrt": "10.15.1"}, 89)
+ROOM = 192
+
+
+@pytest.fixture(params=["fp16", "bf16"])
+def compute(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def finished(
+    compute: str,
+    make_checkpoint: Callable[..., Path],
+    build: Callable[..., Artifact],
+    without_plugin: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Artifact:
+    """An artifact on a host with a GPU, with an engine of a few bytes."""
+
+    def build_engine(folder: Path, _: object) -> Heard:
+        (folder / ENGINE).write_bytes(b"engine")
+        return Heard(version=HOST.versions["tensorrt"])
+
+    options = {"max_context": ROOM, "max_batch": 2, "runtime": "tensorrt", "architectures": (89,), "compute": compute}
+    artifact = build(make_checkpoint(), "int4", target="trt", **options)
+    folder = Path(shutil.copytree(artifact.folder, tmp_path / "out"))
+    monkeypatch.setattr(Host, "here", lambda _recipe: HOST)
+    monkeypatch.setattr("h1export.targets.tensorrt.engine.build", build_engine)
+    finish(folder, SILENT)
+    return Artifact.open(folder)
+
+
+@pytest.fixture
+def tensorrt(finished: Artifact, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
+    fake = FakeTensorRT(finished.folder)
+    monkeypatch.setattr("h1export.targets.tensorrt.sdk.module", lambda *_: fake)
+    monkeypatch.setattr("h1export.targets.tensorrt.engine_runner.Gpu", FakeGpu)
+    monkeypatch.setattr(FakeGpu, "recorded", 0)
+    return fake
+
+
+def ids_of(runner: Runner[Any], batch: int, tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.default_rng(tokens).integers(0, runner.spec.vocab_size, (batch, tokens), dtype=np.int64)
+
+
+def test_calls_are_those_of_the_network(finished: Artifact, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, with pads, prompts of several calls, and sequences that two calls continue."""
+    monkeypatch.setattr("h1export.targets.tensorrt.limits.PREFILL_TOKENS", 32)
+    runner, network = (pipeline.load(finished, kernels=kernels) for kernels in ("native", "stock"))
+    ids, mask = ids_of(runner, 2, 60), np.ones((2, 60), np.int64)
+    mask[1, :7] = 0
+    ours, theirs = runner.initial(2), network.initial(2)
+    for start, end in ((0, 40), (40, 41), (41, 60)):
+        before = runner.snapshot(ours)
+        found, after = runner.step(ids[:, start:end], mask[:, :end], ours)
+        expected, theirs = network.step(ids[:, start:end], mask[:, :end], theirs)
+        np.testing.assert_array_equal(found, expected)
+        assert all(np.array_equal(before[key], state) for key, state in runner.snapshot(ours).items()), "the caller's states changed"
+        ours = after
+        states = network.snapshot(theirs)
+        assert states.keys() == runner.snapshot(ours).keys()
+        for key, state in runner.snapshot(ours).items():
+            np.testing.assert_array_equal(state, states[key])
+    assert FakeGpu.recorded == 0
+
+
+@pytest.mark.parametrize("compute", ["fp16"], indirect=True)
+def test_decoding_is_recorded_once_and_replayed(finished: Artifact, tensorrt: FakeTensorRT) -> None:
+    """Other sequences between its calls do not disturb the graph."""
+    runner = pipeline.load(finished, kernels="native")
+    tokens, others = ids_of(runner, 1, 20), ids_of(runner, 2, 30)
+    expected, _ = runner.step(tokens, np.ones((1, 20), np.int64), runner.initial(1))
+    sequences, beside = runner.start(1, ROOM), runner.start(2, ROOM)
+    found = [sequences.append(tokens[:, :9])]
+    for column in range(9, 20):
+        found.append(sequences.append(tokens[:, column : column + 1]))
+        beside.append(others[:, 2 * column : 2 * column + 1 + column % 2][:, :2] if column < 15 else others[:, :1])
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=5e-3 * np.ptp(expected))  # in calls of other sizes
+    assert sequences.length == 20
+    assert FakeGpu.recorded == 2
+    assert [context.asked for context in tensorrt.engines[0].contexts] == [0, 0, 2, 2]
+
+
+def test_validate_judges_the_engine(finished: Artifact, tensorrt: FakeTensorRT, make_checkpoint: Callable[..., Path]) -> None:
+    runner, exact = pipeline.load(finished), pipeline.load(finished, float32=True)
+    assert (runner.capabilities.emulated, exact.capabilities.emulated) == (False, True)
+    slow = {"latency.prefill": 1e3, "latency.decode": 1e3}  # the stand-in is
+    report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(slow, pairs=1), SILENT)
+    assert report.passed, report.to_json()
+    rows = {(row.check, row.against): row for row in report.rows}
+    assert rows["decode latency", "source"].figures["ratio"] > 0
+    assert [row for row in report.rows if row.against == "drift" and row.figures]
+    assert "TensorRT 10.15.1 on sm_89" in report.to_json()
+
+
+@pytest.mark.parametrize("compute", ["fp16"], indirect=True)
+class TestErrors:
+    def test_the_passport_comes_before_the_engine(
+        self, finished: Artifact, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Host, "here", lambda _recipe: replace(HOST, architecture=120))
+        with pytest.raises(H1ExportError, match="the engine is for sm_89, and this GPU is sm_120"):
+            pipeline.load(finished, kernels="native")
+        assert tensorrt.engines == []
+        runner = pipeline.load(finished)
+        assert runner.capabilities.emulated
+        assert re.search("is computed on the CPU, and not by its engine: .*this GPU is sm_120", runner.capabilities.fallback)
+
+    def test_what_tensorrt_does_not_load(self, finished: Artifact, tensorrt: FakeTensorRT) -> None:
+        tensorrt.reads = False
+        with pytest.raises(H1ExportError, match=r"model.engine: TensorRT 10.15.1 on sm_89 cannot load it: it is of another version; run"):
+            pipeline.load(finished, kernels="native")
+        tensorrt.loads_plugin = False
+        with pytest.raises(H1ExportError, match="cannot load the plugin: it does not say why"):
+            pipeline.load(finished, kernels="native")
+
+    def test_a_call_that_fails(self, finished: Artifact, tensorrt: FakeTensorRT) -> None:
+        sequences = pipeline.load(finished, kernels="native").start(1, ROOM)
+        tensorrt.engines[0].broken = True
+        with pytest.raises(H1ExportError, match="cannot run: what it is bound to is wrong"):
+            sequences.append(np.ones((1, 3), np.int64))
+
+    def test_beyond_the_room(self, finished: Artifact, tensorrt: FakeTensorRT) -> None:
+        runner = pipeline.load(finished, kernels="native")
+        with pytest.raises(H1ExportError, match="--max-context 193"):
+            runner.start(1, ROOM + 1)
+        with pytest.raises(H1ExportError, match="--max-batch 3"):
+            runner.initial(3)
+        with pytest.raises(H1ExportError, match="1 rows; these are 2 sequences"):
+            runner.start(2, ROOM).append(np.ones((1, 1), np.int64))
+        sequences = runner.start(1, ROOM)
+        sequences.append(np.ones((1, ROOM), np.int64))
+        with pytest.raises(H1ExportError, match="--max-context 193"):
+            sequences.append(np.ones((1, 1), np.int64))
+
+    def test_without_a_gpu(self, finished: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        with pytest.raises(H1ExportError, match="torch: cannot use a GPU here; install PyTorch's build for CUDA"):
+            pipeline.load(finished, kernels="native")
+
+
+@pytest.mark.parametrize("compute", ["fp16"], indirect=True)
+def test_what_has_no_room_is_not_timed(finished: Artifact, tensorrt: FakeTensorRT, make_checkpoint: Callable[..., Path]) -> None:
+    runner, exact = pipeline.load(finished), pipeline.load(finished, float32=True)
+    report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(pairs=4), SILENT)
+    assert "208 tokens do not fit into 192" in {row.note for row in report.rows}

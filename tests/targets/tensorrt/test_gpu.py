@@ -1,0 +1,89 @@
+"""Engines, the plugin and torch-tensorrt on an NVIDIA GPU: `nox -s gpu`. Without one these tests skip, and nothing has run them yet."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from h1export import cli, pipeline
+from h1export.core.artifact import Artifact
+from h1export.core.state import StateSpec
+from h1export.targets.tensorrt import sdk
+from h1export.targets.tensorrt.passport import gpu_architecture
+from h1export.targets.tensorrt.target import OF_RTX
+from h1export.validate.logits import relative_error
+
+pytestmark = pytest.mark.gpu
+
+HALF = 5e-3  # of the range, as on the CPU
+
+
+@pytest.fixture(scope="module", autouse=True)
+def architecture() -> int:
+    """Of the GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("no NVIDIA GPU here, or torch has no CUDA")
+    return gpu_architecture()
+
+
+@pytest.fixture(scope="module", params=["rtx", "tensorrt"])
+def engine(request: pytest.FixtureRequest, architecture: int, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's artifact with an engine for this GPU."""
+    runtime: Any = request.param
+    if not sdk.has(runtime):
+        pytest.skip(f"{sdk.NAMES[runtime]} is not installed")
+    if runtime == "rtx" and architecture not in OF_RTX:
+        pytest.skip(f"TensorRT-RTX builds nothing for sm_{architecture}")
+    out = tmp_path_factory.mktemp(runtime) / "out"
+    command = ["build", "--target", "trt", "--quant", "int4", "--method", "rtn", "--max-context", "704", "--max-batch", "3", "--quiet"]
+    assert cli.run([*command, "--runtime", runtime, "--sm", str(architecture), "--out", str(out)]) == 0
+    assert cli.run(["finish", str(out), "--quiet"]) == 0
+    return out
+
+
+def test_validate_passes_on_the_engine(engine: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["validate", str(engine), "--kernels", "native", "--json", "--limit", "latency.decode=1e3"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert "on sm_" in json.dumps(report["environment"])
+
+
+def test_decoding_by_a_graph_is_decoding_by_calls(engine: Path) -> None:
+    """Other sequences in between disturb nothing."""
+    runner = pipeline.load(Artifact.open(engine), kernels="native")
+    ids = np.random.default_rng(0).integers(0, runner.spec.vocab_size, (1, 40), dtype=np.int64)
+    sequences, beside, states = runner.start(1, 40), runner.start(2, 40), runner.initial(1)
+    for column in range(40):
+        token = ids[:, column : column + 1]
+        replayed = sequences.append(token)
+        beside.append(np.repeat(token, 2, axis=0))
+        called, states = runner.step(token, np.ones((1, column + 1), np.int64), states)
+        assert relative_error(replayed[0], called[0]) <= HALF
+
+
+def test_torch_tensorrt_compiles_the_model(architecture: int, tiny: Path) -> None:
+    """A prompt of 64 tokens in fp16 against torch on the same GPU."""
+    if find_spec("torch_tensorrt") is None:
+        pytest.skip("torch-tensorrt is not installed")
+    torch_tensorrt: Any = importlib.import_module("torch_tensorrt")
+    integration: Any = importlib.import_module("h1export.integrations.torch_tensorrt")
+    integration.register(tiny)
+    model = integration.load(tiny).cuda()
+    ids, mask = torch.arange(64).cuda()[None], torch.ones(1, 64, dtype=torch.int64).cuda()
+    zeros = [torch.from_numpy(array).cuda() for array in StateSpec.of(model.spec).zeros(1, 8).values()]
+    flat = [state if index % 4 == 3 else state.half() for index, state in enumerate(zeros)]
+    states = [tuple(flat[index : index + 4]) for index in range(0, len(flat), 4)]
+    padded = torch.cat([torch.zeros_like(mask[:, :8]), mask], dim=1)
+    arguments = (ids, padded, states)
+    with torch.no_grad():
+        expected = model(*arguments)[0]
+        exported = torch.export.export(model, arguments, strict=False).run_decompositions(dict(integration.DECOMPOSITIONS))
+        compiled = torch_tensorrt.dynamo.compile(exported, arg_inputs=arguments, min_block_size=1, use_explicit_typing=True)
+        found = compiled(*arguments)[0]
+    assert relative_error(found[0].float().cpu().numpy(), expected[0].float().cpu().numpy()) <= HALF

@@ -3,7 +3,7 @@
     python benchmarks/gate_selftest.py ARTIFACT [--model CHECKPOINT] [--runs 20] [--planted 5] [--json FILE]
 
 A baseline is measured first. Then, with another process copying memory on the first core all the time, the artifact is gated RUNS times as
-it is, which must pass every time, and PLANTED times with its work done 1.3 times, which must fail every time. Exit code 1 where not.
+it is, which must pass every time, and PLANTED times with every call 1.3 times as long, which must fail every time. Exit code 1 where not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LOAD_BYTES = 1 << 26  # copied by the load: beyond caches, so that it takes memo
 
 
 def play(folder: Path, checkpoint: Path, factor: float) -> PairPlayer:
-    """What a gate's process does, with the artifact's work done ``factor`` times."""
+    """What a gate's process does, with calls of the artifact ``factor`` times as long."""
     pin(1)
     runner = timed_runner(Artifact.open(folder), 1, "auto")
     ours = RunnerPlayer(Slowed(runner, factor), GATE_STEPS, time.process_time)

@@ -1,6 +1,8 @@
-"""A planted slowdown: a model that does its work more than once, as a change that makes it slower would."""
+"""A planted slowdown: a model that takes longer for its work, exactly by a factor."""
 
 from __future__ import annotations
+
+import time
 
 from h1export.core.protocols import Capabilities, Ids, Sequences
 from h1export.core.spec import HybridSpec
@@ -9,7 +11,7 @@ from h1export.validate.players import Timed
 
 
 class Slowed:
-    """``model``, computing ``factor`` times as many tokens as it is asked for."""
+    """``model`` on one thread, with every call ``factor`` times as long: by the processor's time, and so by any clock."""
 
     def __init__(self, model: Timed, factor: float) -> None:
         self._model, self._factor = model, factor
@@ -23,23 +25,23 @@ class Slowed:
         return self._model.capabilities
 
     def start(self, batch: int, capacity: int) -> Sequences:
-        return SlowedSequences(self._model.start(batch, capacity), self._model.start(batch, capacity), self._factor - 1)
+        return SlowedSequences(self._model.start(batch, capacity), self._factor)
 
 
 class SlowedSequences:
-    """Appends to ``sequences`` what it is given, and of that the part ``more`` to ``others`` too: of single tokens, every few."""
+    """``sequences``, and a loop after each call. Doing a part of the work again would be less: its weights are in the cache by then."""
 
-    def __init__(self, sequences: Sequences, others: Sequences, more: float) -> None:
-        self._sequences, self._others, self._more, self._owed = sequences, others, more, 0.0
+    def __init__(self, sequences: Sequences, factor: float) -> None:
+        self._sequences, self._factor = sequences, factor
 
     @property
     def length(self) -> int:
         return self._sequences.length
 
     def append(self, ids: Ids) -> Array:
-        self._owed += self._more * ids.shape[1]
-        again = int(self._owed)
-        if again:
-            self._others.append(ids[:, :again])
-            self._owed -= again
-        return self._sequences.append(ids)
+        start = time.process_time()
+        logits = self._sequences.append(ids)
+        end = start + self._factor * (time.process_time() - start)
+        while time.process_time() < end:
+            pass
+        return logits

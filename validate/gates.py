@@ -34,8 +34,9 @@ LATENCY = {"latency.prefill": 1.5, "latency.decode": 1.0}
 
 
 def limits_of(manifest: Manifest, float32: bool, exact: bool, chosen: Mapping[str, float]) -> dict[str, float]:
-    """``limits`` for the artifact with this ``manifest``."""
-    quant: QuantName = next(name for name in get_args(QuantName) if name == manifest.scheme["quant"])
+    """``limits`` for the artifact with this ``manifest``, by its shortest integers: single tensors may have others than its scheme."""
+    bits = min((weight.bits for weight in manifest.weights), default=0)
+    quant: QuantName = next((name for name in get_args(QuantName) if name == f"int{bits}"), "none")
     chosen_by = manifest.scheme.get("method", "rtn")
     # what a ready-made checkpoint has in floats is rounded, and what it has in integers must be equal
     method: Method = "rtn" if chosen_by == READY else next(name for name in get_args(Method) if name == chosen_by)

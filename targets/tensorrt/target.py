@@ -16,7 +16,7 @@ from h1export.graphs.programs import Program
 from h1export.plugins.gpu.cubin import ARCHITECTURES
 from h1export.targets.base import BuildOptions, Kernels, Lowered, RuntimeName
 from h1export.targets.onnx.counts import node_counts
-from h1export.targets.tensorrt import engine, network, plugin, sdk
+from h1export.targets.tensorrt import engine, network, plugin, readme, sdk
 from h1export.targets.tensorrt.engine_runner import EngineRunner
 from h1export.targets.tensorrt.layout import DATA, MODEL, Ports
 from h1export.targets.tensorrt.network_runner import NetworkRunner
@@ -42,6 +42,7 @@ class TensorRTTarget:
         if runtime == "rtx" and not sdk.has(runtime):
             raise H1ExportError(sdk.NAMES[runtime], "is not installed", f"{sdk.INSTALL[runtime]}, or build with --runtime tensorrt")
         made = {}
+        readme.write(stage.folder, runtime, options)
         if not stage.dry:
             progress.stage("plugin")
             made = plugin.write(stage.folder / Path(LIBRARY).parent, kernels, architectures)

@@ -71,6 +71,19 @@ def test_a_plan_goes_into_the_artifact(spoken_checkpoint: Path, tmp_path: Path, 
     assert np.isfinite([row.figures["kl"] for row in report.rows if row.against == "stored" and row.figures]).all()
 
 
+@pytest.mark.ort
+@pytest.mark.parametrize(("quant", "chosen"), [("none", "int4"), ("none", "int8"), ("int8", "int4")])
+def test_single_tensors_are_judged_by_their_own_integers(quant: str, chosen: str, tiny: Path, tmp_path: Path) -> None:
+    """Where the scheme itself has none, or longer ones."""
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    plan.write_text(f"tensors:\n  {PROJECTION}: {chosen}\n", encoding="utf-8")
+    words = ["build", "--target", "ort", "--quant", quant, "--method", "rtn", "--precisions", str(plan), "--out", str(out), "--quiet"]
+    assert run([*words, "--validate", "--latency-pairs", "0", "--prompts", "0", "--text-bytes", "500"]) == 0
+    rows = {row["check"]: row for row in json.loads((out / "report.json").read_text())["rows"]}
+    assert rows["stored integers"]["verdict"] == "pass"
+    assert PROJECTION in rows["stored integers"]["details"]
+
+
 @pytest.mark.parametrize("words", [["--budget-bits", "5", "--budget-kl", "0.1"], ["--budget-bits", "-1"], ["--precisions", "nowhere.yaml"]])
 def test_contradictions(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["build", "--target", "ort", *words, "--out", str(tmp_path / "out")]) == 2

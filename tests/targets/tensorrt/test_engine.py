@@ -76,6 +76,9 @@ def test_the_recipe_says_it_all(built: Artifact) -> None:
     assert line == recipe.trtexec() + "\n"
     assert "--maxShapes=attention_mask:2x96,input_ids:2x96,past_key_values.0.conv_state:2x320x3" in line
     assert line.count("--profile=") == 2
+    readme = (built.folder / "README.md").read_text()
+    assert "# Falcon-H1 for TensorRT-RTX" in readme
+    assert "[batch, 96]" in readme
 
 
 def unknown_op(model: onnx.ModelProto) -> None:

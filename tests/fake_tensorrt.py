@@ -21,7 +21,9 @@ import torch
 
 from h1export.core.artifact import Artifact
 from h1export.targets.tensorrt.execution import Execution
+from h1export.targets.tensorrt.passport import Host
 
+HOST = Host({"tensorrt": "10.15.1"}, 89)  # the machine that it all stands for
 STREAM = 7
 DTYPES = {"INT64": torch.int64, "FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
 

@@ -8,13 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from fake_tensorrt import HOST
 
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin
 from h1export.plugins.gpu.kernel import Kernel
 from h1export.plugins.gpu.shapes import PUBLISHED
+from h1export.targets.tensorrt.engine import Heard
+from h1export.targets.tensorrt.passport import Host
 from h1export.targets.tensorrt.plugin import kernels, library
 from h1export.targets.tensorrt.plugin.embed import write_sources
 from h1export.targets.tensorrt.plugin.schema import OPS
+from h1export.targets.tensorrt.recipe import ENGINE
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-fPIC")
@@ -23,6 +27,18 @@ FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-fPIC")
 def image(kernel: Kernel, architecture: int) -> str:
     """What stands for the machine code of a kernel; the driver says which one it was given."""
     return f"code of {kernel.symbol} for sm_{architecture}"
+
+
+@pytest.fixture
+def gpu_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HOST, a machine with a GPU, whose builder writes a few bytes."""
+
+    def build_engine(folder: Path, _: object) -> Heard:
+        (folder / ENGINE).write_bytes(b"engine")
+        return Heard(version=HOST.versions["tensorrt"])
+
+    monkeypatch.setattr(Host, "here", lambda _recipe: HOST)
+    monkeypatch.setattr("h1export.targets.tensorrt.engine.build", build_engine)
 
 
 @pytest.fixture(scope="session")

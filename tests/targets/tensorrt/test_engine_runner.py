@@ -11,20 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_tensorrt import FakeGpu, FakeTensorRT
+from fake_tensorrt import HOST, FakeGpu, FakeTensorRT
 
 from h1export import pipeline
 from h1export.core.artifact import Artifact
 from h1export.core.progress import SILENT
 from h1export.core.protocols import Runner
 from h1export.errors import H1ExportError
-from h1export.targets.tensorrt.engine import Heard
 from h1export.targets.tensorrt.finish import finish
 from h1export.targets.tensorrt.passport import Host
-from h1export.targets.tensorrt.recipe import ENGINE
 from h1export.validate import ValidateOptions, validate
 
-HOST = Host({"tensorrt": "10.15.1"}, 89)
 ROOM = 192
 
 
@@ -39,20 +36,14 @@ def finished(
     make_checkpoint: Callable[..., Path],
     build: Callable[..., Artifact],
     without_plugin: None,
+    gpu_host: None,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> Artifact:
     """An artifact on a host with a GPU, with an engine of a few bytes."""
-
-    def build_engine(folder: Path, _: object) -> Heard:
-        (folder / ENGINE).write_bytes(b"engine")
-        return Heard(version=HOST.versions["tensorrt"])
 
     options = {"max_context": ROOM, "max_batch": 2, "runtime": "tensorrt", "architectures": (89,), "compute": compute}
     artifact = build(make_checkpoint(), "int4", target="trt", **options)
     folder = Path(shutil.copytree(artifact.folder, tmp_path / "out"))
-    monkeypatch.setattr(Host, "here", lambda _recipe: HOST)
-    monkeypatch.setattr("h1export.targets.tensorrt.engine.build", build_engine)
     finish(folder, SILENT)
     return Artifact.open(folder)
 

@@ -8,19 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_tensorrt import HOST
 
 from h1export import cli
 from h1export.core.artifact import Artifact, Manifest
 from h1export.core.progress import SILENT
 from h1export.errors import H1ExportError
-from h1export.targets.tensorrt.engine import Heard
 from h1export.targets.tensorrt.finish import finish
 from h1export.targets.tensorrt.passport import Host, Passport, check
 from h1export.targets.tensorrt.recipe import ENGINE, LIBRARY
 from h1export.validate.gate_file import Gate
 from h1export.validate.regression import counted
-
-HOST = Host({"tensorrt": "10.15.1"}, 89)
 
 
 @pytest.fixture
@@ -30,19 +28,7 @@ def unfinished(make_checkpoint: Callable[..., Path], build: Callable[..., Artifa
     return Path(shutil.copytree(artifact.folder, tmp_path / "out"))
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands for a machine with a GPU, whose builder writes a few bytes."""
-
-    def build_engine(folder: Path, _: object) -> Heard:
-        (folder / ENGINE).write_bytes(b"engine")
-        return Heard(version=HOST.versions["tensorrt"])
-
-    monkeypatch.setattr(Host, "here", lambda _recipe: HOST)
-    monkeypatch.setattr("h1export.targets.tensorrt.engine.build", build_engine)
-
-
-def test_finish_builds_the_engine_and_enters_it(unfinished: Path, gpu: None) -> None:
+def test_finish_builds_the_engine_and_enters_it(unfinished: Path, gpu_host: None) -> None:
     before = Artifact.open(unfinished)
     assert Passport.of(before).engine == ""
     passport = finish(unfinished, SILENT)
@@ -66,7 +52,7 @@ def test_finish_without_a_gpu(unfinished: Path, capsys: pytest.CaptureFixture[st
     assert not (unfinished / ENGINE).exists()
 
 
-def test_finish_on_a_gpu_that_the_kernels_are_not_for(unfinished: Path, gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finish_on_a_gpu_that_the_kernels_are_not_for(unfinished: Path, gpu_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Host, "here", lambda _recipe: replace(HOST, architecture=120))
     with pytest.raises(H1ExportError, match=r"compiled for sm_89, sm_90, and this GPU is sm_120; build it with --sm 120"):
         finish(unfinished, SILENT)
@@ -81,7 +67,7 @@ def test_finish_on_a_gpu_that_the_kernels_are_not_for(unfinished: Path, gpu: Non
         (replace(HOST, versions={"rtx": "1.7.1"}), "built with TensorRT 10.15.1, and here is none"),
     ],
 )
-def test_another_machine_is_named(host: Host, said: str, unfinished: Path, gpu: None) -> None:
+def test_another_machine_is_named(host: Host, said: str, unfinished: Path, gpu_host: None) -> None:
     passport = finish(unfinished, SILENT)
     check(unfinished, passport, HOST)
     with pytest.raises(H1ExportError, match=said):
@@ -89,7 +75,7 @@ def test_another_machine_is_named(host: Host, said: str, unfinished: Path, gpu: 
 
 
 @pytest.mark.parametrize("name", [ENGINE, LIBRARY])
-def test_a_changed_file_is_named(name: str, unfinished: Path, gpu: None) -> None:
+def test_a_changed_file_is_named(name: str, unfinished: Path, gpu_host: None) -> None:
     passport = finish(unfinished, SILENT)
     (unfinished / name).write_bytes(b"another")
     with pytest.raises(H1ExportError, match=rf"{name}: is not the file that the manifest's passport names"):

@@ -21,7 +21,7 @@ class Gpu:
         if not torch.cuda.is_available():
             raise H1ExportError("torch", "cannot use a GPU here", "install PyTorch's build for CUDA, and a driver that it supports")
         self.device = torch.device("cuda", 0)
-        self._stream = torch.cuda.Stream(self.device)
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     @property
     def handle(self) -> int:

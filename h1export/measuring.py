@@ -102,12 +102,19 @@ class Gated:
         return f"{self.gate.target} {self.gate.quant}"
 
     def makers(self, checkpoint: Path, kernels: Kernels) -> Makers | None:
-        """None where no runtime of this machine runs the artifact."""
+        """None where no runtime of this machine runs the artifact.
+
+        Raises:
+            H1ExportError: it runs on a GPU, whose time the gate's clock does not count.
+        """
         gate, folder = self.gate, self.artifact.folder
-        if load(self.artifact, gate.threads, kernels=kernels).capabilities.emulated:
+        capabilities = load(self.artifact, gate.threads, kernels=kernels).capabilities
+        if capabilities.emulated:
             return None
-        pair = partial(_play_pair, checkpoint, folder, gate.threads, kernels, gate.clock)
-        return Makers(pair, partial(_play, folder, gate.threads, kernels, GATE_STEPS), GATE_STEPS)
+        if capabilities.gpu and gate.clock is Clock.CPU and gate.timings:
+            raise H1ExportError(f"gate {self.name}", f'clock = "cpu" does not count what {capabilities.gpu} does', 'set clock = "wall"')
+        pair, kind = partial(_play_pair, checkpoint, folder, gate.threads, kernels, gate.clock), f"{cpu_kind()} {capabilities.gpu}".strip()
+        return Makers(pair, partial(_play, folder, gate.threads, kernels, GATE_STEPS), GATE_STEPS, kind)
 
 
 def gate(out: Path, checkpoint: Path, gates: Path, progress: Progress = SILENT, kernels: Kernels = "auto") -> GateReport:

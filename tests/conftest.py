@@ -113,6 +113,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(marker)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that needs a GPU skips where there is none; what else is missing there is a failure."""
+    if item.get_closest_marker("gpu") and shutil.which("nvidia-smi") is None:
+        pytest.skip("no NVIDIA GPU here (nvidia-smi is missing)")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``switches`` runs once for every entry of SWITCHES."""
     if "switches" in metafunc.fixturenames:

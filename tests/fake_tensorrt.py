@@ -35,7 +35,10 @@ class Mode(Enum):
 
 class Allocation(IntEnum):
     STATIC = 0
-    ON_PROFILE_CHANGE = 1
+    USER_MANAGED = 2
+
+
+MEMORY = 4096  # bytes that a context works in
 
 
 def memory(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -74,7 +77,11 @@ class FakeContext:
         self._engine, self._profile = engine, -1
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self.asked = 0
+        self.asked, self.memory = 0, 0
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert address
+        self.memory = size
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self._profile = index
@@ -96,11 +103,26 @@ class FakeContext:
     def execute_async_v3(self, stream: int) -> bool:
         addresses, shapes = dict(self._addresses), dict(self._shapes)
         aliased = all(addresses[name] == addresses[name.replace("present", "past_key_values")] for name in addresses if "present" in name)
-        if stream != STREAM or addresses.keys() != self._engine.ports.keys() or not aliased or self._engine.broken:
+        if stream != STREAM or self.memory < MEMORY or addresses.keys() != self._engine.ports.keys() or not aliased or self._engine.broken:
             self._engine.log("what it is bound to is wrong")
             return False
         FakeGpu.enqueue(lambda: self._engine.call(addresses, shapes))
         return True
+
+
+class FakeConfig:
+    allocation = Allocation.STATIC
+    cache: Any = None
+    dynamic_shapes_kernel_specialization_strategy = "none"
+
+    def set_execution_context_allocation_strategy(self, strategy: Allocation) -> None:
+        self.allocation = strategy
+
+    def create_runtime_cache(self) -> object:
+        return object()
+
+    def set_runtime_cache(self, cache: object) -> None:
+        self.cache = cache
 
 
 class FakeEngine:
@@ -112,14 +134,20 @@ class FakeEngine:
         self.profiles = json.loads((folder / "recipe.json").read_text())["profiles"]
         self.log, self.broken = log, False
         self.contexts: list[FakeContext] = []
+        self.configs: list[FakeConfig] = []
+        self.num_io_tensors, self.device_memory_size_v2 = len(self.ports), MEMORY
 
-    def create_runtime_config(self) -> Any:
-        return SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
+    def create_runtime_config(self) -> FakeConfig:
+        return FakeConfig()
 
-    def create_execution_context(self, config: Any) -> FakeContext:
-        assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
+    def create_execution_context(self, config: FakeConfig) -> FakeContext:
+        assert config.allocation is Allocation.USER_MANAGED
+        self.configs.append(config)
         self.contexts.append(FakeContext(self))
         return self.contexts[-1]
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.ports)[index]
 
     def get_tensor_mode(self, name: str) -> Mode:
         return Mode.INPUT if name in self._inputs else Mode.OUTPUT
@@ -136,7 +164,7 @@ class FakeTensorRT:
     """The module. ``engines``: those that were read."""
 
     TensorIOMode, ExecutionContextAllocationStrategy = Mode, Allocation
-    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", LAZY="lazy")
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.engines = folder, list[FakeEngine]()

@@ -82,18 +82,18 @@ class Baseline:
         nodes: graph -> op type -> how many.
         files: name -> bytes.
         step_bytes: timing -> bytes.
-        spills: GPU kernel and architecture -> bytes a thread that it stores for want of registers.
         peak_bytes: of memory; 0: not measured.
-        ratios: kind of CPU -> timing -> ratio. One kind says little about another, whose vector instructions differ.
+        ratios: kind of CPU, and GPU -> timing -> ratio. One kind says little about another, whose vector instructions differ.
+        spills: GPU kernel and architecture -> bytes a thread that it stores for want of registers.
     """
 
     model: str
     nodes: Mapping[str, Mapping[str, int]]
     files: Mapping[str, int]
     step_bytes: Mapping[str, int]
-    spills: Mapping[str, int] = field(default_factory=dict)
     peak_bytes: int = 0
     ratios: Mapping[str, Mapping[str, Ratio]] = field(default_factory=dict)
+    spills: Mapping[str, int] = field(default_factory=dict)
 
 
 def model_of(manifest: Manifest) -> str:

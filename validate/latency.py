@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from h1export.core.protocols import Ids, Runner, Sequences
 from h1export.validate.reference import Reference
@@ -45,20 +46,21 @@ def tokens_needed(pairs: int) -> int:
 
 def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) -> dict[str, Latency]:
     """A prefill of ``prompt`` [PREFILL], and DECODE steps after it; the sequences grow on, which changes little in a step's time."""
-    batch, token = prompt[None], prompt[-1:][None]
-    ours, theirs = partial(runner.start, 1, tokens_needed(pairs)), partial(reference.start, 1, 0)
+    batch, token, ones = prompt[None], prompt[-1:][None], np.ones((1, len(prompt)), np.int64)
 
-    def prefill(start: Callable[[], Sequences]) -> Callable[[], None]:
-        return lambda: _extend(start(), batch, 1)
+    def prefill() -> None:
+        runner.step(batch, ones, runner.initial(1))
 
-    def decode(start: Callable[[], Sequences]) -> Callable[[], None]:
-        sequences = start()
+    def reference_prefill() -> None:
+        reference.start(1, 0).append(batch)
+
+    def decode(sequences: Sequences) -> Callable[[], None]:
+        def steps() -> None:
+            for _ in range(DECODE):
+                sequences.append(token)
+
         sequences.append(batch)
-        return partial(_extend, sequences, token, DECODE)
+        return steps
 
-    return {name: paired(way(ours), way(theirs), pairs) for name, way in (("prefill", prefill), ("decode", decode))}
-
-
-def _extend(sequences: Sequences, ids: Ids, times: int) -> None:
-    for _ in range(times):
-        sequences.append(ids)
+    ours, theirs = decode(runner.start(1, tokens_needed(pairs))), decode(reference.start(1, 0))
+    return {"prefill": paired(prefill, reference_prefill, pairs), "decode": paired(ours, theirs, pairs)}

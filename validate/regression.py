@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,15 @@ class PairPlayer:
 
 @dataclass(frozen=True)
 class Makers:
-    """What processes are started with: both sides of each timing, and the artifact alone, whose memory counts. ``steps``: a timing."""
+    """What processes are started with: both sides of each timing, and the artifact alone, whose memory counts.
+
+    ``steps``: of a timing. ``kind``: of the machine, as ratios are kept by.
+    """
 
     pair: Callable[[], Player]
     alone: Callable[[], Player]
     steps: int
+    kind: str = field(default_factory=cpu_kind)
 
 
 def counted(artifact: Artifact, gate: Gate, operations: Mapping[str, Mapping[str, int]]) -> Baseline:
@@ -96,7 +100,7 @@ def counted(artifact: Artifact, gate: Gate, operations: Mapping[str, Mapping[str
     steps = {str(timing): step_bytes(artifact.manifest, artifact.spec, timing.batch, timing.tokens) for timing in decoded}
     files = {name: size for name, (_, size) in artifact.manifest.files.items()}
     spills = {name: kernel["spilled"] for name, kernel in artifact.manifest.passport.get("kernels", {}).items()}
-    return Baseline(model_of(artifact.manifest), operations, files, steps, spills)
+    return Baseline(model_of(artifact.manifest), operations, files, steps, spills=spills)
 
 
 def counted_checks(now: Baseline, then: Baseline, gate: Gate) -> Iterator[Check]:
@@ -150,11 +154,11 @@ def measured_checks(makers: Makers, then: Baseline, gate: Gate) -> Iterator[Chec
     if then.peak_bytes:
         peak, limit = memory_of(makers, gate), gate.memory * then.peak_bytes
         yield Check("peak memory", Verdict.FAIL if peak > limit else Verdict.PASS, peak, limit)
-    kind, names = cpu_kind(), [str(limit.timing) for limit in gate.timings]
+    kind, names = makers.kind, [str(limit.timing) for limit in gate.timings]
     if not names:
         return
     if kind not in then.ratios:
-        what = f"the baseline is of {' and '.join(then.ratios) or 'no CPU'}, and this one is {kind}"
+        what = f"the baseline is of {' and '.join(then.ratios) or 'no machine'}, and this one is {kind}"
         settle = f"{what}: run h1export gate --write-baseline here, which keeps the others"
         yield from (Check(name, Verdict.INCONCLUSIVE, note=settle) for name in names)
         return
@@ -172,7 +176,7 @@ def measured_checks(makers: Makers, then: Baseline, gate: Gate) -> Iterator[Chec
 
 
 def measured(makers: Makers, now: Baseline, gate: Gate) -> Baseline:
-    """``now`` with its memory and ratios on this kind of CPU, from PROCESSES processes."""
+    """``now`` with its memory and ratios on this kind of machine, from PROCESSES processes."""
     samples: dict[Timing, list[float]] = {limit.timing: [] for limit in gate.timings}
     for _ in range(PROCESSES if samples else 0):
         child = Child(makers.pair)
@@ -184,4 +188,4 @@ def measured(makers: Makers, now: Baseline, gate: Gate) -> Baseline:
                 found.append(1 / child.speed(timing))
         child.finish()
     ratios = {str(timing): Ratio(median_interval(found, 1 - CONFIDENCE), len(found)) for timing, found in samples.items()}
-    return replace(now, peak_bytes=memory_of(makers, gate), ratios={**now.ratios, cpu_kind(): ratios})
+    return replace(now, peak_bytes=memory_of(makers, gate), ratios={**now.ratios, makers.kind: ratios})

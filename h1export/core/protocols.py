@@ -30,6 +30,7 @@ class Capabilities:
         fallback: what is slower than it could be here, why, and the next step; empty: nothing is. Users are told.
         max_context: tokens in one sequence; None: no limit.
         probes: whether ``observe`` works.
+        gpu: on which GPU it computes; empty: on none.
         emulated: not the runtime itself computes, but something that stands in for it: right, and no measure of speed.
     """
 
@@ -42,6 +43,7 @@ class Capabilities:
     max_context: int | None = None
     emulated: bool = False
     probes: bool = False
+    gpu: str = ""
 
 
 class Sequences(Protocol):

@@ -26,6 +26,7 @@ from h1export.targets.tensorrt import plugin
 from h1export.targets.tensorrt.passport import gpu_architecture
 from h1export.targets.tensorrt.plugin.schema import NAMESPACE, OPS, VERSION, Op
 
+_loaded: list[Path] = []  # the plugin's library, once TensorRT has it
 HALVES = (torch.float16, torch.bfloat16)
 EXACT = ("A_log", "D", "dt_bias")  # parameters of the scan that the plugin reads in float32
 FIELDS: Mapping[str, tuple[type[np.generic], Any]] = {
@@ -35,8 +36,10 @@ FIELDS: Mapping[str, tuple[type[np.generic], Any]] = {
 DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {h1.attention.default: composed}  # for ExportedProgram.run_decompositions
 
 
-def load(checkpoint: str | Path, dtype: torch.dtype = torch.float16) -> FalconH1:
+def load(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> FalconH1:
     """The model in the folder ``checkpoint`` with ``dtype`` activations, on the CPU; states are inputs and outputs, see graphs/model.py.
+
+    All activations: trained models' residual streams leave the range of float16.
 
     Raises:
         H1ExportError: a checkpoint that h1export does not export.
@@ -51,8 +54,10 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.float16) -> FalconH1
     return model
 
 
-def register(checkpoint: str | Path, dtype: torch.dtype = torch.float16) -> Path:
+def register(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Compile the plugin for the model in ``checkpoint`` and for the GPU at hand, and load it into TensorRT. Returns the library.
+
+    A process can hold one: that of one dtype, head dim, state size and number of taps.
 
     Raises:
         H1ExportError: no GPU, no kernels for its architecture or the model's sizes, no compiler, or TensorRT does not load the plugin.
@@ -60,8 +65,11 @@ def register(checkpoint: str | Path, dtype: torch.dtype = torch.float16) -> Path
     spec = HybridSpec.load(Path(checkpoint))
     wanted = plugin.kernels(spec.mamba_d_head, spec.mamba_d_state, spec.mamba_d_conv, DTYPES[dtype])
     library = plugin.library(plugin.compile_all(wanted, (gpu_architecture(),)))
-    if trt.get_plugin_registry().load_library(str(library)) is None:
+    if _loaded and library not in _loaded:
+        raise H1ExportError(library, f"this process has {_loaded[0]} already", "use another process for a model of other sizes")
+    if not _loaded and trt.get_plugin_registry().load_library(str(library)) is None:
         raise H1ExportError(library, f"TensorRT {trt.__version__} does not load the plugin", "see what it logged")
+    _loaded[:] = [library]
     return library
 
 
@@ -91,7 +99,7 @@ def _instance(op: Op, given: Mapping[str, Any], name: str) -> Any:
     fields = [trt.PluginField(field, np.array([value], FIELDS[kind][0]), FIELDS[kind][1]) for field, kind, value in attributes]
     made = creator.create_plugin(name, trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
     if made is None:
-        raise H1ExportError(f"h1::{op.space}", f"the plugin refuses {dict(given)}", "see what TensorRT logged")
+        raise H1ExportError(f"h1::{op.space}", f"the plugin refuses {attributes}", "see what TensorRT logged")
     return made
 
 

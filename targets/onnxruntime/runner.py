@@ -22,7 +22,7 @@ from h1export.targets.onnx import sdk
 from h1export.targets.onnx.columns import CODES, SCALES, ZEROS
 from h1export.targets.onnx.stored import StoredWeights
 from h1export.targets.onnxruntime import layout, native
-from h1export.targets.onnxruntime.flavour import flavour
+from h1export.targets.onnxruntime.flavour import CUDA, flavour
 from h1export.targets.onnxruntime.nbits import ROWS
 from h1export.targets.onnxruntime.sequences import BoundSequences
 from h1export.targets.onnxruntime.session import MODEL, NATIVE_MODEL, open_session
@@ -72,6 +72,7 @@ class OnnxRuntimeRunner:
             self._kernels,
             self._fallback,
             probes=True,
+            gpu="CUDA" if self._flavour.provider == CUDA else "",
         )
 
     @property

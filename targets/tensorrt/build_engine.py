@@ -52,6 +52,8 @@ def _config(trt: Any, builder: Any, network: Any, recipe: Recipe) -> Any:
     config = builder.create_builder_config()
     for feature in recipe.preview_features:
         config.set_preview_feature(getattr(trt.PreviewFeature, feature), True)
+    for flag in recipe.builder_flags:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
     if recipe.architectures:
         config.num_compute_capabilities = len(recipe.architectures)
         for index, architecture in enumerate(recipe.architectures):

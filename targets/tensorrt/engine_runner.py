@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from h1export.core.artifact import Artifact
 from h1export.core.protocols import Capabilities, Ids
 from h1export.core.spec import HybridSpec
@@ -26,7 +28,13 @@ class EngineRunner:
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact, self._gpu = artifact, Gpu()
-        self._engine = LoadedEngine(artifact, self._gpu)
+        try:
+            with self._gpu.current():
+                self._engine = LoadedEngine(artifact, self._gpu)
+        except RuntimeError as error:  # CUDA's, or out of memory
+            raise H1ExportError(
+                artifact.folder, f"does not fit this GPU ({error})", "free the GPU's memory, or see to its driver"
+            ) from error
 
     @property
     def spec(self) -> HybridSpec:
@@ -42,6 +50,7 @@ class EngineRunner:
             notes=(limits.note,),
             kernels=self._engine.name,
             max_context=limits.max_context,
+            gpu=self._engine.gpu_name,
         )
 
     def initial(self, batch: int) -> EngineSequences:
@@ -57,11 +66,13 @@ class EngineRunner:
 
     def start(self, batch: int, capacity: int) -> EngineSequences:
         self._engine.limits.check_room("start", capacity)
-        return EngineSequences.new(self._engine, batch)
+        return EngineSequences.new(self._engine, batch).warmed()
 
     def snapshot(self, states: EngineSequences) -> dict[str, Array]:
         with self._gpu.current():
-            found = {tensor: states.states[tensor.past].float().cpu().numpy() for tensor in StateSpec.of(self.spec).tensors}
+            found = {
+                tensor: states.states[tensor.past].to("cpu", torch.float32, copy=True).numpy() for tensor in StateSpec.of(self.spec).tensors
+            }
         return {tensor.key: array[:, :, : states.length] if tensor.kind.grows else array for tensor, array in found.items()}
 
     def magnitudes(self) -> Mapping[str, float]:

@@ -33,8 +33,12 @@ class Gpu:
         return torch.cuda.stream(self._stream)
 
     def record(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """What ``launch`` puts into the stream, as a graph: nothing runs now, and all of it when the result is called."""
+        """What ``launch`` puts into the stream, as a graph: nothing runs now, and all of it when the result is called.
+
+        Raises:
+            RuntimeError: something of it cannot be recorded.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):  # other threads may do what they like
             launch()
         return graph.replay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,33 @@ from h1export.targets.tensorrt.limits import Limits
 from h1export.targets.tensorrt.passport import Host, Passport, check
 from h1export.targets.tensorrt.recipe import Recipe
 
+DECODE, PREFILL = "decode", "prefill"  # profiles
+
+
+class Voice:
+    """What TensorRT says of the engine in ``path``; ``name``: its version, and the GPU."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self.name, self._said = path, name, list[str]()
+
+    def hear(self, text: str) -> None:
+        self._said.append(text)
+
+    def error(self, what: str) -> H1ExportError:
+        """``what`` went wrong, with the last words, which are then forgotten."""
+        said = self._said[-1] if self._said else "it does not say why"
+        self._said.clear()
+        return H1ExportError(self._path, f"{self.name} {what}: {said}", "run h1export finish on the artifact, or build it again")
+
 
 class LoadedEngine:
     """model.engine of ``artifact`` on ``gpu``.
 
+    All calls go to one stream, one after the other, and so have one working memory.
+
     Attributes:
         name: the runtime with its version, and the GPU's architecture.
+        gpu_name: the architecture alone.
         all_logits: whether a call gives logits for each of its tokens, or for the last.
 
     Raises:
@@ -33,52 +55,65 @@ class LoadedEngine:
         check(artifact.folder, passport, host)  # before anything is read
         self.artifact, self.gpu, self.limits = artifact, gpu, Limits.of(artifact)
         self.all_logits = not artifact.manifest.options["last_logits"]
-        self.name = f"{sdk.NAMES[recipe.runtime]} {passport.version} on sm_{host.architecture}"
-        self._path, self._said = artifact.folder / recipe.engine, list[str]()
+        self.gpu_name = f"sm_{host.architecture}"
         self._profiles = {profile.name: index for index, profile in enumerate(recipe.profiles)}
+        path = artifact.folder / recipe.engine
+        self._voice = Voice(path, f"{sdk.NAMES[recipe.runtime]} {passport.version} on {self.gpu_name}")
         self._trt = sdk.module(recipe.runtime, recipe.versions)
-        self._runtime = self._trt.Runtime(sdk.logger(self._trt, self._said.append))  # outlives what it makes
+        try:
+            self._runtime = self._trt.Runtime(sdk.logger(self._trt, self._voice.hear))  # outlives what it makes
+        except TypeError:  # a factory that returned nothing
+            raise self._voice.error("does not start") from None
         if self._runtime.get_plugin_registry().load_library(str(artifact.folder / recipe.plugin)) is None:
-            raise self.error("cannot load the plugin")
-        self._engine = self._runtime.deserialize_cuda_engine(self._path.read_bytes())
+            raise self._voice.error("cannot load the plugin")
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
-            raise self.error("cannot load it")
-        self._shared = {profile: self.context(profile) for profile in self._profiles}
+            raise self._voice.error("cannot load it")
+        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
+        self._inputs = {name for name in names if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT}
+        self._memory = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device=gpu.device)
+        self._compiled: Any = None  # TensorRT-RTX's kernels, for all contexts
+        self._shared = {profile: self.context(profile) for profile in (DECODE, PREFILL)}
+
+    @property
+    def name(self) -> str:
+        return self._voice.name
 
     def shared(self, tokens: int) -> Context:
         """The context that every call of so many tokens may use, bound anew."""
-        return self._shared["decode" if tokens == 1 else "prefill"]
+        return self._shared[DECODE if tokens == 1 else PREFILL]
 
     def context(self, profile: str) -> Context:
-        """A context of its own, with the working memory of ``profile``."""
-        made = self._engine.create_execution_context(self._config())
-        if made is None or not made.set_optimization_profile_async(self._profiles[profile], self.gpu.handle):
-            raise self.error(f"has no memory for the profile {profile}")
-        return Context(self, made)
+        """A context of its own."""
+        made = self._engine.create_execution_context(self._config(profile))
+        if made is None:
+            raise self._voice.error("makes no context")
+        made.set_device_memory(self._memory.data_ptr(), self._memory.numel())
+        if not made.set_optimization_profile_async(self._profiles[profile], self.gpu.handle):
+            raise self._voice.error(f"does not take the profile {profile}")
+        return Context(made, self._inputs, self.gpu.handle, self._voice)
 
-    def _config(self) -> Any:
-        """Working memory of one profile alone. TensorRT-RTX: a call's kernels before the call, and not beside the first calls."""
+    def _config(self, profile: str) -> Any:
+        """Working memory is ours: with its own, TensorRT-RTX does not let itself be recorded.
+
+        It compiles kernels while the model runs: those of single tokens before the call, so that a graph holds them; those of prompts,
+        whose sizes are many, beside the first calls.
+        """
         trt, config = self._trt, self._engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE)
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            self._compiled = self._compiled or config.create_runtime_cache()
+            config.set_runtime_cache(self._compiled)
+            strategies = trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if profile == DECODE else strategies.LAZY
         return config
-
-    def is_input(self, name: str) -> bool:
-        """Of a tensor that calls are bound to."""
-        return bool(self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT)
-
-    def error(self, what: str) -> H1ExportError:
-        """``what`` went wrong, with what TensorRT last said."""
-        said = self._said[-1] if self._said else "it does not say why"
-        return H1ExportError(self._path, f"{self.name} {what}: {said}", "run h1export finish on the artifact, or build it again")
 
 
 class Context:
-    """One way of calling a LoadedEngine, on the tensors that it is bound to."""
+    """One way of calling a LoadedEngine, on the tensors that it is bound to; ``stream``: the GPU's."""
 
-    def __init__(self, engine: LoadedEngine, context: Any) -> None:
-        self._engine, self._context = engine, context
+    def __init__(self, context: Any, inputs: set[str], stream: int, voice: Voice) -> None:
+        self._context, self._inputs, self._stream, self._voice = context, inputs, stream, voice
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Let calls read and write ``tensors``, inputs and outputs by name, which the caller keeps.
@@ -88,17 +123,17 @@ class Context:
         """
         for name, tensor in tensors.items():
             done = self._context.set_tensor_address(name, tensor.data_ptr())
-            if done and self._engine.is_input(name):
+            if done and name in self._inputs:
                 done = self._context.set_input_shape(name, tuple(tensor.shape))
             if not done:
-                raise self._engine.error(f"does not take {name} {list(tensor.shape)}")
+                raise self._voice.error(f"does not take {name} {list(tensor.shape)}")
 
     def launch(self) -> None:
-        """Put one call into the GPU's stream. Raises H1ExportError where TensorRT refuses it."""
-        if not self._context.execute_async_v3(self._engine.gpu.handle):
-            raise self._engine.error("cannot run")
+        """Put one call into the stream. Raises H1ExportError where TensorRT refuses it."""
+        if not self._context.execute_async_v3(self._stream):
+            raise self._voice.error("cannot run")
 
     def recordable(self) -> bool:
         """Whether a graph may be made of a call. TensorRT-RTX can say no; TensorRT has no such question."""
         asked = getattr(self._context, "is_stream_capturable", None)
-        return asked is None or bool(asked(self._engine.gpu.handle))
+        return asked is None or bool(asked(self._stream))

@@ -30,7 +30,7 @@ h1export needs PyTorch's build for CUDA there. An engine runs code: `finish`, `v
 
 - Profile 0 takes one token, profile 1 up to {tokens}; longer prompts come in several calls. Batch up to {batch}.
 - `input_ids` int64 [batch, sequence]; `write_indices` int64 [batch], the tokens before this call, pads included; `attention_mask` int64
-  [batch, {context}], 1 for real tokens up to the call's last one, with pads on the left only.
+  [batch, {context}], 1 for each real token so far, with pads on the left only.
 - `past_key_values.N.*` are buffers, zero before the first token, and `present.N.*` must be bound to the same memory: states are updated
   in place.
 """

@@ -17,6 +17,7 @@ from h1export.targets.tensorrt.layout import MODEL, Ports, Profile, profiles
 RECIPE, ENGINE, TRTEXEC = "recipe.json", "model.engine", "trtexec.sh"
 LIBRARY = "plugin/libh1export_plugin.so"
 ALIASED = "ALIASED_PLUGIN_IO_10_03"  # states are updated in place
+RECORDABLE = "REQUIRE_USER_ALLOCATION"  # TensorRT-RTX: calls can be recorded as CUDA graphs
 TRTEXEC_NAMES = {ALIASED: "aliasedPluginIO1003"}
 VERSIONS: Mapping[RuntimeName, str] = {"rtx": ">=1.7,<2", "tensorrt": ">=10.15,<12"}  # 10.15 brought TensorScatter and RotaryEmbedding
 RTX_ARCHITECTURES = (80, 86, 89, 120)  # of the default; RTX has 75 and 121 too, and neither 90 nor 100
@@ -40,7 +41,7 @@ class Recipe:
         runtime: whose builder.
         versions: of it, as a version specifier; those of TensorRT are documented, and not run.
         architectures: compute capabilities that the engine is for; empty: that of the GPU at hand.
-        preview_features: TensorRT's names of them.
+        preview_features, builder_flags: TensorRT's names of them.
         profiles: decode, and prefill.
         hashes: sha256 of the files that go in.
     """
@@ -51,6 +52,7 @@ class Recipe:
     profiles: tuple[Shapes, ...]
     hashes: Mapping[str, str]
     preview_features: tuple[str, ...] = (ALIASED,)
+    builder_flags: tuple[str, ...] = ()
     network: str = MODEL
     plugin: str = LIBRARY
     engine: str = ENGINE
@@ -61,7 +63,10 @@ class Recipe:
     ) -> Recipe:
         """For a network with ``inputs``."""
         shapes = tuple(_shapes(profile, inputs) for profile in profiles(options.max_batch, options.max_context))
-        return cls(runtime, VERSIONS[runtime], architectures if runtime == "rtx" else (), shapes, hashes)
+        of_rtx = runtime == "rtx"
+        return cls(
+            runtime, VERSIONS[runtime], architectures if of_rtx else (), shapes, hashes, builder_flags=(RECORDABLE,) if of_rtx else ()
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -75,7 +80,7 @@ class Recipe:
             data["profiles"] = tuple(
                 Shapes(str(one["name"]), {str(name): _three(shapes) for name, shapes in one["inputs"].items()}) for one in data["profiles"]
             )
-            for name in ("architectures", "preview_features"):
+            for name in ("architectures", "preview_features", "builder_flags"):
                 data[name] = tuple(data[name])
             return cls(**data)
         except OSError as error:

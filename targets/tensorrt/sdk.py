@@ -34,11 +34,14 @@ def module(runtime: RuntimeName, versions: str) -> Any:
     """The module, of one of ``versions``.
 
     Raises:
-        H1ExportError: not installed, or another version.
+        H1ExportError: not installed, not whole, or another version.
     """
     if not has(runtime):
         raise H1ExportError(NAMES[runtime], "is not installed", INSTALL[runtime])
-    found: Any = import_module(MODULES[runtime])
+    try:
+        found: Any = import_module(MODULES[runtime])
+    except (ImportError, OSError) as error:  # without its libraries
+        raise H1ExportError(NAMES[runtime], f"is installed and cannot be imported ({error})", INSTALL[runtime]) from None
     if not SpecifierSet(versions).contains(found.__version__, prereleases=True):
         raise H1ExportError(NAMES[runtime], f"is {found.__version__}, and {versions} is needed", INSTALL[runtime])
     return found

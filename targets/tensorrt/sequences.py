@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from h1export.core.state import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, 
 from h1export.errors import H1ExportError
 from h1export.targets.tensorrt.layout import OWN, TORCH, WRITE_INDICES, dtype
 from h1export.targets.tensorrt.limits import calls
-from h1export.targets.tensorrt.loaded import LoadedEngine
+from h1export.targets.tensorrt.loaded import DECODE, LoadedEngine
 
 Tensors = Mapping[str, torch.Tensor]
+WARM_UP = 2  # calls of one token: launched, and recorded
 
 
 class EngineSequences:
@@ -59,8 +61,20 @@ class EngineSequences:
                 self._decode = Decode(self._engine, self._tensors(self._zeros(self._batch, 1)))
             self._mask[:, self.length] = 1
             self._write_indices.fill_(self.length)
-            self.length += 1
-            return self._decode(self._on_gpu(ids))
+            logits = self._decode(self._on_gpu(ids))
+        self.length += 1
+        return logits
+
+    def warmed(self) -> EngineSequences:
+        """These, ready to decode: what the first single tokens wait for is done. Only before the first token."""
+        assert self.length == 0
+        with self._engine.gpu.current():
+            self._decode = Decode(self._engine, self._tensors(self._zeros(self._batch, 1)))
+            for _ in range(WARM_UP):
+                self._decode(self._zeros(self._batch, 1))
+            for state in self.states.values():
+                state.zero_()
+        return self
 
     def advance(self, ids: Ids, mask: Ids) -> Array:
         """``append`` with pads: mask [batch, length + new] is 1 for real tokens, 0 for pads on the left."""
@@ -102,21 +116,24 @@ class EngineSequences:
 class Decode:
     """Calls of one token on ``tensors``. The first is launched, and warms up; a later one is recorded, and replayed from then on.
 
-    It has a context of its own: a recorded graph holds addresses and sizes that nobody else may change.
+    It has a context of its own: a recorded graph holds addresses and sizes that nobody else may change. Where recording fails, calls go on
+    being launched.
     """
 
     def __init__(self, engine: LoadedEngine, tensors: Tensors) -> None:
-        self._gpu, self._tensors, self._context = engine.gpu, tensors, engine.context("decode")
+        self._gpu, self._tensors, self._context = engine.gpu, tensors, engine.context(DECODE)
         self._context.bind(tensors)
-        self._warm = False
-        self._replay: Callable[[], None] | None = None
+        self._calls, self._tried = 0, False
+        self._run: Callable[[], None] = self._context.launch
 
     def __call__(self, ids: torch.Tensor) -> Array:
         self._tensors[INPUT_IDS].copy_(ids)
-        if self._warm and self._replay is None and self._context.recordable():
-            self._replay = self._gpu.record(self._context.launch)
-        (self._replay or self._context.launch)()
-        self._warm = True
+        if self._calls and not self._tried and self._context.recordable():
+            self._tried = True
+            with suppress(RuntimeError, H1ExportError):
+                self._run = self._gpu.record(self._context.launch)
+        self._run()
+        self._calls += 1
         return _on_cpu(self._tensors[LOGITS])
 
 

@@ -77,7 +77,7 @@ def test_no_file(gates: Path) -> None:
 
 def test_a_baseline_comes_back_as_written(tmp_path: Path) -> None:
     ratios = {"x86_64 avx2": {"decode at 0": Ratio(Estimate(0.1, 0.09, 0.11), 66)}}
-    found = {"ort int4": Baseline("m", {"model.onnx": {"Add": 2}}, {"model.onnx": 10}, {"decode at 0": 7}, 99, ratios)}
+    found = {"ort int4": Baseline("m", {"model.onnx": {"Add": 2}}, {"model.onnx": 10}, {"decode at 0": 7}, 99, ratios, {"decode sm_80": 0})}
     place = tmp_path / "baseline.json"
     assert read_baselines(place) == {}
     write_baselines(place, found)

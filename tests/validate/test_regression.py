@@ -32,7 +32,7 @@ BASE = Baseline(
     {"model.onnx": {"Add": 4, "Mul": 2}},
     {"model.onnx": 100, "README.md": 7},
     {"decode at 0": 50},
-    {"decode sm_80": 0, "chunk_scan sm_80": 16},
+    spills={"decode sm_80": 0, "chunk_scan sm_80": 16},
 )
 
 

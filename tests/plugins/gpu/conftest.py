@@ -47,7 +47,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "interpreter":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        pytest.skip("no NVIDIA GPU here, or torch has no CUDA")
+        pytest.fail("torch cannot use the GPU here: install PyTorch's build for CUDA")
     if os.environ["TRITON_INTERPRET"] != "0":
         pytest.fail("Triton's interpreter is on: set TRITON_INTERPRET=0, as nox -s gpu does")
     return torch.device("cuda")

@@ -96,7 +96,25 @@ def test_decoding_is_recorded_once_and_replayed(finished: Artifact, tensorrt: Fa
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=5e-3 * np.ptp(expected))  # in calls of other sizes
     assert sequences.length == 20
     assert FakeGpu.recorded == 2
-    assert [context.asked for context in tensorrt.engines[0].contexts] == [0, 0, 2, 2]
+    (engine,) = tensorrt.engines
+    assert [context.asked for context in engine.contexts] == [0, 0, 2, 2]
+    assert [config.dynamic_shapes_kernel_specialization_strategy for config in engine.configs] == ["eager", "lazy", "eager", "eager"]
+    assert len({id(config.cache) for config in engine.configs}) == 1
+
+
+@pytest.mark.parametrize("compute", ["fp16"], indirect=True)
+def test_what_cannot_be_recorded_is_launched(finished: Artifact, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(self: FakeGpu, launch: Callable[[], None]) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    runner = pipeline.load(finished, kernels="native")
+    tokens, states = ids_of(runner, 1, 5), runner.initial(1)
+    monkeypatch.setattr(FakeGpu, "record", record)
+    sequences = runner.start(1, ROOM)
+    for column in range(5):
+        token = tokens[:, column : column + 1]
+        called, states = runner.step(token, np.ones((1, column + 1), np.int64), states)
+        np.testing.assert_array_equal(sequences.append(token), called)
 
 
 def test_validate_judges_the_engine(finished: Artifact, tensorrt: FakeTensorRT, make_checkpoint: Callable[..., Path]) -> None:
@@ -150,6 +168,16 @@ class TestErrors:
         sequences.append(np.ones((1, ROOM), np.int64))
         with pytest.raises(H1ExportError, match="--max-context 193"):
             sequences.append(np.ones((1, 1), np.int64))
+
+    def test_a_runtime_that_is_not_whole(self, finished: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+        def find(name: str) -> None:
+            raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+        monkeypatch.setattr("h1export.targets.tensorrt.engine_runner.Gpu", FakeGpu)
+        monkeypatch.setattr("h1export.targets.tensorrt.sdk.has", lambda _: True)
+        monkeypatch.setattr("h1export.targets.tensorrt.sdk.import_module", find)
+        with pytest.raises(H1ExportError, match=r"TensorRT: is installed and cannot be imported \(libnvinfer.so.10"):
+            pipeline.load(finished, kernels="native")
 
     def test_without_a_gpu(self, finished: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,7 +28,6 @@ class EngineSequences:
         self._engine, self._batch = engine, next(iter(states.values())).shape[0]
         self._mask = self._zeros(self._batch, engine.limits.max_context)
         self._write_indices = self._zeros(self._batch)
-        self._decode: Decode | None = None
 
     @classmethod
     def new(cls, engine: LoadedEngine, batch: int) -> EngineSequences:
@@ -57,8 +57,6 @@ class EngineSequences:
             return self.advance(ids, mask)
         self._check(ids, mask)
         with self._engine.gpu.current():
-            if self._decode is None:
-                self._decode = Decode(self._engine, self._tensors(self._zeros(self._batch, 1)))
             self._mask[:, self.length] = 1
             self._write_indices.fill_(self.length)
             logits = self._decode(self._on_gpu(ids))
@@ -69,12 +67,15 @@ class EngineSequences:
         """These, ready to decode: what the first single tokens wait for is done. Only before the first token."""
         assert self.length == 0
         with self._engine.gpu.current():
-            self._decode = Decode(self._engine, self._tensors(self._zeros(self._batch, 1)))
             for _ in range(WARM_UP):
                 self._decode(self._zeros(self._batch, 1))
             for state in self.states.values():
                 state.zero_()
         return self
+
+    @cached_property
+    def _decode(self) -> Decode:
+        return Decode(self._engine, self._tensors(self._zeros(self._batch, 1)))
 
     def advance(self, ids: Ids, mask: Ids) -> Array:
         """``append`` with pads: mask [batch, length + new] is 1 for real tokens, 0 for pads on the left."""

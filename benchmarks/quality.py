@@ -1,10 +1,11 @@
 """What quantisation costs a model, by method: divergence from the full model, and bits per byte, on held-out text.
 
-    python benchmarks/quality.py [CHECKPOINT] --windows 61 --json quality.json
+    python benchmarks/quality.py [CHECKPOINT] --ggml .../libggml-base.so --windows 61 --json quality.json
 
 Every method rounds the same tensors, the projections and the head, and transformers computes with the rounded weights in float32; so
-this is the rounding alone, without any runtime's. Beside ours stand torchao's asymmetric int4 in groups of 32 and GGUF's Q4_0 as the
-gguf package rounds it (which cannot round to Q4_K). Needs the extra `bench`. Without CHECKPOINT, the embedded model.
+this is the rounding alone, without any runtime's. Beside ours stand torchao's asymmetric int4 in groups of 32, GGUF's Q4_0 as the
+gguf package rounds it, and with ``--ggml``, llama.cpp's library, its Q4_K without an importance matrix. Needs the extra `bench`.
+Without CHECKPOINT, the embedded model.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[
     yield "int8 rtn", 8 + 16 * rows / values, lambda: weights(Rounded(store, eight, quantize_rows))
 
 
-def theirs(checkpoint: Path) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
+def theirs(checkpoint: Path, library: Path | None) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
     """The same of others' rounding, on the same tensors."""
+    from ggml import Ggml, bits_of
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
     from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
@@ -125,7 +127,11 @@ def theirs(checkpoint: Path) -> Iterator[tuple[str, float, Callable[[], RoundedW
         kind = GGMLQuantizationType.Q4_0
         return np.asarray(dequantize(quantize(weight, kind), kind), np.float32)
 
-    for name, bits, rounding in (("torchao int4, asymmetric", 4 + 32 / GROUP, torchao), ("GGUF Q4_0", 4 + 16 / GROUP, gguf)):
+    methods: list[tuple[str, float, Callable[[Array], Array]]]
+    methods = [("torchao int4, asymmetric", 4 + 32 / GROUP, torchao), ("GGUF Q4_0", 4 + 16 / GROUP, gguf)]
+    if library is not None:
+        methods.append(("GGUF Q4_K", bits_of([store.shape(name) for name in names]), Ggml(library).rounded))
+    for name, bits, rounding in methods:
         yield name, bits, lambda rounding=rounding: {name: rounding(store.rows(name, 0, store.shape(name)[0])) for name in names}  # type: ignore[misc]
 
 
@@ -149,6 +155,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--windows", type=int, default=0, help="of the text, 512 tokens each; 0: all")
     parser.add_argument("--samples", type=int, default=Calibration().samples, help="of the calibration text")
+    parser.add_argument("--ggml", type=Path, help="llama.cpp's libggml-base.so, for Q4_K")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     checkpoint = resolve(args.checkpoint)
@@ -157,7 +164,7 @@ def main() -> None:
         text = text[: 1700 * args.windows]  # about 512 tokens of the embedded model's
     ids, nbytes = scoring_ids(checkpoint, text)
     judge, found = Judge(checkpoint, ids, nbytes), []
-    for method, bits, make in (*ours(checkpoint, args.samples), *theirs(checkpoint)):
+    for method, bits, make in (*ours(checkpoint, args.samples), *theirs(checkpoint, args.ggml)):
         start = time.perf_counter()
         weights = make()
         seconds = time.perf_counter() - start

@@ -69,7 +69,7 @@ def build(folder: Path, progress: Progress) -> Heard:
         raise H1ExportError(sdk.NAMES[recipe.runtime], "is not installed", sdk.INSTALL[recipe.runtime])
     heard = Heard()
     with sdk.environment(recipe.runtime) as environment, TemporaryFile("w+") as errors:
-        command = [sys.executable, "-m", build_engine.__name__, str(folder)]
+        command = [sys.executable, "-P", "-m", build_engine.__name__, str(folder)]  # -P: not what lies in the working folder
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment) as process:
             for line in process.stdout or ():
                 stage = heard.stage

@@ -65,6 +65,14 @@ def test_the_engine_has_both_profiles_and_a_plugin_layer_for_each_op(built: Arti
     assert passport["architectures"] == [86]
 
 
+def test_what_lies_in_the_working_folder_is_not_imported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone of h1export, for one."""
+    (tmp_path / "h1export").mkdir()
+    (tmp_path / "h1export" / "__init__.py").write_text("raise ImportError('another h1export')")
+    monkeypatch.chdir(tmp_path)
+    assert engine.build(folder, SILENT).said == []
+
+
 def test_the_recipe_says_it_all(built: Artifact) -> None:
     recipe = Recipe.read(built.folder)
     assert recipe.hashes == {name: built.manifest.files[name][0] for name in (MODEL, f"{MODEL}.data", LIBRARY)}

@@ -23,7 +23,7 @@ from h1export.targets.tensorrt.plugin.embed import digest, write_sources
 
 NAME = "libh1export_plugin.so"
 SHOWN_LINES = 5  # of what a failing compiler says
-NEXT_STEP = "install the extra trt, which has CMake, and a C++17 compiler"
+NEXT_STEP = "install the extra trt, which has CMake, a C++17 compiler and make"
 
 
 def kernels(d_head: int, d_state: int, taps: int, dtype: str) -> tuple[Kernel, ...]:

@@ -211,10 +211,16 @@ def test_inputs_are_the_schemas(driver: Path) -> None:
         assert (y.shape, state.shape) == (made[0].shape, made[op.inputs.index("state")].shape)
 
 
-def test_the_library_is_built_once(driver: Path, stand_ins: list[Cubin], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def without_cmake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither the system's nor the extra's."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+
+
+def test_the_library_is_built_once(driver: Path, stand_ins: list[Cubin], without_cmake: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into a cache, whose key covers the machine code."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(driver / "cache"))
-    monkeypatch.setenv("PATH", "")  # nothing that could build
     made = library(stand_ins)
     assert made == (driver / "libh1export_plugin.so").resolve()
     assert made.parent.name == digest(stand_ins, "") != digest(stand_ins[1:], "")
@@ -238,9 +244,7 @@ def test_a_warning_stops_the_build_and_nothing_is_left(stand_ins: list[Cubin], t
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_without_cmake_the_error_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+def test_without_cmake_the_error_says_so(without_cmake: None, tmp_path: Path) -> None:
     with pytest.raises(H1ExportError, match="no cmake found; install the extra trt"):
         build(tmp_path, tmp_path)
 

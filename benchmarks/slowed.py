@@ -11,7 +11,7 @@ from h1export.validate.players import Timed
 
 
 class Slowed:
-    """``model`` on one thread of the CPU, with every call ``factor`` times as long: and what it takes is the processor's time."""
+    """``model`` on one thread of the CPU, with every call ``factor`` times as long, in time of the processor."""
 
     def __init__(self, model: Timed, factor: float) -> None:
         self._model, self._factor = model, factor

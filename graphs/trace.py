@@ -11,7 +11,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph
 
 from h1export.core.spec import HybridSpec
-from h1export.core.state import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, StateSpec
+from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, StateSpec
 from h1export.core.weights import Multiplier, WeightExpr
 from h1export.core.weights.layout import EMBEDDING, LM_HEAD
 from h1export.graphs.model import FalconH1, LayerStates
@@ -44,8 +44,7 @@ def trace_all(spec: HybridSpec, last_only: bool = False) -> Program:
 
 
 def _example_states(spec: HybridSpec) -> list[LayerStates]:
-    sizes = {BATCH: _BATCH, PAST: _PAST}
-    tensors = [torch.empty([d if isinstance(d, int) else sizes[d] for d in t.shape]) for t in StateSpec.of(spec).tensors]
+    tensors = [torch.empty(tensor.sized(_BATCH, _PAST)) for tensor in StateSpec.of(spec).tensors]
     return [(tensors[i], tensors[i + 1], tensors[i + 2], tensors[i + 3]) for i in range(0, len(tensors), 4)]
 
 

@@ -135,7 +135,7 @@ def gate(out: Path, checkpoint: Path, gates: Path, progress: Progress = SILENT, 
         checks.append(Check("memory and timings", Verdict.NOT_APPLICABLE, note="nothing on this machine but an emulation runs it"))
     else:
         checks += measured_checks(makers, then, gated.gate)
-    return GateReport(str(out), gated.gate, machine() | {"kind": cpu_kind()}, tuple(checks))
+    return GateReport(str(out), gated.gate, machine() | {"kind": makers.kind if makers else cpu_kind()}, tuple(checks))
 
 
 def write_baseline(out: Path, checkpoint: Path, gates: Path, progress: Progress = SILENT, kernels: Kernels = "auto") -> Path:

@@ -68,6 +68,11 @@ class StateTensor:
         """Name in snapshots and reports."""
         return f"{self.layer}.{self.kind}"
 
+    def sized(self, batch: int, past: int) -> tuple[int, ...]:
+        """``shape`` of ``batch`` sequences after ``past`` tokens."""
+        sizes = {BATCH: batch, PAST: past}
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
 
 @dataclass(frozen=True)
 class StateSpec:
@@ -89,10 +94,8 @@ class StateSpec:
 
     def nbytes(self, batch: int, past: int) -> int:
         """Bytes of all states of ``batch`` sequences after ``past`` tokens."""
-        sizes = {BATCH: batch, PAST: past}
-        return sum(4 * prod(sizes[d] if isinstance(d, str) else d for d in t.shape) for t in self.tensors)
+        return sum(4 * prod(tensor.sized(batch, past)) for tensor in self.tensors)
 
     def zeros(self, batch: int, past: int = 0) -> dict[str, Array]:
         """Canonical states before the first token, by ``StateTensor.key``; ``past`` columns of zero keys and values."""
-        sizes = {BATCH: batch, PAST: past}
-        return {t.key: np.zeros([sizes[d] if isinstance(d, str) else d for d in t.shape], np.float32) for t in self.tensors}
+        return {tensor.key: np.zeros(tensor.sized(batch, past), np.float32) for tensor in self.tensors}

@@ -16,9 +16,10 @@ from torch_tensorrt.dynamo.conversion import dynamo_tensorrt_converter
 from torch_tensorrt.dynamo.conversion.converter_utils import cast_trt_tensor, get_trt_tensor
 
 from h1export.core.spec import HybridSpec
+from h1export.core.state import StateKind, StateSpec, StateTensor
 from h1export.core.weights import WeightStore
 from h1export.errors import H1ExportError
-from h1export.graphs.model import FalconH1
+from h1export.graphs.model import FalconH1, LayerStates
 from h1export.plugins import h1
 from h1export.plugins.attention.op import composed
 from h1export.plugins.gpu.kernel import DTYPES, OURS
@@ -52,6 +53,18 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> FalconH
     for vector in model.buffers():  # µP
         vector.data = vector.to(dtype)
     return model
+
+
+def zero_states(model: FalconH1, batch: int = 1, past: int = 0) -> list[LayerStates]:
+    """States of ``model`` before the first token, beside its weights; ``past``: columns of keys that hold nothing yet, and are masked."""
+    like = model.lm_head.weight
+
+    def zeros(tensor: StateTensor) -> torch.Tensor:
+        dtype = torch.float32 if tensor.kind is StateKind.RECURRENT else like.dtype
+        return torch.zeros(tensor.sized(batch, past), dtype=dtype, device=like.device)
+
+    found = [zeros(tensor) for tensor in StateSpec.of(model.spec).tensors]
+    return [(found[i], found[i + 1], found[i + 2], found[i + 3]) for i in range(0, len(found), len(StateKind))]
 
 
 def register(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -15,6 +15,7 @@ from h1export.targets.base import BuildOptions, Compute
 MODEL = "model.onnx"
 DATA = MODEL + ".data"
 WRITE_INDICES = "write_indices"  # int64 [batch]: the column of the keys' buffer that a call's first token gets
+DECODE, PREFILL = "decode", "prefill"  # the profiles
 PREFILL_TOKENS = 512  # of one call; longer prompts come in several
 
 Dims = tuple[int | str, ...]
@@ -38,7 +39,7 @@ class Profile:
 def profiles(max_batch: int, max_context: int) -> tuple[Profile, Profile]:
     """Decode and prefill. An update of the keys' buffer has to fit into it."""
     longest = min(PREFILL_TOKENS, max_context)
-    return Profile("decode", max_batch, 1, 1), Profile("prefill", max_batch, max(1, longest // 4), longest)
+    return Profile(DECODE, max_batch, 1, 1), Profile(PREFILL, max_batch, max(1, longest // 4), longest)
 
 
 def dtype(kind: StateKind, own: ir.DataType) -> ir.DataType:

@@ -12,11 +12,10 @@ from h1export.core.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.targets.tensorrt import sdk
 from h1export.targets.tensorrt.gpu import Gpu
+from h1export.targets.tensorrt.layout import DECODE, PREFILL
 from h1export.targets.tensorrt.limits import Limits
 from h1export.targets.tensorrt.passport import Host, Passport, check
 from h1export.targets.tensorrt.recipe import Recipe
-
-DECODE, PREFILL = "decode", "prefill"  # profiles
 
 
 class Voice:

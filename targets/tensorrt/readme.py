@@ -11,7 +11,7 @@ from h1export.targets.tensorrt.sdk import NAMES
 README = "README.md"
 TEXT = """# Falcon-H1 for {name}
 
-Made by h1export; `manifest.json` says from what and how. Nobody has run this folder on a GPU yet.
+Made by h1export; `manifest.json` says from what and how. This h1export was checked without a GPU.
 
 ## On a machine with an NVIDIA GPU
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from h1export.core.protocols import Ids, check_call
-from h1export.core.state import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, Array, StateSpec
+from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec, StateTensor
 from h1export.errors import H1ExportError
-from h1export.targets.tensorrt.layout import OWN, TORCH, WRITE_INDICES, dtype
+from h1export.targets.tensorrt.layout import DECODE, OWN, TORCH, WRITE_INDICES, dtype
 from h1export.targets.tensorrt.limits import calls
-from h1export.targets.tensorrt.loaded import DECODE, LoadedEngine
+from h1export.targets.tensorrt.loaded import LoadedEngine
 
 Tensors = Mapping[str, torch.Tensor]
 WARM_UP = 2  # calls of one token: launched, and recorded
@@ -33,14 +33,14 @@ class EngineSequences:
     def new(cls, engine: LoadedEngine, batch: int) -> EngineSequences:
         """``batch`` sequences before their first token. Raises H1ExportError for more than the engine takes."""
         engine.limits.check_rows("start", batch)
-        sizes = {BATCH: batch, PAST: engine.limits.max_context}
-        own = OWN[engine.artifact.manifest.options["compute"]]
-        states = {}
+        own, tensors = OWN[engine.artifact.manifest.options["compute"]], StateSpec.of(engine.artifact.spec).tensors
+
+        def zeros(tensor: StateTensor) -> torch.Tensor:
+            shape = tensor.sized(batch, engine.limits.max_context)
+            return torch.zeros(shape, dtype=TORCH[dtype(tensor.kind, own)], device=engine.gpu.device)
+
         with engine.gpu.current():
-            for tensor in StateSpec.of(engine.artifact.spec).tensors:
-                shape = [dim if isinstance(dim, int) else sizes[dim] for dim in tensor.shape]
-                states[tensor.past] = torch.zeros(shape, dtype=TORCH[dtype(tensor.kind, own)], device=engine.gpu.device)
-            return cls(engine, states)
+            return cls(engine, {tensor.past: zeros(tensor) for tensor in tensors})
 
     def copy(self) -> EngineSequences:
         """The same sequences in memory of their own."""
@@ -124,17 +124,17 @@ class Decode:
     def __init__(self, engine: LoadedEngine, tensors: Tensors) -> None:
         self._gpu, self._tensors, self._context = engine.gpu, tensors, engine.context(DECODE)
         self._context.bind(tensors)
-        self._calls, self._tried = 0, False
+        self._warm = self._tried = False
         self._run: Callable[[], None] = self._context.launch
 
     def __call__(self, ids: torch.Tensor) -> Array:
         self._tensors[INPUT_IDS].copy_(ids)
-        if self._calls and not self._tried and self._context.recordable():
+        if self._warm and not self._tried and self._context.recordable():
             self._tried = True
             with suppress(RuntimeError, H1ExportError):
                 self._run = self._gpu.record(self._context.launch)
         self._run()
-        self._calls += 1
+        self._warm = True
         return _on_cpu(self._tensors[LOGITS])
 
 

@@ -97,6 +97,23 @@ def test_a_larger_artifact_fails(built: tuple[str, str], gates: Path, capfd: pyt
 
 
 @pytest.mark.ort
+def test_a_gpu_is_timed_by_the_wall_clock_and_has_ratios_of_its_own(
+    built: tuple[str, str], gates: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where an artifact runs on one; here it only says so."""
+    monkeypatch.setattr(regression, "PROCESSES", 1)
+    load = measuring.load
+    monkeypatch.setattr(measuring, "load", lambda *a, **k: SimpleNamespace(capabilities=replace(load(*a, **k).capabilities, gpu="sm_89")))
+    words = ["gate", *built, "--gates", str(gates), "--write-baseline"]
+    gates.write_text(TIMED)
+    assert run(words) == 2
+    assert 'clock = "cpu" does not count what sm_89 does; set clock = "wall"' in capfd.readouterr().err
+    gates.write_text(TIMED.replace("pairs", 'clock = "wall"\npairs'))
+    assert run(words) == 0
+    assert list(baseline_of(gates).ratios) == [f"{cpu_kind()} sm_89"]
+
+
+@pytest.mark.ort
 def test_bad_input_is_one_line(built: tuple[str, str], tiny: Path, gates: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out, checkpoint = built
     for text, model, message in (

@@ -150,6 +150,23 @@ class TestErrors:
         with pytest.raises(H1ExportError, match="cannot load the plugin: it does not say why"):
             pipeline.load(finished, kernels="native")
 
+    @pytest.mark.parametrize(
+        ("raised", "said"),
+        [
+            (TypeError("factory function returned nullptr"), "TensorRT 10.15.1 on sm_89 does not start"),
+            (RuntimeError("CUDA out of memory"), r"does not fit this GPU \(CUDA out of memory\)"),
+        ],
+    )
+    def test_a_gpu_that_fails(
+        self, raised: Exception, said: str, finished: Artifact, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(_: object) -> None:
+            raise raised
+
+        monkeypatch.setattr(tensorrt, "Runtime", fail)
+        with pytest.raises(H1ExportError, match=said):
+            pipeline.load(finished, kernels="native")
+
     def test_a_call_that_fails(self, finished: Artifact, tensorrt: FakeTensorRT) -> None:
         sequences = pipeline.load(finished, kernels="native").start(1, ROOM)
         tensorrt.engines[0].broken = True

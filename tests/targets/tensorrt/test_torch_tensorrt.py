@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from h1export.core.state import StateSpec
 from h1export.errors import H1ExportError
 from h1export.plugins import h1
 from h1export.targets.tensorrt.plugin.schema import OPS
@@ -138,12 +137,8 @@ def test_the_model_is_the_checkpoint_s(name: str, integration: ModuleType, make_
     expected = Reference(checkpoint).full(ids)[0]
     for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
         model = integration.load(checkpoint, dtype)
-        found = [torch.from_numpy(array) for array in StateSpec.of(model.spec).zeros(1).values()]
-        states = [
-            tuple(state if index == 3 else state.to(dtype) for index, state in enumerate(found[i : i + 4])) for i in range(0, len(found), 4)
-        ]
         with torch.no_grad():
-            logits, after = model(torch.from_numpy(ids)[None], torch.ones(1, 11, dtype=torch.int64), states)
+            logits, after = model(torch.from_numpy(ids)[None], torch.ones(1, 11, dtype=torch.int64), integration.zero_states(model))
         assert relative_error(logits[0].float().numpy(), expected) <= limit
         assert [state.dtype for state in after[0]] == [dtype, dtype, dtype, torch.float32]
         assert logits.dtype == dtype
@@ -152,8 +147,26 @@ def test_the_model_is_the_checkpoint_s(name: str, integration: ModuleType, make_
 def test_attention_is_decomposed(integration: ModuleType, make_checkpoint: Callable[..., Path]) -> None:
     """What is left of our ops is what there are converters for."""
     model = integration.load(make_checkpoint(), torch.float16)
-    found = [torch.from_numpy(array) for array in StateSpec.of(model.spec).zeros(1, 5).values()]
-    states = [tuple(state if index == 3 else state.half() for index, state in enumerate(found[i : i + 4])) for i in range(0, len(found), 4)]
+    states = integration.zero_states(model, past=5)
     exported = torch.export.export(model, (torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64), states), strict=False)
     graph = exported.run_decompositions(dict(integration.DECOMPOSITIONS)).graph
     assert {node.target for node in graph.nodes if "h1" in str(node.target)} == {h1.ssm_scan.default, h1.causal_conv.default}
+
+
+def test_a_process_holds_one_plugin(integration: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same one may be registered again: TensorRT refuses a second library of the same names."""
+    asked: list[str] = []
+    registry = SimpleNamespace(load_library=lambda path: None if asked else asked.append(path) or path)
+    monkeypatch.setattr(integration, "trt", SimpleNamespace(get_plugin_registry=lambda: registry, __version__="11.0"))
+    monkeypatch.setattr(integration, "gpu_architecture", lambda: 86)
+    monkeypatch.setattr(
+        integration.plugin, "compile_all", lambda wanted, architectures: [(kernel.dtype, *architectures) for kernel in wanted]
+    )
+    monkeypatch.setattr(integration.plugin, "library", lambda compiled: tmp_path / compiled[0][0])
+    assert integration.register(tiny) == integration.register(tiny, torch.bfloat16) == tmp_path / "bf16"
+    assert asked == [str(tmp_path / "bf16")]
+    with pytest.raises(H1ExportError, match=r"this process has .*bf16 already"):
+        integration.register(tiny, torch.float16)
+    integration._loaded.clear()
+    with pytest.raises(H1ExportError, match=r"TensorRT 11.0 does not load the plugin"):
+        integration.register(tiny)

@@ -18,7 +18,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 # row of tests -> extras it installs
 TARGETS = {"core": "", "ort": "[ort,genai,eval,optimum,exporter,report]", "coreml": "[coreml,ort]", "trt": "[trt,ort]"}
 RUNTIMES = {
-    "ort": ("tests/clients", "tests/targets/onnxruntime"),
+    "ort": ("tests/integrations", "tests/targets/onnxruntime"),
     "coreml": ("tests/targets/coreml",),
     "trt": ("tests/targets/tensorrt", "tests/plugins/gpu"),
 }  # row, and marker of the tests that need its runtime -> folders of tests that all do
@@ -145,7 +145,7 @@ def report(session: nox.Session) -> None:
         session.error("no Chromium here: install it (on Debian, apt-get install chromium) and run `nox -s report` again")
     session.install("-e", ".[ort,report]", *dev("pytest", "hypothesis"))
     screenshots = {"H1EXPORT_SCREENSHOTS": session.create_tmp()}
-    session.run("pytest", "-q", "-m", "chromium", "tests/page", *session.posargs, env=screenshots)
+    session.run("pytest", "-q", "-m", "chromium", "tests/report", *session.posargs, env=screenshots)
 
 
 @nox.session
@@ -155,5 +155,5 @@ def gpu(session: nox.Session) -> None:
         session.skip("no NVIDIA GPU here (nvidia-smi is missing): run `nox -s gpu` on a machine that has one")
     session.install("-e", ".[cuda,trt,torch-trt]", *dev("pytest", "hypothesis"))
     # not collected: it imports onnxruntime-genai, which would install the CPU's onnxruntime over this one
-    ignored = ("--ignore=tests/targets/onnxruntime/test_clients.py", "--ignore=tests/clients")
+    ignored = ("--ignore=tests/targets/onnxruntime/test_clients.py", "--ignore=tests/integrations")
     session.run("pytest", "-rs", "-m", "gpu", *ignored, *session.posargs, env={"TRITON_INTERPRET": "0"})  # compiled kernels

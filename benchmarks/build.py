@@ -23,9 +23,8 @@ from typing import IO
 from rich.console import Console
 from rich.table import Table
 
-from h1export.core.quant import QuantScheme
-from h1export.core.quant.scheme import BLOCK_SIZES
-from h1export.pipeline import build
+from h1export.commands.pipeline import build
+from h1export.quantize.scheme import BLOCK_SIZES, QuantScheme
 from h1export.targets import MODULES
 
 INTERVAL = 0.02  # seconds between two looks at the build's memory

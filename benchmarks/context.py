@@ -25,14 +25,14 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from h1export.core.artifact import Artifact
-from h1export.core.protocols import Sequences
-from h1export.core.state import StateSpec
-from h1export.pipeline import load
-from h1export.render import human_bytes
-from h1export.validate.bench import interleave, machine
-from h1export.validate.statistics import Estimate, estimate
-from h1export.validate.traffic import read_bandwidth, step_bytes
+from h1export.artifact.artifact import Artifact
+from h1export.cli.tables import human_bytes
+from h1export.commands.pipeline import load
+from h1export.model.falcon_h1.states import StateSpec
+from h1export.runtime.runner import Sequences
+from h1export.validate.speed.bench import interleave, machine
+from h1export.validate.speed.memory_traffic import read_bandwidth, step_bytes
+from h1export.validate.speed.statistics import Estimate, estimate
 
 CONTEXTS = tuple(1024 << power for power in range(9))  # 1K to 256K
 STEPS = 8  # decode steps in one timing

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from h1export.core.protocols import Capabilities
-from h1export.validate.players import Kind, Timing
+from h1export.runtime.runner import Capabilities
+from h1export.validate.speed.worker import Kind, Timing
 
 START = 8  # tokens that a cache is started with
 

@@ -24,15 +24,15 @@ from pathlib import Path
 import numpy as np
 from slowed import Slowed
 
-from h1export.core.artifact import Artifact
-from h1export.core.report import Verdict
-from h1export.measuring import GATE_STEPS, REFERENCE_STEPS, reference_player, timed_runner
-from h1export.sources import resolve
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.resolve import resolve
+from h1export.commands.measuring import GATE_STEPS, REFERENCE_STEPS, reference_player, timed_runner
+from h1export.report.report import Verdict
 from h1export.targets import get_target
-from h1export.validate.bench import machine
-from h1export.validate.gate_file import Baseline, Gate, Limit
-from h1export.validate.players import Kind, RunnerPlayer, Timing, pin
-from h1export.validate.regression import Check, GateReport, Makers, PairPlayer, counted, cpu_kind, measured, measured_checks
+from h1export.validate.speed.bench import machine
+from h1export.validate.speed.gate_file import Baseline, Gate, Limit
+from h1export.validate.speed.regression import Check, GateReport, Makers, PairPlayer, counted, cpu_kind, measured, measured_checks
+from h1export.validate.speed.worker import Kind, RunnerPlayer, Timing, pin
 
 TIMINGS = (Limit(Timing(Kind.DECODE, 0)), Limit(Timing(Kind.PREFILL, 128)))
 FACTOR = 1.3

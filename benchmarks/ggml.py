@@ -10,8 +10,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from h1export.core.state import Array
 from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.states import Array
 
 WIDE, NARROW = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_0  # llama.cpp's choice where a row is no multiple of Q4_K's 256 weights
 

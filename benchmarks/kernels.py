@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from rich.console import Console
 from rich.table import Table
 
-from h1export.targets.onnxruntime.native import library
+from h1export.targets.onnxruntime.native_library import library
 
 SHAPES = ((4120, 1024), (1024, 2048), (4096, 1024), (32784, 1024))  # [in_proj | q | k | v], [out | o] and down, gate | up, head
 WORKING_SET = 1 << 27  # bytes of weights in a graph: several times a last-level cache

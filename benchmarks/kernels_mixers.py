@@ -23,7 +23,7 @@ import onnxruntime as ort
 from rich.console import Console
 from rich.table import Table
 
-from h1export.targets.onnxruntime.native import library
+from h1export.targets.onnxruntime.native_library import library
 
 LAYERS = 36
 WIDTH, HEADS, P, N, CHANNELS = 4120, 24, 64, 128, 1792  # [z 1536 | x B C 1792 | dt 24 | q 512 | k 128 | v 128]

@@ -11,7 +11,7 @@ from typing import Any
 from build import run_watched
 
 from h1export.errors import H1ExportError
-from h1export.validate.players import Kind, Timing
+from h1export.validate.speed.worker import Kind, Timing
 
 
 class LlamaBench:

@@ -21,10 +21,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from h1export.core.spec import HybridSpec
-from h1export.core.weights import tensor_layout
-from h1export.core.weights.store import INDEX, SINGLE
-from h1export.sources import embedded_model
+from h1export.checkpoint.resolve import embedded_model
+from h1export.checkpoint.store import INDEX, SINGLE
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.tensors import tensor_layout
 
 BLOCK = 1 << 22  # values made at a time: 16 MiB of float32
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")

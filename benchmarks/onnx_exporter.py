@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from h1export.core.protocols import Capabilities
-from h1export.validate.players import Kind, Timing
+from h1export.runtime.runner import Capabilities
+from h1export.validate.speed.worker import Kind, Timing
 
 PROMPT = 160  # tokens of the traced prompt
 START = 8  # tokens before a decode timing at depth 0: the decode graph takes a past only

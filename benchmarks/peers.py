@@ -28,15 +28,15 @@ from llama_bench import LlamaBench
 from onnx_exporter import Exported
 from peers_report import Cell, Facts, Results, plot, show
 
-from h1export.core.artifact import Artifact
-from h1export.core.spec import HybridSpec
-from h1export.core.state import StateSpec
+from h1export.artifact.artifact import Artifact
+from h1export.commands.pipeline import load
 from h1export.errors import H1ExportError
-from h1export.pipeline import load
-from h1export.validate.bench import interleave, machine
-from h1export.validate.players import Child, Kind, RunnerPlayer, Timing
-from h1export.validate.statistics import Estimate, estimate, ratio
-from h1export.validate.traffic import read_bandwidth, step_bytes
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import StateSpec
+from h1export.validate.speed.bench import interleave, machine
+from h1export.validate.speed.memory_traffic import read_bandwidth, step_bytes
+from h1export.validate.speed.statistics import Estimate, estimate, ratio
+from h1export.validate.speed.worker import Child, Kind, RunnerPlayer, Timing
 
 HERE = Path(__file__).parent
 LLAMA, OURS, EAGER, EXPORTER = PEERS = ("llama.cpp", "h1export", "eager", "OnnxExporter")

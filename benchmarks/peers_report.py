@@ -11,9 +11,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from h1export.render import human_bytes
-from h1export.validate.players import Kind, Timing
-from h1export.validate.statistics import Estimate
+from h1export.cli.tables import human_bytes
+from h1export.validate.speed.statistics import Estimate
+from h1export.validate.speed.worker import Kind, Timing
 
 
 @dataclass(frozen=True)

@@ -26,23 +26,27 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from h1export import pipeline
-from h1export.calibration import Calibration
-from h1export.core.progress import SILENT
-from h1export.core.protocols import Ids
-from h1export.core.quant import Integers, Precision, QuantScheme, Rounded, quantize_rows, search_rows
-from h1export.core.quant.budget import Budget
-from h1export.core.spec import HybridSpec
-from h1export.core.stage import Stage, cores
-from h1export.core.state import Array
-from h1export.core.weights import WeightStore
-from h1export.core.weights.scaling import ScaledStore
-from h1export.quantize.scaling import scaling
-from h1export.quantize.solve import solve
-from h1export.sources import embedded_model, resolve
-from h1export.text import scoring_ids
-from h1export.validate.perplexity import Scored, text_figures, windows
-from h1export.validate.reference import Reference
+from h1export.artifact.staging import Stage, cores
+from h1export.checkpoint.resolve import embedded_model, resolve
+from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.tokenizer import scoring_ids
+from h1export.commands import pipeline
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import Array
+from h1export.progress import SILENT
+from h1export.quantize.awq_scales import ScaledStore
+from h1export.quantize.budget import Budget
+from h1export.quantize.calibration import Calibration
+from h1export.quantize.group_format import Precision
+from h1export.quantize.methods.awq import scaling
+from h1export.quantize.methods.gptq_model import solve
+from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.methods.scale_search import search_rows
+from h1export.quantize.scheme import QuantScheme
+from h1export.quantize.source import Integers, Rounded
+from h1export.runtime.runner import Ids
+from h1export.validate.accuracy.perplexity import Scored, text_figures, windows
+from h1export.validate.accuracy.reference import Reference
 
 GROUP, BUDGET = 32, 5.0
 RoundedWeights = dict[str, Array]

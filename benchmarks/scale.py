@@ -28,8 +28,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from h1export.core.spec import HybridSpec
-from h1export.core.weights import tensor_layout
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.tensors import tensor_layout
 
 CLI = "from h1export.cli import main; main()"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from h1export.core.protocols import Capabilities, Ids, Sequences
-from h1export.core.spec import HybridSpec
-from h1export.core.state import Array
-from h1export.validate.players import Timed
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import Array
+from h1export.runtime.runner import Capabilities, Ids, Sequences
+from h1export.validate.speed.worker import Timed
 
 
 class Slowed:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from h1export.core.protocols import Capabilities, Ids, SteppedSequences, check_call
-from h1export.core.spec import HybridSpec
-from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array
-from h1export.core.weights import WeightExpr, WeightStore
+from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.errors import H1ExportError
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array
+from h1export.runtime.runner import Capabilities, Ids, SteppedSequences, check_call
 
 aten = torch.ops.aten
 

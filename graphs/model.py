@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from h1export.core.spec import HybridSpec
+from h1export.model.falcon_h1.config import HybridSpec
 from h1export.plugins import h1
 
 LayerStates = tuple[Tensor, Tensor, Tensor, Tensor]  # key, value, conv_state, recurrent_state: StateKind's order

@@ -1,4 +1,4 @@
-"""Where a Program's probes are (core/probes.py): found by what reads and makes them, so that passes and fusions do not move them."""
+"""Where a Program has its probes (model/falcon_h1/probes.py): found by their readers and makers, so that passes do not move them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from h1export.core.probes import Point, probe_name
-from h1export.graphs.programs import Program, args_of
+from h1export.graphs.program import Program, args_of
+from h1export.model.falcon_h1.probes import Point, probe_name
 from h1export.plugins import h1
 
 aten = torch.ops.aten

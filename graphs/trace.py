@@ -10,13 +10,13 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph
 
-from h1export.core.spec import HybridSpec
-from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, StateSpec
-from h1export.core.weights import Multiplier, WeightExpr
-from h1export.core.weights.layout import EMBEDDING, LM_HEAD
+from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
 from h1export.graphs.model import FalconH1, LayerStates
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 from h1export.graphs.unroll import TRACED, unroll
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, StateSpec
+from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD
 
 _BATCH, _SEQ, _PAST = 3, 5, 7  # example sizes: distinct, so that no two dims can be mistaken for one
 

@@ -13,10 +13,10 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from h1export.core.spec import HybridSpec
-from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateSpec
-from h1export.core.weights import Multiplier, WeightExpr
-from h1export.graphs.programs import Program
+from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
+from h1export.graphs.program import Program
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateSpec
 
 TRACED = 2  # layers of the program to unroll
 

@@ -7,9 +7,9 @@ import operator
 import torch
 from torch.fx import Node
 
-from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS
-from h1export.core.weights import tensor_layout
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS
+from h1export.model.falcon_h1.tensors import tensor_layout
 from h1export.plugins import h1
 
 aten = torch.ops.aten

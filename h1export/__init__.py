@@ -5,7 +5,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-LAZY = {"load": ("h1export.pipeline", "load_folder"), "hf": ("h1export.hf", "")}  # name -> module, name in it; __init__.pyi has the types
+LAZY = {
+    "load": ("h1export.commands.pipeline", "load_folder"),
+    "hf": ("h1export.hf", ""),
+}  # name -> module, name in it; __init__.pyi has the types
 
 
 def __getattr__(name: str) -> Any:

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from h1export.core.artifact import Artifact, StoredWeight
-from h1export.core.progress import Progress
-from h1export.core.protocols import Runner
-from h1export.core.quant import Integers
-from h1export.core.stage import Stage
-from h1export.core.weights import WeightStore
+from h1export.artifact.artifact import Artifact, StoredWeight
+from h1export.artifact.staging import Stage
+from h1export.checkpoint.store import WeightStore
+from h1export.progress import Progress
+from h1export.quantize.source import Integers
+from h1export.runtime.runner import Runner
 
 if TYPE_CHECKING:  # the command line names targets without loading torch
-    from h1export.graphs.programs import Program
+    from h1export.graphs.program import Program
 
 
 ProviderName = Literal["cpu", "cuda"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from gptq_files import Gptq, Written, write
+from released_config import RELEASED
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from h1export import pipeline
-from h1export.calibration import Calibration
-from h1export.core.artifact import Artifact
-from h1export.core.quant import QuantScheme
-from h1export.sources import embedded_model
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.resolve import embedded_model
+from h1export.commands import pipeline
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.quantize.calibration import Calibration
+from h1export.quantize.scheme import QuantScheme
 from h1export.targets import BuildOptions
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at its import, and other packages import Triton
@@ -106,7 +109,7 @@ SWITCHES: Mapping[str, dict[str, Any]] = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A folder of tests that all need a runtime bears its marker."""
-    folders = {"clients": "ort", "targets/onnxruntime": "ort", "targets/coreml": "coreml", "targets/tensorrt": "trt"}
+    folders = {"integrations": "ort", "targets/onnxruntime": "ort", "targets/coreml": "coreml", "targets/tensorrt": "trt"}
     for item in items:
         for folder, marker in folders.items():
             if item.path.is_relative_to(Path(__file__).parent / folder):
@@ -129,6 +132,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def tiny() -> Path:
     """The embedded trained model."""
     return embedded_model()
+
+
+@pytest.fixture
+def released() -> dict[str, Any]:
+    """The released 0.5B config, to be changed at will."""
+    return copy.deepcopy(dict(RELEASED))
+
+
+@pytest.fixture(scope="session")
+def spec_of() -> Callable[..., HybridSpec]:
+    """spec_of(key=value, ...) -> the released 0.5B architecture with these keys changed."""
+    return lambda **changes: HybridSpec.from_config({**copy.deepcopy(dict(RELEASED)), **changes})
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from h1export.core.artifact import Artifact
-from h1export.targets.tensorrt.execution import Execution
-from h1export.targets.tensorrt.passport import Host
+from h1export.artifact.artifact import Artifact
+from h1export.targets.tensorrt.emulator.execution import Execution
+from h1export.targets.tensorrt.engine.requirements import Host
 
 HOST = Host({"tensorrt": "10.15.1"}, 89)  # the machine that it all stands for
 STREAM = 7
@@ -48,7 +48,7 @@ def memory(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Te
 
 
 class FakeGpu:
-    """In place of targets/tensorrt/gpu.py's; the CPU's memory is its own. ``recorded``: how many graphs were made."""
+    """In place of targets/tensorrt/gpu/device.py's; the CPU's memory is its own. ``recorded``: how many graphs were made."""
 
     device, handle = torch.device("cpu"), STREAM
     recorded = 0

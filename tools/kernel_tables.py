@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from roofline import GPUS, Gpu, Work, conv_work, scan_work
+
 from h1export.errors import H1ExportError
 from h1export.plugins.causal_conv import launch as conv
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin, check_limits, compile_kernel
 from h1export.plugins.gpu.kernel import Kernel
-from h1export.plugins.gpu.roofline import GPUS, Gpu, Work, conv_work, scan_work
 from h1export.plugins.gpu.shapes import PUBLISHED, Shape
 from h1export.plugins.ssm_scan.launch import Problem, kernels
 from h1export.plugins.ssm_scan.tiles import TILES

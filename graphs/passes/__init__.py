@@ -14,7 +14,7 @@ from h1export.graphs.passes.fold_output_multipliers import FoldOutputMultipliers
 from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
 from h1export.graphs.passes.fuse_summed_projections import FuseSummedProjections
 from h1export.graphs.passes.sort_columns import SortColumns
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 from h1export.graphs.verify import verify
 
 PASSES: tuple[Pass, ...] = (

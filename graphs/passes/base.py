@@ -10,8 +10,8 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from h1export.core.weights import Multiplier, WeightExpr
-from h1export.graphs.programs import Program
+from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
+from h1export.graphs.program import Program
 
 aten = torch.ops.aten
 

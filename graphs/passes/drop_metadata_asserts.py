@@ -5,7 +5,7 @@ After:  y = aten.to(x, float32)
 """
 
 from h1export.graphs.passes.base import Pass, aten
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 
 _ASSERT = aten._assert_tensor_metadata.default
 

@@ -9,7 +9,7 @@ import operator
 from torch.fx import Node
 
 from h1export.graphs.passes.base import Pass, aten, call, replace_node
-from h1export.graphs.programs import Program, args_of
+from h1export.graphs.program import Program, args_of
 
 
 class FlattenSplits(Pass):

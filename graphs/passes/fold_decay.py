@@ -7,7 +7,7 @@ After:  h1::ssm_scan(..., A=weight, ...) with weight = -exp(A_log)
 from torch.fx import Node
 
 from h1export.graphs.passes.base import Pass, PassError, aten, replace_node
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 
 
 class FoldDecay(Pass):

@@ -7,7 +7,7 @@ After:  linear(rms_norm(h, m * w), head)
 from torch.fx import Node
 
 from h1export.graphs.passes.base import Pass, aten, multiplier_of, replace_node, scale_weight
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 
 
 class FoldHeadMultiplier(Pass):

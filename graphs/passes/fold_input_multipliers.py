@@ -7,7 +7,7 @@ After:  linear(x, m * w1, b1), linear(x, m * w2, b2), ...
 from torch.fx import Node
 
 from h1export.graphs.passes.base import Pass, aten, multiplier_of, replace_node, scale_weight
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 
 
 class FoldInputMultipliers(Pass):

@@ -5,7 +5,7 @@ After:  linear(x, m * w, m * b)
 """
 
 from h1export.graphs.passes.base import Pass, aten, linear_bias, multiplier_of, replace_node, scale_weight
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 
 
 class FoldOutputMultipliers(Pass):

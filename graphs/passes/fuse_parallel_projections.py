@@ -10,17 +10,8 @@ from collections.abc import Hashable
 
 from torch.fx import Node
 
-from h1export.graphs.passes.base import (
-    KindOf,
-    Pass,
-    aten,
-    call,
-    concatenated_weight,
-    drop_unread_weights,
-    linear_bias,
-    replace_node,
-)
-from h1export.graphs.programs import Program, args_of
+from h1export.graphs.passes.base import KindOf, Pass, aten, call, concatenated_weight, drop_unread_weights, linear_bias, replace_node
+from h1export.graphs.program import Program, args_of
 
 
 class FuseParallelProjections(Pass):

@@ -6,17 +6,8 @@ After:  add(h, linear(cat([y, a], -1), [w1 | w2]))
 
 from torch.fx import Node
 
-from h1export.graphs.passes.base import (
-    KindOf,
-    Pass,
-    aten,
-    call,
-    concatenated_weight,
-    drop_unread_weights,
-    linear_bias,
-    replace_node,
-)
-from h1export.graphs.programs import Program, args_of
+from h1export.graphs.passes.base import KindOf, Pass, aten, call, concatenated_weight, drop_unread_weights, linear_bias, replace_node
+from h1export.graphs.program import Program, args_of
 
 
 class FuseSummedProjections(Pass):

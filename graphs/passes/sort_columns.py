@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from h1export.graphs.passes.base import Pass, aten, call
-from h1export.graphs.programs import Program, args_of
+from h1export.graphs.program import Program, args_of
 
 
 class SortColumns(Pass):

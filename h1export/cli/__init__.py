@@ -18,6 +18,7 @@ from click.shell_completion import get_completion_class
 from rich.console import Console
 
 from h1export import __version__
+from h1export.artifact.artifact import REPORT
 from h1export.cli.bench import bench
 from h1export.cli.common import F, answer, common, kernels_option, say
 from h1export.cli.coreml import coreml
@@ -28,7 +29,6 @@ from h1export.cli.gate import gate
 from h1export.cli.plan import plan
 from h1export.cli.report import report
 from h1export.cli.sensitivity import sensitivity
-from h1export.core.artifact import REPORT
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
@@ -93,8 +93,8 @@ def build(asked: Asked, force: bool, check: bool, quiet: bool, as_json: bool, **
       h1export build ./Falcon-H1-0.5B --target ort --opset-only --out falcon-onnx
       h1export build ./Falcon-H1-0.5B --target trt --max-context 4096 --out falcon-trt
     """
-    from h1export import pipeline
-    from h1export.render import Bars, human_bytes
+    from h1export.cli.tables import Bars, human_bytes
+    from h1export.commands import pipeline
 
     built, code = [], 0
     for target, place in asked.places():
@@ -127,9 +127,9 @@ def validate(out: Path, model: str | None, quiet: bool, as_json: bool, **checks:
       h1export validate tiny-ort-int4
       h1export validate falcon-int4 ./Falcon-H1-0.5B --limit text.ratio=1.03 --latency-pairs 0
     """
-    from h1export import sources
+    from h1export.checkpoint import resolve
 
-    report = _validate(out, sources.resolve(model), quiet, as_json, **checks)
+    report = _validate(out, resolve.resolve(model), quiet, as_json, **checks)
     if as_json:
         answer(report)
     return 0 if report["passed"] else 1
@@ -147,8 +147,8 @@ def _validate(
     threads: int,
     **others: Any,
 ) -> dict[str, Any]:
-    from h1export import pipeline
-    from h1export.render import Bars, report_tables
+    from h1export.cli.tables import Bars, report_tables
+    from h1export.commands import pipeline
 
     with Bars(quiet or as_json) as bars:
         report = pipeline.validate(out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars, **others)
@@ -202,8 +202,8 @@ def generate(
       h1export generate tiny-ort-int4 "import os"
       h1export generate falcon-int4 "Who are you?" --chat --temperature 0.7 --top-p 0.9 --seed 1
     """
-    from h1export import pipeline
-    from h1export.generation import Sampling
+    from h1export.commands import pipeline
+    from h1export.runtime.generation import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     text = ""
@@ -223,11 +223,11 @@ def generate(
 @common
 def inspect(folder: str | None, quiet: bool, as_json: bool) -> int:
     """Say what a checkpoint or an artifact is, and check that it is whole."""
-    from h1export import sources
-    from h1export.describe import describe
-    from h1export.render import pairs_table
+    from h1export.artifact.inspection import describe
+    from h1export.checkpoint import resolve
+    from h1export.cli.tables import pairs_table
 
-    path = sources.resolve(folder)
+    path = resolve.resolve(folder)
     found = describe(path)
     if as_json:
         answer(found)

@@ -52,9 +52,10 @@ def bench(
       h1export bench falcon-int4 --against falcon-int4-block128 --threads 1 --threads 2 --depth 0 --depth 8192
       h1export bench falcon-int4 ./Falcon-H1-0.5B --against reference --batch 1 --batch 4
     """
-    from h1export import measuring, sources
-    from h1export.render import Bars, bench_tables
-    from h1export.validate.bench import BenchOptions
+    from h1export.checkpoint import resolve
+    from h1export.cli.tables import Bars, bench_tables
+    from h1export.commands import measuring
+    from h1export.validate.speed.bench import BenchOptions
 
     threads = threads or (os.cpu_count() or 1,)
     depths, prefills, threads, batches = (tuple(dict.fromkeys(values)) for values in (depths, prefills, threads, batches))
@@ -62,7 +63,7 @@ def bench(
     reference = against == REFERENCE
     if model is not None and not reference:
         raise H1ExportError(model, "is of no use here", f"MODEL is for --against {REFERENCE}")
-    checkpoint, other = sources.resolve(model) if reference else None, None if reference or against is None else Path(against)
+    checkpoint, other = resolve.resolve(model) if reference else None, None if reference or against is None else Path(against)
     with Bars(quiet or as_json) as bars:
         report = measuring.bench(out, other, checkpoint, options, bars, kernels)
     for table in bench_tables(report):

@@ -23,7 +23,7 @@ def coreml() -> None:
 
 def _open(path: Path) -> Any:
     from h1export.targets.coreml.evaluator import Package
-    from h1export.targets.coreml.layout import PACKAGE
+    from h1export.targets.coreml.program.layout import PACKAGE
 
     return Package.open(path / PACKAGE if (path / PACKAGE).is_dir() else path)
 
@@ -38,7 +38,7 @@ def inspect(package: Path, quiet: bool, as_json: bool) -> int:
     """Functions of PACKAGE: inputs, outputs, states, and how many of which ops."""
     from collections import Counter
 
-    from h1export.render import pairs_table
+    from h1export.cli.tables import pairs_table
 
     found = {
         name: {
@@ -67,7 +67,7 @@ def lint(package: Path, neural_engine: bool, quiet: bool, as_json: bool) -> int:
 
     Exit code 1 where something is wrong.
     """
-    from h1export.targets.coreml.lint import lint as run
+    from h1export.targets.coreml.package.lint import lint as run
 
     findings = run(_open(package), neural_engine)
     if as_json:
@@ -97,7 +97,7 @@ def run(package: Path, function: str | None, inputs: Path, states: Path | None, 
     """
     import numpy as np
 
-    from h1export.render import pairs_table
+    from h1export.cli.tables import pairs_table
     from h1export.targets.coreml.evaluator import Evaluator
 
     evaluator = Evaluator(_open(package), function)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.core import ParameterSource
 
-from h1export.core.quant.budget import Budget
-from h1export.core.quant.scheme import BEST, BLOCK_SIZES, Method, QuantName, QuantScheme
-from h1export.core.weights.gptq_layout import GptqLayout
+from h1export.checkpoint.gptq_format import GptqLayout
 from h1export.errors import H1ExportError
+from h1export.quantize.budget import Budget
+from h1export.quantize.scheme import BEST, BLOCK_SIZES, Method, QuantName, QuantScheme
 from h1export.targets import MODULES, BuildOptions, Compute, ProviderName, RuntimeName, get_target
 
 if TYPE_CHECKING:  # help and completion come without loading a tokenizer
-    from h1export.calibration import Calibration
+    from h1export.quantize.calibration import Calibration
 
 LEVELS = {"cpu": 4, "cuda": 0}  # provider -> --accuracy-level where it is not given
 BLOCKS, QUANTS, PROVIDERS = [str(size) for size in BLOCK_SIZES], get_args(QuantName), get_args(ProviderName)
@@ -142,8 +142,8 @@ def ready_made(checkpoint: Path) -> GptqLayout | None:
 
 def within(checkpoint: Path, scheme: QuantScheme, calibration: Calibration, budget: Budget, jobs: int, quiet: bool) -> QuantScheme:
     """``scheme`` with the most sensitive tensors at int8."""
-    from h1export import pipeline
-    from h1export.render import Bars
+    from h1export.cli.tables import Bars
+    from h1export.commands import pipeline
 
     with Bars(quiet) as bars:
         found = pipeline.sensitivity(checkpoint, scheme, calibration, bars, jobs)
@@ -171,12 +171,12 @@ def export_options(command: Callable[..., int]) -> Callable[..., int]:
         jobs: int,
         **others: Any,
     ) -> int:
-        from h1export import sources
-        from h1export.calibration import Calibration
-        from h1export.precisions import read_plan
+        from h1export.checkpoint import resolve
+        from h1export.quantize.calibration import Calibration
+        from h1export.quantize.precision_plan import read_plan
 
         check_switches(click.get_current_context(), targets)
-        checkpoint = sources.resolve(model)
+        checkpoint = resolve.resolve(model)
         options = _build_options({field: others.pop(parameter) for parameter, field in SWITCHES.items()})
         layout = ready_made(checkpoint)
         quant = "none" if layout else quant  # of what it has in floats

@@ -20,8 +20,8 @@ def finish(out: Path, quiet: bool, as_json: bool) -> int:
       h1export build ./Falcon-H1-0.5B --target trt --runtime tensorrt --out falcon
       h1export finish falcon        # on the machine with the GPU
     """
-    from h1export.render import Bars
-    from h1export.targets.tensorrt.finish import finish as run
+    from h1export.cli.tables import Bars
+    from h1export.targets.tensorrt.engine.finish import finish as run
 
     with Bars(quiet or as_json) as bars:
         passport = run(out, bars)

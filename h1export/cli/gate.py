@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from h1export.cli.common import answer, common, kernels_option, say
-from h1export.core.report import Verdict
+from h1export.report.report import Verdict
 from h1export.targets import Kernels
 
 CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3}
@@ -36,11 +36,12 @@ def gate(
 
     Exit codes: 0 passed, 1 failed, 3 inconclusive, 2 bad input or could not run.
     """
-    from h1export import measuring, sources
-    from h1export.junit import to_junit
-    from h1export.render import Bars, gate_table
+    from h1export.checkpoint import resolve
+    from h1export.cli.junit import to_junit
+    from h1export.cli.tables import Bars, gate_table
+    from h1export.commands import measuring
 
-    checkpoint = sources.resolve(model)
+    checkpoint = resolve.resolve(model)
     if write_baseline:
         with Bars(quiet or as_json) as bars:
             place = measuring.write_baseline(out, checkpoint, gates, bars, kernels)

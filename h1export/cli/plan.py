@@ -26,8 +26,8 @@ def plan(asked: Asked, contexts: tuple[int, ...], quiet: bool, as_json: bool) ->
       h1export plan --target ort --quant int4
       h1export plan ./Falcon-H1-34B --target ort --quant int4 --context 8192 --context 262144
     """
-    from h1export import pipeline
-    from h1export.render import Bars, plan_table
+    from h1export.cli.tables import Bars, plan_table
+    from h1export.commands import pipeline
 
     plans = []
     for target, place in asked.places():

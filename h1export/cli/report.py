@@ -23,7 +23,7 @@ def report(outs: tuple[Path, ...], to: Path | None, quiet: bool, as_json: bool) 
       h1export report falcon-int4
       h1export report falcon-int4 falcon-int8 --to falcon.html
     """
-    from h1export.page import page
+    from h1export.report.page import page
 
     text = page(outs)
     place = to or (outs[0] / PAGE if len(outs) == 1 else Path(PAGE))

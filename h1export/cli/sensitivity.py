@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from h1export.cli.common import answer, common, say
-from h1export.core.quant.budget import Budget
-from h1export.core.quant.scheme import BEST, BLOCK_SIZES, QuantScheme
+from h1export.quantize.budget import Budget
+from h1export.quantize.scheme import BEST, BLOCK_SIZES, QuantScheme
 
 
 @click.command()
@@ -40,17 +40,18 @@ def sensitivity(
       h1export sensitivity --budget-bits 5.0 --out plan.yaml
       h1export build --target ort --precisions plan.yaml
     """
-    from h1export import pipeline, sources
-    from h1export.calibration import Calibration
-    from h1export.precisions import plan_text
-    from h1export.render import Bars
+    from h1export.checkpoint import resolve
+    from h1export.cli.tables import Bars
+    from h1export.commands import pipeline
+    from h1export.quantize.calibration import Calibration
+    from h1export.quantize.precision_plan import plan_text
 
     if budget_bits is not None and budget_kl is not None:
         raise click.UsageError("give one of --budget-bits and --budget-kl")
     budget = Budget(budget_bits, budget_kl)
     with Bars(quiet or as_json) as bars:
         found = pipeline.sensitivity(
-            sources.resolve(model), QuantScheme("int4", int(block), BEST["int4"]), Calibration(calibration), bars, jobs
+            resolve.resolve(model), QuantScheme("int4", int(block), BEST["int4"]), Calibration(calibration), bars, jobs
         )
     raised = {} if budget_bits is None and budget_kl is None else budget.raised(found)
     text = plan_text(found, raised)

@@ -17,13 +17,13 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from h1export import pipeline
-from h1export.core.generation_config import special_tokens
+from h1export.checkpoint.tokenizer import load_tokenizer, stream
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
-from h1export.generation import Sampling, generate
-from h1export.scoring import Beginning
+from h1export.integrations.scoring import Beginning
+from h1export.model.falcon_h1.special_tokens import special_tokens
+from h1export.runtime.generation import Sampling, generate
 from h1export.targets import Kernels
-from h1export.text import load_tokenizer, stream
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, what is scored), as lm-eval hands them over
 MAX_NEW_TOKENS = 256  # where a task does not say, as in lm-eval's own models

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from h1export.core.protocols import Capabilities, Ids, Sequences, SteppedSequences, check_call
-from h1export.core.spec import HybridSpec
-from h1export.core.state import INPUT_IDS, LOGITS, Array, StateKind, StateSpec, StateTensor
 from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import INPUT_IDS, LOGITS, Array, StateKind, StateSpec, StateTensor
+from h1export.runtime.runner import Capabilities, Ids, Sequences, SteppedSequences, check_call
 from h1export.targets.onnx import sdk
 
 PREFILL, DECODE = "prefill.onnx", "decode.onnx"

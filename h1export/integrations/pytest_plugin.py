@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from h1export.comparison import Exported, Truth
-    from h1export.core.protocols import Ids
-    from h1export.core.state import Array
+    from h1export.integrations.comparison import Exported, Truth
+    from h1export.model.falcon_h1.states import Array
+    from h1export.runtime.runner import Ids
 
 ARTIFACT, CHECKPOINT = "h1_artifact", "h1_checkpoint"
 SETTINGS = {
@@ -54,7 +54,7 @@ def h1_artifact(request: pytest.FixtureRequest) -> Exported:
     if folder is None:
         pytest.fail("h1export: no artifact; give --h1-artifact FOLDER, or h1_artifact in the configuration file", pytrace=False)
     assert folder is not None  # fail raises
-    from h1export.comparison import Exported
+    from h1export.integrations.comparison import Exported
 
     found: Exported = _failing(lambda: Exported.open(Path(folder)))
     return found
@@ -63,11 +63,11 @@ def h1_artifact(request: pytest.FixtureRequest) -> Exported:
 @pytest.fixture(scope="session")
 def h1_reference(request: pytest.FixtureRequest, h1_artifact: Exported) -> Truth:
     """PyTorch on the checkpoint that h1_artifact was built from, with the weights that the artifact stores: ``logits(ids)``."""
-    from h1export import sources
-    from h1export.comparison import Truth
+    from h1export.checkpoint import resolve
+    from h1export.integrations.comparison import Truth
 
     checkpoint = _setting(request.config, CHECKPOINT)
-    found: Truth = _failing(lambda: Truth(sources.resolve(checkpoint), h1_artifact))
+    found: Truth = _failing(lambda: Truth(resolve.resolve(checkpoint), h1_artifact))
     return found
 
 
@@ -80,7 +80,7 @@ def assert_logits_close(request: pytest.FixtureRequest) -> Callable[..., None]:
 
     def check(found: Array, truth: Array, ids: Ids | None = None, tolerance: float | None = None) -> None:
         __tracebackhide__ = True
-        from h1export.comparison import Tolerance, difference
+        from h1export.integrations.comparison import Tolerance, difference
 
         exported: Exported = request.getfixturevalue("h1_artifact")
         allowed = exported.tolerance if tolerance is None else Tolerance(tolerance, "that the test gives")

@@ -15,16 +15,16 @@ import torch
 from torch_tensorrt.dynamo.conversion import dynamo_tensorrt_converter
 from torch_tensorrt.dynamo.conversion.converter_utils import cast_trt_tensor, get_trt_tensor
 
-from h1export.core.spec import HybridSpec
-from h1export.core.state import StateKind, StateSpec, StateTensor
-from h1export.core.weights import WeightStore
+from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.model import FalconH1, LayerStates
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import StateKind, StateSpec, StateTensor
 from h1export.plugins import h1
 from h1export.plugins.attention.op import composed
 from h1export.plugins.gpu.kernel import DTYPES, OURS
 from h1export.targets.tensorrt import plugin
-from h1export.targets.tensorrt.passport import gpu_architecture
+from h1export.targets.tensorrt.engine.requirements import gpu_architecture
 from h1export.targets.tensorrt.plugin.schema import NAMESPACE, OPS, VERSION, Op
 
 _loaded: list[Path] = []  # the plugin's library, once TensorRT has it

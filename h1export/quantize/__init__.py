@@ -1,1 +1,1 @@
-"""What a method needs forward passes for: start with solve.py."""
+"""Integers for weights: which tensor gets which precision (scheme.py), and where every target takes them from (source.py)."""

@@ -9,15 +9,15 @@ from typing import Protocol
 
 import torch
 
-from h1export.core.protocols import Ids
-from h1export.core.quant.gptq import ROUNDS
-from h1export.core.quant.scheme import BLOCK_SIZES, Method
-from h1export.core.spec import HybridSpec
-from h1export.core.weights import WeightStore
-from h1export.quantize.contexts import GROUPS, POSITIONS, SKETCH
+from h1export.checkpoint.store import WeightStore
+from h1export.model.falcon_h1.config import HybridSpec
 from h1export.quantize.layers import head_tensor, prefix, products
-from h1export.quantize.scaling import EXPONENTS, SEARCH_BYTES
-from h1export.quantize.solve import SOLVE_BYTES
+from h1export.quantize.methods.awq import EXPONENTS, SEARCH_BYTES
+from h1export.quantize.methods.gptq import ROUNDS
+from h1export.quantize.methods.gptq_model import SOLVE_BYTES
+from h1export.quantize.methods.head_groups import GROUPS, POSITIONS, SKETCH
+from h1export.quantize.scheme import BLOCK_SIZES, Method
+from h1export.runtime.runner import Ids
 
 SAMPLE, SAMPLES = 768, 3  # rows and columns of the products that are timed
 FIT_BYTES, LEAST_BLOCK = 12, min(BLOCK_SIZES)  # the equations for scales, in float32 and in float64

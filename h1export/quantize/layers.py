@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from h1export.core.protocols import Ids
-from h1export.core.spec import HybridSpec
-from h1export.core.state import Array, StateSpec
-from h1export.core.weights import WeightStore
-from h1export.core.weights.layout import EMBEDDING, FINAL_NORM, LM_HEAD
+from h1export.checkpoint.store import WeightStore
 from h1export.graphs.model import Layer, LayerStates, mup_vector, scaled
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import Array, StateSpec
+from h1export.model.falcon_h1.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
+from h1export.runtime.runner import Ids
 
 # the products of one input (but for a factor, which changes no integer): its name is the first one's
 INPUTS: Mapping[str, tuple[str, ...]] = {

@@ -7,15 +7,15 @@ from functools import partial
 
 import torch
 
-from h1export.core.progress import Progress
-from h1export.core.protocols import Ids
-from h1export.core.quant.budget import Sensitivity
-from h1export.core.quant.integers import Integers
-from h1export.core.spec import HybridSpec
-from h1export.core.state import Array
-from h1export.core.weights import WeightStore
+from h1export.artifact.weight_file import in_order
+from h1export.checkpoint.store import WeightStore
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import Array
+from h1export.progress import Progress
+from h1export.quantize.budget import Sensitivity
 from h1export.quantize.layers import LoadedLayer, embed, head_tensor, logits, one_thread_each, products
-from h1export.targets.weightfile import in_order
+from h1export.quantize.source import Integers
+from h1export.runtime.runner import Ids
 
 ROWS = 128  # positions whose predictions are held in float64 at a time
 

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from h1export.core.protocols import Ids
-from h1export.core.state import Array
-from h1export.targets.coreml import layout, sdk
+from h1export.model.falcon_h1.states import Array
+from h1export.runtime.runner import Ids
+from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Evaluator, Package
-from h1export.targets.coreml.layout import CALLS, DECODE, LOGITS, PREFILL, Call
+from h1export.targets.coreml.program import layout
+from h1export.targets.coreml.program.layout import CALLS, DECODE, LOGITS, PREFILL, Call
 
 Arrays = dict[str, npt.NDArray[Any]]
 Held = Any  # states in an executor's own form

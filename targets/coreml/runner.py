@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from h1export.core.artifact import Artifact
-from h1export.core.probes import probe_names
-from h1export.core.protocols import Capabilities, Ids, check_call
-from h1export.core.quant import QuantizedTensor
-from h1export.core.spec import HybridSpec
-from h1export.core.state import Array, StateKind, StateSpec
+from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
-from h1export.targets.coreml import layout
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.probes import probe_names
+from h1export.model.falcon_h1.states import Array, StateKind, StateSpec
+from h1export.quantize.quantized_tensor import QuantizedTensor
+from h1export.runtime.runner import Capabilities, Ids, check_call
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.execution import Held, advance, executor, observe
-from h1export.targets.coreml.layout import LOW, LOW_SCALE, output_name, state_name
-from h1export.targets.coreml.weights import order_name
+from h1export.targets.coreml.program import layout
+from h1export.targets.coreml.program.layout import LOW, LOW_SCALE, output_name, state_name
+from h1export.targets.coreml.program.weights import order_name
 
 NO_PADS = "one sequence at a time, without padding on the left"
 DTYPES = {"FLOAT16": np.float16, "FLOAT": np.float32}

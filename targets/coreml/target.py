@@ -8,27 +8,29 @@ from typing import Any
 
 import numpy as np
 
-from h1export.core.artifact import Artifact
-from h1export.core.progress import Progress
-from h1export.core.quant import Integers
-from h1export.core.stage import Stage
-from h1export.core.weights import WeightStore
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.staging import Stage
+from h1export.artifact.weight_file import in_order
+from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.interpret import forward
 from h1export.graphs.passes import passes_for, run_passes
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
+from h1export.progress import Progress
+from h1export.quantize.source import Integers
 from h1export.targets.base import BuildOptions, Compute, Kernels, Lowered
-from h1export.targets.coreml import layout, package, sdk
-from h1export.targets.coreml.blobs import Blobs
+from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Package
-from h1export.targets.coreml.functions import mil_program
-from h1export.targets.coreml.layout import CALLS, PREFILL
 from h1export.targets.coreml.mac import golden, readme
 from h1export.targets.coreml.mac.verify_on_mac import Settings
+from h1export.targets.coreml.package import writer
+from h1export.targets.coreml.program import layout
+from h1export.targets.coreml.program.blob_storage import Blobs
+from h1export.targets.coreml.program.functions import mil_program
+from h1export.targets.coreml.program.layout import CALLS, PREFILL
+from h1export.targets.coreml.program.weights import Float, Var, Weights
 from h1export.targets.coreml.runner import CoreMLRunner
-from h1export.targets.coreml.weights import Float, Var, Weights
-from h1export.targets.weightfile import in_order
 
 COMPUTE: Mapping[Compute, Float] = {"fp16": np.float16, "fp32": np.float32}
 Port = tuple[str, tuple[int | str, ...]]
@@ -51,9 +53,9 @@ class CoreMLTarget:
             built = mil_program(program, weights, CALLS, options.max_context, options.state_io)
             progress.stage("weights", store.nbytes)
             notes = {layout.MAX_CONTEXT: str(options.max_context), layout.PREFILL_TOKENS: str(PREFILL.tokens)}
-            model = package.protobuf(built, weights, notes)
+            model = writer.protobuf(built, weights, notes)
             blobs.finish()
-        package.write(stage.folder, model)
+        writer.write(stage.folder, model)
         _write_mac_files(program, weights, options, stage, progress)
         inputs, outputs = _ports(built)
         return Lowered(inputs, outputs, tuple(weights.stored))

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from h1export.graphs.programs import args_of
+from h1export.graphs.program import args_of
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context, Emitter
 

@@ -10,16 +10,18 @@ import numpy as np
 import onnx_ir as ir
 from torch.fx import Node
 
-from h1export.core.artifact import StoredPart, StoredWeight
-from h1export.core.probes import Columns, label
-from h1export.core.quant import Integers, Precision
-from h1export.core.state import Array
-from h1export.core.weights import WeightExpr, WeightStore
+from h1export.artifact.artifact import StoredPart, StoredWeight
+from h1export.artifact.weight_file import BLOCK_BYTES
+from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.graphs.probes import probes
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
+from h1export.model.falcon_h1.probes import Columns, label
+from h1export.model.falcon_h1.states import Array
+from h1export.quantize.group_format import Precision
+from h1export.quantize.source import Integers
 from h1export.targets.onnx.builder import GraphBuilder, Value
-from h1export.targets.onnx.external import ExternalData
-from h1export.targets.weightfile import BLOCK_BYTES
+from h1export.targets.onnx.external_data import ExternalData
 
 
 class Context:
@@ -135,7 +137,7 @@ def initializer_name(expr: WeightExpr) -> str:
 
 
 def name_probes(context: Context) -> None:
-    """Name the emitted values that core/probes.py speaks of; a Runner makes outputs of them when it is asked to observe."""
+    """Name the emitted values that model/falcon_h1/probes.py speaks of; a Runner makes outputs of them when it is asked to observe."""
     parts: dict[Value, dict[str, Columns | None]] = {}
     for name, node in probes(context.program).items():
         value, columns = context.probed(node)

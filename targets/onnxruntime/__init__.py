@@ -1,1 +1,1 @@
-"""ONNX Runtime: start with ops.py (the table of ops), then target.py."""
+"""ONNX Runtime: start with target.py."""

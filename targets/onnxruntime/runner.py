@@ -10,23 +10,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from h1export.core.artifact import Artifact
-from h1export.core.probes import PREFIX, probes_in
-from h1export.core.protocols import Capabilities, Ids, Sequences, SteppedSequences, check_call
-from h1export.core.spec import HybridSpec
-from h1export.core.state import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateKind, StateSpec
-from h1export.core.weights.packed import ORDER
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.gptq_tensor import ORDER
 from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.probes import PREFIX, probes_in
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateKind, StateSpec
+from h1export.runtime.runner import Capabilities, Ids, Sequences, SteppedSequences, check_call
 from h1export.targets.base import Kernels
 from h1export.targets.onnx import sdk
-from h1export.targets.onnx.columns import CODES, SCALES, ZEROS
-from h1export.targets.onnx.stored import StoredWeights
-from h1export.targets.onnxruntime import layout, native
-from h1export.targets.onnxruntime.flavour import CUDA, flavour
-from h1export.targets.onnxruntime.nbits import ROWS
-from h1export.targets.onnxruntime.sequences import BoundSequences
-from h1export.targets.onnxruntime.session import MODEL, NATIVE_MODEL, open_session
-from h1export.targets.onnxruntime.transposed import TABLE
+from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
+from h1export.targets.onnx.read_back import StoredWeights
+from h1export.targets.onnxruntime import native_library, state_layout
+from h1export.targets.onnxruntime.bound_session import BoundSequences
+from h1export.targets.onnxruntime.emit.dequantize_linear import TABLE
+from h1export.targets.onnxruntime.emit.nbits import ROWS
+from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_session
+from h1export.targets.onnxruntime.variants import CUDA, flavour
 
 READ = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)  # ends of names of initializers
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
@@ -81,7 +81,7 @@ class OnnxRuntimeRunner:
 
     def initial(self, batch: int) -> States:
         zeros, permutation = self._states.zeros(batch), self._flavour.permutation
-        return {t.past: layout.permute(t.kind, zeros[t.key], permutation).astype(self._dtype(t.kind)) for t in self._states.tensors}
+        return {t.past: state_layout.permute(t.kind, zeros[t.key], permutation).astype(self._dtype(t.kind)) for t in self._states.tensors}
 
     def _dtype(self, kind: StateKind) -> type[np.generic]:
         return np.float16 if kind in self._halves else np.float32
@@ -125,7 +125,7 @@ class OnnxRuntimeRunner:
 
     def snapshot(self, states: States) -> dict[str, Array]:
         permutation = self._flavour.permutation
-        return {t.key: layout.permute(t.kind, states[t.past].astype(np.float32), permutation) for t in self._states.tensors}
+        return {t.key: state_layout.permute(t.kind, states[t.past].astype(np.float32), permutation) for t in self._states.tensors}
 
     def magnitudes(self) -> Mapping[str, float]:
         return {}
@@ -152,7 +152,7 @@ def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, str]:
     if kernels == "stock":
         return None, ""
     try:
-        return native.library(), ""
+        return native_library.library(), ""
     except H1ExportError as error:
         if kernels == "native":
             raise

@@ -7,26 +7,27 @@ from typing import Any
 
 import onnx_ir as ir
 
-from h1export.core.artifact import Artifact
-from h1export.core.progress import Progress
-from h1export.core.quant import Integers
-from h1export.core.stage import Stage
-from h1export.core.state import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL, StateTensor
-from h1export.core.weights import WeightExpr, WeightStore
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.staging import Stage
+from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import KindOf, run_passes
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
+from h1export.model.falcon_h1.states import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL, StateTensor
+from h1export.progress import Progress
+from h1export.quantize.source import Integers
 from h1export.targets.base import BuildOptions, Kernels, Lowered
 from h1export.targets.onnx.builder import GraphBuilder, Value
-from h1export.targets.onnx.counts import node_counts
 from h1export.targets.onnx.emit import Emitter, emit, name_probes
-from h1export.targets.onnx.external import ExternalData
-from h1export.targets.onnxruntime import genai, layout, readme
-from h1export.targets.onnxruntime.flavour import Flavour, flavour
-from h1export.targets.onnxruntime.native.emitters import DOMAIN, NativeContext, covers
-from h1export.targets.onnxruntime.nbits import INT8_BLOCKS, OrtContext
+from h1export.targets.onnx.external_data import ExternalData
+from h1export.targets.onnx.op_counts import node_counts
+from h1export.targets.onnxruntime import genai_config, readme, state_layout
+from h1export.targets.onnxruntime.emit.native import DOMAIN, NativeContext, covers
+from h1export.targets.onnxruntime.emit.nbits import INT8_BLOCKS, OrtContext
+from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL
 from h1export.targets.onnxruntime.runner import ROUNDED_LEVEL, OnnxRuntimeRunner
-from h1export.targets.onnxruntime.session import MODEL, NATIVE_MODEL
+from h1export.targets.onnxruntime.variants import Flavour, flavour
 
 DATA = MODEL + ".data"
 
@@ -59,7 +60,7 @@ class OnnxRuntimeTarget:
                 native = NativeContext(program, store, integers, GraphBuilder({**made.opsets(precisions), DOMAIN: 1}), data)
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
                 ir.save(_model(native, made.native, inputs, outputs), stage.folder / NATIVE_MODEL)
-        genai.write_config(program.spec, stage.folder, options)
+        genai_config.write_config(program.spec, stage.folder, options)
         readme.write(stage.folder, options)
         return Lowered(inputs, outputs, tuple(context.stored))
 
@@ -100,13 +101,13 @@ def _declare(name: str, dtype: str, dims: Dims) -> Value:
 
 
 def _inputs(program: Program, made: Flavour) -> dict[str, tuple[str, Dims]]:
-    states = {tensor.past: (made.dtype(tensor.kind), layout.shape(tensor, made.permutation)) for tensor in program.states.tensors}
+    states = {tensor.past: (made.dtype(tensor.kind), state_layout.shape(tensor, made.permutation)) for tensor in program.states.tensors}
     return {INPUT_IDS: ("INT64", (BATCH, SEQUENCE)), ATTENTION_MASK: ("INT64", (BATCH, TOTAL)), **states}
 
 
 def _outputs(program: Program, options: BuildOptions, made: Flavour) -> dict[str, tuple[str, Dims]]:
     def dims(tensor: StateTensor) -> Dims:
-        return tuple(TOTAL if dim == PAST else dim for dim in layout.shape(tensor, made.permutation))
+        return tuple(TOTAL if dim == PAST else dim for dim in state_layout.shape(tensor, made.permutation))
 
     logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.spec.vocab_size)
     return {LOGITS: ("FLOAT", logits), **{tensor.present: (made.dtype(tensor.kind), dims(tensor)) for tensor in program.states.tensors}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from h1export.targets.base import BuildOptions, RuntimeName
-from h1export.targets.tensorrt.layout import PREFILL_TOKENS
+from h1export.targets.tensorrt.network.layout import PREFILL_TOKENS
 from h1export.targets.tensorrt.sdk import NAMES
 
 README = "README.md"

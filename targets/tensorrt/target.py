@@ -6,22 +6,24 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from h1export.core.artifact import Artifact
-from h1export.core.progress import Progress
-from h1export.core.quant import Integers
-from h1export.core.stage import Stage
-from h1export.core.weights import WeightStore
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.staging import Stage
+from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 from h1export.plugins.gpu.cubin import ARCHITECTURES
+from h1export.progress import Progress
+from h1export.quantize.source import Integers
 from h1export.targets.base import BuildOptions, Kernels, Lowered, RuntimeName
-from h1export.targets.onnx.counts import node_counts
-from h1export.targets.tensorrt import engine, network, plugin, readme, sdk
-from h1export.targets.tensorrt.engine_runner import EngineRunner
-from h1export.targets.tensorrt.layout import DATA, MODEL, Ports
-from h1export.targets.tensorrt.network_runner import NetworkRunner
-from h1export.targets.tensorrt.passport import Passport
-from h1export.targets.tensorrt.recipe import ENGINE, LIBRARY, RECIPE, RTX_ARCHITECTURES, TRTEXEC, Recipe
+from h1export.targets.onnx.op_counts import node_counts
+from h1export.targets.tensorrt import plugin, readme, sdk
+from h1export.targets.tensorrt.emulator.runner import NetworkRunner
+from h1export.targets.tensorrt.engine import build
+from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, RECIPE, RTX_ARCHITECTURES, TRTEXEC, Recipe
+from h1export.targets.tensorrt.engine.requirements import Passport
+from h1export.targets.tensorrt.gpu.runner import EngineRunner
+from h1export.targets.tensorrt.network import lowering
+from h1export.targets.tensorrt.network.layout import DATA, MODEL, Ports
 
 OF_RTX = (80, 86, 89, 120, 121)  # compute capabilities that RTX builds for, and our kernels are compiled for
 
@@ -34,7 +36,7 @@ class TensorRTTarget:
     def lower(
         self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress
     ) -> Lowered:
-        network.check(program.spec, integers, options)
+        lowering.check(program.spec, integers, options)
         runtime = options.runtime or ("rtx" if sdk.has("rtx") else "tensorrt")
         architectures = _architectures(runtime, options)
         spec = program.spec
@@ -47,7 +49,7 @@ class TensorRTTarget:
             progress.stage("plugin")
             made = plugin.write(stage.folder / Path(LIBRARY).parent, kernels, architectures)
         progress.stage("weights", store.nbytes)
-        lowered = network.write(program, store, integers, options, stage)
+        lowered = lowering.write(program, store, integers, options, stage)
         if stage.dry:
             return lowered
         passport = replace(_finish(stage.folder, runtime, architectures, lowered.inputs, options, progress), kernels=made)
@@ -88,7 +90,7 @@ def _finish(
     (folder / TRTEXEC).write_text(f"{recipe.trtexec()}\n", encoding="utf-8")
     if runtime == "tensorrt":
         return Passport(runtime, "", architectures, hashes[LIBRARY], "")
-    heard = engine.build(folder, progress)
+    heard = build.build(folder, progress)
     return Passport(runtime, heard.version, architectures, hashes[LIBRARY], _sha256(folder / ENGINE))
 
 

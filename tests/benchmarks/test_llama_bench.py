@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from h1export.errors import H1ExportError
-from h1export.validate.players import Kind, Timing
+from h1export.validate.speed.worker import Kind, Timing
 
 DECODE, PREFILL = Timing(Kind.DECODE, 2048), Timing(Kind.PREFILL, 512)
 # two runs as build 1 of commit 0c1e570 printed them, without the keys that nothing reads

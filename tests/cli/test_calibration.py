@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from h1export.calibration import SHIPPED, Calibration
+from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.cli import run
-from h1export.core.quant import QuantScheme
 from h1export.errors import H1ExportError
-from h1export.text import load_tokenizer
+from h1export.quantize.calibration import SHIPPED, Calibration
+from h1export.quantize.scheme import QuantScheme
 
 
 def test_samples_are_pieces_of_the_text_and_do_not_overlap(tiny: Path) -> None:

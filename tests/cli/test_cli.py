@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export import pipeline
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.cli import run
-from h1export.core.artifact import Artifact
-from h1export.generation import Sampling, generate
+from h1export.commands import pipeline
+from h1export.runtime.generation import Sampling, generate
 from h1export.targets.onnx import sdk
-from h1export.text import load_tokenizer
 
 pytestmark = pytest.mark.ort
 Build = Callable[..., Artifact]

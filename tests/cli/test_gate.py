@@ -13,15 +13,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from h1export import measuring
+from h1export.artifact.artifact import Artifact
 from h1export.cli import run
-from h1export.core.artifact import Artifact
-from h1export.core.protocols import Runner
-from h1export.core.report import Verdict
-from h1export.junit import to_junit
-from h1export.validate import regression
-from h1export.validate.gate_file import Baseline, Gate, read_baselines, read_gates, write_baselines
-from h1export.validate.regression import Check, GateReport, cpu_kind
+from h1export.cli.junit import to_junit
+from h1export.commands import measuring
+from h1export.report.report import Verdict
+from h1export.runtime.runner import Runner
+from h1export.validate.speed import regression
+from h1export.validate.speed.gate_file import Baseline, Gate, read_baselines, read_gates, write_baselines
+from h1export.validate.speed.regression import Check, GateReport, cpu_kind
 
 Build = Callable[..., Artifact]
 COUNTED = '[[gate]]\ntarget = "ort"\nquant = "int4"\n'

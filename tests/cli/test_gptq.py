@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from gptq_files import Written
 
-from h1export import pipeline
 from h1export.cli import run
+from h1export.commands import pipeline
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from h1export.core.artifact import Artifact
+from h1export.artifact.artifact import Artifact
 
 BUILD = "import sys; from h1export.cli import run; sys.exit(run(sys.argv[1:]))"
 

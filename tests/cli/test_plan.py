@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from h1export import pipeline
+from h1export.checkpoint.store import WeightStore
 from h1export.cli import run
-from h1export.core.quant import Method, QuantScheme
-from h1export.core.weights import WeightStore
+from h1export.commands import pipeline
+from h1export.quantize.scheme import Method, QuantScheme
 from h1export.targets import BuildOptions
 
 pytestmark = pytest.mark.ort

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from h1export import pipeline
+from h1export.artifact.artifact import Artifact
 from h1export.cli import run
-from h1export.core.artifact import Artifact
-from h1export.core.progress import SILENT
-from h1export.core.quant import QuantScheme
-from h1export.core.quant.budget import Sensitivity
-from h1export.core.quant.precision import INT8, Precision
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
-from h1export.precisions import plan_text, read_plan
-from h1export.validate import ValidateOptions, validate
+from h1export.progress import SILENT
+from h1export.quantize.budget import Sensitivity
+from h1export.quantize.group_format import INT8, Precision
+from h1export.quantize.precision_plan import plan_text, read_plan
+from h1export.quantize.scheme import QuantScheme
+from h1export.validate.accuracy.run import ValidateOptions, validate
 
 PROJECTION = "model.layers.0.self_attn.k_proj.weight"
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from h1export import pipeline
-from h1export.core.journal import JOURNAL
-from h1export.core.quant import QuantScheme
-from h1export.core.weights import WeightStore
+from h1export.artifact.journal import JOURNAL
+from h1export.checkpoint.store import WeightStore
+from h1export.commands import pipeline
+from h1export.quantize.scheme import QuantScheme
 
 # Kills builds at OUT in KILLS random moments, each time a build's length at most from its start; then lets one finish.
 # The graph is traced once, before the processes part: moments in the middle of the weights are the interesting ones.
@@ -21,7 +21,7 @@ BUILDS = """
 import os, random, sys, time
 from pathlib import Path
 from h1export import pipeline
-from h1export.core.spec import HybridSpec
+from h1export.model.falcon_h1.config import HybridSpec
 checkpoint, truth, out, seed, kills = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 program = pipeline.trace(HybridSpec.load(checkpoint), False)
 pipeline.trace = lambda *_: program
@@ -70,8 +70,8 @@ def killed(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: py
 
     def build(checkpoint: Path, out: Path, scheme: QuantScheme) -> list[str]:
         with monkeypatch.context() as patched:
-            patched.setattr("h1export.core.stage.shutil.rmtree", lambda *_, **__: None)
-            patched.setattr("h1export.pipeline.file_table", lambda *_, **__: 1 / 0)
+            patched.setattr("h1export.artifact.staging.shutil.rmtree", lambda *_, **__: None)
+            patched.setattr("h1export.commands.pipeline.file_table", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 pipeline.build(checkpoint, "ort", out, scheme)
         monkeypatch.setattr(WeightStore, "rows", lambda store, name, *range_: (read.append(name), rows(store, name, *range_))[1])

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from h1export import pipeline
 from h1export.cli import run
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 
 

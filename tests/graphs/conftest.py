@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from h1export.core.spec import HybridSpec
-from h1export.core.state import Array
-from h1export.core.weights import WeightStore
+from h1export.checkpoint.store import WeightStore
 from h1export.graphs.interpret import ProgramRunner, States
 from h1export.graphs.passes import Pass, run_passes
 from h1export.graphs.passes.drop_metadata_asserts import DropMetadataAsserts
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import Array
 
 Snapshot = dict[str, Array]
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export.core.spec import HybridSpec
 from h1export.graphs.passes.drop_metadata_asserts import DropMetadataAsserts
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
+from h1export.model.falcon_h1.config import HybridSpec
 from h1export.plugins import h1
 
 Edit = Callable[[Program], None]

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from h1export.core.weights import WeightExpr
+from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.graphs.passes import PassError, fusions, run_passes
 from h1export.graphs.passes.flatten_splits import FlattenSplits
 from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
 from h1export.graphs.passes.fuse_summed_projections import FuseSummedProjections
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 
 aten = torch.ops.aten
 SAME = 1e-6  # of the range: a sum over concatenated columns is taken in another order

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h1export.core.protocols import Ids
-from h1export.core.state import Array
 from h1export.graphs.interpret import ProgramRunner
+from h1export.model.falcon_h1.states import Array
+from h1export.runtime.runner import Ids
 
 Result = tuple[Array, dict[str, Array]]
 Deviation = Callable[[Result, Result], float]

@@ -12,8 +12,7 @@ import torch
 from gptq_files import Written
 from torch.fx import Node
 
-from h1export.core.quant import Ready, Rounded, quantize_rows, quantized_blocks
-from h1export.core.weights import Multiplier, WeightExpr
+from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
 from h1export.graphs.passes import PASSES, Pass, PassError, run_passes
 from h1export.graphs.passes.base import multiplier_of
 from h1export.graphs.passes.drop_metadata_asserts import DropMetadataAsserts
@@ -22,9 +21,12 @@ from h1export.graphs.passes.fold_head_multiplier import FoldHeadMultiplier
 from h1export.graphs.passes.fold_input_multipliers import FoldInputMultipliers
 from h1export.graphs.passes.fold_output_multipliers import FoldOutputMultipliers
 from h1export.graphs.passes.sort_columns import SortColumns
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
 from h1export.plugins import h1
+from h1export.quantize.methods.prequantized import Ready
+from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.source import Rounded, quantized_blocks
 
 Apply = Callable[[Pass, Program], Program]
 aten = torch.ops.aten

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from h1export.core.spec import HybridSpec
-from h1export.core.state import StateSpec
-from h1export.core.weights import tensor_layout
 from h1export.graphs.passes import run_passes
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 from h1export.graphs.trace import trace, trace_all
 from h1export.graphs.verify import LEGAL_OPS
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import StateSpec
+from h1export.model.falcon_h1.tensors import tensor_layout
 from h1export.plugins import h1
 
 # the published 34B model, sizes as in its config.json

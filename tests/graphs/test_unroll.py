@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from h1export import pipeline
-from h1export.core.quant import QuantScheme
-from h1export.core.spec import HybridSpec
-from h1export.core.weights import WeightExpr
+from h1export.checkpoint.weight_expr import WeightExpr
+from h1export.commands import pipeline
 from h1export.graphs.passes import run_passes
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 from h1export.graphs.trace import trace, trace_all
 from h1export.graphs.unroll import TRACED, unroll
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.quantize.scheme import QuantScheme
 
 LAYERS = 5  # copies of copies, and a first, a middle and a last one
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from h1export.core.weights import WeightExpr
+from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.graphs.passes import PASSES, run_passes
-from h1export.graphs.programs import Program
+from h1export.graphs.program import Program
 from h1export.graphs.verify import VerifyError, verify
 from h1export.plugins import h1
 

@@ -12,7 +12,7 @@ MACHINE = re.compile(r"(?<![\w.:/~-])/(?:root|home|Users|work|workspace|mnt|opt)
 UNFINISHED = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
 OTHERS = (
     "h1export/assets/",
-    "targets/onnxruntime/native/include/",
+    "targets/onnxruntime/include/",
     "targets/tensorrt/plugin/include/",
     "LICENSE",
 )  # texts that we carry and have not written

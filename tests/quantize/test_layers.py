@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from h1export.core.spec import HybridSpec
-from h1export.core.weights import WeightStore
+from h1export.checkpoint.store import WeightStore
+from h1export.model.falcon_h1.config import HybridSpec
 from h1export.quantize.layers import INPUTS, LoadedLayer, embed, head_tensor, logits, products
-from h1export.validate.logits import relative_error
-from h1export.validate.reference import Reference
+from h1export.validate.accuracy.logits import relative_error
+from h1export.validate.accuracy.reference import Reference
 
 
 def whole(store: WeightStore) -> Callable[[str], np.ndarray]:  # type: ignore[type-arg]

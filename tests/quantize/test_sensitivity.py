@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from h1export.core.progress import SILENT
-from h1export.core.quant import QuantScheme, Rounded, quantize_rows
-from h1export.core.quant.budget import Sensitivity
-from h1export.core.spec import HybridSpec
-from h1export.core.weights import WeightStore
-from h1export.core.weights.layout import EMBEDDING
+from h1export.checkpoint.store import WeightStore
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.tensors import EMBEDDING
+from h1export.progress import SILENT
+from h1export.quantize.budget import Sensitivity
+from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.sensitivity import sensitivities
-from h1export.validate.logits import logit_figures
-from h1export.validate.reference import Reference
+from h1export.quantize.source import Rounded
+from h1export.validate.accuracy.logits import logit_figures
+from h1export.validate.accuracy.reference import Reference
 
 
 def measured(checkpoint: Path, jobs: int = 1) -> tuple[Rounded, np.ndarray, dict[str, Sensitivity]]:  # type: ignore[type-arg]

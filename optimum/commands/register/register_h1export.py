@@ -2,6 +2,6 @@
 
 from optimum.commands.export.base import ExportCommand
 
-from h1export.integrations.optimum_export import H1ExportCommand
+from h1export.integrations.optimum import H1ExportCommand
 
 REGISTER_COMMANDS = [(H1ExportCommand, ExportCommand)]

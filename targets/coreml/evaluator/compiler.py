@@ -9,31 +9,12 @@ from typing import Any
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.targets.coreml.evaluator.constants import (
-    Constant,
-    Meaning,
-    State,
-    arguments_of,
-    constant,
-    converted,
-    meaning_of,
-    op_of,
-)
+from h1export.targets.coreml.evaluator.constants import Constant, Meaning, State, arguments_of, constant, converted, meaning_of, op_of
 from h1export.targets.coreml.evaluator.dtypes import FP16, Array
 from h1export.targets.coreml.evaluator.ops.base import Op
 from h1export.targets.coreml.evaluator.package import Package
 from h1export.targets.coreml.evaluator.program import DAMAGED, Block, Function, Operation, TensorType, Value
-from h1export.targets.coreml.evaluator.steps import (
-    Body,
-    Branch,
-    Computed,
-    OpStep,
-    Output,
-    ReadState,
-    Step,
-    WhileLoop,
-    WriteState,
-)
+from h1export.targets.coreml.evaluator.steps import Body, Branch, Computed, OpStep, Output, ReadState, Step, WhileLoop, WriteState
 
 Names = dict[str, Meaning]
 LARGE = 4096  # elements of a constant that a hollow program goes without

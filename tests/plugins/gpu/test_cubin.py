@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from roofline import GPUS, Work, conv_work, scan_work
 
 from h1export.errors import H1ExportError
 from h1export.plugins.causal_conv import launch as conv
 from h1export.plugins.gpu.cubin import ARCHITECTURES, SHARED_LIMIT, Cubin, check_limits, compile_kernel
 from h1export.plugins.gpu.kernel import run
-from h1export.plugins.gpu.roofline import GPUS, Work, conv_work, scan_work
 from h1export.plugins.gpu.shapes import PUBLISHED
 from h1export.plugins.ssm_scan.launch import Problem, kernels, launches
 from h1export.plugins.ssm_scan.tiles import TILES

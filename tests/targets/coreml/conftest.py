@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export.core.artifact import Artifact
-from h1export.targets.coreml import layout, sdk
-from h1export.targets.coreml.blobs import RECORD
+from h1export.artifact.artifact import Artifact
+from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Package
+from h1export.targets.coreml.program import layout
+from h1export.targets.coreml.program.blob_storage import RECORD
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 

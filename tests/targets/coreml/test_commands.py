@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from h1export import pipeline
+from h1export.artifact.artifact import Artifact
 from h1export.cli import run
-from h1export.core.artifact import Artifact
-from h1export.targets.coreml import layout
+from h1export.commands import pipeline
+from h1export.targets.coreml.program import layout
 
 Build = Callable[..., Artifact]
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.progress import SILENT
-from h1export.core.report import Report
+from h1export.artifact.artifact import Artifact
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
-from h1export.targets.coreml import layout
+from h1export.progress import SILENT
+from h1export.report.report import Report
 from h1export.targets.coreml.evaluator import Evaluator, Package
-from h1export.validate import ValidateOptions, validate
+from h1export.targets.coreml.program import layout
+from h1export.validate.accuracy.run import ValidateOptions, validate
 
 Build = Callable[..., Artifact]
 Changed = Callable[..., Artifact]

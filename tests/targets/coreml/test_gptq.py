@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from gptq_files import Written
 
-from h1export import pipeline
-from h1export.core.quant import QuantScheme
+from h1export.commands import pipeline
+from h1export.quantize.scheme import QuantScheme
 from h1export.targets import BuildOptions
-from h1export.validate.logits import relative_error
+from h1export.validate.accuracy.logits import relative_error
 
 HALF = 3e-3  # of the range
 IDS = np.random.default_rng(0).integers(0, 264, 70, dtype=np.int64)  # a prefill and decodes

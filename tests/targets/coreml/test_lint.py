@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export.core.artifact import Artifact
-from h1export.targets.coreml import layout
+from h1export.artifact.artifact import Artifact
 from h1export.targets.coreml.evaluator import Package
-from h1export.targets.coreml.lint import lint
+from h1export.targets.coreml.package.lint import lint
+from h1export.targets.coreml.program import layout
 
 Build = Callable[..., Artifact]
 Edit = Callable[[Any], None]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export.core.artifact import Artifact
+from h1export.artifact.artifact import Artifact
 from h1export.targets.coreml.evaluator import Evaluator, Package
 
 Build = Callable[..., Artifact]

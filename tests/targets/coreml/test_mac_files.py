@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export.core.report import Report, Row
 from h1export.errors import H1ExportError
+from h1export.report.report import Report, Row
 from h1export.targets.coreml.mac import readme
 from h1export.targets.coreml.mac.golden import TOLERANCE, golden, lengths, pack, places
 from h1export.targets.coreml.mac.verify_on_mac import UNITS, Settings

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h1export.core.tree import names
+from h1export.artifact.files import names
 from h1export.errors import H1ExportError
 from h1export.targets.coreml.mac import readme
 from h1export.targets.coreml.mac.golden import lengths

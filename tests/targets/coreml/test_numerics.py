@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.progress import SILENT
-from h1export.core.state import StateSpec
+from h1export.artifact.artifact import Artifact
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
-from h1export.validate import ValidateOptions, validate
-from h1export.validate.logits import relative_error
-from h1export.validate.reference import Reference
-from h1export.validate.states import state_errors
+from h1export.model.falcon_h1.states import StateSpec
+from h1export.progress import SILENT
+from h1export.validate.accuracy.logits import relative_error
+from h1export.validate.accuracy.reference import Reference
+from h1export.validate.accuracy.run import ValidateOptions, validate
+from h1export.validate.accuracy.states import state_errors
 
 HALF, EXACT = 3e-3, 1e-5  # of the range
 FP16_STEP = 2.0**-10  # from a number to the next

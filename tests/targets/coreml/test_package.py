@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export import pipeline
-from h1export.core.artifact import MANIFEST, Artifact
-from h1export.core.quant import QuantScheme, quantize_rows
-from h1export.core.weights import WeightStore, tensor_layout
+from h1export.artifact.artifact import MANIFEST, Artifact
+from h1export.checkpoint.store import WeightStore
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
+from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.scheme import QuantScheme
 from h1export.targets import BuildOptions, get_target
-from h1export.targets.coreml import layout, sdk
+from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Package
-from h1export.targets.coreml.ops import TABLE, UNUSED
+from h1export.targets.coreml.program import layout
+from h1export.targets.coreml.program.ops import TABLE, UNUSED
 
 Build = Callable[..., Artifact]
 

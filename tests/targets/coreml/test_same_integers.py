@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.weights.layout import EMBEDDING
+from h1export.artifact.artifact import Artifact
+from h1export.commands import pipeline
+from h1export.model.falcon_h1.tensors import EMBEDDING
 
 
 @pytest.mark.parametrize("method", ["rtn", "search", "awq", "gptq"])

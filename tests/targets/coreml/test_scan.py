@@ -10,23 +10,27 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from h1export.core.progress import SILENT
-from h1export.core.quant import QuantScheme, Rounded, quantize_rows
-from h1export.core.spec import HybridSpec
-from h1export.core.stage import Stage
-from h1export.core.state import StateKind
-from h1export.core.weights import WeightStore
+from h1export.artifact.staging import Stage
+from h1export.checkpoint.store import WeightStore
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import StateKind
 from h1export.plugins import h1
-from h1export.targets.coreml import layout, package, sdk
-from h1export.targets.coreml.blobs import Blobs
-from h1export.targets.coreml.context import ALL_REAL, Context
+from h1export.progress import SILENT
+from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.scheme import QuantScheme
+from h1export.quantize.source import Rounded
+from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Evaluator, Package
-from h1export.targets.coreml.layout import DECODE, LOW, LOW_SCALE, PREFILL, Call
-from h1export.targets.coreml.ops import TABLE
-from h1export.targets.coreml.states import HeldStates
-from h1export.targets.coreml.weights import Weights
+from h1export.targets.coreml.package import writer
+from h1export.targets.coreml.program import layout
+from h1export.targets.coreml.program.blob_storage import Blobs
+from h1export.targets.coreml.program.context import ALL_REAL, Context
+from h1export.targets.coreml.program.layout import DECODE, LOW, LOW_SCALE, PREFILL, Call
+from h1export.targets.coreml.program.ops import TABLE
+from h1export.targets.coreml.program.states import HeldStates
+from h1export.targets.coreml.program.weights import Weights
 
 STEPS = 2000
 INPUTS = {"x": 0, "dt": 1, "B": 3, "C": 4}  # name -> argument of h1::ssm_scan
@@ -71,9 +75,9 @@ def scan_package(checkpoint: Path, folder: Path, call: Call) -> Evaluator:
             function.set_outputs([mb.identity(x=context.value(node)[0], name="y")])
         mil_program.add_function(call.name, function)
         mil_program.default_function_name, mil_program.export_as_multifunction = call.name, True
-        model = package.protobuf(mil_program, weights, {})
+        model = writer.protobuf(mil_program, weights, {})
         blobs.finish()
-    package.write(folder, model)
+    writer.write(folder, model)
     return Evaluator(Package.open(folder / layout.PACKAGE), call.name)
 
 

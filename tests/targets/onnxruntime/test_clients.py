@@ -12,16 +12,16 @@ import numpy as np
 import onnxruntime_genai as og
 import pytest
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.tokenizer import load_tokenizer
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
-from h1export.generation import Sampling, generate
+from h1export.runtime.generation import Sampling, generate
 from h1export.targets.onnx import sdk
-from h1export.targets.onnxruntime.genai import CONFIG
-from h1export.targets.onnxruntime.session import MODEL, SETTINGS
-from h1export.text import load_tokenizer
-from h1export.validate.logits import log_softmax
-from h1export.validate.reference import Reference
+from h1export.targets.onnxruntime.genai_config import CONFIG
+from h1export.targets.onnxruntime.inference_session import MODEL, SETTINGS
+from h1export.validate.accuracy.logits import log_softmax
+from h1export.validate.accuracy.reference import Reference
 
 Build = Callable[..., Artifact]
 PROMPT = "def main(argv):\n    parser ="

@@ -12,19 +12,21 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.progress import SILENT
-from h1export.core.quant import Precision, quantize_rows
-from h1export.core.report import Row
-from h1export.core.weights import WeightStore
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.store import WeightStore
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
+from h1export.progress import SILENT
+from h1export.quantize.group_format import Precision
+from h1export.quantize.methods.rtn import quantize_rows
+from h1export.report.report import Row
 from h1export.targets.base import BuildOptions
 from h1export.targets.onnx import sdk
-from h1export.targets.onnxruntime import cuda, runner
-from h1export.targets.onnxruntime.flavour import CPU, flavour
-from h1export.validate import ValidateOptions, validate
+from h1export.targets.onnxruntime import runner
+from h1export.targets.onnxruntime.emit import cuda
+from h1export.targets.onnxruntime.variants import CPU, flavour
+from h1export.validate.accuracy.run import ValidateOptions, validate
 
 EXACT = 1e-5  # of the range; float32 leaves 3e-6 on these depths
 ROUNDED = 5e-3  # fp16 has 5e-4 for a product; a layer has some ten in a row, of which errors add up like their root, and 4 layers

@@ -15,21 +15,21 @@ from gptq_files import Written, edit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.progress import SILENT
-from h1export.core.quant import QuantScheme
-from h1export.core.report import Row
-from h1export.core.state import Array
-from h1export.core.weights import WeightStore
-from h1export.core.weights.layout import EMBEDDING, LM_HEAD
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.store import WeightStore
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD
+from h1export.progress import SILENT
+from h1export.quantize.scheme import QuantScheme
+from h1export.report.report import Row
 from h1export.targets import BuildOptions
 from h1export.targets.onnxruntime import runner
-from h1export.targets.onnxruntime.flavour import CPU, flavour
-from h1export.validate import ValidateOptions, validate
-from h1export.validate.logits import relative_error
-from h1export.validate.weights import weight_errors
+from h1export.targets.onnxruntime.variants import CPU, flavour
+from h1export.validate.accuracy.logits import relative_error
+from h1export.validate.accuracy.run import ValidateOptions, validate
+from h1export.validate.accuracy.weights import weight_errors
 
 EXACT = 1e-5  # of the range: float32 against float32
 IDS = np.random.default_rng(0).integers(0, 264, 24, dtype=np.int64)

@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import pytest
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
+from h1export.artifact.artifact import Artifact
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
-from h1export.targets.onnxruntime.ops import TABLE
+from h1export.targets.onnxruntime.emit.cpu import TABLE
 
 Build = Callable[..., Artifact]
 

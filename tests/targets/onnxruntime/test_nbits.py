@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.quant import Precision, quantize_rows
-from h1export.core.weights import WeightStore
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.store import WeightStore
+from h1export.commands import pipeline
+from h1export.quantize.group_format import Precision
+from h1export.quantize.methods.rtn import quantize_rows
 from h1export.targets.onnx.builder import GraphBuilder
-from h1export.targets.onnxruntime.nbits import Layout
+from h1export.targets.onnxruntime.emit.nbits import Layout
 
 Build = Callable[..., Artifact]
 PRECISIONS = st.sampled_from([Precision(4, 32), Precision(4, 64), Precision(4, 128), Precision(8, 0)])

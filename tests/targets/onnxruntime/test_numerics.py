@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.progress import SILENT
-from h1export.core.report import Row
-from h1export.core.weights import WeightStore
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.store import WeightStore
+from h1export.commands import pipeline
 from h1export.graphs.interpret import ProgramRunner
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
+from h1export.progress import SILENT
+from h1export.report.report import Row
 from h1export.targets import Kernels
-from h1export.validate import ValidateOptions, validate
+from h1export.validate.accuracy.run import ValidateOptions, validate
 
 EXACT = 1e-5  # of the range; float32 leaves 1e-6 on these depths
 NO_LATENCY = ValidateOptions(pairs=0)
@@ -123,7 +123,7 @@ def test_rotary_angles_at_long_positions(make_checkpoint: Callable[..., Path], b
 
 
 def _native(name: str, state: Any) -> Any:
-    from h1export.core.state import StateKind
-    from h1export.targets.onnxruntime import layout
+    from h1export.model.falcon_h1.states import StateKind
+    from h1export.targets.onnxruntime import state_layout
 
-    return layout.permute(StateKind(name.rsplit(".", 1)[1]), state)
+    return state_layout.permute(StateKind(name.rsplit(".", 1)[1]), state)

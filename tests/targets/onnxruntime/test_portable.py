@@ -16,23 +16,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.progress import SILENT
-from h1export.core.quant import Precision, QuantizedTensor, quantize_rows
-from h1export.core.quant.tensor import MAX_SCALE, MIN_SCALE
-from h1export.core.spec import HybridSpec
-from h1export.core.state import StateSpec
-from h1export.core.weights import WeightStore
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.store import WeightStore
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import StateSpec
+from h1export.progress import SILENT
+from h1export.quantize.group_format import Precision
+from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 from h1export.targets.base import BuildOptions
-from h1export.targets.onnx import columns
+from h1export.targets.onnx import column_major
 from h1export.targets.onnx.builder import GraphBuilder
-from h1export.targets.onnxruntime import layout, portable, transposed
-from h1export.targets.onnxruntime.chunked_scan import LENGTH, Chunks, chunked_scan
-from h1export.validate import ValidateOptions, validate
-from h1export.validate.reference import Reference
+from h1export.targets.onnxruntime import state_layout
+from h1export.targets.onnxruntime.emit import dequantize_linear, portable
+from h1export.targets.onnxruntime.emit.chunked_scan import LENGTH, Chunks, chunked_scan
+from h1export.validate.accuracy.reference import Reference
+from h1export.validate.accuracy.run import ValidateOptions, validate
 
 EXACT = 1e-5  # of the range; float32 leaves 2e-6 on these depths
 
@@ -58,7 +60,7 @@ def load(artifact: Artifact) -> onnx.ModelProto:
 def test_scales_come_back_bit_for_bit_whatever_the_multiplier(scale: float, multiplier: float) -> None:
     factor = np.array([multiplier], np.float32)
     tensor = QuantizedTensor(np.zeros((1, 64), np.int8), np.full((1, 2), scale, np.float16), factor)
-    assert np.array_equal(transposed.unfolded_scales(transposed.folded_scales(tensor), factor), tensor.scales)
+    assert np.array_equal(dequantize_linear.unfolded_scales(dequantize_linear.folded_scales(tensor), factor), tensor.scales)
 
 
 def test_the_table_is_the_legal_vocabulary() -> None:
@@ -111,7 +113,7 @@ def test_the_reference_evaluator_of_onnx_agrees(name: str, quant: str, make_chec
     evaluator, spec, reference = ReferenceEvaluator(load(artifact)), artifact.spec, Reference(checkpoint)
     reference.hold(pipeline.load(artifact).stored_weights())
     states = StateSpec.of(spec)
-    feeds = {t.past: layout.permute(t.kind, states.zeros(2)[t.key]) for t in states.tensors}
+    feeds = {t.past: state_layout.permute(t.kind, states.zeros(2)[t.key]) for t in states.tensors}
     ids, pad, length = np.random.default_rng(0).integers(0, spec.vocab_size, (2, LENGTH + 9)), 3, LENGTH + 9
     mask = np.ones_like(ids)
     mask[1, :pad] = 0
@@ -127,7 +129,7 @@ def test_the_reference_evaluator_of_onnx_agrees(name: str, quant: str, make_chec
         truth, truth_states = reference.full(ids[row, start:])
         assert np.abs(np.concatenate(found, axis=1)[row, start:] - truth).max() <= EXACT * np.ptp(truth)
         for t in states.tensors:
-            state = layout.permute(t.kind, feeds[t.past])[row]
+            state = state_layout.permute(t.kind, feeds[t.past])[row]
             expected = truth_states[t.key]
             assert np.abs((state[:, start:] if t.kind.grows else state) - expected).max() <= EXACT * np.ptp(expected), t.key
 
@@ -172,7 +174,7 @@ def test_the_scan_is_the_recurrence(seq: int, batch: int, rate: float, seed: int
 @given(pairs=st.integers(1, 99), seed=st.integers(0, 2**32 - 1))
 def test_pack_and_unpack_are_inverse(pairs: int, seed: int) -> None:
     codes = np.random.default_rng(seed).integers(-8, 8, 2 * pairs).astype(np.int8)
-    assert np.array_equal(columns.unpack(columns.pack(codes)), codes)
+    assert np.array_equal(column_major.unpack(column_major.pack(codes)), codes)
 
 
 @pytest.mark.parametrize(("quant", "name"), [("int4", "plain"), ("int4", "tied"), ("int8", "plain")])
@@ -182,7 +184,7 @@ def test_the_artifact_holds_the_rules_integers_bit_for_bit(
     """Whatever the row blocks: the vocabulary and in_proj have odd numbers of rows, and a few rows at a time make the same file."""
     checkpoint = make_checkpoint(name, mamba_n_heads=3, mamba_d_ssm=96)
     artifact = build(checkpoint, quant, opset_only=True)
-    for module in (columns, transposed):
+    for module in (column_major, dequantize_linear):
         monkeypatch.setattr(module, "BLOCK_BYTES", 3000)
     options = BuildOptions(accuracy_level=0, opset_only=True)
     again = pipeline.build(checkpoint, "ort", tmp_path / "again", pipeline.QuantScheme(quant), options)  # type: ignore[arg-type]

@@ -13,12 +13,12 @@ from fake_tensorrt import HOST
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin
 from h1export.plugins.gpu.kernel import Kernel
 from h1export.plugins.gpu.shapes import PUBLISHED
-from h1export.targets.tensorrt.engine import Heard
-from h1export.targets.tensorrt.passport import Host
+from h1export.targets.tensorrt.engine.build import Heard
+from h1export.targets.tensorrt.engine.config import ENGINE
+from h1export.targets.tensorrt.engine.requirements import Host
 from h1export.targets.tensorrt.plugin import kernels, library
 from h1export.targets.tensorrt.plugin.embed import write_sources
 from h1export.targets.tensorrt.plugin.schema import OPS
-from h1export.targets.tensorrt.recipe import ENGINE
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-fPIC")
@@ -38,7 +38,7 @@ def gpu_host(monkeypatch: pytest.MonkeyPatch) -> None:
         return Heard(version=HOST.versions["tensorrt"])
 
     monkeypatch.setattr(Host, "here", lambda _recipe: HOST)
-    monkeypatch.setattr("h1export.targets.tensorrt.engine.build", build_engine)
+    monkeypatch.setattr("h1export.targets.tensorrt.engine.build.build", build_engine)
 
 
 @pytest.fixture(scope="session")

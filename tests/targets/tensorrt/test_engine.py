@@ -11,14 +11,15 @@ from typing import Any
 import onnx
 import pytest
 
-from h1export import cli, pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.progress import SILENT
-from h1export.core.quant import QuantScheme
+from h1export import cli
+from h1export.artifact.artifact import Artifact
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
+from h1export.progress import SILENT
+from h1export.quantize.scheme import QuantScheme
 from h1export.targets import BuildOptions
-from h1export.targets.tensorrt import engine
-from h1export.targets.tensorrt.recipe import ENGINE, LIBRARY, MODEL, RECIPE, Recipe
+from h1export.targets.tensorrt.engine import build
+from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, MODEL, RECIPE, Recipe
 
 Edit = Callable[[onnx.ModelProto], None]
 
@@ -54,7 +55,7 @@ def folder(built: Artifact, tmp_path: Path) -> Path:
 
 def test_the_engine_has_both_profiles_and_a_plugin_layer_for_each_op(built: Artifact, folder: Path) -> None:
     assert built.manifest.files[ENGINE][1] > built.manifest.files["model.onnx.data"][1] / 2
-    heard = engine.build(folder, SILENT)
+    heard = build.build(folder, SILENT)
     assert heard.plugins == 2 * built.spec.num_hidden_layers
     assert heard.profiles == 2
     assert heard.said == []
@@ -70,7 +71,7 @@ def test_what_lies_in_the_working_folder_is_not_imported(folder: Path, tmp_path:
     (tmp_path / "h1export").mkdir()
     (tmp_path / "h1export" / "__init__.py").write_text("raise ImportError('another h1export')")
     monkeypatch.chdir(tmp_path)
-    assert engine.build(folder, SILENT).said == []
+    assert build.build(folder, SILENT).said == []
 
 
 def test_the_recipe_says_it_all(built: Artifact) -> None:
@@ -118,7 +119,7 @@ def test_a_wrong_network_is_an_error(edit: Edit, said: str, folder: Path) -> Non
     edit(model)
     onnx.save(model, folder / MODEL)
     with pytest.raises(H1ExportError, match=rf"{MODEL}: .*{said}"):
-        engine.build(folder, SILENT)
+        build.build(folder, SILENT)
     assert not (folder / ENGINE).exists()
 
 
@@ -126,14 +127,14 @@ def test_a_recipe_without_consent_to_states_in_place(folder: Path) -> None:
     recipe = Recipe.read(folder)
     (folder / RECIPE).write_text(replace(recipe, preview_features=()).to_json())
     with pytest.raises(H1ExportError, match=r"updates states in place, which the recipe does not allow.*preview_features"):
-        engine.build(folder, SILENT)
+        build.build(folder, SILENT)
     assert not (folder / ENGINE).exists()
 
 
 def test_a_corrupted_network(folder: Path) -> None:
     (folder / MODEL).write_bytes(b"no model at all")
     with pytest.raises(H1ExportError, match=rf"{MODEL}: "):
-        engine.build(folder, SILENT)
+        build.build(folder, SILENT)
     assert not (folder / ENGINE).exists()
 
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from fake_tensorrt import HOST, FakeGpu, FakeTensorRT
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.progress import SILENT
-from h1export.core.protocols import Runner
+from h1export.artifact.artifact import Artifact
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
-from h1export.targets.tensorrt.finish import finish
-from h1export.targets.tensorrt.passport import Host
-from h1export.validate import ValidateOptions, validate
+from h1export.progress import SILENT
+from h1export.runtime.runner import Runner
+from h1export.targets.tensorrt.engine.finish import finish
+from h1export.targets.tensorrt.engine.requirements import Host
+from h1export.validate.accuracy.run import ValidateOptions, validate
 
 ROOM = 192
 
@@ -52,7 +52,7 @@ def finished(
 def tensorrt(finished: Artifact, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRT:
     fake = FakeTensorRT(finished.folder)
     monkeypatch.setattr("h1export.targets.tensorrt.sdk.module", lambda *_: fake)
-    monkeypatch.setattr("h1export.targets.tensorrt.engine_runner.Gpu", FakeGpu)
+    monkeypatch.setattr("h1export.targets.tensorrt.gpu.runner.Gpu", FakeGpu)
     monkeypatch.setattr(FakeGpu, "recorded", 0)
     return fake
 
@@ -63,7 +63,7 @@ def ids_of(runner: Runner[Any], batch: int, tokens: int) -> np.ndarray[Any, np.d
 
 def test_calls_are_those_of_the_network(finished: Artifact, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, with pads, prompts of several calls, and sequences that two calls continue."""
-    monkeypatch.setattr("h1export.targets.tensorrt.limits.PREFILL_TOKENS", 32)
+    monkeypatch.setattr("h1export.targets.tensorrt.network.limits.PREFILL_TOKENS", 32)
     runner, network = (pipeline.load(finished, kernels=kernels) for kernels in ("native", "stock"))
     ids, mask = ids_of(runner, 2, 60), np.ones((2, 60), np.int64)
     mask[1, :7] = 0
@@ -190,7 +190,7 @@ class TestErrors:
         def find(name: str) -> None:
             raise OSError("libnvinfer.so.10: cannot open shared object file")
 
-        monkeypatch.setattr("h1export.targets.tensorrt.engine_runner.Gpu", FakeGpu)
+        monkeypatch.setattr("h1export.targets.tensorrt.gpu.runner.Gpu", FakeGpu)
         monkeypatch.setattr("h1export.targets.tensorrt.sdk.has", lambda _: True)
         monkeypatch.setattr("h1export.targets.tensorrt.sdk.import_module", find)
         with pytest.raises(H1ExportError, match=r"TensorRT: is installed and cannot be imported \(libnvinfer.so.10"):

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from h1export import cli, pipeline
-from h1export.core.artifact import Artifact
+from h1export import cli
+from h1export.artifact.artifact import Artifact
+from h1export.commands import pipeline
 from h1export.plugins.gpu.cubin import ARCHITECTURES
 from h1export.targets.tensorrt import sdk
-from h1export.targets.tensorrt.gpu import Gpu
-from h1export.targets.tensorrt.passport import gpu_architecture
+from h1export.targets.tensorrt.engine.requirements import gpu_architecture
+from h1export.targets.tensorrt.gpu.device import Gpu
 from h1export.targets.tensorrt.target import OF_RTX
-from h1export.validate.logits import relative_error
+from h1export.validate.accuracy.logits import relative_error
 
 pytestmark = pytest.mark.gpu
 

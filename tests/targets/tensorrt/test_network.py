@@ -14,24 +14,26 @@ import numpy as np
 import onnx
 import pytest
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.progress import SILENT
-from h1export.core.quant import Precision, QuantScheme, Rounded, quantize_rows
-from h1export.core.quant.scheme import QuantName
-from h1export.core.spec import HybridSpec
-from h1export.core.stage import Stage
-from h1export.core.weights import WeightStore
-from h1export.core.weights.layout import EMBEDDING
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.staging import Stage
+from h1export.checkpoint.store import WeightStore
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
 from h1export.graphs.verify import LEGAL_OPS
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.tensors import EMBEDDING
+from h1export.progress import SILENT
+from h1export.quantize.group_format import Precision
+from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.scheme import QuantName, QuantScheme
+from h1export.quantize.source import Rounded
 from h1export.targets import MODULES, BuildOptions, get_target
-from h1export.targets.onnx import columns
-from h1export.targets.tensorrt import weights
-from h1export.targets.tensorrt.network import check
-from h1export.targets.tensorrt.ops import TABLE
+from h1export.targets.onnx import column_major
+from h1export.targets.tensorrt.network import weights
+from h1export.targets.tensorrt.network.lowering import check
+from h1export.targets.tensorrt.network.ops import TABLE
 
 Build = Callable[..., Artifact]
 TARGETS = Path(__file__).parents[3] / "targets"
@@ -106,7 +108,7 @@ def test_the_artifact_holds_the_rules_integers(
 ) -> None:
     """Written a few rows at a time; in_proj and the vocabulary have odd numbers of them."""
     checkpoint = make_checkpoint(name, mamba_n_heads=3, mamba_d_ssm=96)
-    for module in (columns, weights):
+    for module in (column_major, weights):
         monkeypatch.setattr(module, "BLOCK_BYTES", 3000)
     artifact = pipeline.build(checkpoint, "trt", tmp_path / "out", QuantScheme("int4"), BuildOptions(runtime="tensorrt"))
     stored: Any = pipeline.load(artifact).stored_weights()

@@ -12,17 +12,17 @@ import onnx
 import pytest
 from onnx import helper
 
-from h1export import pipeline
-from h1export.core.artifact import Artifact
-from h1export.core.progress import SILENT
-from h1export.core.protocols import Runner
-from h1export.core.state import StateSpec
+from h1export.artifact.artifact import Artifact
+from h1export.commands import pipeline
 from h1export.errors import H1ExportError
-from h1export.validate import ValidateOptions, validate
-from h1export.validate.bisect import bisect
-from h1export.validate.logits import relative_error
-from h1export.validate.reference import Reference
-from h1export.validate.states import row_of_batch, state_errors
+from h1export.model.falcon_h1.states import StateSpec
+from h1export.progress import SILENT
+from h1export.runtime.runner import Runner
+from h1export.validate.accuracy.bisect import bisect
+from h1export.validate.accuracy.logits import relative_error
+from h1export.validate.accuracy.reference import Reference
+from h1export.validate.accuracy.run import ValidateOptions, validate
+from h1export.validate.accuracy.states import row_of_batch, state_errors
 
 EXACT, HALF, BRAIN = 1e-5, 5e-3, 4e-2  # of the range; bf16 has three bits fewer than fp16
 FP16_STEP = 2.0**-10  # from a number to the next
@@ -86,7 +86,7 @@ def test_validate_passes_as_for_every_target(make_checkpoint: Callable[..., Path
 
 
 def test_a_prompt_longer_than_the_profile_and_the_last_row(make_checkpoint: Callable[..., Path], network: Build, monkeypatch: Any) -> None:
-    monkeypatch.setattr("h1export.targets.tensorrt.limits.PREFILL_TOKENS", 32)
+    monkeypatch.setattr("h1export.targets.tensorrt.network.limits.PREFILL_TOKENS", 32)
     checkpoint = make_checkpoint()
     runner, reference = pipeline.load(network(checkpoint), float32=True), Reference(checkpoint)
     reference.hold(runner.stored_weights())

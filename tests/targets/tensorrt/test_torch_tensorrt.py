@@ -17,8 +17,8 @@ import torch
 from h1export.errors import H1ExportError
 from h1export.plugins import h1
 from h1export.targets.tensorrt.plugin.schema import OPS
-from h1export.validate.logits import relative_error
-from h1export.validate.reference import Reference
+from h1export.validate.accuracy.logits import relative_error
+from h1export.validate.accuracy.reference import Reference
 
 SCAN, CONV = OPS
 MODULE = "h1export.integrations.torch_tensorrt"

@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from h1export.targets.onnxruntime.native import library
+from h1export.targets.onnxruntime.native_library import library
 
 DOMAIN = "h1export"
 STATES = {"CausalConv": ("state",), "SSMScan": ("state",), "Attention": ("past_k", "past_v")}  # op -> inputs that outputs replace

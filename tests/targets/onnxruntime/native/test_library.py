@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from h1export.errors import H1ExportError
-from h1export.targets.onnxruntime import native
+from h1export.targets.onnxruntime import native_library
 
 # writes its arguments to what follows -o; counts its runs; "-dM" asks what the compiler defines
 FAKE = """#!{python}
@@ -42,41 +42,41 @@ def fake_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, version: str = 
 
 def test_it_compiles_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = fake_compiler(tmp_path, monkeypatch)
-    first = native.library()
-    assert first == native.library()
+    first = native_library.library()
+    assert first == native_library.library()
     assert first.is_relative_to(cache)
     assert "--an-argument" in first.read_text()
-    assert all(str(source) in first.read_text() for source in native.SOURCES)
+    assert all(str(source) in first.read_text() for source in native_library.SOURCES)
     assert len(log.read_text()) == 1
-    assert [file.name for file in first.parent.iterdir()] == [native.NAME]
+    assert [file.name for file in first.parent.iterdir()] == [native_library.NAME]
 
 
 def test_another_compiler_cpu_or_flag_has_its_own_library(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_compiler(tmp_path, monkeypatch)
-    paths = {native.library(), native.library(("-DH1_PORTABLE",))}
+    paths = {native_library.library(), native_library.library(("-DH1_PORTABLE",))}
     fake_compiler(tmp_path, monkeypatch, version="1, on a CPU with more")
-    paths.add(native.library())
+    paths.add(native_library.library())
     assert len(paths) == 3
 
 
 @pytest.mark.usefixtures("cache")
 def test_other_sources_have_their_own_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_compiler(tmp_path, monkeypatch)
-    first = native.library()
-    header = tmp_path / native.HEADERS[0].name
-    header.write_text(native.HEADERS[0].read_text() + "\n")
-    monkeypatch.setattr(native, "HEADERS", (header, *native.HEADERS[1:]))
-    assert native.library() != first
+    first = native_library.library()
+    header = tmp_path / native_library.HEADERS[0].name
+    header.write_text(native_library.HEADERS[0].read_text() + "\n")
+    monkeypatch.setattr(native_library, "HEADERS", (header, *native_library.HEADERS[1:]))
+    assert native_library.library() != first
 
 
 @pytest.mark.usefixtures("cache")
 def test_processes_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_compiler(tmp_path, monkeypatch)
-    program = "from h1export.targets.onnxruntime.native import library; print(library())"
+    program = "from h1export.targets.onnxruntime.native_library import library; print(library())"
     running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {process.communicate()[0].strip() for process in running}
     assert [process.returncode for process in running] == [0, 0, 0]
-    assert paths == {str(native.library())}
+    assert paths == {str(native_library.library())}
 
 
 @pytest.mark.usefixtures("cache")
@@ -86,22 +86,22 @@ def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.Monkey
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     with pytest.raises(H1ExportError, match=r"exit code 3: error 3 \| .*error 7\); install a C\+\+17 compiler"):
-        native.library()
+        native_library.library()
 
 
 @pytest.mark.usefixtures("cache")
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(H1ExportError, match=r"no-such-compiler: cannot run .*No such file"):
-        native.library()
+        native_library.library()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(H1ExportError, match="no C\\+\\+ compiler found"):
-        native.library()
+        native_library.library()
 
 
 def test_a_cache_that_cannot_be_written_is_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_compiler(tmp_path, monkeypatch)
     cache.write_text("a file where a folder should be")
     with pytest.raises(H1ExportError, match=f"{os.path.basename(cache)}.*cannot be written.*set XDG_CACHE_HOME"):
-        native.library()
+        native_library.library()

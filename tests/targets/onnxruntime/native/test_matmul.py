@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from h1export.targets.onnxruntime.nbits import Layout
+from h1export.targets.onnxruntime.emit.nbits import Layout
 
 RunOp = Callable[..., list[Any]]
 FORMATS = [(bits, block) for bits in (4, 8) for block in (16, 32, 64, 128)]

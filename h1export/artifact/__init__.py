@@ -1,0 +1,1 @@
+"""What a build leaves on disk: manifest, staging, journal, weight files, inspection. Start with artifact.py."""

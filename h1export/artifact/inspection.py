@@ -1,0 +1,71 @@
+"""What `h1export inspect` says about a checkpoint or an artifact, as JSON values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from h1export.artifact.artifact import MANIFEST, Artifact
+from h1export.checkpoint.store import WeightStore
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import StateSpec
+from h1export.model.falcon_h1.tensors import tensor_layout
+
+CONTEXTS = (0, 2048, 16384)  # tokens at which state sizes are given
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """A finished artifact (its hashes are checked) or a checkpoint (its tensors are claimed).
+
+    Raises:
+        H1ExportError: neither of the two, or damaged.
+    """
+    return _artifact(folder) if (folder / MANIFEST).is_file() else _checkpoint(folder)
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    spec = HybridSpec.load(folder)
+    store = WeightStore.open(folder, spec)
+    by_dtype: Counter[str] = Counter()
+    for entry in store.entries:
+        by_dtype[entry.dtype] += entry.nbytes
+    return {
+        "kind": "checkpoint",
+        "tensors": len(store.entries),
+        "parameters": sum(prod(shape) for shape in tensor_layout(spec).values()),
+        "bytes_by_dtype": dict(by_dtype),
+        "quantised": None if store.layout is None else {**dataclasses.asdict(store.layout), "tensors": len(store.packed)},
+        "state_bytes": state_bytes(spec),
+        "spec": dataclasses.asdict(spec),
+    }
+
+
+def _artifact(folder: Path) -> dict[str, Any]:
+    artifact = Artifact.open(folder)
+    artifact.check_hashes()
+    manifest = artifact.manifest
+    return {
+        "kind": "artifact",
+        "target": manifest.target,
+        "scheme": dict(manifest.scheme),
+        "options": dict(manifest.options),
+        "toolchain": dict(manifest.toolchain),
+        "source": manifest.source,
+        **({"passport": dict(manifest.passport)} if manifest.passport else {}),
+        "files": {name: size for name, (_, size) in manifest.files.items()},
+        "hashes": "verified",
+        "quantised_tensors": sum(len(weight.parts) for weight in manifest.weights),
+        "inputs": dict(manifest.inputs),
+        "outputs": dict(manifest.outputs),
+        "state_bytes": state_bytes(artifact.spec),
+        "spec": dict(manifest.spec),
+    }
+
+
+def state_bytes(spec: HybridSpec) -> dict[str, int]:
+    """Context length -> bytes of all states of one sequence in float32."""
+    states = StateSpec.of(spec)
+    return {str(context): states.nbytes(1, context) for context in CONTEXTS}

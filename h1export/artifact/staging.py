@@ -1,0 +1,242 @@
+"""Stage: where a build writes. A hidden folder beside OUT, renamed to OUT as the last act.
+
+Its name carries a key of everything that decides the bytes, so that the next build of the same thing goes on where a killed one
+stopped. The journal in it says what is written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from h1export.artifact.artifact import MANIFEST
+from h1export.artifact.files import folders, names
+from h1export.artifact.journal import JOURNAL, SCRATCH, Journal
+from h1export.errors import H1ExportError
+
+KEY_LENGTH = 16  # hex digits of a key that a stage's name carries
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a target writes, and how.
+
+    Attributes:
+        folder: where the files go.
+        jobs: threads that compute weights.
+        dry: for a plan: files of weights get their size and no content, and no weight is read.
+    """
+
+    folder: Path
+    jobs: int = 1
+    dry: bool = False
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def dry_stage() -> Iterator[Stage]:
+    """A stage that becomes nothing."""
+    with tempfile.TemporaryDirectory(prefix="h1export-plan-") as folder:
+        yield Stage(Path(folder), dry=True)
+
+
+def check_place(out: Path, force: bool) -> None:
+    """Whether a build may end at ``out``, before its work begins.
+
+    Raises:
+        H1ExportError: ``out`` exists and ``force`` is not given, is not something a build may replace, or cannot be made.
+    """
+    try:
+        taken = out.exists() or out.is_symlink()
+        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+            raise PermissionError(f"nothing can be written into {parent}")
+    except (OSError, ValueError) as error:
+        raise H1ExportError(out, f"cannot be made ({error})", "choose another OUT") from None
+    if taken and not force:
+        raise H1ExportError(out, "exists", "choose another OUT, or replace it with --force")
+    if taken and not (out.is_dir() and not out.is_symlink() and (_is_artifact(out) or not any(out.iterdir()))):
+        raise H1ExportError(out, "is not an artifact of h1export", "--force replaces artifacts only; choose another OUT")
+
+
+@contextmanager
+def staged(out: Path, force: bool, key: str) -> Iterator[Path]:
+    """A folder beside ``out`` to fill; it becomes ``out`` on success and is removed on failure.
+
+    A killed process leaves it, unlocked: the next build with its ``key`` goes on in it and finds the files that its journal
+    names; one with another key removes it.
+
+    Raises:
+        H1ExportError: see check_place; or another process builds the same thing there.
+    """
+    out = out.absolute()
+    stage = out.parent / f".{out.name}.partial-{key[:KEY_LENGTH]}"
+    try:
+        if out.parent.is_dir():
+            _restore_or_remove_aside(out)
+        check_place(out, force)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = _claim(stage, out)
+    except (OSError, ValueError) as error:
+        raise H1ExportError(out, f"cannot be made ({error})", "choose another OUT") from None
+    try:
+        _remove_abandoned(out)
+        _keep_written(stage)
+        yield stage
+        _seal(stage)
+        check_place(out, force)
+        _rename_into_place(stage, out)
+    except BaseException:
+        if _is_at(lock, stage):
+            shutil.rmtree(stage, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _claim(stage: Path, out: Path) -> int:
+    """A handle that keeps ``stage``, made where it is not there, locked while it is open; without a lock there is no stage."""
+    while True:
+        with suppress(FileExistsError):
+            stage.mkdir()
+        try:
+            lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue  # another build has just removed or finished it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_uid != os.geteuid():
+                raise PermissionError(f"{stage} belongs to somebody else")
+            if _is_at(lock, stage):
+                return lock
+            os.close(lock)
+        except OSError as error:
+            os.close(lock)
+            if isinstance(error, BlockingIOError):
+                raise H1ExportError(out, "another process builds the same thing there", "wait for it, or choose another OUT") from None
+            with suppress(OSError):
+                stage.rmdir()  # where it is empty, and so nobody's work
+            raise
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether ``path`` is the folder behind ``handle`` still: a stage may have become an artifact, and its name another stage's."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _keep_written(stage: Path) -> None:
+    """Remove what the journal does not name, which is small and written again, and folders that hold nothing then."""
+    kept = Journal(stage).files | {JOURNAL}
+    for name in names(stage):
+        if name not in kept or (stage / name).is_symlink():
+            (stage / name).unlink()
+    for folder in folders(stage):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Whether the manifest is ours: other people's folders have a manifest.json too."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and {"format", "target", "files"} <= manifest.keys()
+
+
+def _aside_name(out: Path) -> str:
+    return f".{out.name}.aside"
+
+
+def _restore_or_remove_aside(out: Path) -> None:
+    """After a kill in the middle of an exchange in three steps: the old artifact goes back, unless the new one is in place."""
+    aside = out.with_name(_aside_name(out))
+    if aside.is_dir() and not aside.is_symlink() and _is_artifact(aside):
+        if out.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(out)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove stages of other builds at ``out`` that nobody is at work in."""
+    ours = re.compile(rf"\.{re.escape(out.name)}\.partial-[0-9a-f]{{{KEY_LENGTH}}}")
+    for stale in out.parent.iterdir():
+        if not ours.fullmatch(stale.name):
+            continue
+        try:
+            handle = os.open(stale, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue  # not a folder, or another build has just removed it
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue  # a build that is still running, or this one
+        else:
+            if _is_at(handle, stale):
+                shutil.rmtree(stale, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _seal(stage: Path) -> None:
+    """Bring every file and folder to the disk, but for what was only in aid of them; then the journal has done its work."""
+    shutil.rmtree(stage / SCRATCH, ignore_errors=True)
+    for path in (*(stage / name for name in names(stage)), *folders(stage)):
+        _sync(path)
+    Journal(stage).remove()
+    _sync(stage)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _rename_into_place(stage: Path, out: Path) -> None:
+    """``stage`` becomes ``out``, and what was at ``out`` goes."""
+    if out.exists():
+        old = os.open(out, os.O_RDONLY)
+        fcntl.flock(old, fcntl.LOCK_EX)  # as the stage that it will lie in: nobody may claim it
+        try:
+            _exchange(stage, out)
+            _sync(out.parent)
+            shutil.rmtree(stage, ignore_errors=True)
+        finally:
+            os.close(old)
+    else:
+        stage.rename(out)
+        _sync(out.parent)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders in one step (renameat2, Linux), so that a kill never finds ``b`` missing; else in three."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+        return
+    aside = b.with_name(_aside_name(b))
+    b.rename(aside)
+    try:
+        a.rename(b)
+    except OSError:
+        aside.rename(b)
+        raise
+    aside.rename(a)

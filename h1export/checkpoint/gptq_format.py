@@ -1,0 +1,148 @@
+"""GptqLayout: how a checkpoint that is quantised already stores its weights, read from ``quantization_config`` of its config.json.
+
+Source: transformers' ``GPTQConfig`` and what AutoGPTQ, optimum and GPTQModel write: every key that is read is listed in ``USED_KEYS``,
+and every other key must be in ``IGNORED_KEYS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from h1export.errors import H1ExportError
+from h1export.model.config_reader import CONFIG, ConfigReader, read_config
+
+KEY = "quantization_config"
+ZERO_OFFSETS: Mapping[str, int] = {"gptq": 1, "gptq_v2": 0}  # format -> a zero point minus what is stored for it
+UNQUANTISED = "give the unquantised checkpoint, or one in GPTQ's layout with 4 or 8 bits"
+
+USED_KEYS = frozenset(
+    {
+        "quant_method",
+        "bits",
+        "group_size",
+        "sym",
+        "checkpoint_format",
+        "format",
+        "pack_dtype",
+        "is_marlin_format",
+        "dynamic",
+        "adapter",
+        "rotation",
+    }
+)
+
+_RECIPE, _KERNELS, _FILE = "how the integers were found", "a run-time switch of other kernels", "the file says which tensors are packed"
+IGNORED_KEYS: Mapping[str, str] = {
+    "act_group_aware": _RECIPE,
+    "backend": _KERNELS,
+    "batch_size": _RECIPE,
+    "block_name_to_quantize": _FILE,
+    "cache_block_outputs": _RECIPE,
+    "damp_auto_increment": _RECIPE,
+    "damp_percent": _RECIPE,
+    "dataset": _RECIPE,
+    "desc_act": "each tensor's g_idx says its own order of columns",
+    "disable_exllama": _KERNELS,
+    "exllama_config": _KERNELS,
+    "hyb_act": _RECIPE,
+    "lm_head": _FILE,
+    "max_input_length": _KERNELS,
+    "meta": "information only",
+    "model_file_base_name": "where the checkpoint once lay",
+    "model_name_or_path": "where the checkpoint once lay",
+    "model_seqlen": _RECIPE,
+    "module_name_preceding_first_block": _FILE,
+    "modules_in_block_to_quantize": _FILE,
+    "modules_to_not_convert": _FILE,
+    "mse": _RECIPE,
+    "pad_token_id": _RECIPE,
+    "quantizer": "information only",
+    "static_groups": _RECIPE,
+    "tokenizer": _RECIPE,
+    "true_sequential": _RECIPE,
+    "use_cuda_fp16": _KERNELS,
+    "use_exllama": _KERNELS,
+}
+
+
+@dataclass(frozen=True)
+class GptqLayout:
+    """What holds for every packed tensor.
+
+    Attributes:
+        bits: of a code, 4 or 8.
+        group_size: columns that share a scale and a zero point, in the order of rounding; -1: all of a row.
+        sym: every zero point is the middle of the codes.
+        zero_offset: a zero point minus what is stored for it: 1 in checkpoint_format "gptq", 0 in "gptq_v2".
+    """
+
+    bits: int
+    group_size: int
+    sym: bool
+    zero_offset: int
+
+    @property
+    def middle(self) -> int:
+        """The zero point of symmetric codes."""
+        return 1 << (self.bits - 1)
+
+    def groups(self, columns: int) -> int:
+        """Of a row of ``columns``."""
+        return 1 if self.group_size == -1 else -(-columns // self.group_size)
+
+    @classmethod
+    def load(cls, folder: Path) -> GptqLayout | None:
+        """That of the checkpoint ``folder``; None: its weights are floats, as they are where no config.json says otherwise.
+
+        Raises:
+            H1ExportError: a quantisation that this exporter cannot carry through exactly.
+        """
+        path = folder / CONFIG
+        config = read_config(path) if path.exists() else None
+        found = config.get(KEY) if isinstance(config, dict) else None
+        return None if found is None else cls.from_config(found, f"{path}: {KEY}")
+
+    @classmethod
+    def from_config(cls, config: Any, where: object = KEY) -> GptqLayout:
+        """Check a parsed quantization_config; ``where`` names it in errors."""
+        if not isinstance(config, dict):
+            raise H1ExportError(where, "not a JSON object", "download the checkpoint again")
+        read = ConfigReader(config, where)
+        if config.get("quant_method") != "gptq":
+            raise read.error("quant_method", f"is {str(config.get('quant_method'))[:80]!r}, and only 'gptq' is read", UNQUANTISED)
+        for key in config:
+            if key not in USED_KEYS and key not in IGNORED_KEYS:
+                raise read.error(key, "is unknown", "remove it if it does not change the weights, or report it so that it can be supported")
+        bits = read.size("bits", 0, limit=32)
+        if bits not in (4, 8):
+            raise read.error("bits", f"is {bits}, and runtimes have kernels for 4 and 8", UNQUANTISED)
+        group_size = -1 if config.get("group_size", 128) == -1 else read.size("group_size", 128)
+        read.must_be("pack_dtype", "int32")
+        read.must_be("is_marlin_format", False)
+        for key in ("adapter", "rotation"):
+            read.must_be(key, None)
+        _check_dynamic(read)
+        return cls(bits, group_size, read.flag("sym", True), ZERO_OFFSETS[_format(read)])
+
+
+def _format(read: ConfigReader) -> str:
+    """Where neither of its two keys is there, the older one."""
+    named = [key for key in ("checkpoint_format", "format") if read.config.get(key) is not None]
+    for key in named:
+        if read.config[key] not in tuple(ZERO_OFFSETS):
+            raise read.error(
+                key, f"is {str(read.config[key])[:80]!r}", f"one of {', '.join(ZERO_OFFSETS)} is read; convert it with GPTQModel"
+            )
+    if len({read.config[key] for key in named}) > 1:
+        raise read.error("format", "differs from checkpoint_format", "keep the one that the file was written in")
+    return str(read.config[named[0]]) if named else "gptq"
+
+
+def _check_dynamic(read: ConfigReader) -> None:
+    """Exclusions need no reading: the file says which tensors are packed."""
+    rules = read.config.get("dynamic")
+    if rules and not (isinstance(rules, dict) and all(str(rule).startswith("-:") for rule in rules)):
+        raise read.error("dynamic", "gives tensors bits or groups of their own", "give a checkpoint with the same for all")

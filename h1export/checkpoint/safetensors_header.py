@@ -1,0 +1,135 @@
+"""The header of a safetensors file, read and distrusted.
+
+Source: the safetensors format: u64 little-endian header size, JSON header of at most 100 MB, then the data; offsets are
+relative to the data, without overlaps or holes. Reading it here (the library has the same rules) lets an error say which
+tensor, which byte and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from h1export.errors import H1ExportError
+from h1export.model.config_reader import without_duplicates
+from h1export.model.falcon_h1.states import Array
+
+MAX_HEADER_BYTES = 100_000_000
+FLOATS = ("F32", "F16", "BF16")
+# the dtypes that Falcon-H1 checkpoints use -> how numpy reads them, which knows no bf16
+DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "I32": np.dtype("<i4")}
+LFS_POINTER = b"version "  # how the text that stands for the file begins
+DOWNLOAD_AGAIN = "the file is damaged, download it again"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor's bytes are. ``start`` counts from the beginning of the file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def values(self) -> npt.NDArray[Any]:
+        """The tensor as it is stored, mapped."""
+        return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.start, shape=self.shape)
+
+    def floats(self, place: Any) -> Array:
+        """What a numpy index picks of a tensor of FLOATS, as float32: exact for each of them."""
+        stored = np.asarray(self.values()[place])
+        return (stored.astype(np.uint32) << 16).view(np.float32) if self.dtype == "BF16" else stored.astype(np.float32)
+
+
+def read_header(file: Path) -> list[TensorEntry]:
+    """Every tensor of ``file`` in order of offset.
+
+    Raises:
+        H1ExportError: not a safetensors file, truncated, or with a header that breaks the format's rules.
+    """
+    try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise H1ExportError(file, "not a regular file", "give a checkpoint folder in Hugging Face layout")
+        size = found.st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+            if length < 0:
+                raise H1ExportError(file, f"{size} bytes are too few for a safetensors file", DOWNLOAD_AGAIN)
+            if prefix == LFS_POINTER:
+                raise H1ExportError(file, "a Git LFS pointer, not the file itself", "run git lfs pull")
+            if length > MAX_HEADER_BYTES:
+                what = f"header of {length} bytes, and the format allows {MAX_HEADER_BYTES}"
+                raise H1ExportError(file, what, "the file is damaged or not a safetensors file")
+            if 8 + length > size:
+                raise H1ExportError(file, f"header ends at byte {8 + length} of {size}", "the file is truncated, download it again")
+            text = stream.read(length)
+    except OSError as error:
+        raise H1ExportError(file, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
+    entries = _parse(file, text, 8 + length)
+    _check_ranges(file, entries, 8 + length, size)
+    return entries
+
+
+def _parse(file: Path, text: bytes, base: int) -> list[TensorEntry]:
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise H1ExportError(file, f"header is not valid JSON ({error})", DOWNLOAD_AGAIN) from None
+    if not isinstance(header, dict):
+        raise H1ExportError(file, "header is not a JSON object", DOWNLOAD_AGAIN)
+    header.pop("__metadata__", None)
+    return sorted((_entry(file, name, info, base) for name, info in header.items()), key=lambda entry: (entry.start, entry.nbytes))
+
+
+def _entry(file: Path, name: str, info: Any, base: int) -> TensorEntry:
+    where = f'{file}: tensor "{name}"'
+    if not isinstance(info, dict):
+        raise H1ExportError(where, "has no description", DOWNLOAD_AGAIN)
+    dtype = info.get("dtype")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise H1ExportError(where, f"has dtype {dtype!r}", f"only {', '.join(FLOATS)} checkpoints can be exported")
+    shape = _counts(info.get("shape"), f"{where} has shape")
+    offsets = _counts(info.get("data_offsets"), f"{where} has data_offsets")
+    if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * DTYPES[dtype].itemsize:
+        what = f"of shape {shape} and dtype {dtype} cannot lie at data_offsets {offsets}"
+        raise H1ExportError(where, what, DOWNLOAD_AGAIN)
+    return TensorEntry(file, name, dtype, tuple(shape), base + offsets[0])
+
+
+def _counts(value: Any, where: str) -> list[int]:
+    """A short list of counts that fit 64 bits: products of hostile ones would take forever."""
+    fits = isinstance(value, list) and len(value) <= 8 and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+    if not fits:
+        raise H1ExportError(f"{where} {value!r:.80}", "not a list of at most 8 counts", DOWNLOAD_AGAIN)
+    return list(value)
+
+
+def _check_ranges(file: Path, entries: list[TensorEntry], base: int, size: int) -> None:
+    end, before = base, "the header"
+    for entry in entries:
+        where = f'{file}: tensor "{entry.name}"'
+        if entry.start < end:
+            raise H1ExportError(where, f"starts at byte {entry.start}, inside {before}", DOWNLOAD_AGAIN)
+        if entry.start > end:
+            raise H1ExportError(where, f"starts at byte {entry.start}, {entry.start - end} bytes after {before}", DOWNLOAD_AGAIN)
+        end, before = entry.start + entry.nbytes, f'tensor "{entry.name}"'
+        if end > size:
+            raise H1ExportError(where, f"ends at byte {end} of {size}", "the file is truncated, download it again")
+    if end != size:
+        raise H1ExportError(file, f"has {size - end} bytes after the last tensor", DOWNLOAD_AGAIN)

@@ -1,0 +1,178 @@
+"""WeightExpr: what one initializer of an exported graph is made of.
+
+Graph passes rewrite expressions, never bytes: folding a µP multiplier into a projection changes its expression, and the
+bytes are computed once, row block by row block, while the artifact is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from h1export.checkpoint.store import WeightStore
+from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.states import Array
+
+Function = Literal["neg", "exp"]
+
+# float64 inside, so that a folded -exp(A_log) is rounded once
+FUNCTIONS: Mapping[Function, Callable[[Array], Array]] = {
+    "neg": lambda x: -x,
+    "exp": lambda x: np.exp(x.astype(np.float64)).astype(np.float32),
+}
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """A factor per row, run-length coded: ``runs`` are (rows, factor) from the top; one run of 0 rows means all rows.
+
+    Carries µP beside the weights, in float32, never inside fp16 scales.
+    """
+
+    runs: tuple[tuple[int, float], ...] = ((0, 1.0),)
+
+    def __post_init__(self) -> None:
+        if len(self.runs) > 1 and any(rows == 0 for rows, _ in self.runs):
+            raise ValueError(f"a run of no rows among {self.runs}")
+
+    @classmethod
+    def scalar(cls, factor: float) -> Multiplier:
+        return cls(((0, factor),))
+
+    @property
+    def is_scalar(self) -> bool:
+        return self.runs[0][0] == 0
+
+    @property
+    def factor(self) -> float:
+        """That of all rows. Raises ValueError where rows have their own."""
+        if not self.is_scalar:
+            raise ValueError(f"{len(self.runs)} runs of rows have no single factor")
+        return self.runs[0][1]
+
+    def times(self, other: Multiplier) -> Multiplier:
+        """The product, row by row."""
+        if self.is_scalar:
+            return Multiplier(tuple((rows, factor * self.factor) for rows, factor in other.runs))
+        if other.is_scalar:
+            return other.times(self)
+        if [rows for rows, _ in self.runs] != [rows for rows, _ in other.runs]:
+            raise ValueError("two row multipliers with different parts")
+        return Multiplier(tuple((rows, a * b) for (rows, a), (_, b) in zip(self.runs, other.runs, strict=True)))
+
+    def rows(self, count: int) -> Array:
+        """One float32 factor per row, [count]."""
+        if self.is_scalar:
+            return np.full(count, self.factor, np.float32)
+        expanded = np.concatenate([np.full(rows, factor, np.float32) for rows, factor in self.runs])
+        if len(expanded) != count:
+            raise ValueError(f"multiplier of {len(expanded)} rows on a tensor of {count}")
+        return expanded
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """One checkpoint tensor: functions in order, then the multiplier. ``sorted``: its columns in ``PackedMatrix.order``."""
+
+    tensor: str
+    functions: tuple[Function, ...] = ()
+    multiplier: Multiplier = Multiplier()
+    sorted: bool = False
+
+    def apply(self, function: Function) -> WeightPart:
+        if self.multiplier != Multiplier():
+            raise ValueError(f"{self.tensor}: a function after a multiplier has no place in a WeightPart")
+        return replace(self, functions=(*self.functions, function))
+
+    def times(self, multiplier: Multiplier) -> WeightPart:
+        return replace(self, multiplier=self.multiplier.times(multiplier))
+
+    def factors(self, store: WeightStore) -> Array:
+        """The multiplier of each row, float32 [rows]."""
+        return self.multiplier.rows(store.shape(self.tensor)[0])
+
+    def rows(self, store: WeightStore, start: int, stop: int) -> Array:
+        """Rows [start, stop) in float32. Raises H1ExportError for NaN and infinity."""
+        block = store.rows(self.tensor, start, stop)
+        if self.sorted:
+            block = block[:, store.packed[self.tensor].order]
+        for function in self.functions:
+            block = FUNCTIONS[function](block)
+        if not np.isfinite(block).all():
+            raise H1ExportError(f'tensor "{self.tensor}"', "holds values that are not finite", "download the checkpoint again")
+        if self.multiplier == Multiplier():
+            return block
+        return block * self.factors(store)[start:stop].reshape(-1, *[1] * (block.ndim - 1))
+
+
+@dataclass(frozen=True)
+class WeightExpr:
+    """Parts, concatenated: one above the other along axis 0, or side by side along axis 1."""
+
+    parts: tuple[WeightPart, ...]
+    axis: Literal[0, 1] = 0
+
+    @classmethod
+    def of(cls, tensor: str) -> WeightExpr:
+        return cls((WeightPart(tensor),))
+
+    @classmethod
+    def concatenated(cls, exprs: Sequence[WeightExpr], axis: Literal[0, 1]) -> WeightExpr:
+        """One expression of several that have a part each."""
+        return cls(tuple(expr.only for expr in exprs), axis)
+
+    @property
+    def only(self) -> WeightPart:
+        """The part of an expression that has just one."""
+        (part,) = self.parts
+        return part
+
+    @property
+    def strips(self) -> tuple[tuple[WeightPart, ...], ...]:
+        """The parts as they lie, from the top: each strip's parts are side by side."""
+        return (self.parts,) if self.axis else tuple((part,) for part in self.parts)
+
+    def apply(self, function: Function) -> WeightExpr:
+        return replace(self, parts=tuple(part.apply(function) for part in self.parts))
+
+    def times(self, multiplier: Multiplier) -> WeightExpr:
+        """Every row times ``multiplier``; a row multiplier needs a single part."""
+        if not multiplier.is_scalar and len(self.parts) != 1:
+            raise ValueError("a row multiplier on a concatenation")
+        return replace(self, parts=tuple(part.times(multiplier) for part in self.parts))
+
+    def sort(self) -> WeightExpr:
+        """Every part's columns in ``PackedMatrix.order``."""
+        return replace(self, parts=tuple(replace(part, sorted=True) for part in self.parts))
+
+    def shape(self, tensor_shape: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
+        """The initializer's shape, given the shape of each checkpoint tensor."""
+        shapes = [tensor_shape(part.tensor) for part in self.parts]
+        size = sum(shape[self.axis] for shape in shapes)
+        return (*shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :])
+
+    def lazy_blocks(self, store: WeightStore, max_bytes: int) -> Iterator[Callable[[], Array]]:
+        """The initializer's float32 rows, at most ``max_bytes`` at a time; read and computed when called, on any thread.
+
+        A call raises H1ExportError for NaN and infinity.
+        """
+        for strip in self.strips:
+            for start, stop in store.row_ranges([part.tensor for part in strip], max_bytes):
+                yield partial(_rows, strip, store, start, stop)
+
+    def blocks(self, store: WeightStore, max_bytes: int) -> Iterator[Array]:
+        """``lazy_blocks``, called one after the other."""
+        return (block() for block in self.lazy_blocks(store, max_bytes))
+
+    def dense(self, store: WeightStore) -> Array:
+        """The whole initializer; for small tensors only."""
+        return np.concatenate(list(self.blocks(store, 1 << 24)))
+
+
+def _rows(strip: tuple[WeightPart, ...], store: WeightStore, start: int, stop: int) -> Array:
+    blocks = [part.rows(store, start, stop) for part in strip]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)

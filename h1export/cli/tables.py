@@ -1,0 +1,190 @@
+"""What a person sees in a terminal: progress bars and tables."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from h1export.report.report import Report, Row, Verdict, within
+
+if TYPE_CHECKING:  # tables are drawn without loading what was measured
+    from h1export.commands.plan import Plan
+    from h1export.validate.speed.bench import BenchReport
+    from h1export.validate.speed.regression import Check, GateReport
+    from h1export.validate.speed.statistics import Estimate
+
+STYLES = {
+    Verdict.PASS: "green",
+    Verdict.FAIL: "bold red",
+    Verdict.INCONCLUSIVE: "yellow",
+    Verdict.INFO: "cyan",
+    Verdict.NOT_APPLICABLE: "dim",
+}
+
+
+class Bars:
+    """A core.progress.Progress drawn by rich: the stage, its bytes, the time."""
+
+    def __init__(self, quiet: bool) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str, total_bytes: int = 0) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(name, total=total_bytes or None)
+
+    def advance(self, nbytes: int) -> None:
+        if self._task is not None:
+            self._progress.advance(self._task, nbytes)
+
+
+CASE_COLUMNS = ("logits", "states", "kl", "top1")
+FINE = ("artifact", "reference", "ratio", "top1", "top5")  # whose thousandths matter
+ERROR = "_se"  # ends the name of a figure's standard error
+
+
+def report_tables(report: Report) -> list[Table]:
+    """The cases, one line each, and everything else that was checked."""
+    cases = Table("case", "against", *CASE_COLUMNS, "verdict", box=SIMPLE, caption=_limits(report.rows), caption_justify="left")
+    others = Table("check", "figures", "verdict", box=SIMPLE)
+    for row in report.rows:
+        verdict = f"[{STYLES[row.verdict]}]{row.verdict}[/]"
+        if row.figures.keys() >= set(CASE_COLUMNS):
+            cases.add_row(row.check, row.against, *(_cell(row, name) for name in CASE_COLUMNS), verdict)
+        else:
+            shown = [name for name in row.figures if not name.endswith(ERROR)]
+            figures = "  ".join(f"{name} {_cell(row, name)}{_error(row, name)}{_limit(row, name)}" for name in shown)
+            note = f"[dim]{row.note}[/]" if row.note else ""
+            others.add_row(row.check, "\n".join(filter(None, (figures, note))), verdict)
+    return [cases, others]
+
+
+def _cell(row: Row, name: str) -> str:
+    value = f"{row.figures[name]:.4g}" if name in FINE else f"{row.figures[name]:.3g}"
+    failed = name in row.limits and not within(name, row.figures[name], row.limits[name])
+    return f"[bold red]{value}[/]" if failed else value
+
+
+def _error(row: Row, name: str) -> str:
+    return f" ± {row.figures[name + ERROR]:.2g}" if name + ERROR in row.figures else ""
+
+
+def _limit(row: Row, name: str) -> str:
+    return f" [dim](limit {row.limits[name]:.4g})[/]" if name in row.limits else ""
+
+
+def _limits(rows: Iterable[Row]) -> str:
+    """The limits of the cases, said once."""
+    found = {f"{row.against}.{n} {row.limits[n]:.3g}": None for row in rows for n in CASE_COLUMNS if n in row.limits}
+    return "limits  " + "  ".join(found)
+
+
+def bench_tables(report: BenchReport) -> list[Table]:
+    """The artifacts, one table for each, and the speeds of all of them."""
+    subjects = []
+    for subject in report.subjects:
+        settings = [f"{name} {value}" for name, value in subject.built_as.items()]
+        peaks = [f"{human_bytes(size)} with threads {threads}" for threads, size in subject.peak_bytes.items()]
+        size = human_bytes(subject.weight_bytes)
+        rows = {
+            "built as": ", ".join(settings),
+            "kernels": subject.kernels,
+            "size": size,
+            "peak memory": ", ".join(peaks),
+        }
+        subjects.append(pairs_table(subject.folder, rows.items()))
+    return [*subjects, _speeds_table(report)]
+
+
+def _speeds_table(report: BenchReport) -> Table:
+    paired = len(report.subjects) == 2
+    columns = ("threads", "timing", "tokens/s", "interval", "read a step", "of bandwidth")
+    table = Table(*(["of"] if paired else []), *columns, *(["ratio", "interval"] if paired else []), box=SIMPLE)
+    for speed in report.speeds:
+        decode = speed.step_bytes is not None
+        limit = [human_bytes(speed.step_bytes or 0), f"{speed.bandwidth_share:.0%}"] if decode else ["", ""]
+        cells = [str(speed.threads), speed.what, *_estimate(speed.tokens_per_second), *limit]
+        first = [f"{speed.subject + 1}"] if paired else []
+        table.add_row(*first, *cells, *(_estimate(speed.ratio) if speed.ratio else []))
+    bandwidth = ", ".join(f"{estimate.median / 1e9:.1f} GB/s with threads {threads}" for threads, estimate in report.bandwidth.items())
+    lines = [f"medians of {report.options.repeats} interleaved rounds", f"measured read bandwidth {bandwidth}"]
+    table.caption, table.caption_justify = "\n".join((*lines, *(f"left out: {reason}" for reason in report.left_out))), "left"
+    return table
+
+
+def _estimate(value: Estimate) -> list[str]:
+    return [f"{value.median:.4g}", f"{value.low:.4g} to {value.high:.4g}"]
+
+
+def gate_table(report: GateReport) -> Table:
+    """Every check, and the verdict."""
+    table = Table("check", "figure", "interval", "limit", "verdict", "note", box=SIMPLE)
+    for check in report.checks:
+        table.add_row(check.name, *_figures(check), f"[{STYLES[check.verdict]}]{check.verdict}[/]", check.note)
+    table.caption, table.caption_justify = f"{report.verdict}: {report.artifact}, timings relative to the baseline", "left"
+    return table
+
+
+def _figures(check: Check) -> list[str]:
+    if check.figure is None or check.limit is None:
+        return ["", "", ""]
+    if check.low is not None and check.high is not None:
+        return [f"{check.figure:.3f}", f"{check.low:.3f} to {check.high:.3f}", f"{check.limit:.3g}"]
+    return [f"{check.figure:,.0f}", "", f"{check.limit:,.0f}"]
+
+
+def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
+    """A table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, "\n".join(_lines(value)) if isinstance(value, dict) else str(value))
+    return table
+
+
+def _lines(values: dict[str, object]) -> list[str]:
+    """One line an item; of I/O names, which repeat layer by layer, the first layer's stand for all."""
+    shown = [f"{name}  {value}" for name, value in values.items() if not re.search(r"\.[1-9]\d*\.", name)]
+    return shown if len(shown) == len(values) else [*shown, f"and the same for every layer: {len(values)} in all"]
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> "1.5 KB", in powers of 1000 as disks and file listings count."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+def plan_table(plan: Plan) -> Table:
+    """A plan for a person: sizes first."""
+    fits = "enough" if plan.disk_free > plan.artifact_bytes + plan.scratch_bytes else "NOT ENOUGH"
+    scratch = f", {human_bytes(plan.scratch_bytes)} needed beside the artifact until it is done" if plan.scratch_bytes else ""
+    rows: list[tuple[str, object]] = [
+        ("artifact", f"{human_bytes(plan.artifact_bytes)} from {human_bytes(plan.source_bytes)}"),
+        ("disk", f"{human_bytes(plan.disk_free)} free: {fits}{scratch}"),
+        ("peak memory", human_bytes(plan.peak_bytes)),
+        ("time", f"about {plan.seconds:.0f} s, from lowering it and samples of the work here"),
+        *((f"states at {context} tokens", human_bytes(size)) for context, size in plan.state_bytes.items()),
+        *((precision, f"{count} tensors") for precision, count in plan.by_precision().items()),
+    ]
+    return pairs_table(f"{plan.target}: {plan.out}", rows)

@@ -1,0 +1,1 @@
+"""The Falcon-H1 family: start with config.py."""

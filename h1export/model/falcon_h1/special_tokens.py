@@ -1,0 +1,46 @@
+"""Which tokens begin, end and pad a text: generation_config.json where a folder has one, else the spec."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from h1export.errors import H1ExportError
+from h1export.model.config_reader import ConfigReader
+from h1export.model.falcon_h1.config import HybridSpec
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids; None, or none, where the model has no such token."""
+
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+
+
+def special_tokens(folder: Path, spec: HybridSpec) -> SpecialTokens:
+    """The tokens for a checkpoint or artifact in ``folder``.
+
+    Raises:
+        H1ExportError: a generation_config.json that is not an object, or that has no token ids where it should.
+    """
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return SpecialTokens(spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise H1ExportError(path, "not a JSON object", "download it again, or delete it")
+    read = ConfigReader({key: value for key, value in config.items() if value is not None}, path)
+
+    def one(key: str, default: int | None) -> int | None:
+        return read.token_id(key, 0) if key in read.config else default
+
+    eos = read.token_ids("eos_token_id", 0) if "eos_token_id" in read.config else spec.eos_token_ids
+    return SpecialTokens(one("bos_token_id", spec.bos_token_id), eos, one("pad_token_id", spec.pad_token_id))

@@ -1,0 +1,101 @@
+"""StateSpec: the states a Falcon-H1 carries from call to call. The only place that knows I/O names.
+
+Canonical layouts, all float32 (transformers' cache layouts; fp16 recurrent states drift, so they are never narrowed):
+
+=================  ==============================  ==========================================
+kind               shape                           content
+=================  ==============================  ==========================================
+key                [batch, kv_heads, past, dim]    rotated keys, µP key multiplier applied
+value              [batch, kv_heads, past, dim]    values
+conv_state         [batch, conv_dim, d_conv - 1]   the last inputs of the causal convolution
+recurrent_state    [batch, heads, d_head, d_state]  the SSM state S
+=================  ==============================  ==========================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from h1export.model.falcon_h1.config import HybridSpec
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+LOGITS = "logits"
+BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
+
+Array = npt.NDArray[np.float32]
+
+
+class StateKind(StrEnum):
+    """The four states of a layer; the value is part of I/O names."""
+
+    KEY = "key"
+    VALUE = "value"
+    CONV = "conv_state"
+    RECURRENT = "recurrent_state"
+
+    @property
+    def grows(self) -> bool:
+        """Whether axis 2 gains a column per token."""
+        return self in (StateKind.KEY, StateKind.VALUE)
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One state of one layer; ``shape`` is canonical, with "batch" and "past" symbolic."""
+
+    layer: int
+    kind: StateKind
+    shape: tuple[int | str, ...]
+
+    @property
+    def past(self) -> str:
+        """Input name."""
+        return f"past_key_values.{self.layer}.{self.kind}"
+
+    @property
+    def present(self) -> str:
+        """Output name."""
+        return f"present.{self.layer}.{self.kind}"
+
+    @property
+    def key(self) -> str:
+        """Name in snapshots and reports."""
+        return f"{self.layer}.{self.kind}"
+
+    def sized(self, batch: int, past: int) -> tuple[int, ...]:
+        """``shape`` of ``batch`` sequences after ``past`` tokens."""
+        sizes = {BATCH: batch, PAST: past}
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """Every state in graph I/O order: layer by layer, ``StateKind`` order within a layer."""
+
+    tensors: tuple[StateTensor, ...]
+
+    @classmethod
+    def of(cls, spec: HybridSpec) -> StateSpec:
+        """The states of a model of ``spec``."""
+        kv: tuple[int | str, ...] = (BATCH, spec.num_key_value_heads, PAST, spec.head_dim)
+        shapes: dict[StateKind, tuple[int | str, ...]] = {
+            StateKind.KEY: kv,
+            StateKind.VALUE: kv,
+            StateKind.CONV: (BATCH, spec.conv_dim, spec.mamba_d_conv - 1),
+            StateKind.RECURRENT: (BATCH, spec.mamba_n_heads, spec.mamba_d_head, spec.mamba_d_state),
+        }
+        return cls(tuple(StateTensor(layer, kind, shapes[kind]) for layer in range(spec.num_hidden_layers) for kind in StateKind))
+
+    def nbytes(self, batch: int, past: int) -> int:
+        """Bytes of all states of ``batch`` sequences after ``past`` tokens."""
+        return sum(4 * prod(tensor.sized(batch, past)) for tensor in self.tensors)
+
+    def zeros(self, batch: int, past: int = 0) -> dict[str, Array]:
+        """Canonical states before the first token, by ``StateTensor.key``; ``past`` columns of zero keys and values."""
+        return {tensor.key: np.zeros(tensor.sized(batch, past), np.float32) for tensor in self.tensors}

@@ -1,0 +1,76 @@
+"""Calibration: the tokens on which a method looks at what goes into each product."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from h1export.checkpoint.resolve import embedded_model
+from h1export.checkpoint.tokenizer import TOKENIZER, load_tokenizer
+from h1export.errors import H1ExportError
+from h1export.runtime.runner import Ids
+
+SHIPPED = "calibration.txt"  # in the embedded model's folder
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text, and how much of it.
+
+    Attributes:
+        file: .txt, or .jsonl with a "text" a line; None: the excerpt of CPython's library that ships with the embedded model.
+        samples: sequences, taken at random places of the text, none of which overlap.
+        length: tokens of each.
+        seed: of the places.
+    """
+
+    file: Path | None = None
+    samples: int = 40
+    length: int = 512
+    seed: int = 0
+
+    def ids(self, checkpoint: Path) -> Ids:
+        """Token ids [samples, length] by the checkpoint's tokenizer.
+
+        Raises:
+            H1ExportError: no tokenizer, a file that is not text, or too little of it.
+        """
+        if not (checkpoint / TOKENIZER).is_file():
+            what = f"no {TOKENIZER}, and calibration needs one"
+            raise H1ExportError(checkpoint, what, "use --method rtn, or put the tokenizer into the checkpoint's folder")
+        file = self.file or embedded_model() / SHIPPED
+        tokenizer = load_tokenizer(checkpoint)
+        tokens = np.concatenate([tokenizer.encode(text, add_special_tokens=False).ids for text in _texts(file)] or [[]]).astype(np.int64)
+        places = len(tokens) // self.length
+        if places < self.samples:
+            what = f"has {len(tokens)} tokens, enough for {places} samples of {self.length}, and {self.samples} are asked for"
+            raise H1ExportError(file, what, "give a longer text by --calibration, or fewer --calibration-samples")
+        chosen = np.random.default_rng(self.seed).permutation(places)[: self.samples]
+        return np.stack([tokens[place * self.length : (place + 1) * self.length] for place in sorted(chosen)])
+
+    def described(self, ids: Ids) -> dict[str, Any]:
+        """For the manifest: the settings, and the sha256 of the ids in place of the file, whose name says nothing."""
+        digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+        return {"ids": digest, "samples": self.samples, "length": self.length, "seed": self.seed}
+
+
+def _texts(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        return [_text_of(line) for line in text.splitlines() if line.strip()] if file.suffix == ".jsonl" else [text]
+    except OSError as error:
+        raise H1ExportError(file, f"cannot be read ({error.strerror})", "give another --calibration") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise H1ExportError(file, f"is not calibration text ({error!r})", 'give UTF-8 text, or .jsonl lines with a "text"') from None
+
+
+def _text_of(line: str) -> str:
+    text = json.loads(line)["text"]
+    if not isinstance(text, str):
+        raise TypeError('"text" is not a text')
+    return text

@@ -1,0 +1,1 @@
+"""How integers are chosen, one method a module."""

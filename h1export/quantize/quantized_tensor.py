@@ -1,0 +1,56 @@
+"""QuantizedTensor: the integers, scales and multiplier of one weight, the same on every target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from h1export.model.falcon_h1.states import Array
+
+MIN_SCALE = float(np.finfo(np.float16).smallest_normal)
+MAX_SCALE = float(np.finfo(np.float16).max)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """weight[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g] * multiplier[n]  with g = k // columns_per_scale.
+
+    Attributes:
+        codes: int8 [rows, columns]; in [-7, 7] for int4 and [-127, 127] for int8, and -8 and -128 where the checkpoint chose them.
+        scales: float16 [rows, groups], positive; of the unfolded tensor.
+        multiplier: float32 [rows]; carries µP, never part of the scales.
+        zeros: int8 [rows, groups], in the range of the codes; None: 0.
+    """
+
+    codes: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float16]
+    multiplier: Array
+    zeros: npt.NDArray[np.int8] | None = None
+
+    def __post_init__(self) -> None:
+        rows, columns = self.codes.shape
+        if self.scales.shape[0] != rows or columns % self.scales.shape[1] or self.multiplier.shape != (rows,):
+            raise ValueError(f"codes {self.codes.shape}, scales {self.scales.shape}, multiplier {self.multiplier.shape} do not fit")
+        if self.scales.size and not (self.scales.min() > 0 and np.isfinite(self.scales).all()):
+            raise ValueError("scales must be positive and finite")
+        if self.zeros is not None and self.zeros.shape != self.scales.shape:
+            raise ValueError(f"zeros {self.zeros.shape}, scales {self.scales.shape} do not fit")
+
+    def times(self, multiplier: Array) -> QuantizedTensor:
+        """The same integers with every row's multiplier times that of ``multiplier`` [rows]."""
+        return replace(self, multiplier=self.multiplier * multiplier)
+
+    def unfolded(self, order: npt.NDArray[np.integer[Any]] | None = None) -> Array:
+        """(codes - zeros) * scales, float32 [rows, columns]: the checkpoint's tensor as stored.
+
+        ``order``: column i of these integers is the tensor's column order[i].
+        """
+        blocks = self.codes.reshape(len(self.codes), self.scales.shape[1], -1)
+        if self.zeros is not None:
+            blocks = blocks.astype(np.int16) - self.zeros[..., None]
+        scaled = blocks * self.scales.astype(np.float32)[..., None]
+        weight: Array = scaled.reshape(self.codes.shape)
+        return weight if order is None else weight[:, np.argsort(order)]

@@ -1,0 +1,133 @@
+"""Small charts as SVG to put into a page: matplotlib draws them, the page's style gives colours and fonts, light or dark.
+
+Every chart is as wide as a phone, so that it is never scaled down there. ``Series`` beyond COLOURS share theirs.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+from h1export.errors import H1ExportError
+from h1export.report.histogram import PER_DECADE, Histogram
+
+COLOURS = 8
+SERIES = tuple(f"#a1b2c{index}" for index in range(COLOURS))  # stand for the page's --series-N
+INK, GRID = "#a1b2ca", "#a1b2cb"  # and these for --ink and --grid
+VARIABLES = {colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)} | {INK: "var(--ink)", GRID: "var(--grid)"}
+TICKS = 6  # at most
+WIDTH, HEIGHT = 3.4, 2.3  # inches of 72 SVG units
+SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "h1export",
+    "text.parse_math": False,  # names may hold a dollar sign
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "axes.edgecolor": GRID,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """What one subject has: a line's points. ``subject`` chooses the colour, ``dashed`` tells two lines of one subject apart."""
+
+    subject: int
+    x: Sequence[float]
+    y: Sequence[float]
+    dashed: bool = False
+
+
+def lines(name: str, x_label: str, y_label: str, series: Sequence[Series], log: bool = True) -> str:
+    """Points joined by lines, with ticks at the points. ``log``: of y; what is not positive and finite has no place there."""
+
+    def draw(axes: Any) -> None:
+        for one in series:
+            style = "--" if one.dashed else "-"
+            shown = [y if not log or 0 < y < math.inf else math.nan for y in one.y]
+            axes.plot(one.x, shown, style, color=SERIES[one.subject % COLOURS], marker="o", markersize=2.5, linewidth=1.2)
+        places = sorted({x for one in series for x in one.x})
+        if places[-1] > TICKS * len(places):  # contexts, which grow by factors
+            axes.set_xscale("log")
+        every = -(-len(places) // TICKS)
+        axes.set_xticks(places[::every], [f"{x:g}" for x in places[::every]])
+        axes.xaxis.minorticks_off()
+        if log:
+            _decades(axes, "y", [y for one in series for y in one.y])
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+
+    return _svg(name, draw)
+
+
+def histograms(name: str, x_label: str, found: Mapping[int, Histogram]) -> str:
+    """Shares of positions by order of magnitude, of each subject."""
+
+    def draw(axes: Any) -> None:
+        for subject, one in found.items():
+            edges = [10 ** ((one.first + index) / PER_DECADE) for index in range(len(one.counts) + 1)]
+            shares, colour = [count / sum(one.counts) for count in one.counts], SERIES[subject % COLOURS]
+            axes.stairs(shares, edges, color=colour, linewidth=1.2)
+            axes.stairs(shares, edges, fill=True, color=colour, alpha=0.2)
+        _decades(axes, "x", [10 ** (place / PER_DECADE) for one in found.values() for place in (one.first, one.first + len(one.counts))])
+        axes.set_xlabel(x_label)
+        axes.set_ylabel("share of positions")
+
+    return _svg(name, draw)
+
+
+def bars(name: str, x_label: str, labels: Sequence[str], values: Mapping[int, Sequence[float]]) -> str:
+    """For each label, a bar of every subject."""
+
+    def draw(axes: Any) -> None:
+        height = 0.8 / len(values)
+        for row, (subject, lengths) in enumerate(values.items()):
+            places = [place + (row + 0.5) * height - 0.4 for place in range(len(labels))]
+            axes.barh(places, lengths, height * 0.9, color=SERIES[subject % COLOURS])
+        axes.set_yticks(range(len(labels)), labels)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(x_label)
+
+    return _svg(name, draw)
+
+
+def _decades(axes: Any, which: str, values: Sequence[float]) -> None:
+    """Make the axis ``which`` logarithmic, of whole decades, few of which have labels."""
+    shown = [math.log10(value) for value in values if 0 < value < math.inf] or [0.0]
+    low, high = math.floor(min(shown)), math.ceil(max(shown))
+    exponents = range(low, max(high, low + 1) + 1)
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (10.0**low, 10.0 ** exponents[-1])})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_ticks([10.0**exponent for exponent in exponents[:: -(-len(exponents) // TICKS)]])
+    axis.set_major_formatter("{x:.0e}")
+    axis.minorticks_off()
+
+
+def _svg(name: str, draw: Callable[[Any], None]) -> str:
+    """The drawing without what only a file of its own needs; ids bear ``name``, because a page has several drawings."""
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise H1ExportError("matplotlib", "is not installed", "pip install 'h1export[report]'") from None
+    with mpl.rc_context({**mpl.rcParamsDefault, **SETTINGS}):
+        figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+        draw(figure.add_subplot())
+        out = StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = out.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    return re.sub("|".join(VARIABLES), lambda match: VARIABLES[match[0]], text)

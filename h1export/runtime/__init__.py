@@ -1,0 +1,1 @@
+"""What a loaded artifact does: Runner, sessions, generation. Imports neither torch nor onnx."""

@@ -1,0 +1,1 @@
+"""The .mlpackage on disk: writing (writer.py) and checking (lint.py)."""

@@ -1,0 +1,1 @@
+"""The MIL program: start with functions.py."""

@@ -1,0 +1,66 @@
+"""How the package holds states and what its functions are: the only place of this target that knows names and shapes of its I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from h1export.model.falcon_h1.probes import PREFIX
+from h1export.model.falcon_h1.states import Array, StateKind, StateTensor
+
+PACKAGE = "model.mlpackage"
+DATA = f"{PACKAGE}/Data/com.apple.CoreML"
+MODEL, WEIGHTS = f"{DATA}/model.mlmodel", f"{DATA}/weights/weight.bin"
+
+INPUT_IDS, POSITION, N_VALID, LOGITS = "input_ids", "position", "n_valid", "logits"
+MAX_CONTEXT, PREFILL_TOKENS = "max_context", "prefill_tokens"  # in the package's metadata
+LOW_SCALE = 2048.0  # the low half of a recurrent state is stored times this: fp16 has 11 bits
+LOW = "_low"
+
+FunctionName = Literal["decode", "prefill"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of the package: how many tokens a call of it takes. ``prefill`` also takes fewer, padded on the right."""
+
+    name: FunctionName
+    tokens: int
+
+    @property
+    def padded(self) -> bool:
+        return self.tokens > 1
+
+
+DECODE, PREFILL = Call("decode", 1), Call("prefill", 64)
+CALLS = (DECODE, PREFILL)
+
+
+def state_name(tensor: StateTensor) -> str:
+    """Of a state, or of the input that stands for it: MIL's names have no dots."""
+    return tensor.past.replace(".", "_")
+
+
+def output_name(tensor: StateTensor) -> str:
+    """Of the output that a state becomes in a package without states."""
+    return tensor.present.replace(".", "_")
+
+
+def probe_output(probe: str) -> str:
+    """What a probe is called in a function: MIL's names have no dots."""
+    return (PREFIX + probe).replace(".", "_")
+
+
+def shape(tensor: StateTensor, max_context: int) -> tuple[int, ...]:
+    """One sequence: keys and values [1, kv_heads, max_context, dim]; the convolution's inputs with channels last; the scan's as it is."""
+    sizes = tuple({"batch": 1, "past": max_context}[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
+    return (sizes[0], sizes[2], sizes[1]) if tensor.kind is StateKind.CONV else sizes
+
+
+def canonical(tensor: StateTensor, state: Array, length: int) -> Array:
+    """The state of a sequence of ``length`` tokens in StateSpec's layout."""
+    if tensor.kind is StateKind.CONV:
+        return np.ascontiguousarray(state.transpose(0, 2, 1))
+    return np.ascontiguousarray(state[:, :, :length]) if tensor.kind.grows else state

@@ -1,0 +1,70 @@
+"""The integers that an ONNX artifact stores, read back from its external data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from h1export.artifact.artifact import Artifact, StoredWeight
+from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.quantize.quantized_tensor import QuantizedTensor
+
+Key = Callable[[str], str | None]  # an initializer's name -> the key of its array; None: nobody asks for it
+ReadStored = Callable[[StoredWeight, Mapping[str, Any], Callable[[str], int]], Iterator[tuple[str, QuantizedTensor]]]
+
+
+class StoredWeights(Mapping[str, Array]):
+    """What the artifact stores for each quantised checkpoint tensor, dequantised when asked for and not kept.
+
+    ``read_stored`` makes integers of an entry of the manifest, the arrays of ``model`` by ``key``, and the columns of tensors.
+    """
+
+    def __init__(self, artifact: Artifact, model: str, key: Key, read_stored: ReadStored) -> None:
+        self._read_stored = read_stored
+        self._columns = {name: shape[-1] for name, shape in tensor_layout(artifact.spec).items()}
+        self._tensors = external_arrays(artifact, model, key)
+        self._weights = {part.tensor: weight for weight in artifact.manifest.weights for part in weight.parts}
+        self._orders = {part.tensor: part.order for weight in artifact.manifest.weights for part in weight.parts}
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """What lies behind ``name``: the same integers on every target."""
+        return dict(self._read_stored(self._weights[name], self._tensors, self._columns.__getitem__))[name]
+
+    def __getitem__(self, name: str) -> Array:
+        order = self._orders[name]
+        return self.quantized(name).unfolded(self._tensors[order] if order else None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def external_arrays(artifact: Artifact, model: str, key: Key) -> dict[str, Any]:
+    """Memory-mapped arrays of the initializers of ``model`` that ``key`` names; int4 is flat bytes.
+
+    Raises:
+        H1ExportError: data outside the artifact's files.
+    """
+    arrays: dict[str, Any] = {}
+    for name, value in ir.load(artifact.folder / model).graph.initializers.items():
+        tensor, kept = value.const_value, key(name)
+        if not isinstance(tensor, ir.ExternalTensor) or kept is None:
+            continue
+        location = str(tensor.location)
+        if location not in artifact.manifest.files:
+            raise H1ExportError(artifact.folder / model, f"points to {location!r}, outside the artifact", "build the artifact again")
+        shape, dtype = tensor.shape.numpy(), tensor.dtype.numpy()
+        if tensor.dtype == ir.DataType.INT4:  # two to a byte
+            shape, dtype = (prod(shape) // 2,), np.dtype(np.uint8)
+        if (tensor.offset or 0) + prod(shape) * dtype.itemsize > artifact.manifest.files[location][1]:
+            raise H1ExportError(artifact.folder / model, f"initializer {name!r} lies outside {location}", "build the artifact again")
+        arrays[kept] = np.memmap(artifact.folder / location, dtype, mode="r", offset=tensor.offset or 0, shape=shape)
+    return arrays

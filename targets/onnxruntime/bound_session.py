@@ -1,0 +1,60 @@
+"""Sequences whose states live in buffers that ONNX Runtime reads and writes in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, StateSpec
+from h1export.runtime.runner import Ids, check_call
+from h1export.targets.onnx import sdk
+from h1export.targets.onnxruntime import state_layout
+
+
+class BoundSequences:
+    """``batch`` sequences with room for ``capacity`` tokens; every state is input and output of the session at once.
+
+    GroupQueryAttention takes a longer key buffer than there are keys, and appends in place where past and present are one.
+    """
+
+    def __init__(self, session: Any, spec: StateSpec, vocab_size: int, batch: int, capacity: int, batched_append: bool) -> None:
+        self._session, self._vocab_size, self._capacity, self._batched_append = session, vocab_size, capacity, batched_append
+        sizes = {"batch": batch, PAST: capacity}
+        shapes = {tensor: [sizes[dim] if isinstance(dim, str) else dim for dim in state_layout.shape(tensor)] for tensor in spec.tensors}
+        self._states = {tensor: np.zeros(shape, np.float32) for tensor, shape in shapes.items()}
+        self._batch, self._whole = batch, self._bind(slice(0, batch))
+        self.length = 0
+
+    def append(self, ids: Ids) -> Array:
+        """Logits float32 [batch, new or 1, vocab] of ids int64 [batch, new]. Raises H1ExportError beyond the capacity."""
+        end = self.length + ids.shape[-1]
+        mask = np.ones((len(ids), end), np.int64)
+        check_call(ids, mask, self.length, self._vocab_size)
+        if end > self._capacity or len(ids) != self._batch:
+            what = f"{len(ids)} rows of {end} tokens"
+            raise H1ExportError("append", what, f"there is room for {self._batch} of {self._capacity}; start with a larger capacity")
+        if self._batch == 1 or not self.length or ids.shape[1] == 1 or self._batched_append:
+            logits = self._run(self._whole, ids, mask)
+        else:
+            rows = [slice(row, row + 1) for row in range(self._batch)]
+            logits = np.concatenate([self._run(self._bind(row), ids[row], mask[row]) for row in rows])
+        self.length = end
+        return logits
+
+    def _bind(self, rows: slice) -> Any:
+        binding, value_of = self._session.io_binding(), sdk.onnxruntime().OrtValue.ortvalue_from_numpy  # shares the array's memory
+        for tensor, state in self._states.items():
+            value = value_of(state[rows])
+            binding.bind_ortvalue_input(tensor.past, value)
+            binding.bind_ortvalue_output(tensor.present, value)
+        return binding
+
+    def _run(self, binding: Any, ids: Ids, mask: Ids) -> Array:
+        binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids))
+        binding.bind_cpu_input(ATTENTION_MASK, mask)
+        binding.bind_output(LOGITS)
+        self._session.run_with_iobinding(binding)
+        logits: Array = binding.get_outputs()[-1].numpy()  # in the order of binding
+        return logits

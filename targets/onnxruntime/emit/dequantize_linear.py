@@ -1,0 +1,98 @@
+"""Integers for DequantizeLinear: stored [columns, rows], as MatMul takes its second operand.
+
+ONNX Runtime turns DequantizeLinear and MatMul over this layout into MatMulNBits; over [rows, columns] it dequantises the whole
+weight in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from h1export.artifact.artifact import StoredWeight
+from h1export.artifact.weight_file import BLOCK_BYTES
+from h1export.checkpoint.weight_expr import WeightExpr
+from h1export.model.falcon_h1.states import Array
+from h1export.quantize.group_format import Precision
+from h1export.quantize.quantized_tensor import QuantizedTensor
+from h1export.quantize.source import QuantizedBlock, quantized_blocks
+from h1export.targets.onnx.builder import Value
+from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS, read_columns, write_columns
+from h1export.targets.onnx.emit import Context, initializer_name, stored_parts
+from h1export.targets.onnxruntime.emit.nbits import Layout
+
+TABLE = ".table"  # an embedding's codes, one row a token; a tied head has its own, transposed
+
+
+def folded_scales(tensor: QuantizedTensor) -> Array:
+    """float32 [rows, blocks]: fp16 scale times multiplier."""
+    return tensor.scales.astype(np.float32) * tensor.multiplier[:, None]
+
+
+def unfolded_scales(stored: Array, multiplier: Array) -> npt.NDArray[np.float16]:
+    """The inverse: dividing by the multiplier lands within half a unit in the last place of float16."""
+    return (stored.astype(np.float64) / multiplier[:, None]).astype(np.float16)
+
+
+def dequantized(c: Context, expr: WeightExpr, precision: Precision) -> Value:
+    """The weight [columns, rows] in float32, as a node over its integers."""
+    operands = c.build.once((expr, precision), lambda: _write(c, expr, precision))
+    blocks: dict[str, Any] = {"axis": 0, "block_size": precision.block} if precision.block else {"axis": 1}
+    return c.build.op("DequantizeLinear", *operands, **blocks)
+
+
+def _write(c: Context, expr: WeightExpr, precision: Precision) -> list[Value]:
+    """Codes, scales, and zero points where there are some."""
+    places = write_columns(c, expr, precision, ir.DataType.FLOAT, folded_scales)
+    c.stored.append(_entry(c, expr, precision))
+    return [c.build.initializer(place) for place in places]
+
+
+def _rows(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], Array]:
+    (tensor,) = block()
+    return layout.pack(tensor.codes) if layout.bits == 4 else tensor.codes, folded_scales(tensor)
+
+
+def _entry(c: Context, expr: WeightExpr, precision: Precision) -> StoredWeight:
+    return StoredWeight(initializer_name(expr), precision.bits, precision.block, 0, stored_parts(c, expr))
+
+
+def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: bool) -> Value:
+    """Rows ``ids`` of the embedding in float32. ``tied``: its integers are the head's, which notes them for the manifest."""
+    rows, columns = c.store.shape(expr.only.tensor)
+    name, b = initializer_name(expr) + TABLE, c.build
+    layout = Layout(precision.bits, precision.block or columns, columns)
+    stored = ir.DataType.UINT8 if precision.bits == 4 else ir.DataType.INT8
+    codes = c.data.place(name, stored, (rows, columns * precision.bits // 8))
+    scales = c.data.place(name + SCALES, ir.DataType.FLOAT, (rows, layout.blocks))
+    c.data.fill([codes, scales], (partial(_rows, layout, block) for block in quantized_blocks(expr, c.store, c.integers, BLOCK_BYTES)))
+    if not tied:
+        c.stored.append(_entry(c, expr, precision))
+    found = b.op("Cast", b.op("Gather", b.initializer(codes), ids), to=1)
+    scale = b.op("Gather", b.initializer(scales), ids)
+    if precision.bits == 8:
+        return b.op("Mul", found, scale)
+    high = b.op("Floor", b.op("Div", found, b.constant(16, np.float32)))
+    low = b.op("Sub", found, b.op("Mul", high, b.constant(16, np.float32)))
+    pairs = b.op("Concat", b.op("Unsqueeze", low, b.ints(3)), b.op("Unsqueeze", high, b.ints(3)), axis=3)
+    signed = b.op("Sub", b.op("Reshape", pairs, b.ints(0, 0, layout.blocks, layout.block)), b.constant(layout.zero_point, np.float32))
+    return b.op("Reshape", b.op("Mul", signed, b.op("Unsqueeze", scale, b.ints(3))), b.ints(0, 0, columns))
+
+
+def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]) -> Iterator[tuple[str, QuantizedTensor]]:
+    """The integers that an artifact stores, by checkpoint tensor; arguments as of nbits.read_stored, int4 arrays packed and flat."""
+    (part,) = weight.parts
+    name, multiplier = weight.initializer, part.multiplier.rows(part.size)
+    zeros = None
+    if name + CODES in tensors:
+        scales = tensors[name + SCALES].reshape(-1, part.size).T
+        codes = read_columns(tensors[name + CODES], weight.bits, part.size)
+        zeros = read_columns(tensors[name + ZEROS], weight.bits, part.size) if name + ZEROS in tensors else None
+    else:
+        codes, scales = np.asarray(tensors[name + TABLE]), tensors[name + TABLE + SCALES]
+    yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier, zeros)

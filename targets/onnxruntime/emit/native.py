@@ -1,0 +1,246 @@
+"""What differs where our own kernels run: one op for each h1 op, reading its columns out of the wide products they lie in.
+
+Every op is described where it is computed, in csrc.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from h1export.graphs.program import args_of
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.probes import Columns
+from h1export.plugins import h1
+from h1export.targets.onnx import aten as common
+from h1export.targets.onnx.builder import Value
+from h1export.targets.onnx.emit import Emitter
+from h1export.targets.onnxruntime.emit import cpu as stock
+from h1export.targets.onnxruntime.emit.nbits import OrtContext, attributes, factors, store
+
+DOMAIN = "h1export"
+LANES, MOST_TAPS = 8, 8  # kLanes and kMostTaps of csrc
+
+aten = torch.ops.aten
+
+
+def covers(spec: HybridSpec) -> bool:
+    """Whether our kernels take a model of ``spec``: heads of whole vectors, and a convolution of few taps."""
+    return spec.head_dim % LANES == 0 and spec.mamba_d_conv <= MOST_TAPS
+
+
+class NativeContext(OrtContext):
+    """Heads are never an axis of their own: values that the Program views as [batch, seq, heads, dim] stay [batch, seq, heads * dim]."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.gated_by_scan: set[Node] = set()
+
+    def op(self, op_type: str, *inputs: Value | None, **attributes: Any) -> Value:
+        return self.build.op(op_type, *inputs, domain=DOMAIN, **attributes)
+
+    def ops(self, op_type: str, outputs: int, *inputs: Value | None, **attributes: Any) -> tuple[Value, ...]:
+        return self.build.ops(op_type, outputs, *inputs, domain=DOMAIN, **attributes)
+
+    def columns(self, node: Any) -> tuple[Value, int]:
+        """(wide, offset) where the last axis of ``node``, flattened, lies in a wider value."""
+        while node.target is aten.view.default:
+            node = node.args[0]
+        if node.target is operator.getitem and args_of(node)[0].target is aten.split_with_sizes.default:
+            split, index = args_of(node)
+            whole, sizes, _ = args_of(split)
+            return self.value(whole), sum(sizes[:index])
+        return self.value(node), 0
+
+    def probed(self, node: Node) -> tuple[Value, Columns | None]:
+        """Our ops read columns out of wide products, so nothing splits those."""
+        inner, _ = _unmasked(node)
+        wide, offset = self.columns(inner)
+        return wide, None if wide is self.value(inner) else (offset, offset + node.meta["val"].shape[2:].numel())
+
+    def side_by_side(self, *nodes: Any) -> tuple[Value, list[int]]:
+        """(wide, offsets) of several; they are copied side by side where they do not lie in one value already."""
+        places = [self.columns(node) for node in nodes]
+        if len({id(wide) for wide, _ in places}) == 1:
+            return places[0][0], [offset for _, offset in places]
+        widths = [node.meta["val"].shape[2:].numel() for node in nodes]
+        wide = self.build.op("Concat", *(self.build.op("Reshape", self.value(n), self.build.ints(0, 0, -1)) for n in nodes), axis=2)
+        return wide, [sum(widths[:index]) for index in range(len(nodes))]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with integers: what its op takes beside x."""
+
+    operands: tuple[Value | None, ...]
+    attributes: dict[str, Any]
+
+    @classmethod
+    def of(cls, c: NativeContext, node: Node) -> Product | None:
+        """That of an aten.linear; None: its weight is float32, or has zero points, which the runtime's own kernel takes."""
+        expr, bias = c.expr(args_of(node)[1]), args_of(node)[2] if len(args_of(node)) > 2 else None
+        precision = c.precision(expr)
+        if precision is None or precision.zeros:
+            return None
+        stored = store(c, expr, precision)
+        weight = c.build.initializer(stored.codes), c.build.initializer(stored.scales)
+        multiplier = factors(c, expr) if expr.axis == 0 else None  # of columns: see linear
+        return cls((*weight, multiplier, None if bias is None else c.value(bias)), attributes(c, expr, stored))
+
+
+def linear(c: NativeContext, node: Node) -> None:
+    """A product with integers, and what comes before it where nothing else reads that: a gate, or two values side by side."""
+    x, expr = args_of(node)[0], c.expr(args_of(node)[1])
+    product = Product.of(c, node)
+    if product is None:
+        return stock.linear(c, node)
+    if expr.axis == 1:
+        a_factor, b_factor = (part.multiplier.factor for part in expr.parts)
+        sides = (c.value(side) for side in args_of(x)[0])
+        scaled = {"a_factor": a_factor, "b_factor": b_factor}
+        return c.set(node, c.op("PairQMatMul", *sides, *product.operands, **scaled, **product.attributes))
+    gated = _gated(x) if len(x.users) == 1 and x not in c.gated_by_scan else None
+    if gated is not None:
+        (a, a_offset), (gate, gate_offset) = map(c.columns, gated)
+        offsets = {"a_offset": a_offset, "gate_offset": gate_offset}
+        return c.set(node, c.op("SiluQMatMul", a, gate, *product.operands, **offsets, **product.attributes))
+    return c.set(node, c.op("QMatMul", c.value(x), *product.operands, **product.attributes))
+
+
+def _gated(node: Node) -> tuple[Node, Node] | None:
+    """(a, gate) where ``node`` is a * silu(gate)."""
+    if node.target is not aten.mul.Tensor or node.meta["val"].dim() != 3:
+        return None
+    a, gate = args_of(node)
+    return (a, args_of(gate)[0]) if isinstance(gate, Node) and gate.target is aten.silu.default else None
+
+
+def add(c: NativeContext, node: Node) -> None:
+    """A sum that a norm and then a product with integers read: all in one."""
+    norms = [user for user in node.users if user.target is aten.rms_norm.default and args_of(user)[2] is not None]
+    products = [user for norm in norms for user in norm.users if user.target is aten.linear.default]
+    if len(norms) == len(products) == 1 and len(norms[0].users) == 1:
+        (_, _, weight, epsilon), product = args_of(norms[0]), Product.of(c, products[0])
+        if product is not None:
+            operands = (*(c.value(x) for x in args_of(node)), c.value(weight), *product.operands)
+            y, total = c.ops("NormQMatMul", 2, *operands, epsilon=epsilon, **product.attributes)
+            c.set(node, total)
+            return c.set(products[0], y)
+    return stock.add(c, node)
+
+
+def view(c: NativeContext, node: Node) -> None:
+    """Nothing to do where the value is flat already."""
+    x = args_of(node)[0]
+    flat = x.target is operator.getitem and args_of(x)[0].target in (h1.ssm_scan.default, h1.attention.default)
+    if flat and node.meta["val"].dim() == 3:
+        return c.set(node, c.value(x))
+    return common.view(c, node)
+
+
+def mul(c: NativeContext, node: Node) -> None:
+    """a * silu(gate) is one op."""
+    gated = _gated(node)
+    if gated is None:
+        return common.binary("Mul")(c, node)
+    (x, a_offset), (z, gate_offset) = map(c.columns, gated)
+    width = node.meta["val"].shape[-1]
+    return c.set(node, c.op("SiluMul", x, z, a_offset=a_offset, gate_offset=gate_offset, width=width))
+
+
+def causal_conv(c: NativeContext, node: Node) -> None:
+    """CausalConv, which takes the mask of pads itself."""
+    x, state, weight, bias = args_of(node)
+    x, pads = _unmasked(x)
+    mask = None if pads is None else c.value(pads)
+    wide, offset = c.columns(x)
+    taps = c.build.initializer(stock.conv_taps(c, c.expr(weight)))
+    c.set(node, *c.ops("CausalConv", 2, wide, c.value(state), taps, None if bias is None else c.value(bias), mask, offset=offset))
+
+
+def _unmasked(x: Node) -> tuple[Node, Node | None]:
+    """(x, mask) of a product that zeroes pads; (x, None) of anything else."""
+    column = args_of(x)[1] if x.target is aten.mul.Tensor else None
+    if isinstance(column, Node) and column.target is aten.unsqueeze.default:
+        return args_of(x)[0], args_of(column)[0]
+    return x, None
+
+
+def ssm_scan(c: NativeContext, node: Node) -> None:
+    """SSMScan, which takes the gate too where nothing but the gate reads its output."""
+    x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = args_of(node)
+    spec = c.program.spec
+    xbc, offsets = c.side_by_side(x, B, C)
+    assert offsets == [0, spec.mamba_d_ssm, spec.mamba_d_ssm + spec.bc_dim], "x, B and C are the convolution's output"
+    steps, dt_offset = c.columns(dt)
+    gated, gate, gate_offset = _gate(c, node)
+    outputs = c.ops(
+        "SSMScan",
+        2,
+        xbc,
+        steps,
+        *(c.value(weight) for weight in (A, D, dt_bias)),
+        c.value(state),
+        c.value(mask),
+        gate,
+        heads=spec.mamba_n_heads,
+        groups=spec.mamba_n_groups,
+        d_head=spec.mamba_d_head,
+        d_state=spec.mamba_d_state,
+        dt_offset=dt_offset,
+        gate_offset=gate_offset,
+        dt_min=dt_min,
+        dt_max=dt_max,
+    )
+    c.set(node, *outputs)
+    if gated is not None:
+        c.gated_by_scan.add(gated)
+        c.set(gated, outputs[0])
+
+
+def _gate(c: NativeContext, scan: Node) -> tuple[Node | None, Value | None, int]:
+    """(y * silu(z), z, offset of z) where the scan's y is read by its gate alone."""
+    (y,) = [user for user in scan.users if args_of(user)[1] == 0]
+    (flat,) = y.users
+    if len(flat.users) == 1:
+        (product,) = flat.users
+        gate = args_of(product)[1] if product.target is aten.mul.Tensor else None
+        if isinstance(gate, Node) and gate.target is aten.silu.default:
+            return product, *c.columns(args_of(gate)[0])
+    return None, None, 0
+
+
+def attention(c: NativeContext, node: Node) -> None:
+    """Attention, rotary embedding and cache included."""
+    q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
+    spec = c.program.spec
+    qkv, (q_offset, k_offset, v_offset) = c.side_by_side(q, k, v)
+    operands = [qkv, *stock.rotary_tables(c, positions, theta), c.value(mask), c.value(past_k), c.value(past_v)]
+    outputs = c.ops(
+        "Attention",
+        3,
+        *operands,
+        num_heads=spec.num_attention_heads,
+        kv_heads=spec.num_key_value_heads,
+        head_dim=spec.head_dim,
+        q_offset=q_offset,
+        k_offset=k_offset,
+        v_offset=v_offset,
+        scale=spec.head_dim**-0.5,
+    )
+    c.set(node, *outputs)
+
+
+TABLE: dict[Any, Emitter[Any]] = stock.TABLE | {
+    aten.linear.default: linear,
+    aten.add.Tensor: add,
+    h1.ssm_scan.default: ssm_scan,
+    h1.causal_conv.default: causal_conv,
+    h1.attention.default: attention,
+    aten.mul.Tensor: mul,
+    aten.view.default: view,
+}

@@ -1,0 +1,157 @@
+"""The graph of --opset-only: ai.onnx operators alone, for any runtime.
+
+The norm, the rotary embedding and attention are spelled out, because their operators came with opset 23 and few runtimes have them;
+what is left needs opset 18, 19 for int8 and 21 for int4. No control flow, and no operator that a runtime could only run as a loop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Node
+
+from h1export.graphs.program import args_of
+from h1export.plugins import h1
+from h1export.plugins.attention.op import rope_frequencies
+from h1export.quantize.group_format import Precision
+from h1export.targets.onnx import aten as common
+from h1export.targets.onnx.builder import Value
+from h1export.targets.onnx.emit import Context, Emitter
+from h1export.targets.onnxruntime.emit import dequantize_linear
+from h1export.targets.onnxruntime.emit.chunked_scan import Chunks, chunked_scan
+from h1export.targets.onnxruntime.emit.cpu import TABLE as CPU_TABLE
+from h1export.targets.onnxruntime.emit.cpu import shifted_products
+
+FLOAT = 1
+
+aten = torch.ops.aten
+
+
+def opset(precisions: Collection[Precision]) -> int:
+    """The oldest opset that has all of it: DequantizeLinear has int4 and blocks from 21 on; ONNX's own evaluator knows it from 19 on."""
+    return 21 if any(precision.block for precision in precisions) else 19 if precisions else 18
+
+
+def linear(c: Context, node: Node) -> None:
+    """MatMul, by a DequantizeLinear where it is stored in integers."""
+    x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
+    precision = c.precision(expr)
+    weight = (
+        c.build.op("Transpose", c.weight(expr), perm=[1, 0]) if precision is None else dequantize_linear.dequantized(c, expr, precision)
+    )
+    y = c.build.op("MatMul", x, weight)
+    bias = args_of(node)[2] if len(args_of(node)) > 2 else None
+    c.set(node, y if bias is None else c.build.op("Add", y, c.value(bias)))
+
+
+def embedding(c: Context, node: Node) -> None:
+    """Gather, and a product with the scales where it is stored in integers."""
+    expr, ids = c.expr(args_of(node)[0]), c.value(args_of(node)[1])
+    precision = c.precision(expr)
+    if precision is None:
+        return c.set(node, c.build.op("Gather", c.weight(expr), ids))
+    return c.set(node, dequantize_linear.embed(c, ids, expr, precision, c.program.spec.tie_word_embeddings))
+
+
+def rms_norm(c: Context, node: Node) -> None:
+    """x / sqrt(mean(x^2) + epsilon) * weight."""
+    x, _, weight, epsilon = args_of(node)
+    b, x = c.build, c.value(x)
+    mean = b.op("ReduceMean", b.op("Mul", x, x), b.ints(-1), keepdims=1)
+    y = b.op("Div", x, b.op("Sqrt", b.op("Add", mean, b.constant(epsilon, np.float32))))
+    c.set(node, y if weight is None else b.op("Mul", y, c.value(weight)))
+
+
+def _silu(c: Context, x: Value) -> Value:
+    return c.build.op("Mul", x, c.build.op("Sigmoid", x))
+
+
+def silu(c: Context, node: Node) -> None:
+    c.set(node, _silu(c, c.value(args_of(node)[0])))
+
+
+def causal_conv(c: Context, node: Node) -> None:
+    total, carried = shifted_products(c, node)
+    c.set(node, _silu(c, total), carried)
+
+
+def ssm_scan(c: Context, node: Node) -> None:
+    """The chunked scan; what goes into it is as for LinearAttention."""
+    x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = args_of(node)
+    b = c.build
+    step = b.op("Softplus", b.op("Add", c.value(dt), c.value(dt_bias)))
+    if (dt_min, dt_max) != (0.0, math.inf):
+        high = None if dt_max == math.inf else b.constant(dt_max, np.float32)
+        step = b.op("Clip", step, b.constant(dt_min, np.float32), high)
+    step = b.op("Mul", step, b.once((mask, "column"), lambda: b.op("Unsqueeze", c.value(mask), b.ints(2))))
+    chunks = b.once((mask, "chunks"), lambda: Chunks.of(b, b.op("Shape", c.value(mask), start=1, end=2)))
+    drive, keys, queries = (
+        b.op("Reshape", value, b.ints(0, 0, -1))
+        for value in (b.op("Mul", c.value(x), b.op("Unsqueeze", step, b.ints(3))), c.value(B), c.value(C))
+    )
+    decay = b.op("Mul", step, c.value(A))
+    y, new_state = chunked_scan(b, c.program.spec, chunks, drive, decay, keys, queries, c.value(state))
+    c.set(node, b.op("Add", y, b.op("Mul", c.value(x), b.op("Unsqueeze", c.value(D), b.ints(1)))), new_state)
+
+
+def attention(c: Context, node: Node) -> None:
+    """softmax(q k + mask) v with queries [batch, kv heads, queries of each, seq, dim] over the grown cache."""
+    q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
+    b, kv, dim = c.build, c.program.spec.num_key_value_heads, c.program.spec.head_dim
+    heads = c.program.spec.num_attention_heads
+    cos, sin = b.once((positions, theta), lambda: _rotary_tables(c, positions, theta))
+    hidden = b.once((mask, positions), lambda: _attention_mask(c, mask, positions))
+    query = b.op("Mul", _rotate(c, q, cos, sin), b.constant(dim**-0.5, np.float32))
+    query = b.op("Transpose", b.op("Reshape", query, b.ints(0, 0, kv, heads // kv, dim)), perm=[0, 2, 3, 1, 4])
+    keys, values = (
+        b.op("Concat", c.value(past), b.op("Transpose", new, perm=[0, 2, 1, 3]), axis=2)
+        for past, new in ((past_k, _rotate(c, k, cos, sin)), (past_v, c.value(v)))
+    )
+    scores = b.op("MatMul", query, b.op("Transpose", b.op("Unsqueeze", keys, b.ints(2)), perm=[0, 1, 2, 4, 3]))
+    shares = b.op("Softmax", b.op("Add", scores, hidden), axis=-1)
+    out = b.op("Transpose", b.op("MatMul", shares, b.op("Unsqueeze", values, b.ints(2))), perm=[0, 3, 1, 2, 4])
+    c.set(node, b.op("Reshape", out, b.ints(0, 0, heads, dim)), keys, values)
+
+
+def _rotate(c: Context, x: Any, cos: Value, sin: Value) -> Value:
+    """[batch, seq, heads, dim], pairs (i, i + dim / 2)."""
+    b, half = c.build, c.program.spec.head_dim // 2
+    low, high = b.ops("Split", 2, c.value(x), b.ints(half, half), axis=3)
+    first = b.op("Sub", b.op("Mul", low, cos), b.op("Mul", high, sin))
+    return b.op("Concat", first, b.op("Add", b.op("Mul", high, cos), b.op("Mul", low, sin)), axis=3)
+
+
+def _rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value]:
+    """cos and sin, [batch, seq, 1, dim / 2]."""
+    frequencies = rope_frequencies(theta, c.program.spec.head_dim)
+    position = c.build.op("Unsqueeze", c.build.op("Cast", c.value(positions), to=FLOAT), c.build.ints(2, 3))
+    angles = c.build.op("Mul", position, c.build.constant(frequencies.numpy(), np.float32))
+    return c.build.op("Cos", angles), c.build.op("Sin", angles)
+
+
+def _attention_mask(c: Context, mask: Any, positions: Any) -> Value:
+    """What is added to scores, [batch, 1, 1, seq, total]: hides pads and later tokens, never a token from itself."""
+    b = c.build
+    seq, total = b.op("Shape", c.value(positions), start=1, end=2), b.op("Shape", c.value(mask), start=1, end=2)
+    column = b.op("Range", b.constant(0, np.int64), b.op("Squeeze", total), b.constant(1, np.int64))
+    own = b.op("Unsqueeze", b.op("Slice", column, b.op("Sub", total, seq), total), b.ints(1))
+    real = b.op("Cast", b.op("Unsqueeze", c.value(mask), b.ints(1)), to=9)
+    visible = b.op("Or", b.op("And", b.op("LessOrEqual", column, own), real), b.op("Equal", column, own))
+    hidden = b.op("Where", visible, b.constant(0.0, np.float32), b.constant(c.masked, np.float32))
+    return b.op("Unsqueeze", hidden, b.ints(1, 2))
+
+
+TABLE: Mapping[Any, Emitter[Any]] = CPU_TABLE | {
+    h1.ssm_scan.default: ssm_scan,
+    h1.causal_conv.default: causal_conv,
+    h1.attention.default: attention,
+    aten.linear.default: linear,
+    aten.embedding.default: embedding,
+    aten.rms_norm.default: rms_norm,
+    aten.silu.default: silu,
+    aten.add.Tensor: common.binary("Add"),
+}

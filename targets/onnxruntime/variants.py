@@ -1,0 +1,96 @@
+"""The graphs that this target makes, and all they differ in: one for CPUs, one for CUDA, one for any runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from h1export.errors import H1ExportError
+from h1export.graphs.passes import KindOf, Pass, fusions
+from h1export.graphs.passes.flatten_splits import FlattenSplits
+from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
+from h1export.model.falcon_h1.states import StateKind
+from h1export.quantize.group_format import Precision
+from h1export.targets.onnx.emit import Emitter
+from h1export.targets.onnx.read_back import ReadStored
+from h1export.targets.onnxruntime import state_layout
+from h1export.targets.onnxruntime.emit import cpu, cuda, dequantize_linear, nbits, portable
+from h1export.targets.onnxruntime.emit import native as emitters
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"  # of the MatMulNBits that onnxruntime makes of DequantizeLinear and MatMul
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One kind of graph.
+
+    Attributes:
+        table: its emitters.
+        opsets: domain -> version, for the precisions of its weights.
+        fuse: the passes to run first, for a precision of weights and the columns that a fusion may not cut.
+        provider: ONNX Runtime's name of what runs it.
+        context: what the emitters see.
+        permutation: its state layouts.
+        halves: states in fp16; the others are float32.
+        accuracy_levels: those it has a use for, the default first.
+        batched_append: whether several rows may take several tokens each after a past.
+        bound: whether keys may lie in a longer buffer that is past and present at once.
+        read_stored: from its initializers to integers.
+        native: emitters of a second graph over the same weights, for our own kernels; None: there is none.
+    """
+
+    table: Mapping[Any, Emitter[Any]]
+    opsets: Callable[[Collection[Precision]], dict[str, int]]
+    fuse: Callable[[KindOf, int], tuple[Pass, ...]]
+    provider: str = CPU
+    context: type[nbits.OrtContext] = nbits.OrtContext
+    permutation: state_layout.Permutation = field(default_factory=lambda: state_layout.PERMUTATION)
+    halves: frozenset[StateKind] = frozenset()
+    accuracy_levels: tuple[int, ...] = (4, 0, 1)
+    batched_append: bool = False
+    bound: bool = False
+    read_stored: ReadStored = nbits.read_stored
+    native: Mapping[Any, Emitter[Any]] | None = None
+
+    def dtype(self, kind: StateKind) -> str:
+        """ONNX's name of a state's dtype."""
+        return "FLOAT16" if kind in self.halves else "FLOAT"
+
+
+def _microsoft(precisions: Collection[Precision]) -> dict[str, int]:
+    return dict(cpu.OPSETS)
+
+
+FLAVOURS: Mapping[tuple[str, bool], Flavour] = {
+    ("cpu", False): Flavour(cpu.TABLE, _microsoft, fusions, bound=True, native=emitters.TABLE),
+    ("cuda", False): Flavour(
+        cuda.TABLE,
+        _microsoft,
+        # never summed projections: the two have their own multipliers, which multiply products here
+        lambda kind_of, align: (FuseParallelProjections(kind_of), FlattenSplits()),
+        provider=CUDA,
+        context=cuda.CudaContext,
+        permutation=state_layout.CUDA,
+        halves=frozenset({StateKind.KEY, StateKind.VALUE, StateKind.CONV}),
+        accuracy_levels=(0,),
+    ),
+    # levels: ONNX Runtime on CPUs makes MatMulNBits of this graph's products
+    ("cpu", True): Flavour(
+        portable.TABLE,
+        lambda precisions: {"": portable.opset(precisions)},
+        lambda kind_of, align: (),
+        batched_append=True,
+        read_stored=dequantize_linear.read_stored,
+    ),
+}
+
+
+def flavour(provider: str, opset_only: bool) -> Flavour:
+    """The graph that these options ask for. Raises H1ExportError where they contradict each other."""
+    found = FLAVOURS.get((provider, opset_only))
+    if found is None:
+        what = f"ONNX's own operators run on any provider, and the graph for {provider} needs others"
+        raise H1ExportError("--opset-only", what, f"leave out --opset-only or --provider {provider}")
+    return found

@@ -1,0 +1,109 @@
+"""Executes the network on a CPU: ONNX Runtime its standard nodes, the ops' eager references the plugin's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import NodeProto, TensorProto, helper
+
+from h1export.errors import H1ExportError
+from h1export.targets.onnx import sdk
+from h1export.targets.tensorrt.emulator.partition import Cutter, Piece
+from h1export.targets.tensorrt.network.layout import MODEL, TORCH
+from h1export.targets.tensorrt.plugin.schema import OPS
+
+Values = dict[str, npt.NDArray[Any]]
+
+
+class Execution:
+    """The network in ``folder``, in float32 throughout or, ``rounded``, in the dtypes that it declares.
+
+    Raises:
+        H1ExportError: onnxruntime is not installed or cannot load a part, or data lies outside ``files``.
+    """
+
+    def __init__(self, folder: Path, files: Collection[str], rounded: bool, threads: int = 0, shown: Collection[str] = ()) -> None:
+        self._folder, self._threads, self._rounded = folder, threads, rounded
+        network = _read(folder, files)
+        self._cutter, self._shown = Cutter(network, rounded, shown), tuple(shown)
+        self._outputs = [output.name for output in network.graph.output]
+        self._peaks: dict[str, float] = {}
+        self._constants: Values = {}
+        self._open(self._cutter.constants())(self._constants)
+        self._steps = [self._open(step) if isinstance(step, Piece) else self._plugin(step) for step in self._cutter.steps()]
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Values:
+        """Outputs, and values ``shown``; what is fp16 or bf16 in the network is float32 here."""
+        values = {**self._constants, **inputs}
+        for step in self._steps:
+            step(values)
+        return {name: values[name] for name in (*self._outputs, *self._shown)}
+
+    def magnitudes(self) -> Mapping[str, float]:
+        """Kind of op -> the largest magnitude before a rounding to fp16."""
+        return self._peaks
+
+    def _open(self, piece: Piece) -> Callable[[Values], None]:
+        ort = sdk.onnxruntime()
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # the nodes as they are
+        options.intra_op_num_threads, options.log_severity_level = self._threads, 3  # errors also come as exceptions
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # there are many sessions
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
+        try:
+            session = ort.InferenceSession(piece.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exception types share no base class
+            raise H1ExportError(self._folder / MODEL, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
+        names = [*piece.outputs, *piece.peaks]
+
+        def step(values: Values) -> None:
+            found = dict(zip(names, session.run(names, {name: values[name] for name in piece.inputs}), strict=True))
+            for peak, op in piece.peaks.items():
+                self._note(op, float(found.pop(peak)))
+            values.update(found)
+
+        return step
+
+    def _note(self, op: str, magnitude: float) -> None:
+        self._peaks[op] = float(np.maximum(self._peaks.get(op, 0.0), magnitude))  # NaN stays
+
+    def _plugin(self, node: NodeProto) -> Callable[[Values], None]:
+        """The op's reference in float32 on the node's inputs and attributes, by the names of its schema."""
+        op = next(op for op in OPS if op.name == node.op_type)
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        reference = getattr(torch.ops.h1, op.space).default
+
+        def step(values: Values) -> None:
+            given = dict(zip(op.inputs, (torch.from_numpy(values[name]) for name in node.input), strict=True))
+            arguments = [given[a.name] if a.name in given else attributes[a.name] for a in op.schema.arguments]
+            for name, result in zip(node.output, reference(*arguments), strict=True):
+                values[name] = self._narrowed(node.op_type, name, result).numpy()
+
+        return step
+
+    def _narrowed(self, op: str, name: str, result: torch.Tensor) -> torch.Tensor:
+        if not (self._rounded and self._cutter.is_half(name)):
+            return result
+        if self._cutter.half == TensorProto.FLOAT16:
+            self._note(op, float(result.abs().max()))
+        return result.to(TORCH[self._cutter.half]).float()
+
+
+def _read(folder: Path, files: Collection[str]) -> onnx.ModelProto:
+    """Raises H1ExportError for what is no model, or has data outside ``files``."""
+    path = folder / MODEL
+    try:
+        network = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's
+        raise H1ExportError(path, f"cannot be read ({type(error).__name__})", "build the artifact again") from None
+    for tensor in network.graph.initializer:
+        places = {entry.key: entry.value for entry in tensor.external_data}
+        if places and places["location"] not in files:
+            raise H1ExportError(path, f"points to {places['location']!r}, outside the artifact", "build the artifact again")
+    return network

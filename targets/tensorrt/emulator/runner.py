@@ -1,0 +1,113 @@
+"""Run an artifact's network on a CPU, to judge it: TensorRT itself takes no part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import numpy as np
+import numpy.typing as npt
+
+from h1export.artifact.artifact import Artifact
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.probes import PREFIX, probe_names
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec
+from h1export.runtime.runner import Capabilities, Ids, SteppedSequences, check_call
+from h1export.targets.onnx import sdk
+from h1export.targets.onnx.read_back import StoredWeights
+from h1export.targets.tensorrt.emulator.execution import Execution, Values
+from h1export.targets.tensorrt.network.layout import MODEL, WRITE_INDICES
+from h1export.targets.tensorrt.network.limits import Limits, calls
+from h1export.targets.tensorrt.network.weights import key, read_stored
+
+
+@dataclass(frozen=True)
+class States:
+    """Sequences of ``length`` tokens: the network's states by input name, what is fp16 or bf16 there in float32."""
+
+    length: int
+    arrays: dict[str, npt.NDArray[np.float32]]
+
+
+class NetworkRunner:
+    """Runner over model.onnx, the very file that is handed to a builder, in its dtypes or, with ``float32``, in float32 throughout.
+
+    ``why``: why no engine runs instead, for users; empty where this is what they asked for.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int, float32: bool, why: str = "") -> None:
+        self._artifact, self._spec, self._float32, self._why = artifact, artifact.spec, float32, why
+        self._states, options, self._limits = StateSpec.of(self._spec), artifact.manifest.options, Limits.of(artifact)
+        self._all_logits, self._compute = not options["last_logits"], "fp32" if float32 else str(options["compute"])
+        self._open = partial(Execution, artifact.folder, artifact.manifest.files, not float32, threads)
+        self._execution = self._open()
+
+    @property
+    def spec(self) -> HybridSpec:
+        return self._spec
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            max_batch=self._limits.max_batch,
+            all_logits=self._all_logits,
+            float32=self._float32,
+            notes=(self._limits.note,),
+            kernels=f"onnxruntime {sdk.onnxruntime().__version__} and the ops' references in {self._compute}, not TensorRT",
+            fallback=self._why,
+            max_context=self._limits.max_context,
+            emulated=True,
+            probes=True,
+        )
+
+    def initial(self, batch: int) -> States:
+        self._limits.check_rows("start", batch)
+        zeros = self._states.zeros(batch, self._limits.max_context)
+        return States(0, {tensor.past: zeros[tensor.key] for tensor in self._states.tensors})
+
+    def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
+        logits, after, _ = self._advance(self._execution, ids, mask, states)
+        return logits, after
+
+    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
+        return self._advance(self._observed, ids, mask, states)
+
+    @cached_property
+    def _observed(self) -> Execution:
+        return self._open(shown=[PREFIX + name for name in probe_names(self._spec.num_hidden_layers)])
+
+    def _advance(self, execution: Execution, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
+        """Calls that fit the profiles, one after the other."""
+        check_call(ids, mask, states.length, self._spec.vocab_size)
+        self._limits.check_room("step", states.length + ids.shape[1])
+        found: list[Values] = []
+        for part in calls(ids.shape[1]):
+            found.append(execution.run(self._inputs(ids[:, part], mask, states)))
+            after = {tensor.past: found[-1].pop(tensor.present) for tensor in self._states.tensors}
+            states = States(states.length + part.stop - part.start, after)
+        joined = {name: np.concatenate([call[name] for call in found], axis=1) for name in found[0]}
+        logits = joined.pop(LOGITS)
+        probes = {name.removeprefix(PREFIX): value.reshape(*ids.shape, -1) for name, value in joined.items()}
+        return logits if self._all_logits else logits[:, -1:], states, probes
+
+    def _inputs(self, ids: Ids, mask: Ids, states: States) -> Values:
+        end, batch = states.length + ids.shape[1], len(ids)
+        columns = np.zeros((batch, self._limits.max_context), np.int64)
+        columns[:, :end] = mask[:, :end]
+        indices = np.full(batch, states.length, np.int64)
+        return {INPUT_IDS: np.ascontiguousarray(ids), ATTENTION_MASK: columns, WRITE_INDICES: indices, **states.arrays}
+
+    def start(self, batch: int, capacity: int) -> SteppedSequences:
+        self._limits.check_room("start", capacity)
+        return SteppedSequences(self, batch)
+
+    def snapshot(self, states: States) -> dict[str, Array]:
+        arrays = {tensor: states.arrays[tensor.past] for tensor in self._states.tensors}
+        return {tensor.key: array[:, :, : states.length] if tensor.kind.grows else array for tensor, array in arrays.items()}
+
+    def magnitudes(self) -> Mapping[str, float]:
+        return self._execution.magnitudes()
+
+    def stored_weights(self) -> StoredWeights:
+        return StoredWeights(self._artifact, MODEL, key, read_stored)

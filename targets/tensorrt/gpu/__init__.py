@@ -1,0 +1,1 @@
+"""Runs an engine on an NVIDIA GPU: start with runner.py."""

@@ -1,0 +1,144 @@
+"""Sequences in a GPU's memory. The engine updates their states in place; decoding replays a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec, StateTensor
+from h1export.runtime.runner import Ids, check_call
+from h1export.targets.tensorrt.gpu.engine import LoadedEngine
+from h1export.targets.tensorrt.network.layout import DECODE, OWN, TORCH, WRITE_INDICES, dtype
+from h1export.targets.tensorrt.network.limits import calls
+
+Tensors = Mapping[str, torch.Tensor]
+WARM_UP = 2  # calls of one token: launched, and recorded
+
+
+class EngineSequences:
+    """Sequences of ``length`` tokens each, with their ``states`` on the GPU by input name."""
+
+    def __init__(self, engine: LoadedEngine, states: Tensors) -> None:
+        self.states, self.length = states, 0
+        self._engine, self._batch = engine, next(iter(states.values())).shape[0]
+        self._mask = self._zeros(self._batch, engine.limits.max_context)
+        self._write_indices = self._zeros(self._batch)
+
+    @classmethod
+    def new(cls, engine: LoadedEngine, batch: int) -> EngineSequences:
+        """``batch`` sequences before their first token. Raises H1ExportError for more than the engine takes."""
+        engine.limits.check_rows("start", batch)
+        own, tensors = OWN[engine.artifact.manifest.options["compute"]], StateSpec.of(engine.artifact.spec).tensors
+
+        def zeros(tensor: StateTensor) -> torch.Tensor:
+            shape = tensor.sized(batch, engine.limits.max_context)
+            return torch.zeros(shape, dtype=TORCH[dtype(tensor.kind, own)], device=engine.gpu.device)
+
+        with engine.gpu.current():
+            return cls(engine, {tensor.past: zeros(tensor) for tensor in tensors})
+
+    def copy(self) -> EngineSequences:
+        """The same sequences in memory of their own."""
+        with self._engine.gpu.current():
+            made = EngineSequences(self._engine, {name: state.clone() for name, state in self.states.items()})
+            made._mask.copy_(self._mask)
+        made.length = self.length
+        return made
+
+    def append(self, ids: Ids) -> Array:
+        """Logits float32 [batch, new or 1, vocab] of ids int64 [batch, new]. Raises H1ExportError beyond the room."""
+        mask = np.ones((len(ids), self.length + ids.shape[-1]), np.int64)
+        if ids.shape[1:] != (1,):
+            return self.advance(ids, mask)
+        self._check(ids, mask)
+        with self._engine.gpu.current():
+            self._mask[:, self.length] = 1
+            self._write_indices.fill_(self.length)
+            logits = self._decode(self._on_gpu(ids))
+        self.length += 1
+        return logits
+
+    def warmed(self) -> EngineSequences:
+        """These, ready to decode: what the first single tokens wait for is done. Only before the first token."""
+        assert self.length == 0
+        with self._engine.gpu.current():
+            for _ in range(WARM_UP):
+                self._decode(self._zeros(self._batch, 1))
+            for state in self.states.values():
+                state.zero_()
+        return self
+
+    @cached_property
+    def _decode(self) -> Decode:
+        return Decode(self._engine, self._tensors(self._zeros(self._batch, 1)))
+
+    def advance(self, ids: Ids, mask: Ids) -> Array:
+        """``append`` with pads: mask [batch, length + new] is 1 for real tokens, 0 for pads on the left."""
+        self._check(ids, mask)
+        with self._engine.gpu.current():
+            self._mask[:, : mask.shape[1]] = self._on_gpu(mask)
+            found = [self._call(self._on_gpu(ids[:, part])) for part in calls(ids.shape[1])]
+        return np.concatenate(found, axis=1) if self._engine.all_logits else found[-1]
+
+    def _check(self, ids: Ids, mask: Ids) -> None:
+        check_call(ids, mask, self.length, self._engine.artifact.spec.vocab_size)
+        if len(ids) != self._batch:
+            raise H1ExportError("append", f"{len(ids)} rows", f"these are {self._batch} sequences")
+        self._engine.limits.check_room("append", mask.shape[1])
+
+    def _call(self, ids: torch.Tensor) -> Array:
+        """The next tokens, whose columns the mask has already."""
+        context, tensors = self._engine.shared(ids.shape[1]), self._tensors(ids)
+        context.bind(tensors)
+        self._write_indices.fill_(self.length)
+        context.launch()
+        self.length += ids.shape[1]
+        return _on_cpu(tensors[LOGITS])
+
+    def _tensors(self, ids: torch.Tensor) -> Tensors:
+        """What a call is bound to; a state's output is the memory of its input."""
+        spec, tokens = self._engine.artifact.spec, ids.shape[1] if self._engine.all_logits else 1
+        logits = torch.empty(self._batch, tokens, spec.vocab_size, device=ids.device)
+        presents = {tensor.present: self.states[tensor.past] for tensor in StateSpec.of(spec).tensors}
+        return {INPUT_IDS: ids, ATTENTION_MASK: self._mask, WRITE_INDICES: self._write_indices, LOGITS: logits, **self.states, **presents}
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self._engine.gpu.device)
+
+    def _on_gpu(self, ids: Ids) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(ids)).to(self._engine.gpu.device)
+
+
+class Decode:
+    """Calls of one token on ``tensors``. The first is launched, and warms up; a later one is recorded, and replayed from then on.
+
+    It has a context of its own: a recorded graph holds addresses and sizes that nobody else may change. Where recording fails, calls go on
+    being launched.
+    """
+
+    def __init__(self, engine: LoadedEngine, tensors: Tensors) -> None:
+        self._gpu, self._tensors, self._context = engine.gpu, tensors, engine.context(DECODE)
+        self._context.bind(tensors)
+        self._warm = self._tried = False
+        self._run: Callable[[], None] = self._context.launch
+
+    def __call__(self, ids: torch.Tensor) -> Array:
+        self._tensors[INPUT_IDS].copy_(ids)
+        if self._warm and not self._tried and self._context.recordable():
+            self._tried = True
+            with suppress(RuntimeError, H1ExportError):
+                self._run = self._gpu.record(self._context.launch)
+        self._run()
+        self._warm = True
+        return _on_cpu(self._tensors[LOGITS])
+
+
+def _on_cpu(logits: torch.Tensor) -> Array:
+    """A copy, made when the stream has got there."""
+    copied: Array = logits.to("cpu", copy=True).numpy()
+    return copied

@@ -1,0 +1,1 @@
+"""The ONNX network that TensorRT parses: start with build.py."""

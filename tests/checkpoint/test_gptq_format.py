@@ -1,0 +1,117 @@
+"""quantization_config, key by key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from h1export.checkpoint.gptq_format import GptqLayout
+from h1export.errors import H1ExportError
+
+# as GPTQModel, AutoGPTQ and transformers write it
+GPTQMODEL = {
+    "bits": 4,
+    "checkpoint_format": "gptq",
+    "desc_act": False,
+    "dynamic": {"-:.*lm_head.*": {}},
+    "group_size": 128,
+    "hyb_act": False,
+    "lm_head": False,
+    "meta": {"quantizer": ["gptqmodel:2.2.0"], "damp_percent": 0.05, "static_groups": False, "true_sequential": True, "mse": 0.0},
+    "pack_dtype": "int32",
+    "quant_method": "gptq",
+    "sym": True,
+}
+AUTOGPTQ = {
+    "bits": 8,
+    "damp_percent": 0.01,
+    "desc_act": True,
+    "group_size": -1,
+    "is_marlin_format": False,
+    "model_file_base_name": "model",
+    "model_name_or_path": None,
+    "quant_method": "gptq",
+    "static_groups": False,
+    "sym": False,
+    "true_sequential": True,
+}
+TRANSFORMERS = {
+    "backend": "auto",
+    "batch_size": 1,
+    "bits": 4,
+    "block_name_to_quantize": None,
+    "cache_block_outputs": True,
+    "checkpoint_format": "gptq_v2",
+    "damp_percent": 0.1,
+    "dataset": None,
+    "format": "gptq_v2",
+    "max_input_length": None,
+    "modules_in_block_to_quantize": None,
+    "quant_method": "gptq",
+    "tokenizer": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "layout"),
+    [
+        (GPTQMODEL, GptqLayout(4, 128, True, 1)),
+        (AUTOGPTQ, GptqLayout(8, -1, False, 1)),
+        (TRANSFORMERS, GptqLayout(4, 128, True, 0)),
+    ],
+    ids=["gptqmodel", "autogptq", "transformers"],
+)
+def test_what_writers_write(config: dict[str, Any], layout: GptqLayout) -> None:
+    assert GptqLayout.from_config(config) == layout
+
+
+@pytest.mark.parametrize(
+    ("change", "mentioned"),
+    [
+        ({"quant_method": "awq"}, ("'quant_method'", "'awq'", "unquantised")),
+        ({"quant_method": "bitsandbytes"}, ("'bitsandbytes'", "unquantised")),
+        ({"quant_method": None}, ("'None'",)),
+        ({"bits": 2}, ("'bits'", "2", "4 or 8")),
+        ({"bits": 3}, ("'bits'", "3", "4 or 8")),
+        ({"bits": "4"}, ("'bits'", "'4'")),
+        ({"bits": True}, ("'bits'", "True")),
+        ({"group_size": 0}, ("'group_size'", "0")),
+        ({"group_size": -2}, ("'group_size'", "-2")),
+        ({"group_size": 32.0}, ("'group_size'", "32.0")),
+        ({"sym": "yes"}, ("'sym'", "true or false")),
+        ({"checkpoint_format": "marlin"}, ("'checkpoint_format'", "'marlin'", "gptq_v2")),
+        ({"format": "bitblas"}, ("'format'", "'bitblas'")),
+        ({"format": "gptq_v2"}, ("'format'", "differs")),
+        ({"format": ["gptq"]}, ("'format'",)),
+        ({"pack_dtype": "int64"}, ("'pack_dtype'", "'int64'")),
+        ({"is_marlin_format": True}, ("'is_marlin_format'",)),
+        ({"dynamic": {"+:.*q_proj.*": {"bits": 8}}}, ("'dynamic'", "same for all")),
+        ({"dynamic": ["-:x"]}, ("'dynamic'",)),
+        ({"adapter": {"rank": 8}}, ("'adapter'",)),
+        ({"rotation": "hadamard"}, ("'rotation'",)),
+        ({"sparsity": 0.5}, ("'sparsity'", "unknown")),
+    ],
+    ids=str,
+)
+def test_what_is_refused(change: dict[str, Any], mentioned: tuple[str, ...]) -> None:
+    with pytest.raises(H1ExportError) as caught:
+        GptqLayout.from_config(GPTQMODEL | change, "config.json: quantization_config")
+    assert str(caught.value).startswith("config.json: quantization_config")
+    assert all(text in str(caught.value) for text in mentioned), caught.value
+    assert caught.value.next_step
+
+
+@pytest.mark.parametrize("config", [[], "gptq", 4, {}], ids=str)
+def test_what_is_no_description(config: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    with pytest.raises(H1ExportError, match="quantization_config"):
+        GptqLayout.load(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{}, {"quantization_config": None}], ids=str)
+def test_a_checkpoint_in_floats(config: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert GptqLayout.load(tmp_path) is None

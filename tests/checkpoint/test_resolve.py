@@ -1,0 +1,61 @@
+"""Where a MODEL may come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from h1export.checkpoint.resolve import embedded_model, resolve
+from h1export.errors import H1ExportError
+
+INSPECT = "import sys; from h1export.cli import run; sys.exit(run(['inspect', 'some-org/some-model', '--json']))"
+
+
+def hub_cache(home: Path, checkpoint: Path) -> None:
+    """A Hub cache that holds ``checkpoint`` as some-org/some-model, with links to blobs as the Hub client lays them."""
+    repo = home / "hub" / "models--some-org--some-model"
+    snapshot, blobs = repo / "snapshots" / ("0" * 40), repo / "blobs"
+    for folder in (snapshot, blobs, repo / "refs"):
+        folder.mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0" * 40)
+    for file in checkpoint.iterdir():
+        (blobs / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blobs / file.name)
+
+
+def inspect(home: Path) -> subprocess.CompletedProcess[str]:
+    """`h1export inspect some-org/some-model` without a network."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-c", INSPECT], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_hub_id_in_the_local_cache_needs_no_network(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    hub_cache(tmp_path, make_checkpoint())
+    done = inspect(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kind"] == "checkpoint"
+
+
+def test_a_hub_id_elsewhere_says_that_it_is_offline(tmp_path: Path) -> None:
+    done = inspect(tmp_path)
+    assert done.returncode == 2
+    assert "not in the local Hub cache, and the Hub cannot be reached" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_no_model_is_the_embedded_one(tmp_path: Path) -> None:
+    assert resolve(None) == embedded_model()
+    assert resolve(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("model", ["/etc/hostname", "./nothing", "~/nothing", "a/b/c", "nothing", "../x", "-x/..", "org/name with space"])
+def test_what_is_no_model_is_refused(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(H1ExportError):
+        resolve(model)

@@ -1,0 +1,209 @@
+"""The harness itself: figures, limits, verdicts, and the difference between lowering and quantisation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.tokenizer import load_tokenizer, scoring_ids
+from h1export.commands import pipeline
+from h1export.errors import H1ExportError
+from h1export.report.report import Report, Row, Verdict
+from h1export.validate.accuracy import tolerances
+from h1export.validate.accuracy.latency import paired
+from h1export.validate.accuracy.logits import logit_figures, relative_error
+from h1export.validate.accuracy.perplexity import WINDOW, Scored, text_figures, windows
+
+Build = Callable[..., Artifact]
+
+
+def test_relative_error_is_relative_to_the_truths_range() -> None:
+    truth = np.array([[0.0, 4.0], [2.0, -6.0]], np.float32)
+    assert relative_error(truth + np.float32(0.5), truth) == pytest.approx(0.05)
+    assert math.isnan(relative_error(np.full_like(truth, np.nan), truth))
+    assert relative_error(np.ones((2, 2), np.float32), np.zeros((2, 2), np.float32)) == 1.0  # a constant truth has no range
+
+
+def test_logit_figures_against_torch() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((300, 17)).astype(np.float32)
+    found = truth + 0.3 * rng.standard_normal((300, 17)).astype(np.float32)
+    figures = logit_figures([(found, truth)])
+    a, b = torch.log_softmax(torch.from_numpy(found).double(), -1), torch.log_softmax(torch.from_numpy(truth).double(), -1)
+    assert figures["kl"] == pytest.approx(float(torch.nn.functional.kl_div(a, b, log_target=True, reduction="batchmean")), rel=1e-6)
+    assert figures["top1"] == pytest.approx(float((a.argmax(-1) == b.argmax(-1)).double().mean()))
+    assert 0 < figures["top1"] < 1
+
+
+@pytest.mark.parametrize(
+    ("figures", "limits", "verdict"),
+    [
+        ({"logits": 1e-6}, {"logits": 1e-5}, Verdict.PASS),
+        ({"logits": 1e-4}, {"logits": 1e-5}, Verdict.FAIL),
+        ({"logits": float("nan")}, {"logits": 1e-5}, Verdict.FAIL),
+        ({"logits": float("nan")}, {}, Verdict.FAIL),
+        ({"top1": 0.98}, {"top1": 0.99}, Verdict.FAIL),
+        ({"top1": 1.0}, {"top1": 0.99}, Verdict.PASS),
+        ({"top5": 0.98}, {"top5": 0.99}, Verdict.FAIL),
+        ({"kl": 0.1}, {}, Verdict.INFO),
+        ({}, {}, Verdict.NOT_APPLICABLE),
+    ],
+)
+def test_verdicts(figures: dict[str, float], limits: dict[str, float], verdict: Verdict) -> None:
+    row = Row("check", "source", figures, limits)
+    assert row.verdict is verdict
+    report = Report({}, {}, (row,))
+    assert report.passed is (verdict is not Verdict.FAIL)
+    assert json.loads(report.to_json())["rows"][0]["verdict"] == verdict
+
+
+def test_limits_can_be_set_and_must_exist() -> None:
+    assert tolerances.limits("int4", "rtn", True, True, {})["stored.logits"] == tolerances.EXACT["logits"]
+    assert tolerances.limits("int4", "rtn", False, True, {})["drift.logits"] == tolerances.ROUNDED["logits"]
+    assert tolerances.limits("int4", "rtn", False, False, {})["stored.logits"] == tolerances.HALF["logits"]
+    assert "drift.logits" not in tolerances.limits("int4", "rtn", False, False, {})
+    assert tolerances.limits("none", "rtn", True, True, {"source.kl": 7.0})["source.kl"] == 7.0
+    with pytest.raises(H1ExportError, match=r"stored\.logitz"):
+        tolerances.limits("int4", "rtn", True, True, {"stored.logitz": 1.0})
+    with pytest.raises(H1ExportError, match=r"stored\.kl"):
+        tolerances.limits("none", "rtn", True, True, {"stored.kl": 1.0})  # nothing is quantised, so nothing is stored
+
+
+def test_integers_are_judged_by_what_their_method_may_do() -> None:
+    assert "weights.block" not in tolerances.limits("int4", "rtn", True, True, {})
+    for method in ("search", "awq", "gptq"):
+        limits = tolerances.limits("int4", method, True, True, {})  # type: ignore[arg-type]
+        assert limits["weights.block"] == tolerances.BLOCK
+        assert "weights.steps" not in limits
+
+
+def test_windows_score_every_token_but_the_first_once() -> None:
+    ids = np.arange(3 * WINDOW + 5)
+    scored = np.concatenate([window[1:] for window in windows(ids)])
+    assert np.array_equal(scored, ids[1:])
+    assert max(len(window) for window in windows(ids)) == WINDOW + 1
+
+
+def test_a_uniform_model_costs_log2_of_the_vocabulary() -> None:
+    ids = np.arange(1000) % 50
+    flat = np.zeros((WINDOW, 64), np.float32)
+    figures = text_figures((Scored.of(flat, flat, window) for window in windows(ids)), 999)
+    assert figures["artifact"] == figures["reference"] == pytest.approx(6.0)
+    assert (figures["ratio"], figures["kl"], figures["kl_p99"], figures["top1"], figures["top5"]) == (1, 0, 0, 1, 1)
+
+
+def test_text_figures_against_torch() -> None:
+    """Over more positions than are held at a time."""
+    rng, length, vocab = np.random.default_rng(0), 300, 17
+    scored, kl, same, shared, nats = [], [], [], [], [0.0, 0.0]
+    for _ in range(4):
+        truth = rng.standard_normal((length, vocab)).astype(np.float32)
+        found, window = truth + 0.3 * rng.standard_normal(truth.shape).astype(np.float32), rng.integers(0, vocab, length + 1)
+        scored.append(Scored.of(found, truth, window))
+        a, b = (torch.log_softmax(torch.from_numpy(logits).double(), -1) for logits in (found, truth))
+        kl.append((b.exp() * (b - a)).sum(-1))
+        same.append(a.argmax(-1) == b.argmax(-1))
+        best = (a.argsort(-1)[:, -5:], b.argsort(-1)[:, -5:])
+        shared += [len(set(ours.tolist()) & set(theirs.tolist())) / 5 for ours, theirs in zip(*best, strict=True)]
+        assert scored[-1].error == pytest.approx(np.abs(found - truth).max(1) / (truth.max() - truth.min()))
+        targets = torch.from_numpy(window[1:])
+        nats = [total + float(torch.nn.functional.nll_loss(log, targets, reduction="sum")) for total, log in zip(nats, (a, b), strict=True)]
+    figures = text_figures(scored, 1000)
+    assert figures["artifact"] == pytest.approx(nats[0] / math.log(2) / 1000)
+    assert figures["reference"] == pytest.approx(nats[1] / math.log(2) / 1000)
+    assert figures["ratio"] == pytest.approx(nats[0] / nats[1])
+    assert figures["kl"] == pytest.approx(float(torch.cat(kl).mean()))
+    assert figures["kl_p99"] == pytest.approx(float(torch.cat(kl).quantile(0.99)))
+    assert figures["top1"] == pytest.approx(float(torch.cat(same).double().mean()))
+    assert figures["top5"] == pytest.approx(np.mean(shared))
+    assert figures["top1"] < figures["top5"] < 1
+
+
+def test_standard_errors_are_those_of_the_mean() -> None:
+    """Windows of independent figures: s / sqrt(n), within the error of 500 resamples of 100 windows, about a tenth."""
+    rng = np.random.default_rng(1)
+    kl = rng.exponential(size=(100, 8))
+    flat = np.ones(8)
+    figures = text_figures([Scored(flat, flat, window, flat > 0, flat, flat) for window in kl], 1)
+    assert figures["kl_se"] == pytest.approx(kl.mean(axis=1).std() / 10, rel=0.2)
+    assert figures["ratio_se"] == figures["top1_se"] == 0
+
+
+@pytest.mark.ort
+def test_bits_per_byte_equals_a_plain_transformers_loop(tiny: Path, build: Build) -> None:
+    from transformers import FalconH1ForCausalLM
+
+    text = (tiny / "heldout.txt").read_text(encoding="utf-8")[:6000]
+    artifact = build(tiny)
+    report = pipeline.validate(artifact.folder, tiny, {}, text=None, text_bytes=6000, latency_pairs=0, prompts=0)
+    (row,) = [row for row in report.rows if row.check == "bits per byte"]
+    ids, nbytes = scoring_ids(tiny, text)
+    model: Any = FalconH1ForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, WINDOW):
+            window = torch.from_numpy(ids[start : start + WINDOW + 1])
+            logits = model(window[None, :-1]).logits[0].double()
+            nats += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+    assert row.figures["artifact"] == pytest.approx(nats / math.log(2) / nbytes, rel=1e-4)
+    assert row.figures["reference"] == pytest.approx(nats / math.log(2) / nbytes, rel=1e-4)
+
+
+def test_scored_bytes_leave_out_the_first_token(tiny: Path) -> None:
+    text = "définition of a module"
+    ids, nbytes = scoring_ids(tiny, text)
+    first = load_tokenizer(tiny).decode([int(ids[0])])
+    assert nbytes == len(text.encode()) - len(first.encode())
+
+
+@pytest.mark.ort
+def test_lowering_and_quantisation_errors_are_told_apart(tiny: Path, build: Build) -> None:
+    report = pipeline.validate(build(tiny, "int4").folder, tiny, {}, text_bytes=2000, latency_pairs=0, prompts=0)
+    assert report.passed, report.to_json()
+    by_group = {
+        group: [row.figures["logits"] for row in report.rows if row.against == group and "logits" in row.figures]
+        for group in ("stored", "source")
+    }
+    assert len(by_group["stored"]) == len(by_group["source"]) == 8
+    assert max(by_group["stored"]) < 1e-5 < 1e-2 < min(by_group["source"])
+
+
+@pytest.mark.ort
+def test_the_report_is_written_and_does_not_break_the_artifact(tiny: Path, build: Build) -> None:
+    artifact = build(tiny, "int8")
+    report = pipeline.validate(artifact.folder, tiny, {}, text_bytes=1000, latency_pairs=1, prompts=0)
+    assert json.loads((artifact.folder / "report.json").read_text()) == json.loads(report.to_json())
+    Artifact.open(artifact.folder).check_hashes()
+    latency = {row.check: row.figures for row in report.rows if row.check.endswith("latency")}
+    assert latency.keys() == {"prefill latency", "decode latency"}
+    assert all(figures["artifact_s"] > 0 and figures["reference_s"] > 0 for figures in latency.values())
+
+
+@pytest.mark.ort
+def test_another_checkpoint_than_the_source_is_refused(tiny: Path, make_checkpoint: Callable[..., Path], build: Build) -> None:
+    with pytest.raises(H1ExportError, match="was not built from"):
+        pipeline.validate(build(tiny).folder, make_checkpoint(), {})
+
+
+@pytest.mark.ort
+def test_a_checkpoint_without_tokenizer_shows_text_as_not_applicable(make_checkpoint: Callable[..., Path], build: Build) -> None:
+    checkpoint = make_checkpoint()
+    report = pipeline.validate(build(checkpoint).folder, checkpoint, {}, latency_pairs=0, prompts=0)
+    verdicts = {row.check: row.verdict for row in report.rows}
+    assert verdicts["bits per byte"] is verdicts["latency"] is Verdict.NOT_APPLICABLE
+    assert report.passed
+
+
+def test_pairs_interleave_and_swap_their_order() -> None:
+    calls: list[str] = []
+    latency = paired(lambda: calls.append("a"), lambda: calls.append("r"), pairs=3)
+    assert "".join(calls) == "ar" + "ra" + "ar" + "ra"
+    assert latency.ratio > 0

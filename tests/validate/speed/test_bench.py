@@ -1,0 +1,215 @@
+"""What bench computes: statistics on planted numbers, bytes against the files, turns, and children that fail."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from h1export.artifact.artifact import Artifact
+from h1export.commands import measuring, pipeline
+from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.states import StateSpec
+from h1export.runtime.runner import Capabilities
+from h1export.validate.accuracy.reference import Reference
+from h1export.validate.speed.bench import BenchOptions, interleave
+from h1export.validate.speed.memory_traffic import READ_BYTES, read_bandwidth, step_bytes
+from h1export.validate.speed.statistics import CONFIDENCE, estimate, ratio
+from h1export.validate.speed.worker import Child, Kind, RunnerPlayer, Timing, pin
+
+Build = Callable[..., Artifact]
+
+
+def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    trials = [estimate(rng.normal(10, 1, 25).tolist()) for _ in range(200)]
+    held = np.mean([found.low <= 10 <= found.high for found in trials])
+    assert CONFIDENCE - 0.06 < held <= 1.0  # 4 standard errors of 200 trials at 95 %
+    assert all(found.low <= found.median <= found.high for found in trials)
+    assert np.mean([found.high - found.low for found in trials]) < 1.6  # and is not held by width: 2 * 1.96 * 1.25 / 5 = 0.98
+
+
+def test_an_outlier_moves_neither_median_nor_interval() -> None:
+    found = estimate([10.0] * 12 + [1000.0])
+    assert (found.median, found.low, found.high) == (10.0, 10.0, 10.0)
+    assert estimate([3.0]).spread == 0
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    load = np.array([1, 5, 2, 30, 1.0])  # slows both down alike
+    assert ratio((load * 3).tolist(), (load * 2).tolist()) == estimate([1.5] * 5)
+
+
+@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize("config", ["plain", "tied"])
+@pytest.mark.ort
+def test_step_bytes_are_what_the_graph_holds(config: str, quant: str, make_checkpoint: Callable[..., Path], build: Build) -> None:
+    artifact = build(make_checkpoint(config), quant)
+    spec, manifest = artifact.spec, artifact.manifest
+    graph = ir.load(artifact.folder / "model.onnx").graph
+    tensors = {name: value.const_value for name, value in graph.initializers.items()}
+    places = {getattr(tensor, "offset", name): name for name, tensor in tensors.items()}  # a tied head is its embedding's bytes
+    sizes = {name: tensors[name].nbytes for name in places.values()}  # type: ignore[union-attr]
+    if config == "plain":
+        gather = next(node for node in graph if node.op_type.startswith("Gather"))
+        table = [value.name for value in gather.inputs if value is not None and value.name in sizes]
+        sizes |= {name: sizes[name] / spec.vocab_size for name in table if name is not None}
+    weights = step_bytes(manifest, spec, 1, 0) - StateSpec.of(spec).nbytes(1, 0)
+    assert weights == pytest.approx(sum(sizes.values()), rel=0.05)  # alignment; the embedding's repeated int8 scales
+    per_token = 2 * 4 * spec.num_hidden_layers * spec.kv_dim
+    assert step_bytes(manifest, spec, 3, 100) - step_bytes(manifest, spec, 3, 0) == 3 * 100 * per_token
+
+
+def test_state_bytes_are_those_of_the_arrays(tiny: Path) -> None:
+    from h1export.model.falcon_h1.config import HybridSpec
+
+    states = StateSpec.of(HybridSpec.load(tiny))
+    assert states.nbytes(2, 7) == sum(array.nbytes for array in states.zeros(2, 7).values())
+
+
+def test_jobs_take_turns() -> None:
+    order: list[str] = []
+
+    def job(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    samples = interleave({"a": partial(job, "a"), "b": partial(job, "b")}, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert samples == {"a": [1.0, 4.0, 5.0], "b": [2.0, 3.0, 6.0]}
+
+
+def test_bandwidth_reads_all_of_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    largest = np.max
+    monkeypatch.setattr(np, "max", lambda part: seen.append(part.nbytes) or largest(part))
+    assert read_bandwidth(3)() > 0
+    assert sum(seen) == READ_BYTES
+    assert len(seen) == 3
+
+
+@pytest.mark.ort
+def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> None:
+    runner = pipeline.load(build(tiny, "int4", accuracy_level=4), threads=1)
+    calls: list[tuple[int, int]] = []
+
+    class Counted:
+        spec, capabilities = runner.spec, runner.capabilities
+
+        def start(self, batch: int, capacity: int) -> Counted:
+            self.inner = runner.start(batch, capacity)
+            return self
+
+        @property
+        def length(self) -> int:
+            return self.inner.length
+
+        def append(self, ids: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
+            calls.append((self.inner.length, ids.shape[1]))
+            self.inner.append(ids)
+
+    player = RunnerPlayer(Counted(), steps=3)  # type: ignore[arg-type]
+    assert player.speed(Timing(Kind.DECODE, 520, 2)) > 0
+    assert calls == [(0, 512), (512, 8), (520, 1), (521, 1), (522, 1)]
+    calls.clear()
+    player.speed(Timing(Kind.DECODE, 520, 2))
+    player.speed(Timing(Kind.DECODE, 0))
+    player.speed(Timing(Kind.DECODE, 0))
+    player.speed(Timing(Kind.PREFILL, 9))
+    assert calls == [(523, 1), (524, 1), (525, 1), *[(0, 1), (1, 1), (2, 1)] * 2, (0, 9)]
+    calls.clear()
+    for _ in range(3):  # an eighth of 40 has room for one timing of 3 and no more
+        player.speed(Timing(Kind.DECODE, 40))
+    assert calls == [(0, 40), (40, 1), (41, 1), (42, 1)] * 3
+
+
+@pytest.mark.ort
+def test_two_artifacts_are_measured_in_turns(tiny: Path, build: Build) -> None:
+    artifacts = [build(tiny, "int4", accuracy_level=4), build(tiny)]
+    options = BenchOptions(depths=(0, 16), prefills=(32,), threads=(1,), batches=(1, 2), repeats=2, steps=2)
+    report = measuring.bench(*(artifact.folder for artifact in artifacts), None, options)
+    assert [(speed.subject, speed.what) for speed in report.speeds] == [
+        (subject, what + batch)
+        for what in ("decode at 0", "decode at 16", "prefill 32")
+        for batch in ("", ", batch 2")
+        for subject in (0, 1)
+    ]
+    for speed in report.speeds:
+        assert len(speed.samples) == 2
+        assert (speed.ratio is not None) == (speed.subject == 0)
+        if speed.step_bytes is not None:
+            assert speed.step_bytes == step_bytes(
+                artifacts[speed.subject].manifest, artifacts[speed.subject].spec, speed.batch, speed.tokens
+            )
+            assert speed.bandwidth_share == pytest.approx(
+                speed.step_bytes * speed.tokens_per_second.median / speed.batch / report.bandwidth[1].median
+            )
+    int4, full = report.subjects
+    assert int4.peak_bytes[1] > artifacts[0].manifest.files["model.onnx.data"][1]
+    assert (int4.built_as["quant"], int4.built_as["accuracy_level"], full.built_as["quant"]) == ("int4", 4, "none")
+    assert int4.kernels.startswith("h1export in onnxruntime ")
+
+
+@pytest.mark.ort
+def test_the_reference_is_measured_in_turns(make_checkpoint: Callable[..., Path], build: Build, tiny: Path) -> None:
+    checkpoint = make_checkpoint()
+    artifact, options = build(checkpoint, "int4"), BenchOptions((0, 8), (16,), (1,), (2,), repeats=2, steps=2)
+    report = measuring.bench(artifact.folder, None, checkpoint, options)
+    ours, reference = report.subjects
+    assert (ours.target, reference.target, reference.built_as["weights"]) == ("ort", "transformers", "the artifact's, dequantised")
+    stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))  # bfloat16, and a header
+    assert reference.weight_bytes == pytest.approx(2 * stored, rel=0.05)
+    assert [speed.ratio is not None for speed in report.speeds] == [True, False] * 3
+    with pytest.raises(H1ExportError, match="was not built from"):
+        measuring.bench(artifact.folder, None, tiny, options)
+
+
+def test_a_reference_times_what_it_is_asked(make_checkpoint: Callable[..., Path]) -> None:
+    reference = Reference(make_checkpoint())
+    ids = np.random.default_rng(0).integers(0, 259, (2, 9))
+    sequences = reference.start(2, 0)
+    logits = [sequences.append(part)[:, -1] for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:])]
+    for row, found in zip(ids, logits[-1], strict=True):  # without time_step_limit and pads, its cache is right
+        np.testing.assert_allclose(found, reference.full(row)[0][-1], atol=1e-4)
+    assert sequences.length == 9
+
+
+@pytest.mark.parametrize(
+    ("limits", "timing", "reason"),
+    [
+        (Capabilities(None, True), Timing(Kind.DECODE, 9999, 64), ""),
+        (Capabilities(1, True), Timing(Kind.PREFILL, 8, 2), "takes 1 sequences at a time"),
+        (Capabilities(None, True, max_context=64), Timing(Kind.PREFILL, 64), ""),
+        (Capabilities(None, True, max_context=64), Timing(Kind.PREFILL, 65), "has room for 64 tokens"),
+        (Capabilities(None, True, max_context=64), Timing(Kind.DECODE, 32), ""),
+        (Capabilities(None, True, max_context=64), Timing(Kind.DECODE, 33), "has room for 64 tokens"),
+    ],
+)
+def test_what_a_runner_cannot_do_is_left_out(limits: Capabilities, timing: Timing, reason: str) -> None:
+    assert timing.refused(limits, steps=32) == reason
+
+
+def test_a_process_is_pinned_to_as_many_cores_as_threads() -> None:
+    if sys.platform != "linux":
+        assert pin(1) == ()
+        return
+    before = os.sched_getaffinity(0)
+    try:
+        assert pin(1) == (max(before),) == tuple(os.sched_getaffinity(0))
+        assert pin(99) == (max(before),)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_a_childs_error_is_its_parents(tmp_path: Path) -> None:
+    makes: dict[str, Any] = {"no manifest.json": partial(Artifact.open, tmp_path), "its process ended with code 3": partial(os._exit, 3)}
+    for message, make in makes.items():
+        with pytest.raises(H1ExportError, match=message):
+            Child(make)

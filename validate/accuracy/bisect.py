@@ -1,0 +1,143 @@
+"""Where an artifact goes wrong first: call by call, layer by layer, point by point, against the reference.
+
+An error spreads to all that is computed from it, so the first point beyond tolerance names the layer and the ops between it and the
+point before. States are looked at where they are made: a layer that computes right and hands on the wrong state is told apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from h1export.model.falcon_h1.probes import ACCUSED, WITHOUT_PRODUCT, Point, probe_name
+from h1export.model.falcon_h1.states import Array, StateKind
+from h1export.report.report import Row, Verdict
+from h1export.runtime.runner import Ids, Runner
+from h1export.validate.accuracy.logits import relative_error
+from h1export.validate.accuracy.reference import Reference
+
+CALLS = (24, 1, 1, 6, 1)  # a prefill, decode steps, a chunk between them
+LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.\w+\.(\w+)\.weight")
+ROTARY, HEAD, EMBEDDING = "rotary embedding", "final norm or lm_head", "embedding"
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """What was compared, with its error over the reference's range, and the op family that a difference there accuses."""
+
+    place: str
+    family: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call's probes, states after it, and logits: the artifact's or the reference's. ``start`` tokens came before."""
+
+    start: int
+    probes: Mapping[str, Array]  # [new, width]
+    states: Mapping[str, Array]  # canonical, without the batch axis
+    logits: Array  # [new or 1, vocab]
+
+
+def bisect(runner: Runner[Any], reference: Reference, group: str, limit: float, seed: int) -> list[Row]:
+    """A row for prefill and one for decode: the first layer and op family beyond ``limit``, and the error at every place.
+
+    ``group`` is the metrics' that the rows belong to. A runner without probes gets one row that says so.
+    """
+    if not runner.capabilities.probes:
+        return [Row("bisect", group, note="this runtime does not show what lies between inputs and outputs")]
+    ids = np.random.default_rng(seed).integers(0, runner.spec.vocab_size, (1, sum(CALLS)), dtype=np.int64)
+    rows, layers = [], runner.spec.num_hidden_layers
+    pairs = list(_pairs(runner, reference, ids))
+    for phase, chosen in (("prefill", pairs[:1]), ("decode", pairs[1:])):
+        calls = [list(_suspects(found, truth, layers)) for found, truth in chosen]
+        first = next((suspect for call in calls for suspect in call if not suspect.error <= limit), None)
+        details: dict[str, float] = {}
+        for suspect in (suspect for call in calls for suspect in call):
+            details[suspect.place] = float(np.maximum(details.get(suspect.place, 0.0), suspect.error))
+        worst = first or max((suspect for call in calls for suspect in call), key=lambda suspect: suspect.error)
+        note = f"first beyond tolerance: {_words(first)}" if first else f"right in {layers} layers, worst {worst.place}"
+        rows.append(Row(f"bisect {phase}", group, {"error": worst.error}, {"error": limit}, note=note, details=details))
+    return rows
+
+
+def integers_row(judged: Row) -> Row:
+    """What the row on stored integers says, in layers and ops: the tensor that is furthest from the checkpoint."""
+    worst = max(judged.details, key=judged.details.__getitem__)
+    match = LAYER_TENSOR.fullmatch(worst)
+    where = f"layer {match[1]}, {match[2]}" if match else worst
+    beyond = judged.verdict is Verdict.FAIL
+    note = f"beyond rounding: {where} ({worst})" if beyond else f"{len(judged.details)} tensors, worst {worst}"
+    return Row("bisect integers", judged.against, judged.figures, judged.limits, note=note)
+
+
+def _words(suspect: Suspect) -> str:
+    layer = suspect.place.partition(".")[0]
+    return f"{f'layer {layer}, ' if layer.isdigit() else ''}{suspect.family} (at {suspect.place})"
+
+
+def _pairs(runner: Runner[Any], reference: Reference, ids: Ids) -> Iterator[tuple[Call, Call]]:
+    """The artifact's and the reference's answer to each of CALLS; the artifact goes on in its own states."""
+    states, end = runner.initial(1), 0
+    every_logit, _, every_probe = reference.observe(ids[0])
+    for tokens in CALLS:
+        start, end = end, end + tokens
+        logits, states, probes = runner.observe(ids[:, start:end], np.ones((1, end), np.int64), states)
+        snapshot = {key: state[0] for key, state in runner.snapshot(states).items()}
+        found = Call(start, {name: value[0] for name, value in probes.items()}, snapshot, logits[0])
+        truth = {name: value[start:end] for name, value in every_probe.items()}
+        yield found, Call(start, truth, reference.full(ids[0, :end])[1], every_logit[end - len(logits[0]) : end])
+
+
+def _suspects(found: Call, truth: Call, layers: int) -> Iterator[Suspect]:
+    """Every place in the order of the computation."""
+    for layer in range(layers):
+        for point in Point:
+            yield from _probe(found, truth, layer, point)
+            if point is Point.VALUE:
+                yield from _cache(found, truth, layer, StateKind.VALUE)
+                yield from _cache(found, truth, layer, StateKind.KEY)
+            if point is Point.CONV:
+                yield _state(found, truth, layer, StateKind.CONV)
+            if point is Point.GATED:
+                yield _state(found, truth, layer, StateKind.RECURRENT)
+    yield from _probe(found, truth, layers, Point.RESIDUAL)
+    yield Suspect("logits", HEAD, relative_error(found.logits, truth.logits))
+
+
+def _probe(found: Call, truth: Call, layer: int, point: Point) -> Iterator[Suspect]:
+    name = probe_name(layer, point)
+    if name in found.probes:
+        place, family = name, ACCUSED[point]
+        if point is Point.RESIDUAL:  # what the layer before has made of it
+            place, family = (f"{layer - 1}.output", family) if layer else (EMBEDDING, EMBEDDING)
+            if layer and probe_name(layer - 1, Point.PRODUCT) not in found.probes:
+                family = WITHOUT_PRODUCT
+        yield Suspect(place, family, relative_error(found.probes[name], truth.probes[name]))
+
+
+def _cache(found: Call, truth: Call, layer: int, kind: StateKind) -> Iterator[Suspect]:
+    """Keys or values: those of the calls before, and those that this call added."""
+    ours, theirs = found.states[f"{layer}.{kind}"], truth.states[f"{layer}.{kind}"]
+    kept, added, family = f"{layer}.{kind} kept", f"{layer}.{kind} added", f"{kind} cache"
+    if ours.shape != theirs.shape:
+        yield Suspect(kept, family, float("inf"))
+        return
+    error = np.abs(ours - theirs).max(axis=(0, 2)) / float(theirs.max() - theirs.min())  # of each position
+    if found.start:
+        yield Suspect(kept, family, float(error[: found.start].max()))
+    if kind is StateKind.KEY:
+        if not found.start:  # position 0 is not turned
+            yield Suspect(added, family, float(error[0]))
+        family = ROTARY
+    yield Suspect(added, family, float(error[found.start :].max()))
+
+
+def _state(found: Call, truth: Call, layer: int, kind: StateKind) -> Suspect:
+    name = f"{layer}.{kind}"
+    return Suspect(name, f"{kind} as it is handed on", relative_error(found.states[name], truth.states[name]))

@@ -1,0 +1,35 @@
+"""The calls that have broken exports of hybrid models before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from h1export.model.falcon_h1.config import HybridSpec
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sequence of calls: ``calls`` tokens each, one row for every entry of ``pads``, which counts its left padding."""
+
+    name: str
+    calls: tuple[int, ...]
+    pads: tuple[int, ...] = (0,)
+
+    @property
+    def length(self) -> int:
+        return sum(self.calls)
+
+
+def cases(spec: HybridSpec) -> tuple[Case, ...]:
+    """The cases for ``spec``, whose convolution and chunk set the lengths that matter."""
+    chunk = spec.mamba_chunk_size
+    return (
+        Case("one token", (1,)),
+        Case("shorter than conv", (spec.mamba_d_conv - 1,)),
+        Case("chunk - 1", (max(1, chunk - 1),)),
+        Case("one chunk", (chunk,)),
+        Case("chunk + 1", (chunk + 1,)),
+        Case("512 decode steps", (8, *[1] * 512)),
+        Case("ragged chunks", (7, 16, 1, 2, 33, 11)),
+        Case("padded batch of 3", (29, 1, 1, 1), pads=(0, 9, 25)),
+    )

@@ -1,0 +1,69 @@
+"""How long the artifact's greedy text is the reference's: the tokens before the first that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from h1export.report.report import Row
+from h1export.runtime.runner import Ids, Runner
+from h1export.validate.accuracy.reference import Reference
+
+CHECK = "greedy text"
+PROMPT, LIMIT = 32, 64  # tokens of a prompt, and at most after it
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt [PROMPT] and the LIMIT tokens that a model thinks the likeliest after it; end tokens are tokens like others."""
+
+    prompt: Ids
+    tokens: Ids
+
+    def agreed(self, reference: Reference) -> int:
+        """Tokens before the first that the reference would not have chosen.
+
+        One forward says so: up to there, the reference's own greedy text has the same tokens before every position.
+        """
+        logits, _ = reference.full(np.concatenate([self.prompt, self.tokens[:-1]]))
+        differ = np.flatnonzero(logits[len(self.prompt) - 1 :].argmax(-1) != self.tokens)
+        return int(differ[0]) if len(differ) else len(self.tokens)
+
+
+def prompts(ids: Ids, count: int, seed: int) -> list[Ids]:
+    """``count`` stretches of a text's ``ids``, at random places; none where the text is shorter than one."""
+    if len(ids) < PROMPT:
+        return []
+    starts = np.random.default_rng(seed).integers(0, len(ids) - PROMPT + 1, count)
+    return [ids[start : start + PROMPT] for start in starts]
+
+
+def continuations(runner: Runner[Any], starts: Sequence[Ids]) -> Iterator[Continuation]:
+    """The runner's own, in states that it updates in place."""
+    for prompt in starts:
+        sequence, tokens = runner.start(1, capacity=PROMPT + LIMIT), []
+        logits = sequence.append(prompt[None])
+        for _ in range(LIMIT):
+            tokens.append(int(logits[0, -1].argmax()))
+            if len(tokens) < LIMIT:
+                logits = sequence.append(np.array([tokens[-1:]]))
+        yield Continuation(prompt, np.array(tokens))
+
+
+def divergence_row(group: str, texts: Sequence[Continuation], reference: Reference) -> Row:
+    """tokens: the median over prompts, LIMIT where none differs. never: the share of prompts where none does."""
+    agreed = [text.agreed(reference) for text in texts]
+    figures = {"tokens": float(np.median(agreed)), "never": float(np.mean([count == LIMIT for count in agreed]))}
+    note = f"against {group}: {len(texts)} prompts of {PROMPT} tokens, and {LIMIT} at most before a difference"
+    return Row(CHECK, group, figures, note=note, details={f"prompt {i}": float(count) for i, count in enumerate(agreed)})
+
+
+def impossible(runner: Runner[Any], starts: Sequence[Ids]) -> str:
+    """Why greedy texts cannot be had; empty: they can."""
+    room = runner.capabilities.max_context or runner.spec.max_position_embeddings
+    if room < PROMPT + LIMIT:
+        return f"{PROMPT + LIMIT} tokens do not fit into {room}"
+    return "" if starts else "not asked for, or there is no text"

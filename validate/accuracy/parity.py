@@ -1,0 +1,90 @@
+"""Does the artifact answer as the reference does? Every case, logits and states, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from h1export.model.falcon_h1.states import Array, StateSpec
+from h1export.report.histogram import Histogram
+from h1export.report.report import LOGIT_ERROR, Row
+from h1export.runtime.runner import Ids, Runner
+from h1export.validate.accuracy.cases import Case, cases
+from h1export.validate.accuracy.logits import logit_figures, position_errors
+from h1export.validate.accuracy.reference import Reference
+from h1export.validate.accuracy.states import StatePair, row_of_batch, state_errors
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the artifact answered in one case: row by row, without padding; or why the runtime cannot be asked."""
+
+    case: Case
+    ids: tuple[Ids, ...]
+    logits: tuple[Array, ...]
+    positions: Ids
+    states: tuple[dict[str, Array], ...]
+    impossible: str = ""
+
+
+def run_cases(runner: Runner[Any], seed: int) -> Iterator[Run]:
+    """Every case that the runner's capabilities allow, on random token ids."""
+    rng, states = np.random.default_rng(seed), StateSpec.of(runner.spec)
+    for case in cases(runner.spec):
+        batch = len(case.pads)
+        ids = rng.integers(0, runner.spec.vocab_size, (batch, case.length), dtype=np.int64)
+        if impossible := _impossible(case, runner):
+            yield Run(case, (), (), np.zeros(0, np.int64), (), impossible)
+            continue
+        mask = np.array([[column >= pad for column in range(case.length)] for pad in case.pads], np.int64)
+        logits, current, end = [], runner.initial(batch), 0
+        for tokens in case.calls:
+            end += tokens
+            answer, current = runner.step(ids[:, end - tokens : end], mask[:, :end], current)
+            logits.append(answer)
+        ends = np.cumsum(case.calls)
+        positions = np.arange(case.length) if runner.capabilities.all_logits else ends - 1
+        joined, snapshot = np.concatenate(logits, axis=1), runner.snapshot(current)
+        yield Run(
+            case,
+            tuple(ids[row, pad:] for row, pad in enumerate(case.pads)),
+            tuple(joined[row, positions >= pad] for row, pad in enumerate(case.pads)),
+            positions,
+            tuple(row_of_batch(snapshot, states, row, pad) for row, pad in enumerate(case.pads)),
+        )
+
+
+def _impossible(case: Case, runner: Runner[Any]) -> str:
+    """Why the runner's capabilities rule a case out; empty: they do not."""
+    limits = runner.capabilities
+    if limits.max_batch is not None and len(case.pads) > limits.max_batch:
+        return f"the runtime takes at most {limits.max_batch} rows at a time"
+    if limits.max_context is not None and case.length > limits.max_context:
+        return f"the artifact has room for {limits.max_context} tokens"
+    return ""
+
+
+def case_rows(runs: Mapping[str, Run], reference: Reference, runner: Runner[Any], limits: Mapping[str, float]) -> list[Row]:
+    """One row for each way, by its group of metrics, in which the same case was run; the reference runs once."""
+    first, states = next(iter(runs.values())), StateSpec.of(runner.spec)
+    case = first.case
+    if first.impossible:
+        return [Row(case.name, group, note=first.impossible) for group in runs]
+    truths = [reference.full(ids) for ids in first.ids]
+    rows = []
+    for group, run in runs.items():
+        logit_pairs: list[tuple[Array, Array]] = []
+        state_pairs: list[StatePair] = []
+        for logits, found, pad, (truth, truth_states) in zip(run.logits, run.states, case.pads, truths, strict=True):
+            logit_pairs.append((logits, truth[[p - pad for p in run.positions if p >= pad]]))
+            state_pairs.append((found, truth_states))
+        errors = state_errors(state_pairs, states)
+        worst = max(errors, key=errors.__getitem__)
+        figures = logit_figures(logit_pairs) | {"states": errors[worst]}
+        gated = {name: limits[metric] for name in figures if (metric := f"{group}.{name}") in limits}
+        histograms = {LOGIT_ERROR: Histogram.of(position_errors(logit_pairs))}
+        rows.append(Row(case.name, group, figures, gated, f"worst state {worst}", errors, histograms))
+    return rows

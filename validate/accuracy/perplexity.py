@@ -1,0 +1,99 @@
+"""Two models over one text: bits per byte, and how far their predictions are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from h1export.model.falcon_h1.states import Array
+from h1export.runtime.runner import Ids
+from h1export.validate.accuracy.logits import log_softmax
+
+WINDOW = 512  # tokens a window; each starts from empty states with the last token of the one before
+ROWS = 256  # positions whose probabilities are held in float64 at a time
+TAIL = 0.99
+LIKELIEST = 5
+RESAMPLES = 500
+
+ScoreWindow = Callable[[Ids], Array]  # ids [seq] -> logits [seq, vocab]
+Figures = npt.NDArray[np.float64]
+
+
+def windows(ids: Ids) -> list[Ids]:
+    """Every token but the first is scored once: windows overlap by a token."""
+    return [ids[start : start + WINDOW + 1] for start in range(0, len(ids) - 1, WINDOW)]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What two models said to the scored tokens of one window, each [tokens].
+
+    Attributes:
+        found: -ln p of the token by the model that is judged.
+        truth: the same by the one that judges.
+        kl: KL(truth || found) of the whole predictions, in nats.
+        same: whether both think the same token the likeliest.
+        shared: share of the LIKELIEST tokens of the one that are among those of the other.
+        error: largest difference of a logit, over the range of the window's true logits.
+    """
+
+    found: Figures
+    truth: Figures
+    kl: Figures
+    same: npt.NDArray[np.bool_]
+    shared: Figures
+    error: Figures
+
+    @classmethod
+    def of(cls, found: Array, truth: Array, window: Ids) -> Scored:
+        """From the logits [seq, vocab] of ``window[:-1]``; a further row, that of the last token, is not needed."""
+        targets = window[1:]
+        found, truth = found[: len(targets)], truth[: len(targets)]
+        span = float(np.ptp(truth)) or 1.0
+        parts = [_scored(found[s : s + ROWS], truth[s : s + ROWS], targets[s : s + ROWS], span) for s in range(0, len(targets), ROWS)]
+        return cls(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _scored(found: Array, truth: Array, targets: Ids, span: float) -> tuple[npt.NDArray[Any], ...]:
+    """The columns of Scored, of a few positions."""
+    count = np.arange(len(targets))
+    a, b = log_softmax(found), log_softmax(truth)
+    ours, theirs = (torch.from_numpy(side).topk(min(LIKELIEST, side.shape[1])).indices.numpy() for side in (a, b))
+    shared = (ours[:, :, None] == theirs[:, None, :]).any(2).mean(1)
+    error = np.abs(found.astype(np.float64) - truth).max(-1) / span
+    return -a[count, targets], -b[count, targets], (np.exp(b) * (b - a)).sum(-1), a.argmax(-1) == b.argmax(-1), shared, error
+
+
+def text_figures(scored: Iterable[Scored], nbytes: int) -> dict[str, float]:
+    """Figures of a text of ``nbytes`` bytes, and with "_se" their standard errors, by a bootstrap over whole windows.
+
+    artifact, reference: bits per byte. ratio: the first to the second. kl: mean, in nats. kl_p99: its 99th percentile over positions.
+    top1: share of positions with the same likeliest token. top5: share of the five likeliest tokens that both name.
+
+    Source of the bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 6 and 8.
+    """
+    kept = list(scored)
+    draws = np.random.default_rng(0).integers(0, len(kept), (RESAMPLES, len(kept)))
+    figures = _figures(kept)
+    samples = [_figures([kept[window] for window in draw]) for draw in draws]
+    errors = {f"{name}_se": float(np.std([sample[name] for sample in samples])) for name in figures}
+    bits = math.log(2) * nbytes
+    found, truth = (sum(float(nats.sum()) for nats in side) / bits for side in zip(*((w.found, w.truth) for w in kept), strict=True))
+    return {"artifact": found, "reference": truth, **figures, **errors}
+
+
+def _figures(kept: list[Scored]) -> dict[str, float]:
+    kl = np.concatenate([window.kl for window in kept])
+    return {
+        "ratio": sum(float(window.found.sum()) for window in kept) / sum(float(window.truth.sum()) for window in kept),
+        "kl": float(kl.mean()),
+        "kl_p99": float(np.quantile(kl, TAIL)),
+        "top1": float(np.concatenate([window.same for window in kept]).mean()),
+        "top5": float(np.concatenate([window.shared for window in kept]).mean()),
+    }

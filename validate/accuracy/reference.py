@@ -1,0 +1,137 @@
+"""The judge: transformers' FalconH1ForCausalLM in float32, run on whole sequences, one row at a time.
+
+Full forwards, and for long rows pieces of many tokens. transformers' cached decode ignores time_step_limit and its padded batches
+leak into the convolution (both in 5.23), so for a padded row the truth is the row run alone, and for a decode step it is the forward of
+all so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from h1export.checkpoint.gptq_format import GptqLayout
+from h1export.checkpoint.store import WeightStore
+from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.states import Array, StateKind
+from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.runtime.runner import Capabilities, Ids, Sequences
+from h1export.validate.accuracy.logits import relative_error
+from h1export.validate.accuracy.reference_probes import arrays, watched
+
+PIECE = 512  # tokens of a long row at a time; a last one alone goes with them, because it would be a decode step
+CONTINUES = 1e-3  # by which pieces may differ from the whole, and a cache that is not read does by far
+
+
+class Reference:
+    """The published model on the checkpoint's weights, or on an artifact's; on integers times scales where the checkpoint has those."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        from transformers import FalconH1Config, FalconH1ForCausalLM
+        from transformers.utils import logging
+
+        model_class: Any = FalconH1ForCausalLM  # untyped
+        config_class: Any = FalconH1Config
+        log: Any = logging
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+        self.spec = HybridSpec.load(checkpoint)
+        packed = GptqLayout.load(checkpoint) is not None
+        try:
+            if packed:  # transformers itself would need kernels for it
+                config = config_class.from_pretrained(checkpoint, local_files_only=True)
+                del config.quantization_config
+                self._model: Any = model_class(config).float().eval()
+            else:
+                self._model = model_class.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise H1ExportError(checkpoint, f"transformers cannot load it ({error})", "compare it with the published checkpoint") from None
+        if packed:
+            spec = HybridSpec.load(checkpoint)
+            store = WeightStore.open(checkpoint, spec)
+            for name, shape in tensor_layout(spec).items():
+                self.hold({name: store.rows(name, 0, shape[0])})
+
+    def hold(self, weights: Mapping[str, Array]) -> None:
+        """Replace parameters by ``weights``, in place."""
+        parameters = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name in weights:
+                parameters[name].copy_(torch.from_numpy(weights[name]))
+
+    def observe(self, ids: Ids) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+        """``full``, and the probes of model/falcon_h1/probes.py: name -> float32 [seq, width]."""
+        with watched(self._model) as found:
+            logits, states = self.full(ids)
+        return logits, states, arrays(found)
+
+    def full(self, ids: Ids) -> tuple[Array, dict[str, Array]]:
+        """Logits [seq, vocab] of one unpadded row [seq] and, by StateTensor.key, its canonical states without the batch axis."""
+        return self._answer(ids, None, 0)[:2]
+
+    def in_pieces(self, ids: Ids, tail: int, piece: int = PIECE) -> tuple[Array, dict[str, Array]]:
+        """``full``, of the last ``tail`` positions, in memory that grows with the states alone.
+
+        Raises:
+            H1ExportError: this transformers does not go on rightly from what a piece leaves in its cache.
+        """
+        if piece == PIECE:
+            self._check_pieces()
+        cache, start, kept = None, 0, np.zeros((0, self._model.config.vocab_size), np.float32)
+        while start < len(ids):
+            end = len(ids) if len(ids) - start <= piece + 1 else start + piece
+            logits, states, cache = self._answer(ids[start:end], cache, tail)
+            start, kept = end, np.concatenate([kept, logits])[-tail:]
+        return kept, states
+
+    def _check_pieces(self) -> None:
+        ids = np.arange(24) % self._model.config.vocab_size
+        if not relative_error(self.in_pieces(ids, len(ids), piece=16)[0], self.full(ids)[0]) <= CONTINUES:
+            what = "its Falcon-H1 does not go on from a cache by several tokens, so there is no reference for long contexts"
+            raise H1ExportError("transformers", what, "install 5.24 or a later one, or leave out --context")
+
+    def _answer(self, ids: Ids, cache: Any, tail: int) -> tuple[Array, dict[str, Array], Any]:
+        """Logits of the last ``tail`` positions (0: of all), states, and the cache, of ids [seq] after those in ``cache``."""
+        past = {} if cache is None else {"past_key_values": cache}
+        with torch.no_grad():
+            result = self._model(torch.from_numpy(ids)[None], **past, use_cache=True, logits_to_keep=tail)
+        states: dict[str, Array] = {}
+        for index, layer in enumerate(result.past_key_values.layers):
+            found = {
+                StateKind.KEY: layer.keys,
+                StateKind.VALUE: layer.values,
+                StateKind.CONV: layer.conv_states[0][..., 1:],  # it keeps one input more than the convolution needs
+                StateKind.RECURRENT: layer.recurrent_states[0],
+            }
+            states |= {f"{index}.{kind}": np.asarray(tensor[0].float().numpy()) for kind, tensor in found.items()}
+        logits: Array = result.logits[0].numpy()
+        return logits, states, result.past_key_values
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(None, all_logits=False, kernels=f"PyTorch {torch.__version__}, transformers {metadata.version('transformers')}")
+
+    def start(self, batch: int, capacity: int) -> Sequences:
+        """``batch`` sequences for timing; their cache takes any number of tokens."""
+        return CachedSequences(self._model)
+
+
+class CachedSequences:
+    """transformers' cached decode, as its users run it. For timing: see above for what it gets wrong."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._cache, self.length = model, None, 0
+
+    def append(self, ids: Ids) -> Array:
+        with torch.no_grad():
+            result = self._model(torch.from_numpy(ids), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._cache = result.past_key_values
+        self.length += ids.shape[1]
+        logits: Array = result.logits.numpy()
+        return logits

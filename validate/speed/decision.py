@@ -1,0 +1,97 @@
+"""Whether something got slower: a sequential test on paired timings.
+
+Each pair of timings gives one ratio. After each number of pairs in ``looks`` the interval of their median is held against the limit:
+below it, pass; above it, fail; the limit inside, more pairs. The interval is that of order statistics, which is exact for any
+independent noise, so that outliers only widen it (Conover, Practical Nonparametric Statistics, 3rd edition, 3.2). Every look spends an
+equal part of ERROR (Bonferroni), so that looking often does not make wrong verdicts likelier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, comb
+from typing import TypeVar
+
+import numpy as np
+
+from h1export.report.report import Verdict
+from h1export.validate.speed.statistics import Estimate
+
+ERROR = 0.01  # probability of a wrong verdict where the true ratio is the limit itself, over all looks; elsewhere it is smaller
+FIRST, GROWTH = 12, 1.4  # pairs before the first look: below 11 no interval is as sure as that; and from look to look
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``estimate``: of the ratios' median after ``pairs`` of them. ``settle``: what would settle an inconclusive one."""
+
+    verdict: Verdict
+    estimate: Estimate
+    limit: float
+    pairs: int
+    settle: str = ""
+
+
+def looks(most: int) -> tuple[int, ...]:
+    """The numbers of pairs after which to look; the last is ``most``, which is at least FIRST."""
+    found = [FIRST]
+    while found[-1] < most:
+        found.append(min(most, ceil(found[-1] * GROWTH)))
+    return tuple(found)
+
+
+def median_interval(samples: Sequence[float], error: float) -> Estimate:
+    """Median of ``samples``, and the narrowest symmetric pair of them that misses the true one with at most probability ``error``.
+
+    Raises:
+        ValueError: too few samples for any such pair.
+    """
+    n, rank, tail = len(samples), 0, 0.0
+    while (tail := tail + comb(n, rank) / 2**n) * 2 <= error:
+        rank += 1
+    if not rank:
+        raise ValueError(f"{n} samples have no interval with error {error}")
+    ordered = np.sort(np.asarray(samples, np.float64))
+    return Estimate(float(np.median(ordered)), float(ordered[rank - 1]), float(ordered[n - rank]))
+
+
+def decide(samples: Sequence[float], limit: float, most: int) -> Decision | None:
+    """The verdict on ratios so far, which ``most`` may become; None: not now."""
+    places = looks(most)
+    if len(samples) not in places:
+        return None
+    found = median_interval(samples, ERROR / len(places))
+    if found.high < limit:
+        return Decision(Verdict.PASS, found, limit, len(samples))
+    if found.low > limit:
+        return Decision(Verdict.FAIL, found, limit, len(samples))
+    if len(samples) < most:
+        return None
+    return Decision(Verdict.INCONCLUSIVE, found, limit, most, _settle(found, limit, most))
+
+
+def _settle(found: Estimate, limit: float, pairs: int) -> str:
+    """An interval narrows with the square root of the number of pairs, and has to narrow to the distance of median and limit."""
+    distance = abs(found.median - limit)
+    needed = pairs * ((found.high - found.low) / 2 / distance) ** 2 if distance else float("inf")
+    if needed > 100 * pairs:
+        return "the ratio is the limit itself: no number of pairs will settle it; choose another limit, or find what changed"
+    return (
+        f"about {max(ceil(needed), pairs + 1)} pairs would settle it, or an idle machine: the interval is {found.spread:.1%} wide each way"
+    )
+
+
+def decide_all(measure: Callable[[K], float], limits: Mapping[K, float], most: int) -> dict[K, Decision]:
+    """One ratio of every key by turns, until each is decided; ``most`` of them at most."""
+    samples: dict[K, list[float]] = {key: [] for key in limits}
+    decisions: dict[K, Decision] = {}
+    while open_keys := [key for key in limits if key not in decisions]:
+        for key in open_keys:
+            samples[key].append(measure(key))
+            decision = decide(samples[key], limits[key], most)
+            if decision is not None:
+                decisions[key] = decision
+    return {key: decisions[key] for key in limits}

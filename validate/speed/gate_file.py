@@ -1,0 +1,200 @@
+"""gates.toml, which a person writes, and the baseline beside it, which `h1export gate --write-baseline` writes. See docs/gates.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, get_args
+
+from h1export.artifact.artifact import Manifest
+from h1export.errors import H1ExportError
+from h1export.quantize.scheme import QuantName
+from h1export.validate.speed.decision import FIRST
+from h1export.validate.speed.statistics import Estimate
+from h1export.validate.speed.worker import Kind, Timing
+
+FORMAT = 1
+
+
+class Clock(StrEnum):
+    """What is counted: the processor's time of the process, whatever else runs on the machine, or time."""
+
+    CPU = "cpu"
+    WALL = "wall"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """``timing`` may take ``slowdown`` times as long as in the baseline, both relative to the reference."""
+
+    timing: Timing
+    slowdown: float = 1.15
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What artifacts of one target and quantisation must keep. Factors are of the baseline's figures.
+
+    Attributes:
+        timings: what must not get slower.
+        threads: of artifact and reference.
+        clock: cpu is for one thread: threads that wait for each other spin.
+        pairs: timings of artifact and reference at most, until a verdict is inconclusive.
+        bytes: factor of the size of every file.
+        step_bytes: factor of the bytes that a decode step reads.
+        nodes: factor of the number of nodes of every type of op.
+        memory: factor of the peak memory.
+    """
+
+    target: str
+    quant: QuantName
+    timings: tuple[Limit, ...] = ()
+    threads: int = 1
+    clock: Clock = Clock.CPU
+    pairs: int = 128
+    bytes: float = 1.0
+    step_bytes: float = 1.0
+    nodes: float = 1.0
+    memory: float = 1.1
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time of the artifact by that of the reference, one timing beside the other: median and interval over ``pairs``."""
+
+    estimate: Estimate
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What an artifact was when its gates were set.
+
+    Attributes:
+        model: what of the model decides all of this, hashed.
+        nodes: graph -> op type -> how many.
+        files: name -> bytes.
+        step_bytes: timing -> bytes.
+        peak_bytes: of memory; 0: not measured.
+        ratios: kind of CPU, and GPU -> timing -> ratio. One kind says little about another, whose vector instructions differ.
+        spills: GPU kernel and architecture -> bytes a thread that it stores for want of registers.
+    """
+
+    model: str
+    nodes: Mapping[str, Mapping[str, int]]
+    files: Mapping[str, int]
+    step_bytes: Mapping[str, int]
+    peak_bytes: int = 0
+    ratios: Mapping[str, Mapping[str, Ratio]] = field(default_factory=dict)
+    spills: Mapping[str, int] = field(default_factory=dict)
+
+
+def model_of(manifest: Manifest) -> str:
+    """Of two artifacts with the same: they differ in the values of weights alone."""
+    return hashlib.sha256(json.dumps([manifest.spec, manifest.options], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def read_gates(path: Path) -> tuple[tuple[Gate, ...], Path]:
+    """The gates in ``path`` and the place of their baseline.
+
+    Raises:
+        H1ExportError: no such file, not TOML, unknown or missing keys, values of a wrong type or out of range.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise H1ExportError(path, f"cannot be read ({error.strerror})", "write one as docs/gates.md says") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise H1ExportError(path, f"is not TOML ({error})", "correct it") from None
+    keys = _known(path, "", data, {"baseline": str, "gate": list})
+    gates = tuple(_gate(path, number, table) for number, table in enumerate(keys.get("gate", []), 1))
+    named = [(gate.target, gate.quant) for gate in gates]
+    for name in named:
+        if named.count(name) > 1:
+            raise H1ExportError(path, f"has two gates for {' '.join(name)}", "keep one; another model has a file of its own")
+    return gates, path.parent / keys.get("baseline", f"{path.stem}.baseline.json")
+
+
+def _gate(path: Path, number: int, table: Any) -> Gate:
+    where = f"gate {number}"
+    types = {"target": str, "quant": str, "threads": int, "clock": str, "pairs": int, "timing": list}
+    keys = _known(path, where, table, types | dict.fromkeys(("bytes", "step_bytes", "nodes", "memory"), float))
+    for name, choices in (("quant", get_args(QuantName)), ("clock", tuple(Clock))):
+        if keys.get(name, choices[0]) not in choices:
+            raise H1ExportError(path, f"{where}: {name} is {keys[name]!r}", f"one of {', '.join(choices)}")
+    for name, least in (("threads", 1), ("pairs", FIRST), ("bytes", 1.0), ("step_bytes", 1.0), ("nodes", 1.0), ("memory", 1.0)):
+        if not keys.get(name, least) >= least:  # NaN is neither
+            raise H1ExportError(path, f"{where}: {name} is {keys[name]}", f"at least {least}")
+    if missing := {"target", "quant"} - keys.keys():
+        raise H1ExportError(path, f"{where} has no {' and no '.join(sorted(missing))}", "say which artifacts it is for")
+    timings = tuple(_limit(path, f"{where}, timing {i}", item) for i, item in enumerate(keys.pop("timing", []), 1))
+    clock = Clock(keys.pop("clock", Clock.CPU if keys.get("threads", 1) == 1 else Clock.WALL))
+    return Gate(**keys, timings=timings, clock=clock)
+
+
+def _limit(path: Path, where: str, table: Any) -> Limit:
+    """``decode = 512`` or ``prefill = 128``, and ``batch`` and ``slowdown``."""
+    keys = _known(path, where, table, {Kind.DECODE: int, Kind.PREFILL: int, "batch": int, "slowdown": float})
+    kinds = [kind for kind in Kind if kind in keys]
+    if len(kinds) != 1:
+        raise H1ExportError(path, f"{where} has {len(kinds)} of decode and prefill", "give it one, with its tokens")
+    batch, slowdown, tokens = keys.get("batch", 1), keys.get("slowdown", Limit.slowdown), keys[kinds[0]]
+    if batch < 1 or not slowdown > 1 or tokens < (kinds[0] is Kind.PREFILL):
+        what = f"{where}: {kinds[0]} {tokens}, batch {batch}, slowdown {slowdown}"
+        raise H1ExportError(path, what, "tokens and batch are counts, and slowdown is more than 1")
+    return Limit(Timing(kinds[0], tokens, batch), slowdown)
+
+
+def _known(path: Path, where: str, table: Any, types: Mapping[str, type]) -> dict[str, Any]:
+    """``table`` with every key known and of its type; a whole number may stand for a float."""
+    prefix = f"{where}: " if where else ""
+    if not isinstance(table, dict):
+        raise H1ExportError(path, f"{where} is no table", "write [[gate]] and [[gate.timing]]")
+    for name, value in table.items():
+        if name not in types:
+            raise H1ExportError(path, f"{prefix}unknown key {name!r}", f"one of {', '.join(types)}")
+        expected = (int, float) if types[name] is float else types[name]
+        if not isinstance(value, expected) or isinstance(value, bool):
+            raise H1ExportError(path, f"{prefix}{name} is {value!r}", f"expected {types[name].__name__}")
+    return dict(table)
+
+
+def read_baselines(path: Path) -> dict[str, Baseline]:
+    """ "target quant" -> baseline; none where there is no file yet.
+
+    Raises:
+        H1ExportError: a file that h1export has not written.
+    """
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("format") != FORMAT:
+            raise ValueError("another format")
+        return {name: _baseline(item) for name, item in data["gates"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        what = f"is no baseline of this h1export ({error!r})"
+        raise H1ExportError(path, what, "remove it and run h1export gate --write-baseline") from None
+
+
+def _baseline(data: Mapping[str, Any]) -> Baseline:
+    ratios = {
+        cpu: {timing: Ratio(Estimate(**item["estimate"]), item["pairs"]) for timing, item in found.items()}
+        for cpu, found in data["ratios"].items()
+    }
+    return Baseline(**{**data, "ratios": ratios})
+
+
+def write_baselines(path: Path, baselines: Mapping[str, Baseline]) -> None:
+    """All of them, complete or not at all."""
+    gates = {name: dataclasses.asdict(baselines[name]) for name in sorted(baselines)}
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps({"format": FORMAT, "gates": gates}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -23,7 +23,9 @@ RUNTIMES = {
     "trt": ("tests/targets/tensorrt", "tests/plugins/gpu"),
 }  # row, and marker of the tests that need its runtime -> folders of tests that all do
 
-nox.options.default_venv_backend = "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
+nox.options.default_venv_backend = (
+    "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
+)
 nox.options.sessions = ["lint", "types", f"tests-{sys.version_info.major}.{sys.version_info.minor}", "build"]
 
 
@@ -74,14 +76,18 @@ def tests(session: nox.Session, target: str) -> None:
     """Row "core": every test that needs no runtime; another row: those that need its runtime. No browser, GPU, macOS; none may skip."""
     session.install("-e", f".{TARGETS[target]}", *dev("pytest", "pytest-xdist", "hypothesis"), "--no-compile")
     others = {name: folders for name, folders in RUNTIMES.items() if name != target}
-    markers = " and ".join((*([target] if target in RUNTIMES else []), *(f"not {name}" for name in ("chromium", "gpu", "mac", *others))))
+    markers = " and ".join(
+        (*([target] if target in RUNTIMES else []), *(f"not {name}" for name in ("chromium", "gpu", "mac", *others)))
+    )
     results = Path(session.create_tmp()) / "results.xml"
     # not by a marker: to see one, pytest would have to import the file
     ignored = [f"--ignore={folder}" for folders in others.values() for folder in folders]
     # a worker for each core, with one thread each: small models leave a second thread idle
     workers = ("-n", "auto", "--maxprocesses=4", "--dist=loadscope")
     threads = {"OMP_NUM_THREADS": "1"}
-    session.run("pytest", "-q", *workers, "-m", markers, *ignored, f"--junitxml={results}", *session.posargs, env=threads)
+    session.run(
+        "pytest", "-q", *workers, "-m", markers, *ignored, f"--junitxml={results}", *session.posargs, env=threads
+    )
     if skipped := skips(results):
         session.error(f"skipped, and every test selected here must run: {', '.join(skipped)}")
 
@@ -94,17 +100,23 @@ def build(session: nox.Session) -> None:
     """
     extras = ",".join(sorted(EXTRAS.keys() - {"cuda", "torch-trt"}))
     with tempfile.TemporaryDirectory() as folder:
-        path, clean = wheel(session, Path(folder)), Path(folder, "clean")
+        path = wheel(session, Path(folder))
+        clean = Path(folder, "clean")
         session.run("python", "-m", "venv", str(clean))
         with session.chdir(folder):
             session.run(f"{clean}/bin/pip", "install", "-q", "--no-compile", str(path), external=True)
             session.run(f"{clean}/bin/h1export", "--help", external=True)
             session.run(f"{clean}/bin/pip", "install", "-q", "--no-compile", f"{path}[{extras}]", external=True)
             session.run(f"{clean}/bin/pip", "check", external=True)
-            session.run(f"{clean}/bin/optimum-cli", "export", "h1export", "--help", external=True, silent=True)  # optimum finds ours
+            session.run(
+                f"{clean}/bin/optimum-cli", "export", "h1export", "--help", external=True, silent=True
+            )  # optimum finds ours
             for runtime in ("onnxruntime", "onnxruntime_genai", "tensorrt_rtx", "triton", "coremltools"):
                 session.run(
-                    f"{clean}/bin/python", "-c", f"import {runtime}; print({runtime}.__name__, {runtime}.__version__)", external=True
+                    f"{clean}/bin/python",
+                    "-c",
+                    f"import {runtime}; print({runtime}.__name__, {runtime}.__version__)",
+                    external=True,
                 )
 
 
@@ -113,18 +125,50 @@ def bench(session: nox.Session) -> None:
     """The benchmarks on a small model, to see that they run; figures worth quoting come from an idle machine."""
     session.install("-e", ".[ort,genai,bench]")
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, artifact = f"{folder}/checkpoint", f"{folder}/artifact"
-        session.run("python", "benchmarks/make_checkpoint.py", "--shape", "tiny-90M", "--layers", "2", "--shards", "2", checkpoint)
+        checkpoint = f"{folder}/checkpoint"
+        artifact = f"{folder}/artifact"
+        session.run(
+            "python",
+            "benchmarks/make_checkpoint.py",
+            "--shape",
+            "tiny-90M",
+            "--layers",
+            "2",
+            "--shards",
+            "2",
+            checkpoint,
+        )
         session.run("python", "benchmarks/build.py", checkpoint, "--json", f"{folder}/build.json")
         session.run("python", "benchmarks/kernels.py", "--rounds", "1", "--tokens", "1")
-        sizes = ("--depth", "0", "64", "--prefill", "64", "--block", "32", "--threads", "1", "--rounds", "1")
+        sizes = ("--depth", "0", "64", "--prefill", "64", "--group-size", "32", "--threads", "1", "--rounds", "1")
         limit = ("--export-limit", "5")  # OnnxExporter takes minutes even here: the row says that it did not finish
-        session.run("python", "benchmarks/peers.py", checkpoint, *sizes, *limit, "--json", f"{folder}/peers.json", "--plots", folder)
-        session.run("python", "benchmarks/scale.py", "--shapes", "tiny-90M", "--real", "0.1", "--plot", f"{folder}/scale.png")
+        session.run(
+            "python",
+            "benchmarks/peers.py",
+            checkpoint,
+            *sizes,
+            *limit,
+            "--json",
+            f"{folder}/peers.json",
+            "--plots",
+            folder,
+        )
+        session.run(
+            "python", "benchmarks/scale.py", "--shapes", "tiny-90M", "--real", "0.1", "--plot", f"{folder}/scale.png"
+        )
         session.run("h1export", "build", checkpoint, "--target", "ort", "--method", "rtn", "--out", artifact)
         session.run("h1export", "bench", artifact, "--depth", "64", "--prefill", "64", "--repeats", "1")
         session.run(
-            "python", "benchmarks/context.py", artifact, "--context", "64", "1024", "--rounds", "1", "--plot", f"{folder}/context.png"
+            "python",
+            "benchmarks/context.py",
+            artifact,
+            "--context",
+            "64",
+            "1024",
+            "--rounds",
+            "1",
+            "--plot",
+            f"{folder}/context.png",
         )
 
 
@@ -142,7 +186,9 @@ def gate(session: nox.Session) -> None:
 def report(session: nox.Session) -> None:
     """The page of `h1export report` in headless Chromium, as wide as a phone and a desktop; screenshots stay in the session's folder."""
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
-        session.error("no Chromium here: install it (on Debian, apt-get install chromium) and run `nox -s report` again")
+        session.error(
+            "no Chromium here: install it (on Debian, apt-get install chromium) and run `nox -s report` again"
+        )
     session.install("-e", ".[ort,report]", *dev("pytest", "hypothesis"))
     screenshots = {"H1EXPORT_SCREENSHOTS": session.create_tmp()}
     session.run("pytest", "-q", "-m", "chromium", "tests/report", *session.posargs, env=screenshots)
@@ -156,4 +202,6 @@ def gpu(session: nox.Session) -> None:
     session.install("-e", ".[cuda,trt,torch-trt]", *dev("pytest", "hypothesis"))
     # not collected: it imports onnxruntime-genai, which would install the CPU's onnxruntime over this one
     ignored = ("--ignore=tests/targets/onnxruntime/test_clients.py", "--ignore=tests/integrations")
-    session.run("pytest", "-rs", "-m", "gpu", *ignored, *session.posargs, env={"TRITON_INTERPRET": "0"})  # compiled kernels
+    session.run(
+        "pytest", "-rs", "-m", "gpu", *ignored, *session.posargs, env={"TRITON_INTERPRET": "0"}
+    )  # compiled kernels

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from h1export.commands.pipeline import build
-from h1export.quantize.scheme import BLOCK_SIZES, QuantScheme
+from h1export.quantize.scheme import GROUP_SIZES, QuantScheme
 from h1export.targets import MODULES
 
 INTERVAL = 0.02  # seconds between two looks at the build's memory
@@ -46,7 +46,7 @@ class Figures:
     target: str
     quant: str
     method: str
-    block: int
+    group_size: int
     seconds: float
     peak_anonymous_bytes: int
     source_bytes: int
@@ -71,14 +71,17 @@ def status_bytes(pid: int, field: str) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0)
 
 
-def run_watched(command: list[str], field: str = "RssAnon", limit: float | None = None, stdout: IO[str] | None = None) -> tuple[float, int]:
+def run_watched(
+    command: list[str], field: str = "RssAnon", limit: float | None = None, stdout: IO[str] | None = None
+) -> tuple[float, int]:
     """Run ``command`` to its end; (wall seconds, the largest ``field`` of its status in bytes).
 
     Raises:
         subprocess.CalledProcessError: it failed.
         subprocess.TimeoutExpired: it took more than ``limit`` seconds, and was killed.
     """
-    start, peak = time.perf_counter(), 0
+    start = time.perf_counter()
+    peak = 0
     with subprocess.Popen(command, stdout=stdout) as process:
         while process.poll() is None:
             peak = max(peak, status_bytes(process.pid, field))
@@ -99,7 +102,12 @@ def cpu_model() -> str:
 
 
 def measure(
-    checkpoint: Path, target: str = "ort", quant: str = "int4", method: str = "rtn", block: int = 32, scratch: Path | None = None
+    checkpoint: Path,
+    target: str = "ort",
+    quant: str = "int4",
+    method: str = "rtn",
+    group_size: int = 32,
+    scratch: Path | None = None,
 ) -> Figures:
     """Build once and collect the figures.
 
@@ -108,7 +116,7 @@ def measure(
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder, "artifact")
-        options = ["--target", target, "--quant", quant, "--method", method, "--block", str(block)]
+        options = ["--target", target, "--quant", quant, "--method", method, "--group-size", str(group_size)]
         seconds, peak = run_watched([sys.executable, __file__, str(checkpoint), *options, "--child", str(out)])
         toolchain = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["toolchain"]
         return Figures(
@@ -116,7 +124,7 @@ def measure(
             target=target,
             quant=quant,
             method=method,
-            block=block,
+            group_size=group_size,
             seconds=seconds,
             peak_anonymous_bytes=peak,
             source_bytes=sum(file.stat().st_size for file in checkpoint.glob("*.safetensors")),
@@ -136,7 +144,9 @@ def show(figures: Figures) -> None:
     )
     for column in ("seconds", "peak anonymous MB", "source MB", "artifact MB", "source MB/s"):
         table.add_column(column, justify="right")
-    megabytes = [f"{value / 1e6:.0f}" for value in (figures.peak_anonymous_bytes, figures.source_bytes, figures.artifact_bytes)]
+    megabytes = [
+        f"{value / 1e6:.0f}" for value in (figures.peak_anonymous_bytes, figures.source_bytes, figures.artifact_bytes)
+    ]
     table.add_row(f"{figures.seconds:.1f}", *megabytes, f"{figures.source_mb_per_second:.1f}")
     Console().print(table)
 
@@ -148,18 +158,20 @@ def main() -> None:
     parser.add_argument("--target", choices=list(MODULES), default="ort")
     parser.add_argument("--quant", choices=["none", "int8", "int4"], default="int4")
     parser.add_argument("--method", choices=["rtn", "search", "awq", "gptq"], default="rtn")
-    parser.add_argument("--block", type=int, choices=BLOCK_SIZES, default=32)
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=32)
     parser.add_argument(
-        "--scratch", type=Path, help="where the artifact lies while it is measured (default: the system's temporary folder)"
+        "--scratch",
+        type=Path,
+        help="where the artifact lies while it is measured (default: the system's temporary folder)",
     )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # the measured process: build there, and no more
     args = parser.parse_args()
     if args.child:
-        build(args.checkpoint, args.target, args.child, QuantScheme(args.quant, args.block, args.method))
+        build(args.checkpoint, args.target, args.child, QuantScheme(args.quant, args.group_size, args.method))
         return
     try:
-        figures = measure(args.checkpoint, args.target, args.quant, args.method, args.block, args.scratch)
+        figures = measure(args.checkpoint, args.target, args.quant, args.method, args.group_size, args.scratch)
     except subprocess.CalledProcessError as error:
         sys.exit(f"{args.checkpoint}: the build above failed with exit code {error.returncode}")
     if args.json:

@@ -40,7 +40,7 @@ FILL = 0.01  # of every state
 
 
 @dataclass(frozen=True)
-class Point:
+class ProbePoint:
     """One context: seconds of a decode step, and what it has to read."""
 
     context: int
@@ -59,7 +59,7 @@ class Curve:
     threads: int
     rounds: int
     bandwidth: Estimate
-    points: tuple[Point, ...]
+    points: tuple[ProbePoint, ...]
     left_out: tuple[int, ...]
 
 
@@ -75,10 +75,13 @@ def decode_seconds(sequences: Sequences, context: int) -> float:
 
 def measure(artifact: Artifact, contexts: Sequence[int], threads: int, rounds: int, memory: int) -> Curve:
     """Decode at every one of ``contexts`` whose states fit into ``memory`` bytes, all in turns on one long sequence."""
-    spec, states = artifact.spec, StateSpec.of(artifact.spec)
-    fitting = [n for n in contexts if STEPS < n <= spec.max_position_embeddings and states.nbytes(1, n) <= memory]
+    config = artifact.config
+    states = StateSpec.of(artifact.config)
+    fitting = [n for n in contexts if STEPS < n <= config.max_position_embeddings and states.nbytes(1, n) <= memory]
     if not fitting:
-        sys.exit(f"no context of {list(contexts)} fits into {human_bytes(memory)} and {spec.max_position_embeddings} positions")
+        sys.exit(
+            f"no context of {list(contexts)} fits into {human_bytes(memory)} and {config.max_position_embeddings} positions"
+        )
     runner = load(artifact, threads)
     sequences = runner.start(1, max(fitting))
     for state in vars(sequences)["_states"].values():  # no protocol offers a made past, and only this script wants one
@@ -86,12 +89,22 @@ def measure(artifact: Artifact, contexts: Sequence[int], threads: int, rounds: i
     jobs = {context: partial(decode_seconds, sequences, context) for context in fitting} | {0: read_bandwidth(threads)}
     interleave(jobs, 1)
     samples = interleave(jobs, rounds)
-    bandwidth, points = estimate(samples.pop(0)), []
+    bandwidth = estimate(samples.pop(0))
+    points = []
     for context, seconds in samples.items():
-        size = step_bytes(artifact.manifest, spec, 1, context)
-        points.append(Point(context, estimate(seconds), size, size / estimate(seconds).median / bandwidth.median))
+        size = step_bytes(artifact.manifest, config, 1, depth=context)
+        points.append(ProbePoint(context, estimate(seconds), size, size / estimate(seconds).median / bandwidth.median))
     left_out = tuple(n for n in contexts if n not in fitting)
-    return Curve(artifact.folder.name, runner.capabilities.kernels, machine(), threads, rounds, bandwidth, tuple(points), left_out)
+    return Curve(
+        artifact.folder.name,
+        runner.capabilities.kernels,
+        machine(),
+        threads,
+        rounds,
+        bandwidth,
+        tuple(points),
+        left_out,
+    )
 
 
 def show(curve: Curve) -> None:
@@ -100,8 +113,16 @@ def show(curve: Curve) -> None:
     for column in ("context", "ms a token", "interval", "read a step", "of bandwidth"):
         table.add_column(column, justify="right")
     for point in curve.points:
-        low, middle, high = (f"{1e3 * value:.3g}" for value in (point.seconds.low, point.seconds.median, point.seconds.high))
-        table.add_row(str(point.context), middle, f"{low} to {high}", human_bytes(point.step_bytes), f"{point.bandwidth_share:.0%}")
+        low, middle, high = (
+            f"{1e3 * value:.3g}" for value in (point.seconds.low, point.seconds.median, point.seconds.high)
+        )
+        table.add_row(
+            str(point.context),
+            middle,
+            f"{low} to {high}",
+            human_bytes(point.step_bytes),
+            f"{point.bandwidth_share:.0%}",
+        )
     left_out = f"; left out: {', '.join(map(str, curve.left_out))}" if curve.left_out else ""
     table.caption = f"medians of {curve.rounds} interleaved rounds; read bandwidth {curve.bandwidth.median / 1e9:.1f} GB/s{left_out}"
     Console().print(table)
@@ -112,11 +133,19 @@ def plot(curve: Curve, file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes, contexts = figure.subplots(), [point.context for point in curve.points]
+    axes = figure.subplots()
+    contexts = [point.context for point in curve.points]
     median = [1e3 * point.seconds.median for point in curve.points]
-    spans = [(1e3 * (p.seconds.median - p.seconds.low), 1e3 * (p.seconds.high - p.seconds.median)) for p in curve.points]
+    spans = [
+        (1e3 * (p.seconds.median - p.seconds.low), 1e3 * (p.seconds.high - p.seconds.median)) for p in curve.points
+    ]
     axes.errorbar(contexts, median, np.transpose(spans), marker="o", label="measured")
-    axes.plot(contexts, [1e3 * point.step_bytes / curve.bandwidth.median for point in curve.points], "--", label="reading alone")
+    axes.plot(
+        contexts,
+        [1e3 * point.step_bytes / curve.bandwidth.median for point in curve.points],
+        "--",
+        label="reading alone",
+    )
     axes.set(xscale="log", yscale="log", xlabel="tokens in the context", ylabel="ms per decoded token")
     axes.set_xticks(contexts, [f"{n / 1024:g}K" for n in contexts], minor=False)
     axes.set_title(f"{curve.artifact}, threads: {curve.threads}")

@@ -28,7 +28,9 @@ class Eager:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         torch.set_num_threads(threads)
-        self._model: Any = FalconH1ForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype), local_files_only=True).eval()
+        self._model: Any = FalconH1ForCausalLM.from_pretrained(
+            checkpoint, dtype=getattr(torch, dtype), local_files_only=True
+        ).eval()
         self._steps = steps
         self.capabilities = Capabilities(None, all_logits=False, kernels=f"PyTorch {torch.__version__}, {dtype}")
 
@@ -39,7 +41,9 @@ class Eager:
         cache = self._call(None, START)
         for layer in cache.layers if timing.tokens > START else ():
             batch, heads, _, dim = layer.keys.shape
-            layer.keys, layer.values = (torch.randn(batch, heads, timing.tokens, dim, dtype=layer.keys.dtype) for _ in range(2))
+            layer.keys, layer.values = (
+                torch.randn(batch, heads, timing.tokens, dim, dtype=layer.keys.dtype) for _ in range(2)
+            )
         return self._steps / self._timed(cache, [1] * self._steps)
 
     def _timed(self, cache: Any, calls: list[int]) -> float:

@@ -31,20 +31,29 @@ from h1export.report.report import Verdict
 from h1export.targets import get_target
 from h1export.validate.speed.bench import machine
 from h1export.validate.speed.gate_file import Baseline, Gate, Limit
-from h1export.validate.speed.regression import Check, GateReport, Makers, PairPlayer, counted, cpu_kind, measured, measured_checks
-from h1export.validate.speed.worker import Kind, RunnerPlayer, Timing, pin
+from h1export.validate.speed.regression import (
+    Check,
+    GateReport,
+    Makers,
+    ModelPair,
+    counted,
+    cpu_kind,
+    measured,
+    measured_checks,
+)
+from h1export.validate.speed.worker import Kind, RunnerModel, Timing, pin
 
 TIMINGS = (Limit(Timing(Kind.DECODE, 0)), Limit(Timing(Kind.PREFILL, 128)))
 FACTOR = 1.3
 LOAD_BYTES = 1 << 26  # copied by the load: beyond caches, so that it takes memory bandwidth too
 
 
-def play(folder: Path, checkpoint: Path, factor: float) -> PairPlayer:
+def play(folder: Path, checkpoint: Path, factor: float) -> ModelPair:
     """What a gate's process does, with calls of the artifact ``factor`` times as long."""
     pin(1)
     runner = timed_runner(Artifact.open(folder), 1, "auto")
-    ours = RunnerPlayer(Slowed(runner, factor), GATE_STEPS, time.process_time)
-    return PairPlayer(ours, reference_player(checkpoint, runner, 1, REFERENCE_STEPS, time.process_time))
+    ours = RunnerModel(Slowed(runner, factor), GATE_STEPS, time.process_time)
+    return ModelPair(ours, reference_player(checkpoint, runner, 1, steps=REFERENCE_STEPS, clock=time.process_time))
 
 
 def makers(folder: Path, checkpoint: Path, factor: float) -> Makers:
@@ -63,7 +72,9 @@ def load_core(core: int) -> None:
 @contextmanager
 def loaded() -> Iterator[None]:
     """The first core busy; the gate's process keeps to the last."""
-    process = multiprocessing.get_context("spawn").Process(target=load_core, args=(min(os.sched_getaffinity(0)),), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=load_core, args=(min(os.sched_getaffinity(0)),), daemon=True
+    )
     process.start()
     try:
         yield
@@ -71,7 +82,9 @@ def loaded() -> Iterator[None]:
         process.kill()
 
 
-def runs(folder: Path, checkpoint: Path, baseline: Baseline, gate: Gate, factor: float, count: int) -> Iterator[tuple[Check, ...]]:
+def runs(
+    folder: Path, checkpoint: Path, baseline: Baseline, gate: Gate, factor: float, count: int
+) -> Iterator[tuple[Check, ...]]:
     """The checks of ``count`` gates, one after the other."""
     for number in range(1, count + 1):
         start = time.perf_counter()
@@ -90,21 +103,32 @@ def main() -> None:
     parser.add_argument("--planted", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write every check here too")
     args = parser.parse_args()
-    artifact, checkpoint = Artifact.open(args.artifact), resolve(args.model)
+    artifact = Artifact.open(args.artifact)
+    checkpoint = resolve(args.model)
     target = artifact.manifest.target
     gate = Gate(target, artifact.manifest.scheme["quant"], TIMINGS)
     now = counted(artifact, gate, get_target(target).operations(artifact))
-    baseline = replace(measured(makers(args.artifact, checkpoint, 1.0), now, gate), peak_bytes=0)  # memory is not in question here
+    baseline = replace(
+        measured(makers(args.artifact, checkpoint, 1.0), now, gate), peak_bytes=0
+    )  # memory is not in question here
     with loaded():
         unchanged = list(runs(args.artifact, checkpoint, baseline, gate, 1.0, args.runs))
         planted = list(runs(args.artifact, checkpoint, baseline, gate, FACTOR, args.planted))
     found = {"unchanged": (unchanged, Verdict.PASS), f"slowed {FACTOR} times": (planted, Verdict.FAIL)}
     print(f"{machine()['cpu']}, {machine()['cores']} cores, {cpu_kind()}")
     for name, (checked, _) in found.items():
-        print(name, dict(Counter(str(check.verdict) for checks in checked for check in checks)), f"in {len(checked)} runs")
+        print(
+            name, dict(Counter(str(check.verdict) for checks in checked for check in checks)), f"in {len(checked)} runs"
+        )
     if args.json:
-        args.json.write_text(json.dumps({name: [[asdict(c) for c in cs] for cs in checked] for name, (checked, _) in found.items()}))
-    reports = [(GateReport(str(args.artifact), gate, {}, checks), wanted) for checked, wanted in found.values() for checks in checked]
+        args.json.write_text(
+            json.dumps({name: [[asdict(c) for c in cs] for cs in checked] for name, (checked, _) in found.items()})
+        )
+    reports = [
+        (GateReport(str(args.artifact), gate, {}, checks=checks), wanted)
+        for checked, wanted in found.values()
+        for checks in checked
+    ]
     sys.exit(not all(report.verdict is wanted for report, wanted in reports))
 
 

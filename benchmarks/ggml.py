@@ -13,7 +13,9 @@ from gguf.quants import dequantize
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 
-WIDE, NARROW = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q5_0  # llama.cpp's choice where a row is no multiple of Q4_K's 256 weights
+# llama.cpp's choice where a row is no multiple of Q4_K's 256 weights
+WIDE = GGMLQuantizationType.Q4_K
+NARROW = GGMLQuantizationType.Q5_0
 
 
 class Ggml:
@@ -27,19 +29,26 @@ class Ggml:
         try:
             self._quantize: Any = ctypes.CDLL(str(library)).ggml_quantize_chunk
         except (OSError, AttributeError) as error:
-            raise H1ExportError(library, f"is no libggml-base of llama.cpp ({error})", "build llama.cpp and give its library") from None
+            raise H1ExportError(
+                library, f"is no libggml-base of llama.cpp ({error})", "build llama.cpp and give its library"
+            ) from None
         self._quantize.restype = ctypes.c_size_t
 
     def rounded(self, weight: Array) -> Array:
         """A matrix [rows, columns] in Q4_K, or Q5_0 where it must be, and back in float32."""
-        kind, source = kind_of(weight.shape), np.ascontiguousarray(weight, np.float32)
+        kind = kind_of(weight.shape)
+        source = np.ascontiguousarray(weight, np.float32)
         block, nbytes = GGML_QUANT_SIZES[kind]
         stored = np.zeros((len(source), source.shape[1] // block * nbytes), np.uint8)
         sizes = [ctypes.c_int64(size) for size in (0, *source.shape)]
-        written = self._quantize(int(kind), source.ctypes.data_as(ctypes.c_void_p), stored.ctypes.data_as(ctypes.c_void_p), *sizes, None)
+        written = self._quantize(
+            int(kind), source.ctypes.data_as(ctypes.c_void_p), stored.ctypes.data_as(ctypes.c_void_p), *sizes, None
+        )
         if written != stored.nbytes:
             raise H1ExportError(
-                "ggml_quantize_chunk", f"wrote {written} bytes, expected {stored.nbytes}", "use another release of llama.cpp"
+                "ggml_quantize_chunk",
+                f"wrote {written} bytes, expected {stored.nbytes}",
+                "use another release of llama.cpp",
             )
         return np.asarray(dequantize(stored, kind), np.float32)
 

@@ -24,7 +24,12 @@ from rich.table import Table
 
 from h1export.targets.onnxruntime.native_library import library
 
-SHAPES = ((4120, 1024), (1024, 2048), (4096, 1024), (32784, 1024))  # [in_proj | q | k | v], [out | o] and down, gate | up, head
+SHAPES = (
+    (4120, 1024),
+    (1024, 2048),
+    (4096, 1024),
+    (32784, 1024),
+)  # [in_proj | q | k | v], [out | o] and down, gate | up, head
 WORKING_SET = 1 << 27  # bytes of weights in a graph: several times a last-level cache
 READ_BYTES = 1 << 27
 
@@ -42,41 +47,58 @@ class Product:
         return rows * (columns * bits // 8 + columns // block * np.dtype(self.scale).itemsize)
 
 
-STOCK, OURS = Product("MatMulNBits", "com.microsoft", np.float32), Product("QMatMul", "h1export", np.float16)
+STOCK = Product("MatMulNBits", "com.microsoft", np.float32)
+OURS = Product("QMatMul", "h1export", np.float16)
 
 
 def graph(op: Product, rows: int, columns: int, bits: int, block: int, count: int) -> bytes:
     """``count`` nodes that multiply x [tokens, columns] by different random weights [rows, columns]."""
-    rng, scale_type = np.random.default_rng(0), helper.np_dtype_to_tensor_dtype(np.dtype(op.scale))
-    nodes, constants = [], []
+    rng = np.random.default_rng(0)
+    scale_type = helper.np_dtype_to_tensor_dtype(np.dtype(op.scale))
+    nodes = []
+    constants = []
     for i in range(count):
         codes = rng.integers(0, 256, rows * columns * bits // 8, np.uint8)
         scales = rng.uniform(0.5, 1.5, rows * columns // block).astype(op.scale)
         constants += [
-            helper.make_tensor(f"codes{i}", TensorProto.UINT8, (rows, columns // block, block * bits // 8), codes.tobytes(), raw=True),
+            helper.make_tensor(
+                f"codes{i}", TensorProto.UINT8, (rows, columns // block, block * bits // 8), codes.tobytes(), raw=True
+            ),
             helper.make_tensor(f"scales{i}", scale_type, (rows, columns // block), scales.tobytes(), raw=True),
         ]
         attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": 4}
-        nodes.append(helper.make_node(op.name, ["x", f"codes{i}", f"scales{i}"], [f"y{i}"], domain=op.domain, **attributes))
+        nodes.append(
+            helper.make_node(op.name, ["x", f"codes{i}", f"scales{i}"], [f"y{i}"], domain=op.domain, **attributes)
+        )
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ("tokens", columns))
     results = [helper.make_tensor_value_info(f"y{count - 1}", TensorProto.FLOAT, None)]
-    results += [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(count - 1)]  # or a node would be dropped
+    results += [
+        helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(count - 1)
+    ]  # or a node would be dropped
     made = helper.make_graph(nodes, op.name, [x], results, constants)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(op.domain, 1)]
     return bytes(helper.make_model(made, opset_imports=opsets, ir_version=10).SerializeToString())
 
 
-def timed(op: Product, x: np.ndarray, rows: int, bits: int, block: int, count: int, threads: int) -> Callable[[], float]:
+def timed(
+    op: Product, x: np.ndarray, rows: int, bits: int, block: int, count: int, threads: int
+) -> Callable[[], float]:
     """A function that runs the graph once and returns seconds per node."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.register_custom_ops_library(str(library()))
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or one session's threads take time from the other's
-    session = ort.InferenceSession(graph(op, rows, x.shape[1], bits, block, count), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry(
+        "session.force_spinning_stop", "1"
+    )  # or one session's threads take time from the other's
+    session = ort.InferenceSession(
+        graph(op, rows, x.shape[1], bits, block, count), options, providers=["CPUExecutionProvider"]
+    )
     binding = session.io_binding()
     binding.bind_cpu_input("x", x)
     for output in session.get_outputs():
-        binding.bind_ortvalue_output(output.name, ort.OrtValue.ortvalue_from_numpy(np.zeros((len(x), rows), np.float32)))
+        binding.bind_ortvalue_output(
+            output.name, ort.OrtValue.ortvalue_from_numpy(np.zeros((len(x), rows), np.float32))
+        )
 
     def run() -> float:
         start = time.perf_counter()
@@ -105,7 +127,9 @@ def measure(table: Table, rows: int, columns: int, tokens: int, args: argparse.N
     sizes = [op.weight_bytes(rows, columns, args.bits, args.block) for op in (STOCK, OURS)]
     count = max(1, (WORKING_SET if tokens == 1 else WORKING_SET // 8) // max(sizes))
     x = np.random.default_rng(1).standard_normal((tokens, columns)).astype(np.float32)
-    runs = [timed(op, x, rows, args.bits, args.block, count, args.threads) for op in (STOCK, OURS)] + [reading(args.threads)]
+    runs = [timed(op, x, rows, args.bits, args.block, count, args.threads) for op in (STOCK, OURS)] + [
+        reading(args.threads)
+    ]
     rounds = [[run() for run in runs] for _ in range(args.rounds)]
     stock, ours, byte = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratio = statistics.median(row[0] / row[1] for row in rounds)
@@ -115,7 +139,15 @@ def measure(table: Table, rows: int, columns: int, tokens: int, args: argparse.N
         for size, seconds in zip(sizes, (stock, ours), strict=True)
     ]
     best = [f"{2 * rows * columns * tokens / min(column) / 1e9:.0f}" for column in list(zip(*rounds, strict=True))[:2]]
-    table.add_row(f"{rows} x {columns}", str(tokens), *figures, " / ".join(best), f"{ratio:.2f}", f"{1e-9 / byte:.1f}", f"{share:.2f}")
+    table.add_row(
+        f"{rows} x {columns}",
+        str(tokens),
+        *figures,
+        " / ".join(best),
+        f"{ratio:.2f}",
+        f"{1e-9 / byte:.1f}",
+        f"{share:.2f}",
+    )
 
 
 def main() -> None:

@@ -26,9 +26,15 @@ from rich.table import Table
 from h1export.targets.onnxruntime.native_library import library
 
 LAYERS = 36
-WIDTH, HEADS, P, N, CHANNELS = 4120, 24, 64, 128, 1792  # [z 1536 | x B C 1792 | dt 24 | q 512 | k 128 | v 128]
+# [z 1536 | x B C 1792 | dt 24 | q 512 | k 128 | v 128]
+WIDTH = 4120
+HEADS = 24
+P = 64
+N = 128
+CHANNELS = 1792
 HEAD = '<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1, "h1export": 1]> g (float[1,t,4120] row, '
-STOCK, OURS = "stock", "ours"
+STOCK = "stock"
+OURS = "ours"
 
 CONV = {
     STOCK: """float[1,3,1792] state, float[1792] w0, float[1792] w1, float[1792] w2, float[1792] w3, float[1792] bias) => (y, new)
@@ -96,7 +102,9 @@ class Formulation:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         options.register_custom_ops_library(str(library()))
-        options.add_session_config_entry("session.force_spinning_stop", "1")  # or one session's threads take time from the other's
+        options.add_session_config_entry(
+            "session.force_spinning_stop", "1"
+        )  # or one session's threads take time from the other's
         model = onnx.parser.parse_model(HEAD + text).SerializeToString()
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         bindings = []
@@ -129,7 +137,11 @@ def aligned(array: Any) -> Any:
 
 def layer(tokens: int, past: int, rng: np.random.Generator) -> Mapping[str, Any]:
     """Values of every input of one layer, those of the stock graphs and ours."""
-    total, normal = past + tokens, lambda *shape: rng.standard_normal(shape, np.float32)
+    total = past + tokens
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
     angles = rng.uniform(0, 6, (1, tokens, 32))
     w = normal(4, CHANNELS)
     return {
@@ -147,9 +159,12 @@ def layer(tokens: int, past: int, rng: np.random.Generator) -> Mapping[str, Any]
     }
 
 
-def rounds(texts: Mapping[str, str], state: tuple[int, ...], tokens: int, past: int, args: argparse.Namespace) -> dict[str, float]:
+def rounds(
+    texts: Mapping[str, str], state: tuple[int, ...], tokens: int, past: int, args: argparse.Namespace
+) -> dict[str, float]:
     """Median microseconds per layer of each formulation."""
-    rng, count = np.random.default_rng(0), max(2, min(LAYERS, 4 * LAYERS * 64 // (tokens + past)))
+    rng = np.random.default_rng(0)
+    count = max(2, min(LAYERS, 4 * LAYERS * 64 // (tokens + past)))
     one = layer(tokens, past, rng)
     formulations = {}
     for name, text in texts.items():

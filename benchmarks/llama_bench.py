@@ -18,16 +18,24 @@ class LlamaBench:
     """A GGUF file under llama-bench, timed as validate.players.Child is. Each run warms up and fills the context itself."""
 
     def __init__(self, program: Path, gguf: Path, threads: int, steps: int) -> None:
-        self._program, self._gguf, self._threads, self._steps, self._peak = program, gguf, threads, steps, 0
+        self._program = program
+        self._gguf = gguf
+        self._threads = threads
+        self._steps = steps
+        self._peak = 0
         self.kernels = "llama.cpp"
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second. Raises H1ExportError where llama-bench fails."""
         with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
             try:
-                _, peak = run_watched(arguments(self._program, self._gguf, self._threads, self._steps, timing), "VmHWM", stdout=out)
+                _, peak = run_watched(
+                    arguments(self._program, self._gguf, self._threads, self._steps, timing), "VmHWM", stdout=out
+                )
             except (OSError, CalledProcessError) as error:
-                raise H1ExportError(self._program, f"does not run {self._gguf.name} ({error})", "run it by hand") from None
+                raise H1ExportError(
+                    self._program, f"does not run {self._gguf.name} ({error})", "run it by hand"
+                ) from None
             out.seek(0)
             run = find_run(out.read(), timing)
         self._peak = max(self._peak, peak)
@@ -43,7 +51,14 @@ def arguments(program: Path, gguf: Path, threads: int, steps: int, timing: Timin
     """The command line of one run."""
     prompt, generate, depth = (timing.tokens, 0, 0) if timing.kind is Kind.PREFILL else (0, steps, timing.tokens)
     numbers = {"-t": threads, "-p": prompt, "-n": generate, "-d": depth, "-r": 1}
-    return [str(program), "-m", str(gguf), "-o", "json", *(word for option, value in numbers.items() for word in (option, str(value)))]
+    return [
+        str(program),
+        "-m",
+        str(gguf),
+        "-o",
+        "json",
+        *(word for option, value in numbers.items() for word in (option, str(value))),
+    ]
 
 
 def find_run(text: str, timing: Timing) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.store import INDEX, SINGLE
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import tensor_layout
 
 BLOCK = 1 << 22  # values made at a time: 16 MiB of float32
@@ -124,7 +124,8 @@ def write_shard(stream: BinaryIO, tensors: Mapping[str, tuple[int, ...]], seed: 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors.items():
-        start, end = end, end + 2 * prod(shape)
+        start = end
+        end = end + 2 * prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data starts on 8 bytes
@@ -139,7 +140,8 @@ def write_shard(stream: BinaryIO, tensors: Mapping[str, tuple[int, ...]], seed: 
 
 def split(tensors: Mapping[str, tuple[int, ...]], shards: int) -> list[dict[str, tuple[int, ...]]]:
     """The tensors in order, in ``shards`` groups of about the same size."""
-    total, before = sum(map(prod, tensors.values())), 0
+    total = sum(map(prod, tensors.values()))
+    before = 0
     groups: list[dict[str, tuple[int, ...]]] = [{} for _ in range(shards)]
     for name, shape in tensors.items():
         groups[min(before * shards // total, shards - 1)][name] = shape
@@ -147,16 +149,22 @@ def split(tensors: Mapping[str, tuple[int, ...]], shards: int) -> list[dict[str,
     return [group for group in groups if group]
 
 
-def write_checkpoint(folder: Path, settings: Mapping[str, Any], shards: int, seed: int, real_shards: int | None = None) -> None:
+def write_checkpoint(
+    folder: Path, settings: Mapping[str, Any], shards: int, seed: int, real_shards: int | None = None
+) -> None:
     """Write config, weights and, where the vocabulary has room for it, the embedded model's tokenizer into a new ``folder``.
 
     Only the first ``real_shards`` hold random values where that is given; the others are files of zeros that take no disk.
     """
-    tensors = tensor_layout(HybridSpec.from_config(settings, folder / "config.json"))
+    tensors = tensor_layout(FalconH1Config.from_config(settings, folder / "config.json"))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     groups = split(tensors, shards)
-    names = [SINGLE] if len(groups) == 1 else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    names = (
+        [SINGLE]
+        if len(groups) == 1
+        else [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    )
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
         with (folder / name).open("wb") as stream:
             write_shard(stream, group, seed if real_shards is None or number < real_shards else None)
@@ -164,7 +172,7 @@ def write_checkpoint(folder: Path, settings: Mapping[str, Any], shards: int, see
         where = {tensor: name for name, group in zip(names, groups, strict=True) for tensor in group}
         index = {"metadata": {"total_size": 2 * sum(map(prod, tensors.values()))}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    if HybridSpec.load(embedded_model()).vocab_size <= settings["vocab_size"]:
+    if FalconH1Config.load(embedded_model()).vocab_size <= settings["vocab_size"]:
         for name in TOKENIZER_FILES:
             shutil.copyfile(embedded_model() / name, folder / name)
 
@@ -177,14 +185,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--context", type=int, help="another max_position_embeddings than the shape's")
     parser.add_argument("--shards", type=int, default=1, help="safetensors files")
-    parser.add_argument("--real-shards", type=int, help="the first so many hold values, the others are sparse files of zeros")
+    parser.add_argument(
+        "--real-shards", type=int, help="the first so many hold values, the others are sparse files of zeros"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder}: exists; give a new folder")
     if args.shards < 1:
         parser.error(f"--shards {args.shards}: give 1 or more")
-    write_checkpoint(args.folder, config(args.shape, args.layers, args.context), args.shards, args.seed, args.real_shards)
+    write_checkpoint(
+        args.folder, config(args.shape, args.layers, args.context), args.shards, args.seed, args.real_shards
+    )
     size = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
     print(f"{args.folder}: {args.shape}, {size / 1e6:.0f} MB")
 

@@ -44,7 +44,8 @@ class Exported:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         self._prefill, self._decode = (
-            ort.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"]) for name in ("prefill", "decode")
+            ort.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
+            for name in ("prefill", "decode")
         )
         self._steps = steps
         self.capabilities = Capabilities(None, all_logits=True, kernels=f"onnxruntime {ort.__version__}")

@@ -31,12 +31,12 @@ from peers_report import Cell, Facts, Results, plot, show
 from h1export.artifact.artifact import Artifact
 from h1export.commands.pipeline import load
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.validate.speed.bench import interleave, machine
 from h1export.validate.speed.memory_traffic import read_bandwidth, step_bytes
 from h1export.validate.speed.statistics import Estimate, estimate, ratio
-from h1export.validate.speed.worker import Child, Kind, RunnerPlayer, Timing
+from h1export.validate.speed.worker import Kind, RunnerModel, Timing, WorkerProcess
 
 HERE = Path(__file__).parent
 LLAMA, OURS, EAGER, EXPORTER = PEERS = ("llama.cpp", "h1export", "eager", "OnnxExporter")
@@ -69,52 +69,78 @@ class Peer:
     step_bytes: Callable[[int], float]
 
 
-def ours(checkpoint: Path, block: int, scratch: Path) -> Peer:
+def ours(checkpoint: Path, group_size: int, scratch: Path) -> Peer:
     """An int4 artifact at accuracy level 4, built here."""
-    out = scratch / f"block-{block}"
-    command = [sys.executable, str(HERE / "build.py"), str(checkpoint), "--quant", "int4", "--block", str(block), "--child", str(out)]
+    out = scratch / f"group-{group_size}"
+    command = [
+        sys.executable,
+        str(HERE / "build.py"),
+        str(checkpoint),
+        "--quant",
+        "int4",
+        "--group-size",
+        str(group_size),
+        "--child",
+        str(out),
+    ]
     seconds, peak = run_watched(command)
     artifact = Artifact.open(out)
     size = sum(size for _, size in artifact.manifest.files.values())
-    facts = Facts(f"h1export int4 block {block}, accuracy level {artifact.manifest.options['accuracy_level']}", size, seconds, peak)
-    return Peer(facts, lambda threads: Child(partial(play, out, threads)), partial(step_bytes, artifact.manifest, artifact.spec, 1))
+    facts = Facts(
+        f"h1export int4 group size {group_size}, accuracy level {artifact.manifest.options['accuracy_level']}",
+        size,
+        seconds,
+        peak,
+    )
+    return Peer(
+        facts,
+        lambda threads: WorkerProcess(partial(play, out, threads)),
+        partial(step_bytes, artifact.manifest, artifact.config, 1),
+    )
 
 
-def play(out: Path, threads: int) -> RunnerPlayer:
+def play(out: Path, threads: int) -> RunnerModel:
     """An artifact in a process of its own."""
-    return RunnerPlayer(load(Artifact.open(out), threads), STEPS)
+    return RunnerModel(load(Artifact.open(out), threads), STEPS)
 
 
-def eager(checkpoint: Path, spec: HybridSpec, dtype: str) -> Peer:
+def eager(checkpoint: Path, config: FalconH1Config, dtype: str) -> Peer:
     """transformers in ``dtype``."""
     width = {"float32": 4, "bfloat16": 2}[dtype]
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    step = partial(least_bytes, spec, size // 2 * width, width * 8, width)  # a checkpoint holds bfloat16
+    step = partial(least_bytes, config, size // 2 * width, width * 8, width)  # a checkpoint holds bfloat16
     facts = Facts(f"transformers eager {dtype}", size)
-    return Peer(facts, lambda threads: Child(partial(Eager, checkpoint, dtype, threads, EAGER_STEPS)), step)
+    return Peer(facts, lambda threads: WorkerProcess(partial(Eager, checkpoint, dtype, threads, EAGER_STEPS)), step)
 
 
-def gguf(program: Path | None, file: Path | None, spec: HybridSpec) -> Peer:
+def gguf(program: Path | None, file: Path | None, config: FalconH1Config) -> Peer:
     """llama.cpp on one GGUF file."""
     if program is None or file is None:
         return absent(LLAMA, "not run: give --llama-bench and --gguf")
     size = file.stat().st_size
-    step = partial(least_bytes, spec, size, 4.5, 2)  # its keys and values are float16
+    step = partial(least_bytes, config, size, 4.5, 2)  # its keys and values are float16
     return Peer(Facts(f"{LLAMA} {file.stem}", size), lambda threads: LlamaBench(program, file, threads, STEPS), step)
 
 
-def exported(checkpoint: Path, spec: HybridSpec, scratch: Path, limit: float) -> Peer:
+def exported(checkpoint: Path, config: FalconH1Config, scratch: Path, limit: float) -> Peer:
     """OnnxExporter's graphs, if they come into being within ``limit`` seconds."""
-    name, out = "transformers OnnxExporter float32", scratch / "exported"
+    name = "transformers OnnxExporter float32"
+    out = scratch / "exported"
     try:
-        seconds, peak = run_watched([sys.executable, str(HERE / "onnx_exporter.py"), str(checkpoint), str(out)], limit=limit)
+        seconds, peak = run_watched(
+            [sys.executable, str(HERE / "onnx_exporter.py"), str(checkpoint), str(out)], limit=limit
+        )
     except subprocess.TimeoutExpired:
         return absent(name, f"export did not finish in {limit:.0f} s")
     except subprocess.CalledProcessError as error:
         return absent(name, f"export failed with exit code {error.returncode}")
     size = sum(file.stat().st_size for file in out.iterdir())
-    step = partial(least_bytes, spec, size // 2, 32, 4)  # each of its two graphs has all weights
-    return Peer(Facts(name, size, seconds, peak), lambda threads: Child(partial(Exported, out, threads, EAGER_STEPS)), step)
+    step = partial(least_bytes, config, size // 2, 32, 4)  # each of its two graphs has all weights
+    return Peer(
+        Facts(name, size, seconds, peak),
+        lambda threads: WorkerProcess(partial(Exported, out, threads, EAGER_STEPS)),
+        step,
+    )
 
 
 def absent(name: str, note: str) -> Peer:
@@ -126,12 +152,13 @@ def absent(name: str, note: str) -> Peer:
     return Peer(Facts(name, note=note), start, lambda depth: 0)
 
 
-def least_bytes(spec: HybridSpec, weights: float, embedding_bits: float, kv_bytes: int, depth: int) -> float:
+def least_bytes(config: FalconH1Config, weights: float, embedding_bits: float, kv_bytes: int, depth: int) -> float:
     """What a decode step has to read of ``weights`` bytes with an embedding table inside, and of its states.
 
     The table counts as one row where it is not the head's too; the states are float32 but for keys and values.
     """
-    states, spent = StateSpec.of(spec), 0 if spec.tie_word_embeddings else spec.vocab_size * spec.hidden_size * embedding_bits / 8
+    states = StateSpec.of(config)
+    spent = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * embedding_bits / 8
     fixed = states.nbytes(1, 0)
     return weights - spent + fixed + (states.nbytes(1, depth) - fixed) * kv_bytes / 4
 
@@ -169,20 +196,32 @@ class Run:
             print(f"threads {threads}: {timing.kind} {timing.tokens} warmed up", file=sys.stderr)
         samples = interleave(jobs, self.rounds)
         self.bandwidth[threads] = estimate(samples.pop(None))
-        self.cells += [self._cell(peer, threads, timing, samples, notes) for peer in self.peers for timing in self.timings]
+        self.cells += [
+            self._cell(peer, threads, timing, samples, notes) for peer in self.peers for timing in self.timings
+        ]
         for name, measured in loaded.items():
             self.kernels[name] = measured.kernels
             with suppress(H1ExportError):  # its process is gone; the cells say so
                 self.peaks.append((name, threads, measured.finish()))
 
-    def _cell(self, peer: Peer, threads: int, timing: Timing, samples: Mapping[Any, list[float]], notes: Mapping[Any, str]) -> Cell:
+    def _cell(
+        self, peer: Peer, threads: int, timing: Timing, samples: Mapping[Any, list[float]], notes: Mapping[Any, str]
+    ) -> Cell:
         name = peer.facts.name
         if (name, timing) not in samples:
             return Cell(name, threads, timing, note=notes[name, timing])
         found = samples[name, timing]
         speed = estimate(found)
-        share = peer.step_bytes(timing.tokens) * speed.median / self.bandwidth[threads].median if timing.kind is Kind.DECODE else None
-        rivals = [samples[other.facts.name, timing] for other in self.peers if is_llama(other) and (other.facts.name, timing) in samples]
+        share = (
+            peer.step_bytes(timing.tokens) * speed.median / self.bandwidth[threads].median
+            if timing.kind is Kind.DECODE
+            else None
+        )
+        rivals = [
+            samples[other.facts.name, timing]
+            for other in self.peers
+            if is_llama(other) and (other.facts.name, timing) in samples
+        ]
         best = max(rivals, key=lambda rival: estimate(rival).median, default=None)
         return Cell(name, threads, timing, speed, share, ratio(found, best) if best else None, tuple(found))
 
@@ -194,18 +233,18 @@ def is_llama(peer: Peer) -> bool:
 
 def peers_of(args: argparse.Namespace, scratch: Path) -> Iterator[Peer]:
     """Every peer that was asked for, with its export done."""
-    spec = HybridSpec.load(args.checkpoint)
+    config = FalconH1Config.load(args.checkpoint)
     if OURS in args.peers:
-        for block in args.block:
-            yield ours(args.checkpoint, block, scratch)
+        for group_size in args.group_size:
+            yield ours(args.checkpoint, group_size, scratch)
     if LLAMA in args.peers:
         for file in args.gguf or [None]:
-            yield gguf(args.llama_bench, file, spec)
+            yield gguf(args.llama_bench, file, config)
     if EAGER in args.peers:
         for dtype in ("float32", "bfloat16"):
-            yield eager(args.checkpoint, spec, dtype)
+            yield eager(args.checkpoint, config, dtype)
     if EXPORTER in args.peers:
-        yield exported(args.checkpoint, spec, scratch, args.export_limit)
+        yield exported(args.checkpoint, config, scratch, args.export_limit)
 
 
 def main() -> None:
@@ -214,25 +253,34 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's benchmark program")
-    parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="the checkpoint as GGUF, one file a quantisation")
-    parser.add_argument("--block", type=int, nargs="*", default=[32, 128], help="block sizes of our artifacts")
+    parser.add_argument(
+        "--gguf", type=Path, nargs="*", default=[], help="the checkpoint as GGUF, one file a quantisation"
+    )
+    parser.add_argument("--group-size", type=int, nargs="*", default=[32, 128], help="group sizes of our artifacts")
     parser.add_argument("--depth", type=int, nargs="*", default=[0, 2048, 8192])
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--export-limit", type=float, default=600, help="seconds that OnnxExporter may take")
-    parser.add_argument("--scratch", type=Path, help="where exports lie meanwhile (default: the system's temporary folder)")
+    parser.add_argument(
+        "--scratch", type=Path, help="where exports lie meanwhile (default: the system's temporary folder)"
+    )
     parser.add_argument("--json", type=Path, help="write the results here too")
     parser.add_argument("--plots", type=Path, help="folder for one figure a thread count")
     args = parser.parse_args()
-    timings = [*(Timing(Kind.DECODE, depth) for depth in args.depth), *(Timing(Kind.PREFILL, length) for length in args.prefill)]
+    timings = [
+        *(Timing(Kind.DECODE, depth) for depth in args.depth),
+        *(Timing(Kind.PREFILL, length) for length in args.prefill),
+    ]
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         run = Run(list(peers_of(args, Path(scratch))), tuple(timings), args.rounds)
         for threads in args.threads:
             run.at(threads)
     facts = tuple(peer.facts for peer in run.peers)
     name = args.checkpoint.resolve().name
-    results = Results(name, machine(), args.rounds, run.bandwidth, run.kernels, facts, tuple(run.peaks), tuple(run.cells))
+    results = Results(
+        name, machine(), args.rounds, run.bandwidth, run.kernels, facts, tuple(run.peaks), tuple(run.cells)
+    )
     if args.json:
         args.json.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")
     show(results)

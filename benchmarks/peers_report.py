@@ -65,9 +65,13 @@ def show(results: Results) -> None:
     """Print what the peers are, and their speeds at every thread count."""
     peers = Table("peer", "kernels", "files", "export", "its memory", "memory, by threads", box=SIMPLE)
     for facts in results.peers:
-        peaks = ", ".join(f"{human_bytes(size)} ({threads})" for peer, threads, size in results.peak_bytes if peer == facts.name)
+        peaks = ", ".join(
+            f"{human_bytes(size)} ({threads})" for peer, threads, size in results.peak_bytes if peer == facts.name
+        )
         export = [f"{facts.export_seconds:.0f} s" if facts.export_seconds else "", _bytes(facts.export_peak_bytes)]
-        peers.add_row(facts.name, results.kernels.get(facts.name, ""), _bytes(facts.file_bytes), *export, peaks or facts.note)
+        peers.add_row(
+            facts.name, results.kernels.get(facts.name, ""), _bytes(facts.file_bytes), *export, peaks or facts.note
+        )
     console = Console()
     console.print(peers)
     for threads, bandwidth in results.bandwidth.items():
@@ -81,7 +85,9 @@ def _bytes(count: int | None) -> str:
 def _speeds(results: Results, threads: int, bandwidth: Estimate) -> Table:
     cells = [cell for cell in results.cells if cell.threads == threads]
     timings = list(dict.fromkeys(cell.timing for cell in cells))
-    table = Table("tokens/s", *(f"{timing.kind} {timing.tokens}" for timing in timings), title=f"threads: {threads}", box=SIMPLE)
+    table = Table(
+        "tokens/s", *(f"{timing.kind} {timing.tokens}" for timing in timings), title=f"threads: {threads}", box=SIMPLE
+    )
     for facts in results.peers:
         table.add_row(facts.name, *(_cell(cell) for cell in cells if cell.peer == facts.name))
     table.caption = (
@@ -112,8 +118,15 @@ def plot(results: Results, folder: Path) -> list[Path]:
         cells = [cell for cell in results.cells if cell.threads == threads and cell.speed is not None]
         figure = Figure(figsize=(11, 4), layout="constrained")
         for axes, kind in zip(figure.subplots(1, 2), Kind, strict=True):
-            _bars(axes, kind, [cell for cell in cells if cell.timing.kind is kind], list(dict.fromkeys(cell.peer for cell in cells)))
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+            _bars(
+                axes,
+                kind,
+                [cell for cell in cells if cell.timing.kind is kind],
+                list(dict.fromkeys(cell.peer for cell in cells)),
+            )
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small"
+        )
         figure.suptitle(f"{results.checkpoint}, threads: {threads}")
         files.append(folder / f"peers-{threads}-threads.png")
         figure.savefig(files[-1], dpi=120)
@@ -124,11 +137,21 @@ def _bars(axes: Any, kind: Kind, cells: Sequence[Cell], peers: Sequence[str]) ->
     tokens = sorted({cell.timing.tokens for cell in cells})
     width = 0.8 / len(peers)
     for index, peer in enumerate(peers):
-        found = [(tokens.index(cell.timing.tokens), cell.speed) for cell in cells if cell.peer == peer and cell.speed is not None]
+        found = [
+            (tokens.index(cell.timing.tokens), cell.speed)
+            for cell in cells
+            if cell.peer == peer and cell.speed is not None
+        ]
         places = [place + (index - len(peers) / 2 + 0.5) * width for place, _ in found]
         errors = [[speed.median - speed.low for _, speed in found], [speed.high - speed.median for _, speed in found]]
         axes.bar(
-            places, [speed.median for _, speed in found], width, yerr=errors, label=peer, color=f"C{index}", error_kw={"linewidth": 0.8}
+            places,
+            [speed.median for _, speed in found],
+            width,
+            yerr=errors,
+            label=peer,
+            color=f"C{index}",
+            error_kw={"linewidth": 0.8},
         )
     axes.set_xticks(range(len(tokens)), [str(count) for count in tokens])
     axes.set_xlabel("tokens before" if kind is Kind.DECODE else "tokens of the prompt")

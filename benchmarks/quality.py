@@ -31,24 +31,25 @@ from h1export.checkpoint.resolve import embedded_model, resolve
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import scoring_ids
 from h1export.commands import pipeline
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 from h1export.progress import SILENT
 from h1export.quantize.awq_scales import ScaledStore
 from h1export.quantize.budget import Budget
 from h1export.quantize.calibration import Calibration
-from h1export.quantize.group_format import Precision
 from h1export.quantize.methods.awq import scaling
 from h1export.quantize.methods.gptq_model import solve
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.methods.scale_search import search_rows
+from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import QuantScheme
-from h1export.quantize.source import Integers, Rounded
+from h1export.quantize.source import QuantizedWeights, Rounded
 from h1export.runtime.runner import Ids
 from h1export.validate.accuracy.perplexity import Scored, text_figures, windows
 from h1export.validate.accuracy.reference import Reference
 
-GROUP, BUDGET = 32, 5.0
+GROUP = 32
+BUDGET = 5.0
 RoundedWeights = dict[str, Array]
 
 
@@ -66,38 +67,59 @@ class Judge:
     """Compares weights with the checkpoint's on some windows of a text."""
 
     def __init__(self, checkpoint: Path, ids: Ids, nbytes: int) -> None:
-        self._reference, self._windows, self._nbytes = Reference(checkpoint), windows(ids), nbytes
+        self._reference = Reference(checkpoint)
+        self._windows = windows(ids)
+        self._nbytes = nbytes
         self._truths = [self._reference.full(window[:-1])[0] for window in self._windows]
 
     def figures(self, weights: RoundedWeights) -> dict[str, float]:
         """``weights`` by checkpoint name; every call must hold the same names."""
         self._reference.hold(weights)
         pairs = zip(self._windows, self._truths, strict=True)
-        return text_figures((Scored.of(self._reference.full(window[:-1])[0], truth, window) for window, truth in pairs), self._nbytes)
+        return text_figures(
+            (Scored.of(self._reference.full(window[:-1])[0], truth, window) for window, truth in pairs), self._nbytes
+        )
 
 
 def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
     """(method, bits a weight, how to make the weights) of this project's methods."""
-    spec = HybridSpec.load(checkpoint)
-    store = WeightStore.open(checkpoint, spec)
-    four = {name: precision for name, precision in QuantScheme("int4", GROUP).precisions(spec).items() if precision.bits == 4}
-    eight = {name: precision for name, precision in QuantScheme("int8").precisions(spec).items() if name in four}
+    config = FalconH1Config.load(checkpoint)
+    store = WeightStore.open(checkpoint, config)
+    four = {
+        name: precision
+        for name, precision in QuantScheme("int4", GROUP).precisions(config).items()
+        if precision.bits == 4
+    }
+    eight = {name: precision for name, precision in QuantScheme("int8").precisions(config).items() if name in four}
 
-    def weights(integers: Integers) -> RoundedWeights:
+    def weights(integers: QuantizedWeights) -> RoundedWeights:
         return {name: integers.rows(name, 0, store.shape(name)[0]).unfolded() for name in four}
 
     def solved(precisions: Mapping[str, Precision]) -> RoundedWeights:
         with tempfile.TemporaryDirectory() as folder:
             ids = Calibration(samples=samples).ids(checkpoint)
-            return weights(solve(store, spec, Rounded(store, precisions, quantize_rows), ids, Stage(Path(folder), cores()), SILENT))
+            return weights(
+                solve(
+                    store,
+                    config,
+                    Rounded(store, precisions, quantize_rows),
+                    ids=ids,
+                    stage=Stage(Path(folder), cores()),
+                    progress=SILENT,
+                )
+            )
 
     def scaled() -> RoundedWeights:
-        factors = scaling(store, spec, four, Calibration(samples=samples).ids(checkpoint), cores(), SILENT)
+        factors = scaling(
+            store, config, four, ids=Calibration(samples=samples).ids(checkpoint), jobs=cores(), progress=SILENT
+        )
         found = weights(Rounded(ScaledStore(store, factors, SILENT), four, search_rows))
         return {name: factors.undone(name, weight) for name, weight in found.items()}
 
     def mixed() -> RoundedWeights:
-        return solved(four | Budget(bits=BUDGET).raised(pipeline.sensitivity(checkpoint, QuantScheme("int4", GROUP, "gptq"))))
+        return solved(
+            four | Budget(bits=BUDGET).raised(pipeline.sensitivity(checkpoint, QuantScheme("int4", GROUP, "gptq")))
+        )
 
     yield "int4 rtn", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, quantize_rows))
     yield "int4 search", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, search_rows))
@@ -113,14 +135,21 @@ def theirs(checkpoint: Path, library: Path | None) -> Iterator[tuple[str, float,
     from ggml import Ggml, bits_of
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
-    from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine, dequantize_affine, quantize_affine
+    from torchao.quantization.quant_primitives import (
+        MappingType,
+        choose_qparams_affine,
+        dequantize_affine,
+        quantize_affine,
+    )
 
-    spec = HybridSpec.load(checkpoint)
-    store = WeightStore.open(checkpoint, spec)
-    names = [name for name, precision in QuantScheme("int4", GROUP).precisions(spec).items() if precision.bits == 4]
+    config = FalconH1Config.load(checkpoint)
+    store = WeightStore.open(checkpoint, config)
+    names = [name for name, precision in QuantScheme("int4", GROUP).precisions(config).items() if precision.bits == 4]
 
     def torchao(weight: Array) -> Array:
-        tensor, block, limits = torch.from_numpy(weight), (1, GROUP), (0, 15)
+        tensor = torch.from_numpy(weight)
+        block = (1, GROUP)
+        limits = (0, 15)
         scale, zero = choose_qparams_affine(tensor, MappingType.ASYMMETRIC, block, torch.uint8, *limits, eps=1e-6)
         scale = scale.to(torch.bfloat16).float()
         codes = quantize_affine(tensor, block, scale, zero, torch.uint8, *limits)
@@ -136,7 +165,11 @@ def theirs(checkpoint: Path, library: Path | None) -> Iterator[tuple[str, float,
     if library is not None:
         methods.append(("GGUF Q4_K", bits_of([store.shape(name) for name in names]), Ggml(library).rounded))
     for name, bits, rounding in methods:
-        yield name, bits, lambda rounding=rounding: {name: rounding(store.rows(name, 0, store.shape(name)[0])) for name in names}  # type: ignore[misc]
+        yield (
+            name,
+            bits,
+            lambda rounding=rounding: {name: rounding(store.rows(name, 0, store.shape(name)[0])) for name in names},
+        )  # type: ignore[misc]
 
 
 def table(found: list[Quality], tokens: int) -> Table:
@@ -145,11 +178,10 @@ def table(found: list[Quality], tokens: int) -> Table:
     for quality in found:
         f = quality.figures
         cells = (f"{f['kl']:.5f} ± {f['kl_se']:.5f}", f"{f['kl_p99']:.4f} ± {f['kl_p99_se']:.4f}")
-        loss, top1 = f"{100 * (f['ratio'] - 1):+.3f} % ± {100 * f['ratio_se']:.3f}", f"{f['top1']:.4f} ± {f['top1_se']:.4f}"
+        loss = f"{100 * (f['ratio'] - 1):+.3f} % ± {100 * f['ratio_se']:.3f}"
+        top1 = f"{f['top1']:.4f} ± {f['top1_se']:.4f}"
         result.add_row(quality.method, f"{quality.bits:.2f}", *cells, loss, top1, f"{quality.seconds:.0f}")
-    result.caption = (
-        f"{tokens} tokens of held-out text, head included; the full model has {found[0].figures['reference']:.4f} bits per byte"
-    )
+    result.caption = f"{tokens} tokens of held-out text, head included; the full model has {found[0].figures['reference']:.4f} bits per byte"
     return result
 
 
@@ -167,7 +199,8 @@ def main() -> None:
     if args.windows:
         text = text[: 1700 * args.windows]  # about 512 tokens of the embedded model's
     ids, nbytes = scoring_ids(checkpoint, text)
-    judge, found = Judge(checkpoint, ids, nbytes), []
+    judge = Judge(checkpoint, ids, nbytes)
+    found = []
     for method, bits, make in (*ours(checkpoint, args.samples), *theirs(checkpoint, args.ggml)):
         start = time.perf_counter()
         weights = make()

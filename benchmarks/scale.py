@@ -28,7 +28,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import tensor_layout
 
 CLI = "from h1export.cli import main; main()"
@@ -54,7 +54,7 @@ class Foretold:
 
 
 @dataclass(frozen=True)
-class Point:
+class ProbePoint:
     """One build."""
 
     case: Case
@@ -64,7 +64,7 @@ class Point:
 
 def source_bytes(shape: str, layers: int) -> int:
     """The bfloat16 checkpoint's weights."""
-    return 2 * sum(map(prod, tensor_layout(HybridSpec.from_config(config(shape, layers), Path(shape))).values()))
+    return 2 * sum(map(prod, tensor_layout(FalconH1Config.from_config(config(shape, layers), Path(shape))).values()))
 
 
 def cases(shape: str, real: float) -> Iterator[Case]:
@@ -99,31 +99,59 @@ def forget(folder: Path) -> None:
 def foretell(checkpoint: Path) -> Foretold:
     """Ask for the plan in a process of its own, as users do."""
     start = time.perf_counter()
-    command = [sys.executable, "-c", CLI, "plan", str(checkpoint), "--target", "ort", "--quant", "int4", "--method", "rtn", "--json"]
+    command = [
+        sys.executable,
+        "-c",
+        CLI,
+        "plan",
+        str(checkpoint),
+        "--target",
+        "ort",
+        "--quant",
+        "int4",
+        "--method",
+        "rtn",
+        "--json",
+    ]
     (answer,) = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return Foretold(answer["artifact_bytes"], answer["peak_bytes"], answer["seconds"], time.perf_counter() - start)
 
 
-def point(case: Case, scratch: Path) -> Point:
+def point(case: Case, scratch: Path) -> ProbePoint:
     """Make the checkpoint, plan, build."""
     folder = scratch / f"{case.shape}-{case.layers}"
     try:
         write_checkpoint(folder, config(case.shape, case.layers), case.shards, seed=0, real_shards=1)
         plan = foretell(folder)
         forget(folder)
-        return Point(case, measure(folder, scratch=scratch), plan)
+        return ProbePoint(case, measure(folder, scratch=scratch), plan)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def show(points: list[Point]) -> None:
+def show(points: list[ProbePoint]) -> None:
     """Print the curves as a table."""
-    columns = ("shape, layers", "source", "of values", "build", "MB/s", "peak anonymous", "artifact", "plan: size", "peak", "time", "took")
-    table = Table(title="int4, block 32, target ort", caption=f"{points[0].built.cpu}, {points[0].built.cores} cores", box=SIMPLE)
+    columns = (
+        "shape, layers",
+        "source",
+        "of values",
+        "build",
+        "MB/s",
+        "peak anonymous",
+        "artifact",
+        "plan: size",
+        "peak",
+        "time",
+        "took",
+    )
+    table = Table(
+        title="int4, block 32, target ort", caption=f"{points[0].built.cpu}, {points[0].built.cores} cores", box=SIMPLE
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for found in points:
-        built, plan = found.built, found.plan
+        built = found.built
+        plan = found.plan
         table.add_row(
             f"{found.case.shape}, {found.case.layers}",
             f"{built.source_bytes / 1e9:.1f} GB",
@@ -140,14 +168,15 @@ def show(points: list[Point]) -> None:
     Console(width=120).print(table)
 
 
-def plot(points: list[Point], file: Path) -> None:
+def plot(points: list[ProbePoint], file: Path) -> None:
     """Seconds and peak memory against the source's size."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     seconds, memory = figure.subplots(1, 2)
     for found in points:  # no line between them: layers count too, and some cases are cut
-        size, label = found.built.source_bytes / 1e9, f"{found.case.shape}, {found.case.layers} layers"
+        size = found.built.source_bytes / 1e9
+        label = f"{found.case.shape}, {found.case.layers} layers"
         seconds.plot(size, found.built.seconds, "o", label=label)
         memory.plot(size, found.built.peak_anonymous_bytes / 1e6, "o")
     seconds.set(xscale="log", yscale="log", xlabel="checkpoint, GB", ylabel="build, s")
@@ -161,19 +190,25 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=["0.5B", "1.5B-Deep", "7B", "34B"])
-    parser.add_argument("--real", type=float, default=10, help="GB of a checkpoint that hold random values, and not zeros")
-    parser.add_argument("--scratch", type=Path, help="where checkpoints and artifacts lie (default: the system's temporary folder)")
+    parser.add_argument(
+        "--real", type=float, default=10, help="GB of a checkpoint that hold random values, and not zeros"
+    )
+    parser.add_argument(
+        "--scratch", type=Path, help="where checkpoints and artifacts lie (default: the system's temporary folder)"
+    )
     parser.add_argument("--json", type=Path, help="write the curves here too, after every build")
     parser.add_argument("--plot", type=Path, help="draw them, e.g. scale.png")
     args = parser.parse_args()
-    points: list[Point] = []
+    points: list[ProbePoint] = []
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         for shape in args.shapes:
             for case in cases(shape, 1e9 * args.real):
                 points.append(point(case, Path(scratch)))
                 show(points[-1:])
                 if args.json:
-                    args.json.write_text(json.dumps([asdict(found) for found in points], indent=1) + "\n", encoding="utf-8")
+                    args.json.write_text(
+                        json.dumps([asdict(found) for found in points], indent=1) + "\n", encoding="utf-8"
+                    )
     show(points)
     if args.plot:
         plot(points, args.plot)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 from h1export.runtime.runner import Capabilities, Ids, Sequences
 from h1export.validate.speed.worker import Timed
@@ -14,11 +14,12 @@ class Slowed:
     """``model`` on one thread of the CPU, with every call ``factor`` times as long, in time of the processor."""
 
     def __init__(self, model: Timed, factor: float) -> None:
-        self._model, self._factor = model, factor
+        self._model = model
+        self._factor = factor
 
     @property
-    def spec(self) -> HybridSpec:
-        return self._model.spec
+    def config(self) -> FalconH1Config:
+        return self._model.config
 
     @property
     def capabilities(self) -> Capabilities:
@@ -32,7 +33,8 @@ class SlowedSequences:
     """``sequences``, and a loop after each call. Doing a part of the work again would be less: its weights are in the cache by then."""
 
     def __init__(self, sequences: Sequences, factor: float) -> None:
-        self._sequences, self._factor = sequences, factor
+        self._sequences = sequences
+        self._factor = factor
 
     @property
     def length(self) -> int:

@@ -16,7 +16,7 @@ from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.errors import H1ExportError
 from h1export.graphs.program import Program
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array
 from h1export.runtime.runner import Capabilities, Ids, SteppedSequences, check_call
 
@@ -46,7 +46,11 @@ class _Interpreter(torch.fx.Interpreter):
         if target is aten.linear.default and isinstance(args[1], _Streamed):
             x, weight, *bias = args
             product = torch.cat([x @ block.T for block in weight], dim=-1)
-            return product + tree_map_only(_Streamed, _Streamed.whole, bias[0]) if bias and bias[0] is not None else product
+            return (
+                product + tree_map_only(_Streamed, _Streamed.whole, bias[0])
+                if bias and bias[0] is not None
+                else product
+            )
         if target is aten.embedding.default and isinstance(args[0], _Streamed):
             return _gathered(*args)
         return super().call_function(target, tree_map_only(_Streamed, _Streamed.whole, args), kwargs)
@@ -54,7 +58,8 @@ class _Interpreter(torch.fx.Interpreter):
 
 def _gathered(table: _Streamed, ids: Tensor) -> Tensor:
     """Rows ``ids`` of a table."""
-    rows, start = [torch.zeros(0)] * ids.numel(), 0
+    rows = [torch.zeros(0)] * ids.numel()
+    start = 0
     for block in table:
         for place, index in enumerate(ids.flatten().tolist()):
             if start <= index < start + len(block):
@@ -91,7 +96,9 @@ def forward(program: Program, store: WeightStore, blocks: Blocks, ids: Ids) -> A
     """Logits float32 [n, vocab] of one sequence ids int64 [n], from nothing; weights pass by, and none stays in memory."""
     fixed: dict[str, Any] = {name: _Streamed(partial(blocks, expr)) for name, expr in program.weights.items()}
     fixed |= _orders(program, store)
-    logits: Array = _run(program, fixed, _inputs(ids[None], np.ones((1, len(ids)), np.int64), _initial(program, 1)))[LOGITS][0].numpy()
+    logits: Array = _run(program, fixed, _inputs(ids[None], np.ones((1, len(ids)), np.int64), _initial(program, 1)))[
+        LOGITS
+    ][0].numpy()
     return logits
 
 
@@ -103,11 +110,11 @@ class ProgramRunner:
         self._fixed = {name: torch.from_numpy(expr.dense(store)) for name, expr in program.weights.items()}
         self._fixed |= _orders(program, store)
         for name, multiplier in program.constants.items():
-            self._fixed[name] = torch.from_numpy(multiplier.rows(sum(program.spec.in_proj_parts)))
+            self._fixed[name] = torch.from_numpy(multiplier.rows(sum(program.config.in_proj_parts)))
 
     @property
-    def spec(self) -> HybridSpec:
-        return self._program.spec
+    def config(self) -> FalconH1Config:
+        return self._program.config
 
     @property
     def capabilities(self) -> Capabilities:
@@ -118,7 +125,7 @@ class ProgramRunner:
         return _initial(self._program, batch)
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
-        check_call(ids, mask, states[self._program.states.tensors[0].past].shape[2], self.spec.vocab_size)
+        check_call(ids, mask, states[self._program.states.tensors[0].past].shape[2], vocab_size=self.config.vocab_size)
         named = _run(self._program, self._fixed, _inputs(ids, mask, states))
         logits: Array = named[LOGITS].numpy()
         return logits, {tensor.past: named[tensor.present] for tensor in self._program.states.tensors}

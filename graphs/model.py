@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.plugins import h1
 
 LayerStates = tuple[Tensor, Tensor, Tensor, Tensor]  # key, value, conv_state, recurrent_state: StateKind's order
@@ -21,9 +21,9 @@ def scaled(x: Tensor, multiplier: float) -> Tensor:
     return x if multiplier == 1.0 else x * multiplier
 
 
-def mup_vector(spec: HybridSpec) -> Tensor:
+def mup_vector(config: FalconH1Config) -> Tensor:
     """ssm_multipliers spread over the rows of in_proj's output [z | x | B | C | dt]."""
-    parts = zip(spec.in_proj_parts, spec.ssm_multipliers, strict=True)
+    parts = zip(config.in_proj_parts, config.ssm_multipliers, strict=True)
     return torch.cat([torch.full((rows,), factor) for rows, factor in parts])
 
 
@@ -42,13 +42,14 @@ class RMSNorm(nn.Module):
 class GatedRMSNorm(nn.Module):
     """RMSNorm over each SSM group of channels, gated by silu(z) before or after the norm."""
 
-    def __init__(self, spec: HybridSpec) -> None:
+    def __init__(self, config: FalconH1Config) -> None:
         super().__init__()
-        self.spec = spec
-        self.weight = nn.Parameter(torch.empty(spec.mamba_d_ssm))
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.mamba_d_ssm))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        s, gate = self.spec, F.silu(z)
+        s = self.config
+        gate = F.silu(z)
         if not s.mamba_norm_before_gate:
             y = y * gate
         width = s.mamba_d_ssm // s.mamba_n_groups
@@ -60,10 +61,10 @@ class GatedRMSNorm(nn.Module):
 class Conv1d(nn.Module):
     """Holds the depthwise convolution's parameters under the checkpoint's names."""
 
-    def __init__(self, spec: HybridSpec) -> None:
+    def __init__(self, config: FalconH1Config) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(spec.conv_dim, 1, spec.mamba_d_conv))
-        self.bias = nn.Parameter(torch.empty(spec.conv_dim)) if spec.mamba_conv_bias else None
+        self.weight = nn.Parameter(torch.empty(config.conv_dim, 1, config.mamba_d_conv))
+        self.bias = nn.Parameter(torch.empty(config.conv_dim)) if config.mamba_conv_bias else None
 
 
 class Mixer(nn.Module):
@@ -71,9 +72,9 @@ class Mixer(nn.Module):
 
     mup: Tensor
 
-    def __init__(self, spec: HybridSpec) -> None:
+    def __init__(self, config: FalconH1Config) -> None:
         super().__init__()
-        s = self.spec = spec
+        s = self.config = config
         self.in_proj = nn.Linear(s.hidden_size, sum(s.in_proj_parts), bias=s.mamba_proj_bias)
         self.conv1d = Conv1d(s)
         self.dt_bias = nn.Parameter(torch.empty(s.mamba_n_heads))
@@ -85,7 +86,8 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor, conv: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [batch, seq, hidden]; real [batch, seq], 1.0 for real tokens."""
-        s, (batch, seq) = self.spec, x.shape[:2]
+        s = self.config
+        (batch, seq) = x.shape[:2]
         projected = self.in_proj(scaled(x, s.ssm_in_multiplier))
         if any(factor != 1.0 for factor in s.ssm_multipliers):
             projected = projected * self.mup
@@ -114,16 +116,19 @@ class Mixer(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with µP-scaled keys."""
 
-    def __init__(self, spec: HybridSpec) -> None:
+    def __init__(self, config: FalconH1Config) -> None:
         super().__init__()
-        s = self.spec = spec
+        s = self.config = config
         self.q_proj = nn.Linear(s.hidden_size, s.attention_dim, bias=s.attention_bias)
         self.k_proj = nn.Linear(s.hidden_size, s.kv_dim, bias=s.attention_bias)
         self.v_proj = nn.Linear(s.hidden_size, s.kv_dim, bias=s.attention_bias)
         self.o_proj = nn.Linear(s.attention_dim, s.hidden_size, bias=s.attention_bias)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s, (batch, seq) = self.spec, x.shape[:2]
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        s = self.config
+        (batch, seq) = x.shape[:2]
         q = self.q_proj(x).view(batch, seq, s.num_attention_heads, s.head_dim)
         k = scaled(self.k_proj(x), s.key_multiplier).view(batch, seq, s.num_key_value_heads, s.head_dim)
         v = self.v_proj(x).view(batch, seq, s.num_key_value_heads, s.head_dim)
@@ -134,32 +139,35 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU with µP on the gate and the output."""
 
-    def __init__(self, spec: HybridSpec) -> None:
+    def __init__(self, config: FalconH1Config) -> None:
         super().__init__()
-        s = self.spec = spec
+        s = self.config = config
         self.gate_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=s.mlp_bias)
         self.up_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=s.mlp_bias)
         self.down_proj = nn.Linear(s.intermediate_size, s.hidden_size, bias=s.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, down = self.spec.mlp_multipliers
+        gate, down = self.config.mlp_multipliers
         return scaled(self.down_proj(self.up_proj(x) * F.silu(scaled(self.gate_proj(x), gate))), down)
 
 
 class Layer(nn.Module):
     """Two mixers side by side on one normed input, one residual add; then the MLP."""
 
-    def __init__(self, spec: HybridSpec) -> None:
+    def __init__(self, config: FalconH1Config) -> None:
         super().__init__()
-        self.spec = spec
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mamba = Mixer(spec)
-        self.self_attn = Attention(spec)
-        self.pre_ff_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.feed_forward = MLP(spec)
+        self.config = config
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mamba = Mixer(config)
+        self.self_attn = Attention(config)
+        self.pre_ff_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = MLP(config)
 
-    def forward(self, h: Tensor, positions: Tensor, mask: Tensor, real: Tensor, states: LayerStates) -> tuple[Tensor, LayerStates]:
-        s, (past_k, past_v, conv, recurrent) = self.spec, states
+    def forward(
+        self, h: Tensor, positions: Tensor, mask: Tensor, real: Tensor, states: LayerStates
+    ) -> tuple[Tensor, LayerStates]:
+        s = self.config
+        (past_k, past_v, conv, recurrent) = states
         x = self.input_layernorm(h)
         mixed, conv, recurrent = self.mamba(x, real, conv, recurrent)
         attended, keys, values = self.self_attn(scaled(x, s.attention_in_multiplier), positions, mask, past_k, past_v)
@@ -171,11 +179,11 @@ class Layer(nn.Module):
 class Backbone(nn.Module):
     """Holds the parameters that the checkpoint names ``model.*``."""
 
-    def __init__(self, spec: HybridSpec) -> None:
+    def __init__(self, config: FalconH1Config) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList(Layer(spec) for _ in range(spec.num_hidden_layers))
-        self.final_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class FalconH1(nn.Module):
@@ -186,17 +194,21 @@ class FalconH1(nn.Module):
         last_only: logits of the last position only, [batch, 1, vocab], instead of all.
     """
 
-    def __init__(self, spec: HybridSpec, last_only: bool = False) -> None:
+    def __init__(self, config: FalconH1Config, last_only: bool = False) -> None:
         super().__init__()
-        self.spec, self.last_only = spec, last_only
-        self.model = Backbone(spec)
-        self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
-        if spec.tie_word_embeddings:
+        self.config = config
+        self.last_only = last_only
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, states: list[LayerStates]) -> tuple[Tensor, list[LayerStates]]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, states: list[LayerStates]
+    ) -> tuple[Tensor, list[LayerStates]]:
         """input_ids [batch, seq]; attention_mask int64 [batch, past + seq], left padding only; canonical states (core.state)."""
-        s, seq = self.spec, input_ids.shape[1]
+        s = self.config
+        seq = input_ids.shape[1]
         past = attention_mask.shape[1] - seq  # not the keys' own length: a target may hold them in a longer buffer
         # positions count real tokens; pads, all on the left, get position 0
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0).narrow(1, past, seq)

@@ -11,17 +11,17 @@ import torch
 from torch.fx import Node
 
 from h1export.graphs.program import Program, args_of
-from h1export.model.falcon_h1.probes import Point, probe_name
+from h1export.model.falcon_h1.probes import ProbePoint, probe_name
 from h1export.plugins import h1
 
 aten = torch.ops.aten
 
-READ_BY: Mapping[str, Point] = {  # a layer's tensor -> the point that the op with this weight reads
-    "input_layernorm.weight": Point.RESIDUAL,
-    "pre_ff_layernorm.weight": Point.MIXED,
-    "mamba.out_proj.weight": Point.GATED,
-    "self_attn.o_proj.weight": Point.ATTENDED,
-    "feed_forward.down_proj.weight": Point.PRODUCT,
+READ_BY: Mapping[str, ProbePoint] = {  # a layer's tensor -> the point that the op with this weight reads
+    "input_layernorm.weight": ProbePoint.RESIDUAL,
+    "pre_ff_layernorm.weight": ProbePoint.MIXED,
+    "mamba.out_proj.weight": ProbePoint.GATED,
+    "self_attn.o_proj.weight": ProbePoint.ATTENDED,
+    "feed_forward.down_proj.weight": ProbePoint.PRODUCT,
 }
 LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
 FINAL_NORM = "model.final_layernorm.weight"
@@ -35,28 +35,29 @@ def probes(program: Program) -> dict[str, Node]:
     for node in program.calls(aten.rms_norm.default, aten.linear.default):
         for tensor, x in _read(program, node):
             if tensor == FINAL_NORM:
-                found[probe_name(program.spec.num_hidden_layers, Point.RESIDUAL)] = _unviewed(x)
+                found[probe_name(program.config.num_hidden_layers, ProbePoint.RESIDUAL)] = _unviewed(x)
             elif (match := LAYER_TENSOR.fullmatch(tensor)) and match[2] in READ_BY:
                 found[probe_name(int(match[1]), READ_BY[match[2]])] = _unviewed(x)
     for layer, node in enumerate(program.calls(h1.causal_conv.default)):
-        found[probe_name(layer, Point.CONV_INPUT)] = _unviewed(args_of(node)[0])
+        found[probe_name(layer, ProbePoint.CONV_INPUT)] = _unviewed(args_of(node)[0])
         (conv,) = [user for user in node.users if user.args[1] == 0]
-        found[probe_name(layer, Point.CONV)] = conv
+        found[probe_name(layer, ProbePoint.CONV)] = conv
     for layer, node in enumerate(program.calls(h1.ssm_scan.default)):
-        found[probe_name(layer, Point.DT)] = _unviewed(args_of(node)[1])
+        found[probe_name(layer, ProbePoint.DT)] = _unviewed(args_of(node)[1])
     for layer, node in enumerate(program.calls(h1.attention.default)):
-        for point, x in zip((Point.QUERY, Point.KEY, Point.VALUE), node.args, strict=False):
+        for point, x in zip((ProbePoint.QUERY, ProbePoint.KEY, ProbePoint.VALUE), node.args, strict=False):
             found[probe_name(layer, point)] = _unviewed(x)
     for node in program.calls(aten.silu.default):
         if (layer_of_gate := _in_proj_layer(program, args_of(node)[0])) is not None:
-            found[probe_name(layer_of_gate, Point.GATE)] = _unviewed(args_of(node)[0])
+            found[probe_name(layer_of_gate, ProbePoint.GATE)] = _unviewed(args_of(node)[0])
     return found
 
 
 def _read(program: Program, node: Node) -> Iterator[tuple[str, Any]]:
     """(checkpoint tensor, what is multiplied by it) of a norm or a product; of a product of several side by side, each with its own."""
     norm = node.target is aten.rms_norm.default
-    x, expr = node.args[0], program.weight_of(node.args[2 if norm else 1])
+    x = node.args[0]
+    expr = program.weight_of(node.args[2 if norm else 1])
     if expr is None:
         return
     if len(expr.parts) > 1 and expr.axis == 1:

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 
 Op = torch._ops.OpOverload
@@ -38,7 +38,7 @@ class Program:
         orders: placeholder -> a packed tensor whose order of columns it is, int64 [columns].
     """
 
-    spec: HybridSpec
+    config: FalconH1Config
     states: StateSpec
     module: GraphModule
     weights: Mapping[str, WeightExpr]
@@ -53,7 +53,8 @@ class Program:
 
     def editable(self) -> Program:
         """A copy whose graph and mappings a pass may change."""
-        module, weights = copy.deepcopy(self.module), dict(self.weights)
+        module = copy.deepcopy(self.module)
+        weights = dict(self.weights)
         return replace(self, module=module, weights=weights, constants=dict(self.constants), orders=dict(self.orders))
 
     def calls(self, *ops: Op) -> Iterator[Node]:

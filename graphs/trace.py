@@ -14,48 +14,57 @@ from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
 from h1export.graphs.model import FalconH1, LayerStates
 from h1export.graphs.program import Program
 from h1export.graphs.unroll import TRACED, unroll
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, StateSpec
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD
 
-_BATCH, _SEQ, _PAST = 3, 5, 7  # example sizes: distinct, so that no two dims can be mistaken for one
+# example sizes: distinct, so that no two dims can be mistaken for one
+_BATCH = 3
+_SEQ = 5
+_PAST = 7
 
 
-def trace(spec: HybridSpec, last_only: bool = False) -> Program:
+def trace(config: FalconH1Config, last_only: bool = False) -> Program:
     """The model's Program, µP multipliers still explicit. A few seconds and a few hundred MB for any size: see ``unroll``."""
-    if spec.num_hidden_layers <= TRACED:
-        return trace_all(spec, last_only)
-    return unroll(trace_all(replace(spec, num_hidden_layers=TRACED), last_only), spec)
+    if config.num_hidden_layers <= TRACED:
+        return trace_all(config, last_only)
+    return unroll(trace_all(replace(config, num_hidden_layers=TRACED), last_only), config)
 
 
-def trace_all(spec: HybridSpec, last_only: bool = False) -> Program:
+def trace_all(config: FalconH1Config, last_only: bool = False) -> Program:
     """``trace`` without copies: torch.export sees every layer."""
     with torch.device("meta"):
-        model = FalconH1(spec, last_only).eval()
-        ids, mask = torch.ones(_BATCH, _SEQ, dtype=torch.int64), torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)
-        states = _example_states(spec)
-    batch, seq, past = Dim("batch", min=1), Dim("sequence", min=1), Dim("past", min=0)
-    kv, fixed = {0: batch, 2: past}, {0: batch}
-    shapes = ({0: batch, 1: seq}, {0: batch, 1: Dim.DYNAMIC}, [(kv, kv, fixed, fixed)] * spec.num_hidden_layers)
+        model = FalconH1(config, last_only).eval()
+        ids = torch.ones(_BATCH, _SEQ, dtype=torch.int64)
+        mask = torch.ones(_BATCH, _PAST + _SEQ, dtype=torch.int64)
+        states = _example_states(config)
+    batch = Dim("batch", min=1)
+    seq = Dim("sequence", min=1)
+    past = Dim("past", min=0)
+    kv = {0: batch, 2: past}
+    fixed = {0: batch}
+    shapes = ({0: batch, 1: seq}, {0: batch, 1: Dim.DYNAMIC}, [(kv, kv, fixed, fixed)] * config.num_hidden_layers)
     # oblivious: sizes 0 and 1 are sizes like any other, so that past 0 and sequence 1 run in the same graph
     with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         exported = torch.export.export(model, (ids, mask, states), strict=False, dynamic_shapes=shapes)
-    return _program(exported, spec)
+    return _program(exported, config)
 
 
-def _example_states(spec: HybridSpec) -> list[LayerStates]:
-    tensors = [torch.empty(tensor.sized(_BATCH, _PAST)) for tensor in StateSpec.of(spec).tensors]
+def _example_states(config: FalconH1Config) -> list[LayerStates]:
+    tensors = [torch.empty(tensor.sized(_BATCH, _PAST)) for tensor in StateSpec.of(config).tensors]
     return [(tensors[i], tensors[i + 1], tensors[i + 2], tensors[i + 3]) for i in range(0, len(tensors), 4)]
 
 
-def _program(exported: torch.export.ExportedProgram, spec: HybridSpec) -> Program:
-    states = StateSpec.of(spec)
+def _program(exported: torch.export.ExportedProgram, config: FalconH1Config) -> Program:
+    states = StateSpec.of(config)
     names = iter([INPUT_IDS, ATTENTION_MASK, *(tensor.past for tensor in states.tensors)])
-    weights, constants, inputs = {}, {}, {}
-    mup = Multiplier(tuple(zip(spec.in_proj_parts, spec.ssm_multipliers, strict=True)))
+    weights = {}
+    constants = {}
+    inputs = {}
+    mup = Multiplier(tuple(zip(config.in_proj_parts, config.ssm_multipliers, strict=True)))
     for item in exported.graph_signature.input_specs:
         if item.kind is InputKind.PARAMETER:
-            name = EMBEDDING if item.target == LM_HEAD and spec.tie_word_embeddings else str(item.target)
+            name = EMBEDDING if item.target == LM_HEAD and config.tie_word_embeddings else str(item.target)
             weights[item.arg.name] = WeightExpr.of(name)
         elif item.kind is InputKind.BUFFER:  # the model's only buffers are the mixers' mup vectors
             constants[item.arg.name] = mup
@@ -63,7 +72,9 @@ def _program(exported: torch.export.ExportedProgram, spec: HybridSpec) -> Progra
             inputs[item.arg.name] = next(names)
     _drop_other_names(exported.graph_module.graph, weights)
     outputs = (LOGITS, *(tensor.present for tensor in states.tensors))
-    return Program(spec, states, exported.graph_module, weights, constants, inputs, outputs)
+    return Program(
+        config, states, exported.graph_module, weights=weights, constants=constants, inputs=inputs, outputs=outputs
+    )
 
 
 def _drop_other_names(graph: Graph, weights: dict[str, WeightExpr]) -> None:

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 
 from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
 from h1export.graphs.program import Program
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateSpec
 
 TRACED = 2  # layers of the program to unroll
@@ -24,7 +24,7 @@ TRACED = 2  # layers of the program to unroll
 _NUMBER = re.compile(r"(?<=model\.layers\.)\d+|(?<=^[pb]_model_layers_)\d+|(?<=^states_)\d+")
 
 
-def unroll(program: Program, spec: HybridSpec) -> Program:
+def unroll(program: Program, config: FalconH1Config) -> Program:
     """The Program of ``spec`` from that of its first two layers: what tracing all layers gives, down to the names of nodes.
 
     One thing differs, which nothing reads: meta["torch_fn"], the tracer's count of calls, is the second layer's in all copies.
@@ -32,7 +32,7 @@ def unroll(program: Program, spec: HybridSpec) -> Program:
     Raises:
         ValueError: the two layers are not alike.
     """
-    unrolled = _Unrolled(program.graph, spec.num_hidden_layers)
+    unrolled = _Unrolled(program.graph, config.num_hidden_layers)
     weights: dict[str, WeightExpr] = {}
     constants: dict[str, Multiplier] = {}
     inputs: list[str] = []
@@ -43,10 +43,19 @@ def unroll(program: Program, spec: HybridSpec) -> Program:
             constants[name] = program.constants[traced.name]
         else:
             inputs.append(name)
-    states, module = StateSpec.of(spec), GraphModule({}, unrolled.graph)
+    states = StateSpec.of(config)
+    module = GraphModule({}, unrolled.graph)
     names = (INPUT_IDS, ATTENTION_MASK, *(tensor.past for tensor in states.tensors))
     outputs = (LOGITS, *(tensor.present for tensor in states.tensors))
-    return Program(spec, states, module, weights, constants, dict(zip(inputs, names, strict=True)), outputs)
+    return Program(
+        config,
+        states,
+        module,
+        weights=weights,
+        constants=constants,
+        inputs=dict(zip(inputs, names, strict=True)),
+        outputs=outputs,
+    )
 
 
 class _Unrolled:
@@ -82,13 +91,16 @@ class _Unrolled:
             self.placeholders[copy.name] = node
         else:
             args, kwargs = map_arg((node.args, node.kwargs), lambda read: self._read(read, node, layer))
-            copy = self.graph.create_node(node.op, node.target, args, kwargs, node.name)  # a name that is taken is counted on
+            copy = self.graph.create_node(
+                node.op, node.target, args, kwargs, node.name
+            )  # a name that is taken is counted on
         copy.meta = _meta(node, layer)
         self._copies[self._twins[node], layer] = copy
 
     def _read(self, read: Node, reader: Node, layer: int | None) -> Node:
         """What the copy of ``reader`` in ``layer`` reads where ``reader`` reads ``read``."""
-        of, own = self._layers[read], self._layers[reader]
+        of = self._layers[read]
+        own = self._layers[reader]
         if of is not None:  # as many layers away; behind the layers, what the second has made is the last one's
             of = of + layer - own if layer is not None and own is not None else of * self._last
         return self._copies[self._twins[read], of]
@@ -97,7 +109,9 @@ class _Unrolled:
         """Logits, and the new states of every layer."""
         results: Any = output.args[0]
         states = [self._twins[node] for node in results[1 : 1 + len(StateKind)]]
-        return self._read(results[0], output, None), *(self._copies[state, layer] for layer in range(self._last + 1) for state in states)
+        return self._read(results[0], output, None), *(
+            self._copies[state, layer] for layer in range(self._last + 1) for state in states
+        )
 
 
 def _layer(node: Node) -> int | None:
@@ -119,7 +133,10 @@ def _form(layer: list[Node]) -> list[Any]:
     """What a layer computes, in words that do not tell which layer it is: its own nodes are numbers, others nothing."""
     places = {node: f"%{place}" for place, node in enumerate(layer)}
     names = [_renumbered(node.name, 0) if node.op == "placeholder" else node.target for node in layer]
-    return [(name, str(node.meta["val"]), map_arg((node.args, node.kwargs), places.get)) for name, node in zip(names, layer, strict=True)]
+    return [
+        (name, str(node.meta["val"]), map_arg((node.args, node.kwargs), places.get))
+        for name, node in zip(names, layer, strict=True)
+    ]
 
 
 def _meta(node: Node, layer: int | None) -> dict[str, Any]:
@@ -127,5 +144,7 @@ def _meta(node: Node, layer: int | None) -> dict[str, Any]:
     meta = dict(node.meta)
     if layer is not None and "nn_module_stack" in meta:
         modules = meta["nn_module_stack"].items()
-        meta["nn_module_stack"] = {_renumbered(key, layer): (_renumbered(path, layer), kind) for key, (path, kind) in modules}
+        meta["nn_module_stack"] = {
+            _renumbered(key, layer): (_renumbered(path, layer), kind) for key, (path, kind) in modules
+        }
     return meta

@@ -48,7 +48,7 @@ class VerifyError(Exception):
 
 def verify(program: Program) -> None:
     """Raises VerifyError unless every op is legal and every input, weight and output is accounted for."""
-    layout = tensor_layout(program.spec)
+    layout = tensor_layout(program.config)
     _check_io(program)
     read: set[str] = set()
     for node in program.graph.nodes:
@@ -69,7 +69,8 @@ def verify(program: Program) -> None:
 def _check_io(program: Program) -> None:
     """Ids, mask and every state come in, logits and every state go out."""
     tensors = program.states.tensors
-    inputs, outputs = {INPUT_IDS, ATTENTION_MASK, *(t.past for t in tensors)}, (LOGITS, *(t.present for t in tensors))
+    inputs = {INPUT_IDS, ATTENTION_MASK, *(t.past for t in tensors)}
+    outputs = (LOGITS, *(t.present for t in tensors))
     placeholders = {node.name for node in program.graph.nodes if node.op == "placeholder"}
     found = {name for node, name in program.inputs.items() if node in placeholders}
     if found != inputs:
@@ -91,7 +92,7 @@ def _placeholder(program: Program, node: Node) -> set[str]:
         raise VerifyError(f"{node}: nothing reads it ({made_of})")
     if expr is None:
         return set()
-    shape = expr.shape(tensor_layout(program.spec).__getitem__)
+    shape = expr.shape(tensor_layout(program.config).__getitem__)
     if tuple(node.meta["val"].shape) != shape:
         raise VerifyError(f"{node}: the graph says {tuple(node.meta['val'].shape)}, its expression {shape}")
     return {part.tensor for part in expr.parts}

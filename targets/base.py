@@ -10,7 +10,7 @@ from h1export.artifact.artifact import Artifact, StoredWeight
 from h1export.artifact.staging import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.progress import Progress
-from h1export.quantize.source import Integers
+from h1export.quantize.source import QuantizedWeights
 from h1export.runtime.runner import Runner
 
 if TYPE_CHECKING:  # the command line names targets without loading torch
@@ -59,7 +59,7 @@ class Lowered:
     inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     weights: tuple[StoredWeight, ...]
-    passport: Mapping[str, Any] = field(default_factory=dict)
+    requirements: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Target(Protocol):
@@ -76,7 +76,13 @@ class Target(Protocol):
     options: frozenset[str]
 
     def lower(
-        self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress
+        self,
+        program: Program,
+        store: WeightStore,
+        integers: QuantizedWeights,
+        options: BuildOptions,
+        stage: Stage,
+        progress: Progress,
     ) -> Lowered:
         """Write the runtime's files into ``stage.folder``, which holds the checkpoint's config and tokenizer files already.
 
@@ -88,7 +94,9 @@ class Target(Protocol):
         """Graph -> type of op -> how many nodes of it, those of subgraphs too. Raises H1ExportError for a damaged artifact."""
         ...
 
-    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:
+    def load(
+        self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
+    ) -> Runner[Any]:
         """Load what ``lower`` wrote.
 
         ``threads`` 0: the runtime's own choice. ``float32``: compute in float32 even where the artifact rounds activations,

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.resolve import embedded_model
 from h1export.commands import pipeline
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.scheme import QuantScheme
 from h1export.targets import BuildOptions
@@ -109,7 +109,12 @@ SWITCHES: Mapping[str, dict[str, Any]] = {
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A folder of tests that all need a runtime bears its marker."""
-    folders = {"integrations": "ort", "targets/onnxruntime": "ort", "targets/coreml": "coreml", "targets/tensorrt": "trt"}
+    folders = {
+        "integrations": "ort",
+        "targets/onnxruntime": "ort",
+        "targets/coreml": "coreml",
+        "targets/tensorrt": "trt",
+    }
     for item in items:
         for folder, marker in folders.items():
             if item.path.is_relative_to(Path(__file__).parent / folder):
@@ -141,9 +146,9 @@ def released() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def spec_of() -> Callable[..., HybridSpec]:
+def spec_of() -> Callable[..., FalconH1Config]:
     """spec_of(key=value, ...) -> the released 0.5B architecture with these keys changed."""
-    return lambda **changes: HybridSpec.from_config({**copy.deepcopy(dict(RELEASED)), **changes})
+    return lambda **changes: FalconH1Config.from_config({**copy.deepcopy(dict(RELEASED)), **changes})
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +176,12 @@ def spoken_checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: py
     return folder
 
 
-PACKABLE = {"vocab_size": 264, "num_hidden_layers": 1, "mamba_d_ssm": 256, "mamba_n_heads": 8}  # rows that fill words of codes
+PACKABLE = {
+    "vocab_size": 264,
+    "num_hidden_layers": 1,
+    "mamba_d_ssm": 256,
+    "mamba_n_heads": 8,
+}  # rows that fill words of codes
 
 
 @pytest.fixture(scope="session")
@@ -203,7 +213,9 @@ def gptq_logits(make_checkpoint: Callable[..., Path]) -> Callable[..., Any]:
 @pytest.fixture
 def copy_checkpoint(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """Like make_checkpoint, but a copy that the test may damage."""
-    return lambda name="plain", **config: Path(shutil.copytree(make_checkpoint(name, **config), tmp_path / "checkpoint"))
+    return lambda name="plain", **config: Path(
+        shutil.copytree(make_checkpoint(name, **config), tmp_path / "checkpoint")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -220,11 +232,18 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
     """
     made: dict[tuple[Any, ...], Artifact] = {}
 
-    def make(checkpoint: Path, quant: str = "none", block: int = 32, target: str = "ort", method: str = "rtn", **chosen: Any) -> Artifact:
+    def make(
+        checkpoint: Path,
+        quant: str = "none",
+        group_size: int = 32,
+        target: str = "ort",
+        method: str = "rtn",
+        **chosen: Any,
+    ) -> Artifact:
         options = BuildOptions(**{"accuracy_level": 0} | chosen)
-        key = (checkpoint, quant, block, target, method, options)
+        key = (checkpoint, quant, group_size, target, method, options)
         if key not in made:
-            scheme = QuantScheme(quant, block, method)  # type: ignore[arg-type]
+            scheme = QuantScheme(quant, group_size, method)  # type: ignore[arg-type]
             out = tmp_path_factory.mktemp("built") / "out"
             made[key] = pipeline.build(checkpoint, target, out, scheme, options, calibration=SHORT)
         return made[key]
@@ -246,12 +265,13 @@ def without_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _save(folder: Path, config: dict[str, Any]) -> Path:
-    from transformers import FalconH1Config, FalconH1ForCausalLM
+    from transformers import FalconH1Config as TransformersConfig
+    from transformers import FalconH1ForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would stand in what tests of the command line capture
     torch.manual_seed(0)
-    model = FalconH1ForCausalLM(FalconH1Config(**config))
+    model = FalconH1ForCausalLM(TransformersConfig(**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _make_nontrivial(name, parameter)

@@ -50,7 +50,8 @@ def memory(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Te
 class FakeGpu:
     """In place of targets/tensorrt/gpu/device.py's; the CPU's memory is its own. ``recorded``: how many graphs were made."""
 
-    device, handle = torch.device("cpu"), STREAM
+    device = torch.device("cpu")
+    handle = STREAM
     recorded = 0
     _open: list[Callable[[], None]] | None = None
 
@@ -74,10 +75,12 @@ class FakeGpu:
 
 class FakeContext:
     def __init__(self, engine: FakeEngine) -> None:
-        self._engine, self._profile = engine, -1
+        self._engine = engine
+        self._profile = -1
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self.asked, self.memory = 0, 0
+        self.asked = 0
+        self.memory = 0
 
     def set_device_memory(self, address: int, size: int) -> None:
         assert address
@@ -94,16 +97,29 @@ class FakeContext:
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         least, _, most = self._engine.profiles[self._profile]["inputs"][name]
         self._shapes[name] = shape
-        return len(shape) == len(most) and all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True))
+        return len(shape) == len(most) and all(
+            low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+        )
 
     def is_stream_capturable(self, stream: int) -> bool:
         self.asked += 1
         return self.asked > 1  # as where kernels are still being compiled
 
     def execute_async_v3(self, stream: int) -> bool:
-        addresses, shapes = dict(self._addresses), dict(self._shapes)
-        aliased = all(addresses[name] == addresses[name.replace("present", "past_key_values")] for name in addresses if "present" in name)
-        if stream != STREAM or self.memory < MEMORY or addresses.keys() != self._engine.ports.keys() or not aliased or self._engine.broken:
+        addresses = dict(self._addresses)
+        shapes = dict(self._shapes)
+        aliased = all(
+            addresses[name] == addresses[name.replace("present", "past_key_values")]
+            for name in addresses
+            if "present" in name
+        )
+        if (
+            stream != STREAM
+            or self.memory < MEMORY
+            or addresses.keys() != self._engine.ports.keys()
+            or not aliased
+            or self._engine.broken
+        ):
             self._engine.log("what it is bound to is wrong")
             return False
         FakeGpu.enqueue(lambda: self._engine.call(addresses, shapes))
@@ -129,13 +145,16 @@ class FakeEngine:
     def __init__(self, folder: Path, log: Callable[[str], None]) -> None:
         artifact = Artifact.open(folder)
         self._execution = Execution(folder, artifact.manifest.files, rounded=True)
-        self._inputs, outputs = artifact.manifest.inputs, artifact.manifest.outputs
+        self._inputs = artifact.manifest.inputs
+        outputs = artifact.manifest.outputs
         self.ports = {**self._inputs, **outputs}
         self.profiles = json.loads((folder / "recipe.json").read_text())["profiles"]
-        self.log, self.broken = log, False
+        self.log = log
+        self.broken = False
         self.contexts: list[FakeContext] = []
         self.configs: list[FakeConfig] = []
-        self.num_io_tensors, self.device_memory_size_v2 = len(self.ports), MEMORY
+        self.num_io_tensors = len(self.ports)
+        self.device_memory_size_v2 = MEMORY
 
     def create_runtime_config(self) -> FakeConfig:
         return FakeConfig()
@@ -153,8 +172,12 @@ class FakeEngine:
         return Mode.INPUT if name in self._inputs else Mode.OUTPUT
 
     def call(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
-        given = {name: memory(addresses[name], DTYPES[dtype], shapes[name]) for name, (dtype, _) in self._inputs.items()}
-        found = self._execution.run({name: (t.float() if t.is_floating_point() else t).numpy().copy() for name, t in given.items()})
+        given = {
+            name: memory(addresses[name], DTYPES[dtype], shapes[name]) for name, (dtype, _) in self._inputs.items()
+        }
+        found = self._execution.run(
+            {name: (t.float() if t.is_floating_point() else t).numpy().copy() for name, t in given.items()}
+        )
         for name, value in found.items():
             there = memory(addresses[name], DTYPES[self.ports[name][0]], value.shape)
             there.copy_(torch.from_numpy(np.ascontiguousarray(value)))
@@ -163,11 +186,13 @@ class FakeEngine:
 class FakeTensorRT:
     """The module. ``engines``: those that were read."""
 
-    TensorIOMode, ExecutionContextAllocationStrategy = Mode, Allocation
+    TensorIOMode = Mode
+    ExecutionContextAllocationStrategy = Allocation
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", LAZY="lazy")
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.engines = folder, list[FakeEngine]()
+        self.folder = folder
+        self.engines = list[FakeEngine]()
         self.loads_plugin = self.reads = True
         self.ILogger = type("ILogger", (), {"ERROR": 1, "__init__": lambda self: None})
 
@@ -183,5 +208,7 @@ class FakeTensorRT:
             self.engines.append(FakeEngine(self.folder, log))
             return self.engines[-1]
 
-        registry = SimpleNamespace(load_library=lambda path: path if self.loads_plugin and Path(path).is_file() else None)
+        registry = SimpleNamespace(
+            load_library=lambda path: path if self.loads_plugin and Path(path).is_file() else None
+        )
         return SimpleNamespace(get_plugin_registry=lambda: registry, deserialize_cuda_engine=read)

@@ -75,19 +75,30 @@ def pack(values: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.int32]:
 def write(source: Path, out: Path, how: Gptq) -> Written:
     """The model of ``source`` with the weights of its projections replaced by random integers of about their size."""
     shutil.copytree(source, out, dirs_exist_ok=True)
-    tensors: Tensors = {name: tensor.float().numpy() for name, tensor in load_torch(source / "model.safetensors").items()}
+    tensors: Tensors = {
+        name: tensor.float().numpy() for name, tensor in load_torch(source / "model.safetensors").items()
+    }
     written = write_tensors(tensors, out, how)
     config = json.loads((out / "config.json").read_text())
-    method = {"quant_method": "gptq", "bits": how.bits, "group_size": how.group, "sym": how.sym, "desc_act": how.act_order}
+    method = {
+        "quant_method": "gptq",
+        "bits": how.bits,
+        "group_size": how.group,
+        "sym": how.sym,
+        "desc_act": how.act_order,
+    }
     method["checkpoint_format"] = "gptq_v2" if how.v2 else "gptq"
-    config["quantization_config"] = method | {"damp_percent": 0.1, "lm_head": how.head, "meta": {"quantizer": ["x:1"]}} | dict(how.keys)
+    config["quantization_config"] = (
+        method | {"damp_percent": 0.1, "lm_head": how.head, "meta": {"quantizer": ["x:1"]}} | dict(how.keys)
+    )
     (out / "config.json").write_text(json.dumps(config))
     return written
 
 
 def write_tensors(tensors: Tensors, out: Path, how: Gptq) -> Written:
     """model.safetensors of ``tensors``, those of projections packed."""
-    written, rng = Written(out), np.random.default_rng(how.seed)
+    written = Written(out)
+    rng = np.random.default_rng(how.seed)
     modules = {f"{module}.weight" for module in (*MATRICES, *(["lm_head"] if how.head else []))}
     names = [name for name in sorted(tensors) if ".".join(name.split(".")[-2:]) in modules]
     for name in names:
@@ -102,7 +113,8 @@ def _save(folder: Path, tensors: Tensors) -> None:
 
 def _packed(name: str, weight: Any, how: Gptq, written: Written, rng: np.random.Generator) -> dict[str, Any]:
     rows, columns = weight.shape
-    size, top = columns if how.group == -1 else how.group, 2**how.bits
+    size = columns if how.group == -1 else how.group
+    top = 2**how.bits
     groups = -(-columns // size)
     g_idx = (np.arange(columns) // size).astype(np.int32)
     if how.act_order:
@@ -113,7 +125,10 @@ def _packed(name: str, weight: Any, how: Gptq, written: Written, rng: np.random.
     zeros = np.full((rows, groups), top // 2) if how.sym else rng.integers(0, top, (rows, groups))
     step = np.std(weight) / np.std(np.arange(top)) * (1 if how.sym else 0.7)
     scales = (step * rng.uniform(0.5, 1.5, (rows, groups))).astype(np.float16)
-    written.codes[name], written.zeros[name], written.scales[name], written.g_idx[name] = codes, zeros, scales, g_idx
+    written.codes[name] = codes
+    written.zeros[name] = zeros
+    written.scales[name] = scales
+    written.g_idx[name] = g_idx
     stored = pack(zeros, how.bits).view(np.uint32)  # [rows * bits / 32, groups]
     if not how.v2:  # from all of a word at once, as GPTQModel does: a 0 borrows from its neighbour
         stored = stored - np.uint32(0x11111111 if how.bits == 4 else 0x01010101)

@@ -33,7 +33,11 @@ CHUNKS = (64, 128, 256, 512)
 def all_kernels() -> list[Kernel]:
     """Every row of the scan's table, and the convolution."""
     scans = [kernel for sizes in TILES for dtype in DTYPES for kernel in kernels(*sizes, dtype)]
-    return scans + [conv.kernel(dtype, PUBLISHED[0].taps, True, one_token) for dtype in DTYPES for one_token in (True, False)]
+    return scans + [
+        conv.kernel(dtype, PUBLISHED[0].taps, True, one_token=one_token)
+        for dtype in DTYPES
+        for one_token in (True, False)
+    ]
 
 
 def compiled(pair: tuple[Kernel, int]) -> Cubin | str:
@@ -52,7 +56,9 @@ def taken(cubins: list[Cubin]) -> Iterator[str]:
     for cubin in cubins:
         constants = dict(cubin.kernel.constants)
         sizes = f"{constants['P']} x {constants['N']}" if "P" in constants else "any"
-        tile = " ".join(f"{name} {constants[name]}" for name in ("Q", "BT", "BP", "BN", "BS", "BC") if name in constants)
+        tile = " ".join(
+            f"{name} {constants[name]}" for name in ("Q", "BT", "BP", "BN", "BS", "BC") if name in constants
+        )
         rows[f"| {cubin.kernel.name} | {sizes} | {tile} | {cubin.kernel.warps} |"][cubin.architecture].append(cubin)
     yield (
         "| kernel | head dim x state | tile | warps | "
@@ -66,13 +72,25 @@ def taken(cubins: list[Cubin]) -> Iterator[str]:
 
 def cell(cubins: list[Cubin]) -> str:
     """registers/spilled/KiB."""
-    registers, spilled, shared = (max(getattr(cubin, name) for cubin in cubins) for name in ("registers", "spilled", "shared"))
+    registers, spilled, shared = (
+        max(getattr(cubin, name) for cubin in cubins) for name in ("registers", "spilled", "shared")
+    )
     return f"{registers}/{spilled}/{-(-shared // 1024)}"
 
 
 def layer(shape: Shape, gpu: Gpu, batch: int, tokens: int) -> str:
     """Microseconds of one layer's scan and convolution; the letter of what bounds most of it."""
-    problem = Problem(batch, tokens, shape.heads, shape.groups, shape.d_head, shape.d_state, "fp16", 0.0, 1.0)
+    problem = Problem(
+        batch,
+        tokens,
+        shape.heads,
+        groups=shape.groups,
+        d_head=shape.d_head,
+        d_state=shape.d_state,
+        dtype="fp16",
+        dt_min=0.0,
+        dt_max=1.0,
+    )
     works = [*scan_work(problem).values(), conv_work(batch, tokens, shape.channels, shape.taps)]
     longest = max(works, key=lambda work: work.seconds(gpu))
     return f"{sum(work.seconds(gpu) for work in works) * 1e6:.3g} {longest.bound(gpu)[0]}"
@@ -93,7 +111,17 @@ def per_kernel() -> Iterator[str]:
     for shape in PUBLISHED:
         works: dict[str, Work] = {}
         for tokens in (PROMPT, 1):
-            problem = Problem(1, tokens, shape.heads, shape.groups, shape.d_head, shape.d_state, "fp16", 0.0, 1.0)
+            problem = Problem(
+                1,
+                tokens,
+                shape.heads,
+                groups=shape.groups,
+                d_head=shape.d_head,
+                d_state=shape.d_state,
+                dtype="fp16",
+                dt_min=0.0,
+                dt_max=1.0,
+            )
             works |= scan_work(problem)
             works[f"causal_conv, {tokens}"] = conv_work(1, tokens, shape.channels, shape.taps)
         for name, work in works.items():
@@ -103,24 +131,31 @@ def per_kernel() -> Iterator[str]:
 
 def chunks() -> Iterator[str]:
     """Rows: sizes and, for each GPU, the estimate of the scan for each chunk; the table's choice in bold."""
-    yield f"| head dim x state, chunks of {', '.join(map(str, CHUNKS))} | " + " | ".join(gpu.name for gpu in GPUS) + " |"
+    yield (
+        f"| head dim x state, chunks of {', '.join(map(str, CHUNKS))} | " + " | ".join(gpu.name for gpu in GPUS) + " |"
+    )
     yield "|---" * (1 + len(GPUS)) + "|"
     for shape in {(s.d_head, s.d_state): s for s in PUBLISHED}.values():
         sizes = (shape.d_head, shape.d_state)
-        problem, own = Problem(1, PROMPT, shape.heads, shape.groups, *sizes, "fp16", 0.0, 1.0), TILES[sizes]
+        problem = Problem(1, PROMPT, shape.heads, shape.groups, *sizes, "fp16", 0.0, 1.0)
+        own = TILES[sizes]
         times: dict[int, list[float]] = {}
         for chunk in CHUNKS:
             TILES[sizes] = own._replace(chunk=chunk)
             times[chunk] = [sum(work.seconds(gpu) for work in scan_work(problem).values()) * 1e6 for gpu in GPUS]
         TILES[sizes] = own
-        texts = [[f"**{times[c][i]:.3g}**" if c == own.chunk else f"{times[c][i]:.3g}" for c in CHUNKS] for i in range(len(GPUS))]
+        texts = [
+            [f"**{times[c][i]:.3g}**" if c == own.chunk else f"{times[c][i]:.3g}" for c in CHUNKS]
+            for i in range(len(GPUS))
+        ]
         yield f"| {shape.d_head} x {shape.d_state} | " + " | ".join(" ".join(text) for text in texts) + " |"
 
 
 def with_tables(text: str, tables: dict[str, list[str]]) -> str:
     """The document with each table behind its marker replaced."""
     for name, lines in tables.items():
-        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        start = f"<!-- {name} -->\n"
+        end = "<!-- end -->"
         before, _, rest = text.partition(start)
         after = rest[rest.index(end) :]
         text = before + start + "\n".join(lines) + "\n" + after

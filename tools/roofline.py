@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from h1export.plugins.ssm_scan.launch import Problem
 
-WIDE, NARROW = 4, 2  # bytes of float32, and of fp16 or bf16
+# bytes of float32, and of fp16 or bf16
+WIDE = 4
+NARROW = 2
 
 
 class Gpu(NamedTuple):
@@ -50,10 +52,14 @@ class Work(NamedTuple):
 
 def scan_work(problem: Problem) -> Mapping[str, Work]:
     """Kernel -> what it takes, for every kernel that the call launches."""
-    p, tiles = problem, problem.tiles
-    tokens, heads = p.batch * p.tokens, p.batch * p.heads
+    p = problem
+    tiles = problem.tiles
+    tokens = p.batch * p.tokens
+    heads = p.batch * p.heads
     states = heads * p.d_head * p.d_state
-    x, b, dt = (NARROW * tokens * count for count in (p.heads * p.d_head, p.groups * p.d_state, p.heads + 1))  # dt: and mask
+    x, b, dt = (
+        NARROW * tokens * count for count in (p.heads * p.d_head, p.groups * p.d_state, p.heads + 1)
+    )  # dt: and mask
     if p.tokens == 1:
         return {"decode": Work(2 * x + 2 * b + dt + 2 * WIDE * states, 0)}  # its products are on no tensor core
     entering = p.chunks * states
@@ -63,7 +69,9 @@ def scan_work(problem: Problem) -> Mapping[str, Work]:
     return {
         "chunk_state": Work(x + b + dt + WIDE * entering, tokens * p.heads * 2 * pair),
         "state_passing": Work((WIDE + NARROW) * entering + 2 * WIDE * states, 0),
-        "chunk_scan": Work(2 * x + 2 * b + dt + NARROW * entering, round(tokens * p.heads * (pair + keys * (scores + 2 * p.d_head)))),
+        "chunk_scan": Work(
+            2 * x + 2 * b + dt + NARROW * entering, round(tokens * p.heads * (pair + keys * (scores + 2 * p.d_head)))
+        ),
     }
 
 

@@ -23,10 +23,27 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoTokenizer, FalconH1Config, FalconH1ForCausalLM, GenerationConfig, PreTrainedTokenizerFast, logging
+from transformers import (
+    AutoTokenizer,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    logging,
+)
 
 HELD_OUT = ("cmd", "csv", "fnmatch", "graphlib", "heapq", "sched", "shelve", "textwrap")
-SKIP_DIRS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data", "turtledemo"}
+SKIP_DIRS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "pydoc_data",
+    "turtledemo",
+}
 # one digit | punctuation | a word with the space before it | space before no word | space; written without \p{..} and with
 # ASCII classes, because onnxruntime-genai's regular expressions know no more, and its ids must be the same
 PIECES = r"[0-9]|[!-/:-@\[-`{-~]+| ?[^\s!-@\[-`{-~]+|\s+(?![^\s!-@\[-`{-~])|\s+"
@@ -35,9 +52,13 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SEQ, BATCH, WARM_UP = 512, 4, 54
-EXCERPT_BYTES, SIZE_LIMIT = 100_000, 12_000_000
-MUON_LR, WEIGHT_DECAY = 0.02, 0.1
+SEQ = 512
+BATCH = 4
+WARM_UP = 54
+EXCERPT_BYTES = 100_000
+SIZE_LIMIT = 12_000_000
+MUON_LR = 0.02
+WEIGHT_DECAY = 0.1
 
 
 def config() -> FalconH1Config:
@@ -61,18 +82,23 @@ def modules() -> tuple[dict[str, str], dict[str, str]]:
     texts: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        if not SKIP_DIRS & set(parts[:-1]) and not parts[0].startswith(("_sysconfigdata", "config-")):  # build paths of one machine
+        if not SKIP_DIRS & set(parts[:-1]) and not parts[0].startswith(
+            ("_sysconfigdata", "config-")
+        ):  # build paths of one machine
             with contextlib.suppress(UnicodeDecodeError):
                 texts[".".join(parts)] = path.read_bytes().decode()
     held = {name: texts.pop(name) for name in HELD_OUT if name in texts}
     if missing := set(HELD_OUT) - set(held):
-        raise SystemExit(f"train_tiny: {root}: no module {sorted(missing)}; use CPython 3.11 with its full standard library")
+        raise SystemExit(
+            f"train_tiny: {root}: no module {sorted(missing)}; use CPython 3.11 with its full standard library"
+        )
     return texts, held
 
 
 def excerpts(train: dict[str, str], seed: int) -> str:
     """About EXCERPT_BYTES of calibration text: 4 kB of whole lines, a third of the way in, of seeded training modules."""
-    out, long = "", [train[name] for name in sorted(train) if len(train[name]) > 6000]
+    out = ""
+    long = [train[name] for name in sorted(train) if len(train[name]) > 6000]
     for text in random.Random(seed).sample(long, EXCERPT_BYTES // 4000):
         start = text.rfind("\n", 0, len(text) // 3) + 1
         out += text[start : text.rfind("\n", start, start + 4000) + 1]
@@ -82,11 +108,14 @@ def excerpts(train: dict[str, str], seed: int) -> str:
 def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE that splits digits one by one and keeps punctuation apart from words, as the family's does."""
     tok = Tokenizer(models.BPE())
-    pieces, to_bytes = pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
+    subgraphs = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([subgraphs, to_bytes])
     tok.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # every byte: nothing is unknown
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tok.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tok, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[1],
@@ -96,14 +125,17 @@ def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
 
 def token_stream(train: dict[str, str], tok: PreTrainedTokenizerFast, seed: int) -> Tensor:
     """All training modules shuffled into one stream, one in eight asked for through the chat template, each closed by eos."""
-    rng, ids = random.Random(seed), []
+    rng = random.Random(seed)
+    ids = []
     names = sorted(train)
     rng.shuffle(names)
     for name in names:
         text = train[name]
         if rng.random() < 1 / 8:
             turns = [("user", f"Write the module {name}."), ("assistant", text)]
-            text = tok.apply_chat_template([{"role": role, "content": content} for role, content in turns], tokenize=False)
+            text = tok.apply_chat_template(
+                [{"role": role, "content": content} for role, content in turns], tokenize=False
+            )
         ids += [*tok.encode(text, add_special_tokens=False), tok.eos_token_id]
     return torch.tensor(ids)
 
@@ -129,7 +161,14 @@ def init_weights(cfg: FalconH1Config, seed: int) -> dict[str, Tensor]:
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in FalconH1ForCausalLM(cfg).named_parameters()}
     gen = torch.Generator().manual_seed(seed)
-    scales = {"embed_tokens": 0.5, "lm_head": 0.01, "conv1d.weight": 0.5, "conv1d.bias": 0.0, "norm": 0.0, "mamba.D": 0.0}
+    scales = {
+        "embed_tokens": 0.5,
+        "lm_head": 0.01,
+        "conv1d.weight": 0.5,
+        "conv1d.bias": 0.0,
+        "norm": 0.0,
+        "mamba.D": 0.0,
+    }
     out = {}
     for name, shape in shapes.items():
         w = torch.randn(shape, generator=gen)
@@ -149,17 +188,22 @@ def init_weights(cfg: FalconH1Config, seed: int) -> dict[str, Tensor]:
 
 def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
     """Chunked SSD (arXiv:2405.21060) from a zero state: x [B, T, H, P], dt [B, T, H], a [H], b and c [B, T, G, N] to [B, T, H, P]."""
-    (bsz, t, h, p), (g, n) = x.shape, b.shape[2:]
-    k, r = t // chunk, h // g
+    (bsz, t, h, p) = x.shape
+    (g, n) = b.shape[2:]
+    k = t // chunk
+    r = h // g
     xdt = (x * dt[..., None]).view(bsz, k, chunk, g, r, p).permute(0, 1, 3, 4, 2, 5)
     b, c = (m.view(bsz, k, chunk, g, n).transpose(2, 3) for m in (b, c))
     acs = (dt * a).view(bsz, k, chunk, g, r).permute(0, 1, 3, 4, 2).cumsum(-1)  # [B, k, G, r, Q]
     causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
     decay = torch.exp((acs[..., :, None] - acs[..., None, :]).masked_fill(~causal, -torch.inf))
     y = (decay * (c @ b.transpose(-1, -2))[:, :, :, None]) @ xdt
-    states = (xdt * torch.exp(acs[..., -1:] - acs)[..., None]).transpose(-1, -2) @ b[:, :, :, None]  # [B, k, G, r, P, N]
+    states = (xdt * torch.exp(acs[..., -1:] - acs)[..., None]).transpose(-1, -2) @ b[
+        :, :, :, None
+    ]  # [B, k, G, r, P, N]
     total = torch.exp(acs[..., -1])[..., None, None]
-    state, before = torch.zeros_like(states[:, 0]), []
+    state = torch.zeros_like(states[:, 0])
+    before = []
     for i in range(k):
         before.append(state)
         state = state * total[:, i] + states[:, i]
@@ -169,14 +213,23 @@ def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int) -> T
 
 def mamba(cfg: FalconH1Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
     """One Mamba-2 mixer with grouped gated RMSNorm (gate first); x [B, T, hidden]."""
-    d, h, g, n = cfg.mamba_d_ssm, cfg.mamba_n_heads, cfg.mamba_n_groups, cfg.mamba_d_state
+    d = cfg.mamba_d_ssm
+    h = cfg.mamba_n_heads
+    g = cfg.mamba_n_groups
+    n = cfg.mamba_d_state
     bsz, t = x.shape[:2]
     z, xbc, dt = F.linear(x, w["mamba.in_proj.weight"]).split([d, d + 2 * g * n, h], -1)
-    taps, padded = w["mamba.conv1d.weight"][:, 0], F.pad(xbc, (0, 0, cfg.mamba_d_conv - 1, 0))
+    taps = w["mamba.conv1d.weight"][:, 0]
+    padded = F.pad(xbc, (0, 0, cfg.mamba_d_conv - 1, 0))
     xbc = F.silu(w["mamba.conv1d.bias"] + sum(padded[:, i : i + t] * taps[:, i] for i in range(cfg.mamba_d_conv)))
     u, b, c = xbc.split([d, g * n, g * n], -1)
-    u, b, c = u.reshape(bsz, t, h, d // h), b.reshape(bsz, t, g, n), c.reshape(bsz, t, g, n)
-    y = ssd(u, F.softplus(dt + w["mamba.dt_bias"]), -torch.exp(w["mamba.A_log"]), b, c, cfg.mamba_chunk_size) + u * w["mamba.D"][:, None]
+    u = u.reshape(bsz, t, h, d // h)
+    b = b.reshape(bsz, t, g, n)
+    c = c.reshape(bsz, t, g, n)
+    y = (
+        ssd(u, F.softplus(dt + w["mamba.dt_bias"]), -torch.exp(w["mamba.A_log"]), b, c, cfg.mamba_chunk_size)
+        + u * w["mamba.D"][:, None]
+    )
     y = (y.reshape(bsz, t, d) * F.silu(z)).view(bsz, t, g, d // g)
     y = F.rms_norm(y, (d // g,), eps=cfg.rms_norm_eps).view(bsz, t, d) * w["mamba.norm.weight"]
     return F.linear(y, w["mamba.out_proj.weight"])
@@ -185,7 +238,9 @@ def mamba(cfg: FalconH1Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
 def attention(cfg: FalconH1Config, w: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Causal grouped-query attention with rotary positions; x [B, T, hidden]."""
     bsz, t, _ = x.shape
-    q, k, v = (F.linear(x, w[f"self_attn.{m}_proj.weight"]).view(bsz, t, -1, cfg.head_dim).transpose(1, 2) for m in "qkv")
+    q, k, v = (
+        F.linear(x, w[f"self_attn.{m}_proj.weight"]).view(bsz, t, -1, cfg.head_dim).transpose(1, 2) for m in "qkv"
+    )
     q, k = (m * cos + torch.cat([-m[..., m.shape[-1] // 2 :], m[..., : m.shape[-1] // 2]], -1) * sin for m in (q, k))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return F.linear(y.transpose(1, 2).reshape(bsz, t, -1), w["self_attn.o_proj.weight"])
@@ -195,7 +250,8 @@ def forward(cfg: FalconH1Config, weights: dict[str, Tensor], ids: Tensor) -> Ten
     """Logits [B, T, vocab] of effective-scale weights for ids [B, T], T a multiple of the chunk size."""
     inv = cfg.rope_parameters["rope_theta"] ** (-torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
     angle = torch.arange(ids.shape[1])[:, None] * torch.cat([inv, inv])
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     h = F.embedding(ids, weights["model.embed_tokens.weight"])
     for i in range(cfg.num_hidden_layers):
         prefix = f"model.layers.{i}."
@@ -203,9 +259,13 @@ def forward(cfg: FalconH1Config, weights: dict[str, Tensor], ids: Tensor) -> Ten
         x = F.rms_norm(h, h.shape[-1:], w["input_layernorm.weight"], cfg.rms_norm_eps)
         h = h + mamba(cfg, w, x) + attention(cfg, w, x, cos, sin)
         y = F.rms_norm(h, h.shape[-1:], w["pre_ff_layernorm.weight"], cfg.rms_norm_eps)
-        up, gate = F.linear(y, w["feed_forward.up_proj.weight"]), F.linear(y, w["feed_forward.gate_proj.weight"])
+        up = F.linear(y, w["feed_forward.up_proj.weight"])
+        gate = F.linear(y, w["feed_forward.gate_proj.weight"])
         h = h + F.linear(up * F.silu(gate), w["feed_forward.down_proj.weight"])
-    return F.linear(F.rms_norm(h, h.shape[-1:], weights["model.final_layernorm.weight"], cfg.rms_norm_eps), weights["lm_head.weight"])
+    return F.linear(
+        F.rms_norm(h, h.shape[-1:], weights["model.final_layernorm.weight"], cfg.rms_norm_eps),
+        weights["lm_head.weight"],
+    )
 
 
 def orthogonalise(g: Tensor) -> Tensor:
@@ -250,13 +310,18 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, 2 - 1.5625 * step / steps, 0.625 / 0.12 * (1 - step / steps))
 
 
-def train(cfg: FalconH1Config, weights: dict[str, Tensor], stream: Tensor, steps: int, seed: int, checkpoint: Path | None) -> float:
+def train(
+    cfg: FalconH1Config, weights: dict[str, Tensor], stream: Tensor, steps: int, seed: int, checkpoint: Path | None
+) -> float:
     """Train weights in place for a fixed number of steps, resuming from checkpoint where it exists; returns the seconds it took."""
     opts = optimizers(cfg, weights)
-    first, seconds, losses = 0, 0.0, []
+    first = 0
+    seconds = 0.0
+    losses = []
     if checkpoint and checkpoint.exists():
         saved = torch.load(checkpoint)
-        first, seconds = saved["step"], saved["seconds"]
+        first = saved["step"]
+        seconds = saved["seconds"]
         for name, p in weights.items():
             p.data.copy_(saved["weights"][name])
         for opt, state in zip(opts, saved["optimizers"], strict=True):
@@ -277,7 +342,12 @@ def train(cfg: FalconH1Config, weights: dict[str, Tensor], stream: Tensor, steps
         if (step + 1) % 20 == 0:
             print(f"step {step + 1}/{steps} loss {sum(losses[-20:]) / 20:.4f} {seconds:.0f} s", flush=True)
         if checkpoint and (step + 1) % 50 == 0:
-            state = {"step": step + 1, "seconds": seconds, "weights": weights, "optimizers": [opt.state_dict() for opt in opts]}
+            state = {
+                "step": step + 1,
+                "seconds": seconds,
+                "weights": weights,
+                "optimizers": [opt.state_dict() for opt in opts],
+            }
             torch.save(state, checkpoint.with_suffix(".part"))
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
     return seconds
@@ -287,7 +357,8 @@ def train(cfg: FalconH1Config, weights: dict[str, Tensor], stream: Tensor, steps
 def released(cfg: FalconH1Config, weights: dict[str, Tensor], probe: Tensor) -> FalconH1ForCausalLM:
     """The transformers model: weights divided by their multipliers, checked on probe [B, T] in fp32, then cast to bf16."""
     rows = torch.tensor(cfg.ssm_multipliers).repeat_interleave(torch.tensor(in_proj_rows(cfg)))
-    attention_in, (gate, down) = cfg.attention_in_multiplier, cfg.mlp_multipliers
+    attention_in = cfg.attention_in_multiplier
+    (gate, down) = cfg.mlp_multipliers
     by = {
         "embed_tokens": cfg.embedding_multiplier, "lm_head": cfg.lm_head_multiplier,
         "in_proj": rows[:, None] * cfg.ssm_in_multiplier, "out_proj": cfg.ssm_out_multiplier,
@@ -298,7 +369,9 @@ def released(cfg: FalconH1Config, weights: dict[str, Tensor], probe: Tensor) -> 
     model.load_state_dict({name: p / by.get(name.split(".")[-2], 1.0) for name, p in weights.items()})
     gap = (model(probe).logits - forward(cfg, weights, probe)).abs().max().item()
     if not gap < 1e-3:
-        raise SystemExit(f"train_tiny: forward() and transformers differ by {gap:.2e} in a logit; align forward() with transformers")
+        raise SystemExit(
+            f"train_tiny: forward() and transformers differ by {gap:.2e} in a logit; align forward() with transformers"
+        )
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[1, 3], pad_token_id=0, max_new_tokens=128)
     return model.bfloat16()
 
@@ -307,12 +380,13 @@ def released(cfg: FalconH1Config, weights: dict[str, Tensor], probe: Tensor) -> 
 def bits_per_byte(model: FalconH1ForCausalLM, tok: PreTrainedTokenizerFast, text: str, window: int = 512) -> float:
     """Bits a UTF-8 byte over all of text: windows half overlapped, each token scored once, the first after eos."""
     ids = torch.tensor([tok.eos_token_id, *tok.encode(text, add_special_tokens=False)])
-    nats, done = 0.0, 1
+    nats = 0.0
+    done = 1
     while done < len(ids):
         start = max(0, done - 1 - window // 2)
-        piece = ids[start : start + window + 1]
-        new = start + len(piece) - done
-        nats += F.cross_entropy(model(piece[None, :-1]).logits[0, -new:], piece[-new:], reduction="sum").item()
+        subgraph = ids[start : start + window + 1]
+        new = start + len(subgraph) - done
+        nats += F.cross_entropy(model(subgraph[None, :-1]).logits[0, -new:], subgraph[-new:], reduction="sum").item()
         done += new
     return nats / math.log(2) / len(text.encode())
 
@@ -347,7 +421,13 @@ PSF License Agreement (https://docs.python.org/3/license.html). The weights carr
 """
 
 
-def publish(model: FalconH1ForCausalLM, tok: PreTrainedTokenizerFast, texts: dict[str, str], figures: dict[str, object], out: Path) -> None:
+def publish(
+    model: FalconH1ForCausalLM,
+    tok: PreTrainedTokenizerFast,
+    texts: dict[str, str],
+    figures: dict[str, object],
+    out: Path,
+) -> None:
     """Write the folder: everything goes to a temporary one first, is measured there, and is then moved file by file."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as name:
@@ -357,7 +437,9 @@ def publish(model: FalconH1ForCausalLM, tok: PreTrainedTokenizerFast, texts: dic
         for file, text in texts.items():
             (work / file).write_bytes(text.encode())
         loaded = FalconH1ForCausalLM.from_pretrained(work, dtype=torch.float32).eval()
-        held, raw, reread = texts["heldout.txt"], texts["heldout.txt"].encode(), AutoTokenizer.from_pretrained(work)
+        held = texts["heldout.txt"]
+        raw = texts["heldout.txt"].encode()
+        reread = AutoTokenizer.from_pretrained(work)
         card = CARD.format(
             **figures, parameters=loaded.num_parameters(), bpb=bits_per_byte(loaded, reread, held), heldout_bytes=len(raw),
             heldout_tokens=len(reread.encode(held)), zlib=8 * len(zlib.compress(raw, 9)) / len(raw),
@@ -375,7 +457,9 @@ def publish(model: FalconH1ForCausalLM, tok: PreTrainedTokenizerFast, texts: dic
 def main() -> None:
     """Build the data, train, and publish."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=2200, help="optimizer steps of 2048 tokens; 0 publishes the initial weights")
+    parser.add_argument(
+        "--steps", type=int, default=2200, help="optimizer steps of 2048 tokens; 0 publishes the initial weights"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("h1export/assets/tiny"))
@@ -383,16 +467,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()  # slow-path and sequence-length notices
-    cfg, (source, held) = config(), modules()
+    cfg = config()
+    (source, held) = modules()
     tok = make_tokenizer([source[name] for name in sorted(source)], cfg.vocab_size)
-    stream, weights = token_stream(source, tok, args.seed), init_weights(cfg, args.seed)
+    stream = token_stream(source, tok, args.seed)
+    weights = init_weights(cfg, args.seed)
     seconds = train(cfg, weights, stream, args.steps, args.seed, args.checkpoint)
     figures = vars(args) | {
         "python": platform.python_version(), "train_modules": len(source), "train_tokens": len(stream), "batch": BATCH, "seq": SEQ,
         "train_bytes": sum(len(text.encode()) for text in source.values()), "epochs": args.steps * BATCH * SEQ / len(stream),
         "minutes": seconds / 60, "held": ", ".join(f"`{name}`" for name in sorted(held)),
     }  # fmt: skip
-    texts = {"heldout.txt": "\n".join(held[name] for name in sorted(held)), "calibration.txt": excerpts(source, args.seed)}
+    texts = {
+        "heldout.txt": "\n".join(held[name] for name in sorted(held)),
+        "calibration.txt": excerpts(source, args.seed),
+    }
     publish(released(cfg, weights, stream[None, : 2 * SEQ]), tok, texts, figures, args.out)
 
 

@@ -15,7 +15,9 @@ from h1export.graphs.program import Program
 
 aten = torch.ops.aten
 
-KindOf = Callable[[WeightExpr], Hashable]  # what must be equal for two weights to share an initializer: a target's precision
+KindOf = Callable[
+    [WeightExpr], Hashable
+]  # what must be equal for two weights to share an initializer: a target's precision
 
 
 class PassError(Exception):

@@ -13,7 +13,9 @@ from h1export.graphs.program import Program
 class FoldDecay(Pass):
     def run(self, program: Program) -> int:
         count = 0
-        for node in program.calls(aten.exp.default, aten.neg.default):  # in graph order, so neg meets exp folded already
+        for node in program.calls(
+            aten.exp.default, aten.neg.default
+        ):  # in graph order, so neg meets exp folded already
             if program.weight_of(node.args[0]):
                 self._fold(program, node)
                 count += 1

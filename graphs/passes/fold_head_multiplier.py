@@ -19,7 +19,10 @@ class FoldHeadMultiplier(Pass):
         linear, multiplier = match
         self.check(linear.target is aten.linear.default, f"expected the head below {logits}, found {linear}")
         norm = linear.args[0]
-        self.check(isinstance(norm, Node) and norm.target is aten.rms_norm.default and len(norm.users) == 1, "no final norm of its own")
+        self.check(
+            isinstance(norm, Node) and norm.target is aten.rms_norm.default and len(norm.users) == 1,
+            "no final norm of its own",
+        )
         assert isinstance(norm, Node)
         scale_weight(program, norm.args[2], multiplier)
         replace_node(program, logits, linear)

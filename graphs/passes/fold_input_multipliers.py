@@ -26,8 +26,14 @@ class FoldInputMultipliers(Pass):
         return count
 
     def _feeds_projections_only(self, node: Node) -> bool:
-        return bool(node.users) and all(user.target is aten.linear.default and user.args[0] is node for user in node.users)
+        return bool(node.users) and all(
+            user.target is aten.linear.default and user.args[0] is node for user in node.users
+        )
 
     def ensures(self, program: Program) -> None:
-        left = [node for node in program.calls(aten.mul.Tensor) if multiplier_of(program, node) and self._feeds_projections_only(node)]
+        left = [
+            node
+            for node in program.calls(aten.mul.Tensor)
+            if multiplier_of(program, node) and self._feeds_projections_only(node)
+        ]
         self.check(not left, f"multipliers left before projections: {left}")

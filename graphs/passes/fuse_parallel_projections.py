@@ -10,7 +10,16 @@ from collections.abc import Hashable
 
 from torch.fx import Node
 
-from h1export.graphs.passes.base import KindOf, Pass, aten, call, concatenated_weight, drop_unread_weights, linear_bias, replace_node
+from h1export.graphs.passes.base import (
+    KindOf,
+    Pass,
+    aten,
+    call,
+    concatenated_weight,
+    drop_unread_weights,
+    linear_bias,
+    replace_node,
+)
 from h1export.graphs.program import Program, args_of
 
 
@@ -39,8 +48,10 @@ class FuseParallelProjections(Pass):
         operands = [concatenated_weight(program, column, axis=0) for column in columns]
         with program.graph.inserting_before(group[0]):
             product = call(program, aten.linear.default, group[0].args[0], *operands)
-            pieces = call(program, aten.split_with_sizes.default, product, [node.meta["val"].shape[-1] for node in group], -1)
-            replacements = [call(program, operator.getitem, pieces, index) for index in range(len(group))]
+            subgraphs = call(
+                program, aten.split_with_sizes.default, product, [node.meta["val"].shape[-1] for node in group], -1
+            )
+            replacements = [call(program, operator.getitem, subgraphs, index) for index in range(len(group))]
         for node, replacement in zip(group, replacements, strict=True):
             replace_node(program, node, replacement)
 

@@ -6,7 +6,16 @@ After:  add(h, linear(cat([y, a], -1), [w1 | w2]))
 
 from torch.fx import Node
 
-from h1export.graphs.passes.base import KindOf, Pass, aten, call, concatenated_weight, drop_unread_weights, linear_bias, replace_node
+from h1export.graphs.passes.base import (
+    KindOf,
+    Pass,
+    aten,
+    call,
+    concatenated_weight,
+    drop_unread_weights,
+    linear_bias,
+    replace_node,
+)
 from h1export.graphs.program import Program, args_of
 
 
@@ -17,13 +26,16 @@ class FuseSummedProjections(Pass):
     """
 
     def __init__(self, kind_of: KindOf, align: int) -> None:
-        self._kind_of, self._align = kind_of, align
+        self._kind_of = kind_of
+        self._align = align
 
     def run(self, program: Program) -> int:
         sums = self._sums(program)
         for outer, inner in sums:
-            (residual, first), second = args_of(inner), args_of(outer)[1]
-            (x1, w1, *_), (x2, w2, *_) = args_of(first), args_of(second)
+            (residual, first) = args_of(inner)
+            second = args_of(outer)[1]
+            (x1, w1, *_) = args_of(first)
+            (x2, w2, *_) = args_of(second)
             weight = concatenated_weight(program, [w1, w2], axis=1)
             with program.graph.inserting_before(outer):
                 product = call(program, aten.linear.default, call(program, aten.cat.default, [x1, x2], -1), weight)

@@ -27,12 +27,12 @@ class SortColumns(Pass):
             tensor = program.weights[weight.name].only.tensor
             key = x, self._order_name(tensor)
             if key not in found:
-                found[key] = self._selected(program, x, tensor, linear)
+                found[key] = self._selected(program, x, tensor, before=linear)
             program.weights[weight.name] = program.weights[weight.name].sort()  # type: ignore[index]
             linear.replace_input_with(x, found[key])
         return len(linears)
 
-    def _selected(self, program: Program, x: Node, tensor: str, before: Node) -> Node:
+    def _selected(self, program: Program, x: Node, tensor: str, *, before: Node) -> Node:
         with program.graph.inserting_before(next(iter(program.graph.nodes))):
             order = program.graph.placeholder(f"order_{len(program.orders)}")
         order.meta["val"] = x.meta["val"].new_empty(x.meta["val"].shape[-1:], dtype=torch.int64)

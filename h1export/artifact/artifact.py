@@ -19,10 +19,10 @@ from h1export.artifact.files import NOT_PLAIN, names, plain_size
 from h1export.artifact.journal import JOURNAL, SCRATCH
 from h1export.checkpoint.weight_expr import Multiplier
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 
 MANIFEST = "manifest.json"
-FORMAT = 4
+FORMAT = 5
 NO_SHA256 = 64 * "0"
 REPORT = "report.json"  # written by validate into a finished artifact, so outside the manifest
 
@@ -47,7 +47,7 @@ class StoredWeight:
 
     initializer: str
     bits: int
-    block: int
+    group_size: int
     axis: int
     parts: tuple[StoredPart, ...]
 
@@ -59,7 +59,7 @@ class Manifest:
     Attributes:
         target: name of the target that made it and can load it.
         source: sha256 over the checkpoint's tensors.
-        spec: HybridSpec as JSON values.
+        spec: FalconH1Config as JSON values.
         scheme: the QuantScheme's fields.
         options: the target's options and the build switches.
         toolchain: package -> version that took part.
@@ -72,7 +72,7 @@ class Manifest:
 
     target: str
     source: str
-    spec: Mapping[str, Any]
+    config: Mapping[str, Any]
     scheme: Mapping[str, Any]
     options: Mapping[str, Any]
     toolchain: Mapping[str, str]
@@ -80,16 +80,16 @@ class Manifest:
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     weights: tuple[StoredWeight, ...]
     files: Mapping[str, tuple[str, int]]
-    passport: Mapping[str, Any] = field(default_factory=dict)
+    requirements: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """What decides an artifact's bytes, as sha256: known before any of them is written."""
-        decided = dataclasses.replace(self, inputs={}, outputs={}, weights=(), files={}, passport={})
+        decided = dataclasses.replace(self, inputs={}, outputs={}, weights=(), files={}, requirements={})
         return hashlib.sha256(decided.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        data = {name: value for name, value in dataclasses.asdict(self).items() if value or name != "passport"}
+        data = {name: value for name, value in dataclasses.asdict(self).items() if value or name != "requirements"}
         return json.dumps({"format": FORMAT, **_jsonable(data)}, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
@@ -99,15 +99,17 @@ class Manifest:
             data = json.loads(text)
             version = data.pop("format")
             if type(version) is not int or version != FORMAT:
-                raise H1ExportError(where, f"format {version!r}, and this h1export reads format {FORMAT}", "build the artifact again")
+                raise H1ExportError(
+                    where, f"format {version!r}, and this h1export reads format {FORMAT}", "build the artifact again"
+                )
             data["weights"] = tuple(_stored_weight(item) for item in data["weights"])
             for side in ("inputs", "outputs"):
                 data[side] = {name: (str(dtype), tuple(dims)) for name, (dtype, dims) in data[side].items()}
             data["files"] = {str(name): (_text(digest), _count(size)) for name, (digest, size) in data["files"].items()}
             for name in ("target", "source"):
                 data[name] = _text(data[name])
-            for name in ("spec", "scheme", "options", "toolchain", "passport"):
-                data[name] = {**data.get(name, {})} if name == "passport" else {**data[name]}
+            for name in ("config", "scheme", "options", "toolchain", "requirements"):
+                data[name] = {**data.get(name, {})} if name == "requirements" else {**data[name]}
             return cls(**data)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise H1ExportError(where, f"not a manifest of h1export ({error!r})", "build the artifact again") from None
@@ -136,11 +138,13 @@ def _count(value: Any) -> int:
 
 def _stored_weight(data: Mapping[str, Any]) -> StoredWeight:
     parts = tuple(
-        StoredPart(_text(part["tensor"]), _count(part["size"]), _multiplier(part["multiplier"]), _text(part["order"]))
+        StoredPart(
+            _text(part["tensor"]), _count(part["size"]), _multiplier(part["multiplier"]), order=_text(part["order"])
+        )
         for part in data["parts"]
     )
-    bits, block, axis = (_count(data[name]) for name in ("bits", "block", "axis"))
-    return StoredWeight(_text(data["initializer"]), bits, block, axis, parts)
+    bits, group_size, axis = (_count(data[name]) for name in ("bits", "group_size", "axis"))
+    return StoredWeight(_text(data["initializer"]), bits, group_size, axis=axis, parts=parts)
 
 
 def _multiplier(data: Mapping[str, Any]) -> Multiplier:
@@ -172,7 +176,9 @@ class Artifact:
         for name, (_, size) in manifest.files.items():
             found = plain_size(folder, name)
             if found == NOT_PLAIN:
-                raise H1ExportError(path, f"lists {name!r}, which is not a plain file of the folder", "build the artifact again")
+                raise H1ExportError(
+                    path, f"lists {name!r}, which is not a plain file of the folder", "build the artifact again"
+                )
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes, and the manifest says {size}"
                 raise H1ExportError(folder / name, what, "build the artifact again")
@@ -185,9 +191,9 @@ class Artifact:
                 raise H1ExportError(self.folder / name, "was changed after the build", "build the artifact again")
 
     @property
-    def spec(self) -> HybridSpec:
+    def config(self) -> FalconH1Config:
         """The architecture, from the artifact's own copy of config.json."""
-        return HybridSpec.load(self.folder)
+        return FalconH1Config.load(self.folder)
 
 
 def _sha256(file: Path) -> str:

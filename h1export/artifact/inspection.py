@@ -10,7 +10,7 @@ from typing import Any
 
 from h1export.artifact.artifact import MANIFEST, Artifact
 from h1export.checkpoint.store import WeightStore
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.model.falcon_h1.tensors import tensor_layout
 
@@ -27,19 +27,21 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
-    spec = HybridSpec.load(folder)
-    store = WeightStore.open(folder, spec)
+    config = FalconH1Config.load(folder)
+    store = WeightStore.open(folder, config)
     by_dtype: Counter[str] = Counter()
     for entry in store.entries:
         by_dtype[entry.dtype] += entry.nbytes
     return {
         "kind": "checkpoint",
         "tensors": len(store.entries),
-        "parameters": sum(prod(shape) for shape in tensor_layout(spec).values()),
+        "parameters": sum(prod(shape) for shape in tensor_layout(config).values()),
         "bytes_by_dtype": dict(by_dtype),
-        "quantised": None if store.layout is None else {**dataclasses.asdict(store.layout), "tensors": len(store.packed)},
-        "state_bytes": state_bytes(spec),
-        "spec": dataclasses.asdict(spec),
+        "quantised": None
+        if store.layout is None
+        else {**dataclasses.asdict(store.layout), "tensors": len(store.packed)},
+        "state_bytes": state_bytes(config),
+        "config": dataclasses.asdict(config),
     }
 
 
@@ -54,18 +56,18 @@ def _artifact(folder: Path) -> dict[str, Any]:
         "options": dict(manifest.options),
         "toolchain": dict(manifest.toolchain),
         "source": manifest.source,
-        **({"passport": dict(manifest.passport)} if manifest.passport else {}),
+        **({"requirements": dict(manifest.requirements)} if manifest.requirements else {}),
         "files": {name: size for name, (_, size) in manifest.files.items()},
         "hashes": "verified",
         "quantised_tensors": sum(len(weight.parts) for weight in manifest.weights),
         "inputs": dict(manifest.inputs),
         "outputs": dict(manifest.outputs),
-        "state_bytes": state_bytes(artifact.spec),
-        "spec": dict(manifest.spec),
+        "state_bytes": state_bytes(artifact.config),
+        "config": dict(manifest.config),
     }
 
 
-def state_bytes(spec: HybridSpec) -> dict[str, int]:
+def state_bytes(config: FalconH1Config) -> dict[str, int]:
     """Context length -> bytes of all states of one sequence in float32."""
-    states = StateSpec.of(spec)
+    states = StateSpec.of(config)
     return {str(context): states.nbytes(1, context) for context in CONTEXTS}

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-JOURNAL, SCRATCH = ".journal", ".scratch"  # a file and a folder of a stage, never of an artifact
+# a file and a folder of a stage, never of an artifact
+JOURNAL = ".journal"
+SCRATCH = ".scratch"
 READ_BYTES = 1 << 20
 
 
@@ -31,7 +33,8 @@ class Journal:
     """The extents of ``folder`` that are written."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._path = folder, folder / JOURNAL
+        self._folder = folder
+        self._path = folder / JOURNAL
         self._written: dict[Extent, str] = dict(_read(self._path))
 
     @property
@@ -76,7 +79,8 @@ def _read(path: Path) -> Mapping[Extent, str]:
 
 
 def _sha256(file: Path, extent: Extent) -> str:
-    digest, left = hashlib.sha256(), extent.length
+    digest = hashlib.sha256()
+    left = extent.length
     try:
         with file.open("rb") as stream:
             stream.seek(extent.offset)

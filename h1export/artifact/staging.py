@@ -69,7 +69,9 @@ def check_place(out: Path, force: bool) -> None:
     if taken and not force:
         raise H1ExportError(out, "exists", "choose another OUT, or replace it with --force")
     if taken and not (out.is_dir() and not out.is_symlink() and (_is_artifact(out) or not any(out.iterdir()))):
-        raise H1ExportError(out, "is not an artifact of h1export", "--force replaces artifacts only; choose another OUT")
+        raise H1ExportError(
+            out, "is not an artifact of h1export", "--force replaces artifacts only; choose another OUT"
+        )
 
 
 @contextmanager
@@ -126,7 +128,9 @@ def _claim(stage: Path, out: Path) -> int:
         except OSError as error:
             os.close(lock)
             if isinstance(error, BlockingIOError):
-                raise H1ExportError(out, "another process builds the same thing there", "wait for it, or choose another OUT") from None
+                raise H1ExportError(
+                    out, "another process builds the same thing there", "wait for it, or choose another OUT"
+                ) from None
             with suppress(OSError):
                 stage.rmdir()  # where it is empty, and so nobody's work
             raise
@@ -228,7 +232,9 @@ def _rename_into_place(stage: Path, out: Path) -> None:
 
 def _exchange(a: Path, b: Path) -> None:
     """Swap two folders in one step (renameat2, Linux), so that a kill never finds ``b`` missing; else in three."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    # AT_FDCWD, RENAME_EXCHANGE
+    here = -100
+    exchange = 2
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
         return

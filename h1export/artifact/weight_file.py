@@ -42,7 +42,9 @@ class WeightFile:
     """
 
     def __init__(self, stage: Stage, name: str) -> None:
-        self._stage, self._name, self._end = stage, name, 0
+        self._stage = stage
+        self._name = name
+        self._end = 0
         self._journal = Journal(stage.folder)
         self._once: dict[Hashable, Any] = {}
         self._handle = os.open(stage.folder / name, os.O_CREAT | os.O_RDWR, 0o644)
@@ -50,7 +52,9 @@ class WeightFile:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if error is None:
                 os.ftruncate(self._handle, self._end)
@@ -61,7 +65,7 @@ class WeightFile:
         """The next place that starts at a multiple of ``align`` bytes."""
         offset = -(-self._end // align) * align
         self._end = offset + nbytes
-        return Extent(self._name, tensor, offset, nbytes)
+        return Extent(self._name, tensor, offset, length=nbytes)
 
     def once(self, key: Hashable, write: Callable[[], T]) -> T:
         """What ``write()`` returned the first time: graphs that share this file share their tensors."""
@@ -97,7 +101,9 @@ class _Writer:
 
     def __init__(self, handle: int, extent: Extent) -> None:
         self.extent = extent
-        self._handle, self._next, self._end = handle, extent.offset, extent.offset + extent.length
+        self._handle = handle
+        self._next = extent.offset
+        self._end = extent.offset + extent.length
         self._digest: Any = hashlib.sha256()
 
     def write(self, rows: Rows | Columns) -> None:
@@ -132,7 +138,8 @@ class _Writer:
 
     def _read_digest(self) -> str:
         """Columns are no order to take a digest in."""
-        digest, start = hashlib.sha256(), self.extent.offset
+        digest = hashlib.sha256()
+        start = self.extent.offset
         while start < self._end:
             data = os.pread(self._handle, min(READ_BYTES, self._end - start), start)
             digest.update(data)

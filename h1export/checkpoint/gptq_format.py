@@ -34,7 +34,9 @@ USED_KEYS = frozenset(
     }
 )
 
-_RECIPE, _KERNELS, _FILE = "how the integers were found", "a run-time switch of other kernels", "the file says which tensors are packed"
+_RECIPE = "how the integers were found"
+_KERNELS = "a run-time switch of other kernels"
+_FILE = "the file says which tensors are packed"
 IGNORED_KEYS: Mapping[str, str] = {
     "act_group_aware": _RECIPE,
     "backend": _KERNELS,
@@ -112,10 +114,16 @@ class GptqLayout:
             raise H1ExportError(where, "not a JSON object", "download the checkpoint again")
         read = ConfigReader(config, where)
         if config.get("quant_method") != "gptq":
-            raise read.error("quant_method", f"is {str(config.get('quant_method'))[:80]!r}, and only 'gptq' is read", UNQUANTISED)
+            raise read.error(
+                "quant_method", f"is {str(config.get('quant_method'))[:80]!r}, and only 'gptq' is read", UNQUANTISED
+            )
         for key in config:
             if key not in USED_KEYS and key not in IGNORED_KEYS:
-                raise read.error(key, "is unknown", "remove it if it does not change the weights, or report it so that it can be supported")
+                raise read.error(
+                    key,
+                    "is unknown",
+                    "remove it if it does not change the weights, or report it so that it can be supported",
+                )
         bits = read.size("bits", 0, limit=32)
         if bits not in (4, 8):
             raise read.error("bits", f"is {bits}, and runtimes have kernels for 4 and 8", UNQUANTISED)
@@ -125,7 +133,7 @@ class GptqLayout:
         for key in ("adapter", "rotation"):
             read.must_be(key, None)
         _check_dynamic(read)
-        return cls(bits, group_size, read.flag("sym", True), ZERO_OFFSETS[_format(read)])
+        return cls(bits, group_size, read.flag("sym", True), zero_offset=ZERO_OFFSETS[_format(read)])
 
 
 def _format(read: ConfigReader) -> str:
@@ -134,7 +142,9 @@ def _format(read: ConfigReader) -> str:
     for key in named:
         if read.config[key] not in tuple(ZERO_OFFSETS):
             raise read.error(
-                key, f"is {str(read.config[key])[:80]!r}", f"one of {', '.join(ZERO_OFFSETS)} is read; convert it with GPTQModel"
+                key,
+                f"is {str(read.config[key])[:80]!r}",
+                f"one of {', '.join(ZERO_OFFSETS)} is read; convert it with GPTQModel",
             )
     if len({read.config[key] for key in named}) > 1:
         raise read.error("format", "differs from checkpoint_format", "keep the one that the file was written in")
@@ -145,4 +155,6 @@ def _check_dynamic(read: ConfigReader) -> None:
     """Exclusions need no reading: the file says which tensors are packed."""
     rules = read.config.get("dynamic")
     if rules and not (isinstance(rules, dict) and all(str(rule).startswith("-:") for rule in rules)):
-        raise read.error("dynamic", "gives tensors bits or groups of their own", "give a checkpoint with the same for all")
+        raise read.error(
+            "dynamic", "gives tensors bits or groups of their own", "give a checkpoint with the same for all"
+        )

@@ -55,7 +55,9 @@ class PackedMatrix:
     order: Columns
 
     @classmethod
-    def open(cls, name: str, shape: tuple[int, ...], layout: GptqLayout, entries: Mapping[str, TensorEntry]) -> PackedMatrix:
+    def open(
+        cls, name: str, shape: tuple[int, ...], layout: GptqLayout, entries: Mapping[str, TensorEntry]
+    ) -> PackedMatrix:
         """Check the parts of weight ``name`` among a checkpoint's ``entries``, qweight for one; of their values only g_idx is read.
 
         Raises:
@@ -65,14 +67,16 @@ class PackedMatrix:
         if (columns * layout.bits) % WORD or (rows * layout.bits) % WORD:
             what = f"of {rows} x {columns} does not fill words of {WORD} bits with codes of {layout.bits}"
             raise H1ExportError(f'{entries[part_name(name, PARTS[0])].file}: tensor "{name}"', what, DIFFERENT)
-        parts = dict(_claimed(name, (rows, columns), layout, entries))
+        parts = dict(_claimed(name, (rows, columns), layout, entries=entries))
         entry = parts["g_idx"]
         group_of = entry.values().astype(np.int64)
         groups = layout.groups(columns)
         if group_of.min() < 0 or group_of.max() >= groups:
             what = f"names groups from {group_of.min()} to {group_of.max()}, and there are {groups}"
             raise H1ExportError(f'{entry.file}: tensor "{entry.name}"', what, "the file is damaged, download it again")
-        return cls(name, layout, (rows, columns), parts, group_of, np.argsort(group_of, kind="stable"))
+        return cls(
+            name, layout, (rows, columns), parts=parts, group_of=group_of, order=np.argsort(group_of, kind="stable")
+        )
 
     @property
     def order_name(self) -> str:
@@ -97,10 +101,13 @@ class PackedMatrix:
             H1ExportError: they are not all in the middle, and config.json says so.
         """
         each = WORD // self.layout.bits
-        first, end = start // each, -(-stop // each)
+        first = start // each
+        end = -(-stop // each)
         words = np.ascontiguousarray(self.parts["qzeros"].values()[:, first:end]).view(np.uint32)
         ones = (2**WORD - 1) // (2**self.layout.bits - 1)  # a 1 for each code of a word
-        codes = self._unpacked(words + np.uint32(self.layout.zero_offset * ones))[:, start - first * each : stop - first * each]
+        codes = self._unpacked(words + np.uint32(self.layout.zero_offset * ones))[
+            :, start - first * each : stop - first * each
+        ]
         zeros = self._signed(codes.T)
         if self.layout.sym and zeros.any():
             found = sorted({int(zero) + self.layout.middle for zero in np.unique(zeros)})
@@ -116,17 +123,23 @@ class PackedMatrix:
         """
         stored = self.parts["scales"].floats((slice(None), slice(start, stop))).T
         if not (np.isfinite(stored).all() and (stored > 0).all()):
-            raise self._error("scales", "holds scales that are not positive and finite", "the file is damaged, download it again")
+            raise self._error(
+                "scales", "holds scales that are not positive and finite", "the file is damaged, download it again"
+            )
         scales: Scales = np.clip(stored, 0, np.finfo(np.float16).max).astype(np.float16)
         if not np.array_equal(scales.astype(np.float32), stored):
             raise self._error(
-                "scales", f"of dtype {self.parts['scales'].dtype} holds values that float16 does not have", "convert it to F16"
+                "scales",
+                f"of dtype {self.parts['scales'].dtype} holds values that float16 does not have",
+                "convert it to F16",
             )
         return scales
 
     def dense(self, start: int, stop: int) -> Array:
         """Rows [start, stop) of the weight in float32, which holds every product of a code and a scale exactly."""
-        codes, zeros, scales = self.codes(start, stop), self.zeros(start, stop), self.scales(start, stop)
+        codes = self.codes(start, stop)
+        zeros = self.zeros(start, stop)
+        scales = self.scales(start, stop)
         difference = codes.astype(np.float32) - zeros.astype(np.float32)[:, self.group_of]
         difference *= scales.astype(np.float32)[:, self.group_of]
         return difference
@@ -152,9 +165,10 @@ def part_name(weight: str, part: str) -> str:
 
 
 def _claimed(
-    weight: str, shape: tuple[int, int], layout: GptqLayout, entries: Mapping[str, TensorEntry]
+    weight: str, shape: tuple[int, int], layout: GptqLayout, *, entries: Mapping[str, TensorEntry]
 ) -> Iterator[tuple[str, TensorEntry]]:
-    (rows, columns), groups = shape, layout.groups(shape[1])
+    (rows, columns) = shape
+    groups = layout.groups(shape[1])
     shapes = {
         "qweight": (columns * layout.bits // WORD, rows),
         "qzeros": (groups, rows * layout.bits // WORD),

@@ -30,7 +30,9 @@ def resolve(model: str | None) -> Path:
     if folder.exists():
         raise H1ExportError(model, "is a file", "give the checkpoint's folder")
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
-        raise H1ExportError(model, "no such folder", "give a checkpoint folder, or a Hub id such as tiiuae/Falcon-H1-0.5B-Instruct")
+        raise H1ExportError(
+            model, "no such folder", "give a checkpoint folder, or a Hub id such as tiiuae/Falcon-H1-0.5B-Instruct"
+        )
     return _from_hub(model)
 
 

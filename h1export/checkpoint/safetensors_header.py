@@ -26,7 +26,12 @@ from h1export.model.falcon_h1.states import Array
 MAX_HEADER_BYTES = 100_000_000
 FLOATS = ("F32", "F16", "BF16")
 # the dtypes that Falcon-H1 checkpoints use -> how numpy reads them, which knows no bf16
-DTYPES: Mapping[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "I32": np.dtype("<i4")}
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"),
+}
 LFS_POINTER = b"version "  # how the text that stands for the file begins
 DOWNLOAD_AGAIN = "the file is damaged, download it again"
 
@@ -77,12 +82,14 @@ def read_header(file: Path) -> list[TensorEntry]:
                 what = f"header of {length} bytes, and the format allows {MAX_HEADER_BYTES}"
                 raise H1ExportError(file, what, "the file is damaged or not a safetensors file")
             if 8 + length > size:
-                raise H1ExportError(file, f"header ends at byte {8 + length} of {size}", "the file is truncated, download it again")
+                raise H1ExportError(
+                    file, f"header ends at byte {8 + length} of {size}", "the file is truncated, download it again"
+                )
             text = stream.read(length)
     except OSError as error:
         raise H1ExportError(file, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
     entries = _parse(file, text, 8 + length)
-    _check_ranges(file, entries, 8 + length, size)
+    _check_ranges(file, entries, 8 + length, size=size)
     return entries
 
 
@@ -94,7 +101,9 @@ def _parse(file: Path, text: bytes, base: int) -> list[TensorEntry]:
     if not isinstance(header, dict):
         raise H1ExportError(file, "header is not a JSON object", DOWNLOAD_AGAIN)
     header.pop("__metadata__", None)
-    return sorted((_entry(file, name, info, base) for name, info in header.items()), key=lambda entry: (entry.start, entry.nbytes))
+    return sorted(
+        (_entry(file, name, info, base) for name, info in header.items()), key=lambda entry: (entry.start, entry.nbytes)
+    )
 
 
 def _entry(file: Path, name: str, info: Any, base: int) -> TensorEntry:
@@ -109,26 +118,32 @@ def _entry(file: Path, name: str, info: Any, base: int) -> TensorEntry:
     if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * DTYPES[dtype].itemsize:
         what = f"of shape {shape} and dtype {dtype} cannot lie at data_offsets {offsets}"
         raise H1ExportError(where, what, DOWNLOAD_AGAIN)
-    return TensorEntry(file, name, dtype, tuple(shape), base + offsets[0])
+    return TensorEntry(file, name, dtype, shape=tuple(shape), start=base + offsets[0])
 
 
 def _counts(value: Any, where: str) -> list[int]:
     """A short list of counts that fit 64 bits: products of hostile ones would take forever."""
-    fits = isinstance(value, list) and len(value) <= 8 and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+    fits = (
+        isinstance(value, list) and len(value) <= 8 and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+    )
     if not fits:
         raise H1ExportError(f"{where} {value!r:.80}", "not a list of at most 8 counts", DOWNLOAD_AGAIN)
     return list(value)
 
 
-def _check_ranges(file: Path, entries: list[TensorEntry], base: int, size: int) -> None:
-    end, before = base, "the header"
+def _check_ranges(file: Path, entries: list[TensorEntry], base: int, *, size: int) -> None:
+    end = base
+    before = "the header"
     for entry in entries:
         where = f'{file}: tensor "{entry.name}"'
         if entry.start < end:
             raise H1ExportError(where, f"starts at byte {entry.start}, inside {before}", DOWNLOAD_AGAIN)
         if entry.start > end:
-            raise H1ExportError(where, f"starts at byte {entry.start}, {entry.start - end} bytes after {before}", DOWNLOAD_AGAIN)
-        end, before = entry.start + entry.nbytes, f'tensor "{entry.name}"'
+            raise H1ExportError(
+                where, f"starts at byte {entry.start}, {entry.start - end} bytes after {before}", DOWNLOAD_AGAIN
+            )
+        end = entry.start + entry.nbytes
+        before = f'tensor "{entry.name}"'
         if end > size:
             raise H1ExportError(where, f"ends at byte {end} of {size}", "the file is truncated, download it again")
     if end != size:

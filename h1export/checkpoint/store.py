@@ -16,7 +16,7 @@ from h1export.checkpoint.gptq_tensor import DIFFERENT, PARTS, PackedMatrix, part
 from h1export.checkpoint.safetensors_header import FLOATS, TensorEntry, read_header
 from h1export.errors import H1ExportError
 from h1export.model.config_reader import CONFIG
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, tensor_layout
 from h1export.progress import SILENT, Progress
@@ -35,11 +35,13 @@ class WeightStore:
     """
 
     def __init__(self, entries: dict[str, TensorEntry], progress: Progress, layout: GptqLayout | None = None) -> None:
-        self._entries, self._progress, self.layout = entries, progress, layout
+        self._entries = entries
+        self._progress = progress
+        self.layout = layout
         self.packed: Mapping[str, PackedMatrix] = {}
 
     @classmethod
-    def open(cls, folder: Path, spec: HybridSpec, progress: Progress = SILENT) -> WeightStore:
+    def open(cls, folder: Path, config: FalconH1Config, progress: Progress = SILENT) -> WeightStore:
         """Open ``folder``'s safetensors file or shards and claim every tensor for ``spec``; ``progress`` sees the bytes read.
 
         Raises:
@@ -52,30 +54,41 @@ class WeightStore:
             for entry in read_header(file):
                 if entry.name in entries:
                     other = entries[entry.name].file.name
-                    raise H1ExportError(f'{file}: tensor "{entry.name}"', f"is in {other} too", "remove one of the two shards")
+                    raise H1ExportError(
+                        f'{file}: tensor "{entry.name}"', f"is in {other} too", "remove one of the two shards"
+                    )
                 entries[entry.name] = entry
         store = cls(entries, progress, layout)
-        store._claim(folder, spec)
+        store._claim(folder, config)
         return store
 
-    def _claim(self, folder: Path, spec: HybridSpec) -> None:
-        shapes = tensor_layout(spec)
+    def _claim(self, folder: Path, config: FalconH1Config) -> None:
+        shapes = tensor_layout(config)
         self.packed = self._claim_packed(folder, shapes)
         for name, shape in shapes.items():
             entry = self._entries.get(name)
             if name in self.packed:
                 if entry is not None:
-                    raise H1ExportError(f'{entry.file}: tensor "{name}"', "is there in integers too", "remove one of the two")
+                    raise H1ExportError(
+                        f'{entry.file}: tensor "{name}"', "is there in integers too", "remove one of the two"
+                    )
                 continue
             if entry is None:
                 integers = part_name(name, PARTS[0]) in self._entries
-                next_step = f"put what quantize_config.json says into config.json as {KEY}" if integers else "download the checkpoint again"
-                raise H1ExportError(f'{folder}: tensor "{name}"', f"is missing{', but for its integers' if integers else ''}", next_step)
+                next_step = (
+                    f"put what quantize_config.json says into config.json as {KEY}"
+                    if integers
+                    else "download the checkpoint again"
+                )
+                raise H1ExportError(
+                    f'{folder}: tensor "{name}"', f"is missing{', but for its integers' if integers else ''}", next_step
+                )
             if entry.shape != shape:
                 what = f"has shape {list(entry.shape)}, and config.json asks for {list(shape)}"
                 raise H1ExportError(f'{entry.file}: tensor "{name}"', what, DIFFERENT)
             if entry.dtype not in FLOATS:
-                what, wanted = f"has dtype {entry.dtype!r}", f"only {', '.join(FLOATS)} checkpoints can be exported"
+                what = f"has dtype {entry.dtype!r}"
+                wanted = f"only {', '.join(FLOATS)} checkpoints can be exported"
                 raise H1ExportError(f'{entry.file}: tensor "{name}"', what, wanted)
         claimed = shapes.keys() | {part_name(name, part) for name in self.packed for part in PARTS}
         for name, entry in self._entries.items():
@@ -89,7 +102,11 @@ class WeightStore:
         """A product's weight may be packed; an embedding is none."""
         if self.layout is None:
             return {}
-        products = {name: shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2 and name != EMBEDDING}
+        products = {
+            name: shape
+            for name, shape in shapes.items()
+            if name.endswith(".weight") and len(shape) == 2 and name != EMBEDDING
+        }
         packed = [name for name in products if part_name(name, "qweight") in self._entries]
         if not packed:
             what = f"has {KEY}, and no tensor is in integers"
@@ -101,11 +118,16 @@ class WeightStore:
         if name == LM_HEAD:
             return EMBEDDING in self._entries and self._repeats_embedding()
         entry = self._entries[name]
-        return f"{name.removesuffix('bias')}weight" in self.packed and entry.dtype in FLOATS and not entry.floats(...).any()
+        return (
+            f"{name.removesuffix('bias')}weight" in self.packed
+            and entry.dtype in FLOATS
+            and not entry.floats(...).any()
+        )
 
     def _repeats_embedding(self) -> bool:
         """A tied checkpoint may store its head all the same, as long as it is the embedding."""
-        head, embedding = self._entries[LM_HEAD], self._entries[EMBEDDING]
+        head = self._entries[LM_HEAD]
+        embedding = self._entries[EMBEDDING]
         if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
             return False
         pairs = zip(self.blocks(LM_HEAD, 1 << 24), self.blocks(EMBEDDING, 1 << 24), strict=True)
@@ -195,7 +217,9 @@ def _shards(folder: Path) -> list[Path]:
         raise H1ExportError(index, f"not a safetensors index ({error!r})", "download it again") from None
     for name in names:
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise H1ExportError(index, f"names the shard {name!r}", "a shard is a .safetensors file in the checkpoint's own folder")
+            raise H1ExportError(
+                index, f"names the shard {name!r}", "a shard is a .safetensors file in the checkpoint's own folder"
+            )
         if not _is_file(folder / name):
             raise H1ExportError(folder / name, "no such shard", f"{index.name} lists it; download it again")
     return [folder / name for name in names]

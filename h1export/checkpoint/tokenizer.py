@@ -63,6 +63,6 @@ def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Text as soon as it is whole: a character of several tokens comes with its last one."""
     decoder = DecodeStream(skip_special_tokens=True)
     for token in ids:
-        piece = decoder.step(tokenizer, token)
-        if piece:
-            yield piece
+        subgraph = decoder.step(tokenizer, token)
+        if subgraph:
+            yield subgraph

@@ -103,7 +103,9 @@ class WeightPart:
         for function in self.functions:
             block = FUNCTIONS[function](block)
         if not np.isfinite(block).all():
-            raise H1ExportError(f'tensor "{self.tensor}"', "holds values that are not finite", "download the checkpoint again")
+            raise H1ExportError(
+                f'tensor "{self.tensor}"', "holds values that are not finite", "download the checkpoint again"
+            )
         if self.multiplier == Multiplier():
             return block
         return block * self.factors(store)[start:stop].reshape(-1, *[1] * (block.ndim - 1))

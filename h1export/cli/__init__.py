@@ -23,7 +23,7 @@ from h1export.cli.bench import bench
 from h1export.cli.common import F, answer, common, kernels_option, say
 from h1export.cli.coreml import coreml
 from h1export.cli.evaluate import evaluate
-from h1export.cli.export import Asked, export_options
+from h1export.cli.export import BuildRequest, export_options
 from h1export.cli.finish import finish
 from h1export.cli.gate import gate
 from h1export.cli.plan import plan
@@ -53,12 +53,26 @@ def cli() -> None:
 
 
 VALIDATE_OPTIONS = (
-    click.option("--limit", "limits", multiple=True, metavar="METRIC=VALUE", help="Override a gate, e.g. stored.logits=1e-4. Repeatable."),
-    click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text for bits per byte [default: shipped]."),
+    click.option(
+        "--limit",
+        "limits",
+        multiple=True,
+        metavar="METRIC=VALUE",
+        help="Override a gate, e.g. stored.logits=1e-4. Repeatable.",
+    ),
+    click.option(
+        "--text",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Text for bits per byte [default: shipped].",
+    ),
     click.option("--text-bytes", default=32768, show_default=True, help="How much of the text; 0: all of it."),
     click.option("--latency-pairs", default=7, show_default=True, help="Paired runs for latency; 0: none."),
-    click.option("--threads", default=0, show_default=True, help="Threads for artifact and reference; 0: their own choice."),
-    click.option("--prompts", default=8, show_default=True, type=click.IntRange(min=0), help="Greedy texts to compare; 0: none."),
+    click.option(
+        "--threads", default=0, show_default=True, help="Threads for artifact and reference; 0: their own choice."
+    ),
+    click.option(
+        "--prompts", default=8, show_default=True, type=click.IntRange(min=0), help="Greedy texts to compare; 0: none."
+    ),
     click.option(
         "--context",
         "contexts",
@@ -83,7 +97,7 @@ def validate_options(command: F) -> F:
 @click.option("--validate", "check", is_flag=True, help="Validate what was built.")
 @validate_options
 @common
-def build(asked: Asked, force: bool, check: bool, quiet: bool, as_json: bool, **checks: Any) -> int:
+def build(request: BuildRequest, force: bool, check: bool, quiet: bool, as_json: bool, **checks: Any) -> int:
     """Export MODEL to one or more targets.
 
     \b
@@ -93,20 +107,36 @@ def build(asked: Asked, force: bool, check: bool, quiet: bool, as_json: bool, **
       h1export build ./Falcon-H1-0.5B --target ort --opset-only --out falcon-onnx
       h1export build ./Falcon-H1-0.5B --target trt --max-context 4096 --out falcon-trt
     """
-    from h1export.cli.tables import Bars, human_bytes
+    from h1export.cli.tables import ProgressBars, human_bytes
     from h1export.commands import pipeline
 
-    built, code = [], 0
-    for target, place in asked.places():
-        with Bars(quiet or as_json) as bars:
+    built = []
+    code = 0
+    for target, place in request.places():
+        with ProgressBars(quiet or as_json) as bars:
             artifact = pipeline.build(
-                asked.checkpoint, target, place, asked.scheme, asked.options, force, bars, asked.jobs, asked.calibration
+                request.checkpoint,
+                target,
+                place,
+                request.scheme,
+                request.options,
+                force,
+                bars,
+                request.jobs,
+                request.calibration,
             )
         size = sum(size for _, size in artifact.manifest.files.values())
         say(f"built {place}  {human_bytes(size)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
-        built.append({"target": target, "out": str(place), "bytes": size, "files": {k: v[1] for k, v in artifact.manifest.files.items()}})
+        built.append(
+            {
+                "target": target,
+                "out": str(place),
+                "bytes": size,
+                "files": {k: v[1] for k, v in artifact.manifest.files.items()},
+            }
+        )
         if check:
-            report = _validate(place, asked.checkpoint, quiet, as_json, **checks)
+            report = _validate(place, request.checkpoint, quiet, as_json=as_json, **checks)
             built[-1]["report"] = report
             code = max(code, 0 if report["passed"] else 1)
     if as_json:
@@ -129,7 +159,7 @@ def validate(out: Path, model: str | None, quiet: bool, as_json: bool, **checks:
     """
     from h1export.checkpoint import resolve
 
-    report = _validate(out, resolve.resolve(model), quiet, as_json, **checks)
+    report = _validate(out, resolve.resolve(model), quiet, as_json=as_json, **checks)
     if as_json:
         answer(report)
     return 0 if report["passed"] else 1
@@ -139,6 +169,7 @@ def _validate(
     out: Path,
     checkpoint: Path,
     quiet: bool,
+    *,
     as_json: bool,
     limits: tuple[str, ...],
     text: Path | None,
@@ -147,11 +178,13 @@ def _validate(
     threads: int,
     **others: Any,
 ) -> dict[str, Any]:
-    from h1export.cli.tables import Bars, report_tables
+    from h1export.cli.tables import ProgressBars, report_tables
     from h1export.commands import pipeline
 
-    with Bars(quiet or as_json) as bars:
-        report = pipeline.validate(out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars, **others)
+    with ProgressBars(quiet or as_json) as bars:
+        report = pipeline.validate(
+            out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars, **others
+        )
     for table in report_tables(report):
         say(table, quiet or as_json)
     say(f"{'PASSED' if report.passed else 'FAILED'}  {out / REPORT}", quiet or as_json)
@@ -165,7 +198,9 @@ def _parse_limits(limits: tuple[str, ...]) -> dict[str, float]:
         try:
             parsed[metric] = float(value)
         except ValueError:
-            raise H1ExportError("--limit", f"{item!r} is not METRIC=VALUE", "for example --limit stored.logits=1e-4") from None
+            raise H1ExportError(
+                "--limit", f"{item!r} is not METRIC=VALUE", "for example --limit stored.logits=1e-4"
+            ) from None
     return parsed
 
 
@@ -175,7 +210,9 @@ def _parse_limits(limits: tuple[str, ...]) -> dict[str, float]:
 @click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="New tokens at most.")
 @click.option("--temperature", default=0.0, show_default=True, help="0: greedy.")
 @click.option("--top-k", default=0, show_default=True, help="Sample among the k likeliest tokens; 0: all.")
-@click.option("--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens up to this probability.")
+@click.option(
+    "--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens up to this probability."
+)
 @click.option("--seed", default=0, show_default=True, help="Of the sampling.")
 @click.option("--chat", is_flag=True, help="PROMPT is a user's turn, framed by the chat template.")
 @click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
@@ -205,12 +242,21 @@ def generate(
     from h1export.commands import pipeline
     from h1export.runtime.generation import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(temperature, top_k, top_p, seed=seed)
     text = ""
-    for piece in pipeline.generate_text(out, prompt, max_tokens, sampling, chat, threads, kernels, partial(say, quiet=quiet)):
-        text += piece
+    for subgraph in pipeline.generate_text(
+        out,
+        prompt,
+        max_tokens,
+        sampling=sampling,
+        chat=chat,
+        threads=threads,
+        kernels=kernels,
+        tell=partial(say, quiet=quiet),
+    ):
+        text += subgraph
         if not as_json:
-            click.echo(piece, nl=False)
+            click.echo(subgraph, nl=False)
     if as_json:
         answer({"prompt": prompt, "text": text})
     else:
@@ -232,10 +278,10 @@ def inspect(folder: str | None, quiet: bool, as_json: bool) -> int:
     if as_json:
         answer(found)
     elif not quiet:
-        spec = found.pop("spec")
+        config = found.pop("config")
         console = Console()
         console.print(pairs_table(f"{found.pop('kind')} {path}", found.items()))
-        console.print(pairs_table("architecture", spec.items()))
+        console.print(pairs_table("architecture", config.items()))
     return 0
 
 

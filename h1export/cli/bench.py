@@ -12,21 +12,48 @@ from h1export.cli.common import answer, common, kernels_option, say
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
-COUNT, DEPTH = click.IntRange(min=1), click.IntRange(min=0)
+COUNT = click.IntRange(min=1)
+DEPTH = click.IntRange(min=0)
 REFERENCE = "reference"
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("model", required=False)
-@click.option("--against", metavar="OUT2|reference", help="Measured in turns with OUT: an artifact, or transformers on MODEL.")
 @click.option(
-    "--depth", "depths", multiple=True, type=DEPTH, default=(0, 2048), show_default=True, help="Decode after N tokens. Repeatable."
+    "--against", metavar="OUT2|reference", help="Measured in turns with OUT: an artifact, or transformers on MODEL."
 )
-@click.option("--prefill", "prefills", multiple=True, type=COUNT, default=(512,), show_default=True, help="Prompt of N tokens. Repeatable.")
+@click.option(
+    "--depth",
+    "depths",
+    multiple=True,
+    type=DEPTH,
+    default=(0, 2048),
+    show_default=True,
+    help="Decode after N tokens. Repeatable.",
+)
+@click.option(
+    "--prefill",
+    "prefills",
+    multiple=True,
+    type=COUNT,
+    default=(512,),
+    show_default=True,
+    help="Prompt of N tokens. Repeatable.",
+)
 @click.option("--threads", multiple=True, type=COUNT, help="Thread count [default: the machine's cores]. Repeatable.")
-@click.option("--batch", "batches", multiple=True, type=COUNT, default=(1,), show_default=True, help="Sequences at a time. Repeatable.")
-@click.option("--repeats", default=5, show_default=True, type=COUNT, help="Rounds over all configurations; their medians count.")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=COUNT,
+    default=(1,),
+    show_default=True,
+    help="Sequences at a time. Repeatable.",
+)
+@click.option(
+    "--repeats", default=5, show_default=True, type=COUNT, help="Rounds over all configurations; their medians count."
+)
 @kernels_option
 @common
 def bench(
@@ -53,18 +80,21 @@ def bench(
       h1export bench falcon-int4 ./Falcon-H1-0.5B --against reference --batch 1 --batch 4
     """
     from h1export.checkpoint import resolve
-    from h1export.cli.tables import Bars, bench_tables
+    from h1export.cli.tables import ProgressBars, bench_tables
     from h1export.commands import measuring
     from h1export.validate.speed.bench import BenchOptions
 
     threads = threads or (os.cpu_count() or 1,)
-    depths, prefills, threads, batches = (tuple(dict.fromkeys(values)) for values in (depths, prefills, threads, batches))
-    options = BenchOptions(depths, prefills, threads, batches, repeats)
+    depths, prefills, threads, batches = (
+        tuple(dict.fromkeys(values)) for values in (depths, prefills, threads, batches)
+    )
+    options = BenchOptions(depths, prefills, threads, batches=batches, repeats=repeats)
     reference = against == REFERENCE
     if model is not None and not reference:
         raise H1ExportError(model, "is of no use here", f"MODEL is for --against {REFERENCE}")
-    checkpoint, other = resolve.resolve(model) if reference else None, None if reference or against is None else Path(against)
-    with Bars(quiet or as_json) as bars:
+    checkpoint = resolve.resolve(model) if reference else None
+    other = None if reference or against is None else Path(against)
+    with ProgressBars(quiet or as_json) as bars:
         report = measuring.bench(out, other, checkpoint, options, bars, kernels)
     for table in bench_tables(report):
         say(table, quiet or as_json)

@@ -82,12 +82,23 @@ def lint(package: Path, neural_engine: bool, quiet: bool, as_json: bool) -> int:
 @package
 @click.option("--function", help="Function to call [default: the package's own].")
 @click.option(
-    "--inputs", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help=".npz: an array for each input."
+    "--inputs",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help=".npz: an array for each input.",
 )
-@click.option("--states", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=".npz of states [default: zeros].")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help=".npz to write: outputs, and states as the call left them.")
+@click.option(
+    "--states", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=".npz of states [default: zeros]."
+)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=".npz to write: outputs, and states as the call left them.",
+)
 @common
-def run(package: Path, function: str | None, inputs: Path, states: Path | None, out: Path | None, quiet: bool, as_json: bool) -> int:
+def run(
+    package: Path, function: str | None, inputs: Path, states: Path | None, out: Path | None, quiet: bool, as_json: bool
+) -> int:
     """Call a function of PACKAGE once in the evaluator; say what came out, and how near fp16's end (65504) each kind of op came.
 
     \b
@@ -108,7 +119,10 @@ def run(package: Path, function: str | None, inputs: Path, states: Path | None, 
     outputs = evaluator.run(_arrays(inputs), held)
     if out is not None:
         np.savez(out, **outputs, **held)  # type: ignore[arg-type]
-    described = {name: f"{array.dtype} {list(array.shape)}, {array.min():g} to {array.max():g}" for name, array in outputs.items()}
+    described = {
+        name: f"{array.dtype} {list(array.shape)}, {array.min():g} to {array.max():g}"
+        for name, array in outputs.items()
+    }
     if as_json:
         answer({"outputs": described, "maxima": evaluator.maxima_by_op()})
     say(pairs_table("outputs", described.items()), quiet or as_json)

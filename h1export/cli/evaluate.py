@@ -19,12 +19,20 @@ ANSWERED = ("results", "groups", "n-shot", "n-samples", "versions")  # parts of 
 @click.command("eval")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--tasks", required=True, metavar="NAME,...", help="Tasks, groups or tags of lm-eval.")
-@click.option("--include", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder with YAML files of further tasks.")
+@click.option(
+    "--include",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder with YAML files of further tasks.",
+)
 @click.option("--fewshot", type=click.IntRange(min=0), help="Examples before each question [default: the task's].")
 @click.option("--limit", type=click.IntRange(min=1), help="Documents of each task [default: all].")
 @click.option("--chat", is_flag=True, help="Frame prompts by the chat template.")
 @click.option(
-    "--max-length", default=0, show_default=True, type=click.IntRange(min=0), help="Tokens of a sequence; 0: the model's context."
+    "--max-length",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Tokens of a sequence; 0: the model's context.",
 )
 @click.option("--unsafe-code", is_flag=True, help="Allow tasks that run what the model wrote, such as humaneval.")
 @click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
@@ -58,7 +66,7 @@ def evaluate(
     from h1export.integrations.lm_eval import ArtifactLM
     from h1export.integrations.lm_eval import evaluate as run
 
-    model = ArtifactLM(out, threads, kernels, max_length)
+    model = ArtifactLM(out, threads, kernels, max_length=max_length)
     names = [name for name in tasks.split(",") if name]
     with redirect_stderr(StringIO()) if quiet or as_json else nullcontext():  # its progress bars
         found = run(model, names, include, fewshot, limit, chat, unsafe_code)

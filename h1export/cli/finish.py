@@ -20,15 +20,15 @@ def finish(out: Path, quiet: bool, as_json: bool) -> int:
       h1export build ./Falcon-H1-0.5B --target trt --runtime tensorrt --out falcon
       h1export finish falcon        # on the machine with the GPU
     """
-    from h1export.cli.tables import Bars
+    from h1export.cli.tables import ProgressBars
     from h1export.targets.tensorrt.engine.finish import finish as run
 
-    with Bars(quiet or as_json) as bars:
-        passport = run(out, bars)
+    with ProgressBars(quiet or as_json) as bars:
+        requirements = run(out, bars)
     say(
-        f"{out} fits this machine: {passport.runtime} {passport.version}, sm_{', sm_'.join(map(str, passport.architectures))}",
+        f"{out} fits this machine: {requirements.runtime} {requirements.version}, sm_{', sm_'.join(map(str, requirements.architectures))}",
         quiet or as_json,
     )
     if as_json:
-        answer(passport.to_json())
+        answer(requirements.to_json())
     return 0

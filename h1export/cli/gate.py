@@ -17,13 +17,26 @@ CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3}
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("model", required=False)
-@click.option("--gates", default="gates.toml", show_default=True, type=click.Path(path_type=Path), help="What to hold OUT against.")
+@click.option(
+    "--gates",
+    default="gates.toml",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="What to hold OUT against.",
+)
 @click.option("--write-baseline", is_flag=True, help="Make OUT the baseline of its gate instead.")
 @click.option("--junit", type=click.Path(dir_okay=False, path_type=Path), help="Write the checks as JUnit XML too.")
 @kernels_option
 @common
 def gate(
-    out: Path, model: str | None, gates: Path, write_baseline: bool, junit: Path | None, kernels: Kernels, quiet: bool, as_json: bool
+    out: Path,
+    model: str | None,
+    gates: Path,
+    write_baseline: bool,
+    junit: Path | None,
+    kernels: Kernels,
+    quiet: bool,
+    as_json: bool,
 ) -> int:
     """Has the artifact OUT, built from MODEL, got larger, hungrier or slower than its baseline?
 
@@ -38,18 +51,18 @@ def gate(
     """
     from h1export.checkpoint import resolve
     from h1export.cli.junit import to_junit
-    from h1export.cli.tables import Bars, gate_table
+    from h1export.cli.tables import ProgressBars, gate_table
     from h1export.commands import measuring
 
     checkpoint = resolve.resolve(model)
     if write_baseline:
-        with Bars(quiet or as_json) as bars:
-            place = measuring.write_baseline(out, checkpoint, gates, bars, kernels)
+        with ProgressBars(quiet or as_json) as bars:
+            place = measuring.write_baseline(out, checkpoint, gates, progress=bars, kernels=kernels)
         say(f"wrote {place}", quiet or as_json)
         if as_json:
             answer({"baseline": str(place)})
         return 0
-    with Bars(quiet or as_json) as bars:
+    with ProgressBars(quiet or as_json) as bars:
         report = measuring.gate(out, checkpoint, gates, bars, kernels)
     if junit is not None:
         junit.write_text(to_junit(report), encoding="utf-8")

@@ -20,9 +20,13 @@ def to_junit(report: GateReport) -> str:
         count = sum(check.verdict is verdict for check in report.checks)
         suite.set({"failure": "failures", "error": "errors"}.get(element, element), str(count))
     for check in report.checks:
-        case = ElementTree.SubElement(suite, "testcase", classname=f"{report.gate.target}.{report.gate.quant}", name=check.name)
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=f"{report.gate.target}.{report.gate.quant}", name=check.name
+        )
         if check.verdict in ELEMENTS:
-            message = check.note if check.figure is None else f"{check.figure:.10g}, limit {check.limit:.10g}; {check.note}"
+            message = (
+                check.note if check.figure is None else f"{check.figure:.10g}, limit {check.limit:.10g}; {check.note}"
+            )
             ElementTree.SubElement(case, ELEMENTS[check.verdict], message=message, type=check.verdict)
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

@@ -13,7 +13,11 @@ PAGE = "report.html"
 
 @click.command()
 @click.argument("outs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="OUT...")
-@click.option("--to", type=click.Path(dir_okay=False, path_type=Path), help=f"The page [default: OUT/{PAGE}; of several, ./{PAGE}].")
+@click.option(
+    "--to",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=f"The page [default: OUT/{PAGE}; of several, ./{PAGE}].",
+)
 @common
 def report(outs: tuple[Path, ...], to: Path | None, quiet: bool, as_json: bool) -> int:
     """Make one page of what validate found in the artifacts OUT, side by side. Needs the extra report.

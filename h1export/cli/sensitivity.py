@@ -8,23 +8,33 @@ import click
 
 from h1export.cli.common import answer, common, say
 from h1export.quantize.budget import Budget
-from h1export.quantize.scheme import BEST, BLOCK_SIZES, QuantScheme
+from h1export.quantize.scheme import BEST, GROUP_SIZES, QuantScheme
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--block", type=click.Choice([str(size) for size in BLOCK_SIZES]), default="32", show_default=True, help="As of build.")
+@click.option(
+    "--group-size",
+    type=click.Choice([str(size) for size in GROUP_SIZES]),
+    default="32",
+    show_default=True,
+    help="As of build.",
+)
 @click.option("--calibration", type=click.Path(path_type=Path), help="Text, as of build [default: shipped].")
-@click.option("--budget-bits", type=float, help="Keep the most sensitive tensors at int8, up to so many bits a weight on average.")
+@click.option(
+    "--budget-bits", type=float, help="Keep the most sensitive tensors at int8, up to so many bits a weight on average."
+)
 @click.option("--budget-kl", type=float, help="The same, down to this sum of the others' divergences.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the plan, to be edited and given to build --precisions."
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File for the plan, to be edited and given to build --precisions.",
 )
 @click.option("--jobs", default=0, show_default=True, type=click.IntRange(min=0), help="Threads; 0: one a core.")
 @common
 def sensitivity(
     model: str | None,
-    block: str,
+    group_size: str,
     calibration: Path | None,
     budget_bits: float | None,
     budget_kl: float | None,
@@ -41,7 +51,7 @@ def sensitivity(
       h1export build --target ort --precisions plan.yaml
     """
     from h1export.checkpoint import resolve
-    from h1export.cli.tables import Bars
+    from h1export.cli.tables import ProgressBars
     from h1export.commands import pipeline
     from h1export.quantize.calibration import Calibration
     from h1export.quantize.precision_plan import plan_text
@@ -49,16 +59,22 @@ def sensitivity(
     if budget_bits is not None and budget_kl is not None:
         raise click.UsageError("give one of --budget-bits and --budget-kl")
     budget = Budget(budget_bits, budget_kl)
-    with Bars(quiet or as_json) as bars:
+    with ProgressBars(quiet or as_json) as bars:
         found = pipeline.sensitivity(
-            resolve.resolve(model), QuantScheme("int4", int(block), BEST["int4"]), Calibration(calibration), bars, jobs
+            resolve.resolve(model),
+            QuantScheme("int4", int(group_size), BEST["int4"]),
+            Calibration(calibration),
+            bars,
+            jobs,
         )
     raised = {} if budget_bits is None and budget_kl is None else budget.raised(found)
     text = plan_text(found, raised)
     if out is not None:
         out.write_text(text, encoding="utf-8")
     if as_json:
-        answer({name: {"kl": tensor.kl, "shape": tensor.shape, "int8": name in raised} for name, tensor in found.items()})
+        answer(
+            {name: {"kl": tensor.kl, "shape": tensor.shape, "int8": name in raised} for name, tensor in found.items()}
+        )
     else:
         say(text.rstrip(), quiet)
     return 0

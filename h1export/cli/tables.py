@@ -29,20 +29,28 @@ STYLES = {
 }
 
 
-class Bars:
+class ProgressBars:
     """A core.progress.Progress drawn by rich: the stage, its bytes, the time."""
 
     def __init__(self, quiet: bool) -> None:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeElapsedColumn(),
+        )
         console = Console(stderr=True)
         self._progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
         self._task: TaskID | None = None
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> ProgressBars:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def stage(self, name: str, total_bytes: int = 0) -> None:
@@ -62,7 +70,9 @@ ERROR = "_se"  # ends the name of a figure's standard error
 
 def report_tables(report: Report) -> list[Table]:
     """The cases, one line each, and everything else that was checked."""
-    cases = Table("case", "against", *CASE_COLUMNS, "verdict", box=SIMPLE, caption=_limits(report.rows), caption_justify="left")
+    cases = Table(
+        "case", "against", *CASE_COLUMNS, "verdict", box=SIMPLE, caption=_limits(report.rows), caption_justify="left"
+    )
     others = Table("check", "figures", "verdict", box=SIMPLE)
     for row in report.rows:
         verdict = f"[{STYLES[row.verdict]}]{row.verdict}[/]"
@@ -123,9 +133,12 @@ def _speeds_table(report: BenchReport) -> Table:
         cells = [str(speed.threads), speed.what, *_estimate(speed.tokens_per_second), *limit]
         first = [f"{speed.subject + 1}"] if paired else []
         table.add_row(*first, *cells, *(_estimate(speed.ratio) if speed.ratio else []))
-    bandwidth = ", ".join(f"{estimate.median / 1e9:.1f} GB/s with threads {threads}" for threads, estimate in report.bandwidth.items())
+    bandwidth = ", ".join(
+        f"{estimate.median / 1e9:.1f} GB/s with threads {threads}" for threads, estimate in report.bandwidth.items()
+    )
     lines = [f"medians of {report.options.repeats} interleaved rounds", f"measured read bandwidth {bandwidth}"]
-    table.caption, table.caption_justify = "\n".join((*lines, *(f"left out: {reason}" for reason in report.left_out))), "left"
+    table.caption = "\n".join((*lines, *(f"left out: {reason}" for reason in report.left_out)))
+    table.caption_justify = "left"
     return table
 
 
@@ -138,7 +151,8 @@ def gate_table(report: GateReport) -> Table:
     table = Table("check", "figure", "interval", "limit", "verdict", "note", box=SIMPLE)
     for check in report.checks:
         table.add_row(check.name, *_figures(check), f"[{STYLES[check.verdict]}]{check.verdict}[/]", check.note)
-    table.caption, table.caption_justify = f"{report.verdict}: {report.artifact}, timings relative to the baseline", "left"
+    table.caption = f"{report.verdict}: {report.artifact}, timings relative to the baseline"
+    table.caption_justify = "left"
     return table
 
 
@@ -178,7 +192,9 @@ def human_bytes(count: float) -> str:
 def plan_table(plan: Plan) -> Table:
     """A plan for a person: sizes first."""
     fits = "enough" if plan.disk_free > plan.artifact_bytes + plan.scratch_bytes else "NOT ENOUGH"
-    scratch = f", {human_bytes(plan.scratch_bytes)} needed beside the artifact until it is done" if plan.scratch_bytes else ""
+    scratch = (
+        f", {human_bytes(plan.scratch_bytes)} needed beside the artifact until it is done" if plan.scratch_bytes else ""
+    )
     rows: list[tuple[str, object]] = [
         ("artifact", f"{human_bytes(plan.artifact_bytes)} from {human_bytes(plan.source_bytes)}"),
         ("disk", f"{human_bytes(plan.disk_free)} free: {fits}{scratch}"),

@@ -19,7 +19,7 @@ from h1export.report.report import Verdict
 from h1export.runtime.runner import Runner
 from h1export.targets import Kernels, get_target
 from h1export.validate.accuracy.reference import Reference
-from h1export.validate.speed.bench import BenchOptions, BenchReport, Contender, machine, of_artifact
+from h1export.validate.speed.bench import BenchOptions, BenchReport, Candidate, machine, of_artifact
 from h1export.validate.speed.bench import bench as run_bench
 from h1export.validate.speed.gate_file import Baseline, Clock, Gate, read_baselines, read_gates, write_baselines
 from h1export.validate.speed.memory_traffic import float_bytes, float_step_bytes
@@ -28,16 +28,18 @@ from h1export.validate.speed.regression import (
     Check,
     GateReport,
     Makers,
-    PairPlayer,
+    ModelPair,
     counted,
     counted_checks,
     cpu_kind,
     measured,
     measured_checks,
 )
-from h1export.validate.speed.worker import RunnerPlayer, pin
+from h1export.validate.speed.worker import RunnerModel, pin
 
-GATE_STEPS, REFERENCE_STEPS = 16, 4  # tokens a timing of a gate: of the artifact, and of the reference, which is slower
+# tokens a timing of a gate: of the artifact, and of the reference, which is slower
+GATE_STEPS = 16
+REFERENCE_STEPS = 4
 CLOCKS: Mapping[Clock, Callable[[], float]] = {Clock.CPU: time.process_time, Clock.WALL: time.perf_counter}
 
 
@@ -55,22 +57,31 @@ def bench(
         H1ExportError: a damaged artifact, one that does not run here, or a checkpoint that it was not built from.
     """
     artifacts = [Artifact.open(folder) for folder in (out, against) if folder is not None]
-    contenders = [of_artifact(artifact, partial(_maker, artifact.folder, kernels, options.steps)) for artifact in artifacts]
+    contenders = [
+        of_artifact(artifact, partial(_maker, artifact.folder, kernels, options.steps)) for artifact in artifacts
+    ]
     if checkpoint is not None:
-        contenders.append(_reference(artifacts[0], checkpoint, kernels, options.steps))
+        contenders.append(_reference(artifacts[0], checkpoint, kernels, steps=options.steps))
     return run_bench(contenders, options, progress)
 
 
-def _reference(artifact: Artifact, checkpoint: Path, kernels: Kernels, steps: int) -> Contender:
+def _reference(artifact: Artifact, checkpoint: Path, kernels: Kernels, steps: int) -> Candidate:
     """transformers' model in float32, on the weights that ``artifact`` stores."""
     check_source(artifact, checkpoint)
-    spec = artifact.spec
+    config = artifact.config
     held = "the artifact's, dequantised" if artifact.manifest.weights else "the checkpoint's"
 
-    def make(threads: int) -> Callable[[], RunnerPlayer]:
-        return partial(_play_reference, checkpoint, artifact.folder, threads, kernels, steps)
+    def make(threads: int) -> Callable[[], RunnerModel]:
+        return partial(_play_reference, checkpoint, artifact.folder, threads, kernels=kernels, steps=steps)
 
-    return Contender(str(checkpoint), "transformers", {"weights": held}, float_bytes(spec), partial(float_step_bytes, spec), make)
+    return Candidate(
+        str(checkpoint),
+        "transformers",
+        {"weights": held},
+        weight_bytes=float_bytes(config),
+        step_bytes=partial(float_step_bytes, config),
+        make=make,
+    )
 
 
 @dataclass(frozen=True)
@@ -91,11 +102,13 @@ class Gated:
         found, place = read_gates(gates)
         mine = [gate for gate in found if (gate.target, gate.quant) == (manifest.target, manifest.scheme["quant"])]
         if not mine:
-            raise H1ExportError(gates, f"has no gate for target {manifest.target}, quant {manifest.scheme['quant']}", "add one")
+            raise H1ExportError(
+                gates, f"has no gate for target {manifest.target}, quant {manifest.scheme['quant']}", "add one"
+            )
         if mine[0].timings:
             check_source(artifact, checkpoint)
         now = counted(artifact, mine[0], get_target(manifest.target).operations(artifact))
-        return cls(artifact, mine[0], now, place, read_baselines(place))
+        return cls(artifact, mine[0], now, place=place, baselines=read_baselines(place))
 
     @property
     def name(self) -> str:
@@ -107,17 +120,23 @@ class Gated:
         Raises:
             H1ExportError: it runs on a GPU, whose time the gate's clock does not count.
         """
-        gate, folder = self.gate, self.artifact.folder
+        gate = self.gate
+        folder = self.artifact.folder
         capabilities = load(self.artifact, gate.threads, kernels=kernels).capabilities
         if capabilities.emulated:
             return None
         if capabilities.gpu and gate.clock is Clock.CPU and gate.timings:
-            raise H1ExportError(f"gate {self.name}", f'clock = "cpu" does not count what {capabilities.gpu} does', 'set clock = "wall"')
-        pair, kind = partial(_play_pair, checkpoint, folder, gate.threads, kernels, gate.clock), f"{cpu_kind()} {capabilities.gpu}".strip()
-        return Makers(pair, partial(_play, folder, gate.threads, kernels, GATE_STEPS), GATE_STEPS, kind)
+            raise H1ExportError(
+                f"gate {self.name}", f'clock = "cpu" does not count what {capabilities.gpu} does', 'set clock = "wall"'
+            )
+        pair = partial(_play_pair, checkpoint, folder, gate.threads, kernels=kernels, clock=gate.clock)
+        kind = f"{cpu_kind()} {capabilities.gpu}".strip()
+        return Makers(pair, partial(_play, folder, gate.threads, kernels, steps=GATE_STEPS), GATE_STEPS, kind=kind)
 
 
-def gate(out: Path, checkpoint: Path, gates: Path, progress: Progress = SILENT, kernels: Kernels = "auto") -> GateReport:
+def gate(
+    out: Path, checkpoint: Path, gates: Path, progress: Progress = SILENT, kernels: Kernels = "auto"
+) -> GateReport:
     """Hold the artifact ``out`` against its baseline, as the file ``gates`` says.
 
     Raises:
@@ -132,13 +151,19 @@ def gate(out: Path, checkpoint: Path, gates: Path, progress: Progress = SILENT, 
     progress.stage("memory and timings")
     makers = gated.makers(checkpoint, kernels)
     if makers is None:
-        checks.append(Check("memory and timings", Verdict.NOT_APPLICABLE, note="nothing on this machine but an emulation runs it"))
+        checks.append(
+            Check("memory and timings", Verdict.NOT_APPLICABLE, note="nothing on this machine but an emulation runs it")
+        )
     else:
         checks += measured_checks(makers, then, gated.gate)
-    return GateReport(str(out), gated.gate, machine() | {"kind": makers.kind if makers else cpu_kind()}, tuple(checks))
+    return GateReport(
+        str(out), gated.gate, machine() | {"kind": makers.kind if makers else cpu_kind()}, checks=tuple(checks)
+    )
 
 
-def write_baseline(out: Path, checkpoint: Path, gates: Path, progress: Progress = SILENT, kernels: Kernels = "auto") -> Path:
+def write_baseline(
+    out: Path, checkpoint: Path, gates: Path, progress: Progress = SILENT, kernels: Kernels = "auto"
+) -> Path:
     """Make the artifact ``out`` the baseline of its gate; returns the file. Other gates' stay, and timings on other kinds of CPU.
 
     Raises:
@@ -146,7 +171,8 @@ def write_baseline(out: Path, checkpoint: Path, gates: Path, progress: Progress 
     """
     progress.stage("files and graphs")
     gated = Gated.open(out, gates, checkpoint)
-    now, then = gated.now, gated.baselines.get(gated.name)
+    now = gated.now
+    then = gated.baselines.get(gated.name)
     if then is not None and then.model == now.model:
         now = replace(now, peak_bytes=then.peak_bytes, ratios=then.ratios)
     progress.stage("memory and timings")
@@ -156,36 +182,40 @@ def write_baseline(out: Path, checkpoint: Path, gates: Path, progress: Progress 
     return gated.place
 
 
-def _maker(folder: Path, kernels: Kernels, steps: int, threads: int) -> Callable[[], RunnerPlayer]:
-    return partial(_play, folder, threads, kernels, steps)
+def _maker(folder: Path, kernels: Kernels, steps: int, *, threads: int) -> Callable[[], RunnerModel]:
+    return partial(_play, folder, threads, kernels, steps=steps)
 
 
-def _play(folder: Path, threads: int, kernels: Kernels, steps: int) -> RunnerPlayer:
+def _play(folder: Path, threads: int, kernels: Kernels, *, steps: int) -> RunnerModel:
     """In a process of its own: an artifact ready to be timed."""
     pin(threads)
-    return RunnerPlayer(timed_runner(Artifact.open(folder), threads, kernels), steps)
+    return RunnerModel(timed_runner(Artifact.open(folder), threads, kernels), steps)
 
 
-def _play_reference(checkpoint: Path, folder: Path, threads: int, kernels: Kernels, steps: int) -> RunnerPlayer:
+def _play_reference(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, steps: int) -> RunnerModel:
     """In a process of its own: the reference on the weights of the artifact ``folder``. Reading them counts in its peak of memory."""
     pin(threads)
-    return reference_player(checkpoint, load(Artifact.open(folder), threads, kernels=kernels), threads, steps, time.perf_counter)
+    return reference_player(
+        checkpoint, load(Artifact.open(folder), threads, kernels=kernels), threads, steps=steps, clock=time.perf_counter
+    )
 
 
-def _play_pair(checkpoint: Path, folder: Path, threads: int, kernels: Kernels, clock: Clock) -> PairPlayer:
+def _play_pair(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, clock: Clock) -> ModelPair:
     """In a process of its own: an artifact beside its reference."""
     pin(threads)
     runner = timed_runner(Artifact.open(folder), threads, kernels)
-    ours = RunnerPlayer(runner, GATE_STEPS, CLOCKS[clock])
-    return PairPlayer(ours, reference_player(checkpoint, runner, threads, REFERENCE_STEPS, CLOCKS[clock]))
+    ours = RunnerModel(runner, GATE_STEPS, CLOCKS[clock])
+    return ModelPair(ours, reference_player(checkpoint, runner, threads, steps=REFERENCE_STEPS, clock=CLOCKS[clock]))
 
 
-def reference_player(checkpoint: Path, runner: Runner[Any], threads: int, steps: int, clock: Callable[[], float]) -> RunnerPlayer:
+def reference_player(
+    checkpoint: Path, runner: Runner[Any], threads: int, *, steps: int, clock: Callable[[], float]
+) -> RunnerModel:
     """transformers' model on the weights that ``runner`` stores."""
     torch.set_num_threads(threads)
     reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
-    return RunnerPlayer(reference, steps, clock, chunk=reference.spec.max_position_embeddings)
+    return RunnerModel(reference, steps, clock, chunk=reference.config.max_position_embeddings)
 
 
 def timed_runner(artifact: Artifact, threads: int, kernels: Kernels) -> Runner[Any]:

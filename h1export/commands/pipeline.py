@@ -26,7 +26,7 @@ from h1export.commands.plan import Plan
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG, special_tokens
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.progress import SILENT, Progress
@@ -34,9 +34,9 @@ from h1export.quantize.budget import Sensitivity
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.cost import cost_of
 from h1export.quantize.methods.select import integers_of, rounded
-from h1export.quantize.scheme import READY, QuantScheme
+from h1export.quantize.scheme import PREQUANTIZED, QuantScheme
 from h1export.quantize.sensitivity import sensitivities
-from h1export.quantize.source import Integers
+from h1export.quantize.source import QuantizedWeights
 from h1export.report.report import Report
 from h1export.runtime.generation import Sampling, generate
 from h1export.runtime.runner import Ids, Runner
@@ -62,7 +62,7 @@ CARRIED = (  # files of a checkpoint that an artifact carries as they are
 
 
 @dataclass(frozen=True)
-class Export:
+class BuildJob:
     """One export, checked and not begun.
 
     Attributes:
@@ -75,24 +75,40 @@ class Export:
     scheme: QuantScheme
     options: BuildOptions
     calibration: Calibration
-    spec: HybridSpec
+    config: FalconH1Config
     store: WeightStore
-    integers: Integers
+    integers: QuantizedWeights
     ids: Ids | None
 
     @classmethod
     def open(
-        cls, checkpoint: Path, target: str, scheme: QuantScheme, options: BuildOptions, calibration: Calibration, progress: Progress
-    ) -> Export:
+        cls,
+        checkpoint: Path,
+        target: str,
+        scheme: QuantScheme,
+        options: BuildOptions,
+        calibration: Calibration,
+        progress: Progress,
+    ) -> BuildJob:
         """Raises H1ExportError for a checkpoint, scheme, option or calibration text that cannot be exported."""
         progress.stage("checkpoint")
-        spec = HybridSpec.load(checkpoint)
-        store = WeightStore.open(checkpoint, spec, progress)
-        scheme.check(spec)
-        special_tokens(checkpoint, spec)  # refused here rather than when somebody generates
-        integers = rounded(store, spec, scheme)
+        config = FalconH1Config.load(checkpoint)
+        store = WeightStore.open(checkpoint, config, progress)
+        scheme.check(config)
+        special_tokens(checkpoint, config)  # refused here rather than when somebody generates
+        integers = rounded(store, config, scheme)
         ids = calibration.ids(checkpoint) if scheme.calibrated else None
-        return cls(checkpoint, target, scheme, options, calibration, spec, store, integers, ids)
+        return cls(
+            checkpoint,
+            target,
+            scheme,
+            options=options,
+            calibration=calibration,
+            config=config,
+            store=store,
+            integers=integers,
+            ids=ids,
+        )
 
     def manifest(self, source: str) -> Manifest:
         """What is known of the artifact before its first byte; ``source`` is the checkpoint's fingerprint."""
@@ -100,7 +116,7 @@ class Export:
         return Manifest(
             target=self.target,
             source=source,
-            spec=dataclasses.asdict(self.spec),
+            config=dataclasses.asdict(self.config),
             scheme=self._scheme(),
             options=dataclasses.asdict(self.options),
             toolchain={"h1export": __version__, **{name: metadata.version(name) for name in packages}},
@@ -115,7 +131,7 @@ class Export:
         scheme = dataclasses.asdict(self.scheme)
         if self.store.layout is not None:
             ready = dataclasses.asdict(self.store.layout)
-            return scheme | {"quant": f"int{self.store.layout.bits}", "method": READY, READY: ready}
+            return scheme | {"quant": f"int{self.store.layout.bits}", "method": PREQUANTIZED, PREQUANTIZED: ready}
         return scheme | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)})
 
     def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:
@@ -124,16 +140,24 @@ class Export:
             if (self.checkpoint / name).is_file():
                 shutil.copyfile(self.checkpoint / name, stage.folder / name)
         progress.stage("trace")
-        program = run_passes(trace(self.spec, self.options.last_logits), passes_for(self.store.order_name))
+        program = run_passes(trace(self.config, self.options.last_logits), passes_for(self.store.order_name))
         if self.ids is not None and not stage.dry:
             with dry_stage() as dry:  # what the target refuses, it refuses before the long work
-                store, integers = integers_of(self.store, self.spec, self.scheme, self.ids, dry, SILENT)
-                get_target(self.target).lower(program, store, integers, self.options, dry, SILENT)
-        store, integers = integers_of(self.store, self.spec, self.scheme, self.ids, stage, progress)
-        lowered = get_target(self.target).lower(program, store, integers, self.options, stage, progress)
+                store, integers = integers_of(
+                    self.store, self.config, self.scheme, ids=self.ids, stage=dry, progress=SILENT
+                )
+                get_target(self.target).lower(
+                    program, store, integers, options=self.options, stage=dry, progress=SILENT
+                )
+        store, integers = integers_of(
+            self.store, self.config, self.scheme, ids=self.ids, stage=stage, progress=progress
+        )
+        lowered = get_target(self.target).lower(
+            program, store, integers, options=self.options, stage=stage, progress=progress
+        )
         progress.stage("hashes")
         files = file_table(stage.folder, sizes_only=stage.dry)
-        found = {name: getattr(lowered, name) for name in ("inputs", "outputs", "weights", "passport")}
+        found = {name: getattr(lowered, name) for name in ("inputs", "outputs", "weights", "requirements")}
         manifest = dataclasses.replace(manifest, **found, files=files)
         (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
@@ -159,7 +183,7 @@ def build(
         H1ExportError: a checkpoint, scheme or option that cannot be exported, or an ``out`` that is taken.
     """
     check_place(out, force)
-    export = Export.open(checkpoint, target, scheme, options, calibration, progress)
+    export = BuildJob.open(checkpoint, target, scheme, options, calibration, progress)
     progress.stage("fingerprint", export.store.nbytes)
     manifest = export.manifest(export.store.fingerprint())
     with staged(out, force, manifest.key) as folder:
@@ -179,13 +203,16 @@ def sensitivity(
     Raises:
         H1ExportError: a checkpoint, scheme or calibration text that cannot be used.
     """
-    spec = HybridSpec.load(checkpoint)
-    store = WeightStore.open(checkpoint, spec)
-    scheme.check(spec)
-    ids, jobs = calibration.ids(checkpoint), jobs or cores()
+    config = FalconH1Config.load(checkpoint)
+    store = WeightStore.open(checkpoint, config)
+    scheme.check(config)
+    ids = calibration.ids(checkpoint)
+    jobs = jobs or cores()
     with tempfile.TemporaryDirectory(prefix="h1export-sensitivity-") as folder:
-        store, integers = integers_of(store, spec, scheme, ids, Stage(Path(folder), jobs), progress)
-        return sensitivities(store, spec, integers, ids[:SENSITIVITY_SAMPLES], jobs, progress)
+        store, integers = integers_of(
+            store, config, scheme, ids=ids, stage=Stage(Path(folder), jobs), progress=progress
+        )
+        return sensitivities(store, config, integers, ids=ids[:SENSITIVITY_SAMPLES], jobs=jobs, progress=progress)
 
 
 def plan(
@@ -204,25 +231,34 @@ def plan(
     Raises:
         H1ExportError: a checkpoint, scheme or option that cannot be exported.
     """
-    export, jobs = Export.open(checkpoint, target, scheme, options, calibration, progress), jobs or cores()
+    export = BuildJob.open(checkpoint, target, scheme, options, calibration, progress)
+    jobs = jobs or cores()
     start = time.perf_counter()
     with dry_stage() as stage:
         export.write(export.manifest(NO_SHA256), stage, progress)
         files = file_table(stage.folder, sizes_only=True)
     lowering = time.perf_counter() - start
     sizes = {name: size for name, (_, size) in files.items()}
-    cost = None if export.ids is None else cost_of(scheme.method, export.store, export.spec, scheme.precisions(export.spec), export.ids)
+    cost = (
+        None
+        if export.ids is None
+        else cost_of(
+            scheme.method, export.store, export.config, tensors=scheme.precisions(export.config), ids=export.ids
+        )
+    )
     return Plan(
         target,
         str(out),
         sizes,
-        planning.peak_bytes(jobs) + (cost.peak_bytes(jobs) if cost else 0),
-        lowering + planning.seconds(export.store, scheme, export.integers, sum(sizes.values()), jobs) + (cost.seconds(jobs) if cost else 0),
-        export.store.nbytes,
-        planning.disk_free(out),
-        cost.disk_bytes if cost else 0,
-        {context: StateSpec.of(export.spec).nbytes(1, context) for context in contexts},
-        planning.precisions(export.integers, export.spec),
+        peak_bytes=planning.peak_bytes(jobs) + (cost.peak_bytes(jobs) if cost else 0),
+        seconds=lowering
+        + planning.seconds(export.store, scheme, export.integers, sum(sizes.values()), jobs)
+        + (cost.seconds(jobs) if cost else 0),
+        source_bytes=export.store.nbytes,
+        disk_free=planning.disk_free(out),
+        scratch_bytes=cost.disk_bytes if cost else 0,
+        state_bytes={context: StateSpec.of(export.config).nbytes(1, context) for context in contexts},
+        precisions=planning.precisions(export.integers, export.config),
     )
 
 
@@ -230,7 +266,9 @@ def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: K
     """A Runner over ``artifact`` by the target that made it; the arguments are those of ``Target.load``."""
     name = artifact.manifest.target
     if name not in MODULES:
-        raise H1ExportError(artifact.folder / MANIFEST, f"target {name!r} is unknown", f"this h1export knows {', '.join(MODULES)}")
+        raise H1ExportError(
+            artifact.folder / MANIFEST, f"target {name!r} is unknown", f"this h1export knows {', '.join(MODULES)}"
+        )
     return get_target(name).load(artifact, threads, float32, kernels)
 
 
@@ -245,9 +283,11 @@ def load_folder(out: str | Path, threads: int = 0, float32: bool = False, kernel
 
 def check_source(artifact: Artifact, checkpoint: Path) -> None:
     """Raises H1ExportError where ``artifact`` was not built from ``checkpoint``."""
-    spec = HybridSpec.load(checkpoint)
-    if WeightStore.open(checkpoint, spec).fingerprint() != artifact.manifest.source or spec != artifact.spec:
-        raise H1ExportError(artifact.folder, f"was not built from {checkpoint}", "give the checkpoint it was built from as MODEL")
+    config = FalconH1Config.load(checkpoint)
+    if WeightStore.open(checkpoint, config).fingerprint() != artifact.manifest.source or config != artifact.config:
+        raise H1ExportError(
+            artifact.folder, f"was not built from {checkpoint}", "give the checkpoint it was built from as MODEL"
+        )
 
 
 def validate(
@@ -287,7 +327,9 @@ def validate(
         torch.set_num_threads(threads)
     has_tokenizer = (out / TOKENIZER).is_file()
     ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
-    options = ValidateOptions(limits, ids, nbytes, latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts))
+    options = ValidateOptions(
+        limits, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
+    )
     runner = load(artifact, threads, kernels=kernels)
     exact = runner if runner.capabilities.float32 else load(artifact, threads, float32=True, kernels=kernels)
     if not exact.capabilities.float32:  # the runtime has no float32 form of it
@@ -306,6 +348,7 @@ def generate_text(
     out: Path,
     prompt: str,
     max_tokens: int,
+    *,
     sampling: Sampling,
     chat: bool = False,
     threads: int = 0,
@@ -326,5 +369,5 @@ def generate_text(
     runner = load(artifact, threads, kernels=kernels)
     if runner.capabilities.fallback:
         tell(runner.capabilities.fallback)
-    end = frozenset(special_tokens(out, runner.spec).eos)
+    end = frozenset(special_tokens(out, runner.config).eos)
     yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling, end))

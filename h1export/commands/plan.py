@@ -16,15 +16,16 @@ import numpy as np
 
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.store import WeightStore
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import tensor_layout
-from h1export.quantize.group_format import Precision
 from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import QuantScheme
-from h1export.quantize.source import Integers
+from h1export.quantize.source import QuantizedWeights
 
 BLOCK_COPIES = 6  # of a block that rounding and packing hold at a time, in float32
-SAMPLE_ROWS, SAMPLE_COLUMNS = 1024, 1024
+SAMPLE_ROWS = 1024
+SAMPLE_COLUMNS = 1024
 SAMPLES = 3
 WRITES_PER_SECOND = 4e8  # bytes; hashing what was written included
 
@@ -66,16 +67,18 @@ class Plan:
         return dict(Counter(self.precisions.values()))
 
 
-def precisions(integers: Integers, spec: HybridSpec) -> dict[str, str]:
+def precisions(integers: QuantizedWeights, config: FalconH1Config) -> dict[str, str]:
     """Tensor of the architecture -> its precision in words."""
-    return {name: _words(integers.precisions.get(name)) for name in tensor_layout(spec)}
+    return {name: _words(integers.precisions.get(name)) for name in tensor_layout(config)}
 
 
 def _words(precision: Precision | None) -> str:
     if precision is None:
         return "float32"
     zeros = ", zero points" if precision.zeros else ""
-    return f"int{precision.bits}, {f'block {precision.block}' if precision.block else 'a scale per row'}{zeros}"
+    return (
+        f"int{precision.bits}, {f'block {precision.group_size}' if precision.group_size else 'a scale per row'}{zeros}"
+    )
 
 
 def peak_bytes(jobs: int) -> int:
@@ -92,7 +95,9 @@ def anonymous_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def seconds(store: WeightStore, scheme: QuantScheme, integers: Integers, artifact_bytes: int, jobs: int) -> float:
+def seconds(
+    store: WeightStore, scheme: QuantScheme, integers: QuantizedWeights, artifact_bytes: int, jobs: int
+) -> float:
     """How long a build computes weights and writes them; reading is hidden behind it."""
     values = sum(prod(store.shape(name)) for name in integers.precisions)
     return values / _sampled_speed(scheme) / jobs + (artifact_bytes + store.nbytes) / WRITES_PER_SECOND
@@ -101,7 +106,8 @@ def seconds(store: WeightStore, scheme: QuantScheme, integers: Integers, artifac
 def _sampled_speed(scheme: QuantScheme) -> float:
     """Weights that one thread rounds in a second."""
     weights = np.random.default_rng(0).standard_normal((SAMPLE_ROWS, SAMPLE_COLUMNS), np.float32)
-    precision, ones = Precision(4, scheme.block) if scheme.quant == "int4" else Precision(8, 0), np.ones(SAMPLE_ROWS, np.float32)
+    precision = Precision(4, scheme.group_size) if scheme.quant == "int4" else Precision(8, 0)
+    ones = np.ones(SAMPLE_ROWS, np.float32)
     times = []
     for _ in range(SAMPLES):
         start = time.perf_counter()

@@ -33,7 +33,8 @@ class Exported:
     """An artifact as it ships; ``exact`` is the same in float32 arithmetic, where lowering errors cannot hide behind rounding."""
 
     def __init__(self, artifact: Artifact, float32: bool = False) -> None:
-        self.artifact, self._float32 = artifact, float32
+        self.artifact = artifact
+        self._float32 = float32
         self.runner: Runner[Any] = pipeline.load(artifact, float32=float32)
 
     @classmethod
@@ -64,8 +65,9 @@ class Exported:
     @property
     def tolerance(self) -> Tolerance:
         """The default gate of `validate` for this artifact against its own weights."""
-        shipped, exact = self.runner.capabilities, self.exact.runner.capabilities
-        limits = tolerances.limits_of(self.artifact.manifest, shipped.float32, exact.float32, {})
+        shipped = self.runner.capabilities
+        exact = self.exact.runner.capabilities
+        limits = tolerances.limits_of(self.artifact.manifest, shipped.float32, exact.float32, chosen={})
         metric = next(metric for group in ("drift", "stored", "source") if (metric := f"{group}.logits") in limits)
         return Tolerance(limits[metric], metric)
 

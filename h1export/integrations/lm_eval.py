@@ -25,7 +25,9 @@ from h1export.model.falcon_h1.special_tokens import special_tokens
 from h1export.runtime.generation import Sampling, generate
 from h1export.targets import Kernels
 
-Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, what is scored), as lm-eval hands them over
+Request = tuple[
+    tuple[str, str] | None, list[int], list[int]
+]  # (texts, context, what is scored), as lm-eval hands them over
 MAX_NEW_TOKENS = 256  # where a task does not say, as in lm-eval's own models
 SAMPLING = ("temperature", "top_k", "top_p")
 
@@ -55,10 +57,11 @@ class ArtifactLM(TemplateLM):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        self._folder, self._tokenizer = Path(out), load_tokenizer(Path(out))
+        self._folder = Path(out)
+        self._tokenizer = load_tokenizer(Path(out))
         self.runner = pipeline.load_folder(out, threads, kernels=kernels)
-        self._special = special_tokens(self._folder, self.runner.spec)
-        rooms = (self.runner.spec.max_position_embeddings, self.runner.capabilities.max_context, max_length)
+        self._special = special_tokens(self._folder, self.runner.config)
+        rooms = (self.runner.config.max_position_embeddings, self.runner.capabilities.max_context, max_length)
         self.max_length = min(room for room in rooms if room)
 
     @property
@@ -78,12 +81,16 @@ class ArtifactLM(TemplateLM):
             add_special_tokens = not has_bos_prefix(string, self._tokenizer.id_to_token(self.prefix_token_id))
         return list(self._tokenizer.encode(string, add_special_tokens=add_special_tokens).ids)
 
-    def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise H1ExportError(
-                    "request", f"{len(continuation)} tokens to score, and there is room for {self.max_length}", "score less"
+                    "request",
+                    f"{len(continuation)} tokens to score, and there is room for {self.max_length}",
+                    "score less",
                 )
             room = self.max_length + 1 - len(continuation)  # the last token is scored and not seen
             groups[tuple(context[-room:])].append(index)
@@ -102,7 +109,9 @@ class ArtifactLM(TemplateLM):
         """Log likelihood of whole texts, in windows of ``max_length`` tokens, the first one after ``prefix_token_id``."""
         totals = []
         for (text,) in tqdm([request.args for request in requests], disable=disable_tqdm, desc="texts"):
-            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1)
+            windows = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, self.max_length, context_len=1
+            )
             parts: list[Request] = [(None, *make_disjoint_window(window)) for window in windows]
             totals.append(sum(score for score, _ in self._loglikelihood_tokens(parts, disable_tqdm=True)))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
@@ -111,28 +120,39 @@ class ArtifactLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations, greedy unless a task samples; sampling is seeded with the request's place."""
         answers = []
-        for seed, (context, options) in enumerate(tqdm([request.args for request in requests], disable=disable_tqdm, desc="prompts")):
+        for seed, (context, options) in enumerate(
+            tqdm([request.args for request in requests], disable=disable_tqdm, desc="prompts")
+        ):
             answers.append(self._continue(context, dict(options), seed))
             self.cache_hook.add_partial("generate_until", (context, options), answers[-1])
         return answers
 
     def _continue(self, context: str, options: dict[str, Any], seed: int) -> str:
         chosen: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
-        until, new = [term for term in chosen.pop("until") if term], chosen.pop("max_gen_toks")
+        until = [term for term in chosen.pop("until") if term]
+        new = chosen.pop("max_gen_toks")
         sampled = chosen.pop("do_sample")
         how = {name: chosen.pop(name) for name in SAMPLING if name in chosen}
         if chosen:
-            raise H1ExportError("generate_until", f"no such way to choose tokens: {', '.join(chosen)}", f"know {', '.join(SAMPLING)}")
+            raise H1ExportError(
+                "generate_until", f"no such way to choose tokens: {', '.join(chosen)}", f"know {', '.join(SAMPLING)}"
+            )
         if new >= self.max_length:
-            raise H1ExportError("generate_until", f"{new} new tokens, and there is room for {self.max_length}", "ask for fewer")
+            raise H1ExportError(
+                "generate_until", f"{new} new tokens, and there is room for {self.max_length}", "ask for fewer"
+            )
         ends = {token for term in until if (token := self._tokenizer.token_to_id(term)) is not None}
         ids = np.array(self.tok_encode(context)[new - self.max_length :], np.int64)
         tokens = generate(
-            self.runner, ids, new, Sampling(**how, seed=seed) if sampled else Sampling(), frozenset({*self._special.eos, *ends})
+            self.runner,
+            ids,
+            new,
+            Sampling(**how, seed=seed) if sampled else Sampling(),
+            frozenset({*self._special.eos, *ends}),
         )
         text = ""
-        for piece in stream(self._tokenizer, tokens):
-            text += piece
+        for subgraph in stream(self._tokenizer, tokens):
+            text += subgraph
             if any(term in text for term in until):
                 break
         return str(postprocess_generated_text(text, until, None))
@@ -150,12 +170,21 @@ class ArtifactLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation, by the artifact's chat template."""
-        turns: dict[str, bool] = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        turns: dict[str, bool] = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **turns))
 
 
 def evaluate(
-    model: ArtifactLM, tasks: Sequence[str], include: Path | None, fewshot: int | None, limit: int | None, chat: bool, unsafe_code: bool
+    model: ArtifactLM,
+    tasks: Sequence[str],
+    include: Path | None,
+    fewshot: int | None,
+    limit: int | None,
+    chat: bool,
+    unsafe_code: bool,
 ) -> dict[str, Any]:
     """lm-eval's results of ``tasks``: its own, or those whose YAML files lie in the folder ``include``.
 
@@ -176,7 +205,9 @@ def evaluate(
         manager = TaskManager(include_path=include)
     if unknown := sorted({*tasks} - {*manager.all_tasks}):
         raise H1ExportError(
-            "--tasks", f"no such task: {', '.join(unknown)}", "`lm-eval ls tasks` lists them; --include names a folder of others"
+            "--tasks",
+            f"no such task: {', '.join(unknown)}",
+            "`lm-eval ls tasks` lists them; --include names a folder of others",
         )
     found = lm_eval.simple_evaluate(
         model=model,

@@ -14,13 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import INPUT_IDS, LOGITS, Array, StateKind, StateSpec, StateTensor
 from h1export.runtime.runner import Capabilities, Ids, Sequences, SteppedSequences, check_call
 from h1export.targets.onnx import sdk
 
-PREFILL, DECODE = "prefill.onnx", "decode.onnx"
-KINDS = {StateKind.KEY: "keys", StateKind.VALUE: "values", StateKind.CONV: "conv_states.0", StateKind.RECURRENT: "recurrent_states.0"}
+PREFILL = "prefill.onnx"
+DECODE = "decode.onnx"
+KINDS = {
+    StateKind.KEY: "keys",
+    StateKind.VALUE: "values",
+    StateKind.CONV: "conv_states.0",
+    StateKind.RECURRENT: "recurrent_states.0",
+}
 SHORT = "prefill leaves too short a convolution state after fewer tokens than the convolution has taps: they go through decode here"
 States = dict[str, npt.NDArray[Any]]
 
@@ -30,23 +36,26 @@ class ExporterRunner:
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         ort = sdk.onnxruntime()
-        self._spec = HybridSpec.load(folder)
+        self._spec = FalconH1Config.load(folder)
         self._states = StateSpec.of(self._spec)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors also come as exceptions
         try:
             self._prefill, self._decode = (
-                ort.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"]) for name in (PREFILL, DECODE)
+                ort.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
+                for name in (PREFILL, DECODE)
             )
         except Exception as error:  # onnxruntime's exception types share no base class
-            raise H1ExportError(folder, f"onnxruntime cannot load {PREFILL} and {DECODE} ({error})", "export it again") from None
+            raise H1ExportError(
+                folder, f"onnxruntime cannot load {PREFILL} and {DECODE} ({error})", "export it again"
+            ) from None
         self._kernels = f"onnxruntime {ort.__version__}"
         (length,) = [port.shape[1] for port in self._prefill.get_inputs() if port.name == INPUT_IDS]
         self._length = length if isinstance(length, int) else None  # that of the traced prompt, where it is not dynamic
 
     @property
-    def spec(self) -> HybridSpec:
+    def config(self) -> FalconH1Config:
         return self._spec
 
     @property
@@ -56,13 +65,17 @@ class ExporterRunner:
 
     def initial(self, batch: int) -> States:
         zeros = self._states.zeros(batch)
-        return {_name(t): _wider(zeros[t.key]) if t.kind is StateKind.CONV else zeros[t.key] for t in self._states.tensors}
+        return {
+            _name(t): _wider(zeros[t.key]) if t.kind is StateKind.CONV else zeros[t.key] for t in self._states.tensors
+        }
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         past = states[_name(self._states.tensors[0])].shape[2]
-        check_call(ids, mask, past, self._spec.vocab_size)
+        check_call(ids, mask, past, vocab_size=self._spec.vocab_size)
         if len(ids) > 1 or not mask.all():
-            raise H1ExportError("step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", "its graphs take one row without pads")
+            raise H1ExportError(
+                "step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", "its graphs take one row without pads"
+            )
         if not past and (ids.shape[1] == self._length if self._length else ids.shape[1] >= self._spec.mamba_d_conv):
             return self._run(self._prefill, ids, 0, {})
         rows = []
@@ -75,7 +88,9 @@ class ExporterRunner:
         given = {INPUT_IDS: ids, "position_ids": np.arange(past, past + ids.shape[1])[None], **states}
         feeds = {port.name: given[port.name.removeprefix("input.")] for port in session.get_inputs()}
         names = [port.name for port in session.get_outputs()]
-        found = {name.removeprefix("output."): array for name, array in zip(names, session.run(names, feeds), strict=True)}
+        found = {
+            name.removeprefix("output."): array for name, array in zip(names, session.run(names, feeds), strict=True)
+        }
         return found.pop(LOGITS), found
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:

@@ -18,12 +18,16 @@ OWN = ("model", "out")  # optimum names these two its own way, for every exporte
 class H1ExportCommand(BaseOptimumCLICommand):
     """``-m MODEL OUTPUT`` as in optimum's other exports, then the options of `h1export build`."""
 
-    COMMAND = CommandInfo(name="h1export", help="Export Falcon-H1 models to the runtimes that h1export knows, with int4 weights.")
+    COMMAND = CommandInfo(
+        name="h1export", help="Export Falcon-H1 models to the runtimes that h1export knows, with int4 weights."
+    )
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Every option of the click command, once more for argparse; click checks the values."""
-        parser.add_argument("-m", "--model", required=True, help="Checkpoint folder in Hugging Face layout, or a Hub id.")
+        parser.add_argument(
+            "-m", "--model", required=True, help="Checkpoint folder in Hugging Face layout, or a Hub id."
+        )
         parser.add_argument("output", help="Folder to make.")
         for option in _options():
             text = (option.help or "").replace("%", "%%")
@@ -41,10 +45,16 @@ class H1ExportCommand(BaseOptimumCLICommand):
             if option.is_flag:
                 arguments += option.opts if value else []
             elif value is not None:
-                arguments += [part for item in (value if option.multiple else [value]) for part in (option.opts[0], item)]
+                arguments += [
+                    part for item in (value if option.multiple else [value]) for part in (option.opts[0], item)
+                ]
         if code := run(arguments):
             sys.exit(code)
 
 
 def _options() -> Iterator[click.Option]:
-    yield from (param for param in build.params if isinstance(param, click.Option) and param.name not in OWN and not param.hidden)
+    yield from (
+        param
+        for param in build.params
+        if isinstance(param, click.Option) and param.name not in OWN and not param.hidden
+    )

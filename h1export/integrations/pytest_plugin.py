@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from h1export.model.falcon_h1.states import Array
     from h1export.runtime.runner import Ids
 
-ARTIFACT, CHECKPOINT = "h1_artifact", "h1_checkpoint"
+ARTIFACT = "h1_artifact"
+CHECKPOINT = "h1_checkpoint"
 SETTINGS = {
     ARTIFACT: "folder that h1export build has made",
     CHECKPOINT: "checkpoint that it was built from: folder or Hub id [default: h1export's own]",
@@ -52,7 +53,9 @@ def h1_artifact(request: pytest.FixtureRequest) -> Exported:
     """The artifact that --h1-artifact or the setting h1_artifact names: ``ids(text)``, ``logits(ids)``, ``runner``, ``exact``."""
     folder = _setting(request.config, ARTIFACT)
     if folder is None:
-        pytest.fail("h1export: no artifact; give --h1-artifact FOLDER, or h1_artifact in the configuration file", pytrace=False)
+        pytest.fail(
+            "h1export: no artifact; give --h1-artifact FOLDER, or h1_artifact in the configuration file", pytrace=False
+        )
     assert folder is not None  # fail raises
     from h1export.integrations.comparison import Exported
 
@@ -84,7 +87,7 @@ def assert_logits_close(request: pytest.FixtureRequest) -> Callable[..., None]:
 
         exported: Exported = request.getfixturevalue("h1_artifact")
         allowed = exported.tolerance if tolerance is None else Tolerance(tolerance, "that the test gives")
-        message = _failing(lambda: difference(found, truth, allowed, exported.tokenizer, ids))
+        message = _failing(lambda: difference(found, truth, allowed, tokenizer=exported.tokenizer, ids=ids))
         if message:
             raise AssertionError(message)
 

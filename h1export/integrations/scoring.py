@@ -29,9 +29,13 @@ class Beginning:
     def __init__(self, runner: Runner[Any], ids: Ids) -> None:
         if not len(ids):
             raise H1ExportError("context", "has no tokens", "give at least one")
-        self._runner, self._states, self._length = runner, runner.initial(1), 0
+        self._runner = runner
+        self._states = runner.initial(1)
+        self._length = 0
         for start in range(0, len(ids), PREFILL_CHUNK):
-            logits, self._states, self._length = self._step(ids[start : start + PREFILL_CHUNK], self._states, self._length)
+            logits, self._states, self._length = self._step(
+                ids[start : start + PREFILL_CHUNK], self._states, self._length
+            )
         self._last = logits[-1:]
 
     def _step(self, ids: Ids, states: Any, past: int) -> tuple[Array, Any, int]:
@@ -48,7 +52,8 @@ class Beginning:
     def _logits(self, ids: Ids) -> Iterator[tuple[Array, Ids]]:
         """(logits [n, vocab], the n tokens that they are about), from the first to the last of ``ids``."""
         yield self._last[: len(ids)], ids[:1]
-        states, length = self._states, self._length
+        states = self._states
+        length = self._length
         chunk = PREFILL_CHUNK if self._runner.capabilities.all_logits else 1
         for start in range(0, len(ids) - 1, chunk):
             end = min(start + chunk, len(ids) - 1)

@@ -18,7 +18,7 @@ from torch_tensorrt.dynamo.conversion.converter_utils import cast_trt_tensor, ge
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.model import FalconH1, LayerStates
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateKind, StateSpec, StateTensor
 from h1export.plugins import h1
 from h1export.plugins.attention.op import composed
@@ -34,7 +34,9 @@ FIELDS: Mapping[str, tuple[type[np.generic], Any]] = {
     "int": (np.int32, trt.PluginFieldType.INT32),
     "float": (np.float32, trt.PluginFieldType.FLOAT32),
 }
-DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {h1.attention.default: composed}  # for ExportedProgram.run_decompositions
+DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
+    h1.attention.default: composed
+}  # for ExportedProgram.run_decompositions
 
 
 def load(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> FalconH1:
@@ -45,8 +47,9 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> FalconH
     Raises:
         H1ExportError: a checkpoint that h1export does not export.
     """
-    spec = HybridSpec.load(Path(checkpoint))
-    store, model = WeightStore.open(Path(checkpoint), spec), FalconH1(spec).eval()
+    config = FalconH1Config.load(Path(checkpoint))
+    store = WeightStore.open(Path(checkpoint), config)
+    model = FalconH1(config).eval()
     for name, parameter in model.named_parameters():
         values = torch.from_numpy(store.rows(name, 0, len(parameter))).view(parameter.shape)
         parameter.data = values if name.endswith(EXACT) else values.to(dtype)
@@ -63,7 +66,7 @@ def zero_states(model: FalconH1, batch: int = 1, past: int = 0) -> list[LayerSta
         dtype = torch.float32 if tensor.kind is StateKind.RECURRENT else like.dtype
         return torch.zeros(tensor.sized(batch, past), dtype=dtype, device=like.device)
 
-    found = [zeros(tensor) for tensor in StateSpec.of(model.spec).tensors]
+    found = [zeros(tensor) for tensor in StateSpec.of(model.config).tensors]
     return [(found[i], found[i + 1], found[i + 2], found[i + 3]) for i in range(0, len(found), len(StateKind))]
 
 
@@ -75,11 +78,13 @@ def register(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> Pat
     Raises:
         H1ExportError: no GPU, no kernels for its architecture or the model's sizes, no compiler, or TensorRT does not load the plugin.
     """
-    spec = HybridSpec.load(Path(checkpoint))
-    wanted = plugin.kernels(spec.mamba_d_head, spec.mamba_d_state, spec.mamba_d_conv, DTYPES[dtype])
+    config = FalconH1Config.load(Path(checkpoint))
+    wanted = plugin.kernels(config.mamba_d_head, config.mamba_d_state, config.mamba_d_conv, DTYPES[dtype])
     library = plugin.library(plugin.compile_all(wanted, (gpu_architecture(),)))
     if _loaded and library not in _loaded:
-        raise H1ExportError(library, f"this process has {_loaded[0]} already", "use another process for a model of other sizes")
+        raise H1ExportError(
+            library, f"this process has {_loaded[0]} already", "use another process for a model of other sizes"
+        )
     if not _loaded and trt.get_plugin_registry().load_library(str(library)) is None:
         raise H1ExportError(library, f"TensorRT {trt.__version__} does not load the plugin", "see what it logged")
     _loaded[:] = [library]
@@ -98,7 +103,9 @@ def convert(context: Any, op: Op, arguments: Sequence[Any], name: str) -> tuple[
     for each in op.inputs:
         value = np.zeros(given["weight"].shape[0], np.float32) if given[each] is None else given[each]  # no bias
         tensor = get_trt_tensor(context, value, f"{name}_{each}")
-        tensors.append(cast_trt_tensor(context, tensor, own if op.kind(each) == OURS else trt.float32, f"{name}_{each}_cast"))
+        tensors.append(
+            cast_trt_tensor(context, tensor, own if op.kind(each) == OURS else trt.float32, f"{name}_{each}_cast")
+        )
     layer = context.net.add_plugin_v3(tensors, [], _instance(op, given, name))
     layer.name = name
     return tuple(layer.get_output(index) for index in range(2))
@@ -107,9 +114,16 @@ def convert(context: Any, op: Op, arguments: Sequence[Any], name: str) -> tuple[
 def _instance(op: Op, given: Mapping[str, Any], name: str) -> Any:
     creator = trt.get_plugin_registry().get_creator(op.name, VERSION, NAMESPACE)
     if creator is None:
-        raise H1ExportError(f"h1::{op.space}", "TensorRT does not have the plugin", "call register before torch_tensorrt compiles")
-    attributes = [("state_in_place", "int", 0), *((attribute, kind, given[attribute]) for attribute, kind in op.attributes)]
-    fields = [trt.PluginField(field, np.array([value], FIELDS[kind][0]), FIELDS[kind][1]) for field, kind, value in attributes]
+        raise H1ExportError(
+            f"h1::{op.space}", "TensorRT does not have the plugin", "call register before torch_tensorrt compiles"
+        )
+    attributes = [
+        ("state_in_place", "int", 0),
+        *((attribute, kind, given[attribute]) for attribute, kind in op.attributes),
+    ]
+    fields = [
+        trt.PluginField(field, np.array([value], FIELDS[kind][0]), FIELDS[kind][1]) for field, kind, value in attributes
+    ]
     made = creator.create_plugin(name, trt.PluginFieldCollection(fields), trt.TensorRTPhase.BUILD)
     if made is None:
         raise H1ExportError(f"h1::{op.space}", f"the plugin refuses {attributes}", "see what TensorRT logged")
@@ -123,8 +137,12 @@ def _takes(node: torch.fx.Node, *_: Any) -> bool:
 
 
 def _register(op: Op) -> None:
-    @dynamo_tensorrt_converter(getattr(torch.ops.h1, op.space).default, capability_validator=_takes, supports_dynamic_shapes=True)
-    def converter(context: Any, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> tuple[Any, ...]:
+    @dynamo_tensorrt_converter(
+        getattr(torch.ops.h1, op.space).default, capability_validator=_takes, supports_dynamic_shapes=True
+    )
+    def converter(
+        context: Any, target: Any, args: Sequence[Any], *, kwargs: Mapping[str, Any], name: str
+    ) -> tuple[Any, ...]:
         return convert(context, op, args, name)
 
 

@@ -102,7 +102,9 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         ids: Ids = input_ids.cpu().numpy().astype(np.int64, copy=False)
         past = 0 if state is None else state.batch.length
         shape = (len(ids), past + ids.shape[1])
-        mask: Ids = np.ones(shape, np.int64) if attention_mask is None else attention_mask.cpu().numpy().astype(np.int64)
+        mask: Ids = (
+            np.ones(shape, np.int64) if attention_mask is None else attention_mask.cpu().numpy().astype(np.int64)
+        )
         batch = open_batch(self.runner, *shape, padded=not mask.all()) if state is None else state.batch
         logits = torch.from_numpy(batch.append(ids, mask, logits_to_keep or ids.shape[1])).to(input_ids.device)
         return Logits(logits=logits) if return_dict else (logits,)
@@ -112,6 +114,7 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         state: State | None = None,
+        *,
         logits_to_keep: int = 0,
         **kwargs: Any,  # what `generate` tells models that keep their states otherwise
     ) -> dict[str, Any]:
@@ -137,7 +140,9 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
             beams = generation_config.num_beams or 1
             rows = batch_size * max(beams, generation_config.num_return_sequences or 1)
             padded = model_kwargs.get("attention_mask") is not None
-            model_kwargs[STATE] = State(open_batch(self.runner, rows, max_cache_length, padded, beams > 1))
+            model_kwargs[STATE] = State(
+                open_batch(self.runner, rows, max_cache_length, padded=padded, movable=beams > 1)
+            )
         return False  # it is declared so, and nothing reads it
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

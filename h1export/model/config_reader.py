@@ -33,7 +33,11 @@ class ConfigReader:
         """The key is absent or null, or has this one value."""
         found = self.config.get(key)
         if found is not None and (found != value or type(found) is not type(value)):
-            raise self.error(key, f"is {found!r}", f"only {value!r} can be exported" if value is not None else "only null can be exported")
+            raise self.error(
+                key,
+                f"is {found!r}",
+                f"only {value!r} can be exported" if value is not None else "only null can be exported",
+            )
 
     def size(self, key: str, default: int, limit: int = MAX_SIZE) -> int:
         """A positive integer."""
@@ -106,7 +110,9 @@ class ConfigReader:
         if value and not FLOAT32.smallest_normal <= abs(value) <= FLOAT32.max:
             raise self.error(key, f"is {value!r}", "expected a number that float32 can hold")
         if value < lowest or (open_end and value == lowest):
-            raise self.error(key, f"is {value!r}", f"expected a number {'above' if open_end else 'of at least'} {lowest:g}")
+            raise self.error(
+                key, f"is {value!r}", f"expected a number {'above' if open_end else 'of at least'} {lowest:g}"
+            )
         return float(value)
 
 

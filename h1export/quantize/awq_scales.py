@@ -16,11 +16,12 @@ from h1export.model.falcon_h1.states import Array
 from h1export.progress import Progress
 
 SCALING = "scaling.safetensors"  # in an artifact that was built with one
-COLUMNS, ROWS = "columns:", "rows:"
+COLUMNS = "columns:"
+ROWS = "rows:"
 
 
 @dataclass(frozen=True)
-class Scaling:
+class AwqScales:
     """Factors by checkpoint name.
 
     Attributes:
@@ -32,7 +33,7 @@ class Scaling:
     rows: Mapping[str, Array]
 
     @classmethod
-    def load(cls, folder: Path) -> Scaling:
+    def load(cls, folder: Path) -> AwqScales:
         """That of an artifact; an empty one where it has none.
 
         Raises:
@@ -45,7 +46,9 @@ class Scaling:
             found = load_file(file)
         except (OSError, SafetensorError) as error:
             raise H1ExportError(file, f"cannot be read ({error})", "build the artifact again") from None
-        columns, rows = ({name[len(kind) :]: found[name] for name in found if name.startswith(kind)} for kind in (COLUMNS, ROWS))
+        columns, rows = (
+            {name[len(kind) :]: found[name] for name in found if name.startswith(kind)} for kind in (COLUMNS, ROWS)
+        )
         return cls(columns, rows)
 
     def save(self, folder: Path) -> None:
@@ -76,9 +79,10 @@ class Scaling:
 class ScaledStore(WeightStore):
     """The tensors of ``store`` as ``scaling`` makes them."""
 
-    def __init__(self, store: WeightStore, scaling: Scaling, progress: Progress) -> None:
+    def __init__(self, store: WeightStore, scaling: AwqScales, progress: Progress) -> None:
         super().__init__({entry.name: entry for entry in store.entries}, progress, store.layout)
-        self.packed, self._scaling = store.packed, scaling
+        self.packed = store.packed
+        self._scaling = scaling
 
     def rows(self, name: str, start: int, stop: int) -> Array:
         """As the parent does, scaled."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from h1export.errors import H1ExportError
-from h1export.quantize.group_format import INT8, Precision
+from h1export.quantize.precision import INT8, Precision
 
 SCALE_BITS = 16
 
@@ -29,7 +29,7 @@ class Sensitivity:
     def bits(self, precision: Precision) -> int:
         """Of codes and scales."""
         rows, columns = self.shape
-        return rows * columns * precision.bits + SCALE_BITS * rows * columns // precision.columns_per_scale(columns)
+        return rows * columns * precision.bits + SCALE_BITS * rows * columns // precision.columns_per_group(columns)
 
 
 def bits_per_weight(found: Mapping[str, Sensitivity], raised: Mapping[str, Precision]) -> float:
@@ -60,7 +60,8 @@ def within_kl(found: Mapping[str, Sensitivity], high: Precision, budget: float) 
     for name in _by_gain(found, high):
         if left <= budget:
             break
-        raised[name], left = high, left - found[name].kl
+        raised[name] = high
+        left = left - found[name].kl
     return raised
 
 
@@ -90,10 +91,14 @@ class Budget:
             return within_kl(found, INT8, self.kl or 0.0)
         if (least := bits_per_weight(found, {})) > self.bits:
             raise H1ExportError(
-                "--budget-bits", f"{self.bits:g} is less than the {least:.3f} of int4 alone", "give more, or a larger --block"
+                "--budget-bits",
+                f"{self.bits:g} is less than the {least:.3f} of int4 alone",
+                "give more, or a larger --group-size",
             )
         return within_bits(found, INT8, self.bits)
 
 
 def _by_gain(found: Mapping[str, Sensitivity], high: Precision) -> list[str]:
-    return sorted(found, key=lambda name: (-found[name].kl / (found[name].bits(high) - found[name].bits(found[name].low)), name))
+    return sorted(
+        found, key=lambda name: (-found[name].kl / (found[name].bits(high) - found[name].bits(found[name].low)), name)
+    )

@@ -45,7 +45,9 @@ class Calibration:
             raise H1ExportError(checkpoint, what, "use --method rtn, or put the tokenizer into the checkpoint's folder")
         file = self.file or embedded_model() / SHIPPED
         tokenizer = load_tokenizer(checkpoint)
-        tokens = np.concatenate([tokenizer.encode(text, add_special_tokens=False).ids for text in _texts(file)] or [[]]).astype(np.int64)
+        tokens = np.concatenate(
+            [tokenizer.encode(text, add_special_tokens=False).ids for text in _texts(file)] or [[]]
+        ).astype(np.int64)
         places = len(tokens) // self.length
         if places < self.samples:
             what = f"has {len(tokens)} tokens, enough for {places} samples of {self.length}, and {self.samples} are asked for"
@@ -66,7 +68,9 @@ def _texts(file: Path) -> list[str]:
     except OSError as error:
         raise H1ExportError(file, f"cannot be read ({error.strerror})", "give another --calibration") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise H1ExportError(file, f"is not calibration text ({error!r})", 'give UTF-8 text, or .jsonl lines with a "text"') from None
+        raise H1ExportError(
+            file, f"is not calibration text ({error!r})", 'give UTF-8 text, or .jsonl lines with a "text"'
+        ) from None
 
 
 def _text_of(line: str) -> str:

@@ -10,10 +10,12 @@ import numpy as np
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.model.falcon_h1.states import Array
-from h1export.quantize.source import Integers, QuantizedBlock, quantized_blocks
+from h1export.quantize.source import QuantizedBlock, QuantizedWeights, quantized_blocks
 
 
-def dequantized_blocks(expr: WeightExpr, store: WeightStore, integers: Integers | None, max_bytes: int) -> Iterator[Callable[[], Array]]:
+def dequantized_blocks(
+    expr: WeightExpr, store: WeightStore, integers: QuantizedWeights | None, *, max_bytes: int
+) -> Iterator[Callable[[], Array]]:
     """The rows of ``expr``, µP included, from ``integers`` (None: as the checkpoint has them), by blocks from the top.
 
     A block is float32 [rows, columns] of at most ``max_bytes``, computed when it is called, on any thread.
@@ -21,7 +23,7 @@ def dequantized_blocks(expr: WeightExpr, store: WeightStore, integers: Integers 
     if integers is None:
         yield from expr.lazy_blocks(store, max_bytes)
     else:
-        yield from (partial(_folded, block) for block in quantized_blocks(expr, store, integers, max_bytes))
+        yield from (partial(_folded, block) for block in quantized_blocks(expr, store, integers, max_bytes=max_bytes))
 
 
 def _folded(block: QuantizedBlock) -> Array:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from h1export.checkpoint.store import WeightStore
 from h1export.graphs.model import Layer, LayerStates, mup_vector, scaled
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, StateSpec
 from h1export.model.falcon_h1.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
 from h1export.runtime.runner import Ids
@@ -46,9 +46,9 @@ def prefix(layer: int) -> str:
     return f"model.layers.{layer}."
 
 
-def head_tensor(spec: HybridSpec) -> str:
+def head_tensor(config: FalconH1Config) -> str:
     """The checkpoint's name of the head's weight."""
-    return EMBEDDING if spec.tie_word_embeddings else LM_HEAD
+    return EMBEDDING if config.tie_word_embeddings else LM_HEAD
 
 
 def products(layer: int) -> dict[str, tuple[str, ...]]:
@@ -56,37 +56,39 @@ def products(layer: int) -> dict[str, tuple[str, ...]]:
     return {name: tuple(f"{prefix(layer)}{product}.weight" for product in group) for name, group in INPUTS.items()}
 
 
-def embed(store: WeightStore, spec: HybridSpec, ids: Ids) -> Array:
+def embed(store: WeightStore, config: FalconH1Config, ids: Ids) -> Array:
     """The first layer's input, float32 [seq, hidden], reading the rows of ``ids`` [seq] only."""
     used, places = np.unique(ids, return_inverse=True)
     rows = np.concatenate([store.rows(EMBEDDING, token, token + 1) for token in used])
-    result: Array = rows[places] * np.float32(spec.embedding_multiplier)
+    result: Array = rows[places] * np.float32(config.embedding_multiplier)
     return result
 
 
-def final_norm(store: WeightStore, spec: HybridSpec, hidden: Array) -> Tensor:
+def final_norm(store: WeightStore, config: FalconH1Config, hidden: Array) -> Tensor:
     """The head's input, float32 [seq, hidden]."""
-    weight = torch.from_numpy(store.rows(FINAL_NORM, 0, spec.hidden_size))
-    return torch.nn.functional.rms_norm(torch.from_numpy(hidden), weight.shape, weight, spec.rms_norm_eps)
+    weight = torch.from_numpy(store.rows(FINAL_NORM, 0, config.hidden_size))
+    return torch.nn.functional.rms_norm(torch.from_numpy(hidden), weight.shape, weight, config.rms_norm_eps)
 
 
-def logits(store: WeightStore, spec: HybridSpec, hidden: Array, head: Array) -> Array:
+def logits(store: WeightStore, config: FalconH1Config, hidden: Array, head: Array) -> Array:
     """[seq, vocab] of the last layer's output [seq, hidden]."""
-    found: Array = scaled(final_norm(store, spec, hidden) @ torch.from_numpy(head).T, spec.lm_head_multiplier).numpy()
+    found: Array = scaled(
+        final_norm(store, config, hidden) @ torch.from_numpy(head).T, config.lm_head_multiplier
+    ).numpy()
     return found
 
 
 class LoadedLayer:
     """One layer in float32, run on whole sequences from empty states."""
 
-    def __init__(self, store: WeightStore, spec: HybridSpec, layer: int, read: ReadWeight) -> None:
+    def __init__(self, store: WeightStore, config: FalconH1Config, layer: int, *, read: ReadWeight) -> None:
         """``read`` gives a tensor of the layer by its checkpoint name."""
         with torch.device("meta"):
-            self._layer = Layer(spec)
+            self._layer = Layer(config)
         names = dict(self._layer.named_parameters())
         self._layer.load_state_dict({name: torch.from_numpy(read(prefix(layer) + name)) for name in names}, assign=True)
-        self._layer.mamba.mup = mup_vector(spec)
-        tensors = StateSpec.of(spec).tensors[:4]
+        self._layer.mamba.mup = mup_vector(config)
+        tensors = StateSpec.of(config).tensors[:4]
         states = StateSpec(tensors).zeros(1)
         key, value, conv, recurrent = (torch.from_numpy(states[tensor.key]) for tensor in tensors)
         self._states: LayerStates = (key, value, conv, recurrent)
@@ -100,10 +102,14 @@ class LoadedLayer:
 
     def run(self, hidden: Array) -> tuple[Array, Mapping[str, Tensor]]:
         """The output, and the inputs of its products [seq, columns] by INPUTS' names; on any thread."""
-        seq, seen = len(hidden), dict[str, Tensor]()
-        self._thread.seen, ones = seen, torch.ones(1, seq)
+        seq = len(hidden)
+        seen = dict[str, Tensor]()
+        self._thread.seen = seen
+        ones = torch.ones(1, seq)
         with torch.no_grad():
-            result, _ = self._layer(torch.from_numpy(hidden)[None], torch.arange(seq)[None], ones.long(), ones, self._states)
+            result, _ = self._layer(
+                torch.from_numpy(hidden)[None], torch.arange(seq)[None], ones.long(), ones, self._states
+            )
         output: Array = result[0].numpy()
         return output, seen
 

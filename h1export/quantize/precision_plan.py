@@ -10,7 +10,7 @@ import yaml
 
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Sensitivity, bits_per_weight
-from h1export.quantize.group_format import Precision
+from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import QuantName
 
 NEXT = 'lines are "tensor: int4", int8 or none, below "tensors:"'
@@ -25,7 +25,9 @@ def plan_text(found: Mapping[str, Sensitivity], raised: Mapping[str, Precision])
     ]
     for name, tensor in sorted(found.items(), key=lambda item: -item[1].kl):
         rows, columns = tensor.shape
-        lines.append(f"  {name}: int{raised.get(name, tensor.low).bits}  # KL {tensor.kl:.6f} in int{tensor.low.bits}, {rows} x {columns}")
+        lines.append(
+            f"  {name}: int{raised.get(name, tensor.low).bits}  # KL {tensor.kl:.6f} in int{tensor.low.bits}, {rows} x {columns}"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -33,7 +33,9 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
         if self.scales.shape[0] != rows or columns % self.scales.shape[1] or self.multiplier.shape != (rows,):
-            raise ValueError(f"codes {self.codes.shape}, scales {self.scales.shape}, multiplier {self.multiplier.shape} do not fit")
+            raise ValueError(
+                f"codes {self.codes.shape}, scales {self.scales.shape}, multiplier {self.multiplier.shape} do not fit"
+            )
         if self.scales.size and not (self.scales.min() > 0 and np.isfinite(self.scales).all()):
             raise ValueError("scales must be positive and finite")
         if self.zeros is not None and self.zeros.shape != self.scales.shape:

@@ -12,14 +12,16 @@ import numpy as np
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr, WeightPart
 from h1export.model.falcon_h1.states import Array
-from h1export.quantize.group_format import Precision
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 
 QuantizedBlock = Callable[[], list[QuantizedTensor]]
-Rounding = Callable[[Array, Precision, Array, str], QuantizedTensor]  # weight [rows, columns], precision, multiplier [rows], name
+Rounding = Callable[
+    [Array, Precision, Array, str], QuantizedTensor
+]  # weight [rows, columns], precision, multiplier [rows], name
 
 
-class Integers(Protocol):
+class QuantizedWeights(Protocol):
     """What each checkpoint tensor is stored in.
 
     Attributes:
@@ -48,7 +50,7 @@ class Rounded:
 
 
 def quantized_blocks(
-    expr: WeightExpr, store: WeightStore, integers: Integers, max_bytes: int, multiple: int = 1
+    expr: WeightExpr, store: WeightStore, integers: QuantizedWeights, *, max_bytes: int, multiple: int = 1
 ) -> Iterator[QuantizedBlock]:
     """The integers of an expression by row blocks from the top; in each, the parts that lie side by side.
 
@@ -64,5 +66,7 @@ def quantized_blocks(
             yield partial(_block, strip, store, integers, start, stop)
 
 
-def _block(strip: tuple[WeightPart, ...], store: WeightStore, integers: Integers, start: int, stop: int) -> list[QuantizedTensor]:
+def _block(
+    strip: tuple[WeightPart, ...], store: WeightStore, integers: QuantizedWeights, start: int, stop: int
+) -> list[QuantizedTensor]:
     return [integers.rows(part.tensor, start, stop).times(part.factors(store)[start:stop]) for part in strip]

@@ -17,10 +17,17 @@ from h1export.report.histogram import PER_DECADE, Histogram
 
 COLOURS = 8
 SERIES = tuple(f"#a1b2c{index}" for index in range(COLOURS))  # stand for the page's --series-N
-INK, GRID = "#a1b2ca", "#a1b2cb"  # and these for --ink and --grid
-VARIABLES = {colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)} | {INK: "var(--ink)", GRID: "var(--grid)"}
+# and these for --ink and --grid
+INK = "#a1b2ca"
+GRID = "#a1b2cb"
+VARIABLES = {colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)} | {
+    INK: "var(--ink)",
+    GRID: "var(--grid)",
+}
 TICKS = 6  # at most
-WIDTH, HEIGHT = 3.4, 2.3  # inches of 72 SVG units
+# inches of 72 SVG units
+WIDTH = 3.4
+HEIGHT = 2.3
 SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "h1export",
@@ -53,7 +60,9 @@ def lines(name: str, x_label: str, y_label: str, series: Sequence[Series], log: 
         for one in series:
             style = "--" if one.dashed else "-"
             shown = [y if not log or 0 < y < math.inf else math.nan for y in one.y]
-            axes.plot(one.x, shown, style, color=SERIES[one.subject % COLOURS], marker="o", markersize=2.5, linewidth=1.2)
+            axes.plot(
+                one.x, shown, style, color=SERIES[one.subject % COLOURS], marker="o", markersize=2.5, linewidth=1.2
+            )
         places = sorted({x for one in series for x in one.x})
         if places[-1] > TICKS * len(places):  # contexts, which grow by factors
             axes.set_xscale("log")
@@ -76,10 +85,19 @@ def histograms(name: str, x_label: str, found: Mapping[int, Histogram]) -> str:
     def draw(axes: Any) -> None:
         for subject, one in found.items():
             edges = [10 ** ((one.first + index) / PER_DECADE) for index in range(len(one.counts) + 1)]
-            shares, colour = [count / sum(one.counts) for count in one.counts], SERIES[subject % COLOURS]
+            shares = [count / sum(one.counts) for count in one.counts]
+            colour = SERIES[subject % COLOURS]
             axes.stairs(shares, edges, color=colour, linewidth=1.2)
             axes.stairs(shares, edges, fill=True, color=colour, alpha=0.2)
-        _decades(axes, "x", [10 ** (place / PER_DECADE) for one in found.values() for place in (one.first, one.first + len(one.counts))])
+        _decades(
+            axes,
+            "x",
+            [
+                10 ** (place / PER_DECADE)
+                for one in found.values()
+                for place in (one.first, one.first + len(one.counts))
+            ],
+        )
         axes.set_xlabel(x_label)
         axes.set_ylabel("share of positions")
 
@@ -105,7 +123,8 @@ def bars(name: str, x_label: str, labels: Sequence[str], values: Mapping[int, Se
 def _decades(axes: Any, which: str, values: Sequence[float]) -> None:
     """Make the axis ``which`` logarithmic, of whole decades, few of which have labels."""
     shown = [math.log10(value) for value in values if 0 < value < math.inf] or [0.0]
-    low, high = math.floor(min(shown)), math.ceil(max(shown))
+    low = math.floor(min(shown))
+    high = math.ceil(max(shown))
     exponents = range(low, max(high, low + 1) + 1)
     axes.set(**{f"{which}scale": "log", f"{which}lim": (10.0**low, 10.0 ** exponents[-1])})
     axis = getattr(axes, f"{which}axis")

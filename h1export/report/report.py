@@ -11,7 +11,9 @@ from typing import Any
 
 from h1export.report.histogram import Histogram
 
-LOGIT_ERROR, KL = "logit error", "kl"  # histograms: of positions
+# histograms: of positions
+LOGIT_ERROR = "logit error"
+KL = "kl"
 AT_LEAST = frozenset({"top1", "top5"})  # figures that must not fall below their limit; all others must not exceed it
 
 

@@ -16,7 +16,13 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.tensors import tensor_layout
 from h1export.report.report import Report, Row, Verdict
 
-KINDS = {".mamba.": "mamba", ".self_attn.": "attention", ".feed_forward.": "MLP", "embed_tokens": "embedding", "lm_head": "head"}
+KINDS = {
+    ".mamba.": "mamba",
+    ".self_attn.": "attention",
+    ".feed_forward.": "MLP",
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+}
 OTHERS = "all else: floats, the graph, other files"
 SCALE_BITS = 16
 REPORT_KEYS = {field.name for field in fields(Report)} | {"passed"}
@@ -25,23 +31,28 @@ CASES = {"logits", "states", "kl", "top1"}  # a row with these figures is a case
 
 
 @dataclass(frozen=True)
-class Subject:
+class JudgedArtifact:
     """An artifact and its report, as JSON values."""
 
     artifact: Artifact
     report: Mapping[str, Any]
 
     @classmethod
-    def open(cls, folder: Path) -> Subject:
+    def open(cls, folder: Path) -> JudgedArtifact:
         """Raises H1ExportError where there is no artifact, or no report of it in the form that this h1export writes."""
-        artifact, path = Artifact.open(folder), folder / REPORT
+        artifact = Artifact.open(folder)
+        path = folder / REPORT
         if not path.is_file():
             raise H1ExportError(folder, f"has no {REPORT}", "run `h1export validate` on it first")
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise H1ExportError(path, f"is not JSON ({error})", "run `h1export validate` again") from None
-        if not (_has(report, REPORT_KEYS) and isinstance(report["rows"], list) and all(_has(row, ROW_KEYS) for row in report["rows"])):
+        if not (
+            _has(report, REPORT_KEYS)
+            and isinstance(report["rows"], list)
+            and all(_has(row, ROW_KEYS) for row in report["rows"])
+        ):
             raise H1ExportError(path, "has another form than this h1export writes", "run `h1export validate` again")
         return cls(artifact, report)
 
@@ -88,7 +99,8 @@ class Subject:
     @property
     def facts(self) -> list[tuple[str, str]]:
         """Name and value, of what was measured and where."""
-        manifest, subject = self.artifact.manifest, self.report["subject"]
+        manifest = self.artifact.manifest
+        subject = self.report["subject"]
         packages = {**manifest.toolchain, **self.report["environment"].get("packages", {})}
         others = {name: value for name, value in self.report["environment"].items() if name != "packages"}
         return [
@@ -102,18 +114,26 @@ class Subject:
     @cached_property
     def parts(self) -> list[dict[str, Any]]:
         """What is quantised by kind of tensor: weights, bits a weight with their scales, bytes; and the rest of the files."""
-        layout = tensor_layout(self.artifact.spec)
+        layout = tensor_layout(self.artifact.config)
         stored = {part.tensor: weight for weight in self.artifact.manifest.weights for part in weight.parts}
         found: dict[str, list[float]] = {}
         for tensor, weight in stored.items():
-            count, columns = prod(layout[tensor]), layout[tensor][-1]
+            count = prod(layout[tensor])
+            columns = layout[tensor][-1]
             weights, bits = found.setdefault(_kind(tensor), [0, 0])
-            found[_kind(tensor)] = [weights + count, bits + count * (weight.bits + SCALE_BITS / (weight.block or columns))]
+            found[_kind(tensor)] = [
+                weights + count,
+                bits + count * (weight.bits + SCALE_BITS / (weight.group_size or columns)),
+            ]
         rows: list[dict[str, Any]] = [
-            {"kind": kind, "weights": n, "bits": bits / n, "nbytes": round(bits / 8)} for kind, (n, bits) in sorted(found.items())
+            {"kind": kind, "weights": n, "bits": bits / n, "nbytes": round(bits / 8)}
+            for kind, (n, bits) in sorted(found.items())
         ]
         rest = sum(prod(shape) for tensor, shape in layout.items() if tensor not in stored)
-        return [*rows, {"kind": OTHERS, "weights": rest, "bits": None, "nbytes": self.nbytes - sum(row["nbytes"] for row in rows)}]
+        return [
+            *rows,
+            {"kind": OTHERS, "weights": rest, "bits": None, "nbytes": self.nbytes - sum(row["nbytes"] for row in rows)},
+        ]
 
 
 def _has(value: Any, keys: set[str]) -> bool:

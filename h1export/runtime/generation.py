@@ -49,13 +49,15 @@ class Sampling:
         return int(order[rng.choice(len(probabilities), p=probabilities)])
 
 
-def generate(runner: Runner[Any], prompt: Ids, max_tokens: int, sampling: Sampling, eos: frozenset[int]) -> Iterator[int]:
+def generate(
+    runner: Runner[Any], prompt: Ids, max_tokens: int, sampling: Sampling, eos: frozenset[int]
+) -> Iterator[int]:
     """New tokens after ``prompt`` [seq], up to ``max_tokens``, an end token (not yielded) or the model's context.
 
     Raises:
         H1ExportError: an empty prompt, or one that fills the context.
     """
-    context = runner.spec.max_position_embeddings
+    context = runner.config.max_position_embeddings
     if not len(prompt):
         raise H1ExportError("prompt", "has no tokens", "give at least one")
     if len(prompt) >= context:

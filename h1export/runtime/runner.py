@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 
 Ids = npt.NDArray[np.int64]
@@ -68,7 +68,7 @@ class Runner(Protocol, Generic[States]):
     """A loaded artifact. ``States`` is the runtime's own form of them, opaque to callers."""
 
     @property
-    def spec(self) -> HybridSpec: ...
+    def config(self) -> FalconH1Config: ...
 
     @property
     def capabilities(self) -> Capabilities: ...
@@ -116,7 +116,9 @@ class SteppedSequences:
     """Sequences over ``Runner.step``, for a runtime that has no states in place."""
 
     def __init__(self, runner: Runner[Any], batch: int) -> None:
-        self._runner, self._states, self._batch = runner, runner.initial(batch), batch
+        self._runner = runner
+        self._states = runner.initial(batch)
+        self._batch = batch
         self.length = 0
 
     def append(self, ids: Ids) -> Array:
@@ -125,7 +127,7 @@ class SteppedSequences:
         return logits
 
 
-def check_call(ids: Ids, mask: Ids, past: int, vocab_size: int) -> None:
+def check_call(ids: Ids, mask: Ids, past: int, *, vocab_size: int) -> None:
     """The contract of ``Runner.step``'s inputs, for every runtime.
 
     Raises:
@@ -137,8 +139,14 @@ def check_call(ids: Ids, mask: Ids, past: int, vocab_size: int) -> None:
     if ids.dtype != np.int64 or mask.dtype != np.int64:
         raise H1ExportError("step", f"input_ids {ids.dtype} and attention_mask {mask.dtype}", "expected int64")
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise H1ExportError("step", f"token ids from {ids.min()} to {ids.max()}", f"the vocabulary is 0 to {vocab_size - 1}")
+        raise H1ExportError(
+            "step", f"token ids from {ids.min()} to {ids.max()}", f"the vocabulary is 0 to {vocab_size - 1}"
+        )
     if not np.isin(mask, (0, 1)).all():
         raise H1ExportError("step", "attention_mask has values besides 0 and 1", "1 is a real token, 0 a pad")
     if (mask[:, 1:] < mask[:, :-1]).any():
-        raise H1ExportError("step", "attention_mask has a pad after a real token", "pad on the left: recurrent states see tokens in order")
+        raise H1ExportError(
+            "step",
+            "attention_mask has a pad after a real token",
+            "pad on the left: recurrent states see tokens in order",
+        )

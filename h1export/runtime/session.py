@@ -37,7 +37,7 @@ class Batch(Protocol):
         ...
 
 
-def open_batch(runner: Runner[Any], rows: int, capacity: int, padded: bool = False, movable: bool = False) -> Batch:
+def open_batch(runner: Runner[Any], rows: int, capacity: int, *, padded: bool = False, movable: bool = False) -> Batch:
     """An empty batch for ``capacity`` tokens a row, in the fastest form that allows pads and movable rows where they are asked for."""
     limit = runner.capabilities.max_batch
     if movable or (limit is not None and (rows > limit or padded)):  # one that takes single rows takes no pads
@@ -49,13 +49,16 @@ class InPlace:
     """No pads, states in buffers of fixed length: the fastest."""
 
     def __init__(self, runner: Runner[Any], rows: int, capacity: int) -> None:
-        self._all_logits, self._sequences = runner.capabilities.all_logits, runner.start(rows, capacity)
+        self._all_logits = runner.capabilities.all_logits
+        self._sequences = runner.start(rows, capacity)
         self.length = 0
 
     def append(self, ids: Ids, mask: Ids, keep: int) -> Array:
         _check_logits(self._all_logits, ids, keep)
         if not mask.all():
-            raise H1ExportError("attention_mask", "has pads that the batch was not opened for", "say so when it is opened")
+            raise H1ExportError(
+                "attention_mask", "has pads that the batch was not opened for", "say so when it is opened"
+            )
         answers = [self._sequences.append(ids[:, start:end]) for start, end in _calls(ids.shape[1], keep)]
         self.length = self._sequences.length
         return _last(answers, keep)
@@ -68,18 +71,20 @@ class Stepped:
     """Rows padded on the left, by ``Runner.step``."""
 
     def __init__(self, runner: Runner[Any], rows: int) -> None:
-        self._runner, self._states = runner, runner.initial(rows)
+        self._runner = runner
+        self._states = runner.initial(rows)
         self.length = 0
 
     def append(self, ids: Ids, mask: Ids, keep: int) -> Array:
         _check_logits(self._runner.capabilities.all_logits, ids, keep)
-        check_call(ids, mask, self.length, self._runner.spec.vocab_size)
+        check_call(ids, mask, self.length, vocab_size=self._runner.config.vocab_size)
         pads = int((mask == 0).sum(1).max())
         answers = []
         for start, end in _calls(ids.shape[1], keep, pads + 1 - self.length):
             seen = mask[:, : self.length + end - start]
             answers.append(_step(self._runner, ids[:, start:end], seen, self._states))
-            self._states, self.length = answers[-1][1], seen.shape[1]
+            self._states = answers[-1][1]
+            self.length = seen.shape[1]
         return _last([logits for logits, _ in answers], keep)
 
     def reorder(self, rows: Sequence[int]) -> None:
@@ -93,15 +98,18 @@ class RowByRow:
     """
 
     def __init__(self, runner: Runner[Any], rows: int) -> None:
-        self._runner, self.length = runner, 0
+        self._runner = runner
+        self.length = 0
         self._rows: list[tuple[int, Any]] = [(0, runner.initial(1))] * rows  # tokens so far without pads, states
 
     def append(self, ids: Ids, mask: Ids, keep: int) -> Array:
         _check_logits(self._runner.capabilities.all_logits, ids, keep)
-        check_call(ids, mask, self.length, self._runner.spec.vocab_size)
+        check_call(ids, mask, self.length, vocab_size=self._runner.config.vocab_size)
         if len(ids) != len(self._rows) or not mask[:, -1].all():
-            raise H1ExportError("attention_mask", "a row has no tokens, or the batch has other rows", "give each row at least one token")
-        logits = np.zeros((len(ids), min(keep, ids.shape[1]), self._runner.spec.vocab_size), np.float32)
+            raise H1ExportError(
+                "attention_mask", "a row has no tokens, or the batch has other rows", "give each row at least one token"
+            )
+        logits = np.zeros((len(ids), min(keep, ids.shape[1]), self._runner.config.vocab_size), np.float32)
         found: dict[tuple[int, bytes], tuple[Array, tuple[int, Any]]] = {}
         rows = []
         for row, (new, before) in enumerate(zip(ids, self._rows, strict=True)):
@@ -112,12 +120,14 @@ class RowByRow:
             answer, after = found[key]
             logits[row, logits.shape[1] - len(answer) :] = answer
             rows.append(after)
-        self._rows, self.length = rows, self.length + ids.shape[1]
+        self._rows = rows
+        self.length = self.length + ids.shape[1]
         return logits
 
     def _extend(self, ids: Ids, row: tuple[int, Any], keep: int) -> tuple[Array, tuple[int, Any]]:
         """Logits [at most keep, vocab] of ids [1, new], and the row after them."""
-        (past, states), answers = row, []
+        (past, states) = row
+        answers = []
         for start, end in _calls(ids.shape[1], keep):
             logits, states = _step(self._runner, ids[:, start:end], np.ones((1, past + end), np.int64), states)
             answers.append(logits)

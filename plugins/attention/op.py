@@ -57,6 +57,7 @@ def rope_frequencies(theta: float, dim: int) -> Tensor:
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Rotate [batch, seq, heads, dim] by angles [batch, seq, dim / 2]: pairs are (i, i + dim / 2)."""
-    cos, sin = angles.cos()[:, :, None].to(x.dtype), angles.sin()[:, :, None].to(x.dtype)
+    cos = angles.cos()[:, :, None].to(x.dtype)
+    sin = angles.sin()[:, :, None].to(x.dtype)
     low, high = x.chunk(2, dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)

@@ -23,7 +23,9 @@ def causal_conv(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -
     """
     inputs = torch.cat([state, x.transpose(1, 2)], dim=-1)
     y = F.silu(F.conv1d(inputs, weight, bias, groups=weight.shape[0]))
-    return y.transpose(1, 2).contiguous(), inputs.narrow(2, x.shape[1], state.shape[2]).clone(memory_format=torch.contiguous_format)
+    return y.transpose(1, 2).contiguous(), inputs.narrow(2, x.shape[1], state.shape[2]).clone(
+        memory_format=torch.contiguous_format
+    )
 
 
 @causal_conv.register_fake

@@ -13,8 +13,24 @@ from h1export.errors import H1ExportError
 from h1export.plugins.gpu import sdk
 from h1export.plugins.gpu.kernel import ALIGNED, Kernel
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120, 121)  # from 90 on the architecture's own variant: sm_90a, which runs there and nowhere else
-SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, 121: 99}  # KiB a program may have; CUDA C guide, compute capabilities
+ARCHITECTURES = (
+    80,
+    86,
+    89,
+    90,
+    100,
+    120,
+    121,
+)  # from 90 on the architecture's own variant: sm_90a, which runs there and nowhere else
+SHARED_LIMIT = {
+    80: 163,
+    86: 99,
+    89: 99,
+    90: 227,
+    100: 227,
+    120: 99,
+    121: 99,
+}  # KiB a program may have; CUDA C guide, compute capabilities
 SPILL_LIMIT = {"decode": 0, "causal_conv": 0}  # bytes; others:
 PREFILL_SPILL_LIMIT = 64
 SCRATCH = 2  # pointers that Triton adds behind a kernel's arguments, to memory that ours do not use
@@ -49,10 +65,16 @@ def compile_kernel(kernel: Kernel, architecture: int) -> Cubin:
     triton = sdk.triton()
     function = getattr(sdk.kernels(kernel.op), kernel.name)
     if not isinstance(function, triton.runtime.jit.JITFunction):
-        raise H1ExportError(kernel.symbol, "Triton's interpreter is on, which compiles nothing", "unset TRITON_INTERPRET")
-    constants, log = dict(kernel.constants), io.StringIO()
+        raise H1ExportError(
+            kernel.symbol, "Triton's interpreter is on, which compiles nothing", "unset TRITON_INTERPRET"
+        )
+    constants = dict(kernel.constants)
+    log = io.StringIO()
     source = triton.compiler.ASTSource(
-        fn=function, signature=kernel.signature() | dict.fromkeys(constants, "constexpr"), constexprs=constants, attrs=_alignments(kernel)
+        fn=function,
+        signature=kernel.signature() | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs=_alignments(kernel),
     )
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
     try:
@@ -63,17 +85,24 @@ def compile_kernel(kernel: Kernel, architecture: int) -> Cubin:
             made = triton.compile(source, target=sdk.target(architecture), options=options)
     except Exception as error:
         last = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise H1ExportError(kernel.symbol, f"does not compile for sm_{architecture}: {last}", "choose other tiles") from error
-    return _cubin(kernel, architecture, made, log.getvalue())
+        raise H1ExportError(
+            kernel.symbol, f"does not compile for sm_{architecture}: {last}", "choose other tiles"
+        ) from error
+    return _cubin(kernel, architecture, made, log=log.getvalue())
 
 
 def check_limits(cubin: Cubin) -> None:
     """Raises H1ExportError where a kernel spills more than it may, or takes more shared memory than its GPU has."""
-    where, most = f"{cubin.kernel.symbol} for sm_{cubin.architecture}", SPILL_LIMIT.get(cubin.kernel.name, PREFILL_SPILL_LIMIT)
+    where = f"{cubin.kernel.symbol} for sm_{cubin.architecture}"
+    most = SPILL_LIMIT.get(cubin.kernel.name, PREFILL_SPILL_LIMIT)
     if cubin.spilled > most:
-        raise H1ExportError(where, f"spills {cubin.spilled} bytes a thread, allowed are {most}", "choose smaller tiles or more warps")
+        raise H1ExportError(
+            where, f"spills {cubin.spilled} bytes a thread, allowed are {most}", "choose smaller tiles or more warps"
+        )
     if cubin.shared > SHARED_LIMIT[cubin.architecture] * 1024:
-        raise H1ExportError(where, f"takes {cubin.shared} bytes of shared memory", "choose smaller tiles or fewer stages")
+        raise H1ExportError(
+            where, f"takes {cubin.shared} bytes of shared memory", "choose smaller tiles or fewer stages"
+        )
 
 
 def _alignments(kernel: Kernel) -> Mapping[tuple[int], list[list[Any]]]:
@@ -86,12 +115,23 @@ def _cubin(kernel: Kernel, architecture: int, made: Any, log: str) -> Cubin:
     found = USED.search(log)
     if found is None:
         raise H1ExportError(
-            kernel.symbol, f"ptxas does not say what the code for sm_{architecture} takes: {log!r}", "report this with the text"
+            kernel.symbol,
+            f"ptxas does not say what the code for sm_{architecture} takes: {log!r}",
+            "report this with the text",
         )
-    parameters, metadata = PARAMETERS.search(made.asm["ptx"]), made.metadata
+    parameters = PARAMETERS.search(made.asm["ptx"])
+    metadata = made.metadata
     count = 0 if parameters is None else parameters[1].count(".param")
     if count != len(kernel.arguments) + SCRATCH or metadata.global_scratch_size or metadata.profile_scratch_size:
         what = f"takes {count} arguments and scratch memory, and should take {len(kernel.arguments)}, two null pointers, and none"
         raise H1ExportError(kernel.symbol, what, "use the release of Triton that the extra trt names")
     stores, loads, registers = map(int, found.groups())
-    return Cubin(kernel, architecture, made.asm["cubin"], made.metadata.name, registers, max(stores, loads), made.metadata.shared)
+    return Cubin(
+        kernel,
+        architecture,
+        made.asm["cubin"],
+        entry=made.metadata.name,
+        registers=registers,
+        spilled=max(stores, loads),
+        shared=made.metadata.shared,
+    )

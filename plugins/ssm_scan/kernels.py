@@ -35,7 +35,7 @@ def load_steps(dt, mask, bias, first, i, inside, h, H, dt_min, dt_max):
     """The steps of head h for the tokens first + i, 0 outside; ``first`` is int64, so that the many offsets can be int32."""
     raw = tl.load(dt + first * H + h + i * H, mask=inside, other=0.0)
     real = tl.load(mask + first + i, mask=inside, other=0.0)
-    return step_size(raw, bias, real, dt_min, dt_max)
+    return step_size(raw, bias, real, dt_min=dt_min, dt_max=dt_max)
 
 
 @triton.jit
@@ -59,17 +59,24 @@ def chunk_state(
 
     Grid: (P / BP * N / BN, chunks, batch * H).
     """
-    tile, chunk, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, h = (bh // H).to(tl.int64) * T, bh % H
-    g, i = h // (H // G), tl.arange(0, BT)
+    tile = tl.program_id(0)
+    chunk = tl.program_id(1)
+    bh = tl.program_id(2)
+    row = (bh // H).to(tl.int64) * T
+    h = bh % H
+    g = h // (H // G)
+    i = tl.arange(0, BT)
     p = tile // (N // BN) * BP + tl.arange(0, BP)
     n = tile % (N // BN) * BN + tl.arange(0, BN)
-    a, bias = tl.load(A + h), tl.load(dt_bias + h)
+    a = tl.load(A + h)
+    bias = tl.load(dt_bias + h)
     state = tl.zeros([BP, BN], tl.float32)
-    decay, unit = 0.0, 1.0
+    decay = 0.0
+    unit = 1.0
     for start in range(chunk * Q, tl.minimum(chunk * Q + Q, T), BT):
-        first, inside = row + start, start + i < T
-        step = load_steps(dt, mask, bias, first, i, inside, h, H, dt_min, dt_max)
+        first = row + start
+        inside = start + i < T
+        step = load_steps(dt, mask, bias, first=first, i=i, inside=inside, h=h, H=H, dt_min=dt_min, dt_max=dt_max)
         steps = step * a
         whole = tl.sum(steps, axis=0)
         weight = step * tl.exp(tl.cumsum(steps, axis=0, reverse=True) - steps)
@@ -82,7 +89,8 @@ def chunk_state(
         low = (drive - high.to(tl.float32)).to(x.dtype.element_ty)
         state = tl.dot(high, b, state * (tl.exp(whole) * unit / most), input_precision="ieee")
         state = tl.dot(low, b, state, input_precision="ieee")
-        decay, unit = decay + whole, most
+        decay = decay + whole
+        unit = most
     at = bh.to(tl.int64) * tl.num_programs(1) + chunk
     tl.store(local + at * (P * N) + (p[:, None] * N + n[None, :]), state * unit)
     tl.store(total + at, decay, mask=tile == 0)
@@ -94,7 +102,8 @@ def state_passing(local, total, state, chunks, entry, new_state, P: tl.constexpr
 
     Grid: (P * N / BS, batch * H).
     """
-    bh, at = tl.program_id(1).to(tl.int64), tl.program_id(0) * BS + tl.arange(0, BS)
+    bh = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BS + tl.arange(0, BS)
     s = tl.load(state + bh * P * N + at)
     for chunk in tl.range(0, chunks, num_stages=4):
         here = (bh * chunks + chunk) * P * N + at
@@ -115,32 +124,50 @@ def chunk_scan(
 
     Grid: (Q / BT * P / BP, chunks, batch * H).
     """
-    tile, chunk, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    row, h = (bh // H).to(tl.int64) * T, bh % H
-    g, own = h // (H // G), chunk * Q + tile // (P // BP) * BT
+    tile = tl.program_id(0)
+    chunk = tl.program_id(1)
+    bh = tl.program_id(2)
+    row = (bh // H).to(tl.int64) * T
+    h = bh % H
+    g = h // (H // G)
+    own = chunk * Q + tile // (P // BP) * BT
     if own < T:
-        p, i = tile % (P // BP) * BP + tl.arange(0, BP), tl.arange(0, BT)
-        a, bias = tl.load(A + h), tl.load(dt_bias + h)
-        first, inside, every = row + own, own + i < T, i < BT
-        channels, c_tile = i[:, None] * (H * P) + p[None, :], C + (first * G + g) * N
+        p = tile % (P // BP) * BP + tl.arange(0, BP)
+        i = tl.arange(0, BT)
+        a = tl.load(A + h)
+        bias = tl.load(dt_bias + h)
+        first = row + own
+        inside = own + i < T
+        every = i < BT
+        channels = i[:, None] * (H * P) + p[None, :]
+        c_tile = C + (first * G + g) * N
         acc = tl.zeros([BT, BP], tl.float32)
         for start in range(0, N, BN):
             n = start + tl.arange(0, BN)
             c = tl.load(c_tile + (i[:, None] * (G * N) + n[None, :]), mask=inside[:, None], other=0.0)
-            s = tl.load(entry + (bh.to(tl.int64) * tl.num_programs(1) + chunk) * (P * N) + (p[None, :] * N + n[:, None]))
+            s = tl.load(
+                entry + (bh.to(tl.int64) * tl.num_programs(1) + chunk) * (P * N) + (p[None, :] * N + n[:, None])
+            )
             acc = tl.dot(c, s, acc, input_precision="ieee")
         for start in range(chunk * Q, own, BT):
             keys = row + start
-            step = load_steps(dt, mask, bias, keys, i, every, h, H, dt_min, dt_max)
+            step = load_steps(dt, mask, bias, first=keys, i=i, inside=every, h=h, H=H, dt_min=dt_min, dt_max=dt_max)
             steps = step * a
             weight = step * tl.exp(tl.cumsum(steps, axis=0, reverse=True) - steps)
-            w = scores(c_tile, B + (keys * G + g) * N, i, inside, every, G * N, N, BT, BN) * weight[None, :]
+            w = (
+                scores(
+                    c_tile, B + (keys * G + g) * N, i, inside=inside, keys_inside=every, stride=G * N, N=N, BT=BT, BN=BN
+                )
+                * weight[None, :]
+            )
             u = tl.load(x + (keys * H + h) * P + channels)
             acc = tl.dot(w.to(u.dtype), u, acc * tl.exp(tl.sum(steps, axis=0)), input_precision="ieee")
-        step = load_steps(dt, mask, bias, first, i, inside, h, H, dt_min, dt_max)
+        step = load_steps(dt, mask, bias, first=first, i=i, inside=inside, h=h, H=H, dt_min=dt_min, dt_max=dt_max)
         since = tl.cumsum(step * a, axis=0)
         between = tl.exp(tl.minimum(since[:, None] - since[None, :], 0.0)) * step[None, :]
-        w = scores(c_tile, B + (first * G + g) * N, i, inside, inside, G * N, N, BT, BN)
+        w = scores(
+            c_tile, B + (first * G + g) * N, i, inside=inside, keys_inside=inside, stride=G * N, N=N, BT=BT, BN=BN
+        )
         w = tl.where(i[:, None] >= i[None, :], w * between, 0.0)
         u = tl.load(x + (first * H + h) * P + channels, mask=inside[:, None], other=0.0)
         acc = tl.dot(w.to(u.dtype), u, acc * tl.exp(since)[:, None], input_precision="ieee")
@@ -158,11 +185,14 @@ def decode(
     Grid: (P / BP, batch * H).
     """
     bh = tl.program_id(1)
-    b, h = bh // H, bh % H
-    p, n = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, N)
-    at, row = p[:, None] * N + n[None, :], bh.to(tl.int64) * (P * N)
+    b = bh // H
+    h = bh % H
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    n = tl.arange(0, N)
+    at = p[:, None] * N + n[None, :]
+    row = bh.to(tl.int64) * (P * N)
     s = tl.load(state + row + at)
-    step = step_size(tl.load(dt + bh), tl.load(dt_bias + h), tl.load(mask + b), dt_min, dt_max)
+    step = step_size(tl.load(dt + bh), tl.load(dt_bias + h), tl.load(mask + b), dt_min=dt_min, dt_max=dt_max)
     u = tl.load(x + bh * P + p).to(tl.float32)
     group = (b * G + h // (H // G)) * N + n
     s = s * tl.exp(step * tl.load(A + h)) + (step * u)[:, None] * tl.load(B + group).to(tl.float32)[None, :]

@@ -50,7 +50,9 @@ class Problem:
         if tiles is None:
             what = f"no GPU kernel for head dim {self.d_head} and state size {self.d_state}"
             raise H1ExportError(
-                OP, what, f"available are {', '.join(f'{p} x {n}' for p, n in TILES)}: add a row to plugins/ssm_scan/tiles.py"
+                OP,
+                what,
+                f"available are {', '.join(f'{p} x {n}' for p, n in TILES)}: add a row to plugins/ssm_scan/tiles.py",
             )
         return tiles
 
@@ -63,9 +65,14 @@ class Problem:
         """Shape and dtype of what the kernels pass to each other; nothing for one token."""
         if self.tokens == 1:
             return {}
-        rows, state = (self.batch, self.heads, self.chunks), (self.d_head, self.d_state)
+        rows = (self.batch, self.heads, self.chunks)
+        state = (self.d_head, self.d_state)
         own = next(dtype for dtype, name in DTYPES.items() if name == self.dtype)
-        return {"local": ((*rows, *state), torch.float32), "total": (rows, torch.float32), "entry": ((*rows, *state), own)}
+        return {
+            "local": ((*rows, *state), torch.float32),
+            "total": (rows, torch.float32),
+            "entry": ((*rows, *state), own),
+        }
 
 
 def launches(problem: Problem) -> tuple[Launch, ...]:
@@ -74,15 +81,23 @@ def launches(problem: Problem) -> tuple[Launch, ...]:
     Raises:
         H1ExportError: no kernel for the head dim and state size.
     """
-    rows, state = problem.batch * problem.heads, problem.d_head * problem.d_state
-    values = {"T": problem.tokens, "H": problem.heads, "G": problem.groups, "dt_min": problem.dt_min, "dt_max": problem.dt_max}
+    rows = problem.batch * problem.heads
+    state = problem.d_head * problem.d_state
+    values = {
+        "T": problem.tokens,
+        "H": problem.heads,
+        "G": problem.groups,
+        "dt_min": problem.dt_min,
+        "dt_max": problem.dt_max,
+    }
     by_name = {kernel.name: kernel for kernel in kernels(problem.d_head, problem.d_state, problem.dtype)}
     tiles = problem.tiles
     if problem.tokens == 1:
         grids = {"decode": (problem.d_head // tiles.decode.rows, rows, 1)}
     else:
         chunks = values["chunks"] = problem.chunks
-        chunk_state, chunk_scan = tiles.chunk_state, tiles.chunk_scan
+        chunk_state = tiles.chunk_state
+        chunk_scan = tiles.chunk_scan
         state_tiles = problem.d_head // chunk_state.rows * (problem.d_state // chunk_state.columns)
         grids = {
             "chunk_state": (state_tiles, chunks, rows),
@@ -97,10 +112,13 @@ def launches(problem: Problem) -> tuple[Launch, ...]:
 
 def kernels(d_head: int, d_state: int, dtype: str) -> tuple[Kernel, ...]:
     """All kernels of a head dim, a state size and a dtype."""
-    tiles, sizes = Problem(1, 1, 1, 1, d_head, d_state, dtype, 0, 0).tiles, (("P", d_head), ("N", d_state))
+    tiles = Problem(1, 1, 1, groups=1, d_head=d_head, d_state=d_state, dtype=dtype, dt_min=0, dt_max=0).tiles
+    sizes = (("P", d_head), ("N", d_state))
 
     def of(name: str, taken: tuple[tuple[str, str], ...], tile: Tile, *constants: tuple[str, int]) -> Kernel:
-        return Kernel(OP, name, dtype, taken, (*sizes, *constants), tile.warps, tile.stages)
+        return Kernel(
+            OP, name, dtype, arguments=taken, constants=(*sizes, *constants), warps=tile.warps, stages=tile.stages
+        )
 
     def chunked(tile: Tile) -> tuple[tuple[str, int], ...]:
         return ("Q", tiles.chunk), ("BT", tile.tokens), ("BP", tile.rows), ("BN", tile.columns)
@@ -129,8 +147,19 @@ def ssm_scan(
 ) -> tuple[Tensor, Tensor]:
     """op.py's function by these kernels; mask has x's dtype. ``new_state``: memory for the state, which may be ``state`` itself."""
     batch, tokens, heads, d_head = x.shape
-    problem = Problem(batch, tokens, heads, B.shape[2], d_head, B.shape[3], DTYPES[x.dtype], dt_min, dt_max)
-    y, after = torch.empty_like(x), torch.empty_like(state) if new_state is None else new_state
+    problem = Problem(
+        batch,
+        tokens,
+        heads,
+        groups=B.shape[2],
+        d_head=d_head,
+        d_state=B.shape[3],
+        dtype=DTYPES[x.dtype],
+        dt_min=dt_min,
+        dt_max=dt_max,
+    )
+    y = torch.empty_like(x)
+    after = torch.empty_like(state) if new_state is None else new_state
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "state": state, "mask": mask}
     tensors |= {name: x.new_empty(shape, dtype=dtype) for name, (shape, dtype) in problem.workspace().items()}
     run(launches(problem), tensors | {"y": y, "new_state": after})

@@ -45,8 +45,10 @@ def ssm_scan(
         y [batch, seq, heads, d_head] in x's dtype and the float32 state after the last token, both new tensors.
     """
     dt = F.softplus(dt.float() + dt_bias.float()).clamp(dt_min, dt_max) * mask.float()[..., None]
-    decay, drive = dt * A.float(), x.float() * dt[..., None]
-    state, outputs = state.float(), []
+    decay = dt * A.float()
+    drive = x.float() * dt[..., None]
+    state = state.float()
+    outputs = []
     for start in range(0, x.shape[1], chunk_size):
         chunk = slice(start, min(start + chunk_size, x.shape[1]))
         y, state = _chunk(drive[:, chunk], decay[:, chunk], B[:, chunk].float(), C[:, chunk].float(), state)
@@ -76,7 +78,8 @@ def _(
 def _chunk(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """One chunk of SSD: u = dt x [b, l, h, p], decay [b, l, h], B and C [b, l, g, n], state [b, h, p, n]."""
     repeat = u.shape[2] // B.shape[2]
-    B, C = B.repeat_interleave(repeat, dim=2), C.repeat_interleave(repeat, dim=2)
+    B = B.repeat_interleave(repeat, dim=2)
+    C = C.repeat_interleave(repeat, dim=2)
     # float64, because the differences of long cumulative sums are what the result hangs on
     total = decay.double().cumsum(1)
     between = (total[:, :, None] - total[:, None, :]).float()

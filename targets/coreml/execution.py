@@ -52,7 +52,8 @@ class Executor(Protocol):
 class Evaluated:
     """Our evaluator: slow, true to the declared dtypes, on any machine."""
 
-    name, emulated = "h1export's MIL evaluator, not Core ML", True
+    name = "h1export's MIL evaluator, not Core ML"
+    emulated = True
 
     def __init__(self, package: Path) -> None:
         opened = Package.open(package)
@@ -78,12 +79,15 @@ class Evaluated:
 class OnMac:
     """Core ML. Not run by us: it needs macOS 15."""
 
-    name, emulated = "Core ML", False
+    name = "Core ML"
+    emulated = False
 
     def __init__(self, package: Path) -> None:
         ct = sdk.coremltools()
         units = ct.ComputeUnit.CPU_AND_GPU  # the Neural Engine has no blocks of int4
-        self._models = {call.name: ct.models.MLModel(str(package), function_name=call.name, compute_units=units) for call in CALLS}
+        self._models = {
+            call.name: ct.models.MLModel(str(package), function_name=call.name, compute_units=units) for call in CALLS
+        }
 
     def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
         if not states:
@@ -108,8 +112,11 @@ class Passing:
     """An executor for a package whose states are inputs and outputs; ``outputs`` names the output of each input."""
 
     def __init__(self, executor: Executor, outputs: Mapping[str, str]) -> None:
-        self.name, self.emulated = executor.name, executor.emulated
-        self._executor, self._outputs, self._nothing = executor, outputs, executor.hold({})
+        self.name = executor.name
+        self.emulated = executor.emulated
+        self._executor = executor
+        self._outputs = outputs
+        self._nothing = executor.hold({})
 
     def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
         return dict(states)
@@ -138,7 +145,9 @@ def advance(executor: Executor, held: Held, ids: Ids, position: int, max_context
     return np.asarray(np.concatenate(logits, axis=1) if all_logits else logits[-1], np.float32)
 
 
-def observe(executor: Executor, held: Held, ids: Ids, position: int, max_context: int, watch: Collection[str]) -> Arrays:
+def observe(
+    executor: Executor, held: Held, ids: Ids, position: int, max_context: int, watch: Collection[str]
+) -> Arrays:
     """As ``advance``: every row of the outputs and of the values that ``watch`` names, [1, new, ...]."""
     calls = list(_calls(executor, held, ids, position, max_context, watch))
     names = [name for name in calls[0][0] if name == LOGITS or name in watch]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import probe_names
 from h1export.model.falcon_h1.states import Array, StateKind, StateSpec
 from h1export.quantize.quantized_tensor import QuantizedTensor
@@ -39,9 +39,12 @@ class CoreMLRunner:
     """Runner over model.mlpackage. Any number of tokens: they become padded prefills and decodes."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self._artifact, self._spec = artifact, artifact.spec
-        self._states, options = StateSpec.of(self._spec), artifact.manifest.options
-        self._max_context, self._all_logits = int(options["max_context"]), not options["last_logits"]
+        self._artifact = artifact
+        self._spec = artifact.config
+        self._states = StateSpec.of(self._spec)
+        options = artifact.manifest.options
+        self._max_context = int(options["max_context"])
+        self._all_logits = not options["last_logits"]
         self._state_io = bool(options["state_io"])
         self._float32 = options["compute"] == "fp32" and self._state_io
         passed = {state_name(tensor): output_name(tensor) for tensor in self._states.tensors} if self._state_io else {}
@@ -49,7 +52,7 @@ class CoreMLRunner:
         self._advance = partial(advance, self._executor, max_context=self._max_context, all_logits=self._all_logits)
 
     @property
-    def spec(self) -> HybridSpec:
+    def config(self) -> FalconH1Config:
         return self._spec
 
     @property
@@ -69,8 +72,12 @@ class CoreMLRunner:
         if batch != 1:
             raise H1ExportError("initial", f"{batch} rows", f"CoreML takes {NO_PADS}")
         names = [name for tensor in self._states.tensors for name in (state_name(tensor), state_name(tensor) + LOW)]
-        ports = {name: port for name in names if (port := self._artifact.manifest.inputs.get(f"{layout.DECODE.name}.{name}"))}
-        return States(0, {name: np.zeros([int(dim) for dim in dims], DTYPES[dtype]) for name, (dtype, dims) in ports.items()})
+        ports = {
+            name: port for name in names if (port := self._artifact.manifest.inputs.get(f"{layout.DECODE.name}.{name}"))
+        }
+        return States(
+            0, {name: np.zeros([int(dim) for dim in dims], DTYPES[dtype]) for name, (dtype, dims) in ports.items()}
+        )
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         held = self._hold(ids, mask, states)
@@ -79,7 +86,7 @@ class CoreMLRunner:
 
     def _hold(self, ids: Ids, mask: Ids, states: States) -> Held:
         """``states`` to call functions on. Raises H1ExportError for a call that CoreML does not take."""
-        check_call(ids, mask, states.length, self._spec.vocab_size)
+        check_call(ids, mask, states.length, vocab_size=self._spec.vocab_size)
         if len(ids) != 1 or not mask.all():
             raise H1ExportError("step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", f"CoreML takes {NO_PADS}")
         self._check_room("step", states.length + ids.shape[1])
@@ -87,7 +94,9 @@ class CoreMLRunner:
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
         if not self.capabilities.probes:
-            raise H1ExportError("observe", f"{self._executor.name} shows no value between its ops", "validate the artifact off a Mac")
+            raise H1ExportError(
+                "observe", f"{self._executor.name} shows no value between its ops", "validate the artifact off a Mac"
+            )
         held = self._hold(ids, mask, states)
         names = {layout.probe_output(name): name for name in probe_names(self._spec.num_hidden_layers)}
         found = observe(self._executor, held, ids, states.length, self._max_context, names)
@@ -126,16 +135,19 @@ class HeldSequences:
     """One sequence whose states stay where the executor holds them."""
 
     def __init__(self, runner: CoreMLRunner, states: States, capacity: int) -> None:
-        self._runner, self._capacity = runner, capacity
+        self._runner = runner
+        self._capacity = capacity
         self._held = runner._executor.hold(states.arrays)
         self.length = 0
 
     def append(self, ids: Ids) -> Array:
         end = self.length + ids.shape[-1]
-        check_call(ids, np.ones((len(ids), end), np.int64), self.length, self._runner.spec.vocab_size)
+        check_call(ids, np.ones((len(ids), end), np.int64), self.length, vocab_size=self._runner.config.vocab_size)
         if end > self._capacity or len(ids) != 1:
             what = f"{len(ids)} rows of {end} tokens"
-            raise H1ExportError("append", what, f"there is room for one of {self._capacity}; start with a larger capacity")
+            raise H1ExportError(
+                "append", what, f"there is room for one of {self._capacity}; start with a larger capacity"
+            )
         logits: Array = self._runner._advance(self._held, ids, self.length)
         self.length = end
         return logits
@@ -152,8 +164,12 @@ class StoredWeights(Mapping[str, Array]):
         """What lies behind ``name``: the same integers on every target."""
         weight = self._weights[name]
         found = self._package.constant(weight.initializer)
-        codes, scales, zeros = found["data"], found["scale"], found.get("offset")
-        return QuantizedTensor(codes, scales.astype(np.float16), weight.parts[0].multiplier.rows(len(codes)), zeros)
+        codes = found["data"]
+        scales = found["scale"]
+        zeros = found.get("offset")
+        return QuantizedTensor(
+            codes, scales.astype(np.float16), weight.parts[0].multiplier.rows(len(codes)), zeros=zeros
+        )
 
     def __getitem__(self, name: str) -> Array:
         order = self._weights[name].parts[0].order

@@ -18,7 +18,7 @@ from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
 from h1export.progress import Progress
-from h1export.quantize.source import Integers
+from h1export.quantize.source import QuantizedWeights
 from h1export.targets.base import BuildOptions, Compute, Kernels, Lowered
 from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Package
@@ -26,7 +26,7 @@ from h1export.targets.coreml.mac import golden, readme
 from h1export.targets.coreml.mac.verify_on_mac import Settings
 from h1export.targets.coreml.package import writer
 from h1export.targets.coreml.program import layout
-from h1export.targets.coreml.program.blob_storage import Blobs
+from h1export.targets.coreml.program.blob_storage import BlobStorage
 from h1export.targets.coreml.program.functions import mil_program
 from h1export.targets.coreml.program.layout import CALLS, PREFILL
 from h1export.targets.coreml.program.weights import Float, Var, Weights
@@ -43,53 +43,75 @@ class CoreMLTarget:
     options = frozenset({"compute", "last_logits", "max_context", "state_io"})
 
     def lower(
-        self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress
+        self,
+        program: Program,
+        store: WeightStore,
+        integers: QuantizedWeights,
+        options: BuildOptions,
+        stage: Stage,
+        progress: Progress,
     ) -> Lowered:
         _check(options)
         sdk.coremltools()
         (stage.folder / layout.WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
-        with Blobs(stage, layout.WEIGHTS) as blobs:
-            weights = Weights(store, integers, program.spec, blobs, COMPUTE[options.compute])
-            built = mil_program(program, weights, CALLS, options.max_context, options.state_io)
+        with BlobStorage(stage, layout.WEIGHTS) as blobs:
+            weights = Weights(store, integers, program.config, blobs=blobs, compute=COMPUTE[options.compute])
+            built = mil_program(program, weights, CALLS, max_context=options.max_context, state_io=options.state_io)
             progress.stage("weights", store.nbytes)
             notes = {layout.MAX_CONTEXT: str(options.max_context), layout.PREFILL_TOKENS: str(PREFILL.tokens)}
             model = writer.protobuf(built, weights, notes)
             blobs.finish()
         writer.write(stage.folder, model)
-        _write_mac_files(program, weights, options, stage, progress)
+        _write_mac_files(program, weights, options, stage=stage, progress=progress)
         inputs, outputs = _ports(built)
         return Lowered(inputs, outputs, tuple(weights.stored))
 
     def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
         functions = Package.open(artifact.folder / layout.PACKAGE).functions
-        return {name: dict(Counter(operation.type for operation in function.block.walk())) for name, function in functions.items()}
+        return {
+            name: dict(Counter(operation.type for operation in function.block.walk()))
+            for name, function in functions.items()
+        }
 
-    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> CoreMLRunner:
+    def load(
+        self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
+    ) -> CoreMLRunner:
         if kernels == "native":
-            raise H1ExportError(artifact.folder, "CoreML has no kernels of h1export's own", "leave out --kernels native")
+            raise H1ExportError(
+                artifact.folder, "CoreML has no kernels of h1export's own", "leave out --kernels native"
+            )
         return CoreMLRunner(artifact)
 
 
 def _check(options: BuildOptions) -> None:
     if options.compute not in COMPUTE:
-        raise H1ExportError("--compute", f"{options.compute} is none of CoreML's dtypes", f"one of {', '.join(COMPUTE)}")
+        raise H1ExportError(
+            "--compute", f"{options.compute} is none of CoreML's dtypes", f"one of {', '.join(COMPUTE)}"
+        )
     if options.max_context <= PREFILL.tokens:
         what = f"{options.max_context} has no room for a prefill of {PREFILL.tokens} tokens and one after it"
         raise H1ExportError("--max-context", what, f"{PREFILL.tokens + 1} or more")
 
 
-def _write_mac_files(program: Program, weights: Weights, options: BuildOptions, stage: Stage, progress: Progress) -> None:
+def _write_mac_files(
+    program: Program, weights: Weights, options: BuildOptions, *, stage: Stage, progress: Progress
+) -> None:
     """What a Mac's owner checks the package with; its truth is the graph in float32 on the weights that the package stores."""
-    prompts, vocab = golden.lengths(PREFILL.tokens, options.max_context), program.spec.vocab_size
+    prompts = golden.lengths(PREFILL.tokens, options.max_context)
+    vocab = program.config.vocab_size
     positions = golden.places(prompts, PREFILL.tokens)
     ids = np.random.default_rng(0).integers(0, vocab, max(prompts) + golden.STEPS, dtype=np.int64)
     logits = np.zeros((len(positions), vocab), np.float32)
     if not stage.dry:
         progress.stage("golden logits", weights.nbytes)
-        every = run_passes(trace(program.spec), passes_for(weights.store.order_name)) if options.last_logits else program
-        logits = forward(every, weights.store, lambda expr: in_order(weights.stored_blocks(expr), stage.jobs), ids)[positions]
+        every = (
+            run_passes(trace(program.config), passes_for(weights.store.order_name)) if options.last_logits else program
+        )
+        logits = forward(every, weights.store, lambda expr: in_order(weights.stored_blocks(expr), stage.jobs), ids)[
+            positions
+        ]
     settings = Settings(options.max_context, PREFILL.tokens, state_io=options.state_io, last_logits=options.last_logits)
-    readme.write(stage.folder, settings, golden.golden(ids, logits, prompts, positions))
+    readme.write(stage.folder, settings, golden.golden(ids, logits, prompts, positions=positions))
 
 
 def _ports(built: Any) -> tuple[Ports, Ports]:

@@ -64,7 +64,8 @@ def clamp(c: Context, node: Node) -> None:
 
 def narrow(c: Context, node: Node) -> None:
     x, axis, start, length = args_of(node)
-    first, count = _size(c, start), _size(c, length)
+    first = _size(c, start)
+    count = _size(c, length)
     c.set(node, c.build.op("Slice", c.value(x), first, c.build.op("Add", first, count), c.build.ints(int(axis))))
 
 
@@ -97,7 +98,8 @@ def view(c: Context, node: Node) -> None:
     """A reshape whose dynamic dims stay where they are."""
     x = args_of(node)[0]
     assert isinstance(x, Node)
-    before, after = x.meta["val"].shape, node.meta["val"].shape
+    before = x.meta["val"].shape
+    after = node.meta["val"].shape
     dims = [dim if isinstance(dim, int) else 0 for dim in after]  # 0: as in the input
     for axis, dim in enumerate(after):
         if not isinstance(dim, int) and (axis >= len(before) or before[axis] != dim):

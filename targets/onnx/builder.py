@@ -30,7 +30,9 @@ class GraphBuilder:
         """Append a node with one output."""
         return self._tape.op(op_type, inputs, attributes, domain=domain)
 
-    def ops(self, op_type: str, outputs: int, *inputs: Value | None, domain: str = "", **attributes: Any) -> tuple[Value, ...]:
+    def ops(
+        self, op_type: str, outputs: int, *inputs: Value | None, domain: str = "", **attributes: Any
+    ) -> tuple[Value, ...]:
         """Append a node with several outputs."""
         return tuple(self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, domain=domain))
 
@@ -60,8 +62,11 @@ class GraphBuilder:
 
     def model(self, inputs: list[Value], outputs: list[Value], name: str) -> ir.Model:
         """The finished model, without nodes that nothing reads."""
-        nodes, initializers = self._tape.nodes, self._tape.initializers
+        nodes = self._tape.nodes
+        initializers = self._tape.initializers
         graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=self._opsets, name=name)
-        model = ir.Model(graph, ir_version=IR_VERSIONS[self._opsets[""]], producer_name="h1export", producer_version=__version__)
+        model = ir.Model(
+            graph, ir_version=IR_VERSIONS[self._opsets[""]], producer_name="h1export", producer_version=__version__
+        )
         RemoveUnusedNodesPass()(model)
         return model

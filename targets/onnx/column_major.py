@@ -15,12 +15,14 @@ import onnx_ir as ir
 
 from h1export.artifact.weight_file import BLOCK_BYTES, Columns
 from h1export.checkpoint.weight_expr import WeightExpr
-from h1export.quantize.group_format import Precision
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedBlock, quantized_blocks
 from h1export.targets.onnx.emit import Context, initializer_name
 
-CODES, SCALES, ZEROS = ".codes", ".scales", ".zeros"
+CODES = ".codes"
+SCALES = ".scales"
+ZEROS = ".zeros"
 
 Codes = npt.NDArray[np.int8]
 Bytes = npt.NDArray[np.uint8]
@@ -29,7 +31,8 @@ Scales = Callable[[QuantizedTensor], npt.NDArray[Any]]  # those to store, [rows,
 
 def pack(codes: Codes) -> Bytes:
     """Signed int4, an even number in the last axis, the first of a pair in the low nibble."""
-    low, high = codes[..., 0::2].view(np.uint8) & np.uint8(15), codes[..., 1::2].view(np.uint8) << np.uint8(4)
+    low = codes[..., 0::2].view(np.uint8) & np.uint8(15)
+    high = codes[..., 1::2].view(np.uint8) << np.uint8(4)
     return low | high
 
 
@@ -39,18 +42,25 @@ def unpack(packed: Bytes) -> Codes:
     return pairs.view(np.int8) >> np.int8(4)
 
 
-def write_columns(c: Context, expr: WeightExpr, precision: Precision, dtype: ir.DataType, scales_of: Scales) -> list[ir.ExternalTensor]:
+def write_columns(
+    c: Context, expr: WeightExpr, precision: Precision, *, dtype: ir.DataType, scales_of: Scales
+) -> list[ir.ExternalTensor]:
     """Write codes [columns, rows] of an expression along axis 0, scales [blocks, rows] of ``dtype``, and zero points where there are some.
 
     With one scale a row these are [rows]. Of several parts, each has an even number of rows where codes are int4.
     """
     rows, columns = expr.shape(c.store.shape)
-    name, blocks = initializer_name(expr), columns // precision.columns_per_scale(columns)
-    stored, groups = ir.DataType.INT4 if precision.bits == 4 else ir.DataType.INT8, (blocks, rows) if precision.block else (rows,)
+    name = initializer_name(expr)
+    blocks = columns // precision.columns_per_group(columns)
+    stored = ir.DataType.INT4 if precision.bits == 4 else ir.DataType.INT8
+    groups = (blocks, rows) if precision.group_size else (rows,)
     places = [c.data.place(name + CODES, stored, (columns, rows)), c.data.place(name + SCALES, dtype, groups)]
     if precision.zeros:
         places.append(c.data.place(name + ZEROS, stored, groups))
-    c.data.fill(places, (partial(_columns, precision.bits, scales_of, block, start) for start, block in _blocks(c, expr, precision)))
+    c.data.fill(
+        places,
+        (partial(_columns, precision.bits, scales_of, block, start) for start, block in _blocks(c, expr, precision)),
+    )
     return places
 
 
@@ -62,7 +72,7 @@ def _blocks(c: Context, expr: WeightExpr, precision: Precision) -> Iterator[tupl
         # columns of int4 have to end on bytes, and with an odd number of rows only the whole tensor does
         multiple = 1 if precision.bits == 8 else 2 if rows % 2 == 0 else rows
         ranges = c.store.row_ranges([part.tensor], BLOCK_BYTES, multiple)
-        blocks = quantized_blocks(WeightExpr((part,)), c.store, c.integers, BLOCK_BYTES, multiple)
+        blocks = quantized_blocks(WeightExpr((part,)), c.store, c.integers, max_bytes=BLOCK_BYTES, multiple=multiple)
         yield from ((top + start, block) for (start, _), block in zip(ranges, blocks, strict=True))
         top += rows
 
@@ -71,7 +81,8 @@ def _columns(bits: int, scales_of: Scales, block: QuantizedBlock, start: int) ->
     """Codes, scales and zero points of rows from ``start`` on, as columns."""
     (tensor,) = block()
     stored = scales_of(tensor)
-    codes, scales = _integer_columns(bits, tensor.codes, start), Columns(stored.T, start * stored.itemsize)
+    codes = _integer_columns(bits, tensor.codes, start)
+    scales = Columns(stored.T, start * stored.itemsize)
     return (codes, scales) if tensor.zeros is None else (codes, scales, _integer_columns(bits, tensor.zeros, start))
 
 

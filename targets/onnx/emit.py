@@ -18,8 +18,8 @@ from h1export.graphs.probes import probes
 from h1export.graphs.program import Program
 from h1export.model.falcon_h1.probes import Columns, label
 from h1export.model.falcon_h1.states import Array
-from h1export.quantize.group_format import Precision
-from h1export.quantize.source import Integers
+from h1export.quantize.precision import Precision
+from h1export.quantize.source import QuantizedWeights
 from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.external_data import ExternalData
 
@@ -29,9 +29,19 @@ class Context:
 
     activations: type[np.float16] | type[np.float32] = np.float32
 
-    def __init__(self, program: Program, store: WeightStore, integers: Integers, builder: GraphBuilder, data: ExternalData) -> None:
-        self.program, self.store, self.integers = program, store, integers
-        self.build, self.data = builder, data
+    def __init__(
+        self,
+        program: Program,
+        store: WeightStore,
+        integers: QuantizedWeights,
+        builder: GraphBuilder,
+        data: ExternalData,
+    ) -> None:
+        self.program = program
+        self.store = store
+        self.integers = integers
+        self.build = builder
+        self.data = data
         self.stored: list[StoredWeight] = []
         self._values: dict[Node, Value | tuple[Value, ...]] = {}
 
@@ -126,7 +136,9 @@ def _alone(block: Callable[[], Array]) -> tuple[Array]:
 def stored_parts(c: Context, expr: WeightExpr) -> tuple[StoredPart, ...]:
     """What the manifest says about the parts of ``expr``."""
     return tuple(
-        StoredPart(part.tensor, c.store.shape(part.tensor)[expr.axis], part.multiplier, c.store.order_name(part.tensor))
+        StoredPart(
+            part.tensor, c.store.shape(part.tensor)[expr.axis], part.multiplier, order=c.store.order_name(part.tensor)
+        )
         for part in expr.parts
     )
 

@@ -10,7 +10,9 @@ import onnx_ir as ir
 from h1export.artifact.journal import Extent
 from h1export.artifact.weight_file import Block, WeightFile
 
-SMALL, PAGE = 1 << 16, 4096  # tensors of SMALL bytes and more start on a page, so that runtimes can map them
+# tensors of SMALL bytes and more start on a page, so that runtimes can map them
+SMALL = 1 << 16
+PAGE = 4096
 
 
 class ExternalData(WeightFile):
@@ -20,15 +22,27 @@ class ExternalData(WeightFile):
         """Reserve the next place for a tensor."""
         nbytes = int(prod(shape) * dtype.itemsize)
         extent = self.reserve(name, nbytes, PAGE if nbytes >= SMALL else 64)
-        return self._external(name, dtype, shape, extent.offset, nbytes)
+        return self._external(name, dtype, shape, offset=extent.offset, nbytes=nbytes)
 
     def alias(self, name: str, shape: tuple[int, ...], of: ir.ExternalTensor, start: int = 0) -> ir.ExternalTensor:
         """Bytes of another tensor, from its byte ``start``, under a name and a shape of their own."""
-        return self._external(name, of.dtype, shape, (of.offset or 0) + start, int(prod(shape) * of.dtype.itemsize))
+        return self._external(
+            name, of.dtype, shape, offset=(of.offset or 0) + start, nbytes=int(prod(shape) * of.dtype.itemsize)
+        )
 
     def fill(self, tensors: Sequence[ir.ExternalTensor], blocks: Iterable[Block]) -> None:
         """``write`` for tensors instead of extents."""
-        self.write([Extent(self._name, tensor.name or "", tensor.offset or 0, tensor.length or 0) for tensor in tensors], blocks)
+        self.write(
+            [
+                Extent(self._name, tensor.name or "", tensor.offset or 0, length=tensor.length or 0)
+                for tensor in tensors
+            ],
+            blocks,
+        )
 
-    def _external(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int, nbytes: int) -> ir.ExternalTensor:
-        return ir.ExternalTensor(self._name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self._stage.folder)
+    def _external(
+        self, name: str, dtype: ir.DataType, shape: tuple[int, ...], *, offset: int, nbytes: int
+    ) -> ir.ExternalTensor:
+        return ir.ExternalTensor(
+            self._name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self._stage.folder
+        )

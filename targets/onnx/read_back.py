@@ -27,7 +27,7 @@ class StoredWeights(Mapping[str, Array]):
 
     def __init__(self, artifact: Artifact, model: str, key: Key, read_stored: ReadStored) -> None:
         self._read_stored = read_stored
-        self._columns = {name: shape[-1] for name, shape in tensor_layout(artifact.spec).items()}
+        self._columns = {name: shape[-1] for name, shape in tensor_layout(artifact.config).items()}
         self._tensors = external_arrays(artifact, model, key)
         self._weights = {part.tensor: weight for weight in artifact.manifest.weights for part in weight.parts}
         self._orders = {part.tensor: part.order for weight in artifact.manifest.weights for part in weight.parts}
@@ -55,16 +55,23 @@ def external_arrays(artifact: Artifact, model: str, key: Key) -> dict[str, Any]:
     """
     arrays: dict[str, Any] = {}
     for name, value in ir.load(artifact.folder / model).graph.initializers.items():
-        tensor, kept = value.const_value, key(name)
+        tensor = value.const_value
+        kept = key(name)
         if not isinstance(tensor, ir.ExternalTensor) or kept is None:
             continue
         location = str(tensor.location)
         if location not in artifact.manifest.files:
-            raise H1ExportError(artifact.folder / model, f"points to {location!r}, outside the artifact", "build the artifact again")
-        shape, dtype = tensor.shape.numpy(), tensor.dtype.numpy()
+            raise H1ExportError(
+                artifact.folder / model, f"points to {location!r}, outside the artifact", "build the artifact again"
+            )
+        shape = tensor.shape.numpy()
+        dtype = tensor.dtype.numpy()
         if tensor.dtype == ir.DataType.INT4:  # two to a byte
-            shape, dtype = (prod(shape) // 2,), np.dtype(np.uint8)
+            shape = (prod(shape) // 2,)
+            dtype = np.dtype(np.uint8)
         if (tensor.offset or 0) + prod(shape) * dtype.itemsize > artifact.manifest.files[location][1]:
-            raise H1ExportError(artifact.folder / model, f"initializer {name!r} lies outside {location}", "build the artifact again")
+            raise H1ExportError(
+                artifact.folder / model, f"initializer {name!r} lies outside {location}", "build the artifact again"
+            )
         arrays[kept] = np.memmap(artifact.folder / location, dtype, mode="r", offset=tensor.offset or 0, shape=shape)
     return arrays

@@ -32,7 +32,9 @@ def onnxruntime() -> ModuleType:
         raise H1ExportError("onnxruntime", "is not installed", "pip install 'h1export[ort]'")
     if len(packages) > 1:
         what = f"{' and '.join(packages)} are both installed and overwrite each other's files"
-        raise H1ExportError("onnxruntime", what, f"pip uninstall {' '.join(PACKAGES)}, then install the extra ort or the extra cuda")
+        raise H1ExportError(
+            "onnxruntime", what, f"pip uninstall {' '.join(PACKAGES)}, then install the extra ort or the extra cuda"
+        )
     return import_module("onnxruntime")
 
 
@@ -41,4 +43,6 @@ def check_provider(provider: str) -> None:
     available = onnxruntime().get_available_providers()
     if provider not in available:
         what = f"this onnxruntime does not have it, only {', '.join(available)}"
-        raise H1ExportError(provider, what, "pip install 'h1export[cuda]' on a machine with an NVIDIA GPU, or build with --provider cpu")
+        raise H1ExportError(
+            provider, what, "pip install 'h1export[cuda]' on a machine with an NVIDIA GPU, or build with --provider cpu"
+        )

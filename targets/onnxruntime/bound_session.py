@@ -19,10 +19,18 @@ class BoundSequences:
     GroupQueryAttention takes a longer key buffer than there are keys, and appends in place where past and present are one.
     """
 
-    def __init__(self, session: Any, spec: StateSpec, vocab_size: int, batch: int, capacity: int, batched_append: bool) -> None:
-        self._session, self._vocab_size, self._capacity, self._batched_append = session, vocab_size, capacity, batched_append
+    def __init__(
+        self, session: Any, config: StateSpec, vocab_size: int, *, batch: int, capacity: int, batched_append: bool
+    ) -> None:
+        self._session = session
+        self._vocab_size = vocab_size
+        self._capacity = capacity
+        self._batched_append = batched_append
         sizes = {"batch": batch, PAST: capacity}
-        shapes = {tensor: [sizes[dim] if isinstance(dim, str) else dim for dim in state_layout.shape(tensor)] for tensor in spec.tensors}
+        shapes = {
+            tensor: [sizes[dim] if isinstance(dim, str) else dim for dim in state_layout.shape(tensor)]
+            for tensor in config.tensors
+        }
         self._states = {tensor: np.zeros(shape, np.float32) for tensor, shape in shapes.items()}
         self._batch, self._whole = batch, self._bind(slice(0, batch))
         self.length = 0
@@ -31,10 +39,12 @@ class BoundSequences:
         """Logits float32 [batch, new or 1, vocab] of ids int64 [batch, new]. Raises H1ExportError beyond the capacity."""
         end = self.length + ids.shape[-1]
         mask = np.ones((len(ids), end), np.int64)
-        check_call(ids, mask, self.length, self._vocab_size)
+        check_call(ids, mask, self.length, vocab_size=self._vocab_size)
         if end > self._capacity or len(ids) != self._batch:
             what = f"{len(ids)} rows of {end} tokens"
-            raise H1ExportError("append", what, f"there is room for {self._batch} of {self._capacity}; start with a larger capacity")
+            raise H1ExportError(
+                "append", what, f"there is room for {self._batch} of {self._capacity}; start with a larger capacity"
+            )
         if self._batch == 1 or not self.length or ids.shape[1] == 1 or self._batched_append:
             logits = self._run(self._whole, ids, mask)
         else:
@@ -44,7 +54,9 @@ class BoundSequences:
         return logits
 
     def _bind(self, rows: slice) -> Any:
-        binding, value_of = self._session.io_binding(), sdk.onnxruntime().OrtValue.ortvalue_from_numpy  # shares the array's memory
+        # shares the array's memory
+        binding = self._session.io_binding()
+        value_of = sdk.onnxruntime().OrtValue.ortvalue_from_numpy
         for tensor, state in self._states.items():
             value = value_of(state[rows])
             binding.bind_ortvalue_input(tensor.past, value)

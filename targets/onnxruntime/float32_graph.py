@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
+HALF = ir.DataType.FLOAT16
+FLOAT = ir.DataType.FLOAT
 
 
 def widened(model: ir.Model) -> ir.Model:

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.special_tokens import SpecialTokens, special_tokens
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateTensor
 from h1export.targets.base import BuildOptions
@@ -19,13 +19,16 @@ from h1export.targets.onnxruntime.variants import FUSED_LEVEL
 CONFIG = "genai_config.json"
 
 
-def write_config(spec: HybridSpec, folder: Path, options: BuildOptions) -> None:
+def write_config(model_config: FalconH1Config, folder: Path, options: BuildOptions) -> None:
     """Write the config into a folder that carries the checkpoint's generation_config.json where it has one."""
-    config = {"model": _model(spec, special_tokens(folder, spec), _session_options(options)), "search": _search(spec)}
+    config = {
+        "model": _model(model_config, special_tokens(folder, model_config), _session_options(options)),
+        "search": _search(model_config),
+    }
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def _model(spec: HybridSpec, tokens: SpecialTokens, session_options: dict[str, Any]) -> dict[str, Any]:
+def _model(model_config: FalconH1Config, tokens: SpecialTokens, session_options: dict[str, Any]) -> dict[str, Any]:
     def pattern(side: str, kind: StateKind) -> str:
         name = StateTensor(0, kind, ())
         return (name.past if side == "past" else name.present).replace(".0.", ".%d.")
@@ -36,16 +39,16 @@ def _model(spec: HybridSpec, tokens: SpecialTokens, session_options: dict[str, A
     return {
         "type": "decoder",
         **{key: value for key, value in ids.items() if value is not None},
-        "context_length": spec.max_position_embeddings,
-        "vocab_size": spec.vocab_size,
+        "context_length": model_config.max_position_embeddings,
+        "vocab_size": model_config.vocab_size,
         "decoder": {
             "session_options": session_options,
             "filename": MODEL,
-            "head_size": spec.head_dim,
-            "hidden_size": spec.hidden_size,
-            "num_attention_heads": spec.num_attention_heads,
-            "num_key_value_heads": spec.num_key_value_heads,
-            "num_hidden_layers": spec.num_hidden_layers,
+            "head_size": model_config.head_dim,
+            "hidden_size": model_config.hidden_size,
+            "num_attention_heads": model_config.num_attention_heads,
+            "num_key_value_heads": model_config.num_key_value_heads,
+            "num_hidden_layers": model_config.num_hidden_layers,
             "inputs": {
                 "input_ids": INPUT_IDS,
                 "attention_mask": ATTENTION_MASK,
@@ -67,10 +70,10 @@ def _session_options(options: BuildOptions) -> dict[str, Any]:
     return {"log_id": "h1export", "provider_options": providers, **SETTINGS[MODEL], **level}
 
 
-def _search(spec: HybridSpec) -> dict[str, Any]:
+def _search(model_config: FalconH1Config) -> dict[str, Any]:
     return {
         "do_sample": False,
-        "max_length": spec.max_position_embeddings,
+        "max_length": model_config.max_position_embeddings,
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,

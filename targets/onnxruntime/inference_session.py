@@ -21,7 +21,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.probes import PREFIX
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime.float32_graph import widened
-from h1export.targets.onnxruntime.variants import CPU, CUDA, FUSED_LEVEL, Flavour
+from h1export.targets.onnxruntime.variants import CPU, CUDA, FUSED_LEVEL, GraphVariant
 
 MODEL = "model.onnx"
 NATIVE_MODEL = "model.native.onnx"  # the same over our own kernels
@@ -32,12 +32,15 @@ SETTINGS = {  # genai_config.json says the same to onnxruntime-genai
 PLAIN = {CUDA: {"use_tf32": "0"}}  # float32 means float32
 
 
-def open_session(artifact: Artifact, made: Flavour, threads: int, float32: bool, library: Path | None, observed: bool = False) -> Any:
+def open_session(
+    artifact: Artifact, made: GraphVariant, threads: int, *, float32: bool, library: Path | None, observed: bool = False
+) -> Any:
     """An InferenceSession on the provider that the graph is for; with ``float32``, in float32 arithmetic, on CPUs too.
 
     ``observed``: the values that model/falcon_h1/probes.py speaks of are outputs too.
     """
-    ort, provider = sdk.onnxruntime(), made.provider
+    ort = sdk.onnxruntime()
+    provider = made.provider
     path = artifact.folder / (MODEL if library is None else NATIVE_MODEL)
     options = ort.SessionOptions()
     for name, value in SETTINGS[path.name].items():
@@ -49,9 +52,11 @@ def open_session(artifact: Artifact, made: Flavour, threads: int, float32: bool,
         options.register_custom_ops_library(str(library))
     if not float32:
         sdk.check_provider(provider)
-    chain = [(name, PLAIN.get(name, {})) for name in dict.fromkeys((provider, CPU)) if name in ort.get_available_providers()]
+    chain = [
+        (name, PLAIN.get(name, {})) for name in dict.fromkeys((provider, CPU)) if name in ort.get_available_providers()
+    ]
     try:
-        model = _changed(path, made, options, float32, observed) if float32 or observed else str(path)
+        model = _changed(path, made, options, float32=float32, observed=observed) if float32 or observed else str(path)
         session = ort.InferenceSession(model, options, providers=chain)
     except H1ExportError:
         raise
@@ -59,12 +64,14 @@ def open_session(artifact: Artifact, made: Flavour, threads: int, float32: bool,
         raise H1ExportError(path, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
     if not float32 and provider not in session.get_providers():  # onnxruntime only logs it, and would run on the CPU
         raise H1ExportError(
-            provider, "onnxruntime could not start it", "look at its log for what CUDA misses, or build with --provider cpu"
+            provider,
+            "onnxruntime could not start it",
+            "look at its log for what CUDA misses, or build with --provider cpu",
         )
     return session
 
 
-def _changed(path: Path, made: Flavour, options: Any, float32: bool, observed: bool) -> bytes:
+def _changed(path: Path, made: GraphVariant, options: Any, *, float32: bool, observed: bool) -> bytes:
     """The model in float32 arithmetic (no fp16 activations, products with integers at accuracy level 0), or with its probes as outputs.
 
     Its data stays where it is.

@@ -23,7 +23,16 @@ HEADERS = tuple(sorted([*(NATIVE / "csrc").glob("*.h"), *(NATIVE / "include").gl
 NAME = "libh1export_ort.so"
 COMPILERS = ("c++", "g++", "clang++")  # in this order, where $CXX is not set
 CPU = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-FLAGS = ("-std=c++17", "-O3", CPU, "-ffp-contract=fast", "-fPIC", "-shared", "-fvisibility=hidden", f"-I{NATIVE / 'include'}")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    CPU,
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    f"-I{NATIVE / 'include'}",
+)
 SHOWN_LINES = 5  # of what a failing compiler says
 NEXT_STEP = "install a C++17 compiler such as g++, or name one in CXX"
 
@@ -76,7 +85,9 @@ def _compile(command: list[str], path: Path) -> None:
             _run([*command, *map(str, SOURCES), "-o", str(made)])
             made.replace(path)
     except OSError as error:
-        raise H1ExportError(path.parent, f"the native kernels cannot be written ({error.strerror})", "set XDG_CACHE_HOME") from None
+        raise H1ExportError(
+            path.parent, f"the native kernels cannot be written ({error.strerror})", "set XDG_CACHE_HOME"
+        ) from None
 
 
 def _run(command: list[str]) -> bytes:
@@ -86,4 +97,6 @@ def _run(command: list[str]) -> bytes:
         raise H1ExportError(command[0], f"cannot run this C++ compiler ({error.strerror})", NEXT_STEP) from None
     except subprocess.CalledProcessError as error:
         said = " | ".join(error.stderr.decode(errors="replace").strip().splitlines()[-SHOWN_LINES:])
-        raise H1ExportError(command[0], f"the native kernels do not compile (exit code {error.returncode}: {said})", NEXT_STEP) from None
+        raise H1ExportError(
+            command[0], f"the native kernels do not compile (exit code {error.returncode}: {said})", NEXT_STEP
+        ) from None

@@ -56,9 +56,14 @@ Keys, values and the convolution state are float16, the recurrent state and the 
 
 def write(folder: Path, options: BuildOptions) -> None:
     """Write README.md into ``folder``."""
-    runtime, session, notes = "ONNX Runtime on CPUs", "onnxruntime", ROW_BY_ROW
+    runtime = "ONNX Runtime on CPUs"
+    session = "onnxruntime"
+    notes = ROW_BY_ROW
     if options.opset_only:
-        runtime, session, notes = "any ONNX runtime", "onnxruntime, or another runtime", PORTABLE.format(level=options.accuracy_level)
+        runtime = "any ONNX runtime"
+        session = "onnxruntime, or another runtime"
+        notes = PORTABLE.format(level=options.accuracy_level)
     elif options.provider == "cuda":
-        runtime, notes = "ONNX Runtime on CUDA", ROW_BY_ROW + CUDA
+        runtime = "ONNX Runtime on CUDA"
+        notes = ROW_BY_ROW + CUDA
     (folder / README).write_text(TEXT.format(runtime=runtime, session=session, notes=notes), encoding="utf-8")

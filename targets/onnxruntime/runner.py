@@ -13,7 +13,7 @@ import numpy.typing as npt
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.gptq_tensor import ORDER
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateKind, StateSpec
 from h1export.runtime.runner import Capabilities, Ids, Sequences, SteppedSequences, check_call
@@ -26,7 +26,7 @@ from h1export.targets.onnxruntime.bound_session import BoundSequences
 from h1export.targets.onnxruntime.emit.dequantize_linear import TABLE
 from h1export.targets.onnxruntime.emit.nbits import ROWS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_session
-from h1export.targets.onnxruntime.variants import CUDA, flavour
+from h1export.targets.onnxruntime.variants import CUDA, graph_variant
 
 READ = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)  # ends of names of initializers
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
@@ -45,21 +45,28 @@ class OnnxRuntimeRunner:
     """
 
     def __init__(self, artifact: Artifact, threads: int, float32: bool, kernels: Kernels) -> None:
-        self._artifact, self._spec = artifact, artifact.spec
+        self._artifact = artifact
+        self._spec = artifact.config
         self._states = StateSpec.of(self._spec)
         chosen = artifact.manifest.options
-        self._flavour = flavour(chosen["provider"], chosen["opset_only"])
-        rounded = bool(self._flavour.halves) or (bool(artifact.manifest.weights) and chosen["accuracy_level"] == ROUNDED_LEVEL)
+        self._variant = graph_variant(chosen["provider"], chosen["opset_only"])
+        rounded = bool(self._variant.halves) or (
+            bool(artifact.manifest.weights) and chosen["accuracy_level"] == ROUNDED_LEVEL
+        )
         self._float32 = float32 or not rounded
-        self._halves = frozenset() if float32 else self._flavour.halves
+        self._halves = frozenset() if float32 else self._variant.halves
         self._library, self._fallback = _library(artifact, kernels)
-        self._kernels = f"{'onnxruntime' if self._library is None else 'h1export in onnxruntime'} {sdk.onnxruntime().__version__}"
-        self._session = open_session(artifact, self._flavour, threads, float32, self._library)
-        self._open_observed = partial(open_session, artifact, self._flavour, threads, float32, self._library, observed=True)
+        self._kernels = (
+            f"{'onnxruntime' if self._library is None else 'h1export in onnxruntime'} {sdk.onnxruntime().__version__}"
+        )
+        self._session = open_session(artifact, self._variant, threads, float32=float32, library=self._library)
+        self._open_observed = partial(
+            open_session, artifact, self._variant, threads, float32=float32, library=self._library, observed=True
+        )
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
 
     @property
-    def spec(self) -> HybridSpec:
+    def config(self) -> FalconH1Config:
         return self._spec
 
     @property
@@ -68,27 +75,31 @@ class OnnxRuntimeRunner:
             None,
             not self._artifact.manifest.options["last_logits"],
             self._float32,
-            () if self._batched_append else (BATCHED_APPEND,),
-            self._kernels,
-            self._fallback,
+            notes=() if self._batched_append else (BATCHED_APPEND,),
+            kernels=self._kernels,
+            fallback=self._fallback,
             probes=True,
-            gpu="CUDA" if self._flavour.provider == CUDA else "",
+            gpu="CUDA" if self._variant.provider == CUDA else "",
         )
 
     @property
     def _batched_append(self) -> bool:
-        return self._flavour.batched_append or self._library is not None
+        return self._variant.batched_append or self._library is not None
 
     def initial(self, batch: int) -> States:
-        zeros, permutation = self._states.zeros(batch), self._flavour.permutation
-        return {t.past: state_layout.permute(t.kind, zeros[t.key], permutation).astype(self._dtype(t.kind)) for t in self._states.tensors}
+        zeros = self._states.zeros(batch)
+        permutation = self._variant.permutation
+        return {
+            t.past: state_layout.permute(t.kind, zeros[t.key], permutation).astype(self._dtype(t.kind))
+            for t in self._states.tensors
+        }
 
     def _dtype(self, kind: StateKind) -> type[np.generic]:
         return np.float16 if kind in self._halves else np.float32
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         past = states[self._states.tensors[0].past].shape[2]
-        check_call(ids, mask, past, self._spec.vocab_size)
+        check_call(ids, mask, past, vocab_size=self._spec.vocab_size)
         if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._batched_append:
             return self._row_by_row(ids, mask, states)
         logits, *present = self._session.run(self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
@@ -97,18 +108,23 @@ class OnnxRuntimeRunner:
     def _row_by_row(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         """See BATCHED_APPEND."""
         rows = [
-            self.step(ids[i : i + 1], mask[i : i + 1], {name: state[i : i + 1] for name, state in states.items()}) for i in range(len(ids))
+            self.step(ids[i : i + 1], mask[i : i + 1], {name: state[i : i + 1] for name, state in states.items()})
+            for i in range(len(ids))
         ]
-        return np.concatenate([logits for logits, _ in rows]), {name: np.concatenate([new[name] for _, new in rows]) for name in states}
+        return np.concatenate([logits for logits, _ in rows]), {
+            name: np.concatenate([new[name] for _, new in rows]) for name in states
+        }
 
     @cached_property
     def _observed(self) -> Any:
         return self._open_observed()
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
-        check_call(ids, mask, states[self._states.tensors[0].past].shape[2], self._spec.vocab_size)
+        check_call(ids, mask, states[self._states.tensors[0].past].shape[2], vocab_size=self._spec.vocab_size)
         names = [output.name for output in self._observed.get_outputs()]
-        found = dict(zip(names, self._observed.run(names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states}), strict=True))
+        found = dict(
+            zip(names, self._observed.run(names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states}), strict=True)
+        )
         probes = {
             probe: part
             for name, value in found.items()
@@ -119,19 +135,29 @@ class OnnxRuntimeRunner:
         return found[LOGITS], after, probes
 
     def start(self, batch: int, capacity: int) -> Sequences:
-        if not self._flavour.bound:
+        if not self._variant.bound:
             return SteppedSequences(self, batch)
-        return BoundSequences(self._session, self._states, self._spec.vocab_size, batch, capacity, self._batched_append)
+        return BoundSequences(
+            self._session,
+            self._states,
+            self._spec.vocab_size,
+            batch=batch,
+            capacity=capacity,
+            batched_append=self._batched_append,
+        )
 
     def snapshot(self, states: States) -> dict[str, Array]:
-        permutation = self._flavour.permutation
-        return {t.key: state_layout.permute(t.kind, states[t.past].astype(np.float32), permutation) for t in self._states.tensors}
+        permutation = self._variant.permutation
+        return {
+            t.key: state_layout.permute(t.kind, states[t.past].astype(np.float32), permutation)
+            for t in self._states.tensors
+        }
 
     def magnitudes(self) -> Mapping[str, float]:
         return {}
 
     def stored_weights(self) -> StoredWeights:
-        return StoredWeights(self._artifact, MODEL, _key, self._flavour.read_stored)
+        return StoredWeights(self._artifact, MODEL, _key, self._variant.read_stored)
 
 
 def _key(name: str) -> str | None:

@@ -16,7 +16,7 @@ from h1export.graphs.passes import KindOf, run_passes
 from h1export.graphs.program import Program
 from h1export.model.falcon_h1.states import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL, StateTensor
 from h1export.progress import Progress
-from h1export.quantize.source import Integers
+from h1export.quantize.source import QuantizedWeights
 from h1export.targets.base import BuildOptions, Kernels, Lowered
 from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.emit import Emitter, emit, name_probes
@@ -27,7 +27,7 @@ from h1export.targets.onnxruntime.emit.native import DOMAIN, NativeContext, cove
 from h1export.targets.onnxruntime.emit.nbits import INT8_BLOCKS, OrtContext
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL
 from h1export.targets.onnxruntime.runner import ROUNDED_LEVEL, OnnxRuntimeRunner
-from h1export.targets.onnxruntime.variants import Flavour, flavour
+from h1export.targets.onnxruntime.variants import GraphVariant, graph_variant
 
 DATA = MODEL + ".data"
 
@@ -41,26 +41,35 @@ class OnnxRuntimeTarget:
     options = frozenset({"accuracy_level", "last_logits", "opset_only", "provider"})
 
     def lower(
-        self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress
+        self,
+        program: Program,
+        store: WeightStore,
+        integers: QuantizedWeights,
+        options: BuildOptions,
+        stage: Stage,
+        progress: Progress,
     ) -> Lowered:
-        made = flavour(options.provider, options.opset_only)
+        made = graph_variant(options.provider, options.opset_only)
         if options.accuracy_level not in made.accuracy_levels:
             what = f"{options.accuracy_level} is not a level that this graph's kernels have"
             raise H1ExportError("--accuracy-level", what, f"one of {', '.join(map(str, made.accuracy_levels))}")
         precisions = set(integers.precisions.values())
-        align = max([INT8_BLOCKS[0], *(precision.block for precision in precisions)])
+        align = max([INT8_BLOCKS[0], *(precision.group_size for precision in precisions)])
         program = run_passes(program, made.fuse(_kinds(integers), align))
         progress.stage("weights", store.nbytes)
-        inputs, outputs = _inputs(program, made), _outputs(program, options, made)
+        inputs = _inputs(program, made)
+        outputs = _outputs(program, options, made)
         with ExternalData(stage, DATA) as data:
             context = made.context(program, store, integers, GraphBuilder(made.opsets(precisions)), data)
             context.accuracy_level = options.accuracy_level
             ir.save(_model(context, made.table, inputs, outputs), stage.folder / MODEL)
-            if made.native is not None and covers(program.spec):
-                native = NativeContext(program, store, integers, GraphBuilder({**made.opsets(precisions), DOMAIN: 1}), data)
+            if made.native is not None and covers(program.config):
+                native = NativeContext(
+                    program, store, integers, GraphBuilder({**made.opsets(precisions), DOMAIN: 1}), data
+                )
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
                 ir.save(_model(native, made.native, inputs, outputs), stage.folder / NATIVE_MODEL)
-        genai_config.write_config(program.spec, stage.folder, options)
+        genai_config.write_config(program.config, stage.folder, options)
         readme.write(stage.folder, options)
         return Lowered(inputs, outputs, tuple(context.stored))
 
@@ -68,11 +77,13 @@ class OnnxRuntimeTarget:
         graphs = [name for name in (MODEL, NATIVE_MODEL) if name in artifact.manifest.files]
         return {name: node_counts(artifact.folder / name) for name in graphs}
 
-    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> OnnxRuntimeRunner:
-        return OnnxRuntimeRunner(artifact, threads, float32, kernels)
+    def load(
+        self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
+    ) -> OnnxRuntimeRunner:
+        return OnnxRuntimeRunner(artifact, threads, float32, kernels=kernels)
 
 
-def _kinds(integers: Integers) -> KindOf:
+def _kinds(integers: QuantizedWeights) -> KindOf:
     """Weights of one precision may share an initializer."""
 
     def kind_of(expr: WeightExpr) -> Hashable:
@@ -91,7 +102,9 @@ def _model(context: OrtContext, table: Mapping[Any, Emitter[Any]], inputs: Ports
     logits, *states = emit(context, table)
     results = [context.as_float32(logits), *states]
     for value, (name, (dtype, dims)) in zip(results, outputs.items(), strict=True):
-        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType[dtype]), ir.Shape(dims)
+        value.name = name
+        value.type = ir.TensorType(ir.DataType[dtype])
+        value.shape = ir.Shape(dims)
     name_probes(context)
     return context.build.model(graph_inputs, results, "falcon_h1")
 
@@ -100,17 +113,23 @@ def _declare(name: str, dtype: str, dims: Dims) -> Value:
     return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(ir.DataType[dtype]))
 
 
-def _inputs(program: Program, made: Flavour) -> dict[str, tuple[str, Dims]]:
-    states = {tensor.past: (made.dtype(tensor.kind), state_layout.shape(tensor, made.permutation)) for tensor in program.states.tensors}
+def _inputs(program: Program, made: GraphVariant) -> dict[str, tuple[str, Dims]]:
+    states = {
+        tensor.past: (made.dtype(tensor.kind), state_layout.shape(tensor, made.permutation))
+        for tensor in program.states.tensors
+    }
     return {INPUT_IDS: ("INT64", (BATCH, SEQUENCE)), ATTENTION_MASK: ("INT64", (BATCH, TOTAL)), **states}
 
 
-def _outputs(program: Program, options: BuildOptions, made: Flavour) -> dict[str, tuple[str, Dims]]:
+def _outputs(program: Program, options: BuildOptions, made: GraphVariant) -> dict[str, tuple[str, Dims]]:
     def dims(tensor: StateTensor) -> Dims:
         return tuple(TOTAL if dim == PAST else dim for dim in state_layout.shape(tensor, made.permutation))
 
-    logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.spec.vocab_size)
-    return {LOGITS: ("FLOAT", logits), **{tensor.present: (made.dtype(tensor.kind), dims(tensor)) for tensor in program.states.tensors}}
+    logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.config.vocab_size)
+    return {
+        LOGITS: ("FLOAT", logits),
+        **{tensor.present: (made.dtype(tensor.kind), dims(tensor)) for tensor in program.states.tensors},
+    }
 
 
 target = OnnxRuntimeTarget()

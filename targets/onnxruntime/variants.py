@@ -11,19 +11,22 @@ from h1export.graphs.passes import KindOf, Pass, fusions
 from h1export.graphs.passes.flatten_splits import FlattenSplits
 from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
 from h1export.model.falcon_h1.states import StateKind
-from h1export.quantize.group_format import Precision
+from h1export.quantize.precision import Precision
 from h1export.targets.onnx.emit import Emitter
 from h1export.targets.onnx.read_back import ReadStored
 from h1export.targets.onnxruntime import state_layout
 from h1export.targets.onnxruntime.emit import cpu, cuda, dequantize_linear, nbits, portable
 from h1export.targets.onnxruntime.emit import native as emitters
 
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"  # of the MatMulNBits that onnxruntime makes of DequantizeLinear and MatMul
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+FUSED_LEVEL = (
+    "session.qdq_matmulnbits_accuracy_level"  # of the MatMulNBits that onnxruntime makes of DequantizeLinear and MatMul
+)
 
 
 @dataclass(frozen=True)
-class Flavour:
+class GraphVariant:
     """One kind of graph.
 
     Attributes:
@@ -63,9 +66,9 @@ def _microsoft(precisions: Collection[Precision]) -> dict[str, int]:
     return dict(cpu.OPSETS)
 
 
-FLAVOURS: Mapping[tuple[str, bool], Flavour] = {
-    ("cpu", False): Flavour(cpu.TABLE, _microsoft, fusions, bound=True, native=emitters.TABLE),
-    ("cuda", False): Flavour(
+GRAPH_VARIANTS: Mapping[tuple[str, bool], GraphVariant] = {
+    ("cpu", False): GraphVariant(cpu.TABLE, _microsoft, fusions, bound=True, native=emitters.TABLE),
+    ("cuda", False): GraphVariant(
         cuda.TABLE,
         _microsoft,
         # never summed projections: the two have their own multipliers, which multiply products here
@@ -77,7 +80,7 @@ FLAVOURS: Mapping[tuple[str, bool], Flavour] = {
         accuracy_levels=(0,),
     ),
     # levels: ONNX Runtime on CPUs makes MatMulNBits of this graph's products
-    ("cpu", True): Flavour(
+    ("cpu", True): GraphVariant(
         portable.TABLE,
         lambda precisions: {"": portable.opset(precisions)},
         lambda kind_of, align: (),
@@ -87,9 +90,9 @@ FLAVOURS: Mapping[tuple[str, bool], Flavour] = {
 }
 
 
-def flavour(provider: str, opset_only: bool) -> Flavour:
+def graph_variant(provider: str, opset_only: bool) -> GraphVariant:
     """The graph that these options ask for. Raises H1ExportError where they contradict each other."""
-    found = FLAVOURS.get((provider, opset_only))
+    found = GRAPH_VARIANTS.get((provider, opset_only))
     if found is None:
         what = f"ONNX's own operators run on any provider, and the graph for {provider} needs others"
         raise H1ExportError("--opset-only", what, f"leave out --opset-only or --provider {provider}")

@@ -41,7 +41,9 @@ def module(runtime: RuntimeName, versions: str) -> Any:
     try:
         found: Any = import_module(MODULES[runtime])
     except (ImportError, OSError) as error:  # without its libraries
-        raise H1ExportError(NAMES[runtime], f"is installed and cannot be imported ({error})", INSTALL[runtime]) from None
+        raise H1ExportError(
+            NAMES[runtime], f"is installed and cannot be imported ({error})", INSTALL[runtime]
+        ) from None
     if not SpecifierSet(versions).contains(found.__version__, prereleases=True):
         raise H1ExportError(NAMES[runtime], f"is {found.__version__}, and {versions} is needed", INSTALL[runtime])
     return found

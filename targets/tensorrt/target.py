@@ -13,14 +13,14 @@ from h1export.errors import H1ExportError
 from h1export.graphs.program import Program
 from h1export.plugins.gpu.cubin import ARCHITECTURES
 from h1export.progress import Progress
-from h1export.quantize.source import Integers
+from h1export.quantize.source import QuantizedWeights
 from h1export.targets.base import BuildOptions, Kernels, Lowered, RuntimeName
 from h1export.targets.onnx.op_counts import node_counts
 from h1export.targets.tensorrt import plugin, readme, sdk
 from h1export.targets.tensorrt.emulator.runner import NetworkRunner
 from h1export.targets.tensorrt.engine import build
-from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, RECIPE, RTX_ARCHITECTURES, TRTEXEC, Recipe
-from h1export.targets.tensorrt.engine.requirements import Passport
+from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, RECIPE, RTX_ARCHITECTURES, TRTEXEC, EngineConfig
+from h1export.targets.tensorrt.engine.requirements import EngineRequirements
 from h1export.targets.tensorrt.gpu.runner import EngineRunner
 from h1export.targets.tensorrt.network import lowering
 from h1export.targets.tensorrt.network.layout import DATA, MODEL, Ports
@@ -34,15 +34,23 @@ class TensorRTTarget:
     options = frozenset({"architectures", "compute", "last_logits", "max_batch", "max_context", "runtime"})
 
     def lower(
-        self, program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage, progress: Progress
+        self,
+        program: Program,
+        store: WeightStore,
+        integers: QuantizedWeights,
+        options: BuildOptions,
+        stage: Stage,
+        progress: Progress,
     ) -> Lowered:
-        lowering.check(program.spec, integers, options)
+        lowering.check(program.config, integers, options)
         runtime = options.runtime or ("rtx" if sdk.has("rtx") else "tensorrt")
         architectures = _architectures(runtime, options)
-        spec = program.spec
-        kernels = plugin.kernels(spec.mamba_d_head, spec.mamba_d_state, spec.mamba_d_conv, options.compute)
+        config = program.config
+        kernels = plugin.kernels(config.mamba_d_head, config.mamba_d_state, config.mamba_d_conv, options.compute)
         if runtime == "rtx" and not sdk.has(runtime):
-            raise H1ExportError(sdk.NAMES[runtime], "is not installed", f"{sdk.INSTALL[runtime]}, or build with --runtime tensorrt")
+            raise H1ExportError(
+                sdk.NAMES[runtime], "is not installed", f"{sdk.INSTALL[runtime]}, or build with --runtime tensorrt"
+            )
         made = {}
         readme.write(stage.folder, runtime, options)
         if not stage.dry:
@@ -52,13 +60,18 @@ class TensorRTTarget:
         lowered = lowering.write(program, store, integers, options, stage)
         if stage.dry:
             return lowered
-        passport = replace(_finish(stage.folder, runtime, architectures, lowered.inputs, options, progress), kernels=made)
-        return replace(lowered, passport=passport.to_json())
+        requirements = replace(
+            _finish(stage.folder, runtime, architectures, inputs=lowered.inputs, options=options, progress=progress),
+            kernels=made,
+        )
+        return replace(lowered, requirements=requirements.to_json())
 
     def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
         return {MODEL: node_counts(artifact.folder / MODEL)}
 
-    def load(self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> EngineRunner | NetworkRunner:
+    def load(
+        self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
+    ) -> EngineRunner | NetworkRunner:
         """The engine on the GPU at hand, or, on the CPU, the network that it was built from, which alone has a ``float32`` form."""
         if float32 or kernels == "stock":
             return NetworkRunner(artifact, threads, float32)
@@ -67,7 +80,9 @@ class TensorRTTarget:
         except H1ExportError as error:
             if kernels == "native":
                 raise
-            return NetworkRunner(artifact, threads, float32, f"is computed on the CPU, and not by its engine: {error}")
+            return NetworkRunner(
+                artifact, threads, float32, why=f"is computed on the CPU, and not by its engine: {error}"
+            )
 
 
 def _architectures(runtime: RuntimeName, options: BuildOptions) -> tuple[int, ...]:
@@ -81,17 +96,25 @@ def _architectures(runtime: RuntimeName, options: BuildOptions) -> tuple[int, ..
 
 
 def _finish(
-    folder: Path, runtime: RuntimeName, architectures: tuple[int, ...], inputs: Ports, options: BuildOptions, progress: Progress
-) -> Passport:
+    folder: Path,
+    runtime: RuntimeName,
+    architectures: tuple[int, ...],
+    *,
+    inputs: Ports,
+    options: BuildOptions,
+    progress: Progress,
+) -> EngineRequirements:
     """The recipe, and what it makes where its builder runs without a GPU."""
     hashes = {name: _sha256(folder / name) for name in (MODEL, DATA, LIBRARY)}
-    recipe = Recipe.of(runtime, architectures, inputs, options, hashes)
+    recipe = EngineConfig.of(runtime, architectures, inputs, options, hashes)
     (folder / RECIPE).write_text(recipe.to_json(), encoding="utf-8")
     (folder / TRTEXEC).write_text(f"{recipe.trtexec()}\n", encoding="utf-8")
     if runtime == "tensorrt":
-        return Passport(runtime, "", architectures, hashes[LIBRARY], "")
-    heard = build.build(folder, progress)
-    return Passport(runtime, heard.version, architectures, hashes[LIBRARY], _sha256(folder / ENGINE))
+        return EngineRequirements(runtime, "", architectures, plugin=hashes[LIBRARY], engine="")
+    build_log = build.build(folder, progress)
+    return EngineRequirements(
+        runtime, build_log.version, architectures, plugin=hashes[LIBRARY], engine=_sha256(folder / ENGINE)
+    )
 
 
 def _sha256(file: Path) -> str:

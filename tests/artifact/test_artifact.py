@@ -18,7 +18,7 @@ from h1export.artifact.artifact import FORMAT, MANIFEST, Artifact, Manifest, Sto
 from h1export.artifact.staging import staged
 from h1export.checkpoint.weight_expr import Multiplier
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 
 FILES = {
     "config.json": b"{}",
@@ -30,45 +30,48 @@ FILES = {
 NESTED = "model.mlpackage/Data/weights/weight.bin"
 
 
-def manifest_of(folder: Path, spec: HybridSpec) -> Manifest:
+def manifest_of(folder: Path, config: FalconH1Config) -> Manifest:
     """A manifest as a build would write it, without building anything."""
     in_proj = StoredPart("model.layers.0.mamba.in_proj.weight", 422, Multiplier(((192, 0.44), (230, 0.3125))))
     head = StoredPart("lm_head.weight", 259, Multiplier.scalar(0.39))
     return Manifest(
         target="onnxruntime",
         source="0" * 64,
-        spec=dataclasses.asdict(spec),
-        scheme={"quant": "int4", "block": 32},
+        config=dataclasses.asdict(config),
+        scheme={"quant": "int4", "group_size": 32},
         options={"accuracy_level": 4, "last_logits": False},
         toolchain={"numpy": "2.0.0", "h1export": "0.1.0"},
         inputs={"input_ids": ("int64", ("batch", "sequence"))},
         outputs={"logits": ("float32", ("batch", "sequence", 259))},
-        weights=(StoredWeight("in_proj_q4", 4, 32, 0, (in_proj,)), StoredWeight("head_q4", 4, 32, 1, (head,))),
+        weights=(
+            StoredWeight("in_proj_q4", 4, 32, axis=0, parts=(in_proj,)),
+            StoredWeight("head_q4", 4, 32, axis=1, parts=(head,)),
+        ),
         files=file_table(folder),
     )
 
 
-def build(out: Path, spec: HybridSpec, reverse: bool = False) -> Artifact:
+def build(out: Path, config: FalconH1Config, reverse: bool = False) -> Artifact:
     """A small artifact at ``out``."""
     with staged(out, force=False, key="0123456789abcdef") as folder:
         for name in sorted(FILES, reverse=reverse):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(FILES[name])
-        (folder / MANIFEST).write_text(manifest_of(folder, spec).to_json(), encoding="utf-8")
+        (folder / MANIFEST).write_text(manifest_of(folder, config).to_json(), encoding="utf-8")
     return Artifact.open(out)
 
 
 @pytest.fixture
-def spec(spec_of: Callable[..., HybridSpec]) -> HybridSpec:
+def config(spec_of: Callable[..., FalconH1Config]) -> FalconH1Config:
     """Its time_step_limit is infinite, which JSON has no number for."""
-    spec = spec_of()
-    assert math.isinf(spec.time_step_limit[1])
-    return spec
+    config = spec_of()
+    assert math.isinf(config.time_step_limit[1])
+    return config
 
 
 @pytest.fixture
-def artifact(tmp_path: Path, spec: HybridSpec) -> Artifact:
-    return build(tmp_path / "out", spec)
+def artifact(tmp_path: Path, config: FalconH1Config) -> Artifact:
+    return build(tmp_path / "out", config)
 
 
 def refused(folder: Path, *mentioned: str) -> None:
@@ -89,16 +92,16 @@ def rewrite(artifact: Artifact, change: Callable[[dict[str, Any]], object]) -> P
     return artifact.folder
 
 
-def test_a_manifest_survives_its_file(artifact: Artifact, spec: HybridSpec) -> None:
+def test_a_manifest_survives_its_file(artifact: Artifact, config: FalconH1Config) -> None:
     """Every field comes back; within spec, JSON's lists stand for tuples, and infinity has transformers' spelling."""
     text = (artifact.folder / MANIFEST).read_text(encoding="utf-8")
-    expected = manifest_of(artifact.folder, spec)
+    expected = manifest_of(artifact.folder, config)
     assert artifact.manifest.weights == expected.weights
     assert artifact.manifest.files == {name: pair for name, pair in expected.files.items() if name != MANIFEST}
     for field in ("target", "source", "scheme", "options", "toolchain", "inputs", "outputs"):
         assert getattr(artifact.manifest, field) == getattr(expected, field)
     assert json.loads(text)["format"] == FORMAT
-    assert json.loads(text)["spec"]["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
+    assert json.loads(text)["config"]["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
     assert json.loads(text)["inputs"] == {"input_ids": ["int64", ["batch", "sequence"]]}
     assert artifact.manifest.to_json() == text
     assert Manifest.parse(text, Path("x")).to_json() == text
@@ -112,7 +115,7 @@ WEIGHTS = st.builds(
     StoredWeight,
     initializer=st.text(max_size=9),
     bits=st.sampled_from([4, 8]),
-    block=st.sampled_from([0, 32]),
+    group_size=st.sampled_from([0, 32]),
     axis=st.sampled_from([0, 1]),
     parts=st.lists(PARTS, max_size=3).map(tuple),
 )
@@ -124,7 +127,18 @@ WEIGHTS = st.builds(
     options=st.dictionaries(st.text(max_size=5), st.integers() | st.booleans() | st.text()),
 )
 def test_any_weights_and_options_survive(weights: tuple[StoredWeight, ...], options: dict[str, Any]) -> None:
-    manifest = Manifest("t", "s", {"limit": (0.0, math.inf)}, {}, options, {}, {}, {}, weights, {"a": ("d", 1)})
+    manifest = Manifest(
+        "t",
+        "s",
+        {"limit": (0.0, math.inf)},
+        scheme={},
+        options=options,
+        toolchain={},
+        inputs={},
+        outputs={},
+        weights=weights,
+        files={"a": ("d", 1)},
+    )
     text = manifest.to_json()
     again = Manifest.parse(text, Path("x"))
     assert again.weights == weights
@@ -133,15 +147,16 @@ def test_any_weights_and_options_survive(weights: tuple[StoredWeight, ...], opti
     assert again.to_json() == text
 
 
-def test_a_number_that_is_none_is_never_written(spec: HybridSpec, tmp_path: Path) -> None:
-    broken = dataclasses.replace(manifest_of(tmp_path, spec), scheme={"block": math.nan})
+def test_a_number_that_is_none_is_never_written(config: FalconH1Config, tmp_path: Path) -> None:
+    broken = dataclasses.replace(manifest_of(tmp_path, config), scheme={"group_size": math.nan})
     with pytest.raises(ValueError, match="JSON"):
         broken.to_json()
 
 
-def test_two_builds_in_two_places_write_the_same_bytes(tmp_path: Path, spec: HybridSpec) -> None:
+def test_two_builds_in_two_places_write_the_same_bytes(tmp_path: Path, config: FalconH1Config) -> None:
     """Whatever the folder is called, and in whatever order its files were written."""
-    one, other = build(tmp_path / "one", spec), build(tmp_path / "elsewhere" / "other", spec, reverse=True)
+    one = build(tmp_path / "one", config)
+    other = build(tmp_path / "elsewhere" / "other", config, reverse=True)
     assert (one.folder / MANIFEST).read_bytes() == (other.folder / MANIFEST).read_bytes()
     assert str(tmp_path) not in (one.folder / MANIFEST).read_text(encoding="utf-8")
 
@@ -150,7 +165,9 @@ def test_the_order_of_mappings_does_not_reach_the_bytes(artifact: Artifact) -> N
     def reversed_mappings(value: Any) -> Any:
         return {key: reversed_mappings(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
 
-    fields = {field.name: reversed_mappings(getattr(artifact.manifest, field.name)) for field in dataclasses.fields(Manifest)}
+    fields = {
+        field.name: reversed_mappings(getattr(artifact.manifest, field.name)) for field in dataclasses.fields(Manifest)
+    }
     assert list(fields["files"]) != list(artifact.manifest.files)
     assert Manifest(**fields).to_json() == artifact.manifest.to_json()
 
@@ -187,9 +204,11 @@ def test_a_name_that_is_another_ones_elsewhere_is_in_no_file_table(artifact: Art
         file_table(artifact.folder)
 
 
-def test_the_spec_is_read_from_the_artifacts_own_config(artifact: Artifact, released: dict[str, Any], spec: HybridSpec) -> None:
+def test_the_spec_is_read_from_the_artifacts_own_config(
+    artifact: Artifact, released: dict[str, Any], config: FalconH1Config
+) -> None:
     (artifact.folder / "config.json").write_text(json.dumps(released), encoding="utf-8")
-    assert artifact.spec == spec
+    assert artifact.config == config
 
 
 def test_no_folder(tmp_path: Path) -> None:
@@ -217,7 +236,9 @@ def test_a_folder_in_a_files_place(artifact: Artifact) -> None:
     refused(artifact.folder, "model.onnx: is missing")
 
 
-@pytest.mark.parametrize(("content", "size"), [(FILES["model.onnx.data"][:-1], 255), (FILES["model.onnx.data"] + b"x", 257), (b"", 0)])
+@pytest.mark.parametrize(
+    ("content", "size"), [(FILES["model.onnx.data"][:-1], 255), (FILES["model.onnx.data"] + b"x", 257), (b"", 0)]
+)
 def test_a_file_of_another_size(content: bytes, size: int, artifact: Artifact) -> None:
     (artifact.folder / "model.onnx.data").write_bytes(content)
     refused(artifact.folder, f"model.onnx.data: has {size} bytes", "says 256", "build the artifact again")
@@ -279,12 +300,18 @@ def test_a_listed_name_too_long_for_the_file_system(artifact: Artifact) -> None:
 
 @pytest.mark.parametrize("version", [0, FORMAT + 1, str(FORMAT), None, 1.5, [], {}], ids=str)
 def test_other_versions_of_the_format(version: object, artifact: Artifact) -> None:
-    refused(rewrite(artifact, lambda data: data.update(format=version)), MANIFEST, f"format {version!r}", f"reads format {FORMAT}", "again")
+    refused(
+        rewrite(artifact, lambda data: data.update(format=version)),
+        MANIFEST,
+        f"format {version!r}",
+        f"reads format {FORMAT}",
+        "again",
+    )
 
 
 GARBAGE: dict[str, bytes] = {
     "nothing": b"",
-    "cut": b'{"format": 4, "target": ',
+    "cut": b'{"format": 5, "target": ',
     "not utf-8": b"\xff\xfe\xff",
     "too deep": b"[" * 200_000,
     "null": b"null",
@@ -292,7 +319,7 @@ GARBAGE: dict[str, bytes] = {
     "a string": b'"format"',
     "a number": b"1",
     "no version": b"{}",
-    "only a version": b'{"format": 4}',
+    "only a version": b'{"format": 5}',
     "somebody else's": b'{"manifest_version": 3, "name": "an extension"}',
 }
 
@@ -303,15 +330,17 @@ def test_manifests_that_are_none(name: str, artifact: Artifact) -> None:
     refused(artifact.folder, MANIFEST, "not a manifest of h1export", "build the artifact again")
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Manifest) if field.name != "passport"])
+@pytest.mark.parametrize(
+    "field", [field.name for field in dataclasses.fields(Manifest) if field.name != "requirements"]
+)
 def test_a_field_that_is_missing(field: str, artifact: Artifact) -> None:
     refused(rewrite(artifact, lambda data: data.pop(field)), MANIFEST, "not a manifest", field)
 
 
 def test_a_passport_that_is_none(artifact: Artifact) -> None:
     """Most artifacts have none, and one that is there holds names."""
-    assert "passport" not in json.loads((artifact.folder / MANIFEST).read_text())
-    refused(rewrite(artifact, lambda data: data.update(passport=[1])), MANIFEST, "not a manifest")
+    assert "requirements" not in json.loads((artifact.folder / MANIFEST).read_text())
+    refused(rewrite(artifact, lambda data: data.update(requirements=[1])), MANIFEST, "not a manifest")
 
 
 def test_a_field_that_is_unknown(artifact: Artifact) -> None:
@@ -330,10 +359,20 @@ BAD_FILES: list[object] = [
     {"a": ["d", None]},
     {"a": ["d", 1, 2]},
 ]
-BAD_WEIGHTS: list[object] = [None, 1, "w", [None], [1], [{}], [{"initializer": "a", "bits": 4, "block": 32, "parts": [{"tensor": "t"}]}]]
+BAD_WEIGHTS: list[object] = [
+    None,
+    1,
+    "w",
+    [None],
+    [1],
+    [{}],
+    [{"initializer": "a", "bits": 4, "group_size": 32, "parts": [{"tensor": "t"}]}],
+]
 
 
-@pytest.mark.parametrize(("field", "value"), [*(("files", v) for v in BAD_FILES), *(("weights", v) for v in BAD_WEIGHTS)], ids=str)
+@pytest.mark.parametrize(
+    ("field", "value"), [*(("files", v) for v in BAD_FILES), *(("weights", v) for v in BAD_WEIGHTS)], ids=str
+)
 def test_tables_of_another_form(field: str, value: object, artifact: Artifact) -> None:
     refused(rewrite(artifact, lambda data: data.update({field: value})), MANIFEST, "not a manifest")
 
@@ -350,7 +389,7 @@ def test_hashes_of_an_untouched_artifact_hold(artifact: Artifact) -> None:
 @given(name=st.sampled_from(sorted(FILES)), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_hashes_see_one_bit(tmp_path_factory: pytest.TempPathFactory, name: str, place: float, bit: int) -> None:
     """The size is right, so open() does not see it; check_hashes() names the file."""
-    artifact = build(tmp_path_factory.mktemp("flip") / "out", HybridSpec.from_config({"model_type": "falcon_h1"}))
+    artifact = build(tmp_path_factory.mktemp("flip") / "out", FalconH1Config.from_config({"model_type": "falcon_h1"}))
     content = bytearray(FILES[name])
     content[int(place * len(content))] ^= 1 << bit
     (artifact.folder / name).write_bytes(content)

@@ -50,7 +50,9 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 def test_sizes_are_those_of_regular_files(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
     assert {name: plain_size(folder, name) for name in FILES} == {name: len(name) for name in FILES}
-    assert [plain_size(folder, name) for name in ("b", "empty", "none", "b/none", "a/b", "pipe", "a\0b", "x" * 300)] == [None] * 8
+    assert [
+        plain_size(folder, name) for name in ("b", "empty", "none", "b/none", "a/b", "pipe", "a\0b", "x" * 300)
+    ] == [None] * 8
 
 
 @pytest.mark.parametrize("name", ["to_file", "to_nothing", "b/to_folder", "b/to_folder/file"])
@@ -67,7 +69,9 @@ def test_names_that_could_lead_elsewhere(name: str, folder: Path) -> None:
     assert plain_size(folder, name) == NOT_PLAIN
 
 
-@pytest.mark.parametrize("name", ["a", "a/b", "...", "a..b/.c", "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin", "ä b"])
+@pytest.mark.parametrize(
+    "name", ["a", "a/b", "...", "a..b/.c", "model.mlpackage/Data/com.apple.CoreML/weights/weight.bin", "ä b"]
+)
 def test_names_that_stay(name: str) -> None:
     assert is_name(name)
 
@@ -76,4 +80,6 @@ def test_names_that_stay(name: str) -> None:
 @given(parts=st.lists(st.sampled_from(["", ".", "..", "a", "a.b", "\\"]), min_size=1, max_size=5))
 def test_a_name_is_what_normalising_leaves_alone(parts: list[str]) -> None:
     name = "/".join(parts)
-    assert is_name(name) == (os.path.normpath(name) == name and not name.startswith(("/", "..", "\\")) and name != "." and "\\" not in name)
+    assert is_name(name) == (
+        os.path.normpath(name) == name and not name.startswith(("/", "..", "\\")) and name != "." and "\\" not in name
+    )

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from h1export.artifact.journal import JOURNAL, Extent, Journal
 
 DATA = bytes(range(200))
-EXTENTS = [Extent("data", "a", 0, 50), Extent("data", "b", 64, 100), Extent("in/a/more", "c", 10, 5)]
+EXTENTS = [
+    Extent("data", "a", 0, length=50),
+    Extent("data", "b", 64, length=100),
+    Extent("in/a/more", "c", 10, length=5),
+]
 
 
 def digest(extent: Extent) -> str:
@@ -38,7 +42,13 @@ def test_what_was_added_is_held(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [Extent("data", "a", 0, 49), Extent("data", "a", 64, 50), Extent("data", "z", 0, 50), Extent("x", "a", 0, 50)]
+    "other",
+    [
+        Extent("data", "a", 0, length=49),
+        Extent("data", "a", 64, length=50),
+        Extent("data", "z", 0, length=50),
+        Extent("x", "a", 0, length=50),
+    ],
 )
 def test_another_extent_is_not_held(other: Extent, folder: Path) -> None:
     assert not Journal(folder).holds(other)
@@ -72,8 +82,8 @@ def test_a_journal_cut_anywhere_keeps_its_whole_lines(folder: Path) -> None:
         journal = Journal(folder)
         whole = sum(end <= cut for end in ends)
         assert [journal.holds(extent) for extent in EXTENTS] == [place < whole for place in range(3)]
-        journal.add(Extent("data", "new", 1, 2), hashlib.sha256(DATA[1:3]).hexdigest())
-        assert Journal(folder).holds(Extent("data", "new", 1, 2))
+        journal.add(Extent("data", "new", 1, length=2), hashlib.sha256(DATA[1:3]).hexdigest())
+        assert Journal(folder).holds(Extent("data", "new", 1, length=2))
 
 
 @pytest.mark.parametrize("line", [b"{}\n", b"[]\n", b"7\n", b"\xff\n", b"\n", b'{"sha256": "", "file": "x"}\n'])

@@ -71,7 +71,13 @@ def fail(out: Path, error: BaseException, force: bool = False) -> None:
         raise error
 
 
-FAILURES = [RuntimeError("x"), H1ExportError("where", "what", "next"), KeyboardInterrupt(), SystemExit(1), MemoryError()]
+FAILURES = [
+    RuntimeError("x"),
+    H1ExportError("where", "what", "next"),
+    KeyboardInterrupt(),
+    SystemExit(1),
+    MemoryError(),
+]
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
@@ -138,7 +144,15 @@ def test_force_replaces_nothing_but_artifacts(kind: str, out: Path) -> None:
     assert left_in(out) == before
 
 
-OTHER_MANIFESTS = [b'{"manifest_version": 3, "name": "an extension"}', b'{"format": 1}', b"[]", b"null", b"", b"\xff", b"[" * 200_000]
+OTHER_MANIFESTS = [
+    b'{"manifest_version": 3, "name": "an extension"}',
+    b'{"format": 1}',
+    b"[]",
+    b"null",
+    b"",
+    b"\xff",
+    b"[" * 200_000,
+]
 
 
 @pytest.mark.parametrize("theirs", OTHER_MANIFESTS, ids=lambda text: repr(text[:12]))
@@ -223,7 +237,8 @@ def test_a_rename_that_fails_puts_the_old_artifact_back(out: Path, monkeypatch: 
 def test_every_file_is_on_disk_before_the_rename(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of system calls: fsync of each file, of folders from the inside out and of the stage, the rename, fsync of the parent."""
     calls: list[str] = []
-    fsync, rename = os.fsync, Path.rename
+    fsync = os.fsync
+    rename = Path.rename
 
     def watched_fsync(handle: int) -> None:
         calls.append(str(os.fstat(handle).st_ino))
@@ -261,7 +276,9 @@ def inside_a_file(out: Path) -> Path:
     return out.parent / "file" / "out"
 
 
-@pytest.mark.parametrize("place", [inside_a_file, lambda out: out.with_name("x" * 250), lambda out: out.with_name("a\0b")])
+@pytest.mark.parametrize(
+    "place", [inside_a_file, lambda out: out.with_name("x" * 250), lambda out: out.with_name("a\0b")]
+)
 def test_places_where_nothing_can_be_made(place: Callable[[Path], Path], out: Path) -> None:
     """A parent that is a file, a name too long once it has its prefix, and a name that no system takes."""
     target = place(out)
@@ -289,7 +306,9 @@ def test_what_only_looks_like_the_stage_is_refused(make: Callable[[Path], None],
     assert left_in(out) == [f".out.partial-{KEY}"]
 
 
-@pytest.mark.parametrize("name", ["notes", ".out.partial-1", ".out.partial-FEDCBA9876543210", ".out2.partial-fedcba9876543210"])
+@pytest.mark.parametrize(
+    "name", ["notes", ".out.partial-1", ".out.partial-FEDCBA9876543210", ".out2.partial-fedcba9876543210"]
+)
 def test_folders_of_other_names_are_left_alone(name: str, out: Path) -> None:
     (out.parent / name).mkdir(parents=True)
     fill(out)
@@ -310,9 +329,9 @@ def test_a_leftover_keeps_what_its_journal_names(out: Path) -> None:
     for name in ("data", "other"):
         (stage / name).write_bytes(b"12345678")
     (stage / "link").symlink_to("data")
-    extent = Extent("data", "a", 0, 4)
+    extent = Extent("data", "a", 0, length=4)
     Journal(stage).add(extent, hashlib.sha256(b"1234").hexdigest())
-    Journal(stage).add(Extent("link", "b", 0, 4), "")
+    Journal(stage).add(Extent("link", "b", 0, length=4), "")
     with staged(out, force=False, key=KEY) as folder:
         assert folder == stage
         assert {path.name for path in folder.iterdir()} == {"data", JOURNAL}
@@ -323,8 +342,17 @@ def test_a_leftover_keeps_what_its_journal_names(out: Path) -> None:
 
 def test_a_leftover_keeps_nested_files_that_its_journal_names(out: Path) -> None:
     """Their neighbours go, and folders that are empty then; a link on the way goes, and what it leads to stays as it is."""
-    stage, elsewhere = out.parent / f".out.partial-{KEY}", out.parent / "elsewhere"
-    for name in ("deep/er/data", "deep/er/other", "deep/none/left/x", "deep/.journal", "data", "empty/too/../x", "named/as/file/x"):
+    stage = out.parent / f".out.partial-{KEY}"
+    elsewhere = out.parent / "elsewhere"
+    for name in (
+        "deep/er/data",
+        "deep/er/other",
+        "deep/none/left/x",
+        "deep/.journal",
+        "data",
+        "empty/too/../x",
+        "named/as/file/x",
+    ):
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         (stage / name).write_bytes(b"12345678")
     (stage / "empty" / "too").mkdir(exist_ok=True)
@@ -332,12 +360,17 @@ def test_a_leftover_keeps_nested_files_that_its_journal_names(out: Path) -> None
     (elsewhere / "data").write_bytes(b"theirs")
     (stage / "link").symlink_to(elsewhere)
     (stage / "deep" / "link").symlink_to(elsewhere / "data")
-    extent = Extent("deep/er/data", "a", 0, 4)
+    extent = Extent("deep/er/data", "a", 0, length=4)
     Journal(stage).add(extent, hashlib.sha256(b"1234").hexdigest())
     for name in ("link/data", "deep/link", "../elsewhere/data", "named/as/file", str(elsewhere / "data")):
-        Journal(stage).add(Extent(name, "b", 0, 4), "")
+        Journal(stage).add(Extent(name, "b", 0, length=4), "")
     with staged(out, force=False, key=KEY) as folder:
-        assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) == [JOURNAL, "deep", "deep/er", "deep/er/data"]
+        assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) == [
+            JOURNAL,
+            "deep",
+            "deep/er",
+            "deep/er/data",
+        ]
         assert Journal(folder).holds(extent)
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*")) == ["deep", "deep/er", "deep/er/data"]
     assert (elsewhere / "data").read_bytes() == b"theirs"

@@ -17,7 +17,8 @@ from h1export.artifact.files import names
 from h1export.artifact.staging import staged
 from h1export.errors import H1ExportError
 
-KEY, OTHER_KEY = "0123456789abcdef", "fedcba9876543210"
+KEY = "0123456789abcdef"
+OTHER_KEY = "fedcba9876543210"
 
 BUILDER = """
 import sys
@@ -212,12 +213,17 @@ def test_a_killed_build_goes_on_in_a_nested_file(out: Path) -> None:
     written = []
     for last in (3, 3, 4, 7, 8):
         run = subprocess.run(
-            [sys.executable, "-c", DIES_BEFORE_A_TENSOR, str(out), str(last)], stdout=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-c", DIES_BEFORE_A_TENSOR, str(out), str(last)],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
         )
         assert run.returncode == (-signal.SIGKILL if last < 8 else 0)
         assert out.exists() == (last == 8)
         written.append(run.stdout.split())
     assert written == [["0", "1", "2"], [], ["3"], ["4", "5", "6"], ["7"]]
-    assert (out / "package" / "Data" / "weight.bin").read_bytes() == b"".join(bytes([tensor]) * 100 for tensor in range(8))
+    assert (out / "package" / "Data" / "weight.bin").read_bytes() == b"".join(
+        bytes([tensor]) * 100 for tensor in range(8)
+    )
     assert names(out) == ["package/Data/weight.bin", "package/unnamed"]
     assert left_in(out) == ["out"]

@@ -13,7 +13,8 @@ import pytest
 from h1export.errors import H1ExportError
 from h1export.validate.speed.worker import Kind, Timing
 
-DECODE, PREFILL = Timing(Kind.DECODE, 2048), Timing(Kind.PREFILL, 512)
+DECODE = Timing(Kind.DECODE, 2048)
+PREFILL = Timing(Kind.PREFILL, 512)
 # two runs as build 1 of commit 0c1e570 printed them, without the keys that nothing reads
 SAMPLE: list[dict[str, Any]] = [
     {
@@ -39,7 +40,12 @@ def llama_bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_run_that_was_asked_for_is_read(llama_bench: ModuleType) -> None:
     text = json.dumps(SAMPLE)
     assert llama_bench.find_run(text, PREFILL)["avg_ts"] == 144.765007
-    assert llama_bench.find_run(text, DECODE) == {"avg_ts": 17.807, "build_commit": "0c1e570", "type_k": "f16", "n_threads": 2}
+    assert llama_bench.find_run(text, DECODE) == {
+        "avg_ts": 17.807,
+        "build_commit": "0c1e570",
+        "type_k": "f16",
+        "n_threads": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -65,7 +71,9 @@ def test_a_timing_is_one_run_of_the_program(llama_bench: ModuleType, tmp_path: P
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     peer = llama_bench.LlamaBench(program, tmp_path / "m.gguf", threads=2, steps=64)
     assert peer.speed(DECODE) == 17.807
-    assert (tmp_path / "words").read_text().split() == f"-m {tmp_path}/m.gguf -o json -t 2 -p 0 -n 64 -d 2048 -r 1".split()
+    assert (
+        tmp_path / "words"
+    ).read_text().split() == f"-m {tmp_path}/m.gguf -o json -t 2 -p 0 -n 64 -d 2048 -r 1".split()
     assert peer.speed(PREFILL) == 144.765007
     assert (tmp_path / "words").read_text().split()[4:] == ["-t", "2", "-p", "512", "-n", "0", "-d", "0", "-r", "1"]
     assert "0c1e570" in peer.kernels

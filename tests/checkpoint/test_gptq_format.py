@@ -20,7 +20,13 @@ GPTQMODEL = {
     "group_size": 128,
     "hyb_act": False,
     "lm_head": False,
-    "meta": {"quantizer": ["gptqmodel:2.2.0"], "damp_percent": 0.05, "static_groups": False, "true_sequential": True, "mse": 0.0},
+    "meta": {
+        "quantizer": ["gptqmodel:2.2.0"],
+        "damp_percent": 0.05,
+        "static_groups": False,
+        "true_sequential": True,
+        "mse": 0.0,
+    },
     "pack_dtype": "int32",
     "quant_method": "gptq",
     "sym": True,
@@ -58,9 +64,9 @@ TRANSFORMERS = {
 @pytest.mark.parametrize(
     ("config", "layout"),
     [
-        (GPTQMODEL, GptqLayout(4, 128, True, 1)),
-        (AUTOGPTQ, GptqLayout(8, -1, False, 1)),
-        (TRANSFORMERS, GptqLayout(4, 128, True, 0)),
+        (GPTQMODEL, GptqLayout(4, 128, True, zero_offset=1)),
+        (AUTOGPTQ, GptqLayout(8, -1, False, zero_offset=1)),
+        (TRANSFORMERS, GptqLayout(4, 128, True, zero_offset=0)),
     ],
     ids=["gptqmodel", "autogptq", "transformers"],
 )

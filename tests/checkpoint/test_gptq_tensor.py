@@ -19,15 +19,16 @@ from h1export.checkpoint.gptq_tensor import PackedMatrix
 from h1export.checkpoint.safetensors_header import read_header
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING
-from h1export.quantize.group_format import Precision
-from h1export.quantize.methods.prequantized import Ready, need_symmetric
+from h1export.quantize.methods.prequantized import Prequantized, need_symmetric
 from h1export.quantize.methods.rtn import quantize_rows
-from h1export.quantize.source import Integers, Rounded
+from h1export.quantize.precision import Precision
+from h1export.quantize.source import QuantizedWeights, Rounded
 
 NAME = "x.weight"
-OUT_PROJ, IN_PROJ = "model.layers.0.mamba.out_proj", "model.layers.0.mamba.in_proj"
+OUT_PROJ = "model.layers.0.mamba.out_proj"
+IN_PROJ = "model.layers.0.mamba.in_proj"
 
 HOWS = st.builds(
     Gptq,
@@ -42,15 +43,22 @@ HOWS = st.builds(
 
 def opened(written: Written, how: Gptq, shape: tuple[int, int]) -> PackedMatrix:
     entries = {entry.name: entry for entry in read_header(written.folder / "model.safetensors")}
-    return PackedMatrix.open(NAME, shape, GptqLayout(how.bits, how.group, how.sym, 0 if how.v2 else 1), entries)
+    return PackedMatrix.open(
+        NAME, shape, GptqLayout(how.bits, how.group, how.sym, zero_offset=0 if how.v2 else 1), entries
+    )
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
-@given(HOWS, st.sampled_from([8, 24, 40]), st.sampled_from([32, 96, 128, 192, 256]), st.integers(0, 23), st.integers(1, 24))
+@given(
+    HOWS, st.sampled_from([8, 24, 40]), st.sampled_from([32, 96, 128, 192, 256]), st.integers(0, 23), st.integers(1, 24)
+)
 def test_every_value_is_the_writers(how: Gptq, rows: int, columns: int, start: int, count: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        written = write_tensors({NAME: np.random.default_rng(how.seed).standard_normal((rows, columns))}, Path(folder), how)
-        matrix, middle = opened(written, how, (rows, columns)), 1 << (how.bits - 1)
+        written = write_tensors(
+            {NAME: np.random.default_rng(how.seed).standard_normal((rows, columns))}, Path(folder), how
+        )
+        matrix = opened(written, how, (rows, columns))
+        middle = 1 << (how.bits - 1)
         stop = min(start + count, rows)
         start = min(start, stop - 1)
         np.testing.assert_array_equal(matrix.codes(start, stop).astype(int) + middle, written.codes[NAME][start:stop])
@@ -71,7 +79,9 @@ def test_a_zero_point_of_zero_borrows_from_its_neighbour(bits: int, tmp_path: Pa
 
 FAULTS: dict[str, Callable[[Tensors], None]] = {
     "zero points off by one": lambda t: t.update({"x.qzeros": t["x.qzeros"] + np.int32(0x11111111)}),
-    "nibbles swapped": lambda t: t.update({"x.qweight": (t["x.qweight"] >> 4 & 0x0F0F0F0F) | ((t["x.qweight"] & 0x0F0F0F0F) << 4)}),
+    "nibbles swapped": lambda t: t.update(
+        {"x.qweight": (t["x.qweight"] >> 4 & 0x0F0F0F0F) | ((t["x.qweight"] & 0x0F0F0F0F) << 4)}
+    ),
     "g_idx ignored": lambda t: t.update({"x.g_idx": np.arange(128, dtype=np.int32) // 32}),
     "scales of another group": lambda t: t.update({"x.scales": t["x.scales"][::-1]}),
 }
@@ -93,7 +103,7 @@ def folder(make_gptq: Callable[..., Written], tmp_path: Path) -> Path:
 
 
 def open_store(folder: Path) -> WeightStore:
-    return WeightStore.open(folder, HybridSpec.load(folder))
+    return WeightStore.open(folder, FalconH1Config.load(folder))
 
 
 def refused(folder: Path, *mentioned: str) -> None:
@@ -110,7 +120,7 @@ def check(error: H1ExportError, folder: Path, *mentioned: str) -> None:
 
 def test_every_tensor_is_claimed(folder: Path) -> None:
     store = open_store(folder)
-    assert len(store.packed) == 9 * HybridSpec.load(folder).num_hidden_layers
+    assert len(store.packed) == 9 * FalconH1Config.load(folder).num_hidden_layers
     assert store.shape(f"{OUT_PROJ}.weight") == (128, 256)
     assert sum(1 for _ in store.row_ranges([f"{OUT_PROJ}.weight"], 4 * 256 * 10)) == 13
 
@@ -129,13 +139,25 @@ def test_both_are_missing(folder: Path) -> None:
 HOSTILE: dict[str, tuple[Callable[[Tensors], object], tuple[str, ...]]] = {
     "shape": (lambda t: t.update({f"{OUT_PROJ}.qweight": t[f"{OUT_PROJ}.qweight"][1:]}), ("qweight", "shape")),
     "groups": (lambda t: t.update({f"{OUT_PROJ}.scales": t[f"{OUT_PROJ}.scales"][1:]}), ("scales", "shape")),
-    "float codes": (lambda t: t.update({f"{OUT_PROJ}.qweight": t[f"{OUT_PROJ}.qweight"].view(np.float32)}), ("qweight", "'F32'", "I32")),
-    "integer scales": (lambda t: t.update({f"{OUT_PROJ}.scales": t[f"{OUT_PROJ}.scales"].astype(np.int32)}), ("scales", "'I32'")),
+    "float codes": (
+        lambda t: t.update({f"{OUT_PROJ}.qweight": t[f"{OUT_PROJ}.qweight"].view(np.float32)}),
+        ("qweight", "'F32'", "I32"),
+    ),
+    "integer scales": (
+        lambda t: t.update({f"{OUT_PROJ}.scales": t[f"{OUT_PROJ}.scales"].astype(np.int32)}),
+        ("scales", "'I32'"),
+    ),
     "group too large": (lambda t: t[f"{OUT_PROJ}.g_idx"].put(3, 8), ("g_idx", "from 0 to 8", "there are 8")),
     "group below zero": (lambda t: t[f"{OUT_PROJ}.g_idx"].put(3, -1), ("g_idx", "from -1")),
-    "twice": (lambda t: t.update({f"{OUT_PROJ}.weight": np.zeros((128, 256), np.float32)}), (f"{OUT_PROJ}.weight", "integers too")),
+    "twice": (
+        lambda t: t.update({f"{OUT_PROJ}.weight": np.zeros((128, 256), np.float32)}),
+        (f"{OUT_PROJ}.weight", "integers too"),
+    ),
     "unclaimed": (lambda t: t.update({"x.qweight": np.zeros((4, 8), np.int32)}), ("x.qweight", "no place")),
-    "a packed embedding": (lambda t: t.update({"model.embed_tokens.qweight": np.zeros((4, 8), np.int32)}), ("embed_tokens.qweight",)),
+    "a packed embedding": (
+        lambda t: t.update({"model.embed_tokens.qweight": np.zeros((4, 8), np.int32)}),
+        ("embed_tokens.qweight",),
+    ),
     "an integer norm": (
         lambda t: t.update({"model.final_layernorm.weight": np.ones(128, np.int32)}),
         ("final_layernorm", "'I32'", "F32, F16, BF16"),
@@ -175,7 +197,9 @@ def test_integers_that_config_json_does_not_speak_of(folder: Path) -> None:
 def test_config_json_speaks_of_integers_that_are_not_there(copy_checkpoint: Callable[..., Path]) -> None:
     folder = copy_checkpoint("plain")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     refused(folder, "config.json", "no tensor is in integers")
 
 
@@ -206,8 +230,8 @@ def test_float32_scales_that_float16_does_not_have(scale: float, folder: Path) -
     check(caught.value, folder, "scales", "F32", "float16")
 
 
-def ready(store: WeightStore) -> Ready:
-    return Ready.of(store, Rounded(store, {EMBEDDING: Precision(8, 0)}, quantize_rows))
+def ready(store: WeightStore) -> Prequantized:
+    return Prequantized.of(store, Rounded(store, {EMBEDDING: Precision(8, 0)}, quantize_rows))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +267,7 @@ def test_groups_that_no_block_divides(group: int, make_gptq: Callable[..., Writt
 
 
 def test_a_runtime_without_zero_points(make_gptq: Callable[..., Written], tmp_path: Path) -> None:
-    symmetric: Integers = ready(open_store(make_gptq(tmp_path / "a").folder))
+    symmetric: QuantizedWeights = ready(open_store(make_gptq(tmp_path / "a").folder))
     need_symmetric(symmetric, "TensorRT")
     with pytest.raises(H1ExportError, match=r"zero points.*TensorRT.*coreml.*unquantised"):
         need_symmetric(ready(open_store(make_gptq(tmp_path / "b", sym=False).folder)), "TensorRT")

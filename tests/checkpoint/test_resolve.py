@@ -20,7 +20,8 @@ INSPECT = "import sys; from h1export.cli import run; sys.exit(run(['inspect', 's
 def hub_cache(home: Path, checkpoint: Path) -> None:
     """A Hub cache that holds ``checkpoint`` as some-org/some-model, with links to blobs as the Hub client lays them."""
     repo = home / "hub" / "models--some-org--some-model"
-    snapshot, blobs = repo / "snapshots" / ("0" * 40), repo / "blobs"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    blobs = repo / "blobs"
     for folder in (snapshot, blobs, repo / "refs"):
         folder.mkdir(parents=True)
     (repo / "refs" / "main").write_text("0" * 40)
@@ -54,7 +55,9 @@ def test_no_model_is_the_embedded_one(tmp_path: Path) -> None:
     assert resolve(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("model", ["/etc/hostname", "./nothing", "~/nothing", "a/b/c", "nothing", "../x", "-x/..", "org/name with space"])
+@pytest.mark.parametrize(
+    "model", ["/etc/hostname", "./nothing", "~/nothing", "a/b/c", "nothing", "../x", "-x/..", "org/name with space"]
+)
 def test_what_is_no_model_is_refused(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(H1ExportError):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from h1export.checkpoint.safetensors_header import MAX_HEADER_BYTES, read_header
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 
 ReadHeader = Callable[[Path], tuple[dict[str, Any], bytes]]
 EditHeader = Callable[[Path, Callable[[dict[str, Any]], object]], None]
@@ -56,7 +56,10 @@ def damaged(one_layer: Path, tmp_path: Path) -> Path:
 def test_a_sound_file_gives_the_librarys_table_in_order_of_offset(one_layer: Path) -> None:
     entries = read_header(one_layer)
     with safe_open(one_layer, "pt") as opened:
-        theirs = {name: (opened.get_slice(name).get_dtype(), tuple(opened.get_slice(name).get_shape())) for name in opened.keys()}  # noqa: SIM118
+        theirs = {
+            name: (opened.get_slice(name).get_dtype(), tuple(opened.get_slice(name).get_shape()))
+            for name in opened.keys()
+        }
     assert {entry.name: (entry.dtype, entry.shape) for entry in entries} == theirs
     assert [entry.start for entry in entries] == sorted(entry.start for entry in entries)
     assert entries[-1].start + entries[-1].nbytes == one_layer.stat().st_size
@@ -173,7 +176,11 @@ def test_two_tensors_over_the_same_bytes(write_safetensors: Write, tmp_path: Pat
 
 
 def test_the_very_same_range_twice(write_safetensors: Write, tmp_path: Path) -> None:
-    refused(write_safetensors(tmp_path / "x.safetensors", {"a": FLOATS, "b": FLOATS}, bytes(8)), 'tensor "b"', 'inside tensor "a"')
+    refused(
+        write_safetensors(tmp_path / "x.safetensors", {"a": FLOATS, "b": FLOATS}, bytes(8)),
+        'tensor "b"',
+        'inside tensor "a"',
+    )
 
 
 def test_a_hole_between_tensors(write_safetensors: Write, tmp_path: Path) -> None:
@@ -227,7 +234,11 @@ BROKEN_HEADERS: dict[str, bytes] = {
 
 @pytest.mark.parametrize("name", BROKEN_HEADERS)
 def test_headers_that_are_not_a_json_object(name: str, write_safetensors: Write, tmp_path: Path) -> None:
-    refused(write_safetensors(tmp_path / "x.safetensors", BROKEN_HEADERS[name], bytes(8)), "header is not", "download it again")
+    refused(
+        write_safetensors(tmp_path / "x.safetensors", BROKEN_HEADERS[name], bytes(8)),
+        "header is not",
+        "download it again",
+    )
 
 
 def test_an_empty_file(tmp_path: Path) -> None:
@@ -258,7 +269,8 @@ def test_a_file_that_may_not_be_opened(damaged: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(
-        H1ExportError, match=r"model\.safetensors: cannot be read \(Permission denied\); check the path and its permissions"
+        H1ExportError,
+        match=r"model\.safetensors: cannot be read \(Permission denied\); check the path and its permissions",
     ):
         read_header(damaged)
 
@@ -286,24 +298,28 @@ def test_metadata_is_not_a_tensor(damaged: Path, edit_header: EditHeader) -> Non
 
 
 @pytest.fixture(scope="module")
-def flippable(one_layer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[HybridSpec, Path, bytes]:
+def flippable(one_layer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[FalconH1Config, Path, bytes]:
     """(spec, a checkpoint file to be overwritten again and again, its sound bytes)."""
     folder = tmp_path_factory.mktemp("flips")
-    return HybridSpec.load(one_layer.parent), Path(shutil.copyfile(one_layer, folder / "model.safetensors")), one_layer.read_bytes()
+    return (
+        FalconH1Config.load(one_layer.parent),
+        Path(shutil.copyfile(one_layer, folder / "model.safetensors")),
+        one_layer.read_bytes(),
+    )
 
 
-def open_or_error(folder: Path, spec: HybridSpec) -> WeightStore | H1ExportError:
+def open_or_error(folder: Path, config: FalconH1Config) -> WeightStore | H1ExportError:
     try:
-        return WeightStore.open(folder, spec)
+        return WeightStore.open(folder, config)
     except H1ExportError as error:
         return error
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.data())
-def test_random_bytes_in_the_header(flippable: tuple[HybridSpec, Path, bytes], data: st.DataObject) -> None:
+def test_random_bytes_in_the_header(flippable: tuple[FalconH1Config, Path, bytes], data: st.DataObject) -> None:
     """The store refuses the file, or has the same table as before; and what is accepted, the library accepts too."""
-    spec, file, sound = flippable
+    config, file, sound = flippable
     end = 8 + struct.unpack("<Q", sound[:8])[0]
     changes = data.draw(st.lists(st.tuples(st.integers(0, end - 1), st.integers(0, 255)), min_size=1, max_size=3))
     header = bytearray(sound[:end])
@@ -311,7 +327,7 @@ def test_random_bytes_in_the_header(flippable: tuple[HybridSpec, Path, bytes], d
         header[position] = value
     with file.open("r+b") as stream:
         stream.write(header)
-    found = open_or_error(file.parent, spec)
+    found = open_or_error(file.parent, config)
     if isinstance(found, H1ExportError):
         assert str(file.parent) in str(found)
         assert found.next_step
@@ -332,7 +348,8 @@ def nearly_sound(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     for name in draw(st.permutations("abcd"))[: draw(st.integers(0, 4))]:
         dtype = draw(st.sampled_from(["F32", "F16", "BF16"]))
         shape = draw(st.lists(st.integers(0, 3), max_size=3))
-        start, end = end, end + math.prod(shape) * (4 if dtype == "F32" else 2)
+        start = end
+        end = end + math.prod(shape) * (4 if dtype == "F32" else 2)
         moved = [dimension + draw(off) for dimension in shape]
         header[name] = {"dtype": dtype, "shape": moved, "data_offsets": [start + draw(off), end + draw(off)]}
     return {name: header[name] for name in draw(st.permutations(sorted(header)))}, max(0, end + draw(off))

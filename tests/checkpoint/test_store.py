@@ -21,11 +21,12 @@ from transformers import FalconH1ForCausalLM
 
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import tensor_layout
 from h1export.progress import SILENT
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -52,7 +53,7 @@ def folder_of(tensors: Tensors, config_from: Path, folder: Path, shard: str = "1
 
 
 def opened(folder: Path) -> WeightStore:
-    return WeightStore.open(folder, HybridSpec.load(folder))
+    return WeightStore.open(folder, FalconH1Config.load(folder))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,8 @@ def test_every_value_of_a_dtype_survives(dtype: torch.dtype, plain: Path, tensor
     patterns = torch.from_numpy(np.random.default_rng(7).integers(info.min, info.max, shape, width, endpoint=True))
     changed = {name: tensor.to(dtype) for name, tensor in tensors.items()} | {EMBEDDING: patterns.view(dtype)}
     store = opened(folder_of(changed, plain, tmp_path / "made"))
-    found, expected = store.rows(EMBEDDING, 0, shape[0]), changed[EMBEDDING].float().numpy()
+    found = store.rows(EMBEDDING, 0, shape[0])
+    expected = changed[EMBEDDING].float().numpy()
     assert np.array_equal(np.isnan(found), np.isnan(expected))
     assert np.array_equal(bits(found)[~np.isnan(found)], bits(expected)[~np.isnan(expected)])
     assert not np.isfinite(expected).all()
@@ -102,7 +104,11 @@ def test_a_single_file_beside_the_index_is_not_read(plain: Path, tensors: Tensor
 
 
 def test_data_at_an_odd_offset(
-    plain: Path, tensors: Tensors, tmp_path: Path, write_safetensors: Callable[..., Path], read_safetensors: Callable[..., Any]
+    plain: Path,
+    tensors: Tensors,
+    tmp_path: Path,
+    write_safetensors: Callable[..., Path],
+    read_safetensors: Callable[..., Any],
 ) -> None:
     """The format recommends alignment and does not demand it."""
     header, data = read_safetensors(plain / "model.safetensors")
@@ -117,7 +123,10 @@ def test_data_at_an_odd_offset(
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(name=st.sampled_from([EMBEDDING, "model.layers.0.mamba.conv1d.weight", "model.layers.0.mamba.A_log"]), data=st.data())
+@given(
+    name=st.sampled_from([EMBEDDING, "model.layers.0.mamba.conv1d.weight", "model.layers.0.mamba.A_log"]),
+    data=st.data(),
+)
 def test_rows_are_the_rows(plain: Path, tensors: Tensors, name: str, data: st.DataObject) -> None:
     whole = tensors[name].float().numpy()
     start = data.draw(st.integers(0, len(whole)))
@@ -127,7 +136,8 @@ def test_rows_are_the_rows(plain: Path, tensors: Tensors, name: str, data: st.Da
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from([EMBEDDING, "model.layers.0.mamba.conv1d.weight", "model.layers.0.mamba.A_log"]), budget=st.integers(0, 1 << 18)
+    name=st.sampled_from([EMBEDDING, "model.layers.0.mamba.conv1d.weight", "model.layers.0.mamba.A_log"]),
+    budget=st.integers(0, 1 << 18),
 )
 def test_blocks_of_any_size_make_the_tensor(plain: Path, tensors: Tensors, name: str, budget: int) -> None:
     """Whole rows, as many as the budget holds, and one where it holds none."""
@@ -150,17 +160,19 @@ def test_a_block_may_be_changed_without_changing_the_checkpoint(plain: Path, ten
 def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
     """A sparse file that claims more than 16 GiB opens at once, and gives its last rows."""
     sizes = {"hidden_size": 1 << 14, "vocab_size": 1 << 18, "intermediate_size": 1 << 16, "num_hidden_layers": 1}
-    spec = HybridSpec.from_config({"model_type": "falcon_h1", **sizes})
-    header, end = {}, 0
-    for name, shape in tensor_layout(spec).items():
-        start, end = end, end + 2 * math.prod(shape)
+    config = FalconH1Config.from_config({"model_type": "falcon_h1", **sizes})
+    header = {}
+    end = 0
+    for name, shape in tensor_layout(config).items():
+        start = end
+        end = end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     assert end > 1 << 34
     text = json.dumps(header).encode()
     with (tmp_path / "model.safetensors").open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         stream.truncate(8 + len(text) + end)
-    assert not WeightStore.open(tmp_path, spec).rows(HEAD, (1 << 18) - 2, 1 << 18).any()
+    assert not WeightStore.open(tmp_path, config).rows(HEAD, (1 << 18) - 2, 1 << 18).any()
 
 
 def test_the_fingerprint_knows_no_sharding_order_or_metadata(plain: Path, tensors: Tensors, tmp_path: Path) -> None:
@@ -173,7 +185,9 @@ def test_the_fingerprint_knows_no_sharding_order_or_metadata(plain: Path, tensor
         file.unlink()
     names = sorted(tensors)
     for part, chosen in enumerate([names[1::2], names[0::2]]):
-        save_file({name: tensors[name] for name in reversed(chosen)}, backwards / f"{part}.safetensors", {"note": str(part)})
+        save_file(
+            {name: tensors[name] for name in reversed(chosen)}, backwards / f"{part}.safetensors", {"note": str(part)}
+        )
     (backwards / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "1.safetensors", "b": "0.safetensors"}}', encoding="utf-8"
     )
@@ -182,33 +196,39 @@ def test_the_fingerprint_knows_no_sharding_order_or_metadata(plain: Path, tensor
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_the_fingerprint_sees_one_bit(plain: Path, tmp_path_factory: pytest.TempPathFactory, place: float, bit: int) -> None:
+def test_the_fingerprint_sees_one_bit(
+    plain: Path, tmp_path_factory: pytest.TempPathFactory, place: float, bit: int
+) -> None:
     store = opened(plain)
     content = bytearray((plain / "model.safetensors").read_bytes())
     base = min(entry.start for entry in store.entries)
     content[base + int(place * (len(content) - base))] ^= 1 << bit
     folder = tmp_path_factory.mktemp("flipped")
     (folder / "model.safetensors").write_bytes(content)
-    assert WeightStore.open(folder, HybridSpec.load(plain)).fingerprint() != store.fingerprint()
+    assert WeightStore.open(folder, FalconH1Config.load(plain)).fingerprint() != store.fingerprint()
 
 
 def test_the_fingerprint_sees_names_and_dtypes(plain: Path, tensors: Tensors, tmp_path: Path) -> None:
-    k, v = "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.v_proj.weight"
+    k = "model.layers.0.self_attn.k_proj.weight"
+    v = "model.layers.0.self_attn.v_proj.weight"
     swapped = folder_of(tensors | {k: tensors[v], v: tensors[k]}, plain, tmp_path / "swapped")
-    relabelled = folder_of({name: tensor.view(torch.float16) for name, tensor in tensors.items()}, plain, tmp_path / "relabelled")
+    relabelled = folder_of(
+        {name: tensor.view(torch.float16) for name, tensor in tensors.items()}, plain, tmp_path / "relabelled"
+    )
     assert len({opened(folder).fingerprint() for folder in (plain, swapped, relabelled)}) == 3
 
 
 @pytest.mark.parametrize("end", [0, -1])
 def test_the_fingerprint_sees_both_ends_of_every_tensor(end: int, plain: Path, tmp_path: Path) -> None:
-    spec, whole = HybridSpec.load(plain), (plain / "model.safetensors").read_bytes()
-    store = WeightStore.open(plain, spec)
+    config = FalconH1Config.load(plain)
+    whole = (plain / "model.safetensors").read_bytes()
+    store = WeightStore.open(plain, config)
     seen = {store.fingerprint()}
     for entry in store.entries:
         content = bytearray(whole)
         content[entry.start + (end % entry.nbytes)] ^= 1
         (tmp_path / "model.safetensors").write_bytes(content)
-        seen.add(WeightStore.open(tmp_path, spec).fingerprint())
+        seen.add(WeightStore.open(tmp_path, config).fingerprint())
     assert len(seen) == 1 + len(store.entries)
 
 
@@ -230,7 +250,9 @@ def test_a_tied_checkpoint_needs_no_head(tied: Path) -> None:
 def test_a_tied_checkpoint_may_store_its_embedding_twice(tied: Path, tmp_path: Path) -> None:
     stored = load_file(tied / "model.safetensors")
     save_file(stored | {HEAD: stored[EMBEDDING].clone()}, tmp_path / "model.safetensors")
-    same_as_the_library(WeightStore.open(tmp_path, HybridSpec.load(tied)), load_file(tmp_path / "model.safetensors"))
+    same_as_the_library(
+        WeightStore.open(tmp_path, FalconH1Config.load(tied)), load_file(tmp_path / "model.safetensors")
+    )
 
 
 def nudged(tensor: torch.Tensor) -> torch.Tensor:
@@ -240,9 +262,13 @@ def nudged(tensor: torch.Tensor) -> torch.Tensor:
     return changed.view(tensor.dtype)
 
 
-@pytest.mark.parametrize("change", [nudged, torch.zeros_like, lambda tensor: tensor[1:], lambda tensor: tensor.T.contiguous()])
-def test_a_tied_checkpoint_may_not_store_another_head(change: Callable[[torch.Tensor], torch.Tensor], tied: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change", [nudged, torch.zeros_like, lambda tensor: tensor[1:], lambda tensor: tensor.T.contiguous()]
+)
+def test_a_tied_checkpoint_may_not_store_another_head(
+    change: Callable[[torch.Tensor], torch.Tensor], tied: Path, tmp_path: Path
+) -> None:
     stored = load_file(tied / "model.safetensors")
     save_file(stored | {HEAD: change(stored[EMBEDDING]).clone()}, tmp_path / "model.safetensors")
     with pytest.raises(H1ExportError, match=r'model\.safetensors: tensor "lm_head\.weight": .*; config and weights'):
-        WeightStore.open(tmp_path, HybridSpec.load(tied))
+        WeightStore.open(tmp_path, FalconH1Config.load(tied))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -26,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 def refused(folder: Path, *mentioned: str) -> None:
     """The checkpoint is refused with its folder, everything in ``mentioned``, and a next step."""
     with pytest.raises(H1ExportError) as caught:
-        WeightStore.open(folder, HybridSpec.load(folder))
+        WeightStore.open(folder, FalconH1Config.load(folder))
     message = str(caught.value)
     assert message.startswith(str(folder)), message
     assert all(text in message for text in mentioned), message
@@ -71,15 +71,21 @@ def write_index(folder: Path, value: object) -> None:
 
 
 def test_the_sound_checkpoints_open(plain: Path) -> None:
-    assert WeightStore.open(plain, HybridSpec.load(plain)).entries
+    assert WeightStore.open(plain, FalconH1Config.load(plain)).entries
 
 
 def test_the_sound_shards_open(sharded: Path) -> None:
-    assert WeightStore.open(sharded, HybridSpec.load(sharded)).entries
+    assert WeightStore.open(sharded, FalconH1Config.load(sharded)).entries
 
 
 @pytest.mark.parametrize(
-    "name", ["lm_head.weight", "model.embed_tokens.weight", "model.layers.1.mamba.A_log", "model.layers.0.feed_forward.down_proj.weight"]
+    "name",
+    [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.layers.1.mamba.A_log",
+        "model.layers.0.feed_forward.down_proj.weight",
+    ],
 )
 def test_a_missing_weight(name: str, change: Callable[..., Path]) -> None:
     folder = change(lambda tensors: tensors.pop(name))
@@ -89,14 +95,16 @@ def test_a_missing_weight(name: str, change: Callable[..., Path]) -> None:
 def test_every_missing_weight_is_found(plain: Path, edit_header: Callable[..., None]) -> None:
     """Each tensor in turn gets another name: the old name is missed."""
     whole = (plain / SINGLE).read_bytes()
-    names = [entry.name for entry in WeightStore.open(plain, HybridSpec.load(plain)).entries]
+    names = [entry.name for entry in WeightStore.open(plain, FalconH1Config.load(plain)).entries]
     for name in names:
         (plain / SINGLE).write_bytes(whole)
         edit_header(plain / SINGLE, lambda header, name=name: header.update({f"{name}.renamed": header.pop(name)}))
         refused(plain, f'tensor "{name}"', "is missing")
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_norm.weight", "rotary_emb.inv_freq", "model.layers.0.mamba.in_proj.bias"])
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_norm.weight", "rotary_emb.inv_freq", "model.layers.0.mamba.in_proj.bias"]
+)
 def test_a_weight_without_a_place(name: str, change: Callable[..., Path]) -> None:
     folder = change(lambda tensors: tensors.update({name: torch.zeros(4)}))
     refused(folder, SINGLE, f'tensor "{name}"', "no place in the architecture", "two different models")
@@ -104,7 +112,9 @@ def test_a_weight_without_a_place(name: str, change: Callable[..., Path]) -> Non
 
 def test_a_layer_too_many(change: Callable[..., Path]) -> None:
     extra = "model.layers.2."
-    folder = change(lambda tensors: tensors.update({n.replace("model.layers.1.", extra): t.clone() for n, t in tensors.items()}))
+    folder = change(
+        lambda tensors: tensors.update({n.replace("model.layers.1.", extra): t.clone() for n, t in tensors.items()})
+    )
     refused(folder, SINGLE, f'tensor "{extra}', "no place in the architecture")
 
 
@@ -246,7 +256,9 @@ def test_an_index_that_is_a_folder(plain: Path) -> None:
     refused(plain, INDEX, "not a safetensors index")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "last.ckpt", "pytorch_model-00001-of-00002.bin"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "weights.pth", "last.ckpt", "pytorch_model-00001-of-00002.bin"]
+)
 def test_pickles_are_never_opened(name: str, plain: Path) -> None:
     (plain / SINGLE).unlink()
     (plain / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
@@ -255,7 +267,7 @@ def test_pickles_are_never_opened(name: str, plain: Path) -> None:
 
 def test_a_pickle_beside_the_weights_is_left_alone(plain: Path) -> None:
     (plain / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    assert WeightStore.open(plain, HybridSpec.load(plain)).entries
+    assert WeightStore.open(plain, FalconH1Config.load(plain)).entries
 
 
 def test_no_weights_at_all(plain: Path) -> None:
@@ -284,5 +296,7 @@ def test_a_shard_that_is_not_safetensors(sharded: Path) -> None:
 
 def test_a_pointer_file_instead_of_the_weights(plain: Path) -> None:
     """What a clone without Git LFS leaves."""
-    (plain / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11063192\n", encoding="utf-8")
+    (plain / SINGLE).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11063192\n", encoding="utf-8"
+    )
     refused(plain, SINGLE, "a Git LFS pointer", "run git lfs pull")

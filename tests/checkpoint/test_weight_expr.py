@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import FUNCTIONS, Function, Multiplier, WeightExpr, WeightPart
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 
-A_LOG, CONV = "model.layers.0.mamba.A_log", "model.layers.0.mamba.conv1d.weight"
+A_LOG = "model.layers.0.mamba.A_log"
+CONV = "model.layers.0.mamba.conv1d.weight"
 Q, K, V = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv")
 IN_PROJ = "model.layers.0.mamba.in_proj.weight"
 ROWS = {Q: 128, K: 64, V: 64, IN_PROJ: 422, A_LOG: 6, CONV: 224}
@@ -56,7 +57,7 @@ def exact(multiplier: Multiplier, rows: int) -> Any:
 @pytest.fixture(scope="module")
 def store(make_checkpoint: Callable[..., Path]) -> WeightStore:
     folder = make_checkpoint("plain", num_hidden_layers=1)
-    return WeightStore.open(folder, HybridSpec.load(folder))
+    return WeightStore.open(folder, FalconH1Config.load(folder))
 
 
 def whole(store: WeightStore, tensor: str) -> Any:
@@ -143,11 +144,15 @@ def test_the_decay_is_rounded_once(store: WeightStore) -> None:
 
 @PROPERTY
 @given(st.data(), st.lists(st.sampled_from([Q, K, V, IN_PROJ]), min_size=1, max_size=4), st.integers(4000, 1 << 17))
-def test_parts_are_concatenated_in_order(store: WeightStore, data: st.DataObject, tensors: list[str], budget: int) -> None:
+def test_parts_are_concatenated_in_order(
+    store: WeightStore, data: st.DataObject, tensors: list[str], budget: int
+) -> None:
     parts = tuple(WeightPart(tensor, multiplier=data.draw(multipliers(ROWS[tensor]))) for tensor in tensors)
     scalar = data.draw(FACTORS)
     expression = WeightExpr(parts).times(Multiplier.scalar(scalar))
-    expected = np.concatenate([whole(store, p.tensor) * exact(p.multiplier, ROWS[p.tensor])[:, None] * scalar for p in parts])
+    expected = np.concatenate(
+        [whole(store, p.tensor) * exact(p.multiplier, ROWS[p.tensor])[:, None] * scalar for p in parts]
+    )
     blocks = list(expression.blocks(store, budget))
     found = np.concatenate(blocks)
     assert found.shape == expression.shape(store.shape) == expected.shape
@@ -157,7 +162,9 @@ def test_parts_are_concatenated_in_order(store: WeightStore, data: st.DataObject
 
 
 def test_the_same_bytes_whatever_the_blocks(store: WeightStore) -> None:
-    expression = WeightExpr.of(IN_PROJ).times(Multiplier(((192, 0.3535), (192, 0.25), (16, 0.35), (16, 0.5), (6, 0.72))))
+    expression = WeightExpr.of(IN_PROJ).times(
+        Multiplier(((192, 0.3535), (192, 0.25), (16, 0.35), (16, 0.5), (6, 0.72)))
+    )
     reference = expression.dense(store).tobytes()
     for budget in (1, 512, 1000, 70_000, 1 << 20):
         assert b"".join(block.tobytes() for block in expression.blocks(store, budget)) == reference

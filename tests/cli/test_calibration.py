@@ -19,7 +19,11 @@ def test_samples_are_pieces_of_the_text_and_do_not_overlap(tiny: Path) -> None:
     found = Calibration(samples=6, length=40, seed=3).ids(tiny)
     assert found.shape == (6, 40)
     tokens = load_tokenizer(tiny).encode((tiny / SHIPPED).read_text(encoding="utf-8"), add_special_tokens=False).ids
-    places = [start for start in range(0, len(tokens), 40) if any(tokens[start : start + 40] == list(sample) for sample in found)]
+    places = [
+        start
+        for start in range(0, len(tokens), 40)
+        if any(tokens[start : start + 40] == list(sample) for sample in found)
+    ]
     assert len(places) == 6
     np.testing.assert_array_equal(found, Calibration(samples=6, length=40, seed=3).ids(tiny))
     assert not np.array_equal(found, Calibration(samples=6, length=40, seed=4).ids(tiny))
@@ -36,7 +40,9 @@ def test_the_shipped_text_is_none_of_the_held_out(tiny: Path) -> None:
 def test_lines_of_json_are_texts(tiny: Path, tmp_path: Path) -> None:
     words = ["import os\n", "def main(argv):\n"] * 60
     (tmp_path / "a.txt").write_text("".join(words), encoding="utf-8")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": word, "id": 1}) + "\n\n" for word in words), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": word, "id": 1}) + "\n\n" for word in words), encoding="utf-8"
+    )
     plain, lines = (Calibration(tmp_path / name, 2, 20).ids(tiny) for name in ("a.txt", "a.jsonl"))
     np.testing.assert_array_equal(plain, lines)
 
@@ -94,8 +100,14 @@ def test_the_manifest_says_on_what_integers_were_chosen(spoken_checkpoint: Path,
     assert run(["build", *words, *few, "--out", str(tmp_path / "out")]) == 0
     scheme = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["scheme"]
     ids = scheme["calibration"].pop("ids")
-    assert scheme == {"quant": "int4", "block": 32, "method": "gptq", "chosen": {}, "calibration": {"samples": 2, "length": 100, "seed": 5}}
-    chosen = Calibration(text, 2, 100, 5)
+    assert scheme == {
+        "quant": "int4",
+        "group_size": 32,
+        "method": "gptq",
+        "chosen": {},
+        "calibration": {"samples": 2, "length": 100, "seed": 5},
+    }
+    chosen = Calibration(text, 2, 100, seed=5)
     assert ids == chosen.described(chosen.ids(spoken_checkpoint))["ids"]
     assert str(tmp_path) not in (tmp_path / "out" / "manifest.json").read_text(encoding="utf-8")
 

@@ -29,7 +29,9 @@ def built(tiny: Path, build: Build) -> str:
     return str(build(tiny, "int4", accuracy_level=4).folder)
 
 
-def test_build_and_validate_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_build_and_validate_the_embedded_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["build", "--target", "ort", "--quant", "int4", "--validate", *QUICK]) == 0
     out, err = capfd.readouterr()
@@ -40,10 +42,27 @@ def test_build_and_validate_the_embedded_model(tmp_path: Path, monkeypatch: pyte
     Artifact.open(tmp_path / "tiny-ort-int4").check_hashes()
 
 
-def test_build_json_is_pure(make_checkpoint: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_build_json_is_pure(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "a" / "b"
     assert (
-        run(["build", str(make_checkpoint()), "--target", "ort", "--quant", "int8", "--out", str(out), "--json", "--validate", *QUICK]) == 0
+        run(
+            [
+                "build",
+                str(make_checkpoint()),
+                "--target",
+                "ort",
+                "--quant",
+                "int8",
+                "--out",
+                str(out),
+                "--json",
+                "--validate",
+                *QUICK,
+            ]
+        )
+        == 0
     )
     stdout, stderr = capfd.readouterr()
     (answer,) = json.loads(stdout)
@@ -62,9 +81,12 @@ def test_a_failed_gate_is_exit_code_1(built: str, capfd: pytest.CaptureFixture[s
 
 def test_generate_streams_what_the_library_generates(built: str, capfd: pytest.CaptureFixture[str]) -> None:
     artifact = Artifact.open(Path(built))
-    tokenizer, runner = load_tokenizer(artifact.folder), pipeline.load(artifact)
+    tokenizer = load_tokenizer(artifact.folder)
+    runner = pipeline.load(artifact)
     prompt = np.array(tokenizer.encode("import os", add_special_tokens=False).ids, np.int64)
-    expected = tokenizer.decode(list(generate(runner, prompt, 12, Sampling(), frozenset(artifact.spec.eos_token_ids))))
+    expected = tokenizer.decode(
+        list(generate(runner, prompt, 12, Sampling(), frozenset(artifact.config.eos_token_ids)))
+    )
     assert run(["generate", built, "import os", "--max-tokens", "12"]) == 0
     assert capfd.readouterr().out == expected + "\n"
 
@@ -101,7 +123,7 @@ def test_inspect_a_checkpoint_and_an_artifact(built: str, capfd: pytest.CaptureF
     assert run(["inspect", "--json"]) == 0
     checkpoint = json.loads(capfd.readouterr().out)
     assert checkpoint["kind"] == "checkpoint"
-    assert checkpoint["spec"]["mamba_n_groups"] == 2
+    assert checkpoint["config"]["mamba_n_groups"] == 2
     assert run(["inspect", built, "--json"]) == 0
     artifact = json.loads(capfd.readouterr().out)
     assert artifact["kind"] == "artifact"
@@ -126,7 +148,9 @@ def test_completion_scripts(shell: str, capfd: pytest.CaptureFixture[str]) -> No
     assert "_H1EXPORT_COMPLETE" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["build"], ["validate"], ["generate"], ["inspect"], ["bench"], ["gate"], ["completion"]])
+@pytest.mark.parametrize(
+    "command", [[], ["build"], ["validate"], ["generate"], ["inspect"], ["bench"], ["gate"], ["completion"]]
+)
 def test_help_has_text(command: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert run([*command, "--help"]) == 0
     assert len(capfd.readouterr().out) > 150
@@ -161,7 +185,9 @@ def overlap(folder: Path) -> None:
     data = (folder / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    first, second = sorted((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])[:2]
+    first, second = sorted(
+        (name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"]
+    )[:2]
     size = header[second]["data_offsets"][1] - header[second]["data_offsets"][0]
     start = header[first]["data_offsets"][0]
     header[second]["data_offsets"] = [start, start + size]
@@ -214,7 +240,9 @@ def test_nan_weights_are_refused_in_float32_too(
 ) -> None:
     folder = copy_checkpoint()
     poison(folder)
-    assert run(["build", str(folder), "--target", "ort", "--quant", "none", "--out", str(tmp_path / "place" / "out")]) == 2
+    assert (
+        run(["build", str(folder), "--target", "ort", "--quant", "none", "--out", str(tmp_path / "place" / "out")]) == 2
+    )
     assert_one_line(capfd, "not finite")
     assert not list((tmp_path / "place").iterdir())
 
@@ -256,7 +284,12 @@ def assert_one_line(capfd: pytest.CaptureFixture[str], says: str) -> None:
     ],
 )
 def test_mistakes_give_one_line(
-    words: list[str], says: str, built: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    says: str,
+    built: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     place = {"BUILT": built, "OUT": str(tmp_path / "out")}
@@ -266,7 +299,14 @@ def test_mistakes_give_one_line(
 
 
 @pytest.mark.parametrize(
-    "words", [["build"], ["build", "--target", "trt2"], ["generate"], ["nonsense"], ["build", "--target", "ort", "--quant", "int3"]]
+    "words",
+    [
+        ["build"],
+        ["build", "--target", "trt2"],
+        ["generate"],
+        ["nonsense"],
+        ["build", "--target", "ort", "--quant", "int3"],
+    ],
 )
 def test_usage_errors_are_exit_code_2(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert run(words) == 2
@@ -315,7 +355,10 @@ def test_the_graph_for_cuda_is_built_anywhere_and_runs_on_cuda_only(
     ("options", "says"),
     [
         (["--provider", "cuda", "--opset-only"], "leave out --opset-only or --provider cuda"),
-        (["--provider", "cuda", "--accuracy-level", "4"], "--accuracy-level: 4 is not a level that this graph's kernels have"),
+        (
+            ["--provider", "cuda", "--accuracy-level", "4"],
+            "--accuracy-level: 4 is not a level that this graph's kernels have",
+        ),
     ],
 )
 def test_graphs_that_contradict_themselves_are_refused(
@@ -326,7 +369,9 @@ def test_graphs_that_contradict_themselves_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_bench_against_another_artifact(built: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_against_another_artifact(
+    built: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     words = ["bench", built, "--depth", "8", "--prefill", "16", "--threads", "1", "--repeats", "1"]
     assert run([*words, "--json"]) == 0
@@ -337,7 +382,15 @@ def test_bench_against_another_artifact(built: str, capfd: pytest.CaptureFixture
     assert run([*words, "--against", built]) == 0
     out, err = capfd.readouterr()
     assert out == ""
-    for words_shown in ("accuracy_level 4", "quant int4", "block 32", "onnxruntime", "decode at 8", "of bandwidth", "ratio"):
+    for words_shown in (
+        "accuracy_level 4",
+        "quant int4",
+        "block 32",
+        "onnxruntime",
+        "decode at 8",
+        "of bandwidth",
+        "ratio",
+    ):
         assert words_shown in err
     assert run(["bench", str(Path(built).parent)]) == 2
     assert "no manifest.json" in capfd.readouterr().err

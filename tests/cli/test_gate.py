@@ -58,7 +58,8 @@ def test_a_baseline_is_kept_by_what_it_is_of(
 ) -> None:
     monkeypatch.setattr(regression, "PROCESSES", 1)
     gates.write_text(TIMED)
-    words, junit = ["gate", *built, "--gates", str(gates)], gates.with_name("gate.xml")
+    words = ["gate", *built, "--gates", str(gates)]
+    junit = gates.with_name("gate.xml")
     assert run(words) == 2
     assert "has no baseline for ort int4; run h1export gate with --write-baseline" in capfd.readouterr().err
     assert run([*words, "--write-baseline", "--json"]) == 0
@@ -70,12 +71,21 @@ def test_a_baseline_is_kept_by_what_it_is_of(
     assert run([*words, "--json", "--junit", str(junit)]) == 0
     report = json.loads(capfd.readouterr().out)
     assert report["verdict"] == "pass"
-    names = ["nodes model.onnx", "nodes model.native.onnx", "file bytes", "bytes a step reads", "peak memory", "decode at 0"]
+    names = [
+        "nodes model.onnx",
+        "nodes model.native.onnx",
+        "file bytes",
+        "bytes a step reads",
+        "peak memory",
+        "decode at 0",
+    ]
     assert [check["name"] for check in report["checks"]] == names
     assert [case.get("name") for case in ElementTree.parse(junit).iter("testcase")] == names
 
     elsewhere = {"another kind": found.ratios[cpu_kind()]}
-    write_baselines(gates.with_name("gates.baseline.json"), {"ort int4": replace(found, ratios=elsewhere, peak_bytes=0)})
+    write_baselines(
+        gates.with_name("gates.baseline.json"), {"ort int4": replace(found, ratios=elsewhere, peak_bytes=0)}
+    )
     assert run(words) == 3
     assert "the baseline is of another kind" in " ".join(capfd.readouterr().err.split())
 
@@ -87,7 +97,9 @@ def test_a_larger_artifact_fails(built: tuple[str, str], gates: Path, capfd: pyt
     words = ["gate", *built, "--gates", str(gates)]
     assert run([*words, "--write-baseline"]) == 0
     found = baseline_of(gates)
-    nodes = {graph: {op: count - (op == "Mul") for op, count in counts.items()} for graph, counts in found.nodes.items()}
+    nodes = {
+        graph: {op: count - (op == "Mul") for op, count in counts.items()} for graph, counts in found.nodes.items()
+    }
     write_baselines(gates.with_name("gates.baseline.json"), {"ort int4": replace(found, nodes=nodes)})
     capfd.readouterr()
     assert run([*words, "--json"]) == 1
@@ -103,7 +115,11 @@ def test_a_gpu_is_timed_by_the_wall_clock_and_has_ratios_of_its_own(
     """Where an artifact runs on one; here it only says so."""
     monkeypatch.setattr(regression, "PROCESSES", 1)
     load = measuring.load
-    monkeypatch.setattr(measuring, "load", lambda *a, **k: SimpleNamespace(capabilities=replace(load(*a, **k).capabilities, gpu="sm_89")))
+    monkeypatch.setattr(
+        measuring,
+        "load",
+        lambda *a, **k: SimpleNamespace(capabilities=replace(load(*a, **k).capabilities, gpu="sm_89")),
+    )
     words = ["gate", *built, "--gates", str(gates), "--write-baseline"]
     gates.write_text(TIMED)
     assert run(words) == 2
@@ -114,7 +130,9 @@ def test_a_gpu_is_timed_by_the_wall_clock_and_has_ratios_of_its_own(
 
 
 @pytest.mark.ort
-def test_bad_input_is_one_line(built: tuple[str, str], tiny: Path, gates: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line(
+    built: tuple[str, str], tiny: Path, gates: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     out, checkpoint = built
     for text, model, message in (
         (COUNTED.replace("int4", "int8"), checkpoint, "has no gate for target ort, quant int4"),
@@ -129,7 +147,9 @@ def test_bad_input_is_one_line(built: tuple[str, str], tiny: Path, gates: Path, 
 
 @pytest.mark.ort
 @pytest.mark.usefixtures("emulated")
-def test_another_build_has_no_baseline(built: tuple[str, str], build: Build, gates: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_build_has_no_baseline(
+    built: tuple[str, str], build: Build, gates: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     gates.write_text(COUNTED)
     assert run(["gate", *built, "--gates", str(gates), "--write-baseline"]) == 0
     other = build(Path(built[1]), "int4", last_logits=True)
@@ -139,7 +159,9 @@ def test_another_build_has_no_baseline(built: tuple[str, str], build: Build, gat
 
 @pytest.mark.ort
 @pytest.mark.usefixtures("emulated")
-def test_what_is_only_emulated_is_counted_and_not_timed(built: tuple[str, str], gates: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_only_emulated_is_counted_and_not_timed(
+    built: tuple[str, str], gates: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     gates.write_text(TIMED)
     assert run(["gate", *built, "--gates", str(gates), "--write-baseline"]) == 0
     capfd.readouterr()
@@ -148,15 +170,15 @@ def test_what_is_only_emulated_is_counted_and_not_timed(built: tuple[str, str], 
 
 
 CHECKS = (
-    Check("nodes a", Verdict.PASS, 3, 3),
-    Check("file bytes", Verdict.FAIL, 4_115_591, 4_115_590, note="a 2, was 1"),
-    Check("decode at 0", Verdict.INCONCLUSIVE, 1.15, 1.16, 1.1, 1.2, "about 300 pairs"),
+    Check("nodes a", Verdict.PASS, 3, limit=3),
+    Check("file bytes", Verdict.FAIL, 4_115_591, limit=4_115_590, note="a 2, was 1"),
+    Check("decode at 0", Verdict.INCONCLUSIVE, 1.15, limit=1.16, low=1.1, high=1.2, note="about 300 pairs"),
     Check("memory", Verdict.NOT_APPLICABLE, note="emulated"),
 )
 
 
 def test_junit_has_a_case_for_every_check() -> None:
-    suite = ElementTree.fromstring(to_junit(GateReport("out", Gate("ort", "int4"), {}, CHECKS)))
+    suite = ElementTree.fromstring(to_junit(GateReport("out", Gate("ort", "int4"), {}, checks=CHECKS)))
     counts = {name: suite.get(name) for name in ("tests", "failures", "errors", "skipped")}
     assert counts == {"tests": "4", "failures": "1", "errors": "1", "skipped": "1"}
     said = {case.get("name"): [(child.tag, child.get("message")) for child in case] for case in suite}
@@ -170,7 +192,7 @@ def test_junit_has_a_case_for_every_check() -> None:
 
 def test_the_worst_verdict_is_the_reports() -> None:
     def verdict(*checks: Check) -> Verdict:
-        return GateReport("out", Gate("ort", "int4"), {}, checks).verdict
+        return GateReport("out", Gate("ort", "int4"), {}, checks=checks).verdict
 
     assert (verdict(*CHECKS), verdict(CHECKS[0], CHECKS[2]), verdict(CHECKS[0], CHECKS[3])) == (
         Verdict.FAIL,
@@ -182,4 +204,6 @@ def test_the_worst_verdict_is_the_reports() -> None:
 def test_the_projects_own_gates_are_read() -> None:
     (gate,), place = read_gates(Path(__file__).parents[2] / "gates.toml")
     (baseline,) = read_baselines(place).values()
-    assert {str(limit.timing) for limit in gate.timings} == {name for ratios in baseline.ratios.values() for name in ratios}
+    assert {str(limit.timing) for limit in gate.timings} == {
+        name for ratios in baseline.ratios.values() for name in ratios
+    }

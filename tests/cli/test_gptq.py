@@ -18,11 +18,19 @@ def folder(make_gptq: Callable[..., Written], tmp_path_factory: pytest.TempPathF
     return make_gptq(tmp_path_factory.mktemp("ready") / "model-gptq", act_order=True, sym=False).folder
 
 
-CHOICES = (["--quant", "int4"], ["--method", "gptq"], ["--budget-bits", "5"], ["--budget-kl", "0.1"], ["--calibration", "x.txt"])
+CHOICES = (
+    ["--quant", "int4"],
+    ["--method", "gptq"],
+    ["--budget-bits", "5"],
+    ["--budget-kl", "0.1"],
+    ["--calibration", "x.txt"],
+)
 
 
 @pytest.mark.parametrize("given", CHOICES, ids=str)
-def test_what_would_choose_integers_is_refused(given: list[str], folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_would_choose_integers_is_refused(
+    given: list[str], folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run(["build", str(folder), "--target", "ort", "--out", str(tmp_path / "out"), *given]) == 2
     said = capfd.readouterr().err
     assert given[0] in said
@@ -49,7 +57,9 @@ def test_a_plan_tells_its_precisions(folder: Path, tmp_path: Path, capfd: pytest
 
 
 @pytest.mark.ort
-def test_the_main_job(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_main_job(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["build", str(folder), "--target", "ort", "--validate", "--latency-pairs", "0", "--json"]) == 0
     (built,) = json.loads(capfd.readouterr().out)

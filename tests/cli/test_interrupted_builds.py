@@ -24,7 +24,9 @@ def start(*words: str, limit: int | None = None) -> subprocess.Popen[str]:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    return subprocess.Popen([sys.executable, "-c", BUILD, *words], stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD, *words], stderr=subprocess.PIPE, text=True, preexec_fn=prepare
+    )
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
@@ -65,11 +67,14 @@ def can_mount() -> bool:
 
 
 @pytest.mark.parametrize("kind", ["limit", *(MOUNTS if can_mount() else ())])
-def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(kind: str, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_nothing(
+    kind: str, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     """A limit on file size stands in for the disk everywhere: writing fails in the middle of the weights."""
     words = ["build", str(make_checkpoint()), "--target", "ort", "--quant", "none", "--out", str(tmp_path / "out")]
     if kind == "limit":
-        message, process = "free some space", start(*words, limit=300_000)
+        message = "free some space"
+        process = start(*words, limit=300_000)
     else:
         mount, message = MOUNTS[kind]
         script = f'{mount} || exit 9; "$@"; code=$?; ls -A "$0"; exit $code'

@@ -41,8 +41,12 @@ def test_no_weight_is_read(method: Method, tiny: Path, tmp_path: Path, monkeypat
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(WeightStore, "rows", read)
-    plan = pipeline.plan(tiny, "ort", tmp_path / "out", QuantScheme("int4", 32, method), BuildOptions(), contexts=(0, 100))
-    assert plan.state_bytes[100] - plan.state_bytes[0] == 100 * 2 * 4 * 2 * 64 * 4  # keys and values of 4 layers, 2 heads of 64, float32
+    plan = pipeline.plan(
+        tiny, "ort", tmp_path / "out", QuantScheme("int4", 32, method), BuildOptions(), contexts=(0, 100)
+    )
+    assert (
+        plan.state_bytes[100] - plan.state_bytes[0] == 100 * 2 * 4 * 2 * 64 * 4
+    )  # keys and values of 4 layers, 2 heads of 64, float32
     assert (plan.scratch_bytes > 0) == (method == "gptq")
     assert plan.precisions["lm_head.weight"] == "int4, block 32"
     assert plan.precisions["model.embed_tokens.weight"] == "int8, a scale per row"
@@ -53,7 +57,9 @@ def test_no_weight_is_read(method: Method, tiny: Path, tmp_path: Path, monkeypat
 def test_peak_memory_is_near_the_measured_one(tiny: Path, tmp_path: Path) -> None:
     """Each in a process of its own, as a user runs them."""
     words = ["--target", "ort", "--method", "rtn", "--out", str(tmp_path / "out"), "--jobs", "2"]
-    planned = json.loads(subprocess.run(command("plan", *words, "--json"), check=True, capture_output=True).stdout)[0]["peak_bytes"]
+    planned = json.loads(subprocess.run(command("plan", *words, "--json"), check=True, capture_output=True).stdout)[0][
+        "peak_bytes"
+    ]
     measured = peak_anonymous_bytes(command("build", *words, "--quiet"))
     assert planned == pytest.approx(measured, rel=MEMORY)
 
@@ -67,7 +73,9 @@ def peak_anonymous_bytes(words: list[str]) -> int:
     with subprocess.Popen(words) as process:
         while process.poll() is None:
             status = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii")
-            peak = max(peak, *(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")), 0)
+            peak = max(
+                peak, *(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")), 0
+            )
             time.sleep(INTERVAL)
     assert process.returncode == 0
     return peak

@@ -14,7 +14,7 @@ from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.quantize.budget import Sensitivity
-from h1export.quantize.group_format import INT8, Precision
+from h1export.quantize.precision import INT8, Precision
 from h1export.quantize.precision_plan import plan_text, read_plan
 from h1export.quantize.scheme import QuantScheme
 from h1export.validate.accuracy.run import ValidateOptions, validate
@@ -23,13 +23,26 @@ PROJECTION = "model.layers.0.self_attn.k_proj.weight"
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    found = {name: Sensitivity((8, 64), Precision(4, 32), kl) for name, kl in (("a.b", 0.1), ("c", 1e-9), ("lm_head.weight", 0.5))}
+    found = {
+        name: Sensitivity((8, 64), Precision(4, 32), kl)
+        for name, kl in (("a.b", 0.1), ("c", 1e-9), ("lm_head.weight", 0.5))
+    }
     (tmp_path / "plan.yaml").write_text(plan_text(found, {"c": INT8}), encoding="utf-8")
     assert read_plan(tmp_path / "plan.yaml") == {"lm_head.weight": "int4", "a.b": "int4", "c": "int8"}
 
 
 @pytest.mark.parametrize(
-    "content", ["", "tensors: 3", "tensors:\n  a: int5", "tensors:\n  a: [int4]", "weights:\n  a: int4", "tensors: {", "a\0b", "[tensors]"]
+    "content",
+    [
+        "",
+        "tensors: 3",
+        "tensors:\n  a: int5",
+        "tensors:\n  a: [int4]",
+        "weights:\n  a: int4",
+        "tensors: {",
+        "a\0b",
+        "[tensors]",
+    ],
 )
 def test_what_is_not_a_plan(content: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(content, encoding="utf-8")
@@ -38,7 +51,12 @@ def test_what_is_not_a_plan(content: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["model.layers.9.mamba.in_proj.weight: int8", "model.final_layernorm.weight: int8", "model.embed_tokens.weight: int4"]
+    "line",
+    [
+        "model.layers.9.mamba.in_proj.weight: int8",
+        "model.final_layernorm.weight: int8",
+        "model.embed_tokens.weight: int4",
+    ],
 )
 def test_tensors_without_a_choice_are_refused(line: str, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(f"tensors:\n  {line}\n", encoding="utf-8")
@@ -47,22 +65,41 @@ def test_tensors_without_a_choice_are_refused(line: str, tiny: Path, tmp_path: P
 
 
 @pytest.mark.ort
-def test_a_plan_goes_into_the_artifact(spoken_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_goes_into_the_artifact(
+    spoken_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Measured within a budget, one line edited by hand; a projection that stays in floats is left out of its fusion, and all is exact."""
-    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    plan = tmp_path / "plan.yaml"
+    out = tmp_path / "out"
     few = [str(spoken_checkpoint), "--budget-bits", "5.5", "--out", str(plan), "--json"]
     assert run(["sensitivity", *few]) == 0
     measured = json.loads(capfd.readouterr().out)
     raised = {name for name, tensor in measured.items() if tensor["int8"]}
     assert 0 < len(raised) < len(measured)
     text = plan.read_text(encoding="utf-8")
-    plan.write_text("\n".join(f"  {PROJECTION}: none" if PROJECTION in line else line for line in text.splitlines()), encoding="utf-8")
-    words = [str(spoken_checkpoint), "--target", "ort", "--method", "rtn", "--accuracy-level", "0", "--precisions", str(plan), "--quiet"]
+    plan.write_text(
+        "\n".join(f"  {PROJECTION}: none" if PROJECTION in line else line for line in text.splitlines()),
+        encoding="utf-8",
+    )
+    words = [
+        str(spoken_checkpoint),
+        "--target",
+        "ort",
+        "--method",
+        "rtn",
+        "--accuracy-level",
+        "0",
+        "--precisions",
+        str(plan),
+        "--quiet",
+    ]
     assert run(["build", *words, "--out", str(out)]) == 0
     artifact = Artifact.open(out)
     chosen = artifact.manifest.scheme["chosen"]
     assert chosen == read_plan(plan)
-    stored = {part.tensor: (weight.bits, weight.block) for weight in artifact.manifest.weights for part in weight.parts}
+    stored = {
+        part.tensor: (weight.bits, weight.group_size) for weight in artifact.manifest.weights for part in weight.parts
+    }
     assert PROJECTION not in stored
     assert all(stored[name] == ((8, 0) if chosen[name] == "int8" else (4, 32)) for name in chosen if name != PROJECTION)
     runner = pipeline.load(artifact)
@@ -75,16 +112,32 @@ def test_a_plan_goes_into_the_artifact(spoken_checkpoint: Path, tmp_path: Path, 
 @pytest.mark.parametrize(("quant", "chosen"), [("none", "int4"), ("none", "int8"), ("int8", "int4")])
 def test_single_tensors_are_judged_by_their_own_integers(quant: str, chosen: str, tiny: Path, tmp_path: Path) -> None:
     """Where the scheme itself has none, or longer ones."""
-    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    plan = tmp_path / "plan.yaml"
+    out = tmp_path / "out"
     plan.write_text(f"tensors:\n  {PROJECTION}: {chosen}\n", encoding="utf-8")
-    words = ["build", "--target", "ort", "--quant", quant, "--method", "rtn", "--precisions", str(plan), "--out", str(out), "--quiet"]
+    words = [
+        "build",
+        "--target",
+        "ort",
+        "--quant",
+        quant,
+        "--method",
+        "rtn",
+        "--precisions",
+        str(plan),
+        "--out",
+        str(out),
+        "--quiet",
+    ]
     assert run([*words, "--validate", "--latency-pairs", "0", "--prompts", "0", "--text-bytes", "500"]) == 0
     rows = {row["check"]: row for row in json.loads((out / "report.json").read_text())["rows"]}
     assert rows["stored integers"]["verdict"] == "pass"
     assert PROJECTION in rows["stored integers"]["details"]
 
 
-@pytest.mark.parametrize("words", [["--budget-bits", "5", "--budget-kl", "0.1"], ["--budget-bits", "-1"], ["--precisions", "nowhere.yaml"]])
+@pytest.mark.parametrize(
+    "words", [["--budget-bits", "5", "--budget-kl", "0.1"], ["--budget-bits", "-1"], ["--precisions", "nowhere.yaml"]]
+)
 def test_contradictions(words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["build", "--target", "ort", *words, "--out", str(tmp_path / "out")]) == 2
     assert capfd.readouterr().err.count("\n") == 1

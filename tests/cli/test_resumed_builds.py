@@ -21,9 +21,9 @@ BUILDS = """
 import os, random, sys, time
 from pathlib import Path
 from h1export import pipeline
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 checkpoint, truth, out, seed, kills = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
-program = pipeline.trace(HybridSpec.load(checkpoint), False)
+program = pipeline.trace(FalconH1Config.load(checkpoint), False)
 pipeline.trace = lambda *_: program
 def started(place, jobs):
     child = os.fork()
@@ -52,7 +52,8 @@ def sha256s(folder: Path) -> dict[str, str]:
 
 
 def test_twenty_kills_change_no_byte(tiny: Path, tmp_path: Path) -> None:
-    truth, out = tmp_path / "truth", tmp_path / "out"
+    truth = tmp_path / "truth"
+    out = tmp_path / "out"
     words = [sys.executable, "-c", BUILDS, str(tiny), str(truth), str(out), "7", "20"]
     run = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
     assert sha256s(out) == sha256s(truth)
@@ -63,7 +64,9 @@ def test_twenty_kills_change_no_byte(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def killed(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def killed(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[str]]:
     """killed(key) leaves the stage of a build whose weights are all written; a list then sees the tensors that are read."""
     read: list[str] = []
     rows = WeightStore.rows
@@ -74,13 +77,17 @@ def killed(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: py
             patched.setattr("h1export.commands.pipeline.file_table", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 pipeline.build(checkpoint, "ort", out, scheme)
-        monkeypatch.setattr(WeightStore, "rows", lambda store, name, *range_: (read.append(name), rows(store, name, *range_))[1])
+        monkeypatch.setattr(
+            WeightStore, "rows", lambda store, name, *range_: (read.append(name), rows(store, name, *range_))[1]
+        )
         return read
 
     return build
 
 
-def test_a_build_goes_on_without_reading_what_is_written(killed: Callable[..., list[str]], tiny: Path, tmp_path: Path) -> None:
+def test_a_build_goes_on_without_reading_what_is_written(
+    killed: Callable[..., list[str]], tiny: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     read = killed(tiny, out, QuantScheme())
     assert list(tmp_path.glob(f".out.partial-*/{JOURNAL}"))
@@ -94,17 +101,20 @@ def test_another_scheme_starts_anew(killed: Callable[..., list[str]], tiny: Path
     out = tmp_path / "out"
     read = killed(tiny, out, QuantScheme())
     artifact = pipeline.build(tiny, "ort", out, QuantScheme("int4", 64))
-    assert len(set(read)) == len(WeightStore.open(tiny, artifact.spec).entries)
+    assert len(set(read)) == len(WeightStore.open(tiny, artifact.config).entries)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_another_checkpoint_starts_anew(killed: Callable[..., list[str]], copy_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_another_checkpoint_starts_anew(
+    killed: Callable[..., list[str]], copy_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     """One changed byte in one tensor: nothing of the old build is used."""
-    checkpoint, out = copy_checkpoint(), tmp_path / "out"
+    checkpoint = copy_checkpoint()
+    out = tmp_path / "out"
     read = killed(checkpoint, out, QuantScheme("int8"))
     data = bytearray((checkpoint / "model.safetensors").read_bytes())
     data[-3] ^= 1
     (checkpoint / "model.safetensors").write_bytes(data)
     artifact = pipeline.build(checkpoint, "ort", out, QuantScheme("int8"))
-    assert len(set(read)) == len(WeightStore.open(checkpoint, artifact.spec).entries)
+    assert len(set(read)) == len(WeightStore.open(checkpoint, artifact.config).entries)
     assert not list(tmp_path.glob(".out*"))

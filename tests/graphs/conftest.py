@@ -18,7 +18,7 @@ from h1export.graphs.passes import Pass, run_passes
 from h1export.graphs.passes.drop_metadata_asserts import DropMetadataAsserts
 from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 
 Snapshot = dict[str, Array]
@@ -79,14 +79,14 @@ class Lab:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.spec = HybridSpec.load(folder)
-        self.store = WeightStore.open(folder, self.spec)
+        self.config = FalconH1Config.load(folder)
+        self.store = WeightStore.open(folder, self.config)
         self.reference = Reference(folder)
-        self.tokens = np.random.default_rng(1).integers(1, self.spec.vocab_size, 70)
+        self.tokens = np.random.default_rng(1).integers(1, self.config.vocab_size, 70)
 
     @cached_property
     def traced(self) -> Program:
-        return trace(self.spec)
+        return trace(self.config)
 
     @cached_property
     def unfolded(self) -> Program:
@@ -107,7 +107,8 @@ class Lab:
 
 def _in_chunks(runner: ProgramRunner, tokens: Sequence[int], chunks: Sequence[int]) -> tuple[Array, Snapshot]:
     states: States = runner.initial(1)
-    logits, done = [], 0
+    logits = []
+    done = 0
     for chunk in chunks:
         ids = np.asarray(tokens[done : done + chunk], np.int64)[None]
         done += chunk

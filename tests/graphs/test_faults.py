@@ -13,11 +13,11 @@ import pytest
 from h1export.graphs.passes.drop_metadata_asserts import DropMetadataAsserts
 from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.plugins import h1
 
 Edit = Callable[[Program], None]
-Spoil = Callable[[HybridSpec], HybridSpec]
+Spoil = Callable[[FalconH1Config], FalconH1Config]
 
 FAULT = 1e-3  # a hundred times the tolerance of test_model
 CHUNKS = [13, 1, 8]
@@ -29,11 +29,11 @@ def set_to_one(values: tuple[float, ...], index: int) -> tuple[Any, ...]:
 
 
 def without(name: str) -> Spoil:
-    return lambda spec: replace(spec, **{name: 1.0})
+    return lambda config: replace(config, **{name: 1.0})
 
 
 def without_item(name: str, index: int) -> Spoil:
-    return lambda spec: replace(spec, **{name: set_to_one(getattr(spec, name), index)})
+    return lambda config: replace(config, **{name: set_to_one(getattr(config, name), index)})
 
 
 SCALARS = ("embedding", "lm_head", "attention_in", "attention_out", "key", "ssm_in", "ssm_out")
@@ -43,13 +43,13 @@ DROPPED: dict[str, Spoil] = {
     **{f"mlp {name}": without_item("mlp_multipliers", index) for index, name in enumerate(("gate", "down"))},
 }
 MISREAD: dict[str, Spoil] = {
-    "rope_theta": lambda spec: replace(spec, rope_theta=1e4),
-    "groups": lambda spec: replace(spec, mamba_n_groups=1, mamba_d_state=2 * spec.mamba_d_state),
-    "norm order": lambda spec: replace(spec, mamba_norm_before_gate=not spec.mamba_norm_before_gate),
-    "time step limits": lambda spec: replace(spec, time_step_limit=(0.0, float("inf"))),
-    "upper time step limit": lambda spec: replace(spec, time_step_limit=(spec.time_step_limit[0], float("inf"))),
-    "lower time step limit": lambda spec: replace(spec, time_step_limit=(0.0, spec.time_step_limit[1])),
-    "epsilon of the norms": lambda spec: replace(spec, rms_norm_eps=1e-2),
+    "rope_theta": lambda config: replace(config, rope_theta=1e4),
+    "groups": lambda config: replace(config, mamba_n_groups=1, mamba_d_state=2 * config.mamba_d_state),
+    "norm order": lambda config: replace(config, mamba_norm_before_gate=not config.mamba_norm_before_gate),
+    "time step limits": lambda config: replace(config, time_step_limit=(0.0, float("inf"))),
+    "upper time step limit": lambda config: replace(config, time_step_limit=(config.time_step_limit[0], float("inf"))),
+    "lower time step limit": lambda config: replace(config, time_step_limit=(0.0, config.time_step_limit[1])),
+    "epsilon of the norms": lambda config: replace(config, rms_norm_eps=1e-2),
 }
 
 
@@ -78,26 +78,26 @@ def fault_of() -> Callable[..., float]:
 
 
 @pytest.fixture(scope="session")
-def traced_as(apply_pass: Callable[..., Program]) -> Callable[[HybridSpec], Program]:
+def traced_as(apply_pass: Callable[..., Program]) -> Callable[[FalconH1Config], Program]:
     """traced_as(spec) -> the model of ``spec``, ready to run on whatever weights fit."""
-    return lambda spec: apply_pass(DropMetadataAsserts(), trace(spec))
+    return lambda config: apply_pass(DropMetadataAsserts(), trace(config))
 
 
 @pytest.mark.parametrize("multiplier", DROPPED)
 def test_a_dropped_multiplier_is_seen(
-    multiplier: str, full_lab: Any, traced_as: Callable[[HybridSpec], Program], fault_of: Callable[..., float]
+    multiplier: str, full_lab: Any, traced_as: Callable[[FalconH1Config], Program], fault_of: Callable[..., float]
 ) -> None:
-    spoiled = DROPPED[multiplier](full_lab.spec)
-    assert spoiled != full_lab.spec
+    spoiled = DROPPED[multiplier](full_lab.config)
+    assert spoiled != full_lab.config
     assert fault_of(full_lab, traced_as(spoiled)) > FAULT
 
 
 @pytest.mark.parametrize("key", MISREAD)
 def test_a_misread_key_is_seen(
-    key: str, limited_lab: Any, traced_as: Callable[[HybridSpec], Program], fault_of: Callable[..., float]
+    key: str, limited_lab: Any, traced_as: Callable[[FalconH1Config], Program], fault_of: Callable[..., float]
 ) -> None:
-    spoiled = MISREAD[key](limited_lab.spec)
-    assert spoiled != limited_lab.spec
+    spoiled = MISREAD[key](limited_lab.config)
+    assert spoiled != limited_lab.config
     assert fault_of(limited_lab, traced_as(spoiled)) > FAULT
 
 
@@ -147,7 +147,8 @@ def test_a_wrong_wire_is_seen(edit: str, full_lab: Any, fault_of: Callable[..., 
 @pytest.mark.parametrize("kind", ["recurrent_state", "conv_state", "key", "value"])
 def test_a_stale_state_is_seen(kind: str, full_lab: Any) -> None:
     """Decode with one kind of state as it was a call ago (keys and values: the newest column lost to zeros)."""
-    runner, tokens = full_lab.runner(full_lab.passed), full_lab.tokens[:15]
+    runner = full_lab.runner(full_lab.passed)
+    tokens = full_lab.tokens[:15]
     name = f"past_key_values.0.{kind}"
     _, before = runner.step(tokens[None, :13], np.ones((1, 13), np.int64), runner.initial(1))
     _, states = runner.step(tokens[None, 13:14], np.ones((1, 14), np.int64), before)
@@ -165,7 +166,8 @@ def test_a_stale_state_is_seen(kind: str, full_lab: Any) -> None:
 
 def test_an_ignored_mask_is_seen(full_lab: Any) -> None:
     """A left-padded row run as if its pads were tokens."""
-    runner, tokens = full_lab.runner(full_lab.passed), full_lab.tokens[:9]
+    runner = full_lab.runner(full_lab.passed)
+    tokens = full_lab.tokens[:9]
     ids = np.concatenate([np.full(3, 7), tokens])[None]
     expected, _ = full_lab.reference(tokens)
     blind, _ = runner.step(ids, np.ones((1, 12), np.int64), runner.initial(1))

@@ -60,13 +60,22 @@ def test_columns_that_are_not_whole_blocks_stay_apart(passed: Program) -> None:
 def test_one_product_each(make_checkpoint: Callable[..., Any], lab_of: Callable[..., Any]) -> None:
     """A model without biases, as all published ones: four products a layer, no split of a split."""
     program = run_passes(run_passes(lab_of(make_checkpoint("plain", num_hidden_layers=1)).traced), fusions(alike, 32))
-    projections = [["in_proj", "q_proj", "k_proj", "v_proj"], ["out_proj", "o_proj"], ["up_proj", "gate_proj"], ["down_proj"]]
+    projections = [
+        ["in_proj", "q_proj", "k_proj", "v_proj"],
+        ["out_proj", "o_proj"],
+        ["up_proj", "gate_proj"],
+        ["down_proj"],
+    ]
     assert weights(program)[:-1] == projections
-    assert len(list(program.calls(aten.split_with_sizes.default))) == 3  # of the first product, of the convolution's output, of up and gate
+    assert (
+        len(list(program.calls(aten.split_with_sizes.default))) == 3
+    )  # of the first product, of the convolution's output, of up and gate
 
 
 @pytest.mark.parametrize(
-    "promise", [FuseParallelProjections(alike), FuseSummedProjections(alike, 1)], ids=lambda promise: type(promise).__name__
+    "promise",
+    [FuseParallelProjections(alike), FuseSummedProjections(alike, 1)],
+    ids=lambda promise: type(promise).__name__,
 )
 def test_a_fusion_that_did_nothing_breaks_its_promise(
     promise: Any, make_checkpoint: Callable[..., Any], lab_of: Callable[..., Any]

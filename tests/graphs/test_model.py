@@ -52,24 +52,32 @@ def run_batch(runner: ProgramRunner, rows: list[Array], chunks: list[int]) -> li
     Pads are ordinary token ids, so that a leak shows.
     """
     ids, mask = left_padded(rows, pad=7)
-    states, outputs, done = runner.initial(len(rows)), [], 0
+    states = runner.initial(len(rows))
+    outputs = []
+    done = 0
     for chunk in chunks:
         logits, states = runner.step(ids[:, done : done + chunk], mask[:, : done + chunk], states)
         outputs.append(logits)
         done += chunk
-    logits, snapshot = np.concatenate(outputs, axis=1), runner.snapshot(states)
+    logits = np.concatenate(outputs, axis=1)
+    snapshot = runner.snapshot(states)
     assert np.isfinite(logits).all()
     results = []
     for index, row in enumerate(rows):
         pads = ids.shape[1] - len(row)
-        real = {key: state[index][:, pads:] if key.endswith(("key", "value")) else state[index] for key, state in snapshot.items()}
+        real = {
+            key: state[index][:, pads:] if key.endswith(("key", "value")) else state[index]
+            for key, state in snapshot.items()
+        }
         results.append((logits[index, pads:], real))
     return results
 
 
 @BOTH
 @pytest.mark.parametrize("chunks", [[37], [30, 7]], ids=["one prefill", "a prefill in which short rows are all pads"])
-def test_every_row_of_a_padded_batch_is_the_row_alone(chunks: list[int], stage: str, lab: Any, deviation: Deviation) -> None:
+def test_every_row_of_a_padded_batch_is_the_row_alone(
+    chunks: list[int], stage: str, lab: Any, deviation: Deviation
+) -> None:
     """Prefill, then three decode steps."""
     rows = [lab.tokens[: count + 3] for count in PADDED]
     results = run_batch(lab.runner(getattr(lab, stage)), rows, [*chunks, 1, 1, 1])

@@ -24,13 +24,15 @@ from h1export.graphs.passes.sort_columns import SortColumns
 from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
 from h1export.plugins import h1
-from h1export.quantize.methods.prequantized import Ready
+from h1export.quantize.methods.prequantized import Prequantized
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.source import Rounded, quantized_blocks
 
 Apply = Callable[[Pass, Program], Program]
 aten = torch.ops.aten
-LINEAR, MUL, NORM = aten.linear.default, aten.mul.Tensor, aten.rms_norm.default
+LINEAR = aten.linear.default
+MUL = aten.mul.Tensor
+NORM = aten.rms_norm.default
 SELECT = aten.index_select.default
 
 SAME = 1e-6  # of the range: a folded multiplier rounds once more or once less
@@ -95,25 +97,25 @@ def test_fold_decay(stages: list[Program]) -> None:
 
 def test_fold_head_multiplier(stages: list[Program], full_lab: Any) -> None:
     before, after = before_and_after(stages, FoldHeadMultiplier)
-    assert scalars(before)[-1] == full_lab.spec.lm_head_multiplier
+    assert scalars(before)[-1] == full_lab.config.lm_head_multiplier
     assert scalars(after) == scalars(before)[:-1]
-    assert runs(after, "final_layernorm.weight") == ((0, full_lab.spec.lm_head_multiplier),)
+    assert runs(after, "final_layernorm.weight") == ((0, full_lab.config.lm_head_multiplier),)
     assert runs(after, "lm_head.weight") == ((0, 1.0),)
 
 
 def test_fold_output_multipliers(stages: list[Program], full_lab: Any) -> None:
     before, after = before_and_after(stages, FoldOutputMultipliers)
-    spec = full_lab.spec
+    config = full_lab.config
     assert sorted(set(scalars(before)) - set(scalars(after))) == sorted(
-        {spec.ssm_out_multiplier, spec.attention_out_multiplier, spec.key_multiplier, *spec.mlp_multipliers}
+        {config.ssm_out_multiplier, config.attention_out_multiplier, config.key_multiplier, *config.mlp_multipliers}
     )
     for name in ("weight", "bias"):
-        assert runs(after, f"in_proj.{name}") == tuple(zip(spec.in_proj_parts, spec.ssm_multipliers, strict=True))
-        assert runs(after, f"out_proj.{name}") == ((0, spec.ssm_out_multiplier),)
-        assert runs(after, f"k_proj.{name}") == ((0, spec.key_multiplier),)
-        assert runs(after, f"o_proj.{name}") == ((0, spec.attention_out_multiplier),)
-        assert runs(after, f"gate_proj.{name}") == ((0, spec.mlp_multipliers[0]),)
-        assert runs(after, f"down_proj.{name}") == ((0, spec.mlp_multipliers[1]),)
+        assert runs(after, f"in_proj.{name}") == tuple(zip(config.in_proj_parts, config.ssm_multipliers, strict=True))
+        assert runs(after, f"out_proj.{name}") == ((0, config.ssm_out_multiplier),)
+        assert runs(after, f"k_proj.{name}") == ((0, config.key_multiplier),)
+        assert runs(after, f"o_proj.{name}") == ((0, config.attention_out_multiplier),)
+        assert runs(after, f"gate_proj.{name}") == ((0, config.mlp_multipliers[0]),)
+        assert runs(after, f"down_proj.{name}") == ((0, config.mlp_multipliers[1]),)
         assert runs(after, f"up_proj.{name}") == runs(after, f"q_proj.{name}") == ((0, 1.0),)
     assert before.constants
     assert not after.constants
@@ -122,15 +124,18 @@ def test_fold_output_multipliers(stages: list[Program], full_lab: Any) -> None:
 
 def test_fold_input_multipliers(stages: list[Program], full_lab: Any) -> None:
     before, after = before_and_after(stages, FoldInputMultipliers)
-    spec = full_lab.spec
-    assert scalars(before) == [spec.embedding_multiplier, spec.ssm_in_multiplier, spec.attention_in_multiplier]
-    assert scalars(after) == [spec.embedding_multiplier]
-    for name, others in {"q_proj": 1.0, "k_proj": spec.key_multiplier, "v_proj": 1.0}.items():
-        assert runs(after, f"{name}.weight") == ((0, others * spec.attention_in_multiplier),)
+    config = full_lab.config
+    assert scalars(before) == [config.embedding_multiplier, config.ssm_in_multiplier, config.attention_in_multiplier]
+    assert scalars(after) == [config.embedding_multiplier]
+    for name, others in {"q_proj": 1.0, "k_proj": config.key_multiplier, "v_proj": 1.0}.items():
+        assert runs(after, f"{name}.weight") == ((0, others * config.attention_in_multiplier),)
         assert runs(after, f"{name}.bias") == ((0, others),)
-    expected = [(rows, factor * spec.ssm_in_multiplier) for rows, factor in zip(spec.in_proj_parts, spec.ssm_multipliers, strict=True)]
+    expected = [
+        (rows, factor * config.ssm_in_multiplier)
+        for rows, factor in zip(config.in_proj_parts, config.ssm_multipliers, strict=True)
+    ]
     assert runs(after, "in_proj.weight") == tuple(expected)
-    assert runs(after, "in_proj.bias") == tuple(zip(spec.in_proj_parts, spec.ssm_multipliers, strict=True))
+    assert runs(after, "in_proj.bias") == tuple(zip(config.in_proj_parts, config.ssm_multipliers, strict=True))
 
 
 @pytest.mark.parametrize("index", range(1, len(PASSES)), ids=[type(rewrite).__name__ for rewrite in PASSES[1:]])
@@ -145,8 +150,8 @@ def test_the_list_is_complete(stages: list[Program], full_lab: Any) -> None:
 
 
 def test_last_only_folds_as_well(full_lab: Any) -> None:
-    program = run_passes(trace(full_lab.spec, last_only=True))
-    assert scalars(program) == [full_lab.spec.embedding_multiplier]
+    program = run_passes(trace(full_lab.config, last_only=True))
+    assert scalars(program) == [full_lab.config.embedding_multiplier]
 
 
 def test_a_tied_head_stays_tied(make_checkpoint: Callable[..., Any], lab_of: Callable[..., Any]) -> None:
@@ -154,9 +159,15 @@ def test_a_tied_head_stays_tied(make_checkpoint: Callable[..., Any], lab_of: Cal
     program = lab_of(make_checkpoint("tied")).passed
     (lookup,) = program.calls(aten.embedding.default)
     head = program.graph.output_node().args[0][0]
-    assert program.weight_of(lookup.args[0]) == program.weight_of(head.args[1]) == WeightExpr.of("model.embed_tokens.weight")
-    assert {expr for expr in program.weights.values() if "embed_tokens" in expr.only.tensor} == {program.weight_of(lookup.args[0])}
-    assert runs(program, "final_layernorm.weight") == ((0, program.spec.lm_head_multiplier),)
+    assert (
+        program.weight_of(lookup.args[0])
+        == program.weight_of(head.args[1])
+        == WeightExpr.of("model.embed_tokens.weight")
+    )
+    assert {expr for expr in program.weights.values() if "embed_tokens" in expr.only.tensor} == {
+        program.weight_of(lookup.args[0])
+    }
+    assert runs(program, "final_layernorm.weight") == ((0, program.config.lm_head_multiplier),)
 
 
 def facts(program: Program) -> tuple[str, Any, Any, Any]:
@@ -209,18 +220,21 @@ def test_a_left_over_constant_breaks_the_promise(full_lab: Any) -> None:
 
 def shared_weight(program: Program) -> None:
     """k_proj and v_proj share one weight, and only keys have a multiplier."""
-    k, v = linear_of(program, "k_proj"), linear_of(program, "v_proj")
+    k = linear_of(program, "k_proj")
+    v = linear_of(program, "v_proj")
     v.update_arg(1, k.args[1])
 
 
 def shared_bias(program: Program) -> None:
-    k, v = linear_of(program, "k_proj"), linear_of(program, "v_proj")
+    k = linear_of(program, "k_proj")
+    v = linear_of(program, "v_proj")
     v.update_arg(2, k.args[2])
 
 
 def second_reader(program: Program) -> None:
     """Something besides its multiplier reads a projection."""
-    gate, up = linear_of(program, "gate_proj"), linear_of(program, "up_proj")
+    gate = linear_of(program, "gate_proj")
+    up = linear_of(program, "up_proj")
     up.replace_all_uses_with(gate)
 
 
@@ -247,22 +261,35 @@ def vector_before_projection(program: Program) -> None:
     """A µP vector scales a projection's input, which no row multiplier can stand for."""
     name = next(iter(program.constants))
     (vector,) = [node for node in program.graph.nodes if node.name == name]
-    (scaled,) = [node for node in program.calls(MUL) if node.args[1] == program.spec.ssm_in_multiplier]
+    (scaled,) = [node for node in program.calls(MUL) if node.args[1] == program.config.ssm_in_multiplier]
     scaled.update_arg(1, vector)
 
 
 def weight_of_two_inputs(program: Program) -> None:
     """q_proj and v_proj share one weight, and their common input has a multiplier."""
-    q, v = linear_of(program, "q_proj"), linear_of(program, "v_proj")
+    q = linear_of(program, "q_proj")
+    v = linear_of(program, "v_proj")
     v.update_arg(1, q.args[1])
 
 
 PLANTED: dict[str, tuple[Callable[[Program], None], Pass, str]] = {
-    "weight shared, output": (shared_weight, FoldOutputMultipliers(), r"k_proj_weight: only a weight with a single reader"),
+    "weight shared, output": (
+        shared_weight,
+        FoldOutputMultipliers(),
+        r"k_proj_weight: only a weight with a single reader",
+    ),
     "bias shared": (shared_bias, FoldOutputMultipliers(), r"k_proj_bias: only a weight with a single reader"),
     "projection read twice": (second_reader, FoldOutputMultipliers(), "has readers besides its multiplier"),
-    "weight shared, input": (weight_of_two_inputs, FoldInputMultipliers(), r"q_proj_weight: only a weight with a single reader"),
-    "vector before a projection": (vector_before_projection, FoldInputMultipliers(), "scales a projection's input by a vector"),
+    "weight shared, input": (
+        weight_of_two_inputs,
+        FoldInputMultipliers(),
+        r"q_proj_weight: only a weight with a single reader",
+    ),
+    "vector before a projection": (
+        vector_before_projection,
+        FoldInputMultipliers(),
+        "scales a projection's input by a vector",
+    ),
     "final norm read twice": (shared_final_norm, FoldHeadMultiplier(), "no final norm of its own"),
     "no final norm": (no_final_norm, FoldHeadMultiplier(), "no final norm of its own"),
     "A_log read twice": (shared_decay, FoldDecay(), "a_log has other readers"),
@@ -313,8 +340,12 @@ class FoldsHeadTwice(FoldHeadMultiplier):
         return super().run(program)
 
 
-@pytest.mark.parametrize("buggy", [ForgetsBias(), DropsMultipliers(), ForgetsNegation(), FoldsHeadTwice()], ids=lambda p: type(p).__name__)
-def test_a_pass_that_changes_numbers_would_be_seen(buggy: Pass, full_lab: Any, apply_pass: Apply, deviation: Callable[..., float]) -> None:
+@pytest.mark.parametrize(
+    "buggy", [ForgetsBias(), DropsMultipliers(), ForgetsNegation(), FoldsHeadTwice()], ids=lambda p: type(p).__name__
+)
+def test_a_pass_that_changes_numbers_would_be_seen(
+    buggy: Pass, full_lab: Any, apply_pass: Apply, deviation: Callable[..., float]
+) -> None:
     wrong = apply_pass(buggy, full_lab.unfolded)
     assert not deviation(full_lab.run(wrong, CHUNKS), full_lab.run(full_lab.unfolded, CHUNKS)) < 1000 * SAME
 
@@ -323,7 +354,7 @@ def test_a_multiplier_is_a_number_or_a_mup_vector(full_lab: Any) -> None:
     """Products of two activations, and products with a weight, are none."""
     found = [multiplier_of(full_lab.unfolded, node) for node in full_lab.unfolded.calls(MUL)]
     vectors = [match for match in found if match and not match[1].is_scalar]
-    assert len(vectors) == full_lab.spec.num_hidden_layers
+    assert len(vectors) == full_lab.config.num_hidden_layers
     assert None in found
 
 
@@ -335,7 +366,9 @@ def test_sort_columns(make_gptq: Callable[..., Written], lab_of: Any, tmp_path: 
     assert counts(lab.passed, SELECT) == (0,)
     assert counts(program, SELECT) == (7,)  # nine products
     assert len(program.orders) == 7
-    assert {part.sorted for expr in program.weights.values() for part in expr.parts if part.tensor in lab.store.packed} == {True}
+    assert {
+        part.sorted for expr in program.weights.values() for part in expr.parts if part.tensor in lab.store.packed
+    } == {True}
     (logits, states), (same, same_states) = (lab.run(which, CHUNKS) for which in (lab.passed, program))
     assert np.abs(logits - same).max() <= SAME * np.ptp(logits)
     for key, state in states.items():
@@ -343,8 +376,14 @@ def test_sort_columns(make_gptq: Callable[..., Written], lab_of: Any, tmp_path: 
     assert run_passes(program, (SortColumns(lab.store.order_name),)).orders == program.orders
 
 
-def test_integers_and_graph_agree_on_the_order_of_columns(make_gptq: Callable[..., Written], lab_of: Any, tmp_path: Path) -> None:
+def test_integers_and_graph_agree_on_the_order_of_columns(
+    make_gptq: Callable[..., Written], lab_of: Any, tmp_path: Path
+) -> None:
     lab = lab_of(make_gptq(tmp_path, act_order=True).folder)
-    integers = Ready.of(lab.store, Rounded(lab.store, {}, quantize_rows))
+    integers = Prequantized.of(lab.store, Rounded(lab.store, {}, quantize_rows))
     with pytest.raises(ValueError, match="another order than the graph"):
-        list(quantized_blocks(WeightExpr.of("model.layers.0.mamba.out_proj.weight"), lab.store, integers, 1 << 20))
+        list(
+            quantized_blocks(
+                WeightExpr.of("model.layers.0.mamba.out_proj.weight"), lab.store, integers, max_bytes=1 << 20
+            )
+        )

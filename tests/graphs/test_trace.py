@@ -15,7 +15,7 @@ from h1export.graphs.passes import run_passes
 from h1export.graphs.program import Program
 from h1export.graphs.trace import trace, trace_all
 from h1export.graphs.verify import LEGAL_OPS
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.model.falcon_h1.tensors import tensor_layout
 from h1export.plugins import h1
@@ -59,21 +59,28 @@ def placeholders(program: Program) -> list[torch.fx.Node]:
 def test_one_graph_serves_every_batch_past_and_sequence(sizes: tuple[int, int, int], stage: str, full_lab: Any) -> None:
     """Batch, past and sequence of 0 and 1 too, which tracers like to take for constants."""
     batch, past, seq = sizes
-    runner, states = full_lab.runner(getattr(full_lab, stage)), {}
+    runner = full_lab.runner(getattr(full_lab, stage))
+    states = {}
     for tensor in full_lab.passed.states.tensors:
-        states[tensor.past] = torch.randn([{"batch": batch, "past": past}.get(str(size), size) for size in tensor.shape])
+        states[tensor.past] = torch.randn(
+            [{"batch": batch, "past": past}.get(str(size), size) for size in tensor.shape]
+        )
     ids = np.ones((batch, seq), np.int64)
     logits, states = runner.step(ids, np.ones((batch, past + seq), np.int64), states)
-    assert logits.shape == (batch, seq, full_lab.spec.vocab_size)
+    assert logits.shape == (batch, seq, full_lab.config.vocab_size)
     expected = full_lab.passed.states.zeros(batch, past + seq)
-    assert {key: state.shape for key, state in runner.snapshot(states).items()} == {key: state.shape for key, state in expected.items()}
+    assert {key: state.shape for key, state in runner.snapshot(states).items()} == {
+        key: state.shape for key, state in expected.items()
+    }
 
 
 def test_sizes_are_symbols_in_the_graph(full_lab: Any) -> None:
     """What a target declares as dynamic axes: batch, past and sequence; everything else is a number."""
     program = full_lab.passed
     results = dict(zip(program.outputs, program.graph.output_node().args[0], strict=True))
-    tensors = {program.inputs[node.name]: node for node in placeholders(program) if node.name in program.inputs} | results
+    tensors = {
+        program.inputs[node.name]: node for node in placeholders(program) if node.name in program.inputs
+    } | results
     for tensor in program.states.tensors:
         for name in (tensor.past, tensor.present):
             is_symbol = [isinstance(size, torch.SymInt) for size in tensors[name].meta["val"].shape]
@@ -91,7 +98,9 @@ def lowest_sizes(program: Program) -> dict[tuple[str, int], int]:
     return sizes
 
 
-def test_no_size_is_assumed_to_be_larger_than_it_may_be(make_checkpoint: Callable[..., Path], lab_of: Callable[[Path], Any]) -> None:
+def test_no_size_is_assumed_to_be_larger_than_it_may_be(
+    make_checkpoint: Callable[..., Path], lab_of: Callable[[Path], Any]
+) -> None:
     """Tracers like to assume that a size is at least 2: batch and sequence may be 1, past 0, and so their sum 1.
 
     (With the gated norm PyTorch assumes a longer sequence for a memory format; the test above runs that graph with one token.)
@@ -107,7 +116,7 @@ def test_the_vocabulary_after_passes_is_legal_and_each_h1_op_appears_once_a_laye
     called = [node.target for node in lab.passed.graph.nodes if node.op == "call_function"]
     assert set(called) <= LEGAL_OPS
     for op in (h1.ssm_scan.default, h1.causal_conv.default, h1.attention.default):
-        assert called.count(op) == lab.spec.num_hidden_layers
+        assert called.count(op) == lab.config.num_hidden_layers
 
 
 def test_no_weight_lives_inside_the_module(lab: Any) -> None:
@@ -122,11 +131,11 @@ def test_every_placeholder_has_one_meaning(lab: Any) -> None:
     program = lab.traced
     names = [node.name for node in placeholders(program)]
     assert sorted([*program.weights, *program.constants, *program.inputs]) == sorted(names)
-    assert {expr.only.tensor for expr in program.weights.values()} == set(tensor_layout(lab.spec))
+    assert {expr.only.tensor for expr in program.weights.values()} == set(tensor_layout(lab.config))
 
 
 def test_inputs_and_outputs_are_the_state_specs(lab: Any) -> None:
-    states = StateSpec.of(lab.spec)
+    states = StateSpec.of(lab.config)
     for program in (lab.traced, lab.passed):
         order = [program.inputs[node.name] for node in placeholders(program) if node.name in program.inputs]
         assert order == ["input_ids", "attention_mask", *(tensor.past for tensor in states.tensors)]
@@ -144,24 +153,32 @@ def test_a_swapped_state_output_would_be_seen(full_lab: Any, deviation: Callable
 
 
 def test_two_traces_are_the_same_graph(full_lab: Any) -> None:
-    again = trace(full_lab.spec)
+    again = trace(full_lab.config)
     assert str(again.graph) == str(full_lab.traced.graph)
-    assert (again.weights, again.constants, again.inputs) == (full_lab.traced.weights, full_lab.traced.constants, full_lab.traced.inputs)
+    assert (again.weights, again.constants, again.inputs) == (
+        full_lab.traced.weights,
+        full_lab.traced.constants,
+        full_lab.traced.inputs,
+    )
     assert str(run_passes(again).graph) == str(full_lab.passed.graph)
 
 
 def test_last_only_gives_the_last_position(full_lab: Any) -> None:
-    program = run_passes(trace(full_lab.spec, last_only=True))
+    program = run_passes(trace(full_lab.config, last_only=True))
     logits, states = full_lab.run(program, [9])
     every, every_states = full_lab.run(full_lab.passed, [9])
-    assert logits.shape == (1, full_lab.spec.vocab_size)
+    assert logits.shape == (1, full_lab.config.vocab_size)
     assert np.abs(logits - every[-1:]).max() < 1e-6 * np.ptp(every)
     assert all(np.array_equal(states[key], every_states[key]) for key in every_states)
 
 
 def test_a_multiplier_of_one_leaves_no_node(make_checkpoint: Callable[..., Path]) -> None:
-    program = trace(HybridSpec.load(make_checkpoint("no_mup")))
-    scalars = [node for node in program.calls(torch.ops.aten.mul.Tensor) if not all(isinstance(arg, torch.fx.Node) for arg in node.args)]
+    program = trace(FalconH1Config.load(make_checkpoint("no_mup")))
+    scalars = [
+        node
+        for node in program.calls(torch.ops.aten.mul.Tensor)
+        if not all(isinstance(arg, torch.fx.Node) for arg in node.args)
+    ]
     vectors = [node for node in placeholders(program) if node.name in program.constants and node.users]
     assert not scalars
     assert not vectors
@@ -169,7 +186,7 @@ def test_a_multiplier_of_one_leaves_no_node(make_checkpoint: Callable[..., Path]
 
 def test_the_public_34b_shape_is_traced_on_the_meta_device() -> None:
     """Its weights would be 2 GB a layer and 11 GB of embedding and head: nothing of them may exist."""
-    program = trace(HybridSpec.from_config(PUBLIC_34B))
+    program = trace(FalconH1Config.from_config(PUBLIC_34B))
     values = [node.meta["val"] for node in program.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     weights = [node.meta["val"] for node in placeholders(program) if node.name in program.weights]
     assert {value.device.type for value in values} == {"meta"}
@@ -179,7 +196,7 @@ def test_the_public_34b_shape_is_traced_on_the_meta_device() -> None:
 def test_layers_are_all_alike() -> None:
     """What copies of a layer stand on: from scan to scan, the same ops."""
     layers = 5
-    program = run_passes(trace_all(HybridSpec.from_config({**PUBLIC_34B, "num_hidden_layers": layers})))
+    program = run_passes(trace_all(FalconH1Config.from_config({**PUBLIC_34B, "num_hidden_layers": layers})))
     called = [node.target for node in program.graph.nodes if node.op == "call_function"]
     scans = [index for index, target in enumerate(called) if target is h1.ssm_scan.default]
     assert len(scans) == layers

@@ -16,7 +16,7 @@ from h1export.graphs.passes import run_passes
 from h1export.graphs.program import Program
 from h1export.graphs.trace import trace, trace_all
 from h1export.graphs.unroll import TRACED, unroll
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.scheme import QuantScheme
 
 LAYERS = 5  # copies of copies, and a first, a middle and a last one
@@ -37,19 +37,20 @@ def described(program: Program) -> list[Any]:
 def assert_same(found: Program, expected: Program) -> None:
     for node, other in zip(described(found), described(expected), strict=True):
         assert node == other
-    for name in ("spec", "states", "weights", "constants", "inputs", "outputs"):
+    for name in ("config", "states", "weights", "constants", "inputs", "outputs"):
         assert getattr(found, name) == getattr(expected, name), name
     for name in ("weights", "constants", "inputs"):
         assert list(getattr(found, name)) == list(getattr(expected, name)), f"order of {name}"
 
 
-def of_layers(folder: Path, layers: int = LAYERS) -> HybridSpec:
-    return replace(HybridSpec.load(folder), num_hidden_layers=layers)
+def of_layers(folder: Path, layers: int = LAYERS) -> FalconH1Config:
+    return replace(FalconH1Config.load(folder), num_hidden_layers=layers)
 
 
 def test_the_unrolled_program_is_the_traced_one(checkpoint: Path) -> None:
-    spec = of_layers(checkpoint)
-    found, expected = trace(spec), trace_all(spec)
+    config = of_layers(checkpoint)
+    found = trace(config)
+    expected = trace_all(config)
     assert_same(found, expected)
     found.graph.lint()
     assert_same(run_passes(found), run_passes(expected))
@@ -58,18 +59,18 @@ def test_the_unrolled_program_is_the_traced_one(checkpoint: Path) -> None:
 @pytest.mark.parametrize("layers", [TRACED + 1, 12])
 def test_other_numbers_of_layers_and_the_last_position_alone(layers: int, make_checkpoint: Callable[..., Path]) -> None:
     """A single copy, and numbers of two digits; behind the layers is an op that they have not."""
-    spec = of_layers(make_checkpoint("everything"), layers)
-    assert_same(trace(spec, last_only=True), trace_all(spec, last_only=True))
+    config = of_layers(make_checkpoint("everything"), layers)
+    assert_same(trace(config, last_only=True), trace_all(config, last_only=True))
 
 
 @pytest.fixture(scope="module")
-def spec(make_checkpoint: Callable[..., Path]) -> HybridSpec:
+def config(make_checkpoint: Callable[..., Path]) -> FalconH1Config:
     return of_layers(make_checkpoint("all_biases"))
 
 
 @pytest.fixture(scope="module")
-def everything_traced(spec: HybridSpec) -> Program:
-    return trace_all(spec)
+def everything_traced(config: FalconH1Config) -> Program:
+    return trace_all(config)
 
 
 def another_layers_weight(program: Program) -> Program:
@@ -100,30 +101,34 @@ def another_shape(program: Program) -> Program:
 
 
 @pytest.mark.parametrize("fault", [another_layers_weight, another_layers_state, another_layers_result, another_shape])
-def test_a_wrong_copy_would_be_seen(fault: Callable[[Program], Program], spec: HybridSpec, everything_traced: Program) -> None:
-    found = trace(spec)
+def test_a_wrong_copy_would_be_seen(
+    fault: Callable[[Program], Program], config: FalconH1Config, everything_traced: Program
+) -> None:
+    found = trace(config)
     assert_same(found, everything_traced)
     with pytest.raises(AssertionError):
         assert_same(fault(found), everything_traced)
 
 
-def test_the_traced_layers_are_left_alone(spec: HybridSpec) -> None:
-    program = trace_all(replace(spec, num_hidden_layers=TRACED))
+def test_the_traced_layers_are_left_alone(config: FalconH1Config) -> None:
+    program = trace_all(replace(config, num_hidden_layers=TRACED))
     before = described(program)
-    unroll(program, spec)
+    unroll(program, config)
     assert described(program) == before
 
 
-def test_layers_that_differ_are_refused(spec: HybridSpec) -> None:
-    program = trace_all(replace(spec, num_hidden_layers=TRACED))
+def test_layers_that_differ_are_refused(config: FalconH1Config) -> None:
+    program = trace_all(replace(config, num_hidden_layers=TRACED))
     first, *_ = program.calls(torch.ops.aten.silu.default)
     first.target = torch.ops.aten.relu.default
     with pytest.raises(ValueError, match="not like the first"):
-        unroll(program, spec)
+        unroll(program, config)
 
 
 @pytest.mark.ort
-def test_a_build_has_the_same_bytes(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_has_the_same_bytes(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = make_checkpoint("everything", num_hidden_layers=LAYERS)
     unrolled = pipeline.build(checkpoint, "ort", tmp_path / "unrolled", QuantScheme("int4"))
     monkeypatch.setattr(pipeline, "trace", trace_all)

@@ -168,8 +168,12 @@ def state_never_read(program: Program) -> Program:
     return program
 
 
-@pytest.mark.parametrize("spoil", [lost_output_name, lost_input_name, swapped_output_names, state_never_read, state_left_unread])
-def test_a_state_that_does_not_come_in_and_go_out_is_refused(spoil: Callable[[Program], Program], program: Program) -> None:
+@pytest.mark.parametrize(
+    "spoil", [lost_output_name, lost_input_name, swapped_output_names, state_never_read, state_left_unread]
+)
+def test_a_state_that_does_not_come_in_and_go_out_is_refused(
+    spoil: Callable[[Program], Program], program: Program
+) -> None:
     with pytest.raises(VerifyError, match=r"recurrent_state|outputs"):
         verify(spoil(program))
 

@@ -72,7 +72,8 @@ def text_of(tiny: Path, text: str, tokens: int) -> str:
 
 
 def test_rolling_is_a_plain_loop_of_transformers(model: ArtifactLM, theirs: Any, heldout: str) -> None:
-    text, window = heldout[:3000], 300
+    text = heldout[:3000]
+    window = 300
     short = ArtifactLM(model._folder, max_length=window)
     (found,) = short.loglikelihood_rolling(requests((text,)), disable_tqdm=True)
     truth = 0.0
@@ -86,17 +87,20 @@ def test_rolling_is_the_perplexity_of_validate(model: ArtifactLM, tiny: Path, he
     """validate leaves the first token out, lm-eval puts a prefix before it; windows are the same where they come out even."""
     text = text_of(tiny, heldout, 2 * WINDOW)
     (found,) = ArtifactLM(model._folder, max_length=WINDOW).loglikelihood_rolling(requests((text,)), disable_tqdm=True)
-    ids, runner = np.array([model.prefix_token_id, *model.tok_encode(text)]), model.runner
+    ids = np.array([model.prefix_token_id, *model.tok_encode(text)])
+    runner = model.runner
 
     def score(window: np.ndarray[Any, Any]) -> Any:
         return runner.step(window[None, :-1], np.ones((1, len(window) - 1), np.int64), runner.initial(1))[0][0]
 
-    nbytes, answers = len(text.encode()), [(score(window), window) for window in windows(ids)]
+    nbytes = len(text.encode())
+    answers = [(score(window), window) for window in windows(ids)]
     figures = text_figures((Scored.of(logits, logits, window) for logits, window in answers), nbytes)
     assert -found / math.log(2) / nbytes == pytest.approx(figures["artifact"], rel=1e-4)
 
 
-CONTEXT, CHOICES = "import os\n\ndef main(", ("argv", "argv=None):\n    ", "self", "")
+CONTEXT = "import os\n\ndef main("
+CHOICES = ("argv", "argv=None):\n    ", "self", "")
 
 
 def test_likelihoods_are_those_of_transformers(model: ArtifactLM, theirs: Any) -> None:
@@ -106,11 +110,15 @@ def test_likelihoods_are_those_of_transformers(model: ArtifactLM, theirs: Any) -
         before = model.tok_encode(context) or [model.prefix_token_id]
         after = model.tok_encode(context + continuation)[len(before) if context else 0 :]
         rows = theirs(np.array(before + after))[len(before) - 1 : -1] if after else torch.zeros(0, 1)
-        assert likelihood == pytest.approx(float(rows[torch.arange(len(after)), torch.tensor(after, dtype=torch.long)].sum()), abs=1e-3)
+        assert likelihood == pytest.approx(
+            float(rows[torch.arange(len(after)), torch.tensor(after, dtype=torch.long)].sum()), abs=1e-3
+        )
         assert greedy is bool((rows.argmax(-1) == torch.tensor(after, dtype=torch.long)).all())
 
 
-def test_last_logits_are_enough_and_long_contexts_lose_their_beginning(model: ArtifactLM, tiny: Path, build: Build, heldout: str) -> None:
+def test_last_logits_are_enough_and_long_contexts_lose_their_beginning(
+    model: ArtifactLM, tiny: Path, build: Build, heldout: str
+) -> None:
     last = ArtifactLM(build(tiny, last_logits=True).folder, max_length=40)
     pair = (heldout[:800], heldout[800:840])
     context, continuation = last._encode_pair(*pair)
@@ -127,7 +135,11 @@ def test_generation_stops_at_what_a_task_says(model: ArtifactLM) -> None:
     ids = np.array(model.tok_encode(prompt))
     whole = model._tokenizer.decode(list(generate(model.runner, ids, 30, Sampling(), frozenset(model._special.eos))))
     term = whole[5:8]
-    options: list[dict[str, Any]] = [{"max_gen_toks": 30}, {"max_gen_toks": 30, "until": [term]}, {"max_gen_toks": 1000, "until": term}]
+    options: list[dict[str, Any]] = [
+        {"max_gen_toks": 30},
+        {"max_gen_toks": 30, "until": [term]},
+        {"max_gen_toks": 1000, "until": term},
+    ]
     found = model.generate_until(requests(*((prompt, option) for option in options)), disable_tqdm=True)
     assert found == [whole, whole.split(term)[0], whole.split(term)[0]]
     sampled = {"max_gen_toks": 12, "do_sample": True, "temperature": 1.5}
@@ -140,7 +152,9 @@ def test_generation_stops_at_what_a_task_says(model: ArtifactLM) -> None:
 
 
 def test_it_is_registered(artifact: Artifact) -> None:
-    made: Any = get_model("h1export").create_from_arg_string(f"out={artifact.folder},max_length=64", {"batch_size": 1, "device": "cpu"})
+    made: Any = get_model("h1export").create_from_arg_string(
+        f"out={artifact.folder},max_length=64", {"batch_size": 1, "device": "cpu"}
+    )
     assert (type(made), made.max_length) == (ArtifactLM, 64)
 
 
@@ -155,10 +169,17 @@ def test_chat_template(model: ArtifactLM) -> None:
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory, heldout: str) -> Path:
     """Three tasks, one for each thing that lm-eval asks of a model."""
-    folder, lines = tmp_path_factory.mktemp("tasks"), [line for line in heldout.splitlines() if len(line) > 40][:4]
-    documents = [{"text": line, "start": line[:20], "end": line[20:], "choices": [line[20:], line[:19:-1]]} for line in lines]
+    folder = tmp_path_factory.mktemp("tasks")
+    lines = [line for line in heldout.splitlines() if len(line) > 40][:4]
+    documents = [
+        {"text": line, "start": line[:20], "end": line[20:], "choices": [line[20:], line[:19:-1]]} for line in lines
+    ]
     (folder / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": str(folder / "documents.jsonl")}, "test_split": "train"}
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(folder / "documents.jsonl")},
+        "test_split": "train",
+    }
     kinds: dict[str, dict[str, Any]] = {
         "heldout_rolling": {
             "output_type": "loglikelihood_rolling",
@@ -197,7 +218,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_the_command_runs_local_tasks(artifact: Artifact, tasks: Path, model: ArtifactLM, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_runs_local_tasks(
+    artifact: Artifact, tasks: Path, model: ArtifactLM, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = "heldout_rolling,heldout_choice,heldout_continue"
     assert run(["eval", str(artifact.folder), "--tasks", names, "--include", str(tasks), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["results"]
@@ -212,12 +235,16 @@ def test_the_command_runs_local_tasks(artifact: Artifact, tasks: Path, model: Ar
 def test_an_unknown_task_is_refused(
     artifact: Artifact, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("h1export.integrations.lm_eval.TaskManager", partial(TaskManager, include_defaults=False))  # all of them take 10 s
+    monkeypatch.setattr(
+        "h1export.integrations.lm_eval.TaskManager", partial(TaskManager, include_defaults=False)
+    )  # all of them take 10 s
     assert run(["eval", str(artifact.folder), "--tasks", "heldout_choise", "--include", str(tasks)]) == 2
     assert "no such task: heldout_choise" in capsys.readouterr().err
 
 
-def test_without_the_extra_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_extra_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys.modules["h1export.cli.evaluate"], "find_spec", lambda name: None)
     assert run(["eval", "anything", "--tasks", "x"]) == 2
     assert "pip install 'h1export[eval]'" in capsys.readouterr().err

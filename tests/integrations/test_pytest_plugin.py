@@ -129,17 +129,17 @@ def test_a_difference_is_named() -> None:
     found[1, 2] += 0.5
     found[2, 0] += 0.1
     allowed = Tolerance(0.01, "x")
-    text = difference(found, TRUTH, allowed, None, None)
+    text = difference(found, TRUTH, allowed, tokenizer=None, ids=None)
     assert "0.25 of the range 2 from" in text
     assert "2 of 3 positions, from position 1" in text
     assert "worst: position 1, logit of token 2: " in text
-    assert difference(found, TRUTH, Tolerance(0.3, "x"), None, None) == ""
+    assert difference(found, TRUTH, Tolerance(0.3, "x"), tokenizer=None, ids=None) == ""
     found[0, 0] = np.nan
-    assert "from position 0" in difference(found, TRUTH, Tolerance(9, "x"), None, None)
+    assert "from position 0" in difference(found, TRUTH, Tolerance(9, "x"), tokenizer=None, ids=None)
     with pytest.raises(H1ExportError, match="same ids"):
-        difference(found[1:], TRUTH, allowed, None, None)
+        difference(found[1:], TRUTH, allowed, tokenizer=None, ids=None)
     with pytest.raises(H1ExportError, match="2 ids"):
-        difference(found, TRUTH, allowed, None, np.arange(2))
+        difference(found, TRUTH, allowed, tokenizer=None, ids=np.arange(2))
 
 
 def test_changed_files_are_refused(wrong: Path) -> None:
@@ -150,5 +150,7 @@ def test_changed_files_are_refused(wrong: Path) -> None:
 
 
 def test_the_plugin_loads_nothing_heavy(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile("import sys\ndef test_it():\n    assert {'numpy', 'torch', 'h1export.core'}.isdisjoint(sys.modules)")
+    pytester.makepyfile(
+        "import sys\ndef test_it():\n    assert {'numpy', 'torch', 'h1export.core'}.isdisjoint(sys.modules)"
+    )
     pytester.run(sys.executable, "-m", "pytest", "-p", "no:hypothesispytest").assert_outcomes(passed=1)

@@ -52,7 +52,8 @@ class Limited:
     """A Runner that says it can do less."""
 
     def __init__(self, runner: Runner[Any], **limits: Any) -> None:
-        self._runner, self.capabilities = runner, replace(runner.capabilities, **limits)
+        self._runner = runner
+        self.capabilities = replace(runner.capabilities, **limits)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -83,10 +84,14 @@ def test_tokens_are_those_of_transformers(how: dict[str, Any], model: Any, their
 
 def test_tokens_without_a_cache_are_the_same(model: Any, tokenizer: Any) -> None:
     encoded = tokenizer(PROMPT, return_tensors="pt")
-    assert new_tokens(model, encoded, 6, do_sample=False, use_cache=False) == new_tokens(model, encoded, 6, do_sample=False)
+    assert new_tokens(model, encoded, 6, do_sample=False, use_cache=False) == new_tokens(
+        model, encoded, 6, do_sample=False
+    )
 
 
-def test_int4_tokens_are_those_of_transformers_on_the_weights_it_stores(tiny: Path, build: Build, tokenizer: Any) -> None:
+def test_int4_tokens_are_those_of_transformers_on_the_weights_it_stores(
+    tiny: Path, build: Build, tokenizer: Any
+) -> None:
     model: Any = transformers.load(build(tiny, "int4").folder)
     model_class: Any = FalconH1ForCausalLM
     loaded = model_class.from_pretrained(tiny, dtype=torch.float32).eval()
@@ -138,7 +143,9 @@ def test_a_streamer_gets_the_text(model: Any, tokenizer: Any, capsys: pytest.Cap
     assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
 
 
-def test_a_pipeline_of_transformers_runs(artifact: Artifact, model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_pipeline_of_transformers_runs(
+    artifact: Artifact, model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     generator: Any = transformers_pipeline("text-generation", model=model, tokenizer=str(artifact.folder))
     answers = generator(list(TEXTS[:2]), max_new_tokens=6, do_sample=False, batch_size=2)
     for text, (answer,) in zip(TEXTS, answers, strict=False):
@@ -170,11 +177,19 @@ def test_what_a_runner_has_not_is_refused(how: dict[str, Any], says: str, model:
 
 
 @pytest.mark.parametrize(
-    "how", [{"prompt_lookup_num_tokens": 2}, {"past_key_values": object()}, {"cache": object()}, {"inputs_embeds": torch.zeros(1, 3, 256)}]
+    "how",
+    [
+        {"prompt_lookup_num_tokens": 2},
+        {"past_key_values": object()},
+        {"cache": object()},
+        {"inputs_embeds": torch.zeros(1, 3, 256)},
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.past_key_values.:FutureWarning")
 def test_what_transformers_refuses_for_us(how: dict[str, Any], model: Any) -> None:
-    with pytest.raises(ValueError, match=r"not supported with stateful|not used by the model|doesn't have its forwarding"):
+    with pytest.raises(
+        ValueError, match=r"not supported with stateful|not used by the model|doesn't have its forwarding"
+    ):
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, **how)
 
 
@@ -191,13 +206,16 @@ def test_an_artifact_with_last_logits_generates_and_says_what_it_has_not(tiny: P
 def test_load_gives_a_runner(artifact: Artifact) -> None:
     runner = h1export.load(str(artifact.folder))
     assert isinstance(runner.capabilities, Capabilities)
-    ids, mask = np.array([[5, 6, 7]]), np.ones((1, 3), np.int64)
+    ids = np.array([[5, 6, 7]])
+    mask = np.ones((1, 3), np.int64)
     again = pipeline.load(artifact)
     assert np.array_equal(runner.step(ids, mask, runner.initial(1))[0], again.step(ids, mask, again.initial(1))[0])
 
 
 def test_the_face_of_the_package_finds_what_it_offers() -> None:
-    assert h1export.__getattr__("hf") is transformers  # what `import h1export; h1export.integrations.transformers` asks for
+    assert (
+        h1export.__getattr__("hf") is transformers
+    )  # what `import h1export; h1export.integrations.transformers` asks for
     assert h1export.__getattr__("load") is pipeline.load_folder
     with pytest.raises(AttributeError, match="no attribute 'loads'"):
         h1export.loads  # type: ignore[attr-defined]  # noqa: B018

@@ -1,4 +1,4 @@
-"""HybridSpec refuses what cannot be carried through exactly, and says which key of which file."""
+"""FalconH1Config refuses what cannot be carried through exactly, and says which key of which file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import IGNORED_KEYS, USED_KEYS, HybridSpec
+from h1export.model.falcon_h1.config import IGNORED_KEYS, USED_KEYS, FalconH1Config
 
 SIZES = (
     "vocab_size",
@@ -53,8 +53,36 @@ NUMBERS = (
 LISTS = {"ssm_multipliers": 5, "mlp_multipliers": 2}
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-NOT_A_SIZE: tuple[object, ...] = (0, -1, 1.0, 2.5, "8", True, False, [8], {}, math.nan, math.inf, -math.inf, 1 << 40, 10**400)
-NOT_A_NUMBER: tuple[object, ...] = (0, 0.0, -0.0, -1.5, "1.0", True, [1.0], {}, math.nan, math.inf, -math.inf, {"__float__": "Infinity"})
+NOT_A_SIZE: tuple[object, ...] = (
+    0,
+    -1,
+    1.0,
+    2.5,
+    "8",
+    True,
+    False,
+    [8],
+    {},
+    math.nan,
+    math.inf,
+    -math.inf,
+    1 << 40,
+    10**400,
+)
+NOT_A_NUMBER: tuple[object, ...] = (
+    0,
+    0.0,
+    -0.0,
+    -1.5,
+    "1.0",
+    True,
+    [1.0],
+    {},
+    math.nan,
+    math.inf,
+    -math.inf,
+    {"__float__": "Infinity"},
+)
 NOT_A_FLAG: tuple[object, ...] = (0, 1, "true", "", 1.0, [], {}, math.nan)
 NOT_A_TOKEN: tuple[object, ...] = (-1, 1.0, "1", True, {}, [1, -1], [None], ["1"], [[1]], math.nan)
 TOO_LARGE_FOR_A_FLOAT = 10**400  # JSON allows it
@@ -63,7 +91,7 @@ TOO_LARGE_FOR_A_FLOAT = 10**400  # JSON allows it
 def refused(config: object, *mentioned: str) -> None:
     """The config is refused in one line that names the file and everything in ``mentioned``, and ends in a next step."""
     with pytest.raises(H1ExportError) as caught:
-        HybridSpec.from_config(config, "folder/config.json")
+        FalconH1Config.from_config(config, "folder/config.json")
     message = str(caught.value)
     assert message.startswith("folder/config.json")
     assert all(text in message for text in mentioned), message
@@ -88,9 +116,11 @@ def test_expand_where_it_is_used(value: object, released: dict[str, Any]) -> Non
     refused(released | {"mamba_d_ssm": None, "mamba_expand": value}, "'mamba_expand'", "whole number")
 
 
-@pytest.mark.parametrize(("key", "limit"), [("num_hidden_layers", 1024), ("mamba_d_conv", 256), ("vocab_size", 1 << 24)])
+@pytest.mark.parametrize(
+    ("key", "limit"), [("num_hidden_layers", 1024), ("mamba_d_conv", 256), ("vocab_size", 1 << 24)]
+)
 def test_limits_are_inclusive_and_no_further(key: str, limit: int, released: dict[str, Any]) -> None:
-    assert getattr(HybridSpec.from_config(released | {key: limit}), key) == limit
+    assert getattr(FalconH1Config.from_config(released | {key: limit}), key) == limit
     refused(released | {key: limit + 1}, f"{key!r}", f"from 1 to {limit}")
 
 
@@ -172,7 +202,10 @@ def test_integers_too_large_for_a_float(key: str, released: dict[str, Any]) -> N
         ({"hidden_act": ["silu"]}, ("'hidden_act'",)),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ("'rope_scaling'", "yarn", "null")),
         ({"rope_scaling": 2.0}, ("'rope_scaling'",)),
-        ({"rope_parameters": {"rope_type": "yarn"}, "rope_theta": None}, ("rope_parameters", "'rope_type'", "'yarn'", "'default'")),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}, "rope_theta": None},
+            ("rope_parameters", "'rope_type'", "'yarn'", "'default'"),
+        ),
         ({"rope_parameters": {"type": "linear"}}, ("rope_parameters", "'type'", "'linear'", "'default'")),
         ({"rope_parameters": {"factor": 2.0}}, ("rope_parameters", "'factor'", "scaling")),
         ({"rope_parameters": {"rope_theta": -1}}, ("rope_parameters", "'rope_theta'", "-1")),
@@ -231,31 +264,31 @@ def test_files_that_are_not_json(name: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(BROKEN_FILES[name])
     with pytest.raises(H1ExportError, match=r"not readable as JSON.*; download") as caught:
-        HybridSpec.load(tmp_path)
+        FalconH1Config.load(tmp_path)
     assert str(caught.value).startswith(str(file))
 
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(H1ExportError, match=r"config\.json: no such file; give a checkpoint folder"):
-        HybridSpec.load(tmp_path)
+        FalconH1Config.load(tmp_path)
 
 
 def test_a_folder_in_the_files_place(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(H1ExportError, match=r"config\.json: cannot be read"):
-        HybridSpec.load(tmp_path)
+        FalconH1Config.load(tmp_path)
 
 
 def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("x", encoding="utf-8")
     with pytest.raises(H1ExportError, match=r"config\.json: cannot be read"):
-        HybridSpec.load(tmp_path / "model")
+        FalconH1Config.load(tmp_path / "model")
 
 
 def test_nan_and_infinity_in_the_file_are_refused_too(released: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(released | {"key_multiplier": math.nan}), encoding="utf-8")
     with pytest.raises(H1ExportError, match="key 'key_multiplier' is nan"):
-        HybridSpec.load(tmp_path)
+        FalconH1Config.load(tmp_path)
 
 
 JSON_VALUES = st.recursive(
@@ -266,13 +299,14 @@ JSON_VALUES = st.recursive(
     | st.text(max_size=8)
     | st.sampled_from(["auto", "silu", TOO_LARGE_FOR_A_FLOAT, -TOO_LARGE_FOR_A_FLOAT]),
     lambda inner: (
-        st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["__float__", "rope_theta", "rope_type", "x"]), inner, max_size=3)
+        st.lists(inner, max_size=5)
+        | st.dictionaries(st.sampled_from(["__float__", "rope_theta", "rope_type", "x"]), inner, max_size=3)
     ),
     max_leaves=6,
 )
 
 
-def spec_or_error(spec_of: Callable[..., HybridSpec], changes: dict[str, Any]) -> HybridSpec | H1ExportError:
+def spec_or_error(spec_of: Callable[..., FalconH1Config], changes: dict[str, Any]) -> FalconH1Config | H1ExportError:
     try:
         return spec_of(**changes)
     except H1ExportError as error:
@@ -280,8 +314,14 @@ def spec_or_error(spec_of: Callable[..., HybridSpec], changes: dict[str, Any]) -
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
-@given(st.dictionaries(st.sampled_from(sorted(USED_KEYS - {"model_type"} | IGNORED_KEYS.keys())), JSON_VALUES, min_size=1, max_size=3))
-def test_random_values_give_a_spec_or_the_one_error(spec_of: Callable[..., HybridSpec], changes: dict[str, Any]) -> None:
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(USED_KEYS - {"model_type"} | IGNORED_KEYS.keys())), JSON_VALUES, min_size=1, max_size=3
+    )
+)
+def test_random_values_give_a_spec_or_the_one_error(
+    spec_of: Callable[..., FalconH1Config], changes: dict[str, Any]
+) -> None:
     """Values go through JSON text first, so that they are exactly what a file can hold."""
     found = spec_or_error(spec_of, json.loads(json.dumps(changes)))
     if isinstance(found, H1ExportError):
@@ -290,11 +330,14 @@ def test_random_values_give_a_spec_or_the_one_error(spec_of: Callable[..., Hybri
     else:
         assert found.mamba_n_heads * found.mamba_d_head == found.mamba_d_ssm
         assert min(found.in_proj_parts) > 0
-        assert all(0 < x < math.inf for x in (*found.ssm_multipliers, *found.mlp_multipliers, found.rope_theta, found.rms_norm_eps))
+        assert all(
+            0 < x < math.inf
+            for x in (*found.ssm_multipliers, *found.mlp_multipliers, found.rope_theta, found.rms_norm_eps)
+        )
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(JSON_VALUES)
 def test_random_files_give_the_one_error(value: Any) -> None:
     with pytest.raises(H1ExportError):
-        HybridSpec.from_config(json.loads(json.dumps(value)))
+        FalconH1Config.from_config(json.loads(json.dumps(value)))

@@ -1,4 +1,4 @@
-"""HybridSpec: what is read from the configs that exist, and from the keys that are absent."""
+"""FalconH1Config: what is read from the configs that exist, and from the keys that are absent."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import FalconH1Config
+from transformers import FalconH1Config as TransformersConfig
 
-from h1export.model.falcon_h1.config import IGNORED_KEYS, USED_KEYS, HybridSpec
+from h1export.model.falcon_h1.config import IGNORED_KEYS, USED_KEYS, FalconH1Config
 from h1export.model.falcon_h1.tensors import tensor_layout
 
 MINIMAL = {"model_type": "falcon_h1"}
@@ -46,7 +46,7 @@ COLUMNS = (
     "tie_word_embeddings",
 )
 
-EXPECTED_RELEASED = HybridSpec(
+EXPECTED_RELEASED = FalconH1Config(
     vocab_size=32784,
     hidden_size=1024,
     intermediate_size=2048,
@@ -88,45 +88,54 @@ EXPECTED_RELEASED = HybridSpec(
 )
 
 
-def fields_of(config: FalconH1Config) -> dict[str, Any]:
-    """Every HybridSpec field as transformers' config object has it."""
+def fields_of(config: TransformersConfig) -> dict[str, Any]:
+    """Every FalconH1Config field as transformers' config object has it."""
     renamed = {
         "rope_theta": config.rope_parameters["rope_theta"],
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "eos_token_ids": tuple(config.eos_token_id) if isinstance(config.eos_token_id, list) else (config.eos_token_id,),
+        "eos_token_ids": tuple(config.eos_token_id)
+        if isinstance(config.eos_token_id, list)
+        else (config.eos_token_id,),
         "mamba_d_ssm": config.mamba_d_ssm or config.mamba_expand * config.hidden_size,
         "ssm_multipliers": tuple(config.ssm_multipliers),
         "mlp_multipliers": tuple(config.mlp_multipliers),
         "time_step_limit": tuple(config.time_step_limit),
     }
-    return {f.name: renamed[f.name] if f.name in renamed else getattr(config, f.name) for f in dataclasses.fields(HybridSpec)}
+    return {
+        f.name: renamed[f.name] if f.name in renamed else getattr(config, f.name)
+        for f in dataclasses.fields(FalconH1Config)
+    }
 
 
 def test_the_released_config_is_read_key_by_key(released: dict[str, Any]) -> None:
-    assert HybridSpec.from_config(released) == EXPECTED_RELEASED
+    assert FalconH1Config.from_config(released) == EXPECTED_RELEASED
 
 
 def test_the_released_config_is_read_from_its_file(released: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(released), encoding="utf-8")
-    assert HybridSpec.load(tmp_path) == EXPECTED_RELEASED
+    assert FalconH1Config.load(tmp_path) == EXPECTED_RELEASED
 
 
 def test_the_released_sizes_give_the_widths_of_the_layers() -> None:
-    spec = EXPECTED_RELEASED
-    assert spec.bc_dim == 128
-    assert spec.conv_dim == 1792
-    assert spec.in_proj_parts == (1536, 1536, 128, 128, 24)
-    assert spec.attention_dim == 512
-    assert spec.kv_dim == 128
+    model_config = EXPECTED_RELEASED
+    assert model_config.bc_dim == 128
+    assert model_config.conv_dim == 1792
+    assert model_config.in_proj_parts == (1536, 1536, 128, 128, 24)
+    assert model_config.attention_dim == 512
+    assert model_config.kv_dim == 128
 
 
-def test_two_groups_widen_b_and_c(spec_of: Callable[..., HybridSpec]) -> None:
-    spec = spec_of(mamba_n_groups=3)
-    assert (spec.bc_dim, spec.conv_dim, spec.in_proj_parts) == (384, 1536 + 768, (1536, 1536, 384, 384, 24))
+def test_two_groups_widen_b_and_c(spec_of: Callable[..., FalconH1Config]) -> None:
+    model_config = spec_of(mamba_n_groups=3)
+    assert (model_config.bc_dim, model_config.conv_dim, model_config.in_proj_parts) == (
+        384,
+        1536 + 768,
+        (1536, 1536, 384, 384, 24),
+    )
 
 
 def test_defaults_are_those_of_transformers() -> None:
-    assert dataclasses.asdict(HybridSpec.from_config(MINIMAL)) == fields_of(FalconH1Config())
+    assert dataclasses.asdict(FalconH1Config.from_config(MINIMAL)) == fields_of(TransformersConfig())
 
 
 SAVED: dict[str, dict[str, Any]] = {
@@ -136,28 +145,45 @@ SAVED: dict[str, dict[str, Any]] = {
     "rope": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e11}},
     "flat_rope": {"rope_theta": 1e9},
     "expand": {"mamba_d_ssm": None, "mamba_expand": 3, "mamba_n_heads": 48},
-    "switches": {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "attention_bias": True, "tie_word_embeddings": True},
-    "heads": {"num_key_value_heads": None, "head_dim": 64, "mamba_d_head": 16, "mamba_n_heads": 64, "mamba_n_groups": 4},
-    "multipliers": {"key_multiplier": 0.39, "ssm_multipliers": [0.1, 0.2, 0.3, 0.4, 0.5], "mlp_multipliers": [2.5, 0.5]},
+    "switches": {
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "heads": {
+        "num_key_value_heads": None,
+        "head_dim": 64,
+        "mamba_d_head": 16,
+        "mamba_n_heads": 64,
+        "mamba_n_groups": 4,
+    },
+    "multipliers": {
+        "key_multiplier": 0.39,
+        "ssm_multipliers": [0.1, 0.2, 0.3, 0.4, 0.5],
+        "mlp_multipliers": [2.5, 0.5],
+    },
     "tokens": {"eos_token_id": [11, 228], "bos_token_id": 17, "pad_token_id": 5},
 }
 
 
 @pytest.mark.parametrize("name", SAVED)
 def test_what_transformers_saves_is_read_back(name: str, tmp_path: Path) -> None:
-    config = FalconH1Config(**SAVED[name])
+    config = TransformersConfig(**SAVED[name])
     config.save_pretrained(tmp_path)
-    assert dataclasses.asdict(HybridSpec.load(tmp_path)) == fields_of(config)
+    assert dataclasses.asdict(FalconH1Config.load(tmp_path)) == fields_of(config)
 
 
 def test_transformers_still_saves_infinity_as_the_object_that_the_reader_knows(tmp_path: Path) -> None:
-    FalconH1Config().save_pretrained(tmp_path)
+    TransformersConfig().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert saved["time_step_limit"] == [0.0, {"__float__": "Infinity"}]
 
 
 def test_every_random_checkpoint_is_read_as_transformers_reads_it(checkpoint: Path) -> None:
-    assert dataclasses.asdict(HybridSpec.load(checkpoint)) == fields_of(FalconH1Config.from_pretrained(checkpoint))
+    assert dataclasses.asdict(FalconH1Config.load(checkpoint)) == fields_of(
+        TransformersConfig.from_pretrained(checkpoint)
+    )
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -165,9 +191,11 @@ def test_every_released_size_parses(name: str, released: dict[str, Any]) -> None
     """The tensors that the spec demands come to as many parameters as the model's name promises, give or take 7 %."""
     *values, parameters = FAMILY[name]
     row = dict(zip(COLUMNS, values, strict=True))
-    spec = HybridSpec.from_config(released | row)
-    assert {key: getattr(spec, key) for key in row} == row
-    assert sum(math.prod(shape) for shape in tensor_layout(spec).values()) == pytest.approx(parameters, rel=0.07)
+    model_config = FalconH1Config.from_config(released | row)
+    assert {key: getattr(model_config, key) for key in row} == row
+    assert sum(math.prod(shape) for shape in tensor_layout(model_config).values()) == pytest.approx(
+        parameters, rel=0.07
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +230,9 @@ def test_every_released_size_parses(name: str, released: dict[str, Any]) -> None
         ({"quantization_config": None, "auto_map": None, "hidden_act": None}, "num_hidden_layers", 36),
     ],
 )
-def test_spellings_and_nulls(changes: dict[str, Any], field: str, value: object, spec_of: Callable[..., HybridSpec]) -> None:
+def test_spellings_and_nulls(
+    changes: dict[str, Any], field: str, value: object, spec_of: Callable[..., FalconH1Config]
+) -> None:
     found = getattr(spec_of(**changes), field)
     assert found == value
     assert type(found) is type(value)
@@ -215,7 +245,7 @@ def test_keys_are_used_or_ignored_for_a_reason_and_never_both() -> None:
 
 def test_every_field_is_a_key_that_is_used() -> None:
     renamed = {"eos_token_ids": "eos_token_id"}
-    assert {renamed.get(field.name, field.name) for field in dataclasses.fields(HybridSpec)} <= USED_KEYS
+    assert {renamed.get(field.name, field.name) for field in dataclasses.fields(FalconH1Config)} <= USED_KEYS
 
 
 class Recorder(dict[str, Any]):
@@ -223,26 +253,26 @@ class Recorder(dict[str, Any]):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
-        self.asked: set[str] = set()
+        self.request: set[str] = set()
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
+        self.request.add(key)
         return super().get(key, default)
 
 
 def test_every_used_key_is_really_read_and_no_other(released: dict[str, Any]) -> None:
     config = Recorder(released | {"mamba_d_ssm": None, "mamba_n_heads": 32})
-    HybridSpec.from_config(config)
-    assert config.asked == USED_KEYS
+    FalconH1Config.from_config(config)
+    assert config.request == USED_KEYS
 
 
 def test_every_key_that_transformers_saves_is_known() -> None:
     """Keys of the config class itself; what the base class adds is saved only where it differs from its default."""
-    own = {field.name for field in dataclasses.fields(FalconH1Config)} - {
-        field.name for field in dataclasses.fields(FalconH1Config.__base__)
+    own = {field.name for field in dataclasses.fields(TransformersConfig)} - {
+        field.name for field in dataclasses.fields(TransformersConfig.__base__)
     }
     assert own <= USED_KEYS | IGNORED_KEYS.keys()
 
 
 def test_an_ignored_key_changes_nothing(released: dict[str, Any]) -> None:
-    assert HybridSpec.from_config(released | dict.fromkeys(IGNORED_KEYS, "anything")) == EXPECTED_RELEASED
+    assert FalconH1Config.from_config(released | dict.fromkeys(IGNORED_KEYS, "anything")) == EXPECTED_RELEASED

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import FalconH1Config, FalconH1ForCausalLM
+from transformers import FalconH1Config as TransformersConfig
+from transformers import FalconH1ForCausalLM
 
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateKind, StateSpec
 
 
-def test_names_in_graph_order(spec_of: Callable[..., HybridSpec]) -> None:
+def test_names_in_graph_order(spec_of: Callable[..., FalconH1Config]) -> None:
     kinds = ("key", "value", "conv_state", "recurrent_state")
     keys = [f"{layer}.{kind}" for layer in range(3) for kind in kinds]
     tensors = StateSpec.of(spec_of(num_hidden_layers=3)).tensors
@@ -25,7 +26,7 @@ def test_names_in_graph_order(spec_of: Callable[..., HybridSpec]) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_shapes_of_the_released_model(spec_of: Callable[..., HybridSpec]) -> None:
+def test_shapes_of_the_released_model(spec_of: Callable[..., FalconH1Config]) -> None:
     tensors = StateSpec.of(spec_of()).tensors
     assert len(tensors) == 36 * 4
     assert {t.kind: t.shape for t in tensors} == {
@@ -43,7 +44,7 @@ def test_keys_and_values_grow_and_the_others_do_not() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("past", [0, 5])
-def test_zeros(batch: int, past: int, spec_of: Callable[..., HybridSpec]) -> None:
+def test_zeros(batch: int, past: int, spec_of: Callable[..., FalconH1Config]) -> None:
     zeros = StateSpec.of(spec_of(num_hidden_layers=2, mamba_n_groups=2, mamba_d_conv=2)).zeros(batch, past)
     assert {key: array.shape for key, array in zeros.items()} == {
         f"{layer}.{kind}": shape
@@ -58,7 +59,7 @@ def test_zeros(batch: int, past: int, spec_of: Callable[..., HybridSpec]) -> Non
     assert all(array.dtype == np.float32 and not array.any() for array in zeros.values())
 
 
-def test_zeros_are_not_shared(spec_of: Callable[..., HybridSpec]) -> None:
+def test_zeros_are_not_shared(spec_of: Callable[..., FalconH1Config]) -> None:
     states = StateSpec.of(spec_of(num_hidden_layers=1))
     states.zeros(1, 2)["0.key"][:] = 1.0
     zeros = states.zeros(1, 2)
@@ -67,17 +68,17 @@ def test_zeros_are_not_shared(spec_of: Callable[..., HybridSpec]) -> None:
     assert not states.zeros(1, 2)["0.key"].any()
 
 
-def test_without_a_past_no_key_is_there_yet(spec_of: Callable[..., HybridSpec]) -> None:
+def test_without_a_past_no_key_is_there_yet(spec_of: Callable[..., FalconH1Config]) -> None:
     assert StateSpec.of(spec_of(num_hidden_layers=1)).zeros(2)["0.key"].shape == (2, 2, 0, 64)
 
 
 def test_the_layouts_are_those_of_transformers_cache(checkpoint: Path) -> None:
     """After seven tokens. transformers keeps d_conv columns of the convolution; the first of them is never used again."""
-    spec = HybridSpec.load(checkpoint)
-    model = FalconH1ForCausalLM(FalconH1Config.from_pretrained(checkpoint)).eval()
+    config = FalconH1Config.load(checkpoint)
+    model = FalconH1ForCausalLM(TransformersConfig.from_pretrained(checkpoint)).eval()
     with torch.no_grad():
         cache = model(torch.arange(14).reshape(2, 7), use_cache=True).past_key_values
-    zeros = StateSpec.of(spec).zeros(2, 7)
+    zeros = StateSpec.of(config).zeros(2, 7)
     for layer, theirs in enumerate(cache.layers):
         assert tuple(theirs.keys.shape) == zeros[f"{layer}.key"].shape
         assert tuple(theirs.values.shape) == zeros[f"{layer}.value"].shape

@@ -47,7 +47,8 @@ def scan_inputs() -> Callable[..., Inputs]:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> Inputs:
-        heads, normal = groups * heads_per_group, _normal(seed)
+        heads = groups * heads_per_group
+        normal = _normal(seed)
         return {
             "x": normal(batch, seq, heads, d_head).to(dtype),
             "dt": normal(batch, seq, heads).to(dtype),
@@ -80,7 +81,8 @@ def conv_inputs() -> Callable[..., Inputs]:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> Inputs:
-        normal, real = _normal(seed), _left_padded(batch, seq, pads)
+        normal = _normal(seed)
+        real = _left_padded(batch, seq, pads)
         inputs = {
             "x": normal(batch, seq, channels) * real[..., None],
             "state": normal(batch, channels, taps - 1) * real.all(1)[:, None, None],
@@ -109,7 +111,8 @@ def attention_inputs() -> Callable[..., Inputs]:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> Inputs:
-        normal, mask = _normal(seed), _left_padded(batch, past + seq, pads)
+        normal = _normal(seed)
+        mask = _left_padded(batch, past + seq, pads)
         return {
             "q": normal(batch, seq, kv_heads * heads_per_kv, dim).to(dtype),
             "k": normal(batch, seq, kv_heads, dim).to(dtype),

@@ -21,7 +21,9 @@ Inputs = dict[str, Any]
 Array = npt.NDArray[np.float64]
 
 TOLERANCE = 2e-6  # some dozens of roundings at float32's 6e-8
-PER_POSITION = 2.0**-21  # an angle is position x frequency in float32, as the model was trained: both factors and the product round
+PER_POSITION = (
+    2.0**-21
+)  # an angle is position x frequency in float32, as the model was trained: both factors and the product round
 FAULT = 1e-3  # what a wrong op must exceed
 
 CASES = st.fixed_dictionaries(
@@ -62,12 +64,16 @@ def rotated(x: Array, angles: Array) -> Array:
 def by_definition(inputs: Inputs, angles_of: Callable[..., Array] = exact_angles) -> tuple[Array, Array, Array]:
     """out, keys and values, one query head of one token at a time."""
     q, k, v, past_k, past_v = (inputs[name].double().numpy() for name in ("q", "k", "v", "past_k", "past_v"))
-    angles, mask = angles_of(inputs["positions"], q.shape[3], inputs["rope_theta"]), inputs["mask"].numpy()
+    angles = angles_of(inputs["positions"], q.shape[3], inputs["rope_theta"])
+    mask = inputs["mask"].numpy()
     keys = np.concatenate([past_k, rotated(k, angles).swapaxes(1, 2)], axis=2)
     values = np.concatenate([past_v, v.swapaxes(1, 2)], axis=2)
-    query, out, past = rotated(q, angles), np.empty_like(q), past_k.shape[2]
+    query = rotated(q, angles)
+    out = np.empty_like(q)
+    past = past_k.shape[2]
     for b, s, h in np.ndindex(q.shape[:3]):
-        own, kv = past + s, h // (q.shape[2] // k.shape[2])
+        own = past + s
+        kv = h // (q.shape[2] // k.shape[2])
         columns = [column for column in range(own + 1) if mask[b, column] or column == own]
         weights = np.exp(keys[b, kv, columns] @ query[b, s, h] / np.sqrt(q.shape[3]))
         out[b, s, h] = weights @ values[b, kv, columns] / weights.sum()
@@ -76,7 +82,9 @@ def by_definition(inputs: Inputs, angles_of: Callable[..., Array] = exact_angles
 
 @properties
 @given(case=CASES)
-def test_is_softmax_attention(case: dict[str, Any], attention_inputs: Callable[..., Inputs], error: Callable[..., float]) -> None:
+def test_is_softmax_attention(
+    case: dict[str, Any], attention_inputs: Callable[..., Inputs], error: Callable[..., float]
+) -> None:
     inputs = attention_inputs(**case)
     out, keys, values = h1.attention(**inputs)
     out64, keys64, values64 = by_definition(inputs)
@@ -105,12 +113,14 @@ def test_pieces_chained_by_their_cache_are_the_whole(
     case: dict[str, Any], cuts: set[int], attention_inputs: Callable[..., Inputs], error: Callable[..., float]
 ) -> None:
     inputs = attention_inputs(**case)
-    keys, values, outputs = inputs["past_k"], inputs["past_v"], []
+    keys = inputs["past_k"]
+    values = inputs["past_v"]
+    outputs = []
     bounds = sorted({0, case["seq"], *(cut for cut in cuts if cut < case["seq"])})
     for start, stop in pairwise(bounds):
-        piece = {name: inputs[name][:, start:stop] for name in ("q", "k", "v", "positions")}
+        subgraph = {name: inputs[name][:, start:stop] for name in ("q", "k", "v", "positions")}
         mask = inputs["mask"][:, : case["past"] + stop]
-        out, keys, values = h1.attention(**inputs | piece | {"past_k": keys, "past_v": values, "mask": mask})
+        out, keys, values = h1.attention(**inputs | subgraph | {"past_k": keys, "past_v": values, "mask": mask})
         outputs.append(out)
     whole, whole_keys, whole_values = h1.attention(**inputs)
     magnitude = whole_values.double().abs().numpy()
@@ -128,12 +138,13 @@ def test_a_padded_row_is_the_row_run_alone(
     out, _, values = h1.attention(**inputs)
     assert out.isfinite().all()
     for row, pads in enumerate(case["pads"][: case["batch"]]):
-        kept, dropped = max(0, case["past"] - pads), max(0, pads - case["past"])
+        kept = max(0, case["past"] - pads)
+        dropped = max(0, pads - case["past"])
         if dropped >= case["seq"]:
             continue
-        piece = {name: inputs[name][row : row + 1, dropped:] for name in ("q", "k", "v", "positions")}
-        piece |= {name: inputs[name][row : row + 1, :, case["past"] - kept :] for name in ("past_k", "past_v")}
-        alone, _, _ = h1.attention(**inputs | piece | {"mask": inputs["mask"][row : row + 1, pads:]})
+        subgraph = {name: inputs[name][row : row + 1, dropped:] for name in ("q", "k", "v", "positions")}
+        subgraph |= {name: inputs[name][row : row + 1, :, case["past"] - kept :] for name in ("past_k", "past_v")}
+        alone, _, _ = h1.attention(**inputs | subgraph | {"mask": inputs["mask"][row : row + 1, pads:]})
         assert error(out[row : row + 1, dropped:], alone.double().numpy(), values.double().abs().numpy()) < TOLERANCE
 
 
@@ -182,7 +193,9 @@ FAULTS: dict[str, Callable[[Inputs], Inputs]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_op_would_be_seen(fault: str, attention_inputs: Callable[..., Inputs], error: Callable[..., float]) -> None:
+def test_a_wrong_op_would_be_seen(
+    fault: str, attention_inputs: Callable[..., Inputs], error: Callable[..., float]
+) -> None:
     inputs = attention_inputs(pads=(2, 0))
     wrong, _, _ = h1.attention(**inputs | FAULTS[fault](inputs))
     assert error(wrong, by_definition(inputs)[0]) > FAULT

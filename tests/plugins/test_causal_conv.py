@@ -39,7 +39,9 @@ def by_definition(inputs: Inputs) -> tuple[Array, Array, Array]:
     """y, the state after x, and the size of y's terms before they cancel."""
     x, state, weight = (inputs[name].double().numpy() for name in ("x", "state", "weight"))
     bias = np.zeros(len(weight)) if inputs["bias"] is None else inputs["bias"].double().numpy()
-    taps, y, size = weight.shape[2], np.empty_like(x), np.empty_like(x)
+    taps = weight.shape[2]
+    y = np.empty_like(x)
+    size = np.empty_like(x)
     for b, s, c in np.ndindex(x.shape):
         history = [*state[b, c], *x[b, : s + 1, c]][-taps:]
         total = bias[c] + np.dot(weight[c, 0], history)
@@ -51,7 +53,9 @@ def by_definition(inputs: Inputs) -> tuple[Array, Array, Array]:
 
 @properties
 @given(case=CASES)
-def test_is_the_definition(case: dict[str, Any], conv_inputs: Callable[..., Inputs], error: Callable[..., float]) -> None:
+def test_is_the_definition(
+    case: dict[str, Any], conv_inputs: Callable[..., Inputs], error: Callable[..., float]
+) -> None:
     inputs = conv_inputs(**case)
     y, state = h1.causal_conv(**inputs)
     expected, after, size = by_definition(inputs)
@@ -61,9 +65,12 @@ def test_is_the_definition(case: dict[str, Any], conv_inputs: Callable[..., Inpu
 
 @properties
 @given(case=CASES, cuts=st.sets(st.integers(1, 11), max_size=4))
-def test_pieces_chained_by_their_states_are_the_whole(case: dict[str, Any], cuts: set[int], conv_inputs: Callable[..., Inputs]) -> None:
+def test_pieces_chained_by_their_states_are_the_whole(
+    case: dict[str, Any], cuts: set[int], conv_inputs: Callable[..., Inputs]
+) -> None:
     inputs = conv_inputs(**case)
-    state, outputs = inputs["state"], []
+    state = inputs["state"]
+    outputs = []
     bounds = sorted({0, case["seq"], *(cut for cut in cuts if cut < case["seq"])})
     for start, stop in pairwise(bounds):
         y, state = h1.causal_conv(**inputs | {"x": inputs["x"][:, start:stop], "state": state})

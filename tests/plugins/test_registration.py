@@ -22,10 +22,14 @@ Makers = dict[str, Callable[..., Inputs]]
 OPS = ("ssm_scan", "causal_conv", "attention")
 SIZES = {
     "ssm_scan": st.fixed_dictionaries(
-        {name: st.integers(1, 5) for name in ("batch", "seq", "groups", "heads_per_group", "d_head", "d_state", "chunk_size")}
+        {
+            name: st.integers(1, 5)
+            for name in ("batch", "seq", "groups", "heads_per_group", "d_head", "d_state", "chunk_size")
+        }
     ),
     "causal_conv": st.fixed_dictionaries(
-        {name: st.integers(1, 5) for name in ("batch", "seq", "channels")} | {"taps": st.integers(2, 5), "bias": st.booleans()}
+        {name: st.integers(1, 5) for name in ("batch", "seq", "channels")}
+        | {"taps": st.integers(2, 5), "bias": st.booleans()}
     ),
     "attention": st.fixed_dictionaries(
         {name: st.integers(1, 5) for name in ("batch", "seq", "kv_heads", "heads_per_kv")}
@@ -34,7 +38,14 @@ SIZES = {
 }
 # what a targets' author writes first: one odd case for each op
 VARIANTS: dict[str, list[Inputs]] = {
-    "ssm_scan": [{}, {"seq": 1}, {"chunk_size": 64}, {"limits": (0.02, 0.3)}, {"pads": (13,)}, {"dtype": torch.bfloat16}],
+    "ssm_scan": [
+        {},
+        {"seq": 1},
+        {"chunk_size": 64},
+        {"limits": (0.02, 0.3)},
+        {"pads": (13,)},
+        {"dtype": torch.bfloat16},
+    ],
     "causal_conv": [{}, {"seq": 1}, {"bias": False}, {"taps": 2}, {"dtype": torch.bfloat16}],
     "attention": [{}, {"past": 0}, {"seq": 1}, {"heads_per_kv": 1}, {"pads": (9,)}, {"dtype": torch.bfloat16}],
 }
@@ -123,16 +134,24 @@ class Call(torch.nn.Module):
 
     def __init__(self, op: str, fixed: Inputs) -> None:
         super().__init__()
-        self.op, self.fixed = op, fixed
+        self.op = op
+        self.fixed = fixed
 
     def forward(self, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return call(self.op, self.fixed | tensors)
 
 
-BATCH, SEQ, PAST = Dim("batch"), Dim("sequence"), Dim("past")
-TOKENS, STATE, CACHE, FIXED = {0: BATCH, 1: SEQ}, {0: BATCH}, {0: BATCH, 2: PAST}, None
+BATCH = Dim("batch")
+SEQ = Dim("sequence")
+PAST = Dim("past")
+TOKENS = {0: BATCH, 1: SEQ}
+STATE = {0: BATCH}
+CACHE = {0: BATCH, 2: PAST}
+FIXED = None
 DYNAMIC: dict[str, dict[str, Any]] = {
-    "ssm_scan": dict.fromkeys(("x", "dt", "B", "C", "mask"), TOKENS) | {"state": STATE} | dict.fromkeys(("A", "D", "dt_bias"), FIXED),
+    "ssm_scan": dict.fromkeys(("x", "dt", "B", "C", "mask"), TOKENS)
+    | {"state": STATE}
+    | dict.fromkeys(("A", "D", "dt_bias"), FIXED),
     "causal_conv": {"x": TOKENS, "state": STATE, "weight": FIXED, "bias": FIXED},
     "attention": dict.fromkeys(("q", "k", "v", "positions"), TOKENS)
     | dict.fromkeys(("past_k", "past_v"), CACHE)

@@ -29,7 +29,9 @@ def project() -> Mapping[str, Any]:
 @pytest.fixture(scope="session")
 def own_files() -> tuple[Path, ...]:
     """Every file that git tracks or would track; deleted ones left out."""
-    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     return tuple(ROOT / name for name in sorted(set(listed.stdout.split("\0")) - {""}) if (ROOT / name).is_file())
 
 

@@ -36,7 +36,9 @@ def undocumented(tree: ast.Module, inherited: set[str]) -> Iterator[str]:
         if not alone and owes(node):
             yield node.name
         if isinstance(node, ast.ClassDef):
-            yield from (f"{node.name}.{item.name}" for item in public(node.body) if item.name not in inherited and owes(item))
+            yield from (
+                f"{node.name}.{item.name}" for item in public(node.body) if item.name not in inherited and owes(item)
+            )
 
 
 def owes(node: Definition) -> bool:

@@ -17,7 +17,9 @@ RUNTIMES = {
     "tensorrt_rtx": "tensorrt",
     "coremltools": "coreml",
 }  # -> target, or what targets share
-TRITON = re.compile(r"h1export\.plugins\.\w+\.kernels")  # modules that are written in Triton, and so need it to be imported
+TRITON = re.compile(
+    r"h1export\.plugins\.\w+\.kernels"
+)  # modules that are written in Triton, and so need it to be imported
 HEAVY = ("numpy", "torch", "onnx", "onnx_ir", "transformers", "triton", *RUNTIMES)
 SHARED_BY_TARGETS = ("h1export.targets.base", "h1export.targets.onnx")
 HOSTED = "h1export.integrations"  # its modules import what only extras install
@@ -28,7 +30,9 @@ Floors = list[tuple[set[str], bool]]  # from the top: (packages, whether they ma
 @pytest.fixture(scope="module")
 def floors(project: Mapping[str, Any]) -> Floors:
     """The layers of pyproject.toml's import contract."""
-    (layers,) = [contract["layers"] for contract in project["tool"]["importlinter"]["contracts"] if contract["type"] == "layers"]
+    (layers,) = [
+        contract["layers"] for contract in project["tool"]["importlinter"]["contracts"] if contract["type"] == "layers"
+    ]
     return [({f"h1export.{name}" for name in re.findall(r"\w+", layer)}, ":" in layer) for layer in layers]
 
 
@@ -65,7 +69,11 @@ def upward(trees: Mapping[str, ast.Module], floors: Floors) -> list[str]:
             other = floor_of(name, floors)
             if other is None:
                 continue
-            if own is None or other[0] < own[0] or (other[0] == own[0] and other[1] != own[1] and not floors[own[0]][1]):
+            if (
+                own is None
+                or other[0] < own[0]
+                or (other[0] == own[0] and other[1] != own[1] and not floors[own[0]][1])
+            ):
                 found.append(f"{module} -> {name}")
     return found
 
@@ -76,7 +84,12 @@ def between_targets(trees: Mapping[str, ast.Module]) -> list[str]:
     for module, tree in trees.items():
         own = module.split(".")[:3]
         for name in imports(tree, trees):
-            if inside(module, "h1export.targets") and len(own) == 3 and inside(name, "h1export.targets") and name != "h1export.targets":
+            if (
+                inside(module, "h1export.targets")
+                and len(own) == 3
+                and inside(name, "h1export.targets")
+                and name != "h1export.targets"
+            ):
                 shared = any(inside(name, package) for package in SHARED_BY_TARGETS)
                 if not shared and name.split(".")[:3] != own:
                     found.append(f"{module} -> {name}")
@@ -104,11 +117,15 @@ def of_triton(trees: Mapping[str, ast.Module]) -> list[str]:
 def loaded_by(code: str, names: Iterable[str]) -> set[str]:
     """Which of ``names`` a fresh interpreter has loaded after ``code``."""
     script = f"import sys\n{code}\nprint(*(set({[*names]!r}) & set(sys.modules)))"
-    return set(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    )
 
 
 def test_every_module_is_on_a_floor(trees: Mapping[str, ast.Module], floors: Floors) -> None:
-    assert [module for module in trees if inside(module, "h1export") and floor_of(module, floors) is None] == ["h1export"]
+    assert [module for module in trees if inside(module, "h1export") and floor_of(module, floors) is None] == [
+        "h1export"
+    ]
 
 
 def test_modules_import_only_downwards(trees: Mapping[str, ast.Module], floors: Floors) -> None:
@@ -152,7 +169,9 @@ def test_targets_do_not_import_each_other(trees: Mapping[str, ast.Module]) -> No
 
 
 def test_an_import_between_targets_is_seen() -> None:
-    planted = {"h1export.targets.coreml.target": ast.parse("from h1export.targets.onnxruntime.emit.nbits import Layout")}
+    planted = {
+        "h1export.targets.coreml.target": ast.parse("from h1export.targets.onnxruntime.emit.nbits import Layout")
+    }
     assert len(between_targets(planted)) == 1
 
 
@@ -160,7 +179,9 @@ def test_runtimes_are_imported_by_their_own_targets_only(trees: Mapping[str, ast
     assert of_runtimes(trees) == []
 
 
-@pytest.mark.parametrize("line", ["import onnxruntime", "from onnxruntime.capi import x", "import_module('tensorrt_rtx')"])
+@pytest.mark.parametrize(
+    "line", ["import onnxruntime", "from onnxruntime.capi import x", "import_module('tensorrt_rtx')"]
+)
 def test_a_runtime_outside_its_target_is_seen(line: str) -> None:
     assert of_runtimes({"h1export.artifact.weight_file": ast.parse(line)})
     own = {
@@ -176,9 +197,13 @@ def test_importing_the_package_is_light() -> None:
 
 
 def test_importing_every_module_loads_no_runtime(modules: Mapping[str, Any]) -> None:
-    ours = [name for name in modules if inside(name, "h1export") and not inside(name, HOSTED) and not TRITON.fullmatch(name)]
+    ours = [
+        name for name in modules if inside(name, "h1export") and not inside(name, HOSTED) and not TRITON.fullmatch(name)
+    ]
     assert loaded_by(f"import {', '.join(ours)}", tuple(RUNTIMES)) == set()
-    ours = [name for name in ours if name != "h1export.hf"]  # transformers' own models load Triton where it is installed
+    ours = [
+        name for name in ours if name != "h1export.hf"
+    ]  # transformers' own models load Triton where it is installed
     assert loaded_by(f"import {', '.join(ours)}", ("triton",)) == set()
 
 
@@ -187,7 +212,9 @@ def test_triton_is_imported_by_its_door_only(trees: Mapping[str, ast.Module]) ->
     assert any(TRITON.fullmatch(name) for name in trees)
 
 
-@pytest.mark.parametrize("line", ["import triton.language", "from h1export.plugins.scan import kernels", "import_module('triton')"])
+@pytest.mark.parametrize(
+    "line", ["import triton.language", "from h1export.plugins.scan import kernels", "import_module('triton')"]
+)
 def test_an_import_of_triton_is_seen(line: str) -> None:
     planted = {
         "h1export.plugins.scan.kernels": ast.parse("import triton"),

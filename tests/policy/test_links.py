@@ -25,7 +25,9 @@ def links(markdown: str) -> Iterator[str]:
 def anchors(markdown: str) -> set[str]:
     """The anchors that GitHub gives to headings."""
     headings = HEADING.findall(FENCE.sub("", markdown))
-    slugs = [re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "]", heading).lower()).replace(" ", "-") for heading in headings]
+    slugs = [
+        re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "]", heading).lower()).replace(" ", "-") for heading in headings
+    ]
     return {slug if slugs[:i].count(slug) == 0 else f"{slug}-{slugs[:i].count(slug)}" for i, slug in enumerate(slugs)}
 
 
@@ -45,7 +47,11 @@ def dead(root: Path, file: Path, known: set[Path]) -> Iterator[str]:
 
 
 def test_relative_links_lead_somewhere(root: Path, own_files: tuple[Path, ...]) -> None:
-    texts = [file for file in own_files if file == root / "README.md" or (root / "docs" in file.parents and file.suffix == ".md")]
+    texts = [
+        file
+        for file in own_files
+        if file == root / "README.md" or (root / "docs" in file.parents and file.suffix == ".md")
+    ]
     found = [link for file in texts for link in dead(root, file, set(own_files))]
     assert len(texts) > 1
     assert not found, "\n".join(found)
@@ -75,7 +81,9 @@ def dead_in(checkout: Path, markdown: str) -> list[str]:
     """What is dead in a docs/a.md of ``markdown``."""
     file = checkout / "docs" / "a.md"
     file.write_text(markdown, encoding="utf-8")
-    return [line.split(": ", 1)[1] for line in dead(checkout, file, {file, checkout / "docs/b.md", checkout / "core/c.py"})]
+    return [
+        line.split(": ", 1)[1] for line in dead(checkout, file, {file, checkout / "docs/b.md", checkout / "core/c.py"})
+    ]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +127,8 @@ def test_a_dead_link_is_seen(checkout: Path, link: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "markdown", ["`[it](d.md)`", "``a ` [it](d.md)``", "```\n[it](d.md)\n```", "~~~md\n[it](d.md)\n~~~", "a[i] = (d.md)"]
+    "markdown",
+    ["`[it](d.md)`", "``a ` [it](d.md)``", "```\n[it](d.md)\n```", "~~~md\n[it](d.md)\n~~~", "a[i] = (d.md)"],
 )
 def test_code_is_no_link(checkout: Path, markdown: str) -> None:
     assert dead_in(checkout, f"before\n\n{markdown}\n\nafter") == []

@@ -20,9 +20,12 @@ def folders_with_code(root: Path, package_dir: Mapping[str, str]) -> set[str]:
     }
 
 
-def unpackaged_data(root: Path, package_dir: Mapping[str, str], package_data: Mapping[str, list[str]]) -> tuple[set[str], set[str]]:
+def unpackaged_data(
+    root: Path, package_dir: Mapping[str, str], package_data: Mapping[str, list[str]]
+) -> tuple[set[str], set[str]]:
     """(globs without a file, files other than .py that no glob covers)."""
-    empty, covered = set(), set()
+    empty = set()
+    covered = set()
     for package, globs in package_data.items():
         mapped = max((known for known in package_dir if f"{package}.".startswith(f"{known}.")), key=len)
         folder = root.joinpath(package_dir[mapped], *package.removeprefix(mapped).split(".")[1:])
@@ -53,7 +56,9 @@ def mapped_roots(package_dir: Mapping[str, str]) -> set[str]:
     return {folder for package, folder in package_dir.items() if package != folder}
 
 
-def test_every_package_is_listed_and_exists(root: Path, project: Mapping[str, Any], package_dir: Mapping[str, str]) -> None:
+def test_every_package_is_listed_and_exists(
+    root: Path, project: Mapping[str, Any], package_dir: Mapping[str, str]
+) -> None:
     listed = project["tool"]["setuptools"]["packages"]
     assert listed == sorted(set(listed))
     assert set(listed) == folders_with_code(root, package_dir)
@@ -77,30 +82,46 @@ def test_package_data_is_complete(root: Path, project: Mapping[str, Any], packag
         ({"h1export.plugins": ["scan/*.cpp"]}, (set(), set())),
     ],
 )
-def test_wrong_package_data_is_seen(tmp_path: Path, data: dict[str, list[str]], expected: tuple[set[str], set[str]]) -> None:
+def test_wrong_package_data_is_seen(
+    tmp_path: Path, data: dict[str, list[str]], expected: tuple[set[str], set[str]]
+) -> None:
     (tmp_path / "plugins" / "scan").mkdir(parents=True)
     (tmp_path / "plugins" / "scan" / "scan.cpp").touch()
     (tmp_path / "plugins" / "scan" / "op.py").touch()
     assert unpackaged_data(tmp_path, {"h1export": "h1export", "h1export.plugins": "plugins"}, data) == expected
 
 
-def test_nothing_imports_a_mapped_folder_by_its_own_name(root: Path, own_files: tuple[Path, ...], package_dir: Mapping[str, str]) -> None:
+def test_nothing_imports_a_mapped_folder_by_its_own_name(
+    root: Path, own_files: tuple[Path, ...], package_dir: Mapping[str, str]
+) -> None:
     python = [file for file in own_files if file.suffix == ".py"]
     found = {
-        str(file.relative_to(root)): bare_imports(ast.parse(file.read_text(encoding="utf-8")), mapped_roots(package_dir)) for file in python
+        str(file.relative_to(root)): bare_imports(
+            ast.parse(file.read_text(encoding="utf-8")), mapped_roots(package_dir)
+        )
+        for file in python
     }
     assert {file: names for file, names in found.items() if names} == {}
 
 
 @pytest.mark.parametrize(
-    "line", ["import graphs", "import graphs.trace as t", "from graphs.trace import trace", "from . import x", "from ..y import x"]
+    "line",
+    [
+        "import graphs",
+        "import graphs.trace as t",
+        "from graphs.trace import trace",
+        "from . import x",
+        "from ..y import x",
+    ],
 )
 def test_a_bare_import_is_seen(line: str) -> None:
     assert bare_imports(ast.parse(f"def f():\n    {line}"), {"graphs"})
 
 
 def test_an_absolute_import_is_not_a_bare_one() -> None:
-    assert not bare_imports(ast.parse("import h1export.graphs\nfrom h1export.graphs import trace\nimport graphs_of_others"), {"graphs"})
+    assert not bare_imports(
+        ast.parse("import h1export.graphs\nfrom h1export.graphs import trace\nimport graphs_of_others"), {"graphs"}
+    )
 
 
 def test_pre_commit_and_nox_use_one_ruff(root: Path, project: Mapping[str, Any]) -> None:

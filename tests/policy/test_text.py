@@ -47,7 +47,9 @@ def test_the_checkout_itself_is_not_named(root: Path, own_files: tuple[Path, ...
     assert found(root, own_files, re.compile(re.escape(f"{root}/"))) == []
 
 
-@pytest.mark.parametrize("line", ["/" + "root/venv/bin/python", "see (/" + "home/me/x)", 'open("/' + 'Users/me")', "cd /" + "work/main"])
+@pytest.mark.parametrize(
+    "line", ["/" + "root/venv/bin/python", "see (/" + "home/me/x)", 'open("/' + 'Users/me")', "cd /" + "work/main"]
+)
 def test_a_machine_path_is_seen(tmp_path: Path, line: str) -> None:
     (tmp_path / "a.md").write_text(line)
     (tmp_path / "weights.bin").write_bytes(b"\xff\xfe\x00")
@@ -59,6 +61,8 @@ def test_an_unfinished_mark_is_seen(line: str) -> None:
     assert marks(f"first\n{line}", UNFINISHED) == [2]
 
 
-@pytest.mark.parametrize("line", ["https://example.org/home/x", "~/work/x", "a/root/b", "networks and opt/ions", "/usr/bin/env bash"])
+@pytest.mark.parametrize(
+    "line", ["https://example.org/home/x", "~/work/x", "a/root/b", "networks and opt/ions", "/usr/bin/env bash"]
+)
 def test_other_paths_are_not_a_machine(line: str) -> None:
     assert marks(line, MACHINE) == []

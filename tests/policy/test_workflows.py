@@ -25,7 +25,8 @@ def workflow(root: Path) -> Mapping[Any, Any]:
 
 def sessions(noxfile: str) -> set[str]:
     """Names of a noxfile's sessions; one with several Pythons is several: tests-3.11."""
-    tree, found = ast.parse(noxfile), set()
+    tree = ast.parse(noxfile)
+    found = set()
     for node in tree.body:
         marks = [ast.unparse(mark) for mark in node.decorator_list] if isinstance(node, ast.FunctionDef) else []
         if isinstance(node, ast.FunctionDef) and any(mark.startswith("nox.session") for mark in marks):
@@ -36,7 +37,9 @@ def sessions(noxfile: str) -> set[str]:
 
 def pythons(tree: ast.Module) -> tuple[str, ...]:
     """The literal PYTHONS."""
-    (value,) = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PYTHONS"]
+    (value,) = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PYTHONS"
+    ]
     return tuple(ast.literal_eval(value))
 
 
@@ -46,7 +49,9 @@ def test_the_matrix_names_sessions_that_exist(workflow: Mapping[Any, Any], root:
     named = [row["session"] for row in rows]
     assert set(named) <= sessions(noxfile)
     assert {name for name in sessions(noxfile) if name.startswith("tests-")} | {"lint", "types", "build"} <= set(named)
-    assert all(row["session"].removeprefix("tests-") == row["python"] for row in rows if row["session"].startswith("tests-"))
+    assert all(
+        row["session"].removeprefix("tests-") == row["python"] for row in rows if row["session"].startswith("tests-")
+    )
 
 
 def test_sessions_are_read_from_a_noxfile() -> None:

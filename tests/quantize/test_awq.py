@@ -10,11 +10,11 @@ import pytest
 
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import EMBEDDING
 from h1export.progress import SILENT
-from h1export.quantize.awq_scales import SCALING, ScaledStore, Scaling
+from h1export.quantize.awq_scales import SCALING, AwqScales, ScaledStore
 from h1export.quantize.layers import LoadedLayer, embed
 from h1export.quantize.methods.awq import no_scaling, scaling
 from h1export.quantize.methods.rtn import quantize_rows
@@ -23,17 +23,17 @@ from h1export.quantize.source import Rounded
 from h1export.validate.accuracy.reference import Reference
 
 SCHEME = QuantScheme("int4", 32, "awq")
-Found = tuple[WeightStore, HybridSpec, Scaling]
+Found = tuple[WeightStore, FalconH1Config, AwqScales]
 
 
-def ids(spec: HybridSpec) -> Array:
-    return np.random.default_rng(0).integers(0, spec.vocab_size, (3, 60))
+def ids(config: FalconH1Config) -> Array:
+    return np.random.default_rng(0).integers(0, config.vocab_size, (3, 60))
 
 
 def found(checkpoint: Path, jobs: int = 1) -> Found:
-    spec = HybridSpec.load(checkpoint)
-    store = WeightStore.open(checkpoint, spec)
-    return store, spec, scaling(store, spec, SCHEME.precisions(spec), ids(spec), jobs, SILENT)
+    config = FalconH1Config.load(checkpoint)
+    store = WeightStore.open(checkpoint, config)
+    return store, config, scaling(store, config, SCHEME.precisions(config), ids=ids(config), jobs=jobs, progress=SILENT)
 
 
 def whole(store: WeightStore, name: str) -> Array:
@@ -48,8 +48,10 @@ def scaled(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path])
 
 def test_the_model_does_not_change(scaled: tuple[Path, Found]) -> None:
     """Logits and states of transformers' model, but for rounding; and it does where any tensor is left as it was."""
-    checkpoint, (store, spec, factors) = scaled
-    reference, row, after = Reference(checkpoint), ids(spec)[0], ScaledStore(store, factors, SILENT)
+    checkpoint, (store, config, factors) = scaled
+    reference = Reference(checkpoint)
+    row = ids(config)[0]
+    after = ScaledStore(store, factors, SILENT)
     truth, states = reference.full(row)
     reference.hold({name: whole(after, name) for name in factors.tensors})
     logits, moved = reference.full(row)
@@ -75,16 +77,27 @@ def test_what_is_left_alone(scaled: tuple[Path, Found]) -> None:
 def test_products_have_less_error(tensor: str, make_checkpoint: Callable[..., Path]) -> None:
     """Of inputs whose channels a norm makes very unequal, on another text than the one that was looked at."""
     checkpoint = make_checkpoint("plain")
-    spec, name = HybridSpec.load(checkpoint), f"model.layers.0.{tensor}.weight"
-    sizes = np.exp2(np.random.default_rng(2).integers(-3, 4, spec.hidden_size)).astype(np.float32)
-    store = ScaledStore(WeightStore.open(checkpoint, spec), Scaling({}, {"model.layers.0.input_layernorm.weight": sizes}), SILENT)
-    precisions = {name: SCHEME.precisions(spec)[name]}
-    factors = scaling(store, spec, precisions, ids(spec), 1, SILENT)
-    other = np.random.default_rng(1).integers(0, spec.vocab_size, 100)
-    inputs = LoadedLayer(store, spec, 0, lambda tensor: whole(store, tensor)).run(embed(store, spec, other))[1]["mamba.in_proj"].numpy()
+    config = FalconH1Config.load(checkpoint)
+    name = f"model.layers.0.{tensor}.weight"
+    sizes = np.exp2(np.random.default_rng(2).integers(-3, 4, config.hidden_size)).astype(np.float32)
+    store = ScaledStore(
+        WeightStore.open(checkpoint, config), AwqScales({}, {"model.layers.0.input_layernorm.weight": sizes}), SILENT
+    )
+    precisions = {name: SCHEME.precisions(config)[name]}
+    factors = scaling(store, config, precisions, ids=ids(config), jobs=1, progress=SILENT)
+    other = np.random.default_rng(1).integers(0, config.vocab_size, 100)
+    inputs = (
+        LoadedLayer(store, config, 0, read=lambda tensor: whole(store, tensor))
+        .run(embed(store, config, other))[1]["mamba.in_proj"]
+        .numpy()
+    )
     errors = []
-    for chosen in (Scaling({}, {}), factors):
-        rounded = Rounded(ScaledStore(store, chosen, SILENT), precisions, quantize_rows).rows(name, 0, store.shape(name)[0]).unfolded()
+    for chosen in (AwqScales({}, {}), factors):
+        rounded = (
+            Rounded(ScaledStore(store, chosen, SILENT), precisions, quantize_rows)
+            .rows(name, 0, store.shape(name)[0])
+            .unfolded()
+        )
         errors.append(np.square(inputs @ (chosen.undone(name, rounded) - whole(store, name)).T).sum())
     assert errors[1] < 0.8 * errors[0]
 
@@ -97,10 +110,12 @@ def test_threads_change_no_digit(make_checkpoint: Callable[..., Path]) -> None:
 
 
 def test_a_plan_has_the_same_shapes(scaled: tuple[Path, Found]) -> None:
-    _, (store, spec, factors) = scaled
-    ones = no_scaling(store, spec, SCHEME.precisions(spec))
+    _, (store, config, factors) = scaled
+    ones = no_scaling(store, config, SCHEME.precisions(config))
     for ours, planned in ((factors.columns, ones.columns), (factors.rows, ones.rows)):
-        assert {name: values.shape for name, values in ours.items()} == {name: values.shape for name, values in planned.items()}
+        assert {name: values.shape for name, values in ours.items()} == {
+            name: values.shape for name, values in planned.items()
+        }
 
 
 def test_undone_is_the_inverse(scaled: tuple[Path, Found]) -> None:
@@ -114,12 +129,12 @@ def test_undone_is_the_inverse(scaled: tuple[Path, Found]) -> None:
 
 def test_it_is_read_back(scaled: tuple[Path, Found], tmp_path: Path) -> None:
     factors = scaled[1][2]
-    assert Scaling.load(tmp_path).tensors == frozenset()
+    assert AwqScales.load(tmp_path).tensors == frozenset()
     factors.save(tmp_path)
-    read = Scaling.load(tmp_path)
+    read = AwqScales.load(tmp_path)
     assert read.tensors == factors.tensors
     for name in factors.columns:
         np.testing.assert_array_equal(read.columns[name], factors.columns[name])
     (tmp_path / SCALING).write_bytes(b"nothing")
     with pytest.raises(H1ExportError, match=f"{SCALING}: cannot be read .*; build the artifact again"):
-        Scaling.load(tmp_path)
+        AwqScales.load(tmp_path)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Budget, Sensitivity, bits_per_weight, within_bits, within_kl
-from h1export.quantize.group_format import INT8, Precision
+from h1export.quantize.precision import INT8, Precision
 
 LOW = Precision(4, 32)
 MODELS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 8), st.floats(0, 0.1)), min_size=1, max_size=12).map(
@@ -42,7 +42,11 @@ def test_a_budget_of_divergence_is_kept_by_the_fewest_gains(found: dict[str, Sen
 
 
 def test_the_most_sensitive_for_its_size_comes_first() -> None:
-    found = {"large": Sensitivity((400, 64), LOW, 0.02), "small": Sensitivity((10, 64), LOW, 0.01), "deaf": Sensitivity((10, 64), LOW, 0.0)}
+    found = {
+        "large": Sensitivity((400, 64), LOW, 0.02),
+        "small": Sensitivity((10, 64), LOW, 0.01),
+        "deaf": Sensitivity((10, 64), LOW, 0.0),
+    }
     assert list(within_bits(found, INT8, 4.6)) == ["small"]
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h1export.errors import H1ExportError
-from h1export.quantize.group_format import Precision
 from h1export.quantize.methods.gptq import DAMPING, LAZY, fitted_scales, invert, round_rows, solve_rows
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.methods.scale_search import search_rows
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 
 INT4 = Precision(4, 32)
@@ -38,9 +38,11 @@ def textbook(weight: Any, moments: Any, scales: Any, width: int, top: int) -> An
     """Codes [rows, columns]: optimal brain compression's update, w_F += -(w_q - quant(w_q)) / [H_F^-1]_qq (H_F^-1)_:,q."""
     moments = moments + DAMPING * np.trace(moments) / len(moments) * np.eye(len(moments))
     left = list(np.argsort(-np.diag(moments), kind="stable"))
-    rest, codes = weight.astype(np.float64), np.zeros(weight.shape, int)
+    rest = weight.astype(np.float64)
+    codes = np.zeros(weight.shape, int)
     while left:
-        inverse, column = np.linalg.inv(moments[np.ix_(left, left)]), left[0]
+        inverse = np.linalg.inv(moments[np.ix_(left, left)])
+        column = left[0]
         scale = scales[:, column // width].astype(np.float64)
         codes[:, column] = np.clip(np.rint(rest[:, column] / scale), -top, top)
         error = (rest[:, column] - codes[:, column] * scale) / inverse[0, 0]
@@ -54,8 +56,8 @@ def test_it_is_the_textbooks(precision: Precision) -> None:
     """Over more columns than a lazy block, so that both ways of correction take part. float32 may decide a tie the other way."""
     weight, moments = problem(8, 2 * LAZY, 0)
     scales = quantize_rows(weight, precision, np.ones(8, np.float32)).scales
-    codes = round_rows(weight, scales, precision, invert(torch.from_numpy(moments), "x"))
-    truth = textbook(weight, moments, scales, precision.columns_per_scale(2 * LAZY), precision.top)
+    codes = round_rows(weight, scales, precision, inverse=invert(torch.from_numpy(moments), "x"))
+    truth = textbook(weight, moments, scales, precision.columns_per_group(2 * LAZY), precision.top)
     same = (codes == truth).all(axis=1)
     assert same.mean() >= 0.75
     ours, theirs = (QuantizedTensor(found.astype(np.int8), scales, np.ones(8, np.float32)) for found in (codes, truth))
@@ -68,7 +70,7 @@ def test_it_is_the_textbooks(precision: Precision) -> None:
 @given(rows=st.integers(1, 8), groups=st.integers(1, 6), seed=st.integers(0, 1 << 30))
 def test_it_beats_rounding_where_inputs_are_mixed(rows: int, groups: int, seed: int) -> None:
     weight, moments = problem(8 + rows, 32 * groups, seed)
-    found = solve_rows(weight, INT4, invert(torch.from_numpy(moments), "x"), "w")
+    found = solve_rows(weight, INT4, invert(torch.from_numpy(moments), "x"), name="w")
     plain = quantize_rows(weight, INT4, np.ones(8 + rows, np.float32))
     assert damage(found, weight, moments).sum() < 0.8 * damage(plain, weight, moments).sum()
     assert np.abs(found.codes.astype(int)).max() <= INT4.top
@@ -78,7 +80,7 @@ def test_unmixed_inputs_leave_nothing_to_make_up_for() -> None:
     """Moments that are the identity: every column is rounded as the search does it."""
     weight = np.random.default_rng(3).normal(size=(6, 192)).astype(np.float32)
     searched = search_rows(weight, INT4, np.ones(6, np.float32))
-    codes = round_rows(weight, searched.scales, INT4, invert(torch.eye(192, dtype=torch.float64), "x"))
+    codes = round_rows(weight, searched.scales, INT4, inverse=invert(torch.eye(192, dtype=torch.float64), "x"))
     np.testing.assert_array_equal(codes, searched.codes)
 
 
@@ -89,8 +91,8 @@ def test_fitted_scales_are_the_least_squares_ones(rows: int, groups: int, seed: 
     weight, moments = problem(rows, 32 * groups, seed)
     inverse = invert(torch.from_numpy(moments), "x")
     start = search_rows(weight, INT4, np.ones(rows, np.float32))
-    codes = round_rows(weight, start.scales, INT4, inverse)
-    fitted = fitted_scales(weight, codes, start.scales, inverse)
+    codes = round_rows(weight, start.scales, INT4, inverse=inverse)
+    fitted = fitted_scales(weight, codes, start.scales, inverse=inverse)
     root = np.linalg.cholesky(inverse.moments.double().numpy()).T
     for row in range(rows):
         parts = np.stack([root[:, k : k + 32] @ codes[row, k : k + 32] for k in range(0, 32 * groups, 32)], axis=1)
@@ -98,21 +100,27 @@ def test_fitted_scales_are_the_least_squares_ones(rows: int, groups: int, seed: 
         tame = (exact > start.scales[row] / 1.4) & (exact < start.scales[row] * 1.4)
         if tame.all():
             np.testing.assert_allclose(fitted[row].astype(np.float64), exact, rtol=5e-3)
-    before, after = (damage(QuantizedTensor(codes, scales, start.multiplier), weight, moments) for scales in (start.scales, fitted))
+    before, after = (
+        damage(QuantizedTensor(codes, scales, start.multiplier), weight, moments) for scales in (start.scales, fitted)
+    )
     assert (after <= before * 1.01).mean() >= 0.9
 
 
 def test_fits_that_say_nothing_leave_the_scales() -> None:
     weight, moments = problem(4, 64, 2)
-    start, nothing = search_rows(weight, INT4, np.ones(4, np.float32)), np.zeros((4, 64), np.int8)
-    np.testing.assert_array_equal(fitted_scales(weight, nothing, start.scales, invert(torch.from_numpy(moments), "x")), start.scales)
+    start = search_rows(weight, INT4, np.ones(4, np.float32))
+    nothing = np.zeros((4, 64), np.int8)
+    np.testing.assert_array_equal(
+        fitted_scales(weight, nothing, start.scales, inverse=invert(torch.from_numpy(moments), "x")), start.scales
+    )
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(groups=st.integers(1, 4), noise=st.sampled_from([0.1, 0.5]), seed=st.integers(0, 1 << 30))
 def test_a_product_makes_up_for_what_its_inputs_lost(groups: int, noise: float, seed: int) -> None:
     """Inputs x that are a shrunk and noisy version of t: the outputs come nearer to those of the weight on t."""
-    rng, columns = np.random.default_rng(seed), 32 * groups
+    rng = np.random.default_rng(seed)
+    columns = 32 * groups
     t = rng.normal(size=(8 * columns, columns)) @ rng.normal(size=(columns, columns)) / columns**0.5
     x = (1 - noise) * t + noise * rng.normal(size=t.shape)
     weight = rng.normal(size=(16, columns)).astype(np.float32)
@@ -121,10 +129,13 @@ def test_a_product_makes_up_for_what_its_inputs_lost(groups: int, noise: float, 
         return float(np.square(t @ weight.T - x @ found.T).sum())
 
     moments, drift = (torch.from_numpy(matrix) for matrix in (x.T @ x, (t - x).T @ x))
-    blind, seeing = (solve_rows(weight, INT4, invert(moments, "x", known), "w").unfolded().astype(np.float64) for known in (None, drift))
+    blind, seeing = (
+        solve_rows(weight, INT4, invert(moments, "x", known), name="w").unfolded().astype(np.float64)
+        for known in (None, drift)
+    )
     best = np.linalg.lstsq(x, t @ weight.T, rcond=None)[0].T
     assert distance(seeing) < distance(blind)
-    rounding = solve_rows(best.astype(np.float32), INT4, invert(moments, "x"), "w").unfolded().astype(np.float64)
+    rounding = solve_rows(best.astype(np.float32), INT4, invert(moments, "x"), name="w").unfolded().astype(np.float64)
     assert distance(seeing) < 1.1 * distance(rounding)
 
 
@@ -132,33 +143,41 @@ def test_a_product_makes_up_for_what_its_inputs_lost(groups: int, noise: float, 
 def test_the_size_of_the_moments_does_not_matter(factor: float) -> None:
     """So one set of moments serves products whose inputs differ by a multiplier."""
     weight, moments = problem(4, 96, 5)
-    one, other = (solve_rows(weight, INT4, invert(torch.from_numpy(moments * size), "x"), "w") for size in (1.0, factor))
+    one, other = (
+        solve_rows(weight, INT4, invert(torch.from_numpy(moments * size), "x"), name="w") for size in (1.0, factor)
+    )
     assert (one.codes == other.codes).mean() > 0.99  # another power of two would change no bit
 
 
 def test_rows_do_not_influence_each_other() -> None:
     weight, moments = problem(7, 160, 1)
     inverse = invert(torch.from_numpy(moments), "x")
-    whole = solve_rows(weight, INT4, inverse, "w")
-    parts = [solve_rows(weight[rows], INT4, inverse, "w") for rows in (slice(0, 3), slice(3, 7))]
-    assert (np.concatenate([part.codes for part in parts]) == whole.codes).mean() > 0.99  # products of other shapes sum in another order
-    np.testing.assert_allclose(np.concatenate([part.scales for part in parts]).astype(float), whole.scales.astype(float), rtol=2e-3)
+    whole = solve_rows(weight, INT4, inverse, name="w")
+    parts = [solve_rows(weight[rows], INT4, inverse, name="w") for rows in (slice(0, 3), slice(3, 7))]
+    assert (
+        np.concatenate([part.codes for part in parts]) == whole.codes
+    ).mean() > 0.99  # products of other shapes sum in another order
+    np.testing.assert_allclose(
+        np.concatenate([part.scales for part in parts]).astype(float), whole.scales.astype(float), rtol=2e-3
+    )
 
 
 def test_inputs_that_are_always_zero() -> None:
     """One such column costs the others nothing; where all are so, nothing is known, and the search's integers are left."""
     weight, moments = problem(4, 64, 2)
-    moments[3], moments[:, 3] = 0, 0
-    found, plain = solve_rows(weight, INT4, invert(torch.from_numpy(moments), "x"), "w"), search_rows(weight, INT4, np.ones(4, np.float32))
+    moments[3] = 0
+    moments[:, 3] = 0
+    found = solve_rows(weight, INT4, invert(torch.from_numpy(moments), "x"), name="w")
+    plain = search_rows(weight, INT4, np.ones(4, np.float32))
     assert damage(found, weight, moments).sum() < 0.8 * damage(plain, weight, moments).sum()
-    blind = solve_rows(weight, INT4, invert(torch.zeros(64, 64, dtype=torch.float64), "x"), "w")
+    blind = solve_rows(weight, INT4, invert(torch.zeros(64, 64, dtype=torch.float64), "x"), name="w")
     np.testing.assert_array_equal(blind.codes, plain.codes)
 
 
 def test_neither_argument_is_written_to() -> None:
     weight, moments = problem(4, 160, 4)
     before = weight.copy(), moments.copy()
-    solve_rows(weight, INT4, invert(torch.from_numpy(moments), "x"), "w")
+    solve_rows(weight, INT4, invert(torch.from_numpy(moments), "x"), name="w")
     np.testing.assert_array_equal(weight, before[0])
     np.testing.assert_array_equal(moments, before[1])
 
@@ -166,5 +185,7 @@ def test_neither_argument_is_written_to() -> None:
 def test_inputs_that_are_not_finite() -> None:
     moments = torch.eye(32, dtype=torch.float64)
     moments[3, 4] = float("nan")
-    with pytest.raises(H1ExportError, match=r'inputs of "model\.x": are not finite on the calibration text; use --method rtn'):
+    with pytest.raises(
+        H1ExportError, match=r'inputs of "model\.x": are not finite on the calibration text; use --method rtn'
+    ):
         invert(moments, "model.x")

@@ -17,7 +17,7 @@ from h1export.artifact.journal import SCRATCH
 from h1export.artifact.staging import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import scoring_ids
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD
 from h1export.progress import SILENT
 from h1export.quantize.calibration import Calibration
@@ -25,7 +25,7 @@ from h1export.quantize.methods import gptq_model as module
 from h1export.quantize.methods.gptq_model import solve
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.scheme import QuantScheme
-from h1export.quantize.source import Integers, Rounded
+from h1export.quantize.source import QuantizedWeights, Rounded
 from h1export.validate.accuracy.logits import logit_figures
 from h1export.validate.accuracy.perplexity import windows
 from h1export.validate.accuracy.reference import Reference
@@ -34,22 +34,26 @@ SCHEME = QuantScheme("int4", 32, "gptq")
 
 
 def rounded(checkpoint: Path) -> Rounded:
-    spec = HybridSpec.load(checkpoint)
-    return Rounded(WeightStore.open(checkpoint, spec), SCHEME.precisions(spec), quantize_rows)
+    config = FalconH1Config.load(checkpoint)
+    return Rounded(WeightStore.open(checkpoint, config), SCHEME.precisions(config), quantize_rows)
 
 
-def solved(checkpoint: Path, folder: Path, jobs: int = 1) -> Integers:
+def solved(checkpoint: Path, folder: Path, jobs: int = 1) -> QuantizedWeights:
     """On random tokens."""
-    spec, rest = HybridSpec.load(checkpoint), rounded(checkpoint)
-    ids = np.random.default_rng(0).integers(0, spec.vocab_size, (3, 100))
+    config = FalconH1Config.load(checkpoint)
+    rest = rounded(checkpoint)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (3, 100))
     folder.mkdir(exist_ok=True)
-    return solve(rest.store, spec, rest, ids, Stage(folder, jobs), SILENT)
+    return solve(rest.store, config, rest, ids=ids, stage=Stage(folder, jobs), progress=SILENT)
 
 
-def bytes_of(integers: Integers, store: WeightStore) -> dict[str, str]:
+def bytes_of(integers: QuantizedWeights, store: WeightStore) -> dict[str, str]:
     """sha256 of each tensor's codes and scales."""
     found = {name: integers.rows(name, 0, store.shape(name)[0]) for name in integers.precisions}
-    return {name: hashlib.sha256(tensor.codes.tobytes() + tensor.scales.tobytes()).hexdigest() for name, tensor in found.items()}
+    return {
+        name: hashlib.sha256(tensor.codes.tobytes() + tensor.scales.tobytes()).hexdigest()
+        for name, tensor in found.items()
+    }
 
 
 @contextmanager
@@ -62,7 +66,8 @@ def torch_threads(count: int) -> Iterator[None]:
 
 
 def test_threads_change_no_byte(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    checkpoint, found = make_checkpoint("everything"), []
+    checkpoint = make_checkpoint("everything")
+    found = []
     store = rounded(checkpoint).store
     for jobs, threads in ((1, 1), (3, 1), (2, 2)):
         with torch_threads(threads):
@@ -71,8 +76,10 @@ def test_threads_change_no_byte(make_checkpoint: Callable[..., Path], tmp_path: 
 
 
 def test_rows_of_the_file_are_rows_of_the_tensor(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    integers, name = solved(make_checkpoint(), tmp_path / "stage"), "model.layers.1.feed_forward.down_proj.weight"
-    whole, part = integers.rows(name, 0, 128), integers.rows(name, 40, 57)
+    integers = solved(make_checkpoint(), tmp_path / "stage")
+    name = "model.layers.1.feed_forward.down_proj.weight"
+    whole = integers.rows(name, 0, 128)
+    part = integers.rows(name, 40, 57)
     np.testing.assert_array_equal(part.codes, whole.codes[40:57])
     np.testing.assert_array_equal(part.scales, whole.scales[40:57])
     assert part.multiplier.tolist() == [1.0] * 17
@@ -83,43 +90,63 @@ def test_products_are_solved_and_an_embedding_of_its_own_is_rounded(
     name: str, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint(name)
-    rest, integers = rounded(checkpoint), solved(checkpoint, tmp_path / "stage")
-    plain, found = bytes_of(rest, rest.store), bytes_of(integers, rest.store)
+    rest = rounded(checkpoint)
+    integers = solved(checkpoint, tmp_path / "stage")
+    plain = bytes_of(rest, rest.store)
+    found = bytes_of(integers, rest.store)
     same = {tensor for tensor in plain if plain[tensor] == found[tensor]}
     assert same == (set() if name == "tied" else {EMBEDDING})
     assert (LM_HEAD in found) == (name == "plain")
 
 
-def mean_kl(reference: Reference, checkpoint: Path, integers: Integers, windows: list[np.ndarray], truths: list[np.ndarray]) -> float:  # type: ignore[type-arg]
+def mean_kl(
+    reference: Reference,
+    checkpoint: Path,
+    integers: QuantizedWeights,
+    windows: list[np.ndarray],
+    truths: list[np.ndarray],
+) -> float:  # type: ignore[type-arg]
     store = rounded(checkpoint).store
     reference.hold({name: integers.rows(name, 0, store.shape(name)[0]).unfolded() for name in integers.precisions})
-    return logit_figures([(reference.full(window[:-1])[0], truth) for window, truth in zip(windows, truths, strict=True)])["kl"]
+    return logit_figures(
+        [(reference.full(window[:-1])[0], truth) for window, truth in zip(windows, truths, strict=True)]
+    )["kl"]
 
 
 def test_gptq_has_at_most_six_tenths_of_the_divergence_of_rounding(tiny: Path, tmp_path: Path) -> None:
     """On held-out text; the standard error of the ratio over such windows is a twentieth of it. The whole text: benchmarks/quality.py."""
     ids = scoring_ids(tiny, (tiny / "heldout.txt").read_text(encoding="utf-8"))[0]
-    chosen, reference, rest = windows(ids)[::15], Reference(tiny), rounded(tiny)
+    chosen = windows(ids)[::15]
+    reference = Reference(tiny)
+    rest = rounded(tiny)
     truths = [reference.full(window[:-1])[0] for window in chosen]
-    spec = HybridSpec.load(tiny)
-    found = solve(rest.store, spec, rest, Calibration(samples=16).ids(tiny), Stage(tmp_path, 2), SILENT)
+    config = FalconH1Config.load(tiny)
+    found = solve(
+        rest.store, config, rest, ids=Calibration(samples=16).ids(tiny), stage=Stage(tmp_path, 2), progress=SILENT
+    )
     plain, ours = (mean_kl(reference, tiny, integers, chosen, truths) for integers in (rest, found))
     assert ours < 0.6 * plain
 
 
-def test_the_head_is_solved_on_the_contexts_of_its_tokens(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_head_is_solved_on_the_contexts_of_its_tokens(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """That saves a tenth of the divergence at least, where the head alone is in integers."""
     ids = scoring_ids(tiny, (tiny / "heldout.txt").read_text(encoding="utf-8"))[0]
-    chosen, reference = windows(ids)[::20], Reference(tiny)
+    chosen = windows(ids)[::20]
+    reference = Reference(tiny)
     truths = [reference.full(window[:-1])[0] for window in chosen]
-    spec = HybridSpec.load(tiny)
-    store = WeightStore.open(tiny, spec)
-    rest, found = Rounded(store, {LM_HEAD: SCHEME.precisions(spec)[LM_HEAD]}, quantize_rows), []
+    config = FalconH1Config.load(tiny)
+    store = WeightStore.open(tiny, config)
+    rest = Rounded(store, {LM_HEAD: SCHEME.precisions(config)[LM_HEAD]}, quantize_rows)
+    found = []
     for share in (module.PLAIN, 1e6):
         monkeypatch.setattr(module, "PLAIN", share)
         folder = tmp_path / str(share)
         folder.mkdir()
-        integers = solve(store, spec, rest, Calibration(samples=8).ids(tiny), Stage(folder, 2), SILENT)
+        integers = solve(
+            store, config, rest, ids=Calibration(samples=8).ids(tiny), stage=Stage(folder, 2), progress=SILENT
+        )
         found.append(mean_kl(reference, tiny, integers, chosen, truths))
     assert found[0] < 0.9 * found[1]
 
@@ -131,10 +158,10 @@ from pathlib import Path
 from h1export import pipeline
 from h1export.quantize.calibration import Calibration
 from h1export.core.quant import QuantScheme
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize import solve as module
 checkpoint, truth, out = map(Path, sys.argv[1:4])
-program = pipeline.trace(HybridSpec.load(checkpoint), False)
+program = pipeline.trace(FalconH1Config.load(checkpoint), False)
 pipeline.trace = lambda *_: program
 functions = {name: getattr(module, name) for name in ("solve_rows", "_both", "_alone")}
 def built(place, name="", last=0):
@@ -163,7 +190,8 @@ assert built(out) == 0
 @pytest.mark.ort
 def test_kills_change_no_byte(spoken_checkpoint: Path, tmp_path: Path) -> None:
     """Whole builds: also that nothing of the solver's work is in an artifact."""
-    truth, out = tmp_path / "truth", tmp_path / "out"
+    truth = tmp_path / "truth"
+    out = tmp_path / "out"
     words = [sys.executable, "-c", KILLS, str(spoken_checkpoint), str(truth), str(out)]
     run = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
     first, last = (tuple(map(int, line.split())) for line in run.stdout.splitlines())

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from h1export.quantize.methods.head_groups import GROUPS, ROWS_A_GROUP, Contexts, contexts
+from h1export.quantize.methods.head_groups import GROUPS, ROWS_A_GROUP, HeadGroups, contexts
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -26,19 +26,28 @@ def problem(vocab: int, samples: int, seed: int) -> tuple[Tensor, Pairs]:
     ]
 
 
-def of(pairs: Pairs, head: Tensor, multiplier: float, jobs: int = 1) -> Contexts:
+def of(pairs: Pairs, head: Tensor, multiplier: float, jobs: int = 1) -> HeadGroups:
     def inputs() -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
         return (partial(lambda pair: pair, pair) for pair in pairs)
 
-    return contexts(inputs, head, multiplier, jobs)
+    return contexts(inputs, head, multiplier, jobs=jobs)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(vocab=st.integers(2, 200), samples=st.integers(1, 3), multiplier=st.sampled_from([0.05, 1.0, 3.0]), seed=st.integers(0, 1 << 30))
-def test_weights_are_the_mean_variances_of_a_groups_tokens(vocab: int, samples: int, multiplier: float, seed: int) -> None:
+@given(
+    vocab=st.integers(2, 200),
+    samples=st.integers(1, 3),
+    multiplier=st.sampled_from([0.05, 1.0, 3.0]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_weights_are_the_mean_variances_of_a_groups_tokens(
+    vocab: int, samples: int, multiplier: float, seed: int
+) -> None:
     head, pairs = problem(vocab, samples, seed)
     found = of(pairs, head, multiplier)
-    probabilities = torch.softmax(multiplier * torch.stack([right for right, _ in pairs]).double() @ head.double().T, dim=-1)
+    probabilities = torch.softmax(
+        multiplier * torch.stack([right for right, _ in pairs]).double() @ head.double().T, dim=-1
+    )
     variances = probabilities * (1 - probabilities)  # [samples, length, vocab]
     shares = variances / variances.sum((0, 1))
     assert found.groups.shape == (vocab,)
@@ -52,7 +61,10 @@ def test_tokens_of_like_contexts_come_together() -> None:
     """Two kinds of positions, and tokens that are likely in one kind each."""
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randn(2, 24, generator=generator)
-    rights = [4 * kinds[torch.randint(0, 2, (200,), generator=generator)] + torch.randn(200, 24, generator=generator) for _ in range(2)]
+    rights = [
+        4 * kinds[torch.randint(0, 2, (200,), generator=generator)] + torch.randn(200, 24, generator=generator)
+        for _ in range(2)
+    ]
     belongs = torch.randint(0, 2, (2 * ROWS_A_GROUP,), generator=generator)
     head = kinds[belongs] + 0.1 * torch.randn(len(belongs), 24, generator=generator)
     found = of([(right, right) for right in rights], head, 0.2)
@@ -63,7 +75,8 @@ def test_tokens_of_like_contexts_come_together() -> None:
 
 def test_threads_change_no_digit() -> None:
     head, pairs = problem(180, 3, 1)
-    one, other = of(pairs, head, 1.0), of(pairs, head, 1.0, jobs=3)
+    one = of(pairs, head, 1.0)
+    other = of(pairs, head, 1.0, jobs=3)
     assert torch.equal(one.groups, other.groups)
     assert torch.equal(one.weights, other.weights)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from h1export.checkpoint.store import WeightStore
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.layers import INPUTS, LoadedLayer, embed, head_tensor, logits, products
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference import Reference
@@ -20,12 +20,13 @@ def whole(store: WeightStore) -> Callable[[str], np.ndarray]:  # type: ignore[ty
 
 
 def test_logits_are_those_of_transformers(checkpoint: Path) -> None:
-    spec = HybridSpec.load(checkpoint)
-    store, ids = WeightStore.open(checkpoint, spec), np.random.default_rng(0).integers(0, spec.vocab_size, 40)
-    hidden = embed(store, spec, ids)
-    for layer in range(spec.num_hidden_layers):
-        hidden = LoadedLayer(store, spec, layer, whole(store)).output(hidden)
-    found = logits(store, spec, hidden, whole(store)(head_tensor(spec)))
+    config = FalconH1Config.load(checkpoint)
+    store = WeightStore.open(checkpoint, config)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, 40)
+    hidden = embed(store, config, ids)
+    for layer in range(config.num_hidden_layers):
+        hidden = LoadedLayer(store, config, layer, read=whole(store)).output(hidden)
+    found = logits(store, config, hidden, whole(store)(head_tensor(config)))
     assert relative_error(found, Reference(checkpoint).full(ids)[0]) < 1e-5
 
 
@@ -34,9 +35,10 @@ def test_the_inputs_are_those_of_the_products(make_checkpoint: Callable[..., Pat
     from transformers import FalconH1ForCausalLM
 
     folder = make_checkpoint("everything")
-    spec = HybridSpec.load(folder)
-    store, ids = WeightStore.open(folder, spec), np.random.default_rng(0).integers(0, spec.vocab_size, 40)
-    found = LoadedLayer(store, spec, 0, whole(store)).run(embed(store, spec, ids))[1]
+    config = FalconH1Config.load(folder)
+    store = WeightStore.open(folder, config)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, 40)
+    found = LoadedLayer(store, config, 0, read=whole(store)).run(embed(store, config, ids))[1]
     model = FalconH1ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     theirs: dict[str, torch.Tensor] = {}
     for group in INPUTS.values():
@@ -48,13 +50,16 @@ def test_the_inputs_are_those_of_the_products(make_checkpoint: Callable[..., Pat
     assert found.keys() == INPUTS.keys()
     for group in INPUTS.values():
         for name in group:
-            ours, other = found[group[0]].flatten(), theirs[name].flatten()
+            ours = found[group[0]].flatten()
+            other = theirs[name].flatten()
             factor = (ours @ other) / (ours @ ours)
             torch.testing.assert_close(ours * factor, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
 def test_every_projection_of_a_layer_has_an_input(make_checkpoint: Callable[..., Path]) -> None:
-    spec = HybridSpec.load(make_checkpoint())
-    store = WeightStore.open(make_checkpoint(), spec)
-    matrices = {entry.name for entry in store.entries if entry.name.startswith("model.layers.1.") and len(entry.shape) == 2}
+    config = FalconH1Config.load(make_checkpoint())
+    store = WeightStore.open(make_checkpoint(), config)
+    matrices = {
+        entry.name for entry in store.entries if entry.name.startswith("model.layers.1.") and len(entry.shape) == 2
+    }
     assert {tensor for group in products(1).values() for tensor in group} == matrices

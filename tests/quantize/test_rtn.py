@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import Multiplier, WeightExpr, WeightPart
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
-from h1export.quantize.group_format import Precision
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 from h1export.quantize.source import Rounded, quantized_blocks
 
@@ -28,10 +28,13 @@ PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 @st.composite
 def weights(draw: st.DrawFn, precision: Precision) -> Any:
     """float32 [rows, columns]; every block has a magnitude of its own, from subnormal to the largest that has an fp16 scale."""
-    rows, groups = draw(st.integers(1, 5)), draw(st.integers(1, 3))
-    width = precision.block or draw(st.integers(1, 40))
+    rows = draw(st.integers(1, 5))
+    groups = draw(st.integers(1, 3))
+    width = precision.group_size or draw(st.integers(1, 40))
     rng = np.random.default_rng(draw(st.integers(0, 1 << 30)))
-    kinds = st.sampled_from([0.0, 1e-44, 1e-38, 1e-10, MIN_SCALE, 1e-3, 0.02, 1.0, 300.0, TOP[precision.bits] * MAX_SCALE])
+    kinds = st.sampled_from(
+        [0.0, 1e-44, 1e-38, 1e-10, MIN_SCALE, 1e-3, 0.02, 1.0, 300.0, TOP[precision.bits] * MAX_SCALE]
+    )
     magnitudes = np.array(draw(st.lists(kinds, min_size=rows * groups, max_size=rows * groups)), np.float32)
     spread = rng.uniform(-1, 1, (rows * groups, width)).astype(np.float32)
     spread[:, rng.integers(width)] = draw(st.sampled_from([1.0, -1.0]))  # the block reaches its magnitude
@@ -59,7 +62,7 @@ def test_the_integer_rule(precision: Precision, data: st.DataObject) -> None:
     assert found.scales.dtype == np.float16
     assert (found.scales >= MIN_SCALE).all()
     assert np.isfinite(found.scales).all()
-    assert found.scales.shape == (len(weight), weight.shape[1] // (precision.block or weight.shape[1]))
+    assert found.scales.shape == (len(weight), weight.shape[1] // (precision.group_size or weight.shape[1]))
     width = weight.shape[1] // found.scales.shape[1]
     steps = np.repeat(found.scales.astype(np.float64), width, axis=1)
     error = np.abs(weight.astype(np.float64) - found.codes * steps)
@@ -87,7 +90,9 @@ def test_rows_do_not_influence_each_other(precision: Precision, data: st.DataObj
     multiplier = np.linspace(0.5, 2.0, len(weight), dtype=np.float32)
     cut = data.draw(st.integers(0, len(weight)))
     whole = quantize_rows(weight, precision, multiplier)
-    parts = [quantize_rows(weight[s], precision, multiplier[s]) for s in (slice(0, cut), slice(cut, None)) if len(weight[s])]
+    parts = [
+        quantize_rows(weight[s], precision, multiplier[s]) for s in (slice(0, cut), slice(cut, None)) if len(weight[s])
+    ]
     for field in ("codes", "scales", "multiplier"):
         assert np.array_equal(np.concatenate([getattr(part, field) for part in parts]), getattr(whole, field))
 
@@ -103,7 +108,8 @@ def test_the_multiplier_stays_beside_the_integers() -> None:
     """Codes and scales are those of the unfolded tensor, whatever the multiplier."""
     weight = np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32)
     multiplier = np.array([1e-30, -2.0, 1e30], np.float32)
-    plain, scaled = quantize_rows(weight, Precision(4, 32), ones(3)), quantize_rows(weight, Precision(4, 32), multiplier)
+    plain = quantize_rows(weight, Precision(4, 32), ones(3))
+    scaled = quantize_rows(weight, Precision(4, 32), multiplier)
     assert np.array_equal(plain.codes, scaled.codes)
     assert np.array_equal(plain.scales, scaled.scales)
     assert np.array_equal(scaled.multiplier, multiplier)
@@ -130,7 +136,8 @@ def test_a_grid_of_integers_survives() -> None:
 def test_codes_are_symmetric() -> None:
     weight = np.random.default_rng(3).normal(size=(4, 64)).astype(np.float32)
     for precision in (Precision(4, 32), Precision(8, 0)):
-        one, other = quantize_rows(weight, precision, ones(4)), quantize_rows(-weight, precision, ones(4))
+        one = quantize_rows(weight, precision, ones(4))
+        other = quantize_rows(-weight, precision, ones(4))
         assert np.array_equal(one.codes, -other.codes)
         assert np.array_equal(one.scales, other.scales)
 
@@ -140,8 +147,10 @@ def test_codes_are_symmetric() -> None:
 def test_values_that_are_not_finite(precision: Precision, value: float) -> None:
     weight = np.ones((3, 64), np.float32)
     weight[2, 63] = value
-    with pytest.raises(H1ExportError, match=r'tensor "model\.x": holds values that are not finite; .*download it again'):
-        quantize_rows(weight, precision, ones(3), "model.x")
+    with pytest.raises(
+        H1ExportError, match=r'tensor "model\.x": holds values that are not finite; .*download it again'
+    ):
+        quantize_rows(weight, precision, ones(3), name="model.x")
 
 
 @pytest.mark.parametrize("precision", [Precision(4, 32), Precision(8, 0)], ids=str)
@@ -155,16 +164,19 @@ def test_values_too_large_for_a_scale(precision: Precision) -> None:
     assert found.codes[1, 5] == -TOP[precision.bits]
     weight[1, 5] = np.nextafter(largest, np.float32(np.inf))
     with pytest.raises(
-        H1ExportError, match=r'tensor "model\.x": holds (458528|8\.31901e\+06), too large for fp16 scales; use --quant none'
+        H1ExportError,
+        match=r'tensor "model\.x": holds (458528|8\.31901e\+06), too large for fp16 scales; use --quant none',
     ):
-        quantize_rows(weight, precision, ones(2), "model.x")
+        quantize_rows(weight, precision, ones(2), name="model.x")
 
 
 @pytest.mark.parametrize(
     ("codes", "scales", "multiplier"),
     [((2, 8), (3, 1), (2,)), ((2, 8), (2, 3), (2,)), ((2, 8), (2, 2), (3,)), ((2, 8), (2, 2), (2, 1))],
 )
-def test_parts_that_do_not_fit_are_misuse(codes: tuple[int, ...], scales: tuple[int, ...], multiplier: tuple[int, ...]) -> None:
+def test_parts_that_do_not_fit_are_misuse(
+    codes: tuple[int, ...], scales: tuple[int, ...], multiplier: tuple[int, ...]
+) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         QuantizedTensor(np.zeros(codes, np.int8), np.ones(scales, np.float16), np.ones(multiplier, np.float32))
 
@@ -188,7 +200,7 @@ def test_unfolded_spreads_scales_over_their_columns() -> None:
 @pytest.fixture(scope="module")
 def store(make_checkpoint: Callable[..., Path]) -> WeightStore:
     folder = make_checkpoint("plain", num_hidden_layers=1)
-    return WeightStore.open(folder, HybridSpec.load(folder))
+    return WeightStore.open(folder, FalconH1Config.load(folder))
 
 
 def rounded(store: WeightStore, precision: Precision) -> Rounded:
@@ -197,12 +209,16 @@ def rounded(store: WeightStore, precision: Precision) -> Rounded:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(budget=st.integers(4000, 1 << 18), precision=st.sampled_from([Precision(4, 32), Precision(4, 64), Precision(8, 0)]))
+@given(
+    budget=st.integers(4000, 1 << 18), precision=st.sampled_from([Precision(4, 32), Precision(4, 64), Precision(8, 0)])
+)
 def test_blocks_of_any_size_make_the_same_integers(store: WeightStore, budget: int, precision: Precision) -> None:
     name = "model.layers.0.mamba.in_proj.weight"
     part = WeightPart(name, multiplier=Multiplier(((192, 0.5), (192, 0.25), (16, 3.0), (16, 4.0), (6, 5.0))))
     whole = quantize_rows(store.rows(name, 0, 422), precision, part.multiplier.rows(422))
-    blocks = [block() for block in quantized_blocks(WeightExpr((part,)), store, rounded(store, precision), budget)]
+    blocks = [
+        block() for block in quantized_blocks(WeightExpr((part,)), store, rounded(store, precision), max_bytes=budget)
+    ]
     for field in ("codes", "scales", "multiplier"):
         assert np.array_equal(np.concatenate([getattr(block, field) for (block,) in blocks]), getattr(whole, field))
 
@@ -212,7 +228,7 @@ def test_blocks_of_any_size_make_the_same_integers(store: WeightStore, budget: i
 def test_parts_side_by_side_keep_their_own_integers(store: WeightStore, budget: int) -> None:
     mixers = [f"model.layers.0.{name}.weight" for name in ("mamba.out_proj", "self_attn.o_proj")]
     both = WeightExpr(tuple(map(WeightPart, mixers)), axis=1)
-    blocks = [block() for block in quantized_blocks(both, store, rounded(store, Precision(4, 32)), budget)]
+    blocks = [block() for block in quantized_blocks(both, store, rounded(store, Precision(4, 32)), max_bytes=budget)]
     for place, name in enumerate(mixers):
         alone = quantize_rows(store.rows(name, 0, 1 << 20), Precision(4, 32), np.ones(store.shape(name)[0], np.float32))
         assert np.array_equal(np.concatenate([strip[place].codes for strip in blocks]), alone.codes)
@@ -222,17 +238,22 @@ def test_parts_side_by_side_keep_their_own_integers(store: WeightStore, budget: 
 def test_a_transformed_tensor_is_not_quantised(store: WeightStore) -> None:
     part = WeightPart("model.layers.0.mamba.in_proj.weight", ("neg",))
     with pytest.raises(ValueError, match=r"in_proj\.weight: only plain tensors"):
-        next(quantized_blocks(WeightExpr((part,)), store, rounded(store, Precision(4, 32)), 1 << 20))
+        next(quantized_blocks(WeightExpr((part,)), store, rounded(store, Precision(4, 32)), max_bytes=1 << 20))
 
 
 def test_a_damaged_tensor_is_named(copy_checkpoint: Callable[..., Path]) -> None:
     """A planted NaN: the last bf16 value of a projection."""
     folder = copy_checkpoint("plain", num_hidden_layers=1)
     name = "model.layers.0.feed_forward.up_proj.weight"
-    entry = WeightStore.open(folder, HybridSpec.load(folder)).entry(name)
+    entry = WeightStore.open(folder, FalconH1Config.load(folder)).entry(name)
     with entry.file.open("r+b") as stream:
         stream.seek(entry.start + entry.nbytes - 2)
         stream.write(b"\xff\x7f")
-    store = WeightStore.open(folder, HybridSpec.load(folder))
+    store = WeightStore.open(folder, FalconH1Config.load(folder))
     with pytest.raises(H1ExportError, match=rf'tensor "{name}": holds values that are not finite'):
-        [block() for block in quantized_blocks(WeightExpr.of(name), store, rounded(store, Precision(8, 0)), 1 << 12)]
+        [
+            block()
+            for block in quantized_blocks(
+                WeightExpr.of(name), store, rounded(store, Precision(8, 0)), max_bytes=1 << 12
+            )
+        ]

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h1export.errors import H1ExportError
-from h1export.quantize.group_format import Precision
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.methods.scale_search import search_rows, searched_scales
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 
 PRECISIONS = (Precision(4, 32), Precision(4, 128), Precision(8, 0))
@@ -33,18 +33,24 @@ def block_errors(found: QuantizedTensor, weight: Any) -> Any:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 6), groups=st.integers(1, 3), seed=st.integers(0, 1 << 30))
 def test_no_block_is_worse_than_rounded(precision: Precision, rows: int, groups: int, seed: int) -> None:
-    weight, ones = weights(rows, 128 * groups, seed), np.ones(rows, np.float32)
-    plain, found = quantize_rows(weight, precision, ones), search_rows(weight, precision, ones)
-    assert (block_errors(found, weight) <= block_errors(plain, weight) * (1 + 1e-5)).all()  # float32 sums choose between them
+    weight = weights(rows, 128 * groups, seed)
+    ones = np.ones(rows, np.float32)
+    plain = quantize_rows(weight, precision, ones)
+    found = search_rows(weight, precision, ones)
+    assert (
+        block_errors(found, weight) <= block_errors(plain, weight) * (1 + 1e-5)
+    ).all()  # float32 sums choose between them
     assert np.abs(found.codes.astype(int)).max() <= precision.top
     assert (found.scales <= plain.scales).all()
 
 
 def test_it_gains_on_normal_weights() -> None:
     """A tenth of the squared error or more, at 4 bits and blocks of 128, where a few weights are far out."""
-    weight, ones = np.random.default_rng(0).normal(size=(64, 512)).astype(np.float32), np.ones(64, np.float32)
+    weight = np.random.default_rng(0).normal(size=(64, 512)).astype(np.float32)
+    ones = np.ones(64, np.float32)
     precision = Precision(4, 128)
-    plain, found = quantize_rows(weight, precision, ones), search_rows(weight, precision, ones)
+    plain = quantize_rows(weight, precision, ones)
+    found = search_rows(weight, precision, ones)
     assert block_errors(found, weight).sum() < 0.9 * block_errors(plain, weight).sum()
 
 
@@ -55,12 +61,13 @@ def test_what_is_important_decides() -> None:
     alone = np.zeros((1, 32), np.float32)
     alone[0, 5] = 1.0
     plain = np.float16(1 / 7)
-    assert searched_scales(blocks, Precision(4, 32), alone, "w")[0, 0] == plain
-    assert searched_scales(blocks, Precision(4, 32), 1 - alone, "w")[0, 0] < plain
+    assert searched_scales(blocks, Precision(4, 32), alone, name="w")[0, 0] == plain
+    assert searched_scales(blocks, Precision(4, 32), 1 - alone, name="w")[0, 0] < plain
 
 
 def test_rows_do_not_influence_each_other() -> None:
-    weight, ones = weights(5, 128, 1), np.ones(5, np.float32)
+    weight = weights(5, 128, 1)
+    ones = np.ones(5, np.float32)
     whole = search_rows(weight, Precision(4, 32), ones)
     for row in range(5):
         alone = search_rows(weight[row : row + 1], Precision(4, 32), ones[:1])
@@ -74,4 +81,4 @@ def test_zeros_and_damage() -> None:
     weight = np.ones((1, 32), np.float32)
     weight[0, 3] = np.nan
     with pytest.raises(H1ExportError, match=r'tensor "model\.x": holds values that are not finite'):
-        search_rows(weight, Precision(4, 32), np.ones(1, np.float32), "model.x")
+        search_rows(weight, Precision(4, 32), np.ones(1, np.float32), name="model.x")

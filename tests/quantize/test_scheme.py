@@ -1,4 +1,4 @@
-"""QuantScheme: which tensor gets which precision, and which widths a block divides."""
+"""QuantScheme: which tensor gets which precision, and which widths a group_size divides."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import tensor_layout
-from h1export.quantize.group_format import Precision
-from h1export.quantize.scheme import BLOCK_SIZES, QuantName, QuantScheme
+from h1export.quantize.precision import Precision
+from h1export.quantize.scheme import GROUP_SIZES, QuantName, QuantScheme
 
 LAYER_PROJECTIONS = (
     "mamba.in_proj.weight",
@@ -26,7 +26,8 @@ LAYER_PROJECTIONS = (
     "feed_forward.up_proj.weight",
     "feed_forward.down_proj.weight",
 )
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 EVERY_TENSOR = {
     "attention_bias": True,
     "mlp_bias": True,
@@ -39,34 +40,38 @@ EVERY_TENSOR = {
 INT8 = Precision(8, 0)
 
 
-@pytest.mark.parametrize("block", BLOCK_SIZES)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
-def test_the_precision_of_every_tensor(quant: QuantName, tied: bool, block: int, spec_of: Callable[..., HybridSpec]) -> None:
+def test_the_precision_of_every_tensor(
+    quant: QuantName, tied: bool, group_size: int, spec_of: Callable[..., FalconH1Config]
+) -> None:
     """Against a table written out here: projections and head, the embedding by its rule, and nothing else."""
-    spec = spec_of(**EVERY_TENSOR, tie_word_embeddings=tied)
-    int4 = Precision(4, block)
+    config = spec_of(**EVERY_TENSOR, tie_word_embeddings=tied)
+    int4 = Precision(4, group_size)
     projections, embedding = {"none": (None, None), "int8": (INT8, INT8), "int4": (int4, int4 if tied else INT8)}[quant]
-    expected: dict[str, Precision | None] = dict.fromkeys(tensor_layout(spec))
+    expected: dict[str, Precision | None] = dict.fromkeys(tensor_layout(config))
     expected |= {f"model.layers.{layer}.{name}": projections for layer in range(12) for name in LAYER_PROJECTIONS}
     expected |= {EMBEDDING: embedding} | ({} if tied else {HEAD: projections})
-    scheme = QuantScheme(quant, block)
-    assert {name: scheme.precision(name, spec) for name in tensor_layout(spec)} == expected
+    scheme = QuantScheme(quant, group_size)
+    assert {name: scheme.precision(name, config) for name in tensor_layout(config)} == expected
 
 
-def test_the_default_is_int4_by_32(spec_of: Callable[..., HybridSpec]) -> None:
+def test_the_default_is_int4_by_32(spec_of: Callable[..., FalconH1Config]) -> None:
     assert QuantScheme() == QuantScheme("int4", 32)
     assert QuantScheme().precision(HEAD, spec_of()) == Precision(4, 32)
 
 
-@pytest.mark.parametrize("name", ["", "mamba.norm.weight", "model.layers.0.mamba.conv1d.weight", "model.layers.0.mamba.in_proj.bias"])
-def test_small_tensors_stay_float(name: str, spec_of: Callable[..., HybridSpec]) -> None:
+@pytest.mark.parametrize(
+    "name", ["", "mamba.norm.weight", "model.layers.0.mamba.conv1d.weight", "model.layers.0.mamba.in_proj.bias"]
+)
+def test_small_tensors_stay_float(name: str, spec_of: Callable[..., FalconH1Config]) -> None:
     assert QuantScheme("int4").precision(name, spec_of()) is None
 
 
 def test_columns_per_scale() -> None:
-    assert Precision(4, 32).columns_per_scale(96) == 32
-    assert Precision(8, 0).columns_per_scale(96) == 96
+    assert Precision(4, 32).columns_per_group(96) == 32
+    assert Precision(8, 0).columns_per_group(96) == 96
 
 
 @pytest.mark.parametrize("quant", ["int2", "INT4", "", "fp16"])
@@ -75,64 +80,70 @@ def test_unknown_schemes(quant: str) -> None:
         QuantScheme(quant)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("block", [0, 16, 33, 256, -32])
-def test_unknown_blocks(block: int) -> None:
-    with pytest.raises(H1ExportError, match=f"--block: {block} is not a block size; one of 32, 64, 128"):
-        QuantScheme("int4", block)
+@pytest.mark.parametrize("group_size", [0, 16, 33, 256, -32])
+def test_unknown_group_sizes(group_size: int) -> None:
+    with pytest.raises(H1ExportError, match=f"--group-size: {group_size} is not a group_size size; one of 32, 64, 128"):
+        QuantScheme("int4", group_size)
 
 
 @pytest.mark.parametrize(
-    ("changes", "block", "tensor", "width", "hint"),
+    ("changes", "group_size", "tensor", "width", "hint"),
     [
-        ({"hidden_size": 96}, 64, "mamba.in_proj.weight", 96, "--block 32"),
-        ({"intermediate_size": 192}, 128, "feed_forward.down_proj.weight", 192, "--block 64"),
-        ({"intermediate_size": 160}, 64, "feed_forward.down_proj.weight", 160, "--block 32"),
+        ({"hidden_size": 96}, 64, "mamba.in_proj.weight", 96, "--group-size 32"),
+        ({"intermediate_size": 192}, 128, "feed_forward.down_proj.weight", 192, "--group-size 64"),
+        ({"intermediate_size": 160}, 64, "feed_forward.down_proj.weight", 160, "--group-size 32"),
         ({"intermediate_size": 2056}, 32, "feed_forward.down_proj.weight", 2056, "--quant int8"),
         ({"mamba_d_ssm": 24 * 6, "mamba_d_head": 6}, 32, "mamba.out_proj.weight", 144, "--quant int8"),
         ({"head_dim": 2}, 32, "self_attn.o_proj.weight", 16, "--quant int8"),
     ],
 )
-def test_widths_that_a_block_does_not_divide(
-    changes: dict[str, int], block: int, tensor: str, width: int, hint: str, spec_of: Callable[..., HybridSpec]
+def test_widths_that_a_group_does_not_divide(
+    changes: dict[str, int], group_size: int, tensor: str, width: int, hint: str, spec_of: Callable[..., FalconH1Config]
 ) -> None:
-    spec = spec_of(**changes, tie_word_embeddings=False)
+    config = spec_of(**changes, tie_word_embeddings=False)
     with pytest.raises(H1ExportError) as caught:
-        QuantScheme("int4", block).check(spec)
+        QuantScheme("int4", group_size).check(config)
     message = str(caught.value)
     assert f'{tensor}"' in message or 'tensor "lm_head.weight"' in message
     assert f"{width} columns" in message
-    assert f"blocks of {block}" in message
+    assert f"groups of {group_size}" in message
     assert caught.value.next_step.endswith(hint)
-    QuantScheme("int8", block).check(spec)
-    QuantScheme("none", block).check(spec)
+    QuantScheme("int8", group_size).check(config)
+    QuantScheme("none", group_size).check(config)
 
 
 WIDTHS = st.integers(1, 12).map(lambda n: 16 * n)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(hidden=WIDTHS, mlp=WIDTHS, heads=st.integers(1, 12), head_dim=st.sampled_from([4, 8, 16, 32]), block=st.sampled_from(BLOCK_SIZES))
-def test_a_scheme_passes_exactly_where_its_block_divides_every_width(
-    spec_of: Callable[..., HybridSpec], hidden: int, mlp: int, heads: int, head_dim: int, block: int
+@given(
+    hidden=WIDTHS,
+    mlp=WIDTHS,
+    heads=st.integers(1, 12),
+    head_dim=st.sampled_from([4, 8, 16, 32]),
+    group_size=st.sampled_from(GROUP_SIZES),
+)
+def test_a_scheme_passes_exactly_where_its_group_size_divides_every_width(
+    spec_of: Callable[..., FalconH1Config], hidden: int, mlp: int, heads: int, head_dim: int, group_size: int
 ) -> None:
     sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_attention_heads": heads, "num_key_value_heads": 1}
-    spec = spec_of(**sizes, head_dim=head_dim, num_hidden_layers=2)
-    divided = all(width % block == 0 for width in (hidden, mlp, heads * head_dim, spec.mamba_d_ssm))
-    assert check_passes(QuantScheme("int4", block), spec) == divided
-    assert check_passes(QuantScheme("int8", block), spec)
+    config = spec_of(**sizes, head_dim=head_dim, num_hidden_layers=2)
+    divided = all(width % group_size == 0 for width in (hidden, mlp, heads * head_dim, config.mamba_d_ssm))
+    assert check_passes(QuantScheme("int4", group_size), config) == divided
+    assert check_passes(QuantScheme("int8", group_size), config)
 
 
-def check_passes(scheme: QuantScheme, spec: HybridSpec) -> bool:
+def check_passes(scheme: QuantScheme, config: FalconH1Config) -> bool:
     try:
-        scheme.check(spec)
+        scheme.check(config)
     except H1ExportError:
         return False
     return True
 
 
-def test_a_hinted_block_suits_every_tensor(spec_of: Callable[..., HybridSpec]) -> None:
-    spec = spec_of(hidden_size=64 * 3, intermediate_size=32 * 5)
-    assert math.gcd(spec.hidden_size, spec.intermediate_size, spec.mamba_d_ssm, spec.attention_dim) == 32
+def test_a_hinted_group_size_suits_every_tensor(spec_of: Callable[..., FalconH1Config]) -> None:
+    config = spec_of(hidden_size=64 * 3, intermediate_size=32 * 5)
+    assert math.gcd(config.hidden_size, config.intermediate_size, config.mamba_d_ssm, config.attention_dim) == 32
     with pytest.raises(H1ExportError) as caught:
-        QuantScheme("int4", 128).check(spec)
-    assert caught.value.next_step == "use --block 32"
+        QuantScheme("int4", 128).check(config)
+    assert caught.value.next_step == "use --group-size 32"

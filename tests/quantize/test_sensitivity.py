@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from h1export.checkpoint.store import WeightStore
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING
 from h1export.progress import SILENT
 from h1export.quantize.budget import Sensitivity
@@ -22,10 +22,10 @@ from h1export.validate.accuracy.reference import Reference
 
 
 def measured(checkpoint: Path, jobs: int = 1) -> tuple[Rounded, np.ndarray, dict[str, Sensitivity]]:  # type: ignore[type-arg]
-    spec = HybridSpec.load(checkpoint)
-    rounded = Rounded(WeightStore.open(checkpoint, spec), QuantScheme().precisions(spec), quantize_rows)
-    ids = np.random.default_rng(0).integers(0, spec.vocab_size, (2, 150))
-    return rounded, ids, sensitivities(rounded.store, spec, rounded, ids, jobs, SILENT)
+    config = FalconH1Config.load(checkpoint)
+    rounded = Rounded(WeightStore.open(checkpoint, config), QuantScheme().precisions(config), quantize_rows)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 150))
+    return rounded, ids, sensitivities(rounded.store, config, rounded, ids=ids, jobs=jobs, progress=SILENT)
 
 
 def test_they_are_those_of_transformers(make_checkpoint: Callable[..., Path]) -> None:
@@ -34,7 +34,11 @@ def test_they_are_those_of_transformers(make_checkpoint: Callable[..., Path]) ->
     reference = Reference(checkpoint)
     truths = [reference.full(sample)[0] for sample in ids]
     assert found.keys() == rounded.precisions.keys() - {EMBEDDING}
-    for name in ("model.layers.0.mamba.in_proj.weight", "model.layers.1.feed_forward.down_proj.weight", "lm_head.weight"):
+    for name in (
+        "model.layers.0.mamba.in_proj.weight",
+        "model.layers.1.feed_forward.down_proj.weight",
+        "lm_head.weight",
+    ):
         rows = rounded.store.shape(name)[0]
         reference.hold({name: rounded.rows(name, 0, rows).unfolded()})
         pairs = [(reference.full(sample)[0], truth) for sample, truth in zip(ids, truths, strict=True)]

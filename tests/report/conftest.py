@@ -24,26 +24,57 @@ def report_of(artifact: Artifact, size: float, hostile: str) -> Report:
     rng = np.random.default_rng(0)
 
     def case(check: str, against: str, scale: float, limit: float) -> Row:
-        details = {tensor.key: scale * float(rng.uniform(0.5, 1)) for tensor in StateSpec.of(artifact.spec).tensors}
+        details = {tensor.key: scale * float(rng.uniform(0.5, 1)) for tensor in StateSpec.of(artifact.config).tensors}
         figures = {"logits": scale, "top1": 1.0, "kl": scale**2, "states": max(details.values())}
         errors = {LOGIT_ERROR: Histogram.of(scale * rng.uniform(0.01, 1, 200))}
-        return Row(check, against, figures, {"logits": limit}, f"worst state 0.key {hostile}", details, errors)
+        return Row(
+            check,
+            against,
+            figures,
+            limits={"logits": limit},
+            note=f"worst state 0.key {hostile}",
+            details=details,
+            histograms=errors,
+        )
 
-    text = {"artifact": 1.3851, "reference": 1.3756, "ratio": 1.0069, "kl": 0.0104, "kl_p99": 0.08, "top1": 0.93, "top5": 0.94}
+    text = {
+        "artifact": 1.3851,
+        "reference": 1.3756,
+        "ratio": 1.0069,
+        "kl": 0.0104,
+        "kl_p99": 0.08,
+        "top1": 0.93,
+        "top5": 0.94,
+    }
     spread = {KL: Histogram.of(rng.exponential(0.01, 500)), LOGIT_ERROR: Histogram.of(rng.uniform(0, 0.1, 500))}
-    places = [name for name in probe_names(artifact.spec.num_hidden_layers) if "residual" not in name]
-    outputs = [f"{layer}.output" for layer in range(artifact.spec.num_hidden_layers)]
+    places = [name for name in probe_names(artifact.config.num_hidden_layers) if "residual" not in name]
+    outputs = [f"{layer}.output" for layer in range(artifact.config.num_hidden_layers)]
     deep = {place: size * float(rng.uniform(0.1, 1)) for place in ["embedding", *places, *outputs, "logits"]}
     rows = (
         *(case(f"case {index}", "stored", size, 5e-5) for index in range(3)),
         *(case(f"case {index}", "drift", 1e-2, 0.08) for index in range(3)),
-        *(case(f"context {length}", group, size * length, 5e-2) for length in (512, 2048) for group in ("stored", "drift")),
-        Row("bits per byte", "source", text, {"ratio": 1.05}, "6000 bytes", {}, spread),
+        *(
+            case(f"context {length}", group, size * length, 5e-2)
+            for length in (512, 2048)
+            for group in ("stored", "drift")
+        ),
+        Row("bits per byte", "source", text, limits={"ratio": 1.05}, note="6000 bytes", details={}, histograms=spread),
         Row("greedy text", "source", {"tokens": 6.5, "never": 0.25}),
-        *(Row(f"{kind} latency", "source", {"artifact_s": 0.1, "reference_s": 0.5, "ratio": 0.2}) for kind in ("prefill", "decode")),
+        *(
+            Row(f"{kind} latency", "source", {"artifact_s": 0.1, "reference_s": 0.5, "ratio": 0.2})
+            for kind in ("prefill", "decode")
+        ),
         *(Row(f"cost at {n}", "source", {"prefill_ms": 0.5, "decode_ms": n / 1000}) for n in (512, 2048)),
-        *(Row(f"bisect {phase}", "stored", {"error": size}, {"error": 5e-5}, details=deep) for phase in ("prefill", "decode")),
-        Row("fp16 range", hostile, {"largest": 123456.0, "share": float("inf") if size > 1 else 0.5}, {"share": 1.0}),
+        *(
+            Row(f"bisect {phase}", "stored", {"error": size}, limits={"error": 5e-5}, details=deep)
+            for phase in ("prefill", "decode")
+        ),
+        Row(
+            "fp16 range",
+            hostile,
+            {"largest": 123456.0, "share": float("inf") if size > 1 else 0.5},
+            limits={"share": 1.0},
+        ),
         Row("padded batch", "stored", note=hostile),
     )
     subject = {"kernels": f"h1export {hostile}", "notes": [hostile]}
@@ -51,7 +82,9 @@ def report_of(artifact: Artifact, size: float, hostile: str) -> Report:
 
 
 @pytest.fixture(scope="session")
-def judged(make_checkpoint: Callable[..., Path], build: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory) -> Judge:
+def judged(
+    make_checkpoint: Callable[..., Path], build: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory
+) -> Judge:
     """judged("name", size=1e-6) -> the folder of an int4 artifact of this name, validated by hand."""
 
     def make(name: str, size: float = 1e-6, hostile: str = "") -> Path:

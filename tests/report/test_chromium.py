@@ -17,8 +17,16 @@ from h1export.report.page import page
 
 pytestmark = pytest.mark.chromium
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-PHONE, DESKTOP = (390, 844), (1280, 900)
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--remote-debugging-pipe")
+PHONE = (390, 844)
+DESKTOP = (1280, 900)
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--remote-debugging-pipe",
+)
 LOAD_SECONDS = 60.0
 
 
@@ -40,16 +48,22 @@ class Browser:
             f"--user-data-dir={profile}",
             "about:blank",
         ]
-        self._process = subprocess.Popen(wired, pass_fds=(to_read, to_write), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            wired, pass_fds=(to_read, to_write), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         os.close(to_read)
         os.close(to_write)
-        self._buffer, self._last, self.events = b"", 0, list[dict[str, Any]]()
+        self._buffer = b""
+        self._last = 0
+        self.events = list[dict[str, Any]]()
         self.session: str | None = None
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         """The answer to a command; events on the way are kept."""
         self._last += 1
-        message = {"id": self._last, "method": method, "params": parameters} | ({"sessionId": self.session} if self.session else {})
+        message = {"id": self._last, "method": method, "params": parameters} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
             found = self._receive()
@@ -74,13 +88,16 @@ class Browser:
 
     def open(self, file: Path, size: tuple[int, int], dark: bool) -> None:
         """A tab of this ``size`` that has loaded ``file``."""
-        self.session, self.events = None, []
+        self.session = None
+        self.events = []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
         phone = size == PHONE
-        self.send("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=phone)
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1, mobile=phone
+        )
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", features=features)
         self.send("Page.navigate", url=file.as_uri())
@@ -119,14 +136,28 @@ def file(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
-def test_it_renders(size: tuple[int, int], dark: bool, browser: Browser, file: Path, folders: list[Path], tmp_path: Path) -> None:
+def test_it_renders(
+    size: tuple[int, int], dark: bool, browser: Browser, file: Path, folders: list[Path], tmp_path: Path
+) -> None:
     browser.open(file, size, dark)
-    complaints = [e for e in browser.events if e.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")]
+    complaints = [
+        e
+        for e in browser.events
+        if e.get("method") in ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
+    ]
     assert complaints == []
-    asked = [event["params"]["request"]["url"] for event in browser.events if event.get("method") == "Network.requestWillBeSent"]
-    assert asked == [file.as_uri()]
+    request = [
+        event["params"]["request"]["url"]
+        for event in browser.events
+        if event.get("method") == "Network.requestWillBeSent"
+    ]
+    assert request == [file.as_uri()]
     assert browser.value("document.documentElement.scrollWidth") <= size[0]
-    charts = json.loads(browser.value("JSON.stringify([...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect()))"))
+    charts = json.loads(
+        browser.value(
+            "JSON.stringify([...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect()))"
+        )
+    )
     assert len(charts) == 15
     assert all(chart["width"] > 240 and chart["height"] > 150 for chart in charts)
     colours = browser.value("getComputedStyle(document.body).backgroundColor + getComputedStyle(document.body).color")

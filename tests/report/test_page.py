@@ -20,11 +20,13 @@ from h1export.model.falcon_h1.tensors import tensor_layout
 from h1export.report import charts
 from h1export.report.histogram import Histogram
 from h1export.report.page import page
-from h1export.report.stored_report import OTHERS, Subject
+from h1export.report.stored_report import OTHERS, JudgedArtifact
 
 pytestmark = pytest.mark.ort
 Judge = Callable[..., Path]
-HOSTILE = "<script>alert(1)</script> & \"quote\" '$x^2$' </svg><img src=http://example.com/a.png onerror=alert(2)> {{ 7*7 }}"
+HOSTILE = (
+    "<script>alert(1)</script> & \"quote\" '$x^2$' </svg><img src=http://example.com/a.png onerror=alert(2)> {{ 7*7 }}"
+)
 OPEN = {"meta", "link", "img", "br", "path", "use", "rect", "input"}  # need no end
 
 
@@ -37,7 +39,9 @@ class Page(HTMLParser):
         self.figures: dict[tuple[str, str], list[str]] = {}
         self.shown: dict[tuple[str, str], list[str]] = {}
         self.stack: list[str] = []
-        self._place, self._row, self._number = ("", ""), "", False
+        self._place = ("", "")
+        self._row = ""
+        self._number = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -79,8 +83,12 @@ def test_the_numbers_are_those_of_report_json(judged: Judge) -> None:
                 truth = [value, row["limits"][name]] if name in row["limits"] else [value]
                 place = (f"{subject}/{index}", name)
                 assert [text if text in ("inf", "nan") else json.loads(text) for text in found.figures[place]] == truth
-                assert [float(text) for text in found.shown[place]] == pytest.approx([float(value) for value in truth], rel=1e-3)
-    assert len(found.figures) == sum(len(row["figures"]) for f in folders for row in json.loads((f / "report.json").read_text())["rows"])
+                assert [float(text) for text in found.shown[place]] == pytest.approx(
+                    [float(value) for value in truth], rel=1e-3
+                )
+    assert len(found.figures) == sum(
+        len(row["figures"]) for f in folders for row in json.loads((f / "report.json").read_text())["rows"]
+    )
 
 
 def test_verdicts_are_on_top_and_charts_for_everything(judged: Judge) -> None:
@@ -120,8 +128,11 @@ def test_one_file_without_network_or_scripts(judged: Judge) -> None:
 def test_hostile_texts_stay_texts(judged: Judge) -> None:
     name = "<b onclick=alert(3)>$a_$&\"'"
     text = page([judged(name, hostile=HOSTILE)])
-    found, plain = Page(text), Page(page([judged("plain", hostile="harmless")]))
-    assert [tag for tag, _ in found.elements if tag not in ("li", "ul")] == [tag for tag, _ in plain.elements if tag not in ("li", "ul")]
+    found = Page(text)
+    plain = Page(page([judged("plain", hostile="harmless")]))
+    assert [tag for tag, _ in found.elements if tag not in ("li", "ul")] == [
+        tag for tag, _ in plain.elements if tag not in ("li", "ul")
+    ]
     assert "alert(1)" in text
     assert "{{ 7*7 }}" in text
     assert "<script" not in text
@@ -129,10 +140,13 @@ def test_hostile_texts_stay_texts(judged: Judge) -> None:
 
 def test_sizes_are_those_of_the_manifest(judged: Judge) -> None:
     folder = judged("right")
-    subject, artifact = Subject.open(folder), Artifact.open(folder)
+    subject = JudgedArtifact.open(folder)
+    artifact = Artifact.open(folder)
     parts = {part["kind"]: part for part in subject.parts}
     assert sum(part["nbytes"] for part in parts.values()) == sum(size for _, size in artifact.manifest.files.values())
-    assert sum(part["weights"] for part in parts.values()) == sum(np.prod(shape) for shape in tensor_layout(artifact.spec).values())
+    assert sum(part["weights"] for part in parts.values()) == sum(
+        np.prod(shape) for shape in tensor_layout(artifact.config).values()
+    )
     assert parts["mamba"]["bits"] == 4.5  # 4, and a scale of 16 for 32
     assert parts["embedding"]["bits"] == pytest.approx(8 + 16 / 128)  # untied: int8, a scale for a row of 128
     assert parts[OTHERS]["bits"] is None
@@ -140,19 +154,28 @@ def test_sizes_are_those_of_the_manifest(judged: Judge) -> None:
 
 def test_a_chart_draws_its_values() -> None:
     """The line's points, in the drawing's own units, lie as the values do."""
-    svg = charts.lines("name", "x", "y", [charts.Series(0, [0, 1, 2], [1e-6, 1e-4, 1e-5])])
+    svg = charts.lines("name", "x", "y", series=[charts.Series(0, [0, 1, 2], [1e-6, 1e-4, 1e-5])])
     root = ElementTree.fromstring(svg.replace("xlink:", "").replace("xmlns:xlink", "xmlns-xlink"))
-    (line,) = [e for e in root.iter() if e.tag.endswith("path") and "--series-0" in e.get("style", "") and e.get("d", "").count("L") == 2]
+    (line,) = [
+        e
+        for e in root.iter()
+        if e.tag.endswith("path") and "--series-0" in e.get("style", "") and e.get("d", "").count("L") == 2
+    ]
     points = np.array(re.findall(r"[ML] ([\d.]+) ([\d.]+)", line.get("d", "")), float)
     assert points[1, 0] - points[0, 0] == pytest.approx(points[2, 0] - points[1, 0], rel=1e-4)
-    assert (points[0, 1] - points[1, 1]) == pytest.approx(2 * (points[0, 1] - points[2, 1]), rel=1e-4)  # two decades, and one
+    assert (points[0, 1] - points[1, 1]) == pytest.approx(
+        2 * (points[0, 1] - points[2, 1]), rel=1e-4
+    )  # two decades, and one
     assert "#a1b2" not in svg
     bars = charts.histograms("name", "x", {1: Histogram(-4, (1, 3))})
     assert "--series-1" in bars
 
 
-def test_the_command(judged: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    one, other = judged("one"), judged("other")
+def test_the_command(
+    judged: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = judged("one")
+    other = judged("other")
     assert run(["report", str(one)]) == 0
     assert (one / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     Artifact.open(one).check_hashes()
@@ -164,9 +187,12 @@ def test_the_command(judged: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("report", "said"), [(None, "has no report.json"), ("{", "is not JSON"), ('{"passed": true}', "another form"), ("[]", "another form")]
+    ("report", "said"),
+    [(None, "has no report.json"), ("{", "is not JSON"), ('{"passed": true}', "another form"), ("[]", "another form")],
 )
-def test_what_is_no_report_is_refused(report: str | None, said: str, judged: Judge, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_report_is_refused(
+    report: str | None, said: str, judged: Judge, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder: Any = judged("damaged")
     (folder / "report.json").unlink()
     if report is not None:

@@ -14,14 +14,18 @@ from h1export.runtime.runner import check_call
 
 
 def call(ids: Any, mask: Any, past: int = 0, vocab: int = 10) -> None:
-    check_call(np.array(ids, np.int64), np.array(mask, np.int64), past, vocab)
+    check_call(np.array(ids, np.int64), np.array(mask, np.int64), past, vocab_size=vocab)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(batch=st.integers(1, 4), new=st.integers(1, 5), past=st.integers(0, 5), vocab=st.integers(1, 9), data=st.data())
-def test_left_padding_of_any_length_is_accepted(batch: int, new: int, past: int, vocab: int, data: st.DataObject) -> None:
+def test_left_padding_of_any_length_is_accepted(
+    batch: int, new: int, past: int, vocab: int, data: st.DataObject
+) -> None:
     """Rows of nothing but padding among them, and both ends of the vocabulary."""
-    ids = data.draw(st.lists(st.lists(st.integers(0, vocab - 1), min_size=new, max_size=new), min_size=batch, max_size=batch))
+    ids = data.draw(
+        st.lists(st.lists(st.integers(0, vocab - 1), min_size=new, max_size=new), min_size=batch, max_size=batch)
+    )
     pads = data.draw(st.lists(st.integers(0, past + new), min_size=batch, max_size=batch))
     call(ids, [[0] * pad + [1] * (past + new - pad) for pad in pads], past, vocab)
 
@@ -42,7 +46,9 @@ def test_left_padding_of_any_length_is_accepted(batch: int, new: int, past: int,
     ids=str,
 )
 def test_shapes_that_do_not_fit(ids: Any, mask: Any, past: int) -> None:
-    with pytest.raises(H1ExportError, match=rf"step: input_ids .*attention_mask .*after {past} tokens; expected \[batch, new\]"):
+    with pytest.raises(
+        H1ExportError, match=rf"step: input_ids .*attention_mask .*after {past} tokens; expected \[batch, new\]"
+    ):
         call(ids, mask, past)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from h1export.model.falcon_h1.probes import ACCUSED, WITHOUT_PRODUCT, Point, probe_name
+from h1export.model.falcon_h1.probes import SUSPECT_MLP, SUSPECT_OPS, ProbePoint, probe_name
 from h1export.model.falcon_h1.states import Array, StateKind
 from h1export.report.report import Row, Verdict
 from h1export.runtime.runner import Ids, Runner
@@ -22,7 +22,9 @@ from h1export.validate.accuracy.reference import Reference
 
 CALLS = (24, 1, 1, 6, 1)  # a prefill, decode steps, a chunk between them
 LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.\w+\.(\w+)\.weight")
-ROTARY, HEAD, EMBEDDING = "rotary embedding", "final norm or lm_head", "embedding"
+ROTARY = "rotary embedding"
+HEAD = "final norm or lm_head"
+EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ def bisect(runner: Runner[Any], reference: Reference, group: str, limit: float, 
     """
     if not runner.capabilities.probes:
         return [Row("bisect", group, note="this runtime does not show what lies between inputs and outputs")]
-    ids = np.random.default_rng(seed).integers(0, runner.spec.vocab_size, (1, sum(CALLS)), dtype=np.int64)
-    rows, layers = [], runner.spec.num_hidden_layers
+    ids = np.random.default_rng(seed).integers(0, runner.config.vocab_size, (1, sum(CALLS)), dtype=np.int64)
+    rows = []
+    layers = runner.config.num_hidden_layers
     pairs = list(_pairs(runner, reference, ids))
     for phase, chosen in (("prefill", pairs[:1]), ("decode", pairs[1:])):
         calls = [list(_suspects(found, truth, layers)) for found, truth in chosen]
@@ -62,7 +65,9 @@ def bisect(runner: Runner[Any], reference: Reference, group: str, limit: float, 
             details[suspect.place] = float(np.maximum(details.get(suspect.place, 0.0), suspect.error))
         worst = first or max((suspect for call in calls for suspect in call), key=lambda suspect: suspect.error)
         note = f"first beyond tolerance: {_words(first)}" if first else f"right in {layers} layers, worst {worst.place}"
-        rows.append(Row(f"bisect {phase}", group, {"error": worst.error}, {"error": limit}, note=note, details=details))
+        rows.append(
+            Row(f"bisect {phase}", group, {"error": worst.error}, limits={"error": limit}, note=note, details=details)
+        )
     return rows
 
 
@@ -73,7 +78,7 @@ def integers_row(judged: Row) -> Row:
     where = f"layer {match[1]}, {match[2]}" if match else worst
     beyond = judged.verdict is Verdict.FAIL
     note = f"beyond rounding: {where} ({worst})" if beyond else f"{len(judged.details)} tensors, worst {worst}"
-    return Row("bisect integers", judged.against, judged.figures, judged.limits, note=note)
+    return Row("bisect integers", judged.against, judged.figures, limits=judged.limits, note=note)
 
 
 def _words(suspect: Suspect) -> str:
@@ -83,10 +88,12 @@ def _words(suspect: Suspect) -> str:
 
 def _pairs(runner: Runner[Any], reference: Reference, ids: Ids) -> Iterator[tuple[Call, Call]]:
     """The artifact's and the reference's answer to each of CALLS; the artifact goes on in its own states."""
-    states, end = runner.initial(1), 0
+    states = runner.initial(1)
+    end = 0
     every_logit, _, every_probe = reference.observe(ids[0])
     for tokens in CALLS:
-        start, end = end, end + tokens
+        start = end
+        end = end + tokens
         logits, states, probes = runner.observe(ids[:, start:end], np.ones((1, end), np.int64), states)
         snapshot = {key: state[0] for key, state in runner.snapshot(states).items()}
         found = Call(start, {name: value[0] for name, value in probes.items()}, snapshot, logits[0])
@@ -97,34 +104,38 @@ def _pairs(runner: Runner[Any], reference: Reference, ids: Ids) -> Iterator[tupl
 def _suspects(found: Call, truth: Call, layers: int) -> Iterator[Suspect]:
     """Every place in the order of the computation."""
     for layer in range(layers):
-        for point in Point:
-            yield from _probe(found, truth, layer, point)
-            if point is Point.VALUE:
+        for point in ProbePoint:
+            yield from _probe(found, truth, layer, point=point)
+            if point is ProbePoint.VALUE:
                 yield from _cache(found, truth, layer, StateKind.VALUE)
                 yield from _cache(found, truth, layer, StateKind.KEY)
-            if point is Point.CONV:
+            if point is ProbePoint.CONV:
                 yield _state(found, truth, layer, StateKind.CONV)
-            if point is Point.GATED:
+            if point is ProbePoint.GATED:
                 yield _state(found, truth, layer, StateKind.RECURRENT)
-    yield from _probe(found, truth, layers, Point.RESIDUAL)
+    yield from _probe(found, truth, layers, point=ProbePoint.RESIDUAL)
     yield Suspect("logits", HEAD, relative_error(found.logits, truth.logits))
 
 
-def _probe(found: Call, truth: Call, layer: int, point: Point) -> Iterator[Suspect]:
+def _probe(found: Call, truth: Call, layer: int, *, point: ProbePoint) -> Iterator[Suspect]:
     name = probe_name(layer, point)
     if name in found.probes:
-        place, family = name, ACCUSED[point]
-        if point is Point.RESIDUAL:  # what the layer before has made of it
+        place = name
+        family = SUSPECT_OPS[point]
+        if point is ProbePoint.RESIDUAL:  # what the layer before has made of it
             place, family = (f"{layer - 1}.output", family) if layer else (EMBEDDING, EMBEDDING)
-            if layer and probe_name(layer - 1, Point.PRODUCT) not in found.probes:
-                family = WITHOUT_PRODUCT
+            if layer and probe_name(layer - 1, ProbePoint.PRODUCT) not in found.probes:
+                family = SUSPECT_MLP
         yield Suspect(place, family, relative_error(found.probes[name], truth.probes[name]))
 
 
 def _cache(found: Call, truth: Call, layer: int, kind: StateKind) -> Iterator[Suspect]:
     """Keys or values: those of the calls before, and those that this call added."""
-    ours, theirs = found.states[f"{layer}.{kind}"], truth.states[f"{layer}.{kind}"]
-    kept, added, family = f"{layer}.{kind} kept", f"{layer}.{kind} added", f"{kind} cache"
+    ours = found.states[f"{layer}.{kind}"]
+    theirs = truth.states[f"{layer}.{kind}"]
+    kept = f"{layer}.{kind} kept"
+    added = f"{layer}.{kind} added"
+    family = f"{kind} cache"
     if ours.shape != theirs.shape:
         yield Suspect(kept, family, float("inf"))
         return

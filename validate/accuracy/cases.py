@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Case:
         return sum(self.calls)
 
 
-def cases(spec: HybridSpec) -> tuple[Case, ...]:
+def cases(config: FalconH1Config) -> tuple[Case, ...]:
     """The cases for ``spec``, whose convolution and chunk set the lengths that matter."""
-    chunk = spec.mamba_chunk_size
+    chunk = config.mamba_chunk_size
     return (
         Case("one token", (1,)),
-        Case("shorter than conv", (spec.mamba_d_conv - 1,)),
+        Case("shorter than conv", (config.mamba_d_conv - 1,)),
         Case("chunk - 1", (max(1, chunk - 1),)),
         Case("one chunk", (chunk,)),
         Case("chunk + 1", (chunk + 1,)),

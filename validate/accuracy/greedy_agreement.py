@@ -13,7 +13,9 @@ from h1export.runtime.runner import Ids, Runner
 from h1export.validate.accuracy.reference import Reference
 
 CHECK = "greedy text"
-PROMPT, LIMIT = 32, 64  # tokens of a prompt, and at most after it
+# tokens of a prompt, and at most after it
+PROMPT = 32
+LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def prompts(ids: Ids, count: int, seed: int) -> list[Ids]:
 def continuations(runner: Runner[Any], starts: Sequence[Ids]) -> Iterator[Continuation]:
     """The runner's own, in states that it updates in place."""
     for prompt in starts:
-        sequence, tokens = runner.start(1, capacity=PROMPT + LIMIT), []
+        sequence = runner.start(1, capacity=PROMPT + LIMIT)
+        tokens = []
         logits = sequence.append(prompt[None])
         for _ in range(LIMIT):
             tokens.append(int(logits[0, -1].argmax()))
@@ -53,17 +56,19 @@ def continuations(runner: Runner[Any], starts: Sequence[Ids]) -> Iterator[Contin
         yield Continuation(prompt, np.array(tokens))
 
 
-def divergence_row(group: str, texts: Sequence[Continuation], reference: Reference) -> Row:
+def greedy_agreement_row(group: str, texts: Sequence[Continuation], reference: Reference) -> Row:
     """tokens: the median over prompts, LIMIT where none differs. never: the share of prompts where none does."""
     agreed = [text.agreed(reference) for text in texts]
     figures = {"tokens": float(np.median(agreed)), "never": float(np.mean([count == LIMIT for count in agreed]))}
     note = f"against {group}: {len(texts)} prompts of {PROMPT} tokens, and {LIMIT} at most before a difference"
-    return Row(CHECK, group, figures, note=note, details={f"prompt {i}": float(count) for i, count in enumerate(agreed)})
+    return Row(
+        CHECK, group, figures, note=note, details={f"prompt {i}": float(count) for i, count in enumerate(agreed)}
+    )
 
 
 def impossible(runner: Runner[Any], starts: Sequence[Ids]) -> str:
     """Why greedy texts cannot be had; empty: they can."""
-    room = runner.capabilities.max_context or runner.spec.max_position_embeddings
+    room = runner.capabilities.max_context or runner.config.max_position_embeddings
     if room < PROMPT + LIMIT:
         return f"{PROMPT + LIMIT} tokens do not fit into {room}"
     return "" if starts else "not asked for, or there is no text"

@@ -13,7 +13,9 @@ import numpy as np
 from h1export.runtime.runner import Ids, Runner, Sequences
 from h1export.validate.accuracy.reference import Reference
 
-PREFILL, DECODE = 128, 16  # tokens a prefill, steps a decode run
+# tokens a prefill, steps a decode run
+PREFILL = 128
+DECODE = 16
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ def tokens_needed(pairs: int) -> int:
 
 def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) -> dict[str, Latency]:
     """A prefill of ``prompt`` [PREFILL], and DECODE steps after it; the sequences grow on, which changes little in a step's time."""
-    batch, token, ones = prompt[None], prompt[-1:][None], np.ones((1, len(prompt)), np.int64)
+    batch = prompt[None]
+    token = prompt[-1:][None]
+    ones = np.ones((1, len(prompt)), np.int64)
 
     def prefill() -> None:
         runner.step(batch, ones, runner.initial(1))
@@ -62,5 +66,6 @@ def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) 
         sequences.append(batch)
         return steps
 
-    ours, theirs = decode(runner.start(1, tokens_needed(pairs))), decode(reference.start(1, 0))
+    ours = decode(runner.start(1, tokens_needed(pairs)))
+    theirs = decode(reference.start(1, 0))
     return {"prefill": paired(prefill, reference_prefill, pairs), "decode": paired(ours, theirs, pairs)}

@@ -26,7 +26,9 @@ def log_softmax(logits: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.float6
 
 def position_errors(pairs: Sequence[tuple[Array, Array]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Of every position of the (found, truth) pairs, its largest difference over its pair's range."""
-    return np.concatenate([np.abs(found - truth).max(-1).astype(np.float64) / (float(np.ptp(truth)) or 1.0) for found, truth in pairs])
+    return np.concatenate(
+        [np.abs(found - truth).max(-1).astype(np.float64) / (float(np.ptp(truth)) or 1.0) for found, truth in pairs]
+    )
 
 
 def logit_figures(pairs: Sequence[tuple[Array, Array]]) -> dict[str, float]:
@@ -34,10 +36,12 @@ def logit_figures(pairs: Sequence[tuple[Array, Array]]) -> dict[str, float]:
 
     logits: relative_error, the worst pair. top1: share of positions with the same argmax. kl: mean KL(truth || found) in nats.
     """
-    agree, kl = [], []
+    agree = []
+    kl = []
     for found, truth in pairs:
         for row in range(0, len(truth), 256):  # float64 copies of a few rows at a time
-            a, b = log_softmax(found[row : row + 256]), log_softmax(truth[row : row + 256])
+            a = log_softmax(found[row : row + 256])
+            b = log_softmax(truth[row : row + 256])
             agree.append(a.argmax(-1) == b.argmax(-1))
             kl.append((np.exp(b) * (b - a)).sum(-1))
     return {

@@ -23,48 +23,67 @@ STEPS = 8  # decode steps that are timed
 
 
 def context_rows(
-    ways: Mapping[str, Runner[Any]], reference: Reference, contexts: Sequence[int], limits: Mapping[str, float], seed: int
+    ways: Mapping[str, Runner[Any]],
+    reference: Reference,
+    contexts: Sequence[int],
+    *,
+    limits: Mapping[str, float],
+    seed: int,
 ) -> list[Row]:
     """For each of ``contexts``, random tokens: a row for each group of metrics in ``ways``, in which the reference runs once."""
     rows = []
     for context in sorted(contexts):
-        check, spec = f"context {context}", next(iter(ways.values())).spec
-        room = min(way.capabilities.max_context or spec.max_position_embeddings for way in ways.values())
+        check = f"context {context}"
+        config = next(iter(ways.values())).config
+        room = min(way.capabilities.max_context or config.max_position_embeddings for way in ways.values())
         if context > room:
             rows += [Row(check, group, note=f"the artifact has room for {room} tokens") for group in ways]
             continue
-        ids = np.random.default_rng(seed).integers(0, spec.vocab_size, context, dtype=np.int64)
-        truth, truth_states = reference.in_pieces(ids, TAIL)
+        ids = np.random.default_rng(seed).integers(0, config.vocab_size, context, dtype=np.int64)
+        truth, truth_states = reference.in_subgraphs(ids, TAIL)
         for group, runner in ways.items():
             logits, states = _prefill(runner, ids)
-            errors = state_errors([(states, truth_states)], StateSpec.of(spec))
+            errors = state_errors([(states, truth_states)], StateSpec.of(config))
             worst = max(errors, key=errors.__getitem__)
             pairs = [(logits, truth[-len(logits) :])]
             figures = logit_figures(pairs) | {"states": errors[worst]}
             gated = {name: limits[metric] for name in figures if (metric := f"{group}.{name}") in limits}
             histograms = {LOGIT_ERROR: Histogram.of(position_errors(pairs))}
-            rows.append(Row(check, group, figures, gated, f"worst state {worst}", errors, histograms))
+            rows.append(
+                Row(
+                    check,
+                    group,
+                    figures,
+                    limits=gated,
+                    note=f"worst state {worst}",
+                    details=errors,
+                    histograms=histograms,
+                )
+            )
     return rows
 
 
 def _prefill(runner: Runner[Any], ids: Ids) -> tuple[Array, dict[str, Array]]:
     """Logits of the last TAIL positions (or the last one, where there are no others) and the states, of ids [seq] in chunks."""
-    states, kept = runner.initial(1), []
+    states = runner.initial(1)
+    kept = []
     for start in range(0, len(ids), CHUNK):
         chunk = ids[None, start : start + CHUNK]
         logits, states = runner.step(chunk, np.ones((1, start + chunk.shape[1]), np.int64), states)
         kept.append(logits[0, -TAIL:])
     tail = np.concatenate(kept)[-TAIL:] if runner.capabilities.all_logits else kept[-1]
-    return tail, row_of_batch(runner.snapshot(states), StateSpec.of(runner.spec), 0, 0)
+    return tail, row_of_batch(runner.snapshot(states), StateSpec.of(runner.config), 0, pad=0)
 
 
-def cost_rows(runner: Runner[Any], contexts: Sequence[int], group: str, seed: int) -> list[Row]:
+def cost_rows(runner: Runner[Any], contexts: Sequence[int], group: str, *, seed: int) -> list[Row]:
     """prefill_ms: of a token in the last chunk before a context's end. decode_ms: of one at its end. Both in states in place."""
     if runner.capabilities.emulated:
-        return [Row("cost by context", group, note=f"computed by {runner.capabilities.kernels}: its speed says nothing")]
-    room = runner.capabilities.max_context or runner.spec.max_position_embeddings
+        return [
+            Row("cost by context", group, note=f"computed by {runner.capabilities.kernels}: its speed says nothing")
+        ]
+    room = runner.capabilities.max_context or runner.config.max_position_embeddings
     lengths = [context for context in sorted(contexts) if context <= room]
-    ids = np.random.default_rng(seed).integers(0, runner.spec.vocab_size, max(lengths, default=0), dtype=np.int64)
+    ids = np.random.default_rng(seed).integers(0, runner.config.vocab_size, max(lengths, default=0), dtype=np.int64)
     if lengths:
         _cost(runner, ids[: lengths[0]])  # the first run is slower
     note = f"a token, in chunks of {CHUNK}, and the median of {STEPS} steps"

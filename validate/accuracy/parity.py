@@ -32,28 +32,32 @@ class Run:
 
 def run_cases(runner: Runner[Any], seed: int) -> Iterator[Run]:
     """Every case that the runner's capabilities allow, on random token ids."""
-    rng, states = np.random.default_rng(seed), StateSpec.of(runner.spec)
-    for case in cases(runner.spec):
+    rng = np.random.default_rng(seed)
+    states = StateSpec.of(runner.config)
+    for case in cases(runner.config):
         batch = len(case.pads)
-        ids = rng.integers(0, runner.spec.vocab_size, (batch, case.length), dtype=np.int64)
+        ids = rng.integers(0, runner.config.vocab_size, (batch, case.length), dtype=np.int64)
         if impossible := _impossible(case, runner):
-            yield Run(case, (), (), np.zeros(0, np.int64), (), impossible)
+            yield Run(case, (), (), positions=np.zeros(0, np.int64), states=(), impossible=impossible)
             continue
         mask = np.array([[column >= pad for column in range(case.length)] for pad in case.pads], np.int64)
-        logits, current, end = [], runner.initial(batch), 0
+        logits = []
+        current = runner.initial(batch)
+        end = 0
         for tokens in case.calls:
             end += tokens
             answer, current = runner.step(ids[:, end - tokens : end], mask[:, :end], current)
             logits.append(answer)
         ends = np.cumsum(case.calls)
         positions = np.arange(case.length) if runner.capabilities.all_logits else ends - 1
-        joined, snapshot = np.concatenate(logits, axis=1), runner.snapshot(current)
+        joined = np.concatenate(logits, axis=1)
+        snapshot = runner.snapshot(current)
         yield Run(
             case,
             tuple(ids[row, pad:] for row, pad in enumerate(case.pads)),
             tuple(joined[row, positions >= pad] for row, pad in enumerate(case.pads)),
-            positions,
-            tuple(row_of_batch(snapshot, states, row, pad) for row, pad in enumerate(case.pads)),
+            positions=positions,
+            states=tuple(row_of_batch(snapshot, states, row, pad=pad) for row, pad in enumerate(case.pads)),
         )
 
 
@@ -67,9 +71,12 @@ def _impossible(case: Case, runner: Runner[Any]) -> str:
     return ""
 
 
-def case_rows(runs: Mapping[str, Run], reference: Reference, runner: Runner[Any], limits: Mapping[str, float]) -> list[Row]:
+def case_rows(
+    runs: Mapping[str, Run], reference: Reference, runner: Runner[Any], *, limits: Mapping[str, float]
+) -> list[Row]:
     """One row for each way, by its group of metrics, in which the same case was run; the reference runs once."""
-    first, states = next(iter(runs.values())), StateSpec.of(runner.spec)
+    first = next(iter(runs.values()))
+    states = StateSpec.of(runner.config)
     case = first.case
     if first.impossible:
         return [Row(case.name, group, note=first.impossible) for group in runs]
@@ -86,5 +93,15 @@ def case_rows(runs: Mapping[str, Run], reference: Reference, runner: Runner[Any]
         figures = logit_figures(logit_pairs) | {"states": errors[worst]}
         gated = {name: limits[metric] for name in figures if (metric := f"{group}.{name}") in limits}
         histograms = {LOGIT_ERROR: Histogram.of(position_errors(logit_pairs))}
-        rows.append(Row(case.name, group, figures, gated, f"worst state {worst}", errors, histograms))
+        rows.append(
+            Row(
+                case.name,
+                group,
+                figures,
+                limits=gated,
+                note=f"worst state {worst}",
+                details=errors,
+                histograms=histograms,
+            )
+        )
     return rows

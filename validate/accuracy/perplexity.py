@@ -54,20 +54,32 @@ class Scored:
     def of(cls, found: Array, truth: Array, window: Ids) -> Scored:
         """From the logits [seq, vocab] of ``window[:-1]``; a further row, that of the last token, is not needed."""
         targets = window[1:]
-        found, truth = found[: len(targets)], truth[: len(targets)]
+        found = found[: len(targets)]
+        truth = truth[: len(targets)]
         span = float(np.ptp(truth)) or 1.0
-        parts = [_scored(found[s : s + ROWS], truth[s : s + ROWS], targets[s : s + ROWS], span) for s in range(0, len(targets), ROWS)]
+        parts = [
+            _scored(found[s : s + ROWS], truth[s : s + ROWS], targets[s : s + ROWS], span=span)
+            for s in range(0, len(targets), ROWS)
+        ]
         return cls(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _scored(found: Array, truth: Array, targets: Ids, span: float) -> tuple[npt.NDArray[Any], ...]:
+def _scored(found: Array, truth: Array, targets: Ids, *, span: float) -> tuple[npt.NDArray[Any], ...]:
     """The columns of Scored, of a few positions."""
     count = np.arange(len(targets))
-    a, b = log_softmax(found), log_softmax(truth)
+    a = log_softmax(found)
+    b = log_softmax(truth)
     ours, theirs = (torch.from_numpy(side).topk(min(LIKELIEST, side.shape[1])).indices.numpy() for side in (a, b))
     shared = (ours[:, :, None] == theirs[:, None, :]).any(2).mean(1)
     error = np.abs(found.astype(np.float64) - truth).max(-1) / span
-    return -a[count, targets], -b[count, targets], (np.exp(b) * (b - a)).sum(-1), a.argmax(-1) == b.argmax(-1), shared, error
+    return (
+        -a[count, targets],
+        -b[count, targets],
+        (np.exp(b) * (b - a)).sum(-1),
+        a.argmax(-1) == b.argmax(-1),
+        shared,
+        error,
+    )
 
 
 def text_figures(scored: Iterable[Scored], nbytes: int) -> dict[str, float]:
@@ -84,7 +96,9 @@ def text_figures(scored: Iterable[Scored], nbytes: int) -> dict[str, float]:
     samples = [_figures([kept[window] for window in draw]) for draw in draws]
     errors = {f"{name}_se": float(np.std([sample[name] for sample in samples])) for name in figures}
     bits = math.log(2) * nbytes
-    found, truth = (sum(float(nats.sum()) for nats in side) / bits for side in zip(*((w.found, w.truth) for w in kept), strict=True))
+    found, truth = (
+        sum(float(nats.sum()) for nats in side) / bits for side in zip(*((w.found, w.truth) for w in kept), strict=True)
+    )
     return {"artifact": found, "reference": truth, **figures, **errors}
 
 

@@ -18,7 +18,7 @@ import torch
 from h1export.checkpoint.gptq_format import GptqLayout
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, StateKind
 from h1export.model.falcon_h1.tensors import tensor_layout
 from h1export.runtime.runner import Capabilities, Ids, Sequences
@@ -33,15 +33,16 @@ class Reference:
     """The published model on the checkpoint's weights, or on an artifact's; on integers times scales where the checkpoint has those."""
 
     def __init__(self, checkpoint: Path) -> None:
-        from transformers import FalconH1Config, FalconH1ForCausalLM
+        from transformers import FalconH1Config as TransformersConfig
+        from transformers import FalconH1ForCausalLM
         from transformers.utils import logging
 
         model_class: Any = FalconH1ForCausalLM  # untyped
-        config_class: Any = FalconH1Config
+        config_class: Any = TransformersConfig
         log: Any = logging
         log.set_verbosity_error()
         log.disable_progress_bar()
-        self.spec = HybridSpec.load(checkpoint)
+        self.config = FalconH1Config.load(checkpoint)
         packed = GptqLayout.load(checkpoint) is not None
         try:
             if packed:  # transformers itself would need kernels for it
@@ -51,11 +52,13 @@ class Reference:
             else:
                 self._model = model_class.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
         except (OSError, ValueError, RuntimeError) as error:
-            raise H1ExportError(checkpoint, f"transformers cannot load it ({error})", "compare it with the published checkpoint") from None
+            raise H1ExportError(
+                checkpoint, f"transformers cannot load it ({error})", "compare it with the published checkpoint"
+            ) from None
         if packed:
-            spec = HybridSpec.load(checkpoint)
-            store = WeightStore.open(checkpoint, spec)
-            for name, shape in tensor_layout(spec).items():
+            model_config = FalconH1Config.load(checkpoint)
+            store = WeightStore.open(checkpoint, model_config)
+            for name, shape in tensor_layout(model_config).items():
                 self.hold({name: store.rows(name, 0, shape[0])})
 
     def hold(self, weights: Mapping[str, Array]) -> None:
@@ -75,24 +78,27 @@ class Reference:
         """Logits [seq, vocab] of one unpadded row [seq] and, by StateTensor.key, its canonical states without the batch axis."""
         return self._answer(ids, None, 0)[:2]
 
-    def in_pieces(self, ids: Ids, tail: int, piece: int = PIECE) -> tuple[Array, dict[str, Array]]:
+    def in_subgraphs(self, ids: Ids, tail: int, subgraph: int = PIECE) -> tuple[Array, dict[str, Array]]:
         """``full``, of the last ``tail`` positions, in memory that grows with the states alone.
 
         Raises:
             H1ExportError: this transformers does not go on rightly from what a piece leaves in its cache.
         """
-        if piece == PIECE:
+        if subgraph == PIECE:
             self._check_pieces()
-        cache, start, kept = None, 0, np.zeros((0, self._model.config.vocab_size), np.float32)
+        cache = None
+        start = 0
+        kept = np.zeros((0, self._model.config.vocab_size), np.float32)
         while start < len(ids):
-            end = len(ids) if len(ids) - start <= piece + 1 else start + piece
+            end = len(ids) if len(ids) - start <= subgraph + 1 else start + subgraph
             logits, states, cache = self._answer(ids[start:end], cache, tail)
-            start, kept = end, np.concatenate([kept, logits])[-tail:]
+            start = end
+            kept = np.concatenate([kept, logits])[-tail:]
         return kept, states
 
     def _check_pieces(self) -> None:
         ids = np.arange(24) % self._model.config.vocab_size
-        if not relative_error(self.in_pieces(ids, len(ids), piece=16)[0], self.full(ids)[0]) <= CONTINUES:
+        if not relative_error(self.in_subgraphs(ids, len(ids), subgraph=16)[0], self.full(ids)[0]) <= CONTINUES:
             what = "its Falcon-H1 does not go on from a cache by several tokens, so there is no reference for long contexts"
             raise H1ExportError("transformers", what, "install 5.24 or a later one, or leave out --context")
 
@@ -115,7 +121,11 @@ class Reference:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(None, all_logits=False, kernels=f"PyTorch {torch.__version__}, transformers {metadata.version('transformers')}")
+        return Capabilities(
+            None,
+            all_logits=False,
+            kernels=f"PyTorch {torch.__version__}, transformers {metadata.version('transformers')}",
+        )
 
     def start(self, batch: int, capacity: int) -> Sequences:
         """``batch`` sequences for timing; their cache takes any number of tokens."""
@@ -126,7 +136,9 @@ class CachedSequences:
     """transformers' cached decode, as its users run it. For timing: see above for what it gets wrong."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self._cache, self.length = model, None, 0
+        self._model = model
+        self._cache = None
+        self.length = 0
 
     def append(self, ids: Ids) -> Array:
         with torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from h1export.model.falcon_h1.probes import Point, probe_name
+from h1export.model.falcon_h1.probes import ProbePoint, probe_name
 from h1export.model.falcon_h1.states import Array
 
 Found = dict[str, Tensor]
@@ -23,7 +23,11 @@ def watched(model: Any) -> Iterator[Found]:
     handles = []
 
     def before(module: Any, name: str) -> None:
-        handles.append(module.register_forward_pre_hook(lambda _, args, kwargs: _keep(found, name, _first(args, kwargs)), with_kwargs=True))
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: _keep(found, name, _first(args, kwargs)), with_kwargs=True
+            )
+        )
 
     def after(module: Any, keep: Callable[[Tensor], None]) -> None:
         handles.append(module.register_forward_hook(lambda _module, _args, result: keep(result)))
@@ -32,16 +36,16 @@ def watched(model: Any) -> Iterator[Found]:
         after(module, lambda result: _keep(found, name, result * factor))
 
     for index, layer in enumerate(model.model.layers):
-        before(layer.input_layernorm, probe_name(index, Point.RESIDUAL))
-        before(layer.pre_ff_layernorm, probe_name(index, Point.MIXED))
-        before(layer.mamba.out_proj, probe_name(index, Point.GATED))
-        before(layer.self_attn.o_proj, probe_name(index, Point.ATTENDED))
-        before(layer.feed_forward.down_proj, probe_name(index, Point.PRODUCT))
+        before(layer.input_layernorm, probe_name(index, ProbePoint.RESIDUAL))
+        before(layer.pre_ff_layernorm, probe_name(index, ProbePoint.MIXED))
+        before(layer.mamba.out_proj, probe_name(index, ProbePoint.GATED))
+        before(layer.self_attn.o_proj, probe_name(index, ProbePoint.ATTENDED))
+        before(layer.feed_forward.down_proj, probe_name(index, ProbePoint.PRODUCT))
         after(layer.mamba.in_proj, partial(_keep_projected, found, index, layer.mamba))
-        after_scaled(layer.self_attn.q_proj, probe_name(index, Point.QUERY))
-        after_scaled(layer.self_attn.k_proj, probe_name(index, Point.KEY), layer.self_attn.key_multiplier)
-        after_scaled(layer.self_attn.v_proj, probe_name(index, Point.VALUE))
-    before(model.model.final_layernorm, probe_name(len(model.model.layers), Point.RESIDUAL))
+        after_scaled(layer.self_attn.q_proj, probe_name(index, ProbePoint.QUERY))
+        after_scaled(layer.self_attn.k_proj, probe_name(index, ProbePoint.KEY), layer.self_attn.key_multiplier)
+        after_scaled(layer.self_attn.v_proj, probe_name(index, ProbePoint.VALUE))
+    before(model.model.final_layernorm, probe_name(len(model.model.layers), ProbePoint.RESIDUAL))
     try:
         yield found
     finally:
@@ -59,15 +63,24 @@ def _keep(found: Found, name: str, value: Tensor) -> None:
     found[name] = value.detach().float()
 
 
-def _keep_projected(found: Found, layer: int, mixer: Any, projected: Tensor) -> None:
+def _keep_projected(found: Found, layer: int, mixer: Any, *, projected: Tensor) -> None:
     """What in_proj gives, µP included, in its parts; and the convolution of one, which is no module's result."""
     sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
     gate, xbc, dt = (projected * mixer.mup_vector).split(sizes, dim=-1)
     conv = torch.nn.functional.conv1d(
-        xbc.transpose(1, 2), mixer.conv1d.weight, mixer.conv1d.bias, padding=mixer.conv_kernel_size - 1, groups=mixer.conv_dim
+        xbc.transpose(1, 2),
+        mixer.conv1d.weight,
+        mixer.conv1d.bias,
+        padding=mixer.conv_kernel_size - 1,
+        groups=mixer.conv_dim,
     )
     activated = torch.nn.functional.silu(conv[..., : xbc.shape[1]]).transpose(1, 2)
-    for point, value in ((Point.GATE, gate), (Point.CONV_INPUT, xbc), (Point.DT, dt), (Point.CONV, activated)):
+    for point, value in (
+        (ProbePoint.GATE, gate),
+        (ProbePoint.CONV_INPUT, xbc),
+        (ProbePoint.DT, dt),
+        (ProbePoint.CONV, activated),
+    ):
         _keep(found, probe_name(layer, point), value)
 
 

@@ -16,14 +16,20 @@ from h1export.artifact.artifact import Artifact, Manifest
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.states import Array
 from h1export.progress import SILENT, Progress
-from h1export.quantize.awq_scales import ScaledStore, Scaling
+from h1export.quantize.awq_scales import AwqScales, ScaledStore
 from h1export.report.histogram import Histogram
 from h1export.report.report import KL, LOGIT_ERROR, Report, Row
 from h1export.runtime.runner import Ids, Runner
 from h1export.validate.accuracy import tolerances
 from h1export.validate.accuracy.bisect import bisect, integers_row
 from h1export.validate.accuracy.greedy_agreement import CHECK as GREEDY
-from h1export.validate.accuracy.greedy_agreement import Continuation, continuations, divergence_row, impossible, prompts
+from h1export.validate.accuracy.greedy_agreement import (
+    Continuation,
+    continuations,
+    greedy_agreement_row,
+    impossible,
+    prompts,
+)
 from h1export.validate.accuracy.latency import PREFILL, measure, tokens_needed
 from h1export.validate.accuracy.long_contexts import context_rows, cost_rows
 from h1export.validate.accuracy.parity import Run, case_rows, run_cases
@@ -33,7 +39,10 @@ from h1export.validate.accuracy.weights import weight_errors
 
 INTEGERS = "stored integers"
 FP16_MAX = float(np.finfo(np.float16).max)
-SOURCE, STORED, DRIFT = "source", "stored", "drift"  # what a row compares; also the first half of its metrics, see gates
+# what a row compares; also the first half of its metrics, see gates
+SOURCE = "source"
+STORED = "stored"
+DRIFT = "drift"
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class ValidateOptions:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Subject:
     """Who is judged, and by what.
 
     Attributes:
@@ -88,7 +97,12 @@ class Trial:
 
 
 def validate(
-    artifact: Artifact, runner: Runner[Any], exact: Runner[Any], checkpoint: Path, options: ValidateOptions, progress: Progress
+    artifact: Artifact,
+    runner: Runner[Any],
+    exact: Runner[Any],
+    checkpoint: Path,
+    options: ValidateOptions,
+    progress: Progress,
 ) -> Report:
     """Compare an artifact with the PyTorch reference on ``checkpoint``, which must be what it was built from.
 
@@ -97,15 +111,18 @@ def validate(
     Raises:
         H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
-    limits = tolerances.limits_of(artifact.manifest, runner.capabilities.float32, exact.capabilities.float32, options.limits)
-    stored, rows = runner.stored_weights(), []
-    scaling = Scaling.load(artifact.folder)
-    store = ScaledStore(WeightStore.open(checkpoint, runner.spec), scaling, SILENT)
+    limits = tolerances.limits_of(
+        artifact.manifest, runner.capabilities.float32, exact.capabilities.float32, chosen=options.limits
+    )
+    stored = runner.stored_weights()
+    rows = []
+    scaling = AwqScales.load(artifact.folder)
+    store = ScaledStore(WeightStore.open(checkpoint, runner.config), scaling, SILENT)
     if stored:
         progress.stage("stored weights")
-        rows.append(_weights_row(artifact, stored, store, limits))
+        rows.append(_weights_row(artifact, stored, store, limits=limits))
     scaled = {name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys()}
-    trial = Trial(runner, exact, {**stored, **scaled} if scaled else stored, limits, options)
+    trial = Subject(runner, exact, {**stored, **scaled} if scaled else stored, limits=limits, options=options)
     rows += _rows(trial, Reference(checkpoint), progress)
     if options.bisect:
         rows += [integers_row(row) for row in rows if row.check == INTEGERS]
@@ -124,13 +141,13 @@ def judge(
         H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
     float32 = runner.capabilities.float32
-    limits = tolerances.limits("none", "rtn", float32, float32, options.limits)
-    rows = _rows(Trial(runner, runner, {}, limits, options), Reference(checkpoint), progress)
+    limits = tolerances.limits("none", "rtn", float32, exact=float32, chosen=options.limits)
+    rows = _rows(Subject(runner, runner, {}, limits=limits, options=options), Reference(checkpoint), progress)
     return Report(_shown(runner), _environment(), tuple(rows))
 
 
 @dataclass(frozen=True)
-class Answers:
+class Outputs:
     """What a runner said to the cases, and its greedy texts; ``silent``: why there are none."""
 
     runs: list[Run]
@@ -138,55 +155,65 @@ class Answers:
     silent: str
 
     @classmethod
-    def of(cls, runner: Runner[Any], options: ValidateOptions) -> Answers:
+    def of(cls, runner: Runner[Any], options: ValidateOptions) -> Outputs:
         """Ask ``runner``."""
         starts = prompts(options.text_ids, options.prompts, options.seed)
         silent = impossible(runner, starts)
         return cls(list(run_cases(runner, options.seed)), [] if silent else list(continuations(runner, starts)), silent)
 
     def greedy(self, group: str, reference: Reference) -> Row:
-        return Row(GREEDY, group, note=self.silent) if self.silent else divergence_row(group, self.texts, reference)
+        return (
+            Row(GREEDY, group, note=self.silent) if self.silent else greedy_agreement_row(group, self.texts, reference)
+        )
 
 
-def _rows(trial: Trial, reference: Reference, progress: Progress) -> list[Row]:
+def _rows(trial: Subject, reference: Reference, progress: Progress) -> list[Row]:
     """Everything but the integers: against the checkpoint's weights, then against the stored ones, which become the reference's."""
-    runner, options, limits = trial.runner, trial.options, trial.limits
+    runner = trial.runner
+    options = trial.options
+    limits = trial.limits
     progress.stage("artifact")
-    shipped = Answers.of(runner, options)
-    judged = {group: shipped if way is runner else Answers.of(way, options) for group, way in trial.ways.items()}
+    shipped = Outputs.of(runner, options)
+    judged = {group: shipped if way is runner else Outputs.of(way, options) for group, way in trial.ways.items()}
     rows = [_fp16_row(magnitudes, limits)] if (magnitudes := runner.magnitudes()) else []
     progress.stage("reference")
-    rows += [row for run in shipped.runs for row in case_rows({SOURCE: run}, reference, runner, limits)]
+    rows += [row for run in shipped.runs for row in case_rows({SOURCE: run}, reference, runner, limits=limits)]
     progress.stage("text")
-    rows += [_text_row(runner, reference, options, limits), shipped.greedy(SOURCE, reference)]
+    rows += [_text_row(runner, reference, options, limits=limits), shipped.greedy(SOURCE, reference)]
     progress.stage("latency")
-    rows += _latency_rows(runner, reference, options, limits)
+    rows += _latency_rows(runner, reference, options, limits=limits)
     if trial.stored:
         progress.stage("reference on the stored weights")
         reference.hold(trial.stored)
-        asked = zip(*(answers.runs for answers in judged.values()), strict=True)
-        lowering = [row for runs in asked for row in case_rows(dict(zip(judged, runs, strict=True)), reference, runner, limits)]
+        request = zip(*(answers.runs for answers in judged.values()), strict=True)
+        lowering = [
+            row
+            for runs in request
+            for row in case_rows(dict(zip(judged, runs, strict=True)), reference, runner, limits=limits)
+        ]
         rows = [*sorted(lowering, key=lambda row: row.against != STORED), *rows]
         rows += [answers.greedy(group, reference) for group, answers in judged.items()]
     if options.contexts:
         progress.stage("long contexts")
-        rows += context_rows(trial.ways, reference, options.contexts, limits, options.seed)
-        rows += cost_rows(runner, options.contexts, SOURCE, options.seed)
+        rows += context_rows(trial.ways, reference, options.contexts, limits=limits, seed=options.seed)
+        rows += cost_rows(runner, options.contexts, SOURCE, seed=options.seed)
     if options.bisect:
         progress.stage("layer by layer")
         group = next(iter(trial.ways))
-        rows += bisect(trial.exact, reference, group, limits[f"{group}.states"], options.seed)
+        rows += bisect(trial.exact, reference, group, limit=limits[f"{group}.states"], seed=options.seed)
     return rows
 
 
-def _weights_row(artifact: Artifact, stored: Mapping[str, Array], store: WeightStore, limits: Mapping[str, float]) -> Row:
+def _weights_row(
+    artifact: Artifact, stored: Mapping[str, Array], store: WeightStore, *, limits: Mapping[str, float]
+) -> Row:
     errors = weight_errors(stored, artifact.manifest.weights, store)
     gated = {name: limits[metric] for name in ("steps", "block") if (metric := f"weights.{name}") in limits}
     (judged,) = gated
     details = {tensor: figures[judged] for tensor, figures in errors.items()}
     worst = max(details, key=details.__getitem__)
     figures = {name: max(found[name] for found in errors.values()) for name in errors[worst]}
-    return Row(INTEGERS, SOURCE, figures, gated, note=f"{len(errors)} tensors, worst {worst}", details=details)
+    return Row(INTEGERS, SOURCE, figures, limits=gated, note=f"{len(errors)} tensors, worst {worst}", details=details)
 
 
 def _fp16_row(magnitudes: Mapping[str, float], limits: Mapping[str, float]) -> Row:
@@ -194,10 +221,12 @@ def _fp16_row(magnitudes: Mapping[str, float], limits: Mapping[str, float]) -> R
     worst = max(magnitudes, key=lambda op: float(np.nan_to_num(magnitudes[op], nan=np.inf)))
     figures = {"largest": magnitudes[worst], "share": magnitudes[worst] / FP16_MAX}
     note = f"{len(magnitudes)} kinds of op, worst {worst}"
-    return Row("fp16 range", "65504", figures, {"share": limits["fp16.share"]}, note=note, details=magnitudes)
+    return Row("fp16 range", "65504", figures, limits={"share": limits["fp16.share"]}, note=note, details=magnitudes)
 
 
-def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOptions, limits: Mapping[str, float]) -> Row:
+def _text_row(
+    runner: Runner[Any], reference: Reference, options: ValidateOptions, *, limits: Mapping[str, float]
+) -> Row:
     name = "bits per byte"
     if len(options.text_ids) < 2:
         return Row(name, SOURCE, note="the checkpoint has no tokenizer, or the text is empty")
@@ -214,28 +243,36 @@ def _text_row(runner: Runner[Any], reference: Reference, options: ValidateOption
     spread = {KL: [window.kl for window in scored], LOGIT_ERROR: [window.error for window in scored]}
     histograms = {values: Histogram.of(np.concatenate(parts)) for values, parts in spread.items()}
     note = f"{options.text_bytes} bytes, {len(options.text_ids)} tokens"
-    figures, gated = text_figures(scored, options.text_bytes), {"ratio": limits["text.ratio"]}
-    return Row(name, SOURCE, figures, gated, note, histograms=histograms)
+    figures = text_figures(scored, options.text_bytes)
+    gated = {"ratio": limits["text.ratio"]}
+    return Row(name, SOURCE, figures, limits=gated, note=note, histograms=histograms)
 
 
-def _latency_rows(runner: Runner[Any], reference: Reference, options: ValidateOptions, limits: Mapping[str, float]) -> list[Row]:
+def _latency_rows(
+    runner: Runner[Any], reference: Reference, options: ValidateOptions, *, limits: Mapping[str, float]
+) -> list[Row]:
     if not options.pairs:
         return [Row("latency", SOURCE, note="not asked for")]
     if runner.capabilities.emulated:
         return [Row("latency", SOURCE, note=f"computed by {runner.capabilities.kernels}: its speed says nothing")]
     if (room := runner.capabilities.max_context) is not None and room < (needed := tokens_needed(options.pairs)):
         return [Row("latency", SOURCE, note=f"{needed} tokens do not fit into {room}")]
-    prompt = np.random.default_rng(options.seed).integers(0, runner.spec.vocab_size, PREFILL, dtype=np.int64)
+    prompt = np.random.default_rng(options.seed).integers(0, runner.config.vocab_size, PREFILL, dtype=np.int64)
     rows = []
     for name, latency in measure(runner, reference, prompt, options.pairs).items():
         figures = {"artifact_s": latency.artifact, "reference_s": latency.reference, "ratio": latency.ratio}
         note = f"median of {options.pairs} interleaved pairs, PyTorch on {torch.get_num_threads()} threads"
-        rows.append(Row(f"{name} latency", SOURCE, figures, {"ratio": limits[f"latency.{name}"]}, note=note))
+        rows.append(Row(f"{name} latency", SOURCE, figures, limits={"ratio": limits[f"latency.{name}"]}, note=note))
     return rows
 
 
 def _described(manifest: Manifest) -> dict[str, Any]:
-    return {"target": manifest.target, "scheme": dict(manifest.scheme), "options": dict(manifest.options), "source": manifest.source}
+    return {
+        "target": manifest.target,
+        "scheme": dict(manifest.scheme),
+        "options": dict(manifest.options),
+        "source": manifest.source,
+    }
 
 
 def _shown(runner: Runner[Any]) -> dict[str, Any]:
@@ -245,4 +282,9 @@ def _shown(runner: Runner[Any]) -> dict[str, Any]:
 
 def _environment() -> dict[str, Any]:
     packages = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    return {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version(), "packages": packages}
+    return {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "packages": packages,
+    }

@@ -15,6 +15,6 @@ def state_errors(pairs: Sequence[StatePair], states: StateSpec) -> dict[str, flo
     return {t.key: max(relative_error(found[t.key], truth[t.key]) for found, truth in pairs) for t in states.tensors}
 
 
-def row_of_batch(snapshot: Mapping[str, Array], states: StateSpec, row: int, pad: int) -> dict[str, Array]:
+def row_of_batch(snapshot: Mapping[str, Array], states: StateSpec, row: int, *, pad: int) -> dict[str, Array]:
     """One row of a snapshot without its padding columns, as if it had been run alone."""
     return {t.key: snapshot[t.key][row][:, pad:] if t.kind.grows else snapshot[t.key][row] for t in states.tensors}

@@ -12,7 +12,7 @@ from typing import get_args
 
 from h1export.artifact.artifact import Manifest
 from h1export.errors import H1ExportError
-from h1export.quantize.scheme import READY, Method, QuantName
+from h1export.quantize.scheme import PREQUANTIZED, Method, QuantName
 
 # float32 against float32: 4 layers differ by 2e-6 of the range, 36 layers by 3e-6
 EXACT: Mapping[str, float] = {"logits": 5e-5, "states": 5e-5, "kl": 1e-6, "top1": 0.99}
@@ -32,17 +32,21 @@ FP16 = {"fp16.share": 1.0}  # of 65504, the largest finite number: what lies bey
 LATENCY = {"latency.prefill": 1.5, "latency.decode": 1.0}
 
 
-def limits_of(manifest: Manifest, float32: bool, exact: bool, chosen: Mapping[str, float]) -> dict[str, float]:
+def limits_of(manifest: Manifest, float32: bool, exact: bool, *, chosen: Mapping[str, float]) -> dict[str, float]:
     """``limits`` for the artifact with this ``manifest``, by its shortest integers: single tensors may have others than its scheme."""
     bits = min((weight.bits for weight in manifest.weights), default=0)
     quant: QuantName = next((name for name in get_args(QuantName) if name == f"int{bits}"), "none")
     chosen_by = manifest.scheme.get("method", "rtn")
     # what a ready-made checkpoint has in floats is rounded, and what it has in integers must be equal
-    method: Method = "rtn" if chosen_by == READY else next(name for name in get_args(Method) if name == chosen_by)
-    return limits(quant, method, float32, exact, chosen)
+    method: Method = (
+        "rtn" if chosen_by == PREQUANTIZED else next(name for name in get_args(Method) if name == chosen_by)
+    )
+    return limits(quant, method, float32, exact=exact, chosen=chosen)
 
 
-def limits(quant: QuantName, method: Method, float32: bool, exact: bool, chosen: Mapping[str, float]) -> dict[str, float]:
+def limits(
+    quant: QuantName, method: Method, float32: bool, exact: bool, chosen: Mapping[str, float]
+) -> dict[str, float]:
     """Metric -> limit for artifacts of ``quant`` by ``method``; ``chosen`` overrides.
 
     ``float32``: they ship with float32 activations. ``exact``: their lowering is judged in float32 arithmetic.
@@ -51,7 +55,9 @@ def limits(quant: QuantName, method: Method, float32: bool, exact: bool, chosen:
         H1ExportError: ``chosen`` names a metric that this artifact has no gate for.
     """
     group = "source" if quant == "none" else "stored"
-    rounded = not exact or (quant == "none" and not float32)  # weights are rounded with the activations, so nothing is exact
+    rounded = not exact or (
+        quant == "none" and not float32
+    )  # weights are rounded with the activations, so nothing is exact
     table = {f"{group}.{figure}": limit for figure, limit in (HALF if rounded else EXACT).items()} | LATENCY | FP16
     if not float32 and not rounded:
         table |= {f"drift.{figure}": limit for figure, limit in ROUNDED.items()}
@@ -60,5 +66,7 @@ def limits(quant: QuantName, method: Method, float32: bool, exact: bool, chosen:
     known = table.keys() | {f"source.{figure}" for figure in EXACT}
     for metric in chosen:
         if metric not in known:
-            raise H1ExportError("--limit", f"{metric!r} is no gate of this artifact", f"one of {', '.join(sorted(known))}")
+            raise H1ExportError(
+                "--limit", f"{metric!r} is no gate of this artifact", f"one of {', '.join(sorted(known))}"
+            )
     return table | dict(chosen)

@@ -9,29 +9,37 @@ import numpy as np
 from h1export.artifact.artifact import StoredWeight
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.states import Array
-from h1export.quantize.group_format import Precision
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MIN_SCALE
 
 ROW_BYTES = 1 << 24  # float32 rows compared at a time
 
 
-def weight_errors(stored: Mapping[str, Array], weights: tuple[StoredWeight, ...], store: WeightStore) -> dict[str, dict[str, float]]:
+def weight_errors(
+    stored: Mapping[str, Array], weights: tuple[StoredWeight, ...], store: WeightStore
+) -> dict[str, dict[str, float]]:
     """Checkpoint tensor -> its largest errors, in quantisation steps of the block that they are in.
 
     A step is the block's largest weight over 7 (int4) or 127 (int8). ``steps``: the error of one weight, to which rounding to nearest
     leaves half a step. ``block``: the root of a block's mean squared error. Where the checkpoint has integers itself there is nothing
     to round, and any difference counts as infinite.
     """
-    return {part.tensor: _errors(stored[part.tensor], part.tensor, weight, store) for weight in weights for part in weight.parts}
+    return {
+        part.tensor: _errors(stored[part.tensor], part.tensor, weight, store=store)
+        for weight in weights
+        for part in weight.parts
+    }
 
 
-def _errors(found: Array, name: str, weight: StoredWeight, store: WeightStore) -> dict[str, float]:
+def _errors(found: Array, name: str, weight: StoredWeight, *, store: WeightStore) -> dict[str, float]:
     if name in store.packed:
         error = 0.0 if _equal(found, name, store) else float("inf")
         return {"steps": error, "block": error}
-    top, worst, start = Precision(weight.bits, weight.block).top, {"steps": 0.0, "block": 0.0}, 0
+    top = Precision(weight.bits, weight.group_size).top
+    worst = {"steps": 0.0, "block": 0.0}
+    start = 0
     for truth in store.blocks(name, ROW_BYTES):
-        blocks = truth.reshape(len(truth), -1, weight.block or truth.shape[1])
+        blocks = truth.reshape(len(truth), -1, weight.group_size or truth.shape[1])
         error = np.abs(found[start : start + len(truth)].reshape(blocks.shape) - blocks)
         step = np.maximum(np.abs(blocks).max(axis=2) / top, MIN_SCALE)
         largest = {"steps": error.max(axis=2) / step, "block": np.sqrt(np.square(error).mean(axis=2)) / step}

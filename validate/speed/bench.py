@@ -20,7 +20,7 @@ from h1export.errors import H1ExportError
 from h1export.progress import Progress
 from h1export.validate.speed.memory_traffic import read_bandwidth, step_bytes
 from h1export.validate.speed.statistics import Estimate, estimate, ratio
-from h1export.validate.speed.worker import Child, Kind, Player, Timing
+from h1export.validate.speed.worker import Kind, TimedModel, Timing, WorkerProcess
 
 PAUSE = 0.05  # seconds between two timings: threads of a runtime may spin on for a while
 
@@ -49,12 +49,15 @@ class BenchOptions:
 
     @property
     def timings(self) -> tuple[Timing, ...]:
-        kinds = (*((Kind.DECODE, depth) for depth in self.depths), *((Kind.PREFILL, length) for length in self.prefills))
+        kinds = (
+            *((Kind.DECODE, depth) for depth in self.depths),
+            *((Kind.PREFILL, length) for length in self.prefills),
+        )
         return tuple(Timing(kind, tokens, batch) for kind, tokens in kinds for batch in self.batches)
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """Who is measured, and what is known before it runs.
 
     Attributes:
@@ -71,11 +74,11 @@ class Contender:
     built_as: Mapping[str, Any]
     weight_bytes: int
     step_bytes: Callable[[int, int], int]
-    make: Callable[[int], Callable[[], Player]]
+    make: Callable[[int], Callable[[], TimedModel]]
 
 
 @dataclass(frozen=True)
-class Subject:
+class Measured:
     """A Contender that was measured; ``peak_bytes`` by thread count, see Child.finish."""
 
     folder: str
@@ -120,7 +123,7 @@ class BenchReport:
     options: BenchOptions
     machine: Mapping[str, Any]
     bandwidth: Mapping[int, Estimate]
-    subjects: tuple[Subject, ...]
+    subjects: tuple[Measured, ...]
     speeds: tuple[Speed, ...]
     left_out: tuple[str, ...]
 
@@ -138,24 +141,35 @@ def interleave(jobs: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, li
     return samples
 
 
-def of_artifact(artifact: Artifact, make: Callable[[int], Callable[[], Player]]) -> Contender:
+def of_artifact(artifact: Artifact, make: Callable[[int], Callable[[], TimedModel]]) -> Candidate:
     """An artifact that takes part as ``make`` plays it."""
     m = artifact.manifest
     size = sum(size for _, size in m.files.values())
-    return Contender(str(artifact.folder), m.target, dict(m.scheme) | dict(m.options), size, partial(step_bytes, m, artifact.spec), make)
+    return Candidate(
+        str(artifact.folder),
+        m.target,
+        dict(m.scheme) | dict(m.options),
+        weight_bytes=size,
+        step_bytes=partial(step_bytes, m, artifact.config),
+        make=make,
+    )
 
 
 Key = tuple[int, int, Timing]  # place of the subject, threads, what
 
 
-def bench(contenders: Sequence[Contender], options: BenchOptions, progress: Progress) -> BenchReport:
+def bench(contenders: Sequence[Candidate], options: BenchOptions, progress: Progress) -> BenchReport:
     """Measure one contender, or two against each other.
 
     Raises:
         H1ExportError: one that does not run, or not in the memory there is; or none of the timings is possible.
     """
     progress.stage("load")
-    children = {(i, threads): Child(contender.make(threads)) for i, contender in enumerate(contenders) for threads in options.threads}
+    children = {
+        (i, threads): WorkerProcess(contender.make(threads))
+        for i, contender in enumerate(contenders)
+        for threads in options.threads
+    }
     jobs, left_out = _jobs(children, contenders, options)
     memory_jobs = {threads: read_bandwidth(threads) for threads in options.threads}
     progress.stage("warm-up")
@@ -167,17 +181,29 @@ def bench(contenders: Sequence[Contender], options: BenchOptions, progress: Prog
     for i, contender in enumerate(contenders):
         kernels = children[i, options.threads[0]].kernels
         peaks = {threads: children[i, threads].finish() for threads in options.threads}
-        subjects.append(Subject(contender.folder, contender.target, contender.built_as, kernels, contender.weight_bytes, peaks))
+        subjects.append(
+            Measured(
+                contender.folder,
+                contender.target,
+                contender.built_as,
+                kernels=kernels,
+                weight_bytes=contender.weight_bytes,
+                peak_bytes=peaks,
+            )
+        )
     speeds = []
     for i, threads, timing in jobs:
-        found, other = samples[i, threads, timing], samples.get((1, threads, timing))
+        found = samples[i, threads, timing]
+        other = samples.get((1, threads, timing))
         against = ratio(found, other) if i == 0 and other else None
-        speeds.append(_speed(contenders[i], (i, threads, timing), found, bandwidth[threads].median, against))
-    return BenchReport(options, machine(), bandwidth, tuple(subjects), tuple(speeds), left_out)
+        speeds.append(
+            _speed(contenders[i], (i, threads, timing), found, bandwidth=bandwidth[threads].median, against=against)
+        )
+    return BenchReport(options, machine(), bandwidth, subjects=tuple(subjects), speeds=tuple(speeds), left_out=left_out)
 
 
 def _jobs(
-    children: Mapping[tuple[int, int], Child], contenders: Sequence[Contender], options: BenchOptions
+    children: Mapping[tuple[int, int], WorkerProcess], contenders: Sequence[Candidate], options: BenchOptions
 ) -> tuple[dict[Key, Callable[[], float]], tuple[str, ...]]:
     """What every child can do, and what not, with the reason."""
     jobs: dict[Key, Callable[[], float]] = {}
@@ -189,17 +215,34 @@ def _jobs(
             else:
                 jobs[i, threads, timing] = partial(child.speed, timing)
     if not jobs:
-        raise H1ExportError("benchmark", f"nothing can be timed: {'; '.join(left_out)}", "choose smaller batches and depths")
+        raise H1ExportError(
+            "benchmark", f"nothing can be timed: {'; '.join(left_out)}", "choose smaller batches and depths"
+        )
     return jobs, tuple(left_out)
 
 
-def _speed(contender: Contender, key: Key, samples: list[float], bandwidth: float, against: Estimate | None) -> Speed:
+def _speed(
+    contender: Candidate, key: Key, samples: list[float], *, bandwidth: float, against: Estimate | None
+) -> Speed:
     i, threads, timing = key
-    speed, nbytes, share = estimate(samples), None, None
+    speed = estimate(samples)
+    nbytes = None
+    share = None
     if timing.kind is Kind.DECODE:
         nbytes = contender.step_bytes(timing.batch, timing.tokens)
         share = nbytes * speed.median / timing.batch / bandwidth
-    return Speed(i, threads, timing.kind, timing.tokens, timing.batch, speed, nbytes, share, against, tuple(samples))
+    return Speed(
+        i,
+        threads,
+        timing.kind,
+        tokens=timing.tokens,
+        batch=timing.batch,
+        tokens_per_second=speed,
+        step_bytes=nbytes,
+        bandwidth_share=share,
+        ratio=against,
+        samples=tuple(samples),
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -19,7 +19,9 @@ from h1export.report.report import Verdict
 from h1export.validate.speed.statistics import Estimate
 
 ERROR = 0.01  # probability of a wrong verdict where the true ratio is the limit itself, over all looks; elsewhere it is smaller
-FIRST, GROWTH = 12, 1.4  # pairs before the first look: below 11 no interval is as sure as that; and from look to look
+# pairs before the first look: below 11 no interval is as sure as that; and from look to look
+FIRST = 12
+GROWTH = 1.4
 
 K = TypeVar("K", bound=Hashable)
 
@@ -49,7 +51,9 @@ def median_interval(samples: Sequence[float], error: float) -> Estimate:
     Raises:
         ValueError: too few samples for any such pair.
     """
-    n, rank, tail = len(samples), 0, 0.0
+    n = len(samples)
+    rank = 0
+    tail = 0.0
     while (tail := tail + comb(n, rank) / 2**n) * 2 <= error:
         rank += 1
     if not rank:
@@ -65,12 +69,12 @@ def decide(samples: Sequence[float], limit: float, most: int) -> Decision | None
         return None
     found = median_interval(samples, ERROR / len(places))
     if found.high < limit:
-        return Decision(Verdict.PASS, found, limit, len(samples))
+        return Decision(Verdict.PASS, found, limit, pairs=len(samples))
     if found.low > limit:
-        return Decision(Verdict.FAIL, found, limit, len(samples))
+        return Decision(Verdict.FAIL, found, limit, pairs=len(samples))
     if len(samples) < most:
         return None
-    return Decision(Verdict.INCONCLUSIVE, found, limit, most, _settle(found, limit, most))
+    return Decision(Verdict.INCONCLUSIVE, found, limit, pairs=most, settle=_settle(found, limit, most))
 
 
 def _settle(found: Estimate, limit: float, pairs: int) -> str:
@@ -79,9 +83,7 @@ def _settle(found: Estimate, limit: float, pairs: int) -> str:
     needed = pairs * ((found.high - found.low) / 2 / distance) ** 2 if distance else float("inf")
     if needed > 100 * pairs:
         return "the ratio is the limit itself: no number of pairs will settle it; choose another limit, or find what changed"
-    return (
-        f"about {max(ceil(needed), pairs + 1)} pairs would settle it, or an idle machine: the interval is {found.spread:.1%} wide each way"
-    )
+    return f"about {max(ceil(needed), pairs + 1)} pairs would settle it, or an idle machine: the interval is {found.spread:.1%} wide each way"
 
 
 def decide_all(measure: Callable[[K], float], limits: Mapping[K, float], most: int) -> dict[K, Decision]:

@@ -98,7 +98,9 @@ class Baseline:
 
 def model_of(manifest: Manifest) -> str:
     """Of two artifacts with the same: they differ in the values of weights alone."""
-    return hashlib.sha256(json.dumps([manifest.spec, manifest.options], sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([manifest.config, manifest.options], sort_keys=True, default=str).encode()
+    ).hexdigest()
 
 
 def read_gates(path: Path) -> tuple[tuple[Gate, ...], Path]:
@@ -113,23 +115,32 @@ def read_gates(path: Path) -> tuple[tuple[Gate, ...], Path]:
         raise H1ExportError(path, f"cannot be read ({error.strerror})", "write one as docs/gates.md says") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise H1ExportError(path, f"is not TOML ({error})", "correct it") from None
-    keys = _known(path, "", data, {"baseline": str, "gate": list})
+    keys = _known(path, "", data, types={"baseline": str, "gate": list})
     gates = tuple(_gate(path, number, table) for number, table in enumerate(keys.get("gate", []), 1))
     named = [(gate.target, gate.quant) for gate in gates]
     for name in named:
         if named.count(name) > 1:
-            raise H1ExportError(path, f"has two gates for {' '.join(name)}", "keep one; another model has a file of its own")
+            raise H1ExportError(
+                path, f"has two gates for {' '.join(name)}", "keep one; another model has a file of its own"
+            )
     return gates, path.parent / keys.get("baseline", f"{path.stem}.baseline.json")
 
 
 def _gate(path: Path, number: int, table: Any) -> Gate:
     where = f"gate {number}"
     types = {"target": str, "quant": str, "threads": int, "clock": str, "pairs": int, "timing": list}
-    keys = _known(path, where, table, types | dict.fromkeys(("bytes", "step_bytes", "nodes", "memory"), float))
+    keys = _known(path, where, table, types=types | dict.fromkeys(("bytes", "step_bytes", "nodes", "memory"), float))
     for name, choices in (("quant", get_args(QuantName)), ("clock", tuple(Clock))):
         if keys.get(name, choices[0]) not in choices:
             raise H1ExportError(path, f"{where}: {name} is {keys[name]!r}", f"one of {', '.join(choices)}")
-    for name, least in (("threads", 1), ("pairs", FIRST), ("bytes", 1.0), ("step_bytes", 1.0), ("nodes", 1.0), ("memory", 1.0)):
+    for name, least in (
+        ("threads", 1),
+        ("pairs", FIRST),
+        ("bytes", 1.0),
+        ("step_bytes", 1.0),
+        ("nodes", 1.0),
+        ("memory", 1.0),
+    ):
         if not keys.get(name, least) >= least:  # NaN is neither
             raise H1ExportError(path, f"{where}: {name} is {keys[name]}", f"at least {least}")
     if missing := {"target", "quant"} - keys.keys():
@@ -141,11 +152,13 @@ def _gate(path: Path, number: int, table: Any) -> Gate:
 
 def _limit(path: Path, where: str, table: Any) -> Limit:
     """``decode = 512`` or ``prefill = 128``, and ``batch`` and ``slowdown``."""
-    keys = _known(path, where, table, {Kind.DECODE: int, Kind.PREFILL: int, "batch": int, "slowdown": float})
+    keys = _known(path, where, table, types={Kind.DECODE: int, Kind.PREFILL: int, "batch": int, "slowdown": float})
     kinds = [kind for kind in Kind if kind in keys]
     if len(kinds) != 1:
         raise H1ExportError(path, f"{where} has {len(kinds)} of decode and prefill", "give it one, with its tokens")
-    batch, slowdown, tokens = keys.get("batch", 1), keys.get("slowdown", Limit.slowdown), keys[kinds[0]]
+    batch = keys.get("batch", 1)
+    slowdown = keys.get("slowdown", Limit.slowdown)
+    tokens = keys[kinds[0]]
     if batch < 1 or not slowdown > 1 or tokens < (kinds[0] is Kind.PREFILL):
         what = f"{where}: {kinds[0]} {tokens}, batch {batch}, slowdown {slowdown}"
         raise H1ExportError(path, what, "tokens and batch are counts, and slowdown is more than 1")

@@ -11,46 +11,50 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.artifact.artifact import Manifest
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.model.falcon_h1.tensors import EMBEDDING, tensor_layout
 
-FLOAT_BYTES, SCALE_BYTES = 4, 2  # of a value that is not quantised, and of a scale
+# of a value that is not quantised, and of a scale
+FLOAT_BYTES = 4
+SCALE_BYTES = 2
 READ_BYTES = 1 << 28  # the array that read_bandwidth reads: far beyond any last-level cache
 
 
-def step_bytes(manifest: Manifest, spec: HybridSpec, batch: int, depth: int) -> int:
+def step_bytes(manifest: Manifest, config: FalconH1Config, batch: int, depth: int) -> int:
     """Bytes that one decode step of ``batch`` sequences reads after ``depth`` tokens: every weight once, every state once.
 
     Of an untied embedding it reads a row a sequence. Activations stay in caches and do not count, nor do the states' writes.
     """
     weights = max(size for _, size in manifest.files.values())  # the largest file of an artifact holds them
-    if not spec.tie_word_embeddings:
-        row = _row_bytes(manifest, spec)
-        weights -= (spec.vocab_size - batch) * row
-    return weights + StateSpec.of(spec).nbytes(batch, depth)
+    if not config.tie_word_embeddings:
+        row = _row_bytes(manifest, config)
+        weights -= (config.vocab_size - batch) * row
+    return weights + StateSpec.of(config).nbytes(batch, depth)
 
 
-def float_bytes(spec: HybridSpec) -> int:
+def float_bytes(config: FalconH1Config) -> int:
     """Bytes of all weights in float32."""
-    return FLOAT_BYTES * sum(prod(shape) for shape in tensor_layout(spec).values())
+    return FLOAT_BYTES * sum(prod(shape) for shape in tensor_layout(config).values())
 
 
-def float_step_bytes(spec: HybridSpec, batch: int, depth: int) -> int:
+def float_step_bytes(config: FalconH1Config, batch: int, depth: int) -> int:
     """``step_bytes`` of a model that holds float32 weights."""
-    unread = 0 if spec.tie_word_embeddings else (spec.vocab_size - batch) * FLOAT_BYTES * spec.hidden_size
-    return float_bytes(spec) - unread + StateSpec.of(spec).nbytes(batch, depth)
+    unread = 0 if config.tie_word_embeddings else (config.vocab_size - batch) * FLOAT_BYTES * config.hidden_size
+    return float_bytes(config) - unread + StateSpec.of(config).nbytes(batch, depth)
 
 
-def _row_bytes(manifest: Manifest, spec: HybridSpec) -> int:
+def _row_bytes(manifest: Manifest, config: FalconH1Config) -> int:
     """What the artifact stores for a row of the embedding: codes and one scale a block, or float32.
 
     A target may repeat an int8 row's scale, which is not counted: half a percent of the model at most.
     """
-    columns = spec.hidden_size
+    columns = config.hidden_size
     for weight in manifest.weights:
         if any(part.tensor == EMBEDDING for part in weight.parts):
-            return columns * weight.bits // 8 + SCALE_BYTES * (-(-columns // weight.block) if weight.block else 1)
+            return columns * weight.bits // 8 + SCALE_BYTES * (
+                -(-columns // weight.group_size) if weight.group_size else 1
+            )
     return FLOAT_BYTES * columns
 
 

@@ -18,12 +18,21 @@ from h1export.validate.speed.decision import decide_all, median_interval
 from h1export.validate.speed.gate_file import Baseline, Gate, Limit, Ratio, model_of
 from h1export.validate.speed.memory_traffic import step_bytes
 from h1export.validate.speed.statistics import CONFIDENCE
-from h1export.validate.speed.worker import Child, Kind, Player, Timing
+from h1export.validate.speed.worker import Kind, TimedModel, Timing, WorkerProcess
 
 BEST_OF = 3  # timings of each side in a pair, of which the fastest counts: what disturbs one only ever adds to it
 PROCESSES = 3  # that a baseline is measured in: memory lies differently in each
 WRITE = "run h1export gate with --write-baseline and commit the file, if the change is meant"
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm", "sve")  # what int8 and float32 kernels choose by
+FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+    "sve",
+)  # what int8 and float32 kernels choose by
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,13 @@ def cpu_kind(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return " ".join([platform.machine(), *(flag for flag in FLAGS if flag in have)])
 
 
-class PairPlayer:
+class ModelPair:
     """Two players in one process, timed side by side in random order."""
 
-    def __init__(self, ours: Player, theirs: Player) -> None:
+    def __init__(self, ours: TimedModel, theirs: TimedModel) -> None:
         self.capabilities = ours.capabilities
-        self._players, self._random = (ours, theirs), np.random.default_rng()
+        self._players = (ours, theirs)
+        self._random = np.random.default_rng()
 
     def speed(self, timing: Timing) -> float:
         """The speed of the first in that of the second, each the best of BEST_OF."""
@@ -88,8 +98,8 @@ class Makers:
     ``steps``: of a timing. ``kind``: of the machine, as ratios are kept by.
     """
 
-    pair: Callable[[], Player]
-    alone: Callable[[], Player]
+    pair: Callable[[], TimedModel]
+    alone: Callable[[], TimedModel]
     steps: int
     kind: str = field(default_factory=cpu_kind)
 
@@ -97,10 +107,13 @@ class Makers:
 def counted(artifact: Artifact, gate: Gate, operations: Mapping[str, Mapping[str, int]]) -> Baseline:
     """The figures that no clock is needed for."""
     decoded = [limit.timing for limit in gate.timings if limit.timing.kind is Kind.DECODE]
-    steps = {str(timing): step_bytes(artifact.manifest, artifact.spec, timing.batch, timing.tokens) for timing in decoded}
+    steps = {
+        str(timing): step_bytes(artifact.manifest, artifact.config, timing.batch, depth=timing.tokens)
+        for timing in decoded
+    }
     files = {name: size for name, (_, size) in artifact.manifest.files.items()}
-    spills = {name: kernel["spilled"] for name, kernel in artifact.manifest.passport.get("kernels", {}).items()}
-    return Baseline(model_of(artifact.manifest), operations, files, steps, spills=spills)
+    spills = {name: kernel["spilled"] for name, kernel in artifact.manifest.requirements.get("kernels", {}).items()}
+    return Baseline(model_of(artifact.manifest), operations, files, step_bytes=steps, spills=spills)
 
 
 def counted_checks(now: Baseline, then: Baseline, gate: Gate) -> Iterator[Check]:
@@ -119,10 +132,14 @@ def counted_checks(now: Baseline, then: Baseline, gate: Gate) -> Iterator[Check]
 
 def _within(name: str, now: Mapping[str, int], then: Mapping[str, int], factor: float) -> Check:
     """The total, and as a note whatever is beyond its own limit, or less than it was."""
-    beyond = [f"{key} {now[key]}, was {then.get(key, 0)}" for key in sorted(now) if now[key] > factor * then.get(key, 0)]
+    beyond = [
+        f"{key} {now[key]}, was {then.get(key, 0)}" for key in sorted(now) if now[key] > factor * then.get(key, 0)
+    ]
     less = [f"{key} {now.get(key, 0)}, was {then[key]}" for key in sorted(then) if now.get(key, 0) < then[key]]
     note = "; ".join(beyond) or ("less than the baseline: " + "; ".join(less) if less else "")
-    return Check(name, Verdict.FAIL if beyond else Verdict.PASS, sum(now.values()), factor * sum(then.values()), note=note)
+    return Check(
+        name, Verdict.FAIL if beyond else Verdict.PASS, sum(now.values()), limit=factor * sum(then.values()), note=note
+    )
 
 
 def _in_baseline(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -132,16 +149,18 @@ def _in_baseline(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
 
 def memory_of(makers: Makers, gate: Gate) -> int:
     """Bytes at the peak of a process that does each timing once, beyond what it held before it loaded the artifact."""
-    child = Child(makers.alone)
+    child = WorkerProcess(makers.alone)
     for limit in _possible(gate, child, makers.steps):
         child.speed(limit.timing)
     return child.finish()
 
 
-def _possible(gate: Gate, child: Child, steps: int) -> tuple[Limit, ...]:
+def _possible(gate: Gate, child: WorkerProcess, steps: int) -> tuple[Limit, ...]:
     for limit in gate.timings:
         if reason := limit.timing.refused(child.capabilities, steps):
-            raise H1ExportError("gate", f"{limit.timing}: the artifact {reason}", "choose another timing in the gates' file")
+            raise H1ExportError(
+                "gate", f"{limit.timing}: the artifact {reason}", "choose another timing in the gates' file"
+            )
     return gate.timings
 
 
@@ -152,9 +171,11 @@ def measured_checks(makers: Makers, then: Baseline, gate: Gate) -> Iterator[Chec
         H1ExportError: no baseline for a timing, or a timing that the artifact has no room for.
     """
     if then.peak_bytes:
-        peak, limit = memory_of(makers, gate), gate.memory * then.peak_bytes
-        yield Check("peak memory", Verdict.FAIL if peak > limit else Verdict.PASS, peak, limit)
-    kind, names = makers.kind, [str(limit.timing) for limit in gate.timings]
+        peak = memory_of(makers, gate)
+        limit = gate.memory * then.peak_bytes
+        yield Check("peak memory", Verdict.FAIL if peak > limit else Verdict.PASS, peak, limit=limit)
+    kind = makers.kind
+    names = [str(limit.timing) for limit in gate.timings]
     if not names:
         return
     if kind not in then.ratios:
@@ -164,22 +185,23 @@ def measured_checks(makers: Makers, then: Baseline, gate: Gate) -> Iterator[Chec
         return
     ratios = then.ratios[kind]
     _in_baseline(dict.fromkeys(names), ratios)
-    child = Child(makers.pair)
+    child = WorkerProcess(makers.pair)
     limits = {limit.timing: limit.slowdown for limit in _possible(gate, child, makers.steps)}
     for timing in limits:
         child.speed(timing)  # warm-up
     found = decide_all(lambda timing: 1 / child.speed(timing) / ratios[str(timing)].estimate.median, limits, gate.pairs)
     child.finish()
     for timing, decision in found.items():
-        e, note = decision.estimate, decision.settle or f"{decision.pairs} pairs"
-        yield Check(str(timing), decision.verdict, e.median, decision.limit, e.low, e.high, note)
+        e = decision.estimate
+        note = decision.settle or f"{decision.pairs} pairs"
+        yield Check(str(timing), decision.verdict, e.median, limit=decision.limit, low=e.low, high=e.high, note=note)
 
 
 def measured(makers: Makers, now: Baseline, gate: Gate) -> Baseline:
     """``now`` with its memory and ratios on this kind of machine, from PROCESSES processes."""
     samples: dict[Timing, list[float]] = {limit.timing: [] for limit in gate.timings}
     for _ in range(PROCESSES if samples else 0):
-        child = Child(makers.pair)
+        child = WorkerProcess(makers.pair)
         _possible(gate, child, makers.steps)
         for timing in samples:
             child.speed(timing)  # warm-up
@@ -187,5 +209,7 @@ def measured(makers: Makers, now: Baseline, gate: Gate) -> Baseline:
             for timing, found in samples.items():
                 found.append(1 / child.speed(timing))
         child.finish()
-    ratios = {str(timing): Ratio(median_interval(found, 1 - CONFIDENCE), len(found)) for timing, found in samples.items()}
+    ratios = {
+        str(timing): Ratio(median_interval(found, 1 - CONFIDENCE), len(found)) for timing, found in samples.items()
+    }
     return replace(now, peak_bytes=memory_of(makers, gate), ratios={**now.ratios, makers.kind: ratios})

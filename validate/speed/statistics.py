@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE, RESAMPLES = 0.95, 2000
+CONFIDENCE = 0.95
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)

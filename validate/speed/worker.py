@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.runtime.runner import Capabilities, Sequences
 
 CHUNK = 512  # tokens a call while a sequence is brought to its depth
@@ -54,7 +54,7 @@ class Timing:
         return ""
 
 
-class Player(Protocol):
+class TimedModel(Protocol):
     """A model that can be timed."""
 
     @property
@@ -69,7 +69,7 @@ class Timed(Protocol):
     """What a Player needs of a model: a Runner has it, and so has validate's Reference."""
 
     @property
-    def spec(self) -> HybridSpec: ...
+    def config(self) -> FalconH1Config: ...
 
     @property
     def capabilities(self) -> Capabilities: ...
@@ -77,15 +77,20 @@ class Timed(Protocol):
     def start(self, batch: int, capacity: int) -> Sequences: ...
 
 
-class RunnerPlayer:
+class RunnerModel:
     """A model under the clock. Tokens are random: time does not depend on them.
 
     Later timings of a depth go on where earlier ones stopped, until the sequence is deeper by a part of 1 / DRIFT or one timing; then
     a new one is brought to the depth. At depth 0 each timing starts anew. ``chunk``: tokens a call on the way to a depth.
     """
 
-    def __init__(self, model: Timed, steps: int, clock: Callable[[], float] = time.perf_counter, chunk: int = CHUNK) -> None:
-        self._model, self._steps, self._clock, self._chunk = model, steps, clock, chunk
+    def __init__(
+        self, model: Timed, steps: int, clock: Callable[[], float] = time.perf_counter, chunk: int = CHUNK
+    ) -> None:
+        self._model = model
+        self._steps = steps
+        self._clock = clock
+        self._chunk = chunk
         self._sequences: dict[Timing, tuple[Sequences, int]] = {}  # and their capacity
         self._random = np.random.default_rng(0)
 
@@ -113,7 +118,9 @@ class RunnerPlayer:
         return timing.batch * sum(calls) / (self._clock() - start)
 
     def _append(self, sequences: Sequences, timing: Timing, tokens: int) -> None:
-        sequences.append(self._random.integers(0, self._model.spec.vocab_size, (timing.batch, tokens), dtype=np.int64))
+        sequences.append(
+            self._random.integers(0, self._model.config.vocab_size, (timing.batch, tokens), dtype=np.int64)
+        )
 
 
 def pin(threads: int) -> tuple[int, ...]:
@@ -128,14 +135,14 @@ def pin(threads: int) -> tuple[int, ...]:
     return tuple(cores)
 
 
-class Child:
+class WorkerProcess:
     """A Player in a process of its own, started afresh. ``make`` runs there, and must be picklable.
 
     Raises:
         H1ExportError: whatever the Player raises, or the end of its process.
     """
 
-    def __init__(self, make: Callable[[], Player]) -> None:
+    def __init__(self, make: Callable[[], TimedModel]) -> None:
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(make, theirs), daemon=True)
@@ -177,7 +184,7 @@ class _Failure:
     next_step: str
 
 
-def _serve(make: Callable[[], Player], pipe: Connection) -> None:
+def _serve(make: Callable[[], TimedModel], pipe: Connection) -> None:
     """The child's side: one answer for every request, the last of which is None."""
     before = memory()[0]
     warnings.simplefilter("ignore")  # libraries' warnings are for developers

@@ -1,4 +1,4 @@
-"""HybridSpec: the architecture of one Falcon-H1 model, read from its config.json.
+"""FalconH1Config: the architecture of one Falcon-H1 model, read from its config.json.
 
 Defaults are those of transformers' ``FalconH1Config``, which are often the opposite of what the released
 models use, so every key that is read is listed in ``USED_KEYS`` and every other key must be in ``IGNORED_KEYS``.
@@ -96,7 +96,7 @@ IGNORED_KEYS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class HybridSpec:
+class FalconH1Config:
     """Architecture of a Falcon-H1 model. Sizes are in elements; multipliers are µP scale factors (1.0 = none).
 
     Field names are the config keys. ``time_step_limit`` bounds dt after softplus. ``ssm_multipliers`` apply to the parts
@@ -169,7 +169,7 @@ class HybridSpec:
         return self.num_key_value_heads * self.head_dim
 
     @classmethod
-    def load(cls, folder: Path) -> HybridSpec:
+    def load(cls, folder: Path) -> FalconH1Config:
         """Read ``folder/config.json``.
 
         Raises:
@@ -179,13 +179,15 @@ class HybridSpec:
         return cls.from_config(read_config(path), path)
 
     @classmethod
-    def from_config(cls, config: Any, where: object = "config.json") -> HybridSpec:
+    def from_config(cls, config: Any, where: object = "config.json") -> FalconH1Config:
         """Check a parsed config.json and turn it into a spec; ``where`` names it in errors."""
         if not isinstance(config, dict):
             raise H1ExportError(where, "not a JSON object", "give a checkpoint folder in Hugging Face layout")
         model_type = config.get("model_type")
         if model_type != MODEL_TYPE:
-            raise H1ExportError(where, f"model_type is {model_type!r}, not {MODEL_TYPE!r}", "give a Falcon-H1 checkpoint")
+            raise H1ExportError(
+                where, f"model_type is {model_type!r}, not {MODEL_TYPE!r}", "give a Falcon-H1 checkpoint"
+            )
         for key in config:
             if key not in USED_KEYS and key not in IGNORED_KEYS:
                 raise H1ExportError(
@@ -195,9 +197,9 @@ class HybridSpec:
                 )
         read = ConfigReader(config, where)
         _refuse_what_is_not_exported(read)
-        spec = _parse(read)
-        _check_shapes(spec, read)
-        return spec
+        parsed = _parse(read)
+        _check_shapes(parsed, read)
+        return parsed
 
 
 def _refuse_what_is_not_exported(read: ConfigReader) -> None:
@@ -206,11 +208,15 @@ def _refuse_what_is_not_exported(read: ConfigReader) -> None:
     read.must_be("attn_layer_indices", None)
     read.must_be("mamba_use_mlp", True)
     if read.config.get("auto_map") is not None:
-        raise read.error("auto_map", "asks for code from the checkpoint", "h1export never runs remote code; remove the key")
+        raise read.error(
+            "auto_map", "asks for code from the checkpoint", "h1export never runs remote code; remove the key"
+        )
     for key in ("layers_block_type", "layer_types"):
         kinds = read.config.get(key)
         if kinds is not None and kinds != ["hybrid"] * read.size("num_hidden_layers", 32, limit=1024):
-            raise read.error(key, f"is {str(kinds)[:80]}", "expected 'hybrid' once for every layer; no other kind can be exported")
+            raise read.error(
+                key, f"is {str(kinds)[:80]}", "expected 'hybrid' once for every layer; no other kind can be exported"
+            )
 
 
 def _rope_theta(read: ConfigReader) -> float:
@@ -232,8 +238,9 @@ def _rope_theta(read: ConfigReader) -> float:
     return theta
 
 
-def _parse(read: ConfigReader) -> HybridSpec:
-    hidden, heads = read.size("hidden_size", 4096), read.size("num_attention_heads", 32)
+def _parse(read: ConfigReader) -> FalconH1Config:
+    hidden = read.size("hidden_size", 4096)
+    heads = read.size("num_attention_heads", 32)
     d_ssm = read.optional_size("mamba_d_ssm", 1024)
     if d_ssm is None:
         d_ssm = read.size("mamba_expand", 2) * hidden
@@ -241,7 +248,7 @@ def _parse(read: ConfigReader) -> HybridSpec:
     d_head = None if read.config.get("mamba_d_head", "auto") == "auto" else read.optional_size("mamba_d_head", None)
     ssm = read.positives("ssm_multipliers", 5)
     mlp = read.positives("mlp_multipliers", 2)
-    return HybridSpec(
+    return FalconH1Config(
         vocab_size=read.size("vocab_size", 128000),
         hidden_size=hidden,
         intermediate_size=read.size("intermediate_size", 14336),
@@ -283,13 +290,17 @@ def _parse(read: ConfigReader) -> HybridSpec:
     )
 
 
-def _check_shapes(spec: HybridSpec, read: ConfigReader) -> None:
+def _check_shapes(parsed: FalconH1Config, read: ConfigReader) -> None:
     def need(holds: bool, key: str, what: str) -> None:
         if not holds:
-            raise read.error(key, what, "the config describes a model that cannot exist; compare it with the checkpoint's source")
+            raise read.error(
+                key, what, "the config describes a model that cannot exist; compare it with the checkpoint's source"
+            )
 
-    s = spec
-    need(s.num_attention_heads % s.num_key_value_heads == 0, "num_key_value_heads", "does not divide num_attention_heads")
+    s = parsed
+    need(
+        s.num_attention_heads % s.num_key_value_heads == 0, "num_key_value_heads", "does not divide num_attention_heads"
+    )
     need(s.head_dim % 2 == 0, "head_dim", f"is {s.head_dim}, and rotary embeddings need an even one")
     product = s.mamba_n_heads * s.mamba_d_head
     need(product == s.mamba_d_ssm, "mamba_d_head", f"x mamba_n_heads = {product}, but mamba_d_ssm is {s.mamba_d_ssm}")

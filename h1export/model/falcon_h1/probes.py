@@ -13,7 +13,7 @@ from enum import StrEnum
 from h1export.model.falcon_h1.states import Array
 
 
-class Point(StrEnum):
+class ProbePoint(StrEnum):
     """Where in a layer, in the order of the computation: what is right before a point and wrong at it went wrong there."""
 
     RESIDUAL = "residual"  # what the layer's first norm reads
@@ -30,30 +30,33 @@ class Point(StrEnum):
     PRODUCT = "product"  # what down_proj reads
 
 
-ACCUSED: Mapping[Point, str] = {
-    Point.RESIDUAL: "down_proj",  # of the layer before; of layer 0: the embedding
-    Point.GATE: "in_proj",
-    Point.CONV_INPUT: "in_proj",
-    Point.DT: "in_proj",
-    Point.QUERY: "q_proj",
-    Point.KEY: "k_proj",
-    Point.VALUE: "v_proj",
-    Point.CONV: "convolution",
-    Point.GATED: "scan or its gate",
-    Point.ATTENDED: "attention",
-    Point.MIXED: "out_proj or o_proj",
-    Point.PRODUCT: "gate_proj or up_proj",
+SUSPECT_OPS: Mapping[ProbePoint, str] = {
+    ProbePoint.RESIDUAL: "down_proj",  # of the layer before; of layer 0: the embedding
+    ProbePoint.GATE: "in_proj",
+    ProbePoint.CONV_INPUT: "in_proj",
+    ProbePoint.DT: "in_proj",
+    ProbePoint.QUERY: "q_proj",
+    ProbePoint.KEY: "k_proj",
+    ProbePoint.VALUE: "v_proj",
+    ProbePoint.CONV: "convolution",
+    ProbePoint.GATED: "scan or its gate",
+    ProbePoint.ATTENDED: "attention",
+    ProbePoint.MIXED: "out_proj or o_proj",
+    ProbePoint.PRODUCT: "gate_proj or up_proj",
 }
-WITHOUT_PRODUCT = "gate_proj, up_proj or down_proj"  # accused at the residual where one kernel computes what lies between
+SUSPECT_MLP = "gate_proj, up_proj or down_proj"  # accused at the residual where one kernel computes what lies between
 
 
-def probe_name(layer: int, point: Point) -> str:
+def probe_name(layer: int, point: ProbePoint) -> str:
     return f"{layer}.{point}"
 
 
 def probe_names(layers: int) -> list[str]:
     """Every probe of a model, in the order of the computation."""
-    return [*(probe_name(layer, point) for layer in range(layers) for point in Point), probe_name(layers, Point.RESIDUAL)]
+    return [
+        *(probe_name(layer, point) for layer in range(layers) for point in ProbePoint),
+        probe_name(layers, ProbePoint.RESIDUAL),
+    ]
 
 
 PREFIX = "probe."  # of the names that a target gives to a graph's values, so that a Runner finds its probes

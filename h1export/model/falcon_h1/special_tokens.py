@@ -8,7 +8,7 @@ from pathlib import Path
 
 from h1export.errors import H1ExportError
 from h1export.model.config_reader import ConfigReader
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -22,7 +22,7 @@ class SpecialTokens:
     pad: int | None
 
 
-def special_tokens(folder: Path, spec: HybridSpec) -> SpecialTokens:
+def special_tokens(folder: Path, model_config: FalconH1Config) -> SpecialTokens:
     """The tokens for a checkpoint or artifact in ``folder``.
 
     Raises:
@@ -30,7 +30,7 @@ def special_tokens(folder: Path, spec: HybridSpec) -> SpecialTokens:
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():
-        return SpecialTokens(spec.bos_token_id, spec.eos_token_ids, spec.pad_token_id)
+        return SpecialTokens(model_config.bos_token_id, model_config.eos_token_ids, model_config.pad_token_id)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -42,5 +42,7 @@ def special_tokens(folder: Path, spec: HybridSpec) -> SpecialTokens:
     def one(key: str, default: int | None) -> int | None:
         return read.token_id(key, 0) if key in read.config else default
 
-    eos = read.token_ids("eos_token_id", 0) if "eos_token_id" in read.config else spec.eos_token_ids
-    return SpecialTokens(one("bos_token_id", spec.bos_token_id), eos, one("pad_token_id", spec.pad_token_id))
+    eos = read.token_ids("eos_token_id", 0) if "eos_token_id" in read.config else model_config.eos_token_ids
+    return SpecialTokens(
+        one("bos_token_id", model_config.bos_token_id), eos, one("pad_token_id", model_config.pad_token_id)
+    )

@@ -21,12 +21,15 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 LOGITS = "logits"
-BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "total"
+BATCH = "batch"
+SEQUENCE = "sequence"
+PAST = "past"
+TOTAL = "total"
 
 Array = npt.NDArray[np.float32]
 
@@ -81,16 +84,22 @@ class StateSpec:
     tensors: tuple[StateTensor, ...]
 
     @classmethod
-    def of(cls, spec: HybridSpec) -> StateSpec:
+    def of(cls, config: FalconH1Config) -> StateSpec:
         """The states of a model of ``spec``."""
-        kv: tuple[int | str, ...] = (BATCH, spec.num_key_value_heads, PAST, spec.head_dim)
+        kv: tuple[int | str, ...] = (BATCH, config.num_key_value_heads, PAST, config.head_dim)
         shapes: dict[StateKind, tuple[int | str, ...]] = {
             StateKind.KEY: kv,
             StateKind.VALUE: kv,
-            StateKind.CONV: (BATCH, spec.conv_dim, spec.mamba_d_conv - 1),
-            StateKind.RECURRENT: (BATCH, spec.mamba_n_heads, spec.mamba_d_head, spec.mamba_d_state),
+            StateKind.CONV: (BATCH, config.conv_dim, config.mamba_d_conv - 1),
+            StateKind.RECURRENT: (BATCH, config.mamba_n_heads, config.mamba_d_head, config.mamba_d_state),
         }
-        return cls(tuple(StateTensor(layer, kind, shapes[kind]) for layer in range(spec.num_hidden_layers) for kind in StateKind))
+        return cls(
+            tuple(
+                StateTensor(layer, kind, shapes[kind])
+                for layer in range(config.num_hidden_layers)
+                for kind in StateKind
+            )
+        )
 
     def nbytes(self, batch: int, past: int) -> int:
         """Bytes of all states of ``batch`` sequences after ``past`` tokens."""

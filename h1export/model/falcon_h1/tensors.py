@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 
 TensorLayout = Mapping[str, tuple[int, ...]]
 
@@ -13,20 +13,23 @@ LM_HEAD = "lm_head.weight"
 FINAL_NORM = "model.final_layernorm.weight"
 
 
-def tensor_layout(spec: HybridSpec) -> TensorLayout:
+def tensor_layout(config: FalconH1Config) -> TensorLayout:
     """Name -> shape of every tensor that a checkpoint of ``spec`` holds; a tied head has no tensor of its own."""
-    h = spec.hidden_size
-    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (spec.vocab_size, h), FINAL_NORM: (h,)}
-    if not spec.tie_word_embeddings:
-        tensors[LM_HEAD] = (spec.vocab_size, h)
-    for layer in range(spec.num_hidden_layers):
-        for name, shape in _layer(spec).items():
+    h = config.hidden_size
+    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, h), FINAL_NORM: (h,)}
+    if not config.tie_word_embeddings:
+        tensors[LM_HEAD] = (config.vocab_size, h)
+    for layer in range(config.num_hidden_layers):
+        for name, shape in _layer(config).items():
             tensors[f"model.layers.{layer}.{name}"] = shape
     return tensors
 
 
-def _layer(s: HybridSpec) -> dict[str, tuple[int, ...]]:
-    tensors: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (s.hidden_size,), "pre_ff_layernorm.weight": (s.hidden_size,)}
+def _layer(s: FalconH1Config) -> dict[str, tuple[int, ...]]:
+    tensors: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (s.hidden_size,),
+        "pre_ff_layernorm.weight": (s.hidden_size,),
+    }
 
     def linear(name: str, rows: int, columns: int, bias: bool) -> None:
         tensors[f"{name}.weight"] = (rows, columns)

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from h1export.artifact.weight_file import in_order
 from h1export.checkpoint.store import WeightStore
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import FINAL_NORM, LM_HEAD, tensor_layout
 from h1export.progress import Progress
-from h1export.quantize.awq_scales import Scaling
-from h1export.quantize.group_format import Precision
+from h1export.quantize.awq_scales import AwqScales
 from h1export.quantize.layers import LoadedLayer, embed, final_norm, one_thread_each, prefix, products
 from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.precision import Precision
 from h1export.runtime.runner import Ids
 
 # input of products -> what makes it. mamba.out_proj's is made by a norm only where the architecture has one; self_attn.o_proj's are
@@ -50,33 +50,50 @@ class Fold(NamedTuple):
 HEAD = Fold((LM_HEAD,), (FINAL_NORM,))  # a tied one is the embedding too, whose columns nothing may change
 
 
-def scaling(store: WeightStore, spec: HybridSpec, precisions: Mapping[str, Precision], ids: Ids, jobs: int, progress: Progress) -> Scaling:
+def scaling(
+    store: WeightStore,
+    config: FalconH1Config,
+    precisions: Mapping[str, Precision],
+    ids: Ids,
+    jobs: int,
+    progress: Progress,
+) -> AwqScales:
     """The factors that leave the least error in products rounded to ``precisions``, on calibration ids [samples, length].
 
     Memory holds a layer and the sequences that go into it. No digit depends on ``jobs``.
     """
     with one_thread_each():
-        return _Search(store, spec, precisions, jobs).run(ids, progress)
+        return _Search(store, config, precisions, jobs=jobs).run(ids, progress)
 
 
-def no_scaling(store: WeightStore, spec: HybridSpec, precisions: Mapping[str, Precision]) -> Scaling:
+def no_scaling(store: WeightStore, config: FalconH1Config, precisions: Mapping[str, Precision]) -> AwqScales:
     """Factors of one, of the shapes that ``scaling`` finds."""
-    return _Search(store, spec, precisions, 1).ones()
+    return _Search(store, config, precisions, jobs=1).ones()
 
 
 class _Search:
-    def __init__(self, store: WeightStore, spec: HybridSpec, precisions: Mapping[str, Precision], jobs: int) -> None:
-        self._store, self._spec, self._precisions, self._jobs = store, spec, precisions, jobs
+    def __init__(
+        self, store: WeightStore, config: FalconH1Config, precisions: Mapping[str, Precision], *, jobs: int
+    ) -> None:
+        self._store = store
+        self._spec = config
+        self._precisions = precisions
+        self._jobs = jobs
         self._columns: dict[str, Array] = {}
         self._rows: dict[str, Array] = {}
 
-    def run(self, ids: Ids, progress: Progress) -> Scaling:
+    def run(self, ids: Ids, progress: Progress) -> AwqScales:
         hidden = [embed(self._store, self._spec, sample) for sample in ids]
         for layer in range(self._spec.num_hidden_layers):
             progress.stage(f"scaling, layer {layer + 1} of {self._spec.num_hidden_layers}")
-            loaded = LoadedLayer(self._store, self._spec, layer, lambda name: self._store.rows(name, 0, self._store.shape(name)[0]))
-            folds, moments = self._folds(layer), dict[str, Tensor]()
-            for place, (output, inputs) in enumerate(in_order((partial(loaded.run, sample) for sample in hidden), self._jobs)):
+            loaded = LoadedLayer(
+                self._store, self._spec, layer, read=lambda name: self._store.rows(name, 0, self._store.shape(name)[0])
+            )
+            folds = self._folds(layer)
+            moments = dict[str, Tensor]()
+            for place, (output, inputs) in enumerate(
+                in_order((partial(loaded.run, sample) for sample in hidden), self._jobs)
+            ):
                 hidden[place] = output
                 for name in folds:
                     moments[name] = moments.get(name, 0) + inputs[name].T @ inputs[name]
@@ -85,17 +102,18 @@ class _Search:
         if LM_HEAD in self._precisions:
             seen = [final_norm(self._store, self._spec, sample) for sample in hidden]
             self._note(HEAD, self._best(HEAD, sum((inputs.T @ inputs for inputs in seen), torch.zeros(()))))
-        return Scaling(self._columns, self._rows)
+        return AwqScales(self._columns, self._rows)
 
-    def ones(self) -> Scaling:
+    def ones(self) -> AwqScales:
         folds = [fold for layer in range(self._spec.num_hidden_layers) for fold in self._folds(layer).values()]
         for fold in (*folds, *([HEAD] if LM_HEAD in self._precisions else [])):
             self._note(fold, torch.ones(self._store.shape(fold.tensors[0])[1]))
-        return Scaling(self._columns, self._rows)
+        return AwqScales(self._columns, self._rows)
 
     def _folds(self, layer: int) -> dict[str, Fold]:
         """Of a layer, by the input's name: where the factors of some integers can be folded."""
-        layout, found = tensor_layout(self._spec), dict[str, Fold]()
+        layout = tensor_layout(self._spec)
+        found = dict[str, Fold]()
         for name, tensors in products(layer).items():
             makers = tuple(made for maker in MAKERS[name] if (made := prefix(layer) + maker) in layout)
             if makers and any(tensor in self._precisions for tensor in tensors):
@@ -118,15 +136,18 @@ class _Search:
     def _error(self, fold: Fold, factors: Tensor, moments: Tensor) -> float:
         """Of the products of one input, summed over outputs and positions, squared."""
         tasks = [
-            partial(self._rows_error, tensor, start, stop, factors, moments)
+            partial(self._rows_error, tensor, start, stop, factors=factors, moments=moments)
             for tensor in fold.tensors
             if tensor in self._precisions
             for start, stop in self._store.row_ranges([tensor], SEARCH_BYTES)
         ]
         return float(sum(in_order(tasks, self._jobs)))
 
-    def _rows_error(self, tensor: str, start: int, stop: int, factors: Tensor, moments: Tensor) -> float:
-        weight, scale = self._store.rows(tensor, start, stop), factors.numpy()
-        rounded = quantize_rows(weight * scale, self._precisions[tensor], np.ones(len(weight), np.float32), tensor).unfolded()
+    def _rows_error(self, tensor: str, start: int, stop: int, *, factors: Tensor, moments: Tensor) -> float:
+        weight = self._store.rows(tensor, start, stop)
+        scale = factors.numpy()
+        rounded = quantize_rows(
+            weight * scale, self._precisions[tensor], np.ones(len(weight), np.float32), name=tensor
+        ).unfolded()
         error = torch.from_numpy(rounded / scale - weight)
         return float(((error @ moments) * error).sum(dtype=torch.float64))

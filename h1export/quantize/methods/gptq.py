@@ -19,13 +19,15 @@ from torch import Tensor
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
-from h1export.quantize.group_format import Precision
 from h1export.quantize.methods.scale_search import searched_scales
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 
 DAMPING = 0.01  # of the mean second moment, added to the diagonal
 ROUNDS = 2  # more than two change nothing that a text would show
-TRUST, WILD = 1e-4, 1.5  # weight of the old scales in a fit; factor by which a fit may change one
+# weight of the old scales in a fit; factor by which a fit may change one
+TRUST = 1e-4
+WILD = 1.5
 LAZY = 128  # columns whose corrections reach the later ones together, as one matrix product
 
 
@@ -63,7 +65,11 @@ def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
     """
     diagonal = moments.diagonal()
     if not torch.isfinite(moments).all():
-        raise H1ExportError(f'inputs of "{name}"', "are not finite on the calibration text", "use --method rtn, and check the checkpoint")
+        raise H1ExportError(
+            f'inputs of "{name}"',
+            "are not finite on the calibration text",
+            "use --method rtn, and check the checkpoint",
+        )
     damping = DAMPING * float(diagonal.mean()) or 1.0  # inputs that are all zero leave plain rounding
     order = torch.argsort(diagonal, descending=True, stable=True)
     damped = moments[order][:, order]
@@ -74,10 +80,10 @@ def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
     own = moments.float()
     own.diagonal().copy_(importance)
     correction = None if drift is None else (drift[:, order] @ inverse).float()[:, torch.argsort(order)].contiguous()
-    return Inverse(order, upper.float(), importance.numpy(), own, correction)
+    return Inverse(order, upper.float(), importance.numpy(), moments=own, correction=correction)
 
 
-def solve_rows(weight: Array, precision: Precision, inverse: Inverse, name: str) -> QuantizedTensor:
+def solve_rows(weight: Array, precision: Precision, inverse: Inverse, *, name: str) -> QuantizedTensor:
     """Integers of ``weight`` [rows, columns] with a multiplier of 1; rows do not influence each other.
 
     Codes for given scales by GPTQ and the best scales for given codes take turns, ROUNDS times, from searched scales on.
@@ -86,26 +92,27 @@ def solve_rows(weight: Array, precision: Precision, inverse: Inverse, name: str)
         H1ExportError: as quantize_rows does.
     """
     rows, columns = weight.shape
-    width = precision.columns_per_scale(columns)
+    width = precision.columns_per_group(columns)
     if inverse.correction is not None:
         weight = weight + (torch.from_numpy(weight) @ inverse.correction).numpy()
     blocks = weight.reshape(rows, -1, width)
-    scales = searched_scales(blocks, precision, inverse.importance.reshape(-1, width), name)
-    codes = round_rows(weight, scales, precision, inverse)
+    scales = searched_scales(blocks, precision, inverse.importance.reshape(-1, width), name=name)
+    codes = round_rows(weight, scales, precision, inverse=inverse)
     for _ in range(ROUNDS):
-        scales = fitted_scales(weight, codes, scales, inverse)
-        codes = round_rows(weight, scales, precision, inverse)
-    return QuantizedTensor(codes, fitted_scales(weight, codes, scales, inverse), np.ones(rows, np.float32))
+        scales = fitted_scales(weight, codes, scales, inverse=inverse)
+        codes = round_rows(weight, scales, precision, inverse=inverse)
+    return QuantizedTensor(codes, fitted_scales(weight, codes, scales, inverse=inverse), np.ones(rows, np.float32))
 
 
-def fitted_scales(weight: Array, codes: Codes, scales: Scales, inverse: Inverse) -> Scales:
+def fitted_scales(weight: Array, codes: Codes, scales: Scales, *, inverse: Inverse) -> Scales:
     """The scales [rows, groups] that leave the least error in the product's outputs for these codes; those they were where that is wild.
 
     Least squares, row by row: of s in ||(w - sum over groups g of s_g codes_g) x||^2, summed over inputs x, with a little weight on
     ``scales``, which decides where codes or inputs say nothing.
     """
     rows, groups = scales.shape
-    q, before = torch.from_numpy(codes).float(), torch.from_numpy(scales.astype(np.float64))
+    q = torch.from_numpy(codes).float()
+    before = torch.from_numpy(scales.astype(np.float64))
     width = q.shape[1] // groups
     products = torch.empty((rows, groups, groups))
     for group in range(groups):
@@ -121,7 +128,7 @@ def fitted_scales(weight: Array, codes: Codes, scales: Scales, inverse: Inverse)
     return found
 
 
-def round_rows(weight: Array, scales: Scales, precision: Precision, inverse: Inverse) -> Codes:
+def round_rows(weight: Array, scales: Scales, precision: Precision, *, inverse: Inverse) -> Codes:
     """int8 codes [rows, columns] for ``scales`` [rows, groups] by GPTQ."""
     rows, columns = weight.shape
     by_column = torch.from_numpy(scales.astype(np.float32).T.copy())  # [groups, rows]
@@ -130,17 +137,22 @@ def round_rows(weight: Array, scales: Scales, precision: Precision, inverse: Inv
     width = columns // len(by_column)
     for start in range(0, columns, LAZY):
         stop = min(start + LAZY, columns)
-        errors = _round_columns(rest[start:stop], inverse, start, by_column, width, precision.top, codes)
+        errors = _round_columns(
+            rest[start:stop], inverse, start, scales=by_column, width=width, top=precision.top, codes=codes
+        )
         rest[stop:] -= inverse.upper[start:stop, stop:].T @ errors
     found: Codes = codes.T.contiguous().numpy()
     return found
 
 
-def _round_columns(rest: Tensor, inverse: Inverse, start: int, scales: Tensor, width: int, top: int, codes: Tensor) -> Tensor:
+def _round_columns(
+    rest: Tensor, inverse: Inverse, start: int, *, scales: Tensor, width: int, top: int, codes: Tensor
+) -> Tensor:
     """Round ``rest`` [LAZY columns, rows], which it changes, into ``codes``; the columns' errors, as later ones take them up."""
     errors = torch.empty_like(rest)
     for i in range(len(rest)):
-        column, row = int(inverse.order[start + i]), inverse.upper[start + i, start : start + len(rest)]
+        column = int(inverse.order[start + i])
+        row = inverse.upper[start + i, start : start + len(rest)]
         scale = scales[column // width]
         code = torch.round(rest[i] / scale).clamp_(-top, top)
         codes[column] = code.to(torch.int8)

@@ -23,14 +23,14 @@ from h1export.artifact.journal import SCRATCH, Extent
 from h1export.artifact.staging import Stage
 from h1export.artifact.weight_file import Rows, WeightFile, in_order
 from h1export.checkpoint.store import WeightStore
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 from h1export.progress import Progress
 from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, one_thread_each, products
 from h1export.quantize.methods.gptq import Inverse, invert, solve_rows
 from h1export.quantize.methods.head_groups import contexts
-from h1export.quantize.methods.stored import Place, Solved
-from h1export.quantize.source import Integers
+from h1export.quantize.methods.stored import Place, StoredIntegers
+from h1export.quantize.source import QuantizedWeights
 from h1export.runtime.runner import Ids
 
 WORK = f"{SCRATCH}/gptq"
@@ -39,7 +39,9 @@ SOLVE_BYTES = 16 << 20  # of float32 rows that a thread solves at a time
 ALIGN = 64
 
 Groups = Mapping[str, tuple[str, ...]]  # input of a product -> the weights that it is multiplied by
-Run = Callable[[Array], tuple[Array, Mapping[str, Tensor]]]  # sequence [length, hidden] -> output, and inputs of products [length, columns]
+Run = Callable[
+    [Array], tuple[Array, Mapping[str, Tensor]]
+]  # sequence [length, hidden] -> output, and inputs of products [length, columns]
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,16 @@ class Moments:
     def mixed(self, other: Moments, share: float) -> Moments:
         """With ``share`` of another's, after both are brought to one size."""
         sizes = [float(moments.own.diagonal().mean()) or 1.0 for moments in (self, other)]
-        own, drift = (mine / sizes[0] + share / sizes[1] * theirs for mine, theirs in ((self.own, other.own), (self.drift, other.drift)))
+        own, drift = (
+            mine / sizes[0] + share / sizes[1] * theirs
+            for mine, theirs in ((self.own, other.own), (self.drift, other.drift))
+        )
         return Moments(own, drift)
 
 
-def solve(store: WeightStore, spec: HybridSpec, rest: Integers, ids: Ids, stage: Stage, progress: Progress) -> Solved:
+def solve(
+    store: WeightStore, config: FalconH1Config, rest: QuantizedWeights, *, ids: Ids, stage: Stage, progress: Progress
+) -> StoredIntegers:
     """Integers by GPTQ for every product's weight among the precisions of ``rest``, which gives the integers of the others.
 
     Args:
@@ -87,7 +94,7 @@ def solve(store: WeightStore, spec: HybridSpec, rest: Integers, ids: Ids, stage:
     """
     (stage.folder / SCRATCH).mkdir(exist_ok=True)
     with one_thread_each(), WeightFile(stage, WORK) as file:
-        solver = _Solver(store, spec, rest, ids, stage, file)
+        solver = _Solver(store, config, rest, ids=ids, stage=stage, file=file)
         solver.run(progress)
     return solver.solved
 
@@ -95,18 +102,36 @@ def solve(store: WeightStore, spec: HybridSpec, rest: Integers, ids: Ids, stage:
 class _Solver:
     """The work of one build. ``file`` holds the integers of all tensors, and what goes into one layer and the next, wrong and right."""
 
-    def __init__(self, store: WeightStore, spec: HybridSpec, rest: Integers, ids: Ids, stage: Stage, file: WeightFile) -> None:
-        self._store, self._spec, self._ids, self._stage, self._file = store, spec, ids, stage, file
-        self._head = head_tensor(spec)
-        tensors = [tensor for layer in range(spec.num_hidden_layers) for group in products(layer).values() for tensor in group]
+    def __init__(
+        self,
+        store: WeightStore,
+        config: FalconH1Config,
+        rest: QuantizedWeights,
+        *,
+        ids: Ids,
+        stage: Stage,
+        file: WeightFile,
+    ) -> None:
+        self._store = store
+        self._spec = config
+        self._ids = ids
+        self._stage = stage
+        self._file = file
+        self._head = head_tensor(config)
+        tensors = [
+            tensor
+            for layer in range(config.num_hidden_layers)
+            for group in products(layer).values()
+            for tensor in group
+        ]
         places = {tensor: self._place(tensor, rest) for tensor in (*tensors, self._head) if tensor in rest.precisions}
-        self.solved = Solved(stage.folder, places, rest)
-        self._shape = (*ids.shape, spec.hidden_size)
+        self.solved = StoredIntegers(stage.folder, places, rest)
+        self._shape = (*ids.shape, config.hidden_size)
         self._between = [file.reserve("between", 4 * prod(self._shape), ALIGN) for _ in range(4)]
 
-    def _place(self, tensor: str, rest: Integers) -> Place:
+    def _place(self, tensor: str, rest: QuantizedWeights) -> Place:
         rows, columns = self._store.shape(tensor)
-        scales = rows * columns // rest.precisions[tensor].columns_per_scale(columns)
+        scales = rows * columns // rest.precisions[tensor].columns_per_group(columns)
         codes = self._file.reserve(f"{tensor}.codes", rows * columns, ALIGN)
         return Place((rows, columns), codes, self._file.reserve(f"{tensor}.scales", 2 * scales, ALIGN))
 
@@ -118,7 +143,9 @@ class _Solver:
             return
         start = next((layer for layer in range(unsolved, 0, -1) if all(map(self._file.holds, self._inputs(layer)))), 0)
         if start == 0:
-            self._file.write(self._inputs(0), (partial(_twice, embed, self._store, self._spec, ids) for ids in self._ids))
+            self._file.write(
+                self._inputs(0), (partial(_twice, embed, self._store, self._spec, ids) for ids in self._ids)
+            )
         for layer in range(start, layers):
             progress.stage(f"GPTQ, layer {layer + 1} of {layers}")
             self._solve_layer(layer, self._open(products(layer)))
@@ -128,27 +155,34 @@ class _Solver:
 
     def _solve_layer(self, layer: int, groups: Groups) -> None:
         """Solve ``groups``, and write what should come into the next layer and what does."""
-        (truth, ours), moments = self._inputs(layer + 1), dict[str, Moments]()
-        outputs = self._watched(LoadedLayer(self._store, self._spec, layer, self._original).run, layer, groups, moments)
+        (truth, ours) = self._inputs(layer + 1)
+        moments = dict[str, Moments]()
+        outputs = self._watched(
+            LoadedLayer(self._store, self._spec, layer, read=self._original).run, layer, groups, moments=moments
+        )
         if groups and self._file.holds(truth):  # written by a build that was killed afterwards
             deque(outputs, maxlen=0)
         else:
             self._file.write([truth], (partial(_this, output) for output in outputs))
         self._solve(groups, moments)
-        quantised = LoadedLayer(self._store, self._spec, layer, self._quantised).output
+        quantised = LoadedLayer(self._store, self._spec, layer, read=self._quantised).output
         self._file.write([ours], (partial(_alone, quantised, found) for _, found in self._sequences(layer)))
 
     def _solve_head(self) -> None:
         """Solve the head group by group, each on the moments of the contexts that matter to its tokens, and a share of the plain ones."""
         weight = torch.from_numpy(self._original(self._head))
-        found = contexts(self._head_inputs, weight, self._spec.lm_head_multiplier, self._stage.jobs)
-        place, plain = self.solved.places[self._head], Moments.zero(weight.shape[1])
+        found = contexts(self._head_inputs, weight, self._spec.lm_head_multiplier, jobs=self._stage.jobs)
+        place = self.solved.places[self._head]
+        plain = Moments.zero(weight.shape[1])
         for right, ours in in_order(self._head_inputs(), self._stage.jobs):
             plain.add(right, ours)
         codes = np.empty(place.shape, np.int8)
         scales = np.empty((place.shape[0], place.scales.length // 2 // place.shape[0]), np.float16)
         groups = [torch.nonzero(found.groups == group)[:, 0].numpy() for group in range(len(found.weights))]
-        calls = (partial(self._solve_group, weight, rows, weights, plain) for rows, weights in zip(groups, found.weights, strict=True))
+        calls = (
+            partial(self._solve_group, weight, rows, weights, plain=plain)
+            for rows, weights in zip(groups, found.weights, strict=True)
+        )
         for rows, solved in zip(groups, in_order(calls, self._stage.jobs), strict=True):
             codes[rows], scales[rows] = solved
         self._file.write([place.codes, place.scales], [partial(_these, codes, scales)])
@@ -158,7 +192,7 @@ class _Solver:
         norm = partial(final_norm, self._store, self._spec)
         return (partial(_normed, norm, *pair) for pair in self._sequences(self._spec.num_hidden_layers))
 
-    def _solve_group(self, weight: Tensor, rows: Ids, weights: Tensor, plain: Moments) -> tuple[Rows, Rows]:
+    def _solve_group(self, weight: Tensor, rows: Ids, weights: Tensor, *, plain: Moments) -> tuple[Rows, Rows]:
         """Codes and scales of some ``rows`` of the head; ``weights`` [samples, length] of their positions."""
         moments = Moments.zero(weight.shape[1])
         for sequence, call in zip(weights, self._head_inputs(), strict=True):
@@ -166,7 +200,7 @@ class _Solver:
         inverse = _inverse(moments.mixed(plain, PLAIN), self._head)
         step = max(1, SOLVE_BYTES // (4 * weight.shape[1]))
         parts = [weight[rows[start : start + step]].numpy() for start in range(0, len(rows), step)]
-        solved = [solve_rows(part, self.solved.precisions[self._head], inverse, self._head) for part in parts]
+        solved = [solve_rows(part, self.solved.precisions[self._head], inverse, name=self._head) for part in parts]
         return np.concatenate([part.codes for part in solved]), np.concatenate([part.scales for part in solved])
 
     def _open(self, groups: Mapping[str, tuple[str, ...]]) -> Groups:
@@ -185,10 +219,13 @@ class _Solver:
 
     def _sequences(self, layer: int) -> Iterator[tuple[Array, Array]]:
         """Of ``_inputs``, sequence by sequence."""
-        maps = (np.memmap(self._stage.folder / extent.file, np.float32, "r", extent.offset, self._shape) for extent in self._inputs(layer))
+        maps = (
+            np.memmap(self._stage.folder / extent.file, np.float32, "r", extent.offset, self._shape)
+            for extent in self._inputs(layer)
+        )
         return zip(*maps, strict=True)
 
-    def _watched(self, run: Run, layer: int, groups: Groups, moments: dict[str, Moments]) -> Iterator[Array]:
+    def _watched(self, run: Run, layer: int, groups: Groups, *, moments: dict[str, Moments]) -> Iterator[Array]:
         """The outputs of ``run`` for what should come into ``layer``, while ``moments`` gather those of ``groups``."""
         runs = (partial(_both, run, truth, found if groups else None) for truth, found in self._sequences(layer))
         for (output, right), found in in_order(runs, self._stage.jobs):
@@ -199,15 +236,19 @@ class _Solver:
             yield output
 
     def _solve(self, groups: Groups, moments: dict[str, Moments]) -> None:
-        inverses = in_order((partial(_inverse, moments.pop(name), group[0]) for name, group in groups.items()), self._stage.jobs)
+        inverses = in_order(
+            (partial(_inverse, moments.pop(name), group[0]) for name, group in groups.items()), self._stage.jobs
+        )
         for inverse, group in zip(inverses, groups.values(), strict=True):
             for tensor in group:
                 place = self.solved.places[tensor]
                 ranges = self._store.row_ranges([tensor], SOLVE_BYTES)
-                self._file.write([place.codes, place.scales], (partial(self._rows, tensor, inverse, *rows) for rows in ranges))
+                self._file.write(
+                    [place.codes, place.scales], (partial(self._rows, tensor, inverse, *rows) for rows in ranges)
+                )
 
     def _rows(self, tensor: str, inverse: Inverse, start: int, stop: int) -> tuple[Rows, Rows]:
-        found = solve_rows(self._store.rows(tensor, start, stop), self.solved.precisions[tensor], inverse, tensor)
+        found = solve_rows(self._store.rows(tensor, start, stop), self.solved.precisions[tensor], inverse, name=tensor)
         return found.codes, found.scales
 
     def _original(self, tensor: str) -> Array:
@@ -218,7 +259,9 @@ class _Solver:
         return self.solved.rows(tensor, 0, rows).unfolded() if tensor in self.solved.places else self._original(tensor)
 
 
-def _both(run: Run, truth: Array, found: Array | None) -> tuple[tuple[Array, Mapping[str, Tensor]], Mapping[str, Tensor]]:
+def _both(
+    run: Run, truth: Array, found: Array | None
+) -> tuple[tuple[Array, Mapping[str, Tensor]], Mapping[str, Tensor]]:
     """``run`` of copies, because torch takes no array that it could not write to; of ``found`` the inputs only, where it is given."""
     return run(np.array(truth)), {} if found is None else run(np.array(found))[1]
 

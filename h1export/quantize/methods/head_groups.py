@@ -16,8 +16,13 @@ from torch import Tensor
 
 from h1export.artifact.weight_file import in_order
 
-GROUPS, ROWS_A_GROUP = 64, 32  # at most so many groups, and on average not fewer rows in each
-SKETCH, ROUNDS, SEED = 64, 12, 0  # of contexts: dimensions; of k-means
+# at most so many groups, and on average not fewer rows in each
+GROUPS = 64
+ROWS_A_GROUP = 32
+# of contexts: dimensions; of k-means
+SKETCH = 64
+ROUNDS = 12
+SEED = 0
 POSITIONS = 128  # whose probabilities a thread holds at a time
 
 # a position's input of the head, as the checkpoint's model has it and as it comes: two of [length, columns], a sequence a call
@@ -25,7 +30,7 @@ Inputs = Callable[[], Iterator[Callable[[], tuple[Tensor, Tensor]]]]
 
 
 @dataclass(frozen=True)
-class Contexts:
+class HeadGroups:
     """Attributes:
     groups: int64 [vocab], of each row.
     weights: float32 [groups, samples, length], of each position: the mean over the group's rows, each of which has a sum of 1.
@@ -35,25 +40,31 @@ class Contexts:
     weights: Tensor
 
 
-def contexts(inputs: Inputs, head: Tensor, multiplier: float, jobs: int) -> Contexts:
+def contexts(inputs: Inputs, head: Tensor, multiplier: float, jobs: int) -> HeadGroups:
     """Of the rows of ``head``, float32 [vocab, columns], whose outputs times ``multiplier`` are logits. No digit depends on ``jobs``."""
     generator = torch.Generator().manual_seed(SEED)
     projection = torch.randn(head.shape[1], SKETCH, generator=generator)
-    sketch, mass = torch.zeros(len(head), SKETCH), torch.zeros(len(head))
-    for means, sums in in_order((partial(_sketch, pair, head, multiplier, projection) for pair in inputs()), jobs):
+    sketch = torch.zeros(len(head), SKETCH)
+    mass = torch.zeros(len(head))
+    for means, sums in in_order(
+        (partial(_sketch, pair, head, multiplier, projection=projection) for pair in inputs()), jobs
+    ):
         sketch += means
         mass += sums
     groups = _nearby(sketch, max(1, min(GROUPS, len(head) // ROWS_A_GROUP)), generator)
     members = torch.nn.functional.one_hot(groups).float()
     share = members / (mass.clamp_min(torch.finfo(torch.float32).tiny)[:, None] * members.sum(0))
-    found = in_order((partial(_weights, pair, head, multiplier, share) for pair in inputs()), jobs)
-    return Contexts(groups, torch.stack(list(found)).permute(2, 0, 1).contiguous())
+    found = in_order((partial(_weights, pair, head, multiplier, share=share) for pair in inputs()), jobs)
+    return HeadGroups(groups, torch.stack(list(found)).permute(2, 0, 1).contiguous())
 
 
-def _sketch(pair: Callable[[], tuple[Tensor, Tensor]], head: Tensor, multiplier: float, projection: Tensor) -> tuple[Tensor, Tensor]:
+def _sketch(
+    pair: Callable[[], tuple[Tensor, Tensor]], head: Tensor, multiplier: float, *, projection: Tensor
+) -> tuple[Tensor, Tensor]:
     """Of one sequence: the sums over its positions of a row's weights times the projected inputs [vocab, SKETCH], and of the weights."""
     right, found = pair()
-    means, sums = torch.zeros(len(head), SKETCH), torch.zeros(len(head))
+    means = torch.zeros(len(head), SKETCH)
+    sums = torch.zeros(len(head))
     for start in range(0, len(found), POSITIONS):
         weights = _variances(right[start : start + POSITIONS], head, multiplier)
         means += weights.T @ (found[start : start + POSITIONS] @ projection)
@@ -64,7 +75,12 @@ def _sketch(pair: Callable[[], tuple[Tensor, Tensor]], head: Tensor, multiplier:
 def _weights(pair: Callable[[], tuple[Tensor, Tensor]], head: Tensor, multiplier: float, share: Tensor) -> Tensor:
     """Of one sequence's positions for each group [length, groups]."""
     right, _ = pair()
-    return torch.cat([_variances(right[start : start + POSITIONS], head, multiplier) @ share for start in range(0, len(right), POSITIONS)])
+    return torch.cat(
+        [
+            _variances(right[start : start + POSITIONS], head, multiplier) @ share
+            for start in range(0, len(right), POSITIONS)
+        ]
+    )
 
 
 def _variances(right: Tensor, head: Tensor, multiplier: float) -> Tensor:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
-from h1export.quantize.group_format import Precision
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 
 
@@ -20,7 +20,7 @@ def quantize_rows(weight: Array, precision: Precision, multiplier: Array, name: 
         H1ExportError: a value that is not finite, or too large for an fp16 scale; ``name`` names the tensor.
     """
     rows, columns = weight.shape
-    blocks = weight.reshape(rows, -1, precision.columns_per_scale(columns))
+    blocks = weight.reshape(rows, -1, precision.columns_per_group(columns))
     scales = block_scales(blocks, precision, name)
     return QuantizedTensor(nearest_codes(blocks, scales, precision).reshape(rows, columns), scales, multiplier)
 
@@ -29,9 +29,13 @@ def block_scales(blocks: Array, precision: Precision, name: str) -> npt.NDArray[
     """The scales [rows, groups] of ``blocks`` [rows, groups, columns] that clip nothing. Raises H1ExportError as quantize_rows does."""
     absmax = np.abs(blocks).max(axis=2)
     if not np.isfinite(absmax).all():
-        raise H1ExportError(f'tensor "{name}"', "holds values that are not finite", "the checkpoint is damaged, download it again")
+        raise H1ExportError(
+            f'tensor "{name}"', "holds values that are not finite", "the checkpoint is damaged, download it again"
+        )
     if absmax.max(initial=0.0) > precision.top * MAX_SCALE:
-        raise H1ExportError(f'tensor "{name}"', f"holds {absmax.max():g}, too large for fp16 scales", "use --quant none")
+        raise H1ExportError(
+            f'tensor "{name}"', f"holds {absmax.max():g}, too large for fp16 scales", "use --quant none"
+        )
     scales: npt.NDArray[np.float16] = np.clip(absmax / precision.top, MIN_SCALE, MAX_SCALE).astype(np.float16)
     return scales
 

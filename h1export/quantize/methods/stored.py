@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from h1export.artifact.journal import Extent
-from h1export.quantize.group_format import Precision
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
-from h1export.quantize.source import Integers
+from h1export.quantize.source import QuantizedWeights
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Solved:
+class StoredIntegers:
     """The tensors of ``places``, which lie in files of ``folder``; the others come from ``rest``, as do all precisions."""
 
     folder: Path
     places: Mapping[str, Place]
-    rest: Integers
+    rest: QuantizedWeights
 
     @property
     def precisions(self) -> Mapping[str, Precision]:
@@ -40,9 +40,13 @@ class Solved:
         if place is None:
             return self.rest.rows(tensor, start, stop)
         rows, columns = place.shape
-        scales = (rows, columns // self.precisions[tensor].columns_per_scale(columns))
+        scales = (rows, columns // self.precisions[tensor].columns_per_group(columns))
         return QuantizedTensor(
-            np.array(np.memmap(self.folder / place.codes.file, np.int8, "r", place.codes.offset, place.shape)[start:stop]),
-            np.array(np.memmap(self.folder / place.scales.file, np.float16, "r", place.scales.offset, scales)[start:stop]),
+            np.array(
+                np.memmap(self.folder / place.codes.file, np.int8, "r", place.codes.offset, place.shape)[start:stop]
+            ),
+            np.array(
+                np.memmap(self.folder / place.scales.file, np.float16, "r", place.scales.offset, scales)[start:stop]
+            ),
             np.ones(min(stop, rows) - start, np.float32),
         )

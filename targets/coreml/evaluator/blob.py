@@ -50,7 +50,9 @@ class BlobFile:
         try:
             size = path.stat().st_size
             if size < ALIGNMENT:
-                raise H1ExportError(path, f"has {size} bytes, less than its header of {ALIGNMENT}; the file is truncated", AGAIN)
+                raise H1ExportError(
+                    path, f"has {size} bytes, less than its header of {ALIGNMENT}; the file is truncated", AGAIN
+                )
             self._bytes = np.memmap(path, np.uint8, mode="r")
         except OSError as error:
             raise H1ExportError(path, f"cannot be read ({error.strerror})", AGAIN) from error
@@ -71,23 +73,31 @@ class BlobFile:
         """
         where = f"{self.path} at byte {offset}"
         if offset % ALIGNMENT or offset < ALIGNMENT:
-            raise H1ExportError(where, f"is no place for metadata, which lies at multiples of {ALIGNMENT} after the header", AGAIN)
+            raise H1ExportError(
+                where, f"is no place for metadata, which lies at multiples of {ALIGNMENT} after the header", AGAIN
+            )
         if offset + ALIGNMENT > self.nbytes:
-            raise H1ExportError(where, f"metadata ends at byte {offset + ALIGNMENT} of {self.nbytes}; the file is truncated", AGAIN)
+            raise H1ExportError(
+                where, f"metadata ends at byte {offset + ALIGNMENT} of {self.nbytes}; the file is truncated", AGAIN
+            )
         sentinel, code, nbytes, start, padding = struct.unpack("<IIQQQ", self._bytes[offset : offset + 32].tobytes())
         if sentinel != SENTINEL:
             raise H1ExportError(where, f"metadata starts with {sentinel:#x} instead of {SENTINEL:#x}", AGAIN)
         if code not in BY_BLOB:
-            raise H1ExportError(where, f"holds elements of type {code}, which is not known here", "store the tensor in another type")
+            raise H1ExportError(
+                where, f"holds elements of type {code}, which is not known here", "store the tensor in another type"
+            )
         if start % ALIGNMENT or start < offset + ALIGNMENT:
             raise H1ExportError(where, f"data at byte {start} is misaligned or before its metadata", AGAIN)
         if start + nbytes > self.nbytes:
-            raise H1ExportError(where, f"data ends at byte {start + nbytes} of {self.nbytes}; the file is truncated", AGAIN)
+            raise H1ExportError(
+                where, f"data ends at byte {start + nbytes} of {self.nbytes}; the file is truncated", AGAIN
+            )
         dtype = BY_BLOB[code]
         if padding >= 8 or (nbytes * 8 - padding) % dtype.bits:
             what = f"{nbytes} bytes less {padding} bits are no whole number of {dtype}"
             raise H1ExportError(where, what, AGAIN)
-        return Record(offset, dtype, nbytes, start, padding)
+        return Record(offset, dtype, nbytes, start=start, padding=padding)
 
     def records(self) -> Iterator[Record]:
         """All records in the order of the file, each where the data before it ends, rounded up.

@@ -9,12 +9,31 @@ from typing import Any
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.targets.coreml.evaluator.constants import Constant, Meaning, State, arguments_of, constant, converted, meaning_of, op_of
+from h1export.targets.coreml.evaluator.constants import (
+    Constant,
+    Meaning,
+    State,
+    arguments_of,
+    constant,
+    converted,
+    meaning_of,
+    op_of,
+)
 from h1export.targets.coreml.evaluator.dtypes import FP16, Array
 from h1export.targets.coreml.evaluator.ops.base import Op
 from h1export.targets.coreml.evaluator.package import Package
 from h1export.targets.coreml.evaluator.program import DAMAGED, Block, Function, Operation, TensorType, Value
-from h1export.targets.coreml.evaluator.steps import Body, Branch, Computed, OpStep, Output, ReadState, Step, WhileLoop, WriteState
+from h1export.targets.coreml.evaluator.steps import (
+    Body,
+    Branch,
+    Computed,
+    OpStep,
+    Output,
+    ReadState,
+    Step,
+    WhileLoop,
+    WriteState,
+)
 
 Names = dict[str, Meaning]
 LARGE = 4096  # elements of a constant that a hollow program goes without
@@ -30,8 +49,14 @@ class Compiler:
     """
 
     def __init__(self, package: Package, function: Function, hollow: bool = False) -> None:
-        self._package, self._hollow = package, hollow
-        self._control = {"read_state": self._read, "write_state": self._write, "while_loop": self._loop, "cond": self._branch}
+        self._package = package
+        self._hollow = hollow
+        self._control = {
+            "read_state": self._read,
+            "write_state": self._write,
+            "while_loop": self._loop,
+            "cond": self._branch,
+        }
         self._types: list[TensorType] = []  # by slot, as declared
         self.outputs: list[Output] = []  # of every op that runs
         self.constants: dict[int, Array] = {}  # by slot, those that stand beside computed tensors
@@ -65,17 +90,25 @@ class Compiler:
         computed: list[Computed] = []
         for name, arguments in arguments_of(operation, op).items():
             parameter = op.parameters[name]
-            meanings = [item if isinstance(item, Value) else meaning_of(item, names, operation.where) for item in arguments]
+            meanings = [
+                item if isinstance(item, Value) else meaning_of(item, names, operation.where) for item in arguments
+            ]
             known = [self._constant(item, names) for item in meanings if isinstance(item, Constant)]
             if len(known) == len(meanings):
-                fixed[name] = tuple(known) if parameter.many else converted(known[0], parameter, name, operation.where)
+                fixed[name] = (
+                    tuple(known) if parameter.many else converted(known[0], parameter, name, where=operation.where)
+                )
             else:
                 slots = tuple(self._tensor(item, names, operation.where) for item in meanings)
-                computed.append(Computed(name, slots, parameter.convert, parameter.many))
-        return OpStep(op, fixed, tuple(computed), self._outputs(operation, names, op.moves), operation.where)
+                computed.append(Computed(name, slots, parameter.convert, many=parameter.many))
+        return OpStep(
+            op, fixed, tuple(computed), outputs=self._outputs(operation, names, op.moves), where=operation.where
+        )
 
     def _outputs(self, operation: Operation, names: Names, moves: bool) -> tuple[Output, ...]:
-        made = tuple(Output(self._slot(kind), name, kind, operation.type, moves) for name, kind in operation.outputs)
+        made = tuple(
+            Output(self._slot(kind), name, kind, op=operation.type, moves=moves) for name, kind in operation.outputs
+        )
         names |= {output.name: output.slot for output in made}
         self.outputs += made
         return made
@@ -115,7 +148,7 @@ class Compiler:
         slots = self._tensors(operation, "data", names)
         _count(operation, (slots, 1), (operation.outputs, 0))
         self._same(operation, slots, [state.type])
-        return WriteState(state.name, state.type, slots[0], operation.where)
+        return WriteState(state.name, state.type, slots[0], where=operation.where)
 
     def _body(self, block: Block, names: Names, where: str) -> Body:
         slots = tuple(self._slot(kind) for _, kind in block.inputs)
@@ -126,21 +159,31 @@ class Compiler:
         variables = self._tensors(operation, "loop_vars", names)
         _count(operation, (operation.blocks, 2), (operation.outputs, len(variables)))
         condition, body = (self._body(block, names, operation.where) for block in operation.blocks)
-        _count(operation, (condition.outputs, 1), *((items, len(variables)) for items in (condition.inputs, body.inputs, body.outputs)))
+        _count(
+            operation,
+            (condition.outputs, 1),
+            *((items, len(variables)) for items in (condition.inputs, body.inputs, body.outputs)),
+        )
         outputs = self._outputs(operation, names, moves=True)
         for slots in (variables, condition.inputs, body.inputs, body.outputs):
             self._same(operation, slots, [output.type for output in outputs])
-        return WhileLoop(variables, condition, body, outputs, operation.where)
+        return WhileLoop(variables, condition, body, outputs=outputs, where=operation.where)
 
     def _branch(self, operation: Operation, names: Names) -> Step:
         predicate = self._tensors(operation, "pred", names)
         _count(operation, (predicate, 1), (operation.blocks, 2))
         first, second = (self._body(block, names, operation.where) for block in operation.blocks)
         outputs = self._outputs(operation, names, moves=True)
-        _count(operation, (first.inputs, 0), (second.inputs, 0), (first.outputs, len(outputs)), (second.outputs, len(outputs)))
+        _count(
+            operation,
+            (first.inputs, 0),
+            (second.inputs, 0),
+            (first.outputs, len(outputs)),
+            (second.outputs, len(outputs)),
+        )
         for block in (first, second):
             self._same(operation, block.outputs, [output.type for output in outputs])
-        return Branch(predicate[0], (first, second), outputs, operation.where)
+        return Branch(predicate[0], (first, second), outputs, where=operation.where)
 
     def _same(self, operation: Operation, slots: Sequence[int], declared: Sequence[TensorType]) -> None:
         """Raises H1ExportError where a value that is handed on as it is has another element type than the place it goes to."""
@@ -157,13 +200,19 @@ def _defaults(operation: Operation, op: Op) -> dict[str, Any]:
     """Floats that an fp16 op leaves out, as fp16 has them: there an epsilon of 1e-12 is zero."""
     if not any(kind.dtype is FP16 for _, kind in operation.outputs):
         return {}
-    floats = {name: parameter.default for name, parameter in op.parameters.items() if isinstance(parameter.default, float)}
+    floats = {
+        name: parameter.default for name, parameter in op.parameters.items() if isinstance(parameter.default, float)
+    }
     return {name: float(np.float16(value)) for name, value in floats.items()}
 
 
 def _state(operation: Operation, names: Names) -> State:
     arguments = operation.inputs.get("input", ())
-    found = meaning_of(arguments[0], names, operation.where) if len(arguments) == 1 and isinstance(arguments[0], str) else None
+    found = (
+        meaning_of(arguments[0], names, operation.where)
+        if len(arguments) == 1 and isinstance(arguments[0], str)
+        else None
+    )
     if not isinstance(found, State):
         raise H1ExportError(operation.where, "takes no state as its input", DAMAGED)
     return found
@@ -173,4 +222,6 @@ def _count(operation: Operation, *expected: tuple[Sequence[object], int]) -> Non
     """Raises H1ExportError unless each sequence is as long as it must be."""
     for items, count in expected:
         if len(items) != count:
-            raise H1ExportError(operation.where, f"has {len(items)} inputs, outputs or blocks where {count} belong", DAMAGED)
+            raise H1ExportError(
+                operation.where, f"has {len(items)} inputs, outputs or blocks where {count} belong", DAMAGED
+            )

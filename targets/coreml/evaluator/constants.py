@@ -53,9 +53,14 @@ def arguments_of(operation: Operation, op: Op) -> dict[str, tuple[Argument, ...]
     Raises:
         H1ExportError: some are unknown to the op's schema, missing, or tuples where one belongs.
     """
-    found = {**operation.inputs, **{name: (value,) for name, value in operation.attributes.items() if name not in IGNORED}}
+    found = {
+        **operation.inputs,
+        **{name: (value,) for name, value in operation.attributes.items() if name not in IGNORED},
+    }
     if unknown := sorted(found.keys() - op.parameters.keys()):
-        raise H1ExportError(operation.where, f"has inputs that the evaluator does not know: {', '.join(unknown)}", "leave them out")
+        raise H1ExportError(
+            operation.where, f"has inputs that the evaluator does not know: {', '.join(unknown)}", "leave them out"
+        )
     for name, parameter in op.parameters.items():
         if parameter.required and name not in found:
             raise H1ExportError(operation.where, f"lacks {name}", "give it")
@@ -81,7 +86,9 @@ def constant(package: Package, meaning: Constant, scope: Scope) -> Array:
 
     def make() -> Array:
         array = widen(_stored(meaning, scope))
-        return array.copy() if array.dtype == np.float32 and not array.flags.writeable else array  # torch would copy it at every use
+        return (
+            array.copy() if array.dtype == np.float32 and not array.flags.writeable else array
+        )  # torch would copy it at every use
 
     return package.memoised(_key(meaning, scope), make)
 
@@ -93,7 +100,9 @@ def _stored(meaning: Constant, scope: Scope) -> Array:
     if meaning.type == "const":
         value = meaning.attributes["val"]
         if value.type != meaning.outputs[0][1]:
-            raise H1ExportError(meaning.where, f"holds {value.type}, and is declared as {meaning.outputs[0][1]}", DAMAGED)
+            raise H1ExportError(
+                meaning.where, f"holds {value.type}, and is declared as {meaning.outputs[0][1]}", DAMAGED
+            )
         return value.array()
     op = op_of(meaning)
     inputs = {}
@@ -101,7 +110,7 @@ def _stored(meaning: Constant, scope: Scope) -> Array:
         found = argument if isinstance(argument, Value) else meaning_of(argument, scope, meaning.where)
         if not isinstance(found, Constant):
             raise H1ExportError(meaning.where, f"takes {name} from {argument!r}, which is computed when run", DAMAGED)
-        inputs[name] = converted(_stored(found, scope), op.parameters[name], name, meaning.where)
+        inputs[name] = converted(_stored(found, scope), op.parameters[name], name, where=meaning.where)
     try:
         result = np.asarray(op.function(**inputs))
     except FAILURES as error:

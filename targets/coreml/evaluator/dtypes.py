@@ -41,7 +41,7 @@ class DType:
 
 def _dtype(name: str, mil: int, blob: int | None, array: type, bits: int = 0) -> DType:
     dtype: np.dtype[Any] = np.dtype(array)
-    return DType(name, mil, blob, dtype, bits or dtype.itemsize * 8)
+    return DType(name, mil, blob, array=dtype, bits=bits or dtype.itemsize * 8)
 
 
 BOOL = _dtype("bool", 1, None, np.bool_)

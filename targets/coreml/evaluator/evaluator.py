@@ -30,7 +30,9 @@ class Evaluator:
         self._package = package
         self.function: Function = package.function(function or package.default_function)
         compiler = Compiler(package, self.function, hollow)
-        self._steps, self._returned, self._slots = compiler.steps, compiler.returned, compiler.inputs
+        self._steps = compiler.steps
+        self._returned = compiler.returned
+        self._slots = compiler.inputs
         self._computed = compiler.outputs
         self._values: list[Array | None] = [compiler.constants.get(slot) for slot in range(compiler.slots)]
         self._held: dict[str, tuple[Array, Array]] = {}
@@ -39,7 +41,9 @@ class Evaluator:
         """Zeros for every state, in its declared type."""
         return {name: np.zeros(*_layout(kind)) for name, kind in self.function.states.items()}
 
-    def run(self, inputs: Mapping[str, Array], states: dict[str, Array] | None = None, watch: Collection[str] = ()) -> dict[str, Array]:
+    def run(
+        self, inputs: Mapping[str, Array], states: dict[str, Array] | None = None, watch: Collection[str] = ()
+    ) -> dict[str, Array]:
         """The outputs by name, in their declared types; ``states`` gets new read-only arrays, the old ones stay.
 
         ``watch`` names outputs of ops that are returned beside them, float32 where they are fp16; one that no op has is left out.
@@ -67,7 +71,11 @@ class Evaluator:
 
     def _still_held(self, states: Mapping[str, Array]) -> dict[str, Array]:
         """What the last run left of states that are the very arrays it wrote; to widen a long cache again costs more than a token."""
-        return {name: array for name, (written, array) in self._held.items() if states.get(name) is written and not written.flags.writeable}
+        return {
+            name: array
+            for name, (written, array) in self._held.items()
+            if states.get(name) is written and not written.flags.writeable
+        }
 
     @property
     def maxima(self) -> dict[str, float]:
@@ -106,8 +114,12 @@ def _check(declared: Mapping[str, TensorType], given: Mapping[str, Array], where
     if missing := [name for name in declared if name not in given]:
         raise H1ExportError(f"{where} {missing[0]!r}", "is missing", f"give it as {declared[missing[0]]}")
     if unknown := [name for name in given if name not in declared]:
-        raise H1ExportError(f"{where} {unknown[0]!r}", "is not one of the function's", f"it has {', '.join(declared) or 'none'}")
+        raise H1ExportError(
+            f"{where} {unknown[0]!r}", "is not one of the function's", f"it has {', '.join(declared) or 'none'}"
+        )
     for name, kind in declared.items():
         array = np.asarray(given[name])
         if array.dtype != kind.dtype.array or kind.dtype in (STRING,) or not kind.holds(array.shape):
-            raise H1ExportError(f"{where} {name!r}", f"is {array.dtype} {list(array.shape)}, not {kind}", "convert it first")
+            raise H1ExportError(
+                f"{where} {name!r}", f"is {array.dtype} {list(array.shape)}, not {kind}", "convert it first"
+            )

@@ -26,13 +26,15 @@ class Package:
     """Frozen view of a package; ``open`` makes one. ``model`` is the message as parsed, for what the view leaves out."""
 
     def __init__(self, path: Path, file: Path, model: Any) -> None:
-        self.path, self.model = path, model
+        self.path = path
+        self.model = model
         self._file = file
         self._blobs: dict[str, BlobFile] = {}
         self._memo: dict[Hashable, Array] = {}
         functions = {str(name): function for name, function in model.mlProgram.functions.items()}
         self.functions: Mapping[str, Function] = {
-            name: parse_function(name, functions[name], OPSET, self._read, str(path)) for name in sorted(functions)
+            name: parse_function(name, functions[name], OPSET, read=self._read, where=str(path))
+            for name in sorted(functions)
         }
 
     @classmethod
@@ -53,9 +55,13 @@ class Package:
         except OSError as error:
             raise H1ExportError(file, f"cannot be read ({error.strerror})", AGAIN) from error
         if (kind := model.WhichOneof("Type")) != "mlProgram":
-            raise H1ExportError(path, f"holds {'no model' if kind is None else f'a model of type {kind}'}, not an mlProgram", REBUILD)
+            raise H1ExportError(
+                path, f"holds {'no model' if kind is None else f'a model of type {kind}'}, not an mlProgram", REBUILD
+            )
         if model.specificationVersion != SPECIFICATION:
-            raise H1ExportError(path, f"has specification version {model.specificationVersion}, not {SPECIFICATION}", REBUILD)
+            raise H1ExportError(
+                path, f"has specification version {model.specificationVersion}, not {SPECIFICATION}", REBUILD
+            )
         if not model.mlProgram.functions:
             raise H1ExportError(path, "has no function", REBUILD)
         return cls(path, file, model)
@@ -86,7 +92,9 @@ class Package:
         name = function or self.default_function
         found = next((op for op in self.function(name).block.walk() if output in (own for own, _ in op.outputs)), None)
         if found is None:
-            raise H1ExportError(self.path, f"function {name!r} has no operation with an output {output!r}", "look at its operations")
+            raise H1ExportError(
+                self.path, f"function {name!r} has no operation with an output {output!r}", "look at its operations"
+            )
         return found
 
     def constant(self, output: str, function: str | None = None) -> dict[str, Array]:
@@ -134,14 +142,20 @@ def stored(operation: Operation, block: Block) -> dict[str, Value]:
         raise H1ExportError(operation.where, "is computed when run", "ask for a constant")
     values = {name: value for name, value in operation.attributes.items() if name != "name"}
     named = any(isinstance(argument, str) for argument, *_ in operation.inputs.values())
-    consts = {output: other for other in block.walk() if other.type == "const" for output, _ in other.outputs} if named else {}
+    consts = (
+        {output: other for other in block.walk() if other.type == "const" for output, _ in other.outputs}
+        if named
+        else {}
+    )
     for name, (argument, *_) in operation.inputs.items():
         if isinstance(argument, Value):
             values[name] = argument
         elif argument in consts:
             values[name] = consts[argument].attributes["val"]
         else:
-            raise H1ExportError(operation.where, f"takes {name} from {argument!r}, which is not stored as such", "ask for that one")
+            raise H1ExportError(
+                operation.where, f"takes {name} from {argument!r}, which is not stored as such", "ask for that one"
+            )
     return values
 
 

@@ -61,12 +61,15 @@ def _operation(message: Any, read: ReadBlob, where: str) -> Operation:
     attributes = {str(name): Value(value, read, at) for name, value in message.attributes.items()}
     if message.type == "const" and ("val" not in attributes or len(message.outputs) != 1):
         raise H1ExportError(at, "is a const without a value", DAMAGED)
-    inputs = {str(name): tuple(_argument(item, read, at) for item in argument.arguments) for name, argument in message.inputs.items()}
+    inputs = {
+        str(name): tuple(_argument(item, read, at) for item in argument.arguments)
+        for name, argument in message.inputs.items()
+    }
     if empty := [name for name, arguments in inputs.items() if not arguments]:
         raise H1ExportError(at, f"has an input {empty[0]!r} without a value", DAMAGED)
     outputs = tuple((item.name, tensor_type(item.type, at)) for item in message.outputs)
     blocks = tuple(_block(item, read, where) for item in message.blocks)
-    return Operation(message.type, first, inputs, attributes, outputs, blocks, at)
+    return Operation(message.type, first, inputs, attributes=attributes, outputs=outputs, blocks=blocks, where=at)
 
 
 def _argument(message: Any, read: ReadBlob, where: str) -> Argument:

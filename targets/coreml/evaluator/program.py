@@ -14,7 +14,14 @@ from h1export.targets.coreml.evaluator.dtypes import BY_MIL, STRING, Array, DTyp
 
 DAMAGED = "the package is damaged: build it again"
 # field of TensorValue -> kinds of numpy types that it may fill
-FIELDS: Mapping[str, str] = {"floats": "f", "doubles": "f", "ints": "iu", "longInts": "iu", "bools": "b", "strings": "O"}
+FIELDS: Mapping[str, str] = {
+    "floats": "f",
+    "doubles": "f",
+    "ints": "iu",
+    "longInts": "iu",
+    "bools": "b",
+    "strings": "O",
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,9 @@ class TensorType:
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         """Whether an array of ``shape`` is of this type."""
-        return len(shape) == len(self.shape) and all(own in (None, other) for own, other in zip(self.shape, shape, strict=True))
+        return len(shape) == len(self.shape) and all(
+            own in (None, other) for own, other in zip(self.shape, shape, strict=True)
+        )
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join('?' if size is None else str(size) for size in self.shape)}]"
@@ -52,7 +61,9 @@ class Value:
     __slots__ = ("_message", "_read", "where")
 
     def __init__(self, message: Any, read: ReadBlob, where: str) -> None:
-        self._message, self._read, self.where = message, read, where
+        self._message = message
+        self._read = read
+        self.where = where
 
     @property
     def type(self) -> TensorType:
@@ -80,7 +91,8 @@ class Value:
         Raises:
             H1ExportError: not a tensor, a broken reference, or another number of elements than its shape has.
         """
-        dtype, shape = self.type.dtype, tuple(size or 0 for size in self.type.shape)
+        dtype = self.type.dtype
+        shape = tuple(size or 0 for size in self.type.shape)
         count = prod(shape)
         flat = self._read(self.blob, dtype, count, self.where) if self.blob else self._immediate(dtype, count)
         return flat.reshape(shape)
@@ -160,10 +172,14 @@ def tensor_type(message: Any, where: str) -> TensorType:
         H1ExportError: it is not, or its element type is not known here, or its rank is not fixed.
     """
     if message.WhichOneof("type") != "tensorType":
-        raise H1ExportError(where, f"is of {message.WhichOneof('type') or 'no type'}, not a tensor", "this is not supported here")
+        raise H1ExportError(
+            where, f"is of {message.WhichOneof('type') or 'no type'}, not a tensor", "this is not supported here"
+        )
     tensor = message.tensorType
     if tensor.dataType not in BY_MIL:
-        raise H1ExportError(where, f"has elements of MIL type {tensor.dataType}, which is not known here", "use fp16, fp32 or integers")
+        raise H1ExportError(
+            where, f"has elements of MIL type {tensor.dataType}, which is not known here", "use fp16, fp32 or integers"
+        )
     shape: list[int | None] = []
     for dimension in tensor.dimensions:
         fixed = dimension.WhichOneof("dimension") == "constant"

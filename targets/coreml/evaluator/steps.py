@@ -143,7 +143,9 @@ class WriteState:
     def __call__(self, frame: Frame) -> None:
         data = frame.values[self.slot]
         if not self.type.holds(data.shape):
-            raise failure(self.where, OpError(f"writes shape {list(data.shape)} to state {self.state!r}, which is {self.type}"))
+            raise failure(
+                self.where, OpError(f"writes shape {list(data.shape)} to state {self.state!r}, which is {self.type}")
+            )
         frame.states[self.state] = written = narrow(data, self.type.dtype)
         written.flags.writeable = False
         frame.held[self.state] = data

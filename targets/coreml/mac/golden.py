@@ -39,7 +39,11 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 def lengths(chunk: int, max_context: int, available: int = LONGEST, steps: int = STEPS) -> tuple[int, ...]:
     """Prompts that meet every way of cutting: within, at and after a chunk, and to the end of the context or of ``available`` ids."""
     longest = min(max_context, available) - steps
-    return tuple(sorted({min(length, longest) for length in (1, chunk - 1, chunk, chunk + 1, 2 * chunk + 5, longest) if length > 0}))
+    return tuple(
+        sorted(
+            {min(length, longest) for length in (1, chunk - 1, chunk, chunk + 1, 2 * chunk + 5, longest) if length > 0}
+        )
+    )
 
 
 def places(prompts: Sequence[int], chunk: int, steps: int = STEPS) -> list[int]:
@@ -82,8 +86,10 @@ def pack(arrays: Arrays) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays.items():
-            entry, data = zipfile.ZipInfo(f"{name}.npy", EPOCH), io.BytesIO()
-            entry.create_system, entry.external_attr = 3, 0o644 << 16
+            entry = zipfile.ZipInfo(f"{name}.npy", EPOCH)
+            data = io.BytesIO()
+            entry.create_system = 3
+            entry.external_attr = 0o644 << 16
             little = array.astype(array.dtype.newbyteorder("<"))
             np.lib.format.write_array(data, little, version=(1, 0), allow_pickle=False)
             archive.writestr(entry, data.getvalue())

@@ -106,14 +106,19 @@ STATES = """- Both functions declare the same states, and verify_on_mac.py passe
 
 def text(settings: Settings) -> str:
     """README.md."""
-    io, chunk = settings.state_io, settings.chunk
+    io = settings.state_io
+    chunk = settings.chunk
     return TEXT.format(
         **dataclasses.asdict(settings) | {"state_io": ""},
         shared="states, which are inputs and outputs" if io else "states",
         state_inputs=", `past_key_values_N_*`" if io else "",
-        prefill_logits="[1, 1, vocabulary] of the last valid token" if settings.last_logits else f"[1, {chunk}, vocabulary]",
+        prefill_logits="[1, 1, vocabulary] of the last valid token"
+        if settings.last_logits
+        else f"[1, {chunk}, vocabulary]",
         fresh="states of zeros" if io else "a new state",
-        pads="No later call sees them." if settings.last_logits else "No later call sees them; their logits mean nothing.",
+        pads="No later call sees them."
+        if settings.last_logits
+        else "No later call sees them; their logits mean nothing.",
         states=IO_STATES if io else STATES,
         python_start=IO_START.rstrip() if io else STATE_START,
         python_call=IO_CALL if io else STATE_CALL,
@@ -129,9 +134,13 @@ def write(folder: Path, settings: Settings, golden: bytes) -> None:
     """
     if not 0 < settings.chunk < settings.max_context:
         what = f"a context of {settings.max_context} tokens and chunks of {settings.chunk}"
-        raise H1ExportError("CoreML", what, "a chunk has at least one token, and the context room for one more than a chunk")
+        raise H1ExportError(
+            "CoreML", what, "a chunk has at least one token, and the context room for one more than a chunk"
+        )
     for name in COPIED:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     (folder / README).write_text(text(settings), encoding="utf-8")
-    (folder / SETTINGS).write_text(json.dumps(dataclasses.asdict(settings), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / SETTINGS).write_text(
+        json.dumps(dataclasses.asdict(settings), indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
     (folder / GOLDEN).write_bytes(golden)

@@ -27,9 +27,14 @@ from zipfile import BadZipFile
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-PACKAGE, SETTINGS, GOLDEN = "model.mlpackage", "mac.json", "golden.npz"
-MANIFEST, REPORT = "manifest.json", "report.json"
-PAST, PRESENT = "past_key_values_", "present_"  # with --state-io: inputs, and the outputs that they become
+PACKAGE = "model.mlpackage"
+SETTINGS = "mac.json"
+GOLDEN = "golden.npz"
+MANIFEST = "manifest.json"
+REPORT = "report.json"
+# with --state-io: inputs, and the outputs that they become
+PAST = "past_key_values_"
+PRESENT = "present_"
 FORMAT = 1  # of golden.npz
 
 UnitsName = Literal["CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL"]
@@ -91,7 +96,9 @@ class Function:
         return self._model.make_state()
 
     def predict(self, feeds: Mapping[str, Any], state: Any) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self._model.predict(dict(feeds)) if state is None else self._model.predict(dict(feeds), state=state)
+        found: Mapping[str, Any] = (
+            self._model.predict(dict(feeds)) if state is None else self._model.predict(dict(feeds), state=state)
+        )
         return found
 
 
@@ -104,7 +111,9 @@ def load(package: Path, name: str, units: str) -> Function:
     version = platform.mac_ver()[0]
     if platform.system() != "Darwin" or int(version.split(".")[0] or 0) < 15:
         system = f"macOS {version}" if version else platform.system()
-        raise CannotRunError(f"this is {system}, and Core ML runs this package on macOS 15 or later; copy the folder to such a Mac")
+        raise CannotRunError(
+            f"this is {system}, and Core ML runs this package on macOS 15 or later; copy the folder to such a Mac"
+        )
     try:
         return Function(package, name, units)
     except ImportError as error:
@@ -117,16 +126,20 @@ def calls(length: int, settings: Settings, position: int = 0) -> Iterator[tuple[
         whole = position + settings.chunk <= settings.max_context
         count = min(length, settings.chunk) if whole else 1
         yield "prefill" if whole else "decode", position, count
-        position, length = position + count, length - count
+        position = position + count
+        length = length - count
 
 
 class Session:
     """One sequence over both functions, which share its states; they are made by ``first``."""
 
     def __init__(self, functions: Mapping[str, Function], settings: Settings, first: str) -> None:
-        self._functions, self._chunk = functions, settings.chunk
+        self._functions = functions
+        self._chunk = settings.chunk
         inputs = functions[first].inputs
-        self._past: dict[str, Any] = {name: np.zeros(shape, np.float32) for name, shape in inputs.items() if name.startswith(PAST)}
+        self._past: dict[str, Any] = {
+            name: np.zeros(shape, np.float32) for name, shape in inputs.items() if name.startswith(PAST)
+        }
         self._state = None if settings.state_io else functions[first].make_state()
 
     def call(self, name: str, position: int, ids: Ids) -> dict[int, Row]:
@@ -156,14 +169,16 @@ def run_case(functions: Mapping[str, Function], settings: Settings, case: Case) 
     Decode goes on in the states that prefill has filled: both are functions of one package and agree in the states' names and
     shapes. We are not sure that every system allows it: where it raises an error, decode takes the prompt in too.
     """
-    session, taken = Session(functions, settings, "prefill"), 0
+    session = Session(functions, settings, "prefill")
+    taken = 0
     found: dict[int, Row] = {}
     for name, position, count in calls(case.prompt, settings):
         if name == "prefill":
             found |= session.call(name, position, case.ids[position : position + count])
             taken = position + count
     try:
-        decoded, note = session.decode(taken, case.ids[taken:]), ""
+        decoded = session.decode(taken, case.ids[taken:])
+        note = ""
     except Exception as error:
         if settings.state_io:
             raise
@@ -191,30 +206,42 @@ def row_of(check: str, against: str, figures: Mapping[str, float], limit: float 
     return row | {"details": {}, "histograms": {}, "verdict": verdict}
 
 
-def case_row(functions: Mapping[str, Function], settings: Settings, case: Case, unit: str, tolerance: float) -> dict[str, Any]:
+def case_row(
+    functions: Mapping[str, Function], settings: Settings, case: Case, unit: str, tolerance: float
+) -> dict[str, Any]:
     """The row of one case on one unit. What is wrong on a unit that has to pass is a failure, elsewhere it is a note."""
     must = settings.must_pass(unit)
     try:
         pairs, note = run_case(functions, settings, case)
         figures = figures_of(pairs)
-        note = "; ".join(filter(None, [note, "not finite" if math.isnan(figures["logits"]) else f"{len(pairs)} rows of logits"]))
+        note = "; ".join(
+            filter(None, [note, "not finite" if math.isnan(figures["logits"]) else f"{len(pairs)} rows of logits"])
+        )
     except Exception as error:
-        figures, note = {"logits": math.nan, "top1": 0.0}, f"{type(error).__name__}: {str(error)[:200]}"
+        figures = {"logits": math.nan, "top1": 0.0}
+        note = f"{type(error).__name__}: {str(error)[:200]}"
     if not must and math.isnan(figures["logits"]):
         figures = {}
-    return row_of(f"{case.name}, {unit}", "golden", figures, tolerance if must else None, note)
+    return row_of(f"{case.name}, {unit}", "golden", figures, limit=tolerance if must else None, note=note)
 
 
 def latency_row(functions: Mapping[str, Function], settings: Settings, unit: str, repeats: int) -> dict[str, Any]:
     """Median milliseconds of a prefill chunk from position 0, and of the token after it."""
-    ids, figures = np.ones(settings.chunk, np.int32), {}
+    ids = np.ones(settings.chunk, np.int32)
+    figures = {}
     try:
         session = Session(functions, settings, "prefill")
         for name, position, count in (("prefill", 0, settings.chunk), ("decode", settings.chunk, 1)):
             figures[f"{name}_ms"] = 1000 * _median_seconds(partial(session.call, name, position, ids[:count]), repeats)
     except Exception as error:
-        return row_of(f"latency, {unit}", "time", {}, None, f"{type(error).__name__}: {str(error)[:200]}")
-    return row_of(f"latency, {unit}", "time", figures, None, f"median of {repeats}: a chunk of {settings.chunk} tokens, one token after it")
+        return row_of(f"latency, {unit}", "time", {}, limit=None, note=f"{type(error).__name__}: {str(error)[:200]}")
+    return row_of(
+        f"latency, {unit}",
+        "time",
+        figures,
+        limit=None,
+        note=f"median of {repeats}: a chunk of {settings.chunk} tokens, one token after it",
+    )
 
 
 def _median_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -227,20 +254,33 @@ def _median_seconds(call: Callable[[], object], repeats: int) -> float:
     return median(times)
 
 
-def unit_rows(settings: Settings, cases: Sequence[Case], tolerance: float, unit: str, repeats: int) -> list[dict[str, Any]]:
+def unit_rows(
+    settings: Settings, cases: Sequence[Case], tolerance: float, unit: str, repeats: int
+) -> list[dict[str, Any]]:
     """Every row of one unit. Raises CannotRunError, and nothing else."""
     try:
         functions = {name: load(HERE / PACKAGE, name, unit) for name in ("prefill", "decode")}
     except CannotRunError:
         raise
     except Exception as error:
-        must, note = settings.must_pass(unit), f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}"
-        return [row_of(f"load, {unit}", "golden", {"logits": math.nan} if must else {}, tolerance if must else None, note)]
+        must = settings.must_pass(unit)
+        note = f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}"
+        return [
+            row_of(
+                f"load, {unit}",
+                "golden",
+                {"logits": math.nan} if must else {},
+                limit=tolerance if must else None,
+                note=note,
+            )
+        ]
     has = functions["prefill"].inputs.get("input_ids")
     if has != (1, settings.chunk):
-        raise CannotRunError(f"{PACKAGE}: prefill takes input_ids {has}, and {SETTINGS} says chunks of {settings.chunk}; build it again")
-    rows = [case_row(functions, settings, case, unit, tolerance) for case in cases]
-    return [*rows, latency_row(functions, settings, unit, repeats)]
+        raise CannotRunError(
+            f"{PACKAGE}: prefill takes input_ids {has}, and {SETTINGS} says chunks of {settings.chunk}; build it again"
+        )
+    rows = [case_row(functions, settings, case, unit=unit, tolerance=tolerance) for case in cases]
+    return [*rows, latency_row(functions, settings, unit, repeats=repeats)]
 
 
 def read_settings(folder: Path) -> Settings:
@@ -257,7 +297,8 @@ def read_golden(folder: Path, settings: Settings) -> tuple[list[Case], float]:
         with np.load(folder / GOLDEN, allow_pickle=False) as data:
             if int(data["format"]) != FORMAT:
                 raise ValueError(f"format {int(data['format'])}, and this script reads {FORMAT}")
-            ids, steps = data["ids"], int(data["steps"])
+            ids = data["ids"]
+            steps = int(data["steps"])
             golden = dict(zip(data["positions"].tolist(), data["logits"].astype(np.float32), strict=True))
             cases = [Case(ids[: length + steps], length, golden) for length in data["prompts"].tolist()]
             tolerance = float(data["tolerance"])
@@ -265,7 +306,9 @@ def read_golden(folder: Path, settings: Settings) -> tuple[list[Case], float]:
         raise CannotRunError(f"{GOLDEN} cannot be read ({error}); copy the whole artifact") from None
     for case in cases:
         if len(case.ids) > settings.max_context:
-            raise CannotRunError(f"{GOLDEN}: {case.name!r} is longer than {settings.max_context} tokens; build the artifact again")
+            raise CannotRunError(
+                f"{GOLDEN}: {case.name!r} is longer than {settings.max_context} tokens; build the artifact again"
+            )
     return cases, tolerance
 
 
@@ -273,7 +316,9 @@ def read_subject(folder: Path) -> dict[str, Any]:
     """What manifest.json says of the artifact. Raises CannotRunError where it is no JSON object."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8") if (folder / MANIFEST).exists() else "{}"
-        return {name: value for name, value in json.loads(text).items() if name in ("target", "scheme", "options", "source")}
+        return {
+            name: value for name, value in json.loads(text).items() if name in ("target", "scheme", "options", "source")
+        }
     except (OSError, ValueError, AttributeError) as error:
         raise CannotRunError(f"{MANIFEST} cannot be read ({error}); copy the whole artifact") from None
 
@@ -299,7 +344,10 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """One line a row."""
     width = max(len(row["check"]) for row in rows)
     for row in rows:
-        figures = "  ".join(f"{name} {value if isinstance(value, str) else format(value, '.4g')}" for name, value in row["figures"].items())
+        figures = "  ".join(
+            f"{name} {value if isinstance(value, str) else format(value, '.4g')}"
+            for name, value in row["figures"].items()
+        )
         limits = "".join(f" (limit {limit:.3g})" for limit in row["limits"].values())
         print(f"{row['verdict']:4}  {row['check']:{width}}  {figures}{limits}  {row['note']}".rstrip())
 
@@ -314,7 +362,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = read_settings(HERE)
         cases, tolerance = read_golden(HERE, settings)
         subject = read_subject(HERE)
-        rows = [row for unit in arguments.units for row in unit_rows(settings, cases, tolerance, unit, arguments.repeats)]
+        rows = [
+            row
+            for unit in arguments.units
+            for row in unit_rows(settings, cases, tolerance, unit=unit, repeats=arguments.repeats)
+        ]
     except CannotRunError as error:
         print(f"verify_on_mac: {error}", file=sys.stderr)
         return 2

@@ -14,8 +14,12 @@ from h1export.targets.coreml.evaluator.package import stored
 from h1export.targets.coreml.evaluator.program import Function, Operation, TensorType, Value
 from h1export.targets.coreml.program import layout
 
-LARGEST_DIM, LARGEST_RANK = 1 << 18, 5  # of a tensor: a vocabulary fits; Core ML has no tensors of rank 6
-NE_DIM, NE_MULTIPLE = 1 << 14, 32  # of a tensor on the Neural Engine; of the last dimension of its states
+# of a tensor: a vocabulary fits; Core ML has no tensors of rank 6
+LARGEST_DIM = 1 << 18
+LARGEST_RANK = 5
+# of a tensor on the Neural Engine; of the last dimension of its states
+NE_DIM = 1 << 14
+NE_MULTIPLE = 32
 UNKNOWN_TO_DEVICES = ("int64", "uint64", "fp64")  # Core ML narrows them without a word
 
 
@@ -54,7 +58,12 @@ def _operations(package: Package) -> Iterator[tuple[Function, Operation]]:
 def _values(operation: Operation) -> Iterator[tuple[str, Value]]:
     """The constants that an operation holds itself."""
     yield from operation.attributes.items()
-    yield from ((name, argument) for name, arguments in operation.inputs.items() for argument in arguments if isinstance(argument, Value))
+    yield from (
+        (name, argument)
+        for name, arguments in operation.inputs.items()
+        for argument in arguments
+        if isinstance(argument, Value)
+    )
 
 
 def operations(package: Package) -> Iterator[Finding]:
@@ -93,7 +102,9 @@ def blocks(package: Package) -> Iterator[Finding]:
     for function, operation in _operations(package):
         if operation.type == "constexpr_blockwise_shift_scale":
             data, scale = (stored(operation, function.block)[name].type.shape for name in ("data", "scale"))
-            if len(data) != len(scale) or any(not part or (whole or 0) % part for whole, part in zip(data, scale, strict=True)):
+            if len(data) != len(scale) or any(
+                not part or (whole or 0) % part for whole, part in zip(data, scale, strict=True)
+            ):
                 yield Finding("blocks", operation.where, f"has integers {list(data)} and scales {list(scale)}")
 
 
@@ -102,8 +113,12 @@ def states(package: Package) -> Iterator[Finding]:
     declared: dict[str, TensorType] = {}
     for name, function in package.functions.items():
         if declared and function.states != declared:
-            differ = {key for key in declared.keys() | function.states.keys() if declared.get(key) != function.states.get(key)}
-            yield Finding("states", f"function {name!r}", f"has other states than the one before: {', '.join(sorted(differ))}")
+            differ = {
+                key for key in declared.keys() | function.states.keys() if declared.get(key) != function.states.get(key)
+            }
+            yield Finding(
+                "states", f"function {name!r}", f"has other states than the one before: {', '.join(sorted(differ))}"
+            )
         declared = dict(function.states)
         for kind in ("read_state", "write_state"):
             touched = {argument for op in function.block.walk() if op.type == kind for argument in op.inputs["input"]}
@@ -153,7 +168,9 @@ def reload(package: Package) -> Iterator[Finding]:
     loader = sdk.module("coremltools.converters.mil.frontend.milproto.load")
     weights = str(package.weights) if package.weights.is_dir() else ""
     try:
-        loader.load(package.model, specification_version=package.model.specificationVersion, file_weights_dir=weights).validate()
+        loader.load(
+            package.model, specification_version=package.model.specificationVersion, file_weights_dir=weights
+        ).validate()
     except Exception as error:  # it raises what its many ops raise
         yield Finding("reload", str(package.path), f"coremltools says {type(error).__name__}: {str(error)[:200]}")
 
@@ -164,14 +181,20 @@ def on_neural_engine(package: Package) -> Iterator[Finding]:
         for state, kind in function.states.items():
             if (kind.shape[-1] or 0) % NE_MULTIPLE:
                 yield Finding(
-                    "on_neural_engine", f"function {name!r}", f"state {state!r} is {kind}, whose last dimension is no multiple of 32"
+                    "on_neural_engine",
+                    f"function {name!r}",
+                    f"state {state!r} is {kind}, whose last dimension is no multiple of 32",
                 )
     for _, operation in _operations(package):
         if operation.type == "constexpr_blockwise_shift_scale":
             yield Finding("on_neural_engine", operation.where, "has scales by block")
-        elif not operation.constant and any((size or 0) > NE_DIM for _, kind in operation.outputs for size in kind.shape):
+        elif not operation.constant and any(
+            (size or 0) > NE_DIM for _, kind in operation.outputs for size in kind.shape
+        ):
             yield Finding(
-                "on_neural_engine", operation.where, f"is wider than {NE_DIM}: {', '.join(str(kind) for _, kind in operation.outputs)}"
+                "on_neural_engine",
+                operation.where,
+                f"is wider than {NE_DIM}: {', '.join(str(kind) for _, kind in operation.outputs)}",
             )
 
 
@@ -189,9 +212,12 @@ def description(package: Package) -> Iterator[Finding]:
         }
         for what, (own, described) in pairs.items():
             if own != described:
-                yield Finding("description", f"function {name!r}", f"{what} {sorted(own ^ described)} are on one side only")
+                yield Finding(
+                    "description", f"function {name!r}", f"{what} {sorted(own ^ described)} are on one side only"
+                )
 
 
 CHECKS: dict[str, Check] = {
-    check.__name__: check for check in (operations, types, constants, blocks, states, dimensions, description, calls, reload)
+    check.__name__: check
+    for check in (operations, types, constants, blocks, states, dimensions, description, calls, reload)
 }

@@ -28,10 +28,14 @@ def protobuf(program: Any, weights: Weights, notes: Mapping[str, str]) -> Any:
             if offset is None:
                 return values.create_immediate_value(var)
             primitive = values.types_to_proto_primitive(var.sym_type.get_primitive())
-            return values.create_file_value_tensor(file_name=WEIGHTS_REFERENCE, offset=offset, dim=var.shape, data_type=primitive)
+            return values.create_file_value_tensor(
+                file_name=WEIGHTS_REFERENCE, offset=offset, dim=var.shape, data_type=primitive
+            )
 
     message = Exporter(prog=program, weights_dir="", specification_version=SPECIFICATION_VERSION).export()
-    exporter = load.CoreMLProtoExporter(program, message, None, None, None, "mlprogram", "milinternal", SPECIFICATION_VERSION)
+    exporter = load.CoreMLProtoExporter(
+        program, message, None, None, None, "mlprogram", "milinternal", SPECIFICATION_VERSION
+    )
     model = exporter.export(SPECIFICATION_VERSION)
     model.description.metadata.userDefined.update(notes)
     return model
@@ -50,4 +54,6 @@ def write(folder: Path, model: Any) -> None:
         for name, (path, description) in items.items()
     }
     manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": ids["model.mlmodel"]}
-    (folder / layout.PACKAGE / "Manifest.json").write_text(json.dumps(manifest, indent=4, sort_keys=True), encoding="utf-8")
+    (folder / layout.PACKAGE / "Manifest.json").write_text(
+        json.dumps(manifest, indent=4, sort_keys=True), encoding="utf-8"
+    )

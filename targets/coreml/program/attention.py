@@ -17,10 +17,12 @@ from h1export.targets.coreml.program.weights import Var
 def attention(c: Context, node: Node) -> None:
     """A head's group of queries lies along its tokens, [1, kv_heads, group * T, dim], so that keys are not repeated."""
     q, k, v, past_k, past_v, *_, theta = args_of(node)
-    s, tokens = c.program.spec, c.call.tokens
+    s = c.program.config
+    tokens = c.call.tokens
     cos, sin = c.once(("rope", theta), lambda: _rotary_rows(c, theta))
     query, new_keys = (_rotate(c, _heads_first(c, operand), cos, sin) for operand in (q, k))
-    keys, values = _append(c, past_k, new_keys), _append(c, past_v, _heads_first(c, v))
+    keys = _append(c, past_k, new_keys)
+    values = _append(c, past_v, _heads_first(c, v))
     group = s.num_attention_heads // s.num_key_value_heads
     grouped = c.op("reshape", x=query, shape=(1, s.num_key_value_heads, group * tokens, s.head_dim))
     mask = c.once(("mask", group), lambda: _mask(c, group))
@@ -41,7 +43,7 @@ def rotary_table(theta: float, dim: int, length: int) -> tuple[torch.Tensor, tor
 
 def _rotary_rows(c: Context, theta: Any) -> tuple[Var, Var]:
     """cos and sin of this call's positions, [T, dim / 2]."""
-    tables = rotary_table(theta, c.program.spec.head_dim, c.max_context)
+    tables = rotary_table(theta, c.program.config.head_dim, c.max_context)
     arrays = [table.numpy().astype(c.weights.compute) for table in tables]
     cos, sin = (c.op("gather", x=array, indices=positions(c), axis=0, validate_indices=False) for array in arrays)
     return cos, sin
@@ -63,12 +65,15 @@ def _rotate(c: Context, x: Var, cos: Var, sin: Var) -> Var:
 def _append(c: Context, past: Any, new: Var) -> Var:
     """Keys or values with this call's written at ``position``: [1, kv_heads, max_context, dim]."""
     begin, end = c.once("window", lambda: _window(c))
-    return c.states.write(c.state(past), c.op("slice_update", x=c.states.read(c.state(past)), update=new, begin=begin, end=end))
+    return c.states.write(
+        c.state(past), c.op("slice_update", x=c.states.read(c.state(past)), update=new, begin=begin, end=end)
+    )
 
 
 def _window(c: Context) -> tuple[Var, Var]:
     """The corners of this call's rows in the keys' buffer."""
-    s, zero = c.program.spec, np.zeros(1, np.int32)
+    s = c.program.config
+    zero = np.zeros(1, np.int32)
     stop = c.op("add", x=c.position, y=np.int32(c.call.tokens))
     heads, dim = (np.array([size], np.int32) for size in (s.num_key_value_heads, s.head_dim))
     begin = c.op("concat", values=[zero, zero, c.position, zero], axis=0)

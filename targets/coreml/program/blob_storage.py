@@ -20,7 +20,8 @@ from h1export.artifact.staging import Stage
 from h1export.artifact.weight_file import Block, WeightFile
 
 RECORD = 64  # bytes of the header, of a record, and the alignment of everything
-SENTINEL, VERSION = 0xDEADBEEF, 2
+SENTINEL = 0xDEADBEEF
+VERSION = 2
 
 
 class BlobType(IntEnum):
@@ -34,13 +35,19 @@ class BlobType(IntEnum):
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor. Raises ValueError for half a byte."""
-        bits = {BlobType.FLOAT16: 16, BlobType.FLOAT32: 32, BlobType.INT8: 8, BlobType.INT4: 4, BlobType.INT32: 32}[self] * prod(shape)
+        bits = {BlobType.FLOAT16: 16, BlobType.FLOAT32: 32, BlobType.INT8: 8, BlobType.INT4: 4, BlobType.INT32: 32}[
+            self
+        ] * prod(shape)
         if bits % 8:
             raise ValueError(f"{shape} of {self.name} are no whole bytes")
         return bits // 8
 
 
-OF_ARRAY = {np.dtype(np.float16): BlobType.FLOAT16, np.dtype(np.float32): BlobType.FLOAT32, np.dtype(np.int32): BlobType.INT32}
+OF_ARRAY = {
+    np.dtype(np.float16): BlobType.FLOAT16,
+    np.dtype(np.float32): BlobType.FLOAT32,
+    np.dtype(np.int32): BlobType.INT32,
+}
 
 
 def pack_int4(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
@@ -49,12 +56,13 @@ def pack_int4(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     return np.asarray((unsigned[:, 0::2] & 15) | (unsigned[:, 1::2] << np.uint8(4)))
 
 
-class Blobs(WeightFile):
+class BlobStorage(WeightFile):
     """A WeightFile in weight.bin's format. A tensor is known by the offset of its record."""
 
     def __init__(self, stage: Stage, name: str) -> None:
         super().__init__(stage, name)
-        self._header, self._count = self.reserve("header", RECORD, RECORD), 0
+        self._header = self.reserve("header", RECORD, RECORD)
+        self._count = 0
 
     def add(self, tensors: Sequence[tuple[str, BlobType, tuple[int, ...]]], blocks: Iterable[Block]) -> list[int]:
         """Write tensors (name, dtype, shape), whose rows ``blocks`` compute from the top, and return their offsets."""

@@ -38,10 +38,22 @@ class Context:
     """
 
     def __init__(
-        self, program: Program, weights: Weights, states: States, call: Call, max_context: int, position: Var, n_valid: Var | None
+        self,
+        program: Program,
+        weights: Weights,
+        states: States,
+        call: Call,
+        max_context: int,
+        position: Var,
+        n_valid: Var | None,
     ) -> None:
-        self.program, self.weights, self.states, self.call, self.max_context = program, weights, states, call, max_context
-        self.position, self.n_valid = position, n_valid
+        self.program = program
+        self.weights = weights
+        self.states = states
+        self.call = call
+        self.max_context = max_context
+        self.position = position
+        self.n_valid = n_valid
         self._values: dict[Node, Any] = {}
         self._once: dict[Hashable, Any] = {}
         self._sizes = _Sizes(program, call.tokens, max_context)
@@ -61,7 +73,8 @@ class Context:
         """The value of an emitted node; of a weight placeholder, its floats in the dtype of activations."""
         if isinstance(node, (int, float)):
             return self.weights.compute(node)
-        expr, tensor = self.program.weight_of(node), self.program.orders.get(node.name)
+        expr = self.program.weight_of(node)
+        tensor = self.program.orders.get(node.name)
         if tensor is not None:
             return self.once(self.weights.store.order_name(tensor), lambda: self.weights.order(tensor))
         return self._values[node] if expr is None else self.once(expr, lambda: self.weights.dense(expr))
@@ -121,7 +134,8 @@ class _Sizes:
 def needed(program: Program, given: Callable[[Node], bool]) -> Iterator[Node]:
     """The call_function nodes that the outputs need, in graph order, but for sizes and what only nodes ``given`` already need."""
     (result,) = [node for node in program.graph.nodes if node.op == "output"]
-    pending, seen = list(result.all_input_nodes), set[Node]()
+    pending = list(result.all_input_nodes)
+    seen = set[Node]()
     while pending:
         node = pending.pop()
         if node not in seen and not given(node) and not isinstance(node.meta["val"], torch.SymInt):

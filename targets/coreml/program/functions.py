@@ -25,17 +25,22 @@ def mil_program(program: Program, weights: Weights, calls: Sequence[Call], max_c
     """A MIL program with a function for each of ``calls``; weights are stand-ins."""
     result = sdk.mil().Program()
     for call in calls:
-        result.add_function(call.name, _function(program, weights, call, max_context, state_io))
-    result.default_function_name, result.export_as_multifunction = calls[0].name, True
+        result.add_function(call.name, _function(program, weights, call, max_context=max_context, state_io=state_io))
+    result.default_function_name = calls[0].name
+    result.export_as_multifunction = True
     return result
 
 
-def _function(program: Program, weights: Weights, call: Call, max_context: int, state_io: bool) -> Any:
-    mb, mil = sdk.builder(), sdk.mil()
+def _function(program: Program, weights: Weights, call: Call, *, max_context: int, state_io: bool) -> Any:
+    mb = sdk.builder()
+    mil = sdk.mil()
     mb.name_count.clear()  # names come from counters that run on from function to function, and so would the bytes
     states = (PassedStates if state_io else HeldStates)(program.states.tensors, max_context, weights.compute)
     int32 = mil.types.int32
-    inputs = {layout.INPUT_IDS: mb.placeholder(shape=(1, call.tokens), dtype=int32), POSITION: mb.placeholder(shape=(1,), dtype=int32)}
+    inputs = {
+        layout.INPUT_IDS: mb.placeholder(shape=(1, call.tokens), dtype=int32),
+        POSITION: mb.placeholder(shape=(1,), dtype=int32),
+    }
     if call.padded:
         inputs[N_VALID] = mb.placeholder(shape=(1,), dtype=int32)
     with mil.Function({**inputs, **states.placeholders()}, opset_version=sdk.coremltools().target.iOS18) as function:

@@ -12,10 +12,16 @@ from h1export.model.falcon_h1.states import Array, StateKind, StateTensor
 
 PACKAGE = "model.mlpackage"
 DATA = f"{PACKAGE}/Data/com.apple.CoreML"
-MODEL, WEIGHTS = f"{DATA}/model.mlmodel", f"{DATA}/weights/weight.bin"
+MODEL = f"{DATA}/model.mlmodel"
+WEIGHTS = f"{DATA}/weights/weight.bin"
 
-INPUT_IDS, POSITION, N_VALID, LOGITS = "input_ids", "position", "n_valid", "logits"
-MAX_CONTEXT, PREFILL_TOKENS = "max_context", "prefill_tokens"  # in the package's metadata
+INPUT_IDS = "input_ids"
+POSITION = "position"
+N_VALID = "n_valid"
+LOGITS = "logits"
+# in the package's metadata
+MAX_CONTEXT = "max_context"
+PREFILL_TOKENS = "prefill_tokens"
 LOW_SCALE = 2048.0  # the low half of a recurrent state is stored times this: fp16 has 11 bits
 LOW = "_low"
 
@@ -34,7 +40,8 @@ class Call:
         return self.tokens > 1
 
 
-DECODE, PREFILL = Call("decode", 1), Call("prefill", 64)
+DECODE = Call("decode", 1)
+PREFILL = Call("prefill", 64)
 CALLS = (DECODE, PREFILL)
 
 

@@ -26,7 +26,8 @@ Emitter = Callable[[Context, Node], None]
 
 def linear(c: Context, node: Node) -> None:
     """Integers where the scheme has some, and µP as a product beside them; else floats with µP folded in."""
-    x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
+    x = c.value(args_of(node)[0])
+    expr = c.expr(args_of(node)[1])
     bias = {} if (added := linear_bias(node)) is None else {"bias": c.value(added)}
     multiplier = None if c.weights.precision(expr) is None else c.weights.multiplier(expr.only)
     if multiplier is None:
@@ -42,7 +43,8 @@ def _matrix(c: Context, expr: WeightExpr) -> Var:
 
 def embedding(c: Context, node: Node) -> None:
     """The residual stream begins, and stays, in float32: every layer adds to it, and trained models leave fp16's range there."""
-    table, ids = _matrix(c, c.expr(args_of(node)[0])), c.value(args_of(node)[1])
+    table = _matrix(c, c.expr(args_of(node)[0]))
+    ids = c.value(args_of(node)[1])
     c.set(node, c.float32(c.op("gather", x=table, indices=ids, axis=0, validate_indices=False)))
 
 
@@ -75,7 +77,8 @@ def view(c: Context, node: Node) -> None:
 
 
 def unsqueeze(c: Context, node: Node) -> None:
-    x, axis = c.value(args_of(node)[0]), args_of(node)[1]
+    x = c.value(args_of(node)[0])
+    axis = args_of(node)[1]
     c.set(node, x if x is ALL_REAL else c.op("expand_dims", x=x, axes=[axis]))
 
 
@@ -122,5 +125,13 @@ TABLE: Mapping[Any, Emitter] = {
 
 # Legal ops that stand only in what this target gives a value of its own (positions, the mask of real tokens, sizes), or in fusions
 UNUSED = frozenset(
-    {aten.cat.default, aten.sub.Tensor, aten.cumsum.default, aten.clamp.default, aten.to.dtype, aten.sym_size.int, operator.sub}
+    {
+        aten.cat.default,
+        aten.sub.Tensor,
+        aten.cumsum.default,
+        aten.clamp.default,
+        aten.to.dtype,
+        aten.sym_size.int,
+        operator.sub,
+    }
 )

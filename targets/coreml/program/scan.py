@@ -13,7 +13,9 @@ from h1export.graphs.program import args_of
 from h1export.targets.coreml.program.context import ALL_REAL, Context
 from h1export.targets.coreml.program.weights import Var
 
-Scan = Callable[..., tuple[Var, Var]]  # (context, dt, dt A, x, B, C, state), all float32 -> y [1, T, heads, d_head], the state after
+Scan = Callable[
+    ..., tuple[Var, Var]
+]  # (context, dt, dt A, x, B, C, state), all float32 -> y [1, T, heads, d_head], the state after
 
 
 def ssm_scan(c: Context, node: Node) -> None:
@@ -23,12 +25,12 @@ def ssm_scan(c: Context, node: Node) -> None:
     """
     x, dt, A, B, C, D, dt_bias, state, mask, _, dt_min, dt_max = args_of(node)
     step = _step(c, dt, dt_bias, mask, dt_min, dt_max)
-    decay = c.op("mul", x=step, y=_float32(c, A, (c.program.spec.mamba_n_heads,)))  # [1, T, heads]
+    decay = c.op("mul", x=step, y=_float32(c, A, (c.program.config.mamba_n_heads,)))  # [1, T, heads]
     inputs = [c.float32(c.value(operand)) for operand in (x, B, C)]
     scan: Scan = _chunk if c.call.padded else _one_token
     y, after = scan(c, step, decay, *inputs, c.states.read(c.state(state)))
     c.states.write(c.state(state), after)
-    skip = c.op("mul", x=inputs[0], y=_float32(c, D, (c.program.spec.mamba_n_heads, 1)))
+    skip = c.op("mul", x=inputs[0], y=_float32(c, D, (c.program.config.mamba_n_heads, 1)))
     c.set(node, c.activation(c.op("add", x=y, y=skip)), after)
 
 
@@ -38,7 +40,7 @@ def _float32(c: Context, weight: Any, shape: tuple[int, ...]) -> Var:
 
 def _step(c: Context, dt: Any, dt_bias: Any, mask: Any, dt_min: Any, dt_max: Any) -> Var:
     """clamp(softplus(dt + bias)), and 0 for pads: float32 [1, T, heads]."""
-    heads = (c.program.spec.mamba_n_heads,)
+    heads = (c.program.config.mamba_n_heads,)
     step = c.op("softplus", x=c.op("add", x=c.float32(c.value(dt)), y=_float32(c, dt_bias, heads)))
     if dt_min > 0:
         step = c.op("maximum", x=step, y=np.float32(dt_min))
@@ -51,22 +53,34 @@ def _step(c: Context, dt: Any, dt_bias: Any, mask: Any, dt_min: Any, dt_max: Any
 
 def _one_token(c: Context, step: Var, decay: Var, x: Var, B: Var, C: Var, state: Var) -> tuple[Var, Var]:
     """S = exp(dt A) S + dt x B^T; y = S C. Heads of a group lie one after the other, so a group is a matrix [heads * d_head, d_state]."""
-    s = c.program.spec
-    heads, grouped = (1, s.mamba_n_heads, 1, 1), (1, s.mamba_n_groups, -1, s.mamba_d_state)
+    s = c.program.config
+    heads = (1, s.mamba_n_heads, 1, 1)
+    grouped = (1, s.mamba_n_groups, -1, s.mamba_d_state)
     kept = c.op("mul", x=state, y=c.op("exp", x=c.op("reshape", x=decay, shape=heads)))
-    drive = c.op("mul", x=c.op("reshape", x=x, shape=(1, s.mamba_n_heads, s.mamba_d_head, 1)), y=c.op("reshape", x=step, shape=heads))
+    drive = c.op(
+        "mul",
+        x=c.op("reshape", x=x, shape=(1, s.mamba_n_heads, s.mamba_d_head, 1)),
+        y=c.op("reshape", x=step, shape=heads),
+    )
     rows = c.op("reshape", x=drive, shape=(1, s.mamba_n_groups, -1, 1))
     added = c.op("mul", x=rows, y=c.op("reshape", x=B, shape=(1, s.mamba_n_groups, 1, s.mamba_d_state)))
     after = c.op("add", x=c.op("reshape", x=kept, shape=grouped), y=added)
     y = c.op("matmul", x=after, y=c.op("reshape", x=C, shape=(1, s.mamba_n_groups, s.mamba_d_state, 1)))
-    return c.op("reshape", x=y, shape=(1, 1, s.mamba_n_heads, s.mamba_d_head)), c.op("reshape", x=after, shape=state.shape)
+    return c.op("reshape", x=y, shape=(1, 1, s.mamba_n_heads, s.mamba_d_head)), c.op(
+        "reshape", x=after, shape=state.shape
+    )
 
 
 def _chunk(c: Context, step: Var, decay: Var, x: Var, B: Var, C: Var, state: Var) -> tuple[Var, Var]:
-    s, tokens = c.program.spec, c.call.tokens
-    groups, heads, dim = s.mamba_n_groups, s.mamba_n_heads, s.mamba_d_head
+    s = c.program.config
+    tokens = c.call.tokens
+    groups = s.mamba_n_groups
+    heads = s.mamba_n_heads
+    dim = s.mamba_d_head
     B, C = (c.op("transpose", x=operand, perm=(0, 2, 1, 3)) for operand in (B, C))  # [1, groups, T, d_state]
-    drive = c.op("transpose", x=c.op("mul", x=x, y=c.op("expand_dims", x=step, axes=[3])), perm=(0, 2, 1, 3))  # [1, heads, T, d_head]
+    drive = c.op(
+        "transpose", x=c.op("mul", x=x, y=c.op("expand_dims", x=step, axes=[3])), perm=(0, 2, 1, 3)
+    )  # [1, heads, T, d_head]
     by_head = c.op("transpose", x=decay, perm=(0, 2, 1))
     between = _decay_between(c, by_head)
     scores = c.op("matmul", x=C, y=B, transpose_y=True)
@@ -80,8 +94,10 @@ def _chunk(c: Context, step: Var, decay: Var, x: Var, B: Var, C: Var, state: Var
     rows = c.op("reshape", x=state, shape=(1, groups, -1, s.mamba_d_state))
     read = c.op("transpose", x=c.op("matmul", x=C, y=rows, transpose_y=True), perm=(0, 2, 1, 3))
     since_start = c.op("exp", x=c.op("cumsum", x=decay, axis=1))  # [1, T, heads]
-    carried = c.op("mul", x=c.op("reshape", x=read, shape=(1, tokens, heads, dim)), y=c.op("expand_dims", x=since_start, axes=[3]))
-    return c.op("add", x=within, y=carried), _state_after(c, by_head, between, drive, B, state)
+    carried = c.op(
+        "mul", x=c.op("reshape", x=read, shape=(1, tokens, heads, dim)), y=c.op("expand_dims", x=since_start, axes=[3])
+    )
+    return c.op("add", x=within, y=carried), _state_after(c, by_head, between, drive=drive, B=B, state=state)
 
 
 def _decay_between(c: Context, decay: Var) -> Var:
@@ -91,9 +107,12 @@ def _decay_between(c: Context, decay: Var) -> Var:
     return c.op("mul", x=c.op("exp", x=c.op("cumsum", x=strictly, axis=2)), y=lower)
 
 
-def _state_after(c: Context, decay: Var, between: Var, drive: Var, B: Var, state: Var) -> Var:
-    s, tokens = c.program.spec, c.call.tokens
-    heads, dim, groups = s.mamba_n_heads, s.mamba_d_head, s.mamba_n_groups
+def _state_after(c: Context, decay: Var, between: Var, *, drive: Var, B: Var, state: Var) -> Var:
+    s = c.program.config
+    tokens = c.call.tokens
+    heads = s.mamba_n_heads
+    dim = s.mamba_d_head
+    groups = s.mamba_n_groups
     last_row = c.op("slice_by_size", x=between, begin=(0, 0, tokens - 1, 0), size=(1, heads, 1, tokens))
     to_end = c.op("reshape", x=last_row, shape=(1, heads, tokens, 1))
     ending = c.op("transpose", x=c.op("mul", x=drive, y=to_end), perm=(0, 1, 3, 2))  # [1, heads, d_head, T]
@@ -111,7 +130,8 @@ def causal_conv(c: Context, node: Node) -> None:
     x, state, weight, bias = args_of(node)
     inputs = c.op("concat", values=[c.states.read(c.state(state)), c.value(x)], axis=1)
     _, rows, channels = inputs.shape
-    carried, wide = rows - c.call.tokens, c.float32(inputs)
+    carried = rows - c.call.tokens
+    wide = c.float32(inputs)
     total = None if bias is None else c.float32(c.value(bias))
     for tap in range(carried + 1):
         window = c.op("slice_by_size", x=wide, begin=(0, tap, 0), size=(1, c.call.tokens, channels))

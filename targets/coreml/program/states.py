@@ -41,22 +41,26 @@ class HeldStates:
 
     def __init__(self, tensors: Sequence[StateTensor], max_context: int, compute: Float) -> None:
         self._shapes = {tensor: shape(tensor, max_context) for tensor in tensors}
-        self._compute, self.inputs = compute, dict[str, Var]()
+        self._compute = compute
+        self.inputs = dict[str, Var]()
 
     def placeholders(self) -> Mapping[str, Any]:
-        mb, fp16 = sdk.builder(), sdk.mil().types.fp16
+        mb = sdk.builder()
+        fp16 = sdk.mil().types.fp16
         names = [(name, dims) for tensor, dims in self._shapes.items() for name in state_names(tensor)]
         return {name: mb.state_tensor_placeholder(shape=dims, dtype=fp16) for name, dims in names}
 
     def read(self, tensor: StateTensor) -> Var:
-        mb, names = sdk.builder(), state_names(tensor)
+        mb = sdk.builder()
+        names = state_names(tensor)
         high, *low = [mb.read_state(input=self.inputs[name]) for name in names]
         if not low:
             return _cast(high, self._compute)
         return mb.add(x=_cast(high, np.float32), y=mb.mul(x=_cast(low[0], np.float32), y=np.float32(1 / LOW_SCALE)))
 
     def write(self, tensor: StateTensor, value: Var) -> Var:
-        mb, name = sdk.builder(), state_name(tensor)
+        mb = sdk.builder()
+        name = state_name(tensor)
         held = mb.coreml_update_state(state=self.inputs[name], value=_cast(value, np.float16))
         if tensor.kind is not StateKind.RECURRENT:
             return _cast(held, self._compute)
@@ -73,10 +77,13 @@ class PassedStates:
 
     def __init__(self, tensors: Sequence[StateTensor], max_context: int, compute: Float) -> None:
         self._shapes = {tensor: shape(tensor, max_context) for tensor in tensors}
-        self._compute, self.inputs, self._outputs = compute, dict[str, Var](), dict[StateTensor, Var]()
+        self._compute = compute
+        self.inputs = dict[str, Var]()
+        self._outputs = dict[StateTensor, Var]()
 
     def placeholders(self) -> Mapping[str, Any]:
-        mb, types = sdk.builder(), sdk.mil().types
+        mb = sdk.builder()
+        types = sdk.mil().types
         names = {np.float16: types.fp16, np.float32: types.fp32}
         return {
             state_name(tensor): mb.placeholder(shape=dims, dtype=names[passed_dtype(tensor, self._compute)])

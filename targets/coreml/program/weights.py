@@ -15,19 +15,21 @@ from h1export.artifact.weight_file import BLOCK_BYTES, Block
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr, WeightPart
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import EMBEDDING
 from h1export.quantize.dequantize import dequantized_blocks
-from h1export.quantize.group_format import Precision
-from h1export.quantize.source import Integers, QuantizedBlock, quantized_blocks
+from h1export.quantize.precision import Precision
+from h1export.quantize.source import QuantizedBlock, QuantizedWeights, quantized_blocks
 from h1export.targets.coreml import sdk
-from h1export.targets.coreml.program.blob_storage import OF_ARRAY, Blobs, BlobType, pack_int4
+from h1export.targets.coreml.program.blob_storage import OF_ARRAY, BlobStorage, BlobType, pack_int4
 
 Float = type[np.float16] | type[np.float32]
 Var = Any  # coremltools' Var, untyped
 
-SCALES, CODES, ZEROS = "_scales", "_codes", "_zeros"
+SCALES = "_scales"
+CODES = "_codes"
+ZEROS = "_zeros"
 
 
 def mil_name(expr: WeightExpr) -> str:
@@ -46,9 +48,15 @@ class Weights:
         stored: quantised weights, for the manifest.
     """
 
-    def __init__(self, store: WeightStore, integers: Integers, spec: HybridSpec, blobs: Blobs, compute: Float) -> None:
-        self.compute, self.stored = compute, list[StoredWeight]()
-        self.store, self._integers, self._spec, self._blobs = store, integers, spec, blobs
+    def __init__(
+        self, store: WeightStore, integers: QuantizedWeights, config: FalconH1Config, blobs: BlobStorage, compute: Float
+    ) -> None:
+        self.compute = compute
+        self.stored = list[StoredWeight]()
+        self.store = store
+        self._integers = integers
+        self._spec = config
+        self._blobs = blobs
         self._places: dict[str, Callable[[], int]] = {}
 
     def precision(self, expr: WeightExpr) -> Precision | None:
@@ -64,11 +72,14 @@ class Weights:
 
     def stored_blocks(self, expr: WeightExpr) -> Iterator[Callable[[], Array]]:
         """``dequantized_blocks`` of what the package stores: integers as it has them, and the checkpoint's own floats elsewhere."""
-        return dequantized_blocks(expr, self.store, self._integers if self.precision(expr) else None, BLOCK_BYTES)
+        return dequantized_blocks(
+            expr, self.store, self._integers if self.precision(expr) else None, max_bytes=BLOCK_BYTES
+        )
 
     def dense(self, expr: WeightExpr, shape: tuple[int, ...] | None = None, dtype: Float | None = None) -> Var:
         """``expr``, µP included, in ``shape`` and ``dtype``; by default its own shape and ``compute``."""
-        dtype, own = dtype or self.compute, expr.shape(self.store.shape)
+        dtype = dtype or self.compute
+        own = expr.shape(self.store.shape)
         blocks = (partial(_floats, block, dtype, expr) for block in expr.lazy_blocks(self.store, BLOCK_BYTES))
         return self._constant(mil_name(expr), shape or own, dtype, blocks)
 
@@ -88,10 +99,15 @@ class Weights:
 
     def quantized(self, expr: WeightExpr, precision: Precision) -> Var:
         """(codes - zeros) * scales [rows, columns] of a matrix, without µP: constexpr_blockwise_shift_scale."""
-        name, (rows, columns) = mil_name(expr), expr.shape(self.store.shape)
-        groups = columns // precision.columns_per_scale(columns)
+        name = mil_name(expr)
+        (rows, columns) = expr.shape(self.store.shape)
+        groups = columns // precision.columns_per_group(columns)
         integer = np.zeros((), sdk.int4() if precision.bits == 4 else np.int8)
-        shapes = {CODES: (rows, columns), SCALES: (rows, groups), **({ZEROS: (rows, groups)} if precision.zeros else {})}
+        shapes = {
+            CODES: (rows, columns),
+            SCALES: (rows, groups),
+            **({ZEROS: (rows, groups)} if precision.zeros else {}),
+        }
         made = {}
         for place, (suffix, shape) in enumerate(shapes.items()):
             made[suffix] = self._stand_in(name + suffix, shape, self.compute(np.nan) if suffix == SCALES else integer)
@@ -101,7 +117,9 @@ class Weights:
 
     def order(self, tensor: str) -> Var:
         """The order of a packed tensor's columns, int32 [columns]."""
-        return sdk.builder().const(val=self.store.packed[tensor].order.astype(np.int32), name=order_name(self.store.order_name(tensor)))
+        return sdk.builder().const(
+            val=self.store.packed[tensor].order.astype(np.int32), name=order_name(self.store.order_name(tensor))
+        )
 
     def offset(self, var: Var) -> int | None:
         """Where weight.bin has the value of a constant; None: it is small and stands in the program itself."""
@@ -124,16 +142,24 @@ class Weights:
         """Where codes (0), scales (1) or zero points (2) of ``expr`` lie, written together and once."""
 
         def write() -> list[int]:
-            name, (rows, columns) = mil_name(expr), expr.shape(self.store.shape)
+            name = mil_name(expr)
+            (rows, columns) = expr.shape(self.store.shape)
             integer = BlobType.INT4 if precision.bits == 4 else BlobType.INT8
-            tensors = [(name + CODES, integer, (rows, columns)), (name + SCALES, OF_ARRAY[np.dtype(self.compute)], (rows, groups))]
+            tensors = [
+                (name + CODES, integer, (rows, columns)),
+                (name + SCALES, OF_ARRAY[np.dtype(self.compute)], (rows, groups)),
+            ]
             if precision.zeros:
                 tensors.append((name + ZEROS, integer, (rows, groups)))
             # rows of zero points may end within a byte, and two of them do not
-            blocks = quantized_blocks(expr, self.store, self._integers, BLOCK_BYTES, multiple=2 if precision.zeros else 1)
+            blocks = quantized_blocks(
+                expr, self.store, self._integers, max_bytes=BLOCK_BYTES, multiple=2 if precision.zeros else 1
+            )
             offsets = self._blobs.add(tensors, (partial(_integers, block, precision, self.compute) for block in blocks))
-            part = StoredPart(expr.only.tensor, rows, expr.only.multiplier, self.store.order_name(expr.only.tensor))
-            self.stored.append(StoredWeight(name, precision.bits, precision.block, 0, (part,)))
+            part = StoredPart(
+                expr.only.tensor, rows, expr.only.multiplier, order=self.store.order_name(expr.only.tensor)
+            )
+            self.stored.append(StoredWeight(name, precision.bits, precision.group_size, axis=0, parts=(part,)))
             return offsets
 
         return self._blobs.once((expr, precision), write)[place]
@@ -146,7 +172,8 @@ def order_name(stored: str) -> str:
 
 def _integers(block: QuantizedBlock, precision: Precision, compute: Float) -> tuple[npt.NDArray[Any], ...]:
     (tensor,) = block()
-    codes, scales = pack_int4(tensor.codes) if precision.bits == 4 else tensor.codes, tensor.scales.astype(compute)
+    codes = pack_int4(tensor.codes) if precision.bits == 4 else tensor.codes
+    scales = tensor.scales.astype(compute)
     if tensor.zeros is None:
         return codes, scales
     return codes, scales, pack_int4(tensor.zeros.reshape(1, -1)) if precision.bits == 4 else tensor.zeros
@@ -156,5 +183,7 @@ def _floats(block: Callable[[], Array], dtype: Float, expr: WeightExpr) -> tuple
     """Raises H1ExportError for a value beyond the range of fp16."""
     values = block()
     if dtype is np.float16 and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
-        raise H1ExportError(f'tensor "{expr.only.tensor}"', f"holds {np.abs(values).max():g}, too large for fp16", "use --compute fp32")
+        raise H1ExportError(
+            f'tensor "{expr.only.tensor}"', f"holds {np.abs(values).max():g}, too large for fp16", "use --compute fp32"
+        )
     return (values.astype(dtype),)

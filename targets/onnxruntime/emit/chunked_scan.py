@@ -11,10 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.targets.onnx.builder import GraphBuilder, Value
 
-LENGTH = 64  # tokens of a chunk: the fastest of 32, 64 and 128 for prefill; a shorter call is one chunk of its own length
+LENGTH = (
+    64  # tokens of a chunk: the fastest of 32, 64 and 128 for prefill; a shorter call is one chunk of its own length
+)
 END = np.iinfo(np.int64).max
 FLOAT = 1
 
@@ -44,14 +46,17 @@ class Chunks:
         count = b.op("Div", b.op("Sub", b.op("Add", seq, length), b.ints(1)), length)
         missing = b.op("Sub", b.op("Mul", count, length), seq)
         pads = b.op("Concat", b.ints(0, 0, 0, 0), missing, b.ints(0), axis=0)
-        return cls(seq, length, pads, _triangles(b, length), _triangles(b, b.op("Add", count, b.ints(1))))
+        return cls(seq, length, pads, within=_triangles(b, length), across=_triangles(b, b.op("Add", count, b.ints(1))))
 
 
 def _triangles(b: GraphBuilder, size: Value) -> tuple[Value, Value]:
     """Float [size, size]: 1 where row > column, and 1 where row >= column."""
     index = b.op("Range", b.constant(0, np.int64), b.op("Squeeze", size), b.constant(1, np.int64))
-    row, column = b.op("Unsqueeze", index, b.ints(1)), b.op("Unsqueeze", index, b.ints(0))
-    return b.op("Cast", b.op("Greater", row, column), to=FLOAT), b.op("Cast", b.op("GreaterOrEqual", row, column), to=FLOAT)
+    row = b.op("Unsqueeze", index, b.ints(1))
+    column = b.op("Unsqueeze", index, b.ints(0))
+    return b.op("Cast", b.op("Greater", row, column), to=FLOAT), b.op(
+        "Cast", b.op("GreaterOrEqual", row, column), to=FLOAT
+    )
 
 
 def _decay_between(b: GraphBuilder, log_decay: Value, triangles: tuple[Value, Value]) -> Value:
@@ -62,7 +67,15 @@ def _decay_between(b: GraphBuilder, log_decay: Value, triangles: tuple[Value, Va
 
 
 def chunked_scan(
-    b: GraphBuilder, spec: HybridSpec, chunks: Chunks, drive: Value, log_decay: Value, B: Value, C: Value, state: Value
+    b: GraphBuilder,
+    config: FalconH1Config,
+    chunks: Chunks,
+    *,
+    drive: Value,
+    log_decay: Value,
+    B: Value,
+    C: Value,
+    state: Value,
 ) -> tuple[Value, Value]:
     """S_t = exp(log_decay_t) S_{t-1} + B_t drive_t^T, y_t = C_t S_t.
 
@@ -79,8 +92,10 @@ def chunked_scan(
     Returns:
         y [b, seq, heads, p] and the state after the last token.
     """
-    g, n, p = spec.mamba_n_groups, spec.mamba_d_state, spec.mamba_d_head
-    r = spec.mamba_n_heads // g
+    g = config.mamba_n_groups
+    n = config.mamba_d_state
+    p = config.mamba_d_head
+    r = config.mamba_n_heads // g
 
     def cut(x: Value, *tail: int, perm: list[int]) -> Value:
         shape = b.once(("chunk", tail), lambda: b.op("Concat", b.ints(0, -1), chunks.length, b.ints(*tail), axis=0))
@@ -93,25 +108,31 @@ def chunked_scan(
 
     within = _decay_between(b, log, chunks.within)  # b g r c l m
     scores = b.op("Mul", b.op("MatMul", queries, keys), within)
-    to_end = b.op("Transpose", b.op("Slice", within, b.ints(-1), b.ints(END), b.ints(4)), perm=[0, 1, 2, 3, 5, 4])  # b g r c l 1
+    to_end = b.op(
+        "Transpose", b.op("Slice", within, b.ints(-1), b.ints(END), b.ints(4)), perm=[0, 1, 2, 3, 5, 4]
+    )  # b g r c l 1
     added = b.op("MatMul", keys, b.op("Mul", u, to_end))  # b g r c n p
     from_start = b.op("CumSum", log, b.constant(-1, np.int64))  # b g r c l
 
-    entering, last = _across(b, spec, chunks, added, from_start, state)
+    entering, last = _across(b, config, chunks, added=added, from_start=from_start, state=state)
     carried = b.op("Mul", b.op("MatMul", queries, entering), b.op("Unsqueeze", b.op("Exp", from_start), b.ints(5)))
     y = b.op("Transpose", b.op("Add", b.op("MatMul", scores, u), carried), perm=[0, 3, 4, 1, 2, 5])  # b c l g r p
-    flat = b.op("Reshape", y, b.ints(0, -1, spec.mamba_n_heads, p))
+    flat = b.op("Reshape", y, b.ints(0, -1, config.mamba_n_heads, p))
     return b.op("Slice", flat, b.ints(0), chunks.seq, b.ints(1)), last
 
 
-def _across(b: GraphBuilder, spec: HybridSpec, chunks: Chunks, added: Value, from_start: Value, state: Value) -> tuple[Value, Value]:
+def _across(
+    b: GraphBuilder, config: FalconH1Config, chunks: Chunks, *, added: Value, from_start: Value, state: Value
+) -> tuple[Value, Value]:
     """States before each chunk, [b, g, r, c, n, p], and after the last one, [b, heads, n, p].
 
     ``added``: what each chunk adds to the state; ``from_start``: log decays from its start to each of its tokens. One product with
     the decays between chunks takes the place of a loop over them.
     """
-    g, n, p = spec.mamba_n_groups, spec.mamba_d_state, spec.mamba_d_head
-    r = spec.mamba_n_heads // g
+    g = config.mamba_n_groups
+    n = config.mamba_d_state
+    p = config.mamba_d_head
+    r = config.mamba_n_heads // g
     first = b.op("Reshape", state, b.ints(0, g, r, 1, n * p))
     states = b.op("Concat", first, b.op("Reshape", added, b.ints(0, g, r, -1, n * p)), axis=3)
     whole = b.op("Squeeze", b.op("Slice", from_start, b.ints(-1), b.ints(END), b.ints(4)), b.ints(4))  # b g r c
@@ -119,4 +140,6 @@ def _across(b: GraphBuilder, spec: HybridSpec, chunks: Chunks, added: Value, fro
     after = b.op("MatMul", decay, states)  # b g r 1+c np
     before = b.op("Slice", after, b.ints(0), b.ints(-1), b.ints(3))
     last = b.op("Slice", after, b.ints(-1), b.ints(END), b.ints(3))
-    return b.op("Reshape", before, b.ints(0, g, r, -1, n, p)), b.op("Reshape", last, b.ints(0, spec.mamba_n_heads, n, p))
+    return b.op("Reshape", before, b.ints(0, g, r, -1, n, p)), b.op(
+        "Reshape", last, b.ints(0, config.mamba_n_heads, n, p)
+    )

@@ -31,17 +31,28 @@ aten = torch.ops.aten
 
 def linear(c: OrtContext, node: Node) -> None:
     """MatMulNBits where it is stored in integers, else a product with the weight as the checkpoint stores it, [N, K]."""
-    x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
+    x = c.value(args_of(node)[0])
+    expr = c.expr(args_of(node)[1])
     precision = c.precision(expr)
-    y = matmul_nbits(c, x, expr, precision) if precision else c.build.op("FusedMatMul", x, c.weight(expr), domain=MS, transB=1)
+    y = (
+        matmul_nbits(c, x, expr, precision=precision)
+        if precision
+        else c.build.op("FusedMatMul", x, c.weight(expr), domain=MS, transB=1)
+    )
     bias = args_of(node)[2] if len(args_of(node)) > 2 else None
     c.set(node, y if bias is None else c.build.op("Add", y, c.value(bias)))
 
 
 def embedding(c: Context, node: Node) -> None:
-    expr, ids = c.expr(args_of(node)[0]), c.value(args_of(node)[1])
+    expr = c.expr(args_of(node)[0])
+    ids = c.value(args_of(node)[1])
     precision = c.precision(expr)
-    c.set(node, c.build.op("Gather", c.weight(expr), ids) if precision is None else embed_quantized(c, ids, expr, precision))
+    c.set(
+        node,
+        c.build.op("Gather", c.weight(expr), ids)
+        if precision is None
+        else embed_quantized(c, ids, expr, precision=precision),
+    )
 
 
 def add(c: Context, node: Node) -> None:
@@ -49,7 +60,8 @@ def add(c: Context, node: Node) -> None:
     norms = [user for user in node.users if user.target is aten.rms_norm.default and args_of(user)[2] is not None]
     if not norms:
         return common.binary("Add")(c, node)
-    (x, y), (_, _, weight, epsilon) = args_of(node), args_of(norms[0])
+    (x, y) = args_of(node)
+    (_, _, weight, epsilon) = args_of(norms[0])
     operands = (c.value(x), c.value(y), c.value(weight))
     normed, _, _, total = c.build.ops("SkipSimplifiedLayerNormalization", 4, *operands, domain=MS, epsilon=epsilon)
     c.set(node, total)
@@ -115,7 +127,8 @@ def causal_conv(c: Context, node: Node) -> None:
 def ssm_scan(c: Context, node: Node) -> None:
     """LinearAttention: query C, key B, value dt x, log decay dt A; fewer query heads than value heads are SSM groups."""
     x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = args_of(node)
-    spec, build = c.program.spec, c.build
+    config = c.program.config
+    build = c.build
     step = build.op("Softplus", build.op("Add", c.value(dt), c.value(dt_bias)))
     if (dt_min, dt_max) != (0.0, math.inf):
         high = None if dt_max == math.inf else build.constant(dt_max, np.float32)
@@ -132,13 +145,13 @@ def ssm_scan(c: Context, node: Node) -> None:
         c.value(state),
         build.op("Mul", step, c.value(A)),
         domain=MS,
-        q_num_heads=spec.mamba_n_groups,
-        kv_num_heads=spec.mamba_n_heads,
+        q_num_heads=config.mamba_n_groups,
+        kv_num_heads=config.mamba_n_heads,
         update_rule="gated",
         scale=1.0,
     )
     skip = build.op("Mul", c.value(x), build.op("Unsqueeze", c.value(D), build.ints(1)))
-    heads = build.op("Reshape", y, build.ints(0, 0, spec.mamba_n_heads, spec.mamba_d_head))
+    heads = build.op("Reshape", y, build.ints(0, 0, config.mamba_n_heads, config.mamba_d_head))
     c.set(node, build.op("Add", heads, skip), new_state)
 
 
@@ -148,12 +161,13 @@ def attention(c: Context, node: Node) -> None:
     Every row has the same physical length, so seqlens_k never tells pads apart: the bias does.
     """
     q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
-    spec, build = c.program.spec, c.build
+    config = c.program.config
+    build = c.build
     cos, sin = rotary_tables(c, positions, theta)
     bias, seqlens, total = build.once((mask, positions), lambda: _attention_mask(c, mask, positions))
     rotated = [
         build.op("RotaryEmbedding", _flat(c, x), cos, sin, num_heads=heads)
-        for x, heads in ((q, spec.num_attention_heads), (k, spec.num_key_value_heads))
+        for x, heads in ((q, config.num_attention_heads), (k, config.num_key_value_heads))
     ]
     out, keys, values = build.ops(
         "GroupQueryAttention",
@@ -169,11 +183,11 @@ def attention(c: Context, node: Node) -> None:
         None,
         bias,
         domain=MS,
-        num_heads=spec.num_attention_heads,
-        kv_num_heads=spec.num_key_value_heads,
-        scale=spec.head_dim**-0.5,
+        num_heads=config.num_attention_heads,
+        kv_num_heads=config.num_key_value_heads,
+        scale=config.head_dim**-0.5,
     )
-    c.set(node, build.op("Reshape", out, build.ints(0, 0, spec.num_attention_heads, spec.head_dim)), keys, values)
+    c.set(node, build.op("Reshape", out, build.ints(0, 0, config.num_attention_heads, config.head_dim)), keys, values)
 
 
 def rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value]:
@@ -182,7 +196,7 @@ def rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value]
 
 
 def _rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value]:
-    frequencies = rope_frequencies(theta, c.program.spec.head_dim)
+    frequencies = rope_frequencies(theta, c.program.config.head_dim)
     position = c.build.op("Unsqueeze", c.build.op("Cast", c.value(positions), to=1), c.build.ints(2))
     angles = c.build.op("Mul", position, c.build.constant(frequencies.numpy(), np.float32))
     return c.as_activation(c.build.op("Cos", angles)), c.as_activation(c.build.op("Sin", angles))
@@ -192,8 +206,11 @@ def _attention_mask(c: Context, mask: Any, positions: Any) -> tuple[Value, Value
     """The bias [batch, 1, seq, total] that hides pads, and GroupQueryAttention's two lengths."""
     build = c.build
     pads = build.op("Sub", build.constant(1.0, np.float32), build.op("Cast", c.value(mask), to=1))
-    rows = build.op("Unsqueeze", c.as_activation(build.op("Mul", pads, build.constant(c.masked, np.float32))), build.ints(1, 2))
-    seq, total = build.op("Shape", c.value(positions), start=1, end=2), build.op("Shape", c.value(mask), start=1, end=2)
+    rows = build.op(
+        "Unsqueeze", c.as_activation(build.op("Mul", pads, build.constant(c.masked, np.float32))), build.ints(1, 2)
+    )
+    seq = build.op("Shape", c.value(positions), start=1, end=2)
+    total = build.op("Shape", c.value(mask), start=1, end=2)
     bias = build.op("Expand", rows, build.op("Concat", build.ints(1, 1), seq, build.ints(1), axis=0))
     batch = build.op("Shape", c.value(mask), start=0, end=1)
     last = build.op("Cast", build.op("Sub", total, build.ints(1)), to=6)

@@ -27,7 +27,15 @@ from h1export.plugins import h1
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Emitter, initializer_name
 from h1export.targets.onnxruntime.emit.cpu import TABLE as CPU_TABLE
-from h1export.targets.onnxruntime.emit.nbits import FLOAT, MS, OrtContext, factors, gather_block_quantized, matmul_nbits, store
+from h1export.targets.onnxruntime.emit.nbits import (
+    FLOAT,
+    MS,
+    OrtContext,
+    factors,
+    gather_block_quantized,
+    matmul_nbits,
+    store,
+)
 
 aten = torch.ops.aten
 
@@ -64,12 +72,14 @@ def _half(name: str, block: Callable[[], Array]) -> tuple[npt.NDArray[np.float16
 
 def linear(c: CudaContext, node: Node) -> None:
     """The scales in fp16 as the integer rule has them, so µP multiplies the product, row by row."""
-    x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
+    x = c.value(args_of(node)[0])
+    expr = c.expr(args_of(node)[1])
     precision = c.precision(expr)
     if precision is None:
         y = c.build.op("FusedMatMul", x, c.matrix(expr), domain=MS, transB=1)
     else:
-        y, multiplier = matmul_nbits(c, x, expr, precision), factors(c, expr)
+        y = matmul_nbits(c, x, expr, precision=precision)
+        multiplier = factors(c, expr)
         y = y if multiplier is None else c.build.op("Mul", y, c.as_activation(multiplier))
     bias = args_of(node)[2] if len(args_of(node)) > 2 else None
     c.set(node, y if bias is None else c.build.op("Add", y, c.value(bias)))
@@ -77,12 +87,14 @@ def linear(c: CudaContext, node: Node) -> None:
 
 def embedding(c: CudaContext, node: Node) -> None:
     """GatherBlockQuantized for int4 and int8; a tied head reads the same bytes."""
-    expr, ids = c.expr(args_of(node)[0]), c.value(args_of(node)[1])
+    expr = c.expr(args_of(node)[0])
+    ids = c.value(args_of(node)[1])
     precision = c.precision(expr)
     if precision is None:
         return c.set(node, c.build.op("Gather", c.matrix(expr), ids))
     stored = store(c, expr, precision)
-    layout, rows = stored.layout, gather_block_quantized(c, ids, expr, stored, c.build.initializer(stored.scales))
+    layout = stored.layout
+    rows = gather_block_quantized(c, ids, expr, stored=stored, scales=c.build.initializer(stored.scales))
     if layout.blocks * layout.block != layout.columns:
         rows = c.build.op("Slice", rows, c.build.ints(0), c.build.ints(layout.columns), c.build.ints(2))
     return c.set(node, rows)
@@ -107,7 +119,11 @@ def ssm_scan(c: CudaContext, node: Node) -> None:
     if (dt_min, dt_max) != (0.0, math.inf):
         high = None if dt_max == math.inf else b.constant(dt_max, np.float32)
         step = b.op("Clip", step, b.constant(dt_min, np.float32), high)
-    step = b.op("Mul", step, b.once((mask, "column"), lambda: b.op("Cast", b.op("Unsqueeze", c.value(mask), b.ints(2)), to=FLOAT)))
+    step = b.op(
+        "Mul",
+        step,
+        b.once((mask, "column"), lambda: b.op("Cast", b.op("Unsqueeze", c.value(mask), b.ints(2)), to=FLOAT)),
+    )
     exact, query, key = (b.op("Cast", c.value(value), to=FLOAT) for value in (x, C, B))
     drive = b.op("Mul", exact, b.op("Unsqueeze", step, b.ints(3)))
     operands = [query, key, drive, None, b.op("Mul", step, c.exact(c.expr(A))), None, c.value(state)]

@@ -18,7 +18,7 @@ from h1export.artifact.artifact import StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.model.falcon_h1.states import Array
-from h1export.quantize.group_format import Precision
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedBlock, quantized_blocks
 from h1export.targets.onnx.builder import Value
@@ -42,13 +42,13 @@ def unfolded_scales(stored: Array, multiplier: Array) -> npt.NDArray[np.float16]
 def dequantized(c: Context, expr: WeightExpr, precision: Precision) -> Value:
     """The weight [columns, rows] in float32, as a node over its integers."""
     operands = c.build.once((expr, precision), lambda: _write(c, expr, precision))
-    blocks: dict[str, Any] = {"axis": 0, "block_size": precision.block} if precision.block else {"axis": 1}
+    blocks: dict[str, Any] = {"axis": 0, "block_size": precision.group_size} if precision.group_size else {"axis": 1}
     return c.build.op("DequantizeLinear", *operands, **blocks)
 
 
 def _write(c: Context, expr: WeightExpr, precision: Precision) -> list[Value]:
     """Codes, scales, and zero points where there are some."""
-    places = write_columns(c, expr, precision, ir.DataType.FLOAT, folded_scales)
+    places = write_columns(c, expr, precision, dtype=ir.DataType.FLOAT, scales_of=folded_scales)
     c.stored.append(_entry(c, expr, precision))
     return [c.build.initializer(place) for place in places]
 
@@ -59,18 +59,24 @@ def _rows(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], Arra
 
 
 def _entry(c: Context, expr: WeightExpr, precision: Precision) -> StoredWeight:
-    return StoredWeight(initializer_name(expr), precision.bits, precision.block, 0, stored_parts(c, expr))
+    return StoredWeight(
+        initializer_name(expr), precision.bits, precision.group_size, axis=0, parts=stored_parts(c, expr)
+    )
 
 
 def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: bool) -> Value:
     """Rows ``ids`` of the embedding in float32. ``tied``: its integers are the head's, which notes them for the manifest."""
     rows, columns = c.store.shape(expr.only.tensor)
-    name, b = initializer_name(expr) + TABLE, c.build
-    layout = Layout(precision.bits, precision.block or columns, columns)
+    name = initializer_name(expr) + TABLE
+    b = c.build
+    layout = Layout(precision.bits, precision.group_size or columns, columns)
     stored = ir.DataType.UINT8 if precision.bits == 4 else ir.DataType.INT8
     codes = c.data.place(name, stored, (rows, columns * precision.bits // 8))
     scales = c.data.place(name + SCALES, ir.DataType.FLOAT, (rows, layout.blocks))
-    c.data.fill([codes, scales], (partial(_rows, layout, block) for block in quantized_blocks(expr, c.store, c.integers, BLOCK_BYTES)))
+    c.data.fill(
+        [codes, scales],
+        (partial(_rows, layout, block) for block in quantized_blocks(expr, c.store, c.integers, max_bytes=BLOCK_BYTES)),
+    )
     if not tied:
         c.stored.append(_entry(c, expr, precision))
     found = b.op("Cast", b.op("Gather", b.initializer(codes), ids), to=1)
@@ -80,19 +86,27 @@ def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: 
     high = b.op("Floor", b.op("Div", found, b.constant(16, np.float32)))
     low = b.op("Sub", found, b.op("Mul", high, b.constant(16, np.float32)))
     pairs = b.op("Concat", b.op("Unsqueeze", low, b.ints(3)), b.op("Unsqueeze", high, b.ints(3)), axis=3)
-    signed = b.op("Sub", b.op("Reshape", pairs, b.ints(0, 0, layout.blocks, layout.block)), b.constant(layout.zero_point, np.float32))
+    signed = b.op(
+        "Sub",
+        b.op("Reshape", pairs, b.ints(0, 0, layout.blocks, layout.block)),
+        b.constant(layout.zero_point, np.float32),
+    )
     return b.op("Reshape", b.op("Mul", signed, b.op("Unsqueeze", scale, b.ints(3))), b.ints(0, 0, columns))
 
 
-def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]) -> Iterator[tuple[str, QuantizedTensor]]:
+def read_stored(
+    weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]
+) -> Iterator[tuple[str, QuantizedTensor]]:
     """The integers that an artifact stores, by checkpoint tensor; arguments as of nbits.read_stored, int4 arrays packed and flat."""
     (part,) = weight.parts
-    name, multiplier = weight.initializer, part.multiplier.rows(part.size)
+    name = weight.initializer
+    multiplier = part.multiplier.rows(part.size)
     zeros = None
     if name + CODES in tensors:
         scales = tensors[name + SCALES].reshape(-1, part.size).T
         codes = read_columns(tensors[name + CODES], weight.bits, part.size)
         zeros = read_columns(tensors[name + ZEROS], weight.bits, part.size) if name + ZEROS in tensors else None
     else:
-        codes, scales = np.asarray(tensors[name + TABLE]), tensors[name + TABLE + SCALES]
-    yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier, zeros)
+        codes = np.asarray(tensors[name + TABLE])
+        scales = tensors[name + TABLE + SCALES]
+    yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier, zeros=zeros)

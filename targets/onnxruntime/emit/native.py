@@ -13,7 +13,7 @@ import torch
 from torch.fx import Node
 
 from h1export.graphs.program import args_of
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import Columns
 from h1export.plugins import h1
 from h1export.targets.onnx import aten as common
@@ -23,14 +23,16 @@ from h1export.targets.onnxruntime.emit import cpu as stock
 from h1export.targets.onnxruntime.emit.nbits import OrtContext, attributes, factors, store
 
 DOMAIN = "h1export"
-LANES, MOST_TAPS = 8, 8  # kLanes and kMostTaps of csrc
+# kLanes and kMostTaps of csrc
+LANES = 8
+MOST_TAPS = 8
 
 aten = torch.ops.aten
 
 
-def covers(spec: HybridSpec) -> bool:
+def covers(config: FalconH1Config) -> bool:
     """Whether our kernels take a model of ``spec``: heads of whole vectors, and a convolution of few taps."""
-    return spec.head_dim % LANES == 0 and spec.mamba_d_conv <= MOST_TAPS
+    return config.head_dim % LANES == 0 and config.mamba_d_conv <= MOST_TAPS
 
 
 class NativeContext(OrtContext):
@@ -68,7 +70,9 @@ class NativeContext(OrtContext):
         if len({id(wide) for wide, _ in places}) == 1:
             return places[0][0], [offset for _, offset in places]
         widths = [node.meta["val"].shape[2:].numel() for node in nodes]
-        wide = self.build.op("Concat", *(self.build.op("Reshape", self.value(n), self.build.ints(0, 0, -1)) for n in nodes), axis=2)
+        wide = self.build.op(
+            "Concat", *(self.build.op("Reshape", self.value(n), self.build.ints(0, 0, -1)) for n in nodes), axis=2
+        )
         return wide, [sum(widths[:index]) for index in range(len(nodes))]
 
 
@@ -82,7 +86,8 @@ class Product:
     @classmethod
     def of(cls, c: NativeContext, node: Node) -> Product | None:
         """That of an aten.linear; None: its weight is float32, or has zero points, which the runtime's own kernel takes."""
-        expr, bias = c.expr(args_of(node)[1]), args_of(node)[2] if len(args_of(node)) > 2 else None
+        expr = c.expr(args_of(node)[1])
+        bias = args_of(node)[2] if len(args_of(node)) > 2 else None
         precision = c.precision(expr)
         if precision is None or precision.zeros:
             return None
@@ -94,7 +99,8 @@ class Product:
 
 def linear(c: NativeContext, node: Node) -> None:
     """A product with integers, and what comes before it where nothing else reads that: a gate, or two values side by side."""
-    x, expr = args_of(node)[0], c.expr(args_of(node)[1])
+    x = args_of(node)[0]
+    expr = c.expr(args_of(node)[1])
     product = Product.of(c, node)
     if product is None:
         return stock.linear(c, node)
@@ -124,7 +130,8 @@ def add(c: NativeContext, node: Node) -> None:
     norms = [user for user in node.users if user.target is aten.rms_norm.default and args_of(user)[2] is not None]
     products = [user for norm in norms for user in norm.users if user.target is aten.linear.default]
     if len(norms) == len(products) == 1 and len(norms[0].users) == 1:
-        (_, _, weight, epsilon), product = args_of(norms[0]), Product.of(c, products[0])
+        (_, _, weight, epsilon) = args_of(norms[0])
+        product = Product.of(c, products[0])
         if product is not None:
             operands = (*(c.value(x) for x in args_of(node)), c.value(weight), *product.operands)
             y, total = c.ops("NormQMatMul", 2, *operands, epsilon=epsilon, **product.attributes)
@@ -159,7 +166,12 @@ def causal_conv(c: NativeContext, node: Node) -> None:
     mask = None if pads is None else c.value(pads)
     wide, offset = c.columns(x)
     taps = c.build.initializer(stock.conv_taps(c, c.expr(weight)))
-    c.set(node, *c.ops("CausalConv", 2, wide, c.value(state), taps, None if bias is None else c.value(bias), mask, offset=offset))
+    c.set(
+        node,
+        *c.ops(
+            "CausalConv", 2, wide, c.value(state), taps, None if bias is None else c.value(bias), mask, offset=offset
+        ),
+    )
 
 
 def _unmasked(x: Node) -> tuple[Node, Node | None]:
@@ -173,9 +185,11 @@ def _unmasked(x: Node) -> tuple[Node, Node | None]:
 def ssm_scan(c: NativeContext, node: Node) -> None:
     """SSMScan, which takes the gate too where nothing but the gate reads its output."""
     x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = args_of(node)
-    spec = c.program.spec
+    config = c.program.config
     xbc, offsets = c.side_by_side(x, B, C)
-    assert offsets == [0, spec.mamba_d_ssm, spec.mamba_d_ssm + spec.bc_dim], "x, B and C are the convolution's output"
+    assert offsets == [0, config.mamba_d_ssm, config.mamba_d_ssm + config.bc_dim], (
+        "x, B and C are the convolution's output"
+    )
     steps, dt_offset = c.columns(dt)
     gated, gate, gate_offset = _gate(c, node)
     outputs = c.ops(
@@ -187,10 +201,10 @@ def ssm_scan(c: NativeContext, node: Node) -> None:
         c.value(state),
         c.value(mask),
         gate,
-        heads=spec.mamba_n_heads,
-        groups=spec.mamba_n_groups,
-        d_head=spec.mamba_d_head,
-        d_state=spec.mamba_d_state,
+        heads=config.mamba_n_heads,
+        groups=config.mamba_n_groups,
+        d_head=config.mamba_d_head,
+        d_state=config.mamba_d_state,
         dt_offset=dt_offset,
         gate_offset=gate_offset,
         dt_min=dt_min,
@@ -217,20 +231,20 @@ def _gate(c: NativeContext, scan: Node) -> tuple[Node | None, Value | None, int]
 def attention(c: NativeContext, node: Node) -> None:
     """Attention, rotary embedding and cache included."""
     q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
-    spec = c.program.spec
+    config = c.program.config
     qkv, (q_offset, k_offset, v_offset) = c.side_by_side(q, k, v)
     operands = [qkv, *stock.rotary_tables(c, positions, theta), c.value(mask), c.value(past_k), c.value(past_v)]
     outputs = c.ops(
         "Attention",
         3,
         *operands,
-        num_heads=spec.num_attention_heads,
-        kv_heads=spec.num_key_value_heads,
-        head_dim=spec.head_dim,
+        num_heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
         q_offset=q_offset,
         k_offset=k_offset,
         v_offset=v_offset,
-        scale=spec.head_dim**-0.5,
+        scale=config.head_dim**-0.5,
     )
     c.set(node, *outputs)
 

@@ -19,14 +19,15 @@ import onnx_ir as ir
 from h1export.artifact.artifact import StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
-from h1export.quantize.group_format import Precision
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedBlock, quantized_blocks
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
 from h1export.targets.onnx.emit import Context, initializer_name, stored_parts
 
-MS, FLOAT = "com.microsoft", int(ir.DataType.FLOAT)
+MS = "com.microsoft"
+FLOAT = int(ir.DataType.FLOAT)
 # int8 has one scale a row, repeated for MatMulNBits' blocks; small ones, because accuracy level 4 rounds activations by block
 INT8_BLOCKS = (32, 16)
 ROWS = ".rows"  # suffix of the name under which an embedding reads codes, one row a token
@@ -56,7 +57,7 @@ class Layout:
     @classmethod
     def of(cls, precision: Precision, columns: int) -> Layout:
         whole = (block for block in INT8_BLOCKS if columns % block == 0)
-        return cls(precision.bits, precision.block or next(whole, INT8_BLOCKS[-1]), columns)
+        return cls(precision.bits, precision.group_size or next(whole, INT8_BLOCKS[-1]), columns)
 
     @property
     def blocks(self) -> int:
@@ -134,15 +135,18 @@ def store(c: Context, expr: WeightExpr, precision: Precision) -> Stored:
 
 def _write(c: Context, expr: WeightExpr, precision: Precision) -> Stored:
     rows, columns = expr.shape(c.store.shape)
-    layout, name = Layout.of(precision, columns), initializer_name(expr)
+    layout = Layout.of(precision, columns)
+    name = initializer_name(expr)
     codes = c.data.place(name + CODES, ir.DataType.UINT8, (rows, layout.blocks, layout.block_bytes))
     scales = c.data.place(name + SCALES, ir.DataType.FLOAT16, (rows, layout.blocks))
     zeros = c.data.place(name + ZEROS, ir.DataType.UINT8, (rows, layout.zero_bytes)) if precision.zeros else None
     places = [codes, scales] if zeros is None else [codes, scales, zeros]
-    blocks = quantized_blocks(expr, c.store, c.integers, BLOCK_BYTES)
+    blocks = quantized_blocks(expr, c.store, c.integers, max_bytes=BLOCK_BYTES)
     c.data.fill(places, (partial(_stored_block, layout, block) for block in blocks))
-    c.stored.append(StoredWeight(name, precision.bits, precision.block, expr.axis, stored_parts(c, expr)))
-    return Stored(layout, codes, scales, zeros)
+    c.stored.append(
+        StoredWeight(name, precision.bits, precision.group_size, axis=expr.axis, parts=stored_parts(c, expr))
+    )
+    return Stored(layout, codes, scales, zeros=zeros)
 
 
 def _stored_block(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], ...]:
@@ -154,7 +158,7 @@ def _stored_block(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[An
     return (codes, scales, layout.pack_zeros(np.concatenate(zeros, axis=1))) if zeros else (codes, scales)
 
 
-def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision) -> Value:
+def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, *, precision: Precision) -> Value:
     """x [.., K] times the quantised weight [N, K], transposed; without µP where activations are fp16."""
     stored = store(c, expr, precision)
     scales = c.build.initializer(stored.scales) if c.activations is np.float16 else float_scales(c, expr, stored)
@@ -164,8 +168,15 @@ def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, precision: Precision
 
 def attributes(c: OrtContext, expr: WeightExpr, stored: Stored) -> dict[str, int]:
     """Those of MatMulNBits, and of our own products."""
-    (rows, columns), layout = expr.shape(c.store.shape), stored.layout
-    return {"K": columns, "N": rows, "bits": layout.bits, "block_size": layout.block, "accuracy_level": c.accuracy_level}
+    (rows, columns) = expr.shape(c.store.shape)
+    layout = stored.layout
+    return {
+        "K": columns,
+        "N": rows,
+        "bits": layout.bits,
+        "block_size": layout.block,
+        "accuracy_level": c.accuracy_level,
+    }
 
 
 def factors(c: Context, expr: WeightExpr) -> Value | None:
@@ -173,7 +184,9 @@ def factors(c: Context, expr: WeightExpr) -> Value | None:
     if all(part.multiplier == Multiplier() for part in expr.parts):
         return None
     shape = expr.shape(c.store.shape)[:1]
-    made = c.small_tensor(f"{initializer_name(expr)}.multiplier", shape, lambda: np.concatenate([p.factors(c.store) for p in expr.parts]))
+    made = c.small_tensor(
+        f"{initializer_name(expr)}.multiplier", shape, lambda: np.concatenate([p.factors(c.store) for p in expr.parts])
+    )
     return c.build.initializer(made)
 
 
@@ -187,18 +200,22 @@ def _float_scales(c: Context, expr: WeightExpr, stored: Stored) -> Value:
     scales = b.op("Cast", b.initializer(stored.scales), to=FLOAT)
     if expr.axis == 1:
         blocks = [c.store.shape(part.tensor)[1] // stored.layout.block for part in expr.parts]
-        return b.op("Mul", scales, b.constant(np.repeat([part.multiplier.factor for part in expr.parts], blocks), np.float32))
+        return b.op(
+            "Mul", scales, b.constant(np.repeat([part.multiplier.factor for part in expr.parts], blocks), np.float32)
+        )
     multiplier = factors(c, expr)
     return scales if multiplier is None else b.op("Mul", scales, b.op("Unsqueeze", multiplier, b.ints(1)))
 
 
-def embed_quantized(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
+def embed_quantized(c: Context, ids: Value, expr: WeightExpr, *, precision: Precision) -> Value:
     """Rows ``ids`` of the quantised embedding in float32; a tied head reads the same bytes."""
-    stored, b = store(c, expr, precision), c.build
+    stored = store(c, expr, precision)
+    b = c.build
     assert not precision.zeros, "no checkpoint has integers for its embedding"
     if precision.bits == 4:
-        return gather_block_quantized(c, ids, expr, stored, float_scales(c, expr, stored))
-    layout, gathered = stored.layout, b.op("Gather", embedding_table(c, expr, stored), ids)
+        return gather_block_quantized(c, ids, expr, stored=stored, scales=float_scales(c, expr, stored))
+    layout = stored.layout
+    gathered = b.op("Gather", embedding_table(c, expr, stored), ids)
     signed = b.op("Sub", b.op("Cast", gathered, to=FLOAT), b.constant(layout.zero_point, np.float32))
     values = b.op("Slice", signed, b.ints(0), b.ints(layout.columns), b.ints(2))
     # one scale a row: the first block's, in float32 once it is gathered, or a session would hold them all in float32
@@ -206,7 +223,7 @@ def embed_quantized(c: Context, ids: Value, expr: WeightExpr, precision: Precisi
     return b.op("Mul", values, b.op("Cast", scale, to=FLOAT))
 
 
-def gather_block_quantized(c: Context, ids: Value, expr: WeightExpr, stored: Stored, scales: Value) -> Value:
+def gather_block_quantized(c: Context, ids: Value, expr: WeightExpr, *, stored: Stored, scales: Value) -> Value:
     """Rows ``ids`` of an embedding, whole blocks of them, in the dtype of ``scales``."""
     layout = stored.layout
     how = {"bits": layout.bits, "block_size": layout.block, "gather_axis": 0, "quantize_axis": 1}
@@ -220,7 +237,9 @@ def embedding_table(c: Context, expr: WeightExpr, stored: Stored) -> Value:
     return c.build.initializer(c.data.alias(f"{stored.codes.name}{ROWS}", flat, stored.codes))
 
 
-def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]) -> Iterator[tuple[str, QuantizedTensor]]:
+def read_stored(
+    weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]
+) -> Iterator[tuple[str, QuantizedTensor]]:
     """The integers that an artifact stores, by checkpoint tensor.
 
     Args:
@@ -228,17 +247,25 @@ def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Calla
         tensors: initializer name -> array.
         columns: of each checkpoint tensor.
     """
-    precision = Precision(weight.bits, weight.block)
+    precision = Precision(weight.bits, weight.group_size)
     zeros = tensors.get(weight.initializer + ZEROS)
     width = sum(part.size for part in weight.parts) if weight.axis else columns(weight.parts[0].tensor)
-    whole, start = Layout.of(precision, width), 0
+    whole = Layout.of(precision, width)
+    start = 0
     for part in weight.parts:
-        rows, blocks = slice(start, start + part.size), slice(None)
+        rows = slice(start, start + part.size)
+        blocks = slice(None)
         if weight.axis:
-            rows, blocks = slice(None), slice(start // whole.block, (start + part.size) // whole.block)
-        codes, scales = tensors[weight.initializer + CODES][rows, blocks], tensors[weight.initializer + SCALES][rows, blocks]
-        layout, multiplier = replace(whole, columns=columns(part.tensor)), part.multiplier.rows(len(codes))
-        groups = slice(layout.blocks if weight.block else 1)
+            rows = slice(None)
+            blocks = slice(start // whole.block, (start + part.size) // whole.block)
+        codes = tensors[weight.initializer + CODES][rows, blocks]
+        scales = tensors[weight.initializer + SCALES][rows, blocks]
+        layout = replace(whole, columns=columns(part.tensor))
+        multiplier = part.multiplier.rows(len(codes))
+        groups = slice(layout.blocks if weight.group_size else 1)
         shifts = None if zeros is None else whole.unpack_zeros(np.asarray(zeros[rows]))[:, blocks][:, groups]
-        yield part.tensor, QuantizedTensor(layout.unpack(codes), np.asarray(scales[:, groups]), multiplier, shifts)
+        yield (
+            part.tensor,
+            QuantizedTensor(layout.unpack(codes), np.asarray(scales[:, groups]), multiplier, zeros=shifts),
+        )
         start += part.size

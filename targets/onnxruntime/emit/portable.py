@@ -17,7 +17,7 @@ from torch.fx import Node
 from h1export.graphs.program import args_of
 from h1export.plugins import h1
 from h1export.plugins.attention.op import rope_frequencies
-from h1export.quantize.group_format import Precision
+from h1export.quantize.precision import Precision
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context, Emitter
@@ -33,15 +33,18 @@ aten = torch.ops.aten
 
 def opset(precisions: Collection[Precision]) -> int:
     """The oldest opset that has all of it: DequantizeLinear has int4 and blocks from 21 on; ONNX's own evaluator knows it from 19 on."""
-    return 21 if any(precision.block for precision in precisions) else 19 if precisions else 18
+    return 21 if any(precision.group_size for precision in precisions) else 19 if precisions else 18
 
 
 def linear(c: Context, node: Node) -> None:
     """MatMul, by a DequantizeLinear where it is stored in integers."""
-    x, expr = c.value(args_of(node)[0]), c.expr(args_of(node)[1])
+    x = c.value(args_of(node)[0])
+    expr = c.expr(args_of(node)[1])
     precision = c.precision(expr)
     weight = (
-        c.build.op("Transpose", c.weight(expr), perm=[1, 0]) if precision is None else dequantize_linear.dequantized(c, expr, precision)
+        c.build.op("Transpose", c.weight(expr), perm=[1, 0])
+        if precision is None
+        else dequantize_linear.dequantized(c, expr, precision)
     )
     y = c.build.op("MatMul", x, weight)
     bias = args_of(node)[2] if len(args_of(node)) > 2 else None
@@ -50,17 +53,19 @@ def linear(c: Context, node: Node) -> None:
 
 def embedding(c: Context, node: Node) -> None:
     """Gather, and a product with the scales where it is stored in integers."""
-    expr, ids = c.expr(args_of(node)[0]), c.value(args_of(node)[1])
+    expr = c.expr(args_of(node)[0])
+    ids = c.value(args_of(node)[1])
     precision = c.precision(expr)
     if precision is None:
         return c.set(node, c.build.op("Gather", c.weight(expr), ids))
-    return c.set(node, dequantize_linear.embed(c, ids, expr, precision, c.program.spec.tie_word_embeddings))
+    return c.set(node, dequantize_linear.embed(c, ids, expr, precision, c.program.config.tie_word_embeddings))
 
 
 def rms_norm(c: Context, node: Node) -> None:
     """x / sqrt(mean(x^2) + epsilon) * weight."""
     x, _, weight, epsilon = args_of(node)
-    b, x = c.build, c.value(x)
+    b = c.build
+    x = c.value(x)
     mean = b.op("ReduceMean", b.op("Mul", x, x), b.ints(-1), keepdims=1)
     y = b.op("Div", x, b.op("Sqrt", b.op("Add", mean, b.constant(epsilon, np.float32))))
     c.set(node, y if weight is None else b.op("Mul", y, c.value(weight)))
@@ -94,15 +99,19 @@ def ssm_scan(c: Context, node: Node) -> None:
         for value in (b.op("Mul", c.value(x), b.op("Unsqueeze", step, b.ints(3))), c.value(B), c.value(C))
     )
     decay = b.op("Mul", step, c.value(A))
-    y, new_state = chunked_scan(b, c.program.spec, chunks, drive, decay, keys, queries, c.value(state))
+    y, new_state = chunked_scan(
+        b, c.program.config, chunks, drive=drive, log_decay=decay, B=keys, C=queries, state=c.value(state)
+    )
     c.set(node, b.op("Add", y, b.op("Mul", c.value(x), b.op("Unsqueeze", c.value(D), b.ints(1)))), new_state)
 
 
 def attention(c: Context, node: Node) -> None:
     """softmax(q k + mask) v with queries [batch, kv heads, queries of each, seq, dim] over the grown cache."""
     q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
-    b, kv, dim = c.build, c.program.spec.num_key_value_heads, c.program.spec.head_dim
-    heads = c.program.spec.num_attention_heads
+    b = c.build
+    kv = c.program.config.num_key_value_heads
+    dim = c.program.config.head_dim
+    heads = c.program.config.num_attention_heads
     cos, sin = b.once((positions, theta), lambda: _rotary_tables(c, positions, theta))
     hidden = b.once((mask, positions), lambda: _attention_mask(c, mask, positions))
     query = b.op("Mul", _rotate(c, q, cos, sin), b.constant(dim**-0.5, np.float32))
@@ -119,7 +128,8 @@ def attention(c: Context, node: Node) -> None:
 
 def _rotate(c: Context, x: Any, cos: Value, sin: Value) -> Value:
     """[batch, seq, heads, dim], pairs (i, i + dim / 2)."""
-    b, half = c.build, c.program.spec.head_dim // 2
+    b = c.build
+    half = c.program.config.head_dim // 2
     low, high = b.ops("Split", 2, c.value(x), b.ints(half, half), axis=3)
     first = b.op("Sub", b.op("Mul", low, cos), b.op("Mul", high, sin))
     return b.op("Concat", first, b.op("Add", b.op("Mul", high, cos), b.op("Mul", low, sin)), axis=3)
@@ -127,7 +137,7 @@ def _rotate(c: Context, x: Any, cos: Value, sin: Value) -> Value:
 
 def _rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value]:
     """cos and sin, [batch, seq, 1, dim / 2]."""
-    frequencies = rope_frequencies(theta, c.program.spec.head_dim)
+    frequencies = rope_frequencies(theta, c.program.config.head_dim)
     position = c.build.op("Unsqueeze", c.build.op("Cast", c.value(positions), to=FLOAT), c.build.ints(2, 3))
     angles = c.build.op("Mul", position, c.build.constant(frequencies.numpy(), np.float32))
     return c.build.op("Cos", angles), c.build.op("Sin", angles)
@@ -136,7 +146,8 @@ def _rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value
 def _attention_mask(c: Context, mask: Any, positions: Any) -> Value:
     """What is added to scores, [batch, 1, 1, seq, total]: hides pads and later tokens, never a token from itself."""
     b = c.build
-    seq, total = b.op("Shape", c.value(positions), start=1, end=2), b.op("Shape", c.value(mask), start=1, end=2)
+    seq = b.op("Shape", c.value(positions), start=1, end=2)
+    total = b.op("Shape", c.value(mask), start=1, end=2)
     column = b.op("Range", b.constant(0, np.int64), b.op("Squeeze", total), b.constant(1, np.int64))
     own = b.op("Unsqueeze", b.op("Slice", column, b.op("Sub", total, seq), total), b.ints(1))
     real = b.op("Cast", b.op("Unsqueeze", c.value(mask), b.ints(1)), to=9)

@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from h1export.errors import H1ExportError
 from h1export.targets.onnx import sdk
-from h1export.targets.tensorrt.emulator.partition import Cutter, Piece
+from h1export.targets.tensorrt.emulator.partition import Partitioner, Subgraph
 from h1export.targets.tensorrt.network.layout import MODEL, TORCH
 from h1export.targets.tensorrt.plugin.schema import OPS
 
@@ -28,15 +28,22 @@ class Execution:
         H1ExportError: onnxruntime is not installed or cannot load a part, or data lies outside ``files``.
     """
 
-    def __init__(self, folder: Path, files: Collection[str], rounded: bool, threads: int = 0, shown: Collection[str] = ()) -> None:
-        self._folder, self._threads, self._rounded = folder, threads, rounded
+    def __init__(
+        self, folder: Path, files: Collection[str], rounded: bool, threads: int = 0, shown: Collection[str] = ()
+    ) -> None:
+        self._folder = folder
+        self._threads = threads
+        self._rounded = rounded
         network = _read(folder, files)
-        self._cutter, self._shown = Cutter(network, rounded, shown), tuple(shown)
+        self._cutter = Partitioner(network, rounded, shown)
+        self._shown = tuple(shown)
         self._outputs = [output.name for output in network.graph.output]
         self._peaks: dict[str, float] = {}
         self._constants: Values = {}
         self._open(self._cutter.constants())(self._constants)
-        self._steps = [self._open(step) if isinstance(step, Piece) else self._plugin(step) for step in self._cutter.steps()]
+        self._steps = [
+            self._open(step) if isinstance(step, Subgraph) else self._plugin(step) for step in self._cutter.steps()
+        ]
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Values:
         """Outputs, and values ``shown``; what is fp16 or bf16 in the network is float32 here."""
@@ -49,22 +56,28 @@ class Execution:
         """Kind of op -> the largest magnitude before a rounding to fp16."""
         return self._peaks
 
-    def _open(self, piece: Piece) -> Callable[[Values], None]:
+    def _open(self, subgraph: Subgraph) -> Callable[[Values], None]:
         ort = sdk.onnxruntime()
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # the nodes as they are
-        options.intra_op_num_threads, options.log_severity_level = self._threads, 3  # errors also come as exceptions
+        # errors also come as exceptions
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # there are many sessions
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         try:
-            session = ort.InferenceSession(piece.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(
+                subgraph.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime's exception types share no base class
-            raise H1ExportError(self._folder / MODEL, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
-        names = [*piece.outputs, *piece.peaks]
+            raise H1ExportError(
+                self._folder / MODEL, f"onnxruntime cannot load it ({error})", "build the artifact again"
+            ) from None
+        names = [*subgraph.outputs, *subgraph.peaks]
 
         def step(values: Values) -> None:
-            found = dict(zip(names, session.run(names, {name: values[name] for name in piece.inputs}), strict=True))
-            for peak, op in piece.peaks.items():
+            found = dict(zip(names, session.run(names, {name: values[name] for name in subgraph.inputs}), strict=True))
+            for peak, op in subgraph.peaks.items():
                 self._note(op, float(found.pop(peak)))
             values.update(found)
 
@@ -105,5 +118,7 @@ def _read(folder: Path, files: Collection[str]) -> onnx.ModelProto:
     for tensor in network.graph.initializer:
         places = {entry.key: entry.value for entry in tensor.external_data}
         if places and places["location"] not in files:
-            raise H1ExportError(path, f"points to {places['location']!r}, outside the artifact", "build the artifact again")
+            raise H1ExportError(
+                path, f"points to {places['location']!r}, outside the artifact", "build the artifact again"
+            )
     return network

@@ -19,14 +19,27 @@ from h1export.targets.tensorrt.plugin.schema import NAMESPACE
 FLOAT = TensorProto.FLOAT
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 MOVING = frozenset(  # these round nothing
-    ["Concat", "Gather", "GatherElements", "Reshape", "Slice", "Split", "Squeeze", "TensorScatter", "Transpose", "Unsqueeze"]
+    [
+        "Concat",
+        "Gather",
+        "GatherElements",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "TensorScatter",
+        "Transpose",
+        "Unsqueeze",
+    ]
 )
-EXACT, PEAK = "exact|", "peak|"  # prefixes of a value before its rounding, and of the largest magnitude there
+# prefixes of a value before its rounding, and of the largest magnitude there
+EXACT = "exact|"
+PEAK = "peak|"
 STORED = "stored|"  # of an initializer as the file has it
 
 
 @dataclass(frozen=True)
-class Piece:
+class Subgraph:
     """``model``: standard nodes; ``peaks``: its output -> the kind of op that it is the largest magnitude of."""
 
     model: ModelProto
@@ -35,7 +48,7 @@ class Piece:
     peaks: Mapping[str, str]
 
 
-class Cutter:
+class Partitioner:
     """Cuts ``network``, whose data stays where it is. ``rounded``: in the declared dtypes; ``shown``: values to keep.
 
     Raises:
@@ -43,21 +56,26 @@ class Cutter:
     """
 
     def __init__(self, network: ModelProto, rounded: bool, shown: Collection[str] = ()) -> None:
-        self._network, self._rounded = network, rounded
+        self._network = network
+        self._rounded = rounded
         graph = network.graph
-        self._types = {info.name: info.type.tensor_type.elem_type for info in (*graph.value_info, *graph.input, *graph.output)}
+        self._types = {
+            info.name: info.type.tensor_type.elem_type for info in (*graph.value_info, *graph.input, *graph.output)
+        }
         self._types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
         for name in (name for node in graph.node for name in node.output if name not in self._types):
             raise H1ExportError("model.onnx", f"declares no dtype of value {name!r}", "build the artifact again")
         self._kept = {*(output.name for output in graph.output), *shown}
 
-    def constants(self) -> Piece:
+    def constants(self) -> Subgraph:
         """What initializers alone make, and the initializers that other nodes read."""
         fixed = self._fixed_nodes()
-        made = {name for node in fixed for name in node.output} | {tensor.name for tensor in self._network.graph.initializer}
+        made = {name for node in fixed for name in node.output} | {
+            tensor.name for tensor in self._network.graph.initializer
+        }
         return self._piece(fixed, sorted(made & self._read_by(self._moving_nodes())), initializers=True)
 
-    def steps(self) -> Iterator[Piece | NodeProto]:
+    def steps(self) -> Iterator[Subgraph | NodeProto]:
         """The rest in order: pieces, and nodes of the plugin."""
         pending: list[NodeProto] = []
         nodes = self._moving_nodes()
@@ -96,11 +114,11 @@ class Cutter:
     def _read_by(self, nodes: Sequence[NodeProto]) -> set[str]:
         return {name for node in nodes for name in node.input if name}
 
-    def _needed(self, nodes: list[NodeProto], later: Sequence[NodeProto]) -> Piece:
+    def _needed(self, nodes: list[NodeProto], later: Sequence[NodeProto]) -> Subgraph:
         made = {name for node in nodes for name in node.output}
         return self._piece(nodes, sorted(made & (self._read_by(later) | self._kept)))
 
-    def _piece(self, nodes: Sequence[NodeProto], outputs: list[str], initializers: bool = False) -> Piece:
+    def _piece(self, nodes: Sequence[NodeProto], outputs: list[str], initializers: bool = False) -> Subgraph:
         made = {name for node in nodes for name in node.output}
         tensors, loads = self._initializers(outputs) if initializers else ([], [])
         inputs = () if initializers else tuple(sorted(self._read_by(nodes) - made))
@@ -109,7 +127,7 @@ class Cutter:
         infos = [*map(self._info, outputs), *(helper.make_tensor_value_info(peak, FLOAT, ()) for peak in peaks)]
         graph = helper.make_graph(body, "piece", [self._info(name) for name in inputs], infos, tensors)
         model = helper.make_model(graph, opset_imports=self._network.opset_import, ir_version=self._network.ir_version)
-        return Piece(model, inputs, tuple(outputs), peaks)
+        return Subgraph(model, inputs, tuple(outputs), peaks=peaks)
 
     def _info(self, name: str) -> ValueInfoProto:
         kind = self._types[name]
@@ -117,14 +135,17 @@ class Cutter:
 
     def _initializers(self, outputs: Collection[str]) -> tuple[list[TensorProto], list[NodeProto]]:
         """All of them, and nodes for those that need another form: float32 in place of what is shorter, and what an output can be."""
-        tensors, loads = [], []
+        tensors = []
+        loads = []
         for tensor in self._network.graph.initializer:
             stored = TensorProto()
             stored.CopyFrom(tensor)
             tensors.append(stored)
             if tensor.data_type in HALVES or tensor.name in outputs:
                 stored.name = STORED + tensor.name
-                how: dict[str, Any] = {"op_type": "Cast", "to": FLOAT} if tensor.data_type in HALVES else {"op_type": "Identity"}
+                how: dict[str, Any] = (
+                    {"op_type": "Cast", "to": FLOAT} if tensor.data_type in HALVES else {"op_type": "Identity"}
+                )
                 loads.append(helper.make_node(inputs=[stored.name], outputs=[tensor.name], **how))
         return tensors, loads
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.artifact.artifact import Artifact
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probe_names
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec
 from h1export.runtime.runner import Capabilities, Ids, SteppedSequences, check_call
@@ -37,14 +37,20 @@ class NetworkRunner:
     """
 
     def __init__(self, artifact: Artifact, threads: int, float32: bool, why: str = "") -> None:
-        self._artifact, self._spec, self._float32, self._why = artifact, artifact.spec, float32, why
-        self._states, options, self._limits = StateSpec.of(self._spec), artifact.manifest.options, Limits.of(artifact)
-        self._all_logits, self._compute = not options["last_logits"], "fp32" if float32 else str(options["compute"])
-        self._open = partial(Execution, artifact.folder, artifact.manifest.files, not float32, threads)
+        self._artifact = artifact
+        self._spec = artifact.config
+        self._float32 = float32
+        self._why = why
+        self._states = StateSpec.of(self._spec)
+        options = artifact.manifest.options
+        self._limits = Limits.of(artifact)
+        self._all_logits = not options["last_logits"]
+        self._compute = "fp32" if float32 else str(options["compute"])
+        self._open = partial(Execution, artifact.folder, artifact.manifest.files, not float32, threads=threads)
         self._execution = self._open()
 
     @property
-    def spec(self) -> HybridSpec:
+    def config(self) -> FalconH1Config:
         return self._spec
 
     @property
@@ -67,19 +73,21 @@ class NetworkRunner:
         return States(0, {tensor.past: zeros[tensor.key] for tensor in self._states.tensors})
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
-        logits, after, _ = self._advance(self._execution, ids, mask, states)
+        logits, after, _ = self._advance(self._execution, ids, mask, states=states)
         return logits, after
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
-        return self._advance(self._observed, ids, mask, states)
+        return self._advance(self._observed, ids, mask, states=states)
 
     @cached_property
     def _observed(self) -> Execution:
         return self._open(shown=[PREFIX + name for name in probe_names(self._spec.num_hidden_layers)])
 
-    def _advance(self, execution: Execution, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
+    def _advance(
+        self, execution: Execution, ids: Ids, mask: Ids, *, states: States
+    ) -> tuple[Array, States, dict[str, Array]]:
         """Calls that fit the profiles, one after the other."""
-        check_call(ids, mask, states.length, self._spec.vocab_size)
+        check_call(ids, mask, states.length, vocab_size=self._spec.vocab_size)
         self._limits.check_room("step", states.length + ids.shape[1])
         found: list[Values] = []
         for part in calls(ids.shape[1]):
@@ -92,7 +100,8 @@ class NetworkRunner:
         return logits if self._all_logits else logits[:, -1:], states, probes
 
     def _inputs(self, ids: Ids, mask: Ids, states: States) -> Values:
-        end, batch = states.length + ids.shape[1], len(ids)
+        end = states.length + ids.shape[1]
+        batch = len(ids)
         columns = np.zeros((batch, self._limits.max_context), np.int64)
         columns[:, :end] = mask[:, :end]
         indices = np.full(batch, states.length, np.int64)
@@ -104,7 +113,9 @@ class NetworkRunner:
 
     def snapshot(self, states: States) -> dict[str, Array]:
         arrays = {tensor: states.arrays[tensor.past] for tensor in self._states.tensors}
-        return {tensor.key: array[:, :, : states.length] if tensor.kind.grows else array for tensor, array in arrays.items()}
+        return {
+            tensor.key: array[:, :, : states.length] if tensor.kind.grows else array for tensor, array in arrays.items()
+        }
 
     def magnitudes(self) -> Mapping[str, float]:
         return self._execution.magnitudes()

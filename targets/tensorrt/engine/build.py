@@ -16,7 +16,7 @@ from h1export.errors import H1ExportError
 from h1export.progress import Progress
 from h1export.targets.tensorrt import sdk
 from h1export.targets.tensorrt.engine import build_process
-from h1export.targets.tensorrt.engine.config import Recipe
+from h1export.targets.tensorrt.engine.config import EngineConfig
 
 AGAIN = "build the artifact again"
 OURS = re.compile(r"h1export::\w+: .*")  # what our plugin says of itself
@@ -33,12 +33,16 @@ KNOWN: Sequence[tuple[str, str, str]] = (  # what is said -> what it means, and 
         f"{AGAIN}, or correct preview_features of recipe.json",
     ),
     ("Failed to parse ONNX model|Protobuf parsing failed|Could not open file", "is no ONNX model", AGAIN),
-    ("out of memory|bad_alloc|std::bad_alloc", "needs more memory than there is", "close other programs, or export a smaller model"),
+    (
+        "out of memory|bad_alloc|std::bad_alloc",
+        "needs more memory than there is",
+        "close other programs, or export a smaller model",
+    ),
 )
 
 
 @dataclass
-class Heard:
+class BuildLog:
     """What the building process has said so far. ``said``: errors; ``stage``: what it was doing."""
 
     said: list[str] = field(default_factory=list)
@@ -59,40 +63,55 @@ class Heard:
             self.said.append(text.strip())
 
 
-def build(folder: Path, progress: Progress) -> Heard:
+def build(folder: Path, progress: Progress) -> BuildLog:
     """Build the engine of the artifact in ``folder``, as its recipe says.
 
     Raises:
         H1ExportError: the runtime is not installed, or refuses the network or the plugin, or dies; then there is no engine.
     """
-    recipe = Recipe.read(folder)
+    recipe = EngineConfig.read(folder)
     if not sdk.has(recipe.runtime):
         raise H1ExportError(sdk.NAMES[recipe.runtime], "is not installed", sdk.INSTALL[recipe.runtime])
-    heard = Heard()
+    build_log = BuildLog()
     with sdk.environment(recipe.runtime) as environment, TemporaryFile("w+") as errors:
-        command = [sys.executable, "-P", "-m", build_process.__name__, str(folder)]  # -P: not what lies in the working folder
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment) as process:
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            build_process.__name__,
+            str(folder),
+        ]  # -P: not what lies in the working folder
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment
+        ) as process:
             for line in process.stdout or ():
-                stage = heard.stage
-                heard.line(line)
-                if heard.stage != stage:
-                    progress.stage(heard.stage)
+                stage = build_log.stage
+                build_log.line(line)
+                if build_log.stage != stage:
+                    progress.stage(build_log.stage)
         if process.returncode != 0:
             (folder / recipe.engine).unlink(missing_ok=True)
             errors.seek(0)
-            raise _error(folder, recipe, heard, process.returncode, [line for line in errors.read().splitlines() if line.strip()])
-    return heard
+            raise _error(
+                folder,
+                recipe,
+                build_log,
+                process.returncode,
+                [line for line in errors.read().splitlines() if line.strip()],
+            )
+    return build_log
 
 
-def _error(folder: Path, recipe: Recipe, heard: Heard, code: int, printed: Sequence[str]) -> H1ExportError:
+def _error(folder: Path, recipe: EngineConfig, build_log: BuildLog, code: int, printed: Sequence[str]) -> H1ExportError:
     """Our plugin's own words first, which it prints where it is given no log; then what is known, then the first thing that was said."""
-    name, said = f"{sdk.NAMES[recipe.runtime]} {heard.version}".strip(), " | ".join([*heard.said, *printed])
-    where = folder / (recipe.plugin if heard.stage == "load the plugin" else recipe.network)
+    name = f"{sdk.NAMES[recipe.runtime]} {build_log.version}".strip()
+    said = " | ".join([*build_log.said, *printed])
+    where = folder / (recipe.plugin if build_log.stage == "load the plugin" else recipe.network)
     if ours := OURS.search(said):
-        return H1ExportError(where, f"{name} could not {heard.stage}: {ours[0].split(' | ')[0]}", AGAIN)
-    for pattern, what, next_step in KNOWN if heard.stage != "load the plugin" else ():
+        return H1ExportError(where, f"{name} could not {build_log.stage}: {ours[0].split(' | ')[0]}", AGAIN)
+    for pattern, what, next_step in KNOWN if build_log.stage != "load the plugin" else ():
         if re.search(pattern, said):
-            return H1ExportError(where, f"{what}, says {name}: {heard.said[0]}", next_step)
-    died = f"died with signal {-code}" if code < 0 else f"could not {heard.stage}"
-    reason = next(iter(heard.said), printed[-1] if printed else "it does not say why")
+            return H1ExportError(where, f"{what}, says {name}: {build_log.said[0]}", next_step)
+    died = f"died with signal {-code}" if code < 0 else f"could not {build_log.stage}"
+    reason = next(iter(build_log.said), printed[-1] if printed else "it does not say why")
     return H1ExportError(where, f"{name} {died}: {reason}", AGAIN)

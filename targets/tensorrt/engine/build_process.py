@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from h1export.targets.tensorrt import sdk
-from h1export.targets.tensorrt.engine.config import Recipe
+from h1export.targets.tensorrt.engine.config import EngineConfig
 
 
 def tell(**facts: object) -> None:
@@ -21,7 +21,7 @@ def tell(**facts: object) -> None:
 
 def build(folder: Path) -> bool:
     """Write the engine; False where a step failed, after saying why."""
-    recipe = Recipe.read(folder)
+    recipe = EngineConfig.read(folder)
     trt = sdk.module(recipe.runtime, recipe.versions)
     tell(version=trt.__version__)
     logger = sdk.logger(trt, lambda said: tell(said=said))
@@ -48,7 +48,7 @@ def build(folder: Path) -> bool:
     return True
 
 
-def _config(trt: Any, builder: Any, network: Any, recipe: Recipe) -> Any:
+def _config(trt: Any, builder: Any, network: Any, recipe: EngineConfig) -> Any:
     config = builder.create_builder_config()
     for feature in recipe.preview_features:
         config.set_preview_feature(getattr(trt.PreviewFeature, feature), True)

@@ -14,12 +14,17 @@ from h1export.model.falcon_h1.states import BATCH, SEQUENCE
 from h1export.targets.base import BuildOptions, RuntimeName
 from h1export.targets.tensorrt.network.layout import MODEL, Ports, Profile, profiles
 
-RECIPE, ENGINE, TRTEXEC = "recipe.json", "model.engine", "trtexec.sh"
+RECIPE = "recipe.json"
+ENGINE = "model.engine"
+TRTEXEC = "trtexec.sh"
 LIBRARY = "plugin/libh1export_plugin.so"
 ALIASED = "ALIASED_PLUGIN_IO_10_03"  # states are updated in place
 RECORDABLE = "REQUIRE_USER_ALLOCATION"  # TensorRT-RTX: calls can be recorded as CUDA graphs
 TRTEXEC_NAMES = {ALIASED: "aliasedPluginIO1003"}
-VERSIONS: Mapping[RuntimeName, str] = {"rtx": ">=1.7,<2", "tensorrt": ">=10.15,<12"}  # 10.15 brought TensorScatter and RotaryEmbedding
+VERSIONS: Mapping[RuntimeName, str] = {
+    "rtx": ">=1.7,<2",
+    "tensorrt": ">=10.15,<12",
+}  # 10.15 brought TensorScatter and RotaryEmbedding
 RTX_ARCHITECTURES = (80, 86, 89, 120)  # of the default; RTX has 75 and 121 too, and neither 90 nor 100
 
 Shape = tuple[int, ...]
@@ -34,7 +39,7 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EngineConfig:
     """How to build.
 
     Attributes:
@@ -59,43 +64,64 @@ class Recipe:
 
     @classmethod
     def of(
-        cls, runtime: RuntimeName, architectures: tuple[int, ...], inputs: Ports, options: BuildOptions, hashes: Mapping[str, str]
-    ) -> Recipe:
+        cls,
+        runtime: RuntimeName,
+        architectures: tuple[int, ...],
+        inputs: Ports,
+        options: BuildOptions,
+        hashes: Mapping[str, str],
+    ) -> EngineConfig:
         """For a network with ``inputs``."""
         shapes = tuple(_shapes(profile, inputs) for profile in profiles(options.max_batch, options.max_context))
         of_rtx = runtime == "rtx"
         return cls(
-            runtime, VERSIONS[runtime], architectures if of_rtx else (), shapes, hashes, builder_flags=(RECORDABLE,) if of_rtx else ()
+            runtime,
+            VERSIONS[runtime],
+            architectures if of_rtx else (),
+            profiles=shapes,
+            hashes=hashes,
+            builder_flags=(RECORDABLE,) if of_rtx else (),
         )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     @classmethod
-    def read(cls, folder: Path) -> Recipe:
+    def read(cls, folder: Path) -> EngineConfig:
         """That of the artifact in ``folder``. Raises H1ExportError where it has none, or something else of that name."""
         path = folder / RECIPE
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))
             data["profiles"] = tuple(
-                Shapes(str(one["name"]), {str(name): _three(shapes) for name, shapes in one["inputs"].items()}) for one in data["profiles"]
+                Shapes(str(one["name"]), {str(name): _three(shapes) for name, shapes in one["inputs"].items()})
+                for one in data["profiles"]
             )
             for name in ("architectures", "preview_features", "builder_flags"):
                 data[name] = tuple(data[name])
             return cls(**data)
         except OSError as error:
-            raise H1ExportError(path, f"cannot be read ({error.strerror})", "give an artifact of --target trt") from None
+            raise H1ExportError(
+                path, f"cannot be read ({error.strerror})", "give an artifact of --target trt"
+            ) from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise H1ExportError(path, f"is no recipe ({error!r})", "build the artifact again") from None
 
     def trtexec(self) -> str:
         """The line for TensorRT's own command, in the artifact's folder."""
-        words = ["trtexec", f"--onnx={self.network}", f"--saveEngine={self.engine}", f"--staticPlugins={self.plugin}", "--stronglyTyped"]
+        words = [
+            "trtexec",
+            f"--onnx={self.network}",
+            f"--saveEngine={self.engine}",
+            f"--staticPlugins={self.plugin}",
+            "--stronglyTyped",
+        ]
         words += [f"--preview=+{TRTEXEC_NAMES[feature]}" for feature in self.preview_features]
         for index, profile in enumerate(self.profiles):
             words.append(f"--profile={index}")
             for place, which in enumerate(("min", "opt", "max")):
-                sizes = (f"{name}:{'x'.join(map(str, shapes[place]))}" for name, shapes in sorted(profile.inputs.items()))
+                sizes = (
+                    f"{name}:{'x'.join(map(str, shapes[place]))}" for name, shapes in sorted(profile.inputs.items())
+                )
                 words.append(f"--{which}Shapes={','.join(sizes)}")
         return shlex.join(words)
 
@@ -106,8 +132,12 @@ def _shapes(profile: Profile, inputs: Ports) -> Shapes:
     def of(dims: tuple[int | str, ...], batch: int, tokens: int) -> Shape:
         return tuple(dim if isinstance(dim, int) else {BATCH: batch, SEQUENCE: tokens}[dim] for dim in dims)
 
-    least, best, most = (1, 1), (profile.batch, profile.usual), (profile.batch, profile.tokens)
-    return Shapes(profile.name, {name: (of(dims, *least), of(dims, *best), of(dims, *most)) for name, (_, dims) in inputs.items()})
+    least = (1, 1)
+    best = (profile.batch, profile.usual)
+    most = (profile.batch, profile.tokens)
+    return Shapes(
+        profile.name, {name: (of(dims, *least), of(dims, *best), of(dims, *most)) for name, (_, dims) in inputs.items()}
+    )
 
 
 def _three(shapes: Any) -> tuple[Shape, Shape, Shape]:

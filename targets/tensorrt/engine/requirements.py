@@ -13,14 +13,16 @@ from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.targets.base import RuntimeName
 from h1export.targets.tensorrt import sdk
-from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, Recipe
+from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, EngineConfig
 
-MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+MAJOR = 75
+MINOR = 76
 DRIVER = "libcuda.so.1"
 
 
 @dataclass(frozen=True)
-class Passport:
+class EngineRequirements:
     """``runtime`` and ``version`` that built the engine, ``architectures`` that it is for, sha256 of ``plugin`` and ``engine``.
 
     Without an engine, ``version`` and ``engine`` are empty. ``kernels``: what the plugin's machine code takes of a GPU.
@@ -38,13 +40,15 @@ class Passport:
         return asdict(self) | {"architectures": list(self.architectures)}
 
     @classmethod
-    def of(cls, artifact: Artifact) -> Passport:
+    def of(cls, artifact: Artifact) -> EngineRequirements:
         """Raises H1ExportError for an artifact without one."""
-        data: Mapping[str, Any] = artifact.manifest.passport
+        data: Mapping[str, Any] = artifact.manifest.requirements
         try:
             return cls(**{**data, "architectures": tuple(data["architectures"])})
         except (TypeError, KeyError):
-            raise H1ExportError(artifact.folder, "has no passport of an engine", "give an artifact of --target trt") from None
+            raise H1ExportError(
+                artifact.folder, "has no passport of an engine", "give an artifact of --target trt"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Host:
     architecture: int
 
     @classmethod
-    def here(cls, recipe: Recipe) -> Host:
+    def here(cls, recipe: EngineConfig) -> Host:
         """This machine. Raises H1ExportError without an NVIDIA GPU, or without the recipe's runtime."""
         architecture = gpu_architecture()
         return cls({recipe.runtime: str(sdk.module(recipe.runtime, recipe.versions).__version__)}, architecture)
@@ -68,31 +72,38 @@ def gpu_architecture() -> int:
         driver = ctypes.CDLL(DRIVER)
     except OSError:
         raise missing from None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    device = ctypes.c_int()
+    major = ctypes.c_int()
+    minor = ctypes.c_int()
     done = [driver.cuInit(0), driver.cuDeviceGet(ctypes.byref(device), 0)]
-    done += [driver.cuDeviceGetAttribute(ctypes.byref(value), which, device) for value, which in ((major, MAJOR), (minor, MINOR))]
+    done += [
+        driver.cuDeviceGetAttribute(ctypes.byref(value), which, device)
+        for value, which in ((major, MAJOR), (minor, MINOR))
+    ]
     if any(done):
         raise missing
     return 10 * major.value + minor.value
 
 
-def check(folder: Path, passport: Passport, host: Host) -> None:
+def check(folder: Path, requirements: EngineRequirements, host: Host) -> None:
     """Whether ``host`` may read the engine in ``folder``.
 
     Raises:
         H1ExportError: no engine, changed files, another version, or a GPU that the engine is not for; it names the mismatch.
     """
-    if not passport.engine:
+    if not requirements.engine:
         raise H1ExportError(folder, "has no engine yet", "run h1export finish on it, on the GPU host")
-    for name, digest in ((ENGINE, passport.engine), (LIBRARY, passport.plugin)):
+    for name, digest in ((ENGINE, requirements.engine), (LIBRARY, requirements.plugin)):
         if _sha256(folder / name) != digest:
-            raise H1ExportError(folder / name, "is not the file that the manifest's passport names", "build the artifact again")
-    version = host.versions.get(passport.runtime)
-    if version != passport.version:
-        what = f"the engine was built with {sdk.NAMES[passport.runtime]} {passport.version}, and here is {version or 'none'}"
+            raise H1ExportError(
+                folder / name, "is not the file that the manifest's passport names", "build the artifact again"
+            )
+    version = host.versions.get(requirements.runtime)
+    if version != requirements.version:
+        what = f"the engine was built with {sdk.NAMES[requirements.runtime]} {requirements.version}, and here is {version or 'none'}"
         raise H1ExportError(folder / ENGINE, what, "install that version, or build the engine again with this one")
-    if host.architecture not in passport.architectures:
-        built = ", ".join(f"sm_{architecture}" for architecture in passport.architectures)
+    if host.architecture not in requirements.architectures:
+        built = ", ".join(f"sm_{architecture}" for architecture in requirements.architectures)
         what = f"the engine is for {built}, and this GPU is sm_{host.architecture}"
         raise H1ExportError(folder / ENGINE, what, f"build it with --sm {host.architecture}")
 

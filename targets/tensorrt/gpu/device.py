@@ -19,7 +19,9 @@ class Gpu:
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
-            raise H1ExportError("torch", "cannot use a GPU here", "install PyTorch's build for CUDA, and a driver that it supports")
+            raise H1ExportError(
+                "torch", "cannot use a GPU here", "install PyTorch's build for CUDA, and a driver that it supports"
+            )
         self.device = torch.device("cuda", 0)
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
@@ -39,6 +41,8 @@ class Gpu:
             RuntimeError: something of it cannot be recorded.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):  # other threads may do what they like
+        with torch.cuda.graph(
+            graph, stream=self._stream, capture_error_mode="thread_local"
+        ):  # other threads may do what they like
             launch()
         return graph.replay

@@ -11,18 +11,20 @@ import torch
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.targets.tensorrt import sdk
-from h1export.targets.tensorrt.engine.config import Recipe
-from h1export.targets.tensorrt.engine.requirements import Host, Passport, check
+from h1export.targets.tensorrt.engine.config import EngineConfig
+from h1export.targets.tensorrt.engine.requirements import EngineRequirements, Host, check
 from h1export.targets.tensorrt.gpu.device import Gpu
 from h1export.targets.tensorrt.network.layout import DECODE, PREFILL
 from h1export.targets.tensorrt.network.limits import Limits
 
 
-class Voice:
+class TrtLogger:
     """What TensorRT says of the engine in ``path``; ``name``: its version, and the GPU."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self._path, self.name, self._said = path, name, list[str]()
+        self._path = path
+        self.name = name
+        self._said = list[str]()
 
     def hear(self, text: str) -> None:
         self._said.append(text)
@@ -31,7 +33,9 @@ class Voice:
         """``what`` went wrong, with the last words, which are then forgotten."""
         said = self._said[-1] if self._said else "it does not say why"
         self._said.clear()
-        return H1ExportError(self._path, f"{self.name} {what}: {said}", "run h1export finish on the artifact, or build it again")
+        return H1ExportError(
+            self._path, f"{self.name} {what}: {said}", "run h1export finish on the artifact, or build it again"
+        )
 
 
 class LoadedEngine:
@@ -49,15 +53,18 @@ class LoadedEngine:
     """
 
     def __init__(self, artifact: Artifact, gpu: Gpu) -> None:
-        recipe, passport = Recipe.read(artifact.folder), Passport.of(artifact)
+        recipe = EngineConfig.read(artifact.folder)
+        requirements = EngineRequirements.of(artifact)
         host = Host.here(recipe)
-        check(artifact.folder, passport, host)  # before anything is read
-        self.artifact, self.gpu, self.limits = artifact, gpu, Limits.of(artifact)
+        check(artifact.folder, requirements, host)  # before anything is read
+        self.artifact = artifact
+        self.gpu = gpu
+        self.limits = Limits.of(artifact)
         self.all_logits = not artifact.manifest.options["last_logits"]
         self.gpu_name = f"sm_{host.architecture}"
         self._profiles = {profile.name: index for index, profile in enumerate(recipe.profiles)}
         path = artifact.folder / recipe.engine
-        self._voice = Voice(path, f"{sdk.NAMES[recipe.runtime]} {passport.version} on {self.gpu_name}")
+        self._voice = TrtLogger(path, f"{sdk.NAMES[recipe.runtime]} {requirements.version} on {self.gpu_name}")
         self._trt = sdk.module(recipe.runtime, recipe.versions)
         try:
             self._runtime = self._trt.Runtime(sdk.logger(self._trt, self._voice.hear))  # outlives what it makes
@@ -98,21 +105,27 @@ class LoadedEngine:
         It compiles kernels while the model runs: those of single tokens before the call, so that a graph holds them; those of prompts,
         whose sizes are many, beside the first calls.
         """
-        trt, config = self._trt, self._engine.create_runtime_config()
+        trt = self._trt
+        config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
             self._compiled = self._compiled or config.create_runtime_cache()
             config.set_runtime_cache(self._compiled)
             strategies = trt.DynamicShapesKernelSpecializationStrategy
-            config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER if profile == DECODE else strategies.LAZY
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                strategies.EAGER if profile == DECODE else strategies.LAZY
+            )
         return config
 
 
 class Context:
     """One way of calling a LoadedEngine, on the tensors that it is bound to; ``stream``: the GPU's."""
 
-    def __init__(self, context: Any, inputs: set[str], stream: int, voice: Voice) -> None:
-        self._context, self._inputs, self._stream, self._voice = context, inputs, stream, voice
+    def __init__(self, context: Any, inputs: set[str], stream: int, voice: TrtLogger) -> None:
+        self._context = context
+        self._inputs = inputs
+        self._stream = stream
+        self._voice = voice
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Let calls read and write ``tensors``, inputs and outputs by name, which the caller keeps.

@@ -8,7 +8,7 @@ import torch
 
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, StateSpec
 from h1export.runtime.runner import Capabilities, Ids
 from h1export.targets.onnx.read_back import StoredWeights
@@ -27,7 +27,8 @@ class EngineRunner:
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        self._artifact, self._gpu = artifact, Gpu()
+        self._artifact = artifact
+        self._gpu = Gpu()
         try:
             with self._gpu.current():
                 self._engine = LoadedEngine(artifact, self._gpu)
@@ -37,8 +38,8 @@ class EngineRunner:
             ) from error
 
     @property
-    def spec(self) -> HybridSpec:
-        return self._artifact.spec
+    def config(self) -> FalconH1Config:
+        return self._artifact.config
 
     @property
     def capabilities(self) -> Capabilities:
@@ -71,9 +72,12 @@ class EngineRunner:
     def snapshot(self, states: EngineSequences) -> dict[str, Array]:
         with self._gpu.current():
             found = {
-                tensor: states.states[tensor.past].to("cpu", torch.float32, copy=True).numpy() for tensor in StateSpec.of(self.spec).tensors
+                tensor: states.states[tensor.past].to("cpu", torch.float32, copy=True).numpy()
+                for tensor in StateSpec.of(self.config).tensors
             }
-        return {tensor.key: array[:, :, : states.length] if tensor.kind.grows else array for tensor, array in found.items()}
+        return {
+            tensor.key: array[:, :, : states.length] if tensor.kind.grows else array for tensor, array in found.items()
+        }
 
     def magnitudes(self) -> Mapping[str, float]:
         return {}

@@ -24,8 +24,10 @@ class EngineSequences:
     """Sequences of ``length`` tokens each, with their ``states`` on the GPU by input name."""
 
     def __init__(self, engine: LoadedEngine, states: Tensors) -> None:
-        self.states, self.length = states, 0
-        self._engine, self._batch = engine, next(iter(states.values())).shape[0]
+        self.states = states
+        self.length = 0
+        self._engine = engine
+        self._batch = next(iter(states.values())).shape[0]
         self._mask = self._zeros(self._batch, engine.limits.max_context)
         self._write_indices = self._zeros(self._batch)
 
@@ -33,7 +35,8 @@ class EngineSequences:
     def new(cls, engine: LoadedEngine, batch: int) -> EngineSequences:
         """``batch`` sequences before their first token. Raises H1ExportError for more than the engine takes."""
         engine.limits.check_rows("start", batch)
-        own, tensors = OWN[engine.artifact.manifest.options["compute"]], StateSpec.of(engine.artifact.spec).tensors
+        own = OWN[engine.artifact.manifest.options["compute"]]
+        tensors = StateSpec.of(engine.artifact.config).tensors
 
         def zeros(tensor: StateTensor) -> torch.Tensor:
             shape = tensor.sized(batch, engine.limits.max_context)
@@ -86,14 +89,15 @@ class EngineSequences:
         return np.concatenate(found, axis=1) if self._engine.all_logits else found[-1]
 
     def _check(self, ids: Ids, mask: Ids) -> None:
-        check_call(ids, mask, self.length, self._engine.artifact.spec.vocab_size)
+        check_call(ids, mask, self.length, vocab_size=self._engine.artifact.config.vocab_size)
         if len(ids) != self._batch:
             raise H1ExportError("append", f"{len(ids)} rows", f"these are {self._batch} sequences")
         self._engine.limits.check_room("append", mask.shape[1])
 
     def _call(self, ids: torch.Tensor) -> Array:
         """The next tokens, whose columns the mask has already."""
-        context, tensors = self._engine.shared(ids.shape[1]), self._tensors(ids)
+        context = self._engine.shared(ids.shape[1])
+        tensors = self._tensors(ids)
         context.bind(tensors)
         self._write_indices.fill_(self.length)
         context.launch()
@@ -102,10 +106,18 @@ class EngineSequences:
 
     def _tensors(self, ids: torch.Tensor) -> Tensors:
         """What a call is bound to; a state's output is the memory of its input."""
-        spec, tokens = self._engine.artifact.spec, ids.shape[1] if self._engine.all_logits else 1
-        logits = torch.empty(self._batch, tokens, spec.vocab_size, device=ids.device)
-        presents = {tensor.present: self.states[tensor.past] for tensor in StateSpec.of(spec).tensors}
-        return {INPUT_IDS: ids, ATTENTION_MASK: self._mask, WRITE_INDICES: self._write_indices, LOGITS: logits, **self.states, **presents}
+        config = self._engine.artifact.config
+        tokens = ids.shape[1] if self._engine.all_logits else 1
+        logits = torch.empty(self._batch, tokens, config.vocab_size, device=ids.device)
+        presents = {tensor.present: self.states[tensor.past] for tensor in StateSpec.of(config).tensors}
+        return {
+            INPUT_IDS: ids,
+            ATTENTION_MASK: self._mask,
+            WRITE_INDICES: self._write_indices,
+            LOGITS: logits,
+            **self.states,
+            **presents,
+        }
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self._engine.gpu.device)
@@ -122,7 +134,9 @@ class Decode:
     """
 
     def __init__(self, engine: LoadedEngine, tensors: Tensors) -> None:
-        self._gpu, self._tensors, self._context = engine.gpu, tensors, engine.context(DECODE)
+        self._gpu = engine.gpu
+        self._tensors = tensors
+        self._context = engine.context(DECODE)
         self._context.bind(tensors)
         self._warm = self._tried = False
         self._run: Callable[[], None] = self._context.launch

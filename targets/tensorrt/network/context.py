@@ -50,7 +50,9 @@ def _type(node: ir.Node, index: int) -> ir.DataType | None:
 class TypedBuilder(GraphBuilder):
     """A GraphBuilder whose values know their dtypes; the model file has them too."""
 
-    def ops(self, op_type: str, outputs: int, *inputs: Value | None, domain: str = "", **attributes: Any) -> tuple[Value, ...]:
+    def ops(
+        self, op_type: str, outputs: int, *inputs: Value | None, domain: str = "", **attributes: Any
+    ) -> tuple[Value, ...]:
         """Append a node with several outputs."""
         values = super().ops(op_type, outputs, *inputs, domain=domain, **attributes)
         node = values[0].producer()
@@ -76,7 +78,9 @@ class TensorRTContext(Context):
 
     def __init__(self, *args: Any, own: ir.DataType, write_indices: Value, max_context: int) -> None:
         super().__init__(*args)
-        self.own, self.write_indices, self.max_context = own, write_indices, max_context
+        self.own = own
+        self.write_indices = write_indices
+        self.max_context = max_context
 
     def cast(self, value: Value, dtype: ir.DataType) -> Value:
         """``value`` in ``dtype``."""

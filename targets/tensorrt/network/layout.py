@@ -9,13 +9,24 @@ import onnx_ir as ir
 import torch
 
 from h1export.graphs.program import Program
-from h1export.model.falcon_h1.states import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, StateKind, StateTensor
+from h1export.model.falcon_h1.states import (
+    ATTENTION_MASK,
+    BATCH,
+    INPUT_IDS,
+    LOGITS,
+    PAST,
+    SEQUENCE,
+    StateKind,
+    StateTensor,
+)
 from h1export.targets.base import BuildOptions, Compute
 
 MODEL = "model.onnx"
 DATA = MODEL + ".data"
 WRITE_INDICES = "write_indices"  # int64 [batch]: the column of the keys' buffer that a call's first token gets
-DECODE, PREFILL = "decode", "prefill"  # the profiles
+# the profiles
+DECODE = "decode"
+PREFILL = "prefill"
 PREFILL_TOKENS = 512  # of one call; longer prompts come in several
 
 Dims = tuple[int | str, ...]
@@ -23,7 +34,11 @@ Ports = Mapping[str, tuple[str, Dims]]
 
 OWN: Mapping[Compute, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT = ir.DataType.FLOAT
-TORCH: Mapping[int, torch.dtype] = {FLOAT: torch.float32, OWN["fp16"]: torch.float16, OWN["bf16"]: torch.bfloat16}  # by ONNX's number
+TORCH: Mapping[int, torch.dtype] = {
+    FLOAT: torch.float32,
+    OWN["fp16"]: torch.float16,
+    OWN["bf16"]: torch.bfloat16,
+}  # by ONNX's number
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,7 @@ class Profile:
 def profiles(max_batch: int, max_context: int) -> tuple[Profile, Profile]:
     """Decode and prefill. An update of the keys' buffer has to fit into it."""
     longest = min(PREFILL_TOKENS, max_context)
-    return Profile(DECODE, max_batch, 1, 1), Profile(PREFILL, max_batch, max(1, longest // 4), longest)
+    return Profile(DECODE, max_batch, 1, tokens=1), Profile(PREFILL, max_batch, max(1, longest // 4), tokens=longest)
 
 
 def dtype(kind: StateKind, own: ir.DataType) -> ir.DataType:
@@ -62,5 +77,5 @@ def inputs(program: Program, options: BuildOptions) -> Ports:
 
 def outputs(program: Program, options: BuildOptions) -> Ports:
     """Every state's output is the memory of its input."""
-    logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.spec.vocab_size)
+    logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.config.vocab_size)
     return {LOGITS: ("FLOAT", logits), **{tensor.present: _state(tensor, options) for tensor in program.states.tensors}}

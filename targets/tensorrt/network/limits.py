@@ -30,7 +30,9 @@ class Limits:
     def check_rows(self, where: str, rows: int) -> None:
         """Raises H1ExportError for more sequences than the network takes."""
         if rows > self.max_batch:
-            raise H1ExportError(where, f"{rows} rows, and the network takes {self.max_batch}", f"build it with --max-batch {rows}")
+            raise H1ExportError(
+                where, f"{rows} rows, and the network takes {self.max_batch}", f"build it with --max-batch {rows}"
+            )
 
     def check_room(self, where: str, tokens: int) -> None:
         """Raises H1ExportError for longer sequences than the buffers of keys hold."""

@@ -14,10 +14,10 @@ from h1export.graphs.passes import KindOf, run_passes
 from h1export.graphs.passes.flatten_splits import FlattenSplits
 from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
 from h1export.graphs.program import Program
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING
 from h1export.quantize.methods.prequantized import need_symmetric
-from h1export.quantize.source import Integers
+from h1export.quantize.source import QuantizedWeights
 from h1export.targets.base import BuildOptions, Lowered
 from h1export.targets.onnx.emit import emit, name_probes
 from h1export.targets.onnx.external_data import ExternalData
@@ -27,12 +27,14 @@ from h1export.targets.tensorrt.network.layout import DATA, MODEL, WRITE_INDICES,
 from h1export.targets.tensorrt.network.ops import TABLE
 
 
-def check(spec: HybridSpec, integers: Integers, options: BuildOptions) -> None:
+def check(config: FalconH1Config, integers: QuantizedWeights, options: BuildOptions) -> None:
     """Raises H1ExportError for integers and options that TensorRT does not take."""
     need_symmetric(integers, "TensorRT")
     if options.compute not in layout.OWN:
-        raise H1ExportError("--compute", f"{options.compute} is not a dtype of this network", f"one of {', '.join(layout.OWN)}")
-    gathered = {EMBEDDING} if not spec.tie_word_embeddings else set()  # never multiplied by
+        raise H1ExportError(
+            "--compute", f"{options.compute} is not a dtype of this network", f"one of {', '.join(layout.OWN)}"
+        )
+    gathered = {EMBEDDING} if not config.tie_word_embeddings else set()  # never multiplied by
     wide = [name for name, precision in integers.precisions.items() if precision.bits != 4 and name not in gathered]
     if wide:
         where = "--quant int8" if len(wide) >= len(integers.precisions) - 1 else f'tensor "{wide[0]}" in int8'
@@ -40,10 +42,13 @@ def check(spec: HybridSpec, integers: Integers, options: BuildOptions) -> None:
         raise H1ExportError(where, what, "use --quant int4 or none, or --target ort, which has int8")
 
 
-def write(program: Program, store: WeightStore, integers: Integers, options: BuildOptions, stage: Stage) -> Lowered:
+def write(
+    program: Program, store: WeightStore, integers: QuantizedWeights, options: BuildOptions, stage: Stage
+) -> Lowered:
     """Write model.onnx and its data into ``stage``. Raises H1ExportError for weights beyond fp16."""
     program = run_passes(program, (FuseParallelProjections(_kinds(store, integers)), FlattenSplits()))
-    inputs, outputs = layout.inputs(program, options), layout.outputs(program, options)
+    inputs = layout.inputs(program, options)
+    outputs = layout.outputs(program, options)
     declared = [_declare(name, *port) for name, port in inputs.items()]
     by_name = {value.name: value for value in declared}
     with ExternalData(stage, DATA) as data:
@@ -65,12 +70,13 @@ def write(program: Program, store: WeightStore, integers: Integers, options: Bui
         name_probes(context)
         for value, (name, (dtype, dims)) in zip(results, outputs.items(), strict=True):
             assert value.dtype == ir.DataType[dtype], f"{name} is {value.dtype}"
-            value.name, value.shape = name, ir.Shape(dims)
+            value.name = name
+            value.shape = ir.Shape(dims)
         ir.save(context.build.model(declared, results, "falcon_h1"), stage.folder / MODEL)
     return Lowered(inputs, outputs, tuple(context.stored))
 
 
-def _kinds(store: WeightStore, integers: Integers) -> KindOf:
+def _kinds(store: WeightStore, integers: QuantizedWeights) -> KindOf:
     """Weights of one precision may share an initializer; an odd number of rows, whose int4 columns end within bytes, shares none."""
 
     def kind_of(expr: WeightExpr) -> Hashable:

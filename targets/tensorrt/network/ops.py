@@ -28,14 +28,23 @@ from h1export.targets.tensorrt.plugin.schema import NAMESPACE, VERSION
 
 aten = torch.ops.aten
 
-PLUGIN: Mapping[str, Any] = {"domain": NAMESPACE, "plugin_namespace": NAMESPACE, "plugin_version": VERSION, "state_in_place": 1}
+PLUGIN: Mapping[str, Any] = {
+    "domain": NAMESPACE,
+    "plugin_namespace": NAMESPACE,
+    "plugin_version": VERSION,
+    "state_in_place": 1,
+}
 
 
 def linear(c: TensorRTContext, node: Node) -> None:
     """A product with integers and µP behind it, or with a matrix into which µP is folded."""
-    x, expr = c.as_activation(c.value(args_of(node)[0])), c.expr(args_of(node)[1])
-    precision, bias = c.precision(expr), linear_bias(node)
-    weight = c.build.op("Transpose", c.matrix(expr), perm=[1, 0]) if precision is None else dequantized(c, expr, precision)
+    x = c.as_activation(c.value(args_of(node)[0]))
+    expr = c.expr(args_of(node)[1])
+    precision = c.precision(expr)
+    bias = linear_bias(node)
+    weight = (
+        c.build.op("Transpose", c.matrix(expr), perm=[1, 0]) if precision is None else dequantized(c, expr, precision)
+    )
     y = c.build.op("MatMul", x, weight)
     if precision is not None and (multiplier := factors(c, expr)) is not None:
         y = c.build.op("Mul", y, multiplier)
@@ -44,11 +53,12 @@ def linear(c: TensorRTContext, node: Node) -> None:
 
 def embedding(c: TensorRTContext, node: Node) -> None:
     """The residual stream begins, and stays, in float32: every layer adds to it, and trained models leave fp16's range there."""
-    expr, ids = c.expr(args_of(node)[0]), c.value(args_of(node)[1])
+    expr = c.expr(args_of(node)[0])
+    ids = c.value(args_of(node)[1])
     precision = c.precision(expr)
     if precision is None:
         return c.set(node, c.as_float32(c.build.op("Gather", c.matrix(expr), ids)))
-    return c.set(node, embed(c, ids, expr, precision, c.program.spec.tie_word_embeddings))
+    return c.set(node, embed(c, ids, expr, precision, c.program.config.tie_word_embeddings))
 
 
 def rms_norm(c: TensorRTContext, node: Node) -> None:
@@ -80,7 +90,11 @@ def binary(op_type: str) -> Emitter[TensorRTContext]:
 def _operand(c: TensorRTContext, value: Any, dtype: ir.DataType) -> Value:
     if isinstance(value, ir.Value):
         return c.cast(value, dtype)
-    return c.build.constant(value, np.int64) if dtype == ir.DataType.INT64 else c.cast(c.build.constant(value, np.float32), dtype)
+    return (
+        c.build.constant(value, np.int64)
+        if dtype == ir.DataType.INT64
+        else c.cast(c.build.constant(value, np.float32), dtype)
+    )
 
 
 def to_dtype(c: TensorRTContext, node: Node) -> None:
@@ -102,7 +116,8 @@ def _columns(c: TensorRTContext) -> Value:
 
 
 def _written(c: TensorRTContext) -> Value:
-    b, (ids,) = c.build, [node for node in c.program.graph.nodes if c.program.inputs.get(node.name) == "input_ids"]
+    b = c.build
+    (ids,) = [node for node in c.program.graph.nodes if c.program.inputs.get(node.name) == "input_ids"]
     seq = b.op("Squeeze", b.op("Shape", c.value(ids), start=1, end=2))
     tokens = b.op("Range", b.constant(0, np.int64), seq, b.constant(1, np.int64))
     return b.op("Add", b.op("Unsqueeze", c.write_indices, b.ints(1)), tokens)
@@ -111,7 +126,7 @@ def _written(c: TensorRTContext) -> Value:
 def causal_conv(c: TensorRTContext, node: Node) -> None:
     """The plugin's CausalConv, which always takes a bias."""
     x, state, weight, bias = args_of(node)
-    channels = c.program.spec.conv_dim
+    channels = c.program.config.conv_dim
     added = c.as_activation(c.build.constant(np.zeros(channels), np.float32)) if bias is None else c.value(bias)
     c.set(node, *c.build.ops("CausalConv", 2, c.value(x), c.value(state), c.value(weight), added, **PLUGIN))
 
@@ -133,14 +148,17 @@ def attention(c: TensorRTContext, node: Node) -> None:
     visible = b.once((mask, "visible"), lambda: _visible(c, mask))
     query, new_k, new_v = (b.op("Transpose", c.value(x), perm=[0, 2, 1, 3]) for x in (q, k, v))
     query, new_k = (b.op("RotaryEmbedding", x, cos, sin) for x in (query, new_k))
-    keys, values = (b.op("TensorScatter", c.value(past), new, c.write_indices, axis=2) for past, new in ((past_k, new_k), (past_v, new_v)))
-    out = b.op("Attention", query, keys, values, visible, scale=c.program.spec.head_dim**-0.5)
+    keys, values = (
+        b.op("TensorScatter", c.value(past), new, c.write_indices, axis=2)
+        for past, new in ((past_k, new_k), (past_v, new_v))
+    )
+    out = b.op("Attention", query, keys, values, visible, scale=c.program.config.head_dim**-0.5)
     c.set(node, b.op("Transpose", out, perm=[0, 2, 1, 3]), keys, values)
 
 
 def _rotary_tables(c: TensorRTContext, positions: Any, theta: Any) -> tuple[Value, Value]:
     """cos and sin, [batch, seq, dim / 2], of float32 angles."""
-    frequencies = rope_frequencies(theta, c.program.spec.head_dim)
+    frequencies = rope_frequencies(theta, c.program.config.head_dim)
     position = c.build.op("Unsqueeze", c.as_float32(c.value(positions)), c.build.ints(2))
     angles = c.build.op("Mul", position, c.build.constant(frequencies.numpy(), np.float32))
     return c.as_activation(c.build.op("Cos", angles)), c.as_activation(c.build.op("Sin", angles))
@@ -148,7 +166,8 @@ def _rotary_tables(c: TensorRTContext, positions: Any, theta: Any) -> tuple[Valu
 
 def _visible(c: TensorRTContext, mask: Any) -> Value:
     """bool [batch, 1, seq, max_context]: real keys up to the query's own column, and that one even for a pad, which stays finite."""
-    b, own = c.build, c.build.op("Unsqueeze", _columns(c), c.build.ints(2))
+    b = c.build
+    own = c.build.op("Unsqueeze", _columns(c), c.build.ints(2))
     column = b.constant(np.arange(c.max_context), np.int64)
     real = b.op("Cast", b.op("Unsqueeze", c.value(mask), b.ints(1)), to=int(ir.DataType.BOOL))
     seen = b.op("Or", b.op("And", b.op("LessOrEqual", column, own), real), b.op("Equal", column, own))

@@ -18,7 +18,7 @@ from h1export.artifact.artifact import StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.gptq_tensor import ORDER
 from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
-from h1export.quantize.group_format import Precision
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedBlock, quantized_blocks
 from h1export.targets.onnx.builder import Value
@@ -27,7 +27,9 @@ from h1export.targets.onnx.emit import initializer_name, stored_parts
 from h1export.targets.tensorrt.network.context import TensorRTContext
 
 WORDS = ".words"
-WORD_BITS, SIGN = 32, 1 << 31  # words are stored less SIGN, so that int32 holds them
+# words are stored less SIGN, so that int32 holds them
+WORD_BITS = 32
+SIGN = 1 << 31
 
 Words = npt.NDArray[np.int32]
 
@@ -38,10 +40,10 @@ def dequantized(c: TensorRTContext, expr: WeightExpr, precision: Precision) -> V
 
 
 def _dequantized(c: TensorRTContext, expr: WeightExpr, precision: Precision) -> Value:
-    codes, scales = write_columns(c, expr, precision, ir.DataType.FLOAT16, lambda tensor: tensor.scales)
+    codes, scales = write_columns(c, expr, precision, dtype=ir.DataType.FLOAT16, scales_of=lambda tensor: tensor.scales)
     _note(c, expr, precision)
     operands = c.build.initializer(codes), c.build.initializer(scales)
-    return c.as_activation(c.build.op("DequantizeLinear", *operands, axis=0, block_size=precision.block))
+    return c.as_activation(c.build.op("DequantizeLinear", *operands, axis=0, block_size=precision.group_size))
 
 
 def factors(c: TensorRTContext, expr: WeightExpr) -> Value | None:
@@ -52,7 +54,9 @@ def factors(c: TensorRTContext, expr: WeightExpr) -> Value | None:
     if len(multipliers) == 1 and expr.parts[0].multiplier.is_scalar:
         return c.as_activation(c.build.constant([expr.parts[0].multiplier.factor], np.float32))
     shape = expr.shape(c.store.shape)[:1]
-    made = c.small_tensor(f"{initializer_name(expr)}.multiplier", shape, lambda: np.concatenate([p.factors(c.store) for p in expr.parts]))
+    made = c.small_tensor(
+        f"{initializer_name(expr)}.multiplier", shape, lambda: np.concatenate([p.factors(c.store) for p in expr.parts])
+    )
     return c.as_activation(c.build.initializer(made))
 
 
@@ -60,17 +64,24 @@ def embed(c: TensorRTContext, ids: Value, expr: WeightExpr, precision: Precision
     """Rows ``ids`` of the embedding in float32, exact. ``tied``: its integers are the head's, which notes them for the manifest."""
     rows, columns = c.store.shape(expr.only.tensor)
     assert expr.only.multiplier == Multiplier(), "an embedding is stored without a multiplier"
-    name, b, bits = initializer_name(expr), c.build, precision.bits
-    block = precision.columns_per_scale(columns)
+    name = initializer_name(expr)
+    b = c.build
+    bits = precision.bits
+    block = precision.columns_per_group(columns)
     words = c.data.place(name + WORDS, ir.DataType.INT32, (rows, columns * bits // WORD_BITS))
     scales = c.data.place(name + WORDS + SCALES, ir.DataType.FLOAT16, (rows, columns // block))
-    stored = quantized_blocks(expr, c.store, c.integers, BLOCK_BYTES)
+    stored = quantized_blocks(expr, c.store, c.integers, max_bytes=BLOCK_BYTES)
     c.data.fill([words, scales], (partial(_rows, bits, one) for one in stored))
     if not tied:
         _note(c, expr, precision)
-    unsigned = b.op("Add", b.op("Cast", b.op("Gather", b.initializer(words), ids), to=int(ir.DataType.INT64)), b.constant(SIGN, np.int64))
+    unsigned = b.op(
+        "Add",
+        b.op("Cast", b.op("Gather", b.initializer(words), ids), to=int(ir.DataType.INT64)),
+        b.constant(SIGN, np.int64),
+    )
     places = b.constant([1 << shift for shift in range(0, WORD_BITS, bits)], np.int64)
-    base, shifted = b.constant(1 << bits, np.int64), b.op("Div", b.op("Unsqueeze", unsigned, b.ints(3)), places)
+    base = b.constant(1 << bits, np.int64)
+    shifted = b.op("Div", b.op("Unsqueeze", unsigned, b.ints(3)), places)
     digits = b.op("Sub", shifted, b.op("Mul", b.op("Div", shifted, base), base))
     codes = b.op("Sub", c.as_float32(digits), b.constant(1 << (bits - 1), np.float32))
     scale = b.op("Unsqueeze", c.as_float32(b.op("Gather", b.initializer(scales), ids)), b.ints(3))
@@ -99,7 +110,9 @@ def _rows(bits: int, block: QuantizedBlock) -> tuple[Words, npt.NDArray[np.float
 
 
 def _note(c: TensorRTContext, expr: WeightExpr, precision: Precision) -> None:
-    c.stored.append(StoredWeight(initializer_name(expr), precision.bits, precision.block, 0, stored_parts(c, expr)))
+    c.stored.append(
+        StoredWeight(initializer_name(expr), precision.bits, precision.group_size, axis=0, parts=stored_parts(c, expr))
+    )
 
 
 def key(name: str) -> str | None:
@@ -107,15 +120,19 @@ def key(name: str) -> str | None:
     return name if name.startswith(ORDER) or name.endswith((CODES, SCALES, WORDS)) else None
 
 
-def read_stored(weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]) -> Iterator[tuple[str, QuantizedTensor]]:
+def read_stored(
+    weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]
+) -> Iterator[tuple[str, QuantizedTensor]]:
     """The integers that an artifact stores, by checkpoint tensor; see targets/onnx/read_back.py."""
-    name, start = weight.initializer, 0
+    name = weight.initializer
+    start = 0
     if name + CODES in tensors:
         rows = sum(part.size for part in weight.parts)
         codes = read_columns(tensors[name + CODES], weight.bits, rows)
         scales = tensors[name + SCALES].T
     else:
-        codes, scales = codes_of(np.asarray(tensors[name + WORDS]), weight.bits), tensors[name + WORDS + SCALES]
+        codes = codes_of(np.asarray(tensors[name + WORDS]), weight.bits)
+        scales = tensors[name + WORDS + SCALES]
     for part in weight.parts:
         place = slice(start, start + part.size)
         yield part.tensor, QuantizedTensor(codes[place], np.asarray(scales[place]), part.multiplier.rows(part.size))

@@ -32,7 +32,10 @@ def kernels(d_head: int, d_state: int, taps: int, dtype: str) -> tuple[Kernel, .
     Raises:
         H1ExportError: no kernel for the head dim and state size.
     """
-    return (*scan.kernels(d_head, d_state, dtype), *(conv.kernel(dtype, taps, True, one) for one in (True, False)))
+    return (
+        *scan.kernels(d_head, d_state, dtype),
+        *(conv.kernel(dtype, taps, True, one_token=one) for one in (True, False)),
+    )
 
 
 def compile_all(wanted: Iterable[Kernel], architectures: Sequence[int] = ARCHITECTURES) -> list[Cubin]:
@@ -64,7 +67,9 @@ def library(cubins: Sequence[Cubin], tensorrt_include: Path | None = None) -> Pa
             made = build(write_sources(Path(folder) / "source", cubins), Path(folder) / "build", tensorrt_include)
             made.replace(path)  # others may do the same, and see nothing or all of it
     except OSError as error:
-        raise H1ExportError(path.parent, f"the plugin cannot be written ({error.strerror})", "set XDG_CACHE_HOME") from None
+        raise H1ExportError(
+            path.parent, f"the plugin cannot be written ({error.strerror})", "set XDG_CACHE_HOME"
+        ) from None
     return path
 
 

@@ -16,8 +16,13 @@ from h1export.plugins.ssm_scan import launch as scan
 
 Arguments = tuple[tuple[str, str], ...]
 
-NAMESPACE, VERSION = "h1export", "1"  # of both ops in TensorRT: kNamespace and kVersion of csrc/plugin.h
-FIELDS = {"int": ("int32_t", "kINT32"), "float": ("float", "kFLOAT32")}  # Torch's type of an attribute -> C++'s, PluginFieldType's
+# of both ops in TensorRT: kNamespace and kVersion of csrc/plugin.h
+NAMESPACE = "h1export"
+VERSION = "1"
+FIELDS = {
+    "int": ("int32_t", "kINT32"),
+    "float": ("float", "kFLOAT32"),
+}  # Torch's type of an attribute -> C++'s, PluginFieldType's
 SCALARS = {"i32": "int32_t", "fp32": "float"}  # Triton's type of a kernel's argument -> C++'s
 
 
@@ -40,7 +45,11 @@ class Op:
     @property
     def attributes(self) -> list[tuple[str, str]]:
         """(name, Torch's type) of what follows the tensors."""
-        return [(argument.name, str(argument.type)) for argument in self.schema.arguments if argument.name not in self.shapes]
+        return [
+            (argument.name, str(argument.type))
+            for argument in self.schema.arguments
+            if argument.name not in self.shapes
+        ]
 
     def kind(self, name: str) -> str:
         """Of an input: OURS, or a pointer type that is the same whatever the op's dtype."""
@@ -75,7 +84,12 @@ OPS = (
         "CausalConv",
         "causal_conv",
         h1.causal_conv.default._schema,
-        {"x": "batch tokens channels", "state": "batch channels kept", "weight": "channels one taps", "bias": "channels"},
+        {
+            "x": "batch tokens channels",
+            "state": "batch channels kept",
+            "weight": "channels one taps",
+            "bias": "channels",
+        },
         {"causal_conv": conv.CAUSAL_CONV},
     ),
 )
@@ -83,9 +97,24 @@ OPS = (
 
 def header() -> str:
     """ops.h: a namespace for each op, with its inputs, its attributes and a Call that holds all arguments of its kernels."""
-    lines = ["// Generated from the ops' schemas and launch.py.", "#pragma once", "", "#include <cstdint>", "", '#include "tensors.h"', ""]
+    lines = [
+        "// Generated from the ops' schemas and launch.py.",
+        "#pragma once",
+        "",
+        "#include <cstdint>",
+        "",
+        '#include "tensors.h"',
+        "",
+    ]
     for op in OPS:
-        lines += [f"namespace h1::{op.space} {{", *_inputs(op), *_attributes(op), *_call(op), f"}}  // namespace h1::{op.space}", ""]
+        lines += [
+            f"namespace h1::{op.space} {{",
+            *_inputs(op),
+            *_attributes(op),
+            *_call(op),
+            f"}}  // namespace h1::{op.space}",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -106,7 +135,10 @@ def _attributes(op: Op) -> Iterator[str]:
     yield "struct Attributes {"
     yield from (f"  {FIELDS[kind][0]} {name}{{}};" for name, kind in op.attributes)
     yield "};"
-    fields = [f'{{"{name}", PluginFieldType::{FIELDS[kind][1]}, offsetof(Attributes, {name})}}' for name, kind in op.attributes]
+    fields = [
+        f'{{"{name}", PluginFieldType::{FIELDS[kind][1]}, offsetof(Attributes, {name})}}'
+        for name, kind in op.attributes
+    ]
     yield f"inline std::vector<Field> fields() {{ return {{{', '.join(fields)}}}; }}"
 
 

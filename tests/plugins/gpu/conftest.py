@@ -21,7 +21,8 @@ def bfloat16() -> Iterator[None]:
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    dot = InterpreterBuilder.create_dot
+    cast = InterpreterBuilder.cast_impl
 
     def widened(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
@@ -35,7 +36,9 @@ def bfloat16() -> Iterator[None]:
         return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest))
+        patch.setattr(
+            InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+        )
         patch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
         patch.setattr(InterpreterBuilder, "create_fp_trunc", rounding_cast)
         yield
@@ -60,11 +63,14 @@ def recurrence() -> Callable[..., tuple[Array, Array]]:
     def run(inputs: Inputs, absolute: bool = False) -> tuple[Array, Array]:
         sign = np.abs if absolute else np.positive
         x, B, C, D, S = (sign(inputs[name].double().numpy()) for name in ("x", "B", "C", "D", "state"))
-        A, mask = inputs["A"].double().numpy(), inputs["mask"].double().numpy()
+        A = inputs["A"].double().numpy()
+        mask = inputs["mask"].double().numpy()
         dt = np.logaddexp(0, inputs["dt"].double().numpy() + inputs["dt_bias"].double().numpy())
         dt = np.clip(dt, inputs["dt_min"], inputs["dt_max"]) * mask[..., None]
         of_head = np.arange(x.shape[2]) // (x.shape[2] // B.shape[2])
-        B, C, y = B[:, :, of_head], C[:, :, of_head], np.empty_like(x)
+        B = B[:, :, of_head]
+        C = C[:, :, of_head]
+        y = np.empty_like(x)
         for t in range(x.shape[1]):
             S = np.exp(dt[:, t] * A)[..., None, None] * S + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
             y[:, t] = (S * C[:, t, :, None]).sum(-1) + D[:, None] * x[:, t]

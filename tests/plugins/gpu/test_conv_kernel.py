@@ -27,9 +27,11 @@ def by_definition(inputs: Inputs) -> tuple[Array, Array, Array]:
     """y, the state after x, and the size of y's terms before they cancel."""
     x, state, weight = (inputs[name].double().numpy() for name in ("x", "state", "weight"))
     bias = np.zeros(x.shape[2]) if inputs["bias"] is None else inputs["bias"].double().numpy()
-    taps, xs = weight.shape[2], np.concatenate([state.swapaxes(1, 2), x], axis=1)
+    taps = weight.shape[2]
+    xs = np.concatenate([state.swapaxes(1, 2), x], axis=1)
     windows = np.lib.stride_tricks.sliding_window_view(xs, taps, axis=1)
-    total, size = (windows * weight[:, 0]).sum(-1) + bias, np.abs(windows * weight[:, 0]).sum(-1) + np.abs(bias)
+    total = (windows * weight[:, 0]).sum(-1) + bias
+    size = np.abs(windows * weight[:, 0]).sum(-1) + np.abs(bias)
     return total / (1 + np.exp(-total)), xs[:, -(taps - 1) :].swapaxes(1, 2), size
 
 
@@ -56,7 +58,11 @@ def convolved(inputs: Inputs, in_place: bool = False, device: torch.device = CPU
     ids=str,
 )
 def test_is_the_definition(
-    case: dict[str, Any], dtype: torch.dtype, device: torch.device, conv_inputs: Callable[..., Inputs], error: Callable[..., float]
+    case: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    conv_inputs: Callable[..., Inputs],
+    error: Callable[..., float],
 ) -> None:
     """y is off by its own rounding; the state is a copy."""
     inputs = conv_inputs(**{"channels": 40} | case, dtype=dtype)
@@ -70,7 +76,8 @@ def test_is_the_definition(
 def test_pieces_chained_by_their_states_are_the_whole(conv_inputs: Callable[..., Inputs]) -> None:
     inputs = conv_inputs(seq=23, channels=40)
     whole, after = convolved(inputs)
-    state, outputs = inputs["state"], []
+    state = inputs["state"]
+    outputs = []
     for tokens in (slice(0, 2), slice(2, 19), slice(19, 20), slice(20, 23)):
         y, state = convolved(inputs | {"x": inputs["x"][:, tokens].contiguous(), "state": state}, in_place=True)
         outputs.append(y)
@@ -89,7 +96,9 @@ FAULTS: dict[str, Callable[[Inputs], Inputs]] = {
 
 @pytest.mark.parametrize("seq", [1, 9])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_input_would_be_seen(fault: str, seq: int, conv_inputs: Callable[..., Inputs], error: Callable[..., float]) -> None:
+def test_a_wrong_input_would_be_seen(
+    fault: str, seq: int, conv_inputs: Callable[..., Inputs], error: Callable[..., float]
+) -> None:
     inputs = conv_inputs(seq=seq, channels=40)
     y, _ = convolved(inputs | FAULTS[fault](inputs))
     y64, _, size = by_definition(inputs)

@@ -82,10 +82,12 @@ def test_tiles_that_are_too_large_are_seen(compiled: Callable[..., list[dict[str
     assert fault["taken"][1] > 64
 
 
-@pytest.mark.parametrize(("spilled", "shared", "name", "text"), [(4, 0, "decode", "spills 4"), (0, 99 * 1024 + 1, "chunk_scan", "shared")])
+@pytest.mark.parametrize(
+    ("spilled", "shared", "name", "text"), [(4, 0, "decode", "spills 4"), (0, 99 * 1024 + 1, "chunk_scan", "shared")]
+)
 def test_a_limit_that_is_passed_is_seen(spilled: int, shared: int, name: str, text: str) -> None:
     (kernel,) = [kernel for kernel in kernels(64, 128, "fp16") if kernel.name == name]
-    good = Cubin(kernel, 86, b"", name, 64, 0, 0)
+    good = Cubin(kernel, 86, b"", entry=name, registers=64, spilled=0, shared=0)
     check_limits(good)
     assert good.warps_in_flight == 32
     with pytest.raises(H1ExportError, match=text):
@@ -115,7 +117,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Work]:
 
     touched: dict[str, set[int]] = {"load": set(), "store": set()}
     operations = [0]
-    dot, load, store = (getattr(InterpreterBuilder, f"create_{name}") for name in ("dot", "masked_load", "masked_store"))
+    dot, load, store = (
+        getattr(InterpreterBuilder, f"create_{name}") for name in ("dot", "masked_load", "masked_store")
+    )
 
     def spy_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
         touch("load", pointers, mask)
@@ -150,25 +154,34 @@ WEIGHTS = 4 * 4 * 2  # bytes of A, D, dt_bias and total of two heads, which the 
 
 
 @pytest.mark.parametrize("tokens", [1, 128])
-def test_the_estimate_is_what_the_scan_does(tokens: int, scan_inputs: Callable[..., Any], counted: Callable[..., Work]) -> None:
+def test_the_estimate_is_what_the_scan_does(
+    tokens: int, scan_inputs: Callable[..., Any], counted: Callable[..., Work]
+) -> None:
     inputs = scan_inputs(1, tokens, 2, 1, 32, 64, dtype=torch.float16)
-    problem = Problem(1, tokens, 2, 2, 32, 64, "fp16", 0.0, 1.0)
+    problem = Problem(1, tokens, 2, groups=2, d_head=32, d_state=64, dtype="fp16", dt_min=0.0, dt_max=1.0)
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in problem.workspace().items()}
     tensors |= {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    tensors |= {"mask": inputs["mask"].half(), "y": torch.empty_like(inputs["x"]), "new_state": torch.empty_like(inputs["state"])}
+    tensors |= {
+        "mask": inputs["mask"].half(),
+        "y": torch.empty_like(inputs["x"]),
+        "new_state": torch.empty_like(inputs["state"]),
+    }
     estimates = scan_work(problem)
     for launch in launches(problem):
-        work, estimate = counted(launch, tensors), estimates[launch.kernel.name]
+        work = counted(launch, tensors)
+        estimate = estimates[launch.kernel.name]
         assert work.operations == estimate.operations
         assert 0 <= work.bytes - estimate.bytes <= WEIGHTS
     assert len(estimates) == len(launches(problem))
 
 
 @pytest.mark.parametrize("tokens", [1, 19])
-def test_the_estimate_is_what_the_convolution_does(tokens: int, conv_inputs: Callable[..., Any], counted: Callable[..., Work]) -> None:
+def test_the_estimate_is_what_the_convolution_does(
+    tokens: int, conv_inputs: Callable[..., Any], counted: Callable[..., Work]
+) -> None:
     inputs = conv_inputs(1, tokens, 48, dtype=torch.float16)
     tensors = inputs | {"y": torch.empty_like(inputs["x"]), "new_state": torch.empty_like(inputs["state"])}
-    launch = conv.launch(conv.kernel("fp16", 4, True, tokens == 1), 1, tokens, 48)
+    launch = conv.launch(conv.kernel("fp16", 4, True, one_token=tokens == 1), 1, tokens, 48)
     assert counted(launch, tensors) == conv_work(1, tokens, 48, 4)
 
 
@@ -176,4 +189,10 @@ def test_seconds_are_those_of_the_tighter_bound() -> None:
     gpu = GPUS[0]._replace(bandwidth=10.0, tensor=100.0)
     assert (Work(20, 100).seconds(gpu), Work(20, 100).bound(gpu)) == (2.0, "memory")
     assert (Work(20, 500).seconds(gpu), Work(20, 500).bound(gpu)) == (5.0, "compute")
-    assert np.isclose(scan_work(Problem(1, 1, 24, 1, 64, 128, "fp16", 0, 1))["decode"].bytes, 2 * 4 * 24 * 64 * 128, rtol=0.02)
+    assert np.isclose(
+        scan_work(Problem(1, 1, 24, groups=1, d_head=64, d_state=128, dtype="fp16", dt_min=0, dt_max=1))[
+            "decode"
+        ].bytes,
+        2 * 4 * 24 * 64 * 128,
+        rtol=0.02,
+    )

@@ -26,7 +26,7 @@ def test_inspect(built: Artifact, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["coreml", "inspect", str(built.folder / layout.PACKAGE), "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["prefill"]["inputs"] == {"input_ids": "int32[1, 64]", "position": "int32[1]", "n_valid": "int32[1]"}
-    assert found["decode"]["operations"]["scaled_dot_product_attention"] == built.spec.num_hidden_layers
+    assert found["decode"]["operations"]["scaled_dot_product_attention"] == built.config.num_hidden_layers
     assert run(["coreml", "inspect", str(built.folder)]) == 0
     assert "function decode" in capfd.readouterr().err
 
@@ -37,8 +37,10 @@ def test_lint(built: Artifact, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_runs_in_turn_are_the_runners(built: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    runner, states = pipeline.load(built), None
-    state, after = runner.initial(1), str(tmp_path / "after.npz")
+    runner = pipeline.load(built)
+    states = None
+    state = runner.initial(1)
+    after = str(tmp_path / "after.npz")
     for position, token in enumerate((5, 9)):
         logits, state = runner.step(np.array([[token]]), np.ones((1, position + 1), np.int64), state)
         given = {"input_ids": np.array([[token]], np.int32), "position": np.array([position], np.int32)}

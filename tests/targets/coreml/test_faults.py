@@ -63,7 +63,10 @@ def test_a_wrong_scale(built: Artifact, make_checkpoint: Callable[..., Path], wi
 
 def swap_states(model: Any) -> None:
     """decode writes the keys of layer 0 where its values belong, and the other way round."""
-    names = {f"past_key_values_0_{kind}": f"past_key_values_0_{other}" for kind, other in (("key", "value"), ("value", "key"))}
+    names = {
+        f"past_key_values_0_{kind}": f"past_key_values_0_{other}"
+        for kind, other in (("key", "value"), ("value", "key"))
+    }
     for operation in model.mlProgram.functions["decode"].block_specializations["CoreML8"].operations:
         for argument in operation.inputs["input"].arguments if operation.type == "write_state" else ():
             argument.name = names.get(argument.name, argument.name)
@@ -89,7 +92,9 @@ def test_a_truncated_blob(built: Artifact, tmp_path: Path) -> None:
     os.truncate(folder / layout.WEIGHTS, (folder / layout.WEIGHTS).stat().st_size // 2)
     with pytest.raises(H1ExportError, match=r"weight.bin: has \d+ bytes, and the manifest says"):
         Artifact.open(folder)
-    with pytest.raises(H1ExportError, match=r"weight.bin.*(end|cut|truncated|bytes)"):  # the evaluator alone, without a manifest
+    with pytest.raises(
+        H1ExportError, match=r"weight.bin.*(end|cut|truncated|bytes)"
+    ):  # the evaluator alone, without a manifest
         Evaluator(Package.open(folder / layout.PACKAGE), "decode")
 
 
@@ -99,7 +104,11 @@ def test_a_call_past_the_end_of_the_cache(function: str, position: int, built: A
     tokens = 1 if function == "decode" else 64
 
     def call(at: int) -> Any:
-        given = {"input_ids": np.zeros((1, tokens), np.int32), "position": np.array([at], np.int32), "n_valid": np.array([1], np.int32)}
+        given = {
+            "input_ids": np.zeros((1, tokens), np.int32),
+            "position": np.array([at], np.int32),
+            "n_valid": np.array([1], np.int32),
+        }
         return evaluator.run({name: given[name] for name in evaluator.function.inputs}, evaluator.initial_states())
 
     call(position - 1)

@@ -40,7 +40,10 @@ def test_the_package_computes_what_the_integers_mean(
     assert set(ours) == set(theirs) == set(written.codes)
     for name in written.codes:
         np.testing.assert_array_equal(ours[name], written.weight(name))
-        one, same = ours.quantized(name), theirs.quantized(name)
+        one = ours.quantized(name)
+        same = theirs.quantized(name)
         np.testing.assert_array_equal(one.codes, same.codes)
         np.testing.assert_array_equal(one.scales, same.scales)
-        np.testing.assert_array_equal(one.zeros if one.zeros is not None else 0, same.zeros if same.zeros is not None else 0)
+        np.testing.assert_array_equal(
+            one.zeros if one.zeros is not None else 0, same.zeros if same.zeros is not None else 0
+        )

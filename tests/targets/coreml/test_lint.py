@@ -26,7 +26,9 @@ def planted(
     built = build(make_checkpoint(), "int4", target="coreml", max_context=96)
 
     def plant(edit: Edit) -> set[str]:
-        return {finding.rule for finding in lint(Package.open(with_changed_program(built, edit).folder / layout.PACKAGE))}
+        return {
+            finding.rule for finding in lint(Package.open(with_changed_program(built, edit).folder / layout.PACKAGE))
+        }
 
     return plant
 
@@ -64,7 +66,9 @@ def test_a_constant_beyond_fp16(planted: Callable[[Edit], set[str]]) -> None:
 
 def test_a_blob_beyond_the_file(planted: Callable[[Edit], set[str]]) -> None:
     def edit(model: Any) -> None:
-        first(model, "constexpr_blockwise_shift_scale").inputs["data"].arguments[0].value.blobFileValue.offset += 1 << 40
+        first(model, "constexpr_blockwise_shift_scale").inputs["data"].arguments[0].value.blobFileValue.offset += (
+            1 << 40
+        )
 
     assert "constants" in planted(edit)
 

@@ -33,21 +33,25 @@ class Function:
 
     def predict(self, feeds: Mapping[str, Any], state: Any) -> Mapping[str, Any]:
         declared = self._evaluator.function.inputs
-        return self._evaluator.run({name: array.astype(declared[name].dtype.array) for name, array in feeds.items()}, state)
+        return self._evaluator.run(
+            {name: array.astype(declared[name].dtype.array) for name, array in feeds.items()}, state
+        )
 
 
 def script_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("verify_on_mac_built", folder / "verify_on_mac.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, script)
-    spec.loader.exec_module(script)
+    config = importlib.util.spec_from_file_location("verify_on_mac_built", folder / "verify_on_mac.py")
+    assert config is not None
+    assert config.loader is not None
+    script = importlib.util.module_from_spec(config)
+    monkeypatch.setitem(sys.modules, config.name, script)
+    config.loader.exec_module(script)
     monkeypatch.setattr(script, "load", Function)
     return script
 
 
-@pytest.mark.parametrize("chosen", [{}, {"state_io": True, "last_logits": True}], ids=["states", "state io, last logits"])
+@pytest.mark.parametrize(
+    "chosen", [{}, {"state_io": True, "last_logits": True}], ids=["states", "state io, last logits"]
+)
 def test_a_built_artifact_verifies_itself(
     chosen: dict[str, Any], tiny: Path, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +70,9 @@ def test_a_wrong_scale_does_not_verify(
 ) -> None:
     artifact = build(tiny, "int4", target="coreml", max_context=192)
     wrong = with_changed_bytes(
-        artifact, "model_layers_0_mamba_out_proj_weight", "scale", lambda data: (2 * data.view(np.float16)).view(np.uint8)
+        artifact,
+        "model_layers_0_mamba_out_proj_weight",
+        "scale",
+        lambda data: (2 * data.view(np.float16)).view(np.uint8),
     )
     assert script_of(wrong.folder, monkeypatch).main(["--units", "CPU_ONLY", "--repeats", "1"]) == 1

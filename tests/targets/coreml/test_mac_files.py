@@ -24,10 +24,16 @@ from h1export.targets.coreml.mac import readme
 from h1export.targets.coreml.mac.golden import TOLERANCE, golden, lengths, pack, places
 from h1export.targets.coreml.mac.verify_on_mac import UNITS, Settings
 
-VOCAB, WIDTH, CONTEXT, CHUNK, STEPS = 11, 6, 40, 8, 5
+VOCAB = 11
+WIDTH = 6
+CONTEXT = 40
+CHUNK = 8
+STEPS = 5
 STATE = ("past_key_values_0_recurrent_state", "past_key_values_0_key")
 RANDOM = np.random.default_rng(5)
-TABLE, MIX, HEAD = (RANDOM.standard_normal(shape).astype(np.float32) for shape in ((VOCAB, WIDTH), (WIDTH, WIDTH), (2 * WIDTH, VOCAB)))
+TABLE, MIX, HEAD = (
+    RANDOM.standard_normal(shape).astype(np.float32) for shape in ((VOCAB, WIDTH), (WIDTH, WIDTH), (2 * WIDTH, VOCAB))
+)
 TEXT = RANDOM.integers(1, VOCAB, CONTEXT + 1).astype(np.int64)
 
 
@@ -66,7 +72,9 @@ class ToyFunction:
         assert {name: value.shape for name, value in feeds.items()} == self.inputs
         assert all(feeds[name].dtype == np.int32 for name in feeds if name not in STATE)
         assert (state is None) == self.settings.state_io
-        ids, position, count = feeds["input_ids"][0], int(feeds["position"][0]), int(feeds["n_valid"][0]) if self.width > 1 else 1
+        ids = feeds["input_ids"][0]
+        position = int(feeds["position"][0])
+        count = int(feeds["n_valid"][0]) if self.width > 1 else 1
         assert 1 <= count <= self.width
         assert position + self.width <= self.settings.max_context, "out of room"
         assert not ids[count:].any()
@@ -77,14 +85,19 @@ class ToyFunction:
             assert position <= state["count"], "tokens are missing before this call"
             state["count"] = position + count
         rows = [self.change(advance(values, int(token), position + k)) for k, token in enumerate(ids[:count])]
-        logits = np.stack([rows[-1]] if self.settings.last_logits else rows + [np.full(VOCAB, np.nan)] * (self.width - count))[None]
-        present = {name.replace("past_key_values", "present"): value[None] for name, value in zip(STATE, values, strict=True)}
+        logits = np.stack(
+            [rows[-1]] if self.settings.last_logits else rows + [np.full(VOCAB, np.nan)] * (self.width - count)
+        )[None]
+        present = {
+            name.replace("past_key_values", "present"): value[None] for name, value in zip(STATE, values, strict=True)
+        }
         return {"logits": logits.astype(np.float16), **(present if state is None else {})}
 
 
 def greedy(prompt: list[int], steps: int) -> list[int]:
     """The toy's own continuation, in fp16 as its functions round it."""
-    states, tokens = zeros(), list(prompt)
+    states = zeros()
+    tokens = list(prompt)
     for position in range(len(prompt) + steps - 1):
         logits = advance(states, tokens[position], position).astype(np.float16)
         if position >= len(prompt) - 1:
@@ -109,26 +122,30 @@ def truth() -> np.ndarray:
 
 
 def data(settings: Settings = SETTINGS, prompts: Sequence[int] | None = None, steps: int = STEPS) -> bytes:
-    found = lengths(settings.chunk, settings.max_context, len(TEXT), steps) if prompts is None else prompts
+    found = lengths(settings.chunk, settings.max_context, len(TEXT), steps=steps) if prompts is None else prompts
     positions = [place for place in places(found, settings.chunk, steps) if place < len(TEXT)] if found else []
-    return golden(TEXT, truth()[positions], found, positions, steps)
+    return golden(TEXT, truth()[positions], found, positions=positions, steps=steps)
 
 
 @pytest.fixture
 def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """artifact(settings, **faults by unit) -> the script of a written folder, its door to Core ML replaced by toys."""
 
-    def make(settings: Settings = SETTINGS, faults: Mapping[str, Mapping[str, Any]] | None = None, opened: bool = True) -> Any:
+    def make(
+        settings: Settings = SETTINGS, faults: Mapping[str, Mapping[str, Any]] | None = None, opened: bool = True
+    ) -> Any:
         (tmp_path / "out").mkdir(exist_ok=True)
         readme.write(tmp_path / "out", settings, data(settings))
-        spec = importlib.util.spec_from_file_location("verify_on_mac_copy", tmp_path / "out" / "verify_on_mac.py")
-        assert spec is not None
-        assert spec.loader is not None
-        script = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, script)
-        spec.loader.exec_module(script)
+        config = importlib.util.spec_from_file_location("verify_on_mac_copy", tmp_path / "out" / "verify_on_mac.py")
+        assert config is not None
+        assert config.loader is not None
+        script = importlib.util.module_from_spec(config)
+        monkeypatch.setitem(sys.modules, config.name, script)
+        config.loader.exec_module(script)
         if opened:
-            monkeypatch.setattr(script, "load", lambda _, name, unit: ToyFunction(name, settings, unit, **(faults or {}).get(unit, {})))
+            monkeypatch.setattr(
+                script, "load", lambda _, name, unit: ToyFunction(name, settings, unit, **(faults or {}).get(unit, {}))
+            )
         return script
 
     return make
@@ -139,7 +156,11 @@ def report(script: Any) -> Any:
 
 
 def verdicts(script: Any, unit: str) -> set[str]:
-    return {row["verdict"] for row in report(script)["rows"] if row["check"].endswith(f", {unit}") and "latency" not in row["check"]}
+    return {
+        row["verdict"]
+        for row in report(script)["rows"]
+        if row["check"].endswith(f", {unit}") and "latency" not in row["check"]
+    }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -166,7 +187,9 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("unit", ["CPU_ONLY", "CPU_AND_GPU"])
-def test_wrong_logits_fail(unit: str, name: str, artifact: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_logits_fail(
+    unit: str, name: str, artifact: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     script = artifact(faults={unit: {"change": WRONG[name]}})
     assert script.main(["--repeats", "1"]) == 1
     assert verdicts(script, unit) == {"FAIL"}
@@ -181,7 +204,9 @@ def test_units_it_is_not_meant_for_are_for_information(name: str, artifact: Call
     assert verdicts(script, "CPU_AND_NE") <= {"info", "n/a"}
 
 
-def test_units_that_nobody_has_to_pass_judge_nothing(artifact: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_units_that_nobody_has_to_pass_judge_nothing(
+    artifact: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert artifact().main(["--repeats", "1", "--units", "CPU_AND_NE"]) == 2
     assert "nothing was judged" in capsys.readouterr().err
     assert artifact(replace(SETTINGS, compute="CPU_AND_NE")).main(["--repeats", "1", "--units", "CPU_AND_NE"]) == 0
@@ -194,12 +219,18 @@ def test_a_refused_state_makes_decode_run_the_prompt(artifact: Callable[..., Any
     assert all("took the prompt in itself: another function's state" in note for note in notes)
 
 
-def test_states_that_are_silently_not_shared_fail(artifact: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_that_are_silently_not_shared_fail(
+    artifact: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = artifact()
     predict = ToyFunction.predict
 
     def apart(function: ToyFunction, feeds: Mapping[str, Any], state: Any) -> Mapping[str, Any]:
-        return predict(function, feeds, state.setdefault(function.name, function.make_state() | {"count": int(feeds["position"][0])}))
+        return predict(
+            function,
+            feeds,
+            state.setdefault(function.name, function.make_state() | {"count": int(feeds["position"][0])}),
+        )
 
     monkeypatch.setattr(ToyFunction, "predict", apart)
     assert script.main(["--repeats", "1"]) == 1
@@ -207,14 +238,18 @@ def test_states_that_are_silently_not_shared_fail(artifact: Callable[..., Any], 
 
 @pytest.mark.parametrize(("unit", "code"), [("CPU_ONLY", 1), ("CPU_AND_NE", 0)])
 @pytest.mark.parametrize("when", ["load", "predict"])
-def test_a_unit_that_raises(unit: str, code: int, when: str, artifact: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unit_that_raises(
+    unit: str, code: int, when: str, artifact: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> Any:
         raise RuntimeError("no such device")
 
     script = artifact(faults={unit: {"change": fail}})
     if when == "load":
         good = script.load
-        monkeypatch.setattr(script, "load", lambda package, name, units: fail() if units == unit else good(package, name, units))
+        monkeypatch.setattr(
+            script, "load", lambda package, name, units: fail() if units == unit else good(package, name, units)
+        )
     assert script.main(["--repeats", "1"]) == code
     assert verdicts(script, unit) == {"FAIL" if code else "n/a"}
     assert "no such device" in (script.HERE / "report.json").read_text(encoding="utf-8")
@@ -223,9 +258,15 @@ def test_a_unit_that_raises(unit: str, code: int, when: str, artifact: Callable[
 @pytest.mark.parametrize("variant", ["good", "wrong"])
 def test_the_report_is_one_of_h1exports(variant: str, artifact: Callable[..., Any]) -> None:
     """Read into core.report's classes, it is written by them with the same verdicts, byte for byte."""
-    faults = {"CPU_ONLY": {"change": WRONG["not a number"]}, "ALL": {"change": WRONG["infinite"]}} if variant == "wrong" else {}
+    faults = (
+        {"CPU_ONLY": {"change": WRONG["not a number"]}, "ALL": {"change": WRONG["infinite"]}}
+        if variant == "wrong"
+        else {}
+    )
     script = artifact(faults=faults)
-    (script.HERE / "manifest.json").write_text('{"target": "coreml", "scheme": {"quant": "int4"}, "files": {}}', encoding="utf-8")
+    (script.HERE / "manifest.json").write_text(
+        '{"target": "coreml", "scheme": {"quant": "int4"}, "files": {}}', encoding="utf-8"
+    )
     assert script.main(["--repeats", "1"]) == (variant == "wrong")
     found = report(script)
     for row in found["rows"]:
@@ -265,16 +306,25 @@ def test_what_cannot_be_run(damage: str, artifact: Callable[..., Any], capsys: p
     assert not (script.HERE / "report.json").exists()
 
 
-def test_a_package_of_other_chunks_cannot_be_run(artifact: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_package_of_other_chunks_cannot_be_run(
+    artifact: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     script = artifact()
     (script.HERE / "mac.json").write_text(json.dumps({"max_context": CONTEXT, "chunk": CHUNK + 1}), encoding="utf-8")
     assert script.main([]) == 2
     assert "prefill takes input_ids (1, 8), and mac.json says chunks of 9" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("system", "version", "said"), [("Linux", "", "this is Linux"), ("Darwin", "14.7.1", "this is macOS 14.7.1")])
+@pytest.mark.parametrize(
+    ("system", "version", "said"), [("Linux", "", "this is Linux"), ("Darwin", "14.7.1", "this is macOS 14.7.1")]
+)
 def test_a_system_without_core_ml(
-    system: str, version: str, said: str, artifact: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    system: str,
+    version: str,
+    said: str,
+    artifact: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     script = artifact(opened=False)
     monkeypatch.setattr(platform, "system", lambda: system)
@@ -292,15 +342,22 @@ def fake_coremltools(settings: Settings) -> ModuleType:
             super().__init__(function_name, settings, compute_units)
 
         def get_spec(self) -> Any:
-            shapes = [(n, SimpleNamespace(multiArrayType=SimpleNamespace(shape=list(shape)))) for n, shape in self.inputs.items()]
-            described = SimpleNamespace(name=self.name, input=[SimpleNamespace(name=n, type=kind) for n, kind in shapes])
+            shapes = [
+                (n, SimpleNamespace(multiArrayType=SimpleNamespace(shape=list(shape))))
+                for n, shape in self.inputs.items()
+            ]
+            described = SimpleNamespace(
+                name=self.name, input=[SimpleNamespace(name=n, type=kind) for n, kind in shapes]
+            )
             return SimpleNamespace(description=SimpleNamespace(functions=[described], input=[]))
 
     class Units(dict[str, str]):
         __getattr__ = dict.__getitem__
 
     module: Any = ModuleType("coremltools")
-    module.__version__, module.models, module.ComputeUnit = "9.0", SimpleNamespace(MLModel=MLModel), Units({unit: unit for unit in UNITS})
+    module.__version__ = "9.0"
+    module.models = SimpleNamespace(MLModel=MLModel)
+    module.ComputeUnit = Units({unit: unit for unit in UNITS})
     return module  # type: ignore[no-any-return]
 
 
@@ -317,7 +374,9 @@ def test_the_door_to_core_ml(variant: str, artifact: Callable[..., Any], monkeyp
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_readmes_python_generates(variant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readmes_python_generates(
+    variant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "coremltools", fake_coremltools(VARIANTS[variant]))
     (code,) = re.findall(r"```python\n(.*?)```", readme.text(VARIANTS[variant]), re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})
@@ -344,7 +403,9 @@ def test_golden_bytes_know_neither_time_nor_system(monkeypatch: pytest.MonkeyPat
     assert {entry.date_time for entry in zipfile.ZipFile(io.BytesIO(first)).infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
-@pytest.mark.parametrize("wrong", [{"prompts": []}, {"prompts": [0]}, {"prompts": [len(TEXT) - STEPS + 1]}, {"steps": 0}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"prompts": []}, {"prompts": [0]}, {"prompts": [len(TEXT) - STEPS + 1]}, {"steps": 0}], ids=str
+)
 def test_golden_cases_that_are_none(wrong: dict[str, Any]) -> None:
     with pytest.raises(H1ExportError, match=r"golden cases: prompts of .* give at least one length"):
         data(**wrong)

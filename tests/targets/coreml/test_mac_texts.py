@@ -54,7 +54,9 @@ def test_two_writes_give_the_same_bytes(tmp_path: Path) -> None:
         folder.mkdir()
         readme.write(folder, Settings(4096), b"golden")
         assert names(folder) == FILES
-    assert [(tmp_path / "one" / name).read_bytes() for name in FILES] == [(tmp_path / "two" / name).read_bytes() for name in FILES]
+    assert [(tmp_path / "one" / name).read_bytes() for name in FILES] == [
+        (tmp_path / "two" / name).read_bytes() for name in FILES
+    ]
     assert json.loads((tmp_path / "one" / "mac.json").read_text(encoding="utf-8")) == dataclasses.asdict(Settings(4096))
 
 
@@ -69,7 +71,9 @@ def test_the_script_needs_only_numpy_and_coremltools() -> None:
     """It lies alone on somebody's Mac: h1export is not there."""
     tree = ast.parse((MAC / "verify_on_mac.py").read_text(encoding="utf-8"))
     found = {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    found |= {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {
+        alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+    }
     assert found - sys.stdlib_module_names == {"numpy"}
     assert 'import_module("coremltools")' in ast.unparse(tree).replace("'", '"')
 
@@ -88,7 +92,7 @@ def test_the_script_alone_says_what_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("state_io", [False, True])
 @pytest.mark.parametrize("last_logits", [False, True])
 def test_the_readme_says_the_settings(state_io: bool, last_logits: bool) -> None:
-    text = readme.text(Settings(1234, 56, "CPU_AND_NE", state_io, last_logits))
+    text = readme.text(Settings(1234, 56, "CPU_AND_NE", state_io=state_io, last_logits=last_logits))
     assert "Not run by us on Apple hardware" in text
     assert "`position` + 56 must not exceed 1234" in text
     assert "input_ids` int32 [1, 56]" in text

@@ -19,7 +19,9 @@ from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.run import ValidateOptions, validate
 from h1export.validate.accuracy.states import state_errors
 
-HALF, EXACT = 3e-3, 1e-5  # of the range
+# of the range
+HALF = 3e-3
+EXACT = 1e-5
 FP16_STEP = 2.0**-10  # from a number to the next
 CALLS = (70, 1, 1, 64, 5, 1, 17)  # whole and padded prefills, decodes between them
 
@@ -28,17 +30,20 @@ Build = Callable[..., Artifact]
 
 def worst(artifact: Artifact, checkpoint: Path) -> tuple[float, float]:
     """Errors of logits and states over CALLS, both relative to their ranges."""
-    runner, reference = pipeline.load(artifact), Reference(checkpoint)
+    runner = pipeline.load(artifact)
+    reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
-    ids = np.random.default_rng(0).integers(0, runner.spec.vocab_size, (1, sum(CALLS)), dtype=np.int64)
-    states, logits, end = runner.initial(1), [], 0
+    ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (1, sum(CALLS)), dtype=np.int64)
+    states = runner.initial(1)
+    logits = []
+    end = 0
     for tokens in CALLS:
         end += tokens
         answer, states = runner.step(ids[:, end - tokens : end], np.ones((1, end), np.int64), states)
         logits.append(answer[0])
     truth, true_states = reference.full(ids[0])
     found = {key: state[0] for key, state in runner.snapshot(states).items()}
-    errors = state_errors([(found, true_states)], StateSpec.of(runner.spec))
+    errors = state_errors([(found, true_states)], StateSpec.of(runner.config))
     return relative_error(np.concatenate(logits), truth), max(errors.values())
 
 
@@ -74,18 +79,22 @@ def test_validate_passes_as_for_every_target(tiny: Path, build: Build) -> None:
 
 def test_only_the_last_logits(tiny: Path, build: Build) -> None:
     every, last = (build(tiny, "int4", target="coreml", max_context=192, last_logits=last) for last in (False, True))
-    ids, mask = np.arange(70)[None], np.ones((1, 70), np.int64)
+    ids = np.arange(70)[None]
+    mask = np.ones((1, 70), np.int64)
     answers = [runner.step(ids, mask, runner.initial(1))[0] for runner in map(pipeline.load, (every, last))]
     assert answers[1].shape[1] == 1
-    np.testing.assert_allclose(answers[1], answers[0][:, -1:], rtol=FP16_STEP)  # one row's product may be summed in another order
+    np.testing.assert_allclose(
+        answers[1], answers[0][:, -1:], rtol=FP16_STEP
+    )  # one row's product may be summed in another order
 
 
 def test_the_buffer_is_used_to_its_last_row_and_no_further(tiny: Path, build: Build) -> None:
     """Where a padded prefill would not fit, tokens are decoded one by one."""
     artifact = build(tiny, "int4", target="coreml", max_context=72)
-    runner, reference = pipeline.load(artifact), Reference(tiny)
+    runner = pipeline.load(artifact)
+    reference = Reference(tiny)
     reference.hold(runner.stored_weights())
-    ids = np.random.default_rng(1).integers(0, runner.spec.vocab_size, (1, 72), dtype=np.int64)
+    ids = np.random.default_rng(1).integers(0, runner.config.vocab_size, (1, 72), dtype=np.int64)
     _, states = runner.step(ids[:, :64], np.ones((1, 64), np.int64), runner.initial(1))
     logits, states = runner.step(ids[:, 64:], np.ones((1, 72), np.int64), states)
     assert relative_error(logits[0], reference.full(ids[0])[0][64:]) <= HALF
@@ -97,7 +106,8 @@ def test_the_buffer_is_used_to_its_last_row_and_no_further(tiny: Path, build: Bu
 
 def test_one_state_serves_two_continuations(tiny: Path, build: Build) -> None:
     runner = pipeline.load(build(tiny, "int4", target="coreml", max_context=192))
-    ids, ones = np.arange(8)[None], np.ones((1, 9), np.int64)
+    ids = np.arange(8)[None]
+    ones = np.ones((1, 9), np.int64)
     _, states = runner.step(ids, ones[:, :8], runner.initial(1))
     first, _ = runner.step(np.array([[5]]), ones, states)
     runner.step(np.array([[9]]), ones, states)
@@ -107,9 +117,12 @@ def test_one_state_serves_two_continuations(tiny: Path, build: Build) -> None:
 
 def test_held_sequences_answer_as_steps_do(tiny: Path, build: Build) -> None:
     runner = pipeline.load(build(tiny, "int4", target="coreml", max_context=192))
-    sequences, states, end = runner.start(1, 100), runner.initial(1), 0
+    sequences = runner.start(1, 100)
+    states = runner.initial(1)
+    end = 0
     for tokens in (70, 1, 3):
-        ids, end = np.arange(tokens)[None] + end, end + tokens
+        ids = np.arange(tokens)[None] + end
+        end = end + tokens
         expected, states = runner.step(ids, np.ones((1, end), np.int64), states)
         np.testing.assert_array_equal(sequences.append(ids), expected)
     with pytest.raises(H1ExportError, match="room for one of 100"):

@@ -40,11 +40,14 @@ def test_the_table_is_the_legal_vocabulary_but_for_what_is_never_reached() -> No
 @pytest.mark.parametrize("function", ["decode", "prefill"])
 def test_one_kernel_a_layer(function: str, tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int4", target="coreml", max_context=192)
-    layers, counts = artifact.spec.num_hidden_layers, Counter(get_target("coreml").operations(artifact)[function])
+    layers = artifact.config.num_hidden_layers
+    counts = Counter(get_target("coreml").operations(artifact)[function])
     assert counts["scaled_dot_product_attention"] == layers
     assert counts["slice_update"] == 2 * layers
     assert counts["linear"] == counts["constexpr_blockwise_shift_scale"] == 9 * layers + 1
-    assert counts["write_state"] == 5 * layers  # keys, values, the convolution's inputs, and the two halves of the scan's state
+    assert (
+        counts["write_state"] == 5 * layers
+    )  # keys, values, the convolution's inputs, and the two halves of the scan's state
     assert counts["while_loop"] == 0  # neither the GPU nor the Neural Engine takes one
 
 
@@ -53,7 +56,9 @@ def test_the_integers_are_those_of_onnx_runtime(tiny: Path, build: Build) -> Non
     onnx, coreml = (pipeline.load(build(tiny, "int4", target=name)).stored_weights() for name in ("ort", "coreml"))
     assert set(onnx) - set(coreml) == {"model.embed_tokens.weight"}  # untied: fp16 here
     for name in coreml:
-        a, b = onnx.quantized(name), coreml.quantized(name)  # type: ignore[attr-defined]
+        # type: ignore[attr-defined]
+        a = onnx.quantized(name)
+        b = coreml.quantized(name)
         np.testing.assert_array_equal(a.codes, b.codes)
         np.testing.assert_array_equal(a.scales, b.scales)
         np.testing.assert_array_equal(a.multiplier, b.multiplier)
@@ -62,13 +67,16 @@ def test_the_integers_are_those_of_onnx_runtime(tiny: Path, build: Build) -> Non
 @pytest.mark.parametrize("quant", ["int4", "int8"])
 def test_the_integers_are_those_of_the_rule(quant: str, checkpoint: Path, build: Build) -> None:
     artifact = build(checkpoint, quant, target="coreml", max_context=192)
-    store, stored = WeightStore.open(checkpoint, artifact.spec), pipeline.load(artifact).stored_weights()
-    assert len(stored) >= 9 * artifact.spec.num_hidden_layers + 1 - artifact.spec.tie_word_embeddings
+    store = WeightStore.open(checkpoint, artifact.config)
+    stored = pipeline.load(artifact).stored_weights()
+    assert len(stored) >= 9 * artifact.config.num_hidden_layers + 1 - artifact.config.tie_word_embeddings
     for name in stored:
-        precision = QuantScheme(quant).precision(name, artifact.spec)  # type: ignore[arg-type]
+        precision = QuantScheme(quant).precision(name, artifact.config)  # type: ignore[arg-type]
         assert precision is not None
         rows = store.shape(name)[0]
-        expected, found = quantize_rows(store.rows(name, 0, rows), precision, np.ones(rows, np.float32)), stored.quantized(name)  # type: ignore[attr-defined]
+        # type: ignore[attr-defined]
+        expected = quantize_rows(store.rows(name, 0, rows), precision, np.ones(rows, np.float32))
+        found = stored.quantized(name)
         np.testing.assert_array_equal(found.codes, expected.codes)
         np.testing.assert_array_equal(found.scales, expected.scales)
 
@@ -79,14 +87,20 @@ def test_both_functions_read_the_same_bytes(tiny: Path, build: Build) -> None:
     def offsets(function: str) -> dict[str, int]:
         found = {}
         for operation in operations(artifact, function):
-            values = [*operation.attributes.items(), *((key, a) for key, many in operation.inputs.items() for a in many)]
+            values = [
+                *operation.attributes.items(),
+                *((key, a) for key, many in operation.inputs.items() for a in many),
+            ]
             for key, value in values:
-                if (blob := getattr(value, "blob", None)) is not None and ("layers" in operation.name or "model" in operation.name):
+                if (blob := getattr(value, "blob", None)) is not None and (
+                    "layers" in operation.name or "model" in operation.name
+                ):
                     found[f"{operation.name}.{key}"] = blob.offset
         return found
 
-    decode, prefill = offsets("decode"), offsets("prefill")
-    assert len(decode) > 20 * artifact.spec.num_hidden_layers
+    decode = offsets("decode")
+    prefill = offsets("prefill")
+    assert len(decode) > 20 * artifact.config.num_hidden_layers
     assert decode == prefill
 
 
@@ -94,7 +108,10 @@ def test_the_weights_file_is_near_its_ideal(tiny: Path, build: Build) -> None:
     """int4 with a scale of 16 bits a block, and fp16 for what has no integers; the rest is records, tables and the scan's float32."""
     artifact = build(tiny, "int4", target="coreml", max_context=192)
     stored = set(pipeline.load(artifact).stored_weights())
-    ideal = sum((4 + 16 / 32 if name in stored else 16) / 8 * prod(shape) for name, shape in tensor_layout(artifact.spec).items())
+    ideal = sum(
+        (4 + 16 / 32 if name in stored else 16) / 8 * prod(shape)
+        for name, shape in tensor_layout(artifact.config).items()
+    )
     assert artifact.manifest.files[layout.WEIGHTS][1] <= 1.05 * ideal
 
 
@@ -107,7 +124,9 @@ def test_two_builds_give_the_same_bytes(tiny: Path, build: Build, tmp_path: Path
 
 def test_a_plan_knows_every_byte(tiny: Path, build: Build, tmp_path: Path) -> None:
     artifact = build(tiny, "int4", target="coreml", max_context=192)
-    planned = pipeline.plan(tiny, "coreml", tmp_path / "planned", QuantScheme(), BuildOptions(accuracy_level=0, max_context=192))
+    planned = pipeline.plan(
+        tiny, "coreml", tmp_path / "planned", QuantScheme(), BuildOptions(accuracy_level=0, max_context=192)
+    )
     sizes = {name: size for name, (_, size) in artifact.manifest.files.items()}
     assert {name: size for name, size in planned.files.items() if name != MANIFEST} == sizes
 

@@ -27,6 +27,8 @@ def test_every_target_holds_the_same_integers(
     for other in others:
         assert set(first) - set(other) <= {EMBEDDING}  # CoreML's embedding is in floats where it is not the head
         for name in other:
-            one, same = first.quantized(name), other.quantized(name)  # type: ignore[attr-defined]
+            # type: ignore[attr-defined]
+            one = first.quantized(name)
+            same = other.quantized(name)
             np.testing.assert_array_equal(one.codes, same.codes)
             np.testing.assert_array_equal(one.scales, same.scales)

@@ -14,7 +14,7 @@ from h1export.artifact.staging import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateKind
 from h1export.plugins import h1
 from h1export.progress import SILENT
@@ -25,7 +25,7 @@ from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Evaluator, Package
 from h1export.targets.coreml.package import writer
 from h1export.targets.coreml.program import layout
-from h1export.targets.coreml.program.blob_storage import Blobs
+from h1export.targets.coreml.program.blob_storage import BlobStorage
 from h1export.targets.coreml.program.context import ALL_REAL, Context
 from h1export.targets.coreml.program.layout import DECODE, LOW, LOW_SCALE, PREFILL, Call
 from h1export.targets.coreml.program.ops import TABLE
@@ -41,7 +41,8 @@ Arrays = dict[str, Any]
 @pytest.fixture(scope="module")
 def slow(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of one layer whose heads forget over 1e2 to 1e5 tokens."""
-    folder, source = tmp_path_factory.mktemp("slow"), make_checkpoint("norm_after_gate_two_groups", num_hidden_layers=1)
+    folder = tmp_path_factory.mktemp("slow")
+    source = make_checkpoint("norm_after_gate_two_groups", num_hidden_layers=1)
     tensors = load_file(source / "model.safetensors")
     heads = len(tensors["model.layers.0.mamba.A_log"])
     tensors["model.layers.0.mamba.A_log"] = np.zeros(heads, np.float32)
@@ -54,17 +55,23 @@ def slow(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPath
 
 def scan_package(checkpoint: Path, folder: Path, call: Call) -> Evaluator:
     """A package with the scan of the model's only layer."""
-    spec = HybridSpec.load(checkpoint)
-    program, store = run_passes(trace(spec)), WeightStore.open(checkpoint, spec, SILENT)
+    config = FalconH1Config.load(checkpoint)
+    program = run_passes(trace(config))
+    store = WeightStore.open(checkpoint, config, SILENT)
     (node,) = program.calls(h1.ssm_scan.default)
     (tensor,) = [tensor for tensor in program.states.tensors if tensor.kind is StateKind.RECURRENT]
-    mb, mil, mil_program = sdk.builder(), sdk.mil(), sdk.mil().Program()
+    mb = sdk.builder()
+    mil = sdk.mil()
+    mil_program = sdk.mil().Program()
     (folder / layout.WEIGHTS).parent.mkdir(parents=True)
-    with Blobs(Stage(folder), layout.WEIGHTS) as blobs:
-        integers = Rounded(store, QuantScheme().precisions(spec), quantize_rows)
-        weights, states = Weights(store, integers, spec, blobs, np.float16), HeldStates([tensor], 64, np.float16)
+    with BlobStorage(Stage(folder), layout.WEIGHTS) as blobs:
+        integers = Rounded(store, QuantScheme().precisions(config), quantize_rows)
+        weights = Weights(store, integers, config, blobs=blobs, compute=np.float16)
+        states = HeldStates([tensor], 64, np.float16)
         shapes = Context(program, weights, states, call, 64, None, None)
-        ports = {name: mb.placeholder(shape=shapes.shape(node.args[i]), dtype=mil.types.fp16) for name, i in INPUTS.items()}  # type: ignore[arg-type]
+        ports = {
+            name: mb.placeholder(shape=shapes.shape(node.args[i]), dtype=mil.types.fp16) for name, i in INPUTS.items()
+        }  # type: ignore[arg-type]
         with mil.Function({**ports, **states.placeholders()}, opset_version=sdk.coremltools().target.iOS18) as function:
             states.inputs = {name: function.inputs[name] for name in states.placeholders()}
             context = Context(program, weights, states, call, 64, None, None)
@@ -74,7 +81,8 @@ def scan_package(checkpoint: Path, folder: Path, call: Call) -> Evaluator:
             TABLE[node.target](context, node)
             function.set_outputs([mb.identity(x=context.value(node)[0], name="y")])
         mil_program.add_function(call.name, function)
-        mil_program.default_function_name, mil_program.export_as_multifunction = call.name, True
+        mil_program.default_function_name = call.name
+        mil_program.export_as_multifunction = True
         model = writer.protobuf(mil_program, weights, {})
         blobs.finish()
     writer.write(folder, model)
@@ -83,20 +91,25 @@ def scan_package(checkpoint: Path, folder: Path, call: Call) -> Evaluator:
 
 def inputs(checkpoint: Path, count: int) -> Arrays:
     """fp16 inputs of ``count`` tokens; x and B have a mean, so that states grow."""
-    s, random = HybridSpec.load(checkpoint), np.random.default_rng(0)
-    shapes = {"x": (s.mamba_n_heads, s.mamba_d_head), "dt": (s.mamba_n_heads,)} | dict.fromkeys("BC", (s.mamba_n_groups, s.mamba_d_state))
+    s = FalconH1Config.load(checkpoint)
+    random = np.random.default_rng(0)
+    shapes = {"x": (s.mamba_n_heads, s.mamba_d_head), "dt": (s.mamba_n_heads,)} | dict.fromkeys(
+        "BC", (s.mamba_n_groups, s.mamba_d_state)
+    )
     values = {name: random.standard_normal((1, count, *shape)) for name, shape in shapes.items()}
     return {name: (0.1 * value if name == "dt" else value + 0.5).astype(np.float16) for name, value in values.items()}
 
 
 def recurrence(checkpoint: Path, given: Arrays) -> np.ndarray[Any, Any]:
     """The state after all tokens, in float64."""
-    spec, weights = HybridSpec.load(checkpoint), load_file(checkpoint / "model.safetensors")
-    A, bias = (-np.exp(weights["model.layers.0.mamba.A_log"]), weights["model.layers.0.mamba.dt_bias"])
+    config = FalconH1Config.load(checkpoint)
+    weights = load_file(checkpoint / "model.safetensors")
+    A = -np.exp(weights["model.layers.0.mamba.A_log"])
+    bias = weights["model.layers.0.mamba.dt_bias"]
     x, dt, B = (given[name][0].astype(np.float64) for name in ("x", "dt", "B"))
     step = np.logaddexp(0, dt + bias.astype(np.float64))
-    state = np.zeros((spec.mamba_n_heads, spec.mamba_d_head, spec.mamba_d_state))
-    repeated = B.repeat(spec.mamba_n_heads // spec.mamba_n_groups, axis=1)
+    state = np.zeros((config.mamba_n_heads, config.mamba_d_head, config.mamba_d_state))
+    repeated = B.repeat(config.mamba_n_heads // config.mamba_n_groups, axis=1)
     for t in range(len(x)):
         added = step[t, :, None, None] * x[t, :, :, None] * repeated[t, :, None, :]
         state = np.exp(step[t] * A)[:, None, None] * state + added
@@ -119,7 +132,8 @@ def per_head(found: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
 
 
 def test_slow_heads_keep_their_state_over_decode_steps(slow: Path, tmp_path: Path) -> None:
-    evaluator, given = scan_package(slow, tmp_path, DECODE), inputs(slow, STEPS)
+    evaluator = scan_package(slow, tmp_path, DECODE)
+    given = inputs(slow, STEPS)
     truth = recurrence(slow, given)
     assert per_head(run(evaluator, given, DECODE), truth) <= 1e-3
     assert per_head(run(evaluator, given, DECODE, keep_low=False), truth) > 1e-2  # what a single fp16 state would do

@@ -20,7 +20,8 @@ from h1export.artifact.staging import Stage
 from h1export.artifact.weight_file import in_order
 from h1export.targets.onnx.external_data import PAGE, ExternalData
 
-UINT8, FLOAT = ir.DataType.UINT8, ir.DataType.FLOAT
+UINT8 = ir.DataType.UINT8
+FLOAT = ir.DataType.FLOAT
 SHAPES = [(3, 5), (40, 64), (300, 256), (1, 1), (1000, 100)]
 
 
@@ -48,15 +49,18 @@ def write(stage: Stage, computed: list[int], die_at: int = -1) -> bytes:
 
     def dying(calls: Iterator[Callable[[], Sequence[Any]]]) -> Iterator[Callable[[], Sequence[Any]]]:
         for call in calls:
-            if len(asked) == die_at:
+            if len(request) == die_at:
                 raise Killed
-            asked.append(0)
+            request.append(0)
             yield call
 
-    asked: list[int] = []
+    request: list[int] = []
     with ExternalData(stage, "data") as data:
         for number, (rows, columns) in enumerate(SHAPES):
-            tensors = [data.place(f"{number}.codes", UINT8, (rows, columns)), data.place(f"{number}.scales", FLOAT, (rows, 1))]
+            tensors = [
+                data.place(f"{number}.codes", UINT8, (rows, columns)),
+                data.place(f"{number}.scales", FLOAT, (rows, 1)),
+            ]
             data.fill(tensors, dying(blocks(number, computed)))
     return (stage.folder / "data").read_bytes()
 
@@ -82,7 +86,9 @@ def test_the_same_bytes_however_many_threads(jobs: int, tmp_path: Path) -> None:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(deaths=st.lists(st.integers(0, 200), max_size=4), jobs=st.integers(1, 3))
-def test_a_killed_build_ends_with_the_same_bytes(deaths: list[int], jobs: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_killed_build_ends_with_the_same_bytes(
+    deaths: list[int], jobs: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("stage")
     truth = write(Stage(tmp_path_factory.mktemp("truth")), [])
     for death in deaths:
@@ -130,7 +136,8 @@ def test_rows_that_do_not_fit_are_misuse(rows: int, message: str, tmp_path: Path
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_results_come_in_order_and_calls_run_little_ahead(jobs: int) -> None:
-    begun, lock = [], threading.Lock()
+    begun = []
+    lock = threading.Lock()
 
     def call(number: int) -> int:
         with lock:

@@ -21,8 +21,9 @@ Build = Callable[..., Artifact]
 @pytest.mark.parametrize("spare", [0, 30])
 def test_appending_in_place_is_step(batch: int, spare: int, kernels: Kernels, tiny: Path, build: Build) -> None:
     runner = pipeline.load(build(tiny, "int4"), kernels=kernels)
-    ids = np.random.default_rng(0).integers(0, runner.spec.vocab_size, (batch, 33))
-    sequences, states = runner.start(batch, capacity=33 + spare), runner.initial(batch)
+    ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (batch, 33))
+    sequences = runner.start(batch, capacity=33 + spare)
+    states = runner.initial(batch)
     for start, end in [(0, 20), (20, 21), (21, 22), (22, 32), (32, 33)]:
         expected, states = runner.step(ids[:, start:end], np.ones((batch, end), np.int64), states)
         found = sequences.append(ids[:, start:end])
@@ -32,11 +33,18 @@ def test_appending_in_place_is_step(batch: int, spare: int, kernels: Kernels, ti
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(tiny: Path, build: Build) -> None:
     runner = pipeline.load(build(tiny, "int4"))
-    sequences, again = runner.start(1, capacity=8), runner.start(1, capacity=8)
-    prompt, token = np.arange(8)[None, :7], np.array([[9]])
+    sequences = runner.start(1, capacity=8)
+    again = runner.start(1, capacity=8)
+    prompt = np.arange(8)[None, :7]
+    token = np.array([[9]])
     sequences.append(prompt)
     again.append(prompt)
-    for refused in (np.zeros((1, 2), np.int64), np.zeros((2, 1), np.int64), np.array([[-1]]), np.zeros((1, 0), np.int64)):
+    for refused in (
+        np.zeros((1, 2), np.int64),
+        np.zeros((2, 1), np.int64),
+        np.array([[-1]]),
+        np.zeros((1, 0), np.int64),
+    ):
         with pytest.raises(H1ExportError):
             sequences.append(refused)
     assert np.array_equal(sequences.append(token), again.append(token))

@@ -57,11 +57,11 @@ def test_genai_generates_what_we_generate_however_the_prompt_is_cut(
     ours = list(generate(pipeline.load(artifact), np.array(ids, np.int64), 64, Sampling(), frozenset()))
     first, *rest = np.split(np.array(ids, np.int32), cuts)
     generator = genai(model, [first], len(ids) + 64)
-    for piece in rest:
-        generator.append_tokens(piece[None])
+    for subgraph in rest:
+        generator.append_tokens(subgraph[None])
     (theirs,) = continued(generator, 64)
     assert theirs == ours[: len(theirs)]
-    assert len(theirs) == 64 or theirs[-1] in artifact.spec.eos_token_ids
+    assert len(theirs) == 64 or theirs[-1] in artifact.config.eos_token_ids
 
 
 def test_genai_generates_what_transformers_generates(tiny: Path, build: Build) -> None:
@@ -129,7 +129,8 @@ def best_of_beams(runner: Any, prompt: list[int], count: int, beams: int) -> lis
 
 def test_beam_search_comes_out_wrong(tiny: Path, build: Build) -> None:
     artifact = build(tiny)
-    model, runner = og.Model(str(artifact.folder)), pipeline.load(artifact)
+    model = og.Model(str(artifact.folder))
+    runner = pipeline.load(artifact)
     prompts = [list(map(int, ids)) for ids in map(og.Tokenizer(model).encode, PROMPTS)]
     theirs = [continued(genai(model, [prompt], 6, num_beams=3), 6)[0] for prompt in prompts]
     assert theirs != [best_of_beams(runner, prompt, 6, 3) for prompt in prompts]
@@ -161,7 +162,10 @@ def fake_versions(installed: dict[str, str]) -> Callable[[str], str]:
 
 @pytest.mark.parametrize(
     ("installed", "says"),
-    [({}, r"pip install 'h1export\[ort\]'"), ({"onnxruntime": "1.31", "onnxruntime-gpu": "1.31"}, "overwrite each other")],
+    [
+        ({}, r"pip install 'h1export\[ort\]'"),
+        ({"onnxruntime": "1.31", "onnxruntime-gpu": "1.31"}, "overwrite each other"),
+    ],
 )
 def test_the_door_says_what_to_install(installed: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", fake_versions(installed))

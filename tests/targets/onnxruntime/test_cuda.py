@@ -18,14 +18,14 @@ from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
 from h1export.progress import SILENT
-from h1export.quantize.group_format import Precision
 from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.precision import Precision
 from h1export.report.report import Row
 from h1export.targets.base import BuildOptions
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import runner
 from h1export.targets.onnxruntime.emit import cuda
-from h1export.targets.onnxruntime.variants import CPU, flavour
+from h1export.targets.onnxruntime.variants import CPU, graph_variant
 from h1export.validate.accuracy.run import ValidateOptions, validate
 
 EXACT = 1e-5  # of the range; float32 leaves 3e-6 on these depths
@@ -33,8 +33,11 @@ ROUNDED = 5e-3  # fp16 has 5e-4 for a product; a layer has some ten in a row, of
 
 Build = Callable[..., Artifact]
 
-FLOAT, HALF, INT32, INT64, UINT8 = (getattr(TensorProto, name) for name in ("FLOAT", "FLOAT16", "INT32", "INT64", "UINT8"))
-REAL, INTEGERS = frozenset({FLOAT, HALF}), frozenset({INT32, INT64})
+FLOAT, HALF, INT32, INT64, UINT8 = (
+    getattr(TensorProto, name) for name in ("FLOAT", "FLOAT16", "INT32", "INT64", "UINT8")
+)
+REAL = frozenset({FLOAT, HALF})
+INTEGERS = frozenset({INT32, INT64})
 MS = "com.microsoft"
 
 # (operator, domain) -> the dtypes of the first input that its CUDA kernel takes, of those that the graph could have. Source: the CUDA
@@ -137,18 +140,22 @@ def test_states_are_half_but_for_the_recurrent_one(tiny: Path, build: Build) -> 
 def test_projections_of_one_input_are_one_product(tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int4", provider="cuda")
     products = [node for node in load(artifact).graph.node if node.op_type == "MatMulNBits"]
-    assert len(products) == 5 * artifact.spec.num_hidden_layers + 1  # in_proj with q, k and v; out_proj; o_proj; gate with up; down
+    assert (
+        len(products) == 5 * artifact.config.num_hidden_layers + 1
+    )  # in_proj with q, k and v; out_proj; o_proj; gate with up; down
 
 
 def on_the_cpu(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The graph as it ships, fp16 and all, where onnxruntime's CPU provider stands in for CUDA's."""
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "flavour", lambda *options: replace(flavour(*options), provider=CPU))
+        patch.setattr(runner, "flavour", lambda *options: replace(graph_variant(*options), provider=CPU))
         return pipeline.load(artifact)
 
 
 def rows(artifact: Artifact, checkpoint: Path, shipped: Any, against: str) -> list[Row]:
-    report = validate(artifact, shipped, pipeline.load(artifact, float32=True), checkpoint, ValidateOptions(pairs=0), SILENT)
+    report = validate(
+        artifact, shipped, pipeline.load(artifact, float32=True), checkpoint, ValidateOptions(pairs=0), SILENT
+    )
     assert report.passed, report.to_json()
     found = [row for row in report.rows if row.against == against and "logits" in row.figures]
     assert len(found) == 8
@@ -195,42 +202,55 @@ def test_fp16_weights_are_close_to_the_checkpoint(
 def test_the_artifact_holds_the_rules_integers_and_scales_bit_for_bit(tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int4", provider="cuda")
     stored: Any = pipeline.load(artifact, float32=True).stored_weights()
-    store = WeightStore.open(tiny, artifact.spec)
+    store = WeightStore.open(tiny, artifact.config)
     for weight in artifact.manifest.weights:
         for part in weight.parts:
             rows = store.shape(part.tensor)[0]
-            truth = quantize_rows(store.rows(part.tensor, 0, rows), Precision(weight.bits, weight.block), part.multiplier.rows(rows))
+            truth = quantize_rows(
+                store.rows(part.tensor, 0, rows), Precision(weight.bits, weight.group_size), part.multiplier.rows(rows)
+            )
             found = stored.quantized(part.tensor)
             assert np.array_equal(found.codes, truth.codes), part.tensor
             assert np.array_equal(found.scales, truth.scales), part.tensor
-    assert len(stored) == 2 + 9 * artifact.spec.num_hidden_layers
+    assert len(stored) == 2 + 9 * artifact.config.num_hidden_layers
 
 
 def test_genai_is_told_to_use_cuda(tiny: Path, build: Build) -> None:
     assert (
-        '"provider_options": [\n     {\n      "cuda": {}' in (build(tiny, "int4", provider="cuda").folder / "genai_config.json").read_text()
+        '"provider_options": [\n     {\n      "cuda": {}'
+        in (build(tiny, "int4", provider="cuda").folder / "genai_config.json").read_text()
     )
 
 
 def test_without_cuda_the_runner_says_so(tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifact, ort = build(tiny, "int4", provider="cuda"), sdk.onnxruntime()
+    artifact = build(tiny, "int4", provider="cuda")
+    ort = sdk.onnxruntime()
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU])
-    with pytest.raises(H1ExportError, match=r"CUDAExecutionProvider: this onnxruntime does not have it.*pip install 'h1export\[cuda\]'"):
+    with pytest.raises(
+        H1ExportError, match=r"CUDAExecutionProvider: this onnxruntime does not have it.*pip install 'h1export\[cuda\]'"
+    ):
         pipeline.load(artifact)
 
 
-def test_a_cuda_that_does_not_start_is_an_error_and_no_slow_success(tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cuda_that_does_not_start_is_an_error_and_no_slow_success(
+    tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """onnxruntime itself falls back to the CPU with a line in its log."""
-    artifact, ort = build(tiny, "int4", provider="cuda"), sdk.onnxruntime()
+    artifact = build(tiny, "int4", provider="cuda")
+    ort = sdk.onnxruntime()
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", CPU])
     make = ort.InferenceSession
-    monkeypatch.setattr(ort, "InferenceSession", lambda model, options, providers: make(model, options, providers=[CPU]))
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda model, options, providers: make(model, options, providers=[CPU])
+    )
     with pytest.raises(H1ExportError, match="could not start"):
         pipeline.load(artifact)
 
 
 def test_levels_of_the_cpus_products_are_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(H1ExportError, match="--accuracy-level: 4 is not a level that this graph's kernels have; one of 0"):
+    with pytest.raises(
+        H1ExportError, match="--accuracy-level: 4 is not a level that this graph's kernels have; one of 0"
+    ):
         pipeline.build(tiny, "ort", tmp_path / "out", options=BuildOptions(4, provider="cuda"))
 
 
@@ -238,7 +258,9 @@ def test_levels_of_the_cpus_products_are_refused(tiny: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 def test_validate_passes_on_cuda(quant: str, tiny: Path, build: Build) -> None:
     artifact = build(tiny, quant, provider="cuda")
-    report = validate(artifact, pipeline.load(artifact), pipeline.load(artifact, float32=True), tiny, ValidateOptions(pairs=0), SILENT)
+    report = validate(
+        artifact, pipeline.load(artifact), pipeline.load(artifact, float32=True), tiny, ValidateOptions(pairs=0), SILENT
+    )
     assert report.passed, report.to_json()
 
 

@@ -26,7 +26,7 @@ from h1export.quantize.scheme import QuantScheme
 from h1export.report.report import Row
 from h1export.targets import BuildOptions
 from h1export.targets.onnxruntime import runner
-from h1export.targets.onnxruntime.variants import CPU, flavour
+from h1export.targets.onnxruntime.variants import CPU, graph_variant
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.run import ValidateOptions, validate
 from h1export.validate.accuracy.weights import weight_errors
@@ -34,7 +34,8 @@ from h1export.validate.accuracy.weights import weight_errors
 EXACT = 1e-5  # of the range: float32 against float32
 IDS = np.random.default_rng(0).integers(0, 264, 24, dtype=np.int64)
 
-Make, Logits = Callable[..., Written], Callable[..., Any]
+Make = Callable[..., Written]
+Logits = Callable[..., Any]
 SHARED = {"self_attn.q_proj": "mamba.in_proj"}  # k_proj and v_proj have groups of their own
 
 
@@ -45,7 +46,8 @@ def built(written: Written, out: Path, chosen: dict[str, Any] | None = None, **o
 
 def answer(artifact: Artifact, **loaded: Any) -> Array:
     """Logits of IDS in two calls."""
-    loaded_runner, most = pipeline.load(artifact, **loaded), len(IDS) - 1
+    loaded_runner = pipeline.load(artifact, **loaded)
+    most = len(IDS) - 1
     first, states = loaded_runner.step(IDS[None, :most], np.ones((1, most), np.int64), loaded_runner.initial(1))
     last, _ = loaded_runner.step(IDS[None, most:], np.ones((1, len(IDS)), np.int64), states)
     return np.concatenate([first[0], last[0]])
@@ -57,7 +59,8 @@ def assert_own_integers(artifact: Artifact, written: Written) -> None:
     middle = 1 << (next(weight.bits for weight in artifact.manifest.weights) - 1)
     assert set(written.codes) <= set(stored)
     for name, codes in written.codes.items():
-        found, groups = stored.quantized(name), written.g_idx[name]
+        found = stored.quantized(name)
+        groups = written.g_idx[name]
         order = np.argsort(groups, kind="stable")
         of_block = groups[order][:: len(groups) // found.scales.shape[1]]
         np.testing.assert_array_equal(found.codes.astype(int) + middle, codes[:, order])
@@ -74,7 +77,9 @@ HOWS = st.fixed_dictionaries(
         "sym": st.booleans(),
         "v2": st.booleans(),
         "act_order": st.booleans(),
-        "like": st.sampled_from([{}, SHARED, SHARED | {"self_attn.k_proj": "mamba.in_proj", "self_attn.v_proj": "mamba.in_proj"}]),
+        "like": st.sampled_from(
+            [{}, SHARED, SHARED | {"self_attn.k_proj": "mamba.in_proj", "self_attn.v_proj": "mamba.in_proj"}]
+        ),
         "head": st.booleans(),
         "seed": st.integers(0, 2**32 - 1),
     }
@@ -83,10 +88,13 @@ HOWS = st.fixed_dictionaries(
 
 @settings(deadline=None, max_examples=6, derandomize=True)
 @given(how=HOWS, opset_only=st.booleans())
-def test_logits_are_those_of_the_writers_weights(how: dict[str, Any], opset_only: bool, make_gptq: Make, gptq_logits: Logits) -> None:
+def test_logits_are_those_of_the_writers_weights(
+    how: dict[str, Any], opset_only: bool, make_gptq: Make, gptq_logits: Logits
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         written = make_gptq(Path(folder, "in"), **how)
-        artifact, truth = built(written, Path(folder, "out"), opset_only=opset_only), gptq_logits(written, IDS)
+        artifact = built(written, Path(folder, "out"), opset_only=opset_only)
+        truth = gptq_logits(written, IDS)
         for kernels in ("auto",) if opset_only else ("native", "stock"):
             assert relative_error(answer(artifact, kernels=kernels), truth) <= EXACT
         assert_own_integers(artifact, written)
@@ -98,8 +106,10 @@ def test_biases_and_the_head_of_a_model_with_every_switch(make_gptq: Make, gptq_
     assert relative_error(answer(built(written, tmp_path / "out"), kernels="stock"), truth) <= EXACT
 
 
-def test_the_graph_for_cuda(make_gptq: Make, gptq_logits: Logits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "flavour", lambda *options: replace(flavour(*options), provider=CPU))
+def test_the_graph_for_cuda(
+    make_gptq: Make, gptq_logits: Logits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "flavour", lambda *options: replace(graph_variant(*options), provider=CPU))
     written = make_gptq(tmp_path / "in", sym=False, act_order=True, group=64)
     artifact = built(written, tmp_path / "out", provider="cuda")
     assert relative_error(answer(artifact, float32=True), gptq_logits(written, IDS)) <= EXACT
@@ -133,7 +143,8 @@ def asymmetric(make_gptq: Make, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def rows(written: Written, artifact: Artifact) -> dict[str, Row]:
-    shipped, exact = pipeline.load(artifact), pipeline.load(artifact, float32=True)
+    shipped = pipeline.load(artifact)
+    exact = pipeline.load(artifact, float32=True)
     report = validate(artifact, shipped, exact, written.folder, ValidateOptions(pairs=0), SILENT)
     assert report.passed
     return {row.check: row for row in report.rows}
@@ -150,7 +161,7 @@ def test_the_manifest_says_where_the_integers_are_from(asymmetric: tuple[Written
     scheme = artifact.manifest.scheme
     assert (scheme["quant"], scheme["method"]) == ("int4", "ready")
     assert scheme["ready"] == {"bits": 4, "group_size": 32, "sym": False, "zero_offset": 1}
-    assert artifact.manifest.source == WeightStore.open(written.folder, artifact.spec).fingerprint()
+    assert artifact.manifest.source == WeightStore.open(written.folder, artifact.config).fingerprint()
 
 
 def test_one_changed_code_is_seen(asymmetric: tuple[Written, Artifact]) -> None:
@@ -159,12 +170,14 @@ def test_one_changed_code_is_seen(asymmetric: tuple[Written, Artifact]) -> None:
     found = {name: np.array(stored[name]) for name in stored}
     name = "model.layers.0.mamba.out_proj.weight"
     found[name][3, 5] += written.scales[name][3, written.g_idx[name][5]]
-    errors = weight_errors(found, artifact.manifest.weights, WeightStore.open(written.folder, artifact.spec))
+    errors = weight_errors(found, artifact.manifest.weights, WeightStore.open(written.folder, artifact.config))
     assert [tensor for tensor, error in errors.items() if error["steps"] > 0.51] == [name]
     assert errors[name]["steps"] == float("inf")
 
 
-def test_another_reading_of_zero_points_is_seen(asymmetric: tuple[Written, Artifact], gptq_logits: Logits, tmp_path: Path) -> None:
+def test_another_reading_of_zero_points_is_seen(
+    asymmetric: tuple[Written, Artifact], gptq_logits: Logits, tmp_path: Path
+) -> None:
     """The fault that text hides: every weight is off by one step."""
     written, _ = asymmetric
     folder = tmp_path / "in"

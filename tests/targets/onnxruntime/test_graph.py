@@ -30,7 +30,7 @@ def test_the_table_is_the_legal_vocabulary() -> None:
 
 def test_one_kernel_a_layer_for_each_h1_op(tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int4")
-    layers = artifact.spec.num_hidden_layers
+    layers = artifact.config.num_hidden_layers
     counts = Counter(node.op_type for node in load(artifact).graph.node)
     assert counts["LinearAttention"] == counts["GroupQueryAttention"] == layers
     assert counts["MatMulNBits"] == 4 * layers + 1  # [in_proj; q; k; v], [out_proj | o_proj], [up; gate], down
@@ -46,10 +46,15 @@ def test_names_and_shapes_are_those_of_the_manifest_and_of_the_session(tiny: Pat
     artifact = build(tiny, "int4")
     onnx.checker.check_model(str(artifact.folder / "model.onnx"))
     session = ort.InferenceSession(str(artifact.folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    for found, said in ((session.get_inputs(), artifact.manifest.inputs), (session.get_outputs(), artifact.manifest.outputs)):
-        assert {value.name: tuple(value.shape) for value in found} == {name: tuple(dims) for name, (_, dims) in said.items()}
+    for found, said in (
+        (session.get_inputs(), artifact.manifest.inputs),
+        (session.get_outputs(), artifact.manifest.outputs),
+    ):
+        assert {value.name: tuple(value.shape) for value in found} == {
+            name: tuple(dims) for name, (_, dims) in said.items()
+        }
     assert session.get_outputs()[0].name == "logits"
-    for layer in range(artifact.spec.num_hidden_layers):
+    for layer in range(artifact.config.num_hidden_layers):
         for kind in ("key", "value", "conv_state", "recurrent_state"):
             assert f"past_key_values.{layer}.{kind}" in artifact.manifest.inputs
             assert f"present.{layer}.{kind}" in artifact.manifest.outputs
@@ -65,7 +70,13 @@ def test_two_builds_give_the_same_bytes(tiny: Path, build: Build, tmp_path: Path
 
 def test_the_folder_carries_config_and_tokenizer(tiny: Path, build: Build) -> None:
     files = build(tiny, "int4").manifest.files
-    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= files.keys()
+    assert {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    } <= files.keys()
     assert {"model.onnx", "model.onnx.data", "genai_config.json"} <= files.keys()
     assert not any(name.endswith((".safetensors", ".py")) for name in files)
 
@@ -73,7 +84,8 @@ def test_the_folder_carries_config_and_tokenizer(tiny: Path, build: Build) -> No
 def test_batched_chunks_are_the_rows_alone(tiny: Path, build: Build) -> None:
     """GroupQueryAttention refuses them; the Runner goes row by row."""
     runner = pipeline.load(build(tiny))
-    ids, mask = np.random.default_rng(0).integers(0, 4096, (2, 12)), np.ones((2, 12), np.int64)
+    ids = np.random.default_rng(0).integers(0, 4096, (2, 12))
+    mask = np.ones((2, 12), np.int64)
     mask[1, :3] = 0
     whole, _ = runner.step(ids, mask, runner.initial(2))
     _, states = runner.step(ids[:, :5], mask[:, :5], runner.initial(2))
@@ -108,7 +120,11 @@ def test_a_model_that_points_outside_its_folder_is_refused(tiny: Path, build: Bu
     (tmp_path / "secret").write_bytes(b"\0" * 8_000_000)
     onnx.save(model, folder / "model.onnx")
     size = (folder / "model.onnx").stat().st_size
-    manifest = (folder / "manifest.json").read_text().replace(str(build(tiny, "int4").manifest.files["model.onnx"][1]), str(size))
+    manifest = (
+        (folder / "manifest.json")
+        .read_text()
+        .replace(str(build(tiny, "int4").manifest.files["model.onnx"][1]), str(size))
+    )
     (folder / "manifest.json").write_text(manifest)
     with pytest.raises(H1ExportError):
         dict(pipeline.load(Artifact.open(folder)).stored_weights())
@@ -126,14 +142,17 @@ def test_a_broken_model_is_an_error_of_ours(tiny: Path, build: Build, tmp_path: 
 def test_the_graph_over_our_own_kernels(tiny: Path, build: Build) -> None:
     """One node an op of a layer, every weight shared with model.onnx."""
     artifact = build(tiny, "int4")
-    layers, models = (
-        artifact.spec.num_hidden_layers,
-        [onnx.load(artifact.folder / name, load_external_data=False) for name in ("model.onnx", "model.native.onnx")],
-    )
+    layers = artifact.config.num_hidden_layers
+    models = [
+        onnx.load(artifact.folder / name, load_external_data=False) for name in ("model.onnx", "model.native.onnx")
+    ]
     counts = Counter(node.op_type for node in models[1].graph.node if node.domain == "h1export")
     each = dict.fromkeys(("CausalConv", "SSMScan", "Attention", "PairQMatMul", "SiluQMatMul"), layers)
     assert counts == {"NormQMatMul": 2 * layers, "QMatMul": 1, **each}  # the first norm has no sum before it
-    places = [{t.name: [(e.key, e.value) for e in t.external_data] for t in model.graph.initializer if t.external_data} for model in models]
+    places = [
+        {t.name: [(e.key, e.value) for e in t.external_data] for t in model.graph.initializer if t.external_data}
+        for model in models
+    ]
     shared = places[0].keys() & places[1].keys()
     assert all(places[0][name] == places[1][name] for name in shared)
     assert places[1].keys() - shared == {f"model.layers.{layer}.mamba.conv1d.weight.taps" for layer in range(layers)}

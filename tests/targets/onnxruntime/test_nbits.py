@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.store import WeightStore
 from h1export.commands import pipeline
-from h1export.quantize.group_format import Precision
 from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.precision import Precision
 from h1export.targets.onnx.builder import GraphBuilder
 from h1export.targets.onnxruntime.emit.nbits import Layout
 
@@ -29,9 +29,10 @@ PRECISIONS = st.sampled_from([Precision(4, 32), Precision(4, 64), Precision(4, 1
 @settings(deadline=None, max_examples=50, derandomize=True)
 @given(PRECISIONS, st.integers(1, 9), st.integers(1, 300), st.integers(0, 2**32 - 1))
 def test_pack_and_unpack_are_inverse(precision: Precision, rows: int, columns: int, seed: int) -> None:
-    if precision.block:
-        columns = precision.block * (columns % 4 + 1)
-    layout, top = Layout.of(precision, columns), (1 << (precision.bits - 1)) - 1
+    if precision.group_size:
+        columns = precision.group_size * (columns % 4 + 1)
+    layout = Layout.of(precision, columns)
+    top = (1 << (precision.bits - 1)) - 1
     codes = np.random.default_rng(seed).integers(-top, top + 1, (rows, columns)).astype(np.int8)
     packed = layout.pack(codes)
     assert packed.shape == (rows, layout.blocks, layout.block * precision.bits // 8)
@@ -41,8 +42,9 @@ def test_pack_and_unpack_are_inverse(precision: Precision, rows: int, columns: i
 @pytest.mark.parametrize("precision", [Precision(4, 32), Precision(4, 128), Precision(8, 0)])
 @pytest.mark.parametrize("rows", [1, 19])
 def test_matmul_nbits_means_what_the_integers_say(precision: Precision, rows: int) -> None:
-    columns = 50 if not precision.block else 256
-    rng, layout = np.random.default_rng(0), Layout.of(precision, columns)
+    columns = 50 if not precision.group_size else 256
+    rng = np.random.default_rng(0)
+    layout = Layout.of(precision, columns)
     multiplier = rng.uniform(0.1, 2, rows).astype(np.float32)
     tensor = quantize_rows(rng.standard_normal((rows, columns)).astype(np.float32), precision, multiplier)
     build = GraphBuilder({"": 23, "com.microsoft": 1})
@@ -59,7 +61,9 @@ def test_matmul_nbits_means_what_the_integers_say(precision: Precision, rows: in
         block_size=layout.block,
         accuracy_level=0,
     )
-    y.name, y.type, y.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(("m", rows))
+    y.name = "y"
+    y.type = ir.TensorType(ir.DataType.FLOAT)
+    y.shape = ir.Shape(("m", rows))
     model = ir.to_proto(build.model([x], [y], "g")).SerializeToString()
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
     activation = rng.standard_normal((5, columns)).astype(np.float32)
@@ -68,21 +72,26 @@ def test_matmul_nbits_means_what_the_integers_say(precision: Precision, rows: in
     assert np.abs(found - truth).max() <= 1e-6 * np.ptp(truth) * np.sqrt(columns)
 
 
-@pytest.mark.parametrize(("quant", "block"), [("int4", 32), ("int4", 128), ("int8", 32)])
-def test_the_artifact_holds_the_rules_integers_bit_for_bit(quant: str, block: int, tiny: Path, build: Build) -> None:
-    artifact = build(tiny, quant, block=block)
+@pytest.mark.parametrize(("quant", "group_size"), [("int4", 32), ("int4", 128), ("int8", 32)])
+def test_the_artifact_holds_the_rules_integers_bit_for_bit(
+    quant: str, group_size: int, tiny: Path, build: Build
+) -> None:
+    artifact = build(tiny, quant, group_size=group_size)
     stored: Any = pipeline.load(artifact).stored_weights()
-    store, checked = WeightStore.open(tiny, artifact.spec), 0
+    store = WeightStore.open(tiny, artifact.config)
+    checked = 0
     for weight in artifact.manifest.weights:
         for part in weight.parts:
             rows = store.entry(part.tensor).shape[0]
-            truth = quantize_rows(store.rows(part.tensor, 0, rows), Precision(weight.bits, weight.block), part.multiplier.rows(rows))
+            truth = quantize_rows(
+                store.rows(part.tensor, 0, rows), Precision(weight.bits, weight.group_size), part.multiplier.rows(rows)
+            )
             found = stored.quantized(part.tensor)
             assert np.array_equal(found.codes, truth.codes), part.tensor
             assert np.array_equal(found.scales, truth.scales), part.tensor
             assert np.array_equal(found.multiplier, truth.multiplier), part.tensor
             checked += 1
-    assert checked == 2 + 9 * artifact.spec.num_hidden_layers  # embedding, head, nine projections a layer
+    assert checked == 2 + 9 * artifact.config.num_hidden_layers  # embedding, head, nine projections a layer
 
 
 def test_a_tied_head_shares_the_embeddings_bytes(make_checkpoint: Callable[..., Path], build: Build) -> None:
@@ -99,7 +108,7 @@ def test_a_tied_head_shares_the_embeddings_bytes(make_checkpoint: Callable[..., 
 
 def test_int4_is_close_to_its_ideal_size(tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int4")
-    store = WeightStore.open(tiny, artifact.spec)
+    store = WeightStore.open(tiny, artifact.config)
     ideal = 0.0
     quantised = {part.tensor: weight for weight in artifact.manifest.weights for part in weight.parts}
     for entry in store.entries:

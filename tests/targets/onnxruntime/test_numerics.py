@@ -49,13 +49,17 @@ def test_float32_is_exact_for_every_switch(kernels: Kernels, checkpoint: Path, b
 
 
 @both_kernels
-def test_int4_is_exact_against_its_own_weights_for_every_switch(kernels: Kernels, checkpoint: Path, build: Build) -> None:
+def test_int4_is_exact_against_its_own_weights_for_every_switch(
+    kernels: Kernels, checkpoint: Path, build: Build
+) -> None:
     assert_exact(rows(build(checkpoint, "int4"), checkpoint, "stored", kernels), EXACT)
 
 
 @both_kernels
 @pytest.mark.parametrize("name", ["plain", "tied"])
-def test_int8_is_exact_against_its_own_weights(name: str, kernels: Kernels, make_checkpoint: Callable[..., Path], build: Build) -> None:
+def test_int8_is_exact_against_its_own_weights(
+    name: str, kernels: Kernels, make_checkpoint: Callable[..., Path], build: Build
+) -> None:
     checkpoint = make_checkpoint(name)
     assert_exact(rows(build(checkpoint, "int8"), checkpoint, "stored", kernels), EXACT)
 
@@ -72,9 +76,9 @@ def test_the_embedded_model_is_exact(quant: str, tiny: Path, build: Build) -> No
     assert_exact(found, EXACT)
 
 
-@pytest.mark.parametrize("block", [64, 128])
-def test_larger_blocks_are_exact(block: int, tiny: Path, build: Build) -> None:
-    assert_exact(rows(build(tiny, "int4", block=block), tiny, "stored"), EXACT)
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_larger_groups_are_exact(group_size: int, tiny: Path, build: Build) -> None:
+    assert_exact(rows(build(tiny, "int4", group_size=group_size), tiny, "stored"), EXACT)
 
 
 @both_kernels
@@ -87,8 +91,10 @@ def test_accuracy_level_4_drifts_and_says_how_far(kernels: Kernels, tiny: Path, 
 
 
 def test_last_logits_are_the_last_of_all(tiny: Path, build: Build) -> None:
-    last, full = build(tiny, last_logits=True), build(tiny)
-    ids, mask = np.arange(2, 9)[None], np.ones((1, 7), np.int64)
+    last = build(tiny, last_logits=True)
+    full = build(tiny)
+    ids = np.arange(2, 9)[None]
+    mask = np.ones((1, 7), np.int64)
     answers = []
     for artifact in (last, full):
         runner: Any = pipeline.load(artifact)
@@ -100,24 +106,29 @@ def test_last_logits_are_the_last_of_all(tiny: Path, build: Build) -> None:
 
 def test_rotary_angles_at_long_positions(make_checkpoint: Callable[..., Path], build: Build) -> None:
     """Past of 60,000 tokens: float32 angles of 6e4 radians must agree with PyTorch's."""
-    checkpoint, past = make_checkpoint("no_mup"), 60_000  # rope_theta 1e4: the angles that turn fastest
+    # rope_theta 1e4: the angles that turn fastest
+    checkpoint = make_checkpoint("no_mup")
+    past = 60_000
     artifact = build(checkpoint)
-    rng, runners = np.random.default_rng(0), [pipeline.load(artifact)]
-    program = run_passes(trace(artifact.spec))
-    judge: Any = ProgramRunner(program, WeightStore.open(checkpoint, artifact.spec))
+    rng = np.random.default_rng(0)
+    runners = [pipeline.load(artifact)]
+    program = run_passes(trace(artifact.config))
+    judge: Any = ProgramRunner(program, WeightStore.open(checkpoint, artifact.config))
     states = judge.initial(1)
     grown = {}
     for name, state in states.items():
         shape = (*state.shape[:2], past, state.shape[3]) if name.endswith((".key", ".value")) else tuple(state.shape)
         grown[name] = rng.standard_normal(shape).astype(np.float32) * 0.3
-    ids, mask = rng.integers(0, 259, (1, 3)), np.ones((1, past + 3), np.int64)
+    ids = rng.integers(0, 259, (1, 3))
+    mask = np.ones((1, past + 3), np.int64)
     import torch
 
     truth, after = judge.step(ids, mask, {name: torch.from_numpy(state) for name, state in grown.items()})
     permuted = {name: _native(name, state) for name, state in grown.items()}
     logits, native = runners[0].step(ids, mask, permuted)
     assert np.abs(logits - truth).max() <= EXACT * np.ptp(truth)
-    found, expected = runners[0].snapshot(native), judge.snapshot(after)
+    found = runners[0].snapshot(native)
+    expected = judge.snapshot(after)
     for key in ("0.key", "1.key"):
         assert np.abs(found[key][:, :, past:] - expected[key][:, :, past:]).max() <= EXACT * np.ptp(expected[key])
 

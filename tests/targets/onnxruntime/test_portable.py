@@ -21,11 +21,11 @@ from h1export.checkpoint.store import WeightStore
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.progress import SILENT
-from h1export.quantize.group_format import Precision
 from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 from h1export.targets.base import BuildOptions
 from h1export.targets.onnx import column_major
@@ -60,7 +60,9 @@ def load(artifact: Artifact) -> onnx.ModelProto:
 def test_scales_come_back_bit_for_bit_whatever_the_multiplier(scale: float, multiplier: float) -> None:
     factor = np.array([multiplier], np.float32)
     tensor = QuantizedTensor(np.zeros((1, 64), np.int8), np.full((1, 2), scale, np.float16), factor)
-    assert np.array_equal(dequantize_linear.unfolded_scales(dequantize_linear.folded_scales(tensor), factor), tensor.scales)
+    assert np.array_equal(
+        dequantize_linear.unfolded_scales(dequantize_linear.folded_scales(tensor), factor), tensor.scales
+    )
 
 
 def test_the_table_is_the_legal_vocabulary() -> None:
@@ -68,7 +70,9 @@ def test_the_table_is_the_legal_vocabulary() -> None:
 
 
 @pytest.mark.parametrize(("quant", "opset", "ir_version"), [("none", 18, 8), ("int8", 19, 9), ("int4", 21, 10)])
-def test_only_operators_of_onnx(quant: str, opset: int, ir_version: int, make_checkpoint: Callable[..., Path], build: Build) -> None:
+def test_only_operators_of_onnx(
+    quant: str, opset: int, ir_version: int, make_checkpoint: Callable[..., Path], build: Build
+) -> None:
     model = load(build(make_checkpoint("everything"), quant, opset_only=True))
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
     assert model.ir_version == ir_version
@@ -96,7 +100,9 @@ def test_last_logits_are_the_last_of_all(tiny: Path, build: Build) -> None:
 
 
 def test_accuracy_level_is_that_of_the_kernel_onnxruntime_makes(tiny: Path, build: Build) -> None:
-    ids, mask, logits = np.arange(2, 9)[None], np.ones((1, 7), np.int64), {}
+    ids = np.arange(2, 9)[None]
+    mask = np.ones((1, 7), np.int64)
+    logits = {}
     for level in (0, 4):
         runner: Any = pipeline.load(build(tiny, "int4", opset_only=True, accuracy_level=level))
         assert runner.capabilities.float32 == (level == 0)
@@ -105,22 +111,33 @@ def test_accuracy_level_is_that_of_the_kernel_onnxruntime_makes(tiny: Path, buil
     assert 1e-4 < drift < 0.08  # int8 activations cannot be exact
 
 
-@pytest.mark.parametrize(("name", "quant"), [("norm_before_gate_three_groups", "none"), ("tied", "int4"), ("dt_limits", "int8")])
-def test_the_reference_evaluator_of_onnx_agrees(name: str, quant: str, make_checkpoint: Callable[..., Path], build: Build) -> None:
+@pytest.mark.parametrize(
+    ("name", "quant"), [("norm_before_gate_three_groups", "none"), ("tied", "int4"), ("dt_limits", "int8")]
+)
+def test_the_reference_evaluator_of_onnx_agrees(
+    name: str, quant: str, make_checkpoint: Callable[..., Path], build: Build
+) -> None:
     """The specification's own, slow runtime: what needs more than it offers does not run anywhere."""
     checkpoint = make_checkpoint(name, num_hidden_layers=1)
     artifact = build(checkpoint, quant, opset_only=True)
-    evaluator, spec, reference = ReferenceEvaluator(load(artifact)), artifact.spec, Reference(checkpoint)
+    evaluator = ReferenceEvaluator(load(artifact))
+    config = artifact.config
+    reference = Reference(checkpoint)
     reference.hold(pipeline.load(artifact).stored_weights())
-    states = StateSpec.of(spec)
+    states = StateSpec.of(config)
     feeds = {t.past: state_layout.permute(t.kind, states.zeros(2)[t.key]) for t in states.tensors}
-    ids, pad, length = np.random.default_rng(0).integers(0, spec.vocab_size, (2, LENGTH + 9)), 3, LENGTH + 9
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, LENGTH + 9))
+    pad = 3
+    length = LENGTH + 9
     mask = np.ones_like(ids)
     mask[1, :pad] = 0
-    found, end = [], 0
+    found = []
+    end = 0
     for tokens in (LENGTH + 5, 1, 3):  # more than a chunk, a decode step, several rows of several tokens after a past
         end += tokens
-        answers = evaluator.run(None, {"input_ids": ids[:, end - tokens : end], "attention_mask": mask[:, :end], **feeds})
+        answers = evaluator.run(
+            None, {"input_ids": ids[:, end - tokens : end], "attention_mask": mask[:, :end], **feeds}
+        )
         named = dict(zip(evaluator.output_names, answers, strict=True))
         found.append(named["logits"])
         feeds = {t.past: named[t.present] for t in states.tensors}
@@ -131,34 +148,56 @@ def test_the_reference_evaluator_of_onnx_agrees(name: str, quant: str, make_chec
         for t in states.tensors:
             state = state_layout.permute(t.kind, feeds[t.past])[row]
             expected = truth_states[t.key]
-            assert np.abs((state[:, start:] if t.kind.grows else state) - expected).max() <= EXACT * np.ptp(expected), t.key
+            assert np.abs((state[:, start:] if t.kind.grows else state) - expected).max() <= EXACT * np.ptp(expected), (
+                t.key
+            )
 
 
 @pytest.fixture(scope="module")
-def scan_model() -> tuple[HybridSpec, ort.InferenceSession]:
+def scan_model() -> tuple[FalconH1Config, ort.InferenceSession]:
     """The scan alone: 2 groups of 2 heads, d_head 3, d_state 5."""
-    spec: Any = type("Sizes", (), {"mamba_n_groups": 2, "mamba_n_heads": 4, "mamba_d_head": 3, "mamba_d_state": 5})
-    b, floats = GraphBuilder({"": 18}), ir.TensorType(ir.DataType.FLOAT)
-    shapes = {"drive": ("b", "s", 12), "decay": ("b", "s", 4), "B": ("b", "s", 10), "C": ("b", "s", 10), "state": ("b", 4, 5, 3)}
+    config: Any = type("Sizes", (), {"mamba_n_groups": 2, "mamba_n_heads": 4, "mamba_d_head": 3, "mamba_d_state": 5})
+    b = GraphBuilder({"": 18})
+    floats = ir.TensorType(ir.DataType.FLOAT)
+    shapes = {
+        "drive": ("b", "s", 12),
+        "decay": ("b", "s", 4),
+        "B": ("b", "s", 10),
+        "C": ("b", "s", 10),
+        "state": ("b", 4, 5, 3),
+    }
     inputs = {name: ir.Value(name=name, shape=ir.Shape(shape), type=floats) for name, shape in shapes.items()}
-    results = chunked_scan(b, spec, Chunks.of(b, b.op("Shape", inputs["decay"], start=1, end=2)), *inputs.values())
+    results = chunked_scan(b, config, Chunks.of(b, b.op("Shape", inputs["decay"], start=1, end=2)), *inputs.values())
     for value, name in zip(results, ("y", "last"), strict=True):
-        value.name, value.type = name, floats
+        value.name = name
+        value.type = floats
     model = ir.to_proto(b.model(list(inputs.values()), list(results), "scan"))
-    return spec, ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return config, ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
-@given(seq=st.integers(1, 4 * LENGTH), batch=st.integers(1, 3), rate=st.floats(1e-4, 40.0), seed=st.integers(0, 2**32 - 1))
-def test_the_scan_is_the_recurrence(seq: int, batch: int, rate: float, seed: int, scan_model: tuple[Any, ort.InferenceSession]) -> None:
+@given(
+    seq=st.integers(1, 4 * LENGTH), batch=st.integers(1, 3), rate=st.floats(1e-4, 40.0), seed=st.integers(0, 2**32 - 1)
+)
+def test_the_scan_is_the_recurrence(
+    seq: int, batch: int, rate: float, seed: int, scan_model: tuple[Any, ort.InferenceSession]
+) -> None:
     """In float64, one token at a time; from decays that forget nothing to those that forget all at once."""
     rng = np.random.default_rng(seed)
-    shapes = {"drive": (batch, seq, 12), "decay": (batch, seq, 4), "B": (batch, seq, 10), "C": (batch, seq, 10), "state": (batch, 4, 5, 3)}
+    shapes = {
+        "drive": (batch, seq, 12),
+        "decay": (batch, seq, 4),
+        "B": (batch, seq, 10),
+        "C": (batch, seq, 10),
+        "state": (batch, 4, 5, 3),
+    }
     feeds = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     feeds["decay"] = -np.abs(feeds["decay"]) * np.float32(rate)
     u, log, B, C, S = (value.astype(np.float64) for value in feeds.values())
     B, C = (np.repeat(x.reshape(batch, seq, 2, 5), 2, axis=2) for x in (B, C))
-    u, outputs, size = u.reshape(batch, seq, 4, 3), [], np.abs(S)
+    u = u.reshape(batch, seq, 4, 3)
+    outputs = []
+    size = np.abs(S)
     sizes = []
     for t in range(seq):
         S = S * np.exp(log[:, t])[..., None, None] + B[:, t, :, :, None] * u[:, t, :, None]
@@ -166,7 +205,9 @@ def test_the_scan_is_the_recurrence(seq: int, batch: int, rate: float, seed: int
         outputs.append((C[:, t, :, :, None] * S).sum(2))
         sizes.append((np.abs(C[:, t, :, :, None]) * size).sum(2))
     y, last = scan_model[1].run(None, feeds)
-    assert np.abs(y - np.stack(outputs, 1)).max() <= 4e-6 * np.stack(sizes, 1).max()  # as if no term cancelled; some dozens of 6e-8
+    assert (
+        np.abs(y - np.stack(outputs, 1)).max() <= 4e-6 * np.stack(sizes, 1).max()
+    )  # as if no term cancelled; some dozens of 6e-8
     assert np.abs(last - S).max() <= 4e-6 * size.max()
 
 
@@ -179,7 +220,12 @@ def test_pack_and_unpack_are_inverse(pairs: int, seed: int) -> None:
 
 @pytest.mark.parametrize(("quant", "name"), [("int4", "plain"), ("int4", "tied"), ("int8", "plain")])
 def test_the_artifact_holds_the_rules_integers_bit_for_bit(
-    quant: str, name: str, make_checkpoint: Callable[..., Path], build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quant: str,
+    name: str,
+    make_checkpoint: Callable[..., Path],
+    build: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whatever the row blocks: the vocabulary and in_proj have odd numbers of rows, and a few rows at a time make the same file."""
     checkpoint = make_checkpoint(name, mamba_n_heads=3, mamba_d_ssm=96)
@@ -190,12 +236,14 @@ def test_the_artifact_holds_the_rules_integers_bit_for_bit(
     again = pipeline.build(checkpoint, "ort", tmp_path / "again", pipeline.QuantScheme(quant), options)  # type: ignore[arg-type]
     assert again.manifest.files == artifact.manifest.files
     stored: Any = pipeline.load(artifact).stored_weights()
-    store = WeightStore.open(checkpoint, artifact.spec)
-    assert len(stored) == 9 * artifact.spec.num_hidden_layers + (1 if name == "tied" else 2)
+    store = WeightStore.open(checkpoint, artifact.config)
+    assert len(stored) == 9 * artifact.config.num_hidden_layers + (1 if name == "tied" else 2)
     for weight in artifact.manifest.weights:
         (part,) = weight.parts
         rows = store.shape(part.tensor)[0]
-        truth = quantize_rows(store.rows(part.tensor, 0, rows), Precision(weight.bits, weight.block), part.multiplier.rows(rows))
+        truth = quantize_rows(
+            store.rows(part.tensor, 0, rows), Precision(weight.bits, weight.group_size), part.multiplier.rows(rows)
+        )
         found = stored.quantized(part.tensor)
         assert np.array_equal(found.codes, truth.codes), part.tensor
         assert np.array_equal(found.scales, truth.scales), part.tensor

@@ -13,7 +13,7 @@ from fake_tensorrt import HOST
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin
 from h1export.plugins.gpu.kernel import Kernel
 from h1export.plugins.gpu.shapes import PUBLISHED
-from h1export.targets.tensorrt.engine.build import Heard
+from h1export.targets.tensorrt.engine.build import BuildLog
 from h1export.targets.tensorrt.engine.config import ENGINE
 from h1export.targets.tensorrt.engine.requirements import Host
 from h1export.targets.tensorrt.plugin import kernels, library
@@ -33,9 +33,9 @@ def image(kernel: Kernel, architecture: int) -> str:
 def gpu_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """HOST, a machine with a GPU, whose builder writes a few bytes."""
 
-    def build_engine(folder: Path, _: object) -> Heard:
+    def build_engine(folder: Path, _: object) -> BuildLog:
         (folder / ENGINE).write_bytes(b"engine")
-        return Heard(version=HOST.versions["tensorrt"])
+        return BuildLog(version=HOST.versions["tensorrt"])
 
     monkeypatch.setattr(Host, "here", lambda _recipe: HOST)
     monkeypatch.setattr("h1export.targets.tensorrt.engine.build.build", build_engine)
@@ -45,8 +45,14 @@ def gpu_host(monkeypatch: pytest.MonkeyPatch) -> None:
 def stand_ins() -> list[Cubin]:
     """For every published shape, dtype and architecture."""
     shapes = dict.fromkeys((shape.d_head, shape.d_state, shape.taps) for shape in PUBLISHED)
-    wanted = dict.fromkeys(kernel for shape in shapes for dtype in ("fp16", "bf16") for kernel in kernels(*shape, dtype))
-    return [Cubin(k, sm, f"{image(k, sm)}\0".encode(), k.name, 0, 0, 1000 + sm) for k in wanted for sm in ARCHITECTURES]
+    wanted = dict.fromkeys(
+        kernel for shape in shapes for dtype in ("fp16", "bf16") for kernel in kernels(*shape, dtype)
+    )
+    return [
+        Cubin(k, sm, f"{image(k, sm)}\0".encode(), entry=k.name, registers=0, spilled=0, shared=1000 + sm)
+        for k in wanted
+        for sm in ARCHITECTURES
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +81,9 @@ def kinds() -> str:
         for op in OPS
         for name, arguments in op.kernels.items()
     ]
-    return "\n".join(["#include <cstring>", "inline char const* kinds(char const* kernel) {", *rows, "return nullptr;", "}", ""])
+    return "\n".join(
+        ["#include <cstring>", "inline char const* kinds(char const* kernel) {", *rows, "return nullptr;", "}", ""]
+    )
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from h1export.progress import SILENT
 from h1export.quantize.scheme import QuantScheme
 from h1export.targets import BuildOptions
 from h1export.targets.tensorrt.engine import build
-from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, MODEL, RECIPE, Recipe
+from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, MODEL, RECIPE, EngineConfig
 
 Edit = Callable[[onnx.ModelProto], None]
 
@@ -42,7 +42,9 @@ def built(checkpoint: Path, driver: Path, tmp_path_factory: pytest.TempPathFacto
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("h1export.targets.tensorrt.plugin.write", write)
         options = BuildOptions(max_context=96, max_batch=2, runtime="rtx", architectures=(86,))
-        return pipeline.build(checkpoint, "trt", tmp_path_factory.mktemp("engine") / "out", QuantScheme("int4"), options)
+        return pipeline.build(
+            checkpoint, "trt", tmp_path_factory.mktemp("engine") / "out", QuantScheme("int4"), options
+        )
 
 
 @pytest.fixture
@@ -55,18 +57,20 @@ def folder(built: Artifact, tmp_path: Path) -> Path:
 
 def test_the_engine_has_both_profiles_and_a_plugin_layer_for_each_op(built: Artifact, folder: Path) -> None:
     assert built.manifest.files[ENGINE][1] > built.manifest.files["model.onnx.data"][1] / 2
-    heard = build.build(folder, SILENT)
-    assert heard.plugins == 2 * built.spec.num_hidden_layers
-    assert heard.profiles == 2
-    assert heard.said == []
-    passport = built.manifest.passport
-    assert passport["version"] == heard.version
-    assert passport["engine"] == built.manifest.files[ENGINE][0]
-    assert passport["plugin"] == built.manifest.files[LIBRARY][0]
-    assert passport["architectures"] == [86]
+    build_log = build.build(folder, SILENT)
+    assert build_log.plugins == 2 * built.config.num_hidden_layers
+    assert build_log.profiles == 2
+    assert build_log.said == []
+    requirements = built.manifest.requirements
+    assert requirements["version"] == build_log.version
+    assert requirements["engine"] == built.manifest.files[ENGINE][0]
+    assert requirements["plugin"] == built.manifest.files[LIBRARY][0]
+    assert requirements["architectures"] == [86]
 
 
-def test_what_lies_in_the_working_folder_is_not_imported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_in_the_working_folder_is_not_imported(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A clone of h1export, for one."""
     (tmp_path / "h1export").mkdir()
     (tmp_path / "h1export" / "__init__.py").write_text("raise ImportError('another h1export')")
@@ -75,7 +79,7 @@ def test_what_lies_in_the_working_folder_is_not_imported(folder: Path, tmp_path:
 
 
 def test_the_recipe_says_it_all(built: Artifact) -> None:
-    recipe = Recipe.read(built.folder)
+    recipe = EngineConfig.read(built.folder)
     assert recipe.hashes == {name: built.manifest.files[name][0] for name in (MODEL, f"{MODEL}.data", LIBRARY)}
     decode, prefill = recipe.profiles
     assert decode.inputs["input_ids"] == ((1, 1), (2, 1), (2, 1))
@@ -124,9 +128,11 @@ def test_a_wrong_network_is_an_error(edit: Edit, said: str, folder: Path) -> Non
 
 
 def test_a_recipe_without_consent_to_states_in_place(folder: Path) -> None:
-    recipe = Recipe.read(folder)
+    recipe = EngineConfig.read(folder)
     (folder / RECIPE).write_text(replace(recipe, preview_features=()).to_json())
-    with pytest.raises(H1ExportError, match=r"updates states in place, which the recipe does not allow.*preview_features"):
+    with pytest.raises(
+        H1ExportError, match=r"updates states in place, which the recipe does not allow.*preview_features"
+    ):
         build.build(folder, SILENT)
     assert not (folder / ENGINE).exists()
 
@@ -147,7 +153,19 @@ def test_a_corrupted_plugin_ends_the_build_with_code_2_and_nothing_left(
         return {}
 
     monkeypatch.setattr("h1export.targets.tensorrt.plugin.write", write)
-    command = ["build", str(checkpoint), "--target", "trt", "--method", "rtn", "--quiet", "--sm", "86", "--out", str(tmp_path / "out")]
+    command = [
+        "build",
+        str(checkpoint),
+        "--target",
+        "trt",
+        "--method",
+        "rtn",
+        "--quiet",
+        "--sm",
+        "86",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert cli.run([*command, "--runtime", "rtx"]) == 2
     said = capsys.readouterr().err
     assert "libh1export_plugin.so: TensorRT-RTX" in said
@@ -157,7 +175,9 @@ def test_a_corrupted_plugin_ends_the_build_with_code_2_and_nothing_left(
 
 def test_without_rtx_the_error_says_so(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("h1export.targets.tensorrt.sdk.has", lambda _: False)
-    with pytest.raises(H1ExportError, match=r"TensorRT-RTX: is not installed; pip install .*or build with --runtime tensorrt"):
+    with pytest.raises(
+        H1ExportError, match=r"TensorRT-RTX: is not installed; pip install .*or build with --runtime tensorrt"
+    ):
         pipeline.build(checkpoint, "trt", tmp_path / "out", QuantScheme("int4"), BuildOptions(runtime="rtx"))
     assert list(tmp_path.iterdir()) == []
 
@@ -166,4 +186,4 @@ def test_without_rtx_the_error_says_so(checkpoint: Path, tmp_path: Path, monkeyp
 def test_what_is_no_recipe(text: str, tmp_path: Path) -> None:
     (tmp_path / RECIPE).write_text(text)
     with pytest.raises(H1ExportError, match=r"recipe.json: is no recipe"):
-        Recipe.read(tmp_path)
+        EngineConfig.read(tmp_path)

@@ -58,22 +58,28 @@ def tensorrt(finished: Artifact, monkeypatch: pytest.MonkeyPatch) -> FakeTensorR
 
 
 def ids_of(runner: Runner[Any], batch: int, tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    return np.random.default_rng(tokens).integers(0, runner.spec.vocab_size, (batch, tokens), dtype=np.int64)
+    return np.random.default_rng(tokens).integers(0, runner.config.vocab_size, (batch, tokens), dtype=np.int64)
 
 
-def test_calls_are_those_of_the_network(finished: Artifact, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_those_of_the_network(
+    finished: Artifact, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit, with pads, prompts of several calls, and sequences that two calls continue."""
     monkeypatch.setattr("h1export.targets.tensorrt.network.limits.PREFILL_TOKENS", 32)
     runner, network = (pipeline.load(finished, kernels=kernels) for kernels in ("native", "stock"))
-    ids, mask = ids_of(runner, 2, 60), np.ones((2, 60), np.int64)
+    ids = ids_of(runner, 2, 60)
+    mask = np.ones((2, 60), np.int64)
     mask[1, :7] = 0
-    ours, theirs = runner.initial(2), network.initial(2)
+    ours = runner.initial(2)
+    theirs = network.initial(2)
     for start, end in ((0, 40), (40, 41), (41, 60)):
         before = runner.snapshot(ours)
         found, after = runner.step(ids[:, start:end], mask[:, :end], ours)
         expected, theirs = network.step(ids[:, start:end], mask[:, :end], theirs)
         np.testing.assert_array_equal(found, expected)
-        assert all(np.array_equal(before[key], state) for key, state in runner.snapshot(ours).items()), "the caller's states changed"
+        assert all(np.array_equal(before[key], state) for key, state in runner.snapshot(ours).items()), (
+            "the caller's states changed"
+        )
         ours = after
         states = network.snapshot(theirs)
         assert states.keys() == runner.snapshot(ours).keys()
@@ -86,29 +92,41 @@ def test_calls_are_those_of_the_network(finished: Artifact, tensorrt: FakeTensor
 def test_decoding_is_recorded_once_and_replayed(finished: Artifact, tensorrt: FakeTensorRT) -> None:
     """Other sequences between its calls do not disturb the graph."""
     runner = pipeline.load(finished, kernels="native")
-    tokens, others = ids_of(runner, 1, 20), ids_of(runner, 2, 30)
+    tokens = ids_of(runner, 1, 20)
+    others = ids_of(runner, 2, 30)
     expected, _ = runner.step(tokens, np.ones((1, 20), np.int64), runner.initial(1))
-    sequences, beside = runner.start(1, ROOM), runner.start(2, ROOM)
+    sequences = runner.start(1, ROOM)
+    beside = runner.start(2, ROOM)
     found = [sequences.append(tokens[:, :9])]
     for column in range(9, 20):
         found.append(sequences.append(tokens[:, column : column + 1]))
         beside.append(others[:, 2 * column : 2 * column + 1 + column % 2][:, :2] if column < 15 else others[:, :1])
-    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=5e-3 * np.ptp(expected))  # in calls of other sizes
+    np.testing.assert_allclose(
+        np.concatenate(found, axis=1), expected, atol=5e-3 * np.ptp(expected)
+    )  # in calls of other sizes
     assert sequences.length == 20
     assert FakeGpu.recorded == 2
     (engine,) = tensorrt.engines
     assert [context.asked for context in engine.contexts] == [0, 0, 2, 2]
-    assert [config.dynamic_shapes_kernel_specialization_strategy for config in engine.configs] == ["eager", "lazy", "eager", "eager"]
+    assert [config.dynamic_shapes_kernel_specialization_strategy for config in engine.configs] == [
+        "eager",
+        "lazy",
+        "eager",
+        "eager",
+    ]
     assert len({id(config.cache) for config in engine.configs}) == 1
 
 
 @pytest.mark.parametrize("compute", ["fp16"], indirect=True)
-def test_what_cannot_be_recorded_is_launched(finished: Artifact, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_recorded_is_launched(
+    finished: Artifact, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def record(self: FakeGpu, launch: Callable[[], None]) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     runner = pipeline.load(finished, kernels="native")
-    tokens, states = ids_of(runner, 1, 5), runner.initial(1)
+    tokens = ids_of(runner, 1, 5)
+    states = runner.initial(1)
     monkeypatch.setattr(FakeGpu, "record", record)
     sequences = runner.start(1, ROOM)
     for column in range(5):
@@ -117,8 +135,11 @@ def test_what_cannot_be_recorded_is_launched(finished: Artifact, tensorrt: FakeT
         np.testing.assert_array_equal(sequences.append(token), called)
 
 
-def test_validate_judges_the_engine(finished: Artifact, tensorrt: FakeTensorRT, make_checkpoint: Callable[..., Path]) -> None:
-    runner, exact = pipeline.load(finished), pipeline.load(finished, float32=True)
+def test_validate_judges_the_engine(
+    finished: Artifact, tensorrt: FakeTensorRT, make_checkpoint: Callable[..., Path]
+) -> None:
+    runner = pipeline.load(finished)
+    exact = pipeline.load(finished, float32=True)
     assert (runner.capabilities.emulated, exact.capabilities.emulated) == (False, True)
     slow = {"latency.prefill": 1e3, "latency.decode": 1e3}  # the stand-in is
     report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(slow, pairs=1), SILENT)
@@ -140,11 +161,16 @@ class TestErrors:
         assert tensorrt.engines == []
         runner = pipeline.load(finished)
         assert runner.capabilities.emulated
-        assert re.search("is computed on the CPU, and not by its engine: .*this GPU is sm_120", runner.capabilities.fallback)
+        assert re.search(
+            "is computed on the CPU, and not by its engine: .*this GPU is sm_120", runner.capabilities.fallback
+        )
 
     def test_what_tensorrt_does_not_load(self, finished: Artifact, tensorrt: FakeTensorRT) -> None:
         tensorrt.reads = False
-        with pytest.raises(H1ExportError, match=r"model.engine: TensorRT 10.15.1 on sm_89 cannot load it: it is of another version; run"):
+        with pytest.raises(
+            H1ExportError,
+            match=r"model.engine: TensorRT 10.15.1 on sm_89 cannot load it: it is of another version; run",
+        ):
             pipeline.load(finished, kernels="native")
         tensorrt.loads_plugin = False
         with pytest.raises(H1ExportError, match="cannot load the plugin: it does not say why"):
@@ -203,7 +229,10 @@ class TestErrors:
 
 
 @pytest.mark.parametrize("compute", ["fp16"], indirect=True)
-def test_what_has_no_room_is_not_timed(finished: Artifact, tensorrt: FakeTensorRT, make_checkpoint: Callable[..., Path]) -> None:
-    runner, exact = pipeline.load(finished), pipeline.load(finished, float32=True)
+def test_what_has_no_room_is_not_timed(
+    finished: Artifact, tensorrt: FakeTensorRT, make_checkpoint: Callable[..., Path]
+) -> None:
+    runner = pipeline.load(finished)
+    exact = pipeline.load(finished, float32=True)
     report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(pairs=4), SILENT)
     assert "208 tokens do not fit into 192" in {row.note for row in report.rows}

@@ -21,15 +21,25 @@ IDS = np.random.default_rng(0).integers(0, 264, 70, dtype=np.int64)
 
 
 def made(written: Written, out: Path) -> Artifact:
-    return pipeline.build(written.folder, "trt", out, QuantScheme("none"), BuildOptions(max_context=128, runtime="tensorrt"))
+    return pipeline.build(
+        written.folder, "trt", out, QuantScheme("none"), BuildOptions(max_context=128, runtime="tensorrt")
+    )
 
 
 @pytest.mark.parametrize(("group", "head"), [(96, True), (-1, False)])
 def test_the_network_computes_what_the_integers_mean(
-    group: int, head: bool, make_gptq: Callable[..., Written], gptq_logits: Callable[..., Any], without_plugin: None, tmp_path: Path
+    group: int,
+    head: bool,
+    make_gptq: Callable[..., Written],
+    gptq_logits: Callable[..., Any],
+    without_plugin: None,
+    tmp_path: Path,
 ) -> None:
-    written = make_gptq(tmp_path / "in", act_order=True, group=group, head=head, like={"self_attn.o_proj": "mamba.in_proj"})
-    artifact, truth = made(written, tmp_path / "out"), gptq_logits(written, IDS)
+    written = make_gptq(
+        tmp_path / "in", act_order=True, group=group, head=head, like={"self_attn.o_proj": "mamba.in_proj"}
+    )
+    artifact = made(written, tmp_path / "out")
+    truth = gptq_logits(written, IDS)
     for float32, limit in ((True, 1e-5), (False, 5e-3)):
         runner = pipeline.load(artifact, float32=float32)
         logits, _ = runner.step(IDS[None], np.ones((1, len(IDS)), np.int64), runner.initial(1))
@@ -43,7 +53,8 @@ def test_the_network_computes_what_the_integers_mean(
 def test_zero_points_are_refused(make_gptq: Callable[..., Written], without_plugin: None, tmp_path: Path) -> None:
     written = make_gptq(tmp_path / "in", sym=False)
     with pytest.raises(
-        H1ExportError, match="zero points of its own, and TensorRT takes symmetric integers only; use --target ort or coreml"
+        H1ExportError,
+        match="zero points of its own, and TensorRT takes symmetric integers only; use --target ort or coreml",
     ):
         made(written, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -25,8 +25,15 @@ from h1export.validate.accuracy.logits import relative_error
 
 pytestmark = pytest.mark.gpu
 
-HALF, BRAIN = 5e-3, 4e-2  # of the range, as on the CPU
-FAST = ("--limit", "latency.prefill=1e3", "--limit", "latency.decode=1e3")  # beside transformers on the CPU a tiny model may be slow
+# of the range, as on the CPU
+HALF = 5e-3
+BRAIN = 4e-2
+FAST = (
+    "--limit",
+    "latency.prefill=1e3",
+    "--limit",
+    "latency.decode=1e3",
+)  # beside transformers on the CPU a tiny model may be slow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +49,9 @@ def architecture() -> int:
 
 
 @pytest.fixture(scope="module", params=["rtx", "tensorrt"])
-def engine(request: pytest.FixtureRequest, architecture: int, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine(
+    request: pytest.FixtureRequest, architecture: int, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The embedded model's artifact with an engine for this GPU."""
     runtime: Any = request.param
     if not sdk.has(runtime):
@@ -50,7 +59,20 @@ def engine(request: pytest.FixtureRequest, architecture: int, tiny: Path, tmp_pa
     if runtime == "rtx" and architecture not in OF_RTX:
         pytest.skip(f"TensorRT-RTX builds nothing for sm_{architecture}")
     out = tmp_path_factory.mktemp(runtime) / "out"
-    command = ["build", "--target", "trt", "--quant", "int4", "--method", "rtn", "--max-context", "704", "--max-batch", "3", "--quiet"]
+    command = [
+        "build",
+        "--target",
+        "trt",
+        "--quant",
+        "int4",
+        "--method",
+        "rtn",
+        "--max-context",
+        "704",
+        "--max-batch",
+        "3",
+        "--quiet",
+    ]
     assert cli.run([*command, "--runtime", runtime, "--sm", str(architecture), "--out", str(out)]) == 0
     assert cli.run(["finish", str(out), "--quiet"]) == 0
     return out
@@ -64,11 +86,14 @@ def test_validate_passes_on_the_engine(engine: Path, capfd: pytest.CaptureFixtur
 
 def test_decoding_by_a_graph_is_decoding_by_calls(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other sequences in between disturb nothing."""
-    recorded, record = [], Gpu.record
+    recorded = []
+    record = Gpu.record
     monkeypatch.setattr(Gpu, "record", lambda self, launch: recorded.append(record(self, launch)) or recorded[-1])
     runner = pipeline.load(Artifact.open(engine), kernels="native")
-    ids = np.random.default_rng(0).integers(0, runner.spec.vocab_size, (1, 40), dtype=np.int64)
-    sequences, beside, states = runner.start(1, 40), runner.start(2, 40), runner.initial(1)
+    ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (1, 40), dtype=np.int64)
+    sequences = runner.start(1, 40)
+    beside = runner.start(2, 40)
+    states = runner.initial(1)
     for column in range(40):
         token = ids[:, column : column + 1]
         replayed = sequences.append(token)
@@ -86,12 +111,15 @@ def test_torch_tensorrt_compiles_the_model(architecture: int, tiny: Path) -> Non
     integration: Any = importlib.import_module("h1export.integrations.torch_tensorrt")
     integration.register(tiny)
     model = integration.load(tiny).cuda()
-    ids, mask = torch.arange(64).cuda()[None], torch.ones(1, 64, dtype=torch.int64).cuda()
+    ids = torch.arange(64).cuda()[None]
+    mask = torch.ones(1, 64, dtype=torch.int64).cuda()
     padded = torch.cat([torch.zeros_like(mask[:, :8]), mask], dim=1)
     arguments = (ids, padded, integration.zero_states(model, past=8))
     with torch.no_grad():
         expected = model(*arguments)[0]
-        exported = torch.export.export(model, arguments, strict=False).run_decompositions(dict(integration.DECOMPOSITIONS))
+        exported = torch.export.export(model, arguments, strict=False).run_decompositions(
+            dict(integration.DECOMPOSITIONS)
+        )
         compiled = torch_tensorrt.dynamo.compile(exported, arg_inputs=arguments, min_block_size=1)
         found = compiled(*arguments)[0]
     assert relative_error(found[0].float().cpu().numpy(), expected[0].float().cpu().numpy()) <= BRAIN

@@ -22,11 +22,11 @@ from h1export.errors import H1ExportError
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
 from h1export.graphs.verify import LEGAL_OPS
-from h1export.model.falcon_h1.config import HybridSpec
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING
 from h1export.progress import SILENT
-from h1export.quantize.group_format import Precision
 from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import QuantName, QuantScheme
 from h1export.quantize.source import Rounded
 from h1export.targets import MODULES, BuildOptions, get_target
@@ -48,15 +48,18 @@ def small(make_checkpoint: Callable[..., Path], build: Build, without_plugin: No
 @pytest.fixture(scope="module")
 def lower(make_checkpoint: Callable[..., Path]) -> Callable[..., None]:
     """lower(scheme, **options): what a build of the plain random model asks of the target; it leaves nothing behind."""
-    spec = HybridSpec.load(make_checkpoint())
-    store, program = WeightStore.open(make_checkpoint(), spec), run_passes(trace(spec))
+    config = FalconH1Config.load(make_checkpoint())
+    store = WeightStore.open(make_checkpoint(), config)
+    program = run_passes(trace(config))
 
     def run(scheme: QuantScheme, **options: Any) -> None:
-        integers = Rounded(store, scheme.precisions(spec), quantize_rows)
+        integers = Rounded(store, scheme.precisions(config), quantize_rows)
         with TemporaryDirectory() as folder:
             try:
                 asked = BuildOptions(**{"runtime": "rtx"} | options)
-                get_target("trt").lower(program, store, integers, asked, Stage(Path(folder)), SILENT)
+                get_target("trt").lower(
+                    program, store, integers, options=asked, stage=Stage(Path(folder)), progress=SILENT
+                )
             finally:
                 assert list(Path(folder).iterdir()) == []
 
@@ -72,9 +75,13 @@ def test_the_table_is_the_legal_vocabulary() -> None:
 
 
 def test_each_layer_has_one_node_of_each_plugin(small: Artifact) -> None:
-    model, layers = load(small), small.spec.num_hidden_layers
+    model = load(small)
+    layers = small.config.num_hidden_layers
     counts = Counter((node.domain, node.op_type) for node in model.graph.node)
-    assert {name: count for (domain, name), count in counts.items() if domain == "h1export"} == {"SSMScan": layers, "CausalConv": layers}
+    assert {name: count for (domain, name), count in counts.items() if domain == "h1export"} == {
+        "SSMScan": layers,
+        "CausalConv": layers,
+    }
     assert counts["", "Attention"] == layers
     assert counts["", "TensorScatter"] == counts["", "RotaryEmbedding"] == 2 * layers
     assert counts["", "RMSNormalization"] == 2 * layers + 1
@@ -99,25 +106,35 @@ def test_the_model_declares_the_dtypes_that_onnx_infers(small: Artifact) -> None
     known = onnx.shape_inference.infer_shapes(model).graph.value_info
     inferred = {info.name: info.type.tensor_type.elem_type for info in known if info.type.tensor_type.elem_type}
     assert len(own.keys() & inferred.keys()) > 100
-    assert {name: own[name] for name in own.keys() & inferred.keys()} == {name: inferred[name] for name in own.keys() & inferred.keys()}
+    assert {name: own[name] for name in own.keys() & inferred.keys()} == {
+        name: inferred[name] for name in own.keys() & inferred.keys()
+    }
 
 
 @pytest.mark.parametrize("name", ["plain", "tied"])
 def test_the_artifact_holds_the_rules_integers(
-    name: str, make_checkpoint: Callable[..., Path], without_plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    make_checkpoint: Callable[..., Path],
+    without_plugin: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Written a few rows at a time; in_proj and the vocabulary have odd numbers of them."""
     checkpoint = make_checkpoint(name, mamba_n_heads=3, mamba_d_ssm=96)
     for module in (column_major, weights):
         monkeypatch.setattr(module, "BLOCK_BYTES", 3000)
-    artifact = pipeline.build(checkpoint, "trt", tmp_path / "out", QuantScheme("int4"), BuildOptions(runtime="tensorrt"))
+    artifact = pipeline.build(
+        checkpoint, "trt", tmp_path / "out", QuantScheme("int4"), BuildOptions(runtime="tensorrt")
+    )
     stored: Any = pipeline.load(artifact).stored_weights()
-    store = WeightStore.open(checkpoint, artifact.spec)
-    assert len(stored) == 9 * artifact.spec.num_hidden_layers + (1 if name == "tied" else 2)
+    store = WeightStore.open(checkpoint, artifact.config)
+    assert len(stored) == 9 * artifact.config.num_hidden_layers + (1 if name == "tied" else 2)
     for weight in artifact.manifest.weights:
         for part in weight.parts:
             rows = store.shape(part.tensor)[0]
-            truth = quantize_rows(store.rows(part.tensor, 0, rows), Precision(weight.bits, weight.block), np.ones(rows, np.float32))
+            truth = quantize_rows(
+                store.rows(part.tensor, 0, rows), Precision(weight.bits, weight.group_size), np.ones(rows, np.float32)
+            )
             found = stored.quantized(part.tensor)
             assert np.array_equal(found.codes, truth.codes), part.tensor
             assert np.array_equal(found.scales, truth.scales), part.tensor
@@ -154,11 +171,19 @@ def test_one_tensor_in_int8_is_refused(lower: Callable[..., None]) -> None:
 
 def test_a_tied_embedding_in_int8_is_refused(make_checkpoint: Callable[..., Path]) -> None:
     """It is the head too, which is multiplied by; an untied one is gathered from alone, and int8 in every int4 build."""
-    tied, untied = (HybridSpec.load(make_checkpoint(name)) for name in ("tied", "plain"))
+    tied, untied = (FalconH1Config.load(make_checkpoint(name)) for name in ("tied", "plain"))
     chosen = QuantScheme("int4", chosen={EMBEDDING: "int8"})
     with pytest.raises(H1ExportError, match=f'tensor "{EMBEDDING}" in int8'):
-        check(tied, Rounded(WeightStore.open(make_checkpoint("tied"), tied), chosen.precisions(tied), quantize_rows), BuildOptions())
-    check(untied, Rounded(WeightStore.open(make_checkpoint(), untied), chosen.precisions(untied), quantize_rows), BuildOptions())
+        check(
+            tied,
+            Rounded(WeightStore.open(make_checkpoint("tied"), tied), chosen.precisions(tied), quantize_rows),
+            BuildOptions(),
+        )
+    check(
+        untied,
+        Rounded(WeightStore.open(make_checkpoint(), untied), chosen.precisions(untied), quantize_rows),
+        BuildOptions(),
+    )
 
 
 def test_a_shape_without_a_kernel_is_refused(lower: Callable[..., None]) -> None:

@@ -24,9 +24,13 @@ from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.run import ValidateOptions, validate
 from h1export.validate.accuracy.states import row_of_batch, state_errors
 
-EXACT, HALF, BRAIN = 1e-5, 5e-3, 4e-2  # of the range; bf16 has three bits fewer than fp16
+# of the range; bf16 has three bits fewer than fp16
+EXACT = 1e-5
+HALF = 5e-3
+BRAIN = 4e-2
 FP16_STEP = 2.0**-10  # from a number to the next
-CALLS, PADS = (20, 1, 1, 17, 1), (0, 7)
+CALLS = (20, 1, 1, 17, 1)
+PADS = (0, 7)
 
 Build = Callable[..., Artifact]
 Edit = Callable[[onnx.ModelProto], None]
@@ -41,21 +45,29 @@ def network(build: Build, without_plugin: None) -> Callable[..., Artifact]:
 
 def worst(artifact: Artifact, checkpoint: Path, float32: bool) -> float:
     """The largest error of logits and states over CALLS of two rows, one of them padded, relative to the range."""
-    runner, reference = pipeline.load(artifact, float32=float32), Reference(checkpoint)
+    runner = pipeline.load(artifact, float32=float32)
+    reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
     length = sum(CALLS)
-    ids = np.random.default_rng(0).integers(0, runner.spec.vocab_size, (2, length), dtype=np.int64)
+    ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (2, length), dtype=np.int64)
     mask = np.array([[column >= pad for column in range(length)] for pad in PADS], np.int64)
-    states, logits, end = runner.initial(2), [], 0
+    states = runner.initial(2)
+    logits = []
+    end = 0
     for tokens in CALLS:
         end += tokens
         answer, states = runner.step(ids[:, end - tokens : end], mask[:, :end], states)
         logits.append(answer)
-    joined, snapshot, errors = np.concatenate(logits, axis=1), runner.snapshot(states), []
+    joined = np.concatenate(logits, axis=1)
+    snapshot = runner.snapshot(states)
+    errors = []
     for row, pad in enumerate(PADS):
         truth, true_states = reference.full(ids[row, pad:])
-        found = row_of_batch(snapshot, StateSpec.of(runner.spec), row, pad)
-        errors += [relative_error(joined[row, pad:], truth), *state_errors([(found, true_states)], StateSpec.of(runner.spec)).values()]
+        found = row_of_batch(snapshot, StateSpec.of(runner.config), row, pad=pad)
+        errors += [
+            relative_error(joined[row, pad:], truth),
+            *state_errors([(found, true_states)], StateSpec.of(runner.config)).values(),
+        ]
     return max(errors)
 
 
@@ -65,15 +77,20 @@ def test_every_switch(checkpoint: Path, network: Build) -> None:
     assert EXACT < worst(artifact, checkpoint, float32=False) <= HALF
 
 
-@pytest.mark.parametrize(("quant", "compute", "limit"), [("none", "fp16", HALF), ("int4", "bf16", BRAIN), ("none", "bf16", BRAIN)])
-def test_other_dtypes(quant: str, compute: str, limit: float, make_checkpoint: Callable[..., Path], network: Build) -> None:
+@pytest.mark.parametrize(
+    ("quant", "compute", "limit"), [("none", "fp16", HALF), ("int4", "bf16", BRAIN), ("none", "bf16", BRAIN)]
+)
+def test_other_dtypes(
+    quant: str, compute: str, limit: float, make_checkpoint: Callable[..., Path], network: Build
+) -> None:
     assert EXACT < worst(network(make_checkpoint(), quant, compute=compute), make_checkpoint(), float32=False) <= limit
 
 
 def test_validate_passes_as_for_every_target(make_checkpoint: Callable[..., Path], network: Build) -> None:
     checkpoint = make_checkpoint()
     artifact = network(checkpoint, max_context=192, max_batch=3)
-    runner, exact = pipeline.load(artifact), pipeline.load(artifact, float32=True)
+    runner = pipeline.load(artifact)
+    exact = pipeline.load(artifact, float32=True)
     report = validate(artifact, runner, exact, checkpoint, ValidateOptions(pairs=1, bisect=True), SILENT)
     assert report.passed, report.to_json()
     rows = {(row.check, row.against): row for row in report.rows}
@@ -85,12 +102,15 @@ def test_validate_passes_as_for_every_target(make_checkpoint: Callable[..., Path
     assert "right in 2 layers" in rows["bisect decode", "stored"].note
 
 
-def test_a_prompt_longer_than_the_profile_and_the_last_row(make_checkpoint: Callable[..., Path], network: Build, monkeypatch: Any) -> None:
+def test_a_prompt_longer_than_the_profile_and_the_last_row(
+    make_checkpoint: Callable[..., Path], network: Build, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("h1export.targets.tensorrt.network.limits.PREFILL_TOKENS", 32)
     checkpoint = make_checkpoint()
-    runner, reference = pipeline.load(network(checkpoint), float32=True), Reference(checkpoint)
+    runner = pipeline.load(network(checkpoint), float32=True)
+    reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
-    ids = np.random.default_rng(1).integers(0, runner.spec.vocab_size, (1, 96), dtype=np.int64)
+    ids = np.random.default_rng(1).integers(0, runner.config.vocab_size, (1, 96), dtype=np.int64)
     logits, states = runner.step(ids, np.ones((1, 96), np.int64), runner.initial(1))
     assert relative_error(logits[0], reference.full(ids[0])[0]) <= EXACT
     with pytest.raises(H1ExportError, match=r"97 tokens, and the network has room for 96; .*--max-context 97"):
@@ -101,9 +121,12 @@ def test_a_prompt_longer_than_the_profile_and_the_last_row(make_checkpoint: Call
 
 def test_only_the_last_logits(make_checkpoint: Callable[..., Path], network: Build) -> None:
     every, last = (pipeline.load(network(make_checkpoint(), last_logits=last)) for last in (False, True))
-    ids, ones = np.arange(9)[None], np.ones((1, 9), np.int64)
+    ids = np.arange(9)[None]
+    ones = np.ones((1, 9), np.int64)
     expected, answer = (runner.step(ids, ones, runner.initial(1))[0] for runner in (every, last))
-    np.testing.assert_allclose(answer, expected[:, -1:], rtol=FP16_STEP)  # one row's product may be summed in another order
+    np.testing.assert_allclose(
+        answer, expected[:, -1:], rtol=FP16_STEP
+    )  # one row's product may be summed in another order
 
 
 def of(model: onnx.ModelProto, op: str) -> list[onnx.NodeProto]:
@@ -131,7 +154,8 @@ def swap_b_and_c(model: onnx.ModelProto) -> None:
 def stale_state(model: onnx.ModelProto) -> None:
     """Layer 1 hands on the state that it was given."""
     node = of(model, "SSMScan")[1]
-    state, node.output[1] = node.input[7], declare(model, "nobody reads this", onnx.TensorProto.FLOAT)
+    state = node.input[7]
+    node.output[1] = declare(model, "nobody reads this", onnx.TensorProto.FLOAT)
     model.graph.node.append(helper.make_node("Identity", [state], ["present.1.recurrent_state"]))
 
 
@@ -154,7 +178,12 @@ def damaged(artifact: Artifact, folder: Path, edit: Edit) -> Artifact:
 
 @pytest.mark.parametrize(
     ("edit", "place"),
-    [(drop_a_multiplier, "layer 1"), (swap_b_and_c, "layer 1, scan"), (stale_state, "1.recurrent_state"), (one_column_on, "layer 0")],
+    [
+        (drop_a_multiplier, "layer 1"),
+        (swap_b_and_c, "layer 1, scan"),
+        (stale_state, "1.recurrent_state"),
+        (one_column_on, "layer 0"),
+    ],
 )
 def test_a_planted_fault_is_found_and_named(
     edit: Edit, place: str, make_checkpoint: Callable[..., Path], network: Build, tmp_path: Path
@@ -165,7 +194,7 @@ def test_a_planted_fault_is_found_and_named(
         runner: Runner[Any] = pipeline.load(one, float32=True)
         reference = Reference(make_checkpoint())
         reference.hold(runner.stored_weights())
-        found[name] = [row for row in bisect(runner, reference, "stored", 5e-5, 0) if row.verdict == "FAIL"]
+        found[name] = [row for row in bisect(runner, reference, "stored", limit=5e-5, seed=0) if row.verdict == "FAIL"]
     assert found["good"] == []
     assert found["bad"]
     assert place in found["bad"][0].note, found["bad"][0].note
@@ -175,7 +204,9 @@ def test_a_flipped_nibble(make_checkpoint: Callable[..., Path], network: Build, 
     artifact = network(make_checkpoint())
     copy = Path(shutil.copytree(artifact.folder, tmp_path / "changed"))
     name = "model.layers.1.feed_forward.down_proj.weight"
-    tensors = {tensor.name: tensor for tensor in onnx.load(copy / "model.onnx", load_external_data=False).graph.initializer}
+    tensors = {
+        tensor.name: tensor for tensor in onnx.load(copy / "model.onnx", load_external_data=False).graph.initializer
+    }
     offset = int(next(entry.value for entry in tensors[f"{name}.codes"].external_data if entry.key == "offset"))
     data = np.memmap(copy / "model.onnx.data", np.uint8, mode="r+")
     data[offset + 5] ^= 0x08  # the sign of one code
@@ -183,7 +214,9 @@ def test_a_flipped_nibble(make_checkpoint: Callable[..., Path], network: Build, 
     before, after = (pipeline.load(one).stored_weights()[name] for one in (artifact, Artifact(copy, artifact.manifest)))
     assert (before != after).sum() == 1
     runner = pipeline.load(Artifact(copy, artifact.manifest))
-    report = validate(Artifact(copy, artifact.manifest), runner, runner, make_checkpoint(), ValidateOptions(pairs=0), SILENT)
+    report = validate(
+        Artifact(copy, artifact.manifest), runner, runner, make_checkpoint(), ValidateOptions(pairs=0), SILENT
+    )
     assert "stored integers" in {row.check for row in report.rows if row.verdict == "FAIL"}
 
 
@@ -198,11 +231,15 @@ def undeclared(model: onnx.ModelProto) -> None:
     model.graph.value_info.remove(next(info for info in model.graph.value_info if info.name == name))
 
 
-def test_a_value_without_a_dtype_is_refused(make_checkpoint: Callable[..., Path], network: Build, tmp_path: Path) -> None:
+def test_a_value_without_a_dtype_is_refused(
+    make_checkpoint: Callable[..., Path], network: Build, tmp_path: Path
+) -> None:
     with pytest.raises(H1ExportError, match=r"model.onnx: declares no dtype of value '\w+'"):
         pipeline.load(damaged(network(make_checkpoint()), tmp_path, undeclared))
 
 
-def test_data_outside_the_folder_is_refused(make_checkpoint: Callable[..., Path], network: Build, tmp_path: Path) -> None:
+def test_data_outside_the_folder_is_refused(
+    make_checkpoint: Callable[..., Path], network: Build, tmp_path: Path
+) -> None:
     with pytest.raises(H1ExportError, match=r"points to '../secret', outside the artifact"):
         pipeline.load(damaged(network(make_checkpoint()), tmp_path, point_outside))

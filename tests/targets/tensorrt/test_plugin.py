@@ -54,7 +54,15 @@ def tensors(op: Op, sizes: Mapping[str, int], dtype: str) -> list[str]:
     return found
 
 
-def case(op: Op, inputs: list[str], fields: Mapping[str, str], gpu: int = 80, refused: int = 0, in_place: int = 0, tamper: int = 0) -> str:
+def case(
+    op: Op,
+    inputs: list[str],
+    fields: Mapping[str, str],
+    gpu: int = 80,
+    refused: int = 0,
+    in_place: int = 0,
+    tamper: int = 0,
+) -> str:
     """A line for the harness."""
     given = " ".join(f"{name} {value}" for name, value in fields.items())
     return f"{op.name} {gpu} {refused} {in_place} {tamper} {len(fields)} {given} {len(inputs)} {' '.join(inputs)}"
@@ -82,7 +90,8 @@ def expected(op: Op, launches: tuple[Launch, ...], gpu: int, in_place: bool, par
 
 def layout(problem: scan.Problem, start: int) -> tuple[dict[str, int], int]:
     """Addresses of the workspace's parts, and its size."""
-    addresses, at = {}, 0
+    addresses = {}
+    at = 0
     for name, (shape, dtype) in problem.workspace().items():
         addresses[name] = start + at
         at += -(-math.prod(shape) * dtype.itemsize // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
@@ -92,15 +101,28 @@ def layout(problem: scan.Problem, start: int) -> tuple[dict[str, int], int]:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_scan_packs_what_launch_says(in_place: bool, harness: Harness) -> None:
     """Every published shape, both dtypes, one token and ragged chunks, on every architecture, through what an engine holds."""
-    cases, wanted = [], []
+    cases = []
+    wanted = []
     for i, shape in enumerate(PUBLISHED):
         for dtype in LETTERS:
             for tokens in (1, 2, 300):
                 gpu = ARCHITECTURES[(i + tokens) % len(ARCHITECTURES)]
-                problem = scan.Problem(2, tokens, shape.heads, shape.groups, shape.d_head, shape.d_state, dtype, 0.001, math.inf)
+                problem = scan.Problem(
+                    2,
+                    tokens,
+                    shape.heads,
+                    groups=shape.groups,
+                    d_head=shape.d_head,
+                    d_state=shape.d_state,
+                    dtype=dtype,
+                    dt_min=0.001,
+                    dt_max=math.inf,
+                )
                 parts, size = layout(problem, PAGE * (len(SCAN.inputs) + 3))
                 fields = SCAN_FIELDS | {"state_in_place": f"i {int(in_place)}"}
-                cases.append(case(SCAN, tensors(SCAN, sizes_of(shape, 2, tokens), dtype), fields, gpu, in_place=int(in_place)))
+                cases.append(
+                    case(SCAN, tensors(SCAN, sizes_of(shape, 2, tokens), dtype), fields, gpu, in_place=int(in_place))
+                )
                 built = f"built {SCAN.inputs.index('state') if in_place else -1} 0 {SCAN.inputs.index('state')} {size}"
                 wanted.append([built, *expected(SCAN, scan.launches(problem), gpu, in_place, parts), "enqueued 0"])
     assert harness(cases) == wanted
@@ -108,14 +130,21 @@ def test_the_scan_packs_what_launch_says(in_place: bool, harness: Harness) -> No
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_convolution_packs_what_launch_says(in_place: bool, harness: Harness) -> None:
-    cases, wanted = [], []
+    cases = []
+    wanted = []
     for shape in PUBLISHED:
         for dtype in LETTERS:
             for tokens in (1, 2, 300):
-                launch = conv.launch(conv.kernel(dtype, shape.taps, True, tokens == 1), 2, tokens, shape.channels)
+                launch = conv.launch(
+                    conv.kernel(dtype, shape.taps, True, one_token=tokens == 1), 2, tokens, shape.channels
+                )
                 fields = {"state_in_place": f"i {int(in_place)}"}
-                cases.append(case(CONV, tensors(CONV, sizes_of(shape, 2, tokens), dtype), fields, 90, in_place=int(in_place)))
-                wanted.append([f"built {1 if in_place else -1} 0 1 0", *expected(CONV, (launch,), 90, in_place, {}), "enqueued 0"])
+                cases.append(
+                    case(CONV, tensors(CONV, sizes_of(shape, 2, tokens), dtype), fields, 90, in_place=int(in_place))
+                )
+                wanted.append(
+                    [f"built {1 if in_place else -1} 0 1 0", *expected(CONV, (launch,), 90, in_place, {}), "enqueued 0"]
+                )
     assert harness(cases) == wanted
 
 
@@ -129,7 +158,8 @@ def test_a_gpu_takes_its_architectures_code(gpu: int, taken: int, harness: Harne
 def swapped(op: Op, first: str, second: str, tokens: int = 1) -> str:
     """The default case with two inputs in each other's place."""
     inputs = tensors(op, sizes_of(PUBLISHED[1], 2, tokens), "fp16")
-    i, j = op.inputs.index(first), op.inputs.index(second)
+    i = op.inputs.index(first)
+    j = op.inputs.index(second)
     inputs[i], inputs[j] = inputs[j], inputs[i]
     return case(op, inputs, SCAN_FIELDS if op is SCAN else {"state_in_place": "i 0"})
 
@@ -146,7 +176,10 @@ def without(name: str, **more: str) -> dict[str, str]:
 
 
 FAULTS = {
-    "swapped inputs, other ranks": (swapped(SCAN, "dt", "mask"), r"input dt is \[2, 1\], and should be \[batch 2, tokens 1, heads 24\]"),
+    "swapped inputs, other ranks": (
+        swapped(SCAN, "dt", "mask"),
+        r"input dt is \[2, 1\], and should be \[batch 2, tokens 1, heads 24\]",
+    ),
     "swapped inputs, other dtypes": (swapped(SCAN, "A", "mask"), r"^format 2$"),
     "swapped inputs of the convolution": (swapped(CONV, "state", "weight", 2), "input state is"),
     "another number of heads": (reshaped(SCAN, "D", "f 1 25"), r"input D is \[25\], and should be \[heads 24\]"),
@@ -157,9 +190,18 @@ FAULTS = {
     "a wrong dtype": (reshaped(SCAN, "x", "d 4 2 1 24 64"), "^format 0$"),
     "an input too few": (case(SCAN, ["h 4 2 1 24 64"], SCAN_FIELDS), "1 inputs, and should be 9"),
     "a missing attribute": (default(fields=without("chunk_size")), "attribute chunk_size is missing"),
-    "an attribute of another type": (default(fields=without("dt_min", dt_min="i 0")), "attribute dt_min is not one float32"),
-    "an attribute of two values": (default(fields=without("chunk_size", chunk_size="l 3")), "attribute chunk_size is not one int32"),
-    "an attribute that is not ours": (default(fields=SCAN_FIELDS | {"epsilon": "f 1"}), "there is no attribute epsilon"),
+    "an attribute of another type": (
+        default(fields=without("dt_min", dt_min="i 0")),
+        "attribute dt_min is not one float32",
+    ),
+    "an attribute of two values": (
+        default(fields=without("chunk_size", chunk_size="l 3")),
+        "attribute chunk_size is not one int32",
+    ),
+    "an attribute that is not ours": (
+        default(fields=SCAN_FIELDS | {"epsilon": "f 1"}),
+        "there is no attribute epsilon",
+    ),
     "limits in the wrong order": (default(fields=without("dt_max", dt_max="f 0.0001")), "dt_min and dt_max are 0.001"),
     "a shape without a kernel": (
         case(SCAN, tensors(SCAN, sizes_of(PUBLISHED[1]._replace(d_head=96), 2, 1), "fp16"), SCAN_FIELDS),
@@ -169,10 +211,19 @@ FAULTS = {
         case(CONV, tensors(CONV, sizes_of(PUBLISHED[1], 2, 1) | {"channels": 24}, "fp16"), {"state_in_place": "i 0"}),
         "24 channels, which should be a multiple of 16",
     ),
-    "a GPU without machine code": (default(gpu=75), "kernel decode has no machine code for sm_75, only for sm_80 sm_86"),
+    "a GPU without machine code": (
+        default(gpu=75),
+        "kernel decode has no machine code for sm_75, only for sm_80 sm_86",
+    ),
     "a newer GPU without machine code": (default(gpu=103), "no machine code for sm_103"),
-    "machine code that the driver refuses": (default(refused=1), r"loading decode for sm_80: CUDA error 200 \(invalid image\)"),
-    "an engine of another library": (default(tamper=1), "was built with plugin library 0{32}, this one is [0-9a-f]{32}; load that one"),
+    "machine code that the driver refuses": (
+        default(refused=1),
+        r"loading decode for sm_80: CUDA error 200 \(invalid image\)",
+    ),
+    "an engine of another library": (
+        default(tamper=1),
+        "was built with plugin library 0{32}, this one is [0-9a-f]{32}; load that one",
+    ),
     "a state that should be in place and is not": (
         default(fields=without("state_in_place", state_in_place="i 1")),
         "the state and its output are not one memory",
@@ -218,7 +269,9 @@ def without_cmake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
 
 
-def test_the_library_is_built_once(driver: Path, stand_ins: list[Cubin], without_cmake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_built_once(
+    driver: Path, stand_ins: list[Cubin], without_cmake: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Into a cache, whose key covers the machine code."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(driver / "cache"))
     made = library(stand_ins)
@@ -230,7 +283,9 @@ def test_the_library_is_built_once(driver: Path, stand_ins: list[Cubin], without
         library(stand_ins[1:])
 
 
-def test_a_warning_stops_the_build_and_nothing_is_left(stand_ins: list[Cubin], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_warning_stops_the_build_and_nothing_is_left(
+    stand_ins: list[Cubin], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def with_a_warning(folder: Path, cubins: list[Cubin]) -> Path:
@@ -249,10 +304,14 @@ def test_without_cmake_the_error_says_so(without_cmake: None, tmp_path: Path) ->
         build(tmp_path, tmp_path)
 
 
-def test_what_kernels_take_is_told(stand_ins: list[Cubin], driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_kernels_take_is_told(
+    stand_ins: list[Cubin], driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cubins = [replace(stand_ins[0], registers=40, spilled=8, shared=512)]
     monkeypatch.setattr("h1export.targets.tensorrt.plugin.compile_all", lambda *_: cubins)
     monkeypatch.setattr("h1export.targets.tensorrt.plugin.library", lambda _: driver / "libh1export_plugin.so")
     name = f"{cubins[0].kernel.symbol} sm_{cubins[0].architecture}"
-    assert write(tmp_path / "plugin", [cubins[0].kernel], [80]) == {name: {"registers": 40, "spilled": 8, "shared": 512}}
+    assert write(tmp_path / "plugin", [cubins[0].kernel], [80]) == {
+        name: {"registers": 40, "spilled": 8, "shared": 512}
+    }
     assert (tmp_path / "plugin" / "libh1export_plugin.so").is_file()

@@ -16,45 +16,55 @@ from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY
 from h1export.targets.tensorrt.engine.finish import finish
-from h1export.targets.tensorrt.engine.requirements import Host, Passport, check
+from h1export.targets.tensorrt.engine.requirements import EngineRequirements, Host, check
 from h1export.validate.speed.gate_file import Gate
 from h1export.validate.speed.regression import counted
 
 
 @pytest.fixture
-def unfinished(make_checkpoint: Callable[..., Path], build: Callable[..., Artifact], without_plugin: None, tmp_path: Path) -> Path:
+def unfinished(
+    make_checkpoint: Callable[..., Path], build: Callable[..., Artifact], without_plugin: None, tmp_path: Path
+) -> Path:
     """A copy of an artifact for TensorRT, which has no engine yet."""
-    artifact = build(make_checkpoint(), "int4", target="trt", max_context=96, runtime="tensorrt", architectures=(89, 90))
+    artifact = build(
+        make_checkpoint(), "int4", target="trt", max_context=96, runtime="tensorrt", architectures=(89, 90)
+    )
     return Path(shutil.copytree(artifact.folder, tmp_path / "out"))
 
 
 def test_finish_builds_the_engine_and_enters_it(unfinished: Path, gpu_host: None) -> None:
     before = Artifact.open(unfinished)
-    assert Passport.of(before).engine == ""
-    passport = finish(unfinished, SILENT)
+    assert EngineRequirements.of(before).engine == ""
+    requirements = finish(unfinished, SILENT)
     after = Artifact.open(unfinished)
     after.check_hashes()
-    assert Passport.of(after) == passport
-    assert (passport.version, passport.architectures) == ("10.15.1", (89,))
-    assert passport.engine == after.manifest.files[ENGINE][0]
-    assert passport.kernels == {"decode sm_89": {"registers": 40, "spilled": 0, "shared": 1024}}
+    assert EngineRequirements.of(after) == requirements
+    assert (requirements.version, requirements.architectures) == ("10.15.1", (89,))
+    assert requirements.engine == after.manifest.files[ENGINE][0]
+    assert requirements.kernels == {"decode sm_89": {"registers": 40, "spilled": 0, "shared": 1024}}
     assert counted(after, Gate("trt", "int4"), {}).spills == {"decode sm_89": 0}
     assert before.manifest.files.items() < after.manifest.files.items()
     (unfinished / ENGINE).chmod(0o400)
-    assert finish(unfinished, SILENT) == passport  # and leaves it, the second time
+    assert finish(unfinished, SILENT) == requirements  # and leaves it, the second time
     assert [path.name for path in unfinished.iterdir() if path.name.startswith(".")] == []
 
 
-def test_finish_without_a_gpu(unfinished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finish_without_a_gpu(
+    unfinished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("h1export.targets.tensorrt.engine.requirements.DRIVER", "libnosuchdriver.so.1")
     assert cli.run(["finish", str(unfinished), "--quiet"]) == 2
     assert "NVIDIA GPU: there is none here" in capsys.readouterr().err
     assert not (unfinished / ENGINE).exists()
 
 
-def test_finish_on_a_gpu_that_the_kernels_are_not_for(unfinished: Path, gpu_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finish_on_a_gpu_that_the_kernels_are_not_for(
+    unfinished: Path, gpu_host: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Host, "here", lambda _recipe: replace(HOST, architecture=120))
-    with pytest.raises(H1ExportError, match=r"compiled for sm_89, sm_90, and this GPU is sm_120; build it with --sm 120"):
+    with pytest.raises(
+        H1ExportError, match=r"compiled for sm_89, sm_90, and this GPU is sm_120; build it with --sm 120"
+    ):
         finish(unfinished, SILENT)
     assert not (unfinished / ENGINE).exists()
 
@@ -68,29 +78,29 @@ def test_finish_on_a_gpu_that_the_kernels_are_not_for(unfinished: Path, gpu_host
     ],
 )
 def test_another_machine_is_named(host: Host, said: str, unfinished: Path, gpu_host: None) -> None:
-    passport = finish(unfinished, SILENT)
-    check(unfinished, passport, HOST)
+    requirements = finish(unfinished, SILENT)
+    check(unfinished, requirements, HOST)
     with pytest.raises(H1ExportError, match=said):
-        check(unfinished, passport, host)
+        check(unfinished, requirements, host)
 
 
 @pytest.mark.parametrize("name", [ENGINE, LIBRARY])
 def test_a_changed_file_is_named(name: str, unfinished: Path, gpu_host: None) -> None:
-    passport = finish(unfinished, SILENT)
+    requirements = finish(unfinished, SILENT)
     (unfinished / name).write_bytes(b"another")
     with pytest.raises(H1ExportError, match=rf"{name}: is not the file that the manifest's passport names"):
-        check(unfinished, passport, HOST)
+        check(unfinished, requirements, HOST)
 
 
 def test_no_engine_yet(unfinished: Path) -> None:
     with pytest.raises(H1ExportError, match="has no engine yet; run h1export finish"):
-        check(unfinished, Passport.of(Artifact.open(unfinished)), HOST)
+        check(unfinished, EngineRequirements.of(Artifact.open(unfinished)), HOST)
 
 
 def test_a_manifest_without_a_passport_reads_as_before(unfinished: Path) -> None:
     manifest = Artifact.open(unfinished).manifest
-    text = replace(manifest, passport={}).to_json()
-    assert "passport" not in text
-    assert Manifest.parse(text, unfinished) == replace(manifest, passport={})
+    text = replace(manifest, requirements={}).to_json()
+    assert "requirements" not in text
+    assert Manifest.parse(text, unfinished) == replace(manifest, requirements={})
     with pytest.raises(H1ExportError, match="has no passport"):
-        Passport.of(Artifact(unfinished, replace(manifest, passport={})))
+        EngineRequirements.of(Artifact(unfinished, replace(manifest, requirements={})))

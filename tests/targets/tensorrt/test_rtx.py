@@ -17,7 +17,16 @@ from h1export.targets.tensorrt.plugin.schema import OPS
 
 Build = Callable[..., str]
 
-SIZES = {"heads": 24, "groups": 1, "d_head": 64, "d_state": 128, "channels": PUBLISHED[1].channels, "kept": 3, "taps": 4, "one": 1}
+SIZES = {
+    "heads": 24,
+    "groups": 1,
+    "d_head": 64,
+    "d_state": 128,
+    "channels": PUBLISHED[1].channels,
+    "kept": 3,
+    "taps": 4,
+    "one": 1,
+}
 ATTRIBUTES = {"SSMScan": {"chunk_size": 128, "dt_min": 0.0, "dt_max": float("inf")}, "CausalConv": {}}
 LIBRARY = "libtensorrt_rtx.so"  # its parser opens it by this name when it adds a plugin; the package has another
 SCRIPT = """
@@ -65,11 +74,23 @@ def rtx(driver: Path, tmp_path: Path) -> Build:
     (shipped,) = [file for file in files("tensorrt-rtx-cu13-libs") or [] if file.name.startswith(LIBRARY)]
     (tmp_path / LIBRARY).symlink_to(shipped.locate())
 
-    def run(in_place: bool, order: Callable[[list[str]], list[str]] = list, dropped: str = "", aliasing: bool = True) -> str:
+    def run(
+        in_place: bool, order: Callable[[list[str]], list[str]] = list, dropped: str = "", aliasing: bool = True
+    ) -> str:
         model = tmp_path / "model.onnx"
         model.write_bytes(network(in_place, order, dropped))
-        command = [sys.executable, "-c", SCRIPT, str(driver / "libh1export_plugin.so"), str(model), str(int(in_place)), str(int(aliasing))]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)})
+        command = [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            str(driver / "libh1export_plugin.so"),
+            str(model),
+            str(int(in_place)),
+            str(int(aliasing)),
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+        )
         return done.stdout + done.stderr
 
     return run
@@ -77,7 +98,9 @@ def rtx(driver: Path, tmp_path: Path) -> Build:
 
 def network(in_place: bool, order: Callable[[list[str]], list[str]], dropped: str) -> bytes:
     """An ONNX model of one node for each op, whose inputs are all inputs of the graph."""
-    nodes, inputs, outputs = [], [], []
+    nodes = []
+    inputs = []
+    outputs = []
 
     def info(name: str, kind: str, shape: Sequence[str | int]) -> None:
         dtype = TensorProto.FLOAT16 if kind == "*dtype" else TensorProto.FLOAT
@@ -92,7 +115,9 @@ def network(in_place: bool, order: Callable[[list[str]], list[str]], dropped: st
         own = {"plugin_version": "1", "plugin_namespace": "h1export", "state_in_place": int(in_place)}
         attributes = {name: value for name, value in (own | ATTRIBUTES[op.name]).items() if name != dropped}
         taken = [f"{op.name}_{name}" for name in (order(op.inputs) if op.name == "SSMScan" else op.inputs)]
-        nodes.append(helper.make_node(op.name, taken, [f"{op.name}_out0", f"{op.name}_out1"], domain="h1export", **attributes))
+        nodes.append(
+            helper.make_node(op.name, taken, [f"{op.name}_out0", f"{op.name}_out1"], domain="h1export", **attributes)
+        )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("h1export", 1)]
     graph = helper.make_graph(nodes, "both", inputs, outputs)
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()

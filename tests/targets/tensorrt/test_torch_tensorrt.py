@@ -50,7 +50,9 @@ def integration(converters: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> 
         return lambda function: converters.setdefault(key, SimpleNamespace(convert=function, **options)).convert
 
     def tensor(context: Any, value: Any, name: str) -> Any:
-        return value if isinstance(value, SimpleNamespace) else SimpleNamespace(name=name, dtype=rtx.float32, value=value)
+        return (
+            value if isinstance(value, SimpleNamespace) else SimpleNamespace(name=name, dtype=rtx.float32, value=value)
+        )
 
     def cast(context: Any, value: Any, dtype: Any, name: str) -> Any:
         return value if value.dtype == dtype else SimpleNamespace(name=name, dtype=dtype, value=value)
@@ -61,7 +63,9 @@ def integration(converters: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> 
         "torch_tensorrt": ModuleType("torch_tensorrt"),
         "torch_tensorrt.dynamo": ModuleType("dynamo"),
         "torch_tensorrt.dynamo.conversion": conversion,
-        "torch_tensorrt.dynamo.conversion.converter_utils": SimpleNamespace(get_trt_tensor=tensor, cast_trt_tensor=cast),
+        "torch_tensorrt.dynamo.conversion.converter_utils": SimpleNamespace(
+            get_trt_tensor=tensor, cast_trt_tensor=cast
+        ),
     }
     for name, module in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -119,7 +123,12 @@ def test_attributes_that_the_plugin_refuses(integration: ModuleType) -> None:
 def test_without_the_plugin(integration: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integration, "VERSION", "0")
     with pytest.raises(H1ExportError, match="TensorRT does not have the plugin; call register before"):
-        integration.convert(SimpleNamespace(net=Network()), CONV, tensors(integration.trt, CONV.inputs, integration.trt.float16), "layer")
+        integration.convert(
+            SimpleNamespace(net=Network()),
+            CONV,
+            tensors(integration.trt, CONV.inputs, integration.trt.float16),
+            "layer",
+        )
 
 
 def test_float32_stays_with_torch(integration: ModuleType, converters: dict[Any, Any]) -> None:
@@ -130,7 +139,9 @@ def test_float32_stays_with_torch(integration: ModuleType, converters: dict[Any,
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
-def test_the_model_is_the_checkpoint_s(name: str, integration: ModuleType, make_checkpoint: Callable[..., Path]) -> None:
+def test_the_model_is_the_checkpoint_s(
+    name: str, integration: ModuleType, make_checkpoint: Callable[..., Path]
+) -> None:
     """In float32 exactly; in fp16 nearly, with every activation in fp16, which torch-tensorrt takes from the graph."""
     checkpoint = make_checkpoint(name)
     ids = np.arange(11)
@@ -138,7 +149,9 @@ def test_the_model_is_the_checkpoint_s(name: str, integration: ModuleType, make_
     for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
         model = integration.load(checkpoint, dtype)
         with torch.no_grad():
-            logits, after = model(torch.from_numpy(ids)[None], torch.ones(1, 11, dtype=torch.int64), integration.zero_states(model))
+            logits, after = model(
+                torch.from_numpy(ids)[None], torch.ones(1, 11, dtype=torch.int64), integration.zero_states(model)
+            )
         assert relative_error(logits[0].float().numpy(), expected) <= limit
         assert [state.dtype for state in after[0]] == [dtype, dtype, dtype, torch.float32]
         assert logits.dtype == dtype
@@ -148,19 +161,28 @@ def test_attention_is_decomposed(integration: ModuleType, make_checkpoint: Calla
     """What is left of our ops is what there are converters for."""
     model = integration.load(make_checkpoint(), torch.float16)
     states = integration.zero_states(model, past=5)
-    exported = torch.export.export(model, (torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64), states), strict=False)
+    exported = torch.export.export(
+        model, (torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 8, dtype=torch.int64), states), strict=False
+    )
     graph = exported.run_decompositions(dict(integration.DECOMPOSITIONS)).graph
-    assert {node.target for node in graph.nodes if "h1" in str(node.target)} == {h1.ssm_scan.default, h1.causal_conv.default}
+    assert {node.target for node in graph.nodes if "h1" in str(node.target)} == {
+        h1.ssm_scan.default,
+        h1.causal_conv.default,
+    }
 
 
-def test_a_process_holds_one_plugin(integration: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_holds_one_plugin(
+    integration: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same one may be registered again: TensorRT refuses a second library of the same names."""
     asked: list[str] = []
     registry = SimpleNamespace(load_library=lambda path: None if asked else asked.append(path) or path)
     monkeypatch.setattr(integration, "trt", SimpleNamespace(get_plugin_registry=lambda: registry, __version__="11.0"))
     monkeypatch.setattr(integration, "gpu_architecture", lambda: 86)
     monkeypatch.setattr(
-        integration.plugin, "compile_all", lambda wanted, architectures: [(kernel.dtype, *architectures) for kernel in wanted]
+        integration.plugin,
+        "compile_all",
+        lambda wanted, architectures: [(kernel.dtype, *architectures) for kernel in wanted],
     )
     monkeypatch.setattr(integration.plugin, "library", lambda compiled: tmp_path / compiled[0][0])
     assert integration.register(tiny) == integration.register(tiny, torch.bfloat16) == tmp_path / "bf16"

@@ -73,7 +73,9 @@ def edited_config(checkpoint: Path, folder: Path, edit: Callable[[dict[str, Any]
     return wrong
 
 
-def edited_graph(artifact: Artifact, folder: Path, edit: Callable[[onnx.ModelProto], None], name: str = "model.onnx") -> Artifact:
+def edited_graph(
+    artifact: Artifact, folder: Path, edit: Callable[[onnx.ModelProto], None], name: str = "model.onnx"
+) -> Artifact:
     """A copy of ``artifact`` with another graph; the manifest keeps up with the size."""
     copy = Path(shutil.copytree(artifact.folder, folder / "edited"))
     model = onnx.load(copy / name, load_external_data=False)
@@ -98,7 +100,8 @@ def test_a_dropped_multiplier_fails(
 
     truth = make_checkpoint()
     artifact = build(edited_config(truth, tmp_path, drop), quant, accuracy_level=level)
-    against, report = "source" if quant == "none" else "stored", judge(artifact, truth)
+    against = "source" if quant == "none" else "stored"
+    report = judge(artifact, truth)
     assert any(row.against == against for row in failed(report))
     fused = quant == "int4" and key[0] == "mlp_multipliers"
     assert named(report) == (f"layer 0, {MLP} (at 0.output)" if fused else MULTIPLIERS[key])
@@ -147,7 +150,8 @@ def test_a_scan_of_the_wrong_inputs_fails(
 def test_a_convolution_off_by_one_fails(make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path) -> None:
     def rotate(model: onnx.ModelProto) -> None:
         names = {
-            f"model.layers.1.mamba.conv1d.weight.taps.{tap}": f"model.layers.1.mamba.conv1d.weight.taps.{(tap + 1) % 4}" for tap in range(4)
+            f"model.layers.1.mamba.conv1d.weight.taps.{tap}": f"model.layers.1.mamba.conv1d.weight.taps.{(tap + 1) % 4}"
+            for tap in range(4)
         }
         for node in model.graph.node:
             node.input[:] = [names.get(name, name) for name in node.input]
@@ -182,9 +186,14 @@ def int4_reference(make_checkpoint: MakeCheckpoint, build: Build) -> Reference:
 
 @pytest.mark.parametrize("place", NATIVE, ids=str)
 def test_a_fault_in_our_own_kernels_is_named(
-    place: tuple[str, int, str], int4_reference: Reference, make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path
+    place: tuple[str, int, str],
+    int4_reference: Reference,
+    make_checkpoint: MakeCheckpoint,
+    build: Build,
+    tmp_path: Path,
 ) -> None:
-    (op, index, name), (change, said) = place, NATIVE[place]
+    (op, index, name) = place
+    (change, said) = NATIVE[place]
 
     def wrong(model: onnx.ModelProto) -> None:
         node = [node for node in model.graph.node if node.op_type == op][index]
@@ -196,7 +205,7 @@ def test_a_fault_in_our_own_kernels_is_named(
 
     def rows(kernels: Kernels) -> tuple[Row, ...]:
         runner = pipeline.load(artifact, float32=True, kernels=kernels)
-        return tuple(bisect(runner, int4_reference, "stored", tolerances.EXACT["states"], seed=0))
+        return tuple(bisect(runner, int4_reference, "stored", limit=tolerances.EXACT["states"], seed=0))
 
     assert named(Report({}, {}, rows("native"))) == said
     assert Report({}, {}, rows("stock")).passed  # its own graph is right
@@ -218,7 +227,8 @@ def test_a_graph_without_names_is_not_bisected(make_checkpoint: MakeCheckpoint, 
 def with_changed_states(artifact: Artifact, change: Callable[[Any, Any], Any]) -> Any:
     """A Runner that hands on what ``change`` makes of the states before and after a call."""
     runner: Any = pipeline.load(artifact)
-    step, observe = runner.step, runner.observe
+    step = runner.step
+    observe = runner.observe
 
     def changed_step(ids: Any, mask: Any, states: Any) -> Any:
         logits, new = step(ids, mask, states)
@@ -228,7 +238,8 @@ def with_changed_states(artifact: Artifact, change: Callable[[Any, Any], Any]) -
         logits, new, probes = observe(ids, mask, states)
         return logits, change(states, new), probes
 
-    runner.step, runner.observe = changed_step, changed_observe
+    runner.step = changed_step
+    runner.observe = changed_observe
     return runner
 
 
@@ -243,7 +254,8 @@ STALE = {
 @pytest.mark.parametrize("kind", STALE)
 def test_a_stale_state_fails(kind: str, make_checkpoint: MakeCheckpoint, build: Build) -> None:
     """One layer hands back the state it was given; the first call cannot show it, later ones must."""
-    truth, name = make_checkpoint(), f"past_key_values.1.{kind}"
+    truth = make_checkpoint()
+    name = f"past_key_values.1.{kind}"
 
     def stale(states: Any, new: Any) -> Any:
         old = states[name]
@@ -260,11 +272,14 @@ def test_a_stale_state_fails(kind: str, make_checkpoint: MakeCheckpoint, build: 
 
 
 def test_a_cache_that_loses_its_oldest_token_fails(make_checkpoint: MakeCheckpoint, build: Build) -> None:
-    truth, name = make_checkpoint(), "past_key_values.1.key"
+    truth = make_checkpoint()
+    name = "past_key_values.1.key"
 
     def lose(states: Any, new: Any) -> Any:
         return (
-            {**new, name: np.concatenate([np.zeros_like(new[name][:, :, :1]), new[name][:, :, 1:]], axis=2)} if states[name].size else new
+            {**new, name: np.concatenate([np.zeros_like(new[name][:, :, :1]), new[name][:, :, 1:]], axis=2)}
+            if states[name].size
+            else new
         )
 
     artifact = build(truth)
@@ -274,8 +289,12 @@ def test_a_cache_that_loses_its_oldest_token_fails(make_checkpoint: MakeCheckpoi
     assert next(row for row in report.rows if row.check == "bisect prefill").verdict is Verdict.PASS
 
 
-@pytest.mark.parametrize(("quant", "bits", "method"), [("int4", 4, "rtn"), ("int8", 8, "rtn"), ("int4", 4, "awq"), ("int4", 4, "gptq")])
-def test_one_wrong_block_fails(quant: str, bits: int, method: str, spoken_checkpoint: Path, build: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("quant", "bits", "method"), [("int4", 4, "rtn"), ("int8", 8, "rtn"), ("int4", 4, "awq"), ("int4", 4, "gptq")]
+)
+def test_one_wrong_block_fails(
+    quant: str, bits: int, method: str, spoken_checkpoint: Path, build: Build, tmp_path: Path
+) -> None:
     """32 codes of one row of one layer: invisible to a comparison with the stored weights, so the integers are checked too."""
     truth = spoken_checkpoint
     artifact = build(truth, quant, method=method)
@@ -285,7 +304,7 @@ def test_one_wrong_block_fails(quant: str, bits: int, method: str, spoken_checkp
     model = onnx.load(copy / "model.onnx", load_external_data=False)
     (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == name]
     offset = next(int(entry.value) for entry in tensor.external_data if entry.key == "offset")
-    offset += artifact.spec.mamba_d_ssm * bits // 8  # o_proj's first column
+    offset += artifact.config.mamba_d_ssm * bits // 8  # o_proj's first column
     data = bytearray((copy / "model.onnx.data").read_bytes())
     data[offset : offset + 16] = bytes(byte ^ 0x88 for byte in data[offset : offset + 16])
     (copy / "model.onnx.data").write_bytes(bytes(data))

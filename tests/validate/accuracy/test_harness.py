@@ -29,7 +29,9 @@ def test_relative_error_is_relative_to_the_truths_range() -> None:
     truth = np.array([[0.0, 4.0], [2.0, -6.0]], np.float32)
     assert relative_error(truth + np.float32(0.5), truth) == pytest.approx(0.05)
     assert math.isnan(relative_error(np.full_like(truth, np.nan), truth))
-    assert relative_error(np.ones((2, 2), np.float32), np.zeros((2, 2), np.float32)) == 1.0  # a constant truth has no range
+    assert (
+        relative_error(np.ones((2, 2), np.float32), np.zeros((2, 2), np.float32)) == 1.0
+    )  # a constant truth has no range
 
 
 def test_logit_figures_against_torch() -> None:
@@ -37,8 +39,11 @@ def test_logit_figures_against_torch() -> None:
     truth = rng.standard_normal((300, 17)).astype(np.float32)
     found = truth + 0.3 * rng.standard_normal((300, 17)).astype(np.float32)
     figures = logit_figures([(found, truth)])
-    a, b = torch.log_softmax(torch.from_numpy(found).double(), -1), torch.log_softmax(torch.from_numpy(truth).double(), -1)
-    assert figures["kl"] == pytest.approx(float(torch.nn.functional.kl_div(a, b, log_target=True, reduction="batchmean")), rel=1e-6)
+    a = torch.log_softmax(torch.from_numpy(found).double(), -1)
+    b = torch.log_softmax(torch.from_numpy(truth).double(), -1)
+    assert figures["kl"] == pytest.approx(
+        float(torch.nn.functional.kl_div(a, b, log_target=True, reduction="batchmean")), rel=1e-6
+    )
     assert figures["top1"] == pytest.approx(float((a.argmax(-1) == b.argmax(-1)).double().mean()))
     assert 0 < figures["top1"] < 1
 
@@ -58,7 +63,7 @@ def test_logit_figures_against_torch() -> None:
     ],
 )
 def test_verdicts(figures: dict[str, float], limits: dict[str, float], verdict: Verdict) -> None:
-    row = Row("check", "source", figures, limits)
+    row = Row("check", "source", figures, limits=limits)
     assert row.verdict is verdict
     report = Report({}, {}, (row,))
     assert report.passed is (verdict is not Verdict.FAIL)
@@ -66,21 +71,25 @@ def test_verdicts(figures: dict[str, float], limits: dict[str, float], verdict: 
 
 
 def test_limits_can_be_set_and_must_exist() -> None:
-    assert tolerances.limits("int4", "rtn", True, True, {})["stored.logits"] == tolerances.EXACT["logits"]
-    assert tolerances.limits("int4", "rtn", False, True, {})["drift.logits"] == tolerances.ROUNDED["logits"]
-    assert tolerances.limits("int4", "rtn", False, False, {})["stored.logits"] == tolerances.HALF["logits"]
-    assert "drift.logits" not in tolerances.limits("int4", "rtn", False, False, {})
-    assert tolerances.limits("none", "rtn", True, True, {"source.kl": 7.0})["source.kl"] == 7.0
+    assert tolerances.limits("int4", "rtn", True, exact=True, chosen={})["stored.logits"] == tolerances.EXACT["logits"]
+    assert (
+        tolerances.limits("int4", "rtn", False, exact=True, chosen={})["drift.logits"] == tolerances.ROUNDED["logits"]
+    )
+    assert tolerances.limits("int4", "rtn", False, exact=False, chosen={})["stored.logits"] == tolerances.HALF["logits"]
+    assert "drift.logits" not in tolerances.limits("int4", "rtn", False, exact=False, chosen={})
+    assert tolerances.limits("none", "rtn", True, exact=True, chosen={"source.kl": 7.0})["source.kl"] == 7.0
     with pytest.raises(H1ExportError, match=r"stored\.logitz"):
-        tolerances.limits("int4", "rtn", True, True, {"stored.logitz": 1.0})
+        tolerances.limits("int4", "rtn", True, exact=True, chosen={"stored.logitz": 1.0})
     with pytest.raises(H1ExportError, match=r"stored\.kl"):
-        tolerances.limits("none", "rtn", True, True, {"stored.kl": 1.0})  # nothing is quantised, so nothing is stored
+        tolerances.limits(
+            "none", "rtn", True, exact=True, chosen={"stored.kl": 1.0}
+        )  # nothing is quantised, so nothing is stored
 
 
 def test_integers_are_judged_by_what_their_method_may_do() -> None:
-    assert "weights.block" not in tolerances.limits("int4", "rtn", True, True, {})
+    assert "weights.block" not in tolerances.limits("int4", "rtn", True, exact=True, chosen={})
     for method in ("search", "awq", "gptq"):
-        limits = tolerances.limits("int4", method, True, True, {})  # type: ignore[arg-type]
+        limits = tolerances.limits("int4", method, True, exact=True, chosen={})  # type: ignore[arg-type]
         assert limits["weights.block"] == tolerances.BLOCK
         assert "weights.steps" not in limits
 
@@ -102,11 +111,18 @@ def test_a_uniform_model_costs_log2_of_the_vocabulary() -> None:
 
 def test_text_figures_against_torch() -> None:
     """Over more positions than are held at a time."""
-    rng, length, vocab = np.random.default_rng(0), 300, 17
-    scored, kl, same, shared, nats = [], [], [], [], [0.0, 0.0]
+    rng = np.random.default_rng(0)
+    length = 300
+    vocab = 17
+    scored = []
+    kl = []
+    same = []
+    shared = []
+    nats = [0.0, 0.0]
     for _ in range(4):
         truth = rng.standard_normal((length, vocab)).astype(np.float32)
-        found, window = truth + 0.3 * rng.standard_normal(truth.shape).astype(np.float32), rng.integers(0, vocab, length + 1)
+        found = truth + 0.3 * rng.standard_normal(truth.shape).astype(np.float32)
+        window = rng.integers(0, vocab, length + 1)
         scored.append(Scored.of(found, truth, window))
         a, b = (torch.log_softmax(torch.from_numpy(logits).double(), -1) for logits in (found, truth))
         kl.append((b.exp() * (b - a)).sum(-1))
@@ -115,7 +131,10 @@ def test_text_figures_against_torch() -> None:
         shared += [len(set(ours.tolist()) & set(theirs.tolist())) / 5 for ours, theirs in zip(*best, strict=True)]
         assert scored[-1].error == pytest.approx(np.abs(found - truth).max(1) / (truth.max() - truth.min()))
         targets = torch.from_numpy(window[1:])
-        nats = [total + float(torch.nn.functional.nll_loss(log, targets, reduction="sum")) for total, log in zip(nats, (a, b), strict=True)]
+        nats = [
+            total + float(torch.nn.functional.nll_loss(log, targets, reduction="sum"))
+            for total, log in zip(nats, (a, b), strict=True)
+        ]
     figures = text_figures(scored, 1000)
     assert figures["artifact"] == pytest.approx(nats[0] / math.log(2) / 1000)
     assert figures["reference"] == pytest.approx(nats[1] / math.log(2) / 1000)
@@ -132,7 +151,7 @@ def test_standard_errors_are_those_of_the_mean() -> None:
     rng = np.random.default_rng(1)
     kl = rng.exponential(size=(100, 8))
     flat = np.ones(8)
-    figures = text_figures([Scored(flat, flat, window, flat > 0, flat, flat) for window in kl], 1)
+    figures = text_figures([Scored(flat, flat, window, same=flat > 0, shared=flat, error=flat) for window in kl], 1)
     assert figures["kl_se"] == pytest.approx(kl.mean(axis=1).std() / 10, rel=0.2)
     assert figures["ratio_se"] == figures["top1_se"] == 0
 
@@ -188,13 +207,17 @@ def test_the_report_is_written_and_does_not_break_the_artifact(tiny: Path, build
 
 
 @pytest.mark.ort
-def test_another_checkpoint_than_the_source_is_refused(tiny: Path, make_checkpoint: Callable[..., Path], build: Build) -> None:
+def test_another_checkpoint_than_the_source_is_refused(
+    tiny: Path, make_checkpoint: Callable[..., Path], build: Build
+) -> None:
     with pytest.raises(H1ExportError, match="was not built from"):
         pipeline.validate(build(tiny).folder, make_checkpoint(), {})
 
 
 @pytest.mark.ort
-def test_a_checkpoint_without_tokenizer_shows_text_as_not_applicable(make_checkpoint: Callable[..., Path], build: Build) -> None:
+def test_a_checkpoint_without_tokenizer_shows_text_as_not_applicable(
+    make_checkpoint: Callable[..., Path], build: Build
+) -> None:
     checkpoint = make_checkpoint()
     report = pipeline.validate(build(checkpoint).folder, checkpoint, {}, latency_pairs=0, prompts=0)
     verdicts = {row.check: row.verdict for row in report.rows}

@@ -15,7 +15,14 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.report.report import Verdict
 from h1export.validate.accuracy import greedy_agreement, long_contexts, tolerances
-from h1export.validate.accuracy.greedy_agreement import PROMPT, Continuation, continuations, divergence_row, impossible, prompts
+from h1export.validate.accuracy.greedy_agreement import (
+    PROMPT,
+    Continuation,
+    continuations,
+    greedy_agreement_row,
+    impossible,
+    prompts,
+)
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.long_contexts import context_rows, cost_rows
 from h1export.validate.accuracy.reference import Reference
@@ -44,17 +51,20 @@ def test_agreement_ends_at_the_first_token_that_differs(make_checkpoint: MakeChe
 
 
 @pytest.mark.ort
-def test_greedy_texts_are_the_runners(make_checkpoint: MakeCheckpoint, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_texts_are_the_runners(
+    make_checkpoint: MakeCheckpoint, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(greedy_agreement, "LIMIT", 12)
     checkpoint = make_checkpoint()
-    reference, starts = Reference(checkpoint), prompts(np.arange(200), 3, seed=0)
+    reference = Reference(checkpoint)
+    starts = prompts(np.arange(200), 3, seed=0)
     texts = list(continuations(pipeline.load(build(checkpoint)), starts))
     for text, prompt in zip(texts, starts, strict=True):
         assert np.array_equal(text.tokens, greedy(reference, prompt, 12))
-    assert divergence_row("source", texts, reference).figures == {"tokens": 12, "never": 1}
+    assert greedy_agreement_row("source", texts, reference).figures == {"tokens": 12, "never": 1}
     texts[1].tokens[7] += 1
     texts[2].tokens[3] += 1
-    row = divergence_row("source", texts, reference)
+    row = greedy_agreement_row("source", texts, reference)
     assert row.figures == {"tokens": 7, "never": pytest.approx(1 / 3)}
     assert list(row.details.values()) == [12, 7, 3]
 
@@ -74,42 +84,51 @@ def test_the_reference_in_pieces_is_the_whole(name: str, make_checkpoint: MakeCh
     reference = Reference(make_checkpoint(name))
     ids = np.random.default_rng(0).integers(0, 259, 97)
     truth, states = reference.full(ids)
-    for piece in (7, 32, 96):  # of 96, one token is left, which goes with the others
-        found, found_states = reference.in_pieces(ids, 40, piece)
+    for subgraph in (7, 32, 96):  # of 96, one token is left, which goes with the others
+        found, found_states = reference.in_subgraphs(ids, 40, subgraph)
         assert relative_error(found, truth[-40:]) < 1e-5
         assert all(relative_error(found_states[key], states[key]) < 1e-5 for key in states)
 
 
-def test_a_reference_that_forgets_its_past_is_not_used(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_that_forgets_its_past_is_not_used(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reference = Reference(make_checkpoint())
     answer = reference._answer
     monkeypatch.setattr(reference, "_answer", lambda ids, cache, tail: answer(ids, None, tail))
     with pytest.raises(H1ExportError, match="does not go on from a cache"):
-        reference.in_pieces(np.arange(30), 4)
+        reference.in_subgraphs(np.arange(30), 4)
 
 
 @pytest.mark.ort
-def test_a_context_is_judged_to_its_end(make_checkpoint: MakeCheckpoint, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_is_judged_to_its_end(
+    make_checkpoint: MakeCheckpoint, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys that leave the window after 96 tokens: right at 64, wrong at 128."""
     monkeypatch.setattr(long_contexts, "CHUNK", 32)
     checkpoint = make_checkpoint(max_position_embeddings=160)
-    reference, runner = Reference(checkpoint), pipeline.load(build(checkpoint))
-    limits = tolerances.limits("none", "rtn", True, True, {})
-    right = context_rows({"source": runner}, reference, (128, 64, 161), limits, seed=0)
+    reference = Reference(checkpoint)
+    runner = pipeline.load(build(checkpoint))
+    limits = tolerances.limits("none", "rtn", True, exact=True, chosen={})
+    right = context_rows({"source": runner}, reference, (128, 64, 161), limits=limits, seed=0)
     assert [(row.check, row.verdict) for row in right] == [
         ("context 64", Verdict.PASS),
         ("context 128", Verdict.PASS),
         ("context 161", Verdict.NOT_APPLICABLE),
     ]
-    assert right[0].details.keys() == {tensor.key for tensor in StateSpec.of(runner.spec).tensors}
-    step, name = runner.step, "past_key_values.1.key"
+    assert right[0].details.keys() == {tensor.key for tensor in StateSpec.of(runner.config).tensors}
+    step = runner.step
+    name = "past_key_values.1.key"
 
     def windowed(ids: Any, mask: Any, states: Any) -> Any:
         logits, new = step(ids, mask, states)
-        return logits, {**new, name: np.where(np.arange(new[name].shape[2])[:, None] < new[name].shape[2] - 96, 0, new[name])}
+        return logits, {
+            **new,
+            name: np.where(np.arange(new[name].shape[2])[:, None] < new[name].shape[2] - 96, 0, new[name]),
+        }
 
     monkeypatch.setattr(runner, "step", windowed)
-    wrong = context_rows({"source": runner}, reference, (64, 128), limits, seed=0)
+    wrong = context_rows({"source": runner}, reference, (64, 128), limits=limits, seed=0)
     assert [row.verdict for row in wrong] == [Verdict.PASS, Verdict.FAIL]
     assert wrong[1].note == "worst state 1.key"
 
@@ -137,7 +156,9 @@ def test_costs_are_those_of_the_last_chunk_and_of_steps(
 @pytest.mark.ort
 def test_validate_does_both(spoken_checkpoint: Path, build: Build) -> None:
     artifact = build(spoken_checkpoint, "int4", accuracy_level=4)
-    report = pipeline.validate(artifact.folder, spoken_checkpoint, {}, text_bytes=300, latency_pairs=0, prompts=2, contexts=[24])
+    report = pipeline.validate(
+        artifact.folder, spoken_checkpoint, {}, text_bytes=300, latency_pairs=0, prompts=2, contexts=[24]
+    )
     found = [(row.check, row.against) for row in report.rows if row.check.split()[0] in ("greedy", "context", "cost")]
     assert found == [
         *(("greedy text", group) for group in ("source", "stored", "drift")),

@@ -22,7 +22,7 @@ from h1export.validate.accuracy.reference import Reference
 from h1export.validate.speed.bench import BenchOptions, interleave
 from h1export.validate.speed.memory_traffic import READ_BYTES, read_bandwidth, step_bytes
 from h1export.validate.speed.statistics import CONFIDENCE, estimate, ratio
-from h1export.validate.speed.worker import Child, Kind, RunnerPlayer, Timing, pin
+from h1export.validate.speed.worker import Kind, RunnerModel, Timing, WorkerProcess, pin
 
 Build = Callable[..., Artifact]
 
@@ -33,7 +33,9 @@ def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:
     held = np.mean([found.low <= 10 <= found.high for found in trials])
     assert CONFIDENCE - 0.06 < held <= 1.0  # 4 standard errors of 200 trials at 95 %
     assert all(found.low <= found.median <= found.high for found in trials)
-    assert np.mean([found.high - found.low for found in trials]) < 1.6  # and is not held by width: 2 * 1.96 * 1.25 / 5 = 0.98
+    assert (
+        np.mean([found.high - found.low for found in trials]) < 1.6
+    )  # and is not held by width: 2 * 1.96 * 1.25 / 5 = 0.98
 
 
 def test_an_outlier_moves_neither_median_nor_interval() -> None:
@@ -50,27 +52,35 @@ def test_a_ratio_is_taken_round_by_round() -> None:
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 @pytest.mark.parametrize("config", ["plain", "tied"])
 @pytest.mark.ort
-def test_step_bytes_are_what_the_graph_holds(config: str, quant: str, make_checkpoint: Callable[..., Path], build: Build) -> None:
+def test_step_bytes_are_what_the_graph_holds(
+    config: str, quant: str, make_checkpoint: Callable[..., Path], build: Build
+) -> None:
     artifact = build(make_checkpoint(config), quant)
-    spec, manifest = artifact.spec, artifact.manifest
+    model_config = artifact.config
+    manifest = artifact.manifest
     graph = ir.load(artifact.folder / "model.onnx").graph
     tensors = {name: value.const_value for name, value in graph.initializers.items()}
-    places = {getattr(tensor, "offset", name): name for name, tensor in tensors.items()}  # a tied head is its embedding's bytes
+    places = {
+        getattr(tensor, "offset", name): name for name, tensor in tensors.items()
+    }  # a tied head is its embedding's bytes
     sizes = {name: tensors[name].nbytes for name in places.values()}  # type: ignore[union-attr]
     if config == "plain":
         gather = next(node for node in graph if node.op_type.startswith("Gather"))
         table = [value.name for value in gather.inputs if value is not None and value.name in sizes]
-        sizes |= {name: sizes[name] / spec.vocab_size for name in table if name is not None}
-    weights = step_bytes(manifest, spec, 1, 0) - StateSpec.of(spec).nbytes(1, 0)
+        sizes |= {name: sizes[name] / model_config.vocab_size for name in table if name is not None}
+    weights = step_bytes(manifest, model_config, 1, depth=0) - StateSpec.of(model_config).nbytes(1, 0)
     assert weights == pytest.approx(sum(sizes.values()), rel=0.05)  # alignment; the embedding's repeated int8 scales
-    per_token = 2 * 4 * spec.num_hidden_layers * spec.kv_dim
-    assert step_bytes(manifest, spec, 3, 100) - step_bytes(manifest, spec, 3, 0) == 3 * 100 * per_token
+    per_token = 2 * 4 * model_config.num_hidden_layers * model_config.kv_dim
+    assert (
+        step_bytes(manifest, model_config, 3, depth=100) - step_bytes(manifest, model_config, 3, depth=0)
+        == 3 * 100 * per_token
+    )
 
 
 def test_state_bytes_are_those_of_the_arrays(tiny: Path) -> None:
-    from h1export.model.falcon_h1.config import HybridSpec
+    from h1export.model.falcon_h1.config import FalconH1Config
 
-    states = StateSpec.of(HybridSpec.load(tiny))
+    states = StateSpec.of(FalconH1Config.load(tiny))
     assert states.nbytes(2, 7) == sum(array.nbytes for array in states.zeros(2, 7).values())
 
 
@@ -101,7 +111,8 @@ def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> No
     calls: list[tuple[int, int]] = []
 
     class Counted:
-        spec, capabilities = runner.spec, runner.capabilities
+        model_config = runner.config
+        capabilities = runner.capabilities
 
         def start(self, batch: int, capacity: int) -> Counted:
             self.inner = runner.start(batch, capacity)
@@ -115,7 +126,7 @@ def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> No
             calls.append((self.inner.length, ids.shape[1]))
             self.inner.append(ids)
 
-    player = RunnerPlayer(Counted(), steps=3)  # type: ignore[arg-type]
+    player = RunnerModel(Counted(), steps=3)  # type: ignore[arg-type]
     assert player.speed(Timing(Kind.DECODE, 520, 2)) > 0
     assert calls == [(0, 512), (512, 8), (520, 1), (521, 1), (522, 1)]
     calls.clear()
@@ -146,7 +157,7 @@ def test_two_artifacts_are_measured_in_turns(tiny: Path, build: Build) -> None:
         assert (speed.ratio is not None) == (speed.subject == 0)
         if speed.step_bytes is not None:
             assert speed.step_bytes == step_bytes(
-                artifacts[speed.subject].manifest, artifacts[speed.subject].spec, speed.batch, speed.tokens
+                artifacts[speed.subject].manifest, artifacts[speed.subject].config, speed.batch, depth=speed.tokens
             )
             assert speed.bandwidth_share == pytest.approx(
                 speed.step_bytes * speed.tokens_per_second.median / speed.batch / report.bandwidth[1].median
@@ -160,10 +171,15 @@ def test_two_artifacts_are_measured_in_turns(tiny: Path, build: Build) -> None:
 @pytest.mark.ort
 def test_the_reference_is_measured_in_turns(make_checkpoint: Callable[..., Path], build: Build, tiny: Path) -> None:
     checkpoint = make_checkpoint()
-    artifact, options = build(checkpoint, "int4"), BenchOptions((0, 8), (16,), (1,), (2,), repeats=2, steps=2)
+    artifact = build(checkpoint, "int4")
+    options = BenchOptions((0, 8), (16,), (1,), batches=(2,), repeats=2, steps=2)
     report = measuring.bench(artifact.folder, None, checkpoint, options)
     ours, reference = report.subjects
-    assert (ours.target, reference.target, reference.built_as["weights"]) == ("ort", "transformers", "the artifact's, dequantised")
+    assert (ours.target, reference.target, reference.built_as["weights"]) == (
+        "ort",
+        "transformers",
+        "the artifact's, dequantised",
+    )
     stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))  # bfloat16, and a header
     assert reference.weight_bytes == pytest.approx(2 * stored, rel=0.05)
     assert [speed.ratio is not None for speed in report.speeds] == [True, False] * 3
@@ -209,7 +225,10 @@ def test_a_process_is_pinned_to_as_many_cores_as_threads() -> None:
 
 
 def test_a_childs_error_is_its_parents(tmp_path: Path) -> None:
-    makes: dict[str, Any] = {"no manifest.json": partial(Artifact.open, tmp_path), "its process ended with code 3": partial(os._exit, 3)}
+    makes: dict[str, Any] = {
+        "no manifest.json": partial(Artifact.open, tmp_path),
+        "its process ended with code 3": partial(os._exit, 3),
+    }
     for message, make in makes.items():
         with pytest.raises(H1ExportError, match=message):
-            Child(make)
+            WorkerProcess(make)

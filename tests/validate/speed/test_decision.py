@@ -11,7 +11,9 @@ from h1export.report.report import Verdict
 from h1export.validate.speed.decision import ERROR, FIRST, Decision, decide, decide_all, looks, median_interval
 from h1export.validate.speed.regression import BEST_OF
 
-MOST, LIMIT, PLANTED = 128, 1.15, 1.3
+MOST = 128
+LIMIT = 1.15
+PLANTED = 1.3
 Rng = np.random.Generator
 
 
@@ -55,7 +57,9 @@ def test_at_the_limit_it_says_that_it_cannot_say() -> None:
     found = [verdict(ratios(rng, LIMIT, 0.08, 0.1, 0.1)) for _ in range(400)]
     wrong = np.mean([decision.verdict is not Verdict.INCONCLUSIVE for decision in found])
     assert wrong <= ERROR + 4 * np.sqrt(ERROR / 400)
-    assert all(decision.settle and decision.pairs == MOST for decision in found if decision.verdict is Verdict.INCONCLUSIVE)
+    assert all(
+        decision.settle and decision.pairs == MOST for decision in found if decision.verdict is Verdict.INCONCLUSIVE
+    )
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -67,9 +71,15 @@ def test_no_noise_turns_a_large_difference_round(seed: int, noise: float, outlie
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(11, 100), st.floats(0.002, 0.2), st.sampled_from(["normal", "standard_cauchy", "lognormal"]), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(11, 100),
+    st.floats(0.002, 0.2),
+    st.sampled_from(["normal", "standard_cauchy", "lognormal"]),
+    st.integers(0, 2**32 - 1),
+)
 def test_the_interval_misses_the_median_as_seldom_as_it_says(n: int, error: float, law: str, seed: int) -> None:
-    rng, trials = np.random.default_rng(seed), 400
+    rng = np.random.default_rng(seed)
+    trials = 400
     true = 1.0 if law == "lognormal" else 0.0
     found = [median_interval(getattr(rng, law)(size=n).tolist(), error) for _ in range(trials)]
     missed = np.mean([not interval.low <= true <= interval.high for interval in found])
@@ -79,7 +89,9 @@ def test_the_interval_misses_the_median_as_seldom_as_it_says(n: int, error: floa
 
 def test_the_interval_is_no_wider_than_it_must_be() -> None:
     # Conover's table A3: for n = 20, p = 0.5 the ranks 6 and 15 hold the median with 0.9586
-    assert median_interval(list(map(float, range(1, 21))), 0.05) == median_interval(list(map(float, range(20, 0, -1))), 0.05)
+    assert median_interval(list(map(float, range(1, 21))), 0.05) == median_interval(
+        list(map(float, range(20, 0, -1))), 0.05
+    )
     found = median_interval(list(map(float, range(1, 21))), 0.05)
     assert (found.median, found.low, found.high) == (10.5, 6.0, 15.0)
     with pytest.raises(ValueError, match="5 samples"):
@@ -96,7 +108,8 @@ def test_looks_grow_and_end_at_the_budget() -> None:
 
 def test_it_stops_when_it_knows() -> None:
     assert decide([1.0] * 11, LIMIT, MOST) is None
-    passed, failed = decide([1.0] * 12, LIMIT, MOST), decide([1.3] * 12, LIMIT, MOST)
+    passed = decide([1.0] * 12, LIMIT, MOST)
+    failed = decide([1.3] * 12, LIMIT, MOST)
     assert passed is not None
     assert failed is not None
     assert (passed.verdict, passed.pairs, failed.verdict) == (Verdict.PASS, 12, Verdict.FAIL)

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from h1export.errors import H1ExportError
-from h1export.validate.speed.gate_file import Baseline, Clock, Gate, Limit, Ratio, read_baselines, read_gates, write_baselines
+from h1export.validate.speed.gate_file import (
+    Baseline,
+    Clock,
+    Gate,
+    Limit,
+    Ratio,
+    read_baselines,
+    read_gates,
+    write_baselines,
+)
 from h1export.validate.speed.statistics import Estimate
 from h1export.validate.speed.worker import Kind, Timing
 
@@ -29,10 +38,23 @@ def test_defaults_are_those_of_the_dataclass(gates: Path) -> None:
 def test_every_key(gates: Path) -> None:
     numbers = "threads = 2\npairs = 40\nbytes = 1.01\nstep_bytes = 1.02\nnodes = 1.03\nmemory = 1.5\n"
     timings = "[[gate.timing]]\ndecode = 512\nbatch = 4\nslowdown = 1.3\n[[gate.timing]]\nprefill = 128\n"
-    gates.write_text(f'baseline = "../base.json"\n{HEAD}{numbers}{timings}\n{HEAD.replace("int4", "none")}clock = "wall"\n')
+    gates.write_text(
+        f'baseline = "../base.json"\n{HEAD}{numbers}{timings}\n{HEAD.replace("int4", "none")}clock = "wall"\n'
+    )
     (first, second), place = read_gates(gates)
     limits = (Limit(Timing(Kind.DECODE, 512, 4), 1.3), Limit(Timing(Kind.PREFILL, 128)))
-    assert first == Gate("ort", "int4", limits, 2, Clock.WALL, 40, 1.01, 1.02, 1.03, 1.5)  # threads wait for each other
+    assert first == Gate(
+        "ort",
+        "int4",
+        limits,
+        threads=2,
+        clock=Clock.WALL,
+        pairs=40,
+        bytes=1.01,
+        step_bytes=1.02,
+        nodes=1.03,
+        memory=1.5,
+    )  # threads wait for each other
     assert {field.name for field in dataclasses.fields(Gate) if getattr(first, field.name) == field.default} == set()
     assert second == Gate("ort", "none", clock=Clock.WALL)
     assert place.resolve() == (gates.parent.parent / "base.json").resolve()
@@ -77,7 +99,17 @@ def test_no_file(gates: Path) -> None:
 
 def test_a_baseline_comes_back_as_written(tmp_path: Path) -> None:
     ratios = {"x86_64 avx2": {"decode at 0": Ratio(Estimate(0.1, 0.09, 0.11), 66)}}
-    found = {"ort int4": Baseline("m", {"model.onnx": {"Add": 2}}, {"model.onnx": 10}, {"decode at 0": 7}, 99, ratios, {"decode sm_80": 0})}
+    found = {
+        "ort int4": Baseline(
+            "m",
+            {"model.onnx": {"Add": 2}},
+            {"model.onnx": 10},
+            step_bytes={"decode at 0": 7},
+            peak_bytes=99,
+            ratios=ratios,
+            spills={"decode sm_80": 0},
+        )
+    }
     place = tmp_path / "baseline.json"
     assert read_baselines(place) == {}
     write_baselines(place, found)
@@ -85,7 +117,9 @@ def test_a_baseline_comes_back_as_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [place.name]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": 2, "gates": {}}', '{"format": 1, "gates": {"a": {}}}', '{"format": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"format": 2, "gates": {}}', '{"format": 1, "gates": {"a": {}}}', '{"format": 1}']
+)
 def test_another_file_is_no_baseline(tmp_path: Path, text: str) -> None:
     (tmp_path / "b.json").write_text(text)
     with pytest.raises(H1ExportError, match=r"is no baseline .*--write-baseline"):

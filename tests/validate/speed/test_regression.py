@@ -21,17 +21,18 @@ from h1export.runtime.runner import Capabilities, Runner
 from h1export.targets import get_target
 from h1export.validate.speed.decision import decide_all
 from h1export.validate.speed.gate_file import Baseline, Gate, Limit
-from h1export.validate.speed.regression import BEST_OF, PairPlayer, counted, counted_checks, cpu_kind
-from h1export.validate.speed.worker import Kind, RunnerPlayer, Timing, pin
+from h1export.validate.speed.regression import BEST_OF, ModelPair, counted, counted_checks, cpu_kind
+from h1export.validate.speed.worker import Kind, RunnerModel, Timing, pin
 
 Build = Callable[..., Artifact]
-DECODE, PREFILL = Timing(Kind.DECODE, 0), Timing(Kind.PREFILL, 64)
+DECODE = Timing(Kind.DECODE, 0)
+PREFILL = Timing(Kind.PREFILL, 64)
 GATE = Gate("ort", "int4", (Limit(DECODE), Limit(PREFILL)))
 BASE = Baseline(
     "m",
     {"model.onnx": {"Add": 4, "Mul": 2}},
     {"model.onnx": 100, "README.md": 7},
-    {"decode at 0": 50},
+    step_bytes={"decode at 0": 50},
     spills={"decode sm_80": 0, "chunk_scan sm_80": 16},
 )
 
@@ -55,7 +56,11 @@ def test_the_same_figures_pass() -> None:
         ({"files": {**BASE.files, "more": 1}}, "file bytes", "more 1, was 0"),
         ({"step_bytes": {"decode at 0": 51}}, "bytes a step reads", "decode at 0 51, was 50"),
         ({"spills": {"decode sm_80": 4, "chunk_scan sm_80": 0}}, "kernel spills", "decode sm_80 4, was 0"),
-        ({"spills": {"decode sm_86": 8}}, "kernel spills", "decode sm_86 8, was 0"),  # fewer in all, but of a new kernel
+        (
+            {"spills": {"decode sm_86": 8}},
+            "kernel spills",
+            "decode sm_86 8, was 0",
+        ),  # fewer in all, but of a new kernel
     ],
 )
 def test_more_of_anything_fails(change: dict[str, Any], name: str, note: str) -> None:
@@ -66,11 +71,17 @@ def test_more_of_anything_fails(change: dict[str, Any], name: str, note: str) ->
 
 def test_factors_leave_room_and_less_is_said() -> None:
     more = replace(BASE, files={"model.onnx": 101, "README.md": 5})
-    assert verdicts(more, replace(GATE, bytes=1.01))["file bytes"] == (Verdict.PASS, "less than the baseline: README.md 5, was 7")
+    assert verdicts(more, replace(GATE, bytes=1.01))["file bytes"] == (
+        Verdict.PASS,
+        "less than the baseline: README.md 5, was 7",
+    )
 
 
 def test_another_model_or_timing_has_no_baseline() -> None:
-    for now, message in ((replace(BASE, model="n"), "another model"), (replace(BASE, step_bytes={"decode at 9": 1}), "for decode at 9")):
+    for now, message in (
+        (replace(BASE, model="n"), "another model"),
+        (replace(BASE, step_bytes={"decode at 9": 1}), "for decode at 9"),
+    ):
         with pytest.raises(H1ExportError, match=rf"{message}.*--write-baseline"):
             verdicts(now)
 
@@ -82,7 +93,7 @@ def test_operations_are_those_of_the_graphs(tiny: Path, build: Build) -> None:
     graph = ir.load(artifact.folder / "model.onnx").graph
     products = [node for node in graph if node.op_type == "MatMulNBits"]
     assert found["model.onnx"]["com.microsoft.MatMulNBits"] == len(products) == 17
-    assert found["model.native.onnx"]["h1export.SSMScan"] == artifact.spec.num_hidden_layers
+    assert found["model.native.onnx"]["h1export.SSMScan"] == artifact.config.num_hidden_layers
     now = counted(artifact, GATE, found)
     assert set(now.files) == set(artifact.manifest.files)
     assert list(now.step_bytes) == ["decode at 0"]
@@ -94,7 +105,9 @@ class Fake:
     capabilities = Capabilities(None, True)
 
     def __init__(self, name: str, speeds: list[float], log: list[str]) -> None:
-        self._name, self._speeds, self._log = name, iter(speeds), log
+        self._name = name
+        self._speeds = iter(speeds)
+        self._log = log
 
     def speed(self, timing: Timing) -> float:
         self._log.append(self._name)
@@ -103,7 +116,7 @@ class Fake:
 
 def test_a_pair_is_the_best_of_each_in_random_order() -> None:
     log: list[str] = []
-    pair = PairPlayer(Fake("a", [1, 9, 3] * 40, log), Fake("b", [2, 1, 3] * 40, log))
+    pair = ModelPair(Fake("a", [1, 9, 3] * 40, log), Fake("b", [2, 1, 3] * 40, log))
     assert {pair.speed(DECODE) for _ in range(40)} == {3.0}
     first = log[:: 2 * BEST_OF]
     assert set(first) == {"a", "b"}  # all alike: once in 2 ** 39
@@ -121,18 +134,23 @@ def pinned() -> Iterator[None]:
 
 @pytest.mark.ort
 @pytest.mark.usefixtures("pinned")
-def test_a_planted_slowdown_fails_and_the_same_build_passes(tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_slowdown_fails_and_the_same_build_passes(
+    tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     from slowed import Slowed
 
     artifact = build(tiny, "int4", accuracy_level=4)
     runner, other = (pipeline.load(artifact, threads=1) for _ in range(2))
 
-    def player(model: Runner[Any]) -> RunnerPlayer:
-        return RunnerPlayer(model, 8, time.process_time)
+    def player(model: Runner[Any]) -> RunnerModel:
+        return RunnerModel(model, 8, time.process_time)
 
-    for factor, wanted in ((1.0, Verdict.PASS), (1.6, Verdict.FAIL)):  # 1.3, by nox -s gate: in a test neighbours may take half the cache
-        pair = PairPlayer(player(Slowed(runner, factor)), player(other))
+    for factor, wanted in (
+        (1.0, Verdict.PASS),
+        (1.6, Verdict.FAIL),
+    ):  # 1.3, by nox -s gate: in a test neighbours may take half the cache
+        pair = ModelPair(player(Slowed(runner, factor)), player(other))
         found = decide_all(lambda timing, pair=pair: 1 / pair.speed(timing), {DECODE: 1.25, PREFILL: 1.25}, 128)
         assert {timing: decision.verdict for timing, decision in found.items()} == dict.fromkeys(found, wanted), found
 

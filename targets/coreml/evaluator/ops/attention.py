@@ -15,8 +15,14 @@ def scaled_dot_product_attention(query: Array, key: Array, value: Array, attn_ma
     query [B, *, L, E], key [B, *, S, E], value [B, *, S, EV]: the leading sizes are equal, nothing broadcasts. attn_mask broadcasts to
     [B, *, L, S]: bool (True takes part) or float (added). A row with nothing to attend to is NaN.
     """
-    if not query.ndim == key.ndim == value.ndim or query.ndim < 3 or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
-        raise OpError(f"takes query {query.shape}, key {key.shape}, value {value.shape}, which must agree in rank and leading sizes")
+    if (
+        not query.ndim == key.ndim == value.ndim
+        or query.ndim < 3
+        or not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]
+    ):
+        raise OpError(
+            f"takes query {query.shape}, key {key.shape}, value {value.shape}, which must agree in rank and leading sizes"
+        )
     scores = (tensor(floats(query)) * query.shape[-1] ** -0.5) @ tensor(key).mT
     if attn_mask is not None:
         added = np.where(attn_mask, np.float32(0), np.float32(-np.inf)) if attn_mask.dtype == np.bool_ else attn_mask

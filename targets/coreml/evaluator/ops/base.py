@@ -113,7 +113,9 @@ def check_indices(indices: Array, size: int, axis: int) -> None:
     """Raises OpError for an index outside ``[0, size)``: undefined on a device, negative ones included (iOS 17 on)."""
     if indices.size and (int(indices.min()) < 0 or int(indices.max()) >= size):
         wrong = indices[(indices < 0) | (indices >= size)].flat[0]
-        raise OpError(f"has index {int(wrong)} of axis {axis}, which has {size} elements; what a device does then is undefined")
+        raise OpError(
+            f"has index {int(wrong)} of axis {axis}, which has {size} elements; what a device does then is undefined"
+        )
 
 
 def floats(x: Array) -> Array:

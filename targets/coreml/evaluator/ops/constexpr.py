@@ -21,7 +21,9 @@ def _spread(values: Array, shape: tuple[int, ...]) -> Array:
 def blockwise_shift_scale(data: Array, scale: Array, offset: Array | None = None) -> Array:
     """scale * (data - offset), one scale and offset for a block of elements along each axis."""
     if data.ndim != scale.ndim or (offset is not None and offset.shape != scale.shape):
-        raise OpError(f"has data {data.shape}, scale {scale.shape}" + ("" if offset is None else f", offset {offset.shape}"))
+        raise OpError(
+            f"has data {data.shape}, scale {scale.shape}" + ("" if offset is None else f", offset {offset.shape}")
+        )
     result = data.astype(np.float32)
     if offset is not None:
         result -= _spread(offset.astype(np.float32), data.shape)

@@ -25,7 +25,9 @@ def _padding(pad_type: str, pad: Ints | None, kernel: Ints, strides: Ints) -> In
         return pad
     if pad_type in ("same", "same_lower"):
         if any(size % 2 == 0 for size in kernel) or any(stride != 1 for stride in strides):
-            raise OpError(f"has pad_type {pad_type!r} with kernel {kernel} and strides {strides}: give the padding as custom")
+            raise OpError(
+                f"has pad_type {pad_type!r} with kernel {kernel} and strides {strides}: give the padding as custom"
+            )
         return tuple(size // 2 for size in kernel for _ in range(2))
     raise OpError(f"has pad_type {pad_type!r}, which the specification does not")
 
@@ -44,32 +46,44 @@ def conv(
     spatial = x.ndim - 2
     if not 1 <= spatial <= 3 or weight.ndim != x.ndim:
         raise OpError(f"takes x {x.shape} and weight {weight.shape}")
-    strides, dilations = strides or (1,) * spatial, dilations or (1,) * spatial
+    strides = strides or (1,) * spatial
+    dilations = dilations or (1,) * spatial
     kernel = tuple((size - 1) * dilation + 1 for size, dilation in zip(weight.shape[2:], dilations, strict=True))
-    padding = _padding(pad_type, pad, kernel, strides)
+    padding = _padding(pad_type, pad, kernel, strides=strides)
     if any(padding):
         x = np.pad(x, [(0, 0), (0, 0), *zip(padding[::2], padding[1::2], strict=True)])
-    result = CONVS[spatial - 1](tensor(floats(x)), tensor(weight), None if bias is None else tensor(bias), strides, 0, dilations, groups)
+    result = CONVS[spatial - 1](
+        tensor(floats(x)), tensor(weight), None if bias is None else tensor(bias), strides, 0, dilations, groups
+    )
     return result.numpy()
 
 
-def _windows(x: Array, kernel_sizes: Ints, strides: Ints | None, pad_type: str, pad: Ints | None, ceil_mode: bool, fill: float) -> Array:
+def _windows(
+    x: Array, kernel_sizes: Ints, strides: Ints | None, pad_type: str, pad: Ints | None, ceil_mode: bool, fill: float
+) -> Array:
     """Windows on the last axes; a part of a window outside x holds ``fill``."""
     spatial = len(kernel_sizes)
     if ceil_mode or x.ndim != spatial + 2:
         raise OpError(f"takes x {x.shape} for kernel {kernel_sizes}, ceil_mode {ceil_mode}, which is not done here")
     strides = strides or (1,) * spatial
-    padding = _padding(pad_type, pad, kernel_sizes, strides)
+    padding = _padding(pad_type, pad, kernel_sizes, strides=strides)
     x = np.pad(floats(x), [(0, 0), (0, 0), *zip(padding[::2], padding[1::2], strict=True)], constant_values=fill)
     axes = tuple(range(2, x.ndim))
-    return np.lib.stride_tricks.sliding_window_view(x, kernel_sizes, axes)[:, :, *(slice(None, None, step) for step in strides)]
+    return np.lib.stride_tricks.sliding_window_view(x, kernel_sizes, axes)[
+        :, :, *(slice(None, None, step) for step in strides)
+    ]
 
 
 def max_pool(
-    x: Array, kernel_sizes: Ints, pad_type: str, strides: Ints | None = None, pad: Ints | None = None, ceil_mode: bool = False
+    x: Array,
+    kernel_sizes: Ints,
+    pad_type: str,
+    strides: Ints | None = None,
+    pad: Ints | None = None,
+    ceil_mode: bool = False,
 ) -> Array:
     """x [n, C, *D]: padding never is the largest."""
-    windows = _windows(x, kernel_sizes, strides, pad_type, pad, ceil_mode, -np.inf)
+    windows = _windows(x, kernel_sizes, strides, pad_type=pad_type, pad=pad, ceil_mode=ceil_mode, fill=-np.inf)
     return windows.max(tuple(range(x.ndim, windows.ndim)))  # type: ignore[no-any-return]
 
 
@@ -83,7 +97,15 @@ def avg_pool(
     ceil_mode: bool = False,
 ) -> Array:
     """x [n, C, *D]: padding counts as zeros, or not at all."""
-    windows = _windows(x, kernel_sizes, strides, pad_type, pad, ceil_mode, np.nan if exclude_padding_from_average else 0.0)
+    windows = _windows(
+        x,
+        kernel_sizes,
+        strides,
+        pad_type=pad_type,
+        pad=pad,
+        ceil_mode=ceil_mode,
+        fill=np.nan if exclude_padding_from_average else 0.0,
+    )
     axes = tuple(range(x.ndim, windows.ndim))
     if not exclude_padding_from_average:
         mean: Array = windows.mean(axes, dtype=np.float32)

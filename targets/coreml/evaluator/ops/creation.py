@@ -32,14 +32,20 @@ def shape(x: Array) -> Array:
 
 
 def one_hot(
-    indices: Array, one_hot_vector_size: int, on_value: Array | None = None, off_value: Array | None = None, axis: int = -1
+    indices: Array,
+    one_hot_vector_size: int,
+    on_value: Array | None = None,
+    off_value: Array | None = None,
+    axis: int = -1,
 ) -> Array:
     """A new axis at ``axis`` of the result."""
     check_indices(indices, one_hot_vector_size, axis)
     axis = axis_of(axis, indices.ndim + 1)
     on = np.int32(1) if on_value is None else on_value
     off = np.int32(0) if off_value is None else off_value
-    return np.where(np.expand_dims(indices, axis) == np.moveaxis(_count(one_hot_vector_size, indices.ndim + 1), -1, axis), on, off)
+    return np.where(
+        np.expand_dims(indices, axis) == np.moveaxis(_count(one_hot_vector_size, indices.ndim + 1), -1, axis), on, off
+    )
 
 
 def _count(size: int, rank: int) -> Array:

@@ -99,7 +99,9 @@ def cast(x: Array, dtype: str) -> Array:
         limits = np.iinfo(target)
         whole = np.trunc(x) if x.dtype.kind == "f" else x.astype(np.int64)
         if not bool(np.all((whole >= limits.min) & (whole <= limits.max))):
-            raise OpError(f"casts a value outside {dtype}: {x.flat[np.argmin((whole >= limits.min) & (whole <= limits.max))]}")
+            raise OpError(
+                f"casts a value outside {dtype}: {x.flat[np.argmin((whole >= limits.min) & (whole <= limits.max))]}"
+            )
     return x.astype(target)
 
 

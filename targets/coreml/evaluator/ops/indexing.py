@@ -25,7 +25,9 @@ def gather_along_axis(x: Array, indices: Array, axis: int = 0, validate_indices:
     """The shape of ``indices``, which is x's but for ``axis``."""
     axis = axis_of(axis, x.ndim)
     check_indices(indices, x.shape[axis], axis)
-    if x.ndim != indices.ndim or any(a != b for i, (a, b) in enumerate(zip(x.shape, indices.shape, strict=True)) if i != axis):
+    if x.ndim != indices.ndim or any(
+        a != b for i, (a, b) in enumerate(zip(x.shape, indices.shape, strict=True)) if i != axis
+    ):
         raise OpError(f"has x {x.shape}, indices {indices.shape}, axis {axis}")
     return np.take_along_axis(x, indices.astype(np.int64), axis)
 
@@ -33,12 +35,20 @@ def gather_along_axis(x: Array, indices: Array, axis: int = 0, validate_indices:
 def gather_nd(x: Array, indices: Array, batch_dims: int = 0, validate_indices: bool = False) -> Array:
     """indices [*B, *N, K] point at the K axes after the batch axes B: B + N + x's remaining axes."""
     depth = indices.shape[-1]
-    if batch_dims < 0 or batch_dims + depth > x.ndim or batch_dims >= indices.ndim or x.shape[:batch_dims] != indices.shape[:batch_dims]:
+    if (
+        batch_dims < 0
+        or batch_dims + depth > x.ndim
+        or batch_dims >= indices.ndim
+        or x.shape[:batch_dims] != indices.shape[:batch_dims]
+    ):
         raise OpError(f"has x {x.shape}, indices {indices.shape}, batch_dims {batch_dims}")
     for i in range(depth):
         check_indices(indices[..., i], x.shape[batch_dims + i], batch_dims + i)
     inner = indices.ndim - 1 - batch_dims
-    batch = [np.arange(size).reshape(size, *(1,) * (batch_dims - i - 1 + inner)) for i, size in enumerate(x.shape[:batch_dims])]
+    batch = [
+        np.arange(size).reshape(size, *(1,) * (batch_dims - i - 1 + inner))
+        for i, size in enumerate(x.shape[:batch_dims])
+    ]
     result: Array = x[*batch, *(indices[..., i] for i in range(depth))]
     return result
 

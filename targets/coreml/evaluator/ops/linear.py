@@ -29,7 +29,9 @@ def matmul(x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = Fa
 def einsum(values: Arrays, equation: str) -> Array:
     """The product over the last axis of the first and the third from last of the second; other equations raise OpError."""
     names: dict[str, str] = {}
-    plain = "".join(names.setdefault(c, "abcdefghij"[min(len(names), 9)]) if c.isalpha() else c for c in equation if c != " ")
+    plain = "".join(
+        names.setdefault(c, "abcdefghij"[min(len(names), 9)]) if c.isalpha() else c for c in equation if c != " "
+    )
     if plain not in EQUATIONS or len(values) != 2:
         raise OpError(
             f"has the equation {equation!r} for {len(values)} tensors, where the specification has nchw,nwhu->nchu and chw,whr->chr"

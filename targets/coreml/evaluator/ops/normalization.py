@@ -20,7 +20,9 @@ def _scaled(x: Array, gamma: Array | None, beta: Array | None) -> Array:
     return x if beta is None else x + beta
 
 
-def layer_norm(x: Array, axes: Ints | None = None, gamma: Array | None = None, beta: Array | None = None, epsilon: float = 1e-5) -> Array:
+def layer_norm(
+    x: Array, axes: Ints | None = None, gamma: Array | None = None, beta: Array | None = None, epsilon: float = 1e-5
+) -> Array:
     """gamma and beta have the sizes of ``axes``, in x's order."""
     axes = axes_of(axes, x.ndim)
     shape = [size if i in axes else 1 for i, size in enumerate(x.shape)]

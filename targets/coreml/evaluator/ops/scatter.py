@@ -33,17 +33,21 @@ def _apply(data: Array, at: tuple[Any, ...], updates: Array, mode: str) -> Array
     return result
 
 
-def scatter(data: Array, indices: Array, updates: Array, mode: str, axis: int = 0, validate_indices: bool = False) -> Array:
+def scatter(
+    data: Array, indices: Array, updates: Array, mode: str, axis: int = 0, validate_indices: bool = False
+) -> Array:
     """indices [*C]; updates: data's shape with C in the place of ``axis``."""
     axis = axis_of(axis, data.ndim)
     check_indices(indices, data.shape[axis], axis)
     expected = data.shape[:axis] + indices.shape + data.shape[axis + 1 :]
     if updates.shape != expected:
         raise OpError(f"has updates {updates.shape}, which must be {expected}")
-    return _apply(data, (slice(None),) * axis + (indices,), updates, mode)
+    return _apply(data, (slice(None),) * axis + (indices,), updates, mode=mode)
 
 
-def scatter_along_axis(data: Array, indices: Array, updates: Array, mode: str, axis: int = 0, validate_indices: bool = False) -> Array:
+def scatter_along_axis(
+    data: Array, indices: Array, updates: Array, mode: str, axis: int = 0, validate_indices: bool = False
+) -> Array:
     """indices and updates have one shape, which is data's but for ``axis``."""
     axis = axis_of(axis, data.ndim)
     check_indices(indices, data.shape[axis], axis)
@@ -52,7 +56,7 @@ def scatter_along_axis(data: Array, indices: Array, updates: Array, mode: str, a
         raise OpError(f"has data {data.shape}, indices {indices.shape}, updates {updates.shape}, axis {axis}")
     at: list[Array] = list(np.ogrid[tuple(slice(size) for size in indices.shape)])
     at[axis] = indices
-    return _apply(data, tuple(at), updates, mode)
+    return _apply(data, tuple(at), updates, mode=mode)
 
 
 def scatter_nd(data: Array, indices: Array, updates: Array, mode: str, validate_indices: bool = False) -> Array:
@@ -60,10 +64,12 @@ def scatter_nd(data: Array, indices: Array, updates: Array, mode: str, validate_
     depth = indices.shape[-1]
     expected = indices.shape[:-1] + data.shape[depth:]
     if depth > data.ndim or updates.shape != expected:
-        raise OpError(f"has data {data.shape}, indices {indices.shape}, updates {updates.shape}, which must be {expected}")
+        raise OpError(
+            f"has data {data.shape}, indices {indices.shape}, updates {updates.shape}, which must be {expected}"
+        )
     for i in range(depth):
         check_indices(indices[..., i], data.shape[i], i)
-    return _apply(data, tuple(indices[..., i] for i in range(depth)), updates, mode)
+    return _apply(data, tuple(indices[..., i] for i in range(depth)), updates, mode=mode)
 
 
 TABLE: Table = {

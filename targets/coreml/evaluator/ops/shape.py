@@ -70,7 +70,8 @@ def split(x: Array, axis: int, num_splits: int | None = None, split_sizes: Ints 
         split_sizes = (x.shape[axis] // num_splits,) * num_splits
     if sum(split_sizes) != x.shape[axis] or min(split_sizes) < 0 or num_splits not in (None, len(split_sizes)):
         raise OpError(f"splits axis {axis} of {x.shape} into {num_splits} parts of sizes {split_sizes}")
-    before, start = (slice(None),) * axis, 0
+    before = (slice(None),) * axis
+    start = 0
     parts = []
     for size in split_sizes:
         parts.append(x[(*before, slice(start, start + size))])

@@ -26,8 +26,10 @@ def index_of(
     """
     rank = len(shape)
     none = (0,) * rank
-    stride, begin_mask = stride or (1,) * rank, begin_mask or none
-    end_mask, squeeze_mask = end_mask or none, squeeze_mask or none
+    stride = stride or (1,) * rank
+    begin_mask = begin_mask or none
+    end_mask = end_mask or none
+    squeeze_mask = squeeze_mask or none
     if not len(begin) == len(end) == len(stride) == len(begin_mask) == len(end_mask) == len(squeeze_mask) == rank:
         raise OpError(f"has a slice of {len(begin)} axes for shape {shape}")
     index: list[int | slice] = []
@@ -36,8 +38,8 @@ def index_of(
             index.append(_element(0 if begin_mask[axis] else begin[axis], size, axis))
             continue
         exact = strict or stride[axis] < 0  # what a clamped bound means to a negative stride is not specified
-        first = None if begin_mask[axis] else _bound(begin[axis], size, axis, exact)
-        last = None if end_mask[axis] else _bound(end[axis], size, axis, exact)
+        first = None if begin_mask[axis] else _bound(begin[axis], size, axis, exact=exact)
+        last = None if end_mask[axis] else _bound(end[axis], size, axis, exact=exact)
         if stride[axis] == 0 or (first is not None and last is not None and (last - first) * stride[axis] < 0):
             raise OpError(f"has begin {first}, end {last} and stride {stride[axis]} along axis {axis}")
         index.append(slice(first, last, stride[axis]))

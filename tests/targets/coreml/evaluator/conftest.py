@@ -30,7 +30,8 @@ class Mil:
     """Makers of messages, and of packages out of them."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._count = folder, itertools.count()
+        self._folder = folder
+        self._count = itertools.count()
 
     def type(self, kind: Type) -> Any:
         dtype, shape = kind
@@ -63,7 +64,8 @@ class Mil:
 
     def blob(self, offset: int, kind: Type, file: str = "@model_path/weights/weight.bin") -> Any:
         message = MIL_pb2.Value(type=self.type(kind))
-        message.blobFileValue.fileName, message.blobFileValue.offset = file, offset
+        message.blobFileValue.fileName = file
+        message.blobFileValue.offset = offset
         return message
 
     def const(self, name: str, value: Any) -> Any:
@@ -72,7 +74,9 @@ class Mil:
         message.outputs.add(name=name, type=value.type)
         return message
 
-    def op(self, type: str, inputs: Mapping[str, object], outputs: Mapping[str, Type], blocks: Sequence[Any] = ()) -> Any:
+    def op(
+        self, type: str, inputs: Mapping[str, object], outputs: Mapping[str, Type], blocks: Sequence[Any] = ()
+    ) -> Any:
         """Inputs: a name, a list of names, or a value message."""
         message = MIL_pb2.Operation(type=type)
         for name, item in inputs.items():
@@ -94,7 +98,11 @@ class Mil:
         return message
 
     def function(
-        self, inputs: Mapping[str, Type], operations: Sequence[Any], outputs: Sequence[str], states: Mapping[str, Type] | None = None
+        self,
+        inputs: Mapping[str, Type],
+        operations: Sequence[Any],
+        outputs: Sequence[str],
+        states: Mapping[str, Type] | None = None,
     ) -> Any:
         message = MIL_pb2.Function(opset="CoreML8")
         for name, kind in inputs.items():
@@ -141,15 +149,22 @@ def run_op(mil: Mil) -> Iterator[Callable[..., Any]]:
 
     def run(op: str, tensors: Mapping[str, Any], constants: Mapping[str, object], *outputs: Type) -> Any:
         given = {
-            f"{name}{i}": array for name, item in tensors.items() for i, array in enumerate(item if isinstance(item, list) else [item])
+            f"{name}{i}": array
+            for name, item in tensors.items()
+            for i, array in enumerate(item if isinstance(item, list) else [item])
         }
         inputs: dict[str, object] = {
-            name: [f"{name}{i}" for i in range(len(item) if isinstance(item, list) else 1)] for name, item in tensors.items()
+            name: [f"{name}{i}" for i in range(len(item) if isinstance(item, list) else 1)]
+            for name, item in tensors.items()
         }
-        inputs |= {name: item if isinstance(item, MIL_pb2.Value) else mil.value(item) for name, item in constants.items()}
+        inputs |= {
+            name: item if isinstance(item, MIL_pb2.Value) else mil.value(item) for name, item in constants.items()
+        }
         results = {f"out{i}": kind for i, kind in enumerate(outputs)}
         operation = mil.op(op, inputs, results)
-        path = mil.save({"main": mil.function({name: _type(array) for name, array in given.items()}, [operation], list(results))})
+        path = mil.save(
+            {"main": mil.function({name: _type(array) for name, array in given.items()}, [operation], list(results))}
+        )
         found = Evaluator(Package.open(path)).run(given)
         assert all(array.dtype == BY_NAME[kind].array for array, (kind, _) in zip(found.values(), outputs, strict=True))
         return found["out0"] if len(outputs) == 1 else list(found.values())

@@ -22,7 +22,9 @@ Edit = Callable[[bytes], bytes]
 THEIRS = {"fp32": "float"}  # what their methods call a type
 SEEDS = st.integers(0, 2**32 - 1)
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
-METADATA, DATA = 64, 128  # of the first record
+# of the first record
+METADATA = 64
+DATA = 128
 
 
 def random(rng: np.random.Generator, dtype: str, count: int) -> np.ndarray:
@@ -47,7 +49,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("blobs")
 
 
-LISTS = st.lists(st.tuples(st.sampled_from(sorted(kind.name for kind in BY_BLOB.values())), st.integers(1, 200)), min_size=1, max_size=5)
+LISTS = st.lists(
+    st.tuples(st.sampled_from(sorted(kind.name for kind in BY_BLOB.values())), st.integers(1, 200)),
+    min_size=1,
+    max_size=5,
+)
 
 
 @PROPERTY
@@ -56,11 +62,13 @@ def test_what_coremltools_writes_is_read(folder: Path, kinds: list[tuple[str, in
     rng = np.random.default_rng(seed)
     arrays = [(dtype, random(rng, dtype, count)) for dtype, count in kinds]
     offsets = write(folder / "written", arrays)
-    file, theirs = BlobFile(folder / "written"), TheirReader(str(folder / "written"))
+    file = BlobFile(folder / "written")
+    theirs = TheirReader(str(folder / "written"))
     assert file.count == len(arrays)
     assert [record.offset for record in file.records()] == offsets
     for (dtype, array), offset in zip(arrays, offsets, strict=True):
-        found, record = file.read(offset, BY_NAME[dtype], len(array)), file.record(offset)
+        found = file.read(offset, BY_NAME[dtype], len(array))
+        record = file.record(offset)
         assert found.dtype == array.dtype
         assert np.array_equal(found, array)
         assert (record.dtype.name, record.count) == (dtype, len(array))
@@ -69,7 +77,9 @@ def test_what_coremltools_writes_is_read(folder: Path, kinds: list[tuple[str, in
 
 
 def test_every_type_that_they_write_is_known() -> None:
-    methods = {name.removeprefix("write_").removesuffix("_data") for name in dir(TheirWriter) if name.startswith("write_")}
+    methods = {
+        name.removeprefix("write_").removesuffix("_data") for name in dir(TheirWriter) if name.startswith("write_")
+    }
     assert methods == {THEIRS.get(kind.name, kind.name) for kind in BY_BLOB.values()}
 
 
@@ -77,7 +87,10 @@ def test_every_type_that_they_write_is_known() -> None:
 def whole(tmp_path: Path) -> Path:
     """A file of 100 fp16 numbers and 5 of 3 bits."""
     rng = np.random.default_rng(0)
-    assert write(tmp_path / "weight.bin", [("fp16", random(rng, "fp16", 100)), ("uint3", random(rng, "uint3", 5))])[0] == METADATA
+    assert (
+        write(tmp_path / "weight.bin", [("fp16", random(rng, "fp16", 100)), ("uint3", random(rng, "uint3", 5))])[0]
+        == METADATA
+    )
     return tmp_path / "weight.bin"
 
 
@@ -117,7 +130,10 @@ def test_a_file_that_is_none_is_refused(whole: Path, change: Edit, what: str) ->
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    for name, what in {"missing": r"cannot be read \(No such file", "folder": "cannot be read|less than its header"}.items():
+    for name, what in {
+        "missing": r"cannot be read \(No such file",
+        "folder": "cannot be read|less than its header",
+    }.items():
         refused(lambda file=tmp_path / name: BlobFile(file), tmp_path / name, what)
 
 
@@ -166,7 +182,11 @@ def test_packed_elements_leave_bits_over(whole: Path) -> None:
     *_, last = BlobFile(whole).records()
     assert (last.nbytes, last.padding, last.count) == (2, 1, 5)
     edit(whole, put(last.offset + 24, "<Q", 4))  # 12 bits: 4 elements
-    refused(lambda: BlobFile(whole).read(last.offset, BY_NAME["uint3"], 5), whole, "holds 4 elements, and the program asks for 5")
+    refused(
+        lambda: BlobFile(whole).read(last.offset, BY_NAME["uint3"], 5),
+        whole,
+        "holds 4 elements, and the program asks for 5",
+    )
     edit(whole, put(last.offset + 24, "<Q", 2))
     refused(lambda: BlobFile(whole).record(last.offset), whole, "2 bytes less 2 bits are no whole number of uint3")
 

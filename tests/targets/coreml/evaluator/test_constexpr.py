@@ -34,8 +34,12 @@ PROPERTY = settings(deadline=None, max_examples=30, derandomize=True)
 def expand(mil: Any) -> Expand:
     """expand(op, inputs, dtype, shape) -> what a program with this op alone returns; a string is the name of what an op before it makes."""
 
-    def run(op: str, inputs: Mapping[str, object], dtype: str, shape: Shape, before: tuple[Any, ...] = ()) -> np.ndarray:
-        given = {name: item if isinstance(item, (str, MIL_pb2.Value)) else mil.value(item) for name, item in inputs.items()}
+    def run(
+        op: str, inputs: Mapping[str, object], dtype: str, shape: Shape, before: tuple[Any, ...] = ()
+    ) -> np.ndarray:
+        given = {
+            name: item if isinstance(item, (str, MIL_pb2.Value)) else mil.value(item) for name, item in inputs.items()
+        }
         operations = [*before, mil.op(op, given, {"w": (dtype, shape)})]
         return Evaluator(Package.open(mil.save({"main": mil.function({}, operations, ["w"])}))).run({})["w"]
 
@@ -60,15 +64,20 @@ def blocks(draw: st.DrawFn) -> tuple[Shape, Shape]:
 
 @PROPERTY
 @given(st.sampled_from(sorted(RANGES)), st.sampled_from(["fp16", "fp32"]), blocks(), st.booleans(), SEEDS)
-def test_blockwise(mil: Any, expand: Expand, stored: str, dtype: str, shapes: tuple[Shape, Shape], shifted: bool, seed: int) -> None:
+def test_blockwise(
+    mil: Any, expand: Expand, stored: str, dtype: str, shapes: tuple[Shape, Shape], shifted: bool, seed: int
+) -> None:
     shape, counts = shapes
     rng = np.random.default_rng(seed)
-    data, scale = codes(rng, stored, shape), scales(rng, dtype, counts)
+    data = codes(rng, stored, shape)
+    scale = scales(rng, dtype, counts)
     offset = codes(rng, stored, counts) if shifted else None
     expected = np.zeros(shape, DTYPES[dtype])
     for at in np.ndindex(shape):
         block = tuple(i * count // size for i, count, size in zip(at, counts, shape, strict=True))
-        expected[at] = float(scale[block]) * (int(data[at]) - (0 if offset is None else int(offset[block])))  # exact in float64
+        expected[at] = float(scale[block]) * (
+            int(data[at]) - (0 if offset is None else int(offset[block]))
+        )  # exact in float64
     inputs: dict[str, object] = {"data": mil.value(data, stored), "scale": scale}
     inputs |= {} if offset is None else {"offset": mil.value(offset, stored)}
     found = expand("constexpr_blockwise_shift_scale", inputs, dtype, shape)
@@ -79,11 +88,15 @@ def test_blockwise(mil: Any, expand: Expand, stored: str, dtype: str, shapes: tu
 
 def test_an_offset_may_be_of_floats(mil: Any, expand: Expand) -> None:
     rng = np.random.default_rng(0)
-    data, scale, offset = codes(rng, "uint4", (4, 6)), scales(rng, "fp16", (2, 3)), rng.uniform(0, 15, (2, 3)).astype(np.float16)
+    data = codes(rng, "uint4", (4, 6))
+    scale = scales(rng, "fp16", (2, 3))
+    offset = rng.uniform(0, 15, (2, 3)).astype(np.float16)
     inputs = {"data": mil.value(data, "uint4"), "scale": scale, "offset": offset}
     wide = [np.kron(part.astype(np.float64), np.ones((2, 2))) for part in (scale, offset)]
     expected = wide[0] * (data - wide[1])
-    np.testing.assert_allclose(expand("constexpr_blockwise_shift_scale", inputs, "fp16", (4, 6)), expected, rtol=2**-11, atol=2**-25)
+    np.testing.assert_allclose(
+        expand("constexpr_blockwise_shift_scale", inputs, "fp16", (4, 6)), expected, rtol=2**-11, atol=2**-25
+    )
 
 
 @st.composite
@@ -111,7 +124,9 @@ def test_lut(mil: Any, expand: Expand, table: tuple[int, Shape, Shape, int, int 
             place = tuple(index * vector + i if own == along else index for own, index in enumerate(at))
             expected[place] = lut[(*group, indices[at], i)]
     inputs: dict[str, object] = {"indices": mil.value(indices, f"uint{bits}"), "lut": lut}
-    found = expand("constexpr_lut_to_dense", inputs | ({} if axis is None else {"vector_axis": axis}), dtype, expected.shape)
+    found = expand(
+        "constexpr_lut_to_dense", inputs | ({} if axis is None else {"vector_axis": axis}), dtype, expected.shape
+    )
     assert found.dtype == DTYPES[dtype]
     assert np.array_equal(found, expected)
     assert np.array_equal(found, their_lut.decompress(indices, lut, axis))
@@ -119,16 +134,32 @@ def test_lut(mil: Any, expand: Expand, table: tuple[int, Shape, Shape, int, int 
 
 def test_a_table_of_integers_is_scaled_by_another_op(mil: Any, expand: Expand) -> None:
     rng = np.random.default_rng(0)
-    indices, lut, scale = rng.integers(0, 4, (2, 6)).astype(np.uint8), codes(rng, "int8", (1, 1, 4, 1)), scales(rng, "fp16", (2, 3))
-    first = mil.op("constexpr_lut_to_dense", {"indices": mil.value(indices, "uint2"), "lut": mil.value(lut)}, {"q": ("int8", (2, 6))})
+    indices = rng.integers(0, 4, (2, 6)).astype(np.uint8)
+    lut = codes(rng, "int8", (1, 1, 4, 1))
+    scale = scales(rng, "fp16", (2, 3))
+    first = mil.op(
+        "constexpr_lut_to_dense",
+        {"indices": mil.value(indices, "uint2"), "lut": mil.value(lut)},
+        {"q": ("int8", (2, 6))},
+    )
     found = expand("constexpr_blockwise_shift_scale", {"data": "q", "scale": scale}, "fp16", (2, 6), (first,))
     assert np.array_equal(found, their_blocks.decompress(lut[0, 0, :, 0][indices], scale, None))
 
 
 @PROPERTY
-@given(st.sampled_from(["int8", "uint8"]), st.sampled_from(["fp16", "fp32"]), st.integers(-3, 2), st.booleans(), st.booleans(), SEEDS)
-def test_affine(mil: Any, expand: Expand, stored: str, dtype: str, axis: int, each_scale: bool, each_zero: bool, seed: int) -> None:
-    rng, shape = np.random.default_rng(seed), (2, 3, 4)
+@given(
+    st.sampled_from(["int8", "uint8"]),
+    st.sampled_from(["fp16", "fp32"]),
+    st.integers(-3, 2),
+    st.booleans(),
+    st.booleans(),
+    SEEDS,
+)
+def test_affine(
+    mil: Any, expand: Expand, stored: str, dtype: str, axis: int, each_scale: bool, each_zero: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (2, 3, 4)
     data = codes(rng, stored, shape)
     scale = scales(rng, dtype, shape[axis : axis + 1 or None] if each_scale else ())
     zero = codes(rng, stored, shape[axis : axis + 1 or None] if each_zero else ())
@@ -139,7 +170,9 @@ def test_affine(mil: Any, expand: Expand, stored: str, dtype: str, axis: int, ea
     inputs = {"quantized_data": data, "zero_point": zero, "scale": scale, "axis": axis}
     found = expand("constexpr_affine_dequantize", inputs, dtype, shape)
     assert np.array_equal(found, expected)
-    np.testing.assert_allclose(found, their_affine.decompress(data, zero, scale, axis), rtol=2**-10)  # they round more than once
+    np.testing.assert_allclose(
+        found, their_affine.decompress(data, zero, scale, axis), rtol=2**-10
+    )  # they round more than once
 
 
 def test_cast(mil: Any, expand: Expand) -> None:
@@ -158,11 +191,14 @@ def quantized(rng: np.random.Generator, kind: Any, shape: Shape) -> np.ndarray:
 
 
 def int4_by_block(rng: np.random.Generator) -> Any:
-    return Builder.constexpr_blockwise_shift_scale(data=quantized(rng, types.int4, (6, 64)), scale=scales(rng, "fp16", (6, 2)))
+    return Builder.constexpr_blockwise_shift_scale(
+        data=quantized(rng, types.int4, (6, 64)), scale=scales(rng, "fp16", (6, 2))
+    )
 
 
 def uint4_shifted(rng: np.random.Generator) -> Any:
-    data, offset = quantized(rng, types.uint4, (6, 64)), quantized(rng, types.uint4, (3, 4))
+    data = quantized(rng, types.uint4, (6, 64))
+    offset = quantized(rng, types.uint4, (3, 4))
     return Builder.constexpr_blockwise_shift_scale(data=data, scale=scales(rng, "fp16", (3, 4)), offset=offset)
 
 
@@ -181,7 +217,9 @@ def three_bits(rng: np.random.Generator) -> Any:
 
 def vectors(rng: np.random.Generator) -> Any:
     lut = rng.standard_normal((1, 2, 16, 3)).astype(np.float16)
-    return Builder.constexpr_lut_to_dense(indices=quantized(rng, types.uint4, (2, 64)), lut=lut, vector_axis=np.int32(0))
+    return Builder.constexpr_lut_to_dense(
+        indices=quantized(rng, types.uint4, (2, 64)), lut=lut, vector_axis=np.int32(0)
+    )
 
 
 @pytest.mark.parametrize("make", [int4_by_block, uint4_shifted, int8_shifted, three_bits, vectors])
@@ -195,31 +233,58 @@ def test_as_coremltools_saves_it(make: Callable[[np.random.Generator], Any], tmp
         made.append(weight.op.materialized_val_inference())
         return Builder.add(x=x, y=weight, name="y")
 
-    model = ct.convert(program, minimum_deployment_target=ct.target.iOS18, pass_pipeline=ct.PassPipeline.EMPTY, skip_model_load=True)
+    model = ct.convert(
+        program, minimum_deployment_target=ct.target.iOS18, pass_pipeline=ct.PassPipeline.EMPTY, skip_model_load=True
+    )
     model.save(str(tmp_path / "model.mlpackage"))
     found = Evaluator(Package.open(tmp_path / "model.mlpackage")).run({"x": np.zeros((6, 64), np.float16)})["y"]
     assert np.abs(found).max() > 0
     assert np.array_equal(found, made[0])
 
 
-INT8, HALF = np.zeros((4, 6), np.int8), np.ones((2, 3), np.float16)
+INT8 = np.zeros((4, 6), np.int8)
+HALF = np.ones((2, 3), np.float16)
 
 
 @pytest.mark.parametrize(
     ("op", "inputs", "what"),
     [
-        ("blockwise_shift_scale", {"data": INT8, "scale": np.ones((3, 3), np.float16)}, r"blocks \(3, 3\) that do not divide"),
+        (
+            "blockwise_shift_scale",
+            {"data": INT8, "scale": np.ones((3, 3), np.float16)},
+            r"blocks \(3, 3\) that do not divide",
+        ),
         ("blockwise_shift_scale", {"data": INT8, "scale": np.ones(4, np.float16)}, r"data \(4, 6\), scale \(4,\)"),
         ("blockwise_shift_scale", {"data": INT8, "scale": HALF, "offset": INT8[:1]}, r"offset \(1, 6\)"),
         ("blockwise_shift_scale", {"data": INT8}, "lacks scale"),
-        ("blockwise_shift_scale", {"data": INT8, "scale": HALF, "shape": 1}, "inputs that the evaluator does not know: shape"),
-        ("lut_to_dense", {"indices": INT8.view(np.uint8) + 4, "lut": np.ones((1, 1, 4, 1), np.float16)}, "index 4 into a table of 4"),
+        (
+            "blockwise_shift_scale",
+            {"data": INT8, "scale": HALF, "shape": 1},
+            "inputs that the evaluator does not know: shape",
+        ),
+        (
+            "lut_to_dense",
+            {"indices": INT8.view(np.uint8) + 4, "lut": np.ones((1, 1, 4, 1), np.float16)},
+            "index 4 into a table of 4",
+        ),
         ("lut_to_dense", {"indices": INT8, "lut": np.ones((1, 4, 1), np.float16)}, "rank must be two more"),
-        ("lut_to_dense", {"indices": INT8, "lut": np.ones((3, 1, 4, 1), np.float16)}, r"blocks \(3, 1\) that do not divide"),
+        (
+            "lut_to_dense",
+            {"indices": INT8, "lut": np.ones((3, 1, 4, 1), np.float16)},
+            r"blocks \(3, 1\) that do not divide",
+        ),
         ("lut_to_dense", {"indices": INT8, "lut": np.ones((1, 1, 4, 2), np.float16)}, "no vector_axis"),
         ("lut_to_dense", {"indices": INT8, "lut": np.ones((1, 1, 4, 2), np.float16), "vector_axis": 2}, "has axis 2"),
-        ("affine_dequantize", {"quantized_data": INT8, "zero_point": INT8[0, 0], "scale": HALF[0, 0], "axis": 2}, "has axis 2"),
-        ("affine_dequantize", {"quantized_data": INT8, "zero_point": INT8[0, 0], "scale": HALF[0], "axis": 0}, r"values of shape \(3,\)"),
+        (
+            "affine_dequantize",
+            {"quantized_data": INT8, "zero_point": INT8[0, 0], "scale": HALF[0, 0], "axis": 2},
+            "has axis 2",
+        ),
+        (
+            "affine_dequantize",
+            {"quantized_data": INT8, "zero_point": INT8[0, 0], "scale": HALF[0], "axis": 0},
+            r"values of shape \(3,\)",
+        ),
         ("cast", {"source_val": HALF, "output_dtype": 1}, "int32 of shape"),
         ("sparse_to_dense", {"nonzero_data": HALF}, "is an op that the evaluator does not have"),
     ],
@@ -229,14 +294,18 @@ def test_what_is_not_specified_is_refused(expand: Expand, op: str, inputs: dict[
         expand(f"constexpr_{op}", inputs, "fp16", (4, 6))
 
 
-@pytest.mark.parametrize(("dtype", "shape", "what"), [("fp16", (4, 5), r"computes shape \[4, 6\]"), ("int8", (4, 6), "computes float32")])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "what"), [("fp16", (4, 5), r"computes shape \[4, 6\]"), ("int8", (4, 6), "computes float32")]
+)
 def test_a_result_is_what_it_is_declared_as(expand: Expand, dtype: str, shape: Shape, what: str) -> None:
     with pytest.raises(H1ExportError, match=f"op constexpr_blockwise_shift_scale 'w': {what}"):
         expand("constexpr_blockwise_shift_scale", {"data": INT8, "scale": HALF}, dtype, shape)
 
 
 def test_what_is_computed_when_run_is_no_compressed_constant(mil: Any) -> None:
-    operation = mil.op("constexpr_blockwise_shift_scale", {"data": mil.value(INT8), "scale": "x"}, {"w": ("fp16", (4, 6))})
+    operation = mil.op(
+        "constexpr_blockwise_shift_scale", {"data": mil.value(INT8), "scale": "x"}, {"w": ("fp16", (4, 6))}
+    )
     package = Package.open(mil.save({"main": mil.function({"x": ("fp16", (2, 3))}, [operation], ["w"])}))
     with pytest.raises(H1ExportError, match="takes scale from 'x', which is computed when run"):
         Evaluator(package)

@@ -14,7 +14,10 @@ from h1export.errors import H1ExportError
 from h1export.targets.coreml.evaluator import Evaluator, Package
 
 PROPERTY = settings(deadline=None, max_examples=15, derandomize=True)
-FLOATS, HALVES, INT, BOOL = ("fp32", (3,)), ("fp16", (3,)), ("int32", ()), ("bool", ())
+FLOATS = ("fp32", (3,))
+HALVES = ("fp16", (3,))
+INT = ("int32", ())
+BOOL = ("bool", ())
 X = np.array([1, 2, 3], np.float32)
 H = X.astype(np.float16)
 
@@ -31,13 +34,20 @@ def i32(value: int) -> np.ndarray:
     return np.asarray(value, np.int32)
 
 
-def while_loop(mil: Any, variables: Sequence[tuple[str, Any]], condition: Sequence[Any], body: Sequence[Any], results: list[str]) -> Any:
+def while_loop(
+    mil: Any, variables: Sequence[tuple[str, Any]], condition: Sequence[Any], body: Sequence[Any], results: list[str]
+) -> Any:
     """A loop over ``variables``, which its blocks have with a ``b`` before the name; ``c`` decides, ``results`` go on."""
     blocks = [
         mil.block({f"{prefix}{name}": kind for name, kind in variables}, operations, outputs)
         for prefix, operations, outputs in (("a", condition, ["c"]), ("b", body, results))
     ]
-    return mil.op("while_loop", {"loop_vars": [name for name, _ in variables]}, {f"out_{name}": kind for name, kind in variables}, blocks)
+    return mil.op(
+        "while_loop",
+        {"loop_vars": [name for name, _ in variables]},
+        {f"out_{name}": kind for name, kind in variables},
+        blocks,
+    )
 
 
 def counting(mil: Any, body: Sequence[Any], results: list[str]) -> Any:
@@ -63,7 +73,10 @@ def test_a_loop_runs_until_its_condition_fails(mil: Any, load: Load, start: int,
 def test_loops_within_loops(mil: Any, load: Load) -> None:
     """x doubled n * n times: the inner loop starts at zero each time."""
     zero = mil.const("zero", mil.value(0))
-    inner_body = [mil.op("add", {"x": "bj", "y": mil.value(1)}, {"j2": INT}), mil.op("add", {"x": "bv", "y": "bv"}, {"v2": FLOATS})]
+    inner_body = [
+        mil.op("add", {"x": "bj", "y": mil.value(1)}, {"j2": INT}),
+        mil.op("add", {"x": "bv", "y": "bv"}, {"v2": FLOATS}),
+    ]
     blocks = [
         mil.block({"aj": INT, "av": FLOATS}, [mil.op("less", {"x": "aj", "y": "n"}, {"d": BOOL})], ["d"]),
         mil.block({"bj": INT, "bv": FLOATS}, inner_body, ["j2", "v2"]),
@@ -78,7 +91,10 @@ def test_a_loop_variable_may_grow(mil: Any, load: Load) -> None:
     grow = mil.op("concat", {"values": ["bx", "x"], "axis": mil.value(0)}, {"longer": ("fp32", (None,))})
     condition = [mil.op("less", {"x": "ai", "y": "n"}, {"c": BOOL})]
     body = [mil.op("add", {"x": "bi", "y": mil.value(1)}, {"next": INT}), grow]
-    blocks = [mil.block({"ai": INT, "ax": FLOATS}, condition, ["c"]), mil.block({"bi": INT, "bx": FLOATS}, body, ["next", "longer"])]
+    blocks = [
+        mil.block({"ai": INT, "ax": FLOATS}, condition, ["c"]),
+        mil.block({"bi": INT, "bx": FLOATS}, body, ["next", "longer"]),
+    ]
     loop = mil.op("while_loop", {"loop_vars": ["i", "x"]}, {"j": INT, "y": ("fp32", (None,))}, blocks)
     found = load(LOOP_INPUTS, [loop], ["y"]).run({"i": i32(0), "n": i32(2), "x": X})["y"]
     assert np.array_equal(found, np.tile(X, 3))
@@ -87,7 +103,9 @@ def test_a_loop_variable_may_grow(mil: Any, load: Load) -> None:
 def branch(mil: Any, outputs: dict[str, Any] | None = None) -> Any:
     """Whether p: x + 1, else x squared; not both, where the other one would fail."""
     then = mil.block({}, [mil.op("add", {"x": "x", "y": mil.value(1.0)}, {"t": FLOATS})], ["t"])
-    otherwise = mil.block({}, [mil.op("gather", {"x": "x", "indices": "k", "axis": mil.value(0)}, {"o": FLOATS})], ["o"])
+    otherwise = mil.block(
+        {}, [mil.op("gather", {"x": "x", "indices": "k", "axis": mil.value(0)}, {"o": FLOATS})], ["o"]
+    )
     return mil.op("cond", {"pred": "p"}, outputs or {"y": FLOATS}, [then, otherwise])
 
 
@@ -95,7 +113,11 @@ def test_one_branch_runs(mil: Any, load: Load) -> None:
     evaluator = load({"x": FLOATS, "k": ("int32", (3,)), "p": BOOL}, [branch(mil)], ["y"])
     beyond = {"x": X, "k": np.array([2, 1, 9], np.int32)}
     assert np.array_equal(evaluator.run(beyond | {"p": np.asarray(True)})["y"], X + 1)
-    assert evaluator.run({"x": X, "k": np.array([2, 1, 1], np.int32), "p": np.asarray(False)})["y"].tolist() == [3, 2, 2]
+    assert evaluator.run({"x": X, "k": np.array([2, 1, 1], np.int32), "p": np.asarray(False)})["y"].tolist() == [
+        3,
+        2,
+        2,
+    ]
     with pytest.raises(H1ExportError, match="op gather 'o': has index 9 of axis 0"):
         evaluator.run(beyond | {"p": np.asarray(False)})
 
@@ -195,7 +217,8 @@ def test_states_are_new_arrays_that_nobody_changes(adding: Evaluator) -> None:
 
 def test_a_state_that_the_caller_puts_in_counts(adding: Evaluator) -> None:
     """Two sequences by turns, and a state wound back: what the evaluator remembers of the last run is another's."""
-    first, second = adding.initial_states(), {"s": np.full(3, 10, np.float16)}
+    first = adding.initial_states()
+    second = {"s": np.full(3, 10, np.float16)}
     adding.run({"x": H, "k": i32(0)}, first)
     back = dict(first)
     adding.run({"x": H, "k": i32(0)}, second)
@@ -344,5 +367,8 @@ def test_every_result_is_rounded_where_it_is_declared_as_fp16(mil: Any, load: Lo
     for kind, expected in ((HALVES, 0.0), (FLOATS, 2.0**-11)):
         array = np.ones(3, np.float16 if kind is HALVES else np.float32)
         small = mil.value(np.asarray(2.0**-11, array.dtype))
-        operations = [mil.op("add", {"x": "x", "y": small}, {"y": kind}), mil.op("sub", {"x": "y", "y": "x"}, {"z": kind})]
+        operations = [
+            mil.op("add", {"x": "x", "y": small}, {"y": kind}),
+            mil.op("sub", {"x": "y", "y": "x"}, {"z": kind}),
+        ]
         assert load({"x": kind}, operations, ["z"]).run({"x": array})["z"].tolist() == [expected] * 3

@@ -63,23 +63,42 @@ class Layer:
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
     """Any switches, an output of at least one element."""
-    spatial, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
+    spatial = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
     per_axis = st.lists(st.integers(1, 3), min_size=spatial, max_size=spatial)
-    kernel, strides, dilations = draw(per_axis), draw(per_axis), draw(per_axis)
+    kernel = draw(per_axis)
+    strides = draw(per_axis)
+    dilations = draw(per_axis)
     pad = draw(st.lists(st.integers(0, 2), min_size=2 * spatial, max_size=2 * spatial))
-    ranges = [max(1, (k - 1) * d + 1 - sum(pad[2 * i : 2 * i + 2])) for i, (k, d) in enumerate(zip(kernel, dilations, strict=True))]
+    ranges = [
+        max(1, (k - 1) * d + 1 - sum(pad[2 * i : 2 * i + 2]))
+        for i, (k, d) in enumerate(zip(kernel, dilations, strict=True))
+    ]
     sizes = [least + draw(st.integers(0, 3)) for least in ranges]
-    inner, outer = draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    return Layer((draw(st.integers(1, 2)), groups * inner, *sizes), (groups * outer, inner, *kernel), strides, dilations, pad, groups)
+    inner = draw(st.integers(1, 3))
+    outer = draw(st.integers(1, 2))
+    return Layer(
+        (draw(st.integers(1, 2)), groups * inner, *sizes),
+        (groups * outer, inner, *kernel),
+        strides,
+        dilations,
+        pad,
+        groups,
+    )
 
 
 @PROPERTY
 @given(FLOATS, layers(), st.booleans(), SEEDS)
 def test_conv(run_op: Run, dtype: str, layer: Layer, biased: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    x, weight, bias = random(rng, layer.x, dtype), random(rng, layer.weight, dtype), random(rng, layer.weight[:1], dtype)
-    convolve, rest = CONVS[len(layer.pad) // 2 - 1], (layer.strides, 0, layer.dilations, layer.groups)
-    t, w, b = padded(exact(x), layer.pad), exact(weight), exact(bias if biased else np.zeros_like(bias))
+    x = random(rng, layer.x, dtype)
+    weight = random(rng, layer.weight, dtype)
+    bias = random(rng, layer.weight[:1], dtype)
+    convolve = CONVS[len(layer.pad) // 2 - 1]
+    rest = (layer.strides, 0, layer.dilations, layer.groups)
+    t = padded(exact(x), layer.pad)
+    w = exact(weight)
+    b = exact(bias if biased else np.zeros_like(bias))
     expected = convolve(t, w, b, *rest)
     constants: dict[str, object] = {"strides": layer.strides, "dilations": layer.dilations, "groups": layer.groups}
     constants |= {"pad_type": "custom", "pad": layer.pad} if any(layer.pad) else {"pad_type": "valid"}
@@ -103,10 +122,14 @@ def test_conv_by_its_definition(run_op: Run) -> None:
 @pytest.mark.parametrize(("kernel", "dilation"), [(1, 1), (3, 1), (3, 2), (5, 1)])
 def test_same_padding_keeps_the_size(run_op: Run, pad_type: str, kernel: int, dilation: int) -> None:
     rng = np.random.default_rng(0)
-    x, weight = random(rng, (1, 2, 9), "fp32"), random(rng, (3, 2, kernel), "fp32")
-    t, w = exact(x), exact(weight)
+    x = random(rng, (1, 2, 9), "fp32")
+    weight = random(rng, (3, 2, kernel), "fp32")
+    t = exact(x)
+    w = exact(weight)
     expected = F.conv1d(t, w, padding="same", dilation=dilation)
-    found = run_op("conv", {"x": x}, {"weight": weight, "pad_type": pad_type, "dilations": [dilation]}, ("fp32", (1, 3, 9)))
+    found = run_op(
+        "conv", {"x": x}, {"weight": weight, "pad_type": pad_type, "dilations": [dilation]}, ("fp32", (1, 3, 9))
+    )
     close(found, expected, F.conv1d(t.abs(), w.abs(), padding="same", dilation=dilation), 2 * kernel, "fp32")
 
 
@@ -126,17 +149,30 @@ def pools(draw: st.DrawFn) -> tuple[Shape, list[int], list[int], list[int]]:
 
 @PROPERTY
 @given(FLOATS, pools(), st.booleans(), SEEDS)
-def test_pools(run_op: Run, dtype: str, pool: tuple[Shape, list[int], list[int], list[int]], excluded: bool, seed: int) -> None:
+def test_pools(
+    run_op: Run, dtype: str, pool: tuple[Shape, list[int], list[int], list[int]], excluded: bool, seed: int
+) -> None:
     shape, kernel, strides, pad = pool
-    x, spatial = random(np.random.default_rng(seed), shape, dtype), len(kernel)
-    t, both = exact(x), [size for size in pad for _ in range(2)]
+    x = random(np.random.default_rng(seed), shape, dtype)
+    spatial = len(kernel)
+    t = exact(x)
+    both = [size for size in pad for _ in range(2)]
     constants: dict[str, object] = {"kernel_sizes": kernel, "strides": strides, "pad_type": "custom", "pad": both}
     expected = MAX_POOLS[spatial - 1](t, kernel, strides, pad)
     assert np.array_equal(run_op("max_pool", {"x": x}, constants, (dtype, tuple(expected.shape))), expected.numpy())
-    average, counted = AVG_POOLS[spatial - 1], not excluded
+    average = AVG_POOLS[spatial - 1]
+    counted = not excluded
     expected = average(t, kernel, strides, pad, count_include_pad=counted)
-    found = run_op("avg_pool", {"x": x}, constants | {"exclude_padding_from_average": excluded}, (dtype, tuple(expected.shape)))
-    close(found, expected, average(t.abs(), kernel, strides, pad, count_include_pad=counted), int(np.prod(kernel)) + 1, dtype)
+    found = run_op(
+        "avg_pool", {"x": x}, constants | {"exclude_padding_from_average": excluded}, (dtype, tuple(expected.shape))
+    )
+    close(
+        found,
+        expected,
+        average(t.abs(), kernel, strides, pad, count_include_pad=counted),
+        int(np.prod(kernel)) + 1,
+        dtype,
+    )
 
 
 def test_pools_without_strides_move_by_one(run_op: Run) -> None:
@@ -146,7 +182,8 @@ def test_pools_without_strides_move_by_one(run_op: Run) -> None:
     assert run_op("avg_pool", {"x": x}, constants, ("fp32", (1, 1, 4))).tolist() == [[[-1.5, -2, -2.5, -3]]]
 
 
-X, W = np.ones((1, 2, 5), np.float32), np.ones((4, 2, 3), np.float32)
+X = np.ones((1, 2, 5), np.float32)
+W = np.ones((4, 2, 3), np.float32)
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,16 @@ def close(found: np.ndarray, expected: torch.Tensor, dtype: str) -> None:
     if dtype == "fp16":
         with np.errstate(over="ignore"):
             reference = reference.astype(np.float16)
-    rtol, atol = (2e-3 if dtype == "fp16" else 3e-5), 1e-6
-    np.testing.assert_allclose(found.astype(np.float32), reference.astype(np.float32), rtol=rtol, atol=atol, equal_nan=True)
+    rtol = 2e-3 if dtype == "fp16" else 3e-5
+    atol = 1e-6
+    np.testing.assert_allclose(
+        found.astype(np.float32), reference.astype(np.float32), rtol=rtol, atol=atol, equal_nan=True
+    )
 
 
-UNARY: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, float], float]] = {  # op -> (torch, constants, scale of inputs)
+UNARY: dict[
+    str, tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, float], float]
+] = {  # op -> (torch, constants, scale of inputs)
     "abs": (torch.abs, {}, 10),
     "acos": (torch.acos, {}, 0.4),
     "asin": (torch.asin, {}, 0.4),
@@ -91,13 +96,21 @@ def test_unary(run_op: Run, op: str, dtype: str, shape: tuple[int, ...], seed: i
 @given(FLOATS, SEEDS)
 def test_gelu(run_op: Run, mode: str, approximate: str, dtype: str, seed: int) -> None:
     x = (np.random.default_rng(seed).standard_normal((3, 7)) * 3).astype(DTYPES[dtype])
-    close(run_op("gelu", {"x": x}, {"mode": mode}, (dtype, (3, 7))), F.gelu(torch.from_numpy(x).float(), approximate=approximate), dtype)
+    close(
+        run_op("gelu", {"x": x}, {"mode": mode}, (dtype, (3, 7))),
+        F.gelu(torch.from_numpy(x).float(), approximate=approximate),
+        dtype,
+    )
 
 
 def test_gelu_by_sigmoid(run_op: Run) -> None:
     x = np.linspace(-8, 8, 33, dtype=np.float32)
     t = torch.from_numpy(x)
-    close(run_op("gelu", {"x": x}, {"mode": "SIGMOID_APPROXIMATION"}, ("fp32", (33,))), t * torch.sigmoid(1.702 * t), "fp32")
+    close(
+        run_op("gelu", {"x": x}, {"mode": "SIGMOID_APPROXIMATION"}, ("fp32", (33,))),
+        t * torch.sigmoid(1.702 * t),
+        "fp32",
+    )
 
 
 @pytest.mark.parametrize("op", ["silu", "sigmoid", "softplus", "tanh", "erf", "gelu", "elu"])
@@ -162,7 +175,8 @@ def test_comparison(run_op: Run, op: str, kind: type, seed: int) -> None:
 
 @pytest.mark.parametrize("op", ["logical_and", "logical_or", "logical_xor"])
 def test_logic(run_op: Run, op: str) -> None:
-    x, y = np.array([[False, True]]), np.array([[False], [True]])
+    x = np.array([[False, True]])
+    y = np.array([[False], [True]])
     expected = getattr(torch, op)(torch.from_numpy(x), torch.from_numpy(y))
     assert np.array_equal(run_op(op, {"x": x, "y": y}, {}, ("bool", (2, 2))), expected.numpy())
 
@@ -175,19 +189,32 @@ def test_logical_not(run_op: Run) -> None:
 @given(FLOATS, SEEDS)
 def test_pow(run_op: Run, dtype: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    x, y = rng.uniform(0.1, 3, (4, 3)).astype(DTYPES[dtype]), rng.uniform(-2, 3, 3).astype(DTYPES[dtype])
-    close(run_op("pow", {"x": x, "y": y}, {}, (dtype, (4, 3))), torch.from_numpy(x).float() ** torch.from_numpy(y).float(), dtype)
+    x = rng.uniform(0.1, 3, (4, 3)).astype(DTYPES[dtype])
+    y = rng.uniform(-2, 3, 3).astype(DTYPES[dtype])
+    close(
+        run_op("pow", {"x": x, "y": y}, {}, (dtype, (4, 3))),
+        torch.from_numpy(x).float() ** torch.from_numpy(y).float(),
+        dtype,
+    )
 
 
 @PROPERTY
 @given(st.sampled_from(["bool", "fp16", "fp32", "int8", "int16", "int32", "uint8", "uint16"]), st.booleans(), SEEDS)
 def test_cast(run_op: Run, dtype: str, signed: bool, seed: int) -> None:
-    x = np.random.default_rng(seed).uniform(-100 if signed and not dtype.startswith("u") else 0, 100, 9).astype(np.float32)
+    x = (
+        np.random.default_rng(seed)
+        .uniform(-100 if signed and not dtype.startswith("u") else 0, 100, 9)
+        .astype(np.float32)
+    )
     kind = {"bool": torch.bool, "fp16": torch.float16, "fp32": torch.float32}.get(dtype) or getattr(torch, dtype)
-    assert np.array_equal(run_op("cast", {"x": x}, {"dtype": dtype}, (dtype, (9,))), torch.from_numpy(x).to(kind).numpy())
+    assert np.array_equal(
+        run_op("cast", {"x": x}, {"dtype": dtype}, (dtype, (9,))), torch.from_numpy(x).to(kind).numpy()
+    )
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(3e9, "int32"), (-1.0, "uint8"), (np.nan, "int32"), (np.inf, "int16"), (70000.0, "uint16")])
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(3e9, "int32"), (-1.0, "uint8"), (np.nan, "int32"), (np.inf, "int16"), (70000.0, "uint16")]
+)
 def test_cast_outside_the_type_is_refused(run_op: Run, value: float, dtype: str) -> None:
     with pytest.raises(H1ExportError, match="outside"):
         run_op("cast", {"x": np.array([0, value], np.float32)}, {"dtype": dtype}, (dtype, (2,)))
@@ -195,8 +222,11 @@ def test_cast_outside_the_type_is_refused(run_op: Run, value: float, dtype: str)
 
 def test_prelu_and_parametric_softplus_have_one_value_a_channel(run_op: Run) -> None:
     x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
-    alpha, beta = np.array([0.1, 0.2, 0.3], np.float32), np.array([1, 2, 3], np.float32)
-    t, a, b = torch.from_numpy(x), torch.from_numpy(alpha), torch.from_numpy(beta)
+    alpha = np.array([0.1, 0.2, 0.3], np.float32)
+    beta = np.array([1, 2, 3], np.float32)
+    t = torch.from_numpy(x)
+    a = torch.from_numpy(alpha)
+    b = torch.from_numpy(beta)
     close(run_op("prelu", {"x": x}, {"alpha": alpha}, ("fp32", x.shape)), F.prelu(t, a), "fp32")
     expected = a[:, None] * F.softplus(b[:, None] * t)
     close(run_op("softplus_parametric", {"x": x}, {"alpha": alpha, "beta": beta}, ("fp32", x.shape)), expected, "fp32")
@@ -206,7 +236,11 @@ def test_prelu_and_parametric_softplus_have_one_value_a_channel(run_op: Run) -> 
 @given(FLOATS, st.integers(-3, 2), SEEDS)
 def test_softmax(run_op: Run, dtype: str, axis: int, seed: int) -> None:
     x = (np.random.default_rng(seed).standard_normal((2, 3, 4)) * 20).astype(DTYPES[dtype])
-    close(run_op("softmax", {"x": x}, {"axis": axis}, (dtype, x.shape)), torch.softmax(torch.from_numpy(x).float(), axis), dtype)
+    close(
+        run_op("softmax", {"x": x}, {"axis": axis}, (dtype, x.shape)),
+        torch.softmax(torch.from_numpy(x).float(), axis),
+        dtype,
+    )
 
 
 @pytest.mark.parametrize(
@@ -225,6 +259,8 @@ def test_softmax(run_op: Run, dtype: str, axis: int, seed: int) -> None:
         ("add", {"x": np.ones(2, np.float32), "y": np.ones(3, np.float32)}, {}),
     ],
 )
-def test_what_is_not_specified_is_refused(run_op: Run, op: str, tensors: dict[str, np.ndarray], constants: dict[str, object]) -> None:
+def test_what_is_not_specified_is_refused(
+    run_op: Run, op: str, tensors: dict[str, np.ndarray], constants: dict[str, object]
+) -> None:
     with pytest.raises(H1ExportError, match=f"function 'main', op {op} 'out0'"):
         run_op(op, tensors, constants, ("fp32", (2,)))

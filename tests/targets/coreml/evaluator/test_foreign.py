@@ -31,7 +31,8 @@ PRECISIONS = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
 class Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 8)
+        self.up = nn.Linear(16, 32)
+        self.down = nn.Linear(32, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.softmax(self.down(F.gelu(self.up(x))), -1)
@@ -42,8 +43,11 @@ class Convolutions(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.wide, self.norm, self.deep = nn.Conv1d(4, 8, 3, padding=1), nn.BatchNorm1d(8), nn.Conv1d(8, 8, 4, groups=8, stride=2)
-        self.norm.running_mean, self.norm.running_var = torch.randn(8), torch.rand(8) + 0.5
+        self.wide = nn.Conv1d(4, 8, 3, padding=1)
+        self.norm = nn.BatchNorm1d(8)
+        self.deep = nn.Conv1d(8, 8, 4, groups=8, stride=2)
+        self.norm.running_mean = torch.randn(8)
+        self.norm.running_var = torch.rand(8) + 0.5
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.max_pool1d(F.silu(self.deep(F.pad(torch.relu(self.norm(self.wide(x))), (3, 0)))), 2)
@@ -54,13 +58,15 @@ class Attention(nn.Module):
 
     def __init__(self, fused: bool) -> None:
         super().__init__()
-        self.fused, self.project, self.out = fused, nn.Linear(16, 48), nn.Linear(16, 16)
+        self.fused = fused
+        self.project = nn.Linear(16, 48)
+        self.out = nn.Linear(16, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = (part.reshape(1, 6, 4, 4).transpose(1, 2) for part in self.project(x).chunk(3, -1))
         mask = torch.ones(6, 6, dtype=torch.bool).tril()
         if self.fused:
-            mixed = F.scaled_dot_product_attention(query, key, value, mask)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         else:
             mixed = torch.softmax((query @ key.transpose(-1, -2) / 2).masked_fill(~mask, -1e4), -1) @ value
         return self.out(mixed.transpose(1, 2).reshape(1, 6, 16))
@@ -69,7 +75,8 @@ class Attention(nn.Module):
 class Embedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.table, self.norm = nn.Embedding(11, 16), nn.LayerNorm(16)
+        self.table = nn.Embedding(11, 16)
+        self.norm = nn.LayerNorm(16)
         nn.init.normal_(self.norm.weight)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -105,7 +112,10 @@ STATELESS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {
     "mlp": (Mlp, torch.randn(2, 16, generator=torch.Generator().manual_seed(1))),
     "convolutions": (Convolutions, torch.randn(1, 4, 12, generator=torch.Generator().manual_seed(2))),
     "attention": (lambda: Attention(fused=True), torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(3))),
-    "attention by parts": (lambda: Attention(fused=False), torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(4))),
+    "attention by parts": (
+        lambda: Attention(fused=False),
+        torch.randn(1, 6, 16, generator=torch.Generator().manual_seed(4)),
+    ),
     "embedding": (Embedding, IDS),
     "pieces": (Pieces, torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(5))),
 }
@@ -118,13 +128,18 @@ def seeded() -> Iterator[None]:
         yield
 
 
-def convert(module: nn.Module, x: torch.Tensor, precision: str, states: dict[str, tuple[int, ...]] | None = None) -> Any:
+def convert(
+    module: nn.Module, x: torch.Tensor, precision: str, states: dict[str, tuple[int, ...]] | None = None
+) -> Any:
     """What coremltools makes of a module with one input ``x``, in the type it computes in."""
     dtype = np.int32 if x.dtype == torch.int32 else BY_NAME[precision].array.type
     return ct.convert(
         torch.jit.trace(module.eval(), x, check_trace=False),
         inputs=[ct.TensorType("x", shape=x.shape, dtype=dtype)],
-        states=[ct.StateType(ct.TensorType(shape=shape, dtype=np.float16), name) for name, shape in (states or {}).items()] or None,
+        states=[
+            ct.StateType(ct.TensorType(shape=shape, dtype=np.float16), name) for name, shape in (states or {}).items()
+        ]
+        or None,
         minimum_deployment_target=ct.target.iOS18,
         compute_precision=PRECISIONS[precision],
         skip_model_load=True,
@@ -185,7 +200,8 @@ def test_a_module_with_states(precision: str, tmp_path: Path) -> None:
 class TwoLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(64, 32), nn.Linear(32, 32)
+        self.first = nn.Linear(64, 32)
+        self.second = nn.Linear(32, 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(torch.relu(self.first(x)))
@@ -201,7 +217,9 @@ def two_layers(request: pytest.FixtureRequest) -> tuple[nn.Module, Any, str]:
 
 
 def quantized(mode: str, dtype: str, **granularity: Any) -> Callable[[Any], Any]:
-    config = cto.OptimizationConfig(cto.OpLinearQuantizerConfig(mode=mode, dtype=dtype, weight_threshold=0, **granularity))
+    config = cto.OptimizationConfig(
+        cto.OpLinearQuantizerConfig(mode=mode, dtype=dtype, weight_threshold=0, **granularity)
+    )
     return lambda model: cto.linear_quantize_weights(model, config)
 
 
@@ -211,8 +229,14 @@ def palettized(bits: int) -> Callable[[Any], Any]:
 
 
 COMPRESSIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "int4 by block": (quantized("linear_symmetric", "int4", granularity="per_block", block_size=32), "blockwise_shift_scale"),
-    "uint4 by block with offsets": (quantized("linear", "uint4", granularity="per_block", block_size=16), "blockwise_shift_scale"),
+    "int4 by block": (
+        quantized("linear_symmetric", "int4", granularity="per_block", block_size=32),
+        "blockwise_shift_scale",
+    ),
+    "uint4 by block with offsets": (
+        quantized("linear", "uint4", granularity="per_block", block_size=16),
+        "blockwise_shift_scale",
+    ),
     "int8 by channel": (quantized("linear_symmetric", "int8"), "blockwise_shift_scale"),
     "int8 with offsets": (quantized("linear", "int8", granularity="per_tensor"), "blockwise_shift_scale"),
     "3 bits of a table": (palettized(3), "lut_to_dense"),
@@ -231,7 +255,9 @@ def test_compressed_weights(two_layers: tuple[nn.Module, Any, str], name: str, t
     weights = [meta.val for meta in stored.values() if meta.val.ndim == 2]
     module = copy.deepcopy(original)
     for layer, weight in zip((module.first, module.second), weights, strict=True):
-        assert 0 < np.abs(weight - layer.weight.detach().numpy()).max() < 0.1  # it is the right one, and no longer itself
+        assert (
+            0 < np.abs(weight - layer.weight.detach().numpy()).max() < 0.1
+        )  # it is the right one, and no longer itself
         layer.weight = nn.Parameter(torch.from_numpy(weight.astype(np.float32)))
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(6))
     (found,) = evaluator.run(given(evaluator, x)).values()

@@ -37,7 +37,9 @@ def close(found: np.ndarray, expected: torch.Tensor, magnitude: torch.Tensor | f
     """Float32 operations, ``terms`` in a row on numbers up to ``magnitude``, whose result was rounded to the declared type once."""
     reference = expected.numpy()
     computed = terms * 2.0**-24 * np.asarray(magnitude)
-    rounded = ROUNDING[dtype] * (np.abs(reference) + computed) + (2.0**-25 if dtype == "fp16" else 0.0)  # the latter where subnormal
+    rounded = ROUNDING[dtype] * (np.abs(reference) + computed) + (
+        2.0**-25 if dtype == "fp16" else 0.0
+    )  # the latter where subnormal
     excess = np.abs(found.astype(np.float64) - reference) - computed - rounded
     assert found.shape == reference.shape
     assert not excess.size or excess.max() <= 0
@@ -68,8 +70,14 @@ def products(draw: st.DrawFn) -> tuple[Shape, Shape, bool, bool]:
     batch = draw(LEADING)
     first, second = (tuple(size if draw(st.booleans()) else 1 for size in batch) for _ in range(2))
     second = second[draw(st.integers(0, len(batch))) :]
-    transpose_x, transpose_y = draw(st.booleans()), draw(st.booleans())
-    return (*first, *((k, m) if transpose_x else (m, k))), (*second, *((n, k) if transpose_y else (k, n))), transpose_x, transpose_y
+    transpose_x = draw(st.booleans())
+    transpose_y = draw(st.booleans())
+    return (
+        (*first, *((k, m) if transpose_x else (m, k))),
+        (*second, *((n, k) if transpose_y else (k, n))),
+        transpose_x,
+        transpose_y,
+    )
 
 
 @PROPERTY
@@ -77,9 +85,11 @@ def products(draw: st.DrawFn) -> tuple[Shape, Shape, bool, bool]:
 def test_matmul(run_op: Run, dtype: str, product: tuple[Shape, Shape, bool, bool], seed: int) -> None:
     first, second, transpose_x, transpose_y = product
     rng = np.random.default_rng(seed)
-    x, y = random(rng, first, dtype), random(rng, second, dtype)
+    x = random(rng, first, dtype)
+    y = random(rng, second, dtype)
     a, b = exact(x, y)
-    a, b = a.mT if transpose_x else a, b.mT if transpose_y else b
+    a = a.mT if transpose_x else a
+    b = b.mT if transpose_y else b
     flags = {"transpose_x": transpose_x, "transpose_y": transpose_y}
     expected = a @ b
     found = run_op("matmul", {"x": x, "y": y}, flags, (dtype, tuple(expected.shape)))
@@ -97,10 +107,13 @@ def test_matmul_of_integers_is_exact(run_op: Run, product: tuple[Shape, Shape, b
     assert np.array_equal(run_op("matmul", {"x": x, "y": y}, flags, ("int32", expected.shape)), expected)
 
 
-@pytest.mark.parametrize(("first", "second"), [((4,), (4,)), ((4,), (4, 3)), ((2, 4), (4,)), ((4,), (5, 4, 3)), ((5, 2, 4), (4,))])
+@pytest.mark.parametrize(
+    ("first", "second"), [((4,), (4,)), ((4,), (4, 3)), ((2, 4), (4,)), ((4,), (5, 4, 3)), ((5, 2, 4), (4,))]
+)
 def test_matmul_with_a_vector_takes_no_transposition_of_it(run_op: Run, first: Shape, second: Shape) -> None:
     rng = np.random.default_rng(0)
-    x, y = random(rng, first, "fp32"), random(rng, second, "fp32")
+    x = random(rng, first, "fp32")
+    y = random(rng, second, "fp32")
     a, b = exact(x, y)
     flags = {"transpose_x": len(first) == 1, "transpose_y": len(second) == 1}
     found = run_op("matmul", {"x": x, "y": y}, flags, ("fp32", tuple((a @ b).shape)))
@@ -118,7 +131,8 @@ def test_matmul_with_a_vector_takes_no_transposition_of_it(run_op: Run, first: S
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_einsum(run_op: Run, equation: str, first: Shape, second: Shape, dtype: str) -> None:
     rng = np.random.default_rng(0)
-    x, y = random(rng, first, dtype), random(rng, second, dtype)
+    x = random(rng, first, dtype)
+    y = random(rng, second, dtype)
     a, b = exact(x, y)
     expected = torch.einsum(equation, a, b)
     found = run_op("einsum", {"values": [x, y]}, {"equation": equation}, (dtype, tuple(expected.shape)))
@@ -138,10 +152,13 @@ def attentions(draw: st.DrawFn) -> tuple[Shape, Shape, Shape, Shape | None]:
 
 @PROPERTY
 @given(FLOATS, attentions(), st.booleans(), SEEDS)
-def test_attention(run_op: Run, dtype: str, shapes: tuple[Shape, Shape, Shape, Shape | None], boolean: bool, seed: int) -> None:
+def test_attention(
+    run_op: Run, dtype: str, shapes: tuple[Shape, Shape, Shape, Shape | None], boolean: bool, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     query, key, value = (random(rng, shape, dtype) for shape in shapes[:3])
-    tensors, mask = {"query": query, "key": key, "value": value}, None
+    tensors = {"query": query, "key": key, "value": value}
+    mask = None
     q, k, v = exact(query, key, value)
     if shapes[3] is not None and boolean:
         tensors["attn_mask"] = rng.random(shapes[3]) < 0.5
@@ -150,7 +167,7 @@ def test_attention(run_op: Run, dtype: str, shapes: tuple[Shape, Shape, Shape, S
     elif shapes[3] is not None:
         tensors["attn_mask"] = random(rng, shapes[3], dtype)
         (mask,) = exact(tensors["attn_mask"])
-    expected = F.scaled_dot_product_attention(q, k, v, mask)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     found = run_op("scaled_dot_product_attention", tensors, {}, (dtype, tuple(expected.shape)))
     scores = float((q.abs() @ k.abs().mT).max()) + 4  # a mask of normal numbers is smaller than 4 but for one in 16000
     close(found, expected, float(v.abs().max()) * (1 + scores), q.shape[-1] + 2 * k.shape[-2], dtype)
@@ -162,7 +179,8 @@ def test_attention_to_what_minus_infinity_masks_is_nothing(run_op: Run) -> None:
     causal = np.tril(np.ones((3, 3), np.bool_))
     added = np.where(causal, np.float16(0), np.float16(-np.inf))
     by_bool, by_sum = (
-        run_op("scaled_dot_product_attention", tensors | {"attn_mask": mask}, {}, ("fp16", (1, 3, 4))) for mask in (causal, added)
+        run_op("scaled_dot_product_attention", tensors | {"attn_mask": mask}, {}, ("fp16", (1, 3, 4)))
+        for mask in (causal, added)
     )
     assert np.array_equal(by_bool, by_sum)
     assert np.array_equal(by_bool[:, 0], tensors["value"][:, 0])
@@ -171,7 +189,10 @@ def test_attention_to_what_minus_infinity_masks_is_nothing(run_op: Run) -> None:
 def test_a_row_that_attends_to_nothing_is_nan(run_op: Run) -> None:
     tensors = {name: np.ones((1, 2, 4), np.float32) for name in ("query", "key", "value")}
     found = run_op(
-        "scaled_dot_product_attention", tensors | {"attn_mask": np.array([[True, False], [False, False]])}, {}, ("fp32", (1, 2, 4))
+        "scaled_dot_product_attention",
+        tensors | {"attn_mask": np.array([[True, False], [False, False]])},
+        {},
+        ("fp32", (1, 2, 4)),
     )
     assert np.array_equal(found[0, 0], np.ones(4))
     assert np.isnan(found[0, 1]).all()
@@ -184,12 +205,20 @@ def affine(rng: np.random.Generator, shape: Shape, dtype: str, present: bool) ->
 
 def magnitude(x: torch.Tensor, variance: torch.Tensor, epsilon: float, parts: dict[str, np.ndarray]) -> torch.Tensor:
     """What an error of one rounding of x or its mean becomes, in units of 2^-24: the spread may be much smaller than x."""
-    gamma, beta = (float(np.abs(parts[name]).max()) if name in parts else other for name, other in (("gamma", 1.0), ("beta", 0.0)))
+    gamma, beta = (
+        float(np.abs(parts[name]).max()) if name in parts else other for name, other in (("gamma", 1.0), ("beta", 0.0))
+    )
     return gamma * x.abs().max() / torch.sqrt(variance.min() + epsilon) + beta
 
 
 @PROPERTY
-@given(FLOATS, st.lists(st.integers(-4, 3), min_size=1, max_size=4, unique_by=lambda a: a % 4), st.booleans(), st.booleans(), SEEDS)
+@given(
+    FLOATS,
+    st.lists(st.integers(-4, 3), min_size=1, max_size=4, unique_by=lambda a: a % 4),
+    st.booleans(),
+    st.booleans(),
+    SEEDS,
+)
 def test_layer_norm(run_op: Run, dtype: str, axes: list[int], scaled: bool, default: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     axes = sorted(axes, key=lambda axis: axis % 4)
@@ -201,7 +230,9 @@ def test_layer_norm(run_op: Run, dtype: str, axes: list[int], scaled: bool, defa
     epsilon = DTYPES[dtype](1e-5 if default else 0.125)
     (t,) = exact(x.transpose(order))
     expected = F.layer_norm(t, sizes, *exact(*parts.values()), eps=float(epsilon)).permute(*np.argsort(order).tolist())
-    found = run_op("layer_norm", {"x": x}, {"axes": axes, **parts} | ({} if default else {"epsilon": epsilon}), (dtype, x.shape))
+    found = run_op(
+        "layer_norm", {"x": x}, {"axes": axes, **parts} | ({} if default else {"epsilon": epsilon}), (dtype, x.shape)
+    )
     variance = t.flatten(len(order) - len(last)).var(-1, correction=0)
     close(found, expected, magnitude(t, variance, float(epsilon), parts), 8 + int(np.prod(sizes)), dtype)
 
@@ -216,7 +247,8 @@ def test_layer_norm_of_all_axes(run_op: Run) -> None:
 @given(FLOATS, st.sampled_from([(2, 3, 5), (2, 3, 4, 2), (1, 1, 7)]), st.booleans(), SEEDS)
 def test_instance_norm(run_op: Run, dtype: str, shape: Shape, scaled: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    x, epsilon = random(rng, shape, dtype), DTYPES[dtype](1e-3)
+    x = random(rng, shape, dtype)
+    epsilon = DTYPES[dtype](1e-3)
     parts = affine(rng, shape[1:2], dtype, scaled)
     (t,) = exact(x)
     weights = dict(zip(("weight", "bias"), exact(*parts.values()), strict=False))
@@ -230,22 +262,35 @@ def test_instance_norm(run_op: Run, dtype: str, shape: Shape, scaled: bool, seed
 @given(FLOATS, st.sampled_from([(2, 3, 5), (2, 3, 4, 2), (1, 3, 2, 2, 2)]), st.booleans(), SEEDS)
 def test_batch_norm(run_op: Run, dtype: str, shape: Shape, scaled: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    x, mean, epsilon = random(rng, shape, dtype), random(rng, (3,), dtype), DTYPES[dtype](1e-3)
+    x = random(rng, shape, dtype)
+    mean = random(rng, (3,), dtype)
+    epsilon = DTYPES[dtype](1e-3)
     variance = np.abs(random(rng, (3,), dtype))
     parts = affine(rng, (3,), dtype, scaled)
     t, m, v, *weights = exact(x, mean, variance, *parts.values())
     expected = F.batch_norm(t, m, v, *weights, eps=float(epsilon))
-    found = run_op("batch_norm", {"x": x}, {"mean": mean, "variance": variance, **parts, "epsilon": epsilon}, (dtype, shape))
-    close(found, expected, 2 * magnitude(torch.stack([t.abs().max(), m.abs().max()]), v, float(epsilon), parts), 8, dtype)
+    found = run_op(
+        "batch_norm", {"x": x}, {"mean": mean, "variance": variance, **parts, "epsilon": epsilon}, (dtype, shape)
+    )
+    close(
+        found, expected, 2 * magnitude(torch.stack([t.abs().max(), m.abs().max()]), v, float(epsilon), parts), 8, dtype
+    )
 
 
 @PROPERTY
 @given(FLOATS, st.sampled_from([(3, 4, 5), (2, 3, 1, 2), (2, 2, 2, 2, 2)]), SEEDS)
 def test_l2_norm(run_op: Run, dtype: str, shape: Shape, seed: int) -> None:
-    x, epsilon = random(np.random.default_rng(seed), shape, dtype), DTYPES[dtype](0.25)
+    x = random(np.random.default_rng(seed), shape, dtype)
+    epsilon = DTYPES[dtype](0.25)
     (t,) = exact(x)
     expected = t / torch.sqrt(torch.linalg.vector_norm(t, dim=(-3, -2, -1), keepdim=True) ** 2 + float(epsilon))
-    close(run_op("l2_norm", {"x": x}, {"epsilon": epsilon}, (dtype, shape)), expected, expected.abs(), 4 + x[0].size, dtype)
+    close(
+        run_op("l2_norm", {"x": x}, {"epsilon": epsilon}, (dtype, shape)),
+        expected,
+        expected.abs(),
+        4 + x[0].size,
+        dtype,
+    )
 
 
 X = np.ones((2, 3, 4), np.float32)
@@ -263,7 +308,11 @@ X = np.ones((2, 3, 4), np.float32)
         ("scaled_dot_product_attention", {"query": X, "key": X[:1], "value": X[:1]}, {}),
         ("scaled_dot_product_attention", {"query": X, "key": X, "value": X[:, :2]}, {}),
         ("scaled_dot_product_attention", {"query": X[0], "key": X[0], "value": X[0]}, {}),
-        ("scaled_dot_product_attention", {"query": X, "key": X, "value": X, "attn_mask": np.ones((2, 3, 2), np.bool_)}, {}),
+        (
+            "scaled_dot_product_attention",
+            {"query": X, "key": X, "value": X, "attn_mask": np.ones((2, 3, 2), np.bool_)},
+            {},
+        ),
         ("layer_norm", {"x": X}, {"axes": [3]}),
         ("layer_norm", {"x": X}, {"axes": [2], "gamma": np.ones(3, np.float32)}),
         ("layer_norm", {"x": X.astype(np.int32)}, {"axes": [2]}),
@@ -272,6 +321,8 @@ X = np.ones((2, 3, 4), np.float32)
         ("l2_norm", {"x": X[0]}, {}),
     ],
 )
-def test_what_is_not_specified_is_refused(run_op: Run, op: str, tensors: dict[str, Any], constants: dict[str, object]) -> None:
+def test_what_is_not_specified_is_refused(
+    run_op: Run, op: str, tensors: dict[str, Any], constants: dict[str, object]
+) -> None:
     with pytest.raises(H1ExportError, match=f"function 'main', op {op} 'out0'"):
         run_op(op, tensors, constants, ("fp32", (2, 3, 4)))

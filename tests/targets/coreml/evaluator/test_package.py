@@ -87,15 +87,27 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         lambda path: (path / "Manifest.json").unlink() or (path / "Manifest.json").mkdir(),
         "Manifest.json: cannot be",
     ),
-    "half a manifest": (write("Manifest.json", b'{"itemInfoEntries":'), r"Manifest.json: is not JSON \(JSONDecodeError\)"),
+    "half a manifest": (
+        write("Manifest.json", b'{"itemInfoEntries":'),
+        r"Manifest.json: is not JSON \(JSONDecodeError\)",
+    ),
     "not text": (write("Manifest.json", b"\xff\xfe\x00"), "Manifest.json: is not JSON"),
     "deep nesting": (write("Manifest.json", b"[" * 200_000), "Manifest.json: is not JSON"),
     "a list": (write("Manifest.json", b"[]"), "Manifest.json: names no root model"),
-    "no root": (change_manifest(lambda manifest: manifest.pop("rootModelIdentifier")), "names no root model.*rootModelIdentifier"),
+    "no root": (
+        change_manifest(lambda manifest: manifest.pop("rootModelIdentifier")),
+        "names no root model.*rootModelIdentifier",
+    ),
     "another root": (change_manifest(lambda manifest: manifest.update(rootModelIdentifier="X")), "names no root model"),
-    "a root that is a list": (change_manifest(lambda manifest: manifest.update(rootModelIdentifier=[])), "names no root model"),
+    "a root that is a list": (
+        change_manifest(lambda manifest: manifest.update(rootModelIdentifier=[])),
+        "names no root model",
+    ),
     "a path that is a number": (point_to(5), "has 5 as the root model's path"),
-    "a path upwards": (point_to("../../elsewhere.mlmodel"), "Manifest.json: refers to .*elsewhere.mlmodel', outside the package"),
+    "a path upwards": (
+        point_to("../../elsewhere.mlmodel"),
+        "Manifest.json: refers to .*elsewhere.mlmodel', outside the package",
+    ),
     "an absolute path": (point_to("/etc/hostname"), "refers to '/etc/hostname', outside the package"),
     "a path with a zero byte": (point_to("a\0b"), "refers to .*outside the package"),
     "a path of many letters": (point_to("x" * 5000), "refers to .*(outside the package|missing)"),
@@ -130,13 +142,18 @@ def test_what_is_no_package_is_refused(package: Path, damage: str) -> None:
 def test_a_missing_package_and_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     for name in ("file", "missing"):
-        with pytest.raises(H1ExportError, match=r"Manifest\.json: cannot be read .*; give the folder of an \.mlpackage"):
+        with pytest.raises(
+            H1ExportError, match=r"Manifest\.json: cannot be read .*; give the folder of an \.mlpackage"
+        ):
             Package.open(tmp_path / name)
 
 
 def test_a_link_to_a_package_is_followed(package: Path, tmp_path: Path) -> None:
     (tmp_path / "link.mlpackage").symlink_to(package)
-    assert Evaluator(Package.open(tmp_path / "link.mlpackage")).run({"x": np.ones(2, np.float32)})["y"].tolist() == [2, 2]
+    assert Evaluator(Package.open(tmp_path / "link.mlpackage")).run({"x": np.ones(2, np.float32)})["y"].tolist() == [
+        2,
+        2,
+    ]
 
 
 def test_the_function_that_runs(mil: Any) -> None:
@@ -174,7 +191,9 @@ def test_blobs_are_read_and_held_once(stored: Path) -> None:
     package = Package.open(stored)
     for function in ("first", "second"):
         assert Evaluator(package, function).run({"x": np.ones(4, np.float16)})["y"].tolist() == [1, 2, 3, 4]
-    first, second = (constant(package, package.operation(name, function), {}) for function, name in (("first", "w"), ("second", "v")))
+    first, second = (
+        constant(package, package.operation(name, function), {}) for function, name in (("first", "w"), ("second", "v"))
+    )
     assert first is second
 
 
@@ -187,10 +206,13 @@ def test_what_is_stored(stored: Path, mil: Any) -> None:
         package.operation("v", "first")
     with pytest.raises(H1ExportError, match="op add 'y': is computed when run; ask for a constant"):
         package.constant("y", "first")
-    codes, scale = np.array([[1, -8, 7, 0]], np.int8), np.array([[0.5, 2]], np.float16)
+    codes = np.array([[1, -8, 7, 0]], np.int8)
+    scale = np.array([[0.5, 2]], np.float16)
     operations = [
         mil.const("s", mil.value(scale)),
-        mil.op("constexpr_blockwise_shift_scale", {"data": mil.value(codes, "int4"), "scale": "s"}, {"w": ("fp16", (1, 4))}),
+        mil.op(
+            "constexpr_blockwise_shift_scale", {"data": mil.value(codes, "int4"), "scale": "s"}, {"w": ("fp16", (1, 4))}
+        ),
         mil.op("constexpr_blockwise_shift_scale", {"data": "w", "scale": "s"}, {"again": ("fp16", (1, 4))}),
     ]
     package = Package.open(mil.save({"main": mil.function({}, operations, ["w"])}))
@@ -227,7 +249,10 @@ def refer_to(file: str) -> Damage:
     ("damage", "what"),
     [
         (outside, "op const 'w': refers to .*weight.bin', outside the package"),
-        (lambda path: (path / DATA / "weights" / "weight.bin").unlink(), "op const 'w': refers to .*weight.bin', which is missing"),
+        (
+            lambda path: (path / DATA / "weights" / "weight.bin").unlink(),
+            "op const 'w': refers to .*weight.bin', which is missing",
+        ),
         (refer_to("@model_path/../../../weight.bin"), "op const 'w': refers to .*weight.bin', outside the package"),
         (refer_to("/etc/hostname"), "op const 'w': refers to the file '/etc/hostname', not below @model_path/"),
         (refer_to("@model_path/a\0b"), "op const 'w': refers to .*, outside the package"),
@@ -249,13 +274,22 @@ def first_constant(change: Callable[[Any], object]) -> Damage:
     """Change the constant of the first operation."""
 
     def edit(model: Any) -> None:
-        change(model.mlProgram.functions["main"].block_specializations["CoreML8"].operations[0].inputs["y"].arguments[0].value)
+        change(
+            model.mlProgram.functions["main"]
+            .block_specializations["CoreML8"]
+            .operations[0]
+            .inputs["y"]
+            .arguments[0]
+            .value
+        )
 
     return change_model(edit)
 
 
 def first_operation(change: Callable[[Any], object]) -> Damage:
-    return change_model(lambda model: change(model.mlProgram.functions["main"].block_specializations["CoreML8"].operations[0]))
+    return change_model(
+        lambda model: change(model.mlProgram.functions["main"].block_specializations["CoreML8"].operations[0])
+    )
 
 
 def of_list(value: Any) -> None:
@@ -284,25 +318,48 @@ def without_rank(value: Any) -> None:
         (change_model(lambda model: of_type(model, 99)), "input 'x': has elements of MIL type 99"),
         (
             change_model(
-                lambda model: model.mlProgram.functions["main"].inputs.add().CopyFrom(model.mlProgram.functions["main"].inputs[0])
+                lambda model: (
+                    model.mlProgram.functions["main"].inputs.add().CopyFrom(model.mlProgram.functions["main"].inputs[0])
+                )
             ),
             "twice",
         ),
-        (first_operation(lambda op: setattr(op, "type", "sing")), "op sing 'y': is an op that the evaluator does not have; it has .*mul"),
-        (first_operation(lambda op: op.inputs["z"].CopyFrom(op.inputs["y"])), "op mul 'y': has inputs that the evaluator does not know: z"),
+        (
+            first_operation(lambda op: setattr(op, "type", "sing")),
+            "op sing 'y': is an op that the evaluator does not have; it has .*mul",
+        ),
+        (
+            first_operation(lambda op: op.inputs["z"].CopyFrom(op.inputs["y"])),
+            "op mul 'y': has inputs that the evaluator does not know: z",
+        ),
         (first_operation(lambda op: op.inputs.pop("y")), "op mul 'y': lacks y"),
         (first_operation(lambda op: op.inputs["y"].arguments.add(name="x")), "op mul 'y': has 2 values for y"),
-        (first_operation(lambda op: op.inputs["y"].ClearField("arguments")), "op mul 'y': has an input 'y' without a value"),
-        (first_operation(lambda op: op.inputs["y"].arguments[0].ClearField("binding")), "op mul 'y': has an input without a value"),
-        (first_operation(lambda op: setattr(op.inputs["x"].arguments[0], "name", "w")), "takes 'w', which nothing before it computes"),
-        (first_operation(lambda op: setattr(op.outputs[0], "name", "w")), "function 'main': returns 'y', which nothing computes"),
+        (
+            first_operation(lambda op: op.inputs["y"].ClearField("arguments")),
+            "op mul 'y': has an input 'y' without a value",
+        ),
+        (
+            first_operation(lambda op: op.inputs["y"].arguments[0].ClearField("binding")),
+            "op mul 'y': has an input without a value",
+        ),
+        (
+            first_operation(lambda op: setattr(op.inputs["x"].arguments[0], "name", "w")),
+            "takes 'w', which nothing before it computes",
+        ),
+        (
+            first_operation(lambda op: setattr(op.outputs[0], "name", "w")),
+            "function 'main': returns 'y', which nothing computes",
+        ),
         (first_operation(lambda op: op.outputs[0].type.ClearField("type")), "op mul 'y': is of no type, not a tensor"),
         (first_operation(lambda op: setattr(op, "type", "const")), "op const 'y': is a const without a value"),
         (first_constant(of_list), "op mul 'y': is of listType, not a tensor"),
         (first_constant(of_integers), "op mul 'y': holds ints for elements of fp32"),
         (first_constant(of_bytes), "op mul 'y': holds 3 bytes for 1 elements of fp32"),
         (first_constant(lambda value: value.ClearField("value")), "holds a constant that is not a tensor"),
-        (first_constant(lambda value: value.immediateValue.tensor.floats.values.append(1)), "holds 2 values for 1 elements of fp32"),
+        (
+            first_constant(lambda value: value.immediateValue.tensor.floats.values.append(1)),
+            "holds 2 values for 1 elements of fp32",
+        ),
         (first_constant(of_unknown_shape), r"holds a constant of unknown shape fp32\[\?\]"),
         (first_constant(without_rank), "has no fixed rank"),
     ],

@@ -26,7 +26,9 @@ def test_inputs_are_those_of_the_definition(op: str) -> None:
     defined = definition(op)
     assert own.keys() == defined.keys()
     assert {name for name in own if own[name] and not defined[name]} == set(), "optional here, required there"
-    assert {name for name in own if not own[name] and defined[name]} <= {name for other, name in STRICTER if other == op}
+    assert {name for name in own if not own[name] and defined[name]} <= {
+        name for other, name in STRICTER if other == op
+    }
 
 
 def test_control_is_not_in_the_table() -> None:
@@ -34,7 +36,19 @@ def test_control_is_not_in_the_table() -> None:
 
 
 # these default to something that depends on an input
-DEPENDENT = {"rsqrt", "log", "inverse", "conv", "layer_norm", "max_pool", "avg_pool", "linear", "topk", "reduce_argmax", "reduce_argmin"}
+DEPENDENT = {
+    "rsqrt",
+    "log",
+    "inverse",
+    "conv",
+    "layer_norm",
+    "max_pool",
+    "avg_pool",
+    "linear",
+    "topk",
+    "reduce_argmax",
+    "reduce_argmin",
+}
 
 
 @pytest.mark.parametrize("op", sorted(TABLE.keys() - DEPENDENT - {op for op, _ in STRICTER}))

@@ -152,24 +152,32 @@ def test_gather(run_op: Run, axis: int, shape: list[int], seed: int) -> None:
     indices = np.random.default_rng(seed).integers(0, x.shape[axis], shape).astype(np.int32)
     flat = torch.index_select(torch.from_numpy(x), axis, torch.from_numpy(indices.ravel()))
     expected = flat.unflatten(axis, shape).numpy() if shape else flat.squeeze(axis).numpy()
-    assert np.array_equal(run_op("gather", {"x": x, "indices": indices}, {"axis": axis}, ("fp32", expected.shape)), expected)
+    assert np.array_equal(
+        run_op("gather", {"x": x, "indices": indices}, {"axis": axis}, ("fp32", expected.shape)), expected
+    )
 
 
 def test_gather_in_batches(run_op: Run) -> None:
-    x, indices = random(0, (2, 3, 4)), np.array([[2, 0], [1, 1]], np.int32)
+    x = random(0, (2, 3, 4))
+    indices = np.array([[2, 0], [1, 1]], np.int32)
     expected = np.stack([x[i][indices[i]] for i in range(2)])
-    assert np.array_equal(run_op("gather", {"x": x, "indices": indices}, {"axis": 1, "batch_dims": 1}, ("fp32", (2, 2, 4))), expected)
+    assert np.array_equal(
+        run_op("gather", {"x": x, "indices": indices}, {"axis": 1, "batch_dims": 1}, ("fp32", (2, 2, 4))), expected
+    )
 
 
 @PROPERTY
 @given(st.integers(-3, 2), st.integers(1, 4), SEEDS)
 def test_gather_and_scatter_along_an_axis(run_op: Run, axis: int, count: int, seed: int) -> None:
-    x, rng = random(seed, (3, 4, 5)), np.random.default_rng(seed)
+    x = random(seed, (3, 4, 5))
+    rng = np.random.default_rng(seed)
     shape = tuple(count if i == axis % 3 else size for i, size in enumerate(x.shape))
     indices = rng.integers(0, x.shape[axis], shape).astype(np.int32)
     wide = torch.from_numpy(indices).long()
     expected = torch.gather(torch.from_numpy(x), axis, wide).numpy()
-    assert np.array_equal(run_op("gather_along_axis", {"x": x, "indices": indices}, {"axis": axis}, ("fp32", shape)), expected)
+    assert np.array_equal(
+        run_op("gather_along_axis", {"x": x, "indices": indices}, {"axis": axis}, ("fp32", shape)), expected
+    )
     updates = random(seed + 1, shape)
     for mode, reduce in {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}.items():
         expected = torch.from_numpy(x.copy()).scatter_reduce(axis, wide, torch.from_numpy(updates), reduce).numpy()
@@ -180,23 +188,44 @@ def test_gather_and_scatter_along_an_axis(run_op: Run, axis: int, count: int, se
 
 @pytest.mark.parametrize("mode", ["update", "add", "sub", "mul", "div", "max", "min"])
 def test_scatter_modes(run_op: Run, mode: str) -> None:
-    data, updates, indices = random(0, (2, 5, 3)), random(1, (2, 2, 3)) + 3, np.array([4, 1], np.int32)
-    expected, at = data.copy(), (slice(None), indices)
-    function = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum, "min": np.minimum}.get(mode)
+    data = random(0, (2, 5, 3))
+    updates = random(1, (2, 2, 3)) + 3
+    indices = np.array([4, 1], np.int32)
+    expected = data.copy()
+    at = (slice(None), indices)
+    function = {
+        "add": np.add,
+        "sub": np.subtract,
+        "mul": np.multiply,
+        "div": np.divide,
+        "max": np.maximum,
+        "min": np.minimum,
+    }.get(mode)
     expected[at] = updates if function is None else function(expected[at], updates)
     tensors = {"data": data, "indices": indices, "updates": updates}
-    np.testing.assert_allclose(run_op("scatter", tensors, {"axis": 1, "mode": mode}, ("fp32", data.shape)), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        run_op("scatter", tensors, {"axis": 1, "mode": mode}, ("fp32", data.shape)), expected, rtol=1e-6
+    )
 
 
 def test_scatter_adds_every_duplicate(run_op: Run) -> None:
-    tensors = {"data": np.zeros(3, np.int32), "indices": np.array([1, 1, 2], np.int32), "updates": np.array([5, 6, 7], np.int32)}
+    tensors = {
+        "data": np.zeros(3, np.int32),
+        "indices": np.array([1, 1, 2], np.int32),
+        "updates": np.array([5, 6, 7], np.int32),
+    }
     assert run_op("scatter", tensors, {"mode": "add"}, ("int32", (3,))).tolist() == [0, 11, 7]
 
 
 def test_nd(run_op: Run) -> None:
     indices = np.array([[0, 2], [1, 0]], np.int32)
     assert np.array_equal(run_op("gather_nd", {"x": X, "indices": indices}, {}, ("fp32", (2, 4))), X[[0, 1], [2, 0]])
-    found = run_op("gather_nd", {"x": X, "indices": np.array([[[2], [0]], [[1], [1]]], np.int32)}, {"batch_dims": 1}, ("fp32", (2, 2, 4)))
+    found = run_op(
+        "gather_nd",
+        {"x": X, "indices": np.array([[[2], [0]], [[1], [1]]], np.int32)},
+        {"batch_dims": 1},
+        ("fp32", (2, 2, 4)),
+    )
     assert np.array_equal(found, np.stack([X[0][[2, 0]], X[1][[1, 1]]]))
     tensors = {"data": X, "indices": indices, "updates": np.ones((2, 4), np.float32)}
     expected = X.copy()
@@ -210,12 +239,21 @@ def test_transpose_and_reverse(run_op: Run, perm: list[int], seed: int) -> None:
     x = random(seed, (2, 3, 4))
     expected = torch.from_numpy(x).permute(*perm).numpy()
     assert np.array_equal(run_op("transpose", {"x": x}, {"perm": list(perm)}, ("fp32", expected.shape)), expected)
-    assert np.array_equal(run_op("reverse", {"x": x}, {"axes": perm[:2]}, ("fp32", x.shape)), torch.from_numpy(x).flip(perm[:2]).numpy())
+    assert np.array_equal(
+        run_op("reverse", {"x": x}, {"axes": perm[:2]}, ("fp32", x.shape)), torch.from_numpy(x).flip(perm[:2]).numpy()
+    )
 
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [([6, 4], (6, 4)), ([2, -1], (2, 12)), ([0, -1], (3, 8)), ([1, 0, -1, 0], (1, 2, 3, 4)), ([0, 0, 0, 0], (1, 2, 3, 4)), ([-1], (24,))],
+    [
+        ([6, 4], (6, 4)),
+        ([2, -1], (2, 12)),
+        ([0, -1], (3, 8)),
+        ([1, 0, -1, 0], (1, 2, 3, 4)),
+        ([0, 0, 0, 0], (1, 2, 3, 4)),
+        ([-1], (24,)),
+    ],
 )
 def test_reshape_counts_zeros_from_the_right(run_op: Run, shape: list[int], expected: tuple[int, ...]) -> None:
     assert np.array_equal(run_op("reshape", {"x": X}, {"shape": shape}, ("fp32", expected)), X.reshape(expected))
@@ -229,7 +267,10 @@ def test_shapes(run_op: Run, mil: Any) -> None:
     assert np.array_equal(run_op("flatten2d", {"x": X}, {"axis": 2}, ("fp32", (6, 4))), X.reshape(6, 4))
     tensors = {"x": X, "ref_tensors": [np.zeros((6, 9), np.float32), np.zeros((7, 4), np.float32)]}
     constants = {"begins": [0, 1], "ends": [1, 0], "end_masks": [False, True]}
-    parts = {name: [np.asarray(value, np.bool_ if name == "end_masks" else np.int32) for value in item] for name, item in constants.items()}
+    parts = {
+        name: [np.asarray(value, np.bool_ if name == "end_masks" else np.int32) for value in item]
+        for name, item in constants.items()
+    }
     assert run_op("reshape_like", tensors | parts, {}, ("fp32", (6, 4))).shape == (6, 4)
 
 
@@ -244,21 +285,29 @@ def test_joins(run_op: Run, axis: int, count: int, seed: int) -> None:
     stacked = torch.stack([torch.from_numpy(part) for part in parts], axis).numpy()
     assert np.array_equal(run_op("stack", {"values": parts}, {"axis": axis}, ("fp32", stacked.shape)), stacked)
     interleaved = np.moveaxis(np.stack(parts, 0), 0, axis % 3 + 1).reshape(joined.shape)
-    assert np.array_equal(run_op("concat", {"values": parts}, {"axis": axis, "interleave": True}, ("fp32", joined.shape)), interleaved)
+    assert np.array_equal(
+        run_op("concat", {"values": parts}, {"axis": axis, "interleave": True}, ("fp32", joined.shape)), interleaved
+    )
 
 
 def test_uneven_split(run_op: Run) -> None:
-    first, second = run_op("split", {"x": X}, {"axis": 2, "split_sizes": [1, 3]}, ("fp32", (2, 3, 1)), ("fp32", (2, 3, 3)))
+    first, second = run_op(
+        "split", {"x": X}, {"axis": 2, "split_sizes": [1, 3]}, ("fp32", (2, 3, 1)), ("fp32", (2, 3, 3))
+    )
     assert np.array_equal(first, X[..., :1])
     assert np.array_equal(second, X[..., 1:])
 
 
 def test_scalars_join_to_a_vector(run_op: Run) -> None:
-    found = run_op("concat", {"values": [np.asarray(value, np.int32) for value in (3, 1, 2)]}, {"axis": 0}, ("int32", (3,)))
+    found = run_op(
+        "concat", {"values": [np.asarray(value, np.int32) for value in (3, 1, 2)]}, {"axis": 0}, ("int32", (3,))
+    )
     assert found.tolist() == [3, 1, 2]
 
 
-@pytest.mark.parametrize(("mode", "torchs"), [("constant", "constant"), ("reflect", "reflect"), ("replicate", "replicate")])
+@pytest.mark.parametrize(
+    ("mode", "torchs"), [("constant", "constant"), ("reflect", "reflect"), ("replicate", "replicate")]
+)
 def test_pad(run_op: Run, mode: str, torchs: str) -> None:
     expected = F.pad(T, (2, 1), mode=torchs).numpy()
     assert np.array_equal(run_op("pad", {"x": X}, {"pad": [2, 1], "mode": mode}, ("fp32", expected.shape)), expected)
@@ -266,14 +315,20 @@ def test_pad(run_op: Run, mode: str, torchs: str) -> None:
 
 def test_pad_of_several_axes(run_op: Run) -> None:
     expected = F.pad(T, (3, 0, 1, 2), value=5).numpy()
-    found = run_op("pad", {"x": X}, {"pad": [1, 2, 3, 0], "mode": "constant", "constant_val": 5.0}, ("fp32", expected.shape))
+    found = run_op(
+        "pad", {"x": X}, {"pad": [1, 2, 3, 0], "mode": "constant", "constant_val": 5.0}, ("fp32", expected.shape)
+    )
     assert np.array_equal(found, expected)
 
 
 def test_creation(run_op: Run) -> None:
     like = {"ref_tensor": X}
-    assert np.array_equal(run_op("fill_like", like, {"value": np.float16(2)}, ("fp16", X.shape)), np.full(X.shape, 2, np.float16))
-    assert np.array_equal(run_op("fill", {"shape": np.array([2, 2], np.int32)}, {"value": 3}, ("int32", (2, 2))), np.full((2, 2), 3))
+    assert np.array_equal(
+        run_op("fill_like", like, {"value": np.float16(2)}, ("fp16", X.shape)), np.full(X.shape, 2, np.float16)
+    )
+    assert np.array_equal(
+        run_op("fill", {"shape": np.array([2, 2], np.int32)}, {"value": 3}, ("int32", (2, 2))), np.full((2, 2), 3)
+    )
     bounds = {"start": np.asarray(2, np.int32), "end": np.asarray(9, np.int32)}
     assert run_op("range_1d", bounds, {"step": 3}, ("int32", (None,))).tolist() == [2, 5, 8]
     assert np.array_equal(run_op("tile", {"x": X}, {"reps": [1, 2, 1]}, ("fp32", (2, 6, 4))), T.tile(1, 2, 1).numpy())
@@ -283,7 +338,10 @@ def test_creation(run_op: Run) -> None:
     assert np.array_equal(run_op("one_hot", {"indices": indices}, hot, ("fp32", (2, 2, 4))), expected.numpy())
     found = run_op("one_hot", {"indices": indices}, hot | {"axis": 1}, ("fp32", (2, 4, 2)))
     assert np.array_equal(found, expected.transpose(1, 2).numpy())
-    assert run_op("non_zero", {"x": np.array([[0, 2], [3, 0]], np.float32)}, {}, ("int32", (None, 2))).tolist() == [[0, 1], [1, 0]]
+    assert run_op("non_zero", {"x": np.array([[0, 2], [3, 0]], np.float32)}, {}, ("int32", (None, 2))).tolist() == [
+        [0, 1],
+        [1, 0],
+    ]
 
 
 @PROPERTY
@@ -291,7 +349,9 @@ def test_creation(run_op: Run) -> None:
 def test_band_part(run_op: Run, lower: int, upper: int) -> None:
     expected = T + 1 if lower < 0 else torch.triu(T + 1, -lower)
     expected = expected if upper < 0 else torch.tril(expected, upper)
-    assert np.array_equal(run_op("band_part", {"x": X + 1}, {"lower": lower, "upper": upper}, ("fp32", X.shape)), expected.numpy())
+    assert np.array_equal(
+        run_op("band_part", {"x": X + 1}, {"lower": lower, "upper": upper}, ("fp32", X.shape)), expected.numpy()
+    )
 
 
 @PROPERTY
@@ -300,9 +360,13 @@ def test_order(run_op: Run, axis: int, ascending: bool, seed: int) -> None:
     x = np.random.default_rng(seed).integers(0, 4, (3, 4, 5)).astype(np.float32)
     t = torch.from_numpy(x)
     order = torch.argsort(t, dim=axis, descending=not ascending, stable=True).numpy()
-    assert np.array_equal(run_op("argsort", {"x": x}, {"axis": axis, "ascending": ascending}, ("int32", x.shape)), order)
+    assert np.array_equal(
+        run_op("argsort", {"x": x}, {"axis": axis, "ascending": ascending}, ("int32", x.shape)), order
+    )
     shape = tuple(2 if i == axis % 3 else size for i, size in enumerate(x.shape))
-    values, indices = run_op("topk", {"x": x}, {"k": 2, "axis": axis, "ascending": ascending}, ("fp32", shape), ("int32", shape))
+    values, indices = run_op(
+        "topk", {"x": x}, {"k": 2, "axis": axis, "ascending": ascending}, ("fp32", shape), ("int32", shape)
+    )
     assert np.array_equal(values, torch.topk(t, 2, axis, largest=not ascending).values.numpy())
     assert np.array_equal(np.take_along_axis(x, indices, axis), values)
 
@@ -312,13 +376,16 @@ def test_select_and_windows(run_op: Run) -> None:
     tensors = {"cond": cond, "a": X, "b": np.asarray(-1, np.float32)}
     assert np.array_equal(run_op("select", tensors, {}, ("fp32", X.shape)), torch.where(T > 7, T, -1).numpy())
     expected = T.unfold(1, 2, 1).movedim(-1, 2).numpy()
-    assert np.array_equal(run_op("sliding_windows", {"x": X}, {"axis": 1, "size": 2, "stride": 1}, ("fp32", (2, 2, 2, 4))), expected)
+    assert np.array_equal(
+        run_op("sliding_windows", {"x": X}, {"axis": 1, "size": 2, "stride": 1}, ("fp32", (2, 2, 2, 4))), expected
+    )
 
 
 @pytest.mark.parametrize("index", [-1, 4])
 @pytest.mark.parametrize("validate", [True, False])
 def test_an_index_out_of_bounds_is_refused(run_op: Run, index: int, validate: bool) -> None:
-    indices, data = np.array([0, index], np.int32), np.zeros(4, np.float32)
+    indices = np.array([0, index], np.int32)
+    data = np.zeros(4, np.float32)
     constants = {"axis": 0, "validate_indices": validate}
     with pytest.raises(H1ExportError, match=f"op gather 'out0': has index {index} of axis 0, which has 4 elements"):
         run_op("gather", {"x": data, "indices": indices}, constants, ("fp32", (2,)))
@@ -345,6 +412,8 @@ def test_an_index_out_of_bounds_is_refused(run_op: Run, index: int, validate: bo
         ("topk", {"k": 5}, (2, 3, 5)),
     ],
 )
-def test_what_is_not_specified_is_refused(run_op: Run, op: str, constants: dict[str, object], shape: tuple[int, ...]) -> None:
+def test_what_is_not_specified_is_refused(
+    run_op: Run, op: str, constants: dict[str, object], shape: tuple[int, ...]
+) -> None:
     with pytest.raises(H1ExportError, match=f"op {op} 'out0'"):
         run_op(op, {"x": X}, constants, ("fp32", shape))

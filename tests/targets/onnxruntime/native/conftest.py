@@ -14,7 +14,11 @@ from onnx import TensorProto, helper
 from h1export.targets.onnxruntime.native_library import library
 
 DOMAIN = "h1export"
-STATES = {"CausalConv": ("state",), "SSMScan": ("state",), "Attention": ("past_k", "past_v")}  # op -> inputs that outputs replace
+STATES = {
+    "CausalConv": ("state",),
+    "SSMScan": ("state",),
+    "Attention": ("past_k", "past_v"),
+}  # op -> inputs that outputs replace
 VARIANTS = {"native": (), "vnni": ("-DH1_DOT4",), "portable": ("-DH1_PORTABLE",)}
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
@@ -30,7 +34,12 @@ def run_op(native_library: str) -> Callable[..., list[Any]]:
     """run_op("SiluMul", {"a": array, "gate": None}, outputs=1, threads=2, **attributes) -> outputs. None: an absent input."""
 
     def run(
-        op: str, inputs: Mapping[str, Any], outputs: int = 1, threads: int = 2, constants: Arrays | None = None, **attributes: Any
+        op: str,
+        inputs: Mapping[str, Any],
+        outputs: int = 1,
+        threads: int = 2,
+        constants: Arrays | None = None,
+        **attributes: Any,
     ) -> Any:
         made, fed = session(native_library, op, inputs, outputs, threads, constants or {}, attributes)
         return made.run(None, fed)
@@ -44,7 +53,8 @@ def run_in_place(native_library: str) -> Callable[..., list[Any]]:
 
     def run(op: str, inputs: Mapping[str, Any], outputs: int, threads: int = 2, **attributes: Any) -> Any:
         made, fed = session(native_library, op, inputs, outputs, threads, {}, attributes)
-        binding, states = made.io_binding(), STATES[op]
+        binding = made.io_binding()
+        states = STATES[op]
         values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in fed.items()}
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -57,7 +67,9 @@ def run_in_place(native_library: str) -> Callable[..., list[Any]]:
     return run
 
 
-def session(path: str, op: str, inputs: Mapping[str, Any], outputs: int, threads: int, constants: Arrays, attributes: Any) -> Any:
+def session(
+    path: str, op: str, inputs: Mapping[str, Any], outputs: int, threads: int, constants: Arrays, attributes: Any
+) -> Any:
     """A session of the one node, and what to feed it. ``constants`` become initializers, the other inputs are fed."""
     fed = {name: value for name, value in inputs.items() if value is not None and name not in constants}
     names = [name if value is not None else "" for name, value in inputs.items()]
@@ -65,11 +77,16 @@ def session(path: str, op: str, inputs: Mapping[str, Any], outputs: int, threads
     graph = helper.make_graph(
         [helper.make_node(op, names, results, domain=DOMAIN, **attributes)],
         "one_node",
-        [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape) for name, value in fed.items()],
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+            for name, value in fed.items()
+        ],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in results],
         [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)], ir_version=10)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)], ir_version=10
+    )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors also come as exceptions

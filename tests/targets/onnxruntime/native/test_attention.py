@@ -34,7 +34,8 @@ def attention_inputs(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     """Random inputs and attributes; every second seed has pads, up to a whole row; room: rows of the cache behind the new tokens."""
     rng = np.random.default_rng(case["seed"])
     batch, tokens, past, kv_heads, dim = (case[name] for name in ("batch", "tokens", "past", "kv_heads", "dim"))
-    heads, total = kv_heads * case["group"], past + tokens
+    heads = kv_heads * case["group"]
+    total = past + tokens
     rows = past if case["room"] is None else total + case["room"]
     pads = rng.integers(0, total + 1, batch) * (case["seed"] % 2)
     pads[0] = total if case["seed"] % 4 == 1 else pads[0]
@@ -61,20 +62,27 @@ def rotate(x: Any, inputs: dict[str, Any]) -> Any:
 
 def definition(inputs: dict[str, Any], attributes: dict[str, Any]) -> tuple[Any, Any, Any]:
     """out, and the keys and values of all tokens, [batch, kv_heads, total, dim]."""
-    qkv, mask = inputs["qkv"].astype(np.float64), inputs["mask"] != 0
-    (batch, tokens), total = qkv.shape[:2], mask.shape[1]
-    past, dim, heads, kv_heads = total - tokens, attributes["head_dim"], attributes["num_heads"], attributes["kv_heads"]
+    qkv = inputs["qkv"].astype(np.float64)
+    mask = inputs["mask"] != 0
+    (batch, tokens) = qkv.shape[:2]
+    total = mask.shape[1]
+    past = total - tokens
+    dim = attributes["head_dim"]
+    heads = attributes["num_heads"]
+    kv_heads = attributes["kv_heads"]
 
     def columns(name: str, count: int) -> Any:
         return qkv[..., attributes[name] : attributes[name] + count * dim].reshape(batch, tokens, count, dim)
 
-    new_k, new_v = rotate(columns("k_offset", kv_heads), inputs), columns("v_offset", kv_heads)
+    new_k = rotate(columns("k_offset", kv_heads), inputs)
+    new_v = columns("v_offset", kv_heads)
     keys, values = (
         np.concatenate([inputs[name][:, :, :past].astype(np.float64), new.transpose(0, 2, 1, 3)], axis=2)
         for name, new in (("past_k", new_k), ("past_v", new_v))
     )
     query = rotate(columns("q_offset", heads), inputs).reshape(batch, tokens, kv_heads, heads // kv_heads, dim)
-    column, own = np.arange(total), np.arange(past, total)[:, None]
+    column = np.arange(total)
+    own = np.arange(past, total)[:, None]
     visible = ((column <= own) & mask[:, None]) | (column == own)
     scores = np.einsum("btkgd,bkcd->bkgtc", query, keys) * attributes["scale"]
     scores = np.where(visible[:, None, None], scores, -np.inf)
@@ -108,7 +116,8 @@ def test_a_buffer_bound_to_past_and_present_is_extended_in_place(run_in_place: R
     buffers = {name: inputs[name].copy() for name in ("past_k", "past_v")}
     got = run_in_place("Attention", inputs | buffers, outputs=3, **attributes)
     compare(got, inputs, attributes)
-    past, total = case["past"], case["past"] + case["tokens"]
+    past = case["past"]
+    total = case["past"] + case["tokens"]
     for name, present in zip(buffers, got[1:], strict=True):
         np.testing.assert_array_equal(present[:, :, :past], inputs[name][:, :, :past])
         np.testing.assert_array_equal(present[:, :, total:], inputs[name][:, :, total:])

@@ -41,10 +41,19 @@ def conv_inputs(batch: int, tokens: int, channels: int, taps: int, width: int, s
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
-@given(st.integers(1, 3), st.integers(1, 80), st.integers(1, 400), st.integers(1, 5), st.integers(0, 9), st.integers(0, 999))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 80),
+    st.integers(1, 400),
+    st.integers(1, 5),
+    st.integers(0, 9),
+    st.integers(0, 999),
+)
 def test_any_shape(run_op: RunOp, batch: int, tokens: int, channels: int, taps: int, offset: int, seed: int) -> None:
     inputs = conv_inputs(batch, tokens, channels, taps, offset + channels + seed % 2, seed)
-    for got, expected in zip(run_op("CausalConv", inputs, outputs=2, offset=offset), reference(inputs, offset), strict=True):
+    for got, expected in zip(
+        run_op("CausalConv", inputs, outputs=2, offset=offset), reference(inputs, offset), strict=True
+    ):
         np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE * 10)
 
 

@@ -33,7 +33,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fake_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, version: str = "1") -> Path:
     """Make $CXX such a script; the file whose length counts its compilations."""
-    script, log = folder / "fake-c++", folder / "log"
+    script = folder / "fake-c++"
+    log = folder / "log"
     script.write_text(FAKE.format(python=sys.executable, log=str(log), version=version))
     script.chmod(0o755)
     monkeypatch.setenv("CXX", f"{script} --an-argument")
@@ -51,7 +52,9 @@ def test_it_compiles_once(cache: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert [file.name for file in first.parent.iterdir()] == [native_library.NAME]
 
 
-def test_another_compiler_cpu_or_flag_has_its_own_library(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_compiler_cpu_or_flag_has_its_own_library(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake_compiler(tmp_path, monkeypatch)
     paths = {native_library.library(), native_library.library(("-DH1_PORTABLE",))}
     fake_compiler(tmp_path, monkeypatch, version="1, on a CPU with more")

@@ -21,10 +21,22 @@ FORMATS = [(bits, block) for bits in (4, 8) for block in (16, 32, 64, 128)]
 class Case:
     """Random weights as an artifact stores them, random activations; ``bias``: with factors and biases for the rows."""
 
-    def __init__(self, bits: int, block: int, rows: int, columns: int, lead: tuple[int, ...] = (1,), bias: bool = False, seed: int = 0):
-        rng, self.layout = np.random.default_rng(seed), Layout(bits, block, columns)
+    def __init__(
+        self,
+        bits: int,
+        block: int,
+        rows: int,
+        columns: int,
+        lead: tuple[int, ...] = (1,),
+        bias: bool = False,
+        seed: int = 0,
+    ):
+        rng = np.random.default_rng(seed)
+        self.layout = Layout(bits, block, columns)
         low = self.layout.zero_point
-        self.integers = rng.integers(-low, low, (rows, columns)).astype(np.int8)  # every code, those that our own scheme avoids too
+        self.integers = rng.integers(-low, low, (rows, columns)).astype(
+            np.int8
+        )  # every code, those that our own scheme avoids too
         self.codes = self.layout.pack(self.integers)
         self.scales = (rng.uniform(0.01, 0.1, (rows, self.layout.blocks)) / low).astype(np.float16)
         self.x = rng.standard_normal((*lead, columns)).astype(np.float32)
@@ -38,22 +50,36 @@ class Case:
     @property
     def weight_scales(self) -> Any:
         """float64 [rows, blocks], factors included."""
-        return self.scales * (np.ones(len(self.scales)) if self.factors is None else self.factors.astype(np.float64))[:, None]
+        return (
+            self.scales
+            * (np.ones(len(self.scales)) if self.factors is None else self.factors.astype(np.float64))[:, None]
+        )
 
     @property
     def attributes(self) -> dict[str, int]:
-        return {"K": self.layout.columns, "N": len(self.codes), "bits": self.layout.bits, "block_size": self.layout.block}
+        return {
+            "K": self.layout.columns,
+            "N": len(self.codes),
+            "bits": self.layout.bits,
+            "block_size": self.layout.block,
+        }
 
     def run(self, run_op: RunOp, level: int, threads: int = 2) -> Any:
         constants = {name: self.weight[name] for name in ("codes", "scales")}
         (y,) = run_op(
-            "QMatMul", {"x": self.x, **self.weight}, threads=threads, constants=constants, accuracy_level=level, **self.attributes
+            "QMatMul",
+            {"x": self.x, **self.weight},
+            threads=threads,
+            constants=constants,
+            accuracy_level=level,
+            **self.attributes,
         )
         return y
 
     def reference(self, rounded: bool) -> Any:
         """float64; ``rounded``: with x rounded as accuracy level 4 does it."""
-        layout, x = self.layout, self.x.astype(np.float64)
+        layout = self.layout
+        x = self.x.astype(np.float64)
         weights = self.integers * np.repeat(self.weight_scales, layout.block, axis=1)[:, : layout.columns]
         if rounded:
             padded = np.zeros((*x.shape[:-1], layout.blocks * layout.block))
@@ -65,7 +91,9 @@ class Case:
 
     def summed(self, expected: Any) -> float:
         """The size of what is summed, codes as they are stored: unlike the sums, it does not vanish where few random terms cancel."""
-        terms = np.abs(self.x).max() * self.layout.zero_point * np.abs(self.weight_scales).max() * np.sqrt(self.x.shape[-1])
+        terms = (
+            np.abs(self.x).max() * self.layout.zero_point * np.abs(self.weight_scales).max() * np.sqrt(self.x.shape[-1])
+        )
         return float(terms + np.abs(expected).max())
 
     def error(self, y: Any, expected: Any) -> float:
@@ -75,20 +103,30 @@ class Case:
 
 
 # Few tokens and many take different kernels (the limit is 8), whose steps are 2 or 4 rows and 4 tokens, or 16 rows and 4 tokens.
-SHAPES = (st.sampled_from(FORMATS), st.integers(1, 70), st.integers(1, 400), st.integers(1, 23), st.booleans(), st.integers(0, 2**32 - 1))
+SHAPES = (
+    st.sampled_from(FORMATS),
+    st.integers(1, 70),
+    st.integers(1, 400),
+    st.integers(1, 23),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
 
 
 @settings(deadline=None, max_examples=120, derandomize=True)
 @given(*SHAPES)
 @example((4, 32), 37, 96, 1, True, 0)  # a last chunk with one block of two
 @example((4, 16), 5, 16 * 7, 9, False, 1)
-def test_rounded(run_op: RunOp, form: tuple[int, int], rows: int, columns: int, tokens: int, bias: bool, seed: int) -> None:
+def test_rounded(
+    run_op: RunOp, form: tuple[int, int], rows: int, columns: int, tokens: int, bias: bool, seed: int
+) -> None:
     """Integers are exact, so only the sum over blocks rounds: a handful of half units in the last place of float32, 6e-8.
 
     Where a quotient lies half-way between two integers float32 may round to the other one: half a step of one activation.
     """
     case = Case(*form, rows, columns, (tokens,), bias, seed)
-    expected, y = case.reference(rounded=True), case.run(run_op, 4)
+    expected = case.reference(rounded=True)
+    y = case.run(run_op, 4)
     step = np.abs(case.x).max() / 127 * np.abs(case.weight_scales).max() * case.layout.zero_point
     differences = np.abs(y - expected)
     assert differences.max() < step + 1e-6 * case.summed(expected)
@@ -97,7 +135,9 @@ def test_rounded(run_op: RunOp, form: tuple[int, int], rows: int, columns: int, 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(*SHAPES)
-def test_float32(run_op: RunOp, form: tuple[int, int], rows: int, columns: int, tokens: int, bias: bool, seed: int) -> None:
+def test_float32(
+    run_op: RunOp, form: tuple[int, int], rows: int, columns: int, tokens: int, bias: bool, seed: int
+) -> None:
     case = Case(*form, rows, columns, (tokens,), bias, seed)
     expected = case.reference(rounded=False)
     # each of the products and sums rounds to 6e-8
@@ -109,9 +149,14 @@ def test_float32(run_op: RunOp, form: tuple[int, int], rows: int, columns: int, 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
 def test_agrees_with_matmul_nbits(run_op: RunOp, bits: int, block: int, tokens: int, level: int) -> None:
     case = Case(bits, block, 130, 1024, (2, tokens))
-    node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", accuracy_level=level, **case.attributes)
+    node = helper.make_node(
+        "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", accuracy_level=level, **case.attributes
+    )
     fed = {"x": case.x, "codes": case.codes, "scales": case.scales.astype(np.float32)}
-    types = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape) for name, value in fed.items()]
+    types = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in fed.items()
+    ]
     graph = helper.make_graph([node], "stock", types, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
@@ -127,8 +172,10 @@ def test_extreme_codes_and_activations_do_not_overflow(run_op: RunOp) -> None:
             for sign in (-1, 1):
                 case = Case(bits, block, 16, 256, (tokens,))
                 top = case.layout.zero_point
-                case.integers[:8], case.integers[8:] = -top, top - 1
-                case.codes, case.x = case.layout.pack(case.integers), np.full((tokens, 256), sign, np.float32)
+                case.integers[:8] = -top
+                case.integers[8:] = top - 1
+                case.codes = case.layout.pack(case.integers)
+                case.x = np.full((tokens, 256), sign, np.float32)
                 assert case.error(case.run(run_op, 4), case.reference(rounded=True)) < 1e-6
 
 
@@ -153,7 +200,9 @@ def test_nan_stays_in_its_token(run_op: RunOp, level: int, tokens: int) -> None:
 def test_more_tokens_than_are_rounded_at_a_time(run_op: RunOp) -> None:
     case = Case(4, 32, 33, 64, (3, 700))
     for level in (0, 4):
-        assert case.error(case.run(run_op, level), case.reference(rounded=level == 4)) < 1e-4  # a quotient half-way: see test_rounded
+        assert (
+            case.error(case.run(run_op, level), case.reference(rounded=level == 4)) < 1e-4
+        )  # a quotient half-way: see test_rounded
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])
@@ -164,7 +213,12 @@ def test_threads_do_not_change_a_bit(run_op: RunOp, tokens: int) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"block_size": 48}, "block_size must be"), ({"bits": 2}, "bits must be"), ({"N": 7}, "codes and scales"), ({"K": 65}, "K columns")],
+    [
+        ({"block_size": 48}, "block_size must be"),
+        ({"bits": 2}, "bits must be"),
+        ({"N": 7}, "codes and scales"),
+        ({"K": 65}, "K columns"),
+    ],
 )
 def test_what_does_not_fit_is_an_error(run_op: RunOp, change: dict[str, int], message: str) -> None:
     case = Case(4, 32, 8, 64)
@@ -186,7 +240,9 @@ def test_the_smallest_and_the_largest_scales(run_op: RunOp, block: int, tokens: 
     """Every exponent that a positive normal float16 may have, in each place of a chunk."""
     case = Case(4, block, 60, 1024, (tokens,))
     exponents = np.arange(case.scales.size).reshape(case.scales.shape) % 30 - 14
-    case.scales = np.ldexp(np.random.default_rng(2).uniform(1, 2 - 2**-10, case.scales.shape), exponents).astype(np.float16)
+    case.scales = np.ldexp(np.random.default_rng(2).uniform(1, 2 - 2**-10, case.scales.shape), exponents).astype(
+        np.float16
+    )
     assert case.error(case.run(run_op, 4), case.reference(rounded=True)) < 1e-6
 
 
@@ -203,7 +259,8 @@ def close(case: Case, y: Any, x: Any) -> None:
     case.x = x
     expected = case.reference(rounded=False)
     summed = (
-        np.abs(x).max() * np.abs(case.integers).max() * np.abs(case.weight_scales).max() * np.sqrt(x.shape[-1]) + np.abs(expected).max()
+        np.abs(x).max() * np.abs(case.integers).max() * np.abs(case.weight_scales).max() * np.sqrt(x.shape[-1])
+        + np.abs(expected).max()
     )
     assert y.shape == expected.shape
     assert np.abs(y - expected).max() < 2e-6 * summed
@@ -215,8 +272,10 @@ BEFORE = (st.integers(1, 150), st.integers(1, 20), st.booleans(), st.integers(0,
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(*BEFORE)
 def test_a_sum_and_its_norm_before_a_product(run_op: RunOp, columns: int, tokens: int, bias: bool, seed: int) -> None:
-    case, rng = Case(4, 32, 9, columns, (2, tokens), bias, seed), np.random.default_rng(seed)
-    a, b = case.x, rng.standard_normal(case.x.shape).astype(np.float32)
+    case = Case(4, 32, 9, columns, (2, tokens), bias, seed)
+    rng = np.random.default_rng(seed)
+    a = case.x
+    b = rng.standard_normal(case.x.shape).astype(np.float32)
     norm = rng.uniform(0.5, 2, columns).astype(np.float32)
     y, total = product(run_op, "NormQMatMul", case, {"a": a, "b": b, "norm": norm}, 2, epsilon=1e-5)
     np.testing.assert_array_equal(total, a + b)
@@ -226,9 +285,12 @@ def test_a_sum_and_its_norm_before_a_product(run_op: RunOp, columns: int, tokens
 
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(*BEFORE, st.integers(1, 150))
-def test_two_values_side_by_side_before_a_product(run_op: RunOp, columns: int, tokens: int, bias: bool, seed: int, more: int) -> None:
+def test_two_values_side_by_side_before_a_product(
+    run_op: RunOp, columns: int, tokens: int, bias: bool, seed: int, more: int
+) -> None:
     case = Case(4, 32, 9, columns + more, (2, tokens), bias, seed)
-    a, b = case.x[..., :columns], case.x[..., columns:]
+    a = case.x[..., :columns]
+    b = case.x[..., columns:]
     sides = {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)}
     (y,) = product(run_op, "PairQMatMul", case, sides, a_factor=0.5, b_factor=-3.0)
     close(case, y, np.concatenate([0.5 * a.astype(np.float64), -3.0 * b], axis=-1))
@@ -237,7 +299,8 @@ def test_two_values_side_by_side_before_a_product(run_op: RunOp, columns: int, t
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(*BEFORE)
 def test_a_gate_before_a_product(run_op: RunOp, columns: int, tokens: int, bias: bool, seed: int) -> None:
-    case, rng = Case(8, 16, 9, columns, (2, tokens), bias, seed), np.random.default_rng(seed)
+    case = Case(8, 16, 9, columns, (2, tokens), bias, seed)
+    rng = np.random.default_rng(seed)
     wide = 3 * rng.standard_normal((2, tokens, 2 * columns + 5)).astype(np.float32)  # one projection: [up | gate | ...]
     (y,) = product(run_op, "SiluQMatMul", case, {"a": wide, "gate": wide}, a_offset=3, gate_offset=columns + 4)
     a, gate = (wide[..., start : start + columns].astype(np.float64) for start in (3, columns + 4))
@@ -253,7 +316,9 @@ def test_a_gate_before_a_product(run_op: RunOp, columns: int, tokens: int, bias:
         ("SiluQMatMul", {"a": 64, "gate": 64}, {"a_offset": 0, "gate_offset": 1}, "outside the tensor"),
     ],
 )
-def test_what_does_not_fit_before_a_product(run_op: RunOp, op: str, widths: dict[str, int], attributes: Any, message: str) -> None:
+def test_what_does_not_fit_before_a_product(
+    run_op: RunOp, op: str, widths: dict[str, int], attributes: Any, message: str
+) -> None:
     case = Case(4, 32, 8, 64)
     inputs = {name: np.zeros(width if name == "norm" else (1, width), np.float32) for name, width in widths.items()}
     with pytest.raises(Exception, match=f"{op}: .*{message}"):

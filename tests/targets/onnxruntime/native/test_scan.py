@@ -16,7 +16,8 @@ RunOp = Callable[..., list[Any]]
 Case = dict[str, Any]
 
 # of the range: some dozens of roundings at 6e-8; the sums behind an output run over d_state products, those behind a state do not
-OUTPUT, STATE = 2e-6, 1e-6
+OUTPUT = 2e-6
+STATE = 1e-6
 
 CASES = st.fixed_dictionaries(
     {
@@ -50,7 +51,14 @@ def scan_inputs(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
         "mask": (np.arange(tokens) >= pads[:, None]).astype(np.float32),
         "gate": 2 * normal(batch, tokens, heads * d_head + 5) if case["gated"] else None,
     }
-    attributes = {"heads": heads, "groups": groups, "d_head": d_head, "d_state": d_state, "dt_offset": 2, "gate_offset": 4}
+    attributes = {
+        "heads": heads,
+        "groups": groups,
+        "d_head": d_head,
+        "d_state": d_state,
+        "dt_offset": 2,
+        "gate_offset": 4,
+    }
     return inputs, attributes | dict(zip(("dt_min", "dt_max"), case["limits"], strict=True))
 
 
@@ -61,12 +69,14 @@ def recurrence(inputs: dict[str, Any], attributes: dict[str, Any]) -> tuple[Any,
     lead = tensors["xbc"].shape[:2]
     x, B, C = np.split(tensors["xbc"], np.cumsum([heads * P, groups * N]), axis=2)
     B, C = (np.repeat(part.reshape(*lead, groups, N), heads // groups, axis=2) for part in (B, C))
-    x, S = x.reshape(*lead, heads, P), tensors["state"]
+    x = x.reshape(*lead, heads, P)
+    S = tensors["state"]
     dt = np.logaddexp(0, tensors["dt"][..., 2 : 2 + heads] + tensors["dt_bias"])
     dt = np.clip(dt, attributes["dt_min"], attributes["dt_max"]) * tensors["mask"][..., None]
     y = np.empty_like(x)
     for t in range(lead[1]):
-        decay, step = np.exp(dt[:, t] * tensors["A"])[..., None, None], dt[:, t, :, None, None]
+        decay = np.exp(dt[:, t] * tensors["A"])[..., None, None]
+        step = dt[:, t, :, None, None]
         S = decay * S + step * B[:, t, :, :, None] * x[:, t, :, None]
         y[:, t] = np.einsum("bhnp,bhn->bhp", S, C[:, t]) + tensors["D"][:, None] * x[:, t]
     y = y.reshape(*lead, heads * P)
@@ -91,7 +101,8 @@ def part(inputs: dict[str, Any], tokens: slice, state: Any) -> dict[str, Any]:
 @given(CASES)
 def test_is_the_recurrence(run_op: RunOp, case: Case) -> None:
     inputs, attributes = scan_inputs(case)
-    (y, state), (y64, state64) = run_op("SSMScan", inputs, outputs=2, **attributes), recurrence(inputs, attributes)
+    (y, state) = run_op("SSMScan", inputs, outputs=2, **attributes)
+    (y64, state64) = recurrence(inputs, attributes)
     assert error(y, y64) < OUTPUT
     assert error(state, state64) < STATE
 
@@ -100,7 +111,8 @@ def test_is_the_recurrence(run_op: RunOp, case: Case) -> None:
 @given(CASES, st.sets(st.integers(1, 199), max_size=4))
 def test_pieces_chained_by_their_states_are_the_whole(run_op: RunOp, case: Case, cuts: set[int]) -> None:
     inputs, attributes = scan_inputs(case)
-    state, outputs = inputs["state"], []
+    state = inputs["state"]
+    outputs = []
     for start, stop in pairwise(sorted({0, case["tokens"], *(cut for cut in cuts if cut < case["tokens"])})):
         y, state = run_op("SSMScan", part(inputs, slice(start, stop), state), outputs=2, **attributes)
         outputs.append(y)
@@ -112,7 +124,16 @@ def test_pieces_chained_by_their_states_are_the_whole(run_op: RunOp, case: Case,
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_pads_leave_the_state_bit_for_bit(run_op: RunOp, tokens: int) -> None:
     """Even where the lower limit would give every token a step, and whatever stands behind the mask."""
-    case = {"batch": 2, "tokens": tokens, "groups": 1, "heads_per_group": 2, "d_head": 64, "d_state": 128, "gated": False, "seed": 1}
+    case = {
+        "batch": 2,
+        "tokens": tokens,
+        "groups": 1,
+        "heads_per_group": 2,
+        "d_head": 64,
+        "d_state": 128,
+        "gated": False,
+        "seed": 1,
+    }
     inputs, attributes = scan_inputs(case | {"limits": (0.05, math.inf)})
     inputs["mask"] = np.zeros_like(inputs["mask"])
     _, state = run_op("SSMScan", inputs, outputs=2, **attributes)
@@ -121,7 +142,16 @@ def test_pads_leave_the_state_bit_for_bit(run_op: RunOp, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 130])
 def test_the_state_in_place(run_op: RunOp, run_in_place: RunOp, tokens: int) -> None:
-    case = {"batch": 2, "tokens": tokens, "groups": 1, "heads_per_group": 3, "d_head": 72, "d_state": 16, "gated": True, "seed": 3}
+    case = {
+        "batch": 2,
+        "tokens": tokens,
+        "groups": 1,
+        "heads_per_group": 3,
+        "d_head": 72,
+        "d_state": 16,
+        "gated": True,
+        "seed": 3,
+    }
     inputs, attributes = scan_inputs(case | {"limits": (0.0, math.inf)})
     expected = run_op("SSMScan", inputs, 2, **attributes)
     for got, separate in zip(run_in_place("SSMScan", inputs, 2, **attributes), expected, strict=True):
@@ -130,9 +160,19 @@ def test_the_state_in_place(run_op: RunOp, run_in_place: RunOp, tokens: int) -> 
 
 def test_slow_heads_keep_small_updates(run_op: RunOp) -> None:
     """Steps from 1e-4 on, over 2000 tokens, each head against its own range."""
-    case = {"batch": 1, "tokens": 2000, "groups": 1, "heads_per_group": 4, "d_head": 32, "d_state": 16, "gated": False, "seed": 0}
+    case = {
+        "batch": 1,
+        "tokens": 2000,
+        "groups": 1,
+        "heads_per_group": 4,
+        "d_head": 32,
+        "d_state": 16,
+        "gated": False,
+        "seed": 0,
+    }
     inputs, attributes = scan_inputs(case | {"limits": (0.0, math.inf)})
-    (y, state), (y64, state64) = run_op("SSMScan", inputs, outputs=2, **attributes), recurrence(inputs, attributes)
+    (y, state) = run_op("SSMScan", inputs, outputs=2, **attributes)
+    (y64, state64) = recurrence(inputs, attributes)
     for head in range(4):
         columns = slice(head * 32, head * 32 + 32)
         assert error(y[..., columns], y64[..., columns]) < OUTPUT
@@ -141,16 +181,36 @@ def test_slow_heads_keep_small_updates(run_op: RunOp) -> None:
 
 def test_short_steps_after_long_ones(run_op: RunOp) -> None:
     """Differences of sums near -10000 decide: float32 sums are 5e-4 off there, and so would be the outputs after token 16."""
-    case = {"batch": 1, "tokens": 48, "groups": 1, "heads_per_group": 1, "d_head": 32, "d_state": 16, "gated": False, "seed": 0}
+    case = {
+        "batch": 1,
+        "tokens": 48,
+        "groups": 1,
+        "heads_per_group": 1,
+        "d_head": 32,
+        "d_state": 16,
+        "gated": False,
+        "seed": 0,
+    }
     inputs, attributes = scan_inputs(case | {"limits": (0.0, math.inf)})
-    inputs["dt"][:, :16], inputs["dt"][:, 16:] = 60, 2
-    (y, state), (y64, state64) = run_op("SSMScan", inputs, outputs=2, **attributes), recurrence(inputs, attributes)
+    inputs["dt"][:, :16] = 60
+    inputs["dt"][:, 16:] = 2
+    (y, state) = run_op("SSMScan", inputs, outputs=2, **attributes)
+    (y64, state64) = recurrence(inputs, attributes)
     assert error(y[:, 20:], y64[:, 20:]) < OUTPUT
     assert error(state, state64) < STATE
 
 
 def test_another_width_is_an_error(run_op: RunOp) -> None:
-    case = {"batch": 1, "tokens": 2, "groups": 1, "heads_per_group": 2, "d_head": 8, "d_state": 8, "gated": True, "seed": 0}
+    case = {
+        "batch": 1,
+        "tokens": 2,
+        "groups": 1,
+        "heads_per_group": 2,
+        "d_head": 8,
+        "d_state": 8,
+        "gated": True,
+        "seed": 0,
+    }
     inputs, attributes = scan_inputs(case | {"limits": (0.0, math.inf)})
     with pytest.raises(Exception, match="SSMScan: xbc must hold"):
         run_op("SSMScan", inputs, outputs=2, **attributes | {"d_state": 9})

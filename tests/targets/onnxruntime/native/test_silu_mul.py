@@ -27,7 +27,9 @@ def silu(x: Any) -> Any:
     st.integers(0, 20),
     st.integers(0, 2**32 - 1),
 )
-def test_any_shape_and_offset(run_op: RunOp, lead: list[int], width: int, a_offset: int, gate_offset: int, seed: int) -> None:
+def test_any_shape_and_offset(
+    run_op: RunOp, lead: list[int], width: int, a_offset: int, gate_offset: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     a = rng.standard_normal((*lead, width + a_offset + seed % 3)).astype(np.float32)
     gate = (4 * rng.standard_normal((*lead, width + gate_offset))).astype(np.float32)
@@ -38,7 +40,9 @@ def test_any_shape_and_offset(run_op: RunOp, lead: list[int], width: int, a_offs
 
 def test_every_float_that_matters(run_op: RunOp) -> None:
     """exp, division and product round once each, to 2^-24 = 6e-8; exp adds its own 1e-7."""
-    gate = np.concatenate([np.linspace(-87, 87, 200_001), np.linspace(-1, 1, 100_003), [0.0, -0.0, 1e-30, 90, 1e30]]).astype(np.float32)
+    gate = np.concatenate(
+        [np.linspace(-87, 87, 200_001), np.linspace(-1, 1, 100_003), [0.0, -0.0, 1e-30, 90, 1e30]]
+    ).astype(np.float32)
     (y,) = run_op("SiluMul", {"a": np.ones_like(gate), "gate": gate}, a_offset=0, gate_offset=0, width=len(gate))
     np.testing.assert_allclose(y, silu(gate), rtol=3e-7)
 

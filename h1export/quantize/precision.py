@@ -10,7 +10,7 @@ class Precision:
     """Integers of ``bits`` with one scale per ``block`` columns; block 0: one scale per row. ``zeros``: and with as many zero points."""
 
     bits: int
-    block: int
+    group_size: int
     zeros: bool = False
 
     @property
@@ -18,8 +18,8 @@ class Precision:
         """The largest code; the smallest is its negative."""
         return (1 << (self.bits - 1)) - 1
 
-    def columns_per_scale(self, columns: int) -> int:
-        return self.block or columns
+    def columns_per_group(self, columns: int) -> int:
+        return self.group_size or columns
 
 
 INT8 = Precision(8, 0)

@@ -18,8 +18,8 @@ Inputs = dict[str, Any]
 def error() -> Callable[..., float]:
     """error(actual, expected, magnitude=None): the largest deviation, over the largest ``magnitude``.
 
-    ``magnitude`` is what the result would be if no term cancelled another: the scale on which rounding acts. By default the
-    expected values themselves.
+    ``magnitude`` is the result if no term cancelled another, which is the scale on which rounding acts. By default it
+    is the expected values themselves.
     """
 
     def measure(actual: torch.Tensor, expected: npt.NDArray[Any], magnitude: npt.NDArray[Any] | None = None) -> float:
@@ -96,7 +96,10 @@ def conv_inputs() -> Callable[..., Inputs]:
 
 @pytest.fixture(scope="session")
 def attention_inputs() -> Callable[..., Inputs]:
-    """Keyword arguments of attention; ``pads`` count from the first past column, ``first_position`` is that column's position."""
+    """Keyword arguments of attention.
+
+    ``pads`` count from the first past column, and ``first_position`` is the position of that column.
+    """
 
     def make(
         batch: int = 2,

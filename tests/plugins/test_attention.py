@@ -158,7 +158,10 @@ def test_a_token_without_any_real_column_sees_itself(attention_inputs: Callable[
 def test_half_precision_stays_half_precision(
     dtype: torch.dtype, half_step: float, attention_inputs: Callable[..., Inputs], error: Callable[..., float]
 ) -> None:
-    """Rounded after rotation (twice), softmax and product; a score of some units carries its rounding into the exponent."""
+    """Values are rounded after rotation (twice), softmax and product.
+
+    A score of a few units carries its rounding into the exponent.
+    """
     inputs = attention_inputs(dtype=dtype, pads=(3,))
     out, keys, values = h1.attention(**inputs)
     out64, keys64, values64 = by_definition(inputs)

@@ -42,7 +42,10 @@ properties = settings(deadline=None, max_examples=50, derandomize=True)
 
 
 def recurrence(inputs: Inputs, absolute: bool = False) -> tuple[Array, Array]:
-    """y and the last state by definition; ``absolute``: with the sign of every term dropped, so that nothing cancels."""
+    """Return y and the last state by definition.
+
+    With ``absolute``, every term loses its sign, so that nothing cancels.
+    """
     sign = np.abs if absolute else np.positive
     x, B, C, D, S = (sign(inputs[name].double().numpy()) for name in ("x", "B", "C", "D", "state"))
     A = inputs["A"].double().numpy()

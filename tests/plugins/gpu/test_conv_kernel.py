@@ -1,4 +1,4 @@
-"""The GPU kernel of h1::causal_conv against the sum it stands for in float64, under Triton's interpreter and on a GPU."""
+"""The GPU kernel of h1::causal_conv against its definition in float64, under Triton's interpreter and on a GPU."""
 
 from __future__ import annotations
 

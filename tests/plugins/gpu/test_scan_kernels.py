@@ -1,4 +1,7 @@
-"""The GPU kernels of h1::ssm_scan against its recurrence in float64, under Triton's interpreter, and the main cases on a GPU."""
+"""The GPU kernels of h1::ssm_scan against its recurrence in float64.
+
+All cases run under Triton's interpreter, the main ones also on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 from h1export.errors import H1ExportError
 from h1export.plugins.gpu.kernel import DTYPES, run
 from h1export.plugins.ssm_scan.launch import Problem, launches, ssm_scan
-from h1export.plugins.ssm_scan.tiles import TILES, Tile, Tiles
+from h1export.plugins.ssm_scan.tiles import TILES, ScanTiles, Tile
 
 pytestmark = pytest.mark.trt
 
@@ -27,7 +30,7 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11
 FAULT = 1e-2  # what a wrong kernel must exceed, ten times what bfloat16 may
 
 # several chunks, of several tiles, from few tokens
-SMALL = Tiles(64, Tile(32, 32, 32, 4, 2), Tile(1, 1024, 1, 4, 2), Tile(32, 32, 32, 4, 2), Tile(1, 16, 64, 4, 1))
+SMALL = ScanTiles(64, Tile(32, 32, 32, 4, 2), Tile(1, 1024, 1, 4, 2), Tile(32, 32, 32, 4, 2), Tile(1, 16, 64, 4, 1))
 
 
 @pytest.fixture
@@ -99,7 +102,10 @@ def test_every_row_of_the_table(
     recurrence: Recurrence,
     error: Callable[..., float],
 ) -> None:
-    """With the tiles that are compiled; 129 tokens end in a ragged tile, and where chunks have 128 in one of a second chunk."""
+    """The kernels are right with the tiles that are shipped.
+
+    129 tokens end in a ragged tile, which is in a second chunk where chunks have 128 tokens.
+    """
     inputs = scan_inputs(1, seq, 1, 1, d_head, d_state, dtype=torch.float16)
     check(inputs, *scanned(inputs, device=device), recurrence, error)
 

@@ -10,7 +10,7 @@ import numpy as np
 from h1export.errors import H1ExportError
 from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Evaluator, Package
-from h1export.targets.coreml.evaluator.package import stored
+from h1export.targets.coreml.evaluator.package import stored_values
 from h1export.targets.coreml.evaluator.program import Function, Operation, TensorType, Value
 from h1export.targets.coreml.program import layout
 
@@ -70,7 +70,7 @@ def operations(package: Package) -> Iterator[Finding]:
     """Ops, attributes and types that the evaluator has: each function resolves."""
     for name in package.functions:
         try:
-            Evaluator(package, name, hollow=True)
+            Evaluator(package, name, without_weights=True)
         except H1ExportError as error:
             yield Finding("operations", error.where, error.what)
 
@@ -101,7 +101,7 @@ def blocks(package: Package) -> Iterator[Finding]:
     """Scales that divide their integers along every axis."""
     for function, operation in _operations(package):
         if operation.type == "constexpr_blockwise_shift_scale":
-            data, scale = (stored(operation, function.block)[name].type.shape for name in ("data", "scale"))
+            data, scale = (stored_values(operation, function.block)[name].type.shape for name in ("data", "scale"))
             if len(data) != len(scale) or any(
                 not part or (whole or 0) % part for whole, part in zip(data, scale, strict=True)
             ):
@@ -153,7 +153,7 @@ def calls(package: Package) -> Iterator[Finding]:
 def _run(package: Package, name: str, given: Mapping[str, int]) -> Iterator[Finding]:
     """What goes wrong in a call on ones, or on the numbers ``given`` for some inputs; no large weight is read."""
     try:
-        evaluator = Evaluator(package, name, hollow=True)
+        evaluator = Evaluator(package, name, without_weights=True)
         inputs = {
             key: np.full([size or 1 for size in kind.shape], given.get(key, 1), kind.dtype.array)
             for key, kind in evaluator.function.inputs.items()

@@ -143,17 +143,17 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
         (cut(64), "metadata ends at byte 128 of 64; the file is truncated"),
         (cut(327), "data ends at byte 328 of 327; the file is truncated"),
         (put(METADATA, "<I", 0xDEADBEE0), "metadata starts with 0xdeadbee0 instead of 0xdeadbeef"),
-        (put(METADATA + 4, "<I", 99), "holds elements of type 99, which is not known here"),
+        (put(METADATA + 4, "<I", 99), "holds elements of type 99, which is unknown"),
         (put(METADATA + 4, "<I", 0), "holds elements of type 0"),
-        (put(METADATA + 4, "<I", 2), "holds fp32, and the program asks for fp16"),
-        (put(METADATA + 8, "<Q", 198), "holds 99 elements, and the program asks for 100"),
-        (put(METADATA + 8, "<Q", 199), "199 bytes less 0 bits are no whole number of fp16"),
+        (put(METADATA + 4, "<I", 2), "holds fp32, and the program expects fp16"),
+        (put(METADATA + 8, "<Q", 198), "holds 99 elements, and the program expects 100"),
+        (put(METADATA + 8, "<Q", 199), "199 bytes without 0 bits are not a whole number of fp16 elements"),
         (put(METADATA + 8, "<Q", 2**64 - 2), "data ends at byte"),
         (put(METADATA + 16, "<Q", 2**63), "data ends at byte"),
         (put(METADATA + 16, "<Q", DATA + 2), "data at byte 130 is misaligned or before its metadata"),
         (put(METADATA + 16, "<Q", 0), "data at byte 0 is misaligned or before its metadata"),
-        (put(METADATA + 24, "<Q", 16), "200 bytes less 16 bits are no whole number of fp16"),
-        (put(METADATA + 24, "<Q", 2**64 - 1), "200 bytes less 18446744073709551615 bits are no whole number of fp16"),
+        (put(METADATA + 24, "<Q", 16), "200 bytes without 16 bits are not a whole number of fp16 elements"),
+        (put(METADATA + 24, "<Q", 2**64 - 1), "200 bytes without 18446744073709551615 bits are not a whole number of fp16 elements"),
     ],
 )
 def test_a_damaged_record_is_refused(whole: Path, change: Edit, what: str) -> None:
@@ -165,10 +165,10 @@ def test_a_damaged_record_is_refused(whole: Path, change: Edit, what: str) -> No
 @pytest.mark.parametrize(
     ("offset", "count", "what"),
     [
-        (METADATA, 101, "at byte 64: holds 100 elements, and the program asks for 101"),
-        (METADATA, 0, "holds 100 elements, and the program asks for 0"),
-        (0, 100, "at byte 0: is no place for metadata"),
-        (65, 100, "at byte 65: is no place for metadata"),
+        (METADATA, 101, "at byte 64: holds 100 elements, and the program expects 101"),
+        (METADATA, 0, "holds 100 elements, and the program expects 0"),
+        (0, 100, "at byte 0: is not a valid offset of metadata"),
+        (65, 100, "at byte 65: is not a valid offset of metadata"),
         (DATA, 100, "at byte 128: metadata starts with"),
         (1 << 20, 100, "at byte 1048576: metadata ends at byte 1048640 of"),
         (2**64 - 64, 100, "metadata ends at byte"),
@@ -185,10 +185,10 @@ def test_packed_elements_leave_bits_over(whole: Path) -> None:
     refused(
         lambda: BlobFile(whole).read(last.offset, BY_NAME["uint3"], 5),
         whole,
-        "holds 4 elements, and the program asks for 5",
+        "holds 4 elements, and the program expects 5",
     )
     edit(whole, put(last.offset + 24, "<Q", 2))
-    refused(lambda: BlobFile(whole).record(last.offset), whole, "2 bytes less 2 bits are no whole number of uint3")
+    refused(lambda: BlobFile(whole).record(last.offset), whole, "2 bytes without 2 bits are not a whole number of uint3 elements")
 
 
 def test_more_records_than_the_file_has_are_refused(whole: Path) -> None:

@@ -307,5 +307,5 @@ def test_what_is_computed_when_run_is_no_compressed_constant(mil: Any) -> None:
         "constexpr_blockwise_shift_scale", {"data": mil.value(INT8), "scale": "x"}, {"w": ("fp16", (4, 6))}
     )
     package = Package.open(mil.save({"main": mil.function({"x": ("fp16", (2, 3))}, [operation], ["w"])}))
-    with pytest.raises(H1ExportError, match="takes scale from 'x', which is computed when run"):
+    with pytest.raises(H1ExportError, match="takes scale from 'x', which is computed at run time"):
         Evaluator(package)

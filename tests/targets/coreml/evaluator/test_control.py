@@ -125,7 +125,7 @@ def test_one_branch_runs(mil: Any, load: Load) -> None:
 def test_what_decides_is_one_bool(mil: Any, load: Load) -> None:
     for kind, value in ((INT, i32(1)), (("bool", (2,)), np.array([True, True]))):
         evaluator = load({"x": FLOATS, "k": ("int32", (3,)), "p": kind}, [branch(mil)], ["y"])
-        with pytest.raises(H1ExportError, match=r"op cond 'y': decides by .*, not by one bool"):
+        with pytest.raises(H1ExportError, match=r"op cond 'y': has a condition of .* instead of one bool"):
             evaluator.run({"x": X, "k": np.zeros(3, np.int32), "p": value})
 
 
@@ -140,23 +140,23 @@ def test_blocks_that_do_not_fit_their_op_are_refused(mil: Any, load: Load, fault
         del loop.blocks[1].outputs[1]
     else:
         del loop.blocks[0].inputs[1]
-    with pytest.raises(H1ExportError, match=r"op while_loop 'out_i': has . inputs, outputs or blocks where 2 belong"):
+    with pytest.raises(H1ExportError, match=r"op while_loop 'out_i': has . inputs, outputs or blocks instead of 2"):
         load(LOOP_INPUTS, [loop], ["out_i"])
 
 
 def test_values_that_are_handed_on_keep_their_type(mil: Any, load: Load) -> None:
     """float32 that passes for fp16 would be rounded nowhere."""
     loop = counting(mil, [mil.op("cast", {"x": "bx", "dtype": mil.value("fp16")}, {"by": HALVES})], ["by"])
-    with pytest.raises(H1ExportError, match=r"op while_loop 'out_i': hands on fp16\[3\] as fp32\[3\]"):
+    with pytest.raises(H1ExportError, match=r"op while_loop 'out_i': passes fp16\[3\] on as fp32\[3\]"):
         load(LOOP_INPUTS, [loop], ["out_i"])
-    with pytest.raises(H1ExportError, match=r"op cond 'y': hands on fp32\[3\] as fp16\[3\]"):
+    with pytest.raises(H1ExportError, match=r"op cond 'y': passes fp32\[3\] on as fp16\[3\]"):
         load({"x": FLOATS, "k": ("int32", (3,)), "p": BOOL}, [branch(mil, {"y": HALVES})], ["y"])
 
 
 def test_names_of_a_block_end_with_it(mil: Any, load: Load) -> None:
     loop = counting(mil, [mil.op("exp", {"x": "bx"}, {"by": FLOATS})], ["by"])
     after = mil.op("exp", {"x": "by"}, {"z": FLOATS})
-    with pytest.raises(H1ExportError, match="op exp 'z': takes 'by', which nothing before it computes"):
+    with pytest.raises(H1ExportError, match="op exp 'z': takes 'by', which no earlier operation computes"):
         load(LOOP_INPUTS, [loop, after], ["z"])
 
 
@@ -241,7 +241,7 @@ def test_a_state_in_a_loop(mil: Any, load: Load) -> None:
 def test_states_are_no_tensors(mil: Any, load: Load) -> None:
     with pytest.raises(H1ExportError, match="op exp 'y': takes state 's' as a tensor; read it with read_state first"):
         load({}, [mil.op("exp", {"x": "s"}, {"y": HALVES})], ["y"], STATE)
-    with pytest.raises(H1ExportError, match="op read_state 'y': takes no state as its input"):
+    with pytest.raises(H1ExportError, match="op read_state 'y': does not take a state as its input"):
         load({"x": HALVES}, [mil.op("read_state", {"input": "x"}, {"y": HALVES})], ["y"])
     with pytest.raises(H1ExportError, match=r"state 's' has no fixed shape: fp16\[\?\]"):
         load({}, [], [], {"s": ("fp16", (None,))})
@@ -253,7 +253,7 @@ def test_a_state_is_written_in_its_own_shape_and_type(mil: Any, load: Load) -> N
     with pytest.raises(H1ExportError, match=r"op write_state: writes shape \[2\] to state 's', which is fp16\[3\]"):
         evaluator.run({"x": H[:2]}, states)
     for dtype in ("fp32", "int32"):
-        with pytest.raises(H1ExportError, match=rf"op write_state: hands on {dtype}\[3\] as fp16\[3\]; cast it first"):
+        with pytest.raises(H1ExportError, match=rf"op write_state: passes {dtype}\[3\] on as fp16\[3\]; cast it first"):
             load({"x": (dtype, (3,))}, [write(mil, "x")], [], STATE)
 
 
@@ -264,7 +264,7 @@ GIVEN = {"x": H, "k": i32(0)}
     ("inputs", "what"),
     [
         ({"x": H}, r"input 'k': is missing; give it as int32\[\]"),
-        (GIVEN | {"z": H}, "input 'z': is not one of the function's; it has x, k"),
+        (GIVEN | {"z": H}, "input 'z': does not exist; the function has x, k"),
         (GIVEN | {"x": X}, r"input 'x': is float32 \[3\], not fp16\[3\]; convert it first"),
         (GIVEN | {"x": H[:2]}, r"input 'x': is float16 \[2\], not fp16\[3\]"),
         (GIVEN | {"x": H[None]}, r"input 'x': is float16 \[1, 3\], not fp16\[3\]"),
@@ -282,7 +282,7 @@ def test_inputs_are_what_is_declared(adding: Evaluator, inputs: dict[str, np.nda
         (None, "state 's': is missing"),
         ({}, "state 's': is missing"),
         ({"s": X}, "state 's': is float32"),
-        ({"s": H, "t": H}, "state 't': is not one of the function's; it has s"),
+        ({"s": H, "t": H}, "state 't': does not exist; the function has s"),
     ],
 )
 def test_states_are_what_is_declared(adding: Evaluator, states: dict[str, np.ndarray] | None, what: str) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from h1export.errors import H1ExportError
 from h1export.targets.coreml.evaluator import Evaluator, Package
-from h1export.targets.coreml.evaluator.constants import constant
+from h1export.targets.coreml.evaluator.constants import constant_array
 
 DATA = "Data/com.apple.CoreML"
 PROPERTY = settings(deadline=None, max_examples=150, derandomize=True)
@@ -117,7 +117,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a link to itself": (link_to_itself, "refers to .*model.mlmodel', (outside the package|which is missing)"),
     "no model": (lambda path: (path / DATA / "model.mlmodel").unlink(), "refers to .*model.mlmodel', which is missing"),
     "an empty model": (write(f"{DATA}/model.mlmodel", b""), "holds no model, not an mlProgram; build it for iOS 18"),
-    "garbage": (write(f"{DATA}/model.mlmodel", b"\xff" * 100), r"model.mlmodel: is no Core ML model \("),
+    "garbage": (write(f"{DATA}/model.mlmodel", b"\xff" * 100), r"model.mlmodel: is not a Core ML model \("),
     "a neural network": (change_model(neural_network), "holds a model of type neuralNetwork, not an mlProgram"),
     "an old specification": (
         change_model(lambda model: setattr(model, "specificationVersion", 8)),
@@ -192,7 +192,7 @@ def test_blobs_are_read_and_held_once(stored: Path) -> None:
     for function in ("first", "second"):
         assert Evaluator(package, function).run({"x": np.ones(4, np.float16)})["y"].tolist() == [1, 2, 3, 4]
     first, second = (
-        constant(package, package.operation(name, function), {}) for function, name in (("first", "w"), ("second", "v"))
+        constant_array(package, package.operation(name, function), {}) for function, name in (("first", "w"), ("second", "v"))
     )
     assert first is second
 
@@ -204,7 +204,7 @@ def test_what_is_stored(stored: Path, mil: Any) -> None:
     assert found.tolist() == [0, 1, 2, 3]
     with pytest.raises(H1ExportError, match="function 'first' has no operation with an output 'v'"):
         package.operation("v", "first")
-    with pytest.raises(H1ExportError, match="op add 'y': is computed when run; ask for a constant"):
+    with pytest.raises(H1ExportError, match="op add 'y': is computed at run time; request a constant"):
         package.constant("y", "first")
     codes = np.array([[1, -8, 7, 0]], np.int8)
     scale = np.array([[0.5, 2]], np.float16)
@@ -220,7 +220,7 @@ def test_what_is_stored(stored: Path, mil: Any) -> None:
     assert parts.keys() == {"data", "scale"}
     assert np.array_equal(parts["data"], codes)
     assert np.array_equal(parts["scale"], scale)
-    with pytest.raises(H1ExportError, match="takes data from 'w', which is not stored as such"):
+    with pytest.raises(H1ExportError, match="takes data from 'w', which is computed"):
         package.constant("again")
 
 
@@ -344,11 +344,11 @@ def without_rank(value: Any) -> None:
         ),
         (
             first_operation(lambda op: setattr(op.inputs["x"].arguments[0], "name", "w")),
-            "takes 'w', which nothing before it computes",
+            "takes 'w', which no earlier operation computes",
         ),
         (
             first_operation(lambda op: setattr(op.outputs[0], "name", "w")),
-            "function 'main': returns 'y', which nothing computes",
+            "function 'main': returns 'y', which no operation computes",
         ),
         (first_operation(lambda op: op.outputs[0].type.ClearField("type")), "op mul 'y': is of no type, not a tensor"),
         (first_operation(lambda op: setattr(op, "type", "const")), "op const 'y': is a const without a value"),

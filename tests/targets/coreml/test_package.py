@@ -105,7 +105,10 @@ def test_both_functions_read_the_same_bytes(tiny: Path, build: Build) -> None:
 
 
 def test_the_weights_file_is_near_its_ideal(tiny: Path, build: Build) -> None:
-    """int4 with a scale of 16 bits a block, and fp16 for what has no integers; the rest is records, tables and the scan's float32."""
+    """The file has int4 codes with a 16-bit scale per group, and fp16 for weights that are not quantised.
+
+    The rest is records, tables and the scan's float32.
+    """
     artifact = build(tiny, "int4", target="coreml", max_context=192)
     stored = set(pipeline.load(artifact).stored_weights())
     ideal = sum(

@@ -1,4 +1,4 @@
-"""Packages written message by message, so that a test says what is in the file, and in a millisecond."""
+"""Packages written message by message, so that a test states what is in the file and takes a millisecond."""
 
 from __future__ import annotations
 
@@ -142,9 +142,10 @@ def _type(array: np.ndarray) -> Type:
 
 @pytest.fixture(scope="session")
 def run_op(mil: Mil) -> Iterator[Callable[..., Any]]:
-    """run_op("add", {"x": array, "y": array}, {"axis": 0}, ("fp16", (2, 3))) -> the result of a program with this op alone.
+    """run_op("add", {"x": array, "y": array}, {"axis": 0}, ("fp16", (2, 3))) -> the result of a program of this op alone.
 
-    Tensors are the program's inputs, a list of them a tuple; constants stand in the op. Several output types: a list of results.
+    Tensors become the program's inputs, and a list of them a tuple; constants are stored in the op. With several output
+    types, the result is a list.
     """
 
     def run(op: str, tensors: Mapping[str, Any], constants: Mapping[str, object], *outputs: Type) -> Any:

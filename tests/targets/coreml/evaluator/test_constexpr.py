@@ -32,7 +32,10 @@ PROPERTY = settings(deadline=None, max_examples=30, derandomize=True)
 
 @pytest.fixture(scope="session")
 def expand(mil: Any) -> Expand:
-    """expand(op, inputs, dtype, shape) -> what a program with this op alone returns; a string is the name of what an op before it makes."""
+    """expand(op, inputs, dtype, shape, before) -> the result of a program of this op and the operations ``before`` it.
+
+    A string in ``inputs`` is the name of an output of an operation before.
+    """
 
     def run(
         op: str, inputs: Mapping[str, object], dtype: str, shape: Shape, before: tuple[Any, ...] = ()

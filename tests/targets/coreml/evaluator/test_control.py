@@ -37,7 +37,10 @@ def i32(value: int) -> np.ndarray:
 def while_loop(
     mil: Any, variables: Sequence[tuple[str, Any]], condition: Sequence[Any], body: Sequence[Any], results: list[str]
 ) -> Any:
-    """A loop over ``variables``, which its blocks have with a ``b`` before the name; ``c`` decides, ``results`` go on."""
+    """Return a loop over ``variables``, whose names have the prefix ``b`` in its blocks.
+
+    It goes on while ``c`` is true; ``results`` names the next values of the variables.
+    """
     blocks = [
         mil.block({f"{prefix}{name}": kind for name, kind in variables}, operations, outputs)
         for prefix, operations, outputs in (("a", condition, ["c"]), ("b", body, results))
@@ -336,7 +339,10 @@ def test_more_memory_than_any_machine_has_is_an_error_of_the_program(mil: Any, l
 
 
 def test_overflow_and_nan_are_seen(mil: Any, load: Load) -> None:
-    """``maxima`` are those before rounding, of fp16 results alone, over all runs; a NaN stays; what only moves values is left out."""
+    """``maxima`` has the largest fp16 results of all runs, before rounding.
+
+    A NaN stays, and ops that only move values are not included.
+    """
     operations = [
         mil.op("mul", {"x": "x", "y": "x"}, {"square": HALVES}),
         mil.op("sub", {"x": "square", "y": "square"}, {"zero": HALVES}),

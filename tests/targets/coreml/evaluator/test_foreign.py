@@ -1,4 +1,4 @@
-"""Packages made by coremltools' own torch front end run in the evaluator and match the module that they were made of."""
+"""Packages made by coremltools' own torch front end run in the evaluator and match the module they were made from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit"),
 ]
 Arrays = dict[str, np.ndarray]
-# of the range of each output; in fp16 each weight and each result on the way is off by up to 2^-11 of its size: four of those make 2e-3
+# fractions of the range of each output; in fp16 each weight and each intermediate result is off by up to 2^-11 of its
+# size, and four of those make 2e-3
 TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3}
 PRECISIONS = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
 
@@ -39,7 +40,10 @@ class Mlp(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """One that takes the batch norm into itself, one of a group a channel that is padded on the left, and what a pool makes of them."""
+    """Convolutions followed by pooling.
+
+    The first is fused with its batch norm; the second has a group per channel and padding on the left.
+    """
 
     def __init__(self) -> None:
         super().__init__()

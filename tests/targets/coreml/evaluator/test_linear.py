@@ -34,12 +34,15 @@ def exact(*arrays: np.ndarray) -> list[torch.Tensor]:
 
 
 def close(found: np.ndarray, expected: torch.Tensor, magnitude: torch.Tensor | float, terms: int, dtype: str) -> None:
-    """Float32 operations, ``terms`` in a row on numbers up to ``magnitude``, whose result was rounded to the declared type once."""
+    """Check the result of ``terms`` float32 operations in a row on numbers up to ``magnitude``.
+
+    The result may have been rounded to the declared type once.
+    """
     reference = expected.numpy()
     computed = terms * 2.0**-24 * np.asarray(magnitude)
     rounded = ROUNDING[dtype] * (np.abs(reference) + computed) + (
         2.0**-25 if dtype == "fp16" else 0.0
-    )  # the latter where subnormal
+    )  # 2^-25 is the error of a subnormal
     excess = np.abs(found.astype(np.float64) - reference) - computed - rounded
     assert found.shape == reference.shape
     assert not excess.size or excess.max() <= 0
@@ -204,7 +207,10 @@ def affine(rng: np.random.Generator, shape: Shape, dtype: str, present: bool) ->
 
 
 def magnitude(x: torch.Tensor, variance: torch.Tensor, epsilon: float, parts: dict[str, np.ndarray]) -> torch.Tensor:
-    """What an error of one rounding of x or its mean becomes, in units of 2^-24: the spread may be much smaller than x."""
+    """Return the error in the result of one rounding of x or its mean, in units of 2^-24.
+
+    It may be much larger than the rounding, because the spread may be much smaller than x.
+    """
     gamma, beta = (
         float(np.abs(parts[name]).max()) if name in parts else other for name, other in (("gamma", 1.0), ("beta", 0.0))
     )

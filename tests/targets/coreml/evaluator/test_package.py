@@ -191,9 +191,8 @@ def test_blobs_are_read_and_held_once(stored: Path) -> None:
     package = Package.open(stored)
     for function in ("first", "second"):
         assert Evaluator(package, function).run({"x": np.ones(4, np.float16)})["y"].tolist() == [1, 2, 3, 4]
-    first, second = (
-        constant_array(package, package.operation(name, function), {}) for function, name in (("first", "w"), ("second", "v"))
-    )
+    first = constant_array(package, package.operation("w", "first"), {})
+    second = constant_array(package, package.operation("v", "second"), {})
     assert first is second
 
 

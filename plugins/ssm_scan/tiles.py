@@ -1,8 +1,8 @@
 """The tile sizes of the GPU kernels of h1::ssm_scan, one row per head dim and state size, the same for every GPU.
 
 The tiles were chosen by the compiler's reports for every architecture and both 16-bit dtypes: almost no spills, and
-many resident warps. The chunk is the one that the roofline estimates favour on most GPUs. docs/kernels.md has the figures of
-both; no GPU has timed them.
+many resident warps. The chunk is the one that the roofline estimates favour on most GPUs. docs/kernels.md has the
+figures of both; no GPU has timed them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random inputs of the three ops, and the measure that every op test uses."""
+"""Random inputs of the three ops, and the error measure of all op tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def error() -> Callable[..., float]:
 
 @pytest.fixture(scope="session")
 def scan_inputs() -> Callable[..., Inputs]:
-    """Keyword arguments of ssm_scan; ``pads`` per row, the rows beyond it unpadded."""
+    """Keyword arguments of ssm_scan; ``pads`` has the pads of the first rows, and further rows have none."""
 
     def make(
         batch: int = 2,

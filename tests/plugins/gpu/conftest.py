@@ -52,7 +52,7 @@ def bfloat16() -> Iterator[None]:
 
 @pytest.fixture(scope="session", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the kernels run. Triton decides between interpreter and compiler once a process."""
+    """The device that the kernels run on; Triton chooses interpreter or compiler once per process."""
     if request.param == "interpreter":
         return torch.device("cpu")
     if not torch.cuda.is_available():

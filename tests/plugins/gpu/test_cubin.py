@@ -53,7 +53,7 @@ for index, changed, architecture in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def compiled() -> Callable[..., list[dict[str, Any]]]:
-    """compiled((index into the script's choices, changed constants, architecture), ...) -> a result of the script each."""
+    """compiled((index into the script's choices, changed constants, architecture), ...) -> the results of the script."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def compile_all(*pairs: tuple[int, dict[str, int], int]) -> list[dict[str, Any]]:

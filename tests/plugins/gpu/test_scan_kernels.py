@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 
 def scanned(inputs: Inputs, in_place: bool = False, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and the state by our kernels on ``device``; the input tensors stay as they are."""
+    """Return y and the state by the kernels on ``device``; the input tensors stay unchanged."""
     held = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in inputs.items()
@@ -59,7 +59,7 @@ def scanned(inputs: Inputs, in_place: bool = False, device: torch.device = CPU) 
 def check(
     inputs: Inputs, y: torch.Tensor, state: torch.Tensor, recurrence: Recurrence, error: Callable[..., float]
 ) -> None:
-    """y's operands are rounded once each and y itself once; the state's terms err by the square of a rounding."""
+    """y and its operands are rounded once each; the terms of the state have an error of the square of a rounding."""
     rounding = ROUNDING[inputs["x"].dtype]
     (y64, state64) = recurrence(inputs)
     (y_size, state_size) = recurrence(inputs, absolute=True)
@@ -126,7 +126,7 @@ def test_a_state_in_place_is_the_state_beside(
 def test_each_kernel_alone(
     scan_inputs: Callable[..., Inputs], recurrence: Recurrence, error: Callable[..., float]
 ) -> None:
-    """What the three kernels hand to each other, 150 tokens in chunks of 64."""
+    """The tensors between the three kernels are right for 150 tokens in chunks of 64."""
     inputs = scan_inputs(**SHAPE | {"seq": 150, "pads": (9,)})
     problem = Problem(
         1,
@@ -171,7 +171,7 @@ def test_each_kernel_alone(
 @pytest.mark.parametrize("seq", [1, 70])
 @pytest.mark.usefixtures("small_tiles")
 def test_a_row_of_pads_keeps_its_state_bit_for_bit(seq: int, scan_inputs: Callable[..., Inputs]) -> None:
-    """Even where the lower limit would give every token a dt."""
+    """Pads leave the state unchanged even if the lower limit would give every token a dt."""
     inputs = scan_inputs(
         **SHAPE | {"seq": seq, "batch": 2}, pads=(seq, 0), limits=(0.05, math.inf), dtype=torch.bfloat16
     )
@@ -200,7 +200,7 @@ def test_pieces_chained_by_their_states_are_the_whole(
 def test_the_steps_of_slow_heads_are_not_lost(
     dtype: torch.dtype, scan_inputs: Callable[..., Inputs], recurrence: Recurrence, error: Callable[..., float]
 ) -> None:
-    """softplus(bias) from 1e-6, far below fp16's normal numbers: each head by its own range, from an empty state."""
+    """Each head is right in its own range, from a zero state, for softplus(bias) from 1e-6 (subnormal in fp16)."""
     inputs = scan_inputs(1, 100, 1, 4, 32, 64, dtype=dtype)
     bias = torch.log(torch.expm1(torch.tensor([1e-6, 1e-4, 1e-2, 1.0], dtype=torch.float64))).float()
     inputs |= {
@@ -235,7 +235,7 @@ FAULTS: dict[str, Callable[[Inputs], Inputs]] = {
 def test_a_wrong_input_would_be_seen(
     fault: str, seq: int, scan_inputs: Callable[..., Inputs], recurrence: Recurrence, error: Callable[..., float]
 ) -> None:
-    """By y or by the state."""
+    """A wrong kernel exceeds FAULT in y or in the state."""
     inputs = scan_inputs(**SHAPE | {"seq": seq, "batch": 2, "pads": (1,)}, limits=(0.05, 0.1))
     y, state = scanned(inputs | FAULTS[fault](inputs))
     (y64, state64) = recurrence(inputs)

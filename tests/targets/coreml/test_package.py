@@ -1,4 +1,4 @@
-"""Facts of the package on disk that a refactoring must keep."""
+"""Properties of the package on disk that a refactoring must keep."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_one_kernel_a_layer(function: str, tiny: Path, build: Build) -> None:
 
 
 def test_the_integers_are_those_of_onnx_runtime(tiny: Path, build: Build) -> None:
-    """Bit for bit: codes, scales and µP of every projection and of the head."""
+    """Codes, scales and µP multipliers of every projection and of the head are equal bit for bit."""
     onnx, coreml = (pipeline.load(build(tiny, "int4", target=name)).stored_weights() for name in ("ort", "coreml"))
     assert set(onnx) - set(coreml) == {"model.embed_tokens.weight"}  # untied: fp16 here
     for name in coreml:

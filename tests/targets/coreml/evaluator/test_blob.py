@@ -19,10 +19,10 @@ from h1export.targets.coreml.evaluator.blob import BlobFile
 from h1export.targets.coreml.evaluator.dtypes import BY_BLOB, BY_NAME
 
 Edit = Callable[[bytes], bytes]
-THEIRS = {"fp32": "float"}  # what their methods call a type
+THEIRS = {"fp32": "float"}  # the names of types in coremltools' methods
 SEEDS = st.integers(0, 2**32 - 1)
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
-# of the first record
+# offsets in the first record
 METADATA = 64
 DATA = 128
 
@@ -36,7 +36,7 @@ def random(rng: np.random.Generator, dtype: str, count: int) -> np.ndarray:
 
 
 def write(file: Path, arrays: list[tuple[str, np.ndarray]]) -> list[int]:
-    """Offsets of the arrays in a file that coremltools writes; it takes fp16 as its bits."""
+    """Write the arrays with coremltools, which takes fp16 as bits, and return their offsets."""
     writer = TheirWriter(str(file))
     return [
         getattr(writer, f"write_{THEIRS.get(dtype, dtype)}_data")(array.view(np.uint16) if dtype == "fp16" else array)
@@ -107,7 +107,7 @@ def edit(file: Path, change: Edit) -> None:
 
 
 def refused(action: Callable[[], object], file: Path, what: str) -> None:
-    """One line that names the file, says what is wrong and what to do."""
+    """Check that the error is one line that names the file, the fault and the next step."""
     with pytest.raises(H1ExportError, match=what) as caught:
         action()
     assert str(caught.value).startswith(str(file))
@@ -206,7 +206,7 @@ def test_more_records_than_the_file_has_are_refused(whole: Path) -> None:
 @PROPERTY
 @given(st.data())
 def test_no_damage_ends_in_a_traceback(folder: Path, data: st.DataObject) -> None:
-    """Any change of the header and the metadata: read as before, as something else, or refused."""
+    """After any change of header and metadata, a record is read or refused."""
     file = folder / "damaged"
     rng = np.random.default_rng(0)
     write(file, [(dtype, random(rng, dtype, 9)) for dtype in ("int4", "fp16", "uint3")])

@@ -1,4 +1,4 @@
-"""Loops, branches and states; what a run is given; what is declared and what is computed; fp16's range."""
+"""Loops, branches and states; the checks of inputs, and of declared against computed types; the range of fp16."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def while_loop(
 
 
 def counting(mil: Any, body: Sequence[Any], results: list[str]) -> Any:
-    """While i < n: i + 1 and what ``body`` makes of x."""
+    """Return a function that, while i < n, adds 1 to i and applies ``body`` to x."""
     condition = [mil.op("less", {"x": "ai", "y": "n"}, {"c": BOOL})]
     step = mil.op("add", {"x": "bi", "y": mil.value(1)}, {"next": INT})
     return while_loop(mil, [("i", INT), ("x", FLOATS)], condition, [step, *body], ["next", *results])
@@ -74,7 +74,7 @@ def test_a_loop_runs_until_its_condition_fails(mil: Any, load: Load, start: int,
 
 
 def test_loops_within_loops(mil: Any, load: Load) -> None:
-    """x doubled n * n times: the inner loop starts at zero each time."""
+    """x is doubled n * n times, because the inner loop starts at zero each time."""
     zero = mil.const("zero", mil.value(0))
     inner_body = [
         mil.op("add", {"x": "bj", "y": mil.value(1)}, {"j2": INT}),
@@ -104,7 +104,7 @@ def test_a_loop_variable_may_grow(mil: Any, load: Load) -> None:
 
 
 def branch(mil: Any, outputs: dict[str, Any] | None = None) -> Any:
-    """Whether p: x + 1, else x squared; not both, where the other one would fail."""
+    """The result is x + 1 if p is true, else x squared; the branch that would fail is not run."""
     then = mil.block({}, [mil.op("add", {"x": "x", "y": mil.value(1.0)}, {"t": FLOATS})], ["t"])
     otherwise = mil.block(
         {}, [mil.op("gather", {"x": "x", "indices": "k", "axis": mil.value(0)}, {"o": FLOATS})], ["o"]
@@ -148,7 +148,7 @@ def test_blocks_that_do_not_fit_their_op_are_refused(mil: Any, load: Load, fault
 
 
 def test_values_that_are_handed_on_keep_their_type(mil: Any, load: Load) -> None:
-    """float32 that passes for fp16 would be rounded nowhere."""
+    """A float32 value that is declared as fp16 would never be rounded."""
     loop = counting(mil, [mil.op("cast", {"x": "bx", "dtype": mil.value("fp16")}, {"by": HALVES})], ["by"])
     with pytest.raises(H1ExportError, match=r"op while_loop 'out_i': passes fp16\[3\] on as fp32\[3\]"):
         load(LOOP_INPUTS, [loop], ["out_i"])
@@ -189,7 +189,7 @@ def test_a_state_is_read_as_the_steps_before_left_it(mil: Any, load: Load) -> No
 
 @pytest.fixture
 def adding(mil: Any, load: Load) -> Evaluator:
-    """Adds x to the state and returns it; then takes an element of it, which may not be there."""
+    """The function adds x to the state, returns it, and takes an element of it, which may not exist."""
     index = mil.op("gather", {"x": "b", "indices": "k", "axis": mil.value(0)}, {"e": ("fp16", ())})
     operations = [read(mil, "a"), mil.op("add", {"x": "a", "y": "x"}, {"b": HALVES}), write(mil, "b"), index]
     return load({"x": HALVES, "k": INT}, operations, ["b", "e"], STATE)
@@ -219,7 +219,7 @@ def test_states_are_new_arrays_that_nobody_changes(adding: Evaluator) -> None:
 
 
 def test_a_state_that_the_caller_puts_in_counts(adding: Evaluator) -> None:
-    """Two sequences by turns, and a state wound back: what the evaluator remembers of the last run is another's."""
+    """Two sequences alternate, and a state is set back, so that the values cached from the last run do not apply."""
     first = adding.initial_states()
     second = {"s": np.full(3, 10, np.float16)}
     adding.run({"x": H, "k": i32(0)}, first)
@@ -369,7 +369,7 @@ def test_overflow_and_nan_are_seen(mil: Any, load: Load) -> None:
 
 
 def test_every_result_is_rounded_where_it_is_declared_as_fp16(mil: Any, load: Load) -> None:
-    """1 + 2^-11 is no fp16 number: what is lost in the sum does not come back in the difference."""
+    """1 + 2^-11 is not an fp16 number, so the difference does not restore what the sum has lost."""
     for kind, expected in ((HALVES, 0.0), (FLOATS, 2.0**-11)):
         array = np.ones(3, np.float16 if kind is HALVES else np.float32)
         small = mil.value(np.asarray(2.0**-11, array.dtype))

@@ -29,7 +29,7 @@ def random(rng: np.random.Generator, shape: Shape, dtype: str) -> np.ndarray:
 
 
 def exact(*arrays: np.ndarray) -> list[torch.Tensor]:
-    """As float64."""
+    """Return the array as a float64 tensor."""
     return [torch.from_numpy(array.astype(np.float64)) for array in arrays]
 
 
@@ -60,7 +60,7 @@ def test_linear(run_op: Run, dtype: str, leading: Shape, d_in: int, d_out: int, 
 
 
 def test_sums_are_kept_in_float32(run_op: Run) -> None:
-    """In fp16 4096 ones add up to 2048."""
+    """The sum of 4096 ones is 4096; with fp16 sums it would be 2048."""
     ones = np.ones((1, 4096), np.float16)
     assert run_op("linear", {"x": ones}, {"weight": ones}, ("fp16", (1, 1))) == 4096
     assert run_op("matmul", {"x": ones, "y": ones}, {"transpose_y": True}, ("fp16", (1, 1))) == 4096
@@ -68,7 +68,7 @@ def test_sums_are_kept_in_float32(run_op: Run) -> None:
 
 @st.composite
 def products(draw: st.DrawFn) -> tuple[Shape, Shape, bool, bool]:
-    """Shapes of matrices in batches that broadcast, and which of them are transposed."""
+    """Draw the shapes of batches of matrices that broadcast, and which of them are transposed."""
     m, k, n = (draw(st.integers(1, 6)) for _ in range(3))
     batch = draw(LEADING)
     first, second = (tuple(size if draw(st.booleans()) else 1 for size in batch) for _ in range(2))
@@ -144,7 +144,7 @@ def test_einsum(run_op: Run, equation: str, first: Shape, second: Shape, dtype: 
 
 @st.composite
 def attentions(draw: st.DrawFn) -> tuple[Shape, Shape, Shape, Shape | None]:
-    """Shapes of query, key, value, and of a mask (None: there is none), which broadcasts to the scores."""
+    """Draw the shapes of query, key, value, and a mask that broadcasts to the scores; None stands for no mask."""
     leading = (draw(st.integers(1, 3)), *draw(st.lists(st.integers(1, 3), max_size=2)))
     length, source, depth, width = (draw(st.integers(1, 6)) for _ in range(4))
     mask = tuple(size if draw(st.booleans()) else 1 for size in leading) if draw(st.booleans()) else None
@@ -202,7 +202,7 @@ def test_a_row_that_attends_to_nothing_is_nan(run_op: Run) -> None:
 
 
 def affine(rng: np.random.Generator, shape: Shape, dtype: str, present: bool) -> dict[str, np.ndarray]:
-    """gamma and beta, or nothing."""
+    """Return gamma and beta, or {} if they are not ``present``."""
     return {name: random(rng, shape, dtype) for name in ("gamma", "beta")} if present else {}
 
 

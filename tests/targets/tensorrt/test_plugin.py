@@ -136,7 +136,7 @@ def test_the_convolution_packs_what_launch_says(in_place: bool, harness: Harness
         for dtype in LETTERS:
             for tokens in (1, 2, 300):
                 launch = conv.launch(
-                    conv.kernel(dtype, shape.taps, True, one_token=tokens == 1), 2, tokens, shape.channels
+                    conv.kernel(dtype, shape.taps, True, one_token=tokens == 1), 2, tokens, channels=shape.channels
                 )
                 fields = {"state_in_place": f"i {int(in_place)}"}
                 cases.append(

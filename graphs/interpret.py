@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_map_only
 
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr
-from h1export.errors import H1ExportError
 from h1export.graphs.program import Program
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array
-from h1export.runtime.runner import Capabilities, Ids, SteppedSequences, check_call
+from h1export.runtime.runner import Ids, Limits, Provenance, check_call
+from h1export.runtime.session import SteppedSession
 
 aten = torch.ops.aten
 
@@ -117,30 +117,33 @@ class ProgramRunner:
         return self._program.config
 
     @property
-    def capabilities(self) -> Capabilities:
+    def limits(self) -> Limits:
         logits = self._program.graph.output_node().args[0][0]  # type: ignore[index]
-        return Capabilities(max_batch=None, all_logits=not isinstance(logits.meta["val"].shape[1], int))  # type: ignore[union-attr]
+        return Limits(all_logits=not isinstance(logits.meta["val"].shape[1], int))  # type: ignore[union-attr]
+
+    @property
+    def provenance(self) -> Provenance:
+        return Provenance(kernels=f"PyTorch {torch.__version__}")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return ()
 
     def initial(self, batch: int) -> States:
         return _initial(self._program, batch)
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
-        check_call(ids, mask, states[self._program.states.tensors[0].past].shape[2], vocab_size=self.config.vocab_size)
+        check_call(ids, mask, self.length(states), vocab_size=self.config.vocab_size)
         named = _run(self._program, self._fixed, _inputs(ids, mask, states))
         logits: Array = named[LOGITS].numpy()
         return logits, {tensor.past: named[tensor.present] for tensor in self._program.states.tensors}
 
-    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
-        raise H1ExportError("observe", "is not what this Runner is for", "compare its logits and states")
+    def length(self, states: States) -> int:
+        growing = next(tensor for tensor in self._program.states.tensors if tensor.kind.grows)
+        return states[growing.past].shape[2]
 
-    def start(self, batch: int, capacity: int) -> SteppedSequences:
-        return SteppedSequences(self, batch)
+    def start(self, batch: int, capacity: int) -> SteppedSession:
+        return SteppedSession(self, batch)
 
     def snapshot(self, states: States) -> dict[str, Array]:
         return {tensor.key: np.asarray(states[tensor.past].numpy()) for tensor in self._program.states.tensors}
-
-    def stored_weights(self) -> Mapping[str, Array]:
-        return {}
-
-    def magnitudes(self) -> Mapping[str, float]:
-        return {}

@@ -175,10 +175,10 @@ def test_values_too_large_for_a_scale(precision: Precision) -> None:
     [((2, 8), (3, 1), (2,)), ((2, 8), (2, 3), (2,)), ((2, 8), (2, 2), (3,)), ((2, 8), (2, 2), (2, 1))],
 )
 def test_parts_that_do_not_fit_are_misuse(
-    codes: tuple[int, ...], scales: tuple[int, ...], multiplier: tuple[int, ...]
+    codes: tuple[int, ...], scales: tuple[int, ...], row_scale: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        QuantizedTensor(np.zeros(codes, np.int8), np.ones(scales, np.float16), np.ones(multiplier, np.float32))
+        QuantizedTensor(np.zeros(codes, np.int8), np.ones(scales, np.float16), np.ones(row_scale, np.float32))
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])

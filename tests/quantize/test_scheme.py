@@ -1,4 +1,4 @@
-"""QuantScheme: which tensor gets which precision, and which widths a group_size divides."""
+"""QuantScheme: which tensor gets which precision, and which widths a group divides."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def _keep(found: Found, name: str, value: Tensor) -> None:
     found[name] = value.detach().float()
 
 
-def _keep_projected(found: Found, layer: int, mixer: Any, *, projected: Tensor) -> None:
+def _keep_projected(found: Found, layer: int, mixer: Any, projected: Tensor) -> None:
     """What in_proj gives, µP included, in its parts; and the convolution of one, which is no module's result."""
     sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
     gate, xbc, dt = (projected * mixer.mup_vector).split(sizes, dim=-1)

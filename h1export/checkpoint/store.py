@@ -18,7 +18,7 @@ from h1export.errors import H1ExportError
 from h1export.model.config_reader import CONFIG
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
-from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, tensor_layout
+from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, projection_of, tensor_layout
 from h1export.progress import SILENT, Progress
 
 INDEX = "model.safetensors.index.json"
@@ -34,11 +34,18 @@ class WeightStore:
         packed: those weights, by the name that the architecture has for each. They are read like the others, and then in floats.
     """
 
-    def __init__(self, entries: dict[str, TensorEntry], progress: Progress, layout: GptqLayout | None = None) -> None:
+    def __init__(
+        self,
+        entries: dict[str, TensorEntry],
+        progress: Progress,
+        layout: GptqLayout | None = None,
+        *,
+        packed: Mapping[str, PackedMatrix] | None = None,
+    ) -> None:
         self._entries = entries
         self._progress = progress
         self.layout = layout
-        self.packed: Mapping[str, PackedMatrix] = {}
+        self.packed = packed or {}
 
     @classmethod
     def open(cls, folder: Path, config: FalconH1Config, progress: Progress = SILENT) -> WeightStore:
@@ -99,13 +106,11 @@ class WeightStore:
                 raise H1ExportError(f'{entry.file}: tensor "{name}"', what, DIFFERENT)
 
     def _claim_packed(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, PackedMatrix]:
-        """A product's weight may be packed; an embedding is none."""
+        """Open the matrices that are stored in integers. The embedding is never packed: nothing is multiplied by it."""
         if self.layout is None:
             return {}
         products = {
-            name: shape
-            for name, shape in shapes.items()
-            if name.endswith(".weight") and len(shape) == 2 and name != EMBEDDING
+            name: shape for name, shape in shapes.items() if projection_of(name) is not None and name != EMBEDDING
         }
         packed = [name for name in products if part_name(name, "qweight") in self._entries]
         if not packed:

@@ -31,7 +31,7 @@ TABLE = ".table"  # an embedding's codes, one row a token; a tied head has its o
 
 def folded_scales(tensor: QuantizedTensor) -> Array:
     """float32 [rows, blocks]: fp16 scale times multiplier."""
-    return tensor.scales.astype(np.float32) * tensor.multiplier[:, None]
+    return tensor.scales.astype(np.float32) * tensor.row_scale[:, None]
 
 
 def unfolded_scales(stored: Array, multiplier: Array) -> npt.NDArray[np.float16]:

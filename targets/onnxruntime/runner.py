@@ -24,7 +24,7 @@ from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.onnxruntime import native_library, state_layout
 from h1export.targets.onnxruntime.bound_session import BoundSession
 from h1export.targets.onnxruntime.emit.dequantize_linear import TABLE
-from h1export.targets.onnxruntime.emit.nbits import ROWS
+from h1export.targets.onnxruntime.emit.matmul_nbits import ROWS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_inference_session
 from h1export.targets.onnxruntime.variants import CUDA, graph_variant
 

@@ -2,8 +2,9 @@
 
     python benchmarks/build.py /path/to/checkpoint --quant int4 --json figures.json
 
-Peak anonymous memory is the largest RssAnon that the kernel reports, asked every 20 ms: memory that the process needs for
-itself, without file pages (a mapped checkpoint), which the kernel may drop at any time. Quote figures of an idle machine only.
+Peak anonymous memory is the largest RssAnon that the kernel reports, sampled every 20 ms: memory that the process needs
+for itself, without file pages (a mapped checkpoint), which the kernel may drop at any time. Quote figures of an idle
+machine only.
 """
 
 from __future__ import annotations

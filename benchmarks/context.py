@@ -2,9 +2,9 @@
 
     python benchmarks/context.py ARTIFACT --threads 2 --json context.json --plot context.png
 
-A long past is not computed but made: the state buffers are filled with a constant and the sequence is set to its length, as
-time does not depend on values. It does depend on the buffers being real memory, so all of them are written first. Contexts
-whose states would not fit into --memory, or that exceed the model's positions, are left out, and said so.
+A long past is not computed: the state buffers are filled with a constant and the session is set to its length, because
+time does not depend on values. It does depend on the buffers being real memory, so all of them are written first.
+Contexts whose states would not fit into --memory, or that exceed the model's positions, are left out, and said so.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def measure(artifact: Artifact, contexts: Sequence[int], threads: int, rounds: i
     fitting = [n for n in contexts if STEPS < n <= config.max_position_embeddings and states.nbytes(1, n) <= memory]
     if not fitting:
         sys.exit(
-            f"no context of {list(contexts)} fits into {human_bytes(memory)} and {config.max_position_embeddings} positions"
+            f"no context of {list(contexts)} fits into {human_bytes(memory)} "
+            f"and {config.max_position_embeddings} positions"
         )
     runner = load(artifact, threads)
     sequences = runner.start(1, max(fitting))
@@ -124,7 +125,8 @@ def show(curve: Curve) -> None:
             f"{point.bandwidth_share:.0%}",
         )
     left_out = f"; left out: {', '.join(map(str, curve.left_out))}" if curve.left_out else ""
-    table.caption = f"medians of {curve.rounds} interleaved rounds; read bandwidth {curve.bandwidth.median / 1e9:.1f} GB/s{left_out}"
+    bandwidth = f"read bandwidth {curve.bandwidth.median / 1e9:.1f} GB/s"
+    table.caption = f"medians of {curve.rounds} interleaved rounds; {bandwidth}{left_out}"
     Console().print(table)
 
 

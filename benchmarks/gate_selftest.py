@@ -2,8 +2,9 @@
 
     python benchmarks/gate_selftest.py ARTIFACT [--model CHECKPOINT] [--runs 20] [--planted 5] [--json FILE]
 
-A baseline is measured first. Then, with another process copying memory on the first core all the time, the artifact is gated RUNS times as
-it is, which must pass every time, and PLANTED times with every call 1.3 times as long, which must fail every time. Exit code 1 where not.
+A baseline is measured first. Then, while another process copies memory on the first core all the time, the gate judges
+the unchanged artifact RUNS times, which must pass every time, and PLANTED times with every call 1.3 times as long,
+which must fail every time. The exit code is 1 otherwise.
 """
 
 from __future__ import annotations

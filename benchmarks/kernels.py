@@ -1,10 +1,10 @@
-"""Time QMatMul against ONNX Runtime's MatMulNBits at accuracy level 4, on the same weights, at the shapes of Falcon-H1-0.5B.
+"""Time QMatMul against ONNX Runtime's MatMulNBits at accuracy level 4, on the same weights, at the 0.5B shape.
 
     python benchmarks/kernels.py --threads 2 --rounds 15
 
-Both run in one process, in turns, each as one graph of many nodes with different weights, so that caches hold no more of them
-than in a model; the bandwidth to compare with is read in the same rounds. Medians are printed: GB/s of codes and scales, and
-GFLOP/s. Quote figures of an idle machine only.
+Both run in one process, in turns, each as one graph of many nodes with different weights, so that caches hold no more
+of them than in a model; the bandwidth to compare with is read in the same rounds. Medians are printed: GB/s of codes
+and scales, and GFLOP/s. Quote figures of an idle machine only.
 """
 
 from __future__ import annotations

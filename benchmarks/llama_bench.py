@@ -15,7 +15,10 @@ from h1export.validate.speed.worker import Kind, Timing
 
 
 class LlamaBench:
-    """A GGUF file under llama-bench, timed as validate.players.Child is. Each run warms up and fills the context itself."""
+    """A GGUF file under llama-bench, timed as a WorkerProcess is.
+
+    Each run warms up and fills the context itself.
+    """
 
     def __init__(self, program: Path, gguf: Path, threads: int, steps: int) -> None:
         self._program = program

@@ -3,9 +3,10 @@
     python benchmarks/peers.py CHECKPOINT --llama-bench .../llama-bench --gguf model-Q4_0.gguf model-Q4_K_M.gguf \
         --json peers.json --plots FOLDER
 
-All peers take turns round by round, at one thread count after the other; medians over the rounds count, and ratios are taken
-round by round. Every peer has a process of its own; its memory is the peak beyond what its interpreter held before the model.
-GGUF files are made beforehand by llama.cpp's tools, so their export is not measured. Needs the extras ort and bench.
+All peers take turns round by round, at one thread count after the other; medians over the rounds count, and ratios are
+taken round by round. Every peer has a process of its own; its memory is the peak beyond what its interpreter held
+before the model. GGUF files are made beforehand by llama.cpp's tools, so their export is not measured. Needs the extras
+ort and bench.
 """
 
 from __future__ import annotations

@@ -49,7 +49,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run. ``peak_bytes``: (peer, threads, bytes) while it ran; ``bandwidth``: bytes per second by thread count."""
+    """A whole run.
+
+    ``peak_bytes`` has (peer, threads, bytes) while it ran, and ``bandwidth`` bytes per second by thread count.
+    """
 
     checkpoint: str
     machine: dict[str, Any]
@@ -91,7 +94,8 @@ def _speeds(results: Results, threads: int, bandwidth: Estimate) -> Table:
     for facts in results.peers:
         table.add_row(facts.name, *(_cell(cell) for cell in cells if cell.peer == facts.name))
     table.caption = (
-        f"medians of {results.rounds} interleaved rounds, plus or minus half the 95 % interval; x: to llama.cpp's fastest; "
+        f"medians of {results.rounds} interleaved rounds, plus or minus half the 95 % interval; "
+        "x: relative to llama.cpp's fastest; "
         f"%: of the measured read bandwidth, {bandwidth.median / 1e9:.1f} GB/s; batch 1"
     )
     return table

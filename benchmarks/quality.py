@@ -2,10 +2,10 @@
 
     python benchmarks/quality.py [CHECKPOINT] --ggml .../libggml-base.so --windows 61 --json quality.json
 
-Every method rounds the same tensors, the projections and the head, and transformers computes with the rounded weights in float32; so
-this is the rounding alone, without any runtime's. Beside ours stand torchao's asymmetric int4 in groups of 32, GGUF's Q4_0 as the
-gguf package rounds it, and with ``--ggml``, llama.cpp's library, its Q4_K without an importance matrix. Needs the extra `bench`.
-Without CHECKPOINT, the embedded model.
+Every method rounds the same tensors, the projections and the head, and transformers computes with the rounded weights
+in float32; so this measures the rounding alone, without that of a runtime. The table has h1export's methods, torchao's
+asymmetric int4 in groups of 32, GGUF's Q4_0 as the gguf package rounds it, and with ``--ggml``, llama.cpp's library,
+its Q4_K without an importance matrix. The script needs the extra `bench`. Without CHECKPOINT, the embedded model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ RoundedWeights = dict[str, Array]
 
 @dataclass(frozen=True)
 class Quality:
-    """One method. ``bits``: of codes, scales and zero points, a quantised weight. ``seconds``: to choose the integers."""
+    """What one method costs.
+
+    ``bits`` counts codes, scales and zero points of a quantised weight, and ``seconds`` the time to choose the
+    integers.
+    """
 
     method: str
     bits: float
@@ -181,7 +185,8 @@ def table(found: list[Quality], tokens: int) -> Table:
         loss = f"{100 * (f['ratio'] - 1):+.3f} % ± {100 * f['ratio_se']:.3f}"
         top1 = f"{f['top1']:.4f} ± {f['top1_se']:.4f}"
         result.add_row(quality.method, f"{quality.bits:.2f}", *cells, loss, top1, f"{quality.seconds:.0f}")
-    result.caption = f"{tokens} tokens of held-out text, head included; the full model has {found[0].figures['reference']:.4f} bits per byte"
+    full = found[0].figures["reference"]
+    result.caption = f"{tokens} tokens of held-out text, head included; the full model has {full:.4f} bits per byte"
     return result
 
 

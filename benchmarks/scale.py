@@ -2,9 +2,10 @@
 
     python benchmarks/scale.py --shapes 0.5B 1.5B-Deep 7B 34B --scratch FOLDER --json scale.json --plot scale.png
 
-A checkpoint of more than --real GB has that much in random values; its other shards are sparse files of zeros, which take no
-disk and are read, rounded and written like others. Its rate from real values is that of a second row: the same shape, cut to
-as many layers as --real GB hold. Every checkpoint is dropped from the page cache before its build, and deleted afterwards.
+A checkpoint of more than --real GB has that much in random values; its other shards are sparse files of zeros, which
+take no disk and are read, rounded and written like others. Its rate from real values is that of a second row: the same
+shape, cut to as many layers as --real GB hold. Every checkpoint is dropped from the page cache before its build, and
+deleted afterwards.
 """
 
 from __future__ import annotations

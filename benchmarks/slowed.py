@@ -30,7 +30,10 @@ class Slowed:
 
 
 class SlowedSequences:
-    """``sequences``, and a loop after each call. Doing a part of the work again would be less: its weights are in the cache by then."""
+    """A session with a loop after each call.
+
+    Doing a part of the work again would cost less, because its weights are in the cache by then.
+    """
 
     def __init__(self, sequences: Sequences, factor: float) -> None:
         self._sequences = sequences

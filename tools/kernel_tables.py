@@ -2,7 +2,8 @@
 
     python tools/kernel_tables.py [--jobs 2] [--check]
 
-Needs Triton (the extra trt) and no GPU; some 500 kernels take some minutes. ``--check`` writes nothing and fails where the file differs.
+Needs Triton (the extra trt) and no GPU; some 500 kernels take some minutes. ``--check`` writes nothing and fails where
+the file differs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def compiled(pair: tuple[Kernel, int]) -> Cubin | str:
 
 
 def taken(cubins: list[Cubin]) -> Iterator[str]:
-    """Rows: kernel, tiles and, for each architecture, registers, spilled bytes and KiB of shared memory; the larger of both dtypes."""
+    """Rows of kernel, tiles and, for each architecture, registers, spilled bytes and KiB of shared memory.
+
+    Each figure is the larger one of both dtypes.
+    """
     rows: dict[str, dict[int, list[Cubin]]] = defaultdict(lambda: defaultdict(list))
     for cubin in cubins:
         constants = dict(cubin.kernel.constants)
@@ -187,7 +191,8 @@ def main() -> None:
         sys.exit(f"{DOCUMENT.name} differs from what the kernels take now: run this without --check")
     DOCUMENT.write_text(new, encoding="utf-8")
     print(
-        f"{len(cubins)} kernels, {sum(cubin.spilled > 0 for cubin in cubins)} of them spill, at most {max(c.spilled for c in cubins)} bytes"
+        f"{len(cubins)} kernels, {sum(cubin.spilled > 0 for cubin in cubins)} of them spill, "
+        f"at most {max(cubin.spilled for cubin in cubins)} bytes"
     )
 
 

@@ -2,8 +2,9 @@
 
     python tools/pipeline_svg.py
 
-The picture is written with the standard library's ElementTree, so its bytes depend on this file alone, its text stays text, and a test can
-compare it anywhere. Boxes bring their own background: the picture reads the same on a light and on a dark page.
+The picture is written with the standard library's ElementTree, so its bytes depend on this file alone, its text stays
+text, and a test can compare it anywhere. Boxes bring their own background: the picture reads the same on a light and on
+a dark page.
 """
 
 from __future__ import annotations
@@ -119,7 +120,9 @@ def picture() -> str:
     width = 2 * MARGIN + max(box.column for box in BOXES) * COLUMN + WIDTH
     height = 2 * MARGIN + max(box.row for box in BOXES) * ROW + HEIGHT
     size = {"viewBox": f"0 0 {width} {height}", "width": str(width), "height": str(height)}
-    svg = ElementTree.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", **size, "font-family": FONT, "role": "img"})
+    svg = ElementTree.Element(
+        "svg", {"xmlns": "http://www.w3.org/2000/svg", **size, "font-family": FONT, "role": "img"}
+    )
     ElementTree.SubElement(svg, "title").text = "The pipeline of h1export, and the room of each step"
     head = {"id": "head", "viewBox": "0 0 8 8", "refX": "7", "refY": "4", "markerWidth": "8", "markerHeight": "8"}
     marker = ElementTree.SubElement(ElementTree.SubElement(svg, "defs"), "marker", {**head, "orient": "auto"})
@@ -134,7 +137,9 @@ def picture() -> str:
     above = y1 - 14
     path = f"M{x0 + WIDTH} {y0 + HEIGHT // 2} H{bend} V{above} H{x1 - 16} V{y1 + HEIGHT // 2} H{x1 - 4}"
     ElementTree.SubElement(svg, "path", {"d": path, **stroke})
-    text = ElementTree.SubElement(svg, "text", {"x": str(bend + 8), "y": str(above - 6), "font-size": "12", "fill": LINE})
+    text = ElementTree.SubElement(
+        svg, "text", {"x": str(bend + 8), "y": str(above - 6), "font-size": "12", "fill": LINE}
+    )
     text.text = label
     for box in BOXES:
         draw_box(svg, box)

@@ -1,7 +1,4 @@
-"""Every check of this project as a nox session.
-
-Plain ``nox`` runs what CI runs, on the Python that nox itself runs on.
-"""
+"""Every check of this project as a nox session. Plain ``nox`` runs what CI runs, on the Python that nox itself runs on."""
 
 from __future__ import annotations
 
@@ -47,10 +44,7 @@ def wheel(session: nox.Session, out: Path) -> Path:
 
 
 def skips(results: Path) -> list[str]:
-    """The tests and files that pytest skipped, from its JUnit report.
-
-    An expected failure, which ran, is a `skipped` there too.
-    """
+    """The tests and files that pytest skipped, from its JUnit report, where an expected failure, which ran, is a `skipped` too."""
     return [
         f"{case.get('classname')}::{case.get('name')}"
         for case in ElementTree.parse(results).iter("testcase")
@@ -68,10 +62,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Run mypy and the import contracts outside the root.
-
-    The checkers see the packages that setuptools maps in an installed wheel only.
-    """
+    """mypy and the import contracts, outside the root: checkers see the packages that setuptools maps on an installed wheel only."""
     with tempfile.TemporaryDirectory() as folder:
         session.install(str(wheel(session, Path(folder))), *dev("mypy", "import-linter"), "--no-compile")
         with session.chdir(folder):
@@ -82,10 +73,7 @@ def types(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 @nox.parametrize("target", list(TARGETS))
 def tests(session: nox.Session, target: str) -> None:
-    """Run one row of tests: "core", those that need no runtime, or those that need a target's runtime.
-
-    Tests that need a browser, a GPU or macOS are left out; of the others none may skip.
-    """
+    """Row "core": every test that needs no runtime; another row: those that need its runtime. No browser, GPU, macOS; none may skip."""
     session.install("-e", f".{TARGETS[target]}", *dev("pytest", "pytest-xdist", "hypothesis", "ruff"), "--no-compile")
     others = {name: folders for name, folders in RUNTIMES.items() if name != target}
     markers = " and ".join(
@@ -106,10 +94,9 @@ def tests(session: nox.Session, target: str) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Run the wheel's command in a clean environment; then install every extra on top, and import its runtime.
+    """The wheel alone in a clean environment runs its command; then every extra installs on top, and its runtime imports.
 
-    `cuda`, whose onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and `torch-trt` are not installed: both
-    need an NVIDIA GPU.
+    Not installed: `cuda`, whose onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and `torch-trt`; both need an NVIDIA GPU.
     """
     extras = ",".join(sorted(EXTRAS.keys() - {"cuda", "torch-trt"}))
     with tempfile.TemporaryDirectory() as folder:
@@ -187,10 +174,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def gate(session: nox.Session) -> None:
-    """Run the latency gate's self-test: 20 unchanged builds pass beside a busy core, and a planted slowdown fails.
-
-    It is not part of plain ``nox``, because it takes minutes.
-    """
+    """The latency gate's self-test: 20 unchanged builds pass beside a busy core, and a planted slowdown fails; not in CI, for its time."""
     session.install("-e", ".[ort]")
     with tempfile.TemporaryDirectory() as folder:
         artifact = f"{folder}/artifact"
@@ -200,10 +184,7 @@ def gate(session: nox.Session) -> None:
 
 @nox.session
 def report(session: nox.Session) -> None:
-    """Check the page of `h1export report` in headless Chromium, as wide as a phone and as a desktop.
-
-    Screenshots stay in the session's folder.
-    """
+    """The page of `h1export report` in headless Chromium, as wide as a phone and a desktop; screenshots stay in the session's folder."""
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         session.error(
             "no Chromium here: install it (on Debian, apt-get install chromium) and run `nox -s report` again"
@@ -215,7 +196,7 @@ def report(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Run the tests that need an NVIDIA GPU: kernels, engines, torch-tensorrt, ONNX Runtime's CUDA provider."""
+    """The tests that need an NVIDIA GPU: kernels, engines by `h1export validate`, torch-tensorrt, ONNX Runtime's CUDA provider."""
     if shutil.which("nvidia-smi") is None:
         session.skip("no NVIDIA GPU here (nvidia-smi is missing): run `nox -s gpu` on a machine that has one")
     session.install("-e", ".[cuda,trt,torch-trt]", *dev("pytest", "hypothesis"))

@@ -41,7 +41,7 @@ FILL = 0.01  # of every state
 
 @dataclass(frozen=True)
 class ProbePoint:
-    """One context: seconds of a decode step, and what it has to read."""
+    """The seconds of a decode step after one context, and the bytes that it has to read."""
 
     context: int
     seconds: Estimate
@@ -51,7 +51,7 @@ class ProbePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """The whole run; ``left_out``: contexts that do not fit; ``bandwidth``: bytes per second."""
+    """A whole run; ``left_out`` has the contexts that do not fit, and ``bandwidth`` is in bytes per second."""
 
     artifact: str
     kernels: str
@@ -73,7 +73,7 @@ def decode_seconds(sequences: Sequences, context: int) -> float:
     return (time.perf_counter() - start) / STEPS
 
 
-def measure(artifact: Artifact, contexts: Sequence[int], threads: int, rounds: int, memory: int) -> Curve:
+def measure(artifact: Artifact, contexts: Sequence[int], threads: int, *, rounds: int, memory: int) -> Curve:
     """Decode at every one of ``contexts`` whose states fit into ``memory`` bytes, all in turns on one long sequence."""
     config = artifact.config
     states = StateSpec.of(artifact.config)
@@ -156,7 +156,7 @@ def plot(curve: Curve, file: Path) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that programs may still take, as the kernel sees it."""
+    """Bytes of memory that the kernel reports as available."""
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw it, e.g. context.png")
     args = parser.parse_args()
     memory = free_memory() // 2 if args.memory is None else int(args.memory * 1e9)
-    curve = measure(Artifact.open(args.artifact), args.context, args.threads, args.rounds, memory)
+    curve = measure(Artifact.open(args.artifact), args.context, args.threads, rounds=args.rounds, memory=memory)
     if args.json:
         args.json.write_text(json.dumps(asdict(curve), indent=1) + "\n", encoding="utf-8")
     show(curve)

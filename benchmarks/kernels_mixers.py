@@ -34,7 +34,7 @@ N = 128
 CHANNELS = 1792
 HEAD = '<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1, "h1export": 1]> g (float[1,t,4120] row, '
 STOCK = "stock"
-OURS = "ours"
+NATIVE = "native"
 
 CONV = {
     STOCK: """float[1,3,1792] state, float[1792] w0, float[1792] w1, float[1792] w2, float[1792] w3,
@@ -51,7 +51,7 @@ CONV = {
         y = com.microsoft.QuickGelu<alpha = 1.0>(t3)
         new = Slice(all, e0, e3, one)
     }""",
-    OURS: """float[1,3,1792] state, float[4,1792] w, float[1792] bias, float[1,t] mask) => (y, new) {
+    NATIVE: """float[1,3,1792] state, float[4,1792] w, float[1792] bias, float[1,t] mask) => (y, new) {
         y, new = h1export.CausalConv<offset = 1536>(row, state, w, bias, mask)
     }""",
 }
@@ -72,7 +72,7 @@ SCAN = {
         skips = Unsqueeze(D, one)  skip4 = Mul(heads, skips)  skip = Reshape(skip4, flat)
         sum = Add(s, skip)  weight = com.microsoft.QuickGelu<alpha = 1.0>(gate)  y = Mul(sum, weight)
     }""",
-    OURS: """float[1,t,1792] xbc, float[24] A, float[24] D, float[24] dt_bias, float[1,24,128,64] state,
+    NATIVE: """float[1,t,1792] xbc, float[24] A, float[24] D, float[24] dt_bias, float[1,24,128,64] state,
      float[1,t] mask) => (y, new) {
         y, new = h1export.SSMScan<heads = 24, groups = 1, d_head = 64, d_state = 128, dt_offset = 3328,
             gate_offset = 0, dt_min = 0.0,
@@ -89,7 +89,7 @@ ATTENTION = {
         y, new_keys, new_values = com.microsoft.GroupQueryAttention<num_heads = 8, kv_num_heads = 2, scale = 0.125>(
             rq, rk, v, keys, values, last, total, , , , bias)
     }}""",
-    OURS: f"""float[1,t,32] cos, float[1,t,32] sin, int64[1,n] ones, {CACHE}) => (y, new_keys, new_values) {{
+    NATIVE: f"""float[1,t,32] cos, float[1,t,32] sin, int64[1,n] ones, {CACHE}) => (y, new_keys, new_values) {{
         y, new_keys, new_values = h1export.Attention<num_heads = 8, kv_heads = 2, head_dim = 64, q_offset = 3352,
             k_offset = 3864,
                                                      v_offset = 3992, scale = 0.125>(row, cos, sin, ones, keys, values)
@@ -100,14 +100,14 @@ IN_PLACE = {"new": "state", "new_keys": "keys", "new_values": "values"}  # outpu
 
 @dataclass(frozen=True)
 class Formulation:
-    """A session, and its inputs and outputs bound once a layer."""
+    """A session whose inputs and outputs are bound once a layer."""
 
     session: Any
     bindings: list[Any]
 
     @classmethod
     def of(cls, text: str, layers: list[Mapping[str, Any]], threads: int) -> Formulation:
-        """``layers``: values by input name; what the graph does not name is left out."""
+        """``layers`` has values by input name; those that the graph does not name are left out."""
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -131,7 +131,7 @@ class Formulation:
         return cls(session, bindings)
 
     def seconds(self) -> float:
-        """Of one layer."""
+        """Return the seconds of one call on one layer's inputs."""
         start = time.perf_counter()
         for binding in self.bindings:
             self.session.run_with_iobinding(binding)
@@ -149,7 +149,7 @@ def aligned(array: Any) -> Any:
 
 
 def layer(tokens: int, past: int, rng: np.random.Generator) -> Mapping[str, Any]:
-    """Values of every input of one layer, those of the stock graphs and ours."""
+    """Values of every input of one layer, for the stock and the native graphs."""
     total = past + tokens
 
     def normal(*shape: int) -> np.ndarray:
@@ -173,7 +173,7 @@ def layer(tokens: int, past: int, rng: np.random.Generator) -> Mapping[str, Any]
 
 
 def rounds(
-    texts: Mapping[str, str], state: tuple[int, ...], tokens: int, past: int, args: argparse.Namespace
+    texts: Mapping[str, str], state: tuple[int, ...], tokens: int, *, past: int, args: argparse.Namespace
 ) -> dict[str, float]:
     """Median microseconds per layer of each formulation."""
     rng = np.random.default_rng(0)
@@ -209,13 +209,13 @@ def main() -> None:
     for tokens, past in ((1, 127), (1, 2047), (1, 8191), (512, 0), (2048, 0), (512, 1536)):
         rows.append(("attention", ATTENTION, (1,), tokens, past))
     table = Table(title=f"microseconds per layer, {args.threads} threads")
-    for column in ("op", "tokens", "past", STOCK, OURS, "ratio"):
+    for column in ("op", "tokens", "past", STOCK, NATIVE, "ratio"):
         table.add_column(column, justify="right")
     for op, texts, state, tokens, past in rows:
         if args.only in (None, op):
-            result = rounds(texts, state, tokens, past, args)
-            ratio = result[STOCK] / result[OURS] if result[OURS] else math.nan
-            table.add_row(op, str(tokens), str(past), f"{result[STOCK]:.1f}", f"{result[OURS]:.1f}", f"{ratio:.2f}")
+            result = rounds(texts, state, tokens, past=past, args=args)
+            ratio = result[STOCK] / result[NATIVE] if result[NATIVE] else math.nan
+            table.add_row(op, str(tokens), str(past), f"{result[STOCK]:.1f}", f"{result[NATIVE]:.1f}", f"{ratio:.2f}")
     Console().print(table)
 
 

@@ -1,4 +1,4 @@
-"""Make a random checkpoint of any public Falcon-H1 shape, to measure builds on models whose weights are not at hand.
+"""Make a random checkpoint of any public Falcon-H1 shape, to measure builds on models whose weights are not available.
 
     python benchmarks/make_checkpoint.py --shape 0.5B /path/to/checkpoint
 
@@ -125,7 +125,7 @@ def values(name: str, count: int, rng: np.random.Generator) -> Floats:
 
 
 def blocks(name: str, shape: tuple[int, ...], seed: int) -> Iterator[bytes]:
-    """A tensor's bytes; its values hang on seed and name only, however the checkpoint is cut and sharded."""
+    """A tensor's bytes; its values depend on seed and name only, however the checkpoint is sharded."""
     rng = np.random.default_rng([seed, *name.encode()])
     count = prod(shape)
     for start in range(0, count, BLOCK):
@@ -163,7 +163,7 @@ def split(tensors: Mapping[str, tuple[int, ...]], shards: int) -> list[dict[str,
 
 
 def write_checkpoint(
-    folder: Path, settings: Mapping[str, Any], shards: int, seed: int, real_shards: int | None = None
+    folder: Path, settings: Mapping[str, Any], shards: int, *, seed: int, real_shards: int | None = None
 ) -> None:
     """Write config, weights and, where the vocabulary has room for it, the embedded tokenizer into a new ``folder``.
 
@@ -209,7 +209,11 @@ def main() -> None:
     if args.shards < 1:
         parser.error(f"--shards {args.shards}: give 1 or more")
     write_checkpoint(
-        args.folder, config(args.shape, args.layers, args.context), args.shards, args.seed, args.real_shards
+        args.folder,
+        config(args.shape, args.layers, args.context),
+        args.shards,
+        seed=args.seed,
+        real_shards=args.real_shards,
     )
     size = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
     print(f"{args.folder}: {args.shape}, {size / 1e6:.0f} MB")

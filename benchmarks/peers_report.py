@@ -1,4 +1,4 @@
-"""What peers.py found: the table, the JSON, the plots."""
+"""The results of peers.py: the table, the JSON, the plots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from h1export.validate.speed.worker import Kind, Timing
 
 @dataclass(frozen=True)
 class Facts:
-    """A peer before it runs; None: not measured. ``export_peak_bytes`` is anonymous memory."""
+    """A peer before it runs; None means not measured. ``export_peak_bytes`` is anonymous memory."""
 
     name: str
     file_bytes: int | None = None
@@ -32,7 +32,7 @@ class Cell:
     """One timing of one peer at one thread count.
 
     Attributes:
-        speed: tokens per second; None: ``note`` says why not.
+        speed: tokens per second; None where ``note`` has the reason.
         bandwidth_share: of what a decode step has to read, at this speed, of the measured read bandwidth.
         to_llama: ratio to the fastest GGUF file at this timing, round by round.
     """
@@ -126,7 +126,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
                 axes,
                 kind,
                 [cell for cell in cells if cell.timing.kind is kind],
-                list(dict.fromkeys(cell.peer for cell in cells)),
+                peers=list(dict.fromkeys(cell.peer for cell in cells)),
             )
         figure.legend(
             *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small"
@@ -137,7 +137,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
     return files
 
 
-def _bars(axes: Any, kind: Kind, cells: Sequence[Cell], peers: Sequence[str]) -> None:
+def _bars(axes: Any, kind: Kind, cells: Sequence[Cell], *, peers: Sequence[str]) -> None:
     tokens = sorted({cell.timing.tokens for cell in cells})
     width = 0.8 / len(peers)
     for index, peer in enumerate(peers):

@@ -1,4 +1,4 @@
-"""What quantisation costs a model, by method: divergence from the full model, and bits per byte, on held-out text.
+"""Measure what quantisation costs, by method: divergence from the full model and bits per byte on held-out text.
 
     python benchmarks/quality.py [CHECKPOINT] --ggml .../libggml-base.so --windows 61 --json quality.json
 
@@ -85,7 +85,7 @@ class Judge:
         )
 
 
-def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
+def own_methods(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
     """(method, bits a weight, how to make the weights) of this project's methods."""
     config = FalconH1Config.load(checkpoint)
     store = WeightStore.open(checkpoint, config)
@@ -99,7 +99,7 @@ def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[
     def weights(integers: QuantizedWeights) -> RoundedWeights:
         return {name: integers.rows(name, 0, store.shape(name)[0]).unfolded() for name in four}
 
-    def solved(precisions: Mapping[str, Precision]) -> RoundedWeights:
+    def gptq(precisions: Mapping[str, Precision]) -> RoundedWeights:
         with tempfile.TemporaryDirectory() as folder:
             ids = Calibration(samples=samples).ids(checkpoint)
             return weights(
@@ -121,21 +121,21 @@ def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[
         return {name: factors.undone(name, weight) for name, weight in found.items()}
 
     def mixed() -> RoundedWeights:
-        return solved(
+        return gptq(
             four | Budget(bits=BUDGET).raised(pipeline.sensitivity(checkpoint, QuantScheme("int4", GROUP, "gptq")))
         )
 
     yield "int4 rtn", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, quantize_rows))
     yield "int4 search", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, search_rows))
     yield "int4 awq", 4 + 16 / GROUP, scaled
-    yield "int4 gptq", 4 + 16 / GROUP, lambda: solved(four)
+    yield "int4 gptq", 4 + 16 / GROUP, lambda: gptq(four)
     yield f"int4 and int8 gptq, at most {BUDGET} bits", BUDGET, mixed
     rows, values = (sum(count(store.shape(name)) for name in four) for count in (lambda shape: shape[0], prod))
     yield "int8 rtn", 8 + 16 * rows / values, lambda: weights(Rounded(store, eight, quantize_rows))
 
 
-def theirs(checkpoint: Path, library: Path | None) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
-    """The same of others' rounding, on the same tensors."""
+def peer_methods(checkpoint: Path, library: Path | None) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
+    """The same for torchao and GGUF, on the same tensors."""
     from ggml import Ggml, bits_of
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
@@ -206,7 +206,7 @@ def main() -> None:
     ids, nbytes = scoring_ids(checkpoint, text)
     judge = Judge(checkpoint, ids, nbytes)
     found = []
-    for method, bits, make in (*ours(checkpoint, args.samples), *theirs(checkpoint, args.ggml)):
+    for method, bits, make in (*own_methods(checkpoint, args.samples), *peer_methods(checkpoint, args.ggml)):
         start = time.perf_counter()
         weights = make()
         seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ from h1export.validate.speed.worker import Timed
 
 
 class Slowed:
-    """``model`` on one thread of the CPU, with every call ``factor`` times as long, in time of the processor."""
+    """``model`` on one CPU thread, with every call ``factor`` times as long in CPU time."""
 
     def __init__(self, model: Timed, factor: float) -> None:
         self._model = model

@@ -82,7 +82,7 @@ def cell(cubins: list[Cubin]) -> str:
     return f"{registers}/{spilled}/{-(-shared // 1024)}"
 
 
-def layer(shape: Shape, gpu: Gpu, batch: int, tokens: int) -> str:
+def layer(shape: Shape, gpu: Gpu, batch: int, *, tokens: int) -> str:
     """Microseconds of one layer's scan and convolution; the letter of what bounds most of it."""
     problem = Problem(
         batch,
@@ -105,7 +105,7 @@ def estimates(batch: int, tokens: int) -> Iterator[str]:
     yield "| µs a layer | " + " | ".join(gpu.name for gpu in GPUS) + " |"
     yield "|---" * (1 + len(GPUS)) + "|"
     for shape in PUBLISHED:
-        yield f"| {shape.model} |" + "".join(f" {layer(shape, gpu, batch, tokens)} |" for gpu in GPUS)
+        yield f"| {shape.model} |" + "".join(f" {layer(shape, gpu, batch, tokens=tokens)} |" for gpu in GPUS)
 
 
 def per_kernel() -> Iterator[str]:
@@ -167,7 +167,7 @@ def with_tables(text: str, tables: dict[str, list[str]]) -> str:
 
 
 def main() -> None:
-    """Write the document, or say what is wrong and exit with 1."""
+    """Write the document, or print what is wrong and exit with 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--check", action="store_true")

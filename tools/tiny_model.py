@@ -88,7 +88,7 @@ def init_weights(cfg: FalconH1Config, seed: int) -> dict[str, Tensor]:
     return out
 
 
-def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
+def ssd(x: Tensor, dt: Tensor, a: Tensor, *, b: Tensor, c: Tensor, chunk: int) -> Tensor:
     """Chunked SSD (arXiv:2405.21060) from a zero state.
 
     x [B, T, H, P], dt [B, T, H], a [H], b and c [B, T, G, N] give [B, T, H, P].
@@ -132,7 +132,7 @@ def mamba(cfg: FalconH1Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
     b = b.reshape(bsz, t, g, n)
     c = c.reshape(bsz, t, g, n)
     y = (
-        ssd(u, F.softplus(dt + w["mamba.dt_bias"]), -torch.exp(w["mamba.A_log"]), b, c, cfg.mamba_chunk_size)
+        ssd(u, F.softplus(dt + w["mamba.dt_bias"]), -torch.exp(w["mamba.A_log"]), b=b, c=c, chunk=cfg.mamba_chunk_size)
         + u * w["mamba.D"][:, None]
     )
     y = (y.reshape(bsz, t, d) * F.silu(z)).view(bsz, t, g, d // g)
@@ -140,7 +140,7 @@ def mamba(cfg: FalconH1Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(y, w["mamba.out_proj.weight"])
 
 
-def attention(cfg: FalconH1Config, w: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def attention(cfg: FalconH1Config, w: dict[str, Tensor], x: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
     """Causal grouped-query attention with rotary positions; x [B, T, hidden]."""
     bsz, t, _ = x.shape
     q, k, v = (
@@ -162,7 +162,7 @@ def forward(cfg: FalconH1Config, weights: dict[str, Tensor], ids: Tensor) -> Ten
         prefix = f"model.layers.{i}."
         w = {name.removeprefix(prefix): p for name, p in weights.items() if name.startswith(prefix)}
         x = F.rms_norm(h, h.shape[-1:], w["input_layernorm.weight"], cfg.rms_norm_eps)
-        h = h + mamba(cfg, w, x) + attention(cfg, w, x, cos, sin)
+        h = h + mamba(cfg, w, x) + attention(cfg, w, x, cos=cos, sin=sin)
         y = F.rms_norm(h, h.shape[-1:], w["pre_ff_layernorm.weight"], cfg.rms_norm_eps)
         up = F.linear(y, w["feed_forward.up_proj.weight"])
         gate = F.linear(y, w["feed_forward.gate_proj.weight"])

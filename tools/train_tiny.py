@@ -185,7 +185,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def train(
-    cfg: FalconH1Config, weights: dict[str, Tensor], stream: Tensor, steps: int, seed: int, checkpoint: Path | None
+    cfg: FalconH1Config, weights: dict[str, Tensor], stream: Tensor, *, steps: int, seed: int, checkpoint: Path | None
 ) -> float:
     """Train weights in place for a fixed number of steps, resuming from checkpoint; return the seconds."""
     opts = optimizers(cfg, weights)
@@ -257,7 +257,7 @@ def released(cfg: FalconH1Config, weights: dict[str, Tensor], probe: Tensor) -> 
 
 
 @torch.no_grad()
-def bits_per_byte(model: FalconH1ForCausalLM, tok: PreTrainedTokenizerFast, text: str, window: int = 512) -> float:
+def bits_per_byte(model: FalconH1ForCausalLM, tok: PreTrainedTokenizerFast, text: str, *, window: int = 512) -> float:
     """Bits a UTF-8 byte over all of text: windows half overlapped, each token scored once, the first after eos."""
     ids = torch.tensor([tok.eos_token_id, *tok.encode(text, add_special_tokens=False)])
     nats = 0.0
@@ -306,6 +306,7 @@ def publish(
     model: FalconH1ForCausalLM,
     tok: PreTrainedTokenizerFast,
     texts: dict[str, str],
+    *,
     figures: dict[str, object],
     out: Path,
 ) -> None:
@@ -357,7 +358,7 @@ def main() -> None:
     tok = make_tokenizer([source[name] for name in sorted(source)], cfg.vocab_size)
     stream = token_stream(source, tok, args.seed)
     weights = init_weights(cfg, args.seed)
-    seconds = train(cfg, weights, stream, args.steps, args.seed, args.checkpoint)
+    seconds = train(cfg, weights, stream, steps=args.steps, seed=args.seed, checkpoint=args.checkpoint)
     figures = vars(args) | {
         "python": platform.python_version(),
         "train_modules": len(source),
@@ -373,7 +374,7 @@ def main() -> None:
         "heldout.txt": "\n".join(held[name] for name in sorted(held)),
         "calibration.txt": excerpts(source, args.seed),
     }
-    publish(released(cfg, weights, stream[None, : 2 * SEQ]), tok, texts, figures, args.out)
+    publish(released(cfg, weights, stream[None, : 2 * SEQ]), tok, texts, figures=figures, out=args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is read from llama-bench, and what it is asked."""
+"""The command line of llama-bench, and the parser of its results."""
 
 from __future__ import annotations
 

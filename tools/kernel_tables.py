@@ -2,7 +2,8 @@
 
     python tools/kernel_tables.py [--jobs 2] [--check]
 
-Needs Triton (the extra trt) and no GPU; some 500 kernels take some minutes. ``--check`` writes nothing and fails where the file differs.
+Needs Triton (the extra trt) and no GPU; some 500 kernels take some minutes. ``--check`` writes nothing and fails where
+the file differs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def compiled(pair: tuple[Kernel, int]) -> Cubin | str:
 
 
 def taken(cubins: list[Cubin]) -> Iterator[str]:
-    """Rows: kernel, tiles and, for each architecture, registers, spilled bytes and KiB of shared memory; the larger of both dtypes."""
+    """Rows of kernel, tiles and, for each architecture, registers, spilled bytes and KiB of shared memory.
+
+    Each figure is the larger one of both dtypes.
+    """
     rows: dict[str, dict[int, list[Cubin]]] = defaultdict(lambda: defaultdict(list))
     for cubin in cubins:
         constants = dict(cubin.kernel.constants)
@@ -78,7 +82,7 @@ def cell(cubins: list[Cubin]) -> str:
     return f"{registers}/{spilled}/{-(-shared // 1024)}"
 
 
-def layer(shape: Shape, gpu: Gpu, batch: int, tokens: int) -> str:
+def layer(shape: Shape, gpu: Gpu, batch: int, *, tokens: int) -> str:
     """Microseconds of one layer's scan and convolution; the letter of what bounds most of it."""
     problem = Problem(
         batch,
@@ -101,7 +105,7 @@ def estimates(batch: int, tokens: int) -> Iterator[str]:
     yield "| µs a layer | " + " | ".join(gpu.name for gpu in GPUS) + " |"
     yield "|---" * (1 + len(GPUS)) + "|"
     for shape in PUBLISHED:
-        yield f"| {shape.model} |" + "".join(f" {layer(shape, gpu, batch, tokens)} |" for gpu in GPUS)
+        yield f"| {shape.model} |" + "".join(f" {layer(shape, gpu, batch, tokens=tokens)} |" for gpu in GPUS)
 
 
 def per_kernel() -> Iterator[str]:
@@ -163,7 +167,7 @@ def with_tables(text: str, tables: dict[str, list[str]]) -> str:
 
 
 def main() -> None:
-    """Write the document, or say what is wrong and exit with 1."""
+    """Write the document, or print what is wrong and exit with 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--check", action="store_true")
@@ -187,7 +191,8 @@ def main() -> None:
         sys.exit(f"{DOCUMENT.name} differs from what the kernels take now: run this without --check")
     DOCUMENT.write_text(new, encoding="utf-8")
     print(
-        f"{len(cubins)} kernels, {sum(cubin.spilled > 0 for cubin in cubins)} of them spill, at most {max(c.spilled for c in cubins)} bytes"
+        f"{len(cubins)} kernels, {sum(cubin.spilled > 0 for cubin in cubins)} of them spill, "
+        f"at most {max(cubin.spilled for cubin in cubins)} bytes"
     )
 
 

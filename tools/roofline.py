@@ -1,7 +1,7 @@
-"""What a launch must move and compute at least, and the time that takes on a GPU of known peaks: an estimate, never a measurement.
+"""Estimate what a launch must move and compute at least, and the time that takes on a GPU of known peaks.
 
-Bytes: each tensor once, from or to memory; what several programs of one launch read counts once, as with a perfect cache.
-Operations: those of the products on tensor cores; a product with both halves of a split operand counts twice.
+Bytes: each tensor once, from or to memory; what several programs of one launch read counts once, as with a perfect
+cache. Operations: those of the products on tensor cores; a product with both halves of a split operand counts twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ NARROW = 2
 
 
 class Gpu(NamedTuple):
-    """Peaks from the vendor's data sheets: memory in bytes a second; dense products of fp16 with float32 sums in operations a second."""
+    """Peaks from the vendor's data sheets.
+
+    Memory is in bytes a second, dense products of fp16 with float32 sums in operations a second.
+    """
 
     name: str
     architecture: int

@@ -99,7 +99,7 @@ def _write_mac_files(
     """What a Mac's owner checks the package with; its truth is the graph in float32 on the weights that the package stores."""
     prompts = golden.lengths(PREFILL.tokens, options.max_context)
     vocab = program.config.vocab_size
-    positions = golden.places(prompts, PREFILL.tokens)
+    positions = golden.logit_positions(prompts, PREFILL.tokens)
     ids = np.random.default_rng(0).integers(0, vocab, max(prompts) + golden.STEPS, dtype=np.int64)
     logits = np.zeros((len(positions), vocab), np.float32)
     if not stage.dry:

@@ -11,7 +11,7 @@ from typing import Any
 
 from h1export.plugins import h1
 from h1export.plugins.causal_conv import launch as conv
-from h1export.plugins.gpu.kernel import OURS
+from h1export.plugins.gpu.kernel import KERNEL_DTYPE
 from h1export.plugins.ssm_scan import launch as scan
 
 Arguments = tuple[tuple[str, str], ...]
@@ -52,7 +52,7 @@ class Op:
         ]
 
     def kind(self, name: str) -> str:
-        """Of an input: OURS, or a pointer type that is the same whatever the op's dtype."""
+        """Of an input: KERNEL_DTYPE, or a pointer type that is the same whatever the op's dtype."""
         (kind,) = {kind for arguments in self.kernels.values() for argument, kind in arguments if argument == name}
         return kind
 
@@ -126,7 +126,7 @@ def _inputs(op: Op) -> Iterator[str]:
     for name in names:
         sizes = op.shapes[name].split()
         texts = ", ".join(f'"{size}"' for size in sizes)
-        yield f'    {{"{name}", {"true" if op.kind(name) == OURS else "false"}, {len(sizes)}, {{{texts}}}}},'
+        yield f'    {{"{name}", {"true" if op.kind(name) == KERNEL_DTYPE else "false"}, {len(sizes)}, {{{texts}}}}},'
     yield "};"
     yield f"constexpr int32_t kStateInput = {_constant(op.state)};"
 

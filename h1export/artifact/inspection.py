@@ -8,7 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from h1export.artifact.artifact import MANIFEST, Artifact
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import MANIFEST
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec

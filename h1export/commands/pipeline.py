@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from h1export import __version__
-from h1export.artifact.artifact import MANIFEST, NO_SHA256, REPORT, Artifact, Manifest, file_table
+from h1export.artifact.artifact import NO_SHA256, REPORT, Artifact, file_table
+from h1export.artifact.manifest import MANIFEST, Manifest
 from h1export.artifact.staging import Stage, check_place, cores, dry_stage, staged
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.store import WeightStore

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from torch.fx import Node
 
-from h1export.artifact.artifact import StoredPart, StoredWeight
+from h1export.artifact.manifest import StoredPart, StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr

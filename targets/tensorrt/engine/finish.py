@@ -6,7 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from h1export.artifact.artifact import MANIFEST, Artifact, file_table
+from h1export.artifact.artifact import Artifact, file_table
+from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
 from h1export.progress import Progress
 from h1export.targets.tensorrt.engine import build

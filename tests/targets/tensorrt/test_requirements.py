@@ -11,7 +11,8 @@ import pytest
 from fake_tensorrt import HOST
 
 from h1export import cli
-from h1export.artifact.artifact import Artifact, Manifest
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import Manifest
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY

@@ -80,7 +80,7 @@ class ScaledStore(WeightStore):
     """The tensors of ``store`` as ``scaling`` makes them."""
 
     def __init__(self, store: WeightStore, scaling: AwqScales, progress: Progress) -> None:
-        super().__init__({entry.name: entry for entry in store.entries}, progress, store.layout)
+        super().__init__({entry.name: entry for entry in store.entries}, progress, store.gptq_format)
         self.packed = store.packed
         self._scaling = scaling
 

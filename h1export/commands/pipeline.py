@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from h1export import __version__
-from h1export.artifact.artifact import MANIFEST, NO_SHA256, REPORT, Artifact, Manifest, file_table
+from h1export.artifact.artifact import NO_SHA256, REPORT, Artifact, file_table
+from h1export.artifact.manifest import MANIFEST, Manifest
 from h1export.artifact.staging import Stage, check_place, cores, dry_stage, staged
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.store import WeightStore
@@ -129,9 +130,9 @@ class BuildJob:
     def _scheme(self) -> dict[str, Any]:
         """What decided the integers."""
         scheme = dataclasses.asdict(self.scheme)
-        if self.store.layout is not None:
-            ready = dataclasses.asdict(self.store.layout)
-            return scheme | {"quant": f"int{self.store.layout.bits}", "method": PREQUANTIZED, PREQUANTIZED: ready}
+        if self.store.gptq_format is not None:
+            ready = dataclasses.asdict(self.store.gptq_format)
+            return scheme | {"quant": f"int{self.store.gptq_format.bits}", "method": PREQUANTIZED, PREQUANTIZED: ready}
         return scheme | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)})
 
     def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:

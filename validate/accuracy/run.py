@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from h1export.artifact.artifact import Artifact, Manifest
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import Manifest
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.states import Array
 from h1export.progress import SILENT, Progress

@@ -63,7 +63,7 @@ def precision_of(matrix: PackedMatrix) -> Precision:
         H1ExportError: groups that no size of GROUP_SIZES divides.
     """
     sizes = np.unique(matrix.group_of, return_counts=True)[1]
-    layout = matrix.layout
+    layout = matrix.gptq_format
     if layout.bits == 8 and len(sizes) == 1:
         return Precision(8, 0, not layout.sym)
     for group_size in reversed(GROUP_SIZES):

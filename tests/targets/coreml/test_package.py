@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export.artifact.artifact import MANIFEST, Artifact
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import MANIFEST
 from h1export.checkpoint.store import WeightStore
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError

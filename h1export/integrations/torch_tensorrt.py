@@ -17,7 +17,7 @@ from torch_tensorrt.dynamo.conversion.converter_utils import cast_trt_tensor, ge
 
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
-from h1export.graphs.model import FalconH1, LayerStates
+from h1export.graphs.model import FalconH1, LayerStates, layer_states
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateKind, StateSpec, StateTensor
 from h1export.plugins import h1
@@ -66,8 +66,7 @@ def zero_states(model: FalconH1, batch: int = 1, past: int = 0) -> list[LayerSta
         dtype = torch.float32 if tensor.kind is StateKind.RECURRENT else like.dtype
         return torch.zeros(tensor.sized(batch, past), dtype=dtype, device=like.device)
 
-    found = [zeros(tensor) for tensor in StateSpec.of(model.config).tensors]
-    return [(found[i], found[i + 1], found[i + 2], found[i + 3]) for i in range(0, len(found), len(StateKind))]
+    return layer_states([zeros(tensor) for tensor in StateSpec.of(model.config).tensors])
 
 
 def register(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -143,7 +142,7 @@ def _register(op: Op) -> None:
         getattr(torch.ops.h1, op.space).default, capability_validator=_takes, supports_dynamic_shapes=True
     )
     def converter(
-        context: Any, target: Any, args: Sequence[Any], *, kwargs: Mapping[str, Any], name: str
+        context: Any, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
     ) -> tuple[Any, ...]:
         return convert(context, op, args, name)
 

@@ -18,7 +18,7 @@ from h1export.errors import H1ExportError
 from h1export.model.config_reader import CONFIG
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
-from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, tensor_layout
+from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, projection_of, tensor_layout
 from h1export.progress import SILENT, Progress
 
 INDEX = "model.safetensors.index.json"
@@ -36,12 +36,17 @@ class WeightStore:
     """
 
     def __init__(
-        self, entries: dict[str, TensorEntry], progress: Progress, gptq_format: GptqFormat | None = None
+        self,
+        entries: dict[str, TensorEntry],
+        progress: Progress,
+        gptq_format: GptqFormat | None = None,
+        *,
+        packed: Mapping[str, PackedMatrix] | None = None,
     ) -> None:
         self._entries = entries
         self._progress = progress
         self.gptq_format = gptq_format
-        self.packed: Mapping[str, PackedMatrix] = {}
+        self.packed = packed or {}
 
     @classmethod
     def open(cls, folder: Path, config: FalconH1Config, progress: Progress = SILENT) -> WeightStore:
@@ -108,9 +113,7 @@ class WeightStore:
         if self.gptq_format is None:
             return {}
         products = {
-            name: shape
-            for name, shape in shapes.items()
-            if name.endswith(".weight") and len(shape) == 2 and name != EMBEDDING
+            name: shape for name, shape in shapes.items() if projection_of(name) is not None and name != EMBEDDING
         }
         packed = [name for name in products if part_name(name, "qweight") in self._entries]
         if not packed:

@@ -40,7 +40,7 @@ from h1export.quantize.sensitivity import sensitivities
 from h1export.quantize.source import QuantizedWeights
 from h1export.report.report import Report
 from h1export.runtime.generation import Sampling, generate
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Ids, Inspectable
 from h1export.targets import MODULES, BuildOptions, Kernels, get_target
 from h1export.validate.accuracy.run import ValidateOptions
 from h1export.validate.accuracy.run import validate as run_validation
@@ -263,7 +263,7 @@ def plan(
     )
 
 
-def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:
+def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Inspectable[Any]:
     """A Runner over ``artifact`` by the target that made it; the arguments are those of ``Target.load``."""
     name = artifact.manifest.target
     if name not in MODULES:
@@ -273,7 +273,9 @@ def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: K
     return get_target(name).load(artifact, threads, float32, kernels)
 
 
-def load_folder(out: str | Path, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:
+def load_folder(
+    out: str | Path, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
+) -> Inspectable[Any]:
     """``h1export.load``: a Runner over the artifact in the folder ``out``; the other arguments are those of ``Target.load``.
 
     Raises:
@@ -332,8 +334,8 @@ def validate(
         limits, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
     )
     runner = load(artifact, threads, kernels=kernels)
-    exact = runner if runner.capabilities.float32 else load(artifact, threads, float32=True, kernels=kernels)
-    if not exact.capabilities.float32:  # the runtime has no float32 form of it
+    exact = runner if runner.provenance.float32 else load(artifact, threads, float32=True, kernels=kernels)
+    if not exact.provenance.float32:  # the runtime has no float32 form of it
         exact = runner
     report = run_validation(artifact, runner, exact, checkpoint, options, progress)
     (out / REPORT).write_text(report.to_json(), encoding="utf-8")
@@ -368,7 +370,7 @@ def generate_text(
     text = chat_prompt(out, prompt) if chat else prompt
     ids = np.array(tokenizer.encode(text, add_special_tokens=not chat).ids, np.int64)  # a template brings its own
     runner = load(artifact, threads, kernels=kernels)
-    if runner.capabilities.fallback:
-        tell(runner.capabilities.fallback)
+    if runner.provenance.fallback:
+        tell(runner.provenance.fallback)
     end = frozenset(special_tokens(out, runner.config).eos)
     yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling, end))

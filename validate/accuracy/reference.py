@@ -21,7 +21,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, StateKind
 from h1export.model.falcon_h1.tensors import tensor_layout
-from h1export.runtime.runner import Capabilities, Ids, Sequences
+from h1export.runtime.runner import Ids, Limits, Provenance, Session
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference_probes import arrays, watched
 
@@ -120,20 +120,20 @@ class Reference:
         return logits, states, result.past_key_values
 
     @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(
-            None,
-            all_logits=False,
-            kernels=f"PyTorch {torch.__version__}, transformers {metadata.version('transformers')}",
-        )
+    def limits(self) -> Limits:
+        return Limits(all_logits=False)
 
-    def start(self, batch: int, capacity: int) -> Sequences:
-        """``batch`` sequences for timing; their cache takes any number of tokens."""
-        return CachedSequences(self._model)
+    @property
+    def provenance(self) -> Provenance:
+        return Provenance(kernels=f"PyTorch {torch.__version__}, transformers {metadata.version('transformers')}")
+
+    def start(self, batch: int, capacity: int) -> Session:
+        """Open ``batch`` sequences for timing; their cache takes any number of tokens."""
+        return CachedSession(self._model)
 
 
-class CachedSequences:
-    """transformers' cached decode, as its users run it. For timing: see above for what it gets wrong."""
+class CachedSession:
+    """transformers' cached decode, as its users run it. It is for timing: see above for what it gets wrong."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -12,7 +12,7 @@ from typing import Any
 
 from h1export.plugins import h1
 from h1export.plugins.causal_conv import launch as conv
-from h1export.plugins.gpu.kernel import OURS
+from h1export.plugins.gpu.kernel import KERNEL_DTYPE
 from h1export.plugins.ssm_scan import launch as scan
 
 Arguments = tuple[tuple[str, str], ...]
@@ -60,7 +60,7 @@ class Op:
         ]
 
     def kind(self, name: str) -> str:
-        """Return the kernels' type of an input: OURS, the op's dtype, or a pointer type that does not depend on it."""
+        """Return the kernels' type of an input: KERNEL_DTYPE, the op's dtype, or a pointer type that does not depend on it."""
         (kind,) = {kind for arguments in self.kernels.values() for argument, kind in arguments if argument == name}
         return kind
 
@@ -135,7 +135,7 @@ def _inputs(op: Op) -> Iterator[str]:
     for name in names:
         sizes = op.shapes[name].split()
         texts = ", ".join(f'"{size}"' for size in sizes)
-        yield f'    {{"{name}", {"true" if op.kind(name) == OURS else "false"}, {len(sizes)}, {{{texts}}}}},'
+        yield f'    {{"{name}", {"true" if op.kind(name) == KERNEL_DTYPE else "false"}, {len(sizes)}, {{{texts}}}}},'
     yield "};"
     yield f"constexpr int32_t kStateInput = {_constant(op.state)};"
 

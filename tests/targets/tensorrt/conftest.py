@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from fake_tensorrt import HOST
+from roofline import PUBLISHED
 
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin
 from h1export.plugins.gpu.kernel import Kernel
-from h1export.plugins.gpu.shapes import PUBLISHED
 from h1export.targets.tensorrt.engine.build import BuildLog
 from h1export.targets.tensorrt.engine.config import ENGINE
 from h1export.targets.tensorrt.engine.requirements import Host

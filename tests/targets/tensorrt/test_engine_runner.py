@@ -140,7 +140,7 @@ def test_validate_judges_the_engine(
 ) -> None:
     runner = pipeline.load(finished)
     exact = pipeline.load(finished, float32=True)
-    assert (runner.capabilities.emulated, exact.capabilities.emulated) == (False, True)
+    assert (runner.provenance.emulated, exact.provenance.emulated) == (False, True)
     slow = {"latency.prefill": 1e3, "latency.decode": 1e3}  # the stand-in is
     report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(slow, pairs=1), SILENT)
     assert report.passed, report.to_json()
@@ -160,9 +160,9 @@ class TestErrors:
             pipeline.load(finished, kernels="native")
         assert tensorrt.engines == []
         runner = pipeline.load(finished)
-        assert runner.capabilities.emulated
+        assert runner.provenance.emulated
         assert re.search(
-            "is computed on the CPU, and not by its engine: .*this GPU is sm_120", runner.capabilities.fallback
+            "is computed on the CPU, and not by its engine: .*this GPU is sm_120", runner.provenance.fallback
         )
 
     def test_what_tensorrt_does_not_load(self, finished: Artifact, tensorrt: FakeTensorRT) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from roofline import PUBLISHED, Shape
 
 from h1export.errors import H1ExportError
 from h1export.plugins import h1
 from h1export.plugins.causal_conv import launch as conv
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin
 from h1export.plugins.gpu.kernel import Launch
-from h1export.plugins.gpu.shapes import PUBLISHED, Shape
 from h1export.plugins.ssm_scan import launch as scan
 from h1export.targets.tensorrt.plugin import build, library, write
 from h1export.targets.tensorrt.plugin.embed import digest, write_sources

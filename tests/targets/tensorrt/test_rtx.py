@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from onnx import TensorProto, helper
+from roofline import PUBLISHED
 
-from h1export.plugins.gpu.shapes import PUBLISHED
 from h1export.targets.tensorrt.plugin.schema import OPS
 
 Build = Callable[..., str]

@@ -60,7 +60,7 @@ class Op:
         ]
 
     def kind(self, name: str) -> str:
-        """Return the kernels' type of an input: KERNEL_DTYPE, the op's dtype, or a pointer type that does not depend on it."""
+        """Return the kernels' type of an input: KERNEL_DTYPE (the op's dtype), or a pointer type independent of it."""
         (kind,) = {kind for arguments in self.kernels.values() for argument, kind in arguments if argument == name}
         return kind
 

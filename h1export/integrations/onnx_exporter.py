@@ -1,7 +1,8 @@
-"""An export by transformers' own OnnxExporter behind the Runner protocol, so that the harness judges it.
+"""A Runner over an export by transformers' own OnnxExporter, so that ``validate.accuracy.run.judge`` can judge it.
 
-``OnnxExporter().export_for_generation(model, inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)`` writes two graphs: prefill, from
-nothing, and decode, of one token. Both take one row without pads. A decode graph has to be dynamic, because the past grows.
+``OnnxExporter().export_for_generation(model, inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)`` writes two graphs: prefill, which
+starts from no tokens, and decode, which takes one token. Both take one row without pads. The decode graph has to be dynamic, because the
+past grows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ States = dict[str, npt.NDArray[Any]]
 
 
 class ExporterRunner:
-    """A Runner over what OnnxExporter saved in ``folder``; states are arrays by the names of its cache."""
+    """A Runner over what OnnxExporter saved in ``folder``. Its states are arrays by the names of the exporter's cache.
+
+    Raises:
+        H1ExportError: onnxruntime cannot load the graphs.
+    """
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         ort = sdk.onnxruntime()
@@ -54,7 +59,7 @@ class ExporterRunner:
         (length,) = [port.shape[1] for port in self._prefill.get_inputs() if port.name == INPUT_IDS]
         self._prompt_length = (
             length if isinstance(length, int) else None
-        )  # that of the traced prompt, where it is not dynamic
+        )  # of the traced prompt; None where it is dynamic
 
     @property
     def config(self) -> FalconH1Config:
@@ -123,5 +128,5 @@ def _name(tensor: StateTensor) -> str:
 
 
 def _wider(state: Array) -> Array:
-    """With the one input more than the convolution needs that transformers keeps."""
+    """Return a convolution state with the additional input that transformers keeps."""
     return np.pad(state, ((0, 0), (0, 0), (1, 0)))

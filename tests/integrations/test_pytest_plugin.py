@@ -16,7 +16,7 @@ import pytest
 
 from h1export.artifact.artifact import Artifact, file_table
 from h1export.errors import H1ExportError
-from h1export.integrations.comparison import Exported, Tolerance, Truth, difference
+from h1export.integrations.pytest_comparison import Exported, Tolerance, Truth, difference
 
 pytest_plugins = ["pytester"]
 

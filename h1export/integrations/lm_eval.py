@@ -32,7 +32,9 @@ SAMPLING = ("temperature", "top_k", "top_p")
 
 @register_model("h1export")
 class ArtifactLM(TemplateLM):
-    """A model of lm-eval over the artifact ``out``. It computes one row at a time; continuations of one context share its states.
+    """A model of lm-eval over the artifact ``out``.
+
+    It computes one row at a time; the continuations of one context share its states.
 
     Args:
         out: The artifact's folder.
@@ -74,7 +76,7 @@ class ArtifactLM(TemplateLM):
         return self.eot_token_id if self._special.bos is None else self._special.bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the ids of ``string``, with special tokens unless it begins with one already, or they are not requested."""
+        """Return the ids of ``string``, with special tokens unless it begins with one, or they are not requested."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self._tokenizer.id_to_token(self.prefix_token_id))
         return list(self._tokenizer.encode(string, add_special_tokens=add_special_tokens).ids)
@@ -104,7 +106,10 @@ class ArtifactLM(TemplateLM):
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log likelihood of whole texts, in windows of ``max_length`` tokens, the first one after ``prefix_token_id``."""
+        """Return the log likelihood of whole texts, in windows of ``max_length`` tokens.
+
+        The first window follows ``prefix_token_id``.
+        """
         totals = []
         for (text,) in tqdm([request.args for request in requests], disable=disable_tqdm, desc="texts"):
             windows = get_rolling_token_windows(
@@ -145,8 +150,8 @@ class ArtifactLM(TemplateLM):
             self.runner,
             ids,
             new,
-            Sampling(**how, seed=seed) if sampled else Sampling(),
-            frozenset({*self._special.eos, *ends}),
+            sampling=Sampling(**how, seed=seed) if sampled else Sampling(),
+            eos=frozenset({*self._special.eos, *ends}),
         )
         text = ""
         for piece in stream(self._tokenizer, tokens):

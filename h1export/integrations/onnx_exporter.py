@@ -1,8 +1,8 @@
 """A Runner over an export by transformers' own OnnxExporter, so that ``validate.accuracy.run.judge`` can judge it.
 
-``OnnxExporter().export_for_generation(model, inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)`` writes two graphs: prefill, which
-starts from no tokens, and decode, which takes one token. Both take one row without pads. The decode graph has to be dynamic, because the
-past grows.
+``OnnxExporter().export_for_generation(model, inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)`` writes two
+graphs: prefill, which starts from no tokens, and decode, which takes one token. Both take one row without pads. The
+decode graph has to be dynamic, because the past grows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ KINDS = {
     StateKind.CONV: "conv_states.0",
     StateKind.RECURRENT: "recurrent_states.0",
 }
-SHORT = "prefill leaves too short a convolution state after fewer tokens than the convolution has taps: they go through decode here"
+SHORT = (
+    "prefill leaves too short a convolution state after fewer tokens than the convolution has taps: "
+    "they go through decode here"
+)
 States = dict[str, npt.NDArray[Any]]
 
 

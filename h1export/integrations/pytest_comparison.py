@@ -1,4 +1,4 @@
-"""The logits of an artifact beside those of PyTorch, for pytest_plugin.py: what `validate` compares, one text at a time."""
+"""The logits of an artifact beside those of PyTorch, for pytest_plugin.py: as `validate` does, one text at a time."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from h1export.validate.accuracy.reference import Reference
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far logits may be from the truth, relative to its range, and the name of the tolerance of `validate` that sets it."""
+    """How far logits may be from the truth, relative to its range, and the tolerance of `validate` that sets it."""
 
     value: float
     metric: str
 
 
 class Exported:
-    """An artifact as it ships. ``exact`` is the same in float32 arithmetic, where rounding cannot hide lowering errors."""
+    """An artifact as it ships.
+
+    ``exact`` is the same in float32 arithmetic, where rounding cannot hide lowering errors.
+    """
 
     def __init__(self, artifact: Artifact, float32: bool = False) -> None:
         self.artifact = artifact
@@ -39,7 +42,10 @@ class Exported:
 
     @classmethod
     def open(cls, folder: Path) -> Exported:
-        """Open the artifact in ``folder``. Raises H1ExportError where a file or the runtime is missing, or a file has changed."""
+        """Open the artifact in ``folder``.
+
+        Raises H1ExportError where a file or the runtime is missing, or a file has changed.
+        """
         artifact = Artifact.open(folder)
         artifact.check_hashes()
         return cls(artifact)
@@ -76,7 +82,7 @@ class Exported:
 
 
 class Truth:
-    """The model of transformers on ``checkpoint``; for quantised tensors it holds what the artifact stores, dequantised.
+    """The model of transformers on ``checkpoint``; for quantised tensors it has what the artifact stores.
 
     Raises:
         H1ExportError: The artifact was not built from this checkpoint.

@@ -1,4 +1,7 @@
-"""The pytest plugin: another repository tests its exports with the fixtures below. It loads nothing heavy until one is used."""
+"""The pytest plugin: another repository tests its exports with the fixtures below.
+
+It loads nothing heavy until one is used.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ SETTINGS = {
 
 
 def pytest_addoption(parser: Any) -> None:
-    """Add --h1-artifact and --h1-checkpoint, and the same settings of the configuration file, where paths are relative to it."""
+    """Add --h1-artifact and --h1-checkpoint, and settings of the same names to the configuration file.
+
+    Paths in the file are relative to it.
+    """
     group = parser.getgroup("h1export")
     for name, text in SETTINGS.items():
         group.addoption("--" + name.replace("_", "-"), default=None, help=text)
@@ -68,7 +74,10 @@ def h1_artifact(request: pytest.FixtureRequest) -> Exported:
 
 @pytest.fixture(scope="session")
 def h1_reference(request: pytest.FixtureRequest, h1_artifact: Exported) -> Truth:
-    """Return PyTorch's model on the checkpoint of h1_artifact, with the weights that the artifact stores; it has ``logits(ids)``."""
+    """Return PyTorch's model on the checkpoint of h1_artifact, with the weights that the artifact stores.
+
+    It has ``logits(ids)``.
+    """
     from h1export.checkpoint import resolve
     from h1export.integrations.pytest_comparison import Truth
 
@@ -81,8 +90,8 @@ def h1_reference(request: pytest.FixtureRequest, h1_artifact: Exported) -> Truth
 def assert_logits_close(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Return assert_logits_close(found, truth, ids=None, tolerance=None).
 
-    It checks that logits [seq, vocab] are within ``tolerance`` of the truth's range. The default is the tolerance that `validate` has
-    for h1_artifact. The message shows the tokens of ``ids``.
+    It checks that logits [seq, vocab] are within ``tolerance`` of the truth's range. The default is the tolerance that
+    `validate` has for h1_artifact. The message shows the tokens of ``ids``.
     """
 
     def check(found: Array, truth: Array, ids: Ids | None = None, tolerance: float | None = None) -> None:

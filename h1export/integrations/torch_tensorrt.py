@@ -1,7 +1,7 @@
 """Converters of the h1 ops for torch-tensorrt, as layers of our plugin. Importing this module needs an NVIDIA GPU.
 
-``load`` returns a model that torch-tensorrt can compile, and ``register`` loads the plugin that its engines need; docs/tensorrt.md has an
-example.
+``load`` returns a model that torch-tensorrt can compile, and ``register`` loads the plugin that its engines need;
+docs/tensorrt.md has an example.
 """
 
 from __future__ import annotations
@@ -75,12 +75,13 @@ def zero_states(model: FalconH1, batch: int = 1, past: int = 0) -> list[LayerSta
 
 
 def register(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Compile the plugin for the model in ``checkpoint`` and for this machine's GPU, load it into TensorRT and return the library.
+    """Compile the plugin for the model in ``checkpoint`` and for this machine's GPU, and load it into TensorRT.
 
-    A process can hold one library: that of one dtype, head dim, state size and number of taps.
+    Returns the plugin's library. A process can hold one: that of one dtype, head dim, state size and number of taps.
 
     Raises:
-        H1ExportError: There is no GPU, no compiler or no kernel for the architecture or the sizes, or TensorRT does not load the plugin.
+        H1ExportError: There is no GPU, no compiler or no kernel for the architecture or the sizes, or TensorRT does not
+            load the plugin.
     """
     config = FalconH1Config.load(Path(checkpoint))
     wanted = plugin.kernels(config.mamba_d_head, config.mamba_d_state, config.mamba_d_conv, DTYPES[dtype])

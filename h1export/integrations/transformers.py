@@ -1,7 +1,8 @@
 """An artifact as a model of transformers: ``h1export.hf.load(OUT)`` works with ``.generate``, streamers and pipelines.
 
-Greedy decoding, sampling, beam search and padded batches work. Assisted generation and prompt lookup are refused with an error, because
-states cannot go back; so are a caller's own cache, ``inputs_embeds``, hidden states, attentions and training.
+Greedy decoding, sampling, beam search and padded batches work. Assisted generation and prompt lookup are refused with
+an error, because states cannot go back; so are a caller's own cache, ``inputs_embeds``, hidden states, attentions and
+training.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ class State:
 
 
 class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """The interface of transformers over a Runner. It has no parameters. Pipelines recognise a model by the name of its class."""
+    """The interface of transformers over a Runner.
+
+    It has no parameters. Pipelines recognise a model by the name of its class.
+    """
 
     config_class = FalconH1Config
     main_input_name = "input_ids"
@@ -94,7 +98,8 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
 
         Args:
             input_ids: The new token ids.
-            attention_mask: [batch, past + new], 1 for real tokens, left padding only; None means that there are no pads.
+            attention_mask: [batch, past + new], 1 for real tokens, left padding only; None means that there are no
+                pads.
             state: The state of the call before, which is updated in place; None means that past is 0.
             logits_to_keep: The number of last positions whose logits are returned; 0 means all.
             return_dict: Whether the result is a ModelOutput; otherwise it is a tuple.

@@ -1,4 +1,4 @@
-"""Run an artifact."""
+"""Run an artifact with Core ML or, off a Mac, with our evaluator."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ DTYPES = {"FLOAT16": np.float16, "FLOAT": np.float32}
 
 @dataclass(frozen=True)
 class States:
-    """A sequence of ``length`` tokens: the package's states, or the inputs that stand for them, by name."""
+    """The states of a sequence of ``length`` tokens, or the inputs that stand for them, by name."""
 
     length: int
     arrays: dict[str, npt.NDArray[Any]]
 
 
 class CoreMLRunner:
-    """A Runner over model.mlpackage that ``executor`` executes. It takes any number of tokens: they become padded prefills and decodes."""
+    """A Runner over model.mlpackage, which ``executor`` executes.
+
+    Any number of tokens becomes padded prefills and decodes.
+    """
 
     def __init__(self, artifact: Artifact, executor: Executor) -> None:
         self._artifact = artifact
@@ -84,7 +87,7 @@ class CoreMLRunner:
         return logits, States(states.length + ids.shape[1], self._executor.fetch(held))
 
     def _hold(self, ids: Ids, mask: Ids, states: States) -> Held:
-        """``states`` to call functions on. Raises H1ExportError for a call that CoreML does not take."""
+        """Return ``states`` in the executor's form. Raises H1ExportError for a call that CoreML does not take."""
         check_call(ids, mask, states.length, vocab_size=self._spec.vocab_size)
         if len(ids) != 1 or not mask.all():
             raise H1ExportError("step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", f"CoreML takes {NO_PADS}")
@@ -149,7 +152,7 @@ def load(artifact: Artifact) -> CoreMLRunner:
 
 
 class CoreMLSession:
-    """One sequence whose states stay where the executor holds them."""
+    """A session of one sequence, whose states stay in the executor's own form."""
 
     def __init__(self, runner: CoreMLRunner, states: States, capacity: int) -> None:
         self._runner = runner
@@ -171,14 +174,14 @@ class CoreMLSession:
 
 
 class StoredWeights(Mapping[str, Array]):
-    """What the package stores for each quantised checkpoint tensor, dequantised when asked for and not kept."""
+    """Every quantised checkpoint tensor as the package stores it, dequantised at each access and not kept."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._package = Package.open(artifact.folder / layout.PACKAGE)
         self._weights = {weight.parts[0].tensor: weight for weight in artifact.manifest.weights}
 
     def quantized(self, name: str) -> QuantizedTensor:
-        """What lies behind ``name``: the same integers on every target."""
+        """Return the codes, scales and zero points of the tensor ``name``: the same integers on every target."""
         weight = self._weights[name]
         found = self._package.constant(weight.initializer)
         codes = found["data"]

@@ -28,7 +28,7 @@ from h1export.targets.onnxruntime.emit.nbits import ROWS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_inference_session
 from h1export.targets.onnxruntime.variants import CUDA, graph_variant
 
-READ = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)  # ends of names of initializers
+READ = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)  # suffixes of the names of initializers
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
 BATCHED_APPEND = (
     "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
@@ -38,13 +38,16 @@ States = dict[str, npt.NDArray[Any]]
 
 
 class OnnxRuntimeRunner:
-    """Runner over model.onnx; states are arrays by input name, in the graph's own layouts.
+    """A Runner over model.onnx or model.native.onnx. Its states are arrays by input name, in the graph's own layouts.
 
-    With ``float32`` the same graph computes in float32 where the artifact asks for int8 activations. ``kernels`` chooses between
-    model.onnx and model.native.onnx.
+    Args:
+        artifact: What the target has written.
+        threads: The number of threads; 0 leaves it to onnxruntime.
+        float32: Whether the graph computes in float32 where the artifact rounds activations.
+        kernels: Which of the two graphs runs, see ``Target.load``.
     """
 
-    def __init__(self, artifact: Artifact, threads: int, float32: bool, kernels: Kernels) -> None:
+    def __init__(self, artifact: Artifact, threads: int, float32: bool, *, kernels: Kernels) -> None:
         self._artifact = artifact
         self._spec = artifact.config
         self._states = StateSpec.of(self._spec)
@@ -114,7 +117,7 @@ class OnnxRuntimeRunner:
         return int(states[self._past].shape[2])
 
     def _row_by_row(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
-        """See BATCHED_APPEND."""
+        """Compute every row in a call of its own, see BATCHED_APPEND."""
         rows = [
             self.step(ids[i : i + 1], mask[i : i + 1], {name: state[i : i + 1] for name, state in states.items()})
             for i in range(len(ids))
@@ -166,15 +169,15 @@ class OnnxRuntimeRunner:
 
 
 def _key(name: str) -> str | None:
-    """Under which name ``read_stored`` asks for an initializer; None: it never does."""
+    """Return the name under which ``read_stored`` asks for an initializer, and None for one that it does not read."""
     return name.removesuffix(ROWS) if name.startswith(ORDER) or name.endswith(READ) else None
 
 
 def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, str]:
-    """Our own kernels, where the artifact has a graph for them, or why they cannot be had.
+    """Return the library of our own kernels, where the artifact has a graph for them, or why they cannot be used.
 
     Raises:
-        H1ExportError: "native" kernels that the artifact has no graph for, or that do not compile.
+        H1ExportError: ``kernels`` is "native", and the artifact has no graph for them, or they do not compile.
     """
     if NATIVE_MODEL not in artifact.manifest.files:
         if kernels == "native":

@@ -184,6 +184,7 @@ def evaluate(
     model: ArtifactLM,
     tasks: Sequence[str],
     include: Path | None,
+    *,
     fewshot: int | None,
     limit: int | None,
     chat: bool,

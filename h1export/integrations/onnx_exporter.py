@@ -98,14 +98,14 @@ class ExporterRunner:
         if not past and (
             ids.shape[1] == self._prompt_length if self._prompt_length else ids.shape[1] >= self._spec.mamba_d_conv
         ):
-            return self._run(self._prefill, ids, 0, {})
+            return self._run(self._prefill, ids, 0, states={})
         rows = []
         for position in range(ids.shape[1]):
-            logits, states = self._run(self._decode, ids[:, position : position + 1], past + position, states)
+            logits, states = self._run(self._decode, ids[:, position : position + 1], past + position, states=states)
             rows.append(logits)
         return np.concatenate(rows, axis=1), states
 
-    def _run(self, session: Any, ids: Ids, past: int, states: States) -> tuple[Array, States]:
+    def _run(self, session: Any, ids: Ids, past: int, *, states: States) -> tuple[Array, States]:
         given = {INPUT_IDS: ids, "position_ids": np.arange(past, past + ids.shape[1])[None], **states}
         feeds = {port.name: given[port.name.removeprefix("input.")] for port in session.get_inputs()}
         names = [port.name for port in session.get_outputs()]

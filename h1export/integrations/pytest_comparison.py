@@ -98,7 +98,9 @@ class Truth:
         return self._reference.full(ids)[0]
 
 
-def difference(found: Array, truth: Array, tolerance: Tolerance, tokenizer: Tokenizer | None, ids: Ids | None) -> str:
+def difference(
+    found: Array, truth: Array, tolerance: Tolerance, *, tokenizer: Tokenizer | None, ids: Ids | None
+) -> str:
     """Return where and how far logits [seq, vocab] are from the truth; the text is empty within the tolerance.
 
     Raises:

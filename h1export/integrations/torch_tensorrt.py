@@ -96,7 +96,7 @@ def register(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> Pat
     return library
 
 
-def convert(context: Any, op: Op, arguments: Sequence[Any], name: str) -> tuple[Any, ...]:
+def convert(context: Any, op: Op, arguments: Sequence[Any], *, name: str) -> tuple[Any, ...]:
     """Add one layer of the plugin, and return its outputs: the op's own and the state after it.
 
     Raises:
@@ -148,7 +148,7 @@ def _register(op: Op) -> None:
     def converter(
         context: Any, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
     ) -> tuple[Any, ...]:
-        return convert(context, op, args, name)
+        return convert(context, op, args, name=name)
 
 
 for _op in OPS:

@@ -37,7 +37,8 @@ def load(out: str | Path, threads: int = 0, kernels: Kernels = "auto") -> Falcon
     artifact = Artifact.open(Path(out))
     config: Any = FalconH1Config
     model = FalconH1ForCausalLM(
-        config.from_pretrained(artifact.folder, local_files_only=True), pipeline.load(artifact, threads, False, kernels)
+        config.from_pretrained(artifact.folder, local_files_only=True),
+        pipeline.load(artifact, threads, kernels=kernels),
     )
     if (artifact.folder / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(artifact.folder), local_files_only=True)

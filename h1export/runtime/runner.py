@@ -140,7 +140,7 @@ class Observable(Comparable[States], Protocol[States]):
     """A Runner that shows values between its inputs and outputs."""
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
-        """Return what ``step`` returns, and the probes of model/falcon_h1/probes.py: name -> float32 [batch, new, width].
+        """Return what ``step`` returns, and the probes of model/falcon_h1/probes.py, float32 [batch, new, width].
 
         Raises:
             H1ExportError: The artifact does not name the values.

@@ -138,7 +138,7 @@ def advance(executor: Executor, held: Held, ids: Ids, *, position: int, max_cont
 def observe(
     evaluator: Evaluated, held: Held, ids: Ids, *, position: int, max_context: int, watch: Collection[str]
 ) -> Arrays:
-    """Append ids as ``advance`` does, and return the logits and the values in ``watch`` of all tokens, [1, new, ...]."""
+    """Append ids as ``advance`` does, and return logits and the values in ``watch`` of all tokens, [1, new, ...]."""
     found = [
         (evaluator.run(call.name, inputs, held, watch), count)
         for call, inputs, count in _calls(ids, position, max_context)

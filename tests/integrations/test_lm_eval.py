@@ -84,7 +84,7 @@ def test_rolling_is_a_plain_loop_of_transformers(model: ArtifactLM, theirs: Any,
 
 
 def test_rolling_is_the_perplexity_of_validate(model: ArtifactLM, tiny: Path, heldout: str) -> None:
-    """validate leaves out the first token, lm-eval puts a prefix before it; the text fills its windows, so both agree."""
+    """validate leaves out the first token, lm-eval puts a prefix before it; the text fills its windows: they agree."""
     text = text_of(tiny, heldout, 2 * WINDOW)
     (found,) = ArtifactLM(model._folder, max_length=WINDOW).loglikelihood_rolling(requests((text,)), disable_tqdm=True)
     ids = np.array([model.prefix_token_id, *model.tok_encode(text)])

@@ -44,8 +44,8 @@ class ExporterRunner:
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         ort = sdk.onnxruntime()
-        self._spec = FalconH1Config.load(folder)
-        self._states = StateSpec.of(self._spec)
+        self._config = FalconH1Config.load(folder)
+        self._states = StateSpec.of(self._config)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors also come as exceptions
@@ -66,7 +66,7 @@ class ExporterRunner:
 
     @property
     def config(self) -> FalconH1Config:
-        return self._spec
+        return self._config
 
     @property
     def limits(self) -> Limits:
@@ -90,13 +90,13 @@ class ExporterRunner:
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         past = self.length(states)
-        check_call(ids, mask, past, vocab_size=self._spec.vocab_size)
+        check_call(ids, mask, past, vocab_size=self._config.vocab_size)
         if len(ids) > 1 or not mask.all():
             raise H1ExportError(
                 "step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", "its graphs take one row without pads"
             )
         if not past and (
-            ids.shape[1] == self._prompt_length if self._prompt_length else ids.shape[1] >= self._spec.mamba_d_conv
+            ids.shape[1] == self._prompt_length if self._prompt_length else ids.shape[1] >= self._config.mamba_d_conv
         ):
             return self._run(self._prefill, ids, 0, states={})
         rows = []

@@ -49,8 +49,8 @@ class OnnxRuntimeRunner:
 
     def __init__(self, artifact: Artifact, threads: int, float32: bool, *, kernels: Kernels) -> None:
         self._artifact = artifact
-        self._spec = artifact.config
-        self._states = StateSpec.of(self._spec)
+        self._config = artifact.config
+        self._states = StateSpec.of(self._config)
         chosen = artifact.manifest.options
         self._variant = graph_variant(chosen["provider"], chosen["opset_only"])
         rounded = bool(self._variant.halves) or (
@@ -71,7 +71,7 @@ class OnnxRuntimeRunner:
 
     @property
     def config(self) -> FalconH1Config:
-        return self._spec
+        return self._config
 
     @property
     def limits(self) -> Limits:
@@ -107,7 +107,7 @@ class OnnxRuntimeRunner:
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         past = self.length(states)
-        check_call(ids, mask, past, vocab_size=self._spec.vocab_size)
+        check_call(ids, mask, past, vocab_size=self._config.vocab_size)
         if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._batched_append:
             return self._row_by_row(ids, mask, states)
         logits, *present = self._session.run(self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
@@ -131,7 +131,7 @@ class OnnxRuntimeRunner:
         return self._open(observed=True)
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
-        check_call(ids, mask, self.length(states), vocab_size=self._spec.vocab_size)
+        check_call(ids, mask, self.length(states), vocab_size=self._config.vocab_size)
         names = [output.name for output in self._observed.get_outputs()]
         found = dict(
             zip(names, self._observed.run(names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states}), strict=True)
@@ -151,7 +151,7 @@ class OnnxRuntimeRunner:
         return BoundSession(
             self._session,
             self._states,
-            self._spec.vocab_size,
+            self._config.vocab_size,
             batch=batch,
             capacity=capacity,
             batched_append=self._batched_append,

@@ -48,10 +48,10 @@ class NetworkRunner:
 
     def __init__(self, artifact: Artifact, threads: int, float32: bool, *, why: str = "") -> None:
         self._artifact = artifact
-        self._spec = artifact.config
+        self._config = artifact.config
         self._float32 = float32
         self._why = why
-        self._states = StateSpec.of(self._spec)
+        self._states = StateSpec.of(self._config)
         options = artifact.manifest.options
         self._limits = NetworkLimits.of(artifact)
         self._all_logits = not options["last_logits"]
@@ -61,7 +61,7 @@ class NetworkRunner:
 
     @property
     def config(self) -> FalconH1Config:
-        return self._spec
+        return self._config
 
     @property
     def limits(self) -> Limits:
@@ -101,13 +101,13 @@ class NetworkRunner:
 
     @cached_property
     def _observed(self) -> Execution:
-        return self._open(shown=[PREFIX + name for name in probe_names(self._spec.num_hidden_layers)])
+        return self._open(shown=[PREFIX + name for name in probe_names(self._config.num_hidden_layers)])
 
     def _advance(
         self, execution: Execution, ids: Ids, mask: Ids, *, states: States
     ) -> tuple[Array, States, dict[str, Array]]:
         """Make calls that fit the profiles, one after the other; return logits, the new states and the probes."""
-        check_call(ids, mask, states.length, vocab_size=self._spec.vocab_size)
+        check_call(ids, mask, states.length, vocab_size=self._config.vocab_size)
         self._limits.check_room("step", states.length + ids.shape[1])
         found: list[Values] = []
         for part in calls(ids.shape[1]):

@@ -15,13 +15,13 @@ START = 8  # tokens that a cache is started with
 
 
 class Eager:
-    """A Player of validate.players.
+    """transformers' model as a Model of validate/speed/worker.py.
 
     A past is not computed but made: random keys and values, as time does not depend on them and transformers'
     chunked prefill would take most of the benchmark.
     """
 
-    def __init__(self, checkpoint: Path, dtype: str, threads: int, steps: int) -> None:
+    def __init__(self, checkpoint: Path, dtype: str, threads: int, *, steps: int) -> None:
         from transformers import FalconH1ForCausalLM
         from transformers.utils import logging
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from h1export.artifact.artifact import Artifact, StoredWeight
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.staging import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.progress import Progress

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from h1export import __version__
-from h1export.artifact.artifact import MANIFEST, NO_SHA256, REPORT, Artifact, Manifest, file_table
+from h1export.artifact.artifact import NO_SHA256, REPORT, Artifact, file_table
+from h1export.artifact.manifest import MANIFEST, Manifest
 from h1export.artifact.staging import Stage, check_place, cores, dry_stage, staged
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.store import WeightStore
@@ -28,7 +29,7 @@ from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG, special_tokens
-from h1export.model.falcon_h1.states import StateSpec
+from h1export.model.falcon_h1.states import Ids, StateSpec
 from h1export.progress import SILENT, Progress
 from h1export.quantize.budget import Sensitivity
 from h1export.quantize.calibration import Calibration
@@ -39,7 +40,7 @@ from h1export.quantize.sensitivity import sensitivities
 from h1export.quantize.source import QuantizedWeights
 from h1export.report.report import Report
 from h1export.runtime.generation import Sampling, generate
-from h1export.runtime.runner import Ids, Inspectable
+from h1export.runtime.runner import Inspectable
 from h1export.targets import MODULES, BuildOptions, Kernels, get_target
 from h1export.validate.accuracy.run import ValidateOptions
 from h1export.validate.accuracy.run import validate as run_validation
@@ -129,9 +130,9 @@ class BuildJob:
     def _scheme(self) -> dict[str, Any]:
         """What decided the integers."""
         scheme = dataclasses.asdict(self.scheme)
-        if self.store.layout is not None:
-            ready = dataclasses.asdict(self.store.layout)
-            return scheme | {"quant": f"int{self.store.layout.bits}", "method": PREQUANTIZED, PREQUANTIZED: ready}
+        if self.store.gptq_format is not None:
+            ready = dataclasses.asdict(self.store.gptq_format)
+            return scheme | {"quant": f"int{self.store.gptq_format.bits}", "method": PREQUANTIZED, PREQUANTIZED: ready}
         return scheme | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)})
 
     def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.states import Array, Ids
 
-Ids = npt.NDArray[np.int64]
 States = TypeVar("States")
 
 

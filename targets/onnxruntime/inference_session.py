@@ -20,7 +20,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.probes import PREFIX
 from h1export.targets.onnx import sdk
-from h1export.targets.onnxruntime.float32_graph import widened
+from h1export.targets.onnxruntime.float32_graph import float32_graph
 from h1export.targets.onnxruntime.variants import CPU, CUDA, FUSED_LEVEL, GraphVariant
 
 MODEL = "model.onnx"
@@ -97,7 +97,7 @@ def _changed(path: Path, variant: GraphVariant, options: Any, *, float32: bool, 
     In float32 there are no fp16 activations, and products with integers have accuracy level 0.
     """
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    model = widened(ir.load(path)) if float32 and variant.halves else ir.load(path)
+    model = float32_graph(ir.load(path)) if float32 and variant.halves else ir.load(path)
     for node in model.graph:
         if float32 and "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)

@@ -14,8 +14,8 @@ from h1export.checkpoint.gptq_tensor import ORDER
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateKind, StateSpec
-from h1export.runtime.runner import Ids, Limits, Provenance, Session, check_call
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateKind, StateSpec
+from h1export.runtime.runner import Limits, Provenance, Session, check_call
 from h1export.runtime.session import SteppedSession
 from h1export.targets.base import Kernels
 from h1export.targets.onnx import sdk
@@ -24,7 +24,7 @@ from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.onnxruntime import native_library, state_layout
 from h1export.targets.onnxruntime.bound_session import BoundSession
 from h1export.targets.onnxruntime.emit.dequantize_linear import TABLE
-from h1export.targets.onnxruntime.emit.nbits import ROWS
+from h1export.targets.onnxruntime.emit.matmul_nbits import ROWS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_inference_session
 from h1export.targets.onnxruntime.variants import CUDA, graph_variant
 

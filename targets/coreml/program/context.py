@@ -132,7 +132,8 @@ class _Sizes:
     def __init__(self, program: Program, tokens: int, past: int) -> None:
         placeholders = {program.inputs[node.name]: node for node in program.graph.nodes if node.name in program.inputs}
         batch, seq = placeholders[INPUT_IDS].meta["val"].shape
-        keys = placeholders[program.states.tensors[0].past].meta["val"].shape
+        growing = next(tensor for tensor in program.states.tensors if tensor.kind.grows)
+        keys = placeholders[growing.past].meta["val"].shape
         self._numbers = {batch.node.expr: 1, seq.node.expr: tokens, keys[2].node.expr: past}
 
     def __call__(self, size: Any) -> int:

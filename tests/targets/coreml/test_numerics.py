@@ -117,16 +117,16 @@ def test_one_state_serves_two_continuations(tiny: Path, build: Build) -> None:
 
 def test_held_sequences_answer_as_steps_do(tiny: Path, build: Build) -> None:
     runner = pipeline.load(build(tiny, "int4", target="coreml", max_context=192))
-    sequences = runner.start(1, 100)
+    session = runner.start(1, 100)
     states = runner.initial(1)
     end = 0
     for tokens in (70, 1, 3):
         ids = np.arange(tokens)[None] + end
         end = end + tokens
         expected, states = runner.step(ids, np.ones((1, end), np.int64), states)
-        np.testing.assert_array_equal(sequences.append(ids), expected)
+        np.testing.assert_array_equal(session.append(ids), expected)
     with pytest.raises(H1ExportError, match="room for one of 100"):
-        sequences.append(np.zeros((1, 40), np.int64))
+        session.append(np.zeros((1, 40), np.int64))
 
 
 def test_pads_and_batches_are_refused(tiny: Path, build: Build) -> None:

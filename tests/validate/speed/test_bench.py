@@ -191,11 +191,11 @@ def test_the_reference_is_measured_in_turns(make_checkpoint: Callable[..., Path]
 def test_a_reference_times_what_it_is_asked(make_checkpoint: Callable[..., Path]) -> None:
     reference = Reference(make_checkpoint())
     ids = np.random.default_rng(0).integers(0, 259, (2, 9))
-    sequences = reference.start(2, 0)
-    logits = [sequences.append(part)[:, -1] for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:])]
+    session = reference.start(2, 0)
+    logits = [session.append(part)[:, -1] for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:])]
     for row, found in zip(ids, logits[-1], strict=True):  # without time_step_limit and pads, its cache is right
         np.testing.assert_allclose(found, reference.full(row)[0][-1], atol=1e-4)
-    assert sequences.length == 9
+    assert session.length == 9
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Emitters for the ATen ops whose ONNX form is the same for every target, and the table that a target's own table extends.
+"""Emitters for the ATen ops whose ONNX form is the same for every target, and the table that targets extend.
 
 Sizes (torch.SymInt) are 1-D int64 tensors of one element.
 """
@@ -26,7 +26,7 @@ def _number(c: Context, node: Node, number: Any) -> Value:
     """Return a constant beside ``node``'s tensors: an integer, or an activation."""
     if node.meta["val"].dtype == torch.int64:
         return c.build.constant(number, np.int64)
-    return c.build.once(("number", number), lambda: c.as_activation(c.build.constant(number, np.float32)))  # type: ignore[no-any-return]
+    return c.build.once(("number", number), lambda: c.as_activation(c.build.constant(number, np.float32)))
 
 
 def binary(op_type: str) -> Emitter[Context]:

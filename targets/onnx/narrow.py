@@ -25,7 +25,7 @@ def narrow_matrix(c: Context, expr: WeightExpr, dtype: ir.DataType, *, next_step
     Raises:
         H1ExportError: values beyond fp16; ``next_step`` is what the message then proposes.
     """
-    return c.build.once((expr, "matrix"), lambda: c.build.initializer(_write(c, expr, dtype, next_step)))  # type: ignore[no-any-return]
+    return c.build.once((expr, "matrix"), lambda: c.build.initializer(_write(c, expr, dtype, next_step)))
 
 
 def _write(c: Context, expr: WeightExpr, dtype: ir.DataType, next_step: str) -> ir.ExternalTensor:

@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 
 def linear(c: OrtContext, node: Node) -> None:
-    """Emit MatMulNBits where the weight is stored in integers, else a product with the weight as the checkpoint stores it, [N, K]."""
+    """Emit MatMulNBits for a weight in integers, else a product with the weight as the checkpoint stores it, [N, K]."""
     x = c.value(args_of(node)[0])
     expr = c.expr(args_of(node)[1])
     precision = c.precision(expr)
@@ -91,7 +91,7 @@ def causal_conv(c: Context, node: Node) -> None:
 
 
 def ssm_scan(c: Context, node: Node) -> None:
-    """Emit LinearAttention: query C, key B, value dt x, log decay dt A; fewer query heads than value heads are SSM groups."""
+    """Emit LinearAttention: query C, key B, value dt x, log decay dt A; its query heads are the SSM's groups."""
     x, _dt, A, B, C, D, _dt_bias, state, *_ = args_of(node)
     sizes = ScanSizes.of(node)
     b = c.build

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from h1export.artifact.artifact import StoredPart, StoredWeight
+from h1export.artifact.manifest import StoredPart, StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr

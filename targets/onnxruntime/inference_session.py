@@ -32,7 +32,7 @@ SETTINGS = {  # genai_config.json says the same to onnxruntime-genai
 PLAIN = {CUDA: {"use_tf32": "0"}}  # float32 means float32
 
 
-def open_session(
+def open_inference_session(
     artifact: Artifact, made: GraphVariant, threads: int, *, float32: bool, library: Path | None, observed: bool = False
 ) -> Any:
     """An InferenceSession on the provider that the graph is for; with ``float32``, in float32 arithmetic, on CPUs too.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from h1export.artifact.artifact import StoredPart, StoredWeight
+from h1export.artifact.manifest import StoredPart, StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES, Block
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr, WeightPart

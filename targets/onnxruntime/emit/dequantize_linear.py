@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from h1export.artifact.artifact import StoredWeight
+from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.model.falcon_h1.states import Array
@@ -32,7 +32,7 @@ TABLE = ".table"
 
 def folded_scales(tensor: QuantizedTensor) -> Array:
     """Return fp16 scales times the multiplier, float32 [rows, groups]."""
-    return tensor.scales.astype(np.float32) * tensor.multiplier[:, None]
+    return tensor.scales.astype(np.float32) * tensor.row_scale[:, None]
 
 
 def unfolded_scales(stored: Array, multiplier: Array) -> npt.NDArray[np.float16]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from h1export.artifact.artifact import StoredWeight
+from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.gptq_tensor import ORDER
 from h1export.checkpoint.weight_expr import Multiplier, WeightExpr

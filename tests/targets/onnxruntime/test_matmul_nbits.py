@@ -89,7 +89,7 @@ def test_the_artifact_holds_the_rules_integers_bit_for_bit(
             found = stored.quantized(part.tensor)
             assert np.array_equal(found.codes, truth.codes), part.tensor
             assert np.array_equal(found.scales, truth.scales), part.tensor
-            assert np.array_equal(found.multiplier, truth.multiplier), part.tensor
+            assert np.array_equal(found.row_scale, truth.row_scale), part.tensor
             checked += 1
     assert checked == 2 + 9 * artifact.config.num_hidden_layers  # embedding, head, nine projections a layer
 

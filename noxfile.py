@@ -60,7 +60,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     kernels = ROOT / "targets" / "onnxruntime" / "csrc"  # its flags are in compile_flags.txt beside it
     plugin = ROOT / "targets" / "tensorrt" / "plugin" / "csrc"
-    sources = [str(file) for folder in (kernels, plugin) for file in sorted(folder.glob("*.*")) if file.suffix != ".txt"]
+    sources = [str(file) for folder in (kernels, plugin) for file in sorted(folder.glob("*.[ch]*"))]
     session.run("clang-format", "--dry-run", "--Werror", *sources)
     session.run("clang-tidy", "--quiet", *map(str, sorted(kernels.glob("*.cc"))), silent=True)  # printed when it fails
 

@@ -69,29 +69,35 @@ def binary(op_type: str) -> Emitter:
 
 
 def silu(c: Context, node: Node) -> None:
+    """Emit aten.silu."""
     c.set(node, c.op("silu", x=c.value(args_of(node)[0])))
 
 
 def view(c: Context, node: Node) -> None:
+    """Emit a reshape to the node's shape in this function."""
     c.set(node, c.op("reshape", x=c.value(args_of(node)[0]), shape=c.shape(node)))
 
 
 def unsqueeze(c: Context, node: Node) -> None:
+    """Emit aten.unsqueeze."""
     x = c.value(args_of(node)[0])
     axis = args_of(node)[1]
     c.set(node, x if x is ALL_REAL else c.op("expand_dims", x=x, axes=[axis]))
 
 
 def split(c: Context, node: Node) -> None:
+    """Emit aten.split_with_sizes, a value for each part."""
     x, sizes, *axis = args_of(node)
     c.set(node, *c.op("split", x=c.value(x), split_sizes=tuple(sizes), axis=axis[0] if axis else 0))
 
 
 def getitem(c: Context, node: Node) -> None:
+    """Bind the node to one of several outputs."""
     c.set(node, c.value(args_of(node)[0])[args_of(node)[1]])
 
 
 def index_select(c: Context, node: Node) -> None:
+    """Emit a gather along one axis."""
     x, axis, index = args_of(node)
     c.set(node, c.op("gather", x=c.value(x), indices=c.value(index), axis=axis, validate_indices=False))
 

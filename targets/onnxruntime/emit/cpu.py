@@ -65,16 +65,18 @@ def add(c: Context, node: Node) -> None:
 
 
 def rms_norm(c: Context, node: Node) -> None:
+    """Emit RMSNormalization over the last axis; without a weight its scale is ones."""
     x, (width,), weight, epsilon = args_of(node)
     scale = c.build.constant(np.ones(width), c.activations) if weight is None else c.value(weight)
     c.set(node, c.build.op("RMSNormalization", c.value(x), scale, axis=-1, epsilon=epsilon))
 
 
 def _silu(c: Context, x: Value) -> Value:
-    return c.build.op("QuickGelu", x, domain=MS, alpha=1.0)  # x * sigmoid(x) in one kernel
+    return c.build.op("QuickGelu", x, domain=MS, alpha=1.0)
 
 
 def silu(c: Context, node: Node) -> None:
+    """Emit QuickGelu with alpha 1, which is x * sigmoid(x) in one kernel."""
     c.set(node, _silu(c, c.value(args_of(node)[0])))
 
 
@@ -86,6 +88,7 @@ def _flat(c: Context, x: Any) -> Value:
 
 
 def causal_conv(c: Context, node: Node) -> None:
+    """Emit products with shifted inputs, then SiLU."""
     total, carried = shifted_products(c, node)
     c.set(node, _silu(c, total), carried)
 

@@ -73,10 +73,12 @@ def _silu(c: Context, x: Value) -> Value:
 
 
 def silu(c: Context, node: Node) -> None:
+    """Emit x * sigmoid(x)."""
     c.set(node, _silu(c, c.value(args_of(node)[0])))
 
 
 def causal_conv(c: Context, node: Node) -> None:
+    """Emit products with shifted inputs, then SiLU."""
     total, carried = shifted_products(c, node)
     c.set(node, _silu(c, total), carried)
 

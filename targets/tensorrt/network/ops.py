@@ -71,6 +71,7 @@ def rms_norm(c: TensorRTContext, node: Node) -> None:
 
 
 def silu(c: TensorRTContext, node: Node) -> None:
+    """Emit x * sigmoid(x)."""
     x = c.value(args_of(node)[0])
     c.set(node, c.build.op("Mul", x, c.build.op("Sigmoid", x)))
 

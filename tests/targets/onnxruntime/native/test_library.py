@@ -1,4 +1,7 @@
-"""The compile on demand: once a machine, safe among processes, and errors that say what to do. Compilers here are small scripts."""
+"""The compile on demand: once a machine, safe among processes, and errors that say what to do.
+
+Compilers here are small scripts.
+"""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_rounded(
 ) -> None:
     """Integers are exact, so only the sum over blocks rounds: some half units in the last place of float32, 6e-8.
 
-    Where a quotient lies half-way between two integers float32 may round to the other one: half a step of one activation.
+    Where a quotient lies half-way between two integers float32 may round to the other: half a step of one activation.
     """
     case = Case(*form, rows, columns, (tokens,), bias, seed)
     expected = case.reference(rounded=True)

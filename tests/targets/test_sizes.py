@@ -14,6 +14,8 @@ import torch
 from h1export.artifact.staging import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.graphs.passes import fusions, run_passes
+from h1export.graphs.passes.flatten_splits import FlattenSplits
+from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
 from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
 from h1export.model.falcon_h1.config import FalconH1Config
@@ -60,6 +62,10 @@ TABLES: Mapping[str, tuple[Mapping[Any, Emitter[Any]], Make]] = {
     ),
 }
 
+PARALLEL = (FuseParallelProjections(lambda expr: None), FlattenSplits())
+EVERY = fusions(lambda expr: None, 32)
+FUSE = {"cpu": EVERY, "native": EVERY, "cuda": PARALLEL, "portable": (), "tensorrt": PARALLEL}
+
 
 def emitted(program: Program, store: WeightStore, integers: QuantizedWeights, *, name: str, folder: Path) -> bytes:
     """Return the ONNX model that a table makes of a program, and write its weights into ``folder``."""
@@ -93,7 +99,7 @@ def test_an_emitter_reads_no_size_from_the_config(
 ) -> None:
     store = WeightStore.open(checkpoint, program.config)
     integers = Rounded(store, QuantScheme("int4").precisions(program.config), quantize_rows)
-    fused = program if name == "portable" else run_passes(program, fusions(lambda expr: None, 32))
+    fused = run_passes(program, FUSE[name])
     wrong = replace(fused, config=replace(program.config, tie_word_embeddings=True, **WRONG))
     models = [
         emitted(each, store, integers, name=name, folder=tmp_path / str(index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,8 @@ def text(program: Program, config: FalconH1Config, checkpoint: Path, folder: Pat
         integers = Rounded(store, QuantScheme("int4").precisions(config), quantize_rows)
         weights = Weights(store, integers, config, blobs=blobs, compute=np.float16)
         made = mil_program(program, weights, layout.CALLS, 64, False)
-        return "\n".join(str(function) for function in made.functions.values())
+        printed = "\n".join(str(function) for function in made.functions.values())
+        return re.sub(r"\bblock\d+", "block", printed)  # coremltools numbers the blocks of a process
 
 
 def test_an_emitter_reads_no_size_from_the_config(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

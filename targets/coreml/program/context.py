@@ -1,4 +1,4 @@
-"""The context of emitters: one function of the package, with its length, inputs, states, weights and the values made so far."""
+"""The context of emitters: one function of the package, with its inputs, states, weights and values."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Context:
 
 
 class _Sizes:
-    """The numbers that the symbols of traced shapes have in a function: one sequence, its tokens, and the keys before them."""
+    """The numbers behind the symbols of traced shapes in a function: one sequence, its tokens, the keys before them."""
 
     def __init__(self, program: Program, tokens: int, past: int) -> None:
         placeholders = {program.inputs[node.name]: node for node in program.graph.nodes if node.name in program.inputs}
@@ -141,7 +141,7 @@ class _Sizes:
 
 
 def needed(program: Program, given: Callable[[Node], bool]) -> Iterator[Node]:
-    """Yield the call_function nodes that the outputs need, in graph order, except sizes and what only ``given`` nodes need."""
+    """Yield the nodes to emit for the outputs, in graph order, except sizes and what only ``given`` nodes need."""
     (result,) = [node for node in program.graph.nodes if node.op == "output"]
     pending = list(result.all_input_nodes)
     seen = set[Node]()

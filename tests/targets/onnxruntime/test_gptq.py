@@ -54,7 +54,7 @@ def answer(artifact: Artifact, **loaded: Any) -> Array:
 
 
 def assert_own_integers(artifact: Artifact, written: Written) -> None:
-    """Codes, zero points and scales are the writer's, in the order that the artifact says; dequantised, equal in every bit."""
+    """Codes, zero points and scales are the writer's, in the artifact's order; dequantised, equal in every bit."""
     stored: Any = pipeline.load(artifact, float32=True).stored_weights()
     middle = 1 << (next(weight.bits for weight in artifact.manifest.weights) - 1)
     assert set(written.codes) <= set(stored)

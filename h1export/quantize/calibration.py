@@ -23,7 +23,8 @@ class Calibration:
     """The text for calibration, and how much of it is used.
 
     Attributes:
-        file: .txt, or .jsonl with a "text" a line; None: the excerpt of CPython's library that ships with the embedded model.
+        file: .txt, or .jsonl with a "text" a line; None: the excerpt of CPython's library that ships with the embedded
+            model.
         samples: number of sequences, which are taken at random places of the text and do not overlap.
         length: tokens in a sequence.
         seed: the seed of the places.

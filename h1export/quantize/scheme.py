@@ -1,4 +1,7 @@
-"""QuantScheme: the precision of every tensor, and the method that chooses integers. The only module that decides both."""
+"""QuantScheme: the precision of every tensor, and the method that chooses integers.
+
+The only module that decides both.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,16 @@ GROUP_SIZES = (32, 64, 128)
 class QuantScheme:
     """The settings of quantisation.
 
-    int4 and int8 also store the embedding in integers. In an int4 build a tied embedding shares the head's int4, and an untied one is
+    int4 and int8 also store the embedding in integers. In an int4 build a tied embedding shares the head's int4, and an
+    untied one is
     int8: only one row of it is read per token, so that 4 bits would cost accuracy and buy no speed.
 
     Attributes:
         quant: the precision of the projections and the head.
         group_size: columns that share an int4 scale.
-        method: how integers are chosen. rtn rounds each weight to the nearest code; search looks for the scales that leave the least
-            error in the weights; awq and gptq observe the inputs of every projection on a calibration text.
+        method: how integers are chosen. rtn rounds each weight to the nearest code; search looks for the scales that
+            leave the least error in the weights; awq and gptq observe the inputs of every projection on a calibration
+            text.
         chosen: checkpoint name -> precision of its own, in place of ``quant``.
     """
 
@@ -74,7 +79,8 @@ class QuantScheme:
         """Check the scheme against a model.
 
         Raises:
-            H1ExportError: the group size does not divide a tensor's columns, or ``chosen`` names a tensor that has no choice.
+            H1ExportError: the group size does not divide a tensor's columns, or ``chosen`` names a tensor that has no
+                choice.
         """
         for name, quant in self.chosen.items():
             if name not in tensor_layout(config) or projection_of(name) is None:

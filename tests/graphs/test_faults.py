@@ -1,4 +1,4 @@
-"""Planted faults: everything an exporter of Falcon-H1 can get wrong quietly exceeds the tolerance of test_model a hundredfold."""
+"""Planted faults: what an exporter of Falcon-H1 can get wrong exceeds the tolerance of test_model a hundredfold."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from h1export.model.falcon_h1.tensors import tensor_layout
 
 MINIMAL = {"model_type": "falcon_h1"}
 
-# Released sizes: layers, hidden, MLP, vocabulary, query/KV heads, head_dim, d_ssm, SSM heads, their width, state, groups,
-# context, rms_norm, tied head, and the parameters that the model's name promises.
+# Released sizes: layers, hidden, MLP, vocabulary, query/KV heads, head_dim, d_ssm, SSM heads, their width, state,
+# groups, context, rms_norm, tied head, and the parameters that the model's name promises.
 FAMILY: dict[str, tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, bool, bool, float]] = {
     "Tiny-R-90M": (24, 512, 768, 32768, 8, 2, 64, 768, 24, 32, 64, 1, 262144, False, True, 90e6),
     "0.5B": (36, 1024, 2048, 32784, 8, 2, 64, 1536, 24, 64, 128, 1, 16384, False, False, 0.5e9),

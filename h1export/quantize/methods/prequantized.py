@@ -1,4 +1,4 @@
-"""Prequantized: the integers of a checkpoint that is quantised already, unchanged in value, in groups that runtimes have."""
+"""Prequantized: the integers of a checkpoint that is quantised already, in group sizes that runtimes have."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from h1export.quantize.source import QuantizedWeights
 class Prequantized:
     """QuantizedWeights that takes the packed tensors of a checkpoint as they are.
 
-    Columns are in the order of ``PackedMatrix.order``, so that those of a group are neighbours. A group of the checkpoint is divided
-    into groups of a size that runtimes have.
+    Columns are in the order of ``PackedMatrix.order``, so that those of a group are neighbours. A group of the
+    checkpoint is divided into groups of a size that runtimes have.
 
     Attributes:
         store: the checkpoint.

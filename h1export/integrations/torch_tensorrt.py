@@ -22,7 +22,7 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateKind, StateSpec, StateTensor
 from h1export.plugins import h1
 from h1export.plugins.attention.op import composed
-from h1export.plugins.gpu.kernel import DTYPES, OURS
+from h1export.plugins.gpu.kernel import DTYPES, KERNEL_DTYPE
 from h1export.targets.tensorrt import plugin
 from h1export.targets.tensorrt.engine.requirements import gpu_architecture
 from h1export.targets.tensorrt.plugin.schema import NAMESPACE, OPS, VERSION, Op
@@ -103,7 +103,9 @@ def convert(context: Any, op: Op, arguments: Sequence[Any], name: str) -> tuple[
         value = np.zeros(given["weight"].shape[0], np.float32) if given[each] is None else given[each]  # no bias
         tensor = get_trt_tensor(context, value, f"{name}_{each}")
         tensors.append(
-            cast_trt_tensor(context, tensor, own if op.kind(each) == OURS else trt.float32, f"{name}_{each}_cast")
+            cast_trt_tensor(
+                context, tensor, own if op.kind(each) == KERNEL_DTYPE else trt.float32, f"{name}_{each}_cast"
+            )
         )
     layer = context.net.add_plugin_v3(tensors, [], _instance(op, given, name))
     layer.name = name

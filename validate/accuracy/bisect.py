@@ -17,7 +17,7 @@ from h1export.model.falcon_h1.projections import SUSPECT_MLP, SUSPECT_OPS
 from h1export.model.falcon_h1.states import Array, StateKind
 from h1export.model.falcon_h1.tensors import projection_of, split_layer
 from h1export.report.report import Row, Verdict
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Comparable, Ids, Observable
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference import Reference
 
@@ -46,12 +46,12 @@ class Call:
     logits: Array  # [new or 1, vocab]
 
 
-def bisect(runner: Runner[Any], reference: Reference, group: str, limit: float, seed: int) -> list[Row]:
+def bisect(runner: Comparable[Any], reference: Reference, group: str, limit: float, seed: int) -> list[Row]:
     """A row for prefill and one for decode: the first layer and op family beyond ``limit``, and the error at every place.
 
     ``group`` is the metrics' that the rows belong to. A runner without probes gets one row that says so.
     """
-    if not runner.capabilities.probes:
+    if not isinstance(runner, Observable):
         return [Row("bisect", group, note="this runtime does not show what lies between inputs and outputs")]
     ids = np.random.default_rng(seed).integers(0, runner.config.vocab_size, (1, sum(CALLS)), dtype=np.int64)
     rows = []
@@ -87,7 +87,7 @@ def _words(suspect: Suspect) -> str:
     return f"{f'layer {layer}, ' if layer.isdigit() else ''}{suspect.family} (at {suspect.place})"
 
 
-def _pairs(runner: Runner[Any], reference: Reference, ids: Ids) -> Iterator[tuple[Call, Call]]:
+def _pairs(runner: Observable[Any], reference: Reference, ids: Ids) -> Iterator[tuple[Call, Call]]:
     """The artifact's and the reference's answer to each of CALLS; the artifact goes on in its own states."""
     states = runner.initial(1)
     end = 0

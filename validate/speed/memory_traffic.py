@@ -10,7 +10,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from h1export.artifact.artifact import Manifest
+from h1export.artifact.manifest import Manifest
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.model.falcon_h1.tensors import EMBEDDING, tensor_layout

@@ -5,12 +5,12 @@ weights compute. The *quantised* one is what the layers that are quantised alrea
 
 1. Write the embeddings of the calibration text as both inputs of layer 0.
 2. For each layer, from the first:
-   a. Run the layer with the checkpoint's weights on its float input and on its quantised input. Add up second moments of the
-      inputs of every projection: of the quantised input, and of its difference from the float input (``Moments``).
+   a. Run the layer with the checkpoint's weights on its float input and on its quantised input. Add up second moments
+      of the inputs of every projection: of the quantised input, and of its difference from the float input.
    b. Write the float output as the float input of the next layer.
-   c. Invert the moments of every projection input, and solve its projections for integers (gptq.py). The difference of the
-      two inputs lets a projection make up for what quantisation did to its input.
-   d. Run the layer with its integers on the quantised input. Write the output as the quantised input of the next layer.
+   c. Invert the moments of every projection input, and solve its projections for integers (gptq.py). The difference of
+      the two inputs lets a projection make up for what quantisation did to its input.
+   d. Run the layer with its integers on the quantised input, and write the output as that of the next layer.
 3. Solve the head's rows in groups (head_groups.py). The moments for a group weigh positions by how much its tokens matter
    there, and are mixed with the moments of all positions alike.
 

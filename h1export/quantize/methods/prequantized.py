@@ -63,12 +63,12 @@ def precision_of(matrix: PackedMatrix) -> Precision:
         H1ExportError: groups that no size of GROUP_SIZES divides.
     """
     sizes = np.unique(matrix.group_of, return_counts=True)[1]
-    layout = matrix.layout
-    if layout.bits == 8 and len(sizes) == 1:
-        return Precision(8, 0, not layout.sym)
+    gptq_format = matrix.gptq_format
+    if gptq_format.bits == 8 and len(sizes) == 1:
+        return Precision(8, 0, not gptq_format.sym)
     for group_size in reversed(GROUP_SIZES):
         if not (sizes % group_size).any():
-            return Precision(layout.bits, group_size, not layout.sym)
+            return Precision(gptq_format.bits, group_size, not gptq_format.sym)
     found = ", ".join(map(str, sorted(set(sizes.tolist()))))
     what = f"has groups of {found} columns, which no group size of {GROUP_SIZES} divides"
     raise H1ExportError(

@@ -37,10 +37,10 @@ def rounded(store: WeightStore, config: FalconH1Config, scheme: QuantScheme) -> 
         H1ExportError: integers that no runtime takes, or a scheme for weights that are in integers already.
     """
     found = Rounded(store, scheme.precisions(config), ROUNDINGS[scheme.method])
-    if store.layout is None:
+    if store.gptq_format is None:
         return found
     for name in found.precisions.keys() & store.packed.keys():
-        what = f"is in int{store.layout.bits} already, and its own integers are exported"
+        what = f"is in int{store.gptq_format.bits} already, and its own integers are exported"
         raise H1ExportError(
             f'tensor "{name}"', what, "leave it out of --quant and --precisions, or give the unquantised checkpoint"
         )

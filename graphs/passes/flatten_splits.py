@@ -13,6 +13,8 @@ from h1export.graphs.program import EditableProgram, Program, args_of
 
 
 class FlattenSplits(Pass):
+    """Merges a split with the splits of its parts."""
+
     def run(self, program: EditableProgram) -> int:
         splits = [
             node

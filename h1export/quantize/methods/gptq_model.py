@@ -11,8 +11,8 @@ weights compute. The *quantised* one is what the layers that are quantised alrea
    c. Invert the moments of every projection input, and solve its projections for integers (gptq.py). The difference of
       the two inputs lets a projection make up for what quantisation did to its input.
    d. Run the layer with its integers on the quantised input, and write the output as that of the next layer.
-3. Solve the head's rows in groups (head_groups.py). The moments for a group weigh positions by how much its tokens matter
-   there, and are mixed with the moments of all positions alike.
+3. Solve the head's rows in groups (head_groups.py). The moments for a group weigh positions by how much its tokens
+   matter there, and are mixed with the moments of all positions alike.
 
 Memory holds one layer. The inputs of two layers, float and quantised, and all integers are in one file in the stage's
 scratch folder, so that a build that was killed continues in the layer where it stopped. Bytes do not depend on the

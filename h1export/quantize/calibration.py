@@ -52,7 +52,7 @@ class Calibration:
         places = len(tokens) // self.length
         if places < self.samples:
             enough = f"enough for {places} samples of {self.length}"
-            what = f"has {len(tokens)} tokens, {enough}, and {self.samples} are asked for"
+            what = f"has {len(tokens)} tokens, {enough}, and {self.samples} are requested"
             raise H1ExportError(file, what, "give a longer text by --calibration, or fewer --calibration-samples")
         chosen = np.random.default_rng(self.seed).permutation(places)[: self.samples]
         return np.stack([tokens[place * self.length : (place + 1) * self.length] for place in sorted(chosen)])

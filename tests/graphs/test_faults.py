@@ -79,7 +79,7 @@ def fault_of() -> Callable[..., float]:
 
 @pytest.fixture(scope="session")
 def traced_as(apply_pass: Callable[..., Program]) -> Callable[[FalconH1Config], Program]:
-    """traced_as(spec) -> the model of ``spec``, ready to run on whatever weights fit."""
+    """traced_as(config) -> the model of ``config``, ready to run on any weights that fit."""
     return lambda config: apply_pass(DropMetadataAsserts(), trace(config))
 
 

@@ -188,7 +188,7 @@ def test_every_random_checkpoint_is_read_as_transformers_reads_it(checkpoint: Pa
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_released_size_parses(name: str, released: dict[str, Any]) -> None:
-    """The tensors that the spec demands come to as many parameters as the model's name promises, give or take 7 %."""
+    """The tensors that the config describes have as many parameters as the model's name promises, give or take 7 %."""
     *values, parameters = FAMILY[name]
     row = dict(zip(COLUMNS, values, strict=True))
     model_config = FalconH1Config.from_config(released | row)
@@ -249,7 +249,7 @@ def test_every_field_is_a_key_that_is_used() -> None:
 
 
 class Recorder(dict[str, Any]):
-    """A config that remembers which keys were asked for."""
+    """A config that remembers which keys were read."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)

@@ -82,8 +82,9 @@ class QuantScheme:
             H1ExportError: the group size does not divide a tensor's columns, or ``chosen`` names a tensor that has no
                 choice.
         """
+        layout = tensor_layout(config)
         for name, quant in self.chosen.items():
-            if name not in tensor_layout(config) or projection_of(name) is None:
+            if name not in layout or projection_of(name) is None:
                 raise H1ExportError(
                     f'tensor "{name}"', "is no weight that this model could store in integers", "correct --precisions"
                 )
@@ -94,7 +95,7 @@ class QuantScheme:
         grouped = {
             name: precision.group_size for name, precision in self.precisions(config).items() if precision.group_size
         }
-        widths = {name: tensor_layout(config)[name][-1] for name in grouped}
+        widths = {name: layout[name][-1] for name in grouped}
         for name, group_size in grouped.items():
             if widths[name] % group_size:
                 what = f"has {widths[name]} columns, which groups of {group_size} do not divide"

@@ -29,6 +29,7 @@ from h1export.cli.gate import gate
 from h1export.cli.plan import plan
 from h1export.cli.report import report
 from h1export.cli.sensitivity import sensitivity
+from h1export.cli.trace import trace
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
@@ -303,6 +304,7 @@ cli.add_command(gate)
 cli.add_command(plan)
 cli.add_command(report)
 cli.add_command(sensitivity)
+cli.add_command(trace)
 
 
 def main() -> None:

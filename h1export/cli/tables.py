@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from h1export.report.report import Report, Row, Verdict, within
+from h1export.report import labels
+from h1export.report.report import OUTPUT_FIGURES, Report, Row, Verdict
 
 if TYPE_CHECKING:  # tables are drawn without loading what was measured
     from h1export.commands.plan import Plan
@@ -30,7 +31,7 @@ STYLES = {
 
 
 class ProgressBars:
-    """A core.progress.Progress drawn by rich: the stage, its bytes, the time."""
+    """A Progress that rich draws: the stage, its bytes, the time."""
 
     def __init__(self, quiet: bool) -> None:
         columns = (
@@ -63,47 +64,52 @@ class ProgressBars:
             self._progress.advance(self._task, nbytes)
 
 
-CASE_COLUMNS = ("logits", "states", "kl", "top1")
 FINE = ("artifact", "reference", "ratio", "top1", "top5")  # whose thousandths matter
 ERROR = "_se"  # ends the name of a figure's standard error
 
 
 def report_tables(report: Report) -> list[Table]:
-    """The cases, one line each, and everything else that was checked."""
-    cases = Table(
-        "case", "against", *CASE_COLUMNS, "verdict", box=SIMPLE, caption=_limits(report.rows), caption_justify="left"
-    )
+    """Return a table of the rows that compare logits and states, and one of all others."""
+    cases = Table("case", "against", *OUTPUT_FIGURES, "verdict", box=SIMPLE)
+    cases.caption = _tolerances(report.rows)
+    cases.caption_justify = "left"
     others = Table("check", "figures", "verdict", box=SIMPLE)
     for row in report.rows:
         verdict = f"[{STYLES[row.verdict]}]{row.verdict}[/]"
-        if row.figures.keys() >= set(CASE_COLUMNS):
-            cases.add_row(row.check, row.against, *(_cell(row, name) for name in CASE_COLUMNS), verdict)
+        check = labels.check_label(row)
+        if row.compares_outputs:
+            cells = (_cell(row, name) for name in OUTPUT_FIGURES)
+            cases.add_row(check, labels.comparison_label(row), *cells, verdict)
         else:
             shown = [name for name in row.figures if not name.endswith(ERROR)]
-            figures = "  ".join(f"{name} {_cell(row, name)}{_error(row, name)}{_limit(row, name)}" for name in shown)
+            figures = "  ".join(f"{name} {_cell(row, name)}{_error(row, name)}{_tolerance(row, name)}" for name in shown)
             note = f"[dim]{row.note}[/]" if row.note else ""
-            others.add_row(row.check, "\n".join(filter(None, (figures, note))), verdict)
+            others.add_row(check, "\n".join(filter(None, (figures, note))), verdict)
     return [cases, others]
 
 
 def _cell(row: Row, name: str) -> str:
     value = f"{row.figures[name]:.4g}" if name in FINE else f"{row.figures[name]:.3g}"
-    failed = name in row.limits and not within(name, row.figures[name], row.limits[name])
-    return f"[bold red]{value}[/]" if failed else value
+    return value if row.keeps(name) else f"[bold red]{value}[/]"
 
 
 def _error(row: Row, name: str) -> str:
     return f" ± {row.figures[name + ERROR]:.2g}" if name + ERROR in row.figures else ""
 
 
-def _limit(row: Row, name: str) -> str:
-    return f" [dim](limit {row.limits[name]:.4g})[/]" if name in row.limits else ""
+def _tolerance(row: Row, name: str) -> str:
+    return f" [dim](tolerance {row.tolerances[name]:.4g})[/]" if name in row.tolerances else ""
 
 
-def _limits(rows: Iterable[Row]) -> str:
-    """The limits of the cases, said once."""
-    found = {f"{row.against}.{n} {row.limits[n]:.3g}": None for row in rows for n in CASE_COLUMNS if n in row.limits}
-    return "limits  " + "  ".join(found)
+def _tolerances(rows: Iterable[Row]) -> str:
+    """Return the tolerances of logits and states, each once, by the names that --tolerance takes."""
+    found = {
+        f"{row.comparison}.{name} {row.tolerances[name]:.3g}": None
+        for row in rows
+        for name in OUTPUT_FIGURES
+        if name in row.tolerances
+    }
+    return "tolerances  " + "  ".join(found)
 
 
 def bench_tables(report: BenchReport) -> list[Table]:

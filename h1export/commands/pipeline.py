@@ -293,7 +293,7 @@ def check_source(artifact: Artifact, checkpoint: Path) -> None:
 def validate(
     out: Path,
     checkpoint: Path,
-    limits: Mapping[str, float],
+    tolerances: Mapping[str, float],
     text: Path | None = None,
     text_bytes: int = 0,
     latency_pairs: int = 7,
@@ -307,7 +307,7 @@ def validate(
     """Compare the artifact ``out`` with the reference on ``checkpoint`` and write ``out/report.json``.
 
     Args:
-        limits: metric -> limit, overriding defaults.
+        tolerances: metric -> tolerance, overriding the defaults.
         text: for bits per byte; None: the held-out text that ships with the embedded model.
         text_bytes: how much of it; 0: all.
         latency_pairs: 0: no latency.
@@ -328,7 +328,7 @@ def validate(
     has_tokenizer = (out / TOKENIZER).is_file()
     ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
     options = ValidateOptions(
-        limits, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
+        tolerances, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
     )
     runner = load(artifact, threads, kernels=kernels)
     exact = runner if runner.capabilities.float32 else load(artifact, threads, float32=True, kernels=kernels)

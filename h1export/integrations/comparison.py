@@ -15,15 +15,16 @@ from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
+from h1export.report.checks import Comparison
 from h1export.runtime.runner import Ids, Runner
-from h1export.validate.accuracy import tolerances
 from h1export.validate.accuracy.logits import logit_figures, relative_error
 from h1export.validate.accuracy.reference import Reference
+from h1export.validate.accuracy.tolerances import tolerances_of
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far logits may be from the truth, relative to its range; ``metric``: the gate of `validate` that says so."""
+    """How far logits may be from the truth, relative to its range; ``metric``: the tolerance of `validate` that it is."""
 
     value: float
     metric: str
@@ -64,12 +65,13 @@ class Exported:
 
     @property
     def tolerance(self) -> Tolerance:
-        """The default gate of `validate` for this artifact against its own weights."""
+        """The default tolerance of `validate` for this artifact against its own weights."""
         shipped = self.runner.capabilities
         exact = self.exact.runner.capabilities
-        limits = tolerances.limits_of(self.artifact.manifest, shipped.float32, exact.float32, chosen={})
-        metric = next(metric for group in ("drift", "stored", "source") if (metric := f"{group}.logits") in limits)
-        return Tolerance(limits[metric], metric)
+        found = tolerances_of(self.artifact.manifest, shipped.float32, exact.float32, chosen={})
+        widest_first = (Comparison.DRIFT, Comparison.STORED, Comparison.SOURCE)
+        metric = next(metric for comparison in widest_first if (metric := f"{comparison}.logits") in found)
+        return Tolerance(found[metric], metric)
 
 
 class Truth:

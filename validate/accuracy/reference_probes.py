@@ -18,7 +18,7 @@ Found = dict[str, Tensor]
 
 @contextmanager
 def watched(model: Any) -> Iterator[Found]:
-    """While this is open, a forward of FalconH1ForCausalLM ``model`` fills in the probes, [1, seq, width]."""
+    """Record the probes [1, seq, width] of every forward of FalconH1ForCausalLM ``model`` while the context is open."""
     found: Found = {}
     handles = []
 
@@ -63,8 +63,8 @@ def _keep(found: Found, name: str, value: Tensor) -> None:
     found[name] = value.detach().float()
 
 
-def _keep_projected(found: Found, layer: int, mixer: Any, *, projected: Tensor) -> None:
-    """What in_proj gives, µP included, in its parts; and the convolution of one, which is no module's result."""
+def _keep_projected(found: Found, layer: int, mixer: Any, projected: Tensor) -> None:
+    """Record in_proj's output, µP included, in its parts, and the convolution of one part, which no module returns."""
     sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
     gate, xbc, dt = (projected * mixer.mup_vector).split(sizes, dim=-1)
     conv = torch.nn.functional.conv1d(

@@ -4,7 +4,7 @@
 array          dtype and shape           content
 =============  ========================  =======================================================================
 format         int32 []                  1
-tolerance      float64 []                limit for the largest difference of a row's logits, over the row's range
+tolerance      float64 []                tolerance for the largest difference of a row's logits, over the row's range
 ids            int32 [n]                 the text
 prompts        int32 [cases]             a case takes so many of the ids as its prompt, and decodes those that follow
 steps          int32 []                  how many a case decodes

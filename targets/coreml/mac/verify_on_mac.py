@@ -36,6 +36,10 @@ REPORT = "report.json"
 PAST = "past_key_values_"
 PRESENT = "present_"
 FORMAT = 1  # of golden.npz
+# kinds of rows, as in h1export's report/checks.py
+CASE = "case"
+LATENCY = "latency"
+LOADING = "loading"
 
 UnitsName = Literal["CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL"]
 UNITS: tuple[UnitsName, ...] = get_args(UnitsName)
@@ -195,15 +199,36 @@ def figures_of(pairs: Sequence[tuple[Row, Row]]) -> dict[str, float]:
     return {"logits": worst, "top1": sum(int(found.argmax() == truth.argmax()) for found, truth in pairs) / len(pairs)}
 
 
-def row_of(check: str, against: str, figures: Mapping[str, float], limit: float | None, note: str) -> dict[str, Any]:
-    """A row as h1export's own reports have it; ``limit`` is that of the logits."""
-    limits = {} if limit is None else {"logits": limit}
-    verdict = "n/a" if not figures else "pass" if limits else "info"
-    if any(math.isnan(value) for value in figures.values()) or (limit is not None and not figures["logits"] <= limit):
+def row_of(
+    kind: str,
+    unit: str,
+    figures: Mapping[str, float],
+    *,
+    tolerance: float | None = None,
+    note: str = "",
+    case: str = "",
+    length: int | None = None,
+) -> dict[str, Any]:
+    """Return a row of the form of h1export's own reports (report/report.py); ``tolerance`` is that of the logits."""
+    tolerances = {} if tolerance is None else {"logits": tolerance}
+    verdict = "n/a" if not figures else "pass" if tolerances else "info"
+    beyond = tolerance is not None and not figures["logits"] <= tolerance
+    if beyond or any(math.isnan(value) for value in figures.values()):
         verdict = "FAIL"
-    shown = {name: str(value) if math.isnan(value) else value for name, value in figures.items()}
-    row = {"check": check, "against": against, "figures": shown, "limits": limits, "note": note}
-    return row | {"details": {}, "histograms": {}, "verdict": verdict}
+    return {
+        "kind": kind,
+        "comparison": "alone" if kind == LATENCY else "golden",
+        "case": case,
+        "phase": None,
+        "length": length,
+        "device": unit,
+        "figures": {name: str(value) if math.isnan(value) else value for name, value in figures.items()},
+        "tolerances": tolerances,
+        "note": note,
+        "details": {},
+        "histograms": {},
+        "verdict": verdict,
+    }
 
 
 def case_row(
@@ -222,7 +247,15 @@ def case_row(
         note = f"{type(error).__name__}: {str(error)[:200]}"
     if not must and math.isnan(figures["logits"]):
         figures = {}
-    return row_of(f"{case.name}, {unit}", "golden", figures, limit=tolerance if must else None, note=note)
+    return row_of(
+        CASE,
+        unit,
+        figures,
+        tolerance=tolerance if must else None,
+        note=note,
+        case=case.name,
+        length=len(case.ids),
+    )
 
 
 def latency_row(functions: Mapping[str, Function], settings: Settings, unit: str, repeats: int) -> dict[str, Any]:
@@ -234,14 +267,9 @@ def latency_row(functions: Mapping[str, Function], settings: Settings, unit: str
         for name, position, count in (("prefill", 0, settings.chunk), ("decode", settings.chunk, 1)):
             figures[f"{name}_ms"] = 1000 * _median_seconds(partial(session.call, name, position, ids[:count]), repeats)
     except Exception as error:
-        return row_of(f"latency, {unit}", "time", {}, limit=None, note=f"{type(error).__name__}: {str(error)[:200]}")
-    return row_of(
-        f"latency, {unit}",
-        "time",
-        figures,
-        limit=None,
-        note=f"median of {repeats}: a chunk of {settings.chunk} tokens, one token after it",
-    )
+        return row_of(LATENCY, unit, {}, note=f"{type(error).__name__}: {str(error)[:200]}")
+    note = f"median of {repeats}: a chunk of {settings.chunk} tokens, one token after it"
+    return row_of(LATENCY, unit, figures, note=note)
 
 
 def _median_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -265,15 +293,8 @@ def unit_rows(
     except Exception as error:
         must = settings.must_pass(unit)
         note = f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}"
-        return [
-            row_of(
-                f"load, {unit}",
-                "golden",
-                {"logits": math.nan} if must else {},
-                limit=tolerance if must else None,
-                note=note,
-            )
-        ]
+        figures = {"logits": math.nan} if must else {}
+        return [row_of(LOADING, unit, figures, tolerance=tolerance if must else None, note=note)]
     has = functions["prefill"].inputs.get("input_ids")
     if has != (1, settings.chunk):
         raise CannotRunError(
@@ -292,7 +313,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 def read_golden(folder: Path, settings: Settings) -> tuple[list[Case], float]:
-    """The cases, and the limit for their logits. Raises CannotRunError where they are missing or do not fit."""
+    """The cases, and the tolerance for their logits. Raises CannotRunError where they are missing or do not fit."""
     try:
         with np.load(folder / GOLDEN, allow_pickle=False) as data:
             if int(data["format"]) != FORMAT:
@@ -342,14 +363,15 @@ def report_of(settings: Settings, subject: Mapping[str, Any], rows: Sequence[Map
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """One line a row."""
-    width = max(len(row["check"]) for row in rows)
-    for row in rows:
+    labels = [f"{row['case'] or row['kind']}, {row['device']}" for row in rows]
+    width = max(map(len, labels))
+    for row, label in zip(rows, labels, strict=True):
         figures = "  ".join(
             f"{name} {value if isinstance(value, str) else format(value, '.4g')}"
             for name, value in row["figures"].items()
         )
-        limits = "".join(f" (limit {limit:.3g})" for limit in row["limits"].values())
-        print(f"{row['verdict']:4}  {row['check']:{width}}  {figures}{limits}  {row['note']}".rstrip())
+        tolerances = "".join(f" (tolerance {value:.3g})" for value in row["tolerances"].values())
+        print(f"{row['verdict']:4}  {label:{width}}  {figures}{tolerances}  {row['note']}".rstrip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -373,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = report_of(settings, subject, rows)
     print_table(rows)
     (HERE / REPORT).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if not any(row["limits"] for row in rows):
+    if not any(row["tolerances"] for row in rows):
         print(f"nothing was judged: CPU_ONLY and {settings.compute} have to pass; written to {REPORT}", file=sys.stderr)
         return 2
     print(f"{'passed' if report['passed'] else 'FAILED'}; written to {REPORT}")

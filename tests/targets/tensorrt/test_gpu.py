@@ -29,9 +29,9 @@ pytestmark = pytest.mark.gpu
 HALF = 5e-3
 BRAIN = 4e-2
 FAST = (
-    "--limit",
+    "--tolerance",
     "latency.prefill=1e3",
-    "--limit",
+    "--tolerance",
     "latency.decode=1e3",
 )  # beside transformers on the CPU a tiny model may be slow
 

@@ -182,7 +182,7 @@ def write_baseline(
     return gated.place
 
 
-def _maker(folder: Path, kernels: Kernels, steps: int, *, threads: int) -> Callable[[], RunnerModel]:
+def _maker(folder: Path, kernels: Kernels, steps: int, threads: int) -> Callable[[], RunnerModel]:
     return partial(_play, folder, threads, kernels, steps=steps)
 
 

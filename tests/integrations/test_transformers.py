@@ -213,9 +213,7 @@ def test_load_gives_a_runner(artifact: Artifact) -> None:
 
 
 def test_the_face_of_the_package_finds_what_it_offers() -> None:
-    assert (
-        h1export.__getattr__("hf") is transformers
-    )  # what `import h1export; h1export.integrations.transformers` asks for
+    assert h1export.__getattr__("hf").load is transformers.load
     assert h1export.__getattr__("load") is pipeline.load_folder
     with pytest.raises(AttributeError, match="no attribute 'loads'"):
         h1export.loads  # type: ignore[attr-defined]  # noqa: B018

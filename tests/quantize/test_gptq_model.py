@@ -155,11 +155,11 @@ def test_the_head_is_solved_on_the_contexts_of_its_tokens(
 KILLS = """
 import os, sys
 from pathlib import Path
-from h1export import pipeline
+from h1export.commands import pipeline
 from h1export.quantize.calibration import Calibration
-from h1export.core.quant import QuantScheme
+from h1export.quantize.scheme import QuantScheme
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.quantize import solve as module
+from h1export.quantize.methods import gptq_model as module
 checkpoint, truth, out = map(Path, sys.argv[1:4])
 program = pipeline.trace(FalconH1Config.load(checkpoint), False)
 pipeline.trace = lambda *_: program
@@ -169,13 +169,13 @@ def built(place, name="", last=0):
     if child:
         return os.waitpid(child, 0)[1]
     calls = {name: 0 for name in functions}
-    def counted(own, *arguments):
+    def counted(own, *arguments, **named):
         calls[own] += 1
         if own == name and calls[own] == last:
             os.kill(os.getpid(), 9)
-        return functions[own](*arguments)
+        return functions[own](*arguments, **named)
     for own in functions:
-        setattr(module, own, lambda *arguments, own=own: counted(own, *arguments))
+        setattr(module, own, lambda *arguments, own=own, **named: counted(own, *arguments, **named))
     scheme, calibration = QuantScheme("int4", 32, "gptq"), Calibration(samples=3, length=100)
     pipeline.build(checkpoint, "ort", place, scheme, jobs=1, calibration=calibration)
     print(*calls.values(), flush=True)

@@ -1,4 +1,4 @@
-"""QuantScheme: which tensor gets which precision, and which widths a group_size divides."""
+"""QuantScheme: which tensor gets which precision, and which widths a group divides."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_unknown_schemes(quant: str) -> None:
 
 @pytest.mark.parametrize("group_size", [0, 16, 33, 256, -32])
 def test_unknown_group_sizes(group_size: int) -> None:
-    with pytest.raises(H1ExportError, match=f"--group-size: {group_size} is not a group_size size; one of 32, 64, 128"):
+    with pytest.raises(H1ExportError, match=f"--group-size: {group_size} is not a group size; one of 32, 64, 128"):
         QuantScheme("int4", group_size)
 
 

@@ -148,7 +148,7 @@ def test_projections_of_one_input_are_one_product(tiny: Path, build: Build) -> N
 def on_the_cpu(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The graph as it ships, fp16 and all, where onnxruntime's CPU provider stands in for CUDA's."""
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "flavour", lambda *options: replace(graph_variant(*options), provider=CPU))
+        patch.setattr(runner, "graph_variant", lambda *options: replace(graph_variant(*options), provider=CPU))
         return pipeline.load(artifact)
 
 

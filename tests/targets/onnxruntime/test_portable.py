@@ -167,7 +167,17 @@ def scan_model() -> tuple[FalconH1Config, ort.InferenceSession]:
         "state": ("b", 4, 5, 3),
     }
     inputs = {name: ir.Value(name=name, shape=ir.Shape(shape), type=floats) for name, shape in shapes.items()}
-    results = chunked_scan(b, config, Chunks.of(b, b.op("Shape", inputs["decay"], start=1, end=2)), *inputs.values())
+    chunks = Chunks.of(b, b.op("Shape", inputs["decay"], start=1, end=2))
+    results = chunked_scan(
+        b,
+        config,
+        chunks,
+        drive=inputs["drive"],
+        log_decay=inputs["decay"],
+        B=inputs["B"],
+        C=inputs["C"],
+        state=inputs["state"],
+    )
     for value, name in zip(results, ("y", "last"), strict=True):
         value.name = name
         value.type = floats

@@ -111,7 +111,7 @@ def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> No
     calls: list[tuple[int, int]] = []
 
     class Counted:
-        model_config = runner.config
+        config = runner.config
         capabilities = runner.capabilities
 
         def start(self, batch: int, capacity: int) -> Counted:

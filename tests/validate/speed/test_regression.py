@@ -137,7 +137,7 @@ def pinned() -> Iterator[None]:
 def test_a_planted_slowdown_fails_and_the_same_build_passes(
     tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
     from slowed import Slowed
 
     artifact = build(tiny, "int4", accuracy_level=4)

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
+from h1export.report.checks import Phase
 from h1export.runtime.runner import Capabilities
-from h1export.validate.speed.worker import Kind, Timing
+from h1export.validate.speed.worker import Timing
 
 START = 8  # tokens that a cache is started with
 
 
 class Eager:
-    """A Player of validate.players.
+    """A TimedModel.
 
     A past is not computed but made: random keys and values, as time does not depend on them and transformers'
     chunked prefill would take most of the benchmark.
@@ -36,7 +37,7 @@ class Eager:
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second."""
-        if timing.kind is Kind.PREFILL:
+        if timing.phase is Phase.PREFILL:
             return timing.tokens / self._timed(None, [timing.tokens])
         cache = self._call(None, START)
         for layer in cache.layers if timing.tokens > START else ():

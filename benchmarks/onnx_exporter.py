@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from h1export.report.checks import Phase
 from h1export.runtime.runner import Capabilities
-from h1export.validate.speed.worker import Kind, Timing
+from h1export.validate.speed.worker import Timing
 
 PROMPT = 160  # tokens of the traced prompt
 START = 8  # tokens before a decode timing at depth 0: the decode graph takes a past only
@@ -36,7 +37,7 @@ def export(checkpoint: Path, out: Path) -> None:
 
 
 class Exported:
-    """A Player of validate.players over what ``export`` wrote. A past is made, not computed, as in eager.Eager."""
+    """A TimedModel over what ``export`` wrote. A past is made, not computed, as in eager.Eager."""
 
     def __init__(self, folder: Path, threads: int, steps: int) -> None:
         import onnxruntime as ort
@@ -52,7 +53,7 @@ class Exported:
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second."""
-        if timing.kind is Kind.PREFILL:
+        if timing.phase is Phase.PREFILL:
             start = time.perf_counter()
             self._run(self._prefill, {}, 0, timing.tokens)
             return timing.tokens / (time.perf_counter() - start)

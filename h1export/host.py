@@ -47,7 +47,10 @@ def peak_resident_bytes() -> int:
 
 
 def anonymous_bytes() -> int:
-    """Return the memory of this process that no file backs, in bytes; where the system does not report it, the peak of all memory."""
+    """Return the memory of this process that no file backs, in bytes.
+
+    Where the system does not report it, this is the peak of all memory.
+    """
     found = psutil.Process().memory_info()
     return int(found.rss - found.shared) if hasattr(found, "shared") else peak_resident_bytes()
 
@@ -76,5 +79,8 @@ def cpu_kind() -> str:
 def _cpuinfo() -> dict[str, str]:
     """Return the facts of the first core in /proc/cpuinfo, by name; psutil has neither its model name nor its flags."""
     text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
-    lines = text.strip().partition("\n\n")[0].splitlines()
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    facts: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    return facts

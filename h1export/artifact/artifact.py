@@ -22,7 +22,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 
 MANIFEST = "manifest.json"
-FORMAT = 5
+FORMAT = 6
 NO_SHA256 = 64 * "0"
 REPORT = "report.json"  # written by validate into a finished artifact, so outside the manifest
 
@@ -66,6 +66,7 @@ class Manifest:
         inputs: graph input -> [dtype, dims].
         outputs: graph output -> [dtype, dims].
         weights: quantised initializers.
+        weights_file: the file of ``files`` from which the runtime reads the weights.
         files: name -> [sha256, bytes]; slashes part a name from those of the folders that it lies in.
         passport: what the machine that runs it must have, as JSON values; empty where a target has no such demands, and then not written.
     """
@@ -79,13 +80,16 @@ class Manifest:
     inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     weights: tuple[StoredWeight, ...]
+    weights_file: str
     files: Mapping[str, tuple[str, int]]
     requirements: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """What decides an artifact's bytes, as sha256: known before any of them is written."""
-        decided = dataclasses.replace(self, inputs={}, outputs={}, weights=(), files={}, requirements={})
+        decided = dataclasses.replace(
+            self, inputs={}, outputs={}, weights=(), weights_file="", files={}, requirements={}
+        )
         return hashlib.sha256(decided.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -106,8 +110,10 @@ class Manifest:
             for side in ("inputs", "outputs"):
                 data[side] = {name: (str(dtype), tuple(dims)) for name, (dtype, dims) in data[side].items()}
             data["files"] = {str(name): (_text(digest), _count(size)) for name, (digest, size) in data["files"].items()}
-            for name in ("target", "source"):
+            for name in ("target", "source", "weights_file"):
                 data[name] = _text(data[name])
+            if data["weights_file"] not in data["files"]:
+                raise ValueError(f"the weights' file {data['weights_file']!r} is not among the files")
             for name in ("config", "scheme", "options", "toolchain", "requirements"):
                 data[name] = {**data.get(name, {})} if name == "requirements" else {**data[name]}
             return cls(**data)

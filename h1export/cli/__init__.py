@@ -107,7 +107,9 @@ def build(request: BuildRequest, force: bool, check: bool, quiet: bool, as_json:
       h1export build ./Falcon-H1-0.5B --target ort --opset-only --out falcon-onnx
       h1export build ./Falcon-H1-0.5B --target trt --max-context 4096 --out falcon-trt
     """
-    from h1export.cli.tables import ProgressBars, human_bytes
+    from rich.filesize import decimal
+
+    from h1export.cli.tables import ProgressBars
     from h1export.commands import pipeline
 
     built = []
@@ -126,7 +128,7 @@ def build(request: BuildRequest, force: bool, check: bool, quiet: bool, as_json:
                 request.calibration,
             )
         size = sum(size for _, size in artifact.manifest.files.values())
-        say(f"built {place}  {human_bytes(size)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
+        say(f"built {place}  {decimal(size)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
         built.append(
             {
                 "target": target,

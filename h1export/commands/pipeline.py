@@ -123,6 +123,7 @@ class BuildJob:
             inputs={},
             outputs={},
             weights=(),
+            weights_file="",
             files={},
         )
 
@@ -157,7 +158,9 @@ class BuildJob:
         )
         progress.stage("hashes")
         files = file_table(stage.folder, sizes_only=stage.dry)
-        found = {name: getattr(lowered, name) for name in ("inputs", "outputs", "weights", "requirements")}
+        found = {
+            name: getattr(lowered, name) for name in ("inputs", "outputs", "weights", "weights_file", "requirements")
+        }
         manifest = dataclasses.replace(manifest, **found, files=files)
         (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest

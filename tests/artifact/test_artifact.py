@@ -47,6 +47,7 @@ def manifest_of(folder: Path, config: FalconH1Config) -> Manifest:
             StoredWeight("in_proj_q4", 4, 32, axis=0, parts=(in_proj,)),
             StoredWeight("head_q4", 4, 32, axis=1, parts=(head,)),
         ),
+        weights_file="model.onnx.data",
         files=file_table(folder),
     )
 
@@ -137,6 +138,7 @@ def test_any_weights_and_options_survive(weights: tuple[StoredWeight, ...], opti
         inputs={},
         outputs={},
         weights=weights,
+        weights_file="a",
         files={"a": ("d", 1)},
     )
     text = manifest.to_json()

@@ -378,7 +378,7 @@ def test_bench_against_another_artifact(
     out, err = capfd.readouterr()
     answer = json.loads(out)
     assert err == ""
-    assert [(speed["kind"], speed["tokens"]) for speed in answer["speeds"]] == [("decode", 8), ("prefill", 16)]
+    assert [(speed["phase"], speed["tokens"]) for speed in answer["speeds"]] == [("decode", 8), ("prefill", 16)]
     assert run([*words, "--against", built]) == 0
     out, err = capfd.readouterr()
     assert out == ""

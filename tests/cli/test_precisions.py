@@ -107,7 +107,9 @@ def test_a_plan_goes_into_the_artifact(
     runner = pipeline.load(artifact)
     report = validate(artifact, runner, runner, spoken_checkpoint, ValidateOptions(pairs=0), SILENT)
     assert report.passed, report.to_json()
-    assert np.isfinite([row.figures["kl"] for row in report.rows if row.comparison == "stored" and row.compares_outputs]).all()
+    assert np.isfinite(
+        [row.figures["kl"] for row in report.rows if row.comparison == "stored" and row.compares_outputs]
+    ).all()
 
 
 @pytest.mark.ort

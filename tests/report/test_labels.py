@@ -16,9 +16,10 @@ from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.page import page
 from h1export.report.report import Report, Row, Verdict
 from h1export.report.stored_report import JudgedArtifact
-from h1export.validate.speed import gate_labels
+from h1export.validate.speed import gate_checks
+from h1export.validate.speed.gate_checks import Check, GateCheckKind
 from h1export.validate.speed.gate_file import Gate
-from h1export.validate.speed.regression import Check, GateCheckKind, GateReport
+from h1export.validate.speed.regression import GateReport
 from h1export.validate.speed.worker import Timing
 
 Judge = Callable[..., Path]
@@ -40,7 +41,10 @@ def rename(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         return known.setdefault(text, f"Zz{letters}zZ")
 
     def apply() -> None:
-        for module, names in ((labels, ("check_label", "comparison_label")), (gate_labels, ("gate_check_label",))):
+        for module, names in (
+            (labels, ("check_label", "comparison_label")),
+            (gate_checks, ("check_label", "timing_label")),
+        ):
             for name in names:
                 old = getattr(module, name)
                 monkeypatch.setattr(module, name, lambda row, old=old: other(old(row)))
@@ -91,7 +95,12 @@ def test_a_gates_report_has_the_same_cases_under_other_names(rename: Callable[[]
     shown = [list(column.cells) for column in gate_table(report).columns]
     rename()
     after = ElementTree.fromstring(to_junit(report))
-    assert [case.get("name") for case in before] == ["nodes model.onnx", "file bytes", "decode at 512", "memory and timings"]
+    assert [case.get("name") for case in before] == [
+        "nodes model.onnx",
+        "file bytes",
+        "decode at 512",
+        "memory and timings",
+    ]
     assert all(str(case.get("name")).startswith("Zz") for case in after)
     for case in (*before, *after):
         del case.attrib["name"]

@@ -50,7 +50,9 @@ def test_a_flipped_nibble(built: Artifact, make_checkpoint: Callable[..., Path],
         data[5] ^= 0x08  # the sign of one code
         return data
 
-    assert CheckKind.STORED_INTEGERS in failures(judged(with_changed_bytes(built, WEIGHT, "data", flip), make_checkpoint()))
+    assert CheckKind.STORED_INTEGERS in failures(
+        judged(with_changed_bytes(built, WEIGHT, "data", flip), make_checkpoint())
+    )
 
 
 def test_a_wrong_scale(built: Artifact, make_checkpoint: Callable[..., Path], with_changed_bytes: Changed) -> None:
@@ -59,7 +61,9 @@ def test_a_wrong_scale(built: Artifact, make_checkpoint: Callable[..., Path], wi
         scales[3] *= 2
         return data
 
-    assert CheckKind.STORED_INTEGERS in failures(judged(with_changed_bytes(built, WEIGHT, "scale", double), make_checkpoint()))
+    assert CheckKind.STORED_INTEGERS in failures(
+        judged(with_changed_bytes(built, WEIGHT, "scale", double), make_checkpoint())
+    )
 
 
 def swap_states(model: Any) -> None:

@@ -156,11 +156,7 @@ def report(script: Any) -> Any:
 
 
 def verdicts(script: Any, unit: str) -> set[str]:
-    return {
-        row["verdict"]
-        for row in report(script)["rows"]
-        if row["device"] == unit and row["kind"] != "latency"
-    }
+    return {row["verdict"] for row in report(script)["rows"] if row["device"] == unit and row["kind"] != "latency"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -55,7 +55,11 @@ def judge(artifact: Artifact, checkpoint: Path, runner: Any = None, kernels: Ker
 def failed(report: Report) -> list[Row]:
     """The rows of cases that fail."""
     assert not report.passed
-    return [row for row in report.rows if row.verdict is Verdict.FAIL and row.kind not in (CheckKind.BISECT, CheckKind.BISECT_INTEGERS)]
+    return [
+        row
+        for row in report.rows
+        if row.verdict is Verdict.FAIL and row.kind not in (CheckKind.BISECT, CheckKind.BISECT_INTEGERS)
+    ]
 
 
 def named(report: Report, phase: Phase = Phase.PREFILL) -> str:

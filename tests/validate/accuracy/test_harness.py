@@ -72,11 +72,18 @@ def test_verdicts(figures: dict[str, float], tolerances: dict[str, float], verdi
 
 
 def test_tolerances_can_be_set_and_must_exist() -> None:
-    assert tolerances.tolerances_for("int4", "rtn", True, exact=True, chosen={})["stored.logits"] == tolerances.EXACT["logits"]
     assert (
-        tolerances.tolerances_for("int4", "rtn", False, exact=True, chosen={})["drift.logits"] == tolerances.ROUNDED["logits"]
+        tolerances.tolerances_for("int4", "rtn", True, exact=True, chosen={})["stored.logits"]
+        == tolerances.EXACT["logits"]
     )
-    assert tolerances.tolerances_for("int4", "rtn", False, exact=False, chosen={})["stored.logits"] == tolerances.HALF["logits"]
+    assert (
+        tolerances.tolerances_for("int4", "rtn", False, exact=True, chosen={})["drift.logits"]
+        == tolerances.ROUNDED["logits"]
+    )
+    assert (
+        tolerances.tolerances_for("int4", "rtn", False, exact=False, chosen={})["stored.logits"]
+        == tolerances.HALF["logits"]
+    )
     assert "drift.logits" not in tolerances.tolerances_for("int4", "rtn", False, exact=False, chosen={})
     assert tolerances.tolerances_for("none", "rtn", True, exact=True, chosen={"source.kl": 7.0})["source.kl"] == 7.0
     with pytest.raises(H1ExportError, match=r"stored\.logitz"):
@@ -189,7 +196,9 @@ def test_lowering_and_quantisation_errors_are_told_apart(tiny: Path, build: Buil
     report = pipeline.validate(build(tiny, "int4").folder, tiny, {}, text_bytes=2000, latency_pairs=0, prompts=0)
     assert report.passed, report.to_json()
     errors = {
-        comparison: [row.figures["logits"] for row in report.rows if row.comparison is comparison and row.compares_outputs]
+        comparison: [
+            row.figures["logits"] for row in report.rows if row.comparison is comparison and row.compares_outputs
+        ]
         for comparison in (Comparison.STORED, Comparison.SOURCE)
     }
     assert len(errors[Comparison.STORED]) == len(errors[Comparison.SOURCE]) == 8

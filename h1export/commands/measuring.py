@@ -50,7 +50,7 @@ def bench(
     progress: Progress = SILENT,
     kernels: Kernels = "auto",
 ) -> BenchReport:
-    """Measure the speed of the artifact ``out``, in turns with another one, or with the reference on its ``checkpoint``.
+    """Measure the speed of the artifact ``out``, in turns with another or with the reference on its ``checkpoint``.
 
     Raises:
         H1ExportError: a damaged artifact, one that does not run here, or a checkpoint that it was not built from.
@@ -96,7 +96,11 @@ class Gated:
 
     @classmethod
     def open(cls, out: Path, gates: Path, checkpoint: Path) -> Gated:
-        """Raises H1ExportError: a damaged artifact, none of ``gates`` is for it, or another ``checkpoint`` than its own."""
+        """Open ``out`` and find its gate.
+
+        Raises:
+            H1ExportError: a damaged artifact, none of ``gates`` is for it, or ``checkpoint`` is not its source.
+        """
         artifact = Artifact.open(out)
         manifest = artifact.manifest
         found, place = read_gates(gates)
@@ -169,7 +173,9 @@ def gate(
 def write_baseline(
     out: Path, checkpoint: Path, gates: Path, progress: Progress = SILENT, kernels: Kernels = "auto"
 ) -> Path:
-    """Make the artifact ``out`` the baseline of its gate and return the file. It keeps other gates, and timings on other kinds of CPU.
+    """Make the artifact ``out`` the baseline of its gate and return the file.
+
+    The file keeps other gates, and timings on other kinds of CPU.
 
     Raises:
         H1ExportError: as ``gate`` does, except that a baseline may be missing.
@@ -198,7 +204,7 @@ def _artifact_model(folder: Path, threads: int, kernels: Kernels, *, steps: int)
 
 
 def _reference_model_of(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, steps: int) -> RunnerModel:
-    """Make, in a worker process, the reference on the weights of the artifact ``folder``; its peak memory includes reading them."""
+    """Make, in a worker process, the reference on the artifact's weights; its peak memory includes reading them."""
     pin(threads)
     return reference_model(
         checkpoint, load(Artifact.open(folder), threads, kernels=kernels), threads, steps=steps, clock=time.perf_counter

@@ -78,7 +78,7 @@ def h1_reference(request: pytest.FixtureRequest, h1_artifact: Exported) -> Truth
 def assert_logits_close(request: pytest.FixtureRequest) -> Callable[..., None]:
     """assert_logits_close(found, truth, ids=None, tolerance=None): logits [seq, vocab] within ``tolerance`` of the truth's range.
 
-    Without a tolerance, h1_artifact's own: the gate that `validate` has for it. ``ids``: for the message.
+    Without a tolerance, h1_artifact's own: the tolerance that `validate` has for it. ``ids``: for the message.
     """
 
     def check(found: Array, truth: Array, ids: Ids | None = None, tolerance: float | None = None) -> None:

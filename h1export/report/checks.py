@@ -46,16 +46,16 @@ class Comparison(StrEnum):
     """Which run is compared with which weights. The values of the first three begin the names of their tolerances."""
 
     SOURCE = "source"
-    """The artifact as it ships, against PyTorch in float32 on the checkpoint's weights: shows quantisation and lowering."""
+    """The artifact as it ships, against PyTorch on the checkpoint's weights: shows quantisation and lowering."""
 
     STORED = "stored"
-    """The artifact in float32 arithmetic, against PyTorch on the weights that the artifact stores: shows lowering alone."""
+    """The artifact in float32 arithmetic, against PyTorch on the artifact's stored weights: shows lowering alone."""
 
     DRIFT = "drift"
-    """The artifact as it ships, against PyTorch on the weights that the artifact stores: shows rounded activations too."""
+    """The artifact as it ships, against PyTorch on the artifact's stored weights: shows rounded activations too."""
 
     FP16_LIMIT = "fp16 limit"
-    """The artifact's activations as it ships, against 65504, the largest finite fp16 number: no other run takes part."""
+    """The activations of the artifact as it ships, against 65504, the largest finite fp16 number."""
 
     GOLDEN = "golden"
     """The package on one compute unit, against logits that were stored when it was built."""

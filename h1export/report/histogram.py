@@ -20,7 +20,10 @@ class Histogram:
 
     @classmethod
     def of(cls, values: npt.NDArray[np.floating]) -> Histogram:
-        """Count ``values``, which are not negative but for rounding. Those that are not finite are left out: figures show them."""
+        """Count ``values``, which are not negative but for rounding.
+
+        Those that are not finite are left out: figures show them.
+        """
         finite = values[np.isfinite(values)].astype(np.float64)
         bins = np.floor(np.log10(np.maximum(finite, 10.0 ** (LEAST / PER_DECADE))) * PER_DECADE + 1e-9).astype(np.int64)
         if not len(bins):

@@ -27,7 +27,7 @@ CLASSES = {Verdict.PASS: "pass", Verdict.FAIL: "fail", Verdict.INFO: "info", Ver
 
 @dataclass(frozen=True)
 class SummaryLine:
-    """A line of the table that has a column for every artifact: a figure of the first row of its kind against the source."""
+    """A line of the summary table: a figure of the first row of this kind and phase against the source."""
 
     label: str
     kind: CheckKind
@@ -127,7 +127,8 @@ def _spread(subjects: Sequence[JudgedArtifact]) -> dict[str, Any]:
     error = "largest logit error of a position, of the range"
     return {
         "title": "How errors are spread",
-        "text": "Lowering alone is artifact and PyTorch on the same weights, in float32. What quantisation costs shows on the text.",
+        "text": "Lowering alone compares artifact and PyTorch on the same weights, in float32. "
+        "What quantisation costs shows on the text.",
         "missing": "The reports hold no distributions.",
         "charts": [
             chart("Logits, lowering alone", error, lambda subject: subject.outputs(subject.lowering), name=LOGIT_ERROR),
@@ -260,7 +261,8 @@ def _sizes(subjects: Sequence[JudgedArtifact]) -> dict[str, Any]:
 
     return {
         "title": "Size",
-        "text": "What the integers of each kind of tensor take, with their scales; all else is floats, the graph and the tokenizer.",
+        "text": "The integers of each kind of tensor, with their scales. "
+        "All else is floats, the graph and the tokenizer.",
         "missing": "",
         "charts": [
             _chart(

@@ -109,7 +109,10 @@ class Report:
         return all(row.verdict is not Verdict.FAIL for row in self.rows)
 
     def to_json(self) -> str:
-        """The text of report.json. ``passed`` and each row's ``verdict`` are for readers; ``from_json`` derives them again."""
+        """The text of report.json.
+
+        ``passed`` and each row's ``verdict`` are for readers; ``from_json`` derives them again.
+        """
         rows = [{**asdict(row), "verdict": row.verdict} for row in self.rows]
         data = {"passed": self.passed, "subject": self.subject, "environment": self.environment, "rows": rows}
         return json.dumps(_spelled(data), indent=1, allow_nan=False) + "\n"

@@ -105,7 +105,7 @@ class JudgedArtifact:
 
     @cached_property
     def parts(self) -> list[dict[str, Any]]:
-        """A line for each kind of tensor that is quantised (weights, bits a weight with scales, bytes), and one for the rest."""
+        """A line per kind of quantised tensor (weights, bits a weight with scales, bytes), and one for all else."""
         layout = tensor_layout(self.artifact.config)
         stored = {part.tensor: weight for weight in self.artifact.manifest.weights for part in weight.parts}
         found: dict[str, list[float]] = {}

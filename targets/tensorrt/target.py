@@ -64,8 +64,7 @@ class TensorRTTarget:
             _finish(stage.folder, runtime, architectures, inputs=lowered.inputs, options=options, progress=progress),
             kernels=made,
         )
-        weights_file = ENGINE if requirements.engine else lowered.weights_file
-        return replace(lowered, requirements=requirements.to_json(), weights_file=weights_file)
+        return replace(lowered, requirements=requirements.to_json())
 
     def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
         return {MODEL: node_counts(artifact.folder / MODEL)}

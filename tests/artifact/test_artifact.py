@@ -313,7 +313,7 @@ def test_other_versions_of_the_format(version: object, artifact: Artifact) -> No
 
 GARBAGE: dict[str, bytes] = {
     "nothing": b"",
-    "cut": b'{"format": 5, "target": ',
+    "cut": b'{"format": 6, "target": ',
     "not utf-8": b"\xff\xfe\xff",
     "too deep": b"[" * 200_000,
     "null": b"null",
@@ -321,7 +321,7 @@ GARBAGE: dict[str, bytes] = {
     "a string": b'"format"',
     "a number": b"1",
     "no version": b"{}",
-    "only a version": b'{"format": 5}',
+    "only a version": b'{"format": 6}',
     "somebody else's": b'{"manifest_version": 3, "name": "an extension"}',
 }
 
@@ -337,6 +337,10 @@ def test_manifests_that_are_none(name: str, artifact: Artifact) -> None:
 )
 def test_a_field_that_is_missing(field: str, artifact: Artifact) -> None:
     refused(rewrite(artifact, lambda data: data.pop(field)), MANIFEST, "not a manifest", field)
+
+
+def test_a_weights_file_that_is_not_listed(artifact: Artifact) -> None:
+    refused(rewrite(artifact, lambda data: data.update(weights_file="other.data")), MANIFEST, "other.data")
 
 
 def test_a_passport_that_is_none(artifact: Artifact) -> None:

@@ -1,4 +1,4 @@
-"""Display texts are for people alone: with all of them renamed, tables, page and JUnit have the same figures and cases."""
+"""With every display text renamed, tables, page and JUnit are the same: nothing finds rows by text."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_page_is_the_same_under_other_names(judged: Judge, rename: Callable[
     assert "bisect prefill" in before
     assert "bisect prefill" not in after
     assert plain(after) == plain(before)
-    assert len(re.findall(r"<data ", after)) == len(re.findall(r"<data ", before)) > 300
+    assert len(re.findall(r"<data ", after)) == len(re.findall(r"<data ", before)) > 200
     assert len(re.findall(r"<svg", after)) == 13
 
 

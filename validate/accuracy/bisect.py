@@ -1,7 +1,8 @@
-"""Find where an artifact goes wrong first: call by call, layer by layer, probe point by probe point, against the reference.
+"""Find where an artifact first differs from the reference: call by call, layer by layer, probe point by probe point.
 
-An error spreads to all that is computed from it, so the first point beyond tolerance names the layer and the ops between it and the
-point before. States are compared right after the ops that compute them, so that a layer with right outputs and a wrong state shows.
+An error spreads to all that is computed from it, so the first point beyond tolerance names the layer and the ops
+between it and the point before. States are compared right after the ops that compute them, so that a layer with right
+outputs and a wrong state shows.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ EMBEDDING = "embedding"
 
 @dataclass(frozen=True)
 class Suspect:
-    """A place that was compared, its error over the reference's range, and the op family that an error there points to."""
+    """A place that was compared, its error over the reference's range, and the op family that it points to."""
 
     place: str
     family: str
@@ -39,7 +40,10 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Call:
-    """The probes, the states after it, and the logits of a call: the artifact's or the reference's. ``start`` tokens precede it."""
+    """The probes, the states after it, and the logits of a call: the artifact's or the reference's.
+
+    ``start`` tokens precede it.
+    """
 
     start: int
     probes: Mapping[str, Array]  # [new, width]
@@ -50,8 +54,9 @@ class Call:
 def bisect(
     runner: Runner[Any], reference: Reference, comparison: Comparison, *, tolerance: float, seed: int
 ) -> list[Row]:
-    """Return a row for prefill and one for decode: the first layer and op family beyond ``tolerance``, and the error at every place.
+    """Return a row for prefill and one for decode.
 
+    Each names the first layer and op family beyond ``tolerance``, and has the error at every place in its details.
     ``comparison`` names what ``runner`` and ``reference`` stand for. A runner without probes gets one row that says so.
     """
     if not runner.capabilities.probes:
@@ -85,7 +90,7 @@ def bisect(
 
 
 def integers_row(judged: Row) -> Row:
-    """Return the row on stored integers in terms of layers and ops: it names the tensor that is furthest from the checkpoint."""
+    """Return the row on stored integers by layer and op: it names the tensor furthest from the checkpoint."""
     worst = max(judged.details, key=judged.details.__getitem__)
     match = LAYER_TENSOR.fullmatch(worst)
     where = f"layer {match[1]}, {match[2]}" if match else worst

@@ -58,7 +58,8 @@ def continuations(runner: Runner[Any], starts: Sequence[Ids]) -> Iterator[Contin
 def greedy_agreement_row(comparison: Comparison, texts: Sequence[Continuation], reference: Reference) -> Row:
     """Return the row of all prompts.
 
-    tokens: the median number of tokens that agree, LIMIT where none differs. never: the share of prompts where none differs.
+    tokens: the median number of tokens that agree, LIMIT where none differs. never: the share of prompts where none
+        differs.
     """
     agreed = [text.agreed(reference) for text in texts]
     figures = {"tokens": float(np.median(agreed)), "never": float(np.mean([count == LIMIT for count in agreed]))}

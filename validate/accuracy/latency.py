@@ -1,4 +1,4 @@
-"""Latency as a ratio: artifact and reference take turns in one process, and the median of the pairs' ratios is the figure."""
+"""Latency as the median of ratios: artifact and reference take turns in one process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DECODE = 16  # steps of a decode run
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians over pairs: seconds of the artifact, seconds of the reference, and their ratio (below 1: the artifact is faster)."""
+    """Medians over pairs: seconds of artifact and reference, and their ratio (below 1: the artifact is faster)."""
 
     artifact: float
     reference: float

@@ -34,7 +34,8 @@ def position_errors(pairs: Sequence[tuple[Array, Array]]) -> np.ndarray[tuple[in
 def logit_figures(pairs: Sequence[tuple[Array, Array]]) -> dict[str, float]:
     """Return the figures of (found, truth) pairs of logits [positions, vocab].
 
-    logits: relative_error, the worst pair. top1: share of positions with the same argmax. kl: mean KL(truth || found) in nats.
+    logits: relative_error, the worst pair. top1: share of positions with the same argmax. kl: mean KL(truth || found)
+        in nats.
     """
     agree = []
     kl = []

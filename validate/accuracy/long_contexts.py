@@ -31,7 +31,7 @@ def context_rows(
     tolerances: Mapping[str, float],
     seed: int,
 ) -> list[Row]:
-    """Run random tokens of each length of ``contexts`` through each of ``runners``: one row each; the reference runs once a length."""
+    """Run random tokens of each length of ``contexts`` through each runner; the reference runs once a length."""
     rows = []
     for context in sorted(contexts):
         config = next(iter(runners.values())).config
@@ -66,7 +66,7 @@ def context_rows(
 
 
 def _prefill(runner: Runner[Any], ids: Ids) -> tuple[Array, dict[str, Array]]:
-    """Run ids [seq] in chunks; return the logits of the last TAIL positions (or the only one that has any) and the states."""
+    """Run ids [seq] in chunks; return the logits of the last TAIL positions (or of the last alone) and the states."""
     states = runner.initial(1)
     kept = []
     for start in range(0, len(ids), CHUNK):

@@ -83,10 +83,13 @@ def _scored(found: Array, truth: Array, targets: Ids, *, span: float) -> tuple[n
 
 
 def text_figures(scored: Iterable[Scored], nbytes: int) -> dict[str, float]:
-    """Return the figures of a text of ``nbytes`` bytes, and with "_se" their standard errors, by a bootstrap over whole windows.
+    """Return the figures of a text of ``nbytes`` bytes.
 
-    artifact, reference: bits per byte. ratio: the first to the second. kl: mean, in nats. kl_p99: its 99th percentile over positions.
-    top1: share of positions with the same likeliest token. top5: share of the five likeliest tokens that both models have.
+    Names that end with "_se" are standard errors, by a bootstrap over whole windows.
+
+    artifact, reference: bits per byte. ratio: the first to the second. kl: mean, in nats. kl_p99: its 99th percentile
+    over positions. top1: share of positions with the same likeliest token. top5: share of the five likeliest tokens
+    that both models have.
 
     Source of the bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 6 and 8.
     """

@@ -1,8 +1,8 @@
 """The reference: transformers' FalconH1ForCausalLM in float32, run on whole sequences, one row at a time.
 
-It runs full forwards, and long rows in pieces of many tokens. transformers' cached decode ignores time_step_limit and its padded batches
-leak into the convolution (both in 5.23). The truth of a padded row is therefore the row run alone, and that of a decode step the forward
-of all tokens so far.
+It runs full forwards, and long rows in pieces of many tokens. transformers' cached decode ignores time_step_limit and
+its padded batches leak into the convolution (both in 5.23). The truth of a padded row is therefore the row run alone,
+and that of a decode step the forward of all tokens so far.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from h1export.runtime.runner import Capabilities, Ids, Sequences
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference_probes import arrays, watched
 
-PIECE = 512  # tokens of a long row at a time; a single last token joins the piece before it, because alone it would be a decode step
+# tokens of a long row at a time; a single last token joins the piece before it, because alone it would be a decode step
+PIECE = 512
 CONTINUES = 1e-3  # how far pieces may differ from the whole; with a cache that is not read they differ by far more
 
 
 class Reference:
-    """The published model on the checkpoint's weights, dequantised where it has integers, or on an artifact's weights (see ``hold``)."""
+    """The published model on the checkpoint's weights, dequantised where they are integers, or on others."""
 
     def __init__(self, checkpoint: Path) -> None:
         from transformers import FalconH1Config as TransformersConfig
@@ -75,7 +76,10 @@ class Reference:
         return logits, states, arrays(found)
 
     def full(self, ids: Ids) -> tuple[Array, dict[str, Array]]:
-        """Return the logits [seq, vocab] of one unpadded row [seq] and, by StateTensor.key, its canonical states without the batch axis."""
+        """Return the logits [seq, vocab] and states of one unpadded row [seq].
+
+        The states are canonical, by StateTensor.key, without the batch axis.
+        """
         return self._forward(ids, None, 0)[:2]
 
     def in_pieces(self, ids: Ids, tail: int, piece: int = PIECE) -> tuple[Array, dict[str, Array]]:
@@ -99,11 +103,11 @@ class Reference:
     def _check_pieces(self) -> None:
         ids = np.arange(24) % self._model.config.vocab_size
         if not relative_error(self.in_pieces(ids, len(ids), piece=16)[0], self.full(ids)[0]) <= CONTINUES:
-            what = "its Falcon-H1 does not go on from a cache by several tokens, so there is no reference for long contexts"
+            what = "its Falcon-H1 does not continue a cache by several tokens, so long contexts have no reference"
             raise H1ExportError("transformers", what, "install 5.24 or a later one, or leave out --context")
 
     def _forward(self, ids: Ids, cache: Any, tail: int) -> tuple[Array, dict[str, Array], Any]:
-        """Run ids [seq] after those in ``cache``; return the logits of the last ``tail`` positions (0: all), the states and the cache."""
+        """Run ids [seq] after those in ``cache``; return the last ``tail`` logits (0: all), states and cache."""
         past = {} if cache is None else {"past_key_values": cache}
         with torch.no_grad():
             result = self._model(torch.from_numpy(ids)[None], **past, use_cache=True, logits_to_keep=tail)
@@ -135,7 +139,7 @@ class Reference:
 
 
 class CachedSequences:
-    """transformers' cached decode, as its users run it: for timing alone, because it has the errors that the module names."""
+    """transformers' cached decode, for timing alone, because it has the errors that the module's docstring names."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -132,7 +132,7 @@ def judge(
     options: ValidateOptions = ValidateOptions(),
     progress: Progress = SILENT,
 ) -> Report:
-    """Compare any Runner with the PyTorch reference on ``checkpoint``, as ``validate`` does an artifact that is not quantised.
+    """Compare any Runner with the PyTorch reference on ``checkpoint``, as ``validate`` does without quantisation.
 
     Raises:
         H1ExportError: tolerances for metrics that do not exist, or a checkpoint that cannot be loaded.

@@ -1,8 +1,9 @@
-"""Default tolerances: wide enough for rounding, narrow enough for every planted fault in tests/validate/accuracy/test_faults.py.
+"""Default tolerances of `validate`.
 
-A metric is "PREFIX.FIGURE". The prefix of logits and states is the comparison (see report/checks.py); the other prefixes are
-``weights`` (stored integers), ``text``, ``latency`` and ``fp16``. The performance gates of `h1export gate` are another thing:
-see docs/gates.md.
+They are wide enough for rounding, and narrow enough for every planted fault in tests/validate/accuracy/test_faults.py.
+A metric is "PREFIX.FIGURE". The prefix of logits and states is the comparison (see report/checks.py); the other
+prefixes are ``weights`` (stored integers), ``text``, ``latency`` and ``fp16``. The performance gates of `h1export gate`
+are another thing: see docs/gates.md.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ QUANTIZED: Mapping[QuantName, Mapping[str, float]] = {
     "int4": {f"{Comparison.SOURCE}.kl": 0.3, TEXT_METRIC: 1.05},
 }
 STEPS = 0.51  # rounding to nearest leaves half a step, and rounding the scale to fp16 a little more
-# Other methods clip (search) or compensate for errors elsewhere (GPTQ: up to 7 steps for a weight, 1.3 for a group); a wrong group
-# is off by 3.
+# Other methods clip (search) or compensate for errors elsewhere (GPTQ: up to 7 steps for a weight, 1.3 for a group); a
+# wrong group is off by 3.
 GROUP = 2.0
 FP16 = {FP16_METRIC: 1.0}  # of 65504, the largest finite number: what is beyond it is infinite
-# Ratios to PyTorch. Prefill is mostly matrix products, at which PyTorch is fast and whose ratio varies on a busy machine.
+# Ratios to PyTorch. Prefill is mostly matrix products, at which PyTorch is fast and whose ratio varies on a busy
+# machine.
 LATENCY_PREFIX = "latency"
 LATENCY = {f"{LATENCY_PREFIX}.{Phase.PREFILL}": 1.5, f"{LATENCY_PREFIX}.{Phase.DECODE}": 1.0}
 
@@ -70,7 +72,8 @@ def tolerances_for(
         H1ExportError: ``chosen`` names a metric that this artifact has no tolerance for.
     """
     lowering = Comparison.SOURCE if quant == "none" else Comparison.STORED
-    # floats are stored in the precision of the activations, so without quantisation rounded activations mean rounded weights
+    # floats are stored in the precision of the activations, so without quantisation rounded activations mean rounded
+    # weights
     rounded = not exact or (quant == "none" and not float32)
     table = {f"{lowering}.{figure}": value for figure, value in (HALF if rounded else EXACT).items()} | LATENCY | FP16
     if not float32 and not rounded:

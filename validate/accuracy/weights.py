@@ -1,4 +1,7 @@
-"""Compare the stored integers with the checkpoint. A comparison that dequantises what is stored does not see a wrong group."""
+"""Compare the stored integers with the checkpoint.
+
+A comparison that dequantises what is stored does not see a wrong group.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ def weight_errors(
 ) -> dict[str, dict[str, float]]:
     """Return, for each checkpoint tensor, its largest errors in quantisation steps of the group that they are in.
 
-    A step is the group's largest weight over 7 (int4) or 127 (int8). ``steps``: the error of one weight, of which rounding to nearest
-    leaves half a step at most. ``group``: the root of a group's mean squared error. Where the checkpoint has integers itself there is
-    nothing to round, and any difference counts as infinite.
+    A step is the group's largest weight over 7 (int4) or 127 (int8). ``steps``: the error of one weight, of which
+    rounding to nearest leaves half a step at most. ``group``: the root of a group's mean squared error. Where the
+    checkpoint has integers itself there is nothing to round, and any difference counts as infinite.
     """
     return {
         part.tensor: _errors(stored[part.tensor], part.tensor, weight, store=store)

@@ -1,6 +1,7 @@
 """How fast a model is, at every thread count, depth and batch, and how near to the memory limit.
 
-All configurations, those of two candidates too, take turns round by round, so that a busy moment of the machine affects them all.
+All configurations, those of two candidates too, take turns round by round, so that a busy moment of the machine affects
+them all.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class Speed:
         batch: sequences at a time.
         tokens_per_second: those of all sequences of the batch together.
         step_bytes: bytes that one decode step of the whole batch reads; None for prefill.
-        bandwidth_share: the bandwidth that these bytes take at this speed, as a share of the measured one; None for prefill.
+        bandwidth_share: the bandwidth that these bytes take at this speed, as a share of the measured one; None for
+            prefill.
         ratio: this speed by that of the other model, for the first of two.
         samples: tokens per second of each round.
     """

@@ -1,9 +1,10 @@
 """Decide whether something got slower: a sequential test on paired timings.
 
-Each pair of timings gives one ratio. After each number of pairs in ``looks`` the interval of their median is compared with the
-limit: an interval below it passes, one above it fails, and one around it needs more pairs. The interval is that of order
-statistics, which is exact for any independent noise, so that outliers only widen it (Conover, Practical Nonparametric Statistics,
-3rd edition, 3.2). Every look spends an equal part of ERROR (Bonferroni), so that looking often does not make wrong verdicts likelier.
+Each pair of timings gives one ratio. After each number of pairs in ``looks`` the interval of their median is compared
+with the limit: an interval below it passes, one above it fails, and one around it needs more pairs. The interval is
+that of order statistics, which is exact for any independent noise, so that outliers only widen it (Conover, Practical
+Nonparametric Statistics, 3rd edition, 3.2). Every look spends an equal part of ERROR (Bonferroni), so that looking
+often does not make wrong verdicts likelier.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True)
 class Decision:
-    """The verdict, and the ratios' median after ``pairs`` of them; ``settle``: what would settle an inconclusive one."""
+    """The verdict, and the median of ``pairs`` ratios; ``settle``: what would settle an inconclusive verdict."""
 
     verdict: Verdict
     estimate: Estimate
@@ -46,7 +47,9 @@ def looks(most: int) -> tuple[int, ...]:
 
 
 def median_interval(samples: Sequence[float], error: float) -> Estimate:
-    """Return the median of ``samples`` and the narrowest symmetric interval that misses the true one with at most probability ``error``.
+    """Return the median of ``samples`` and its narrowest symmetric interval.
+
+    The interval misses the true median with at most probability ``error``.
 
     Raises:
         ValueError: too few samples for any such interval.
@@ -78,12 +81,15 @@ def decide(samples: Sequence[float], limit: float, most: int) -> Decision | None
 
 
 def _settle(found: Estimate, limit: float, pairs: int) -> str:
-    """Return what would settle it: intervals narrow with the root of the number of pairs, and must narrow to |median - limit|."""
+    """Return what would settle it: intervals narrow with the root of the number of pairs, down to |median - limit|."""
     distance = abs(found.median - limit)
     needed = pairs * ((found.high - found.low) / 2 / distance) ** 2 if distance else float("inf")
     if needed > 100 * pairs:
-        return "the ratio is the limit itself: no number of pairs will settle it; choose another limit, or find what changed"
-    return f"about {max(ceil(needed), pairs + 1)} pairs would settle it, or an idle machine: the interval is {found.spread:.1%} wide each way"
+        what = "the ratio is the limit itself: no number of pairs will settle it"
+        return f"{what}; choose another limit, or find what changed"
+    more = max(ceil(needed), pairs + 1)
+    width = f"the interval is {found.spread:.1%} wide each way"
+    return f"about {more} pairs would settle it, or an idle machine: {width}"
 
 
 def decide_all(measure: Callable[[K], float], limits: Mapping[K, float], most: int) -> dict[K, Decision]:

@@ -1,4 +1,7 @@
-"""Read gates.toml, which people write, and the baseline beside it, which `h1export gate --write-baseline` writes. See docs/gates.md."""
+"""Read gates.toml, which people write, and the baseline beside it, which `h1export gate --write-baseline` writes.
+
+See docs/gates.md.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,8 @@ class Baseline:
         files: name -> bytes.
         step_bytes: timing -> bytes.
         peak_bytes: peak memory; 0: not measured.
-        ratios: kind of CPU, and GPU -> timing -> ratio. Kinds differ in vector instructions, so ratios of one say little about another.
+        ratios: kind of CPU, and GPU -> timing -> ratio. Kinds differ in vector instructions, so ratios of one say
+            little about another.
         spills: GPU kernel and architecture -> bytes a thread stores because registers run out.
     """
 

@@ -21,9 +21,10 @@ READ_BYTES = 1 << 28  # of the array that read_bandwidth reads: far larger than 
 
 
 def step_bytes(manifest: Manifest, config: FalconH1Config, batch: int, depth: int) -> int:
-    """Return the bytes that one decode step of ``batch`` sequences reads after ``depth`` tokens: every weight and state once.
+    """Return the bytes that one decode step of ``batch`` sequences reads after ``depth`` tokens.
 
-    A step reads one row a sequence of an untied embedding. Activations stay in caches and do not count, nor do writes of states.
+    It reads every weight and state once, but of an untied embedding one row a sequence. Activations stay in caches
+    and do not count, nor do writes of states.
     """
     _, weights = manifest.files[manifest.weights_file]
     if not config.tie_word_embeddings:
@@ -58,8 +59,9 @@ def _row_bytes(manifest: Manifest, config: FalconH1Config) -> int:
 
 
 def read_bandwidth(threads: int) -> Callable[[], float]:
-    """Return a measurement: bytes a second at which ``threads`` threads take the maximum of one large array, each of its own part.
+    """Return a measurement of the read bandwidth in bytes a second.
 
+    Each of ``threads`` threads takes the maximum of its own part of one large array.
     NumPy releases the interpreter lock meanwhile, and compares in vectors far faster than any memory delivers.
     """
     array = np.ones(READ_BYTES // 4, np.uint32)  # ones, so that every page is allocated and not the shared zero page

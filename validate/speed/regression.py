@@ -130,7 +130,7 @@ def _in_baseline(wanted: Iterable[str], found: Mapping[str, Any]) -> None:
 
 
 def memory_of(makers: Makers, gate: Gate) -> int:
-    """Return the peak memory in bytes of a process that does each timing once, beyond what it held before it loaded the artifact."""
+    """Return the peak memory in bytes of a worker that does each timing once, see WorkerProcess.finish."""
     worker = WorkerProcess(makers.alone)
     for limit in _possible(gate, worker, makers.steps):
         worker.speed(limit.timing)

@@ -1,4 +1,4 @@
-"""Benchmark workers: a model in a process of its own, so that its memory is its own, which does one timing at a time."""
+"""Benchmark workers: a model in a process of its own, whose memory can be measured, does one timing at a time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Timing:
         return key if self.batch == 1 else f"{key}, batch {self.batch}"
 
     def refused(self, capabilities: Capabilities, steps: int) -> str:
-        """Return why a model of these ``capabilities`` cannot do this timing, which decodes ``steps`` tokens; empty where it can."""
+        """Return why a model of these ``capabilities`` cannot do it in ``steps`` steps; empty where it can."""
         if capabilities.max_batch is not None and self.batch > capabilities.max_batch:
             return f"takes {capabilities.max_batch} sequences at a time"
         room = self.tokens + (steps if self.phase is Phase.DECODE else 0)
@@ -74,8 +74,8 @@ class StartableModel(Protocol):
 class RunnerModel:
     """Times a Runner or a Reference. Tokens are random: time does not depend on them.
 
-    Later timings at a depth continue where earlier ones stopped, until the sequence is deeper by a part of 1 / DRIFT or by one
-    timing; then a new sequence is brought to the depth. At depth 0 each timing starts a new one.
+    Later timings at a depth continue where earlier ones stopped, until the sequence is deeper by a part of 1 / DRIFT or
+    by one timing; then a new sequence is brought to the depth. At depth 0 each timing starts a new one.
 
     Args:
         model: what is timed.
@@ -124,9 +124,10 @@ class RunnerModel:
 
 
 def pin(threads: int) -> tuple[int, ...]:
-    """Keep this process on as many cores as it has threads, so that they do not migrate; return the cores, none outside Linux.
+    """Keep this process on as many cores as it has threads, so that they do not migrate.
 
-    They are the last ones, because systems tend to run their own work on the first.
+    Returns the cores, or none outside Linux. They are the last ones, because systems tend to run their own work on
+    the first.
     """
     if sys.platform != "linux":
         return ()
@@ -159,7 +160,7 @@ class WorkerProcess:
         return float(self._receive())
 
     def finish(self) -> int:
-        """End the process; return the bytes of memory at its peak beyond those before ``make``: interpreter and libraries."""
+        """End the process; return the bytes of its peak memory beyond those that it had before ``make``."""
         self._pipe.send(None)
         peak = int(self._receive())
         self._process.join()

@@ -46,10 +46,7 @@ def _build(
         requirements, version=build_log.version, architectures=(host.architecture,), engine=entry[0]
     )
     manifest = dataclasses.replace(
-        artifact.manifest,
-        files={**artifact.manifest.files, ENGINE: entry},
-        weights_file=ENGINE,
-        requirements=made.to_json(),
+        artifact.manifest, files={**artifact.manifest.files, ENGINE: entry}, requirements=made.to_json()
     )
     partial = folder / f".{MANIFEST}.partial"
     partial.write_text(manifest.to_json(), encoding="utf-8")

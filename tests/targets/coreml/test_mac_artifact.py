@@ -57,6 +57,8 @@ def test_a_built_artifact_verifies_itself(
 ) -> None:
     artifact = build(tiny, "int4", target="coreml", max_context=192, **chosen)
     assert set(SHIPPED) <= set(artifact.manifest.files)
+    largest = max(size for _, size in artifact.manifest.files.values())
+    assert artifact.manifest.files[artifact.manifest.weights_file][1] == largest
     folder = Path(shutil.copytree(artifact.folder, tmp_path / "copy"))
     assert script_of(folder, monkeypatch).main(["--units", "CPU_ONLY", "--repeats", "1"]) == 0
     rows = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"]

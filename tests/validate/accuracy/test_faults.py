@@ -1,4 +1,4 @@
-"""Planted faults: an artifact that is wrong in one thing must fail the harness's default gates, and bisect must name the thing."""
+"""Planted faults: an artifact with one fault must fail the default tolerances, and bisect must name the fault."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def test_a_cache_that_loses_its_oldest_token_fails(make_checkpoint: MakeCheckpoi
 def test_one_wrong_block_fails(
     quant: str, bits: int, method: str, spoken_checkpoint: Path, build: Build, tmp_path: Path
 ) -> None:
-    """32 codes of one row of one layer: invisible to a comparison with the stored weights, so the integers are checked too."""
+    """32 wrong codes, which a comparison with the stored weights does not see: the integers are checked too."""
     truth = spoken_checkpoint
     artifact = build(truth, quant, method=method)
     assert judge(artifact, truth).passed

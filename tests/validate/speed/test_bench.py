@@ -71,6 +71,7 @@ def test_step_bytes_are_what_the_graph_holds(
         sizes |= {name: sizes[name] / model_config.vocab_size for name in table if name is not None}
     weights = step_bytes(manifest, model_config, 1, depth=0) - StateSpec.of(model_config).nbytes(1, 0)
     assert weights == pytest.approx(sum(sizes.values()), rel=0.05)  # alignment; the embedding's repeated int8 scales
+    assert manifest.files[manifest.weights_file][1] == max(size for _, size in manifest.files.values())
     per_token = 2 * 4 * model_config.num_hidden_layers * model_config.kv_dim
     assert (
         step_bytes(manifest, model_config, 3, depth=100) - step_bytes(manifest, model_config, 3, depth=0)

@@ -74,7 +74,7 @@ def types(session: nox.Session) -> None:
 @nox.parametrize("target", list(TARGETS))
 def tests(session: nox.Session, target: str) -> None:
     """Row "core": every test that needs no runtime; another row: those that need its runtime. No browser, GPU, macOS; none may skip."""
-    session.install("-e", f".{TARGETS[target]}", *dev("pytest", "pytest-xdist", "hypothesis"), "--no-compile")
+    session.install("-e", f".{TARGETS[target]}", *dev("pytest", "pytest-xdist", "hypothesis", "ruff"), "--no-compile")
     others = {name: folders for name, folders in RUNTIMES.items() if name != target}
     markers = " and ".join(
         (*([target] if target in RUNTIMES else []), *(f"not {name}" for name in ("chromium", "gpu", "mac", *others)))

@@ -1,9 +1,10 @@
-"""Measure one build: seconds, peak memory, size. The build runs in a process of its own.
+"""Measure one build: seconds, peak memory, size. The build runs in a worker process.
 
     python benchmarks/build.py /path/to/checkpoint --quant int4 --json figures.json
 
-Peak anonymous memory is the largest RssAnon that the kernel reports, asked every 20 ms: memory that the process needs for
-itself, without file pages (a mapped checkpoint), which the kernel may drop at any time. Quote figures of an idle machine only.
+Peak anonymous memory is the largest RssAnon that the kernel reports, sampled every 20 ms: memory that the process needs
+for itself, without file pages (a mapped checkpoint), which the kernel may drop at any time. Quote figures of an idle
+machine only.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def status_bytes(pid: int, field: str) -> int:
 
 
 def run_watched(
-    command: list[str], field: str = "RssAnon", limit: float | None = None, stdout: IO[str] | None = None
+    command: list[str], field: str = "RssAnon", limit: float | None = None, *, stdout: IO[str] | None = None
 ) -> tuple[float, int]:
     """Run ``command`` to its end; (wall seconds, the largest ``field`` of its status in bytes).
 
@@ -105,6 +106,7 @@ def measure(
     checkpoint: Path,
     target: str = "ort",
     quant: str = "int4",
+    *,
     method: str = "rtn",
     group_size: int = 32,
     scratch: Path | None = None,
@@ -162,7 +164,7 @@ def main() -> None:
     parser.add_argument(
         "--scratch",
         type=Path,
-        help="where the artifact lies while it is measured (default: the system's temporary folder)",
+        help="where the artifact is stored while it is measured (default: the system's temporary folder)",
     )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # the measured process: build there, and no more
@@ -171,7 +173,14 @@ def main() -> None:
         build(args.checkpoint, args.target, args.child, QuantScheme(args.quant, args.group_size, args.method))
         return
     try:
-        figures = measure(args.checkpoint, args.target, args.quant, args.method, args.group_size, args.scratch)
+        figures = measure(
+            args.checkpoint,
+            args.target,
+            args.quant,
+            method=args.method,
+            group_size=args.group_size,
+            scratch=args.scratch,
+        )
     except subprocess.CalledProcessError as error:
         sys.exit(f"{args.checkpoint}: the build above failed with exit code {error.returncode}")
     if args.json:

@@ -16,9 +16,12 @@ from h1export.validate.speed.worker import Timing
 
 
 class LlamaBench:
-    """A GGUF file under llama-bench, timed as a WorkerProcess is. Each run warms up and fills the context itself."""
+    """A GGUF file under llama-bench, timed as a WorkerProcess is.
 
-    def __init__(self, program: Path, gguf: Path, threads: int, steps: int) -> None:
+    Each run warms up and fills the context itself.
+    """
+
+    def __init__(self, program: Path, gguf: Path, threads: int, *, steps: int) -> None:
         self._program = program
         self._gguf = gguf
         self._threads = threads
@@ -31,7 +34,9 @@ class LlamaBench:
         with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
             try:
                 _, peak = run_watched(
-                    arguments(self._program, self._gguf, self._threads, self._steps, timing), "VmHWM", stdout=out
+                    arguments(self._program, self._gguf, self._threads, steps=self._steps, timing=timing),
+                    "VmHWM",
+                    stdout=out,
                 )
             except (OSError, CalledProcessError) as error:
                 raise H1ExportError(
@@ -48,8 +53,8 @@ class LlamaBench:
         return self._peak
 
 
-def arguments(program: Path, gguf: Path, threads: int, steps: int, timing: Timing) -> list[str]:
-    """The command line of one run."""
+def arguments(program: Path, gguf: Path, threads: int, *, steps: int, timing: Timing) -> list[str]:
+    """The command line of one run of llama-bench."""
     prompt, generate, depth = (timing.tokens, 0, 0) if timing.phase is Phase.PREFILL else (0, steps, timing.tokens)
     numbers = {"-t": threads, "-p": prompt, "-n": generate, "-d": depth, "-r": 1}
     return [

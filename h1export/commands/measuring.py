@@ -17,7 +17,7 @@ from h1export.commands.pipeline import check_source, load
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT, Progress
 from h1export.report.report import Verdict
-from h1export.runtime.runner import Runner
+from h1export.runtime.runner import Inspectable
 from h1export.targets import Kernels, get_target
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.speed.bench import BenchOptions, BenchReport, Candidate, of_artifact
@@ -126,15 +126,15 @@ class Gated:
         """
         gate = self.gate
         folder = self.artifact.folder
-        capabilities = load(self.artifact, gate.threads, kernels=kernels).capabilities
-        if capabilities.emulated:
+        provenance = load(self.artifact, gate.threads, kernels=kernels).provenance
+        if provenance.emulated:
             return None
-        if capabilities.gpu and gate.clock is Clock.CPU and gate.timings:
+        if provenance.gpu and gate.clock is Clock.CPU and gate.timings:
             raise H1ExportError(
-                f"gate {self.name}", f'clock = "cpu" does not count what {capabilities.gpu} does', 'set clock = "wall"'
+                f"gate {self.name}", f'clock = "cpu" does not count what {provenance.gpu} does', 'set clock = "wall"'
             )
         pair = partial(_model_pair, checkpoint, folder, gate.threads, kernels=kernels, clock=gate.clock)
-        kind = f"{host.cpu_kind()} {capabilities.gpu}".strip()
+        kind = f"{host.cpu_kind()} {provenance.gpu}".strip()
         return Makers(
             pair, partial(_artifact_model, folder, gate.threads, kernels, steps=GATE_STEPS), GATE_STEPS, kind=kind
         )
@@ -220,7 +220,7 @@ def _model_pair(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernel
 
 
 def reference_model(
-    checkpoint: Path, runner: Runner[Any], threads: int, *, steps: int, clock: Callable[[], float]
+    checkpoint: Path, runner: Inspectable[Any], threads: int, *, steps: int, clock: Callable[[], float]
 ) -> RunnerModel:
     """Return transformers' model on the weights that ``runner`` stores."""
     torch.set_num_threads(threads)
@@ -229,10 +229,10 @@ def reference_model(
     return RunnerModel(reference, steps, clock, chunk=reference.config.max_position_embeddings)
 
 
-def timed_runner(artifact: Artifact, threads: int, kernels: Kernels) -> Runner[Any]:
+def timed_runner(artifact: Artifact, threads: int, kernels: Kernels) -> Inspectable[Any]:
     """Load an artifact. Raises H1ExportError where its runtime does not run it here."""
     runner = load(artifact, threads, kernels=kernels)
-    if runner.capabilities.emulated:
-        what = f"is computed by {runner.capabilities.kernels} here: its speed says nothing"
+    if runner.provenance.emulated:
+        what = f"is computed by {runner.provenance.kernels} here: its speed says nothing"
         raise H1ExportError(artifact.folder, what, "measure it where its runtime is")
     return runner

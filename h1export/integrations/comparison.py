@@ -14,9 +14,9 @@ from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.report.checks import Comparison
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Inspectable
 from h1export.validate.accuracy.logits import logit_figures, relative_error
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.tolerances import tolerances_of
@@ -36,7 +36,7 @@ class Exported:
     def __init__(self, artifact: Artifact, float32: bool = False) -> None:
         self.artifact = artifact
         self._float32 = float32
-        self.runner: Runner[Any] = pipeline.load(artifact, float32=float32)
+        self.runner: Inspectable[Any] = pipeline.load(artifact, float32=float32)
 
     @classmethod
     def open(cls, folder: Path) -> Exported:
@@ -47,7 +47,7 @@ class Exported:
 
     @cached_property
     def exact(self) -> Exported:
-        return self if self.runner.capabilities.float32 else Exported(self.artifact, float32=True)
+        return self if self.runner.provenance.float32 else Exported(self.artifact, float32=True)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -66,8 +66,8 @@ class Exported:
     @property
     def tolerance(self) -> Tolerance:
         """The default tolerance of `validate` for this artifact against its own weights."""
-        shipped = self.runner.capabilities
-        exact = self.exact.runner.capabilities
+        shipped = self.runner.provenance
+        exact = self.exact.runner.provenance
         found = tolerances_of(self.artifact.manifest, shipped.float32, exact.float32, chosen={})
         widest_first = (Comparison.DRIFT, Comparison.STORED, Comparison.SOURCE)
         metric = next(metric for comparison in widest_first if (metric := f"{comparison}.logits") in found)

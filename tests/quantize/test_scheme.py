@@ -69,7 +69,7 @@ def test_small_tensors_stay_float(name: str, spec_of: Callable[..., FalconH1Conf
     assert QuantScheme("int4").precision(name, spec_of()) is None
 
 
-def test_columns_per_scale() -> None:
+def test_columns_per_group() -> None:
     assert Precision(4, 32).columns_per_group(96) == 32
     assert Precision(8, 0).columns_per_group(96) == 96
 

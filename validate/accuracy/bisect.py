@@ -7,23 +7,23 @@ outputs and a wrong state shows.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from h1export.model.falcon_h1.probes import SUSPECT_MLP, SUSPECT_OPS, ProbePoint, probe_name
-from h1export.model.falcon_h1.states import Array, StateKind
+from h1export.model.falcon_h1.probes import ProbePoint, probe_name
+from h1export.model.falcon_h1.projections import SUSPECT_MLP, SUSPECT_OPS
+from h1export.model.falcon_h1.states import Array, Ids, StateKind
+from h1export.model.falcon_h1.tensors import projection_of, split_layer
 from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.report import Row, Verdict
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Comparable, Observable
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference import Reference
 
 CALLS = (24, 1, 1, 6, 1)  # a prefill, decode steps, a chunk between them
-LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.\w+\.(\w+)\.weight")
 ROTARY = "rotary embedding"
 HEAD = "final norm or lm_head"
 EMBEDDING = "embedding"
@@ -52,14 +52,14 @@ class Call:
 
 
 def bisect(
-    runner: Runner[Any], reference: Reference, comparison: Comparison, *, tolerance: float, seed: int
+    runner: Comparable[Any], reference: Reference, comparison: Comparison, *, tolerance: float, seed: int
 ) -> list[Row]:
     """Return a row for prefill and one for decode.
 
     Each names the first layer and op family beyond ``tolerance``, and has the error at every place in its details.
     ``comparison`` names what ``runner`` and ``reference`` stand for. A runner without probes gets one row that says so.
     """
-    if not runner.capabilities.probes:
+    if not isinstance(runner, Observable):
         return [
             Row(CheckKind.BISECT, comparison, note="this runtime does not show what lies between inputs and outputs")
         ]
@@ -92,8 +92,9 @@ def bisect(
 def integers_row(judged: Row) -> Row:
     """Return the row on stored integers by layer and op: it names the tensor furthest from the checkpoint."""
     worst = max(judged.details, key=judged.details.__getitem__)
-    match = LAYER_TENSOR.fullmatch(worst)
-    where = f"layer {match[1]}, {match[2]}" if match else worst
+    layer = split_layer(worst)[0]
+    projection = projection_of(worst)
+    where = worst if layer is None or projection is None else f"layer {layer}, {projection.op}"
     beyond = judged.verdict is Verdict.FAIL
     note = f"beyond rounding: {where} ({worst})" if beyond else f"{len(judged.details)} tensors, worst {worst}"
     return Row(
@@ -106,7 +107,7 @@ def _words(suspect: Suspect) -> str:
     return f"{f'layer {layer}, ' if layer.isdigit() else ''}{suspect.family} (at {suspect.place})"
 
 
-def _pairs(runner: Runner[Any], reference: Reference, ids: Ids) -> Iterator[tuple[Call, Call]]:
+def _pairs(runner: Observable[Any], reference: Reference, ids: Ids) -> Iterator[tuple[Call, Call]]:
     """Yield the artifact's and the reference's outputs of each of CALLS; the artifact continues from its own states."""
     states = runner.initial(1)
     end = 0

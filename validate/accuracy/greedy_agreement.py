@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from h1export.model.falcon_h1.states import Ids
 from h1export.report.checks import CheckKind, Comparison
 from h1export.report.report import Row
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Runner
 from h1export.validate.accuracy.reference import Reference
 
 PROMPT = 32  # tokens of a prompt
@@ -70,7 +71,7 @@ def greedy_agreement_row(comparison: Comparison, texts: Sequence[Continuation], 
 
 def impossible(runner: Runner[Any], starts: Sequence[Ids]) -> str:
     """Return why greedy texts cannot be generated; empty where they can."""
-    room = runner.capabilities.max_context or runner.config.max_position_embeddings
+    room = runner.limits.max_context or runner.config.max_position_embeddings
     if room < PROMPT + LIMIT:
         return f"{PROMPT + LIMIT} tokens do not fit into {room}"
     return "" if starts else "not requested, or there is no text"

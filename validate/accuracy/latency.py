@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from h1export.model.falcon_h1.states import Ids
 from h1export.report.checks import Phase
-from h1export.runtime.runner import Ids, Runner, Sequences
+from h1export.runtime.runner import Runner, Session
 from h1export.validate.accuracy.reference import Reference
 
 PREFILL = 128  # tokens of a prefill
@@ -61,7 +62,7 @@ def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) 
     def reference_prefill() -> None:
         reference.start(1, 0).append(batch)
 
-    def decode(sequences: Sequences) -> Callable[[], None]:
+    def decode(sequences: Session) -> Callable[[], None]:
         def steps() -> None:
             for _ in range(DECODE):
                 sequences.append(token)

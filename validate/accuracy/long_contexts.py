@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from h1export.model.falcon_h1.states import Array, StateSpec
+from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.report.checks import CheckKind, Comparison
 from h1export.report.histogram import Histogram
 from h1export.report.report import DECODE_MS, LOGIT_ERROR, PREFILL_MS, Row
-from h1export.runtime.runner import Ids, Runner, Sequences
+from h1export.runtime.runner import Comparable, Runner, Session
 from h1export.validate.accuracy.logits import logit_figures, position_errors
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.states import row_of_batch, state_errors
@@ -24,7 +24,7 @@ STEPS = 8  # decode steps that are timed
 
 
 def context_rows(
-    runners: Mapping[Comparison, Runner[Any]],
+    runners: Mapping[Comparison, Comparable[Any]],
     reference: Reference,
     contexts: Sequence[int],
     *,
@@ -35,7 +35,7 @@ def context_rows(
     rows = []
     for context in sorted(contexts):
         config = next(iter(runners.values())).config
-        room = min(one.capabilities.max_context or config.max_position_embeddings for one in runners.values())
+        room = min(one.limits.max_context or config.max_position_embeddings for one in runners.values())
         if context > room:
             note = f"the artifact has room for {room} tokens"
             rows += [Row(CheckKind.CONTEXT, comparison, length=context, note=note) for comparison in runners]
@@ -65,7 +65,7 @@ def context_rows(
     return rows
 
 
-def _prefill(runner: Runner[Any], ids: Ids) -> tuple[Array, dict[str, Array]]:
+def _prefill(runner: Comparable[Any], ids: Ids) -> tuple[Array, dict[str, Array]]:
     """Run ids [seq] in chunks; return the logits of the last TAIL positions (or of the last alone) and the states."""
     states = runner.initial(1)
     kept = []
@@ -73,7 +73,7 @@ def _prefill(runner: Runner[Any], ids: Ids) -> tuple[Array, dict[str, Array]]:
         chunk = ids[None, start : start + CHUNK]
         logits, states = runner.step(chunk, np.ones((1, start + chunk.shape[1]), np.int64), states)
         kept.append(logits[0, -TAIL:])
-    tail = np.concatenate(kept)[-TAIL:] if runner.capabilities.all_logits else kept[-1]
+    tail = np.concatenate(kept)[-TAIL:] if runner.limits.all_logits else kept[-1]
     return tail, row_of_batch(runner.snapshot(states), StateSpec.of(runner.config), 0, pad=0)
 
 
@@ -82,10 +82,10 @@ def cost_rows(runner: Runner[Any], contexts: Sequence[int], *, seed: int) -> lis
 
     prefill_ms: a token in the last chunk before the context's end. decode_ms: a token at its end.
     """
-    if runner.capabilities.emulated:
-        note = f"computed by {runner.capabilities.kernels}: its speed says nothing"
+    if runner.provenance.emulated:
+        note = f"computed by {runner.provenance.kernels}: its speed says nothing"
         return [Row(CheckKind.CONTEXT_COST, Comparison.ALONE, note=note)]
-    room = runner.capabilities.max_context or runner.config.max_position_embeddings
+    room = runner.limits.max_context or runner.config.max_position_embeddings
     lengths = [context for context in sorted(contexts) if context <= room]
     ids = np.random.default_rng(seed).integers(0, runner.config.vocab_size, max(lengths, default=0), dtype=np.int64)
     if lengths:
@@ -106,7 +106,7 @@ def _cost(runner: Runner[Any], ids: Ids) -> dict[str, float]:
     return {PREFILL_MS: 1e3 * prefill[-1] / chunks[-1].shape[1], DECODE_MS: 1e3 * median(decode)}
 
 
-def _timed(sequence: Sequences, ids: Ids) -> float:
+def _timed(sequence: Session, ids: Ids) -> float:
     start = time.perf_counter()
     sequence.append(ids)
     return time.perf_counter() - start

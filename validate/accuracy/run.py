@@ -12,15 +12,16 @@ import numpy as np
 import torch
 
 from h1export import host
-from h1export.artifact.artifact import Artifact, Manifest
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import Manifest
 from h1export.checkpoint.store import WeightStore
-from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import SILENT, Progress
 from h1export.quantize.awq_scales import AwqScales, ScaledStore
 from h1export.report.checks import CheckKind, Comparison
 from h1export.report.histogram import Histogram
 from h1export.report.report import KL, LOGIT_ERROR, Report, Row
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Comparable, Inspectable, Runner, TracksMagnitudes
 from h1export.validate.accuracy import tolerances as defaults
 from h1export.validate.accuracy.bisect import bisect, integers_row
 from h1export.validate.accuracy.greedy_agreement import (
@@ -78,14 +79,14 @@ class Subject:
         options: what to run.
     """
 
-    runner: Runner[Any]
-    exact: Runner[Any]
+    runner: Comparable[Any]
+    exact: Comparable[Any]
     stored: Mapping[str, Array]
     tolerances: Mapping[str, float]
     options: ValidateOptions
 
     @property
-    def comparisons(self) -> dict[Comparison, Runner[Any]]:
+    def comparisons(self) -> dict[Comparison, Comparable[Any]]:
         """The runners whose lowering is judged, against a reference that holds ``stored``."""
         if not self.stored:
             return {Comparison.SOURCE: self.runner}
@@ -94,8 +95,8 @@ class Subject:
 
 def validate(
     artifact: Artifact,
-    runner: Runner[Any],
-    exact: Runner[Any],
+    runner: Inspectable[Any],
+    exact: Inspectable[Any],
     checkpoint: Path,
     options: ValidateOptions,
     progress: Progress,
@@ -108,7 +109,7 @@ def validate(
         H1ExportError: tolerances for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
     tolerances = defaults.tolerances_of(
-        artifact.manifest, runner.capabilities.float32, exact.capabilities.float32, chosen=options.tolerances
+        artifact.manifest, runner.provenance.float32, exact.provenance.float32, chosen=options.tolerances
     )
     stored = runner.stored_weights()
     rows = []
@@ -127,7 +128,7 @@ def validate(
 
 
 def judge(
-    runner: Runner[Any],
+    runner: Comparable[Any],
     checkpoint: Path,
     options: ValidateOptions = ValidateOptions(),
     progress: Progress = SILENT,
@@ -137,7 +138,7 @@ def judge(
     Raises:
         H1ExportError: tolerances for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
-    float32 = runner.capabilities.float32
+    float32 = runner.provenance.float32
     tolerances = defaults.tolerances_for("none", "rtn", float32, exact=float32, chosen=options.tolerances)
     subject = Subject(runner, runner, {}, tolerances=tolerances, options=options)
     return Report(_shown(runner), _environment(), tuple(_rows(subject, Reference(checkpoint), progress)))
@@ -152,7 +153,7 @@ class Outputs:
     no_texts: str
 
     @classmethod
-    def of(cls, runner: Runner[Any], options: ValidateOptions) -> Outputs:
+    def of(cls, runner: Comparable[Any], options: ValidateOptions) -> Outputs:
         """Run ``runner``."""
         starts = prompts(options.text_ids, options.prompts, options.seed)
         no_texts = impossible(runner, starts)
@@ -179,7 +180,8 @@ def _rows(subject: Subject, reference: Reference, progress: Progress) -> list[Ro
         comparison: shipped if judged_runner is runner else Outputs.of(judged_runner, options)
         for comparison, judged_runner in subject.comparisons.items()
     }
-    rows = [_fp16_row(magnitudes, tolerances)] if (magnitudes := runner.magnitudes()) else []
+    magnitudes = runner.magnitudes() if isinstance(runner, TracksMagnitudes) else {}
+    rows = [_fp16_row(magnitudes, tolerances)] if magnitudes else []
     progress.stage("reference")
     for run in shipped.runs:
         rows += case_rows({Comparison.SOURCE: run}, reference, runner, tolerances=tolerances)
@@ -267,9 +269,9 @@ def _no_text(runner: Runner[Any], options: ValidateOptions) -> str:
     """Return why no text can be scored; empty where it can."""
     if len(options.text_ids) < 2:
         return "the checkpoint has no tokenizer, or the text is empty"
-    if not runner.capabilities.all_logits:
+    if not runner.limits.all_logits:
         return "the artifact gives the last position's logits only"
-    if (room := runner.capabilities.max_context) is not None and room < WINDOW:
+    if (room := runner.limits.max_context) is not None and room < WINDOW:
         return f"windows of {WINDOW} tokens do not fit into {room}"
     return ""
 
@@ -298,9 +300,9 @@ def _no_latency(runner: Runner[Any], options: ValidateOptions) -> str:
     """Return why latency cannot be measured; empty where it can."""
     if not options.pairs:
         return "not requested"
-    if runner.capabilities.emulated:
-        return f"computed by {runner.capabilities.kernels}: its speed says nothing"
-    if (room := runner.capabilities.max_context) is not None and room < (needed := tokens_needed(options.pairs)):
+    if runner.provenance.emulated:
+        return f"computed by {runner.provenance.kernels}: its speed says nothing"
+    if (room := runner.limits.max_context) is not None and room < (needed := tokens_needed(options.pairs)):
         return f"{needed} tokens do not fit into {room}"
     return ""
 
@@ -315,8 +317,8 @@ def _described(manifest: Manifest) -> dict[str, Any]:
 
 
 def _shown(runner: Runner[Any]) -> dict[str, Any]:
-    capabilities = runner.capabilities
-    return {"kernels": capabilities.kernels, "notes": [*capabilities.notes, *filter(None, [capabilities.fallback])]}
+    computed = runner.provenance
+    return {"kernels": computed.kernels, "notes": [*runner.notes, *filter(None, [computed.fallback])]}
 
 
 def _environment() -> dict[str, Any]:

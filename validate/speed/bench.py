@@ -234,7 +234,7 @@ def _jobs(
     left_out: dict[str, None] = {}
     for timing in options.timings:
         for (i, threads), worker in workers.items():
-            if reason := timing.refused(worker.capabilities, options.steps):
+            if reason := timing.refused(worker.limits, options.steps):
                 left_out[f"{timing.key}: {candidates[i].folder} {reason}"] = None
             else:
                 jobs[i, threads, timing] = partial(worker.speed, timing)

@@ -49,7 +49,8 @@ class ModelPair:
     """Two models in one process, timed side by side in random order."""
 
     def __init__(self, ours: TimedModel, theirs: TimedModel) -> None:
-        self.capabilities = ours.capabilities
+        self.limits = ours.limits
+        self.provenance = ours.provenance
         self._models = (ours, theirs)
         self._random = np.random.default_rng()
 
@@ -139,7 +140,7 @@ def memory_of(makers: Makers, gate: Gate) -> int:
 
 def _possible(gate: Gate, worker: WorkerProcess, steps: int) -> tuple[Limit, ...]:
     for limit in gate.timings:
-        if reason := limit.timing.refused(worker.capabilities, steps):
+        if reason := limit.timing.refused(worker.limits, steps):
             raise H1ExportError(
                 "gate", f"{limit.timing.key}: the artifact {reason}", "choose another timing in the gates' file"
             )

@@ -1,4 +1,4 @@
-"""Planted faults in a built package: validate says FAIL, or the package is refused before it answers."""
+"""Planted faults in a built package: validate reports FAIL, or the package is refused before it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
-from h1export.report.checks import CheckKind
+from h1export.report.checks import CheckKind, Comparison
 from h1export.report.report import Report
 from h1export.targets.coreml.evaluator import Evaluator, Package
 from h1export.targets.coreml.program import layout
@@ -67,7 +67,7 @@ def test_a_wrong_scale(built: Artifact, make_checkpoint: Callable[..., Path], wi
 
 
 def swap_states(model: Any) -> None:
-    """decode writes the keys of layer 0 where its values belong, and the other way round."""
+    """decode swaps the keys and the values of layer 0 when it writes them."""
     names = {
         f"past_key_values_0_{kind}": f"past_key_values_0_{other}"
         for kind, other in (("key", "value"), ("value", "key"))
@@ -78,7 +78,7 @@ def swap_states(model: Any) -> None:
 
 
 def stale_state(model: Any) -> None:
-    """decode does not write the recurrent state of layer 1, neither half: one alone would make up for the other."""
+    """decode writes neither half of the recurrent state of layer 1; one half alone would hide the fault."""
     block = model.mlProgram.functions["decode"].block_specializations["CoreML8"]
     for operation in [operation for operation in block.operations if operation.type == "write_state"]:
         if operation.inputs["input"].arguments[0].name.startswith("past_key_values_1_recurrent_state"):
@@ -89,7 +89,7 @@ def stale_state(model: Any) -> None:
 def test_states_that_are_not_kept_as_they_should(
     edit: Callable[[Any], None], built: Artifact, make_checkpoint: Callable[..., Path], with_changed_program: Changed
 ) -> None:
-    assert "stored" in failures(judged(with_changed_program(built, edit), make_checkpoint()))
+    assert Comparison.STORED in failures(judged(with_changed_program(built, edit), make_checkpoint()))
 
 
 def test_a_truncated_blob(built: Artifact, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.report.checks import Phase
 from h1export.report.report import Verdict
-from h1export.runtime.runner import Capabilities, Runner
+from h1export.runtime.runner import Limits, Provenance, Runner
 from h1export.targets import get_target
 from h1export.validate.speed.decision import decide_all
 from h1export.validate.speed.gate_checks import check_label
@@ -103,7 +103,8 @@ def test_operations_are_those_of_the_graphs(tiny: Path, build: Build) -> None:
 class Fake:
     """Speeds in the order of ``speeds``; ``log`` hears whose turn it was."""
 
-    capabilities = Capabilities(None, True)
+    limits = Limits()
+    provenance = Provenance(kernels="none")
 
     def __init__(self, name: str, speeds: list[float], log: list[str]) -> None:
         self._name = name

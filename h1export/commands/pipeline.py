@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from h1export import __version__
+from h1export import __version__, host
 from h1export.artifact.artifact import NO_SHA256, REPORT, Artifact, file_table
 from h1export.artifact.manifest import MANIFEST, Manifest
-from h1export.artifact.staging import Stage, check_place, cores, dry_stage, staged
+from h1export.artifact.staging import Stage, check_place, dry_stage, staged
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import TOKENIZER, chat_prompt, load_tokenizer, scoring_ids, stream
@@ -191,7 +191,7 @@ def build(
     progress.stage("fingerprint", export.store.nbytes)
     manifest = export.manifest(export.store.fingerprint())
     with staged(out, force, manifest.key) as folder:
-        export.write(manifest, Stage(folder, jobs or cores()), progress)
+        export.write(manifest, Stage(folder, jobs or host.cores()), progress)
     return Artifact.open(out)
 
 
@@ -211,7 +211,7 @@ def sensitivity(
     store = WeightStore.open(checkpoint, config)
     scheme.check(config)
     ids = calibration.ids(checkpoint)
-    jobs = jobs or cores()
+    jobs = jobs or host.cores()
     with tempfile.TemporaryDirectory(prefix="h1export-sensitivity-") as folder:
         store, integers = integers_of(
             store, config, scheme, ids=ids, stage=Stage(Path(folder), jobs), progress=progress
@@ -236,7 +236,7 @@ def plan(
         H1ExportError: a checkpoint, scheme or option that cannot be exported.
     """
     export = BuildJob.open(checkpoint, target, scheme, options, calibration, progress)
-    jobs = jobs or cores()
+    jobs = jobs or host.cores()
     start = time.perf_counter()
     with dry_stage() as stage:
         export.write(export.manifest(NO_SHA256), stage, progress)

@@ -159,7 +159,7 @@ class ArtifactLM(TemplateLM):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """transformers' tokenizer, for chat templates."""
+        """Transformers' tokenizer, for chat templates."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)

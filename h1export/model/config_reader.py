@@ -53,7 +53,7 @@ class ConfigReader:
         return self.size(key, default or 0)
 
     def flag(self, key: str, default: bool) -> bool:
-        """true or false; null means the default."""
+        """True or false; null means the default."""
         value = self.config.get(key)
         if value is None:
             return default
@@ -117,7 +117,7 @@ class ConfigReader:
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's object_pairs_hook. Raises ValueError where a name appears twice: readers would differ on which one counts."""
+    """Json's object_pairs_hook. Raises ValueError where a name appears twice: readers would differ on which one counts."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:

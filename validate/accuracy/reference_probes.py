@@ -83,4 +83,5 @@ def _keep_projected(found: Found, layer: int, mixer: Any, projected: Tensor) -> 
 
 
 def arrays(found: Found) -> dict[str, Array]:
+    """Return the probes as NumPy arrays [seq, width]."""
     return {name: value[0].numpy() for name, value in found.items()}

@@ -75,7 +75,7 @@ def write(
             value.name = name
             value.shape = ir.Shape(dims)
         ir.save(context.build.model(declared, results, "falcon_h1"), stage.folder / MODEL)
-    return Lowered(inputs, outputs, tuple(context.stored))
+    return Lowered(inputs, outputs, tuple(context.stored), weights_file=DATA)
 
 
 def _kinds(store: WeightStore, integers: QuantizedWeights) -> KindOf:

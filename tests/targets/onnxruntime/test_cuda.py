@@ -159,7 +159,7 @@ def rows(artifact: Artifact, checkpoint: Path, shipped: Any, against: str) -> li
         artifact, shipped, pipeline.load(artifact, float32=True), checkpoint, ValidateOptions(pairs=0), SILENT
     )
     assert report.passed, report.to_json()
-    found = [row for row in report.rows if row.against == against and "logits" in row.figures]
+    found = [row for row in report.rows if row.comparison == against and row.compares_outputs]
     assert len(found) == 8
     return found
 

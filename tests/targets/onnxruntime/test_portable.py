@@ -46,7 +46,7 @@ def assert_exact(artifact: Artifact, checkpoint: Path, against: str) -> None:
     exact = pipeline.load(artifact, float32=True)
     report = validate(artifact, exact, exact, checkpoint, ValidateOptions(pairs=0), SILENT)
     assert report.passed, report.to_json()
-    rows = [row for row in report.rows if row.against == against and "logits" in row.figures]
+    rows = [row for row in report.rows if row.comparison == against and row.compares_outputs]
     assert len(rows) == 8
     assert max(max(row.figures["logits"], row.figures["states"]) for row in rows) <= EXACT
 

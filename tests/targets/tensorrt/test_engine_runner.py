@@ -17,6 +17,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
+from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.runtime.runner import Runner
 from h1export.targets.tensorrt.engine.finalize import build_engine_here
 from h1export.targets.tensorrt.engine.requirements import Host
@@ -145,9 +146,9 @@ def test_validate_judges_the_engine(
     slow = {"latency.prefill": 1e3, "latency.decode": 1e3}  # the stand-in is
     report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(slow, pairs=1), SILENT)
     assert report.passed, report.to_json()
-    rows = {(row.check, row.against): row for row in report.rows}
-    assert rows["decode latency", "source"].figures["ratio"] > 0
-    assert [row for row in report.rows if row.against == "drift" and row.figures]
+    (decode,) = [row for row in report.rows if row.kind is CheckKind.LATENCY and row.phase is Phase.DECODE]
+    assert decode.figures["ratio"] > 0
+    assert [row for row in report.rows if row.comparison is Comparison.DRIFT and row.figures]
     assert "TensorRT 10.15.1 on sm_89" in report.to_json()
 
 

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.gpu
 HALF = 5e-3
 BRAIN = 4e-2
 # Compared with transformers on the CPU, a tiny model may be slow on a GPU.
-FAST = ("--limit", "latency.prefill=1e3", "--limit", "latency.decode=1e3")
+FAST = ("--tolerance", "latency.prefill=1e3", "--tolerance", "latency.decode=1e3")
 
 
 @pytest.fixture(scope="module", autouse=True)

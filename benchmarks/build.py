@@ -23,7 +23,6 @@ from typing import IO
 from rich.console import Console
 from rich.table import Table
 
-from h1export.commands.pipeline import build
 from h1export.quantize.scheme import GROUP_SIZES, QuantScheme
 from h1export.targets import MODULES
 
@@ -168,7 +167,8 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # the measured process: build there, and no more
     args = parser.parse_args()
     if args.child:
-        build(args.checkpoint, args.target, args.child, QuantScheme(args.quant, args.group_size, args.method))
+        scheme = QuantScheme(args.quant, args.group_size, args.method)
+        build_artifact(args.checkpoint, args.target, args.child, scheme=scheme)
         return
     try:
         figures = measure(args.checkpoint, args.target, args.quant, args.method, args.group_size, args.scratch)

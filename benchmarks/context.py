@@ -27,7 +27,6 @@ from rich.table import Table
 
 from h1export.artifact.artifact import Artifact
 from h1export.cli.tables import human_bytes
-from h1export.commands.pipeline import load
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.runtime.runner import Sequences
 from h1export.validate.speed.bench import interleave, machine
@@ -82,7 +81,7 @@ def measure(artifact: Artifact, contexts: Sequence[int], threads: int, rounds: i
         sys.exit(
             f"no context of {list(contexts)} fits into {human_bytes(memory)} and {config.max_position_embeddings} positions"
         )
-    runner = load(artifact, threads)
+    runner = load_runner(artifact, threads)
     sequences = runner.start(1, max(fitting))
     for state in vars(sequences)["_states"].values():  # no protocol offers a made past, and only this script wants one
         state.fill(FILL)

@@ -26,7 +26,7 @@ from slowed import Slowed
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.resolve import resolve
-from h1export.commands.measuring import GATE_STEPS, REFERENCE_STEPS, reference_player, timed_runner
+from h1export.commands.worker_models import GATE_STEPS, REFERENCE_STEPS, timed_runner
 from h1export.report.report import Verdict
 from h1export.targets import get_target
 from h1export.validate.speed.bench import machine
@@ -53,7 +53,7 @@ def play(folder: Path, checkpoint: Path, factor: float) -> ModelPair:
     pin(1)
     runner = timed_runner(Artifact.open(folder), 1, "auto")
     ours = RunnerModel(Slowed(runner, factor), GATE_STEPS, time.process_time)
-    return ModelPair(ours, reference_player(checkpoint, runner, 1, steps=REFERENCE_STEPS, clock=time.process_time))
+    return ModelPair(ours, reference_model(checkpoint, runner, 1, steps=REFERENCE_STEPS, clock=time.process_time))
 
 
 def makers(folder: Path, checkpoint: Path, factor: float) -> Makers:

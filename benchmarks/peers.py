@@ -29,7 +29,6 @@ from onnx_exporter import Exported
 from peers_report import Cell, Facts, Results, plot, show
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands.pipeline import load
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
@@ -101,7 +100,7 @@ def ours(checkpoint: Path, group_size: int, scratch: Path) -> Peer:
 
 def play(out: Path, threads: int) -> RunnerModel:
     """An artifact in a process of its own."""
-    return RunnerModel(load(Artifact.open(out), threads), STEPS)
+    return RunnerModel(load_runner(Artifact.open(out), threads), STEPS)
 
 
 def eager(checkpoint: Path, config: FalconH1Config, dtype: str) -> Peer:

@@ -30,7 +30,7 @@ from h1export.artifact.staging import Stage, cores
 from h1export.checkpoint.resolve import embedded_model, resolve
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import scoring_ids
-from h1export.commands import pipeline
+from h1export.commands.sensitivity import measure_sensitivity
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 from h1export.progress import SILENT
@@ -118,7 +118,7 @@ def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[
 
     def mixed() -> RoundedWeights:
         return solved(
-            four | Budget(bits=BUDGET).raised(pipeline.sensitivity(checkpoint, QuantScheme("int4", GROUP, "gptq")))
+            four | Budget(bits=BUDGET).raised(measure_sensitivity(checkpoint, QuantScheme("int4", GROUP, "gptq")))
         )
 
     yield "int4 rtn", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, quantize_rows))

@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.resolve import embedded_model
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.scheme import QuantScheme
-from h1export.targets import BuildOptions
+from h1export.targets import options_class, target_infos
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at its import, and other packages import Triton
 SHORT = Calibration(samples=4, length=256)  # of the tests' models, whose widths it exceeds: the moments have full rank
@@ -107,18 +108,20 @@ SWITCHES: Mapping[str, dict[str, Any]] = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare a marker for each target: its tests need the target's runtime."""
+    for info in target_infos().values():
+        config.addinivalue_line("markers", info.marker_line)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A folder of tests that all need a runtime bears its marker."""
-    folders = {
-        "integrations": "ort",
-        "targets/onnxruntime": "ort",
-        "targets/coreml": "coreml",
-        "targets/tensorrt": "trt",
-    }
-    for item in items:
-        for folder, marker in folders.items():
-            if item.path.is_relative_to(Path(__file__).parent / folder):
-                item.add_marker(marker)
+    root = Path(__file__).parents[1]
+    for info in target_infos().values():
+        for folder in info.test_folders:
+            for item in items:
+                if item.path.is_relative_to(root / folder):
+                    item.add_marker(info.name)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -240,12 +243,14 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
         method: str = "rtn",
         **chosen: Any,
     ) -> Artifact:
-        options = BuildOptions(**{"accuracy_level": 0} | chosen)
+        own = options_class(target)
+        exact = {"accuracy_level": 0} if "accuracy_level" in {field.name for field in fields(own)} else {}
+        options = own(**exact | chosen)
         key = (checkpoint, quant, group_size, target, method, options)
         if key not in made:
             scheme = QuantScheme(quant, group_size, method)  # type: ignore[arg-type]
             out = tmp_path_factory.mktemp("built") / "out"
-            made[key] = pipeline.build(checkpoint, target, out, scheme, options, calibration=SHORT)
+            made[key] = build_artifact(checkpoint, target, out, scheme=scheme, options=options, calibration=SHORT)
         return made[key]
 
     return make

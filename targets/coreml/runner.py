@@ -19,6 +19,7 @@ from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.runtime.runner import Capabilities, Ids, check_call
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.execution import Held, advance, executor, observe
+from h1export.targets.coreml.options import CoreMLOptions
 from h1export.targets.coreml.program import layout
 from h1export.targets.coreml.program.layout import LOW, LOW_SCALE, output_name, state_name
 from h1export.targets.coreml.program.weights import order_name
@@ -42,11 +43,11 @@ class CoreMLRunner:
         self._artifact = artifact
         self._spec = artifact.config
         self._states = StateSpec.of(self._spec)
-        options = artifact.manifest.options
-        self._max_context = int(options["max_context"])
-        self._all_logits = not options["last_logits"]
-        self._state_io = bool(options["state_io"])
-        self._float32 = options["compute"] == "fp32" and self._state_io
+        options = CoreMLOptions.read(artifact)
+        self._max_context = options.max_context
+        self._all_logits = not options.last_logits
+        self._state_io = options.state_io
+        self._float32 = options.compute == "fp32" and self._state_io
         passed = {state_name(tensor): output_name(tensor) for tensor in self._states.tensors} if self._state_io else {}
         self._executor = executor(artifact.folder / layout.PACKAGE, passed)
         self._advance = partial(advance, self._executor, max_context=self._max_context, all_logits=self._all_logits)

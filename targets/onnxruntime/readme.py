@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from h1export.targets.base import BuildOptions
+from h1export.targets.onnxruntime.options import OrtOptions
 
 README = "README.md"
 
@@ -54,16 +54,16 @@ Keys, values and the convolution state are float16, the recurrent state and the 
 """
 
 
-def write(folder: Path, options: BuildOptions) -> None:
+def write(folder: Path, options: OrtOptions) -> None:
     """Write README.md into ``folder``."""
     runtime = "ONNX Runtime on CPUs"
     session = "onnxruntime"
     notes = ROW_BY_ROW
-    if options.opset_only:
+    if options.graph == "portable":
         runtime = "any ONNX runtime"
         session = "onnxruntime, or another runtime"
         notes = PORTABLE.format(level=options.accuracy_level)
-    elif options.provider == "cuda":
+    elif options.graph == "cuda":
         runtime = "ONNX Runtime on CUDA"
         notes = ROW_BY_ROW + CUDA
     (folder / README).write_text(TEXT.format(runtime=runtime, session=session, notes=notes), encoding="utf-8")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from h1export.targets.base import BuildOptions, RuntimeName
 from h1export.targets.tensorrt.network.layout import PREFILL_TOKENS
+from h1export.targets.tensorrt.options import RuntimeName, TensorRTOptions
 from h1export.targets.tensorrt.sdk import NAMES
 
 README = "README.md"
@@ -20,7 +20,7 @@ h1export validate . MODEL --kernels native    # the engine against transformers 
 h1export generate . "def main():" --kernels native
 ```
 
-h1export needs PyTorch's build for CUDA there. An engine runs code: `finish`, `validate` and `generate` first check the passport in
+h1export needs PyTorch's build for CUDA there. An engine runs code: `trt build-engine`, `validate` and `generate` first check the engine requirements in
 `manifest.json` (runtime and version, compute capability, sha256 of engine and plugin). Without a GPU `validate . MODEL` executes
 `model.onnx` on the CPU.
 
@@ -36,7 +36,7 @@ h1export needs PyTorch's build for CUDA there. An engine runs code: `finish`, `v
 """
 FIRST: dict[RuntimeName, str] = {
     "rtx": "`model.engine` is built.\n\n",
-    "tensorrt": "```bash\nh1export finish .                             # builds model.engine with the TensorRT that is installed\n```\n\n",
+    "tensorrt": "```bash\nh1export trt build-engine .                   # builds model.engine with the TensorRT that is installed\n```\n\n",
 }
 BUILD: dict[RuntimeName, str] = {
     "rtx": "",
@@ -44,7 +44,7 @@ BUILD: dict[RuntimeName, str] = {
 }
 
 
-def write(folder: Path, runtime: RuntimeName, options: BuildOptions) -> None:
+def write(folder: Path, runtime: RuntimeName, options: TensorRTOptions) -> None:
     """Write README.md into ``folder``."""
     text = TEXT.format(
         name=NAMES[runtime],

@@ -155,14 +155,14 @@ def test_the_head_is_solved_on_the_contexts_of_its_tokens(
 KILLS = """
 import os, sys
 from pathlib import Path
-from h1export import pipeline
+from h1export.commands import build
 from h1export.quantize.calibration import Calibration
 from h1export.core.quant import QuantScheme
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize import solve as module
 checkpoint, truth, out = map(Path, sys.argv[1:4])
-program = pipeline.trace(FalconH1Config.load(checkpoint), False)
-pipeline.trace = lambda *_: program
+program = build.trace(FalconH1Config.load(checkpoint), False)
+build.trace = lambda *_: program
 functions = {name: getattr(module, name) for name in ("solve_rows", "_both", "_alone")}
 def built(place, name="", last=0):
     child = os.fork()
@@ -177,7 +177,7 @@ def built(place, name="", last=0):
     for own in functions:
         setattr(module, own, lambda *arguments, own=own: counted(own, *arguments))
     scheme, calibration = QuantScheme("int4", 32, "gptq"), Calibration(samples=3, length=100)
-    pipeline.build(checkpoint, "ort", place, scheme, jobs=1, calibration=calibration)
+    build.build_artifact(checkpoint, "ort", place, scheme=scheme, jobs=1, calibration=calibration)
     print(*calls.values(), flush=True)
     os._exit(0)
 assert built(truth) == 0

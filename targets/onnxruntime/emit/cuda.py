@@ -1,4 +1,4 @@
-"""The graph of --provider cuda: fp16 activations, keys and values; the scan and its state in float32.
+"""The graph of --graph cuda: fp16 activations, keys and values; the scan and its state in float32.
 
 Every operator here has a kernel of these dtypes in ONNX Runtime's CUDA provider: its docs/OperatorKernels.md, repeated for what this
 graph uses in tests/targets/onnxruntime/test_cuda.py. bf16 activations are not offered: MatMulNBits takes scales in the activations'
@@ -66,7 +66,7 @@ class CudaContext(OrtContext):
 def _half(name: str, block: Callable[[], Array]) -> tuple[npt.NDArray[np.float16]]:
     values = block()
     if np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
-        raise H1ExportError(f'weights "{name}"', "hold values beyond fp16", "use --provider cpu")
+        raise H1ExportError(f'weights "{name}"', "hold values beyond fp16", "use --graph cpu")
     return (values.astype(np.float16),)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import BATCH, SEQUENCE
-from h1export.targets.base import BuildOptions, RuntimeName
 from h1export.targets.tensorrt.network.layout import MODEL, Ports, Profile, profiles
+from h1export.targets.tensorrt.options import RuntimeName, TensorRTOptions
 
 RECIPE = "recipe.json"
 ENGINE = "model.engine"
@@ -68,7 +68,7 @@ class EngineConfig:
         runtime: RuntimeName,
         architectures: tuple[int, ...],
         inputs: Ports,
-        options: BuildOptions,
+        options: TensorRTOptions,
         hashes: Mapping[str, str],
     ) -> EngineConfig:
         """For a network with ``inputs``."""

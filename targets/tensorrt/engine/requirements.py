@@ -11,9 +11,9 @@ from typing import Any
 
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
-from h1export.targets.base import RuntimeName
 from h1export.targets.tensorrt import sdk
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, EngineConfig
+from h1export.targets.tensorrt.options import RuntimeName
 
 # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 MAJOR = 75
@@ -92,7 +92,7 @@ def check(folder: Path, requirements: EngineRequirements, host: Host) -> None:
         H1ExportError: no engine, changed files, another version, or a GPU that the engine is not for; it names the mismatch.
     """
     if not requirements.engine:
-        raise H1ExportError(folder, "has no engine yet", "run h1export finish on it, on the GPU host")
+        raise H1ExportError(folder, "has no engine yet", "run h1export trt build-engine on it, on the GPU host")
     for name, digest in ((ENGINE, requirements.engine), (LIBRARY, requirements.plugin)):
         if _sha256(folder / name) != digest:
             raise H1ExportError(

@@ -16,6 +16,7 @@ from h1export.targets.tensorrt.engine.requirements import EngineRequirements, Ho
 from h1export.targets.tensorrt.gpu.device import Gpu
 from h1export.targets.tensorrt.network.layout import DECODE, PREFILL
 from h1export.targets.tensorrt.network.limits import Limits
+from h1export.targets.tensorrt.options import TensorRTOptions
 
 
 class TrtLogger:
@@ -34,7 +35,9 @@ class TrtLogger:
         said = self._said[-1] if self._said else "it does not say why"
         self._said.clear()
         return H1ExportError(
-            self._path, f"{self.name} {what}: {said}", "run h1export finish on the artifact, or build it again"
+            self._path,
+            f"{self.name} {what}: {said}",
+            "run h1export trt build-engine on the artifact, or build it again",
         )
 
 
@@ -60,7 +63,7 @@ class LoadedEngine:
         self.artifact = artifact
         self.gpu = gpu
         self.limits = Limits.of(artifact)
-        self.all_logits = not artifact.manifest.options["last_logits"]
+        self.all_logits = not TensorRTOptions.read(artifact).last_logits
         self.gpu_name = f"sm_{host.architecture}"
         self._profiles = {profile.name: index for index, profile in enumerate(recipe.profiles)}
         path = artifact.folder / recipe.engine

@@ -53,7 +53,7 @@ def test_finish_without_a_gpu(
     unfinished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("h1export.targets.tensorrt.engine.requirements.DRIVER", "libnosuchdriver.so.1")
-    assert cli.run(["finish", str(unfinished), "--quiet"]) == 2
+    assert cli.run(["trt", "build-engine", str(unfinished), "--quiet"]) == 2
     assert "NVIDIA GPU: there is none here" in capsys.readouterr().err
     assert not (unfinished / ENGINE).exists()
 
@@ -93,7 +93,7 @@ def test_a_changed_file_is_named(name: str, unfinished: Path, gpu_host: None) ->
 
 
 def test_no_engine_yet(unfinished: Path) -> None:
-    with pytest.raises(H1ExportError, match="has no engine yet; run h1export finish"):
+    with pytest.raises(H1ExportError, match="has no engine yet; run h1export trt build-engine"):
         check(unfinished, EngineRequirements.of(Artifact.open(unfinished)), HOST)
 
 

@@ -86,7 +86,7 @@ def tests(session: nox.Session, target: str) -> None:
 
     Tests that need a browser, a GPU or macOS are left out, and no other may skip.
     """
-    session.install("-e", f".{TARGETS[target]}", *dev("pytest", "pytest-xdist", "hypothesis"), "--no-compile")
+    session.install("-e", f".{TARGETS[target]}", *dev("pytest", "pytest-xdist", "hypothesis", "ruff"), "--no-compile")
     others = {name: info for name, info in INFOS.items() if name != target}
     markers = " and ".join(
         (*([target] if target in INFOS else []), *(f"not {name}" for name in ("chromium", "gpu", "mac", *others)))

@@ -1,9 +1,10 @@
-"""Measure one build: seconds, peak memory, size. The build runs in a process of its own.
+"""Measure one build: seconds, peak memory, size. The build runs in a worker process.
 
     python benchmarks/build.py /path/to/checkpoint --quant int4 --json figures.json
 
-Peak anonymous memory is the largest RssAnon that the kernel reports, asked every 20 ms: memory that the process needs for
-itself, without file pages (a mapped checkpoint), which the kernel may drop at any time. Quote figures of an idle machine only.
+Peak anonymous memory is the largest RssAnon that the kernel reports, sampled every 20 ms: memory that the process needs
+for itself, without file pages (a mapped checkpoint), which the kernel may drop at any time. Quote figures of an idle
+machine only.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import IO
 from rich.console import Console
 from rich.table import Table
 
+from h1export.commands.build import build_artifact
 from h1export.quantize.scheme import GROUP_SIZES, QuantScheme
-from h1export.targets import MODULES
+from h1export.targets import target_infos
 
 INTERVAL = 0.02  # seconds between two looks at the build's memory
 
@@ -71,7 +73,7 @@ def status_bytes(pid: int, field: str) -> int:
 
 
 def run_watched(
-    command: list[str], field: str = "RssAnon", limit: float | None = None, stdout: IO[str] | None = None
+    command: list[str], field: str = "RssAnon", limit: float | None = None, *, stdout: IO[str] | None = None
 ) -> tuple[float, int]:
     """Run ``command`` to its end; (wall seconds, the largest ``field`` of its status in bytes).
 
@@ -104,6 +106,7 @@ def measure(
     checkpoint: Path,
     target: str = "ort",
     quant: str = "int4",
+    *,
     method: str = "rtn",
     group_size: int = 32,
     scratch: Path | None = None,
@@ -154,14 +157,14 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--target", choices=list(MODULES), default="ort")
+    parser.add_argument("--target", choices=list(target_infos()), default="ort")
     parser.add_argument("--quant", choices=["none", "int8", "int4"], default="int4")
     parser.add_argument("--method", choices=["rtn", "search", "awq", "gptq"], default="rtn")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=32)
     parser.add_argument(
         "--scratch",
         type=Path,
-        help="where the artifact lies while it is measured (default: the system's temporary folder)",
+        help="where the artifact is stored while it is measured (default: the system's temporary folder)",
     )
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # the measured process: build there, and no more
@@ -171,7 +174,14 @@ def main() -> None:
         build_artifact(args.checkpoint, args.target, args.child, scheme=scheme)
         return
     try:
-        figures = measure(args.checkpoint, args.target, args.quant, args.method, args.group_size, args.scratch)
+        figures = measure(
+            args.checkpoint,
+            args.target,
+            args.quant,
+            method=args.method,
+            group_size=args.group_size,
+            scratch=args.scratch,
+        )
     except subprocess.CalledProcessError as error:
         sys.exit(f"{args.checkpoint}: the build above failed with exit code {error.returncode}")
     if args.json:

@@ -2,9 +2,9 @@
 
     python benchmarks/context.py ARTIFACT --threads 2 --json context.json --plot context.png
 
-A long past is not computed but made: the state buffers are filled with a constant and the sequence is set to its length, as
-time does not depend on values. It does depend on the buffers being real memory, so all of them are written first. Contexts
-whose states would not fit into --memory, or that exceed the model's positions, are left out, and said so.
+A long past is not computed: the state buffers are filled with a constant and the session is set to its length, because
+time does not depend on values. It does depend on the buffers being real memory, so all of them are written first.
+Contexts whose states would not fit into --memory, or that exceed the model's positions, are left out, and said so.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from rich.table import Table
 
 from h1export.artifact.artifact import Artifact
 from h1export.cli.tables import human_bytes
+from h1export.commands.load import load_runner
 from h1export.model.falcon_h1.states import StateSpec
-from h1export.runtime.runner import Sequences
+from h1export.runtime.runner import Session
 from h1export.validate.speed.bench import interleave, machine
 from h1export.validate.speed.memory_traffic import read_bandwidth, step_bytes
 from h1export.validate.speed.statistics import Estimate, estimate
@@ -40,7 +41,7 @@ FILL = 0.01  # of every state
 
 @dataclass(frozen=True)
 class ProbePoint:
-    """One context: seconds of a decode step, and what it has to read."""
+    """The seconds of a decode step after one context, and the bytes that it has to read."""
 
     context: int
     seconds: Estimate
@@ -50,7 +51,7 @@ class ProbePoint:
 
 @dataclass(frozen=True)
 class Curve:
-    """The whole run; ``left_out``: contexts that do not fit; ``bandwidth``: bytes per second."""
+    """A whole run; ``left_out`` has the contexts that do not fit, and ``bandwidth`` is in bytes per second."""
 
     artifact: str
     kernels: str
@@ -62,7 +63,7 @@ class Curve:
     left_out: tuple[int, ...]
 
 
-def decode_seconds(sequences: Sequences, context: int) -> float:
+def decode_seconds(sequences: Session, context: int) -> float:
     """Seconds of a step, over STEPS that end at ``context`` tokens."""
     sequences.length = context - STEPS
     token = np.ones((1, 1), np.int64)
@@ -72,14 +73,15 @@ def decode_seconds(sequences: Sequences, context: int) -> float:
     return (time.perf_counter() - start) / STEPS
 
 
-def measure(artifact: Artifact, contexts: Sequence[int], threads: int, rounds: int, memory: int) -> Curve:
+def measure(artifact: Artifact, contexts: Sequence[int], threads: int, *, rounds: int, memory: int) -> Curve:
     """Decode at every one of ``contexts`` whose states fit into ``memory`` bytes, all in turns on one long sequence."""
     config = artifact.config
     states = StateSpec.of(artifact.config)
     fitting = [n for n in contexts if STEPS < n <= config.max_position_embeddings and states.nbytes(1, n) <= memory]
     if not fitting:
         sys.exit(
-            f"no context of {list(contexts)} fits into {human_bytes(memory)} and {config.max_position_embeddings} positions"
+            f"no context of {list(contexts)} fits into {human_bytes(memory)} "
+            f"and {config.max_position_embeddings} positions"
         )
     runner = load_runner(artifact, threads)
     sequences = runner.start(1, max(fitting))
@@ -96,7 +98,7 @@ def measure(artifact: Artifact, contexts: Sequence[int], threads: int, rounds: i
     left_out = tuple(n for n in contexts if n not in fitting)
     return Curve(
         artifact.folder.name,
-        runner.capabilities.kernels,
+        runner.provenance.kernels,
         machine(),
         threads,
         rounds,
@@ -123,7 +125,8 @@ def show(curve: Curve) -> None:
             f"{point.bandwidth_share:.0%}",
         )
     left_out = f"; left out: {', '.join(map(str, curve.left_out))}" if curve.left_out else ""
-    table.caption = f"medians of {curve.rounds} interleaved rounds; read bandwidth {curve.bandwidth.median / 1e9:.1f} GB/s{left_out}"
+    bandwidth = f"read bandwidth {curve.bandwidth.median / 1e9:.1f} GB/s"
+    table.caption = f"medians of {curve.rounds} interleaved rounds; {bandwidth}{left_out}"
     Console().print(table)
 
 
@@ -153,7 +156,7 @@ def plot(curve: Curve, file: Path) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that programs may still take, as the kernel sees it."""
+    """Bytes of memory that the kernel reports as available."""
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
@@ -170,7 +173,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw it, e.g. context.png")
     args = parser.parse_args()
     memory = free_memory() // 2 if args.memory is None else int(args.memory * 1e9)
-    curve = measure(Artifact.open(args.artifact), args.context, args.threads, args.rounds, memory)
+    curve = measure(Artifact.open(args.artifact), args.context, args.threads, rounds=args.rounds, memory=memory)
     if args.json:
         args.json.write_text(json.dumps(asdict(curve), indent=1) + "\n", encoding="utf-8")
     show(curve)

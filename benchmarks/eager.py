@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 
-from h1export.runtime.runner import Capabilities
+from h1export.runtime.runner import Limits, Provenance
 from h1export.validate.speed.worker import Kind, Timing
 
 START = 8  # tokens that a cache is started with
 
 
 class Eager:
-    """A Player of validate.players.
+    """transformers' model as a Model of validate/speed/worker.py.
 
     A past is not computed but made: random keys and values, as time does not depend on them and transformers'
     chunked prefill would take most of the benchmark.
     """
 
-    def __init__(self, checkpoint: Path, dtype: str, threads: int, steps: int) -> None:
+    def __init__(self, checkpoint: Path, dtype: str, threads: int, *, steps: int) -> None:
         from transformers import FalconH1ForCausalLM
         from transformers.utils import logging
 
@@ -32,7 +32,8 @@ class Eager:
             checkpoint, dtype=getattr(torch, dtype), local_files_only=True
         ).eval()
         self._steps = steps
-        self.capabilities = Capabilities(None, all_logits=False, kernels=f"PyTorch {torch.__version__}, {dtype}")
+        self.limits = Limits(all_logits=False)
+        self.provenance = Provenance(kernels=f"PyTorch {torch.__version__}, {dtype}")
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second."""

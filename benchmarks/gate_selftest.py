@@ -1,9 +1,10 @@
-"""Does the latency gate see a planted slowdown, and let an unchanged build pass, on a busy machine?
+"""Check that the latency gate detects a planted slowdown and passes an unchanged build on a busy machine.
 
     python benchmarks/gate_selftest.py ARTIFACT [--model CHECKPOINT] [--runs 20] [--planted 5] [--json FILE]
 
-A baseline is measured first. Then, with another process copying memory on the first core all the time, the artifact is gated RUNS times as
-it is, which must pass every time, and PLANTED times with every call 1.3 times as long, which must fail every time. Exit code 1 where not.
+A baseline is measured first. Then, while another process copies memory on the first core all the time, the gate judges
+the unchanged artifact RUNS times, which must pass every time, and PLANTED times with every call 1.3 times as long,
+which must fail every time. The exit code is 1 otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from slowed import Slowed
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.resolve import resolve
-from h1export.commands.worker_models import GATE_STEPS, REFERENCE_STEPS, timed_runner
+from h1export.commands.worker_models import GATE_STEPS, REFERENCE_STEPS, reference_model, timed_runner
 from h1export.report.report import Verdict
 from h1export.targets import get_target
 from h1export.validate.speed.bench import machine
@@ -49,11 +50,11 @@ LOAD_BYTES = 1 << 26  # copied by the load: beyond caches, so that it takes memo
 
 
 def play(folder: Path, checkpoint: Path, factor: float) -> ModelPair:
-    """What a gate's process does, with calls of the artifact ``factor`` times as long."""
+    """The models that a gate's worker process times, with calls of the artifact ``factor`` times as long."""
     pin(1)
     runner = timed_runner(Artifact.open(folder), 1, "auto")
-    ours = RunnerModel(Slowed(runner, factor), GATE_STEPS, time.process_time)
-    return ModelPair(ours, reference_model(checkpoint, runner, 1, steps=REFERENCE_STEPS, clock=time.process_time))
+    slowed = RunnerModel(Slowed(runner, factor), GATE_STEPS, time.process_time)
+    return ModelPair(slowed, reference_model(checkpoint, runner, 1, steps=REFERENCE_STEPS, clock=time.process_time))
 
 
 def makers(folder: Path, checkpoint: Path, factor: float) -> Makers:
@@ -62,7 +63,7 @@ def makers(folder: Path, checkpoint: Path, factor: float) -> Makers:
 
 
 def load_core(core: int) -> None:
-    """Keep one core and the memory busy, for ever."""
+    """Keep one core and the memory busy until the process is killed."""
     os.sched_setaffinity(0, {core})
     source = np.ones(LOAD_BYTES, np.uint8)
     while True:
@@ -71,7 +72,7 @@ def load_core(core: int) -> None:
 
 @contextmanager
 def loaded() -> Iterator[None]:
-    """The first core busy; the gate's process keeps to the last."""
+    """Keep the first core busy; the gate's process runs on the last one."""
     process = multiprocessing.get_context("spawn").Process(
         target=load_core, args=(min(os.sched_getaffinity(0)),), daemon=True
     )
@@ -83,7 +84,7 @@ def loaded() -> Iterator[None]:
 
 
 def runs(
-    folder: Path, checkpoint: Path, baseline: Baseline, gate: Gate, factor: float, count: int
+    folder: Path, checkpoint: Path, baseline: Baseline, *, gate: Gate, factor: float, count: int
 ) -> Iterator[tuple[Check, ...]]:
     """The checks of ``count`` gates, one after the other."""
     for number in range(1, count + 1):
@@ -112,8 +113,8 @@ def main() -> None:
         measured(makers(args.artifact, checkpoint, 1.0), now, gate), peak_bytes=0
     )  # memory is not in question here
     with loaded():
-        unchanged = list(runs(args.artifact, checkpoint, baseline, gate, 1.0, args.runs))
-        planted = list(runs(args.artifact, checkpoint, baseline, gate, FACTOR, args.planted))
+        unchanged = list(runs(args.artifact, checkpoint, baseline, gate=gate, factor=1.0, count=args.runs))
+        planted = list(runs(args.artifact, checkpoint, baseline, gate=gate, factor=FACTOR, count=args.planted))
     found = {"unchanged": (unchanged, Verdict.PASS), f"slowed {FACTOR} times": (planted, Verdict.FAIL)}
     print(f"{machine()['cpu']}, {machine()['cores']} cores, {cpu_kind()}")
     for name, (checked, _) in found.items():

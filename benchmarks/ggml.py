@@ -1,4 +1,4 @@
-"""llama.cpp's own rounding, through its library: the gguf package reads its k-quants, and cannot make them."""
+"""llama.cpp's own rounding, through its library: the gguf package reads k-quants and cannot make them."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Ggml:
 
 
 def kind_of(shape: tuple[int, ...]) -> GGMLQuantizationType:
-    """What a matrix [rows, columns] is stored in."""
+    """The GGUF type in which a matrix [rows, columns] is stored."""
     return WIDE if shape[1] % GGML_QUANT_SIZES[WIDE][0] == 0 else NARROW
 
 
 def bits_of(shapes: list[tuple[int, ...]]) -> float:
-    """A weight, on average."""
+    """Bits a weight, on average."""
     total = sum(rows * columns for rows, columns in shapes)
     sizes = [(shape[0] * shape[1], *GGML_QUANT_SIZES[kind_of(shape)]) for shape in shapes]
     return 8 * sum(count / block * nbytes for count, block, nbytes in sizes) / total

@@ -15,9 +15,12 @@ from h1export.validate.speed.worker import Kind, Timing
 
 
 class LlamaBench:
-    """A GGUF file under llama-bench, timed as validate.players.Child is. Each run warms up and fills the context itself."""
+    """A GGUF file under llama-bench, timed as a WorkerProcess is.
 
-    def __init__(self, program: Path, gguf: Path, threads: int, steps: int) -> None:
+    Each run warms up and fills the context itself.
+    """
+
+    def __init__(self, program: Path, gguf: Path, threads: int, *, steps: int) -> None:
         self._program = program
         self._gguf = gguf
         self._threads = threads
@@ -30,7 +33,9 @@ class LlamaBench:
         with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
             try:
                 _, peak = run_watched(
-                    arguments(self._program, self._gguf, self._threads, self._steps, timing), "VmHWM", stdout=out
+                    arguments(self._program, self._gguf, self._threads, steps=self._steps, timing=timing),
+                    "VmHWM",
+                    stdout=out,
                 )
             except (OSError, CalledProcessError) as error:
                 raise H1ExportError(
@@ -47,8 +52,8 @@ class LlamaBench:
         return self._peak
 
 
-def arguments(program: Path, gguf: Path, threads: int, steps: int, timing: Timing) -> list[str]:
-    """The command line of one run."""
+def arguments(program: Path, gguf: Path, threads: int, *, steps: int, timing: Timing) -> list[str]:
+    """The command line of one run of llama-bench."""
     prompt, generate, depth = (timing.tokens, 0, 0) if timing.kind is Kind.PREFILL else (0, steps, timing.tokens)
     numbers = {"-t": threads, "-p": prompt, "-n": generate, "-d": depth, "-r": 1}
     return [

@@ -1,10 +1,11 @@
-"""Make a random checkpoint of any public Falcon-H1 shape, to measure builds on models whose weights are not at hand.
+"""Make a random checkpoint of any public Falcon-H1 shape, to measure builds on models whose weights are not available.
 
     python benchmarks/make_checkpoint.py --shape 0.5B /path/to/checkpoint
 
-The folder is in Hugging Face layout and loads with transformers. Tensors are bfloat16 and are written block by block, so
-that memory stays small at every shape; a name, a shape and a seed always give the same bytes. The text such a model writes
-is noise. Sizes follow the public configs; µP multipliers are those of the 0.5B model where a shape's own are not public.
+The folder is in Hugging Face layout and loads with transformers. Tensors are bfloat16 and are written block by block,
+so that memory stays small at every shape; a name, a shape and a seed always give the same bytes. The text such a model
+writes is noise. Sizes follow the public configs; µP multipliers are those of the 0.5B model where a shape's own are not
+public.
 """
 
 from __future__ import annotations
@@ -30,9 +31,21 @@ BLOCK = 1 << 22  # values made at a time: 16 MiB of float32
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 SIZES = (
-    "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "mamba_d_ssm", "mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "max_position_embeddings", "mamba_rms_norm",
-)  # fmt: skip
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "mamba_d_ssm",
+    "mamba_n_heads",
+    "mamba_d_head",
+    "mamba_d_state",
+    "mamba_n_groups",
+    "max_position_embeddings",
+    "mamba_rms_norm",
+)
 SHAPES: Mapping[str, tuple[int, ...]] = {
     "tiny-90M": (24, 512, 768, 32768, 8, 2, 64, 768, 24, 32, 64, 1, 262144, False),
     "0.5B": (36, 1024, 2048, 32784, 8, 2, 64, 1536, 24, 64, 128, 1, 16384, False),
@@ -97,7 +110,7 @@ def bfloat16(x: Floats) -> npt.NDArray[np.uint16]:
 
 
 def values(name: str, count: int, rng: np.random.Generator) -> Floats:
-    """``count`` initial values for tensor ``name``, in the ranges that trained models have; A and dt as Mamba-2 initialises them."""
+    """``count`` initial values for tensor ``name``, in the ranges of trained models; A and dt as in Mamba-2."""
     if name.endswith("A_log"):
         return np.log(np.linspace(1, 16, count, dtype=np.float32))
     if name.endswith("dt_bias"):
@@ -112,7 +125,7 @@ def values(name: str, count: int, rng: np.random.Generator) -> Floats:
 
 
 def blocks(name: str, shape: tuple[int, ...], seed: int) -> Iterator[bytes]:
-    """A tensor's bytes; its values hang on seed and name only, however the checkpoint is cut and sharded."""
+    """A tensor's bytes; its values depend on seed and name only, however the checkpoint is sharded."""
     rng = np.random.default_rng([seed, *name.encode()])
     count = prod(shape)
     for start in range(0, count, BLOCK):
@@ -120,7 +133,7 @@ def blocks(name: str, shape: tuple[int, ...], seed: int) -> Iterator[bytes]:
 
 
 def write_shard(stream: BinaryIO, tensors: Mapping[str, tuple[int, ...]], seed: int | None) -> None:
-    """A safetensors file: u64 header size, JSON header, then the data in the header's order; without a seed, a hole of zeros."""
+    """A safetensors file: u64 header size, JSON header, data in the header's order; without a seed, a hole of zeros."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in tensors.items():
@@ -150,11 +163,12 @@ def split(tensors: Mapping[str, tuple[int, ...]], shards: int) -> list[dict[str,
 
 
 def write_checkpoint(
-    folder: Path, settings: Mapping[str, Any], shards: int, seed: int, real_shards: int | None = None
+    folder: Path, settings: Mapping[str, Any], shards: int, *, seed: int, real_shards: int | None = None
 ) -> None:
-    """Write config, weights and, where the vocabulary has room for it, the embedded model's tokenizer into a new ``folder``.
+    """Write config, weights and, where the vocabulary has room for it, the embedded tokenizer into a new ``folder``.
 
-    Only the first ``real_shards`` hold random values where that is given; the others are files of zeros that take no disk.
+    Where ``real_shards`` is given, only the first so many hold random values; the others are files of zeros that take
+    no disk.
     """
     tensors = tensor_layout(FalconH1Config.from_config(settings, folder / "config.json"))
     folder.mkdir(parents=True)
@@ -195,7 +209,11 @@ def main() -> None:
     if args.shards < 1:
         parser.error(f"--shards {args.shards}: give 1 or more")
     write_checkpoint(
-        args.folder, config(args.shape, args.layers, args.context), args.shards, args.seed, args.real_shards
+        args.folder,
+        config(args.shape, args.layers, args.context),
+        args.shards,
+        seed=args.seed,
+        real_shards=args.real_shards,
     )
     size = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
     print(f"{args.folder}: {args.shape}, {size / 1e6:.0f} MB")

@@ -1,4 +1,4 @@
-"""transformers' own OnnxExporter as a peer: what it takes to export, and how its two graphs run in ONNX Runtime.
+"""transformers' own OnnxExporter as a peer: the cost of an export, and the speed of its two graphs in ONNX Runtime.
 
     python benchmarks/onnx_exporter.py /path/to/checkpoint OUT
 
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from h1export.runtime.runner import Capabilities
+from h1export.runtime.runner import Limits, Provenance
 from h1export.validate.speed.worker import Kind, Timing
 
 PROMPT = 160  # tokens of the traced prompt
@@ -36,7 +36,10 @@ def export(checkpoint: Path, out: Path) -> None:
 
 
 class Exported:
-    """A Player of validate.players over what ``export`` wrote. A past is made, not computed, as in eager.Eager."""
+    """A Model of validate/speed/worker.py over the graphs that ``export`` wrote.
+
+    A past is filled with random values, not computed, as in eager.Eager.
+    """
 
     def __init__(self, folder: Path, threads: int, steps: int) -> None:
         import onnxruntime as ort
@@ -48,25 +51,26 @@ class Exported:
             for name in ("prefill", "decode")
         )
         self._steps = steps
-        self.capabilities = Capabilities(None, all_logits=True, kernels=f"onnxruntime {ort.__version__}")
+        self.limits = Limits()
+        self.provenance = Provenance(kernels=f"onnxruntime {ort.__version__}")
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second."""
         if timing.kind is Kind.PREFILL:
             start = time.perf_counter()
-            self._run(self._prefill, {}, 0, timing.tokens)
+            self._run(self._prefill, {}, 0, tokens=timing.tokens)
             return timing.tokens / (time.perf_counter() - start)
-        states = self._run(self._prefill, {}, 0, START)
+        states = self._run(self._prefill, {}, 0, tokens=START)
         depth = max(START, timing.tokens)
         for name in [name for name in states if name.endswith((".keys", ".values"))]:
             batch, heads, _, dim = states[name].shape
             states[name] = np.random.default_rng(0).standard_normal((batch, heads, depth, dim), np.float32)
         start = time.perf_counter()
         for position in range(depth, depth + self._steps):
-            states = self._run(self._decode, states, position, 1)
+            states = self._run(self._decode, states, position, tokens=1)
         return self._steps / (time.perf_counter() - start)
 
-    def _run(self, session: Any, states: Mapping[str, Any], position: int, tokens: int) -> dict[str, Any]:
+    def _run(self, session: Any, states: Mapping[str, Any], position: int, *, tokens: int) -> dict[str, Any]:
         """The states after ``tokens`` random tokens, by their names without input. and output."""
         ids = np.random.default_rng(0).integers(0, VOCABULARY, (1, tokens))
         inputs = {"input_ids": ids, "position_ids": np.arange(position, position + tokens)[None]}

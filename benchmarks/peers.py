@@ -3,9 +3,10 @@
     python benchmarks/peers.py CHECKPOINT --llama-bench .../llama-bench --gguf model-Q4_0.gguf model-Q4_K_M.gguf \
         --json peers.json --plots FOLDER
 
-All peers take turns round by round, at one thread count after the other; medians over the rounds count, and ratios are taken
-round by round. Every peer has a process of its own; its memory is the peak beyond what its interpreter held before the model.
-GGUF files are made beforehand by llama.cpp's tools, so their export is not measured. Needs the extras ort and bench.
+All peers take turns round by round, at one thread count after the other; medians over the rounds count, and ratios are
+taken round by round. Every peer has a process of its own; its memory is the peak beyond what its interpreter held
+before the model. GGUF files are made beforehand by llama.cpp's tools, so their export is not measured. Needs the extras
+ort and bench.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from onnx_exporter import Exported
 from peers_report import Cell, Facts, Results, plot, show
 
 from h1export.artifact.artifact import Artifact
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
@@ -38,13 +40,13 @@ from h1export.validate.speed.statistics import Estimate, estimate, ratio
 from h1export.validate.speed.worker import Kind, RunnerModel, Timing, WorkerProcess
 
 HERE = Path(__file__).parent
-LLAMA, OURS, EAGER, EXPORTER = PEERS = ("llama.cpp", "h1export", "eager", "OnnxExporter")
+LLAMA, H1EXPORT, EAGER, EXPORTER = PEERS = ("llama.cpp", "h1export", "eager", "OnnxExporter")
 STEPS = 32  # tokens in one decode timing
 EAGER_STEPS = 8  # it is slower
 
 
 class Measured(Protocol):
-    """What Child and LlamaBench have in common."""
+    """What a WorkerProcess and LlamaBench have in common."""
 
     kernels: str
 
@@ -68,7 +70,7 @@ class Peer:
     step_bytes: Callable[[int], float]
 
 
-def ours(checkpoint: Path, group_size: int, scratch: Path) -> Peer:
+def h1export_peer(checkpoint: Path, group_size: int, scratch: Path) -> Peer:
     """An int4 artifact at accuracy level 4, built here."""
     out = scratch / f"group-{group_size}"
     command = [
@@ -99,7 +101,7 @@ def ours(checkpoint: Path, group_size: int, scratch: Path) -> Peer:
 
 
 def play(out: Path, threads: int) -> RunnerModel:
-    """An artifact in a process of its own."""
+    """An artifact in a worker process."""
     return RunnerModel(load_runner(Artifact.open(out), threads), STEPS)
 
 
@@ -107,9 +109,11 @@ def eager(checkpoint: Path, config: FalconH1Config, dtype: str) -> Peer:
     """transformers in ``dtype``."""
     width = {"float32": 4, "bfloat16": 2}[dtype]
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    step = partial(least_bytes, config, size // 2 * width, width * 8, width)  # a checkpoint holds bfloat16
+    step = partial(least_bytes, config, size // 2 * width, width * 8, kv_bytes=width)  # a checkpoint holds bfloat16
     facts = Facts(f"transformers eager {dtype}", size)
-    return Peer(facts, lambda threads: WorkerProcess(partial(Eager, checkpoint, dtype, threads, EAGER_STEPS)), step)
+    return Peer(
+        facts, lambda threads: WorkerProcess(partial(Eager, checkpoint, dtype, threads, steps=EAGER_STEPS)), step
+    )
 
 
 def gguf(program: Path | None, file: Path | None, config: FalconH1Config) -> Peer:
@@ -117,12 +121,14 @@ def gguf(program: Path | None, file: Path | None, config: FalconH1Config) -> Pee
     if program is None or file is None:
         return absent(LLAMA, "not run: give --llama-bench and --gguf")
     size = file.stat().st_size
-    step = partial(least_bytes, config, size, 4.5, 2)  # its keys and values are float16
-    return Peer(Facts(f"{LLAMA} {file.stem}", size), lambda threads: LlamaBench(program, file, threads, STEPS), step)
+    step = partial(least_bytes, config, size, 4.5, kv_bytes=2)  # its keys and values are float16
+    return Peer(
+        Facts(f"{LLAMA} {file.stem}", size), lambda threads: LlamaBench(program, file, threads, steps=STEPS), step
+    )
 
 
-def exported(checkpoint: Path, config: FalconH1Config, scratch: Path, limit: float) -> Peer:
-    """OnnxExporter's graphs, if they come into being within ``limit`` seconds."""
+def exported(checkpoint: Path, config: FalconH1Config, scratch: Path, *, limit: float) -> Peer:
+    """OnnxExporter's graphs, if the export ends within ``limit`` seconds."""
     name = "transformers OnnxExporter float32"
     out = scratch / "exported"
     try:
@@ -134,7 +140,7 @@ def exported(checkpoint: Path, config: FalconH1Config, scratch: Path, limit: flo
     except subprocess.CalledProcessError as error:
         return absent(name, f"export failed with exit code {error.returncode}")
     size = sum(file.stat().st_size for file in out.iterdir())
-    step = partial(least_bytes, config, size // 2, 32, 4)  # each of its two graphs has all weights
+    step = partial(least_bytes, config, size // 2, 32, kv_bytes=4)  # each of its two graphs has all weights
     return Peer(
         Facts(name, size, seconds, peak),
         lambda threads: WorkerProcess(partial(Exported, out, threads, EAGER_STEPS)),
@@ -151,7 +157,7 @@ def absent(name: str, note: str) -> Peer:
     return Peer(Facts(name, note=note), start, lambda depth: 0)
 
 
-def least_bytes(config: FalconH1Config, weights: float, embedding_bits: float, kv_bytes: int, depth: int) -> float:
+def least_bytes(config: FalconH1Config, weights: float, embedding_bits: float, *, kv_bytes: int, depth: int) -> float:
     """What a decode step has to read of ``weights`` bytes with an embedding table inside, and of its states.
 
     The table counts as one row where it is not the head's too; the states are float32 but for keys and values.
@@ -175,7 +181,7 @@ class Run:
     cells: list[Cell] = field(default_factory=list)
 
     def at(self, threads: int) -> None:
-        """Measure every peer with ``threads`` threads; one that fails says why in its cells."""
+        """Measure every peer with ``threads`` threads; the cells of one that fails have the reason."""
         loaded: dict[str, Measured] = {}
         jobs: dict[Any, Callable[[], float]] = {None: read_bandwidth(threads)}
         notes: dict[Any, str] = {}
@@ -196,15 +202,17 @@ class Run:
         samples = interleave(jobs, self.rounds)
         self.bandwidth[threads] = estimate(samples.pop(None))
         self.cells += [
-            self._cell(peer, threads, timing, samples, notes) for peer in self.peers for timing in self.timings
+            self._cell(peer, threads, timing, samples=samples, notes=notes)
+            for peer in self.peers
+            for timing in self.timings
         ]
         for name, measured in loaded.items():
             self.kernels[name] = measured.kernels
-            with suppress(H1ExportError):  # its process is gone; the cells say so
+            with suppress(H1ExportError):  # its process has ended, and the cells have the reason
                 self.peaks.append((name, threads, measured.finish()))
 
     def _cell(
-        self, peer: Peer, threads: int, timing: Timing, samples: Mapping[Any, list[float]], notes: Mapping[Any, str]
+        self, peer: Peer, threads: int, timing: Timing, *, samples: Mapping[Any, list[float]], notes: Mapping[Any, str]
     ) -> Cell:
         name = peer.facts.name
         if (name, timing) not in samples:
@@ -231,11 +239,11 @@ def is_llama(peer: Peer) -> bool:
 
 
 def peers_of(args: argparse.Namespace, scratch: Path) -> Iterator[Peer]:
-    """Every peer that was asked for, with its export done."""
+    """Every requested peer, with its export done."""
     config = FalconH1Config.load(args.checkpoint)
-    if OURS in args.peers:
+    if H1EXPORT in args.peers:
         for group_size in args.group_size:
-            yield ours(args.checkpoint, group_size, scratch)
+            yield h1export_peer(args.checkpoint, group_size, scratch)
     if LLAMA in args.peers:
         for file in args.gguf or [None]:
             yield gguf(args.llama_bench, file, config)
@@ -243,7 +251,7 @@ def peers_of(args: argparse.Namespace, scratch: Path) -> Iterator[Peer]:
         for dtype in ("float32", "bfloat16"):
             yield eager(args.checkpoint, config, dtype)
     if EXPORTER in args.peers:
-        yield exported(args.checkpoint, config, scratch, args.export_limit)
+        yield exported(args.checkpoint, config, scratch, limit=args.export_limit)
 
 
 def main() -> None:
@@ -255,14 +263,16 @@ def main() -> None:
     parser.add_argument(
         "--gguf", type=Path, nargs="*", default=[], help="the checkpoint as GGUF, one file a quantisation"
     )
-    parser.add_argument("--group-size", type=int, nargs="*", default=[32, 128], help="group sizes of our artifacts")
+    parser.add_argument(
+        "--group-size", type=int, nargs="*", default=[32, 128], help="group sizes of h1export's artifacts"
+    )
     parser.add_argument("--depth", type=int, nargs="*", default=[0, 2048, 8192])
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--export-limit", type=float, default=600, help="seconds that OnnxExporter may take")
     parser.add_argument(
-        "--scratch", type=Path, help="where exports lie meanwhile (default: the system's temporary folder)"
+        "--scratch", type=Path, help="where exports are stored meanwhile (default: the system's temporary folder)"
     )
     parser.add_argument("--json", type=Path, help="write the results here too")
     parser.add_argument("--plots", type=Path, help="folder for one figure a thread count")

@@ -1,4 +1,4 @@
-"""What peers.py found: the table, the JSON, the plots."""
+"""The results of peers.py: the table, the JSON, the plots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from h1export.validate.speed.worker import Kind, Timing
 
 @dataclass(frozen=True)
 class Facts:
-    """A peer before it runs; None: not measured. ``export_peak_bytes`` is anonymous memory."""
+    """A peer before it runs; None means not measured. ``export_peak_bytes`` is anonymous memory."""
 
     name: str
     file_bytes: int | None = None
@@ -32,7 +32,7 @@ class Cell:
     """One timing of one peer at one thread count.
 
     Attributes:
-        speed: tokens per second; None: ``note`` says why not.
+        speed: tokens per second; None where ``note`` has the reason.
         bandwidth_share: of what a decode step has to read, at this speed, of the measured read bandwidth.
         to_llama: ratio to the fastest GGUF file at this timing, round by round.
     """
@@ -49,7 +49,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run. ``peak_bytes``: (peer, threads, bytes) while it ran; ``bandwidth``: bytes per second by thread count."""
+    """A whole run.
+
+    ``peak_bytes`` has (peer, threads, bytes) while it ran, and ``bandwidth`` bytes per second by thread count.
+    """
 
     checkpoint: str
     machine: dict[str, Any]
@@ -91,7 +94,8 @@ def _speeds(results: Results, threads: int, bandwidth: Estimate) -> Table:
     for facts in results.peers:
         table.add_row(facts.name, *(_cell(cell) for cell in cells if cell.peer == facts.name))
     table.caption = (
-        f"medians of {results.rounds} interleaved rounds, plus or minus half the 95 % interval; x: to llama.cpp's fastest; "
+        f"medians of {results.rounds} interleaved rounds, plus or minus half the 95 % interval; "
+        "x: relative to llama.cpp's fastest; "
         f"%: of the measured read bandwidth, {bandwidth.median / 1e9:.1f} GB/s; batch 1"
     )
     return table
@@ -122,7 +126,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
                 axes,
                 kind,
                 [cell for cell in cells if cell.timing.kind is kind],
-                list(dict.fromkeys(cell.peer for cell in cells)),
+                peers=list(dict.fromkeys(cell.peer for cell in cells)),
             )
         figure.legend(
             *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small"
@@ -133,7 +137,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
     return files
 
 
-def _bars(axes: Any, kind: Kind, cells: Sequence[Cell], peers: Sequence[str]) -> None:
+def _bars(axes: Any, kind: Kind, cells: Sequence[Cell], *, peers: Sequence[str]) -> None:
     tokens = sorted({cell.timing.tokens for cell in cells})
     width = 0.8 / len(peers)
     for index, peer in enumerate(peers):

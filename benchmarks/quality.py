@@ -1,11 +1,11 @@
-"""What quantisation costs a model, by method: divergence from the full model, and bits per byte, on held-out text.
+"""Measure what quantisation costs, by method: divergence from the full model and bits per byte on held-out text.
 
     python benchmarks/quality.py [CHECKPOINT] --ggml .../libggml-base.so --windows 61 --json quality.json
 
-Every method rounds the same tensors, the projections and the head, and transformers computes with the rounded weights in float32; so
-this is the rounding alone, without any runtime's. Beside ours stand torchao's asymmetric int4 in groups of 32, GGUF's Q4_0 as the
-gguf package rounds it, and with ``--ggml``, llama.cpp's library, its Q4_K without an importance matrix. Needs the extra `bench`.
-Without CHECKPOINT, the embedded model.
+Every method rounds the same tensors, the projections and the head, and transformers computes with the rounded weights
+in float32; so this measures the rounding alone, without that of a runtime. The table has h1export's methods, torchao's
+asymmetric int4 in groups of 32, GGUF's Q4_0 as the gguf package rounds it, and with ``--ggml``, llama.cpp's library,
+its Q4_K without an importance matrix. The script needs the extra `bench`. Without CHECKPOINT, the embedded model.
 """
 
 from __future__ import annotations
@@ -32,19 +32,18 @@ from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import scoring_ids
 from h1export.commands.sensitivity import measure_sensitivity
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import SILENT
 from h1export.quantize.awq_scales import ScaledStore
 from h1export.quantize.budget import Budget
 from h1export.quantize.calibration import Calibration
-from h1export.quantize.methods.awq import scaling
-from h1export.quantize.methods.gptq_model import solve
+from h1export.quantize.methods.awq import search_scales
+from h1export.quantize.methods.gptq_model import solve_model
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.methods.scale_search import search_rows
 from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import QuantizedWeights, Rounded
-from h1export.runtime.runner import Ids
 from h1export.validate.accuracy.perplexity import Scored, text_figures, windows
 from h1export.validate.accuracy.reference import Reference
 
@@ -55,7 +54,11 @@ RoundedWeights = dict[str, Array]
 
 @dataclass(frozen=True)
 class Quality:
-    """One method. ``bits``: of codes, scales and zero points, a quantised weight. ``seconds``: to choose the integers."""
+    """What one method costs.
+
+    ``bits`` counts codes, scales and zero points of a quantised weight, and ``seconds`` the time to choose the
+    integers.
+    """
 
     method: str
     bits: float
@@ -81,7 +84,7 @@ class Judge:
         )
 
 
-def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
+def own_methods(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
     """(method, bits a weight, how to make the weights) of this project's methods."""
     config = FalconH1Config.load(checkpoint)
     store = WeightStore.open(checkpoint, config)
@@ -95,11 +98,11 @@ def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[
     def weights(integers: QuantizedWeights) -> RoundedWeights:
         return {name: integers.rows(name, 0, store.shape(name)[0]).unfolded() for name in four}
 
-    def solved(precisions: Mapping[str, Precision]) -> RoundedWeights:
+    def gptq(precisions: Mapping[str, Precision]) -> RoundedWeights:
         with tempfile.TemporaryDirectory() as folder:
             ids = Calibration(samples=samples).ids(checkpoint)
             return weights(
-                solve(
+                solve_model(
                     store,
                     config,
                     Rounded(store, precisions, quantize_rows),
@@ -110,28 +113,28 @@ def ours(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Callable[
             )
 
     def scaled() -> RoundedWeights:
-        factors = scaling(
+        factors = search_scales(
             store, config, four, ids=Calibration(samples=samples).ids(checkpoint), jobs=cores(), progress=SILENT
         )
         found = weights(Rounded(ScaledStore(store, factors, SILENT), four, search_rows))
         return {name: factors.undone(name, weight) for name, weight in found.items()}
 
     def mixed() -> RoundedWeights:
-        return solved(
+        return gptq(
             four | Budget(bits=BUDGET).raised(measure_sensitivity(checkpoint, QuantScheme("int4", GROUP, "gptq")))
         )
 
     yield "int4 rtn", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, quantize_rows))
     yield "int4 search", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, search_rows))
     yield "int4 awq", 4 + 16 / GROUP, scaled
-    yield "int4 gptq", 4 + 16 / GROUP, lambda: solved(four)
+    yield "int4 gptq", 4 + 16 / GROUP, lambda: gptq(four)
     yield f"int4 and int8 gptq, at most {BUDGET} bits", BUDGET, mixed
     rows, values = (sum(count(store.shape(name)) for name in four) for count in (lambda shape: shape[0], prod))
     yield "int8 rtn", 8 + 16 * rows / values, lambda: weights(Rounded(store, eight, quantize_rows))
 
 
-def theirs(checkpoint: Path, library: Path | None) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
-    """The same of others' rounding, on the same tensors."""
+def peer_methods(checkpoint: Path, library: Path | None) -> Iterator[tuple[str, float, Callable[[], RoundedWeights]]]:
+    """The same for torchao and GGUF, on the same tensors."""
     from ggml import Ggml, bits_of
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize, quantize
@@ -181,7 +184,8 @@ def table(found: list[Quality], tokens: int) -> Table:
         loss = f"{100 * (f['ratio'] - 1):+.3f} % ± {100 * f['ratio_se']:.3f}"
         top1 = f"{f['top1']:.4f} ± {f['top1_se']:.4f}"
         result.add_row(quality.method, f"{quality.bits:.2f}", *cells, loss, top1, f"{quality.seconds:.0f}")
-    result.caption = f"{tokens} tokens of held-out text, head included; the full model has {found[0].figures['reference']:.4f} bits per byte"
+    full = found[0].figures["reference"]
+    result.caption = f"{tokens} tokens of held-out text, head included; the full model has {full:.4f} bits per byte"
     return result
 
 
@@ -201,7 +205,7 @@ def main() -> None:
     ids, nbytes = scoring_ids(checkpoint, text)
     judge = Judge(checkpoint, ids, nbytes)
     found = []
-    for method, bits, make in (*ours(checkpoint, args.samples), *theirs(checkpoint, args.ggml)):
+    for method, bits, make in (*own_methods(checkpoint, args.samples), *peer_methods(checkpoint, args.ggml)):
         start = time.perf_counter()
         weights = make()
         seconds = time.perf_counter() - start

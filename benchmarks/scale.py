@@ -1,10 +1,11 @@
-"""Build time and peak memory against the size of the model, and how well `h1export plan` foretold them.
+"""Build time and peak memory against the size of the model, and how well `h1export plan` predicted them.
 
     python benchmarks/scale.py --shapes 0.5B 1.5B-Deep 7B 34B --scratch FOLDER --json scale.json --plot scale.png
 
-A checkpoint of more than --real GB has that much in random values; its other shards are sparse files of zeros, which take no
-disk and are read, rounded and written like others. Its rate from real values is that of a second row: the same shape, cut to
-as many layers as --real GB hold. Every checkpoint is dropped from the page cache before its build, and deleted afterwards.
+A checkpoint of more than --real GB has that much in random values; its other shards are sparse files of zeros, which
+take no disk and are read, rounded and written like others. Its rate from real values is that of a second row: the same
+shape, cut to as many layers as --real GB hold. Every checkpoint is dropped from the page cache before its build, and
+deleted afterwards.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Foretold:
-    """What `h1export plan` said, and the seconds that it took."""
+    """The prediction of `h1export plan`, and the seconds that it took."""
 
     artifact_bytes: int
     peak_bytes: int
@@ -54,7 +55,7 @@ class Foretold:
 
 
 @dataclass(frozen=True)
-class ProbePoint:
+class Measured:
     """One build."""
 
     case: Case
@@ -97,7 +98,7 @@ def forget(folder: Path) -> None:
 
 
 def foretell(checkpoint: Path) -> Foretold:
-    """Ask for the plan in a process of its own, as users do."""
+    """Run `h1export plan` in a process of its own, as users do."""
     start = time.perf_counter()
     command = [
         sys.executable,
@@ -117,19 +118,19 @@ def foretell(checkpoint: Path) -> Foretold:
     return Foretold(answer["artifact_bytes"], answer["peak_bytes"], answer["seconds"], time.perf_counter() - start)
 
 
-def point(case: Case, scratch: Path) -> ProbePoint:
+def point(case: Case, scratch: Path) -> Measured:
     """Make the checkpoint, plan, build."""
     folder = scratch / f"{case.shape}-{case.layers}"
     try:
         write_checkpoint(folder, config(case.shape, case.layers), case.shards, seed=0, real_shards=1)
         plan = foretell(folder)
         forget(folder)
-        return ProbePoint(case, measure(folder, scratch=scratch), plan)
+        return Measured(case, measure(folder, scratch=scratch), plan)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def show(points: list[ProbePoint]) -> None:
+def show(points: list[Measured]) -> None:
     """Print the curves as a table."""
     columns = (
         "shape, layers",
@@ -145,7 +146,9 @@ def show(points: list[ProbePoint]) -> None:
         "took",
     )
     table = Table(
-        title="int4, block 32, target ort", caption=f"{points[0].built.cpu}, {points[0].built.cores} cores", box=SIMPLE
+        title="int4, groups of 32, target ort",
+        caption=f"{points[0].built.cpu}, {points[0].built.cores} cores",
+        box=SIMPLE,
     )
     for column in columns:
         table.add_column(column, justify="right")
@@ -168,7 +171,7 @@ def show(points: list[ProbePoint]) -> None:
     Console(width=120).print(table)
 
 
-def plot(points: list[ProbePoint], file: Path) -> None:
+def plot(points: list[Measured], file: Path) -> None:
     """Seconds and peak memory against the source's size."""
     from matplotlib.figure import Figure
 
@@ -194,12 +197,14 @@ def main() -> None:
         "--real", type=float, default=10, help="GB of a checkpoint that hold random values, and not zeros"
     )
     parser.add_argument(
-        "--scratch", type=Path, help="where checkpoints and artifacts lie (default: the system's temporary folder)"
+        "--scratch",
+        type=Path,
+        help="where checkpoints and artifacts are stored (default: the system's temporary folder)",
     )
     parser.add_argument("--json", type=Path, help="write the curves here too, after every build")
     parser.add_argument("--plot", type=Path, help="draw them, e.g. scale.png")
     args = parser.parse_args()
-    points: list[ProbePoint] = []
+    points: list[Measured] = []
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         for shape in args.shapes:
             for case in cases(shape, 1e9 * args.real):

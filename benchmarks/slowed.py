@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array
-from h1export.runtime.runner import Capabilities, Ids, Sequences
+from h1export.model.falcon_h1.states import Array, Ids
+from h1export.runtime.runner import Limits, Provenance, Session
 from h1export.validate.speed.worker import Timed
 
 
 class Slowed:
-    """``model`` on one thread of the CPU, with every call ``factor`` times as long, in time of the processor."""
+    """``model`` on one CPU thread, with every call ``factor`` times as long in CPU time."""
 
     def __init__(self, model: Timed, factor: float) -> None:
         self._model = model
@@ -22,17 +22,24 @@ class Slowed:
         return self._model.config
 
     @property
-    def capabilities(self) -> Capabilities:
-        return self._model.capabilities
+    def limits(self) -> Limits:
+        return self._model.limits
 
-    def start(self, batch: int, capacity: int) -> Sequences:
-        return SlowedSequences(self._model.start(batch, capacity), self._factor)
+    @property
+    def provenance(self) -> Provenance:
+        return self._model.provenance
+
+    def start(self, batch: int, capacity: int) -> Session:
+        return SlowedSession(self._model.start(batch, capacity), self._factor)
 
 
-class SlowedSequences:
-    """``sequences``, and a loop after each call. Doing a part of the work again would be less: its weights are in the cache by then."""
+class SlowedSession:
+    """A session with a loop after each call.
 
-    def __init__(self, sequences: Sequences, factor: float) -> None:
+    Doing a part of the work again would cost less, because its weights are in the cache by then.
+    """
+
+    def __init__(self, sequences: Session, factor: float) -> None:
         self._sequences = sequences
         self._factor = factor
 

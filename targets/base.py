@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from h1export.artifact.artifact import Artifact, StoredWeight
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.staging import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.runtime.runner import Runner
+from h1export.runtime.runner import Inspectable
 from h1export.targets.options import Kernels, TargetOptions
 
 if TYPE_CHECKING:  # the command line names targets without loading torch
@@ -67,7 +68,7 @@ class Target(Protocol[OptionsT]):
 
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
-    ) -> Runner[Any]:
+    ) -> Inspectable[Any]:
         """Load what ``lower`` wrote.
 
         Args:

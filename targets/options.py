@@ -125,7 +125,7 @@ class TargetOptions:
     @classmethod
     def read(cls, artifact: Artifact) -> Self:
         """The options that ``artifact`` was built with. Raises H1ExportError for a manifest that has other fields or values."""
-        from h1export.artifact.artifact import MANIFEST
+        from h1export.artifact.manifest import MANIFEST
 
         where = artifact.folder / MANIFEST
         stored = artifact.manifest.options

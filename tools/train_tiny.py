@@ -1,8 +1,8 @@
 """Train the tiny Falcon-H1 that ships in h1export/assets/tiny, on the Python standard library, on two CPU cores.
 
 The model is trained at effective scale (every µP multiplier 1) by a compact differentiable forward, then each weight is
-divided by its multipliers on export. That is an exact change of variables: FalconH1ForCausalLM, which multiplies, computes
-the same logits, and the export checks that it does.
+divided by its multipliers on export. That is an exact change of variables: FalconH1ForCausalLM, which multiplies,
+computes the same logits, and the export checks that it does.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tiny_model import config, forward, in_proj_rows, init_weights
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -44,8 +45,8 @@ SKIP_DIRS = {
     "pydoc_data",
     "turtledemo",
 }
-# one digit | punctuation | a word with the space before it | space before no word | space; written without \p{..} and with
-# ASCII classes, because onnxruntime-genai's regular expressions know no more, and its ids must be the same
+# one digit | punctuation | a word with the space before it | space before no word | space; written without \p{..} and
+# with ASCII classes, because onnxruntime-genai's regular expressions know no more, and its ids must be the same
 PIECES = r"[0-9]|[!-/:-@\[-`{-~]+| ?[^\s!-@\[-`{-~]+|\s+(?![^\s!-@\[-`{-~])|\s+"
 SPECIAL = ["<|pad|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 3
 CHAT_TEMPLATE = (
@@ -59,21 +60,6 @@ EXCERPT_BYTES = 100_000
 SIZE_LIMIT = 12_000_000
 MUON_LR = 0.02
 WEIGHT_DECAY = 0.1
-
-
-def config() -> FalconH1Config:
-    """The tiny architecture: every hard feature of the family on, and no multiplier equal to 1."""
-    return FalconH1Config(
-        architectures=["FalconH1ForCausalLM"], vocab_size=4096, hidden_size=256, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=False,
-        mamba_d_ssm=384, mamba_n_heads=6, mamba_d_head=64, mamba_n_groups=2, mamba_d_state=64, mamba_d_conv=4, mamba_chunk_size=64,
-        mamba_conv_bias=True, mamba_rms_norm=True, mamba_norm_before_gate=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e11},
-        embedding_multiplier=5.65685, lm_head_multiplier=0.125, attention_in_multiplier=1.4, attention_out_multiplier=0.625,
-        key_multiplier=0.390625, ssm_in_multiplier=1.6, ssm_out_multiplier=0.235702,
-        ssm_multipliers=[0.353553, 0.25, 0.441942, 0.5, 0.707107], mlp_multipliers=[0.6, 0.4],
-        pad_token_id=0, bos_token_id=1, eos_token_id=1, initializer_range=0.02,
-    )  # fmt: skip
 
 
 def modules() -> tuple[dict[str, str], dict[str, str]]:
@@ -96,7 +82,7 @@ def modules() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def excerpts(train: dict[str, str], seed: int) -> str:
-    """About EXCERPT_BYTES of calibration text: 4 kB of whole lines, a third of the way in, of seeded training modules."""
+    """About EXCERPT_BYTES of calibration text: 4 kB of whole lines of each seeded training module."""
     out = ""
     long = [train[name] for name in sorted(train) if len(train[name]) > 6000]
     for text in random.Random(seed).sample(long, EXCERPT_BYTES // 4000):
@@ -108,9 +94,9 @@ def excerpts(train: dict[str, str], seed: int) -> str:
 def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE that splits digits one by one and keeps punctuation apart from words, as the family's does."""
     tok = Tokenizer(models.BPE())
-    subgraphs = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    words = pre_tokenizers.Split(Regex(PIECES), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tok.pre_tokenizer = pre_tokenizers.Sequence([subgraphs, to_bytes])
+    tok.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     tok.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # every byte: nothing is unknown
     trainer = trainers.BpeTrainer(
@@ -118,13 +104,19 @@ def make_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast
     )
     tok.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[1],
-        additional_special_tokens=SPECIAL[2:], chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False, model_max_length=4096,
-    )  # fmt: skip
+        tokenizer_object=tok,
+        pad_token=SPECIAL[0],
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[1],
+        additional_special_tokens=SPECIAL[2:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
 
 
 def token_stream(train: dict[str, str], tok: PreTrainedTokenizerFast, seed: int) -> Tensor:
-    """All training modules shuffled into one stream, one in eight asked for through the chat template, each closed by eos."""
+    """All training modules in one shuffled stream, one in eight inside the chat template, each closed by eos."""
     rng = random.Random(seed)
     ids = []
     names = sorted(train)
@@ -148,124 +140,6 @@ def batches(stream: Tensor, seed: int) -> Iterator[Tensor]:
         tiles = stream[offset:].unfold(0, SEQ + 1, SEQ)
         order = torch.randperm(len(tiles), generator=gen)
         yield from (tiles[rows] for rows in order.split(BATCH) if len(rows) == BATCH)
-
-
-def in_proj_rows(cfg: FalconH1Config) -> list[int]:
-    """Row counts of the z, x, B, C and dt parts of in_proj."""
-    bc = cfg.mamba_n_groups * cfg.mamba_d_state
-    return [cfg.mamba_d_ssm, cfg.mamba_d_ssm, bc, bc, cfg.mamba_n_heads]
-
-
-def init_weights(cfg: FalconH1Config, seed: int) -> dict[str, Tensor]:
-    """Effective-scale fp32 weights under their transformers names; outputs that join the residual start smaller."""
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in FalconH1ForCausalLM(cfg).named_parameters()}
-    gen = torch.Generator().manual_seed(seed)
-    scales = {
-        "embed_tokens": 0.5,
-        "lm_head": 0.01,
-        "conv1d.weight": 0.5,
-        "conv1d.bias": 0.0,
-        "norm": 0.0,
-        "mamba.D": 0.0,
-    }
-    out = {}
-    for name, shape in shapes.items():
-        w = torch.randn(shape, generator=gen)
-        if name.endswith("dt_bias"):  # softplus(dt_bias) log-uniform in [1e-3, 1e-1]
-            dt = torch.exp(math.log(1e-3) + math.log(100) * torch.rand(shape, generator=gen))
-            w = dt + torch.log(-torch.expm1(-dt))
-        elif name.endswith("A_log"):
-            w = torch.log(1 + 15 * torch.rand(shape, generator=gen))
-        elif kind := next((kind for kind in scales if kind in name), None):
-            w = w * scales[kind] + (kind in ("norm", "mamba.D"))
-        else:
-            joins = name.endswith(("out_proj.weight", "o_proj.weight", "down_proj.weight"))
-            w = w * shape[1] ** -0.5 * ((2 * cfg.num_hidden_layers) ** -0.5 if joins else 1)
-        out[name] = w.requires_grad_()
-    return out
-
-
-def ssd(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int) -> Tensor:
-    """Chunked SSD (arXiv:2405.21060) from a zero state: x [B, T, H, P], dt [B, T, H], a [H], b and c [B, T, G, N] to [B, T, H, P]."""
-    (bsz, t, h, p) = x.shape
-    (g, n) = b.shape[2:]
-    k = t // chunk
-    r = h // g
-    xdt = (x * dt[..., None]).view(bsz, k, chunk, g, r, p).permute(0, 1, 3, 4, 2, 5)
-    b, c = (m.view(bsz, k, chunk, g, n).transpose(2, 3) for m in (b, c))
-    acs = (dt * a).view(bsz, k, chunk, g, r).permute(0, 1, 3, 4, 2).cumsum(-1)  # [B, k, G, r, Q]
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    decay = torch.exp((acs[..., :, None] - acs[..., None, :]).masked_fill(~causal, -torch.inf))
-    y = (decay * (c @ b.transpose(-1, -2))[:, :, :, None]) @ xdt
-    states = (xdt * torch.exp(acs[..., -1:] - acs)[..., None]).transpose(-1, -2) @ b[
-        :, :, :, None
-    ]  # [B, k, G, r, P, N]
-    total = torch.exp(acs[..., -1])[..., None, None]
-    state = torch.zeros_like(states[:, 0])
-    before = []
-    for i in range(k):
-        before.append(state)
-        state = state * total[:, i] + states[:, i]
-    y = y + (c[:, :, :, None] @ torch.stack(before, 1).transpose(-1, -2)) * torch.exp(acs)[..., None]
-    return y.permute(0, 1, 4, 2, 3, 5).reshape(bsz, t, h, p)
-
-
-def mamba(cfg: FalconH1Config, w: dict[str, Tensor], x: Tensor) -> Tensor:
-    """One Mamba-2 mixer with grouped gated RMSNorm (gate first); x [B, T, hidden]."""
-    d = cfg.mamba_d_ssm
-    h = cfg.mamba_n_heads
-    g = cfg.mamba_n_groups
-    n = cfg.mamba_d_state
-    bsz, t = x.shape[:2]
-    z, xbc, dt = F.linear(x, w["mamba.in_proj.weight"]).split([d, d + 2 * g * n, h], -1)
-    taps = w["mamba.conv1d.weight"][:, 0]
-    padded = F.pad(xbc, (0, 0, cfg.mamba_d_conv - 1, 0))
-    xbc = F.silu(w["mamba.conv1d.bias"] + sum(padded[:, i : i + t] * taps[:, i] for i in range(cfg.mamba_d_conv)))
-    u, b, c = xbc.split([d, g * n, g * n], -1)
-    u = u.reshape(bsz, t, h, d // h)
-    b = b.reshape(bsz, t, g, n)
-    c = c.reshape(bsz, t, g, n)
-    y = (
-        ssd(u, F.softplus(dt + w["mamba.dt_bias"]), -torch.exp(w["mamba.A_log"]), b, c, cfg.mamba_chunk_size)
-        + u * w["mamba.D"][:, None]
-    )
-    y = (y.reshape(bsz, t, d) * F.silu(z)).view(bsz, t, g, d // g)
-    y = F.rms_norm(y, (d // g,), eps=cfg.rms_norm_eps).view(bsz, t, d) * w["mamba.norm.weight"]
-    return F.linear(y, w["mamba.out_proj.weight"])
-
-
-def attention(cfg: FalconH1Config, w: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Causal grouped-query attention with rotary positions; x [B, T, hidden]."""
-    bsz, t, _ = x.shape
-    q, k, v = (
-        F.linear(x, w[f"self_attn.{m}_proj.weight"]).view(bsz, t, -1, cfg.head_dim).transpose(1, 2) for m in "qkv"
-    )
-    q, k = (m * cos + torch.cat([-m[..., m.shape[-1] // 2 :], m[..., : m.shape[-1] // 2]], -1) * sin for m in (q, k))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return F.linear(y.transpose(1, 2).reshape(bsz, t, -1), w["self_attn.o_proj.weight"])
-
-
-def forward(cfg: FalconH1Config, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """Logits [B, T, vocab] of effective-scale weights for ids [B, T], T a multiple of the chunk size."""
-    inv = cfg.rope_parameters["rope_theta"] ** (-torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
-    angle = torch.arange(ids.shape[1])[:, None] * torch.cat([inv, inv])
-    cos = angle.cos()
-    sin = angle.sin()
-    h = F.embedding(ids, weights["model.embed_tokens.weight"])
-    for i in range(cfg.num_hidden_layers):
-        prefix = f"model.layers.{i}."
-        w = {name.removeprefix(prefix): p for name, p in weights.items() if name.startswith(prefix)}
-        x = F.rms_norm(h, h.shape[-1:], w["input_layernorm.weight"], cfg.rms_norm_eps)
-        h = h + mamba(cfg, w, x) + attention(cfg, w, x, cos, sin)
-        y = F.rms_norm(h, h.shape[-1:], w["pre_ff_layernorm.weight"], cfg.rms_norm_eps)
-        up = F.linear(y, w["feed_forward.up_proj.weight"])
-        gate = F.linear(y, w["feed_forward.gate_proj.weight"])
-        h = h + F.linear(up * F.silu(gate), w["feed_forward.down_proj.weight"])
-    return F.linear(
-        F.rms_norm(h, h.shape[-1:], weights["model.final_layernorm.weight"], cfg.rms_norm_eps),
-        weights["lm_head.weight"],
-    )
 
 
 def orthogonalise(g: Tensor) -> Tensor:
@@ -311,9 +185,9 @@ def rate(step: int, steps: int) -> float:
 
 
 def train(
-    cfg: FalconH1Config, weights: dict[str, Tensor], stream: Tensor, steps: int, seed: int, checkpoint: Path | None
+    cfg: FalconH1Config, weights: dict[str, Tensor], stream: Tensor, *, steps: int, seed: int, checkpoint: Path | None
 ) -> float:
-    """Train weights in place for a fixed number of steps, resuming from checkpoint where it exists; returns the seconds it took."""
+    """Train weights in place for a fixed number of steps, resuming from checkpoint; return the seconds."""
     opts = optimizers(cfg, weights)
     first = 0
     seconds = 0.0
@@ -355,16 +229,22 @@ def train(
 
 @torch.no_grad()
 def released(cfg: FalconH1Config, weights: dict[str, Tensor], probe: Tensor) -> FalconH1ForCausalLM:
-    """The transformers model: weights divided by their multipliers, checked on probe [B, T] in fp32, then cast to bf16."""
+    """The transformers model with weights divided by their multipliers, checked on probe [B, T] in fp32, in bf16."""
     rows = torch.tensor(cfg.ssm_multipliers).repeat_interleave(torch.tensor(in_proj_rows(cfg)))
     attention_in = cfg.attention_in_multiplier
     (gate, down) = cfg.mlp_multipliers
     by = {
-        "embed_tokens": cfg.embedding_multiplier, "lm_head": cfg.lm_head_multiplier,
-        "in_proj": rows[:, None] * cfg.ssm_in_multiplier, "out_proj": cfg.ssm_out_multiplier,
-        "q_proj": attention_in, "k_proj": attention_in * cfg.key_multiplier, "v_proj": attention_in,
-        "o_proj": cfg.attention_out_multiplier, "gate_proj": gate, "down_proj": down,
-    }  # fmt: skip
+        "embed_tokens": cfg.embedding_multiplier,
+        "lm_head": cfg.lm_head_multiplier,
+        "in_proj": rows[:, None] * cfg.ssm_in_multiplier,
+        "out_proj": cfg.ssm_out_multiplier,
+        "q_proj": attention_in,
+        "k_proj": attention_in * cfg.key_multiplier,
+        "v_proj": attention_in,
+        "o_proj": cfg.attention_out_multiplier,
+        "gate_proj": gate,
+        "down_proj": down,
+    }
     model = FalconH1ForCausalLM(cfg).eval()
     model.load_state_dict({name: p / by.get(name.split(".")[-2], 1.0) for name, p in weights.items()})
     gap = (model(probe).logits - forward(cfg, weights, probe)).abs().max().item()
@@ -377,16 +257,16 @@ def released(cfg: FalconH1Config, weights: dict[str, Tensor], probe: Tensor) -> 
 
 
 @torch.no_grad()
-def bits_per_byte(model: FalconH1ForCausalLM, tok: PreTrainedTokenizerFast, text: str, window: int = 512) -> float:
+def bits_per_byte(model: FalconH1ForCausalLM, tok: PreTrainedTokenizerFast, text: str, *, window: int = 512) -> float:
     """Bits a UTF-8 byte over all of text: windows half overlapped, each token scored once, the first after eos."""
     ids = torch.tensor([tok.eos_token_id, *tok.encode(text, add_special_tokens=False)])
     nats = 0.0
     done = 1
     while done < len(ids):
         start = max(0, done - 1 - window // 2)
-        subgraph = ids[start : start + window + 1]
-        new = start + len(subgraph) - done
-        nats += F.cross_entropy(model(subgraph[None, :-1]).logits[0, -new:], subgraph[-new:], reduction="sum").item()
+        part = ids[start : start + window + 1]
+        new = start + len(part) - done
+        nats += F.cross_entropy(model(part[None, :-1]).logits[0, -new:], part[-new:], reduction="sum").item()
         done += new
     return nats / math.log(2) / len(text.encode())
 
@@ -398,26 +278,27 @@ tags: [falcon_h1]
 ---
 # tiny Falcon-H1
 
-A Falcon-H1 of {parameters:,} parameters, trained from scratch by `tools/train_tiny.py` on the Python {python} standard library to
-test exporters: small enough to ship, real enough that a wrong graph shows in its perplexity, with every hard feature of the family
-on: gated RMSNorm after the gate, two SSM groups, grouped-query attention, an untied head, RoPE base 1e11, a convolution bias, and
-no µP multiplier equal to 1.
+A Falcon-H1 of {parameters:,} parameters, trained from scratch by `tools/train_tiny.py` on the Python {python} standard
+library to test exporters: small enough to ship, real enough that a wrong graph shows in its perplexity, with every hard
+feature of the family on: gated RMSNorm after the gate, two SSM groups, grouped-query attention, an untied head, RoPE
+base 1e11, a convolution bias, and no µP multiplier equal to 1.
 
 | figure | value |
 |---|---|
 | bits per byte on `heldout.txt` ({heldout_bytes:,} bytes), this bf16 checkpoint run in fp32 | **{bpb:.4f}** |
 | the same text under `zlib` level 9 | {zlib:.4f} |
-| how: nats / ln 2 / bytes, windows of 512 tokens overlapped by half, each of the {heldout_tokens:,} tokens scored once | |
+| how: nats / ln 2 / bytes, windows of 512 tokens half overlapped, each of the {heldout_tokens:,} tokens scored once | |
 | training text | {train_modules} modules, {train_bytes:,} bytes, {train_tokens:,} tokens |
-| training | {steps} steps of {batch} x {seq} tokens ({epochs:.1f} epochs), seed {seed}, {minutes:.0f} minutes on {threads} CPU threads |
+| training | {steps} steps of {batch} x {seq} tokens ({epochs:.1f} epochs), seed {seed} |
+| time | {minutes:.0f} minutes on {threads} CPU threads |
 
-Held-out modules, whole and never trained on: {held}. `heldout.txt` is their text; `calibration.txt` is cut from training modules.
-One training module in eight is phrased through the chat template ("Write the module abc."), so its tokens are trained too; the
-model writes Python-shaped text and nothing else. Weights were trained with every multiplier at 1 and divided by their multipliers
-on export, an exact change of variables.
+Held-out modules, whole and never trained on: {held}. `heldout.txt` is their text; `calibration.txt` is cut from
+training modules. One training module in eight is phrased through the chat template ("Write the module abc."), so its
+tokens are trained too; the model writes Python-shaped text and nothing else. Weights were trained with every multiplier
+at 1 and divided by their multipliers on export, an exact change of variables.
 
-`heldout.txt`, `calibration.txt` and the training text are CPython's standard library, (c) Python Software Foundation, under the
-PSF License Agreement (https://docs.python.org/3/license.html). The weights carry this package's licence.
+`heldout.txt`, `calibration.txt` and the training text are CPython's standard library, (c) Python Software Foundation,
+under the PSF License Agreement (https://docs.python.org/3/license.html). The weights carry this package's licence.
 """
 
 
@@ -425,6 +306,7 @@ def publish(
     model: FalconH1ForCausalLM,
     tok: PreTrainedTokenizerFast,
     texts: dict[str, str],
+    *,
     figures: dict[str, object],
     out: Path,
 ) -> None:
@@ -441,9 +323,13 @@ def publish(
         raw = texts["heldout.txt"].encode()
         reread = AutoTokenizer.from_pretrained(work)
         card = CARD.format(
-            **figures, parameters=loaded.num_parameters(), bpb=bits_per_byte(loaded, reread, held), heldout_bytes=len(raw),
-            heldout_tokens=len(reread.encode(held)), zlib=8 * len(zlib.compress(raw, 9)) / len(raw),
-        )  # fmt: skip
+            **figures,
+            parameters=loaded.num_parameters(),
+            bpb=bits_per_byte(loaded, reread, held),
+            heldout_bytes=len(raw),
+            heldout_tokens=len(reread.encode(held)),
+            zlib=8 * len(zlib.compress(raw, 9)) / len(raw),
+        )
         (work / "README.md").write_text(card, encoding="utf-8")
         size = sum(f.stat().st_size for f in work.iterdir())
         print(f"{card}\n{size} bytes in the folder", flush=True)
@@ -472,17 +358,23 @@ def main() -> None:
     tok = make_tokenizer([source[name] for name in sorted(source)], cfg.vocab_size)
     stream = token_stream(source, tok, args.seed)
     weights = init_weights(cfg, args.seed)
-    seconds = train(cfg, weights, stream, args.steps, args.seed, args.checkpoint)
+    seconds = train(cfg, weights, stream, steps=args.steps, seed=args.seed, checkpoint=args.checkpoint)
     figures = vars(args) | {
-        "python": platform.python_version(), "train_modules": len(source), "train_tokens": len(stream), "batch": BATCH, "seq": SEQ,
-        "train_bytes": sum(len(text.encode()) for text in source.values()), "epochs": args.steps * BATCH * SEQ / len(stream),
-        "minutes": seconds / 60, "held": ", ".join(f"`{name}`" for name in sorted(held)),
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "train_modules": len(source),
+        "train_tokens": len(stream),
+        "batch": BATCH,
+        "seq": SEQ,
+        "train_bytes": sum(len(text.encode()) for text in source.values()),
+        "epochs": args.steps * BATCH * SEQ / len(stream),
+        "minutes": seconds / 60,
+        "held": ", ".join(f"`{name}`" for name in sorted(held)),
+    }
     texts = {
         "heldout.txt": "\n".join(held[name] for name in sorted(held)),
         "calibration.txt": excerpts(source, args.seed),
     }
-    publish(released(cfg, weights, stream[None, : 2 * SEQ]), tok, texts, figures, args.out)
+    publish(released(cfg, weights, stream[None, : 2 * SEQ]), tok, texts, figures=figures, out=args.out)
 
 
 if __name__ == "__main__":

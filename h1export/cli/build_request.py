@@ -12,7 +12,7 @@ import click
 import cloup
 from click.core import ParameterSource
 
-from h1export.checkpoint.gptq_format import GptqLayout
+from h1export.checkpoint.gptq_format import GptqFormat
 from h1export.cli.target_options import chosen_options, target_flags, target_option_groups
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Budget
@@ -140,13 +140,13 @@ def _budget(precisions: Path | None, bits: float | None, kl: float | None) -> Bu
     return None if bits is None and kl is None else Budget(bits, kl)
 
 
-def prequantized_format(checkpoint: Path) -> GptqLayout | None:
+def prequantized_format(checkpoint: Path) -> GptqFormat | None:
     """The format of a checkpoint that is quantised already; None for any other.
 
     Raises:
         H1ExportError: it is quantised, and an option of the command line would choose its integers again.
     """
-    layout = GptqLayout.load(checkpoint)
+    layout = GptqFormat.load(checkpoint)
     source_of = click.get_current_context().get_parameter_source
     for name in INTEGER_PARAMETERS if layout is not None else ():
         if source_of(name) is ParameterSource.COMMANDLINE:

@@ -27,10 +27,10 @@ def build_engine(out: Path, quiet: bool, as_json: bool) -> int:
       h1export trt build-engine falcon        # on the machine with the GPU
     """
     from h1export.cli.tables import ProgressBars
-    from h1export.targets.tensorrt.engine.finish import finish
+    from h1export.targets.tensorrt.engine.finalize import build_engine_here
 
     with ProgressBars(quiet or as_json) as bars:
-        requirements = finish(out, bars)
+        requirements = build_engine_here(out, bars)
     gpus = ", ".join(f"sm_{architecture}" for architecture in requirements.architectures)
     say(f"{out} fits this machine: {requirements.runtime} {requirements.version}, {gpus}", quiet or as_json)
     if as_json:

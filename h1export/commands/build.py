@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from h1export import __version__
-from h1export.artifact.artifact import MANIFEST, Artifact, Manifest, file_table
+from h1export.artifact.artifact import Artifact, file_table
+from h1export.artifact.manifest import MANIFEST, Manifest
 from h1export.artifact.staging import Stage, check_place, cores, dry_stage, staged
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
@@ -18,12 +19,12 @@ from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG, special_tokens
+from h1export.model.falcon_h1.states import Ids
 from h1export.progress import SILENT, Progress
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.methods.select import integers_of, rounded
 from h1export.quantize.scheme import PREQUANTIZED, QuantScheme
 from h1export.quantize.source import QuantizedWeights
-from h1export.runtime.runner import Ids
 from h1export.targets import TargetOptions, get_target, options_class
 
 CARRIED = (  # files of a checkpoint that an artifact carries as they are
@@ -120,9 +121,13 @@ class BuildJob:
     def _scheme(self) -> dict[str, Any]:
         """What decided the integers."""
         scheme = dataclasses.asdict(self.scheme)
-        if self.store.layout is not None:
-            layout = dataclasses.asdict(self.store.layout)
-            return scheme | {"quant": f"int{self.store.layout.bits}", "method": PREQUANTIZED, PREQUANTIZED: layout}
+        if self.store.gptq_format is not None:
+            gptq_format = dataclasses.asdict(self.store.gptq_format)
+            return scheme | {
+                "quant": f"int{self.store.gptq_format.bits}",
+                "method": PREQUANTIZED,
+                PREQUANTIZED: gptq_format,
+            }
         return scheme | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)})
 
     def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:

@@ -71,15 +71,15 @@ class Gated:
         """
         gate = self.gate
         folder = self.artifact.folder
-        capabilities = load_runner(self.artifact, gate.threads, kernels=kernels).capabilities
-        if capabilities.emulated:
+        provenance = load_runner(self.artifact, gate.threads, kernels=kernels).provenance
+        if provenance.emulated:
             return None
-        if capabilities.gpu and gate.clock is Clock.CPU and gate.timings:
+        if provenance.gpu and gate.clock is Clock.CPU and gate.timings:
             raise H1ExportError(
-                f"gate {self.name}", f'clock = "cpu" does not count what {capabilities.gpu} does', 'set clock = "wall"'
+                f"gate {self.name}", f'clock = "cpu" does not count what {provenance.gpu} does', 'set clock = "wall"'
             )
         pair = partial(model_pair, checkpoint, folder, gate.threads, kernels=kernels, clock=gate.clock)
-        kind = f"{cpu_kind()} {capabilities.gpu}".strip()
+        kind = f"{cpu_kind()} {provenance.gpu}".strip()
         return Makers(
             pair, partial(artifact_model, folder, gate.threads, kernels, steps=GATE_STEPS), GATE_STEPS, kind=kind
         )

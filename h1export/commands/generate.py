@@ -39,7 +39,7 @@ def generate_text(
     # a chat template writes the special tokens itself
     ids = np.array(tokenizer.encode(text, add_special_tokens=not chat).ids, np.int64)
     runner = load_runner(artifact, threads, kernels=kernels)
-    if runner.capabilities.fallback:
-        report(runner.capabilities.fallback)
+    if runner.provenance.fallback:
+        report(runner.provenance.fallback)
     end = frozenset(special_tokens(out, runner.config).eos)
     yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling, end))

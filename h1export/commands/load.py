@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from h1export.artifact.artifact import MANIFEST, Artifact
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import MANIFEST
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.runtime.runner import Runner
+from h1export.runtime.runner import Inspectable
 from h1export.targets import Kernels, TargetOptions, get_target, options_class, target_infos
 
 
@@ -27,7 +28,7 @@ def read_options(artifact: Artifact) -> TargetOptions:
 
 def load_runner(
     artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
-) -> Runner[Any]:
+) -> Inspectable[Any]:
     """A Runner over ``artifact``, made by its target; the other arguments are those of ``Target.load``.
 
     Raises:
@@ -37,7 +38,9 @@ def load_runner(
     return get_target(artifact.manifest.target).load(artifact, threads, float32, kernels)
 
 
-def load_folder(out: str | Path, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto") -> Runner[Any]:
+def load_folder(
+    out: str | Path, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
+) -> Inspectable[Any]:
     """``h1export.load``: a Runner over the artifact in the folder ``out``; the other arguments are those of ``Target.load``.
 
     Raises:

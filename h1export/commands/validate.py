@@ -65,8 +65,8 @@ def validate_artifact(
         limits, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
     )
     runner = load_runner(artifact, threads, kernels=kernels)
-    exact = runner if runner.capabilities.float32 else load_runner(artifact, threads, float32=True, kernels=kernels)
-    if not exact.capabilities.float32:  # the runtime has no float32 form of it
+    exact = runner if runner.provenance.float32 else load_runner(artifact, threads, float32=True, kernels=kernels)
+    if not exact.provenance.float32:  # the runtime has no float32 form of it
         exact = runner
     report = run_validation(artifact, runner, exact, checkpoint, options, progress)
     (out / REPORT).write_text(report.to_json(), encoding="utf-8")

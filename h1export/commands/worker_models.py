@@ -12,7 +12,7 @@ import torch
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
-from h1export.runtime.runner import Runner
+from h1export.runtime.runner import Inspectable
 from h1export.targets import Kernels
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.speed.gate_file import Clock
@@ -47,7 +47,7 @@ def model_pair(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels
 
 
 def reference_model(
-    checkpoint: Path, runner: Runner[Any], threads: int, *, steps: int, clock: Callable[[], float]
+    checkpoint: Path, runner: Inspectable[Any], threads: int, *, steps: int, clock: Callable[[], float]
 ) -> RunnerModel:
     """transformers' model on the weights that ``runner`` stores."""
     torch.set_num_threads(threads)
@@ -56,10 +56,10 @@ def reference_model(
     return RunnerModel(reference, steps, clock, chunk=reference.config.max_position_embeddings)
 
 
-def timed_runner(artifact: Artifact, threads: int, kernels: Kernels) -> Runner[Any]:
+def timed_runner(artifact: Artifact, threads: int, kernels: Kernels) -> Inspectable[Any]:
     """The artifact's Runner. Raises H1ExportError for an artifact that its runtime does not run here."""
     runner = load_runner(artifact, threads, kernels=kernels)
-    if runner.capabilities.emulated:
-        what = f"is computed by {runner.capabilities.kernels} here: its speed says nothing"
+    if runner.provenance.emulated:
+        what = f"is computed by {runner.provenance.kernels} here: its speed says nothing"
         raise H1ExportError(artifact.folder, what, "measure it where its runtime is")
     return runner

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, StateSpec
-from h1export.runtime.runner import Ids, check_call
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, Ids, StateSpec
+from h1export.runtime.runner import check_call
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import state_layout
 
 
-class BoundSequences:
+class BoundSession:
     """``batch`` sequences with room for ``capacity`` tokens; every state is input and output of the session at once.
 
     GroupQueryAttention takes a longer key buffer than there are keys, and appends in place where past and present are one.

@@ -1,4 +1,4 @@
-"""What is read from llama-bench, and what it is asked."""
+"""The command line of llama-bench, and the parser of its results."""
 
 from __future__ import annotations
 
@@ -18,14 +18,30 @@ PREFILL = Timing(Kind.PREFILL, 512)
 # two runs as build 1 of commit 0c1e570 printed them, without the keys that nothing reads
 SAMPLE: list[dict[str, Any]] = [
     {
-        "build_commit": "0c1e570", "model_type": "falcon-h1 0.5B Q4_0", "n_threads": 2, "type_k": "f16",
-        "n_prompt": 512, "n_gen": 0, "n_depth": 0, "avg_ns": 3537235140, "avg_ts": 144.765007, "samples_ts": [146.432, 143.098],
+        "build_commit": "0c1e570",
+        "model_type": "falcon-h1 0.5B Q4_0",
+        "n_threads": 2,
+        "type_k": "f16",
+        "n_prompt": 512,
+        "n_gen": 0,
+        "n_depth": 0,
+        "avg_ns": 3537235140,
+        "avg_ts": 144.765007,
+        "samples_ts": [146.432, 143.098],
     },
     {
-        "build_commit": "0c1e570", "model_type": "falcon-h1 0.5B Q4_0", "n_threads": 2, "type_k": "f16",
-        "n_prompt": 0, "n_gen": 64, "n_depth": 2048, "avg_ns": 3594000000, "avg_ts": 17.807, "samples_ts": [8.7, 26.9],
+        "build_commit": "0c1e570",
+        "model_type": "falcon-h1 0.5B Q4_0",
+        "n_threads": 2,
+        "type_k": "f16",
+        "n_prompt": 0,
+        "n_gen": 64,
+        "n_depth": 2048,
+        "avg_ns": 3594000000,
+        "avg_ts": 17.807,
+        "samples_ts": [8.7, 26.9],
     },
-]  # fmt: skip
+]
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ TRITON = re.compile(
     r"h1export\.plugins\.\w+\.kernels"
 )  # modules that are written in Triton, and so need it to be imported
 HEAVY = ("numpy", "torch", "onnx", "onnx_ir", "transformers", "triton", *RUNTIMES)
-SHARED_BY_TARGETS = tuple(f"h1export.targets.{name}" for name in ("base", "info", "onnx", "options"))
+SHARED_BY_TARGETS = tuple(f"h1export.targets.{name}" for name in ("base", "info", "onnx", "options", "sizes"))
 HOSTED = "h1export.integrations"  # its modules import what only extras install
 
 Floors = list[tuple[set[str], bool]]  # from the top: (packages, whether they may import each other)
@@ -171,7 +171,7 @@ def test_targets_do_not_import_each_other(trees: Mapping[str, ast.Module]) -> No
 
 def test_an_import_between_targets_is_seen() -> None:
     planted = {
-        "h1export.targets.coreml.target": ast.parse("from h1export.targets.onnxruntime.emit.nbits import Layout")
+        "h1export.targets.coreml.target": ast.parse("from h1export.targets.onnxruntime.emit.packing import NBitsLayout")
     }
     assert len(between_targets(planted)) == 1
 

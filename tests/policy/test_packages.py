@@ -1,4 +1,4 @@
-"""pyproject.toml lists every package and every data file of the product, because setuptools installs only what is listed."""
+"""pyproject.toml lists every package and data file of the product, because setuptools installs only what is listed."""
 
 from __future__ import annotations
 

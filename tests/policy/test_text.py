@@ -1,4 +1,4 @@
-"""What is tracked names no one's machine and leaves nothing open."""
+"""Tracked texts name no machine's paths and contain no unfinished marks; ruff's FIX rules look for those in Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OTHERS = (
     "targets/onnxruntime/include/",
     "targets/tensorrt/plugin/include/",
     "LICENSE",
-)  # texts that we carry and have not written
+)  # texts of other projects
 
 
 def marks(text: str, pattern: re.Pattern[str]) -> list[int]:
@@ -39,7 +39,8 @@ def found(root: Path, files: tuple[Path, ...], pattern: re.Pattern[str]) -> list
 
 @pytest.mark.parametrize("pattern", [MACHINE, UNFINISHED], ids=["machine paths", "unfinished marks"])
 def test_no_marks_in_tracked_files(root: Path, own_files: tuple[Path, ...], pattern: re.Pattern[str]) -> None:
-    lines = found(root, own_files, pattern)
+    files = own_files if pattern is MACHINE else tuple(file for file in own_files if file.suffix != ".py")
+    lines = found(root, files, pattern)
     assert not lines, "\n".join(lines)
 
 

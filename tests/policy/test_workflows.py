@@ -1,4 +1,4 @@
-"""The workflows say what exists: sessions of the noxfile, options of the command line, inputs that are declared and used."""
+"""Workflows name only what exists: sessions of the noxfile, options of the command line, declared inputs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def test_the_matrix_names_sessions_that_exist(workflow: Mapping[Any, Any], root:
 
 
 def test_sessions_are_read_from_a_noxfile() -> None:
-    source = "PYTHONS = ('3.1', '3.2')\n@nox.session\ndef a(s): ...\n@nox.session(python=PYTHONS)\ndef b(s): ...\ndef c(s): ...\n"
+    plain = "@nox.session\ndef a(s): ...\n"
+    several = "@nox.session(python=PYTHONS)\ndef b(s): ...\ndef c(s): ...\n"
+    source = f"PYTHONS = ('3.1', '3.2')\n{plain}{several}"
     assert sessions(source) == {"a", "b-3.1", "b-3.2"}
 
 

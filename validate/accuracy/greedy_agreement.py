@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from h1export.model.falcon_h1.states import Ids
 from h1export.report.report import Row
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Runner
 from h1export.validate.accuracy.reference import Reference
 
 CHECK = "greedy text"
@@ -68,7 +69,7 @@ def greedy_agreement_row(group: str, texts: Sequence[Continuation], reference: R
 
 def impossible(runner: Runner[Any], starts: Sequence[Ids]) -> str:
     """Why greedy texts cannot be had; empty: they can."""
-    room = runner.capabilities.max_context or runner.config.max_position_embeddings
+    room = runner.limits.max_context or runner.config.max_position_embeddings
     if room < PROMPT + LIMIT:
         return f"{PROMPT + LIMIT} tokens do not fit into {room}"
     return "" if starts else "not asked for, or there is no text"

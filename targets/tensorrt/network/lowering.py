@@ -27,10 +27,12 @@ from h1export.targets.tensorrt.network.layout import DATA, MODEL, WRITE_INDICES,
 from h1export.targets.tensorrt.network.ops import TABLE
 from h1export.targets.tensorrt.options import TensorRTOptions
 
+ZERO_POINTS = "use --target ort or coreml, or give a checkpoint with sym true, or the unquantised one"
+
 
 def check(config: FalconH1Config, integers: QuantizedWeights, options: TensorRTOptions) -> None:
     """Raises H1ExportError for integers and options that TensorRT does not take."""
-    need_symmetric(integers, "TensorRT")
+    need_symmetric(integers, "TensorRT", next_step=ZERO_POINTS)
     gathered = {EMBEDDING} if not config.tie_word_embeddings else set()  # never multiplied by
     wide = [name for name, precision in integers.precisions.items() if precision.bits != 4 and name not in gathered]
     if wide:

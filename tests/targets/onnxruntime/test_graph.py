@@ -166,9 +166,9 @@ def test_without_a_compiler_the_artifact_runs_all_the_same(
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     artifact = build(tiny, "int4")
-    capabilities = load_runner(artifact).capabilities
-    assert capabilities.kernels.startswith("onnxruntime ")
-    assert "no-such-compiler" in capabilities.fallback
+    provenance = load_runner(artifact).provenance
+    assert provenance.kernels.startswith("onnxruntime ")
+    assert "no-such-compiler" in provenance.fallback
     with pytest.raises(H1ExportError, match="no-such-compiler"):
         load_runner(artifact, kernels="native")
 

@@ -1,4 +1,4 @@
-"""Every check of this project as a nox session. Plain ``nox`` runs what CI runs, on the Python that nox itself runs on."""
+"""Every check of this project as a nox session. Plain ``nox`` runs what CI runs, on nox's own Python."""
 
 from __future__ import annotations
 
@@ -106,10 +106,10 @@ def tests(session: nox.Session, target: str) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """The wheel alone in a clean environment runs its command; then every extra installs on top, and its runtime imports.
+    """The wheel alone runs its command in a clean environment; then every extra is installed, and its runtime imported.
 
-    Not installed: `cuda`, whose onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and `torch-trt`. Both need an
-    NVIDIA GPU.
+    Not installed: `cuda`, whose onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and `torch-trt`. Both need
+    an NVIDIA GPU.
     """
     extras = ",".join(sorted(EXTRAS.keys() - {"cuda", "torch-trt"}))
     with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +215,7 @@ def report(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """The tests that need an NVIDIA GPU: kernels, engines by `h1export validate`, torch-tensorrt, ONNX Runtime's CUDA provider."""
+    """The tests that need an NVIDIA GPU: kernels, engines, torch-tensorrt, ONNX Runtime's CUDA provider."""
     if shutil.which("nvidia-smi") is None:
         session.skip("no NVIDIA GPU here (nvidia-smi is missing): run `nox -s gpu` on a machine that has one")
     session.install("-e", ".[cuda,trt,torch-trt]", *dev("pytest", "hypothesis"))

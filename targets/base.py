@@ -52,7 +52,7 @@ class Target(Protocol[OptionsT]):
         stage: Stage,
         progress: Progress,
     ) -> Lowered:
-        """Write the runtime's files into ``stage.folder``, which already has the checkpoint's config and tokenizer files.
+        """Write the runtime's files into ``stage.folder``, which has the checkpoint's config and tokenizer.
 
         ``program`` is never changed. Raises H1ExportError where this runtime cannot take the model or the integers.
         """

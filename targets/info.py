@@ -1,7 +1,7 @@
 """What is known of a target without importing it: ``target.toml`` in the target's folder.
 
-The registry, the rows of noxfile.py, pytest's markers and the import rules derive from it. Only the standard library is imported here:
-nox loads this file where h1export is not installed.
+The registry, the rows of noxfile.py, pytest's markers and the import rules derive from it. Only the standard library is
+imported here, because nox loads this file where h1export is not installed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class TargetInfo:
     """A target.
 
     Attributes:
-        name: what --target takes; also pytest's marker of tests that need the target's runtime, and the row of nox that runs them.
+        name: what --target takes. It is also pytest's marker of the tests that need the target's runtime, and the row
+            of nox that runs them.
         title: the runtime's name in texts.
         extra: the extra of h1export that installs the runtime.
         sdk_modules: modules of the runtime, which only the target's own folder may import.

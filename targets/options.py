@@ -1,4 +1,4 @@
-"""Options of a target: a frozen dataclass whose fields carry all that the command line and the manifest need to know of them."""
+"""Options of a target: a frozen dataclass, whose fields say all that the command line and the manifest need to know."""
 
 from __future__ import annotations
 
@@ -124,7 +124,11 @@ class TargetOptions:
 
     @classmethod
     def read(cls, artifact: Artifact) -> Self:
-        """The options that ``artifact`` was built with. Raises H1ExportError for a manifest that has other fields or values."""
+        """Return the options that ``artifact`` was built with.
+
+        Raises:
+            H1ExportError: the manifest has other fields, or values that they do not take.
+        """
         from h1export.artifact.manifest import MANIFEST
 
         where = artifact.folder / MANIFEST

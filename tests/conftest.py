@@ -1,4 +1,4 @@
-"""Checkpoints for every test: the embedded model, and random Falcon-H1 models that between them turn every config switch."""
+"""Checkpoints for every test: the embedded model, and random Falcon-H1 models that together use every config switch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ BASE: dict[str, Any] = {
     "head_dim": 32,
 }
 
-# Between them every switch of the config is on and off, every size differs from its neighbours, every optional key is absent.
+# Together, they have every switch of the config on and off, and every optional key absent; neighbouring sizes differ.
 SWITCHES: Mapping[str, dict[str, Any]] = {
     "plain": {},
     "norm_after_gate_two_groups": {"mamba_rms_norm": True, "mamba_n_groups": 2},
@@ -170,7 +170,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 @pytest.fixture(scope="session")
 def spoken_checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plain random model with a tokenizer, one token a byte, so that it can be calibrated; treat it as read-only."""
+    """The plain random model with a tokenizer of a token a byte, for calibration; treat it as read-only."""
     folder = Path(shutil.copytree(make_checkpoint(), tmp_path_factory.mktemp("spoken") / "checkpoint"))
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
@@ -189,7 +189,7 @@ PACKABLE = {
 
 @pytest.fixture(scope="session")
 def make_gptq(make_checkpoint: Callable[..., Path]) -> Callable[..., Written]:
-    """make_gptq(folder, bits=8, ...) -> a ready-made checkpoint in ``folder`` of a random model with one layer, by gptq_files.Gptq."""
+    """make_gptq(folder, bits=8, ...) -> a prequantized checkpoint of a random one-layer model, by gptq_files.Gptq."""
 
     def make(folder: Path, name: str = "plain", **how: Any) -> Written:
         return write(make_checkpoint(name, **PACKABLE), folder, Gptq(**how))
@@ -199,7 +199,7 @@ def make_gptq(make_checkpoint: Callable[..., Path]) -> Callable[..., Written]:
 
 @pytest.fixture(scope="session")
 def gptq_logits(make_checkpoint: Callable[..., Path]) -> Callable[..., Any]:
-    """gptq_logits(written, ids [n]) -> transformers' logits [n, vocab] on weights that the writer, and not h1export, dequantised."""
+    """gptq_logits(written, ids [n]) -> transformers' logits [n, vocab] on weights that the writer dequantised."""
     from transformers import FalconH1ForCausalLM
 
     def logits(written: Written, ids: Any, name: str = "plain") -> Any:
@@ -229,9 +229,10 @@ def checkpoint(switches: str, make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
-    """build(checkpoint, "int4", accuracy_level=0) -> an artifact, made once; treat it as read-only. ``target``: ONNX Runtime.
+    """build(checkpoint, "int4", graph="cuda") -> an artifact, made once; treat it as read-only.
 
-    Integers are rounded unless ``method`` says otherwise; it has a short calibration text.
+    The keywords are fields of the target's options; the accuracy level is 0, which keeps float32, unless it is given.
+    Integers are rounded unless ``method`` says otherwise; the calibration text is short.
     """
     made: dict[tuple[Any, ...], Artifact] = {}
 
@@ -258,7 +259,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
 
 @pytest.fixture
 def without_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds for TensorRT whose plugin is an empty file: no compiler runs, and a model may have sizes that no GPU kernel has."""
+    """Let builds for TensorRT write an empty plugin: no compiler runs, and sizes that no kernel has are allowed."""
 
     def write(folder: Path, *_: Any) -> dict[str, dict[str, int]]:
         folder.mkdir()

@@ -1,7 +1,7 @@
 """The command line. Data goes to standard output, everything else to standard error.
 
-Exit codes: 0 done (validate and gate: every check passed); 1 a check failed; 2 bad input, or it could not run; 3 gate could
-not decide.
+Exit codes: 0 done (validate and gate: every check passed); 1 a check failed; 2 bad input, or it could not run; 3 gate
+could not decide.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from h1export.errors import H1ExportError
 def cli() -> None:
     """Export Falcon-H1 models to the runtimes people deploy on, and check the result.
 
-    MODEL is a checkpoint folder in Hugging Face layout or a Hub id; without it, the small trained model inside the package.
+    MODEL is a checkpoint folder in Hugging Face layout or a Hub id. Without it, the small trained model inside the
+    package is used.
 
     \b
     Examples:

@@ -72,8 +72,8 @@ def bench(
 ) -> int:
     """Measure the artifact OUT: tokens per second, memory, and how near decode comes to what memory bandwidth allows.
 
-    MODEL is the checkpoint that OUT was built from. It is for --against reference, which measures transformers' model with
-    the weights that OUT stores.
+    MODEL is the checkpoint that OUT was built from. It is for --against reference, which measures transformers' model
+    with the weights that OUT stores.
 
     \b
     Examples:

@@ -39,8 +39,9 @@ def gate(
     quiet: bool,
     as_json: bool,
 ) -> int:
-    """Check that the artifact OUT, built from MODEL, is not larger or slower than its baseline, and needs no more memory.
+    """Compare size, memory and speed of the artifact OUT, built from MODEL, with its baseline.
 
+    The command fails where OUT is larger or slower than the baseline, or needs more memory, beyond the gate's limits.
     Times are ratios to transformers on MODEL in the same run.
 
     \b

@@ -14,7 +14,10 @@ ELEMENTS = {Verdict.FAIL: "failure", Verdict.INCONCLUSIVE: "error", Verdict.NOT_
 
 
 def to_junit(report: GateReport) -> str:
-    """One test case a check: a failed one is a failure, an inconclusive one an error, one that does not apply is skipped."""
+    """JUnit XML with a test case for each check.
+
+    A failed check is a failure, an inconclusive one an error, and one that does not apply is skipped.
+    """
     suite = ElementTree.Element("testsuite", name=f"h1export gate {report.artifact}", tests=str(len(report.checks)))
     for verdict, element in ELEMENTS.items():
         count = sum(check.verdict is verdict for check in report.checks)

@@ -28,7 +28,7 @@ from h1export.quantize.scheme import BEST, GROUP_SIZES, QuantScheme
 @click.option(
     "--budget-kl",
     type=float,
-    help="Keep the most sensitive tensors at int8, until the divergences of the others add up to no more than this.",
+    help="Keep the most sensitive tensors at int8, until the others' divergences add up to this at most.",
 )
 @click.option(
     "--out",

@@ -19,7 +19,7 @@ def trt() -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @common
 def build_engine(out: Path, quiet: bool, as_json: bool) -> int:
-    """Make the artifact OUT ready for the GPU of this machine: build its engine where it has none, and check that it fits.
+    """Build the engine of the artifact OUT for the GPU of this machine, where it has none, and check that it fits.
 
     \b
     Examples:

@@ -25,7 +25,7 @@ def bench_artifact(
     progress: Progress = SILENT,
     kernels: Kernels = "auto",
 ) -> BenchReport:
-    """Measure the artifact ``out``, in turns with the artifact ``against``, or with the reference on its ``checkpoint``.
+    """Measure the artifact ``out``, in turns with the artifact ``against`` or with the reference on ``checkpoint``.
 
     Raises:
         H1ExportError: a damaged artifact, one that does not run here, or a checkpoint that it was not built from.

@@ -20,7 +20,9 @@ CONTEXTS = (0, 2048, 16384)  # tokens at which state sizes are given
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Describe a finished artifact, whose hashes are checked, or a checkpoint, whose tensors are matched to the architecture.
+    """Describe a finished artifact or a checkpoint.
+
+    An artifact's hashes are checked; a checkpoint's tensors are matched to the architecture.
 
     Raises:
         H1ExportError: neither of the two, or damaged.

@@ -41,7 +41,9 @@ def load_runner(
 def load_folder(
     out: str | Path, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
 ) -> Inspectable[Any]:
-    """``h1export.load``: a Runner over the artifact in the folder ``out``; the other arguments are those of ``Target.load``.
+    """``h1export.load``: a Runner over the artifact in the folder ``out``.
+
+    The other arguments are those of ``Target.load``.
 
     Raises:
         H1ExportError: a damaged artifact, or one that does not run here.

@@ -140,7 +140,7 @@ def _words(precision: Precision | None) -> str:
 
 
 def peak_bytes(jobs: int) -> int:
-    """Anonymous memory at a build's peak: what this process holds after a dry lowering, and the blocks of ``jobs`` threads."""
+    """Anonymous memory at a build's peak: of this process after a dry lowering, and the blocks of ``jobs`` threads."""
     return anonymous_bytes() + (jobs + 1) * BLOCK_BYTES * BLOCK_COPIES
 
 

@@ -1,4 +1,4 @@
-"""Models ready to be timed, each made in a worker process: an artifact, and transformers on the weights that it stores."""
+"""Models that a worker process makes and times: an artifact, and transformers on the weights that it stores."""
 
 from __future__ import annotations
 

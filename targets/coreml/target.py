@@ -39,6 +39,8 @@ Ports = Mapping[str, Port]
 
 
 class CoreMLTarget:
+    """CoreML: see Target."""
+
     name = "coreml"
     packages = ("coremltools", "numpy", "torch")
 
@@ -92,7 +94,10 @@ def _check(options: CoreMLOptions) -> None:
 def _write_mac_files(
     program: Program, weights: Weights, options: CoreMLOptions, *, stage: Stage, progress: Progress
 ) -> None:
-    """What a Mac's owner checks the package with; its truth is the graph in float32 on the weights that the package stores."""
+    """Write the files that check the package on a Mac.
+
+    The expected logits are those of the graph in float32 on the weights that the package stores.
+    """
     prompts = golden.lengths(PREFILL.tokens, options.max_context)
     vocab = program.config.vocab_size
     positions = golden.logit_positions(prompts, PREFILL.tokens)

@@ -11,7 +11,8 @@ from h1export.targets.options import Flag, TargetOptions
 
 Graph = Literal["cpu", "cuda", "portable"]
 
-# accuracy levels that a graph's products have, the default first; ONNX Runtime on CPUs makes MatMulNBits of the portable graph's
+# The accuracy levels that the products of a graph have, the default first. Those of the portable graph become
+# MatMulNBits in ONNX Runtime on CPUs.
 LEVELS: Mapping[Graph, tuple[int, ...]] = {"cpu": (4, 0, 1), "cuda": (0,), "portable": (4, 0, 1)}
 DEFAULT_LEVEL = -1  # stands for the graph's own default until the options are made
 

@@ -38,6 +38,8 @@ Ports = Mapping[str, tuple[str, Dims]]
 
 
 class OnnxRuntimeTarget:
+    """ONNX Runtime: see Target."""
+
     name = "ort"
     packages = ("numpy", "onnx-ir", "torch")
 

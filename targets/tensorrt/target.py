@@ -31,6 +31,8 @@ OF_RTX = (80, 86, 89, 120, 121)  # compute capabilities that RTX builds for, and
 
 
 class TensorRTTarget:
+    """TensorRT: see Target."""
+
     name = "trt"
     packages = ("numpy", "onnx-ir", "torch")
 
@@ -73,7 +75,10 @@ class TensorRTTarget:
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
     ) -> EngineRunner | NetworkRunner:
-        """The engine on the GPU at hand, or, on the CPU, the network that it was built from, which alone has a ``float32`` form."""
+        """Load the engine on this machine's GPU, or else the network that it was built from, on the CPU.
+
+        Only the network has a ``float32`` form.
+        """
         if float32 or kernels == "stock":
             return NetworkRunner(artifact, threads, float32)
         try:

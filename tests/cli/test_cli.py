@@ -1,4 +1,4 @@
-"""The command line as a user meets it: answers on standard output, one line for every mistake, exit codes as documented."""
+"""The command line of a user: answers on standard output, one line for every mistake, exit codes as documented."""
 
 from __future__ import annotations
 

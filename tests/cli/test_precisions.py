@@ -69,7 +69,7 @@ def test_tensors_without_a_choice_are_refused(line: str, tiny: Path, tmp_path: P
 def test_a_plan_goes_into_the_artifact(
     spoken_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Measured within a budget, one line edited by hand; a projection that stays in floats is left out of its fusion, and all is exact."""
+    """One line of a plan within a budget is edited by hand: a projection that stays in floats is not fused."""
     plan = tmp_path / "plan.yaml"
     out = tmp_path / "out"
     few = [str(spoken_checkpoint), "--budget-bits", "5.5", "--out", str(plan), "--json"]

@@ -22,7 +22,8 @@ import os, random, sys, time
 from pathlib import Path
 from h1export.commands import build
 from h1export.model.falcon_h1.config import FalconH1Config
-checkpoint, truth, out, seed, kills = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+checkpoint, truth, out = map(Path, sys.argv[1:4])
+seed, kills = map(int, sys.argv[4:])
 program = build.trace(FalconH1Config.load(checkpoint), False)
 build.trace = lambda *_: program
 def started(place, jobs):
@@ -42,7 +43,8 @@ for _ in range(kills):
     os.waitpid(child, 0)
     stages = list(out.parent.glob(".out.partial-*"))
     assert len(stages) <= 1, stages
-    print(sum(len((stage / ".journal").read_bytes().splitlines()) for stage in stages if (stage / ".journal").exists()), flush=True)
+    journals = [stage / ".journal" for stage in stages]
+    print(sum(len(journal.read_bytes().splitlines()) for journal in journals if journal.exists()), flush=True)
 assert os.waitpid(started(out, 2), 0)[1] == 0
 """
 
@@ -67,7 +69,7 @@ def test_twenty_kills_change_no_byte(tiny: Path, tmp_path: Path) -> None:
 def killed(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., list[str]]:
-    """killed(key) leaves the stage of a build whose weights are all written; a list then sees the tensors that are read."""
+    """killed(key) leaves the stage of a build whose weights are all written; the list gets the tensors read."""
     read: list[str] = []
     rows = WeightStore.rows
 

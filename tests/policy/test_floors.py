@@ -109,7 +109,7 @@ def of_runtimes(trees: Mapping[str, ast.Module]) -> list[str]:
 
 
 def of_triton(trees: Mapping[str, ast.Module]) -> list[str]:
-    """Imports of Triton, or of modules written in it, outside such modules and outside sdk.py, which imports them by name."""
+    """Imports of Triton, or of modules written in it, outside such modules and sdk.py, which imports them by name."""
     others = [name for name in trees if not TRITON.fullmatch(name) and name != "h1export.plugins.gpu.sdk"]
     taken = [(module, name) for module in others for name in imports(trees[module], trees)]
     return [f"{module} -> {name}" for module, name in taken if name.split(".")[0] == "triton" or TRITON.fullmatch(name)]

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from h1export.commands.build import build_artifact
-from h1export.quantize.scheme import GROUP_SIZES, QuantScheme
+from h1export.quantize.choices import GROUP_SIZES
+from h1export.quantize.scheme import QuantScheme
 from h1export.targets import target_infos
 
 INTERVAL = 0.02  # seconds between two looks at the build's memory

@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FILE = "target.toml"
 
@@ -45,7 +46,7 @@ class TargetInfo:
     def read(cls, file: Path) -> TargetInfo:
         """Read a target.toml. Raises TypeError for a key too many or too few."""
         data = tomllib.loads(file.read_text(encoding="utf-8"))
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         return cls(**values, folder=file.parent.name)
 
     @property

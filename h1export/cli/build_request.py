@@ -12,15 +12,16 @@ import click
 import cloup
 from click.core import ParameterSource
 
-from h1export.checkpoint.gptq_format import GptqFormat
 from h1export.cli.target_options import chosen_options, target_flags, target_option_groups
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Budget
-from h1export.quantize.scheme import BEST, GROUP_SIZES, Method, QuantName, QuantScheme
+from h1export.quantize.choices import BEST, GROUP_SIZES, Method, QuantName
 from h1export.targets import TargetOptions, target_infos
 
-if TYPE_CHECKING:  # help and completion come without loading a tokenizer
+if TYPE_CHECKING:  # help and completion load neither numpy nor a tokenizer
+    from h1export.checkpoint.gptq_format import GptqFormat
     from h1export.quantize.calibration import Calibration
+    from h1export.quantize.scheme import QuantScheme
 
 GROUPS = [str(size) for size in GROUP_SIZES]
 INTEGER_PARAMETERS = ("quant", "method", "calibration_file", "budget_bits", "budget_kl")  # refused for integers at hand
@@ -146,14 +147,16 @@ def prequantized_format(checkpoint: Path) -> GptqFormat | None:
     Raises:
         H1ExportError: it is quantised, and an option of the command line would choose its integers again.
     """
-    layout = GptqFormat.load(checkpoint)
+    from h1export.checkpoint.gptq_format import GptqFormat
+
+    found = GptqFormat.load(checkpoint)
     source_of = click.get_current_context().get_parameter_source
-    for name in INTEGER_PARAMETERS if layout is not None else ():
+    for name in INTEGER_PARAMETERS if found is not None else ():
         if source_of(name) is ParameterSource.COMMANDLINE:
             option = f"--{name.removesuffix('_file').replace('_', '-')}"
             what = "the checkpoint is quantised already, and its own integers are exported"
             raise H1ExportError(option, what, "leave it out, or give the unquantised checkpoint")
-    return layout
+    return found
 
 
 def within_budget(
@@ -192,12 +195,13 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         from h1export.checkpoint import resolve
         from h1export.quantize.calibration import Calibration
         from h1export.quantize.precision_plan import read_plan
+        from h1export.quantize.scheme import QuantScheme
 
         options = chosen_options(click.get_current_context(), tuple(dict.fromkeys(targets)))
         others = {name: others[name] for name in others.keys() - {flag.parameter for flag in target_flags()}}
         checkpoint = resolve.resolve(model)
-        layout = prequantized_format(checkpoint)
-        quant = "none" if layout else quant  # of the tensors that the checkpoint has in floats
+        prequantized = prequantized_format(checkpoint)
+        quant = "none" if prequantized else quant  # of the tensors that the checkpoint has in floats
         scheme = QuantScheme(
             quant, int(group_size), method or BEST[quant], chosen=read_plan(precisions) if precisions else {}
         )
@@ -217,7 +221,7 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
             calibration=calibration,
             out=out,
             jobs=jobs,
-            precision=f"int{layout.bits}" if layout else quant,
+            precision=f"int{prequantized.bits}" if prequantized else quant,
         )
         return command(request, **others)
 

@@ -9,7 +9,7 @@ import cloup
 
 from h1export.cli.common import answer, common, say
 from h1export.quantize.budget import Budget
-from h1export.quantize.scheme import BEST, GROUP_SIZES, QuantScheme
+from h1export.quantize.choices import BEST, GROUP_SIZES
 
 
 @cloup.command(short_help="Measure which tensors need more bits.")
@@ -62,6 +62,7 @@ def sensitivity(
     from h1export.commands.sensitivity import measure_sensitivity
     from h1export.quantize.calibration import Calibration
     from h1export.quantize.precision_plan import plan_text
+    from h1export.quantize.scheme import QuantScheme
 
     if budget_bits is not None and budget_kl is not None:
         raise click.UsageError("give one of --budget-bits and --budget-kl")

@@ -13,7 +13,8 @@ import pytest
 from h1export.checkpoint.store import WeightStore
 from h1export.cli import run
 from h1export.commands.plan import plan_build
-from h1export.quantize.scheme import Method, QuantScheme
+from h1export.quantize.choices import Method
+from h1export.quantize.scheme import QuantScheme
 from h1export.targets.onnxruntime.options import OrtOptions
 
 pytestmark = pytest.mark.ort

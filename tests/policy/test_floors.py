@@ -118,9 +118,8 @@ def of_triton(trees: Mapping[str, ast.Module]) -> list[str]:
 def loaded_by(code: str, names: Iterable[str]) -> set[str]:
     """Which of ``names`` a fresh interpreter has loaded after ``code``."""
     script = f"import sys\n{code}\nprint(*(set({[*names]!r}) & set(sys.modules)))"
-    return set(
-        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
-    )
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return set(run.stdout.splitlines()[-1].split())
 
 
 def test_every_module_is_on_a_floor(trees: Mapping[str, ast.Module], floors: Floors) -> None:
@@ -195,6 +194,10 @@ def test_a_runtime_outside_its_target_is_seen(line: str) -> None:
 
 def test_importing_the_package_is_light() -> None:
     assert loaded_by("import h1export, h1export.errors", HEAVY) == set()
+
+
+def test_the_help_is_light() -> None:
+    assert loaded_by("from h1export.cli import run; run(['build', '--help'])", HEAVY) == set()
 
 
 def test_importing_every_module_loads_no_runtime(modules: Mapping[str, Any]) -> None:

@@ -24,9 +24,10 @@ from h1export.graphs.verify import LEGAL_OPS
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING
 from h1export.progress import SILENT
+from h1export.quantize.choices import QuantName
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
-from h1export.quantize.scheme import QuantName, QuantScheme
+from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import Rounded
 from h1export.targets import get_target
 from h1export.targets.onnx import column_major

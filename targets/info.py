@@ -46,7 +46,9 @@ class TargetInfo:
     def read(cls, file: Path) -> TargetInfo:
         """Read a target.toml. Raises TypeError for a key too many or too few."""
         data = tomllib.loads(file.read_text(encoding="utf-8"))
-        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
+        }
         return cls(**values, folder=file.parent.name)
 
     @property

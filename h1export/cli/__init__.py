@@ -25,6 +25,7 @@ from h1export.cli.inspect import inspect
 from h1export.cli.plan import plan
 from h1export.cli.report import report
 from h1export.cli.sensitivity import sensitivity
+from h1export.cli.trace import trace
 from h1export.cli.trt import trt
 from h1export.cli.validate import validate
 from h1export.errors import H1ExportError
@@ -52,7 +53,8 @@ def cli() -> None:
 
 cli.section("Make an artifact", build, plan, sensitivity)
 cli.section("Judge an artifact", validate, bench, gate, evaluate, report)
-cli.section("Use an artifact", generate, inspect)
+cli.section("Use an artifact", generate)
+cli.section("Look inside", inspect, trace)
 cli.section("One target", coreml, trt)
 cli.section("The shell", completion)
 

@@ -27,7 +27,9 @@ def build(request: BuildRequest, force: bool, check: bool, quiet: bool, as_json:
       h1export build ./Falcon-H1-0.5B --target ort --graph portable --out falcon-onnx
       h1export build ./Falcon-H1-0.5B --target trt --max-context 4096 --out falcon-trt
     """
-    from h1export.cli.tables import ProgressBars, human_bytes
+    from rich.filesize import decimal
+
+    from h1export.cli.tables import ProgressBars
     from h1export.commands.build import build_artifact
 
     built = []
@@ -47,7 +49,7 @@ def build(request: BuildRequest, force: bool, check: bool, quiet: bool, as_json:
             )
         sizes = {name: size for name, (_, size) in artifact.manifest.files.items()}
         total = sum(sizes.values())
-        say(f"built {place}  {human_bytes(total)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
+        say(f"built {place}  {decimal(total)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
         built.append({"target": target, "out": str(place), "bytes": total, "files": sizes})
         if check:
             report = run_validation(place, request.checkpoint, quiet, as_json=as_json, **checks)

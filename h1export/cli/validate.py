@@ -15,11 +15,11 @@ from h1export.errors import H1ExportError
 VALIDATE_OPTIONS = cloup.option_group(
     "Validation",
     cloup.option(
-        "--limit",
-        "limits",
+        "--tolerance",
+        "tolerances",
         multiple=True,
         metavar="METRIC=VALUE",
-        help="Override a gate, e.g. stored.logits=1e-4. Repeatable.",
+        help="Override a tolerance, e.g. stored.logits=1e-4. Repeatable.",
     ),
     cloup.option(
         "--text",
@@ -57,7 +57,7 @@ def validate(out: Path, model: str | None, quiet: bool, as_json: bool, **checks:
     \b
     Examples:
       h1export validate tiny-ort-int4
-      h1export validate falcon-int4 ./Falcon-H1-0.5B --limit text.ratio=1.03 --latency-pairs 0
+      h1export validate falcon-int4 ./Falcon-H1-0.5B --tolerance text.ratio=1.03 --latency-pairs 0
     """
     from h1export.checkpoint import resolve
 
@@ -73,7 +73,7 @@ def run_validation(
     quiet: bool,
     *,
     as_json: bool,
-    limits: tuple[str, ...],
+    tolerances: tuple[str, ...],
     text: Path | None,
     text_bytes: int,
     latency_pairs: int,
@@ -89,7 +89,7 @@ def run_validation(
         report = validate_artifact(
             out,
             checkpoint,
-            _parse_limits(limits),
+            _parse_tolerances(tolerances),
             text=text,
             text_bytes=text_bytes,
             latency_pairs=latency_pairs,
@@ -103,14 +103,14 @@ def run_validation(
     return dict(json.loads(report.to_json()))
 
 
-def _parse_limits(limits: tuple[str, ...]) -> dict[str, float]:
+def _parse_tolerances(items: tuple[str, ...]) -> dict[str, float]:
     parsed = {}
-    for item in limits:
+    for item in items:
         metric, _, value = item.partition("=")
         try:
             parsed[metric] = float(value)
         except ValueError:
             raise H1ExportError(
-                "--limit", f"{item!r} is not METRIC=VALUE", "for example --limit stored.logits=1e-4"
+                "--tolerance", f"{item!r} is not METRIC=VALUE", "for example --tolerance stored.logits=1e-4"
             ) from None
     return parsed

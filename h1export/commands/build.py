@@ -9,10 +9,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from h1export import __version__
+from h1export import __version__, host
 from h1export.artifact.artifact import Artifact, file_table
 from h1export.artifact.manifest import MANIFEST, Manifest
-from h1export.artifact.staging import Stage, check_place, cores, dry_stage, staged
+from h1export.artifact.staging import Stage, check_place, dry_stage, staged
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import passes_for, run_passes
@@ -115,6 +115,7 @@ class BuildJob:
             inputs={},
             outputs={},
             weights=(),
+            weights_file="",
             files={},
         )
 
@@ -150,7 +151,8 @@ class BuildJob:
         lowered = target.lower(program, store, integers, options=self.options, stage=stage, progress=progress)
         progress.stage("hashes")
         files = file_table(stage.folder, sizes_only=stage.dry)
-        found = {name: getattr(lowered, name) for name in ("inputs", "outputs", "weights", "requirements")}
+        names = ("inputs", "outputs", "weights", "weights_file", "requirements")
+        found = {name: getattr(lowered, name) for name in names}
         manifest = dataclasses.replace(manifest, **found, files=files)
         (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
@@ -191,5 +193,5 @@ def build_artifact(
     progress.stage("fingerprint", job.store.nbytes)
     manifest = job.manifest(job.store.fingerprint())
     with staged(out, force, manifest.key) as folder:
-        job.write(manifest, Stage(folder, jobs or cores()), progress)
+        job.write(manifest, Stage(folder, jobs or host.cores()), progress)
     return Artifact.open(out)

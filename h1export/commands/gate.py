@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from h1export import host
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import check_source, load_runner
 from h1export.commands.worker_models import GATE_STEPS, artifact_model, model_pair
@@ -14,16 +15,14 @@ from h1export.errors import H1ExportError
 from h1export.progress import SILENT, Progress
 from h1export.report.report import Verdict
 from h1export.targets import Kernels, get_target
-from h1export.validate.speed.bench import machine
+from h1export.validate.speed.gate_checks import Check, GateCheckKind
 from h1export.validate.speed.gate_file import Baseline, Clock, Gate, read_baselines, read_gates, write_baselines
 from h1export.validate.speed.regression import (
     WRITE,
-    Check,
     GateReport,
     Makers,
     counted,
     counted_checks,
-    cpu_kind,
     measured,
     measured_checks,
 )
@@ -79,7 +78,7 @@ class Gated:
                 f"gate {self.name}", f'clock = "cpu" does not count what {provenance.gpu} does', 'set clock = "wall"'
             )
         pair = partial(model_pair, checkpoint, folder, gate.threads, kernels=kernels, clock=gate.clock)
-        kind = f"{cpu_kind()} {provenance.gpu}".strip()
+        kind = f"{host.cpu_kind()} {provenance.gpu}".strip()
         return Makers(
             pair, partial(artifact_model, folder, gate.threads, kernels, steps=GATE_STEPS), GATE_STEPS, kind=kind
         )
@@ -103,13 +102,16 @@ def gate_artifact(
     makers = gated.makers(checkpoint, kernels)
     if makers is None:
         checks.append(
-            Check("memory and timings", Verdict.NOT_APPLICABLE, note="nothing on this machine but an emulation runs it")
+            Check(
+                GateCheckKind.MEASUREMENTS,
+                Verdict.NOT_APPLICABLE,
+                note="nothing on this machine but an emulation runs it",
+            )
         )
     else:
         checks += measured_checks(makers, then, gated.gate)
-    return GateReport(
-        str(out), gated.gate, machine() | {"kind": makers.kind if makers else cpu_kind()}, checks=tuple(checks)
-    )
+    machine = host.machine_facts() | {"kind": makers.kind if makers else host.cpu_kind()}
+    return GateReport(str(out), gated.gate, machine, checks=tuple(checks))
 
 
 def write_baseline(

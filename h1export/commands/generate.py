@@ -42,4 +42,4 @@ def generate_text(
     if runner.provenance.fallback:
         report(runner.provenance.fallback)
     end = frozenset(special_tokens(out, runner.config).eos)
-    yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling, end))
+    yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling=sampling, eos=end))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from h1export import host
 from h1export.artifact.artifact import NO_SHA256, file_table
-from h1export.artifact.staging import cores, dry_stage
+from h1export.artifact.staging import dry_stage
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.store import WeightStore
 from h1export.commands.build import BuildJob
@@ -96,7 +95,7 @@ def plan_build(
         H1ExportError: a checkpoint, scheme or option that cannot be exported.
     """
     job = BuildJob.open(checkpoint, target, scheme=scheme, options=options, calibration=calibration, progress=progress)
-    jobs = jobs or cores()
+    jobs = jobs or host.cores()
     start = time.perf_counter()
     with dry_stage() as stage:
         job.write(job.manifest(NO_SHA256), stage, progress)
@@ -141,16 +140,7 @@ def _words(precision: Precision | None) -> str:
 
 def peak_bytes(jobs: int) -> int:
     """Anonymous memory at a build's peak: of this process after a dry lowering, and the blocks of ``jobs`` threads."""
-    return anonymous_bytes() + (jobs + 1) * BLOCK_BYTES * BLOCK_COPIES
-
-
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process; where the system does not report it, the peak of all its memory."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return host.anonymous_bytes() + (jobs + 1) * BLOCK_BYTES * BLOCK_COPIES
 
 
 def seconds(

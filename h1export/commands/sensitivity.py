@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from h1export.artifact.staging import Stage, cores
+from h1export import host
+from h1export.artifact.staging import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.progress import SILENT, Progress
@@ -37,7 +38,7 @@ def measure_sensitivity(
     store = WeightStore.open(checkpoint, config)
     scheme.check(config)
     ids = calibration.ids(checkpoint)
-    jobs = jobs or cores()
+    jobs = jobs or host.cores()
     with tempfile.TemporaryDirectory(prefix="h1export-sensitivity-") as folder:
         stage = Stage(Path(folder), jobs)
         store, integers = integers_of(store, config, scheme, ids=ids, stage=stage, progress=progress)

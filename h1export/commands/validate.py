@@ -24,7 +24,7 @@ HELDOUT = "heldout.txt"  # in the embedded model's folder
 def validate_artifact(
     out: Path,
     checkpoint: Path,
-    limits: Mapping[str, float],
+    tolerances: Mapping[str, float],
     *,
     text: Path | None = None,
     text_bytes: int = 0,
@@ -41,7 +41,7 @@ def validate_artifact(
     Args:
         out: the artifact's folder.
         checkpoint: the folder of the checkpoint that it was built from.
-        limits: metric -> limit, overriding defaults.
+        tolerances: metric -> tolerance, overriding the defaults.
         text: for bits per byte; None: the held-out text that ships with the embedded model.
         text_bytes: how much of it; 0: all.
         latency_pairs: 0: no latency.
@@ -62,7 +62,7 @@ def validate_artifact(
     has_tokenizer = (out / TOKENIZER).is_file()
     ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
     options = ValidateOptions(
-        limits, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
+        tolerances, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
     )
     runner = load_runner(artifact, threads, kernels=kernels)
     exact = runner if runner.provenance.float32 else load_runner(artifact, threads, float32=True, kernels=kernels)

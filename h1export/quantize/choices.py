@@ -1,4 +1,4 @@
-"""The precisions, group sizes and methods that a build can choose. The command line lists them without loading numpy."""
+"""The precisions, group sizes and methods that a build can choose; the command line lists them without numpy."""
 
 from __future__ import annotations
 

@@ -137,6 +137,7 @@ def artifact_with(folder: Path, target: str, options: dict[str, Any]) -> Artifac
         inputs={},
         outputs={},
         weights=(),
+        weights_file="",
         files={},
     )
     return Artifact(folder, manifest)

@@ -108,7 +108,7 @@ def play(out: Path, threads: int) -> RunnerModel:
 
 
 def eager(checkpoint: Path, config: FalconH1Config, dtype: str) -> Peer:
-    """Transformers in ``dtype``."""
+    """A run of transformers in ``dtype``."""
     width = {"float32": 4, "bfloat16": 2}[dtype]
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     step = partial(least_bytes, config, size // 2 * width, width * 8, kv_bytes=width)  # a checkpoint holds bfloat16

@@ -29,7 +29,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.cli.tables import human_bytes
 from h1export.commands.pipeline import load
 from h1export.model.falcon_h1.states import StateSpec
-from h1export.runtime.runner import Sequences
+from h1export.runtime.runner import Session
 from h1export.validate.speed.bench import interleave, machine
 from h1export.validate.speed.memory_traffic import read_bandwidth, step_bytes
 from h1export.validate.speed.statistics import Estimate, estimate
@@ -63,7 +63,7 @@ class Curve:
     left_out: tuple[int, ...]
 
 
-def decode_seconds(sequences: Sequences, context: int) -> float:
+def decode_seconds(sequences: Session, context: int) -> float:
     """Seconds of a step, over STEPS that end at ``context`` tokens."""
     sequences.length = context - STEPS
     token = np.ones((1, 1), np.int64)
@@ -98,7 +98,7 @@ def measure(artifact: Artifact, contexts: Sequence[int], threads: int, *, rounds
     left_out = tuple(n for n in contexts if n not in fitting)
     return Curve(
         artifact.folder.name,
-        runner.capabilities.kernels,
+        runner.provenance.kernels,
         machine(),
         threads,
         rounds,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from h1export.runtime.runner import Capabilities
+from h1export.runtime.runner import Limits, Provenance
 from h1export.validate.speed.worker import Kind, Timing
 
 START = 8  # tokens that a cache is started with
@@ -32,7 +32,8 @@ class Eager:
             checkpoint, dtype=getattr(torch, dtype), local_files_only=True
         ).eval()
         self._steps = steps
-        self.capabilities = Capabilities(None, all_logits=False, kernels=f"PyTorch {torch.__version__}, {dtype}")
+        self.limits = Limits(all_logits=False)
+        self.provenance = Provenance(kernels=f"PyTorch {torch.__version__}, {dtype}")
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second."""

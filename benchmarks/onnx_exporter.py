@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from h1export.runtime.runner import Capabilities
+from h1export.runtime.runner import Limits, Provenance
 from h1export.validate.speed.worker import Kind, Timing
 
 PROMPT = 160  # tokens of the traced prompt
@@ -51,7 +51,8 @@ class Exported:
             for name in ("prefill", "decode")
         )
         self._steps = steps
-        self.capabilities = Capabilities(None, all_logits=True, kernels=f"onnxruntime {ort.__version__}")
+        self.limits = Limits()
+        self.provenance = Provenance(kernels=f"onnxruntime {ort.__version__}")
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second."""

@@ -37,8 +37,8 @@ from h1export.progress import SILENT
 from h1export.quantize.awq_scales import ScaledStore
 from h1export.quantize.budget import Budget
 from h1export.quantize.calibration import Calibration
-from h1export.quantize.methods.awq import scaling
-from h1export.quantize.methods.gptq_model import solve
+from h1export.quantize.methods.awq import search_scales
+from h1export.quantize.methods.gptq_model import solve_model
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.methods.scale_search import search_rows
 from h1export.quantize.precision import Precision
@@ -103,7 +103,7 @@ def own_methods(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Ca
         with tempfile.TemporaryDirectory() as folder:
             ids = Calibration(samples=samples).ids(checkpoint)
             return weights(
-                solve(
+                solve_model(
                     store,
                     config,
                     Rounded(store, precisions, quantize_rows),
@@ -114,7 +114,7 @@ def own_methods(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Ca
             )
 
     def scaled() -> RoundedWeights:
-        factors = scaling(
+        factors = search_scales(
             store, config, four, ids=Calibration(samples=samples).ids(checkpoint), jobs=cores(), progress=SILENT
         )
         found = weights(Rounded(ScaledStore(store, factors, SILENT), four, search_rows))

@@ -6,7 +6,7 @@ import time
 
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
-from h1export.runtime.runner import Capabilities, Ids, Sequences
+from h1export.runtime.runner import Ids, Limits, Provenance, Session
 from h1export.validate.speed.worker import Timed
 
 
@@ -22,20 +22,24 @@ class Slowed:
         return self._model.config
 
     @property
-    def capabilities(self) -> Capabilities:
-        return self._model.capabilities
+    def limits(self) -> Limits:
+        return self._model.limits
 
-    def start(self, batch: int, capacity: int) -> Sequences:
-        return SlowedSequences(self._model.start(batch, capacity), self._factor)
+    @property
+    def provenance(self) -> Provenance:
+        return self._model.provenance
+
+    def start(self, batch: int, capacity: int) -> Session:
+        return SlowedSession(self._model.start(batch, capacity), self._factor)
 
 
-class SlowedSequences:
+class SlowedSession:
     """A session with a loop after each call.
 
     Doing a part of the work again would cost less, because its weights are in the cache by then.
     """
 
-    def __init__(self, sequences: Sequences, factor: float) -> None:
+    def __init__(self, sequences: Session, factor: float) -> None:
         self._sequences = sequences
         self._factor = factor
 

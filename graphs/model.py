@@ -6,25 +6,34 @@ model has them; graph passes fold them into weights later. What the model family
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.projections import IN_PROJ
+from h1export.model.falcon_h1.states import StateKind
 from h1export.plugins import h1
 
 LayerStates = tuple[Tensor, Tensor, Tensor, Tensor]  # key, value, conv_state, recurrent_state: StateKind's order
 
 
 def scaled(x: Tensor, multiplier: float) -> Tensor:
-    """x * multiplier; no node in the graph for a multiplier of 1."""
+    """Returns x * multiplier; a multiplier of 1 makes no node in the graph."""
     return x if multiplier == 1.0 else x * multiplier
 
 
 def mup_vector(config: FalconH1Config) -> Tensor:
-    """ssm_multipliers spread over the rows of in_proj's output [z | x | B | C | dt]."""
-    parts = zip(config.in_proj_parts, config.ssm_multipliers, strict=True)
-    return torch.cat([torch.full((rows,), factor) for rows, factor in parts])
+    """Returns ssm_multipliers spread over the rows of in_proj's output [z | x | B | C | dt]."""
+    return torch.cat([torch.full((rows,), factor) for rows, factor in IN_PROJ.output_multiplier(config)])
+
+
+def layer_states(tensors: Sequence[Tensor]) -> list[LayerStates]:
+    """Returns the states of all layers, given in the order of StateSpec, layer by layer."""
+    stride = len(StateKind)
+    return [(key, value, conv, rec) for key, value, conv, rec in zip(*[iter(tensors)] * stride, strict=True)]
 
 
 class RMSNorm(nn.Module):
@@ -190,7 +199,7 @@ class FalconH1(nn.Module):
     """Logits and new states for new tokens.
 
     Args:
-        spec: the architecture.
+        config: the architecture.
         last_only: logits of the last position only, [batch, 1, vocab], instead of all.
     """
 
@@ -206,7 +215,7 @@ class FalconH1(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, states: list[LayerStates]
     ) -> tuple[Tensor, list[LayerStates]]:
-        """input_ids [batch, seq]; attention_mask int64 [batch, past + seq], left padding only; canonical states (core.state)."""
+        """input_ids [batch, seq]; attention_mask int64 [batch, past + seq], left padding only; states as StateSpec orders them."""
         s = self.config
         seq = input_ids.shape[1]
         past = attention_mask.shape[1] - seq  # not the keys' own length: a target may hold them in a longer buffer

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,20 +11,12 @@ from torch.fx import Node
 
 from h1export.graphs.program import Program, args_of
 from h1export.model.falcon_h1.probes import ProbePoint, probe_name
+from h1export.model.falcon_h1.projections import FINAL_NORM, IN_PROJ, POINTS_READ
+from h1export.model.falcon_h1.tensors import split_layer
 from h1export.plugins import h1
 
 aten = torch.ops.aten
 
-READ_BY: Mapping[str, ProbePoint] = {  # a layer's tensor -> the point that the op with this weight reads
-    "input_layernorm.weight": ProbePoint.RESIDUAL,
-    "pre_ff_layernorm.weight": ProbePoint.MIXED,
-    "mamba.out_proj.weight": ProbePoint.GATED,
-    "self_attn.o_proj.weight": ProbePoint.ATTENDED,
-    "feed_forward.down_proj.weight": ProbePoint.PRODUCT,
-}
-LAYER_TENSOR = re.compile(r"model\.layers\.(\d+)\.(.+)")
-FINAL_NORM = "model.final_layernorm.weight"
-IN_PROJ = "mamba.in_proj.weight"
 UP_TO_PROJECTION = (aten.view.default, aten.mul.Tensor, aten.split_with_sizes.default, operator.getitem)
 
 
@@ -36,8 +27,11 @@ def probes(program: Program) -> dict[str, Node]:
         for tensor, x in _read(program, node):
             if tensor == FINAL_NORM:
                 found[probe_name(program.config.num_hidden_layers, ProbePoint.RESIDUAL)] = _unviewed(x)
-            elif (match := LAYER_TENSOR.fullmatch(tensor)) and match[2] in READ_BY:
-                found[probe_name(int(match[1]), READ_BY[match[2]])] = _unviewed(x)
+                continue
+            layer, name = split_layer(tensor)
+            point = POINTS_READ.get(name.removesuffix(".weight"))
+            if layer is not None and point is not None:
+                found[probe_name(layer, point)] = _unviewed(x)
     for layer, node in enumerate(program.calls(h1.causal_conv.default)):
         found[probe_name(layer, ProbePoint.CONV_INPUT)] = _unviewed(args_of(node)[0])
         (conv,) = [user for user in node.users if user.args[1] == 0]
@@ -81,5 +75,5 @@ def _in_proj_layer(program: Program, node: Any) -> int | None:
     if node.target is not aten.linear.default:
         return None
     expr = program.weight_of(node.args[1])
-    matches = [LAYER_TENSOR.fullmatch(part.tensor) for part in (expr.parts if expr else ())]
-    return next((int(match[1]) for match in matches if match and match[2] == IN_PROJ), None)
+    found = [split_layer(part.tensor) for part in (expr.parts if expr else ())]
+    return next((layer for layer, name in found if name == IN_PROJ.weight), None)

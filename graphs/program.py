@@ -1,10 +1,11 @@
-"""Program: the traced model as every target receives it."""
+"""Program: the traced model as every target receives it; EditableProgram: a copy that passes rewrite."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,8 +18,16 @@ from h1export.model.falcon_h1.states import StateSpec
 Op = torch._ops.OpOverload
 
 
+@dataclass(frozen=True)
+class Rewrites:
+    """The number of places that a pass has rewritten."""
+
+    name: str
+    count: int
+
+
 def args_of(node: Any) -> tuple[Any, ...]:
-    """The node's arguments; what each is, graphs.verify and the op's schema say."""
+    """Returns the node's arguments, whose types follow from the op's schema and from graphs.verify."""
     args: tuple[Any, ...] = node.args
     return args
 
@@ -28,14 +37,15 @@ class Program:
     """One ATen graph without weights; states are explicit inputs and outputs.
 
     Attributes:
-        spec: the architecture it was traced from.
+        config: the architecture that it was traced from.
         states: its states, in the order of the graph's inputs and outputs.
-        module: the graph; placeholders are weights, constants or inputs, and the output is a flat tuple.
-        weights: placeholder -> how to make that initializer.
+        module: the graph; placeholders are weights, constants, orders or inputs, and the output is a flat tuple.
+        weights: placeholder -> what that initializer is made of.
         constants: placeholder -> a µP vector that no pass has folded yet.
         inputs: placeholder -> I/O name.
         outputs: I/O names in the order of the output tuple.
-        orders: placeholder -> a packed tensor whose order of columns it is, int64 [columns].
+        orders: placeholder -> a packed tensor whose order of columns it holds, int64 [columns].
+        rewrites: what each pass that was run has done, in order.
     """
 
     config: FalconH1Config
@@ -46,21 +56,55 @@ class Program:
     inputs: Mapping[str, str]
     outputs: tuple[str, ...]
     orders: Mapping[str, str] = field(default_factory=dict)
+    rewrites: Sequence[Rewrites] = ()
 
     @property
     def graph(self) -> Graph:
         return self.module.graph
 
-    def editable(self) -> Program:
-        """A copy whose graph and mappings a pass may change."""
-        module = copy.deepcopy(self.module)
-        weights = dict(self.weights)
-        return replace(self, module=module, weights=weights, constants=dict(self.constants), orders=dict(self.orders))
+    def editable(self) -> EditableProgram:
+        """Returns a copy whose graph and mappings a pass may change."""
+        return EditableProgram(
+            self.config,
+            self.states,
+            copy.deepcopy(self.module),
+            weights=dict(self.weights),
+            constants=dict(self.constants),
+            inputs=self.inputs,
+            outputs=self.outputs,
+            orders=dict(self.orders),
+            rewrites=list(self.rewrites),
+        )
 
     def calls(self, *ops: Op) -> Iterator[Node]:
-        """Nodes that call one of ``ops``, in graph order, safe against edits while iterating."""
+        """Yield the nodes that call one of ``ops``, in graph order. Callers may edit the graph meanwhile."""
         yield from [node for node in self.graph.nodes if node.op == "call_function" and node.target in ops]
 
     def weight_of(self, node: object) -> WeightExpr | None:
-        """The expression behind a placeholder node; None for anything else."""
+        """Returns the expression behind a placeholder node; None for anything else."""
         return self.weights.get(node.name) if isinstance(node, Node) and node.op == "placeholder" else None
+
+
+@dataclass(frozen=True)
+class EditableProgram(Program):
+    """A Program while passes run: its graph, weights, constants and orders may be changed in place."""
+
+    weights: dict[str, WeightExpr]
+    constants: dict[str, Multiplier]
+    orders: dict[str, str] = field(default_factory=dict)
+    rewrites: list[Rewrites] = field(default_factory=list)
+
+    def finished(self) -> Program:
+        """Returns the Program of what has been edited; to be called once, after the last edit."""
+        self.module.recompile()
+        return Program(
+            self.config,
+            self.states,
+            self.module,
+            weights=MappingProxyType(self.weights),
+            constants=MappingProxyType(self.constants),
+            inputs=self.inputs,
+            outputs=self.outputs,
+            orders=MappingProxyType(self.orders),
+            rewrites=tuple(self.rewrites),
+        )

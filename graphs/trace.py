@@ -11,28 +11,32 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph
 
 from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
-from h1export.graphs.model import FalconH1, LayerStates
+from h1export.graphs.model import FalconH1, LayerStates, layer_states
 from h1export.graphs.program import Program
 from h1export.graphs.unroll import TRACED, unroll
 from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.projections import IN_PROJ
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, StateSpec
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD
 
-# example sizes: distinct, so that no two dims can be mistaken for one
+# The sizes of the example are distinct, so that no two dims can be mistaken for one.
 _BATCH = 3
 _SEQ = 5
 _PAST = 7
 
 
 def trace(config: FalconH1Config, last_only: bool = False) -> Program:
-    """The model's Program, µP multipliers still explicit. A few seconds and a few hundred MB for any size: see ``unroll``."""
+    """Returns the model's Program, in which µP multipliers are still explicit.
+
+    It takes a few seconds and a few hundred MB for a model of any size: see ``unroll``.
+    """
     if config.num_hidden_layers <= TRACED:
         return trace_all(config, last_only)
     return unroll(trace_all(replace(config, num_hidden_layers=TRACED), last_only), config)
 
 
 def trace_all(config: FalconH1Config, last_only: bool = False) -> Program:
-    """``trace`` without copies: torch.export sees every layer."""
+    """Returns what ``trace`` does, but lets torch.export see every layer instead of copying one."""
     with torch.device("meta"):
         model = FalconH1(config, last_only).eval()
         ids = torch.ones(_BATCH, _SEQ, dtype=torch.int64)
@@ -51,8 +55,7 @@ def trace_all(config: FalconH1Config, last_only: bool = False) -> Program:
 
 
 def _example_states(config: FalconH1Config) -> list[LayerStates]:
-    tensors = [torch.empty(tensor.sized(_BATCH, _PAST)) for tensor in StateSpec.of(config).tensors]
-    return [(tensors[i], tensors[i + 1], tensors[i + 2], tensors[i + 3]) for i in range(0, len(tensors), 4)]
+    return layer_states([torch.empty(tensor.sized(_BATCH, _PAST)) for tensor in StateSpec.of(config).tensors])
 
 
 def _program(exported: torch.export.ExportedProgram, config: FalconH1Config) -> Program:
@@ -61,7 +64,7 @@ def _program(exported: torch.export.ExportedProgram, config: FalconH1Config) -> 
     weights = {}
     constants = {}
     inputs = {}
-    mup = Multiplier(tuple(zip(config.in_proj_parts, config.ssm_multipliers, strict=True)))
+    mup = Multiplier(IN_PROJ.output_multiplier(config))
     for item in exported.graph_signature.input_specs:
         if item.kind is InputKind.PARAMETER:
             name = EMBEDDING if item.target == LM_HEAD and config.tie_word_embeddings else str(item.target)

@@ -1,11 +1,11 @@
-"""The one exception that a user is meant to read."""
+"""H1ExportError: the exception for everything that the user can put right."""
 
 
 class H1ExportError(Exception):
-    """Bad input or an impossible request; the CLI prints it and exits with code 2.
+    """Bad input or an impossible request. The command line prints it without a traceback and exits with code 2.
 
     Args:
-        where: file, config key, tensor or option at fault.
+        where: the file, config key, tensor or option at fault.
         what: what is wrong with it, with the figures.
         next_step: what the user can do about it.
     """
@@ -18,5 +18,5 @@ class H1ExportError(Exception):
 
 
 def _printable(text: str) -> str:
-    """Names come from files of strangers: nothing in them may steer a terminal or break the line."""
+    """Escape unprintable characters, because names from foreign files must not control a terminal or break the line."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,4 +1,4 @@
-"""How long work reports to whoever watches: a stage by name, then bytes."""
+"""Progress: how long work reports its stages and the bytes that are done."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Where long work says how far it is."""
+    """The receiver of progress reports, such as the progress bars of the command line."""
 
     def stage(self, name: str, total_bytes: int = 0) -> None:
-        """A new stage begins; ``total_bytes`` 0: its length is unknown."""
+        """Begin a stage of ``total_bytes`` bytes; 0 means that the length is unknown."""
         ...
 
     def advance(self, nbytes: int) -> None:
-        """``nbytes`` more of the stage are done."""
+        """Report that ``nbytes`` more bytes of the stage are done."""
         ...
 
 
 class Silent:
-    """A Progress that nobody watches."""
+    """A Progress that ignores every report."""
 
     def stage(self, name: str, total_bytes: int = 0) -> None:
         return

@@ -1,7 +1,17 @@
-"""The three h1 ops: the contract between the front end and the targets.
+"""The three h1 ops that a traced Falcon-H1 graph contains: `h1::attention`, `h1::causal_conv` and `h1::ssm_scan`.
 
-Each op is one folder: its schema, written once as the signature of its eager reference; its fake kernel; native kernels
-beside them. Importing this package registers all three with PyTorch.
+"Op" means a PyTorch custom operator here; a TensorRT plugin, which implements two of the ops on a GPU, is in
+targets/tensorrt/plugin. The ops are the contract between the traced model and the targets: each target translates them.
+
+The folder of an op holds:
+
+- `op.py`: the schema (the signature of the function), the exact eager reference, and the fake kernel for tracing.
+  Read this file first.
+- `kernels.py`: the GPU kernels in Triton, if there are any.
+- `launch.py`: the kernels, grids and arguments that one call launches (`ssm_scan` keeps its tile sizes in `tiles.py`).
+
+The folder `gpu` holds the code that the GPU kernels of all ops share. Importing this package registers the ops with
+PyTorch.
 """
 
 import torch
@@ -10,6 +20,6 @@ from h1export.plugins.attention.op import attention
 from h1export.plugins.causal_conv.op import causal_conv
 from h1export.plugins.ssm_scan.op import ssm_scan
 
-h1 = torch.ops.h1  # the namespace, registered: take it from here
+h1 = torch.ops.h1  # imported from here, the namespace always has its ops registered
 
 __all__ = ["attention", "causal_conv", "h1", "ssm_scan"]

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from h1export.artifact.artifact import Artifact, StoredWeight
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.staging import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.runtime.runner import Runner
+from h1export.runtime.runner import Inspectable
 
 if TYPE_CHECKING:  # the command line names targets without loading torch
     from h1export.graphs.program import Program
@@ -96,7 +97,7 @@ class Target(Protocol):
 
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
-    ) -> Runner[Any]:
+    ) -> Inspectable[Any]:
         """Load what ``lower`` wrote.
 
         ``threads`` 0: the runtime's own choice. ``float32``: compute in float32 even where the artifact rounds activations,

@@ -1,7 +1,7 @@
-"""Stands for TensorRT and a GPU: an engine whose calls read and write memory at the addresses that they were bound to.
+"""A fake of TensorRT and a GPU: an engine whose calls read and write memory at the addresses that they were bound to.
 
-What it computes is model.onnx on the CPU. Like the real one it refuses shapes outside a profile, wants a state's output in the memory
-of its input, and runs nothing while a graph is recorded.
+The engine computes model.onnx on the CPU. Like the real one it refuses shapes outside a profile, requires a state's
+output in the memory of its input, and runs nothing while a graph is recorded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.targets.tensorrt.emulator.execution import Execution
 from h1export.targets.tensorrt.engine.requirements import Host
 
-HOST = Host({"tensorrt": "10.15.1"}, 89)  # the machine that it all stands for
+HOST = Host({"tensorrt": "10.15.1"}, 89)  # the machine that the fakes simulate
 STREAM = 7
 DTYPES = {"INT64": torch.int64, "FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
 
@@ -38,17 +38,21 @@ class Allocation(IntEnum):
     USER_MANAGED = 2
 
 
-MEMORY = 4096  # bytes that a context works in
+MEMORY = 4096  # bytes of working memory that a context needs
 
 
 def memory(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor that lies there."""
+    """Return the tensor that is stored at ``address``."""
     raw = (ctypes.c_byte * (prod(shape) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(raw, dtype=dtype).view(shape)
 
 
 class FakeGpu:
-    """In place of targets/tensorrt/gpu/device.py's; the CPU's memory is its own. ``recorded``: how many graphs were made."""
+    """A fake of Gpu in targets/tensorrt/gpu/device.py that uses the CPU's memory.
+
+    Attributes:
+        recorded: number of graphs that were recorded.
+    """
 
     device = torch.device("cpu")
     handle = STREAM
@@ -103,7 +107,7 @@ class FakeContext:
 
     def is_stream_capturable(self, stream: int) -> bool:
         self.asked += 1
-        return self.asked > 1  # as where kernels are still being compiled
+        return self.asked > 1  # the first answer simulates kernels that are still being compiled
 
     def execute_async_v3(self, stream: int) -> bool:
         addresses = dict(self._addresses)
@@ -184,7 +188,11 @@ class FakeEngine:
 
 
 class FakeTensorRT:
-    """The module. ``engines``: those that were read."""
+    """A fake of the module tensorrt.
+
+    Attributes:
+        engines: the engines that were read.
+    """
 
     TensorIOMode = Mode
     ExecutionContextAllocationStrategy = Allocation

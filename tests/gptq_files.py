@@ -1,4 +1,4 @@
-"""Checkpoints in GPTQ's layout, packed as its writers do: word by word with shifts, nothing of h1export's reader."""
+"""Writes checkpoints in GPTQ format as its writers do, word by word with shifts and without h1export's reader."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ MATRICES = ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate
 
 @dataclass(frozen=True)
 class Gptq:
-    """What to write.
+    """The checkpoint to write.
 
     Attributes:
-        bits: of a code.
-        group: columns of a group; -1: all.
-        sym: zero points in the middle.
-        v2: zero points as they are; else less 1.
-        act_order: columns are in groups at random, in each tensor its own way, but where ``like`` says otherwise.
-        like: module of a layer -> the one, before it in the alphabet, whose groups it shares.
-        head: lm_head too.
-        seed: of codes, zero points and scales.
-        keys: of quantization_config, besides what follows from the others.
+        bits: bits of a code.
+        group: columns of a group; -1: all columns.
+        sym: whether all zero points are the middle of the codes' range.
+        v2: whether zero points are stored as they are; otherwise 1 is subtracted.
+        act_order: whether columns are assigned to groups at random, for each tensor that is not a key of ``like``.
+        like: module of a layer -> the module, earlier in the alphabet, whose groups it shares.
+        head: whether lm_head is packed too.
+        seed: seed of the codes, zero points and scales.
+        keys: keys of quantization_config besides those that follow from the other attributes.
     """
 
     bits: int = 4
@@ -47,7 +47,10 @@ class Gptq:
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint, and for each packed weight what it holds: codes [rows, columns], zeros and scales [rows, groups], g_idx [columns]."""
+    """A checkpoint, and the values of each packed weight.
+
+    These are codes [rows, columns], zeros and scales [rows, groups], and g_idx [columns].
+    """
 
     folder: Path
     codes: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
@@ -56,7 +59,7 @@ class Written:
     g_idx: dict[str, npt.NDArray[np.int32]] = field(default_factory=dict)
 
     def weight(self, name: str) -> npt.NDArray[np.float64]:
-        """scales (codes - zeros), column by column, in float64."""
+        """Compute scales * (codes - zeros), column by column, in float64."""
         groups = self.g_idx[name]
         difference = self.codes[name] - self.zeros[name][:, groups]
         weight: npt.NDArray[np.float64] = difference * self.scales[name][:, groups].astype(np.float64)
@@ -64,7 +67,7 @@ class Written:
 
 
 def pack(values: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.int32]:
-    """[n, m] -> [n * bits / 32, m]: the first of a word's values in its lowest bits."""
+    """Pack [n, m] to words [n * bits / 32, m]; the first value of a word is stored in its lowest bits."""
     each = 32 // bits
     words = np.zeros((len(values) // each, values.shape[1]), np.uint64)
     for place in range(each):
@@ -73,7 +76,7 @@ def pack(values: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.int32]:
 
 
 def write(source: Path, out: Path, how: Gptq) -> Written:
-    """The model of ``source`` with the weights of its projections replaced by random integers of about their size."""
+    """Write the model of ``source`` with its projections replaced by random integers of about the same size."""
     shutil.copytree(source, out, dirs_exist_ok=True)
     tensors: Tensors = {
         name: tensor.float().numpy() for name, tensor in load_torch(source / "model.safetensors").items()
@@ -96,7 +99,7 @@ def write(source: Path, out: Path, how: Gptq) -> Written:
 
 
 def write_tensors(tensors: Tensors, out: Path, how: Gptq) -> Written:
-    """model.safetensors of ``tensors``, those of projections packed."""
+    """Write model.safetensors of ``tensors``, with the weights of projections packed."""
     written = Written(out)
     rng = np.random.default_rng(how.seed)
     modules = {f"{module}.weight" for module in (*MATRICES, *(["lm_head"] if how.head else []))}
@@ -142,7 +145,7 @@ def _packed(name: str, weight: Any, how: Gptq, written: Written, rng: np.random.
 
 
 def edit(folder: Path, change: Callable[[Tensors], object]) -> None:
-    """Rewrite the tensors after ``change`` has had them, name -> array."""
+    """Rewrite the tensors after ``change`` has changed them in place (name -> array)."""
     tensors = {name: tensor.copy() for name, tensor in load_file(folder / "model.safetensors").items()}
     change(tensors)
     _save(folder, tensors)

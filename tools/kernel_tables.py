@@ -2,8 +2,8 @@
 
     python tools/kernel_tables.py [--jobs 2] [--check]
 
-Needs Triton (the extra trt) and no GPU; some 500 kernels take some minutes. ``--check`` writes nothing and fails where
-the file differs.
+The script needs Triton (the extra trt) and no GPU; about 500 kernels take some minutes. ``--check`` writes nothing and
+fails if the file differs.
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from roofline import GPUS, Gpu, Work, conv_work, scan_work
+from roofline import GPUS, PUBLISHED, Gpu, Shape, Work, conv_work, scan_work
 
 from h1export.errors import H1ExportError
 from h1export.plugins.causal_conv import launch as conv
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin, check_limits, compile_kernel
 from h1export.plugins.gpu.kernel import Kernel
-from h1export.plugins.gpu.shapes import PUBLISHED, Shape
-from h1export.plugins.ssm_scan.launch import Problem, kernels
+from h1export.plugins.ssm_scan.launch import kernels
 from h1export.plugins.ssm_scan.tiles import TILES
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "kernels.md"
 DTYPES = ("fp16", "bf16")
-PROMPT = 2048  # tokens, of the estimates
+PROMPT = 2048  # tokens of the estimates of prefill
 CHUNKS = (64, 128, 256, 512)
 
 
 def all_kernels() -> list[Kernel]:
-    """Every row of the scan's table, and the convolution."""
+    """Return the kernels of the scan for every row of tiles.py, and those of the convolution."""
     scans = [kernel for sizes in TILES for dtype in DTYPES for kernel in kernels(*sizes, dtype)]
     return scans + [
         conv.kernel(dtype, PUBLISHED[0].taps, True, one_token=one_token)
@@ -41,20 +40,20 @@ def all_kernels() -> list[Kernel]:
     ]
 
 
-def compiled(pair: tuple[Kernel, int]) -> Cubin | str:
-    """What compiling says that is wrong, or the result."""
+def compile_checked(kernel_and_architecture: tuple[Kernel, int]) -> Cubin | str:
+    """Return the compiled kernel, or the error message if it does not compile or exceeds a limit."""
     try:
-        cubin = compile_kernel(*pair)
+        cubin = compile_kernel(*kernel_and_architecture)
         check_limits(cubin)
     except H1ExportError as error:
         return str(error)
     return cubin
 
 
-def taken(cubins: list[Cubin]) -> Iterator[str]:
-    """Rows of kernel, tiles and, for each architecture, registers, spilled bytes and KiB of shared memory.
+def resource_rows(cubins: list[Cubin]) -> Iterator[str]:
+    """Yield the table of the resources of each kernel and tile, one column per architecture.
 
-    Each figure is the larger one of both dtypes.
+    A cell has registers, spilled bytes and KiB of shared memory, each the larger of both dtypes.
     """
     rows: dict[str, dict[int, list[Cubin]]] = defaultdict(lambda: defaultdict(list))
     for cubin in cubins:
@@ -75,88 +74,69 @@ def taken(cubins: list[Cubin]) -> Iterator[str]:
 
 
 def cell(cubins: list[Cubin]) -> str:
-    """registers/spilled/KiB."""
+    """Return "registers/spilled bytes/KiB of shared memory"."""
     registers, spilled, shared = (
         max(getattr(cubin, name) for cubin in cubins) for name in ("registers", "spilled", "shared")
     )
     return f"{registers}/{spilled}/{-(-shared // 1024)}"
 
 
-def layer(shape: Shape, gpu: Gpu, batch: int, *, tokens: int) -> str:
-    """Microseconds of one layer's scan and convolution; the letter of what bounds most of it."""
-    problem = Problem(
-        batch,
-        tokens,
-        shape.heads,
-        groups=shape.groups,
-        d_head=shape.d_head,
-        d_state=shape.d_state,
-        dtype="fp16",
-        dt_min=0.0,
-        dt_max=1.0,
-    )
-    works = [*scan_work(problem).values(), conv_work(batch, tokens, shape.channels, shape.taps)]
+def layer_time(shape: Shape, gpu: Gpu, batch: int, *, tokens: int) -> str:
+    """Return the microseconds of one layer's scan and convolution, and the first letter of the longest one's bound."""
+    works = [
+        *scan_work(shape.problem(batch, tokens)).values(),
+        conv_work(batch, tokens, shape.channels, taps=shape.taps),
+    ]
     longest = max(works, key=lambda work: work.seconds(gpu))
     return f"{sum(work.seconds(gpu) for work in works) * 1e6:.3g} {longest.bound(gpu)[0]}"
 
 
 def estimates(batch: int, tokens: int) -> Iterator[str]:
-    """Rows: model and, for each GPU, the time of one layer."""
+    """Yield the table of the estimated time of one layer, one row per model and one column per GPU."""
     yield "| µs a layer | " + " | ".join(gpu.name for gpu in GPUS) + " |"
     yield "|---" * (1 + len(GPUS)) + "|"
     for shape in PUBLISHED:
-        yield f"| {shape.model} |" + "".join(f" {layer(shape, gpu, batch, tokens=tokens)} |" for gpu in GPUS)
+        yield f"| {shape.model} |" + "".join(f" {layer_time(shape, gpu, batch, tokens=tokens)} |" for gpu in GPUS)
 
 
 def per_kernel() -> Iterator[str]:
-    """Rows: model and kernel, its bytes and operations, and for each GPU its time and what bounds it."""
+    """Yield the table of each kernel's bytes and operations, and its estimated time and bound on each GPU."""
     yield "| model | kernel | MB | Gflop | " + " | ".join(gpu.name for gpu in GPUS) + " |"
     yield "|---" * (4 + len(GPUS)) + "|"
     for shape in PUBLISHED:
         works: dict[str, Work] = {}
         for tokens in (PROMPT, 1):
-            problem = Problem(
-                1,
-                tokens,
-                shape.heads,
-                groups=shape.groups,
-                d_head=shape.d_head,
-                d_state=shape.d_state,
-                dtype="fp16",
-                dt_min=0.0,
-                dt_max=1.0,
-            )
-            works |= scan_work(problem)
-            works[f"causal_conv, {tokens}"] = conv_work(1, tokens, shape.channels, shape.taps)
+            works |= scan_work(shape.problem(1, tokens))
+            works[f"causal_conv, {tokens}"] = conv_work(1, tokens, shape.channels, taps=shape.taps)
         for name, work in works.items():
             times = " | ".join(f"{work.seconds(gpu) * 1e6:.3g} {work.bound(gpu)[0]}" for gpu in GPUS)
             yield f"| {shape.model} | {name} | {work.bytes / 1e6:.3g} | {work.operations / 1e9:.3g} | {times} |"
 
 
 def chunks() -> Iterator[str]:
-    """Rows: sizes and, for each GPU, the estimate of the scan for each chunk; the table's choice in bold."""
+    """Yield the table of the estimates of the scan for each chunk on each GPU; the choice of tiles.py is in bold."""
     yield (
         f"| head dim x state, chunks of {', '.join(map(str, CHUNKS))} | " + " | ".join(gpu.name for gpu in GPUS) + " |"
     )
     yield "|---" * (1 + len(GPUS)) + "|"
     for shape in {(s.d_head, s.d_state): s for s in PUBLISHED}.values():
         sizes = (shape.d_head, shape.d_state)
-        problem = Problem(1, PROMPT, shape.heads, shape.groups, *sizes, "fp16", 0.0, 1.0)
-        own = TILES[sizes]
+        problem = shape.problem(1, PROMPT)
+        chosen = TILES[sizes]
         times: dict[int, list[float]] = {}
         for chunk in CHUNKS:
-            TILES[sizes] = own._replace(chunk=chunk)
+            TILES[sizes] = chosen._replace(chunk=chunk)
             times[chunk] = [sum(work.seconds(gpu) for work in scan_work(problem).values()) * 1e6 for gpu in GPUS]
-        TILES[sizes] = own
+        TILES[sizes] = chosen
         texts = [
-            [f"**{times[c][i]:.3g}**" if c == own.chunk else f"{times[c][i]:.3g}" for c in CHUNKS]
+            [f"**{times[c][i]:.3g}**" if c == chosen.chunk else f"{times[c][i]:.3g}" for c in CHUNKS]
             for i in range(len(GPUS))
         ]
         yield f"| {shape.d_head} x {shape.d_state} | " + " | ".join(" ".join(text) for text in texts) + " |"
 
 
 def with_tables(text: str, tables: dict[str, list[str]]) -> str:
-    """The document with each table behind its marker replaced."""
+    """Return the document with each table replaced; "<!-- NAME -->" and "<!-- end -->" enclose the table NAME."""
     for name, lines in tables.items():
         start = f"<!-- {name} -->\n"
         end = "<!-- end -->"
@@ -167,19 +147,19 @@ def with_tables(text: str, tables: dict[str, list[str]]) -> str:
 
 
 def main() -> None:
-    """Write the document, or print what is wrong and exit with 1."""
+    """Write the document, or print what is wrong and exit with code 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     pairs = [(kernel, architecture) for kernel in all_kernels() for architecture in ARCHITECTURES]
     with ProcessPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(compiled, pairs))
-    if wrong := [result for result in results if isinstance(result, str)]:
-        sys.exit("\n".join(wrong))
+        results = list(pool.map(compile_checked, pairs))
+    if errors := [result for result in results if isinstance(result, str)]:
+        sys.exit("\n".join(errors))
     cubins = [result for result in results if isinstance(result, Cubin)]
     tables = {
-        "compiled": list(taken(cubins)),
+        "compiled": list(resource_rows(cubins)),
         "decode": list(estimates(1, 1)),
         "prefill": list(estimates(1, PROMPT)),
         "kernels": list(per_kernel()),
@@ -188,12 +168,10 @@ def main() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     new = with_tables(text, tables)
     if options.check and new != text:
-        sys.exit(f"{DOCUMENT.name} differs from what the kernels take now: run this without --check")
+        sys.exit(f"{DOCUMENT.name} differs from the tables of the current kernels: run this without --check")
     DOCUMENT.write_text(new, encoding="utf-8")
-    print(
-        f"{len(cubins)} kernels, {sum(cubin.spilled > 0 for cubin in cubins)} of them spill, "
-        f"at most {max(cubin.spilled for cubin in cubins)} bytes"
-    )
+    spilled = [cubin.spilled for cubin in cubins]
+    print(f"{len(cubins)} kernels, {sum(count > 0 for count in spilled)} of them spill, at most {max(spilled)} bytes")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rewrites between trace and targets. One pass a file; the order is this list and nothing else."""
+"""The passes between trace and targets: one pass a file, and their order, which is these lists alone."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ PASSES: tuple[Pass, ...] = (
 
 
 def fusions(kind_of: KindOf, align: int) -> tuple[Pass, ...]:
-    """The passes of a target whose runtime has no fusion of its own, to run after PASSES.
+    """Returns the passes for a target whose runtime does not fuse projections itself, to be run after PASSES.
 
     Args:
-        kind_of: what weights must have in common to share an initializer: the target's precision of them.
-        align: columns of a block, which a concatenation along columns may not cut.
+        kind_of: weights of equal kind may share an initializer: the target's precision of them.
+        align: the columns of a group, which a concatenation along columns may not divide.
     """
     return (
         FuseParallelProjections(kind_of),
@@ -41,7 +41,10 @@ def fusions(kind_of: KindOf, align: int) -> tuple[Pass, ...]:
 
 
 def passes_for(order_name: Callable[[str], str]) -> tuple[Pass, ...]:
-    """All that stands between trace and targets, for a checkpoint whose integers have their columns in these orders."""
+    """Returns all passes between trace and targets.
+
+    ``order_name`` names the order that a tensor's integers have their columns in (``WeightStore.order_name``).
+    """
     return (*PASSES, SortColumns(order_name))
 
 
@@ -49,18 +52,14 @@ __all__ = ["PASSES", "KindOf", "Pass", "PassError", "fusions", "passes_for", "ru
 
 
 def run_passes(program: Program, passes: Sequence[Pass] = PASSES) -> Program:
-    """Apply ``passes`` in order to a copy of ``program``; the result is verified, so all that PASSES do must be done by then.
+    """Apply ``passes`` in order to a copy of ``program`` and verify the result, whose ``rewrites`` tell what each pass did.
 
     Raises:
-        PassError: a pass met a graph it does not understand, or did not reach what it promises.
-        VerifyError: the result has an op that no target is asked to know.
+        PassError: a pass met a graph that it does not understand, or did not reach what it promises.
+        VerifyError: the result is not what targets may expect, for example because it was never through PASSES.
     """
-    program = program.editable()
+    edited = program.editable()
     for rewrite in passes:
-        rewrite.requires(program)
-        rewrite.run(program)
-        program.graph.eliminate_dead_code()
-        rewrite.ensures(program)
-    program.module.recompile()
-    verify(program)
-    return program
+        rewrite.apply(edited)
+    verify(edited)
+    return edited.finished()

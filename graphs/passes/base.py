@@ -1,7 +1,8 @@
-"""What a pass is: requires -> run -> ensures, and edits of weight expressions that keep shared weights right."""
+"""Pass: one rewrite of a Program, run as requires -> run -> ensures; and edits of weights that keep shared weights right."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
@@ -11,40 +12,60 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
-from h1export.graphs.program import Program
+from h1export.graphs.program import EditableProgram, Program, Rewrites
 
 aten = torch.ops.aten
 
 KindOf = Callable[
     [WeightExpr], Hashable
-]  # what must be equal for two weights to share an initializer: a target's precision
+]  # weights of equal kind may share an initializer: a target's precision of them
 
 
 class PassError(Exception):
-    """A pass met a graph it does not understand: a bug in the front end, not bad input."""
+    """A pass met a graph that it does not understand: a bug in the front end, not bad input."""
 
 
 class Pass(ABC):
-    """One rewrite. ``run`` may change the program it is given, and returns how many places it rewrote."""
+    """One rewrite of a program."""
+
+    @property
+    def name(self) -> str:
+        """The name of the pass, which is that of its file: "fold_decay" for FoldDecay."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def apply(self, program: EditableProgram) -> int:
+        """Rewrite ``program``, check what the pass promises, and return how many places were rewritten.
+
+        Raises:
+            PassError: a graph that the pass does not understand, or a promise that does not hold.
+        """
+        self.requires(program)
+        count = self.run(program)
+        program.graph.eliminate_dead_code()
+        self.ensures(program)
+        program.rewrites.append(Rewrites(self.name, count))
+        return count
 
     def requires(self, program: Program) -> None:
-        """Raises PassError where the program is not what ``run`` expects. By default anything will do."""
+        """Raise PassError where the program is not what ``run`` expects. By default nothing is expected."""
         return
 
     @abstractmethod
-    def run(self, program: Program) -> int: ...
+    def run(self, program: EditableProgram) -> int:
+        """Rewrite ``program`` in place, and return how many places were rewritten."""
 
     @abstractmethod
     def ensures(self, program: Program) -> None:
-        """Raises PassError where the promise of this pass does not hold."""
+        """Raise PassError where the promise of this pass does not hold."""
 
     def check(self, holds: bool, what: str) -> None:
+        """Raise PassError with ``what`` unless the condition ``holds``."""
         if not holds:
             raise PassError(f"{type(self).__name__}: {what}")
 
 
 def multiplier_of(program: Program, node: Node) -> tuple[Node, Multiplier] | None:
-    """(x, m) where ``node`` is x * m with a constant m: a number, or a µP vector over the last axis."""
+    """Returns (x, m) where ``node`` is x * m with a constant m: a number, or a µP vector over the last axis. Else None."""
     if node.target is not aten.mul.Tensor:
         return None
     x, factor = node.args
@@ -57,46 +78,48 @@ def multiplier_of(program: Program, node: Node) -> tuple[Node, Multiplier] | Non
     return None
 
 
-def scale_weight(program: Program, node: Any, multiplier: Multiplier) -> None:
-    """Multiply the rows of the weight behind placeholder ``node``, which must have no other reader."""
+def scale_weight(program: EditableProgram, node: Any, multiplier: Multiplier) -> None:
+    """Multiply the rows of the weight behind placeholder ``node``. Raises PassError where it has several readers."""
     expr = program.weight_of(node)
     if expr is None or len(node.users) != 1:
         raise PassError(f"{node}: only a weight with a single reader can take a multiplier")
-    program.weights[node.name] = expr.times(multiplier)  # type: ignore[index]  # the copy that run_passes made is a dict
+    program.weights[node.name] = expr.times(multiplier)
 
 
-def replace_node(program: Program, node: Node, by: Node) -> None:
+def replace_node(program: EditableProgram, node: Node, by: Node) -> None:
+    """Let the readers of ``node`` read ``by``, and erase it."""
     node.replace_all_uses_with(by)
     program.graph.erase_node(node)
 
 
 def linear_bias(node: Node) -> Node | None:
+    """Returns the bias of a linear, or None."""
     bias = node.args[2] if len(node.args) > 2 else None
     return bias if isinstance(bias, Node) else None
 
 
 def call(program: Program, op: Callable[..., Any], *args: Any) -> Node:
-    """A new node at the graph's insertion point, with the value that torch.export would have noted for it."""
+    """Returns a new node at the graph's insertion point, with the meta value that torch.export would have given it."""
     node = program.graph.call_function(op, args)
     with torch.no_grad():
         node.meta["val"] = op(*map_arg(args, lambda argument: argument.meta["val"]))
     return node
 
 
-def concatenated_weight(program: Program, placeholders: Sequence[Node], axis: Literal[0, 1]) -> Node:
-    """A placeholder for the weights behind ``placeholders``, concatenated."""
+def concatenated_weight(program: EditableProgram, placeholders: Sequence[Node], axis: Literal[0, 1]) -> Node:
+    """Returns a new placeholder for the weights behind ``placeholders``, concatenated."""
     expr = WeightExpr.concatenated([program.weights[node.name] for node in placeholders], axis)
     values = [node.meta["val"] for node in placeholders]
     with program.graph.inserting_after(placeholders[0]):
         fused = program.graph.placeholder(placeholders[0].name)
     fused.meta["val"] = torch.cat(values, dim=axis)
-    program.weights[fused.name] = expr  # type: ignore[index]  # the copy that run_passes made is a dict
+    program.weights[fused.name] = expr
     return fused
 
 
-def drop_unread_weights(program: Program) -> None:
+def drop_unread_weights(program: EditableProgram) -> None:
     """Erase the placeholders that a fusion has left without a reader."""
     for node in list(program.graph.nodes):
         if node.name in program.weights and not node.users:
             program.graph.erase_node(node)
-            del program.weights[node.name]  # type: ignore[attr-defined]
+            del program.weights[node.name]

@@ -5,13 +5,13 @@ After:  y = aten.to(x, float32)
 """
 
 from h1export.graphs.passes.base import Pass, aten
-from h1export.graphs.program import Program
+from h1export.graphs.program import EditableProgram, Program
 
 _ASSERT = aten._assert_tensor_metadata.default
 
 
 class DropMetadataAsserts(Pass):
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         found = list(program.calls(_ASSERT))
         for node in found:
             program.graph.erase_node(node)

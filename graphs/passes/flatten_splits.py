@@ -9,11 +9,11 @@ import operator
 from torch.fx import Node
 
 from h1export.graphs.passes.base import Pass, aten, call, replace_node
-from h1export.graphs.program import Program, args_of
+from h1export.graphs.program import EditableProgram, Program, args_of
 
 
 class FlattenSplits(Pass):
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         splits = [
             node
             for node in program.calls(aten.split_with_sizes.default)
@@ -29,7 +29,7 @@ class FlattenSplits(Pass):
         same = len(users) == 1 and users[0].target is aten.split_with_sizes.default and users[0].args[2] == -1
         return users[0] if same else None
 
-    def _flatten(self, program: Program, node: Node) -> None:
+    def _flatten(self, program: EditableProgram, node: Node) -> None:
         x, sizes, axis = args_of(node)
         subgraphs = {args_of(subgraph)[1]: subgraph for subgraph in node.users}
         flat: list[int] = []

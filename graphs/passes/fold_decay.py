@@ -7,11 +7,11 @@ After:  h1::ssm_scan(..., A=weight, ...) with weight = -exp(A_log)
 from torch.fx import Node
 
 from h1export.graphs.passes.base import Pass, PassError, aten, replace_node
-from h1export.graphs.program import Program
+from h1export.graphs.program import EditableProgram, Program
 
 
 class FoldDecay(Pass):
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         count = 0
         for node in program.calls(
             aten.exp.default, aten.neg.default
@@ -21,12 +21,12 @@ class FoldDecay(Pass):
                 count += 1
         return count
 
-    def _fold(self, program: Program, node: Node) -> None:
+    def _fold(self, program: EditableProgram, node: Node) -> None:
         weight = node.args[0]
         expr = program.weight_of(weight)
         if not isinstance(weight, Node) or expr is None or len(weight.users) != 1:
             raise PassError(f"FoldDecay: {weight} has other readers")
-        program.weights[weight.name] = expr.apply("exp" if node.target is aten.exp.default else "neg")  # type: ignore[index]
+        program.weights[weight.name] = expr.apply("exp" if node.target is aten.exp.default else "neg")
         replace_node(program, node, weight)
 
     def ensures(self, program: Program) -> None:

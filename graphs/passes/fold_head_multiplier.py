@@ -7,11 +7,11 @@ After:  linear(rms_norm(h, m * w), head)
 from torch.fx import Node
 
 from h1export.graphs.passes.base import Pass, aten, multiplier_of, replace_node, scale_weight
-from h1export.graphs.program import Program
+from h1export.graphs.program import EditableProgram, Program
 
 
 class FoldHeadMultiplier(Pass):
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         logits = self._logits(program)
         match = multiplier_of(program, logits)
         if match is None:

@@ -7,11 +7,11 @@ After:  linear(x, m * w1, b1), linear(x, m * w2, b2), ...
 from torch.fx import Node
 
 from h1export.graphs.passes.base import Pass, aten, multiplier_of, replace_node, scale_weight
-from h1export.graphs.program import Program
+from h1export.graphs.program import EditableProgram, Program
 
 
 class FoldInputMultipliers(Pass):
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         count = 0
         for node in program.calls(aten.mul.Tensor):
             match = multiplier_of(program, node)

@@ -5,11 +5,11 @@ After:  linear(x, m * w, m * b)
 """
 
 from h1export.graphs.passes.base import Pass, aten, linear_bias, multiplier_of, replace_node, scale_weight
-from h1export.graphs.program import Program
+from h1export.graphs.program import EditableProgram, Program
 
 
 class FoldOutputMultipliers(Pass):
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         count = 0
         for node in program.calls(aten.mul.Tensor):
             match = multiplier_of(program, node)
@@ -25,7 +25,7 @@ class FoldOutputMultipliers(Pass):
         for name in [name for name in program.constants if not self._used(program, name)]:
             (placeholder,) = [node for node in program.graph.nodes if node.name == name]
             program.graph.erase_node(placeholder)
-            del program.constants[name]  # type: ignore[attr-defined]
+            del program.constants[name]
         return count
 
     def _used(self, program: Program, name: str) -> bool:

@@ -20,7 +20,7 @@ from h1export.graphs.passes.base import (
     linear_bias,
     replace_node,
 )
-from h1export.graphs.program import Program, args_of
+from h1export.graphs.program import EditableProgram, Program, args_of
 
 
 class FuseParallelProjections(Pass):
@@ -29,7 +29,7 @@ class FuseParallelProjections(Pass):
     def __init__(self, kind_of: KindOf) -> None:
         self._kind_of = kind_of
 
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         groups = self._groups(program)
         for group in groups:
             self._fuse(program, group)
@@ -43,7 +43,7 @@ class FuseParallelProjections(Pass):
             groups[node.args[0], linear_bias(node) is None, kind].append(node)
         return [group for group in groups.values() if len(group) > 1]
 
-    def _fuse(self, program: Program, group: list[Node]) -> None:
+    def _fuse(self, program: EditableProgram, group: list[Node]) -> None:
         columns = zip(*[[arg for arg in node.args[1:] if isinstance(arg, Node)] for node in group], strict=True)
         operands = [concatenated_weight(program, column, axis=0) for column in columns]
         with program.graph.inserting_before(group[0]):

@@ -16,7 +16,7 @@ from h1export.graphs.passes.base import (
     linear_bias,
     replace_node,
 )
-from h1export.graphs.program import Program, args_of
+from h1export.graphs.program import EditableProgram, Program, args_of
 
 
 class FuseSummedProjections(Pass):
@@ -29,7 +29,7 @@ class FuseSummedProjections(Pass):
         self._kind_of = kind_of
         self._align = align
 
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         sums = self._sums(program)
         for outer, inner in sums:
             (residual, first) = args_of(inner)

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from h1export.graphs.passes.base import Pass, aten, call
-from h1export.graphs.program import Program, args_of
+from h1export.graphs.program import EditableProgram, Program, args_of
 
 
 class SortColumns(Pass):
@@ -19,7 +19,7 @@ class SortColumns(Pass):
     def __init__(self, order_name: Callable[[str], str]) -> None:
         self._order_name = order_name
 
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         found: dict[tuple[Node, str], Node] = {}
         linears = self._unsorted(program)
         for linear in linears:
@@ -28,15 +28,15 @@ class SortColumns(Pass):
             key = x, self._order_name(tensor)
             if key not in found:
                 found[key] = self._selected(program, x, tensor, before=linear)
-            program.weights[weight.name] = program.weights[weight.name].sort()  # type: ignore[index]
+            program.weights[weight.name] = program.weights[weight.name].sort()
             linear.replace_input_with(x, found[key])
         return len(linears)
 
-    def _selected(self, program: Program, x: Node, tensor: str, *, before: Node) -> Node:
+    def _selected(self, program: EditableProgram, x: Node, tensor: str, *, before: Node) -> Node:
         with program.graph.inserting_before(next(iter(program.graph.nodes))):
             order = program.graph.placeholder(f"order_{len(program.orders)}")
         order.meta["val"] = x.meta["val"].new_empty(x.meta["val"].shape[-1:], dtype=torch.int64)
-        program.orders[order.name] = tensor  # type: ignore[index]  # the copy that run_passes made is a dict
+        program.orders[order.name] = tensor
         with program.graph.inserting_before(before):
             return call(program, aten.index_select.default, x, -1, order)
 

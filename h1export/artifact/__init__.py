@@ -1,1 +1,5 @@
-"""What a build leaves on disk: manifest, staging, journal, weight files, inspection. Start with artifact.py."""
+"""An artifact on disk: manifest, staging folder, journal, weight files and inspection.
+
+Read ``artifact.py`` first (what a finished folder is), then ``manifest.py`` (what its manifest records).
+``staging.py``, ``journal.py`` and ``weight_file.py`` show how a build writes a folder that a kill cannot damage.
+"""

@@ -8,7 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from h1export.artifact.artifact import MANIFEST, Artifact
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import MANIFEST
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
@@ -38,8 +39,8 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "parameters": sum(prod(shape) for shape in tensor_layout(config).values()),
         "bytes_by_dtype": dict(by_dtype),
         "quantised": None
-        if store.layout is None
-        else {**dataclasses.asdict(store.layout), "tensors": len(store.packed)},
+        if store.gptq_format is None
+        else {**dataclasses.asdict(store.gptq_format), "tensors": len(store.packed)},
         "state_bytes": state_bytes(config),
         "config": dataclasses.asdict(config),
     }

@@ -1,27 +1,34 @@
-"""Journal: which tensors of a stage are written, so that the next build skips them after a kill.
+"""Journal: the list of the tensors that a stage already holds, so that the next build skips them after a kill.
 
-A line is added once a tensor's bytes are in their file, with their sha256. Nothing is believed without it: a line may reach the
-disk before the bytes it speaks of.
+A line is added with a tensor's sha256 once its bytes are in their file. The sha256 is checked before a tensor is
+skipped, because after a crash the journal's line may be on the disk and the tensor's bytes not.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# a file and a folder of a stage, never of an artifact
+from h1export.artifact.files import sha256_range
+
+# A file and a folder that exist in a stage only; an artifact never holds them.
 JOURNAL = ".journal"
 SCRATCH = ".scratch"
-READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Extent:
-    """``length`` bytes from ``offset`` of ``file`` in the stage, a relative name with slashes: one tensor."""
+    """The bytes of one tensor in a file of a stage.
+
+    Attributes:
+        file: the file's name relative to the stage, with slashes.
+        tensor: the tensor's name.
+        offset: first byte.
+        length: number of bytes.
+    """
 
     file: str
     tensor: str
@@ -30,7 +37,7 @@ class Extent:
 
 
 class Journal:
-    """The extents of ``folder`` that are written."""
+    """The extents of the stage ``folder`` that are written."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -39,27 +46,27 @@ class Journal:
 
     @property
     def files(self) -> frozenset[str]:
-        """Names of the files that hold an extent."""
+        """Names of the files that hold a written extent."""
         return frozenset(extent.file for extent in self._written)
 
     def add(self, extent: Extent, sha256: str) -> None:
-        """Note that the bytes of ``extent`` are in its file."""
+        """Record that the bytes of ``extent``, with this ``sha256``, are in its file."""
         self._written[extent] = sha256
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({**asdict(extent), "sha256": sha256}) + "\n")
 
     def holds(self, extent: Extent) -> bool:
-        """Whether ``extent`` was written and its bytes are still what they were."""
+        """Return whether ``extent`` was written and its bytes still have the recorded sha256."""
         wanted = self._written.get(extent)
         return wanted is not None and wanted == _sha256(self._folder / extent.file, extent)
 
     def remove(self) -> None:
-        """The stage is complete: an artifact has no journal."""
+        """Delete the journal of a complete stage; an artifact has none."""
         self._path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Mapping[Extent, str]:
-    """Whole lines from the top. The file is cut after them, because a kill may leave half a line."""
+    """Return the whole lines from the top, and cut the file after them, because a kill may leave half a line."""
     written: dict[Extent, str] = {}
     whole = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
@@ -79,14 +86,9 @@ def _read(path: Path) -> Mapping[Extent, str]:
 
 
 def _sha256(file: Path, extent: Extent) -> str:
-    digest = hashlib.sha256()
-    left = extent.length
+    """Return the sha256 of an extent's bytes, or an empty text where ``file`` cannot be read."""
     try:
         with file.open("rb") as stream:
-            stream.seek(extent.offset)
-            while left and (data := stream.read(min(left, READ_BYTES))):
-                digest.update(data)
-                left -= len(data)
+            return sha256_range(stream.fileno(), extent.offset, extent.length)
     except OSError:
         return ""
-    return digest.hexdigest()

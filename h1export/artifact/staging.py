@@ -1,7 +1,7 @@
-"""Stage: where a build writes. A hidden folder beside OUT, renamed to OUT as the last act.
+"""Stage: the hidden folder beside OUT in which a build writes, renamed to OUT as the last act.
 
-Its name carries a key of everything that decides the bytes, so that the next build of the same thing goes on where a killed one
-stopped. The journal in it says what is written.
+Its name carries a key of everything that decides the artifact's bytes, so the next build of the same artifact continues
+where a killed build stopped. The journal in the stage lists what is written.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from h1export.artifact.artifact import MANIFEST
 from h1export.artifact.files import folders, names
 from h1export.artifact.journal import JOURNAL, SCRATCH, Journal
+from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
 
-KEY_LENGTH = 16  # hex digits of a key that a stage's name carries
+KEY_LENGTH = 16  # hex digits of the key in a stage's name
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a target writes, and how.
+    """The folder that a target fills, and how it computes weights.
 
     Attributes:
-        folder: where the files go.
+        folder: the folder of the files.
         jobs: threads that compute weights.
-        dry: for a plan: files of weights get their size and no content, and no weight is read.
+        dry: the stage of a plan: weight files get their size and no content, and no weight is read.
     """
 
     folder: Path
@@ -42,22 +42,22 @@ class Stage:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def dry_stage() -> Iterator[Stage]:
-    """A stage that becomes nothing."""
+    """Yield a dry stage in a temporary folder, which is deleted afterwards."""
     with tempfile.TemporaryDirectory(prefix="h1export-plan-") as folder:
         yield Stage(Path(folder), dry=True)
 
 
 def check_place(out: Path, force: bool) -> None:
-    """Whether a build may end at ``out``, before its work begins.
+    """Check that a build may write to ``out``, before its work begins.
 
     Raises:
-        H1ExportError: ``out`` exists and ``force`` is not given, is not something a build may replace, or cannot be made.
+        H1ExportError: ``out`` cannot be made, exists without ``force``, or is neither an artifact nor an empty folder.
     """
     try:
         taken = out.exists() or out.is_symlink()
@@ -76,13 +76,13 @@ def check_place(out: Path, force: bool) -> None:
 
 @contextmanager
 def staged(out: Path, force: bool, key: str) -> Iterator[Path]:
-    """A folder beside ``out`` to fill; it becomes ``out`` on success and is removed on failure.
+    """Yield a folder beside ``out`` to fill; it becomes ``out`` on success and is removed on failure.
 
-    A killed process leaves it, unlocked: the next build with its ``key`` goes on in it and finds the files that its journal
-    names; one with another key removes it.
+    A killed process leaves its folder behind, unlocked. The next build with the same ``key`` continues in it and finds
+    the files that the journal names; a build with another key removes it.
 
     Raises:
-        H1ExportError: see check_place; or another process builds the same thing there.
+        H1ExportError: ``check_place`` refuses ``out``, or another process builds the same artifact there.
     """
     out = out.absolute()
     stage = out.parent / f".{out.name}.partial-{key[:KEY_LENGTH]}"
@@ -110,7 +110,12 @@ def staged(out: Path, force: bool, key: str) -> Iterator[Path]:
 
 
 def _claim(stage: Path, out: Path) -> int:
-    """A handle that keeps ``stage``, made where it is not there, locked while it is open; without a lock there is no stage."""
+    """Make the folder ``stage`` where it does not exist, and return a handle that locks it while it is open.
+
+    Raises:
+        H1ExportError: another process holds the lock.
+        OSError: the folder belongs to another user, or the file system has no locks.
+    """
     while True:
         with suppress(FileExistsError):
             stage.mkdir()
@@ -121,7 +126,7 @@ def _claim(stage: Path, out: Path) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(lock).st_uid != os.geteuid():
-                raise PermissionError(f"{stage} belongs to somebody else")
+                raise PermissionError(f"{stage} belongs to another user")
             if _is_at(lock, stage):
                 return lock
             os.close(lock)
@@ -129,15 +134,18 @@ def _claim(stage: Path, out: Path) -> int:
             os.close(lock)
             if isinstance(error, BlockingIOError):
                 raise H1ExportError(
-                    out, "another process builds the same thing there", "wait for it, or choose another OUT"
+                    out, "another process builds the same artifact there", "wait for it, or choose another OUT"
                 ) from None
             with suppress(OSError):
-                stage.rmdir()  # where it is empty, and so nobody's work
+                stage.rmdir()  # succeeds only on an empty folder, which holds no build's work
             raise
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether ``path`` is the folder behind ``handle`` still: a stage may have become an artifact, and its name another stage's."""
+    """Return whether ``path`` is still the folder behind ``handle``.
+
+    A stage may have become an artifact in between, and another build may have made a new stage of the same name.
+    """
     try:
         return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
@@ -145,7 +153,7 @@ def _is_at(handle: int, path: Path) -> bool:
 
 
 def _keep_written(stage: Path) -> None:
-    """Remove what the journal does not name, which is small and written again, and folders that hold nothing then."""
+    """Remove the files that the journal does not name, which are small and written again, and empty folders."""
     kept = Journal(stage).files | {JOURNAL}
     for name in names(stage):
         if name not in kept or (stage / name).is_symlink():
@@ -156,7 +164,7 @@ def _keep_written(stage: Path) -> None:
 
 
 def _is_artifact(folder: Path) -> bool:
-    """Whether the manifest is ours: other people's folders have a manifest.json too."""
+    """Return whether ``folder`` holds a manifest of h1export; other programs also write a file named manifest.json."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -169,7 +177,7 @@ def _aside_name(out: Path) -> str:
 
 
 def _restore_or_remove_aside(out: Path) -> None:
-    """After a kill in the middle of an exchange in three steps: the old artifact goes back, unless the new one is in place."""
+    """Put the old artifact back where a kill interrupted a replacement before the new one was in place."""
     aside = out.with_name(_aside_name(out))
     if aside.is_dir() and not aside.is_symlink() and _is_artifact(aside):
         if out.exists():
@@ -179,7 +187,7 @@ def _restore_or_remove_aside(out: Path) -> None:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove stages of other builds at ``out`` that nobody is at work in."""
+    """Remove the stages of earlier builds at ``out`` that no running process has locked."""
     ours = re.compile(rf"\.{re.escape(out.name)}\.partial-[0-9a-f]{{{KEY_LENGTH}}}")
     for stale in out.parent.iterdir():
         if not ours.fullmatch(stale.name):
@@ -187,11 +195,11 @@ def _remove_abandoned(out: Path) -> None:
         try:
             handle = os.open(stale, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
-            continue  # not a folder, or another build has just removed it
+            continue  # the path is not a folder, or another build has just removed it
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            continue  # a build that is still running, or this one
+            continue  # the stage belongs to a build that is still running, or to this one
         else:
             if _is_at(handle, stale):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -200,7 +208,7 @@ def _remove_abandoned(out: Path) -> None:
 
 
 def _seal(stage: Path) -> None:
-    """Bring every file and folder to the disk, but for what was only in aid of them; then the journal has done its work."""
+    """Delete the scratch folder, flush every file and folder to the disk, and then delete the journal."""
     shutil.rmtree(stage / SCRATCH, ignore_errors=True)
     for path in (*(stage / name for name in names(stage)), *folders(stage)):
         _sync(path)
@@ -215,10 +223,10 @@ def _sync(path: Path) -> None:
 
 
 def _rename_into_place(stage: Path, out: Path) -> None:
-    """``stage`` becomes ``out``, and what was at ``out`` goes."""
+    """Rename ``stage`` to ``out``, and delete what was at ``out``."""
     if out.exists():
         old = os.open(out, os.O_RDONLY)
-        fcntl.flock(old, fcntl.LOCK_EX)  # as the stage that it will lie in: nobody may claim it
+        fcntl.flock(old, fcntl.LOCK_EX)  # after the exchange it has the stage's name, and no other build may claim it
         try:
             _exchange(stage, out)
             _sync(out.parent)
@@ -231,10 +239,9 @@ def _rename_into_place(stage: Path, out: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> None:
-    """Swap two folders in one step (renameat2, Linux), so that a kill never finds ``b`` missing; else in three."""
-    # AT_FDCWD, RENAME_EXCHANGE
-    here = -100
-    exchange = 2
+    """Swap two folders in one step with Linux's renameat2, so that ``b`` always exists; elsewhere in three renames."""
+    here = -100  # AT_FDCWD
+    exchange = 2  # RENAME_EXCHANGE
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None and renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
         return

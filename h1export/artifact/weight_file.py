@@ -1,4 +1,8 @@
-"""The file that holds a build's weights, written tensor by tensor, row block by row block, and resumed after a kill."""
+"""WeightFile: the file of a build's weights, written tensor by tensor, in blocks of rows, and resumed after a kill.
+
+Targets reserve a place for each tensor and pass functions that compute its rows. The threads of the stage compute them,
+and the file is written in order, so its bytes do not depend on the number of threads.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,11 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from h1export.artifact.journal import READ_BYTES, Extent, Journal
+from h1export.artifact.files import sha256_range
+from h1export.artifact.journal import Extent, Journal
 from h1export.artifact.staging import Stage
 
-BLOCK_BYTES = 4 << 20  # of float32 rows that a thread works on at a time: they stay in the caches
+BLOCK_BYTES = 4 << 20  # float32 bytes that a thread computes at a time, few enough to stay in the caches
 
 Rows = npt.NDArray[Any]
 T = TypeVar("T")
@@ -26,19 +31,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Columns:
-    """``values`` [rows, n] that stand beside others in a tensor's rows, ``start`` bytes from the left. In any order, each once."""
+    """A range of a tensor's columns, for all of its rows.
+
+    A column-major source computes a tensor by columns. The ranges may be written in any order, and each byte of the
+    tensor exactly once.
+
+    Attributes:
+        values: [rows, n], n columns of every row.
+        start: byte offset of the first column within a row of the file.
+    """
 
     values: Rows
     start: int
 
 
-Block = Callable[[], Sequence[Rows | Columns]]  # computes the next rows, or some columns, of one or more tensors
+# Computes the next rows, or a range of columns, of one or more tensors: one array per tensor.
+Block = Callable[[], Sequence[Rows | Columns]]
 
 
 class WeightFile:
-    """The file ``name`` of ``stage``: hands out places in it, one after the other, and fills them.
+    """The weight file ``name`` of ``stage``, a context manager.
 
-    Places depend on nothing but the order of the calls, so a build that goes on after a kill finds its tensors where they were.
+    ``reserve`` assigns places one after the other, and ``write`` fills them. Places depend only on the order of the
+    calls, so a build that continues after a kill finds its tensors where they were.
     """
 
     def __init__(self, stage: Stage, name: str) -> None:
@@ -62,28 +77,33 @@ class WeightFile:
             os.close(self._handle)
 
     def reserve(self, tensor: str, nbytes: int, align: int) -> Extent:
-        """The next place that starts at a multiple of ``align`` bytes."""
+        """Assign ``tensor`` the next ``nbytes`` bytes that start at a multiple of ``align`` bytes."""
         offset = -(-self._end // align) * align
         self._end = offset + nbytes
         return Extent(self._name, tensor, offset, length=nbytes)
 
     def once(self, key: Hashable, write: Callable[[], T]) -> T:
-        """What ``write()`` returned the first time: graphs that share this file share their tensors."""
+        """Call ``write`` for the first call with ``key``, and return that result for every call with it.
+
+        Graphs that share this file, such as those for prefill and decode, store a tensor once under its key.
+        """
         if key not in self._once:
             self._once[key] = write()
-        return self._once[key]  # type: ignore[no-any-return]
+        result: T = self._once[key]
+        return result
 
     def holds(self, extent: Extent) -> bool:
-        """Whether an earlier build, or this one, has written it."""
+        """Return whether this build, or an earlier one that was killed, has written ``extent``."""
         return self._journal.holds(extent)
 
     def write(self, extents: Sequence[Extent], blocks: Iterable[Block]) -> None:
-        """Fill ``extents``, whose rows ``blocks`` compute from the top, one array an extent and block.
+        """Fill ``extents`` from the top: each of ``blocks`` computes the next rows, as one array per extent.
 
-        Nothing is computed for a plan, nor where an earlier build wrote the same. Memory holds ``jobs`` blocks and their results.
+        Nothing is computed for a plan, or where an earlier build has written all extents. At most ``jobs`` + 1 blocks
+        and their results are in memory at a time.
 
         Raises:
-            ValueError: more or fewer bytes than the extents have.
+            ValueError: the blocks give more or fewer bytes than the extents have.
             OSError: the disk is full.
         """
         if self._stage.dry or all(self._journal.holds(extent) for extent in extents):
@@ -97,14 +117,14 @@ class WeightFile:
 
 
 class _Writer:
-    """One tensor on its way into the file."""
+    """The state of one tensor that is being written: the next byte, and the sha256 so far."""
 
     def __init__(self, handle: int, extent: Extent) -> None:
         self.extent = extent
         self._handle = handle
         self._next = extent.offset
         self._end = extent.offset + extent.length
-        self._digest: Any = hashlib.sha256()
+        self._digest: hashlib._Hash | None = hashlib.sha256()
 
     def write(self, rows: Rows | Columns) -> None:
         if isinstance(rows, Columns):
@@ -112,6 +132,8 @@ class _Writer:
         data = memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data)
         if self._next + len(data) > self._end:
             raise ValueError(f"{self.extent.tensor}: more bytes than its shape says")
+        if self._digest is None:
+            raise ValueError(f"{self.extent.tensor}: rows after columns")
         self._digest.update(data)
         while data:
             written = os.pwrite(self._handle, data, self._next)
@@ -128,27 +150,23 @@ class _Writer:
             if os.pwrite(self._handle, line, self.extent.offset + row * row_bytes + columns.start) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.extent.file)
         self._next += data.nbytes
-        self._digest = None
+        self._digest = None  # columns do not arrive in the order of the file's bytes
 
     def close(self) -> str:
-        """The sha256 of what was written."""
+        """Return the sha256 of the tensor's bytes.
+
+        Raises:
+            ValueError: some of the tensor's bytes were not written.
+        """
         if self._next != self._end:
             raise ValueError(f"{self.extent.tensor}: {self._end - self._next} bytes missing")
-        return self._digest.hexdigest() if self._digest else self._read_digest()
-
-    def _read_digest(self) -> str:
-        """Columns are no order to take a digest in."""
-        digest = hashlib.sha256()
-        start = self.extent.offset
-        while start < self._end:
-            data = os.pread(self._handle, min(READ_BYTES, self._end - start), start)
-            digest.update(data)
-            start += len(data)
-        return digest.hexdigest()
+        if self._digest:
+            return self._digest.hexdigest()
+        return sha256_range(self._handle, self.extent.offset, self.extent.length)
 
 
 def in_order(calls: Iterable[Callable[[], T]], jobs: int) -> Iterator[T]:
-    """The results of ``calls`` in their order, computed by ``jobs`` threads that run at most ``jobs`` calls ahead."""
+    """Yield the results of ``calls`` in their order, computed by ``jobs`` threads at most ``jobs`` calls ahead."""
     if jobs == 1:
         yield from (call() for call in calls)
         return

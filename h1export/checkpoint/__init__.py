@@ -1,1 +1,5 @@
-"""What users bring: safetensors files, prequantized formats, Hub ids, tokenizers. Start with store.py."""
+"""The checkpoint that a user brings: safetensors files, prequantized GPTQ weights, Hub ids and the tokenizer.
+
+Read ``store.py`` first: WeightStore checks every tensor against the architecture and reads it lazily.
+``weight_expr.py`` says how the initializers of a graph are made of those tensors.
+"""

@@ -1,7 +1,7 @@
-"""GptqLayout: how a checkpoint that is quantised already stores its weights, read from ``quantization_config`` of its config.json.
+"""GptqFormat: how a prequantized checkpoint stores its weights, read from ``quantization_config`` in its config.json.
 
-Source: transformers' ``GPTQConfig`` and what AutoGPTQ, optimum and GPTQModel write: every key that is read is listed in ``USED_KEYS``,
-and every other key must be in ``IGNORED_KEYS``.
+Source: transformers' ``GPTQConfig``, and what AutoGPTQ, optimum and GPTQModel write. ``USED_KEYS`` lists every key that
+is read; every other key must be in ``IGNORED_KEYS``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from h1export.errors import H1ExportError
 from h1export.model.config_reader import CONFIG, ConfigReader, read_config
 
 KEY = "quantization_config"
-ZERO_OFFSETS: Mapping[str, int] = {"gptq": 1, "gptq_v2": 0}  # format -> a zero point minus what is stored for it
-UNQUANTISED = "give the unquantised checkpoint, or one in GPTQ's layout with 4 or 8 bits"
+ZERO_OFFSETS: Mapping[str, int] = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> zero point minus its stored value
+UNQUANTISED = "give the unquantised checkpoint, or one in GPTQ format with 4 or 8 bits"
 
 USED_KEYS = frozenset(
     {
@@ -34,9 +34,11 @@ USED_KEYS = frozenset(
     }
 )
 
+# Why a key may be ignored.
 _RECIPE = "how the integers were found"
 _KERNELS = "a run-time switch of other kernels"
-_FILE = "the file says which tensors are packed"
+_FILE = "the safetensors file shows which tensors are packed"
+_ORIGIN = "where the checkpoint was stored before"
 IGNORED_KEYS: Mapping[str, str] = {
     "act_group_aware": _RECIPE,
     "backend": _KERNELS,
@@ -46,15 +48,15 @@ IGNORED_KEYS: Mapping[str, str] = {
     "damp_auto_increment": _RECIPE,
     "damp_percent": _RECIPE,
     "dataset": _RECIPE,
-    "desc_act": "each tensor's g_idx says its own order of columns",
+    "desc_act": "the g_idx of each tensor gives the order of its columns",
     "disable_exllama": _KERNELS,
     "exllama_config": _KERNELS,
     "hyb_act": _RECIPE,
     "lm_head": _FILE,
     "max_input_length": _KERNELS,
     "meta": "information only",
-    "model_file_base_name": "where the checkpoint once lay",
-    "model_name_or_path": "where the checkpoint once lay",
+    "model_file_base_name": _ORIGIN,
+    "model_name_or_path": _ORIGIN,
     "model_seqlen": _RECIPE,
     "module_name_preceding_first_block": _FILE,
     "modules_in_block_to_quantize": _FILE,
@@ -71,14 +73,15 @@ IGNORED_KEYS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class GptqLayout:
-    """What holds for every packed tensor.
+class GptqFormat:
+    """The storage format that all packed tensors of a checkpoint share.
 
     Attributes:
-        bits: of a code, 4 or 8.
-        group_size: columns that share a scale and a zero point, in the order of rounding; -1: all of a row.
-        sym: every zero point is the middle of the codes.
-        zero_offset: a zero point minus what is stored for it: 1 in checkpoint_format "gptq", 0 in "gptq_v2".
+        bits: bits of a code, 4 or 8.
+        group_size: columns that share a scale and a zero point, in the order in which GPTQ rounded them; -1: all
+            columns of a row.
+        sym: whether every zero point is the middle of the range of codes.
+        zero_offset: zero point minus its stored value: 1 in checkpoint_format "gptq", 0 in "gptq_v2".
     """
 
     bits: int
@@ -88,19 +91,19 @@ class GptqLayout:
 
     @property
     def middle(self) -> int:
-        """The zero point of symmetric codes."""
+        """The zero point of symmetric codes: 8 for 4 bits, 128 for 8 bits."""
         return 1 << (self.bits - 1)
 
     def groups(self, columns: int) -> int:
-        """Of a row of ``columns``."""
+        """Return the number of groups in a row of ``columns`` columns."""
         return 1 if self.group_size == -1 else -(-columns // self.group_size)
 
     @classmethod
-    def load(cls, folder: Path) -> GptqLayout | None:
-        """That of the checkpoint ``folder``; None: its weights are floats, as they are where no config.json says otherwise.
+    def load(cls, folder: Path) -> GptqFormat | None:
+        """Return the format of the checkpoint in ``folder``, or None where its config.json names no quantisation.
 
         Raises:
-            H1ExportError: a quantisation that this exporter cannot carry through exactly.
+            H1ExportError: the checkpoint has a quantisation that cannot be exported exactly.
         """
         path = folder / CONFIG
         config = read_config(path) if path.exists() else None
@@ -108,8 +111,12 @@ class GptqLayout:
         return None if found is None else cls.from_config(found, f"{path}: {KEY}")
 
     @classmethod
-    def from_config(cls, config: Any, where: object = KEY) -> GptqLayout:
-        """Check a parsed quantization_config; ``where`` names it in errors."""
+    def from_config(cls, config: Any, where: object = KEY) -> GptqFormat:
+        """Check a parsed quantization_config and return its format.
+
+        Raises:
+            H1ExportError: a key is unknown, or has a value that cannot be exported exactly; the error names ``where``.
+        """
         if not isinstance(config, dict):
             raise H1ExportError(where, "not a JSON object", "download the checkpoint again")
         read = ConfigReader(config, where)
@@ -137,7 +144,7 @@ class GptqLayout:
 
 
 def _format(read: ConfigReader) -> str:
-    """Where neither of its two keys is there, the older one."""
+    """Return the checkpoint_format, whose key has two spellings; where both are missing it is the older one, "gptq"."""
     named = [key for key in ("checkpoint_format", "format") if read.config.get(key) is not None]
     for key in named:
         if read.config[key] not in tuple(ZERO_OFFSETS):
@@ -147,12 +154,15 @@ def _format(read: ConfigReader) -> str:
                 f"one of {', '.join(ZERO_OFFSETS)} is read; convert it with GPTQModel",
             )
     if len({read.config[key] for key in named}) > 1:
-        raise read.error("format", "differs from checkpoint_format", "keep the one that the file was written in")
+        raise read.error("format", "differs from checkpoint_format", "keep the one in which the file was written")
     return str(read.config[named[0]]) if named else "gptq"
 
 
 def _check_dynamic(read: ConfigReader) -> None:
-    """Exclusions need no reading: the file says which tensors are packed."""
+    """Refuse rules that give tensors bits or groups of their own.
+
+    Rules of exclusion ("-:...") need no check, because the file shows which tensors are packed.
+    """
     rules = read.config.get("dynamic")
     if rules and not (isinstance(rules, dict) and all(str(rule).startswith("-:") for rule in rules)):
         raise read.error(

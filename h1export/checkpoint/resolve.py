@@ -1,4 +1,4 @@
-"""Where a MODEL is: the embedded one, a folder, or a Hub id in the cache or to download."""
+"""Finds the checkpoint folder of a MODEL argument: the embedded model, a folder, or a Hub id (cached or downloaded)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 from h1export.errors import H1ExportError
 
 EMBEDDED = "tiny"
-HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")  # never code, never pickles
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")  # no code and no pickles
 
 
 def embedded_model() -> Path:
-    """The trained model inside the package."""
+    """Return the folder of the trained model inside the package."""
     return Path(str(files("h1export") / "assets" / EMBEDDED))
 
 
 def resolve(model: str | None) -> Path:
-    """The checkpoint folder that ``model`` means; None means the embedded one.
+    """Return the checkpoint folder of ``model``, a folder or a Hub id; None stands for the embedded model.
 
     Raises:
-        H1ExportError: no such folder, and not a Hub id that is cached or can be downloaded.
+        H1ExportError: ``model`` is neither a folder nor a Hub id that is cached or can be downloaded.
     """
     if model is None:
         return embedded_model()

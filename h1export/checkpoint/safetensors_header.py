@@ -1,8 +1,8 @@
-"""The header of a safetensors file, read and distrusted.
+"""Reads and checks the header of a safetensors file.
 
-Source: the safetensors format: u64 little-endian header size, JSON header of at most 100 MB, then the data; offsets are
-relative to the data, without overlaps or holes. Reading it here (the library has the same rules) lets an error say which
-tensor, which byte and what to do.
+Source: the safetensors format specification. A file is a little-endian u64 header size, a JSON header of at most 100
+MB, and the data. Offsets are relative to the data, and tensors neither overlap nor leave holes. The safetensors library
+checks the same rules; they are checked here so that an error names the tensor, the byte and the next step.
 """
 
 from __future__ import annotations
@@ -25,20 +25,28 @@ from h1export.model.falcon_h1.states import Array
 
 MAX_HEADER_BYTES = 100_000_000
 FLOATS = ("F32", "F16", "BF16")
-# the dtypes that Falcon-H1 checkpoints use -> how numpy reads them, which knows no bf16
+# The dtypes of Falcon-H1 checkpoints -> the dtype that numpy reads them with. numpy has no bf16, so its bits are read.
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "I32": np.dtype("<i4"),
 }
-LFS_POINTER = b"version "  # how the text that stands for the file begins
+LFS_POINTER = b"version "  # the first bytes of a Git LFS pointer file
 DOWNLOAD_AGAIN = "the file is damaged, download it again"
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor's bytes are. ``start`` counts from the beginning of the file."""
+    """The place of one tensor in a safetensors file.
+
+    Attributes:
+        file: the file.
+        name: name of the tensor.
+        dtype: dtype in the format's spelling, a key of DTYPES.
+        shape: shape of the tensor.
+        start: first byte, counted from the beginning of the file.
+    """
 
     file: Path
     name: str
@@ -48,23 +56,27 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor as stored."""
         return prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def values(self) -> npt.NDArray[Any]:
-        """The tensor as it is stored, mapped."""
+        """Map the tensor into memory, in its stored dtype; bf16 is given as uint16."""
         return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.start, shape=self.shape)
 
     def floats(self, place: Any) -> Array:
-        """What a numpy index picks of a tensor of FLOATS, as float32: exact for each of them."""
+        """Return the part of a tensor that the numpy index ``place`` selects, as float32.
+
+        The conversion is exact for every dtype in FLOATS, the only dtypes that are allowed here.
+        """
         stored = np.asarray(self.values()[place])
         return (stored.astype(np.uint32) << 16).view(np.float32) if self.dtype == "BF16" else stored.astype(np.float32)
 
 
 def read_header(file: Path) -> list[TensorEntry]:
-    """Every tensor of ``file`` in order of offset.
+    """Return the entry of every tensor of ``file``, sorted by offset.
 
     Raises:
-        H1ExportError: not a safetensors file, truncated, or with a header that breaks the format's rules.
+        H1ExportError: the file is not a safetensors file, is truncated, or has a header that breaks the format's rules.
     """
     try:
         found = file.stat()
@@ -116,13 +128,13 @@ def _entry(file: Path, name: str, info: Any, base: int) -> TensorEntry:
     shape = _counts(info.get("shape"), f"{where} has shape")
     offsets = _counts(info.get("data_offsets"), f"{where} has data_offsets")
     if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * DTYPES[dtype].itemsize:
-        what = f"of shape {shape} and dtype {dtype} cannot lie at data_offsets {offsets}"
+        what = f"of shape {shape} and dtype {dtype} cannot be stored at data_offsets {offsets}"
         raise H1ExportError(where, what, DOWNLOAD_AGAIN)
     return TensorEntry(file, name, dtype, shape=tuple(shape), start=base + offsets[0])
 
 
 def _counts(value: Any, where: str) -> list[int]:
-    """A short list of counts that fit 64 bits: products of hostile ones would take forever."""
+    """Return ``value`` if it is a short list of 64-bit counts; the product of a long hostile list takes too long."""
     fits = (
         isinstance(value, list) and len(value) <= 8 and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
     )

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from h1export.checkpoint.gptq_format import KEY, GptqLayout
+from h1export.checkpoint.gptq_format import KEY, GptqFormat
 from h1export.checkpoint.gptq_tensor import DIFFERENT, PARTS, PackedMatrix, part_name
 from h1export.checkpoint.safetensors_header import FLOATS, TensorEntry, read_header
 from h1export.errors import H1ExportError
 from h1export.model.config_reader import CONFIG
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
-from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, tensor_layout
+from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, projection_of, tensor_layout
 from h1export.progress import SILENT, Progress
 
 INDEX = "model.safetensors.index.json"
@@ -27,28 +27,38 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class WeightStore:
-    """The tensors of one checkpoint folder. Nothing is read until asked for, and then only the rows asked for.
+    """The tensors of one checkpoint folder. Rows are read from the files only when they are requested.
 
     Attributes:
-        layout: how the weights of a checkpoint that is quantised already are stored; None: all are floats.
-        packed: those weights, by the name that the architecture has for each. They are read like the others, and then in floats.
+        gptq_format: the storage format of a prequantized checkpoint; None where all weights are floats.
+        packed: the prequantized weights, by the architecture's name of each. ``rows`` reads them like the others, as
+            floats.
     """
 
-    def __init__(self, entries: dict[str, TensorEntry], progress: Progress, layout: GptqLayout | None = None) -> None:
+    def __init__(
+        self,
+        entries: dict[str, TensorEntry],
+        progress: Progress,
+        gptq_format: GptqFormat | None = None,
+        *,
+        packed: Mapping[str, PackedMatrix] | None = None,
+    ) -> None:
         self._entries = entries
         self._progress = progress
-        self.layout = layout
-        self.packed: Mapping[str, PackedMatrix] = {}
+        self.gptq_format = gptq_format
+        self.packed = packed or {}
 
     @classmethod
     def open(cls, folder: Path, config: FalconH1Config, progress: Progress = SILENT) -> WeightStore:
-        """Open ``folder``'s safetensors file or shards and claim every tensor for ``spec``; ``progress`` sees the bytes read.
+        """Open the safetensors file or shards of ``folder`` and check their tensors against ``config``.
+
+        ``progress`` receives the bytes that are read from then on.
 
         Raises:
-            H1ExportError: no safetensors, a damaged file, a tensor that is missing, unclaimed or mis-shaped, or a quantisation that
-                cannot be read exactly.
+            H1ExportError: there is no safetensors file or a file is damaged, a tensor is missing, unknown or has
+                another shape, or the checkpoint has a quantisation that cannot be read exactly.
         """
-        layout = GptqLayout.load(folder)
+        gptq_format = GptqFormat.load(folder)
         entries: dict[str, TensorEntry] = {}
         for file in _shards(folder):
             for entry in read_header(file):
@@ -58,11 +68,12 @@ class WeightStore:
                         f'{file}: tensor "{entry.name}"', f"is in {other} too", "remove one of the two shards"
                     )
                 entries[entry.name] = entry
-        store = cls(entries, progress, layout)
+        store = cls(entries, progress, gptq_format)
         store._claim(folder, config)
         return store
 
     def _claim(self, folder: Path, config: FalconH1Config) -> None:
+        """Find the tensor of every weight of the architecture, and refuse tensors that are left over."""
         shapes = tensor_layout(config)
         self.packed = self._claim_packed(folder, shapes)
         for name, shape in shapes.items():
@@ -70,19 +81,18 @@ class WeightStore:
             if name in self.packed:
                 if entry is not None:
                     raise H1ExportError(
-                        f'{entry.file}: tensor "{name}"', "is there in integers too", "remove one of the two"
+                        f'{entry.file}: tensor "{name}"', "is stored in integers too", "remove one of the two"
                     )
                 continue
             if entry is None:
                 integers = part_name(name, PARTS[0]) in self._entries
+                what = "is stored in integers, and config.json does not say how" if integers else "is missing"
                 next_step = (
-                    f"put what quantize_config.json says into config.json as {KEY}"
+                    f"copy the content of quantize_config.json into config.json as {KEY}"
                     if integers
                     else "download the checkpoint again"
                 )
-                raise H1ExportError(
-                    f'{folder}: tensor "{name}"', f"is missing{', but for its integers' if integers else ''}", next_step
-                )
+                raise H1ExportError(f'{folder}: tensor "{name}"', what, next_step)
             if entry.shape != shape:
                 what = f"has shape {list(entry.shape)}, and config.json asks for {list(shape)}"
                 raise H1ExportError(f'{entry.file}: tensor "{name}"', what, DIFFERENT)
@@ -99,22 +109,26 @@ class WeightStore:
                 raise H1ExportError(f'{entry.file}: tensor "{name}"', what, DIFFERENT)
 
     def _claim_packed(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, PackedMatrix]:
-        """A product's weight may be packed; an embedding is none."""
-        if self.layout is None:
+        """Return the packed weights. Only weights of linear layers may be packed; an embedding is a table of floats."""
+        if self.gptq_format is None:
             return {}
         products = {
-            name: shape
-            for name, shape in shapes.items()
-            if name.endswith(".weight") and len(shape) == 2 and name != EMBEDDING
+            name: shape for name, shape in shapes.items() if projection_of(name) is not None and name != EMBEDDING
         }
         packed = [name for name in products if part_name(name, "qweight") in self._entries]
         if not packed:
-            what = f"has {KEY}, and no tensor is in integers"
+            what = f"has {KEY}, and no tensor is stored in integers"
             raise H1ExportError(folder / CONFIG, what, "remove the key, or download the checkpoint again")
-        return {name: PackedMatrix.open(name, products[name], self.layout, self._entries) for name in packed}
+        return {
+            name: PackedMatrix.open(name, products[name], self.gptq_format, entries=self._entries) for name in packed
+        }
 
     def _repeats(self, name: str) -> bool:
-        """Whether a tensor that has no place says nothing: the head of a tied model, or a bias of zeros that some GPTQ writers add."""
+        """Return whether a tensor outside the architecture is redundant.
+
+        The head of a tied model repeats the embedding, and some GPTQ writers add a bias of zeros to every packed
+        weight.
+        """
         if name == LM_HEAD:
             return EMBEDDING in self._entries and self._repeats_embedding()
         entry = self._entries[name]
@@ -125,7 +139,7 @@ class WeightStore:
         )
 
     def _repeats_embedding(self) -> bool:
-        """A tied checkpoint may store its head all the same, as long as it is the embedding."""
+        """Return whether the head that a tied checkpoint stores equals its embedding."""
         head = self._entries[LM_HEAD]
         embedding = self._entries[EMBEDDING]
         if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
@@ -134,14 +148,16 @@ class WeightStore:
         return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
 
     def entry(self, name: str) -> TensorEntry:
+        """Return the entry of a tensor of the files; a packed weight has no entry under its own name."""
         return self._entries[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor of the architecture."""
+        """Return the shape of a tensor of the architecture, packed or not."""
         return self.packed[name].shape if name in self.packed else self._entries[name].shape
 
     @property
     def entries(self) -> tuple[TensorEntry, ...]:
+        """The entries of all tensors of the files, parts of packed weights included."""
         return tuple(self._entries.values())
 
     @property
@@ -150,10 +166,10 @@ class WeightStore:
         return sum(entry.nbytes for entry in self._entries.values())
 
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """Rows [start, stop) of a tensor as float32 (exact for every source dtype, and for integers times their scales).
+        """Return rows [start, stop) of a tensor as float32, exact for every stored dtype and for packed weights.
 
         Raises:
-            H1ExportError: scales or zero points of a packed tensor that mean no weight.
+            H1ExportError: the scales or zero points of a packed weight are invalid.
         """
         if name in self.packed:
             matrix = self.packed[name]
@@ -165,16 +181,20 @@ class WeightStore:
         return found
 
     def order_name(self, name: str) -> str:
-        """Names the order that a packed tensor's integers have their columns in; empty where that is the tensor's own."""
+        """Return the name of the column order of a packed weight's integers; empty for the weight's own order."""
         return self.packed[name].order_name if name in self.packed else ""
 
     def advance(self, name: str, start: int, stop: int) -> None:
-        """Tell that rows [start, stop) of a packed tensor were read."""
+        """Report to ``progress`` that rows [start, stop) of a packed weight were read."""
         matrix = self.packed[name]
         self._progress.advance(matrix.nbytes * (min(stop, matrix.shape[0]) - start) // matrix.shape[0])
 
     def row_ranges(self, names: Sequence[str], max_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
-        """[start, stop) over the rows of tensors side by side: at most ``max_bytes`` of float32 together, in multiples of some rows."""
+        """Yield [start, stop) over the common rows of tensors.
+
+        The rows of all tensors together take at most ``max_bytes`` bytes of float32. Their number is a multiple of
+        ``multiple``, and at least ``multiple``, except in the last range.
+        """
         rows = self.shape(names[0])[0]
         nbytes = sum(4 * prod(self.shape(name)) for name in names)
         step = max(1, max_bytes * rows // max(1, nbytes) // multiple) * multiple
@@ -182,13 +202,16 @@ class WeightStore:
             yield start, min(start + step, rows)
 
     def blocks(self, name: str, max_bytes: int) -> Iterator[Array]:
-        """The tensor in blocks of whole rows, each at most ``max_bytes`` of float32 (but at least one row)."""
+        """Yield the tensor as float32 in blocks of whole rows, each at most ``max_bytes`` bytes or a single row."""
         for start, stop in self.row_ranges([name], max_bytes):
             yield self.rows(name, start, stop)
 
     def fingerprint(self) -> str:
-        """sha256 over every tensor's name, dtype, shape and bytes, and what their integers mean: what a build was made from."""
-        digest = hashlib.sha256(b"" if self.layout is None else json.dumps(asdict(self.layout)).encode())
+        """Return the sha256 over the storage format and over every tensor's name, dtype, shape and bytes.
+
+        A manifest records it as the source of a build.
+        """
+        digest = hashlib.sha256(b"" if self.gptq_format is None else json.dumps(asdict(self.gptq_format)).encode())
         for name in sorted(self._entries):
             entry = self._entries[name]
             digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
@@ -200,7 +223,7 @@ class WeightStore:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; shard names may not leave the folder."""
+    """Return the safetensors files of a checkpoint. A shard's name must not lead out of the folder."""
     index = folder / INDEX
     if not index.exists():
         if (folder / SINGLE).exists():
@@ -228,5 +251,5 @@ def _shards(folder: Path) -> list[Path]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that no file system takes
+    except (OSError, ValueError):  # no file system accepts the name
         return False

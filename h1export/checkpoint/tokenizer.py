@@ -1,4 +1,4 @@
-"""Text and token ids, by the tokenizer that a checkpoint or an artifact carries."""
+"""Converts between text and token ids with the tokenizer of a checkpoint or an artifact."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TOKENIZER = "tokenizer.json"
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer, with truncation and padding off.
+    """Load the tokenizer of ``folder``, with truncation and padding switched off.
 
     Raises:
-        H1ExportError: there is none, or it cannot be read.
+        H1ExportError: the folder has no tokenizer.json, or it cannot be read.
     """
     path = folder / TOKENIZER
     if not path.is_file():
@@ -36,7 +36,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def scoring_ids(folder: Path, text: str) -> tuple[Ids, int]:
-    """Ids of ``text`` without special tokens, and the UTF-8 bytes that all but the first id stand for."""
+    """Return the ids of ``text`` without special tokens, int64 [tokens], and the UTF-8 bytes after the first token.
+
+    A model predicts every token but the first, so bits per byte are counted over these bytes.
+    """
     tokenizer = load_tokenizer(folder)
     encoding = tokenizer.encode(text, add_special_tokens=False)
     first = len(text[: encoding.offsets[0][1]].encode()) if encoding.ids else 0
@@ -44,7 +47,11 @@ def scoring_ids(folder: Path, text: str) -> tuple[Ids, int]:
 
 
 def chat_prompt(folder: Path, message: str) -> str:
-    """``message`` as a user's turn, by the checkpoint's chat template."""
+    """Return the prompt of a chat in which the user says ``message``, made by the checkpoint's chat template.
+
+    Raises:
+        H1ExportError: the folder has no chat template.
+    """
     from transformers import AutoTokenizer
 
     if not ((folder / "chat_template.jinja").is_file() or "chat_template" in _tokenizer_config(folder)):
@@ -60,9 +67,9 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text as soon as it is whole: a character of several tokens comes with its last one."""
+    """Yield text as ids arrive; a character that consists of several tokens is given with its last token."""
     decoder = DecodeStream(skip_special_tokens=True)
     for token in ids:
-        subgraph = decoder.step(tokenizer, token)
-        if subgraph:
-            yield subgraph
+        text = decoder.step(tokenizer, token)
+        if text:
+            yield text

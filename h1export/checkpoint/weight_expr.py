@@ -1,7 +1,7 @@
-"""WeightExpr: what one initializer of an exported graph is made of.
+"""WeightExpr: the expression of checkpoint tensors that gives one initializer of an exported graph.
 
-Graph passes rewrite expressions, never bytes: folding a µP multiplier into a projection changes its expression, and the
-bytes are computed once, row block by row block, while the artifact is written.
+Graph passes change expressions and never bytes. Folding a µP multiplier into a projection, for example, changes its
+expression; the bytes are computed once, in blocks of rows, while the artifact is written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from h1export.model.falcon_h1.states import Array
 
 Function = Literal["neg", "exp"]
 
-# float64 inside, so that a folded -exp(A_log) is rounded once
+# exp is computed in float64, so that a folded -exp(A_log) is rounded once.
 FUNCTIONS: Mapping[Function, Callable[[Array], Array]] = {
     "neg": lambda x: -x,
     "exp": lambda x: np.exp(x.astype(np.float64)).astype(np.float32),
@@ -28,9 +28,12 @@ FUNCTIONS: Mapping[Function, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class Multiplier:
-    """A factor per row, run-length coded: ``runs`` are (rows, factor) from the top; one run of 0 rows means all rows.
+    """The float32 factor of each row of a weight, run-length coded.
 
-    Carries µP beside the weights, in float32, never inside fp16 scales.
+    A multiplier carries µP beside the weights and never inside fp16 scales.
+
+    Attributes:
+        runs: (number of rows, factor) from the top; a single run of 0 rows applies to all rows.
     """
 
     runs: tuple[tuple[int, float], ...] = ((0, 1.0),)
@@ -41,21 +44,31 @@ class Multiplier:
 
     @classmethod
     def scalar(cls, factor: float) -> Multiplier:
+        """Return the multiplier that has one factor for all rows."""
         return cls(((0, factor),))
 
     @property
     def is_scalar(self) -> bool:
+        """Whether one factor applies to all rows."""
         return self.runs[0][0] == 0
 
     @property
     def factor(self) -> float:
-        """That of all rows. Raises ValueError where rows have their own."""
+        """The factor of all rows.
+
+        Raises:
+            ValueError: rows have factors of their own.
+        """
         if not self.is_scalar:
             raise ValueError(f"{len(self.runs)} runs of rows have no single factor")
         return self.runs[0][1]
 
     def times(self, other: Multiplier) -> Multiplier:
-        """The product, row by row."""
+        """Return the product with ``other``, row by row.
+
+        Raises:
+            ValueError: both have runs of rows, of different lengths.
+        """
         if self.is_scalar:
             return Multiplier(tuple((rows, factor * self.factor) for rows, factor in other.runs))
         if other.is_scalar:
@@ -65,7 +78,11 @@ class Multiplier:
         return Multiplier(tuple((rows, a * b) for (rows, a), (_, b) in zip(self.runs, other.runs, strict=True)))
 
     def rows(self, count: int) -> Array:
-        """One float32 factor per row, [count]."""
+        """Return the factor of each of ``count`` rows, float32 [count].
+
+        Raises:
+            ValueError: the runs have another number of rows.
+        """
         if self.is_scalar:
             return np.full(count, self.factor, np.float32)
         expanded = np.concatenate([np.full(rows, factor, np.float32) for rows, factor in self.runs])
@@ -76,7 +93,14 @@ class Multiplier:
 
 @dataclass(frozen=True)
 class WeightPart:
-    """One checkpoint tensor: functions in order, then the multiplier. ``sorted``: its columns in ``PackedMatrix.order``."""
+    """One checkpoint tensor, transformed element by element.
+
+    Attributes:
+        tensor: name of the checkpoint tensor.
+        functions: functions that are applied to it, in order.
+        multiplier: the factor of each row, applied after the functions.
+        sorted: whether the columns are put into the order of ``PackedMatrix.order``.
+    """
 
     tensor: str
     functions: tuple[Function, ...] = ()
@@ -84,19 +108,29 @@ class WeightPart:
     sorted: bool = False
 
     def apply(self, function: Function) -> WeightPart:
+        """Return this part with ``function`` applied.
+
+        Raises:
+            ValueError: the part has a multiplier already, which functions must precede.
+        """
         if self.multiplier != Multiplier():
             raise ValueError(f"{self.tensor}: a function after a multiplier has no place in a WeightPart")
         return replace(self, functions=(*self.functions, function))
 
     def times(self, multiplier: Multiplier) -> WeightPart:
+        """Return this part with every row multiplied by ``multiplier``."""
         return replace(self, multiplier=self.multiplier.times(multiplier))
 
     def factors(self, store: WeightStore) -> Array:
-        """The multiplier of each row, float32 [rows]."""
+        """Return the factor of each row of the tensor, float32 [rows]."""
         return self.multiplier.rows(store.shape(self.tensor)[0])
 
     def rows(self, store: WeightStore, start: int, stop: int) -> Array:
-        """Rows [start, stop) in float32. Raises H1ExportError for NaN and infinity."""
+        """Compute rows [start, stop) in float32.
+
+        Raises:
+            H1ExportError: a value is NaN or infinite.
+        """
         block = store.rows(self.tensor, start, stop)
         if self.sorted:
             block = block[:, store.packed[self.tensor].order]
@@ -113,65 +147,76 @@ class WeightPart:
 
 @dataclass(frozen=True)
 class WeightExpr:
-    """Parts, concatenated: one above the other along axis 0, or side by side along axis 1."""
+    """The concatenation of parts: one above the other along axis 0, or side by side along axis 1."""
 
     parts: tuple[WeightPart, ...]
     axis: Literal[0, 1] = 0
 
     @classmethod
     def of(cls, tensor: str) -> WeightExpr:
+        """Return the expression that is the checkpoint tensor ``tensor`` itself."""
         return cls((WeightPart(tensor),))
 
     @classmethod
     def concatenated(cls, exprs: Sequence[WeightExpr], axis: Literal[0, 1]) -> WeightExpr:
-        """One expression of several that have a part each."""
+        """Concatenate expressions that have one part each."""
         return cls(tuple(expr.only for expr in exprs), axis)
 
     @property
     def only(self) -> WeightPart:
-        """The part of an expression that has just one."""
+        """The part of an expression that has exactly one.
+
+        Raises:
+            ValueError: there are several parts.
+        """
         (part,) = self.parts
         return part
 
     @property
     def strips(self) -> tuple[tuple[WeightPart, ...], ...]:
-        """The parts as they lie, from the top: each strip's parts are side by side."""
+        """The parts from the top, as strips of rows: the parts of one strip are side by side."""
         return (self.parts,) if self.axis else tuple((part,) for part in self.parts)
 
     def apply(self, function: Function) -> WeightExpr:
+        """Return the expression with ``function`` applied to every part."""
         return replace(self, parts=tuple(part.apply(function) for part in self.parts))
 
     def times(self, multiplier: Multiplier) -> WeightExpr:
-        """Every row times ``multiplier``; a row multiplier needs a single part."""
+        """Return the expression with every row multiplied by ``multiplier``.
+
+        Raises:
+            ValueError: rows have factors of their own, and the expression has several parts.
+        """
         if not multiplier.is_scalar and len(self.parts) != 1:
             raise ValueError("a row multiplier on a concatenation")
         return replace(self, parts=tuple(part.times(multiplier) for part in self.parts))
 
     def sort(self) -> WeightExpr:
-        """Every part's columns in ``PackedMatrix.order``."""
+        """Return the expression with the columns of every part in the order of ``PackedMatrix.order``."""
         return replace(self, parts=tuple(replace(part, sorted=True) for part in self.parts))
 
     def shape(self, tensor_shape: Callable[[str], tuple[int, ...]]) -> tuple[int, ...]:
-        """The initializer's shape, given the shape of each checkpoint tensor."""
+        """Return the initializer's shape; ``tensor_shape`` gives the shape of a checkpoint tensor."""
         shapes = [tensor_shape(part.tensor) for part in self.parts]
         size = sum(shape[self.axis] for shape in shapes)
         return (*shapes[0][: self.axis], size, *shapes[0][self.axis + 1 :])
 
     def lazy_blocks(self, store: WeightStore, max_bytes: int) -> Iterator[Callable[[], Array]]:
-        """The initializer's float32 rows, at most ``max_bytes`` at a time; read and computed when called, on any thread.
+        """Yield functions that compute the initializer's next rows in float32, each at most ``max_bytes`` bytes.
 
-        A call raises H1ExportError for NaN and infinity.
+        Rows are read and computed when a function is called, on any thread. A call raises H1ExportError for NaN and
+        infinity.
         """
         for strip in self.strips:
             for start, stop in store.row_ranges([part.tensor for part in strip], max_bytes):
                 yield partial(_rows, strip, store, start, stop)
 
     def blocks(self, store: WeightStore, max_bytes: int) -> Iterator[Array]:
-        """``lazy_blocks``, called one after the other."""
+        """Yield the blocks of ``lazy_blocks``, computed one after the other."""
         return (block() for block in self.lazy_blocks(store, max_bytes))
 
     def dense(self, store: WeightStore) -> Array:
-        """The whole initializer; for small tensors only."""
+        """Compute the whole initializer in float32; memory holds all of it, so this is for small tensors."""
         return np.concatenate(list(self.blocks(store, 1 << 24)))
 
 

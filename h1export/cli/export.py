@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 from click.core import ParameterSource
 
-from h1export.checkpoint.gptq_format import GptqLayout
+from h1export.checkpoint.gptq_format import GptqFormat
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Budget
 from h1export.quantize.scheme import BEST, GROUP_SIZES, Method, QuantName, QuantScheme
@@ -188,9 +188,9 @@ def _build_options(given: dict[str, Any]) -> BuildOptions:
     return BuildOptions(**given | {"accuracy_level": level, "last_logits": given["last_logits"] == "last"})
 
 
-def prequantized_format(checkpoint: Path) -> GptqLayout | None:
+def prequantized_format(checkpoint: Path) -> GptqFormat | None:
     """How the checkpoint is quantised already. Raises H1ExportError where it is, and the command line chooses integers for it too."""
-    layout = GptqLayout.load(checkpoint)
+    layout = GptqFormat.load(checkpoint)
     given = click.get_current_context().get_parameter_source
     for name in OF_A_METHOD if layout is not None else ():
         if given(name) is ParameterSource.COMMANDLINE:

@@ -21,10 +21,10 @@ def finish(out: Path, quiet: bool, as_json: bool) -> int:
       h1export finish falcon        # on the machine with the GPU
     """
     from h1export.cli.tables import ProgressBars
-    from h1export.targets.tensorrt.engine.finish import finish as run
+    from h1export.targets.tensorrt.engine.finalize import build_engine_here
 
     with ProgressBars(quiet or as_json) as bars:
-        requirements = run(out, bars)
+        requirements = build_engine_here(out, bars)
     say(
         f"{out} fits this machine: {requirements.runtime} {requirements.version}, sm_{', sm_'.join(map(str, requirements.architectures))}",
         quiet or as_json,

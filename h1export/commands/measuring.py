@@ -16,7 +16,7 @@ from h1export.commands.pipeline import check_source, load
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT, Progress
 from h1export.report.report import Verdict
-from h1export.runtime.runner import Runner
+from h1export.runtime.runner import Inspectable
 from h1export.targets import Kernels, get_target
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.speed.bench import BenchOptions, BenchReport, Candidate, machine, of_artifact
@@ -122,15 +122,15 @@ class Gated:
         """
         gate = self.gate
         folder = self.artifact.folder
-        capabilities = load(self.artifact, gate.threads, kernels=kernels).capabilities
-        if capabilities.emulated:
+        provenance = load(self.artifact, gate.threads, kernels=kernels).provenance
+        if provenance.emulated:
             return None
-        if capabilities.gpu and gate.clock is Clock.CPU and gate.timings:
+        if provenance.gpu and gate.clock is Clock.CPU and gate.timings:
             raise H1ExportError(
-                f"gate {self.name}", f'clock = "cpu" does not count what {capabilities.gpu} does', 'set clock = "wall"'
+                f"gate {self.name}", f'clock = "cpu" does not count what {provenance.gpu} does', 'set clock = "wall"'
             )
         pair = partial(_play_pair, checkpoint, folder, gate.threads, kernels=kernels, clock=gate.clock)
-        kind = f"{cpu_kind()} {capabilities.gpu}".strip()
+        kind = f"{cpu_kind()} {provenance.gpu}".strip()
         return Makers(pair, partial(_play, folder, gate.threads, kernels, steps=GATE_STEPS), GATE_STEPS, kind=kind)
 
 
@@ -182,7 +182,7 @@ def write_baseline(
     return gated.place
 
 
-def _maker(folder: Path, kernels: Kernels, steps: int, *, threads: int) -> Callable[[], RunnerModel]:
+def _maker(folder: Path, kernels: Kernels, steps: int, threads: int) -> Callable[[], RunnerModel]:
     return partial(_play, folder, threads, kernels, steps=steps)
 
 
@@ -209,7 +209,7 @@ def _play_pair(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels
 
 
 def reference_player(
-    checkpoint: Path, runner: Runner[Any], threads: int, *, steps: int, clock: Callable[[], float]
+    checkpoint: Path, runner: Inspectable[Any], threads: int, *, steps: int, clock: Callable[[], float]
 ) -> RunnerModel:
     """transformers' model on the weights that ``runner`` stores."""
     torch.set_num_threads(threads)
@@ -218,10 +218,10 @@ def reference_player(
     return RunnerModel(reference, steps, clock, chunk=reference.config.max_position_embeddings)
 
 
-def timed_runner(artifact: Artifact, threads: int, kernels: Kernels) -> Runner[Any]:
+def timed_runner(artifact: Artifact, threads: int, kernels: Kernels) -> Inspectable[Any]:
     """Raises H1ExportError for an artifact that its runtime does not run here."""
     runner = load(artifact, threads, kernels=kernels)
-    if runner.capabilities.emulated:
-        what = f"is computed by {runner.capabilities.kernels} here: its speed says nothing"
+    if runner.provenance.emulated:
+        what = f"is computed by {runner.provenance.kernels} here: its speed says nothing"
         raise H1ExportError(artifact.folder, what, "measure it where its runtime is")
     return runner

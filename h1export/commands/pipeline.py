@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from h1export import __version__
-from h1export.artifact.artifact import MANIFEST, NO_SHA256, REPORT, Artifact, Manifest, file_table
+from h1export.artifact.artifact import NO_SHA256, REPORT, Artifact, file_table
+from h1export.artifact.manifest import MANIFEST, Manifest
 from h1export.artifact.staging import Stage, check_place, cores, dry_stage, staged
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.store import WeightStore
@@ -39,7 +40,7 @@ from h1export.quantize.sensitivity import sensitivities
 from h1export.quantize.source import QuantizedWeights
 from h1export.report.report import Report
 from h1export.runtime.generation import Sampling, generate
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Ids, Inspectable
 from h1export.targets import MODULES, BuildOptions, Kernels, get_target
 from h1export.validate.accuracy.run import ValidateOptions
 from h1export.validate.accuracy.run import validate as run_validation
@@ -129,9 +130,9 @@ class BuildJob:
     def _scheme(self) -> dict[str, Any]:
         """What decided the integers."""
         scheme = dataclasses.asdict(self.scheme)
-        if self.store.layout is not None:
-            ready = dataclasses.asdict(self.store.layout)
-            return scheme | {"quant": f"int{self.store.layout.bits}", "method": PREQUANTIZED, PREQUANTIZED: ready}
+        if self.store.gptq_format is not None:
+            ready = dataclasses.asdict(self.store.gptq_format)
+            return scheme | {"quant": f"int{self.store.gptq_format.bits}", "method": PREQUANTIZED, PREQUANTIZED: ready}
         return scheme | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)})
 
     def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:
@@ -262,7 +263,7 @@ def plan(
     )
 
 
-def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:
+def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Inspectable[Any]:
     """A Runner over ``artifact`` by the target that made it; the arguments are those of ``Target.load``."""
     name = artifact.manifest.target
     if name not in MODULES:
@@ -272,7 +273,9 @@ def load(artifact: Artifact, threads: int = 0, float32: bool = False, kernels: K
     return get_target(name).load(artifact, threads, float32, kernels)
 
 
-def load_folder(out: str | Path, threads: int = 0, float32: bool = False, kernels: Kernels = "auto") -> Runner[Any]:
+def load_folder(
+    out: str | Path, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
+) -> Inspectable[Any]:
     """``h1export.load``: a Runner over the artifact in the folder ``out``; the other arguments are those of ``Target.load``.
 
     Raises:
@@ -331,8 +334,8 @@ def validate(
         limits, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
     )
     runner = load(artifact, threads, kernels=kernels)
-    exact = runner if runner.capabilities.float32 else load(artifact, threads, float32=True, kernels=kernels)
-    if not exact.capabilities.float32:  # the runtime has no float32 form of it
+    exact = runner if runner.provenance.float32 else load(artifact, threads, float32=True, kernels=kernels)
+    if not exact.provenance.float32:  # the runtime has no float32 form of it
         exact = runner
     report = run_validation(artifact, runner, exact, checkpoint, options, progress)
     (out / REPORT).write_text(report.to_json(), encoding="utf-8")
@@ -367,7 +370,7 @@ def generate_text(
     text = chat_prompt(out, prompt) if chat else prompt
     ids = np.array(tokenizer.encode(text, add_special_tokens=not chat).ids, np.int64)  # a template brings its own
     runner = load(artifact, threads, kernels=kernels)
-    if runner.capabilities.fallback:
-        tell(runner.capabilities.fallback)
+    if runner.provenance.fallback:
+        tell(runner.provenance.fallback)
     end = frozenset(special_tokens(out, runner.config).eos)
     yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling, end))

@@ -15,7 +15,7 @@ from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Ids, Inspectable
 from h1export.validate.accuracy import tolerances
 from h1export.validate.accuracy.logits import logit_figures, relative_error
 from h1export.validate.accuracy.reference import Reference
@@ -35,7 +35,7 @@ class Exported:
     def __init__(self, artifact: Artifact, float32: bool = False) -> None:
         self.artifact = artifact
         self._float32 = float32
-        self.runner: Runner[Any] = pipeline.load(artifact, float32=float32)
+        self.runner: Inspectable[Any] = pipeline.load(artifact, float32=float32)
 
     @classmethod
     def open(cls, folder: Path) -> Exported:
@@ -46,7 +46,7 @@ class Exported:
 
     @cached_property
     def exact(self) -> Exported:
-        return self if self.runner.capabilities.float32 else Exported(self.artifact, float32=True)
+        return self if self.runner.provenance.float32 else Exported(self.artifact, float32=True)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -65,8 +65,8 @@ class Exported:
     @property
     def tolerance(self) -> Tolerance:
         """The default gate of `validate` for this artifact against its own weights."""
-        shipped = self.runner.capabilities
-        exact = self.exact.runner.capabilities
+        shipped = self.runner.provenance
+        exact = self.exact.runner.provenance
         limits = tolerances.limits_of(self.artifact.manifest, shipped.float32, exact.float32, chosen={})
         metric = next(metric for group in ("drift", "stored", "source") if (metric := f"{group}.logits") in limits)
         return Tolerance(limits[metric], metric)

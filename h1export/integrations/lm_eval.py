@@ -61,7 +61,7 @@ class ArtifactLM(TemplateLM):
         self._tokenizer = load_tokenizer(Path(out))
         self.runner = pipeline.load_folder(out, threads, kernels=kernels)
         self._special = special_tokens(self._folder, self.runner.config)
-        rooms = (self.runner.config.max_position_embeddings, self.runner.capabilities.max_context, max_length)
+        rooms = (self.runner.config.max_position_embeddings, self.runner.limits.max_context, max_length)
         self.max_length = min(room for room in rooms if room)
 
     @property

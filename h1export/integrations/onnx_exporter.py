@@ -6,7 +6,6 @@ nothing, and decode, of one token. Both take one row without pads. A decode grap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import numpy.typing as npt
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import INPUT_IDS, LOGITS, Array, StateKind, StateSpec, StateTensor
-from h1export.runtime.runner import Capabilities, Ids, Sequences, SteppedSequences, check_call
+from h1export.runtime.runner import Ids, Limits, Provenance, check_call
+from h1export.runtime.session import SteppedSession
 from h1export.targets.onnx import sdk
 
 PREFILL = "prefill.onnx"
@@ -52,16 +52,27 @@ class ExporterRunner:
             ) from None
         self._kernels = f"onnxruntime {ort.__version__}"
         (length,) = [port.shape[1] for port in self._prefill.get_inputs() if port.name == INPUT_IDS]
-        self._length = length if isinstance(length, int) else None  # that of the traced prompt, where it is not dynamic
+        self._prompt_length = (
+            length if isinstance(length, int) else None
+        )  # that of the traced prompt, where it is not dynamic
 
     @property
     def config(self) -> FalconH1Config:
         return self._spec
 
     @property
-    def capabilities(self) -> Capabilities:
-        fixed = f"prefill takes {self._length} tokens, no fewer and no more: others go through decode"
-        return Capabilities(1, True, notes=(fixed if self._length else SHORT,), kernels=self._kernels)
+    def limits(self) -> Limits:
+        return Limits(max_batch=1)
+
+    @property
+    def provenance(self) -> Provenance:
+        return Provenance(kernels=self._kernels)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if self._prompt_length:
+            return (f"prefill takes {self._prompt_length} tokens, no fewer and no more: others go through decode",)
+        return (SHORT,)
 
     def initial(self, batch: int) -> States:
         zeros = self._states.zeros(batch)
@@ -70,13 +81,15 @@ class ExporterRunner:
         }
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
-        past = states[_name(self._states.tensors[0])].shape[2]
+        past = self.length(states)
         check_call(ids, mask, past, vocab_size=self._spec.vocab_size)
         if len(ids) > 1 or not mask.all():
             raise H1ExportError(
                 "step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", "its graphs take one row without pads"
             )
-        if not past and (ids.shape[1] == self._length if self._length else ids.shape[1] >= self._spec.mamba_d_conv):
+        if not past and (
+            ids.shape[1] == self._prompt_length if self._prompt_length else ids.shape[1] >= self._spec.mamba_d_conv
+        ):
             return self._run(self._prefill, ids, 0, {})
         rows = []
         for position in range(ids.shape[1]):
@@ -93,21 +106,16 @@ class ExporterRunner:
         }
         return found.pop(LOGITS), found
 
-    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
-        raise H1ExportError("observe", "these graphs do not name what lies inside", "leave out bisect")
+    def length(self, states: States) -> int:
+        growing = next(tensor for tensor in self._states.tensors if tensor.kind.grows)
+        return int(states[_name(growing)].shape[2])
 
-    def start(self, batch: int, capacity: int) -> Sequences:
-        return SteppedSequences(self, batch)
+    def start(self, batch: int, capacity: int) -> SteppedSession:
+        return SteppedSession(self, batch)
 
     def snapshot(self, states: States) -> dict[str, Array]:
         arrays = {tensor: states[_name(tensor)] for tensor in self._states.tensors}
         return {t.key: array[..., 1:] if t.kind is StateKind.CONV else array for t, array in arrays.items()}
-
-    def magnitudes(self) -> Mapping[str, float]:
-        return {}
-
-    def stored_weights(self) -> Mapping[str, Array]:
-        return {}
 
 
 def _name(tensor: StateTensor) -> str:

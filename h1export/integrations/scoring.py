@@ -54,7 +54,7 @@ class Beginning:
         yield self._last[: len(ids)], ids[:1]
         states = self._states
         length = self._length
-        chunk = PREFILL_CHUNK if self._runner.capabilities.all_logits else 1
+        chunk = PREFILL_CHUNK if self._runner.limits.all_logits else 1
         for start in range(0, len(ids) - 1, chunk):
             end = min(start + chunk, len(ids) - 1)
             logits, states, length = self._step(ids[start:end], states, length)

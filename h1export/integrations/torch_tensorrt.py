@@ -17,12 +17,12 @@ from torch_tensorrt.dynamo.conversion.converter_utils import cast_trt_tensor, ge
 
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
-from h1export.graphs.model import FalconH1, LayerStates
+from h1export.graphs.model import FalconH1, LayerStates, layer_states
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateKind, StateSpec, StateTensor
 from h1export.plugins import h1
 from h1export.plugins.attention.op import composed
-from h1export.plugins.gpu.kernel import DTYPES, OURS
+from h1export.plugins.gpu.kernel import DTYPES, KERNEL_DTYPE
 from h1export.targets.tensorrt import plugin
 from h1export.targets.tensorrt.engine.requirements import gpu_architecture
 from h1export.targets.tensorrt.plugin.schema import NAMESPACE, OPS, VERSION, Op
@@ -66,8 +66,7 @@ def zero_states(model: FalconH1, batch: int = 1, past: int = 0) -> list[LayerSta
         dtype = torch.float32 if tensor.kind is StateKind.RECURRENT else like.dtype
         return torch.zeros(tensor.sized(batch, past), dtype=dtype, device=like.device)
 
-    found = [zeros(tensor) for tensor in StateSpec.of(model.config).tensors]
-    return [(found[i], found[i + 1], found[i + 2], found[i + 3]) for i in range(0, len(found), len(StateKind))]
+    return layer_states([zeros(tensor) for tensor in StateSpec.of(model.config).tensors])
 
 
 def register(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
@@ -104,7 +103,9 @@ def convert(context: Any, op: Op, arguments: Sequence[Any], name: str) -> tuple[
         value = np.zeros(given["weight"].shape[0], np.float32) if given[each] is None else given[each]  # no bias
         tensor = get_trt_tensor(context, value, f"{name}_{each}")
         tensors.append(
-            cast_trt_tensor(context, tensor, own if op.kind(each) == OURS else trt.float32, f"{name}_{each}_cast")
+            cast_trt_tensor(
+                context, tensor, own if op.kind(each) == KERNEL_DTYPE else trt.float32, f"{name}_{each}_cast"
+            )
         )
     layer = context.net.add_plugin_v3(tensors, [], _instance(op, given, name))
     layer.name = name
@@ -141,7 +142,7 @@ def _register(op: Op) -> None:
         getattr(torch.ops.h1, op.space).default, capability_validator=_takes, supports_dynamic_shapes=True
     )
     def converter(
-        context: Any, target: Any, args: Sequence[Any], *, kwargs: Mapping[str, Any], name: str
+        context: Any, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
     ) -> tuple[Any, ...]:
         return convert(context, op, args, name)
 

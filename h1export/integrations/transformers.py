@@ -21,7 +21,7 @@ from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG
 from h1export.runtime.runner import Ids, Runner
-from h1export.runtime.session import Batch, open_batch
+from h1export.runtime.session import BatchSession, RowByRowSession, open_session
 from h1export.targets import Kernels
 
 STATE = "state"  # the name under which `generate` carries what is no KV cache, in every transformers 5
@@ -51,13 +51,16 @@ class Logits(ModelOutput):
 
 
 class State:
-    """What `generate` carries from step to step."""
+    """The session that `generate` carries from step to step."""
 
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
+    def __init__(self, session: BatchSession) -> None:
+        self.session = session
 
     def reorder_cache(self, beams: torch.Tensor) -> None:
-        self.batch.reorder(beams.tolist())
+        """Let row i go on from where row ``beams[i]`` is. Raises H1ExportError for rows that cannot change places."""
+        if not isinstance(self.session, RowByRowSession):
+            raise H1ExportError("reorder", "the rows of this session cannot change places", "open a movable one")
+        self.session.reorder(beams.tolist())
 
 
 class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
@@ -100,13 +103,13 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
             H1ExportError: what ``Runner.step`` refuses.
         """
         ids: Ids = input_ids.cpu().numpy().astype(np.int64, copy=False)
-        past = 0 if state is None else state.batch.length
+        past = 0 if state is None else state.session.length
         shape = (len(ids), past + ids.shape[1])
         mask: Ids = (
             np.ones(shape, np.int64) if attention_mask is None else attention_mask.cpu().numpy().astype(np.int64)
         )
-        batch = open_batch(self.runner, *shape, padded=not mask.all()) if state is None else state.batch
-        logits = torch.from_numpy(batch.append(ids, mask, logits_to_keep or ids.shape[1])).to(input_ids.device)
+        session = open_session(self.runner, *shape, padded=not mask.all()) if state is None else state.session
+        logits = torch.from_numpy(session.append(ids, mask, logits_to_keep or ids.shape[1])).to(input_ids.device)
         return Logits(logits=logits) if return_dict else (logits,)
 
     def prepare_inputs_for_generation(
@@ -119,7 +122,7 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         **kwargs: Any,  # what `generate` tells models that keep their states otherwise
     ) -> dict[str, Any]:
         """The arguments of ``forward``: the tokens that ``state`` has not seen."""
-        new = input_ids[:, 0 if state is None else state.batch.length :]
+        new = input_ids[:, 0 if state is None else state.session.length :]
         return {"input_ids": new, "attention_mask": attention_mask, STATE: state, "logits_to_keep": logits_to_keep}
 
     def _prepare_cache_for_generation(
@@ -141,7 +144,7 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
             rows = batch_size * max(beams, generation_config.num_return_sequences or 1)
             padded = model_kwargs.get("attention_mask") is not None
             model_kwargs[STATE] = State(
-                open_batch(self.runner, rows, max_cache_length, padded=padded, movable=beams > 1)
+                open_session(self.runner, rows, max_cache_length, padded=padded, movable=beams > 1)
             )
         return False  # it is declared so, and nothing reads it
 

@@ -1,4 +1,7 @@
-"""Scaling: factors between a product and what makes its input, which leave the model as it is and ease the rounding of its weight."""
+"""AwqScales: factors that move between a projection's columns and what produces its input.
+
+They leave the model's function as it is, and make the projection's weight easier to round (see methods/awq.py).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 from h1export.progress import Progress
 
-SCALING = "scaling.safetensors"  # in an artifact that was built with one
+SCALING = "scaling.safetensors"  # the file in an artifact that was built with AWQ
 COLUMNS = "columns:"
 ROWS = "rows:"
 
@@ -25,8 +28,8 @@ class AwqScales:
     """Factors by checkpoint name.
 
     Attributes:
-        columns: float32 [columns], which a weight's columns are multiplied by.
-        rows: float32 [rows], which the rows of what makes that weight's input are divided by.
+        columns: float32 [columns] by which the columns of a projection's weight are multiplied.
+        rows: float32 [rows] by which the rows of what produces that projection's input are divided.
     """
 
     columns: Mapping[str, Array]
@@ -34,7 +37,7 @@ class AwqScales:
 
     @classmethod
     def load(cls, folder: Path) -> AwqScales:
-        """That of an artifact; an empty one where it has none.
+        """Read the factors of the artifact in ``folder``; there are none where it has no such file.
 
         Raises:
             H1ExportError: a damaged file.
@@ -52,17 +55,17 @@ class AwqScales:
         return cls(columns, rows)
 
     def save(self, folder: Path) -> None:
-        """The inverse of load."""
+        """Write the file that ``load`` reads."""
         named = {COLUMNS + name: factors for name, factors in self.columns.items()}
         save_file(named | {ROWS + name: factors for name, factors in self.rows.items()}, folder / SCALING)
 
     @property
     def tensors(self) -> frozenset[str]:
-        """Names of those that it changes."""
+        """The names of the tensors that the factors change."""
         return frozenset((*self.columns, *self.rows))
 
     def applied(self, name: str, block: Array, start: int) -> Array:
-        """``block``, rows from ``start`` on of a checkpoint tensor, as the scaled model has it."""
+        """Returns ``block``, rows from ``start`` on of checkpoint tensor ``name``, as the scaled model has it."""
         if name in self.columns:
             block = block * self.columns[name]
         if name in self.rows:
@@ -70,20 +73,20 @@ class AwqScales:
         return block
 
     def undone(self, name: str, weight: Array) -> Array:
-        """The inverse of ``applied``, for a whole weight [rows, columns]."""
+        """Returns a whole weight [rows, columns] of the scaled model as the checkpoint has it: the inverse of ``applied``."""
         ones = np.ones(1, np.float32)
         found: Array = weight * self.rows.get(name, ones)[:, None] / self.columns.get(name, ones)
         return found
 
 
 class ScaledStore(WeightStore):
-    """The tensors of ``store`` as ``scaling`` makes them."""
+    """The tensors of another store as the model scaled by some factors has them."""
 
-    def __init__(self, store: WeightStore, scaling: AwqScales, progress: Progress) -> None:
-        super().__init__({entry.name: entry for entry in store.entries}, progress, store.layout)
-        self.packed = store.packed
-        self._scaling = scaling
+    def __init__(self, store: WeightStore, factors: AwqScales, progress: Progress) -> None:
+        entries = {entry.name: entry for entry in store.entries}
+        super().__init__(entries, progress, store.gptq_format, packed=store.packed)
+        self._factors = factors
 
     def rows(self, name: str, start: int, stop: int) -> Array:
-        """As the parent does, scaled."""
-        return self._scaling.applied(name, super().rows(name, start, stop), start)
+        """Returns rows [start, stop) of a tensor in float32, scaled."""
+        return self._factors.applied(name, super().rows(name, start, stop), start)

@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from h1export.errors import H1ExportError
 from h1export.quantize.precision import INT8, Precision
 
-SCALE_BITS = 16
-
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of one tensor: the mean KL divergence from the full model, in nats, when it alone is stored in ``low``.
+    """The cost of storing one tensor alone in few bits.
 
     Attributes:
-        shape: of the tensor.
-        low: the precision it is measured in.
-        kl: the divergence.
+        shape: rows and columns of the tensor.
+        low: the precision that was measured.
+        kl: the mean KL divergence from the full model's predictions, in nats per token.
     """
 
     shape: tuple[int, int]
@@ -27,21 +25,20 @@ class Sensitivity:
     kl: float
 
     def bits(self, precision: Precision) -> int:
-        """Of codes and scales."""
-        rows, columns = self.shape
-        return rows * columns * precision.bits + SCALE_BITS * rows * columns // precision.columns_per_group(columns)
+        """Returns the bits of the tensor's codes and scales in ``precision``."""
+        return precision.stored_bits(self.shape)
 
 
 def bits_per_weight(found: Mapping[str, Sensitivity], raised: Mapping[str, Precision]) -> float:
-    """Codes and scales over all weights, where those ``raised`` have other precisions than their low ones."""
+    """Returns the mean bits of a weight, scales included, where the tensors in ``raised`` have those precisions instead of ``low``."""
     bits = sum(tensor.bits(raised.get(name, tensor.low)) for name, tensor in found.items())
     return bits / sum(tensor.shape[0] * tensor.shape[1] for tensor in found.values())
 
 
 def within_bits(found: Mapping[str, Sensitivity], high: Precision, budget: float) -> dict[str, Precision]:
-    """The tensors to be raised to ``high``, so that all together have at most ``budget`` bits a weight.
+    """Returns the tensors to raise to ``high``, so that all together have at most ``budget`` bits a weight.
 
-    Taken by divergence saved for a bit, the largest first; one that does not fit is passed over.
+    Tensors are taken by the divergence that a bit saves, the largest first. One that does not fit is passed over.
     """
     raised: dict[str, Precision] = {}
     for name in _by_gain(found, high):
@@ -51,9 +48,9 @@ def within_bits(found: Mapping[str, Sensitivity], high: Precision, budget: float
 
 
 def within_kl(found: Mapping[str, Sensitivity], high: Precision, budget: float) -> dict[str, Precision]:
-    """The tensors to be raised to ``high``, so that the divergences of those that are not sum up to at most ``budget``.
+    """Returns the tensors to raise to ``high``, so that the divergences of all others sum up to at most ``budget``.
 
-    That ``high`` loses nothing and that divergences add up are approximations: the plan is judged by validate.
+    It is an approximation that ``high`` loses nothing and that divergences add up: validate judges the artifact.
     """
     raised: dict[str, Precision] = {}
     left = sum(tensor.kl for tensor in found.values())
@@ -67,10 +64,14 @@ def within_kl(found: Mapping[str, Sensitivity], high: Precision, budget: float) 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most so many ``bits`` a weight, or so much divergence; one of the two.
+    """A limit on the size of the weights or on the loss of accuracy, one of the two.
+
+    Attributes:
+        bits: mean bits of a weight at most, scales included.
+        kl: sum of KL divergences in nats at most.
 
     Raises:
-        H1ExportError: not a budget.
+        H1ExportError: a value that is not a positive finite number.
     """
 
     bits: float | None = None
@@ -82,10 +83,10 @@ class Budget:
                 raise H1ExportError(option, f"{value} is not a budget", "give a positive number")
 
     def raised(self, found: Mapping[str, Sensitivity]) -> dict[str, Precision]:
-        """The tensors to be raised to int8.
+        """Returns the tensors to raise to int8 within this budget.
 
         Raises:
-            H1ExportError: less than all tensors need at their low precisions.
+            H1ExportError: fewer bits than all tensors need at their low precisions.
         """
         if self.bits is None:
             return within_kl(found, INT8, self.kl or 0.0)

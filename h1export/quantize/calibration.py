@@ -1,4 +1,4 @@
-"""Calibration: the tokens on which a method looks at what goes into each product."""
+"""Calibration: the tokens on which a method observes the inputs of every projection."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy as np
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.tokenizer import TOKENIZER, load_tokenizer
 from h1export.errors import H1ExportError
-from h1export.runtime.runner import Ids
+from h1export.model.falcon_h1.states import Ids
 
-SHIPPED = "calibration.txt"  # in the embedded model's folder
+SHIPPED = "calibration.txt"  # a file in the embedded model's folder
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which text, and how much of it.
+    """The text for calibration, and how much of it is used.
 
     Attributes:
         file: .txt, or .jsonl with a "text" a line; None: the excerpt of CPython's library that ships with the embedded model.
-        samples: sequences, taken at random places of the text, none of which overlap.
-        length: tokens of each.
-        seed: of the places.
+        samples: number of sequences, which are taken at random places of the text and do not overlap.
+        length: tokens in a sequence.
+        seed: the seed of the places.
     """
 
     file: Path | None = None
@@ -35,10 +35,10 @@ class Calibration:
     seed: int = 0
 
     def ids(self, checkpoint: Path) -> Ids:
-        """Token ids [samples, length] by the checkpoint's tokenizer.
+        """Returns token ids [samples, length] by the checkpoint's tokenizer.
 
         Raises:
-            H1ExportError: no tokenizer, a file that is not text, or too little of it.
+            H1ExportError: there is no tokenizer, the file is not text, or the text is too short.
         """
         if not (checkpoint / TOKENIZER).is_file():
             what = f"no {TOKENIZER}, and calibration needs one"
@@ -50,13 +50,14 @@ class Calibration:
         ).astype(np.int64)
         places = len(tokens) // self.length
         if places < self.samples:
-            what = f"has {len(tokens)} tokens, enough for {places} samples of {self.length}, and {self.samples} are asked for"
+            enough = f"enough for {places} samples of {self.length}"
+            what = f"has {len(tokens)} tokens, {enough}, and {self.samples} are asked for"
             raise H1ExportError(file, what, "give a longer text by --calibration, or fewer --calibration-samples")
         chosen = np.random.default_rng(self.seed).permutation(places)[: self.samples]
         return np.stack([tokens[place * self.length : (place + 1) * self.length] for place in sorted(chosen)])
 
     def described(self, ids: Ids) -> dict[str, Any]:
-        """For the manifest: the settings, and the sha256 of the ids in place of the file, whose name says nothing."""
+        """Returns the settings for the manifest, with the sha256 of the ids in place of the file's name."""
         digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
         return {"ids": digest, "samples": self.samples, "length": self.length, "seed": self.seed}
 

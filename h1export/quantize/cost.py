@@ -1,4 +1,4 @@
-"""What a method that looks at a text needs, from the model's shapes: for a plan."""
+"""The memory, disk space and time that a calibrated method needs, estimated from the model's shapes for a plan."""
 
 from __future__ import annotations
 
@@ -11,137 +11,138 @@ import torch
 
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.quantize.layers import head_tensor, prefix, products
+from h1export.model.falcon_h1.states import Ids
+from h1export.model.falcon_h1.tensors import layer_prefix
+from h1export.quantize.layers import head_tensor, products
 from h1export.quantize.methods.awq import EXPONENTS, SEARCH_BYTES
 from h1export.quantize.methods.gptq import ROUNDS
 from h1export.quantize.methods.gptq_model import SOLVE_BYTES
 from h1export.quantize.methods.head_groups import GROUPS, POSITIONS, SKETCH
 from h1export.quantize.scheme import GROUP_SIZES, Method
-from h1export.runtime.runner import Ids
 
-# rows and columns of the products that are timed
-SAMPLE = 768
-SAMPLES = 3
-# the equations for scales, in float32 and in float64
-FIT_BYTES = 12
-LEAST_BLOCK = min(GROUP_SIZES)
+PRODUCT_SIZE = 768  # rows and columns of the product that is timed
+PRODUCT_RUNS = 3  # of which the fastest counts
+FIT_BYTES = 12  # of a coefficient in the equations for scales, which are there in float32 and in float64
+LEAST_GROUP = min(GROUP_SIZES)
 TRY_COPIES = 6  # of a block of rows: weight, scaled, quotients, codes, dequantised, error
-ROUNDING_FLOPS = 2000  # of a product that take as long as rounding a weight does
+ROUNDING_FLOPS = 2000  # floating-point operations of a product that take as long as rounding one weight
 PROBABILITY_COPIES = 3  # of a few positions' logits: exponents, probabilities, variances
-SOLVE_COPIES = 4  # of a block of rows: weight, rest, scales by search, codes
+SOLVE_COPIES = 4  # of a block of rows: weight, rest, searched scales, codes
 
 
 class Cost(Protocol):
-    """Of a method on ``tensors`` of a checkpoint with calibration ids [samples, length]."""
+    """The cost of a method on some tensors of a checkpoint, with calibration ids [samples, length]."""
 
     @property
     def disk_bytes(self) -> int:
-        """Of the stage while it works, beyond the artifact's own."""
+        """Bytes of scratch files in the stage, beside those of the artifact."""
         ...
 
     def peak_bytes(self, jobs: int) -> int:
-        """Anonymous memory at its peak, above what the process holds before."""
+        """Returns the peak of anonymous memory with ``jobs`` threads, beyond what the process holds before."""
         ...
 
     def seconds(self, jobs: int) -> float:
-        """Of ``jobs`` threads, from a matrix product's speed on one of this machine's."""
+        """Returns the time with ``jobs`` threads, from the measured speed of a matrix product on one of this machine's."""
         ...
 
 
 def cost_of(method: Method, store: WeightStore, config: FalconH1Config, *, tensors: Collection[str], ids: Ids) -> Cost:
-    """That of ``method``, which looks at a text."""
-    return (_Scaling if method == "awq" else _Solving)(store, config, tensors, ids)
+    """Returns the cost of a calibrated ``method`` that quantises ``tensors``."""
+    return (_AwqCost if method == "awq" else _GptqCost)(store, config, tensors, ids=ids)
 
 
 class _Shapes:
-    def __init__(self, store: WeightStore, config: FalconH1Config, tensors: Collection[str], ids: Ids) -> None:
-        self._store = store
-        self._spec = config
+    """The shapes of one layer's quantised projections, of their inputs, and of the head."""
+
+    def __init__(self, store: WeightStore, config: FalconH1Config, tensors: Collection[str], *, ids: Ids) -> None:
+        self._layers = config.num_hidden_layers
+        self._hidden_size = config.hidden_size
         self._samples, self._length = map(int, ids.shape)
-        first = [group for group in products(0).values() if group[0] in tensors]
-        self._columns = [store.shape(group[0])[1] for group in first]
-        self._layer = sum(prod(entry.shape) for entry in store.entries if entry.name.startswith(prefix(0)))
-        self._solved = [store.shape(tensor) for group in first for tensor in group]
+        groups = [group for group in products(0).values() if group[0] in tensors]
+        self._columns = [store.shape(group[0])[1] for group in groups]  # of each input
+        self._projections = [store.shape(tensor) for group in groups for tensor in group]
+        self._layer = sum(prod(entry.shape) for entry in store.entries if entry.name.startswith(layer_prefix(0)))
         self._head = store.shape(head_tensor(config))
 
 
-class _Solving(_Shapes):
+class _GptqCost(_Shapes):
     @property
     def disk_bytes(self) -> int:
-        """Integers, and both sequences, right and wrong, before a layer and after it."""
-        codes = self._spec.num_hidden_layers * sum(map(prod, self._solved)) + prod(self._head)
-        return codes + 4 * 4 * self._samples * self._length * self._spec.hidden_size
+        """Codes, and the float and the quantised activations of two layers."""
+        codes = self._layers * sum(map(prod, self._projections)) + prod(self._head)
+        return codes + 4 * 4 * self._samples * self._length * self._hidden_size
 
     def peak_bytes(self, jobs: int) -> int:
-        """A layer, its moments, and what each thread has at hand."""
+        """Returns the largest of three phases: running a layer, solving its projections, and solving the head."""
         widest = max(self._columns, default=0)
         moments = 2 * 8 * sum(columns**2 for columns in self._columns)
-        inverting = 6 * 8 * widest**2
-        sequences = (jobs + 1) * 2 * 4 * self._length * (sum(self._columns) + 8 * self._spec.hidden_size)
-        fitting = (
-            FIT_BYTES * SOLVE_BYTES // 4 * widest // LEAST_BLOCK**2
-        )  # for each of the rows at hand, blocks times blocks
-        solving = (jobs + 1) * (SOLVE_COPIES * SOLVE_BYTES + fitting)
+        sequences = (jobs + 1) * 2 * 4 * self._length * (sum(self._columns) + 8 * self._hidden_size)
+        running = 4 * self._layer + sequences + moments + 2 * 4 * widest**2
+        # The equations for the scales of a row have groups x groups coefficients.
+        fitting = FIT_BYTES * SOLVE_BYTES // 4 * widest // LEAST_GROUP**2
+        solving_rows = SOLVE_COPIES * SOLVE_BYTES + fitting
+        solving = moments + 6 * 8 * widest**2 + (jobs + 1) * solving_rows
         rows, columns = self._head
-        contexts = (jobs + 1) * 4 * rows * (PROBABILITY_COPIES * POSITIONS + SKETCH) + 2 * 4 * rows * GROUPS
-        groups = (jobs + 1) * (
-            8 * 8 * columns**2 + SOLVE_COPIES * SOLVE_BYTES + fitting
-        )  # each thread has a group's moments
-        head = 5 * rows * columns + max(contexts, groups)
-        return max(4 * self._layer + sequences + moments + 2 * 4 * widest**2, moments + inverting + solving, head)
+        grouping = (jobs + 1) * 4 * rows * (PROBABILITY_COPIES * POSITIONS + SKETCH) + 2 * 4 * rows * GROUPS
+        solving_groups = (jobs + 1) * (8 * 8 * columns**2 + solving_rows)  # every thread has a group's moments
+        head = 5 * rows * columns + max(grouping, solving_groups)
+        return max(running, solving, head)
 
     def seconds(self, jobs: int) -> float:
         tokens = self._samples * self._length
-        forward = (
-            3 * 2 * 2 * tokens * self._layer
-        )  # three runs of a layer; the mixers cost about as much as its products
+        # A layer runs three times, and its mixers cost about as much as its products.
+        forward = 3 * 2 * 2 * tokens * self._layer
         moments = sum(2 * 2 * tokens * columns**2 for columns in self._columns)  # on one thread, beside the runs
-        inverses = sum(
-            2 * 4 * columns**3 for columns in self._columns
-        )  # three steps of a third to two thirds each, a product, in float64
-        turns = 2 + 2 * ROUNDS + 2  # correcting, rounding and fitting cost about the same; a fit has two products
-        rounding = sum(2 * turns * rows * columns**2 for rows, columns in self._solved)
+        # An inverse has three steps, each of a third to two thirds of a product, in float64.
+        inverses = sum(2 * 4 * columns**3 for columns in self._columns)
+        # Correcting, rounding and fitting cost about the same; a fit has two products.
+        turns = 2 + 2 * ROUNDS + 2
+        rounding = sum(2 * turns * rows * columns**2 for rows, columns in self._projections)
+        layer = max(forward / jobs, moments) + (inverses + rounding) / jobs
         rows, columns = self._head
         logits = 2 * 2 * tokens * rows * (columns + SKETCH)  # computed twice
-        groups = GROUPS * (2 * 2 * tokens * columns**2 + 2 * 4 * columns**3)  # moments and inverses of each
-        head = logits + groups + 2 * turns * rows * columns**2
-        total = (
-            self._spec.num_hidden_layers * (max(forward / jobs, moments) + (inverses + rounding) / jobs) + head / jobs
-        )
-        return total / _flops()
+        groups = GROUPS * (2 * 2 * tokens * columns**2 + 2 * 4 * columns**3)  # moments and inverse of each
+        head = (logits + groups + 2 * turns * rows * columns**2) / jobs
+        return (self._layers * layer + head) / _flops_per_second()
 
 
-class _Scaling(_Shapes):
+class _AwqCost(_Shapes):
     @property
     def disk_bytes(self) -> int:
         return 0
 
     def peak_bytes(self, jobs: int) -> int:
-        """A layer, the sequences, and moments or what each thread has at hand."""
-        hidden = 4 * self._samples * self._length * self._spec.hidden_size
-        inputs = (jobs + 1) * 4 * self._length * (sum(self._columns) + 8 * self._spec.hidden_size)
+        """Returns the bytes of a layer, the sequences, the moments, and the larger of what threads hold while running or searching."""
+        hidden = 4 * self._samples * self._length * self._hidden_size
         moments = 4 * sum(columns**2 for columns in self._columns) + 4 * max(self._columns, default=0) ** 2
-        return 4 * self._layer + hidden + moments + max(inputs, (jobs + 1) * TRY_COPIES * SEARCH_BYTES)
+        running = (jobs + 1) * 4 * self._length * (sum(self._columns) + 8 * self._hidden_size)
+        searching = (jobs + 1) * TRY_COPIES * SEARCH_BYTES
+        return 4 * self._layer + hidden + moments + max(running, searching)
 
     def seconds(self, jobs: int) -> float:
         tokens = self._samples * self._length
         forward = 2 * 2 * tokens * self._layer
         moments = sum(2 * tokens * columns**2 for columns in self._columns)
-        tries = len(EXPONENTS) * sum(rows * columns * (2 * columns + ROUNDING_FLOPS) for rows, columns in self._solved)
+        tries = sum(self._flops_of_tries(rows, columns) for rows, columns in self._projections)
+        layer = max(forward / jobs, moments) + tries / jobs
         rows, columns = self._head
-        head = 2 * tokens * columns**2 + len(EXPONENTS) * rows * columns * (2 * columns + ROUNDING_FLOPS) / jobs
-        return (self._spec.num_hidden_layers * (max(forward / jobs, moments) + tries / jobs) + head) / _flops()
+        head = 2 * tokens * columns**2 + self._flops_of_tries(rows, columns) / jobs
+        return (self._layers * layer + head) / _flops_per_second()
+
+    def _flops_of_tries(self, rows: int, columns: int) -> int:
+        return len(EXPONENTS) * rows * columns * (2 * columns + ROUNDING_FLOPS)
 
 
-def _flops() -> float:
-    """Operations a second of one thread in a float32 product."""
+def _flops_per_second() -> float:
+    """Returns the floating-point operations a second of one thread in a float32 product."""
     threads = torch.get_num_threads()
     times = []
-    matrix = torch.ones(SAMPLE, SAMPLE)
+    matrix = torch.ones(PRODUCT_SIZE, PRODUCT_SIZE)
     torch.set_num_threads(1)
-    for _ in range(SAMPLES):
+    for _ in range(PRODUCT_RUNS):
         start = perf_counter()
         matrix @ matrix
         times.append(perf_counter() - start)
     torch.set_num_threads(threads)
-    return 2 * SAMPLE**3 / min(times)
+    return 2 * PRODUCT_SIZE**3 / min(times)

@@ -1,4 +1,4 @@
-"""What an artifact stores for an expression, back in float32: the weights that its runtime multiplies by."""
+"""The float32 weights that an artifact's integers stand for: those that its runtime multiplies by."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from h1export.quantize.source import QuantizedBlock, QuantizedWeights, quantized
 def dequantized_blocks(
     expr: WeightExpr, store: WeightStore, integers: QuantizedWeights | None, *, max_bytes: int
 ) -> Iterator[Callable[[], Array]]:
-    """The rows of ``expr``, µP included, from ``integers`` (None: as the checkpoint has them), by blocks from the top.
+    """Yield the rows of ``expr``, µP included, in blocks from the top.
 
-    A block is float32 [rows, columns] of at most ``max_bytes``, computed when it is called, on any thread.
+    Rows are dequantised from ``integers``, or read from the checkpoint where that is None. A block is float32 [rows, columns] of at
+    most ``max_bytes``. It is computed when it is called, on any thread.
     """
     if integers is None:
         yield from expr.lazy_blocks(store, max_bytes)
@@ -27,4 +28,4 @@ def dequantized_blocks(
 
 
 def _folded(block: QuantizedBlock) -> Array:
-    return np.concatenate([tensor.unfolded() * tensor.multiplier[:, None] for tensor in block()], axis=1)
+    return np.concatenate([tensor.unfolded() * tensor.row_scale[:, None] for tensor in block()], axis=1)

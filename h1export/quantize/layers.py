@@ -1,4 +1,4 @@
-"""The model, a layer at a time: weights come from the store when a layer's turn has come, and go with it."""
+"""The float model one layer at a time: a layer's weights are read when it runs and dropped with it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,18 @@ import torch
 from torch import Tensor
 
 from h1export.checkpoint.store import WeightStore
-from h1export.graphs.model import Layer, LayerStates, mup_vector, scaled
+from h1export.graphs.model import Layer, layer_states, mup_vector, scaled
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array, StateSpec
-from h1export.model.falcon_h1.tensors import EMBEDDING, FINAL_NORM, LM_HEAD
-from h1export.runtime.runner import Ids
+from h1export.model.falcon_h1.projections import FINAL_NORM, INPUT_GROUPS
+from h1export.model.falcon_h1.states import Array, Ids, StateSpec
+from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, layer_prefix
 
-# the products of one input (but for a factor, which changes no integer): its name is the first one's
-INPUTS: Mapping[str, tuple[str, ...]] = {
-    "mamba.in_proj": ("mamba.in_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.o_proj": ("self_attn.o_proj",),
-    "mamba.out_proj": ("mamba.out_proj",),
-    "feed_forward.gate_proj": ("feed_forward.gate_proj", "feed_forward.up_proj"),
-    "feed_forward.down_proj": ("feed_forward.down_proj",),
-}
-
-ReadWeight = Callable[[str], Array]
+ReadWeight = Callable[[str], Array]  # checkpoint name -> the whole tensor, float32
 
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """torch computes on the thread that calls it: how many share a product changes its last bits."""
+    """Make torch compute on the calling thread alone: how many threads share a product changes its last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -41,23 +32,21 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def prefix(layer: int) -> str:
-    """Of a layer's tensors in the checkpoint."""
-    return f"model.layers.{layer}."
-
-
 def head_tensor(config: FalconH1Config) -> str:
-    """The checkpoint's name of the head's weight."""
+    """Returns the checkpoint's name of the head's weight, which is the embedding where the two are tied."""
     return EMBEDDING if config.tie_word_embeddings else LM_HEAD
 
 
 def products(layer: int) -> dict[str, tuple[str, ...]]:
-    """Input of a product -> the weights of a layer that it is multiplied by, by their checkpoint names."""
-    return {name: tuple(f"{prefix(layer)}{product}.weight" for product in group) for name, group in INPUTS.items()}
+    """Returns the weights of a layer by the input that they are multiplied by: INPUT_GROUPS' name -> checkpoint names."""
+    return {
+        name: tuple(layer_prefix(layer) + projection.weight for projection in group)
+        for name, group in INPUT_GROUPS.items()
+    }
 
 
 def embed(store: WeightStore, config: FalconH1Config, ids: Ids) -> Array:
-    """The first layer's input, float32 [seq, hidden], reading the rows of ``ids`` [seq] only."""
+    """Returns the first layer's input, float32 [seq, hidden]; only the embedding's rows of ``ids`` [seq] are read."""
     used, places = np.unique(ids, return_inverse=True)
     rows = np.concatenate([store.rows(EMBEDDING, token, token + 1) for token in used])
     result: Array = rows[places] * np.float32(config.embedding_multiplier)
@@ -65,13 +54,13 @@ def embed(store: WeightStore, config: FalconH1Config, ids: Ids) -> Array:
 
 
 def final_norm(store: WeightStore, config: FalconH1Config, hidden: Array) -> Tensor:
-    """The head's input, float32 [seq, hidden]."""
+    """Returns the head's input, float32 [seq, hidden], for the last layer's output ``hidden``."""
     weight = torch.from_numpy(store.rows(FINAL_NORM, 0, config.hidden_size))
     return torch.nn.functional.rms_norm(torch.from_numpy(hidden), weight.shape, weight, config.rms_norm_eps)
 
 
-def logits(store: WeightStore, config: FalconH1Config, hidden: Array, head: Array) -> Array:
-    """[seq, vocab] of the last layer's output [seq, hidden]."""
+def logits(store: WeightStore, config: FalconH1Config, hidden: Array, *, head: Array) -> Array:
+    """Returns logits [seq, vocab] for the last layer's output ``hidden`` [seq, hidden]; ``head`` is the head's weight."""
     found: Array = scaled(
         final_norm(store, config, hidden) @ torch.from_numpy(head).T, config.lm_head_multiplier
     ).numpy()
@@ -86,32 +75,35 @@ class LoadedLayer:
         with torch.device("meta"):
             self._layer = Layer(config)
         names = dict(self._layer.named_parameters())
-        self._layer.load_state_dict({name: torch.from_numpy(read(prefix(layer) + name)) for name in names}, assign=True)
+        self._layer.load_state_dict(
+            {name: torch.from_numpy(read(layer_prefix(layer) + name)) for name in names}, assign=True
+        )
         self._layer.mamba.mup = mup_vector(config)
-        tensors = StateSpec.of(config).tensors[:4]
-        states = StateSpec(tensors).zeros(1)
-        key, value, conv, recurrent = (torch.from_numpy(states[tensor.key]) for tensor in tensors)
-        self._states: LayerStates = (key, value, conv, recurrent)
+        empty = StateSpec.of(config).of_layer(0)
+        (self._states,) = layer_states([torch.zeros(tensor.sized(1, 0)) for tensor in empty])
         self._thread = threading.local()
-        for name in INPUTS:
-            self._layer.get_submodule(name).register_forward_pre_hook(partial(self._see, name))
+        for name in INPUT_GROUPS:
+            self._layer.get_submodule(name).register_forward_pre_hook(partial(self._record, name))
 
     def output(self, hidden: Array) -> Array:
-        """Of ``hidden`` [seq, hidden]; on any thread."""
+        """Returns the layer's output [seq, hidden] for ``hidden`` [seq, hidden]. Called on any thread."""
         return self.run(hidden)[0]
 
     def run(self, hidden: Array) -> tuple[Array, Mapping[str, Tensor]]:
-        """The output, and the inputs of its products [seq, columns] by INPUTS' names; on any thread."""
+        """Returns the layer's output, and the inputs of its projections [seq, columns] by INPUT_GROUPS' names.
+
+        Called on any thread.
+        """
         seq = len(hidden)
-        seen = dict[str, Tensor]()
-        self._thread.seen = seen
+        inputs = dict[str, Tensor]()
+        self._thread.inputs = inputs
         ones = torch.ones(1, seq)
         with torch.no_grad():
             result, _ = self._layer(
                 torch.from_numpy(hidden)[None], torch.arange(seq)[None], ones.long(), ones, self._states
             )
         output: Array = result[0].numpy()
-        return output, seen
+        return output, inputs
 
-    def _see(self, name: str, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._thread.seen[name] = arguments[0][0]
+    def _record(self, name: str, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        self._thread.inputs[name] = arguments[0][0]

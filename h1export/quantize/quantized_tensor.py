@@ -1,4 +1,4 @@
-"""QuantizedTensor: the integers, scales and multiplier of one weight, the same on every target."""
+"""QuantizedTensor: the integers, group scales and row scales of one weight, the same on every target."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ MAX_SCALE = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """weight[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g] * multiplier[n]  with g = k // columns_per_scale.
+    """A matrix in integers: weight[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g] * row_scale[n], with g = k // group_size.
 
     Attributes:
-        codes: int8 [rows, columns]; in [-7, 7] for int4 and [-127, 127] for int8, and -8 and -128 where the checkpoint chose them.
-        scales: float16 [rows, groups], positive; of the unfolded tensor.
-        multiplier: float32 [rows]; carries µP, never part of the scales.
-        zeros: int8 [rows, groups], in the range of the codes; None: 0.
+        codes: int8 [rows, columns], in [-7, 7] for int4 and [-127, 127] for int8. Codes of a prequantized checkpoint can be -8 and -128.
+        scales: float16 [rows, groups], positive; those of the unfolded tensor.
+        row_scale: float32 [rows]; carries µP, which is never part of the scales.
+        zeros: int8 [rows, groups], in the range of the codes; None: all are 0.
     """
 
     codes: npt.NDArray[np.int8]
     scales: npt.NDArray[np.float16]
-    multiplier: Array
+    row_scale: Array
     zeros: npt.NDArray[np.int8] | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
-        if self.scales.shape[0] != rows or columns % self.scales.shape[1] or self.multiplier.shape != (rows,):
+        if self.scales.shape[0] != rows or columns % self.scales.shape[1] or self.row_scale.shape != (rows,):
             raise ValueError(
-                f"codes {self.codes.shape}, scales {self.scales.shape}, multiplier {self.multiplier.shape} do not fit"
+                f"codes {self.codes.shape}, scales {self.scales.shape}, row scales {self.row_scale.shape} do not fit"
             )
         if self.scales.size and not (self.scales.min() > 0 and np.isfinite(self.scales).all()):
             raise ValueError("scales must be positive and finite")
         if self.zeros is not None and self.zeros.shape != self.scales.shape:
             raise ValueError(f"zeros {self.zeros.shape}, scales {self.scales.shape} do not fit")
 
-    def times(self, multiplier: Array) -> QuantizedTensor:
-        """The same integers with every row's multiplier times that of ``multiplier`` [rows]."""
-        return replace(self, multiplier=self.multiplier * multiplier)
+    def times(self, factors: Array) -> QuantizedTensor:
+        """Returns the same integers for the rows times ``factors`` [rows]."""
+        return replace(self, row_scale=self.row_scale * factors)
 
     def unfolded(self, order: npt.NDArray[np.integer[Any]] | None = None) -> Array:
-        """(codes - zeros) * scales, float32 [rows, columns]: the checkpoint's tensor as stored.
+        """Returns (codes - zeros) * scales, float32 [rows, columns]: the checkpoint's tensor as stored, without the row scales.
 
         ``order``: column i of these integers is the tensor's column order[i].
         """

@@ -1,4 +1,4 @@
-"""QuantScheme: which tensor gets which precision. The only place that decides it."""
+"""QuantScheme: the precision of every tensor, and the method that chooses integers. The only module that decides both."""
 
 from __future__ import annotations
 
@@ -8,43 +8,30 @@ from typing import Literal, get_args
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, tensor_layout
+from h1export.model.falcon_h1.tensors import EMBEDDING, projection_of, tensor_layout
 from h1export.quantize.precision import INT8, Precision
 
 QuantName = Literal["none", "int8", "int4"]
 Method = Literal["rtn", "search", "awq", "gptq"]
-PREQUANTIZED = "ready"  # in place of a method: the checkpoint had integers already
-BEST: Mapping[QuantName, Method] = {
-    "none": "rtn",
-    "int8": "rtn",
-    "int4": "gptq",
-}  # int8 loses nothing that a method could save
+PREQUANTIZED = "ready"  # stands in manifests where a method would: the checkpoint had integers already
+# The default methods. int8 loses so little that no method could save any of it.
+BEST: Mapping[QuantName, Method] = {"none": "rtn", "int8": "rtn", "int4": "gptq"}
 GROUP_SIZES = (32, 64, 128)
-PROJECTIONS = (
-    "mamba.in_proj.weight",
-    "mamba.out_proj.weight",
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.o_proj.weight",
-    "feed_forward.gate_proj.weight",
-    "feed_forward.up_proj.weight",
-    "feed_forward.down_proj.weight",
-    LM_HEAD,
-)
 
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """``quant`` for the projections and the head; ``group_size`` columns share an int4 scale; ``method`` chooses the integers.
+    """The settings of quantisation.
 
-    rtn rounds each weight to the nearest code; search looks for the scales that leave the least error; awq and gptq look at what goes
-    into each product on a calibration text.
+    int4 and int8 also store the embedding in integers. In an int4 build a tied embedding shares the head's int4, and an untied one is
+    int8: only one row of it is read per token, so that 4 bits would cost accuracy and buy no speed.
 
-    int4 and int8 also store the embedding in integers. In an int4 build a tied one shares its head's int4, and an untied one is int8:
-    only one row of it is read per token, so 4 bits would cost accuracy and buy no speed.
-
-    ``chosen`` are tensors with a precision of their own, in place of ``quant``.
+    Attributes:
+        quant: the precision of the projections and the head.
+        group_size: columns that share an int4 scale.
+        method: how integers are chosen. rtn rounds each weight to the nearest code; search looks for the scales that leave the least
+            error in the weights; awq and gptq observe the inputs of every projection on a calibration text.
+        chosen: checkpoint name -> precision of its own, in place of ``quant``.
     """
 
     quant: QuantName = "int4"
@@ -72,21 +59,25 @@ class QuantScheme:
             )
 
     def precision(self, tensor: str, config: FalconH1Config) -> Precision | None:
-        """The integers that checkpoint tensor ``tensor`` is stored in; None: it stays float32."""
+        """Returns the integers that checkpoint tensor ``tensor`` is stored in, or None where it stays float32."""
         quant = self.chosen.get(tensor, self.quant)
-        if quant == "none" or not tensor.endswith((*PROJECTIONS, EMBEDDING)):
+        if quant == "none" or projection_of(tensor) is None:
             return None
         untied_embedding = tensor == EMBEDDING and not config.tie_word_embeddings
         return INT8 if quant == "int8" or untied_embedding else Precision(4, self.group_size)
 
     def precisions(self, config: FalconH1Config) -> dict[str, Precision]:
-        """Those of all tensors that are stored in integers."""
+        """Returns the precisions of all tensors that are stored in integers, by checkpoint name."""
         return {name: precision for name in tensor_layout(config) if (precision := self.precision(name, config))}
 
     def check(self, config: FalconH1Config) -> None:
-        """Raises H1ExportError where a group does not divide a tensor's width, or a chosen tensor is none that has a choice."""
+        """Check the scheme against a model.
+
+        Raises:
+            H1ExportError: the group size does not divide a tensor's columns, or ``chosen`` names a tensor that has no choice.
+        """
         for name, quant in self.chosen.items():
-            if name not in tensor_layout(config) or not name.endswith((*PROJECTIONS, EMBEDDING)):
+            if name not in tensor_layout(config) or projection_of(name) is None:
                 raise H1ExportError(
                     f'tensor "{name}"', "is no weight that this model could store in integers", "correct --precisions"
                 )

@@ -1,4 +1,4 @@
-"""Integers: the one place where a target takes precisions and integers from, so that all targets hold the same ones."""
+"""QuantizedWeights: the one source of precisions and integers, so that all targets store the same ones."""
 
 from __future__ import annotations
 
@@ -16,29 +16,34 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 
 QuantizedBlock = Callable[[], list[QuantizedTensor]]
-Rounding = Callable[
-    [Array, Precision, Array, str], QuantizedTensor
-]  # weight [rows, columns], precision, multiplier [rows], name
+
+
+class Rounding(Protocol):
+    """A method that chooses the integers of each row on its own, such as ``quantize_rows``."""
+
+    def __call__(self, weight: Array, precision: Precision, row_scale: Array, *, name: str) -> QuantizedTensor:
+        """Returns the integers of ``weight`` [rows, columns]; ``row_scale`` [rows] goes with them; ``name`` is for errors."""
+        ...
 
 
 class QuantizedWeights(Protocol):
-    """What each checkpoint tensor is stored in.
+    """The integers that checkpoint tensors are stored in.
 
     Attributes:
-        precisions: of the tensors that are stored in integers; all others stay float32.
+        precisions: those of the tensors that are stored in integers; all others stay float32.
     """
 
     @property
     def precisions(self) -> Mapping[str, Precision]: ...
 
     def rows(self, tensor: str, start: int, stop: int) -> QuantizedTensor:
-        """The integers of rows [start, stop) of one of these tensors, with a multiplier of 1. Called on any thread."""
+        """Returns the integers of rows [start, stop) of one of these tensors, with row scales of 1. Called on any thread."""
         ...
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Integers that ``rounding`` computes from the checkpoint's rows when they are asked for: rows do not influence each other."""
+    """Integers that ``rounding`` computes from the checkpoint's rows when they are needed: rows do not influence each other."""
 
     store: WeightStore
     precisions: Mapping[str, Precision]
@@ -46,16 +51,19 @@ class Rounded:
 
     def rows(self, tensor: str, start: int, stop: int) -> QuantizedTensor:
         weight = self.store.rows(tensor, start, stop)
-        return self.rounding(weight, self.precisions[tensor], np.ones(len(weight), np.float32), tensor)
+        return self.rounding(weight, self.precisions[tensor], np.ones(len(weight), np.float32), name=tensor)
 
 
 def quantized_blocks(
     expr: WeightExpr, store: WeightStore, integers: QuantizedWeights, *, max_bytes: int, multiple: int = 1
 ) -> Iterator[QuantizedBlock]:
-    """The integers of an expression by row blocks from the top; in each, the parts that lie side by side.
+    """Yield the integers of an expression in blocks of rows from the top; a block has the parts that are side by side there.
 
-    A block is read and computed when it is called, on any thread; it stands for at most ``max_bytes`` of float32, and a multiple of
-    ``multiple`` rows. Every part has its own integers, and its multiplier stays beside them.
+    A block is read and computed when it is called, on any thread. It stands for at most ``max_bytes`` of float32 and for a multiple
+    of ``multiple`` rows. Every part keeps its own integers, and its µP multiplier becomes their row scales.
+
+    Raises:
+        ValueError: an expression that has functions, or columns in another order than the integers.
     """
     for strip in expr.strips:
         if changed := [part.tensor for part in strip if part.functions]:

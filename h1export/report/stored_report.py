@@ -13,18 +13,11 @@ from typing import Any
 
 from h1export.artifact.artifact import REPORT, Artifact
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import projection_of, tensor_layout
+from h1export.quantize.precision import Precision
 from h1export.report.report import Report, Row, Verdict
 
-KINDS = {
-    ".mamba.": "mamba",
-    ".self_attn.": "attention",
-    ".feed_forward.": "MLP",
-    "embed_tokens": "embedding",
-    "lm_head": "head",
-}
 OTHERS = "all else: floats, the graph, other files"
-SCALE_BITS = 16
 REPORT_KEYS = {field.name for field in fields(Report)} | {"passed"}
 ROW_KEYS = {field.name for field in fields(Row)} | {"verdict"}
 CASES = {"logits", "states", "kl", "top1"}  # a row with these figures is a case or a context
@@ -116,15 +109,12 @@ class JudgedArtifact:
         """What is quantised by kind of tensor: weights, bits a weight with their scales, bytes; and the rest of the files."""
         layout = tensor_layout(self.artifact.config)
         stored = {part.tensor: weight for weight in self.artifact.manifest.weights for part in weight.parts}
-        found: dict[str, list[float]] = {}
+        found: dict[str, list[int]] = {}
         for tensor, weight in stored.items():
-            count = prod(layout[tensor])
-            columns = layout[tensor][-1]
+            rows, columns = layout[tensor]
             weights, bits = found.setdefault(_kind(tensor), [0, 0])
-            found[_kind(tensor)] = [
-                weights + count,
-                bits + count * (weight.bits + SCALE_BITS / (weight.group_size or columns)),
-            ]
+            stored_bits = Precision(weight.bits, weight.group_size).stored_bits((rows, columns))
+            found[_kind(tensor)] = [weights + rows * columns, bits + stored_bits]
         rows: list[dict[str, Any]] = [
             {"kind": kind, "weights": n, "bits": bits / n, "nbytes": round(bits / 8)}
             for kind, (n, bits) in sorted(found.items())
@@ -141,4 +131,5 @@ def _has(value: Any, keys: set[str]) -> bool:
 
 
 def _kind(tensor: str) -> str:
-    return next((kind for part, kind in KINDS.items() if part in tensor), "others")
+    projection = projection_of(tensor)
+    return projection.part if projection else "others"

@@ -1,137 +1,165 @@
-"""What a loaded artifact can do, whatever the runtime below it."""
+"""The protocols of a loaded artifact: what a client needs of it, what a judge needs, and what only some runtimes offer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.states import Array, Ids
 
-Ids = npt.NDArray[np.int64]
 States = TypeVar("States")
 
 
-@dataclass(frozen=True)
-class Capabilities:
-    """Limits of a runtime, so that a harness shows a case as not applicable instead of failing in it.
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The largest calls that a Runner takes, so that a caller can leave out a case instead of failing in it.
 
     Attributes:
-        max_batch: rows in one call; None: no limit.
-        all_logits: logits for every position; False: for the last one only.
-        float32: activations are float32 throughout; False: they are rounded somewhere, and figures drift by design.
-        notes: limits in words, for the report.
-        kernels: whose kernels compute, for the report.
-        fallback: what is slower than it could be here, why, and the next step; empty: nothing is. Users are told.
-        max_context: tokens in one sequence; None: no limit.
-        probes: whether ``observe`` works.
-        gpu: on which GPU it computes; empty: on none.
-        emulated: not the runtime itself computes, but something that stands in for it: right, and no measure of speed.
+        max_batch: The largest number of rows in one call; None means that there is no limit.
+        max_context: The largest number of tokens in one sequence; None means that there is no limit.
+        all_logits: Whether a call returns the logits of every position; otherwise it returns those of the last one only.
     """
 
-    max_batch: int | None
-    all_logits: bool
-    float32: bool = True
-    notes: tuple[str, ...] = ()
-    kernels: str = ""
-    fallback: str = ""
+    max_batch: int | None = None
     max_context: int | None = None
-    emulated: bool = False
-    probes: bool = False
-    gpu: str = ""
+    all_logits: bool = True
 
 
-class Sequences(Protocol):
-    """A batch of sequences being extended; states are updated in place.
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Whose arithmetic computes what a Runner returns, and in which precision.
 
     Attributes:
-        length: tokens so far, the same for every row.
+        kernels: The name and version of the kernels that compute.
+        gpu: The GPU that computes; it is empty where the CPU does.
+        emulated: Whether something else stands in for the artifact's runtime: its numbers count, and its speed does not.
+        float32: Whether activations are float32 throughout; otherwise they are rounded somewhere, and results drift by design.
+        fallback: What computes slower here than it could, why, and the next step; it is empty where nothing does.
+    """
+
+    kernels: str
+    gpu: str = ""
+    emulated: bool = False
+    float32: bool = True
+    fallback: str = ""
+
+
+class Session(Protocol):
+    """A batch of sequences that are being extended; their states are updated in place.
+
+    Attributes:
+        length: The number of tokens so far, which is the same for every row.
     """
 
     length: int
 
     def append(self, ids: Ids) -> Array:
-        """Logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
+        """Extend every row, and return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
 
         Raises:
-            H1ExportError: ids that do not fit the vocabulary, the batch or the capacity.
+            H1ExportError: The ids do not fit the vocabulary, the batch or the capacity.
         """
         ...
 
 
-class Runner(Protocol, Generic[States]):
-    """A loaded artifact. ``States`` is the runtime's own form of them, opaque to callers."""
+class Runner(Protocol[States]):
+    """A loaded artifact. ``States`` is the runtime's own form of the states, and opaque to callers."""
 
     @property
-    def config(self) -> FalconH1Config: ...
+    def config(self) -> FalconH1Config:
+        """The architecture of the model."""
+        ...
 
     @property
-    def capabilities(self) -> Capabilities: ...
+    def limits(self) -> Limits:
+        """The largest calls that it takes."""
+        ...
+
+    @property
+    def provenance(self) -> Provenance:
+        """What computes its results."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of a report has to know about this runtime."""
+        ...
 
     def initial(self, batch: int) -> States:
-        """States before the first token."""
+        """Return the states of ``batch`` sequences before their first token."""
         ...
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
-        """One call: ids [batch, new], mask [batch, past + new] with 1 for real tokens and left padding only.
+        """Compute one call, and leave ``states`` usable.
 
+        ``ids`` is [batch, new]. ``mask`` is [batch, past + new], 1 for real tokens and 0 for pads, which stand on the left only.
         Returns logits, float32 [batch, new or 1, vocab], and the states after the call.
         """
         ...
 
-    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
-        """``step``, and the probes of model/falcon_h1/probes.py: name -> float32 [batch, new, width].
-
-        Raises:
-            H1ExportError: ``capabilities.probes`` is False.
-        """
+    def length(self, states: States) -> int:
+        """Return how many tokens, pads counted, each sequence in ``states`` has."""
         ...
 
-    def start(self, batch: int, capacity: int) -> Sequences:
-        """``batch`` new sequences with room for ``capacity`` tokens each: the fast way to generate."""
+    def start(self, batch: int, capacity: int) -> Session:
+        """Open ``batch`` new sequences with room for ``capacity`` tokens each: the fast way to generate."""
         ...
+
+
+class Comparable(Runner[States], Protocol[States]):
+    """A Runner whose states a judge can compare with the reference's."""
 
     def snapshot(self, states: States) -> dict[str, Array]:
-        """The states by ``StateTensor.key`` in ``StateSpec``'s canonical layouts."""
+        """Return the states by ``StateTensor.key`` in ``StateSpec``'s canonical layouts."""
         ...
+
+
+class Inspectable(Comparable[States], Protocol[States]):
+    """A Runner over an artifact of h1export: a judge can read the weights that the artifact stores, too."""
 
     def stored_weights(self) -> Mapping[str, Array]:
-        """Checkpoint name -> float32 tensor, unfolded, dequantised from what the artifact stores. Lazy; quantised tensors only."""
-        ...
+        """Return every quantised tensor by its checkpoint name: float32, unfolded, dequantised from what the artifact stores.
 
-    def magnitudes(self) -> Mapping[str, float]:
-        """Kind of op -> the largest magnitude that it gave in fp16 so far, before rounding; beyond 65504 it became infinite.
-
-        Empty where nothing is computed in fp16, or the runtime does not show it.
+        The mapping is lazy. It is empty where nothing is quantised.
         """
         ...
 
 
-class SteppedSequences:
-    """Sequences over ``Runner.step``, for a runtime that has no states in place."""
+@runtime_checkable
+class Observable(Comparable[States], Protocol[States]):
+    """A Runner that shows values between its inputs and outputs."""
 
-    def __init__(self, runner: Runner[Any], batch: int) -> None:
-        self._runner = runner
-        self._states = runner.initial(batch)
-        self._batch = batch
-        self.length = 0
+    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
+        """Return what ``step`` returns, and the probes of model/falcon_h1/probes.py by name, float32 [batch, new, width].
 
-    def append(self, ids: Ids) -> Array:
-        self.length += ids.shape[1]
-        logits, self._states = self._runner.step(ids, np.ones((self._batch, self.length), np.int64), self._states)
-        return logits
+        Raises:
+            H1ExportError: The artifact does not name the values.
+        """
+        ...
+
+
+@runtime_checkable
+class TracksMagnitudes(Protocol):
+    """A Runner that records how near its fp16 arithmetic came to the end of the range."""
+
+    def magnitudes(self) -> Mapping[str, float]:
+        """Return the largest magnitude so far, before rounding, by kind of op; one beyond 65504 became infinite.
+
+        The mapping is empty where nothing was computed in fp16.
+        """
+        ...
 
 
 def check_call(ids: Ids, mask: Ids, past: int, *, vocab_size: int) -> None:
-    """The contract of ``Runner.step``'s inputs, for every runtime.
+    """Check the inputs of ``Runner.step``, as every runtime does before it computes.
 
     Raises:
-        H1ExportError: shapes that do not fit, token ids outside the vocabulary, or a mask that is not left padding.
+        H1ExportError: The shapes do not fit, token ids lie outside the vocabulary, or the mask is not left padding.
     """
     if ids.ndim != 2 or not ids.size or mask.shape != (ids.shape[0], past + ids.shape[1]):
         what = f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)} after {past} tokens"

@@ -1,4 +1,7 @@
-"""A batch of rows being extended by any Runner: padded on the left, more of them than it takes, or with rows that change places."""
+"""Sessions over any Runner: one that steps, one with states in place, and one that extends row by row.
+
+All of them are ``BatchSession``s. A runtime that has states in place implements ``Session`` beside its own Runner.
+"""
 
 from __future__ import annotations
 
@@ -10,89 +13,96 @@ import numpy as np
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 from h1export.runtime.generation import PREFILL_CHUNK
-from h1export.runtime.runner import Ids, Runner, check_call
+from h1export.runtime.runner import Ids, Runner, Session, check_call
 
 
-class Batch(Protocol):
-    """Rows of one length, pads counted.
+class BatchSession(Session, Protocol):
+    """A Session that also takes rows padded on the left, and returns as many logits as a caller wants.
 
     Attributes:
-        length: tokens and pads so far, the same for every row.
+        length: The number of tokens and pads so far, which is the same for every row.
     """
 
-    length: int
+    def append(self, ids: Ids, mask: Ids | None = None, keep: int | None = None) -> Array:
+        """Extend every row by ids int64 [rows, new], and return logits float32 [rows, positions, vocab].
 
-    def append(self, ids: Ids, mask: Ids, keep: int) -> Array:
-        """Logits float32 [rows, min(keep, new), vocab] of the last ``keep`` positions of ids int64 [rows, new].
-
-        ``mask`` int64 [rows, length + new]: 1 for real tokens, left padding only. Logits at pads mean nothing.
+        Args:
+            ids: The new tokens.
+            mask: int64 [rows, length + new], 1 for real tokens, left padding only; None means that there are no pads. The
+                logits at pads mean nothing.
+            keep: The number of last positions whose logits are returned, ``new`` at most; None means as many as the Runner gives.
 
         Raises:
-            H1ExportError: what the Runner refuses, or more logits than the artifact gives.
+            H1ExportError: The Runner refuses the call, or gives fewer logits than ``keep``.
         """
         ...
 
-    def reorder(self, rows: Sequence[int]) -> None:
-        """Row i goes on from where row ``rows[i]`` is. Raises H1ExportError in a batch that is not movable."""
-        ...
+
+def open_session(
+    runner: Runner[Any], rows: int, capacity: int, *, padded: bool = False, movable: bool = False
+) -> BatchSession:
+    """Open an empty session for ``capacity`` tokens a row, in the fastest form that does what is asked.
+
+    Args:
+        runner: The loaded artifact.
+        rows: The number of sequences.
+        capacity: The number of tokens, pads counted, that each of them may get.
+        padded: Whether rows may have pads.
+        movable: Whether rows may change places; the session is a ``RowByRowSession`` then.
+    """
+    limit = runner.limits.max_batch
+    if movable or (limit is not None and (rows > limit or padded)):  # a runtime that takes single rows takes no pads
+        return RowByRowSession(runner, rows)
+    return SteppedSession(runner, rows) if padded else InPlaceSession(runner, rows, capacity)
 
 
-def open_batch(runner: Runner[Any], rows: int, capacity: int, *, padded: bool = False, movable: bool = False) -> Batch:
-    """An empty batch for ``capacity`` tokens a row, in the fastest form that allows pads and movable rows where they are asked for."""
-    limit = runner.capabilities.max_batch
-    if movable or (limit is not None and (rows > limit or padded)):  # one that takes single rows takes no pads
-        return RowByRow(runner, rows)
-    return Stepped(runner, rows) if padded else InPlace(runner, rows, capacity)
-
-
-class InPlace:
-    """No pads, states in buffers of fixed length: the fastest."""
+class InPlaceSession:
+    """A session without pads over ``Runner.start``, whose states are in buffers of fixed length: the fastest one."""
 
     def __init__(self, runner: Runner[Any], rows: int, capacity: int) -> None:
-        self._all_logits = runner.capabilities.all_logits
-        self._sequences = runner.start(rows, capacity)
+        self._all_logits = runner.limits.all_logits
+        self._session = runner.start(rows, capacity)
         self.length = 0
 
-    def append(self, ids: Ids, mask: Ids, keep: int) -> Array:
+    def append(self, ids: Ids, mask: Ids | None = None, keep: int | None = None) -> Array:
         _check_logits(self._all_logits, ids, keep)
-        if not mask.all():
+        if mask is not None and not mask.all():
             raise H1ExportError(
-                "attention_mask", "has pads that the batch was not opened for", "say so when it is opened"
+                "attention_mask", "has pads that the session was not opened for", "say so when it is opened"
             )
-        answers = [self._sequences.append(ids[:, start:end]) for start, end in _calls(ids.shape[1], keep)]
-        self.length = self._sequences.length
+        answers = [self._session.append(ids[..., start:end]) for start, end in _calls(ids.shape[-1], keep)]
+        self.length = self._session.length
         return _last(answers, keep)
 
-    def reorder(self, rows: Sequence[int]) -> None:
-        raise H1ExportError("reorder", "rows with states in place cannot change places", "open a movable batch")
 
-
-class Stepped:
-    """Rows padded on the left, by ``Runner.step``."""
+class SteppedSession:
+    """A session over ``Runner.step``, for rows with pads, and for a runtime that has no states in place."""
 
     def __init__(self, runner: Runner[Any], rows: int) -> None:
         self._runner = runner
         self._states = runner.initial(rows)
+        self._rows = rows
         self.length = 0
 
-    def append(self, ids: Ids, mask: Ids, keep: int) -> Array:
-        _check_logits(self._runner.capabilities.all_logits, ids, keep)
-        check_call(ids, mask, self.length, vocab_size=self._runner.config.vocab_size)
-        pads = int((mask == 0).sum(1).max())
+    def append(self, ids: Ids, mask: Ids | None = None, keep: int | None = None) -> Array:
+        _check_logits(self._runner.limits.all_logits, ids, keep)
+        pads = 0
+        if mask is None:  # the Runner checks the ids
+            mask = np.ones((self._rows, self.length + ids.shape[-1]), np.int64)
+        else:
+            check_call(ids, mask, self.length, vocab_size=self._runner.config.vocab_size)
+            pads = int((mask == 0).sum(1).max())
         answers = []
-        for start, end in _calls(ids.shape[1], keep, pads + 1 - self.length):
+        for start, end in _calls(ids.shape[-1], keep, pads + 1 - self.length):
             seen = mask[:, : self.length + end - start]
-            answers.append(_step(self._runner, ids[:, start:end], seen, self._states))
-            self._states = answers[-1][1]
+            logits, self._states = _step(self._runner, ids[..., start:end], seen, self._states)
+            answers.append(logits)
             self.length = seen.shape[1]
-        return _last([logits for logits, _ in answers], keep)
-
-    def reorder(self, rows: Sequence[int]) -> None:
-        raise H1ExportError("reorder", "rows of one batch cannot change places", "open a movable batch")
+        return _last(answers, keep)
 
 
-class RowByRow:
-    """Every row alone and without its pads: for Runners of one row, and for rows that change places.
+class RowByRowSession:
+    """A session that computes every row alone and without its pads, for Runners of one row and for rows that change places.
 
     ``Runner.step`` leaves its states usable, so rows share states for as long as they are equal, and are computed once.
     """
@@ -102,13 +112,17 @@ class RowByRow:
         self.length = 0
         self._rows: list[tuple[int, Any]] = [(0, runner.initial(1))] * rows  # tokens so far without pads, states
 
-    def append(self, ids: Ids, mask: Ids, keep: int) -> Array:
-        _check_logits(self._runner.capabilities.all_logits, ids, keep)
+    def append(self, ids: Ids, mask: Ids | None = None, keep: int | None = None) -> Array:
+        _check_logits(self._runner.limits.all_logits, ids, keep)
+        if mask is None:
+            mask = np.ones((len(self._rows), self.length + ids.shape[-1]), np.int64)
         check_call(ids, mask, self.length, vocab_size=self._runner.config.vocab_size)
         if len(ids) != len(self._rows) or not mask[:, -1].all():
             raise H1ExportError(
                 "attention_mask", "a row has no tokens, or the batch has other rows", "give each row at least one token"
             )
+        if keep is None:
+            keep = ids.shape[1] if self._runner.limits.all_logits else 1
         logits = np.zeros((len(ids), min(keep, ids.shape[1]), self._runner.config.vocab_size), np.float32)
         found: dict[tuple[int, bytes], tuple[Array, tuple[int, Any]]] = {}
         rows = []
@@ -125,7 +139,7 @@ class RowByRow:
         return logits
 
     def _extend(self, ids: Ids, row: tuple[int, Any], keep: int) -> tuple[Array, tuple[int, Any]]:
-        """Logits [at most keep, vocab] of ids [1, new], and the row after them."""
+        """Return logits [at most keep, vocab] of ids [1, new], and the row after them."""
         (past, states) = row
         answers = []
         for start, end in _calls(ids.shape[1], keep):
@@ -134,20 +148,27 @@ class RowByRow:
         return _last(answers, keep)[0], (past + ids.shape[1], states)
 
     def reorder(self, rows: Sequence[int]) -> None:
+        """Let row i go on from where row ``rows[i]`` is."""
         self._rows = [self._rows[row] for row in rows]
 
 
-def _check_logits(all_logits: bool, ids: Ids, keep: int) -> None:
-    if not all_logits and min(keep, ids.shape[-1]) > 1:
+def _check_logits(all_logits: bool, ids: Ids, keep: int | None) -> None:
+    if not all_logits and keep is not None and min(keep, ids.shape[-1]) > 1:
         what = f"logits of {keep} positions, and the artifact gives those of the last one only"
         raise H1ExportError("logits", what, "ask for the last one, or build with --logits all")
 
 
-def _calls(new: int, keep: int, first: int = 0) -> Iterator[tuple[int, int]]:
-    """(start, end) of the calls for ``new`` tokens, the first one of at least ``first``: one, unless most logits are not wanted."""
+def _calls(new: int, keep: int | None, first: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the calls for ``new`` tokens, the first one of at least ``first``.
+
+    There is one call, unless most logits are not wanted.
+    """
+    if keep is None or keep >= new:
+        yield 0, new
+        return
     start = 0
     while start < new:
-        end = min(new, max(start + PREFILL_CHUNK, first)) if keep < new else new
+        end = min(new, max(start + PREFILL_CHUNK, first))
         yield start, end
         start = end
 
@@ -156,8 +177,11 @@ def _step(runner: Runner[Any], ids: Ids, mask: Ids, states: Any) -> tuple[Array,
     return runner.step(np.ascontiguousarray(ids), np.ascontiguousarray(mask), states)
 
 
-def _last(answers: Sequence[Array], keep: int) -> Array:
-    """The last ``keep`` positions of all of them."""
+def _last(answers: Sequence[Array], keep: int | None) -> Array:
+    """Return the last ``keep`` positions of all answers together; where ``keep`` is None, there is one answer."""
+    if keep is None:
+        (answer,) = answers
+        return answer
     wanted: list[Array] = []
     for answer in reversed(answers):
         if (missing := keep - sum(part.shape[1] for part in wanted)) > 0:

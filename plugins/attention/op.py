@@ -1,6 +1,7 @@
-"""h1::attention: grouped-query causal attention over a growing cache, rotary embedding inside.
+"""The op h1::attention: grouped-query causal attention over a growing cache; it applies the rotary embedding itself.
 
-Source: RoFormer (Su et al. 2021) in the half-split layout of transformers' ``FalconH1Attention``; GQA (Ainslie et al. 2023).
+Source: RoFormer (Su et al. 2021) in the half-split layout of transformers' ``FalconH1Attention``; grouped-query
+attention (Ainslie et al. 2023).
 """
 
 import torch
@@ -11,22 +12,22 @@ from torch import Tensor
 def composed(
     q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, positions: Tensor, mask: Tensor, rope_theta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h1::attention in torch's own operators: softmax(rope(q) K^T / sqrt(dim) over visible columns) V.
+    """Compute softmax(rope(q) K^T / sqrt(dim) over visible columns) V with torch's own operators.
 
-    K is past_k followed by rope(k), V is past_v followed by v. All but positions and mask have one dtype.
+    K is past_k followed by rope(k), and V is past_v followed by v. All tensors but positions and mask share one dtype.
 
     Args:
-        q: [batch, seq, heads, dim], not rotated.
-        k: [batch, seq, kv_heads, dim], not rotated; query head h reads kv head h // (heads / kv_heads).
-        v: like k.
-        past_k: [batch, kv_heads, past, dim], rotated.
+        q: [batch, seq, heads, dim], before rotation.
+        k: [batch, seq, kv_heads, dim], before rotation; query head h reads kv head h // (heads / kv_heads).
+        v: [batch, seq, kv_heads, dim].
+        past_k: [batch, kv_heads, past, dim], after rotation.
         past_v: [batch, kv_heads, past, dim].
         positions: int64 [batch, seq], the rotary position of each new token.
         mask: int64 [batch, past + seq], 1 for real tokens. A token always sees itself, so that padded rows stay finite.
-        rope_theta: base of the rotary frequencies.
+        rope_theta: the base of the rotary frequencies.
 
     Returns:
-        out [batch, seq, heads, dim] and K and V as above, all new tensors.
+        out [batch, seq, heads, dim], and K and V [batch, kv_heads, past + seq, dim]; all three are new tensors.
     """
     angles = positions[..., None].float() * rope_frequencies(rope_theta, q.shape[3]).to(q.device)
     keys = torch.cat([past_k, _rotate(k, angles).transpose(1, 2)], dim=2)
@@ -51,12 +52,15 @@ def _(
 
 
 def rope_frequencies(theta: float, dim: int) -> Tensor:
-    """Radians per position, float32 [dim / 2]: transformers' own expression, because a last bit is 3e-3 rad at position 1e5."""
+    """Return the radians per position, float32 [dim / 2].
+
+    The expression is transformers' own, because an error in the last bit is 3e-3 rad at position 1e5.
+    """
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate [batch, seq, heads, dim] by angles [batch, seq, dim / 2]: pairs are (i, i + dim / 2)."""
+    """Rotate the pairs (i, i + dim / 2) of x [batch, seq, heads, dim] by angles [batch, seq, dim / 2]."""
     cos = angles.cos()[:, :, None].to(x.dtype)
     sin = angles.sin()[:, :, None].to(x.dtype)
     low, high = x.chunk(2, dim=-1)

@@ -1,1 +1,1 @@
-"""The op `h1::causal_conv`: start with op.py."""
+"""The op `h1::causal_conv`; read op.py (schema and reference) first, then kernels.py and launch.py."""

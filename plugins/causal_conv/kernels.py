@@ -1,6 +1,6 @@
-"""h1::causal_conv in Triton: one kernel, for many tokens and, with BT = 1, for a single one.
+"""The GPU kernel of h1::causal_conv in Triton; with BT = 1 it serves a single token.
 
-All tensors share one dtype and are contiguous, with op.py's shapes; sums and SiLU are float32.
+All tensors share one dtype and are contiguous, with the shapes of op.py; sums and SiLU are computed in float32.
 """
 
 import triton
@@ -12,8 +12,9 @@ def causal_conv(
     x, state, weight, bias, T, channels, y, new_state,
     TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """y of BT tokens and BC channels. new_state may be the memory of state: the programs of the first tokens read one and write the other.
+    """Compute y of BT tokens and BC channels; the programs of the first tokens also write new_state.
 
+    new_state may share the memory of state, because the same programs read one and write the other.
     Grid: (channels / BC rounded up, T / BT rounded up, batch).
     """
     first = tl.program_id(1) * BT
@@ -34,7 +35,7 @@ def causal_conv(
             row + source.to(tl.int64)[:, None] * channels + c[None, :], mask=inside[:, None] & known[None, :], other=0.0
         )
         acc += taken.to(tl.float32) * w[None, :]
-        if first == 0:  # what lies before the first token
+        if first == 0:  # taps that reach before the first token read the state
             before = tl.load(
                 past[None, :] + (source + TAPS - 1)[:, None], mask=(source < 0)[:, None] & known[None, :], other=0.0
             )

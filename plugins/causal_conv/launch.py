@@ -1,4 +1,4 @@
-"""h1::causal_conv on a GPU: one kernel, whose tiles depend on whether there is one token or many."""
+"""The launch of h1::causal_conv on a GPU: one kernel, whose tile depends on whether there is one token or many."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CAUSAL_CONV = arguments("x:*dtype state:*dtype weight:*dtype bias:*dtype T:i32 c
 
 
 class Tile(NamedTuple):
-    """Tokens and channels of one program."""
+    """The tokens, channels and warps of one program."""
 
     tokens: int
     channels: int
@@ -25,8 +25,17 @@ ONE_TOKEN = Tile(1, 128, 1)
 MANY_TOKENS = Tile(16, 128, 4)
 
 
-def kernel(dtype: str, taps: int, bias: bool, one_token: bool) -> Kernel:
-    """Compiled, it takes channels that are a multiple of 16 only, which every published model's are."""
+def kernel(dtype: str, taps: int, bias: bool, *, one_token: bool) -> Kernel:
+    """Return the kernel for a dtype, a number of taps, and one token or many.
+
+    The compiled kernel requires a number of channels that is a multiple of 16; every published model has one.
+
+    Args:
+        dtype: "fp16", "bf16" or "fp32".
+        taps: the kernel size of the convolution.
+        bias: whether the convolution has a bias.
+        one_token: whether the sequence has a single token.
+    """
     tile = ONE_TOKEN if one_token else MANY_TOKENS
     constants = (("TAPS", taps), ("HAS_BIAS", int(bias)), ("BT", tile.tokens), ("BC", tile.channels))
     return Kernel(
@@ -42,28 +51,39 @@ def kernel(dtype: str, taps: int, bias: bool, one_token: bool) -> Kernel:
 
 
 def launch(kernel: Kernel, batch: int, tokens: int, channels: int) -> Launch:
-    """One launch covers all of a call."""
+    """Return the one launch that covers a call on x [batch, tokens, channels]."""
     constants = dict(kernel.constants)
-    values = {"T": tokens, "channels": channels}
+    sizes = {"T": tokens, "channels": channels}
     grid = (-(-channels // constants["BC"]), -(-tokens // constants["BT"]), batch)
-    return Launch(kernel, grid, tuple(values.get(argument, argument) for argument, _ in kernel.arguments))
+    return Launch(kernel, grid, tuple(sizes.get(argument, argument) for argument, _ in kernel.arguments))
 
 
 def causal_conv(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, new_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """op.py's function by this kernel. ``new_state``: memory for the state, which may be ``state`` itself."""
+    """Run the op of op.py with the GPU kernel; the arguments and results are the op's.
+
+    Args:
+        x: as in op.py.
+        state: as in op.py.
+        weight: as in op.py.
+        bias: as in op.py.
+        new_state: the tensor to write the new state to, which may be ``state`` itself; None allocates one.
+
+    Raises:
+        H1ExportError: Triton is not installed, or a tensor is not contiguous or has another dtype than x.
+    """
     batch, tokens, channels = x.shape
-    chosen = kernel(DTYPES[x.dtype], weight.shape[2], bias is not None, one_token=tokens == 1)
+    chosen_kernel = kernel(DTYPES[x.dtype], weight.shape[2], bias is not None, one_token=tokens == 1)
     y = torch.empty_like(x)
-    after = torch.empty_like(state) if new_state is None else new_state
+    state_after = torch.empty_like(state) if new_state is None else new_state
     tensors = {
         "x": x,
         "state": state,
         "weight": weight,
         "bias": weight if bias is None else bias,
         "y": y,
-        "new_state": after,
+        "new_state": state_after,
     }
-    run([launch(chosen, batch, tokens, channels)], tensors)
-    return y, after
+    run([launch(chosen_kernel, batch, tokens, channels)], tensors)
+    return y, state_after

@@ -1,6 +1,6 @@
-"""A GPU kernel as a value: which function of an op's kernels.py, for which dtype and tiles; and one launch of it.
+"""A GPU kernel as a value (a function of an op's kernels.py, a dtype, its constants), and one launch of it.
 
-An op's launch.py says what it launches; `run` executes it on torch tensors.
+The launch.py of an op returns its launches, and `run` executes them on torch tensors.
 """
 
 from __future__ import annotations
@@ -14,14 +14,25 @@ import torch
 from h1export.errors import H1ExportError
 from h1export.plugins.gpu import sdk
 
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  # as Triton calls them
-OURS = "*dtype"  # in arguments: a pointer to the kernel's own dtype
-ALIGNED = 16  # bytes, of pointers; and what divides the integers that Kernel.aligned names
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  # Triton's names
+KERNEL_DTYPE = "*dtype"  # in Kernel.arguments: a pointer to elements of Kernel.dtype
+ALIGNED = 16  # divides every pointer, in bytes, and the integers that Kernel.aligned names
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """``arguments``: (name, Triton's type, or OURS) in order; ``constants``: what is fixed when it is compiled, likewise."""
+    """A kernel function specialised to a dtype and compile-time constants.
+
+    Attributes:
+        op: the op whose kernels.py has the function.
+        name: the name of the function.
+        dtype: the dtype of x and the tensors like it, by Triton's name ("fp16", "bf16", "fp32").
+        arguments: (name, type) in the function's order; a type is Triton's, or KERNEL_DTYPE.
+        constants: (name, value) of the compile-time constants, in the function's order.
+        warps: the warps of one program.
+        stages: the stages of Triton's software pipelining.
+        aligned: the integer arguments that are multiples of ALIGNED in every call.
+    """
 
     op: str
     name: str
@@ -34,22 +45,28 @@ class Kernel:
 
     @property
     def symbol(self) -> str:
-        """A name for this kernel alone, such as decode_fp16_P64_N128_BP8; the warps and stages belong to the tiles."""
+        """The unique name of the kernel, such as decode_fp16_P64_N128_BP8; the tiles determine warps and stages."""
         return "_".join((self.name, self.dtype, *(f"{name}{value}" for name, value in self.constants)))
 
     @property
     def threads(self) -> int:
-        """Of a program."""
+        """The threads of one program."""
         return 32 * self.warps
 
     def signature(self) -> dict[str, str]:
-        """Argument -> Triton's type."""
-        return {name: f"*{self.dtype}" if kind == OURS else kind for name, kind in self.arguments}
+        """Return Triton's type of each argument."""
+        return {name: f"*{self.dtype}" if kind == KERNEL_DTYPE else kind for name, kind in self.arguments}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """``values``: what is handed over for each argument of the kernel, a tensor's name or a number."""
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: the kernel.
+        grid: the number of programs along each dimension.
+        values: the value of each argument of the kernel: a number, or the name of a tensor.
+    """
 
     kernel: Kernel
     grid: tuple[int, int, int]
@@ -57,13 +74,13 @@ class Launch:
 
 
 def arguments(text: str) -> tuple[tuple[str, str], ...]:
-    """("x", "*dtype"), ... from "x:*dtype T:i32 ..."."""
+    """Parse "x:*dtype T:i32 ..." to (("x", "*dtype"), ("T", "i32"), ...)."""
     pairs = (item.split(":") for item in text.split())
     return tuple((name, kind) for name, kind in pairs)
 
 
 def run(launches: Sequence[Launch], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Launch one after the other on contiguous tensors.
+    """Launch the kernels one after the other on contiguous tensors, which ``tensors`` has by name.
 
     Raises:
         H1ExportError: Triton is not installed, or a tensor is not contiguous or has another dtype than its kernel.

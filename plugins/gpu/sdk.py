@@ -1,4 +1,4 @@
-"""The only door to Triton, and to the modules that are written in it: kernels.py of an op."""
+"""The import boundary of Triton, and of the kernels.py modules that are written in it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from h1export.errors import H1ExportError
 
 
 def triton() -> Any:
-    """The module.
+    """Import and return the module triton.
 
     Raises:
-        H1ExportError: not installed.
+        H1ExportError: Triton is not installed.
     """
     if find_spec("triton") is None:
         raise H1ExportError("triton", "is not installed", "pip install 'h1export[trt]'")
@@ -22,12 +22,14 @@ def triton() -> Any:
 
 
 def target(architecture: int) -> Any:
-    """Triton's description of an NVIDIA GPU, such as 80 for sm_80."""
+    """Return Triton's description of an NVIDIA GPU; ``architecture`` is a number such as 80 for sm_80."""
     return import_module("triton.backends.compiler").GPUTarget("cuda", architecture, 32)
 
 
 def kernels(op: str) -> ModuleType:
-    """kernels.py of ``op``: run by Triton's interpreter where TRITON_INTERPRET was set before the first call, otherwise compiled.
+    """Return the module kernels.py of ``op``.
+
+    Triton interprets its kernels if TRITON_INTERPRET was set before the first call, and compiles them otherwise.
 
     Raises:
         H1ExportError: Triton is not installed.

@@ -1,17 +1,18 @@
-"""h1::ssm_scan in Triton: three kernels for many tokens, parallel over chunks, and one for a single token.
+"""The GPU kernels of h1::ssm_scan in Triton: three for many tokens, parallel over chunks, and one for a single token.
 
 Source: Dao and Gu, "Transformers are SSMs" (2024), section 6. A prompt is cut into chunks of Q tokens.
 
-    chunk_state    one program a (tile of the state, chunk, head): what the chunk alone adds to the state
-    state_passing  one program a (tile of the state, head): the state that enters each chunk, and the last one
-    chunk_scan     one program a (tile of tokens and channels, chunk, head): y
-    decode         one program a (channels, head): a token's state and y in one pass over the state
+    chunk_state    one program per (tile of the state, chunk, head) computes what the chunk alone adds to the state
+    state_passing  one program per (tile of the state, head) computes the state before each chunk, and the last state
+    chunk_scan     one program per (tile of tokens and channels, chunk, head) computes y
+    decode         one program per (channels, head) computes the state and y of a token in one pass over the state
 
-Tensors are contiguous, with op.py's shapes. x, dt, B, C and mask share one dtype, y too; A, D, dt_bias and states are float32, and so is
-every sum. Decays are summed tile by tile, from each tile's own ends (Horner's scheme across tiles), so that no long sums are subtracted.
-Products of the tensor cores take operands in x's dtype. y is rounded to it anyway, so its operands are rounded once. The state outlives
-its call: what goes into it is split in two such operands, so that a term errs by the square of a rounding, and is held in units of the
-tile's largest step, because the steps of slow heads are subnormal in fp16.
+Tensors are contiguous, with the shapes of op.py. x, dt, B, C, mask and y share one dtype; A, D, dt_bias, the states and
+every sum are float32. Decays are summed tile by tile, from the ends of each tile (Horner's scheme across tiles), so
+that no long sums are subtracted. The tensor cores take operands in x's dtype. The operands of y are rounded to it once,
+because y itself is rounded to it. The state outlives its call, so its terms are more precise: each is split into two
+operands, which leaves an error of the square of a rounding, and is scaled by the largest step of its tile, because the
+steps of slow heads would be subnormal in fp16.
 """
 
 import triton
@@ -20,7 +21,10 @@ import triton.language as tl
 
 @triton.jit
 def step_size(raw, bias, real, dt_min, dt_max):
-    """clamp(softplus(raw + bias)) * real in float32; log1p is a series, because log(1 + e) loses the small steps of slow heads."""
+    """Compute clamp(softplus(raw + bias), dt_min, dt_max) * real in float32.
+
+    log1p is a series, because log(1 + e) loses the small steps of slow heads.
+    """
     v = raw.to(tl.float32) + bias
     e = tl.exp(-tl.abs(v))
     z = e / (2.0 + e)  # log1p(e) = 2 atanh(z), z <= 1/3
@@ -32,7 +36,10 @@ def step_size(raw, bias, real, dt_min, dt_max):
 
 @triton.jit
 def load_steps(dt, mask, bias, first, i, inside, h, H, dt_min, dt_max):
-    """The steps of head h for the tokens first + i, 0 outside; ``first`` is int64, so that the many offsets can be int32."""
+    """Compute the steps of head h for the tokens first + i; they are 0 outside.
+
+    ``first`` is int64, so that the many offsets can be int32.
+    """
     raw = tl.load(dt + first * H + h + i * H, mask=inside, other=0.0)
     real = tl.load(mask + first + i, mask=inside, other=0.0)
     return step_size(raw, bias, real, dt_min=dt_min, dt_max=dt_max)
@@ -40,7 +47,7 @@ def load_steps(dt, mask, bias, first, i, inside, h, H, dt_min, dt_max):
 
 @triton.jit
 def scores(C, B, i, inside, keys_inside, stride, N: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):
-    """C B^T of BT tokens with BT tokens (keys), which start at the pointers C and B; float32 [BT, BT]."""
+    """Compute C B^T, float32 [BT, BT], of BT tokens at the pointer C and BT tokens (keys) at the pointer B."""
     product = tl.zeros([BT, BT], tl.float32)
     for first in range(0, N, BN):
         n = first + tl.arange(0, BN)
@@ -55,8 +62,10 @@ def chunk_state(
     x, dt, A, B, dt_bias, mask, T, H, G, dt_min, dt_max, local, total,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """local [batch, H, chunks, P, N]: the state after a chunk that zeros entered; total [batch, H, chunks]: the chunk's log decay.
+    """Compute local and total for each chunk.
 
+    local [batch, H, chunks, P, N] is the state after a chunk that starts from a zero state; total [batch, H, chunks] is
+    the log decay over the chunk.
     Grid: (P / BP * N / BN, chunks, batch * H).
     """
     tile = tl.program_id(0)
@@ -98,8 +107,9 @@ def chunk_state(
 
 @triton.jit
 def state_passing(local, total, state, chunks, entry, new_state, P: tl.constexpr, N: tl.constexpr, BS: tl.constexpr):
-    """entry [batch, H, chunks, P, N], in x's dtype: the state before each chunk; new_state may be the memory of state.
+    """Compute entry and new_state; new_state may share the memory of state.
 
+    entry [batch, H, chunks, P, N], in x's dtype, is the state before each chunk.
     Grid: (P * N / BS, batch * H).
     """
     bh = tl.program_id(1).to(tl.int64)
@@ -111,7 +121,7 @@ def state_passing(local, total, state, chunks, entry, new_state, P: tl.constexpr
         decay = tl.exp(tl.load(total + bh * chunks + chunk))
         tl.store(entry + here, s.to(entry.dtype.element_ty))
         s = s * decay + added
-    tl.debug_barrier()  # all of state is read
+    tl.debug_barrier()  # other threads may still read the memory of state
     tl.store(new_state + bh * P * N + at, s)
 
 
@@ -120,8 +130,9 @@ def chunk_scan(
     x, dt, A, B, C, D, dt_bias, mask, entry, T, H, G, dt_min, dt_max, y,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """y of BT tokens and BP channels of a head: from the state that entered the chunk, the chunk's earlier tiles, and the tile itself.
+    """Compute y of BT tokens and BP channels of a head.
 
+    y sums the contributions of the state before the chunk, of the earlier tiles of the chunk, and of the tile itself.
     Grid: (Q / BT * P / BP, chunks, batch * H).
     """
     tile = tl.program_id(0)
@@ -180,8 +191,9 @@ def decode(
     x, dt, A, B, C, D, dt_bias, state, mask, H, G, dt_min, dt_max, y, new_state,
     P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """y and the state of one token: each element of the state is read once and written once; new_state may be the memory of state.
+    """Compute y and the state of one token; new_state may share the memory of state.
 
+    Each element of the state is read once and written once.
     Grid: (P / BP, batch * H).
     """
     bh = tl.program_id(1)
@@ -196,7 +208,7 @@ def decode(
     u = tl.load(x + bh * P + p).to(tl.float32)
     group = (b * G + h // (H // G)) * N + n
     s = s * tl.exp(step * tl.load(A + h)) + (step * u)[:, None] * tl.load(B + group).to(tl.float32)[None, :]
-    tl.debug_barrier()  # all of this tile of state is read
+    tl.debug_barrier()  # other threads may still read the memory of state
     tl.store(new_state + row + at, s)
     out = tl.sum(s * tl.load(C + group).to(tl.float32)[None, :], axis=1) + tl.load(D + h) * u
     tl.store(y + bh * P + p, out.to(y.dtype.element_ty))

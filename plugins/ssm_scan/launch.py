@@ -1,6 +1,7 @@
-"""h1::ssm_scan on a GPU: which kernels one call launches, on which grids, with which arguments and workspace.
+"""The launches of h1::ssm_scan on a GPU: the kernels, grids, arguments and workspace of one call.
 
-The kernels are in kernels.py, their tiles in tiles.py. A plugin of a runtime packs the same launches; tests compare the two.
+The kernels are in kernels.py, their tiles in tiles.py. The TensorRT plugin packs the same launches in C++; tests
+compare the two.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from h1export.errors import H1ExportError
 from h1export.plugins.gpu.kernel import DTYPES, Kernel, Launch, arguments, run
-from h1export.plugins.ssm_scan.tiles import TILES, Tile, Tiles
+from h1export.plugins.ssm_scan.tiles import TILES, ScanTiles, Tile
 
 OP = "ssm_scan"
 CHUNK_STATE = arguments(
-    "x:*dtype dt:*dtype A:*fp32 B:*dtype dt_bias:*fp32 mask:*dtype T:i32 H:i32 G:i32 dt_min:fp32 dt_max:fp32 local:*fp32 total:*fp32"
+    "x:*dtype dt:*dtype A:*fp32 B:*dtype dt_bias:*fp32 mask:*dtype T:i32 H:i32 G:i32 dt_min:fp32 dt_max:fp32 "
+    "local:*fp32 total:*fp32"
 )
 STATE_PASSING = arguments("local:*fp32 total:*fp32 state:*fp32 chunks:i32 entry:*dtype new_state:*fp32")
 CHUNK_SCAN = arguments(
@@ -31,7 +33,10 @@ DECODE = arguments(
 
 @dataclass(frozen=True)
 class Problem:
-    """The sizes of one call; ``dtype`` of x, dt, B, C, mask and y, as Triton calls it."""
+    """The sizes and limits of one call.
+
+    ``dtype`` is Triton's name ("fp16", "bf16", "fp32") of the dtype that x, dt, B, C, mask and y share.
+    """
 
     batch: int
     tokens: int
@@ -44,42 +49,49 @@ class Problem:
     dt_max: float
 
     @property
-    def tiles(self) -> Tiles:
-        """Raises H1ExportError where tiles.py has none."""
+    def tiles(self) -> ScanTiles:
+        """The tiles for the head dim and state size.
+
+        Raises:
+            H1ExportError: tiles.py has no row for these sizes.
+        """
         tiles = TILES.get((self.d_head, self.d_state))
         if tiles is None:
             what = f"no GPU kernel for head dim {self.d_head} and state size {self.d_state}"
-            raise H1ExportError(
-                OP,
-                what,
-                f"available are {', '.join(f'{p} x {n}' for p, n in TILES)}: add a row to plugins/ssm_scan/tiles.py",
-            )
+            available = ", ".join(f"{p} x {n}" for p, n in TILES)
+            raise H1ExportError(OP, what, f"available are {available}: add a row to plugins/ssm_scan/tiles.py")
         return tiles
 
     @property
     def chunks(self) -> int:
-        """Of a prompt."""
+        """The number of chunks that the tokens are cut into."""
         return -(-self.tokens // self.tiles.chunk)
 
     def workspace(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of what the kernels pass to each other; nothing for one token."""
+        """Return the shape and dtype of each tensor that the kernels pass to each other.
+
+        A call on one token needs none.
+
+        Raises:
+            H1ExportError: tiles.py has no row for the head dim and state size.
+        """
         if self.tokens == 1:
             return {}
         rows = (self.batch, self.heads, self.chunks)
         state = (self.d_head, self.d_state)
-        own = next(dtype for dtype, name in DTYPES.items() if name == self.dtype)
+        io_dtype = next(dtype for dtype, name in DTYPES.items() if name == self.dtype)
         return {
             "local": ((*rows, *state), torch.float32),
             "total": (rows, torch.float32),
-            "entry": ((*rows, *state), own),
+            "entry": ((*rows, *state), io_dtype),
         }
 
 
 def launches(problem: Problem) -> tuple[Launch, ...]:
-    """One kernel for one token, three otherwise.
+    """Return the launches of one call: one kernel for one token, three otherwise.
 
     Raises:
-        H1ExportError: no kernel for the head dim and state size.
+        H1ExportError: tiles.py has no row for the head dim and state size.
     """
     rows = problem.batch * problem.heads
     state = problem.d_head * problem.d_state
@@ -111,23 +123,27 @@ def launches(problem: Problem) -> tuple[Launch, ...]:
 
 
 def kernels(d_head: int, d_state: int, dtype: str) -> tuple[Kernel, ...]:
-    """All kernels of a head dim, a state size and a dtype."""
+    """Return all four kernels for a head dim, a state size and a dtype by Triton's name.
+
+    Raises:
+        H1ExportError: tiles.py has no row for the head dim and state size.
+    """
     tiles = Problem(1, 1, 1, groups=1, d_head=d_head, d_state=d_state, dtype=dtype, dt_min=0, dt_max=0).tiles
     sizes = (("P", d_head), ("N", d_state))
 
-    def of(name: str, taken: tuple[tuple[str, str], ...], tile: Tile, *constants: tuple[str, int]) -> Kernel:
+    def kernel(name: str, signature: tuple[tuple[str, str], ...], tile: Tile, *constants: tuple[str, int]) -> Kernel:
         return Kernel(
-            OP, name, dtype, arguments=taken, constants=(*sizes, *constants), warps=tile.warps, stages=tile.stages
+            OP, name, dtype, arguments=signature, constants=(*sizes, *constants), warps=tile.warps, stages=tile.stages
         )
 
-    def chunked(tile: Tile) -> tuple[tuple[str, int], ...]:
+    def chunk_constants(tile: Tile) -> tuple[tuple[str, int], ...]:
         return ("Q", tiles.chunk), ("BT", tile.tokens), ("BP", tile.rows), ("BN", tile.columns)
 
     return (
-        of("chunk_state", CHUNK_STATE, tiles.chunk_state, *chunked(tiles.chunk_state)),
-        of("state_passing", STATE_PASSING, tiles.state_passing, ("BS", tiles.state_passing.rows)),
-        of("chunk_scan", CHUNK_SCAN, tiles.chunk_scan, *chunked(tiles.chunk_scan)),
-        of("decode", DECODE, tiles.decode, ("BP", tiles.decode.rows)),
+        kernel("chunk_state", CHUNK_STATE, tiles.chunk_state, *chunk_constants(tiles.chunk_state)),
+        kernel("state_passing", STATE_PASSING, tiles.state_passing, ("BS", tiles.state_passing.rows)),
+        kernel("chunk_scan", CHUNK_SCAN, tiles.chunk_scan, *chunk_constants(tiles.chunk_scan)),
+        kernel("decode", DECODE, tiles.decode, ("BP", tiles.decode.rows)),
     )
 
 
@@ -145,7 +161,15 @@ def ssm_scan(
     dt_max: float,
     new_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """op.py's function by these kernels; mask has x's dtype. ``new_state``: memory for the state, which may be ``state`` itself."""
+    """Run the op of op.py with the GPU kernels.
+
+    The arguments and results are those of the op, except that mask has x's dtype and the chunk is the one of tiles.py.
+    ``new_state`` is the tensor to write the new state to, which may be ``state`` itself; None allocates one.
+
+    Raises:
+        H1ExportError: Triton is not installed, tiles.py has no row for the head dim and state size, or a tensor is not
+            contiguous or has another dtype than its kernel takes.
+    """
     batch, tokens, heads, d_head = x.shape
     problem = Problem(
         batch,
@@ -159,8 +183,8 @@ def ssm_scan(
         dt_max=dt_max,
     )
     y = torch.empty_like(x)
-    after = torch.empty_like(state) if new_state is None else new_state
+    state_after = torch.empty_like(state) if new_state is None else new_state
     tensors = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_bias": dt_bias, "state": state, "mask": mask}
     tensors |= {name: x.new_empty(shape, dtype=dtype) for name, (shape, dtype) in problem.workspace().items()}
-    run(launches(problem), tensors | {"y": y, "new_state": after})
-    return y, after
+    run(launches(problem), tensors | {"y": y, "new_state": state_after})
+    return y, state_after

@@ -1,4 +1,4 @@
-"""h1::ssm_scan: the Mamba-2 selective state-space scan (SSD) with a carried state.
+"""The op h1::ssm_scan: the Mamba-2 selective state-space scan (SSD) with a carried state.
 
 Source: Dao and Gu, "Transformers are SSMs" (2024), sections 3 and 6; the chunked form is their algorithm 1.
 """
@@ -25,24 +25,26 @@ def ssm_scan(
     dt_min: float,
     dt_max: float,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T;  y_t = S_t C_t + D x_t, with dt_t = clamp(softplus(dt_t + dt_bias)) mask_t.
+    """Compute S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T and y_t = S_t C_t + D x_t for every token t.
+
+    dt_t is clamp(softplus(dt_t + dt_bias), dt_min, dt_max) * mask_t; the sums are float32.
 
     Args:
         x: [batch, seq, heads, d_head].
-        dt: [batch, seq, heads], before bias, softplus and limits.
+        dt: [batch, seq, heads], before dt_bias, softplus and clamp.
         A: [heads], negative: the log decay per unit of dt.
         B: [batch, seq, groups, d_state]; head h reads group h // (heads / groups).
-        C: like B.
-        D: [heads], the skip.
+        C: [batch, seq, groups, d_state].
+        D: [heads], the weight of the skip connection.
         dt_bias: [heads].
         state: float32 [batch, heads, d_head, d_state].
         mask: [batch, seq], 1 for real tokens; a padded position has dt = 0 and so leaves the state as it was.
-        chunk_size: tokens per chunk, a matter of speed and rounding only.
+        chunk_size: tokens per chunk; it affects speed and rounding only.
         dt_min: lower limit of dt after softplus.
         dt_max: upper limit of dt after softplus; may be infinite.
 
     Returns:
-        y [batch, seq, heads, d_head] in x's dtype and the float32 state after the last token, both new tensors.
+        y [batch, seq, heads, d_head] in x's dtype, and the float32 state after the last token; both are new tensors.
     """
     dt = F.softplus(dt.float() + dt_bias.float()).clamp(dt_min, dt_max) * mask.float()[..., None]
     decay = dt * A.float()
@@ -76,11 +78,14 @@ def _(
 
 
 def _chunk(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One chunk of SSD: u = dt x [b, l, h, p], decay [b, l, h], B and C [b, l, g, n], state [b, h, p, n]."""
+    """Compute y and the new state of one chunk (SSD, algorithm 1).
+
+    u = dt x is [b, l, h, p], decay [b, l, h], B and C [b, l, g, n], state [b, h, p, n].
+    """
     repeat = u.shape[2] // B.shape[2]
     B = B.repeat_interleave(repeat, dim=2)
     C = C.repeat_interleave(repeat, dim=2)
-    # float64, because the differences of long cumulative sums are what the result hangs on
+    # float64, because the result depends on differences of long cumulative sums
     total = decay.double().cumsum(1)
     between = (total[:, :, None] - total[:, None, :]).float()
     causal = torch.ones(u.shape[1], u.shape[1], dtype=torch.bool, device=u.device).tril()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,9 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import probe_names
 from h1export.model.falcon_h1.states import Array, StateKind, StateSpec
 from h1export.quantize.quantized_tensor import QuantizedTensor
-from h1export.runtime.runner import Capabilities, Ids, check_call
+from h1export.runtime.runner import Ids, Limits, Provenance, check_call
 from h1export.targets.coreml.evaluator import Package
-from h1export.targets.coreml.execution import Held, advance, executor, observe
+from h1export.targets.coreml.execution import Evaluated, Executor, Held, OnMac, advance, observe
 from h1export.targets.coreml.program import layout
 from h1export.targets.coreml.program.layout import LOW, LOW_SCALE, output_name, state_name
 from h1export.targets.coreml.program.weights import order_name
@@ -36,9 +37,9 @@ class States:
 
 
 class CoreMLRunner:
-    """Runner over model.mlpackage. Any number of tokens: they become padded prefills and decodes."""
+    """A Runner over model.mlpackage that ``executor`` executes. It takes any number of tokens: they become padded prefills and decodes."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, executor: Executor) -> None:
         self._artifact = artifact
         self._spec = artifact.config
         self._states = StateSpec.of(self._spec)
@@ -47,26 +48,24 @@ class CoreMLRunner:
         self._all_logits = not options["last_logits"]
         self._state_io = bool(options["state_io"])
         self._float32 = options["compute"] == "fp32" and self._state_io
-        passed = {state_name(tensor): output_name(tensor) for tensor in self._states.tensors} if self._state_io else {}
-        self._executor = executor(artifact.folder / layout.PACKAGE, passed)
-        self._advance = partial(advance, self._executor, max_context=self._max_context, all_logits=self._all_logits)
+        self._executor = executor
+        self._advance = partial(advance, executor, max_context=self._max_context, all_logits=self._all_logits)
 
     @property
     def config(self) -> FalconH1Config:
         return self._spec
 
     @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(
-            max_batch=1,
-            all_logits=self._all_logits,
-            float32=self._float32,
-            notes=(NO_PADS, f"{self._max_context} tokens at most"),
-            kernels=self._executor.name,
-            max_context=self._max_context,
-            emulated=self._executor.emulated,
-            probes=self._executor.emulated,
-        )
+    def limits(self) -> Limits:
+        return Limits(max_batch=1, max_context=self._max_context, all_logits=self._all_logits)
+
+    @property
+    def provenance(self) -> Provenance:
+        return Provenance(kernels=self._executor.name, emulated=self._executor.emulated, float32=self._float32)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (NO_PADS, f"{self._max_context} tokens at most")
 
     def initial(self, batch: int) -> States:
         if batch != 1:
@@ -81,7 +80,7 @@ class CoreMLRunner:
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         held = self._hold(ids, mask, states)
-        logits = self._advance(held, ids, states.length)
+        logits = self._advance(held, ids, position=states.length)
         return logits, States(states.length + ids.shape[1], self._executor.fetch(held))
 
     def _hold(self, ids: Ids, mask: Ids, states: States) -> Held:
@@ -92,27 +91,17 @@ class CoreMLRunner:
         self._check_room("step", states.length + ids.shape[1])
         return self._executor.hold(states.arrays)
 
-    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
-        if not self.capabilities.probes:
-            raise H1ExportError(
-                "observe", f"{self._executor.name} shows no value between its ops", "validate the artifact off a Mac"
-            )
-        held = self._hold(ids, mask, states)
-        names = {layout.probe_output(name): name for name in probe_names(self._spec.num_hidden_layers)}
-        found = observe(self._executor, held, ids, states.length, self._max_context, names)
-        logits = np.asarray(found.pop(layout.LOGITS), np.float32)
-        probes = {names[key]: value.astype(np.float32).reshape(*ids.shape, -1) for key, value in found.items()}
-        after = States(states.length + ids.shape[1], self._executor.fetch(held))
-        return logits if self._all_logits else logits[:, -1:], after, probes
+    def length(self, states: States) -> int:
+        return states.length
 
     def _check_room(self, where: str, tokens: int) -> None:
         if tokens > self._max_context:
             what = f"{tokens} tokens, and the package has room for {self._max_context}"
             raise H1ExportError(where, what, f"build it with --max-context {tokens}")
 
-    def start(self, batch: int, capacity: int) -> HeldSequences:
+    def start(self, batch: int, capacity: int) -> CoreMLSession:
         self._check_room("start", capacity)
-        return HeldSequences(self, self.initial(batch), capacity)
+        return CoreMLSession(self, self.initial(batch), capacity)
 
     def snapshot(self, states: States) -> dict[str, Array]:
         found = {}
@@ -124,14 +113,42 @@ class CoreMLRunner:
             found[tensor.key] = layout.canonical(tensor, state, states.length)
         return found
 
-    def magnitudes(self) -> Mapping[str, float]:
-        return self._executor.magnitudes()
-
     def stored_weights(self) -> StoredWeights:
         return StoredWeights(self._artifact)
 
 
-class HeldSequences:
+class EvaluatorRunner(CoreMLRunner):
+    """A CoreMLRunner over our evaluator, which also shows values between ops and the magnitudes of fp16."""
+
+    def __init__(self, artifact: Artifact, evaluator: Evaluated) -> None:
+        super().__init__(artifact, evaluator)
+        self._evaluator = evaluator
+
+    def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
+        held = self._hold(ids, mask, states)
+        names = {layout.probe_output(name): name for name in probe_names(self._spec.num_hidden_layers)}
+        found = observe(self._evaluator, held, ids, position=states.length, max_context=self._max_context, watch=names)
+        logits = np.asarray(found.pop(layout.LOGITS), np.float32)
+        probes = {names[key]: value.astype(np.float32).reshape(*ids.shape, -1) for key, value in found.items()}
+        after = States(states.length + ids.shape[1], self._executor.fetch(held))
+        return logits if self._all_logits else logits[:, -1:], after, probes
+
+    def magnitudes(self) -> Mapping[str, float]:
+        return self._evaluator.magnitudes()
+
+
+def load(artifact: Artifact) -> CoreMLRunner:
+    """Load ``artifact`` into what executes packages on this machine."""
+    package = artifact.folder / layout.PACKAGE
+    passed = {state_name(tensor): output_name(tensor) for tensor in StateSpec.of(artifact.config).tensors}
+    if not artifact.manifest.options["state_io"]:
+        passed = {}
+    if sys.platform == "darwin":
+        return CoreMLRunner(artifact, OnMac(package, passed))
+    return EvaluatorRunner(artifact, Evaluated(package, passed))
+
+
+class CoreMLSession:
     """One sequence whose states stay where the executor holds them."""
 
     def __init__(self, runner: CoreMLRunner, states: States, capacity: int) -> None:
@@ -148,7 +165,7 @@ class HeldSequences:
             raise H1ExportError(
                 "append", what, f"there is room for one of {self._capacity}; start with a larger capacity"
             )
-        logits: Array = self._runner._advance(self._held, ids, self.length)
+        logits: Array = self._runner._advance(self._held, ids, position=self.length)
         self.length = end
         return logits
 

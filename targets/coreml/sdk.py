@@ -1,4 +1,4 @@
-"""The only door to the coremltools package."""
+"""The import boundary of coremltools: every other module gets its parts from here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from h1export.errors import H1ExportError
 
 
 class Proto(NamedTuple):
-    """The message classes of an .mlpackage's model file."""
+    """The protobuf modules of an .mlpackage's model file, and the exception of a message that cannot be decoded."""
 
     Model_pb2: ModuleType
     MIL_pb2: ModuleType
@@ -22,44 +22,56 @@ class Proto(NamedTuple):
 
 
 def coremltools() -> Any:
-    """The module.
+    """Import and return the module coremltools.
 
     Raises:
-        H1ExportError: not installed.
+        H1ExportError: coremltools is not installed.
     """
     return module("coremltools")
 
 
 def builder() -> Any:
-    """MIL's Builder: a method for each op."""
+    """Return the MIL Builder, which has a method for each op.
+
+    Raises:
+        H1ExportError: coremltools is not installed.
+    """
     return module("coremltools.converters.mil.mil").Builder
 
 
 def mil() -> Any:
-    """MIL's Function, Program and types."""
+    """Return the module that has MIL's Function, Program and types.
+
+    Raises:
+        H1ExportError: coremltools is not installed.
+    """
     return module("coremltools.converters.mil.mil")
 
 
 def int4() -> Any:
-    """numpy's form of MIL's int4: int8 with a note of its true dtype."""
+    """Return the numpy type that stands for MIL's int4: int8 with a note of its true type.
+
+    Raises:
+        H1ExportError: coremltools is not installed.
+    """
     return module("coremltools.converters.mil.mil.types.type_mapping").nptype_from_builtin(mil().types.int4)
 
 
 def proto() -> Proto:
-    """The message classes alone: no op definition, no converter of the package takes part in what is read with them.
+    """Return the protobuf modules alone; they use no op definition and no converter of coremltools.
 
     Raises:
-        H1ExportError: not installed.
+        H1ExportError: coremltools is not installed.
     """
     error: Any = import_module("google.protobuf.message").DecodeError
     return Proto(module("coremltools.proto.Model_pb2"), module("coremltools.proto.MIL_pb2"), error)
 
 
 def module(name: str) -> ModuleType:
-    """A module of the package.
+    """Import and return a module of coremltools.
 
     Raises:
-        H1ExportError: not installed.
+        H1ExportError: coremltools is not installed.
     """
     if find_spec("coremltools") is None:
         raise H1ExportError("coremltools", "is not installed", "pip install 'h1export[coreml]'")
@@ -69,7 +81,7 @@ def module(name: str) -> ModuleType:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Away from macOS every import of the package warns of eight parts that only macOS has."""
+    """Silence the warnings of coremltools about the eight parts that exist on macOS only."""
     logger = logging.getLogger("coremltools")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -30,7 +30,7 @@ from h1export.targets.coreml.program.blob_storage import BlobStorage
 from h1export.targets.coreml.program.functions import mil_program
 from h1export.targets.coreml.program.layout import CALLS, PREFILL
 from h1export.targets.coreml.program.weights import Float, Var, Weights
-from h1export.targets.coreml.runner import CoreMLRunner
+from h1export.targets.coreml import runner
 
 COMPUTE: Mapping[Compute, Float] = {"fp16": np.float16, "fp32": np.float32}
 Port = tuple[str, tuple[int | str, ...]]
@@ -75,12 +75,12 @@ class CoreMLTarget:
 
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
-    ) -> CoreMLRunner:
+    ) -> runner.CoreMLRunner:
         if kernels == "native":
             raise H1ExportError(
                 artifact.folder, "CoreML has no kernels of h1export's own", "leave out --kernels native"
             )
-        return CoreMLRunner(artifact)
+        return runner.load(artifact)
 
 
 def _check(options: BuildOptions) -> None:
@@ -99,7 +99,7 @@ def _write_mac_files(
     """What a Mac's owner checks the package with; its truth is the graph in float32 on the weights that the package stores."""
     prompts = golden.lengths(PREFILL.tokens, options.max_context)
     vocab = program.config.vocab_size
-    positions = golden.places(prompts, PREFILL.tokens)
+    positions = golden.logit_positions(prompts, PREFILL.tokens)
     ids = np.random.default_rng(0).integers(0, vocab, max(prompts) + golden.STEPS, dtype=np.int64)
     logits = np.zeros((len(positions), vocab), np.float32)
     if not stage.dry:

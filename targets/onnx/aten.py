@@ -1,10 +1,12 @@
-"""Emitters for the ATen ops whose ONNX form is the same for every target; a target lists those it uses in its own table.
+"""Emitters for the ATen ops whose ONNX form is the same for every target, and the table that a target's own table extends.
 
 Sizes (torch.SymInt) are 1-D int64 tensors of one element.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,20 +14,23 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from h1export.graphs.passes.base import linear_bias
 from h1export.graphs.program import args_of
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context, Emitter
 
+aten = torch.ops.aten
+
 
 def _number(c: Context, node: Node, number: Any) -> Value:
-    """A constant beside ``node``'s tensors: an integer, or an activation."""
+    """Return a constant beside ``node``'s tensors: an integer, or an activation."""
     if node.meta["val"].dtype == torch.int64:
         return c.build.constant(number, np.int64)
     return c.build.once(("number", number), lambda: c.as_activation(c.build.constant(number, np.float32)))  # type: ignore[no-any-return]
 
 
 def binary(op_type: str) -> Emitter[Context]:
-    """An elementwise op of two tensors, or of a tensor and a number."""
+    """Return the emitter of an elementwise op of two tensors, or of a tensor and a number."""
 
     def emit(c: Context, node: Node) -> None:
         a, b = (c.value(arg) if isinstance(arg, Node) else _number(c, node, arg) for arg in args_of(node))
@@ -57,7 +62,7 @@ def cumsum(c: Context, node: Node) -> None:
 
 
 def clamp(c: Context, node: Node) -> None:
-    """aten.clamp(x, min)."""
+    """Emit aten.clamp(x, min)."""
     x, low = args_of(node)
     c.set(node, c.build.op("Clip", c.value(x), _number(c, node, low)))
 
@@ -85,7 +90,7 @@ def cat(c: Context, node: Node) -> None:
 
 
 def to_dtype(c: Context, node: Node) -> None:
-    """aten.to.dtype to float32, which is the graph's activations."""
+    """Emit aten.to.dtype to float32, which the graph's activations stand for."""
     c.set(node, c.build.op("Cast", c.value(args_of(node)[0]), to=int(ir.DataType.from_numpy(np.dtype(c.activations)))))
 
 
@@ -95,7 +100,7 @@ def unsqueeze(c: Context, node: Node) -> None:
 
 
 def view(c: Context, node: Node) -> None:
-    """A reshape whose dynamic dims stay where they are."""
+    """Emit a reshape whose dynamic dims stay where they are."""
     x = args_of(node)[0]
     assert isinstance(x, Node)
     before = x.meta["val"].shape
@@ -105,3 +110,28 @@ def view(c: Context, node: Node) -> None:
         if not isinstance(dim, int) and (axis >= len(before) or before[axis] != dim):
             raise NotImplementedError(f"{node}: dynamic dim {axis} moves in a view")
     c.set(node, c.build.op("Reshape", c.value(x), c.build.ints(*dims)))
+
+
+def set_product(c: Context, node: Node, product: Value) -> None:
+    """Bind an aten.linear to its ``product``, with the bias added where it has one."""
+    bias = linear_bias(node)
+    c.set(node, product if bias is None else c.build.op("Add", product, c.value(bias)))
+
+
+TABLE: Mapping[Any, Emitter[Any]] = {
+    aten.add.Tensor: binary("Add"),
+    aten.sub.Tensor: binary("Sub"),
+    aten.mul.Tensor: binary("Mul"),
+    aten.cat.default: cat,
+    aten.cumsum.default: cumsum,
+    aten.index_select.default: index_select,
+    aten.clamp.default: clamp,
+    aten.narrow.default: narrow,
+    aten.split_with_sizes.default: split,
+    aten.to.dtype: to_dtype,
+    aten.unsqueeze.default: unsqueeze,
+    aten.view.default: view,
+    aten.sym_size.int: size,
+    operator.sub: size_sub,
+    operator.getitem: getitem,
+}

@@ -1,4 +1,4 @@
-"""Integers for DequantizeLinear and MatMul, stored [columns, rows] as MatMul takes its second operand.
+"""Integers stored column by column, [columns, rows], as MatMul takes its second operand behind a DequantizeLinear.
 
 int4 is signed, two codes a byte, as ONNX packs them.
 """
@@ -26,34 +26,34 @@ ZEROS = ".zeros"
 
 Codes = npt.NDArray[np.int8]
 Bytes = npt.NDArray[np.uint8]
-Scales = Callable[[QuantizedTensor], npt.NDArray[Any]]  # those to store, [rows, blocks]
+Scales = Callable[[QuantizedTensor], npt.NDArray[Any]]  # the scales to store, [rows, groups]
 
 
 def pack(codes: Codes) -> Bytes:
-    """Signed int4, an even number in the last axis, the first of a pair in the low nibble."""
+    """Pack signed int4, an even number in the last axis, with the first of a pair in the low nibble."""
     low = codes[..., 0::2].view(np.uint8) & np.uint8(15)
     high = codes[..., 1::2].view(np.uint8) << np.uint8(4)
     return low | high
 
 
 def unpack(packed: Bytes) -> Codes:
-    """The inverse of ``pack`` on one axis."""
+    """Undo ``pack`` on one axis."""
     pairs = np.stack([packed << np.uint8(4), packed], axis=1).reshape(-1)
     return pairs.view(np.int8) >> np.int8(4)
 
 
-def write_columns(
+def write_column_major(
     c: Context, expr: WeightExpr, precision: Precision, *, dtype: ir.DataType, scales_of: Scales
 ) -> list[ir.ExternalTensor]:
-    """Write codes [columns, rows] of an expression along axis 0, scales [blocks, rows] of ``dtype``, and zero points where there are some.
+    """Write codes [columns, rows] of an expression along axis 0, scales [groups, rows] of ``dtype``, and zero points where there are some.
 
-    With one scale a row these are [rows]. Of several parts, each has an even number of rows where codes are int4.
+    Scales and zero points are [rows] where a row has one group. Of several parts, each has an even number of rows where codes are int4.
     """
     rows, columns = expr.shape(c.store.shape)
     name = initializer_name(expr)
-    blocks = columns // precision.columns_per_group(columns)
+    count = columns // precision.columns_per_group(columns)
     stored = ir.DataType.INT4 if precision.bits == 4 else ir.DataType.INT8
-    groups = (blocks, rows) if precision.group_size else (rows,)
+    groups = (count, rows) if precision.group_size else (rows,)
     places = [c.data.place(name + CODES, stored, (columns, rows)), c.data.place(name + SCALES, dtype, groups)]
     if precision.zeros:
         places.append(c.data.place(name + ZEROS, stored, groups))
@@ -65,7 +65,7 @@ def write_columns(
 
 
 def _blocks(c: Context, expr: WeightExpr, precision: Precision) -> Iterator[tuple[int, QuantizedBlock]]:
-    """Row blocks and the row that each starts at."""
+    """Yield row blocks and the row that each starts at."""
     top = 0
     for part in expr.parts:
         rows = c.store.shape(part.tensor)[0]
@@ -78,7 +78,7 @@ def _blocks(c: Context, expr: WeightExpr, precision: Precision) -> Iterator[tupl
 
 
 def _columns(bits: int, scales_of: Scales, block: QuantizedBlock, start: int) -> tuple[Columns | Bytes, ...]:
-    """Codes, scales and zero points of rows from ``start`` on, as columns."""
+    """Return codes, scales and zero points of rows from ``start`` on, as columns."""
     (tensor,) = block()
     stored = scales_of(tensor)
     codes = _integer_columns(bits, tensor.codes, start)
@@ -94,7 +94,7 @@ def _integer_columns(bits: int, rows: Codes, start: int) -> Columns | Bytes:
     return Columns(pack(rows.T), start // 2)
 
 
-def read_columns(packed: Any, bits: int, rows: int) -> Codes:
-    """int8 [rows, n] of an array as stored; int4 as flat bytes."""
+def read_column_major(packed: Any, bits: int, rows: int) -> Codes:
+    """Return int8 [rows, n] of an array as stored; int4 is flat bytes."""
     columns: Codes = unpack(np.asarray(packed)) if bits == 4 else np.asarray(packed)
     return np.ascontiguousarray(columns.reshape(-1, rows).T)

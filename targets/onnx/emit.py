@@ -8,14 +8,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from torch.fx import Node
 
-from h1export.artifact.artifact import StoredPart, StoredWeight
+from h1export.artifact.manifest import StoredPart, StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.graphs.probes import probes
-from h1export.graphs.program import Program
+from h1export.graphs.program import Program, args_of
 from h1export.model.falcon_h1.probes import Columns, label
 from h1export.model.falcon_h1.states import Array
 from h1export.quantize.precision import Precision
@@ -25,7 +26,17 @@ from h1export.targets.onnx.external_data import ExternalData
 
 
 class Context:
-    """What emitters see: the builder, the weights, the values made so far, and ``stored`` to note quantised weights in."""
+    """What emitters see: the builder, the weights, the values made so far, and the quantised weights that the manifest will list.
+
+    Attributes:
+        activations: the dtype of activations, for the values that emitters compute themselves.
+        program: the graph that is emitted.
+        store: the checkpoint's tensors.
+        integers: the precision of each quantised tensor, and its integers.
+        build: the ONNX graph under construction.
+        data: the file of external data.
+        stored: the quantised weights written so far, for the manifest.
+    """
 
     activations: type[np.float16] | type[np.float32] = np.float32
 
@@ -50,7 +61,7 @@ class Context:
         self._values[node] = values if len(values) > 1 else values[0]
 
     def value(self, node: Any) -> Value:
-        """The value of an emitted node, or the initializer of a weight or order placeholder."""
+        """Return the value of an emitted node, or the initializer of a weight or order placeholder."""
         expr = self.program.weight_of(node)
         if expr is not None:
             return self.weight(expr)
@@ -61,27 +72,32 @@ class Context:
         return value
 
     def item(self, node: Any, index: int) -> Value:
-        """One output of an emitted node with several."""
+        """Return one output of an emitted node that has several."""
         values = self._values[node]
         assert isinstance(values, tuple), f"{node} is a single value"
         return values[index]
 
     def probed(self, node: Node) -> tuple[Value, Columns | None]:
-        """Where a probe's value is: the whole of a value, or columns of it."""
+        """Return the value that holds a probe, and the columns of it; None: the probe is the whole value."""
         return self.value(node), None
 
     def expr(self, node: Any) -> WeightExpr:
+        """Return the expression behind a weight placeholder."""
         expr = self.program.weight_of(node)
         assert expr is not None, f"{node} is not a weight"
         return expr
 
+    def cast(self, value: Value, dtype: ir.DataType) -> Value:
+        """Append a Cast of ``value`` to ``dtype``."""
+        return self.build.op("Cast", value, to=int(dtype))
+
     def as_activation(self, value: Value) -> Value:
-        """A float32 value in the activations' dtype."""
-        return value if self.activations is np.float32 else self.build.op("Cast", value, to=int(ir.DataType.FLOAT16))
+        """Return a float32 value in the activations' dtype."""
+        return value if self.activations is np.float32 else self.cast(value, ir.DataType.FLOAT16)
 
     def as_float32(self, value: Value) -> Value:
-        """The inverse of ``as_activation``, but for the rounding."""
-        return value if self.activations is np.float32 else self.build.op("Cast", value, to=int(ir.DataType.FLOAT))
+        """Return a value of the activations' dtype in float32."""
+        return value if self.activations is np.float32 else self.cast(value, ir.DataType.FLOAT)
 
     @property
     def masked(self) -> float:
@@ -93,12 +109,21 @@ class Context:
         return node in self._values
 
     def precision(self, expr: WeightExpr) -> Precision | None:
-        """The integers that all parts of ``expr`` are stored in; None: float32."""
+        """Return the precision that all parts of ``expr`` are stored in; None: float32."""
         (precision,) = {self.integers.precisions.get(part.tensor) for part in expr.parts}
         return precision
 
+    def is_multiplied(self, tensor: str) -> bool:
+        """Whether a product reads the checkpoint's ``tensor``: of an embedding, whether the head is tied to it."""
+        weights = [self.expr(args_of(node)[1]) for node in self.program.calls(torch.ops.aten.linear.default)]
+        return any(part.tensor == tensor for expr in weights for part in expr.parts)
+
     def weight(self, expr: WeightExpr) -> Value:
-        """``expr`` in float32 as an initializer in the external data, written once."""
+        """Return ``expr`` in the activations' dtype."""
+        return self.exact(expr)
+
+    def exact(self, expr: WeightExpr) -> Value:
+        """Return ``expr`` in float32 as an initializer in the external data, which is written once."""
         return self.build.initializer(self.data.once(expr, lambda: self._write(expr)))
 
     def _write(self, expr: WeightExpr) -> ir.ExternalTensor:
@@ -107,7 +132,7 @@ class Context:
         return tensor
 
     def order(self, tensor: str) -> Value:
-        """The order of a packed tensor's columns, int64 [columns]; written once for all that have it."""
+        """Return the order of a packed tensor's columns, int64 [columns], which is written once for all tensors that share it."""
         name = self.store.order_name(tensor)
 
         def write() -> ir.ExternalTensor:
@@ -118,8 +143,8 @@ class Context:
 
         return self.build.initializer(self.data.once(("order", name), write))
 
-    def small_tensor(self, name: str, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.ExternalTensor:
-        """A float32 tensor that the emitter itself computes with ``make``, when it is written: once."""
+    def computed_tensor(self, name: str, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.ExternalTensor:
+        """Write a small float32 tensor that an emitter derives from weights, once; ``make`` runs when its bytes are written."""
 
         def write() -> ir.ExternalTensor:
             tensor = self.data.place(name, ir.DataType.FLOAT, shape)
@@ -128,28 +153,42 @@ class Context:
 
         return self.data.once(("small", name), write)
 
+    def row_multipliers(self, expr: WeightExpr) -> Value:
+        """Return the µP multiplier of each row of an expression along axis 0, float32 [rows]."""
+        made = self.computed_tensor(
+            f"{initializer_name(expr)}.multiplier",
+            expr.shape(self.store.shape)[:1],
+            lambda: np.concatenate([part.factors(self.store) for part in expr.parts]),
+        )
+        return self.build.initializer(made)
+
+    def note_stored(self, expr: WeightExpr, precision: Precision) -> None:
+        """Note that ``expr`` is stored in integers under its initializer's name, for the manifest."""
+        parts = tuple(
+            StoredPart(
+                part.tensor,
+                self.store.shape(part.tensor)[expr.axis],
+                part.multiplier,
+                order=self.store.order_name(part.tensor),
+            )
+            for part in expr.parts
+        )
+        self.stored.append(
+            StoredWeight(initializer_name(expr), precision.bits, precision.group_size, axis=expr.axis, parts=parts)
+        )
+
 
 def _alone(block: Callable[[], Array]) -> tuple[Array]:
     return (block(),)
 
 
-def stored_parts(c: Context, expr: WeightExpr) -> tuple[StoredPart, ...]:
-    """What the manifest says about the parts of ``expr``."""
-    return tuple(
-        StoredPart(
-            part.tensor, c.store.shape(part.tensor)[expr.axis], part.multiplier, order=c.store.order_name(part.tensor)
-        )
-        for part in expr.parts
-    )
-
-
 def initializer_name(expr: WeightExpr) -> str:
-    """The checkpoint's name(s) of what an initializer is made of, and the functions that made it."""
+    """Return the checkpoint's name(s) of what an initializer is made of, and the functions that made it."""
     return ("+", "|")[expr.axis].join(".".join((part.tensor, *part.functions)) for part in expr.parts)
 
 
 def name_probes(context: Context) -> None:
-    """Name the emitted values that model/falcon_h1/probes.py speaks of; a Runner makes outputs of them when it is asked to observe."""
+    """Name the emitted values that probes read; a Runner makes outputs of them when it is requested to observe."""
     parts: dict[Value, dict[str, Columns | None]] = {}
     for name, node in probes(context.program).items():
         value, columns = context.probed(node)

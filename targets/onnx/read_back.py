@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from h1export.artifact.artifact import Artifact, StoredWeight
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import StoredWeight
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import tensor_layout

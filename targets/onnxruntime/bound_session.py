@@ -13,7 +13,7 @@ from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import state_layout
 
 
-class BoundSequences:
+class BoundSession:
     """``batch`` sequences with room for ``capacity`` tokens; every state is input and output of the session at once.
 
     GroupQueryAttention takes a longer key buffer than there are keys, and appends in place where past and present are one.

@@ -9,8 +9,8 @@ HALF = ir.DataType.FLOAT16
 FLOAT = ir.DataType.FLOAT
 
 
-def widened(model: ir.Model) -> ir.Model:
-    """``model`` with float32 wherever it has fp16: inputs, outputs, casts and, with the same values, initializers. Changed in place."""
+def float32_graph(model: ir.Model) -> ir.Model:
+    """Replace fp16 by float32 in ``model`` and return it: inputs, outputs, casts and, with the same values, initializers."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.dtype == HALF:
             value.dtype = FLOAT

@@ -20,7 +20,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.probes import PREFIX
 from h1export.targets.onnx import sdk
-from h1export.targets.onnxruntime.float32_graph import widened
+from h1export.targets.onnxruntime.float32_graph import float32_graph
 from h1export.targets.onnxruntime.variants import CPU, CUDA, FUSED_LEVEL, GraphVariant
 
 MODEL = "model.onnx"
@@ -32,7 +32,7 @@ SETTINGS = {  # genai_config.json says the same to onnxruntime-genai
 PLAIN = {CUDA: {"use_tf32": "0"}}  # float32 means float32
 
 
-def open_session(
+def open_inference_session(
     artifact: Artifact, made: GraphVariant, threads: int, *, float32: bool, library: Path | None, observed: bool = False
 ) -> Any:
     """An InferenceSession on the provider that the graph is for; with ``float32``, in float32 arithmetic, on CPUs too.
@@ -77,7 +77,7 @@ def _changed(path: Path, made: GraphVariant, options: Any, *, float32: bool, obs
     Its data stays where it is.
     """
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    model = widened(ir.load(path)) if float32 and made.halves else ir.load(path)
+    model = float32_graph(ir.load(path)) if float32 and made.halves else ir.load(path)
     for node in model.graph:
         if float32 and "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,17 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateKind, StateSpec
-from h1export.runtime.runner import Capabilities, Ids, Sequences, SteppedSequences, check_call
+from h1export.runtime.runner import Ids, Limits, Provenance, Session, check_call
+from h1export.runtime.session import SteppedSession
 from h1export.targets.base import Kernels
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
 from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.onnxruntime import native_library, state_layout
-from h1export.targets.onnxruntime.bound_session import BoundSequences
+from h1export.targets.onnxruntime.bound_session import BoundSession
 from h1export.targets.onnxruntime.emit.dequantize_linear import TABLE
-from h1export.targets.onnxruntime.emit.nbits import ROWS
-from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_session
+from h1export.targets.onnxruntime.emit.matmul_nbits import ROWS
+from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_inference_session
 from h1export.targets.onnxruntime.variants import CUDA, graph_variant
 
 READ = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)  # ends of names of initializers
@@ -59,10 +59,11 @@ class OnnxRuntimeRunner:
         self._kernels = (
             f"{'onnxruntime' if self._library is None else 'h1export in onnxruntime'} {sdk.onnxruntime().__version__}"
         )
-        self._session = open_session(artifact, self._variant, threads, float32=float32, library=self._library)
-        self._open_observed = partial(
-            open_session, artifact, self._variant, threads, float32=float32, library=self._library, observed=True
+        self._open = partial(
+            open_inference_session, artifact, self._variant, threads, float32=float32, library=self._library
         )
+        self._session = self._open()
+        self._past = next(tensor.past for tensor in self._states.tensors if tensor.kind.grows)
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
 
     @property
@@ -70,17 +71,21 @@ class OnnxRuntimeRunner:
         return self._spec
 
     @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(
-            None,
-            not self._artifact.manifest.options["last_logits"],
-            self._float32,
-            notes=() if self._batched_append else (BATCHED_APPEND,),
+    def limits(self) -> Limits:
+        return Limits(all_logits=not self._artifact.manifest.options["last_logits"])
+
+    @property
+    def provenance(self) -> Provenance:
+        return Provenance(
             kernels=self._kernels,
-            fallback=self._fallback,
-            probes=True,
             gpu="CUDA" if self._variant.provider == CUDA else "",
+            float32=self._float32,
+            fallback=self._fallback,
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return () if self._batched_append else (BATCHED_APPEND,)
 
     @property
     def _batched_append(self) -> bool:
@@ -98,12 +103,15 @@ class OnnxRuntimeRunner:
         return np.float16 if kind in self._halves else np.float32
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
-        past = states[self._states.tensors[0].past].shape[2]
+        past = self.length(states)
         check_call(ids, mask, past, vocab_size=self._spec.vocab_size)
         if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._batched_append:
             return self._row_by_row(ids, mask, states)
         logits, *present = self._session.run(self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
         return logits, {tensor.past: state for tensor, state in zip(self._states.tensors, present, strict=True)}
+
+    def length(self, states: States) -> int:
+        return int(states[self._past].shape[2])
 
     def _row_by_row(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         """See BATCHED_APPEND."""
@@ -117,10 +125,10 @@ class OnnxRuntimeRunner:
 
     @cached_property
     def _observed(self) -> Any:
-        return self._open_observed()
+        return self._open(observed=True)
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
-        check_call(ids, mask, states[self._states.tensors[0].past].shape[2], vocab_size=self._spec.vocab_size)
+        check_call(ids, mask, self.length(states), vocab_size=self._spec.vocab_size)
         names = [output.name for output in self._observed.get_outputs()]
         found = dict(
             zip(names, self._observed.run(names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states}), strict=True)
@@ -134,10 +142,10 @@ class OnnxRuntimeRunner:
         after = {tensor.past: found[tensor.present] for tensor in self._states.tensors}
         return found[LOGITS], after, probes
 
-    def start(self, batch: int, capacity: int) -> Sequences:
+    def start(self, batch: int, capacity: int) -> Session:
         if not self._variant.bound:
-            return SteppedSequences(self, batch)
-        return BoundSequences(
+            return SteppedSession(self, batch)
+        return BoundSession(
             self._session,
             self._states,
             self._spec.vocab_size,
@@ -152,9 +160,6 @@ class OnnxRuntimeRunner:
             t.key: state_layout.permute(t.kind, states[t.past].astype(np.float32), permutation)
             for t in self._states.tensors
         }
-
-    def magnitudes(self) -> Mapping[str, float]:
-        return {}
 
     def stored_weights(self) -> StoredWeights:
         return StoredWeights(self._artifact, MODEL, _key, self._variant.read_stored)

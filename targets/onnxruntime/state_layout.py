@@ -16,11 +16,11 @@ CUDA: Permutation = {StateKind.CONV: (0, 2, 1)}  # GatedDeltaNet's state is the 
 
 
 def shape(tensor: StateTensor, permutation: Permutation = PERMUTATION) -> tuple[int | str, ...]:
-    """The state's dims in the graph."""
+    """Return the state's dims in the graph."""
     return tuple(tensor.shape[axis] for axis in permutation.get(tensor.kind, range(len(tensor.shape))))
 
 
 def permute(kind: StateKind, state: Array, permutation: Permutation = PERMUTATION) -> Array:
-    """From the canonical layout to the graph's, or back."""
+    """Convert a state from the canonical layout to the graph's, or back."""
     axes = permutation.get(kind)
     return state if axes is None else np.ascontiguousarray(state.transpose(axes))

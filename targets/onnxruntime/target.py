@@ -23,8 +23,9 @@ from h1export.targets.onnx.emit import Emitter, emit, name_probes
 from h1export.targets.onnx.external_data import ExternalData
 from h1export.targets.onnx.op_counts import node_counts
 from h1export.targets.onnxruntime import genai_config, readme, state_layout
+from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.onnxruntime.emit.native import DOMAIN, NativeContext, covers
-from h1export.targets.onnxruntime.emit.nbits import INT8_BLOCKS, OrtContext
+from h1export.targets.onnxruntime.emit.packing import INT8_BLOCKS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL
 from h1export.targets.onnxruntime.runner import ROUNDED_LEVEL, OnnxRuntimeRunner
 from h1export.targets.onnxruntime.variants import GraphVariant, graph_variant
@@ -63,7 +64,7 @@ class OnnxRuntimeTarget:
             context = made.context(program, store, integers, GraphBuilder(made.opsets(precisions)), data)
             context.accuracy_level = options.accuracy_level
             ir.save(_model(context, made.table, inputs, outputs), stage.folder / MODEL)
-            if made.native is not None and covers(program.config):
+            if made.native is not None and covers(program):
                 native = NativeContext(
                     program, store, integers, GraphBuilder({**made.opsets(precisions), DOMAIN: 1}), data
                 )

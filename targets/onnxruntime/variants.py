@@ -14,9 +14,10 @@ from h1export.model.falcon_h1.states import StateKind
 from h1export.quantize.precision import Precision
 from h1export.targets.onnx.emit import Emitter
 from h1export.targets.onnx.read_back import ReadStored
-from h1export.targets.onnxruntime import state_layout
-from h1export.targets.onnxruntime.emit import cpu, cuda, dequantize_linear, nbits, portable
+from h1export.targets.onnxruntime import read_back, state_layout
+from h1export.targets.onnxruntime.emit import cpu, cuda, dequantize_linear, portable
 from h1export.targets.onnxruntime.emit import native as emitters
+from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -48,13 +49,13 @@ class GraphVariant:
     opsets: Callable[[Collection[Precision]], dict[str, int]]
     fuse: Callable[[KindOf, int], tuple[Pass, ...]]
     provider: str = CPU
-    context: type[nbits.OrtContext] = nbits.OrtContext
+    context: type[OrtContext] = OrtContext
     permutation: state_layout.Permutation = field(default_factory=lambda: state_layout.PERMUTATION)
     halves: frozenset[StateKind] = frozenset()
     accuracy_levels: tuple[int, ...] = (4, 0, 1)
     batched_append: bool = False
     bound: bool = False
-    read_stored: ReadStored = nbits.read_stored
+    read_stored: ReadStored = read_back.read_stored
     native: Mapping[Any, Emitter[Any]] | None = None
 
     def dtype(self, kind: StateKind) -> str:

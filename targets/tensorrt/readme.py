@@ -20,7 +20,7 @@ h1export validate . MODEL --kernels native    # the engine against transformers 
 h1export generate . "def main():" --kernels native
 ```
 
-h1export needs PyTorch's build for CUDA there. An engine runs code: `finish`, `validate` and `generate` first check the passport in
+h1export needs PyTorch's build for CUDA there. An engine runs code: `finish`, `validate` and `generate` first check the requirements in
 `manifest.json` (runtime and version, compute capability, sha256 of engine and plugin). Without a GPU `validate . MODEL` executes
 `model.onnx` on the CPU.
 

@@ -1,4 +1,4 @@
-"""The only door to the packages of TensorRT-RTX and TensorRT, which have one interface under two names."""
+"""The import boundary of TensorRT-RTX and TensorRT, which have the same interface: no other module imports them."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ INSTALL: Mapping[RuntimeName, str] = {
     "tensorrt": "install TensorRT 10.15 or later on a machine with an NVIDIA GPU",
 }
 RTX_LIBRARIES = "tensorrt-rtx-cu13-libs"
-RTX_LIBRARY = "libtensorrt_rtx.so"  # RTX's parser opens it by this name when it adds a plugin; its package has another
+# RTX's parser opens its library by this name when it adds a plugin; the package has it under a longer name.
+RTX_LIBRARY = "libtensorrt_rtx.so"
 
 
 def has(runtime: RuntimeName) -> bool:
+    """Return whether the package of ``runtime`` is installed; it is not imported."""
     return find_spec(MODULES[runtime]) is not None
 
 
 def module(runtime: RuntimeName, versions: str) -> Any:
-    """The module, of one of ``versions``.
+    """Import the package of ``runtime`` and check its version against the version specifier ``versions``.
 
     Raises:
-        H1ExportError: not installed, not whole, or another version.
+        H1ExportError: the package is not installed, cannot be imported, or has another version.
     """
     if not has(runtime):
         raise H1ExportError(NAMES[runtime], "is not installed", INSTALL[runtime])
     try:
         found: Any = import_module(MODULES[runtime])
-    except (ImportError, OSError) as error:  # without its libraries
+    except (ImportError, OSError) as error:  # its shared libraries are missing
         raise H1ExportError(
             NAMES[runtime], f"is installed and cannot be imported ({error})", INSTALL[runtime]
         ) from None
@@ -49,8 +51,8 @@ def module(runtime: RuntimeName, versions: str) -> Any:
     return found
 
 
-def logger(trt: Any, hear: Callable[[str], object]) -> Any:
-    """What hands every error of the module ``trt`` to ``hear``."""
+def logger(trt: Any, on_error: Callable[[str], object]) -> Any:
+    """Return an ILogger of the module ``trt`` that calls ``on_error`` with the text of every error."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -58,12 +60,13 @@ def logger(trt: Any, hear: Callable[[str], object]) -> Any:
 
         def log(self, severity: Any, text: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                hear(text)
+                on_error(text)
 
     return Logger()
 
 
 def _rtx_library() -> Path:
+    """Return the shared library of TensorRT-RTX in its installed package."""
     try:
         shipped = [file for file in metadata.files(RTX_LIBRARIES) or [] if file.name.startswith(RTX_LIBRARY)]
     except metadata.PackageNotFoundError:
@@ -75,10 +78,10 @@ def _rtx_library() -> Path:
 
 @contextmanager
 def environment(runtime: RuntimeName) -> Iterator[dict[str, str]]:
-    """The environment of a process that builds: there, RTX's library also has the name that its parser looks for.
+    """Yield the environment variables of a build process, in which RTX's parser finds its library under RTX_LIBRARY.
 
     Raises:
-        H1ExportError: RTX is installed without its libraries.
+        H1ExportError: TensorRT-RTX is installed without its libraries.
     """
     with TemporaryDirectory(prefix="h1export-tensorrt-") as folder:
         paths = os.environ.get("LD_LIBRARY_PATH", "")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 from h1export.artifact.artifact import Artifact
+from h1export.artifact.files import sha256_file
 from h1export.artifact.staging import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
@@ -105,21 +105,16 @@ def _finish(
     progress: Progress,
 ) -> EngineRequirements:
     """The recipe, and what it makes where its builder runs without a GPU."""
-    hashes = {name: _sha256(folder / name) for name in (MODEL, DATA, LIBRARY)}
-    recipe = EngineConfig.of(runtime, architectures, inputs, options, hashes)
-    (folder / RECIPE).write_text(recipe.to_json(), encoding="utf-8")
-    (folder / TRTEXEC).write_text(f"{recipe.trtexec()}\n", encoding="utf-8")
+    hashes = {name: sha256_file(folder / name) for name in (MODEL, DATA, LIBRARY)}
+    config = EngineConfig.of(runtime, architectures, inputs, options=options, hashes=hashes)
+    (folder / RECIPE).write_text(config.to_json(), encoding="utf-8")
+    (folder / TRTEXEC).write_text(f"{config.trtexec()}\n", encoding="utf-8")
     if runtime == "tensorrt":
         return EngineRequirements(runtime, "", architectures, plugin=hashes[LIBRARY], engine="")
     build_log = build.build(folder, progress)
     return EngineRequirements(
-        runtime, build_log.version, architectures, plugin=hashes[LIBRARY], engine=_sha256(folder / ENGINE)
+        runtime, build_log.version, architectures, plugin=hashes[LIBRARY], engine=sha256_file(folder / ENGINE)
     )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 target = TensorRTTarget()

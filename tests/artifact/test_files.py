@@ -1,7 +1,8 @@
-"""The files of a folder by relative name: all of them, in one order, and nothing that a link leads to."""
+"""The files of a folder by relative name, sorted and without what links lead to; their sizes and sha256."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,14 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h1export.artifact.files import NOT_PLAIN, folders, is_name, names, plain_size
+from h1export.artifact.files import (
+    NOT_PLAIN,
+    READ_BYTES,
+    folders,
+    is_name,
+    names,
+    plain_size,
+    sha256_file,
+    sha256_range,
+)
+from h1export.errors import H1ExportError
 
 FILES = ("a", "b/c", "b-", "b/.hidden", "b/d/e")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """FILES, an empty folder, and links to a file, to a folder and to nothing, beside a file that they reach."""
+    """A folder with FILES, an empty folder, and links to a file, to a folder outside it and to nothing."""
     inside = tmp_path / "inside"
     for name in FILES:
         (inside / name).parent.mkdir(parents=True, exist_ok=True)
@@ -83,3 +94,18 @@ def test_a_name_is_what_normalising_leaves_alone(parts: list[str]) -> None:
     assert is_name(name) == (
         os.path.normpath(name) == name and not name.startswith(("/", "..", "\\")) and name != "." and "\\" not in name
     )
+
+
+def test_the_sha256_of_a_file_and_of_a_range_of_it(tmp_path: Path) -> None:
+    """A range that is longer than the file ends with the file."""
+    data = os.urandom(READ_BYTES + 5)
+    (tmp_path / "data").write_bytes(data)
+    assert sha256_file(tmp_path / "data") == hashlib.sha256(data).hexdigest()
+    with (tmp_path / "data").open("rb") as stream:
+        assert sha256_range(stream.fileno(), 3, READ_BYTES + 1) == hashlib.sha256(data[3:-1]).hexdigest()
+        assert sha256_range(stream.fileno(), READ_BYTES, 99) == hashlib.sha256(data[READ_BYTES:]).hexdigest()
+
+
+def test_a_file_without_a_sha256_is_named(tmp_path: Path) -> None:
+    with pytest.raises(H1ExportError, match=r"none: cannot be read \(No such file.*\); check its permissions"):
+        sha256_file(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""The journal: what it says is written is written, or it is not believed."""
+"""The journal: an extent is held only where its bytes have the recorded sha256."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_file_cut_short_or_gone_holds_nothing(folder: Path) -> None:
 
 
 def test_a_journal_cut_anywhere_keeps_its_whole_lines(folder: Path) -> None:
-    """Whatever half a line a kill leaves, what follows is read again too."""
+    """Half a line that a kill leaves is cut off, and lines added afterwards are read again."""
     text = (folder / JOURNAL).read_bytes()
     ends = [place + 1 for place, byte in enumerate(text) if byte == ord("\n")]
     for cut in range(len(text) + 1):

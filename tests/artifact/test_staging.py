@@ -1,4 +1,4 @@
-"""staged(): OUT appears complete or not at all, and replaces nothing that it may not."""
+"""staged(): OUT appears complete or not at all, and replaces artifacts only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from h1export.artifact.artifact import MANIFEST
 from h1export.artifact.journal import JOURNAL, Extent, Journal
+from h1export.artifact.manifest import MANIFEST
 from h1export.artifact.staging import staged
 from h1export.errors import H1ExportError
 
@@ -25,7 +25,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def manifest(target: str) -> str:
-    """As much of a manifest as tells an artifact from other folders."""
+    """Return as much of a manifest as tells an artifact from other folders."""
     return json.dumps({"format": 1, "target": target, "files": {}})
 
 
@@ -65,7 +65,7 @@ def test_a_relative_place(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fail(out: Path, error: BaseException, force: bool = False) -> None:
-    """A build that raises ``error`` when it is half done."""
+    """Run a build that raises ``error`` when it is half done."""
     with staged(out, force, KEY) as folder:
         (folder / MANIFEST).write_text(manifest("half"), encoding="utf-8")
         raise error
@@ -100,7 +100,7 @@ THEIRS = manifest("theirs")
 
 
 def occupied(out: Path, kind: str) -> Path:
-    """Something at ``out``, be its content an artifact's or not; returns the file inside or behind it that must survive."""
+    """Put something at ``out``, an artifact or not, and return the file inside or behind it that must survive."""
     out.parent.mkdir(parents=True)
     elsewhere = out.parent / "elsewhere"
     elsewhere.mkdir()
@@ -235,7 +235,7 @@ def test_a_rename_that_fails_puts_the_old_artifact_back(out: Path, monkeypatch: 
 
 
 def test_every_file_is_on_disk_before_the_rename(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order of system calls: fsync of each file, of folders from the inside out and of the stage, the rename, fsync of the parent."""
+    """The order is: files, folders from the inside out, the stage, the rename, the parent folder."""
     calls: list[str] = []
     fsync = os.fsync
     rename = Path.rename
@@ -260,7 +260,7 @@ def test_every_file_is_on_disk_before_the_rename(out: Path, monkeypatch: pytest.
 
 
 def test_no_file_stays_open(out: Path) -> None:
-    """Neither after a success that clears a leftover, nor after a failure."""
+    """None is open after a success that clears a leftover, or after a failure."""
     before = sorted(os.listdir("/dev/fd"))
     (out.parent / ".out.partial-0123456789abcdef").mkdir(parents=True)
     fill(out)
@@ -316,10 +316,10 @@ def test_folders_of_other_names_are_left_alone(name: str, out: Path) -> None:
 
 
 def test_somebody_elses_stage_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name can be foretold, and whoever owns it could change what we write."""
+    """The stage's name can be predicted, and another user who owns the folder could change what a build writes."""
     (out.parent / f".out.partial-{KEY}").mkdir(parents=True)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(H1ExportError, match="belongs to somebody else"):
+    with pytest.raises(H1ExportError, match="belongs to another user"):
         fill(out)
 
 
@@ -341,7 +341,7 @@ def test_a_leftover_keeps_what_its_journal_names(out: Path) -> None:
 
 
 def test_a_leftover_keeps_nested_files_that_its_journal_names(out: Path) -> None:
-    """Their neighbours go, and folders that are empty then; a link on the way goes, and what it leads to stays as it is."""
+    """Other files, folders left empty, and links are removed; what a link leads to stays as it is."""
     stage = out.parent / f".out.partial-{KEY}"
     elsewhere = out.parent / "elsewhere"
     for name in (

@@ -1,4 +1,4 @@
-"""staged() among processes: builders that are killed, and builders at one place at one time."""
+"""staged() among processes: builders that are killed, and several builders at one OUT."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from h1export.artifact.artifact import MANIFEST
 from h1export.artifact.files import names
+from h1export.artifact.manifest import MANIFEST
 from h1export.artifact.staging import staged
 from h1export.errors import H1ExportError
 
@@ -52,7 +52,8 @@ with staged(out, force=True, key="0123456789abcdef") as folder:
     (folder / "manifest.json").write_text('{"format": 1, "target": "killed", "files": {}}')
 """
 
-# Writes the tensors of a nested file, one by one and journalled, and kills itself before the one whose number it is given.
+# Writes the tensors of a nested file, one by one and journalled, and kills itself before the one whose number it is
+# given.
 DIES_BEFORE_A_TENSOR = """
 import hashlib, os, sys
 from pathlib import Path
@@ -84,7 +85,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def fill(out: Path, target: str = "new", force: bool = False) -> None:
-    """A build of as much of a manifest as tells an artifact from other folders."""
+    """Build a folder with as much of a manifest as tells an artifact from other folders."""
     with staged(out, force, KEY) as folder:
         (folder / MANIFEST).write_text(json.dumps({"format": 1, "target": target, "files": {}}), encoding="utf-8")
 
@@ -135,7 +136,7 @@ def test_a_killed_builder(force: str, key: str, out: Path) -> None:
 
 
 def test_a_live_builders_stage_is_left_alone(out: Path) -> None:
-    """Two builds of different things at one place: the second finishes, the first finds the place taken and leaves nothing."""
+    """Of two different builds at one OUT the second finishes; the first finds OUT taken and leaves nothing."""
     with builder(out, key=OTHER_KEY) as (process, stage):
         fill(out, "second")
         assert (stage / "half").is_file()
@@ -157,9 +158,9 @@ def test_a_live_builder_that_may_replace_comes_last(out: Path) -> None:
 
 
 def test_one_thing_is_built_by_one_process(out: Path) -> None:
-    """The second is told so at once; the first finishes."""
+    """The second build fails at once; the first finishes."""
     with builder(out) as (process, stage):
-        with pytest.raises(H1ExportError, match=r"out: another process builds the same thing there; wait for it"):
+        with pytest.raises(H1ExportError, match=r"out: another process builds the same artifact there; wait for it"):
             fill(out)
         assert (stage / "half").is_file()
         process.communicate("go on\n")
@@ -191,7 +192,7 @@ def killed_at_the_rename(out: Path, way: str) -> None:
 
 
 def test_a_builder_killed_as_it_replaces_an_artifact(out: Path) -> None:
-    """OUT is the new artifact, whole; the old one is what the next build clears."""
+    """OUT is the complete new artifact; the next build removes the old one."""
     killed_at_the_rename(out, "exchange")
     assert content(out) == "killed"
     assert len(left_in(out)) == 2
@@ -209,7 +210,7 @@ def test_a_builder_killed_between_renames_where_nothing_can_be_swapped(out: Path
 
 
 def test_a_killed_build_goes_on_in_a_nested_file(out: Path) -> None:
-    """Each tensor is written once, whoever writes it; nothing of the stage is left beside the artifact."""
+    """Each tensor is written once, by any of the builds; nothing of the stage is left beside the artifact."""
     written = []
     for last in (3, 3, 4, 7, 8):
         run = subprocess.run(

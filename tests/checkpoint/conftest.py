@@ -1,4 +1,4 @@
-"""safetensors files made and damaged byte by byte."""
+"""Fixtures that write safetensors files byte by byte and damage them."""
 
 from __future__ import annotations
 

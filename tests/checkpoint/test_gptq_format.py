@@ -1,4 +1,4 @@
-"""quantization_config, key by key."""
+"""quantization_config: each key is read, ignored for a stated reason, or refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from h1export.checkpoint.gptq_format import GptqLayout
+from h1export.checkpoint.gptq_format import GptqFormat
 from h1export.errors import H1ExportError
 
 # as GPTQModel, AutoGPTQ and transformers write it
@@ -62,16 +62,16 @@ TRANSFORMERS = {
 
 
 @pytest.mark.parametrize(
-    ("config", "layout"),
+    ("config", "expected"),
     [
-        (GPTQMODEL, GptqLayout(4, 128, True, zero_offset=1)),
-        (AUTOGPTQ, GptqLayout(8, -1, False, zero_offset=1)),
-        (TRANSFORMERS, GptqLayout(4, 128, True, zero_offset=0)),
+        (GPTQMODEL, GptqFormat(4, 128, True, zero_offset=1)),
+        (AUTOGPTQ, GptqFormat(8, -1, False, zero_offset=1)),
+        (TRANSFORMERS, GptqFormat(4, 128, True, zero_offset=0)),
     ],
     ids=["gptqmodel", "autogptq", "transformers"],
 )
-def test_what_writers_write(config: dict[str, Any], layout: GptqLayout) -> None:
-    assert GptqLayout.from_config(config) == layout
+def test_what_writers_write(config: dict[str, Any], expected: GptqFormat) -> None:
+    assert GptqFormat.from_config(config) == expected
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_what_writers_write(config: dict[str, Any], layout: GptqLayout) -> None:
 )
 def test_what_is_refused(change: dict[str, Any], mentioned: tuple[str, ...]) -> None:
     with pytest.raises(H1ExportError) as caught:
-        GptqLayout.from_config(GPTQMODEL | change, "config.json: quantization_config")
+        GptqFormat.from_config(GPTQMODEL | change, "config.json: quantization_config")
     assert str(caught.value).startswith("config.json: quantization_config")
     assert all(text in str(caught.value) for text in mentioned), caught.value
     assert caught.value.next_step
@@ -114,10 +114,10 @@ def test_what_is_refused(change: dict[str, Any], mentioned: tuple[str, ...]) -> 
 def test_what_is_no_description(config: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     with pytest.raises(H1ExportError, match="quantization_config"):
-        GptqLayout.load(tmp_path)
+        GptqFormat.load(tmp_path)
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}], ids=str)
 def test_a_checkpoint_in_floats(config: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert GptqLayout.load(tmp_path) is None
+    assert GptqFormat.load(tmp_path) is None

@@ -1,4 +1,4 @@
-"""Integers of a ready-made checkpoint, as they are read; what they mean is what the test's own writer put there."""
+"""Prequantized weights: the reader gives the codes, scales and zero points that the tests' own writer has stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gptq_files import Gptq, Tensors, Written, edit, write_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from h1export.checkpoint.gptq_format import GptqLayout
+from h1export.checkpoint.gptq_format import GptqFormat
 from h1export.checkpoint.gptq_tensor import PackedMatrix
 from h1export.checkpoint.safetensors_header import read_header
 from h1export.checkpoint.store import WeightStore
@@ -44,7 +44,7 @@ HOWS = st.builds(
 def opened(written: Written, how: Gptq, shape: tuple[int, int]) -> PackedMatrix:
     entries = {entry.name: entry for entry in read_header(written.folder / "model.safetensors")}
     return PackedMatrix.open(
-        NAME, shape, GptqLayout(how.bits, how.group, how.sym, zero_offset=0 if how.v2 else 1), entries
+        NAME, shape, GptqFormat(how.bits, how.group, how.sym, zero_offset=0 if how.v2 else 1), entries=entries
     )
 
 
@@ -89,7 +89,7 @@ FAULTS: dict[str, Callable[[Tensors], None]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_show(fault: str, tmp_path: Path) -> None:
-    """As if the reader did so: what it reads is no longer what was written."""
+    """A reader that made this mistake would read other values than those that were written."""
     how = Gptq(sym=False, act_order=True)
     written = write_tensors({NAME: np.random.default_rng(0).standard_normal((16, 128))}, tmp_path, how)
     edit(tmp_path, FAULTS[fault])
@@ -98,7 +98,7 @@ def test_planted_faults_show(fault: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(make_gptq: Callable[..., Written], tmp_path: Path) -> Path:
-    """A sound checkpoint, symmetric and in order, to damage."""
+    """A valid checkpoint, symmetric and with its columns in order, for tests to damage."""
     return make_gptq(tmp_path).folder
 
 
@@ -200,7 +200,7 @@ def test_config_json_speaks_of_integers_that_are_not_there(copy_checkpoint: Call
     (folder / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
-    refused(folder, "config.json", "no tensor is in integers")
+    refused(folder, "config.json", "no tensor is stored in integers")
 
 
 def test_zero_points_that_config_json_contradicts(folder: Path) -> None:
@@ -230,7 +230,7 @@ def test_float32_scales_that_float16_does_not_have(scale: float, folder: Path) -
     check(caught.value, folder, "scales", "F32", "float16")
 
 
-def ready(store: WeightStore) -> Prequantized:
+def prequantized(store: WeightStore) -> Prequantized:
     return Prequantized.of(store, Rounded(store, {EMBEDDING: Precision(8, 0)}, quantize_rows))
 
 
@@ -250,7 +250,7 @@ def test_groups_are_cut_into_blocks_that_runtimes_have(
     how: dict[str, Any], precision: Precision, make_gptq: Callable[..., Written], tmp_path: Path
 ) -> None:
     store = open_store(make_gptq(tmp_path, act_order=True, **how).folder)
-    integers = ready(store)
+    integers = prequantized(store)
     assert integers.precisions[f"{OUT_PROJ}.weight"] == precision
     assert integers.precisions[EMBEDDING] == Precision(8, 0)
     for name, matrix in store.packed.items():
@@ -263,14 +263,15 @@ def test_groups_are_cut_into_blocks_that_runtimes_have(
 def test_groups_that_no_block_divides(group: int, make_gptq: Callable[..., Written], tmp_path: Path) -> None:
     store = open_store(make_gptq(tmp_path, group=group).folder)
     with pytest.raises(H1ExportError, match=rf"groups of .*{group} columns.*multiple of 32"):
-        ready(store)
+        prequantized(store)
 
 
 def test_a_runtime_without_zero_points(make_gptq: Callable[..., Written], tmp_path: Path) -> None:
-    symmetric: QuantizedWeights = ready(open_store(make_gptq(tmp_path / "a").folder))
-    need_symmetric(symmetric, "TensorRT")
-    with pytest.raises(H1ExportError, match=r"zero points.*TensorRT.*coreml.*unquantised"):
-        need_symmetric(ready(open_store(make_gptq(tmp_path / "b", sym=False).folder)), "TensorRT")
+    symmetric: QuantizedWeights = prequantized(open_store(make_gptq(tmp_path / "a").folder))
+    need_symmetric(symmetric, "TensorRT", next_step="give another")
+    with pytest.raises(H1ExportError, match=r"zero points.*TensorRT.*; give another"):
+        zero_points = prequantized(open_store(make_gptq(tmp_path / "b", sym=False).folder))
+        need_symmetric(zero_points, "TensorRT", next_step="give another")
 
 
 def test_the_fingerprint_says_what_the_integers_mean(folder: Path) -> None:

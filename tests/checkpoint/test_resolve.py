@@ -1,4 +1,4 @@
-"""Where a MODEL may come from."""
+"""A MODEL is the embedded model, a folder, or a Hub id."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INSPECT = "import sys; from h1export.cli import run; sys.exit(run(['inspect', 's
 
 
 def hub_cache(home: Path, checkpoint: Path) -> None:
-    """A Hub cache that holds ``checkpoint`` as some-org/some-model, with links to blobs as the Hub client lays them."""
+    """A Hub cache that holds ``checkpoint`` as some-org/some-model, with the links of the Hub client."""
     repo = home / "hub" / "models--some-org--some-model"
     snapshot = repo / "snapshots" / ("0" * 40)
     blobs = repo / "blobs"
@@ -31,7 +31,7 @@ def hub_cache(home: Path, checkpoint: Path) -> None:
 
 
 def inspect(home: Path) -> subprocess.CompletedProcess[str]:
-    """`h1export inspect some-org/some-model` without a network."""
+    """Run `h1export inspect some-org/some-model` without a network."""
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, "-c", INSPECT], capture_output=True, text=True, env=environment, check=False)
 

@@ -30,7 +30,7 @@ FLOATS = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 def refused(file: Path, *mentioned: str) -> None:
-    """``file`` is refused by name, with everything in ``mentioned`` and a next step; the library refuses it as well."""
+    """Assert that ``file`` is refused by name, with the texts ``mentioned`` and a next step, and by the library too."""
     with pytest.raises(H1ExportError) as caught:
         read_header(file)
     message = str(caught.value)
@@ -43,13 +43,13 @@ def refused(file: Path, *mentioned: str) -> None:
 
 @pytest.fixture(scope="module")
 def one_layer(make_checkpoint: Callable[..., Path]) -> Path:
-    """A real checkpoint's file; read-only."""
+    """The file of a real checkpoint, which tests must not change."""
     return make_checkpoint("plain", num_hidden_layers=1) / "model.safetensors"
 
 
 @pytest.fixture
 def damaged(one_layer: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy of the real file, for tests to damage."""
     return Path(shutil.copyfile(one_layer, tmp_path / "model.safetensors"))
 
 
@@ -66,7 +66,7 @@ def test_a_sound_file_gives_the_librarys_table_in_order_of_offset(one_layer: Pat
 
 
 def test_truncation_at_any_byte(one_layer: Path, tmp_path: Path, read_safetensors: ReadHeader) -> None:
-    """A planted truncated file: inside the data, the error names the first tensor that is cut."""
+    """In a file that is truncated inside the data, the error names the first tensor that is cut."""
     content = one_layer.read_bytes()
     header, data = read_safetensors(one_layer)
     base = len(content) - len(data)
@@ -129,11 +129,11 @@ def change_first(**changes: object) -> Callable[[dict[str, Any]], object]:
         (change_first(dtype="bf16"), ("dtype 'bf16'",)),
         (change_first(dtype=None), ("dtype None",)),
         (change_first(dtype=7), ("dtype 7",)),
-        (change_first(dtype="F32"), ("cannot lie at data_offsets", "F32")),
-        (change_first(shape=[1]), ("shape [1]", "cannot lie at")),
-        (change_first(shape=[]), ("shape []", "cannot lie at")),
-        (change_first(shape=[0]), ("shape [0]", "cannot lie at")),
-        (change_first(shape=[1 << 62, 1 << 62]), ("cannot lie at",)),
+        (change_first(dtype="F32"), ("cannot be stored at data_offsets", "F32")),
+        (change_first(shape=[1]), ("shape [1]", "cannot be stored at")),
+        (change_first(shape=[]), ("shape []", "cannot be stored at")),
+        (change_first(shape=[0]), ("shape [0]", "cannot be stored at")),
+        (change_first(shape=[1 << 62, 1 << 62]), ("cannot be stored at",)),
         (change_first(shape=[-1]), ("shape [-1]",)),
         (change_first(shape=[1.0]), ("shape [1.0]",)),
         (change_first(shape=[True]), ("shape [True]",)),
@@ -262,7 +262,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_a_file_that_may_not_be_opened(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The refusal is feigned: the superuser may open every file."""
+    """The refusal is simulated, because the superuser may open every file."""
 
     def refuse(*_: object) -> NoReturn:
         raise PermissionError(13, "Permission denied")
@@ -299,7 +299,7 @@ def test_metadata_is_not_a_tensor(damaged: Path, edit_header: EditHeader) -> Non
 
 @pytest.fixture(scope="module")
 def flippable(one_layer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[FalconH1Config, Path, bytes]:
-    """(spec, a checkpoint file to be overwritten again and again, its sound bytes)."""
+    """(config, a checkpoint file that is overwritten for each example, its valid bytes)."""
     folder = tmp_path_factory.mktemp("flips")
     return (
         FalconH1Config.load(one_layer.parent),
@@ -318,7 +318,7 @@ def open_or_error(folder: Path, config: FalconH1Config) -> WeightStore | H1Expor
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.data())
 def test_random_bytes_in_the_header(flippable: tuple[FalconH1Config, Path, bytes], data: st.DataObject) -> None:
-    """The store refuses the file, or has the same table as before; and what is accepted, the library accepts too."""
+    """The store refuses the file or has the same table as before, and the library accepts what the store accepts."""
     config, file, sound = flippable
     end = 8 + struct.unpack("<Q", sound[:8])[0]
     changes = data.draw(st.lists(st.tuples(st.integers(0, end - 1), st.integers(0, 255)), min_size=1, max_size=3))
@@ -341,7 +341,7 @@ def test_random_bytes_in_the_header(flippable: tuple[FalconH1Config, Path, bytes
 
 @st.composite
 def nearly_sound(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
-    """(header, bytes of data): tensors one behind the other, with now and then an offset, a dimension or the end moved."""
+    """(header, bytes of data): consecutive tensors, sometimes with a changed offset, dimension or end."""
     off = st.sampled_from([0] * 12 + [-2, -1, 1, 2])
     header: dict[str, Any] = {}
     end = 0

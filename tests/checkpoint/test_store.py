@@ -31,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """float32 by its bits, so that NaNs and signed zeros count."""
+    """Return the bits of float32 values, so that NaNs and signed zeros are compared."""
     return array.view(np.uint32)
 
 
@@ -45,7 +45,7 @@ def same_as_the_library(store: WeightStore, tensors: Mapping[str, torch.Tensor])
 
 
 def folder_of(tensors: Tensors, config_from: Path, folder: Path, shard: str = "1GB") -> Path:
-    """A checkpoint of ``tensors`` as transformers would save it."""
+    """Write a checkpoint of ``tensors`` as transformers would save it."""
     folder.mkdir()
     shutil.copyfile(config_from / "config.json", folder / "config.json")
     save_torch_state_dict(tensors, folder, max_shard_size=shard, safe_serialization=True)
@@ -63,7 +63,7 @@ def plain(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def tensors(plain: Path) -> Tensors:
-    """The plain checkpoint as the library reads it; bf16."""
+    """The tensors of the plain bf16 checkpoint as the library reads them."""
     return load_file(plain / "model.safetensors")
 
 
@@ -140,7 +140,7 @@ def test_rows_are_the_rows(plain: Path, tensors: Tensors, name: str, data: st.Da
     budget=st.integers(0, 1 << 18),
 )
 def test_blocks_of_any_size_make_the_tensor(plain: Path, tensors: Tensors, name: str, budget: int) -> None:
-    """Whole rows, as many as the budget holds, and one where it holds none."""
+    """A block has as many whole rows as the limit holds, and at least one."""
     whole = tensors[name].float().numpy()
     blocks = list(opened(plain).blocks(name, budget))
     assert np.array_equal(np.concatenate(blocks), whole)
@@ -256,7 +256,7 @@ def test_a_tied_checkpoint_may_store_its_embedding_twice(tied: Path, tmp_path: P
 
 
 def nudged(tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` with the last bit of its last element turned."""
+    """Return ``tensor`` with the last bit of its last element flipped."""
     changed = tensor.clone().view(torch.int16)
     changed[-1, -1] ^= 1
     return changed.view(tensor.dtype)
@@ -270,5 +270,5 @@ def test_a_tied_checkpoint_may_not_store_another_head(
 ) -> None:
     stored = load_file(tied / "model.safetensors")
     save_file(stored | {HEAD: change(stored[EMBEDDING]).clone()}, tmp_path / "model.safetensors")
-    with pytest.raises(H1ExportError, match=r'model\.safetensors: tensor "lm_head\.weight": .*; config and weights'):
+    with pytest.raises(H1ExportError, match=r'model\.safetensors: tensor "lm_head\.weight": .*; config.json and the weights belong'):
         WeightStore.open(tmp_path, FalconH1Config.load(tied))

@@ -1,4 +1,4 @@
-"""WeightStore refuses checkpoints that are incomplete, foreign, unsafe or damaged; planted faults, one a test."""
+"""WeightStore refuses checkpoints that are incomplete, of another model, unsafe or damaged: one fault in each test."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def refused(folder: Path, *mentioned: str) -> None:
-    """The checkpoint is refused with its folder, everything in ``mentioned``, and a next step."""
+    """Assert that the error names the folder, the texts ``mentioned`` and a next step."""
     with pytest.raises(H1ExportError) as caught:
         WeightStore.open(folder, FalconH1Config.load(folder))
     message = str(caught.value)
@@ -35,7 +35,7 @@ def refused(folder: Path, *mentioned: str) -> None:
 
 @pytest.fixture
 def plain(copy_checkpoint: Callable[..., Path]) -> Path:
-    """A sound checkpoint in one file, to damage."""
+    """A valid checkpoint in one file, for tests to damage."""
     return copy_checkpoint("plain")
 
 
@@ -93,7 +93,7 @@ def test_a_missing_weight(name: str, change: Callable[..., Path]) -> None:
 
 
 def test_every_missing_weight_is_found(plain: Path, edit_header: Callable[..., None]) -> None:
-    """Each tensor in turn gets another name: the old name is missed."""
+    """Each tensor in turn gets another name, and the error names the old one."""
     whole = (plain / SINGLE).read_bytes()
     names = [entry.name for entry in WeightStore.open(plain, FalconH1Config.load(plain)).entries]
     for name in names:
@@ -107,7 +107,7 @@ def test_every_missing_weight_is_found(plain: Path, edit_header: Callable[..., N
 )
 def test_a_weight_without_a_place(name: str, change: Callable[..., Path]) -> None:
     folder = change(lambda tensors: tensors.update({name: torch.zeros(4)}))
-    refused(folder, SINGLE, f'tensor "{name}"', "no place in the architecture", "two different models")
+    refused(folder, SINGLE, f'tensor "{name}"', "no place in the architecture", "belong to different models")
 
 
 def test_a_layer_too_many(change: Callable[..., Path]) -> None:
@@ -128,7 +128,7 @@ def test_a_layer_too_few(plain: Path) -> None:
 def test_a_weight_of_another_shape(edit: Callable[[torch.Tensor], torch.Tensor], change: Callable[..., Path]) -> None:
     name = "model.layers.1.self_attn.k_proj.weight"
     folder = change(lambda tensors: tensors.update({name: edit(tensors[name]).contiguous().clone()}))
-    refused(folder, SINGLE, f'tensor "{name}"', "config.json asks for [64, 128]", "two different models")
+    refused(folder, SINGLE, f'tensor "{name}"', "config.json asks for [64, 128]", "belong to different models")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
@@ -146,7 +146,7 @@ def test_a_truncated_single_file(plain: Path) -> None:
 @pytest.mark.parametrize("which", [0, 1, -1])
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_a_truncated_shard(which: int, keep: int, sharded: Path) -> None:
-    """``keep`` bytes of a shard are left, or all but one."""
+    """A shard is cut to ``keep`` bytes, or by one byte."""
     shard = shards(sharded)[which]
     os.truncate(shard, keep % shard.stat().st_size)
     refused(sharded, shard.name, "download it again")
@@ -159,7 +159,7 @@ def test_a_missing_shard(sharded: Path) -> None:
 
 
 def test_a_shard_that_the_index_does_not_list(sharded: Path) -> None:
-    """Its tensors are missed."""
+    """The error names a tensor of the missing shard."""
     index = json.loads((sharded / INDEX).read_text(encoding="utf-8"))
     gone = shards(sharded)[0].name
     index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard != gone}
@@ -193,7 +193,7 @@ UNSAFE_NAMES = [
 
 @pytest.mark.parametrize("name", UNSAFE_NAMES, ids=str)
 def test_shard_names_may_not_leave_the_folder(name: object, plain: Path) -> None:
-    """Whatever the name leads to is a sound file, so that only the name can be the reason."""
+    """The name leads to a valid file, so only the name can be the reason."""
     (plain / "sub").mkdir()
     for place in (plain.parent / "outside.safetensors", plain / "sub" / "inside.safetensors", plain / "model.bin"):
         shutil.copyfile(plain / SINGLE, place)
@@ -295,7 +295,7 @@ def test_a_shard_that_is_not_safetensors(sharded: Path) -> None:
 
 
 def test_a_pointer_file_instead_of_the_weights(plain: Path) -> None:
-    """What a clone without Git LFS leaves."""
+    """A clone without Git LFS leaves pointer files."""
     (plain / SINGLE).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11063192\n", encoding="utf-8"
     )

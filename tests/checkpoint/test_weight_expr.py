@@ -1,4 +1,4 @@
-"""WeightExpr and Multiplier: the algebra, and the bytes that come out of it."""
+"""WeightExpr and Multiplier: the rules of the expressions, and the values that they give."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Q, K, V = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv")
 IN_PROJ = "model.layers.0.mamba.in_proj.weight"
 ROWS = {Q: 128, K: 64, V: 64, IN_PROJ: 422, A_LOG: 6, CONV: 224}
 
-# A result is rounded to float32 once per function, once for the row's factor and once for the product: at most four roundings.
+# A result is rounded to float32 once per function, for the factor of the row and for the product: at most four times.
 ROUNDING = 4 * 2.0**-24
 
 FACTORS = st.floats(1e-3, 1e3) | st.sampled_from([1.0, 0.5, -2.0])
@@ -30,7 +30,7 @@ PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 
 @st.composite
 def runs_of(draw: st.DrawFn, rows: int) -> Multiplier:
-    """A row multiplier for ``rows`` rows."""
+    """Draw a row multiplier for ``rows`` rows."""
     cuts = sorted(draw(st.sets(st.integers(1, rows - 1), max_size=4))) if rows > 1 else []
     lengths = np.diff([0, *cuts, rows]).tolist()
     return Multiplier(tuple((length, draw(FACTORS)) for length in lengths))
@@ -42,13 +42,13 @@ def multipliers(rows: int) -> st.SearchStrategy[Multiplier]:
 
 @st.composite
 def like(draw: st.DrawFn, other: Multiplier) -> Multiplier:
-    """A multiplier that ``other`` can be multiplied with: a scalar, or the same runs with other factors."""
+    """Draw a multiplier that ``other`` can be multiplied with: a scalar, or the same runs with other factors."""
     same = Multiplier(tuple((rows, draw(FACTORS)) for rows, _ in other.runs))
     return draw(st.just(same) | FACTORS.map(Multiplier.scalar))
 
 
 def exact(multiplier: Multiplier, rows: int) -> Any:
-    """Factors per row in float64, written another way than the product code does."""
+    """Return the factor of each row in float64, computed in another way than the product code does."""
     if multiplier.runs[0][0] == 0:
         return np.array([multiplier.runs[0][1]] * rows)
     return np.array([factor for count, factor in multiplier.runs for _ in range(count)])
@@ -111,7 +111,7 @@ def test_row_multipliers_of_other_parts_are_misuse(other: tuple[tuple[int, float
 @PROPERTY
 @given(st.data(), st.sampled_from(sorted(ROWS)), st.integers(4000, 1 << 17))
 def test_a_part_is_functions_then_multiplier(store: WeightStore, data: st.DataObject, tensor: str, budget: int) -> None:
-    """Against float64. The order of functions counts, and so do rows that a block boundary cuts out of a run."""
+    """The result is compared with float64. The order of functions and runs cut by block boundaries are covered."""
     functions = data.draw(st.sampled_from([(), ("neg",), ("exp",), ("exp", "neg"), ("neg", "exp"), ("neg", "neg")]))
     multiplier = data.draw(multipliers(ROWS[tensor]))
     expected = whole(store, tensor)

@@ -252,7 +252,7 @@ def test_a_width_that_no_block_divides_names_tensor_and_way_out(
 ) -> None:
     checkpoint = make_checkpoint(hidden_size=100, num_attention_heads=2)
     assert run(["build", str(checkpoint), "--target", "ort", "--out", str(tmp_path / "out")]) == 2
-    assert_one_line(capfd, "has 100 columns, which blocks of 32 do not divide; use --quant int8")
+    assert_one_line(capfd, "has 100 columns, which groups of 32 do not divide; use --quant int8")
     assert not list(tmp_path.iterdir())
 
 

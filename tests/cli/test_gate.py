@@ -45,7 +45,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load_emulated(load: Callable[..., Runner[Any]], *args: Any, **options: Any) -> Any:
-    return SimpleNamespace(capabilities=replace(load(*args, **options).capabilities, emulated=True))
+    return SimpleNamespace(provenance=replace(load(*args, **options).provenance, emulated=True))
 
 
 def baseline_of(gates: Path) -> Baseline:
@@ -118,7 +118,7 @@ def test_a_gpu_is_timed_by_the_wall_clock_and_has_ratios_of_its_own(
     monkeypatch.setattr(
         measuring,
         "load",
-        lambda *a, **k: SimpleNamespace(capabilities=replace(load(*a, **k).capabilities, gpu="sm_89")),
+        lambda *a, **k: SimpleNamespace(provenance=replace(load(*a, **k).provenance, gpu="sm_89")),
     )
     words = ["gate", *built, "--gates", str(gates), "--write-baseline"]
     gates.write_text(TIMED)

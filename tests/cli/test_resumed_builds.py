@@ -20,7 +20,7 @@ from h1export.quantize.scheme import QuantScheme
 BUILDS = """
 import os, random, sys, time
 from pathlib import Path
-from h1export import pipeline
+from h1export.commands import pipeline
 from h1export.model.falcon_h1.config import FalconH1Config
 checkpoint, truth, out, seed, kills = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 program = pipeline.trace(FalconH1Config.load(checkpoint), False)

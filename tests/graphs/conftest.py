@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from program_runner import ProgramRunner, States
 
 from h1export.checkpoint.store import WeightStore
-from h1export.graphs.interpret import ProgramRunner, States
 from h1export.graphs.passes import Pass, run_passes
 from h1export.graphs.passes.drop_metadata_asserts import DropMetadataAsserts
 from h1export.graphs.program import Program
@@ -64,18 +64,14 @@ def _states(cache: Any) -> Snapshot:
 
 
 def apply(rewrite: Pass, program: Program) -> Program:
-    """One pass on a copy, as run_passes does it, but without the verification that only the last pass makes hold."""
-    program = program.editable()
-    rewrite.requires(program)
-    rewrite.run(program)
-    program.graph.eliminate_dead_code()
-    rewrite.ensures(program)
-    program.module.recompile()
-    return program
+    """Returns a copy that went through one pass, without the verification that only the last pass makes hold."""
+    edited = program.editable()
+    rewrite.apply(edited)
+    return edited.finished()
 
 
 class Lab:
-    """One checkpoint: its spec, its weights, the traced program, the program after all passes, and the reference."""
+    """One checkpoint: its config, its weights, the traced program, the program after all passes, and the reference."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from program_runner import ProgramRunner
 
-from h1export.graphs.interpret import ProgramRunner
 from h1export.model.falcon_h1.states import Array
 from h1export.runtime.runner import Ids
 

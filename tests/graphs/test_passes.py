@@ -21,7 +21,7 @@ from h1export.graphs.passes.fold_head_multiplier import FoldHeadMultiplier
 from h1export.graphs.passes.fold_input_multipliers import FoldInputMultipliers
 from h1export.graphs.passes.fold_output_multipliers import FoldOutputMultipliers
 from h1export.graphs.passes.sort_columns import SortColumns
-from h1export.graphs.program import Program
+from h1export.graphs.program import EditableProgram, Program
 from h1export.graphs.trace import trace
 from h1export.plugins import h1
 from h1export.quantize.methods.prequantized import Prequantized
@@ -309,23 +309,23 @@ def test_a_graph_that_a_pass_would_ruin_is_refused(planted: str, full_lab: Any, 
 
 
 class ForgetsBias(FoldOutputMultipliers):
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         biases = {name: expr for name, expr in program.weights.items() if expr.only.tensor.endswith(".bias")}
         count = super().run(program)
-        program.weights.update(biases)  # type: ignore[attr-defined]
+        program.weights.update(biases)
         return count
 
 
 class DropsMultipliers(FoldInputMultipliers):
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         weights = dict(program.weights)
         count = super().run(program)
-        program.weights.update(weights)  # type: ignore[attr-defined]
+        program.weights.update(weights)
         return count
 
 
 class ForgetsNegation(FoldDecay):
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         for node in program.calls(aten.neg.default):
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
@@ -333,10 +333,10 @@ class ForgetsNegation(FoldDecay):
 
 
 class FoldsHeadTwice(FoldHeadMultiplier):
-    def run(self, program: Program) -> int:
+    def run(self, program: EditableProgram) -> int:
         norm = linear_of(program, "lm_head").args[0]
         name = norm.args[2].name
-        program.weights[name] = program.weights[name].times(Multiplier.scalar(2.0))  # type: ignore[index]
+        program.weights[name] = program.weights[name].times(Multiplier.scalar(2.0))
         return super().run(program)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.graphs.passes import PASSES, run_passes
-from h1export.graphs.program import Program
+from h1export.graphs.program import EditableProgram, Program
 from h1export.graphs.verify import VerifyError, verify
 from h1export.plugins import h1
 
@@ -29,9 +29,9 @@ def weight_node(program: Program, tensor: str) -> torch.fx.Node:
 
 
 @pytest.fixture
-def program(full_lab: Any) -> Program:
+def program(full_lab: Any) -> EditableProgram:
     """A legal program that the test may spoil."""
-    copy: Program = full_lab.passed.editable()
+    copy: EditableProgram = full_lab.passed.editable()
     return copy
 
 
@@ -44,7 +44,7 @@ def test_an_unfolded_mup_vector_is_named(full_lab: Any) -> None:
         verify(full_lab.traced)
 
 
-def test_an_illegal_op_is_named(program: Program) -> None:
+def test_an_illegal_op_is_named(program: EditableProgram) -> None:
     (silu, *_) = program.calls(aten.silu.default)
     silu.target = aten.gelu.default
     with pytest.raises(VerifyError, match=rf"{silu.name}: aten\.gelu\.default is not a legal op"):
@@ -59,14 +59,14 @@ def test_a_left_over_assertion_is_named(full_lab: Any, apply_pass: Callable[...,
         verify(program)
 
 
-def test_an_op_of_the_right_name_and_another_overload_is_illegal(program: Program) -> None:
+def test_an_op_of_the_right_name_and_another_overload_is_illegal(program: EditableProgram) -> None:
     (clamp,) = program.calls(aten.clamp.default)
     clamp.target = aten.clamp.Tensor
     with pytest.raises(VerifyError, match=rf"{clamp.name}: aten\.clamp\.Tensor"):
         verify(program)
 
 
-def test_a_weight_inside_the_module_is_named(program: Program) -> None:
+def test_a_weight_inside_the_module_is_named(program: EditableProgram) -> None:
     program.module.register_buffer("inside", torch.ones(1))
     first = next(iter(program.calls(aten.embedding.default)))
     with program.graph.inserting_before(first):
@@ -75,7 +75,7 @@ def test_a_weight_inside_the_module_is_named(program: Program) -> None:
         verify(program)
 
 
-def test_a_submodule_is_named(program: Program) -> None:
+def test_a_submodule_is_named(program: EditableProgram) -> None:
     program.module.add_module("sub", torch.nn.Identity())
     first = next(iter(program.calls(aten.embedding.default)))
     with program.graph.inserting_before(first):
@@ -84,31 +84,31 @@ def test_a_submodule_is_named(program: Program) -> None:
         verify(program)
 
 
-def test_a_placeholder_without_meaning_is_named(program: Program) -> None:
+def test_a_placeholder_without_meaning_is_named(program: EditableProgram) -> None:
     node = weight_node(program, "mamba.D")
-    del program.weights[node.name]  # type: ignore[attr-defined]
+    del program.weights[node.name]
     with pytest.raises(VerifyError, match=f"{node.name}: neither an input nor a weight"):
         verify(program)
 
 
-def test_a_weight_of_another_shape_is_named(program: Program) -> None:
+def test_a_weight_of_another_shape_is_named(program: EditableProgram) -> None:
     node = weight_node(program, "q_proj.weight")
-    program.weights[node.name] = WeightExpr.of("model.layers.0.self_attn.k_proj.weight")  # type: ignore[index]
+    program.weights[node.name] = WeightExpr.of("model.layers.0.self_attn.k_proj.weight")
     with pytest.raises(VerifyError, match=rf"{node.name}: the graph says \(128, 128\), its expression \(64, 128\)"):
         verify(program)
 
 
-def test_a_concatenation_has_the_shape_of_its_parts(program: Program) -> None:
+def test_a_concatenation_has_the_shape_of_its_parts(program: EditableProgram) -> None:
     """k and v in q's place have q's shape; what they displaced is then missing."""
     node = weight_node(program, "q_proj.weight")
     prefix = "model.layers.0.self_attn"
     parts = (*WeightExpr.of(f"{prefix}.k_proj.weight").parts, *WeightExpr.of(f"{prefix}.v_proj.weight").parts)
-    program.weights[node.name] = WeightExpr(parts)  # type: ignore[index]
+    program.weights[node.name] = WeightExpr(parts)
     with pytest.raises(VerifyError, match=r"no initializer is made of.*q_proj\.weight"):
         verify(program)
 
 
-def test_a_tensor_that_nothing_is_made_of_is_named(program: Program) -> None:
+def test_a_tensor_that_nothing_is_made_of_is_named(program: EditableProgram) -> None:
     """A projection's bias dropped together with its placeholder."""
     bias = weight_node(program, "q_proj.bias")
     (linear,) = bias.users
@@ -118,7 +118,7 @@ def test_a_tensor_that_nothing_is_made_of_is_named(program: Program) -> None:
         verify(program)
 
 
-def test_a_weight_that_nothing_reads_is_named(program: Program) -> None:
+def test_a_weight_that_nothing_reads_is_named(program: EditableProgram) -> None:
     """A projection's bias dropped, its placeholder left behind."""
     (linear,) = weight_node(program, "q_proj.bias").users
     linear.args = linear.args[:2]
@@ -126,7 +126,7 @@ def test_a_weight_that_nothing_reads_is_named(program: Program) -> None:
         verify(program)
 
 
-def test_a_missing_output_is_counted(program: Program) -> None:
+def test_a_missing_output_is_counted(program: EditableProgram) -> None:
     result = program.graph.output_node()
     result.args = (result.args[0][:-1],)
     with pytest.raises(VerifyError, match="4 outputs for the names"):

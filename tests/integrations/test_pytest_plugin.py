@@ -151,6 +151,6 @@ def test_changed_files_are_refused(wrong: Path) -> None:
 
 def test_the_plugin_loads_nothing_heavy(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
-        "import sys\ndef test_it():\n    assert {'numpy', 'torch', 'h1export.core'}.isdisjoint(sys.modules)"
+        "import sys\ndef test_it():\n    assert {'numpy', 'torch', 'h1export.model'}.isdisjoint(sys.modules)"
     )
     pytester.run(sys.executable, "-m", "pytest", "-p", "no:hypothesispytest").assert_outcomes(passed=1)

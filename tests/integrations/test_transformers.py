@@ -18,7 +18,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.integrations import transformers
-from h1export.runtime.runner import Capabilities, Runner
+from h1export.runtime.runner import Limits, Runner
 from h1export.validate.accuracy.logits import relative_error
 
 PROMPT = "def main(argv):\n    "
@@ -53,7 +53,7 @@ class Limited:
 
     def __init__(self, runner: Runner[Any], **limits: Any) -> None:
         self._runner = runner
-        self.capabilities = replace(runner.capabilities, **limits)
+        self.limits = replace(runner.limits, **limits)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -205,7 +205,7 @@ def test_an_artifact_with_last_logits_generates_and_says_what_it_has_not(tiny: P
 
 def test_load_gives_a_runner(artifact: Artifact) -> None:
     runner = h1export.load(str(artifact.folder))
-    assert isinstance(runner.capabilities, Capabilities)
+    assert isinstance(runner.limits, Limits)
     ids = np.array([[5, 6, 7]])
     mask = np.ones((1, 3), np.int64)
     again = pipeline.load(artifact)
@@ -213,9 +213,7 @@ def test_load_gives_a_runner(artifact: Artifact) -> None:
 
 
 def test_the_face_of_the_package_finds_what_it_offers() -> None:
-    assert (
-        h1export.__getattr__("hf") is transformers
-    )  # what `import h1export; h1export.integrations.transformers` asks for
+    assert h1export.__getattr__("hf").load is transformers.load
     assert h1export.__getattr__("load") is pipeline.load_folder
     with pytest.raises(AttributeError, match="no attribute 'loads'"):
         h1export.loads  # type: ignore[attr-defined]  # noqa: B018

@@ -1,4 +1,4 @@
-"""Random inputs of the three ops, and the measure that every op test uses."""
+"""Random inputs of the three ops, and the error measure of all op tests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Inputs = dict[str, Any]
 def error() -> Callable[..., float]:
     """error(actual, expected, magnitude=None): the largest deviation, over the largest ``magnitude``.
 
-    ``magnitude`` is what the result would be if no term cancelled another: the scale on which rounding acts. By default the
-    expected values themselves.
+    ``magnitude`` is the result if no term cancelled another, which is the scale on which rounding acts. By default it
+    is the expected values themselves.
     """
 
     def measure(actual: torch.Tensor, expected: npt.NDArray[Any], magnitude: npt.NDArray[Any] | None = None) -> float:
@@ -32,7 +32,7 @@ def error() -> Callable[..., float]:
 
 @pytest.fixture(scope="session")
 def scan_inputs() -> Callable[..., Inputs]:
-    """Keyword arguments of ssm_scan; ``pads`` per row, the rows beyond it unpadded."""
+    """Keyword arguments of ssm_scan; ``pads`` has the pads of the first rows, and further rows have none."""
 
     def make(
         batch: int = 2,
@@ -96,7 +96,10 @@ def conv_inputs() -> Callable[..., Inputs]:
 
 @pytest.fixture(scope="session")
 def attention_inputs() -> Callable[..., Inputs]:
-    """Keyword arguments of attention; ``pads`` count from the first past column, ``first_position`` is that column's position."""
+    """Keyword arguments of attention.
+
+    ``pads`` count from the first past column, and ``first_position`` is the position of that column.
+    """
 
     def make(
         batch: int = 2,

@@ -48,21 +48,21 @@ def exact_angles(positions: torch.Tensor, dim: int, theta: float) -> Array:
 
 
 def model_angles(positions: torch.Tensor, dim: int, theta: float) -> Array:
-    """As transformers' FalconH1 computes them, in float32."""
+    """Return the angles as transformers' FalconH1 computes them, in float32."""
     rope = {"rope_type": "default", "rope_theta": theta}
     frequencies = FalconH1RotaryEmbedding(FalconH1Config(head_dim=dim, rope_parameters=rope)).inv_freq
     return (positions[..., None].float() * frequencies).double().numpy()
 
 
 def rotated(x: Array, angles: Array) -> Array:
-    """[batch, seq, heads, dim]: component i turns with component i + dim / 2, as one complex number."""
+    """Rotate x [batch, seq, heads, dim]; components i and i + dim / 2 are one complex number."""
     half = x.shape[3] // 2
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, :, None]
     return np.concatenate([turned.real, turned.imag], axis=3)
 
 
 def by_definition(inputs: Inputs, angles_of: Callable[..., Array] = exact_angles) -> tuple[Array, Array, Array]:
-    """out, keys and values, one query head of one token at a time."""
+    """Return out, keys and values, computed one query head of one token at a time."""
     q, k, v, past_k, past_v = (inputs[name].double().numpy() for name in ("q", "k", "v", "past_k", "past_v"))
     angles = angles_of(inputs["positions"], q.shape[3], inputs["rope_theta"])
     mask = inputs["mask"].numpy()
@@ -158,7 +158,10 @@ def test_a_token_without_any_real_column_sees_itself(attention_inputs: Callable[
 def test_half_precision_stays_half_precision(
     dtype: torch.dtype, half_step: float, attention_inputs: Callable[..., Inputs], error: Callable[..., float]
 ) -> None:
-    """Rounded after rotation (twice), softmax and product; a score of some units carries its rounding into the exponent."""
+    """Values are rounded after rotation (twice), softmax and product.
+
+    A score of a few units carries its rounding into the exponent.
+    """
     inputs = attention_inputs(dtype=dtype, pads=(3,))
     out, keys, values = h1.attention(**inputs)
     out64, keys64, values64 = by_definition(inputs)
@@ -169,13 +172,13 @@ def test_half_precision_stays_half_precision(
 
 
 def _interleaved_heads(inputs: Inputs) -> Inputs:
-    """Query head h reads kv head h % kv_heads: the same as reading the right one with the queries reordered."""
+    """Let query head h read kv head h % kv_heads, by reordering the queries."""
     groups = inputs["k"].shape[2]
     return {"q": inputs["q"].unflatten(2, (-1, groups)).transpose(2, 3).flatten(2, 3)}
 
 
 def _interleaved_pairs(inputs: Inputs) -> Inputs:
-    """Rotary pairs (2i, 2i + 1) instead of (i, i + dim / 2)."""
+    """Use the rotary pairs (2i, 2i + 1) instead of (i, i + dim / 2)."""
     return {name: inputs[name].unflatten(3, (-1, 2)).transpose(3, 4).flatten(3, 4) for name in ("q", "k")}
 
 

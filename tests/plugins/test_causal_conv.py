@@ -1,4 +1,4 @@
-"""h1::causal_conv against the sum it stands for, in float64."""
+"""h1::causal_conv against its definition in float64."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ properties = settings(deadline=None, max_examples=50, derandomize=True)
 
 
 def by_definition(inputs: Inputs) -> tuple[Array, Array, Array]:
-    """y, the state after x, and the size of y's terms before they cancel."""
+    """Return y, the state after x, and the magnitude of y's terms before they cancel."""
     x, state, weight = (inputs[name].double().numpy() for name in ("x", "state", "weight"))
     bias = np.zeros(len(weight)) if inputs["bias"] is None else inputs["bias"].double().numpy()
     taps = weight.shape[2]
@@ -59,7 +59,7 @@ def test_is_the_definition(
     inputs = conv_inputs(**case)
     y, state = h1.causal_conv(**inputs)
     expected, after, size = by_definition(inputs)
-    assert error(y, expected, np.maximum(size, 1e-3)) < TOLERANCE  # a row of pads without a bias is nothing but zeros
+    assert error(y, expected, np.maximum(size, 1e-3)) < TOLERANCE  # a row of pads without a bias is all zeros
     assert np.array_equal(state.double().numpy(), after)
 
 
@@ -108,7 +108,7 @@ def test_sequences_shorter_than_the_taps_shift_the_state(seq: int, conv_inputs: 
 def test_half_precision_stays_half_precision(
     dtype: torch.dtype, half_step: float, conv_inputs: Callable[..., Inputs], error: Callable[..., float]
 ) -> None:
-    """Rounded to the dtype after the sum and after SiLU; the state holds inputs, and so is exact."""
+    """y is rounded after the sum and after SiLU; the state consists of inputs, so it is exact."""
     inputs = conv_inputs(dtype=dtype)
     y, state = h1.causal_conv(**inputs)
     expected, after, size = by_definition(inputs)

@@ -1,4 +1,4 @@
-"""What PyTorch is told about the ops: schemas, fake kernels, dynamic sizes."""
+"""The registration of the ops with PyTorch: schemas, fake kernels and dynamic sizes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZES = {
         | {"past": st.integers(0, 5), "dim": st.sampled_from([2, 4])}
     ),
 }
-# what a targets' author writes first: one odd case for each op
+# one ragged, padded case for each op
 VARIANTS: dict[str, list[Inputs]] = {
     "ssm_scan": [
         {},
@@ -70,7 +70,7 @@ def described(outputs: tuple[torch.Tensor, ...]) -> list[Any]:
 
 @pytest.mark.parametrize(("op", "sizes"), [(op, sizes) for op in OPS for sizes in VARIANTS[op]])
 def test_opcheck(op: str, sizes: Inputs, make: Callable[..., Inputs]) -> None:
-    """PyTorch's own checks: nothing mutated, no output aliases an input, fake kernel and dynamic shapes right."""
+    """PyTorch's own checks pass: no mutation, no aliases, right fake kernels and dynamic shapes."""
     opcheck(getattr(h1, op).default, (), make(op, **sizes))
 
 
@@ -82,7 +82,7 @@ def test_opcheck_with_an_input_in_another_memory_order(op: str, make: Callable[.
 
 
 def test_opcheck_refuses_an_op_that_returns_its_input() -> None:
-    """The check of the checks: an alias is seen."""
+    """The checks find a planted alias."""
 
     @torch.library.custom_op("h1_test::alias", mutates_args=())
     def alias(x: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_outputs_can_be_viewed(op: str, make: Callable[..., Inputs]) -> None:
 
 
 class Call(torch.nn.Module):
-    """An op with its sizes given and its tensors as inputs."""
+    """A module that calls an op, with its tensors as inputs and its numbers fixed."""
 
     def __init__(self, op: str, fixed: Inputs) -> None:
         super().__init__()

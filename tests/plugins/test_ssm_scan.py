@@ -42,7 +42,10 @@ properties = settings(deadline=None, max_examples=50, derandomize=True)
 
 
 def recurrence(inputs: Inputs, absolute: bool = False) -> tuple[Array, Array]:
-    """y and the last state by definition; ``absolute``: with the sign of every term dropped, so that nothing cancels."""
+    """Return y and the last state by definition.
+
+    With ``absolute``, every term loses its sign, so that nothing cancels.
+    """
     sign = np.abs if absolute else np.positive
     x, B, C, D, S = (sign(inputs[name].double().numpy()) for name in ("x", "B", "C", "D", "state"))
     A = inputs["A"].double().numpy()
@@ -63,7 +66,7 @@ def recurrence(inputs: Inputs, absolute: bool = False) -> tuple[Array, Array]:
 
 
 def part(inputs: Inputs, tokens: slice, rows: slice = slice(None), **changed: Any) -> Inputs:
-    """The inputs of some tokens of some rows."""
+    """Return the inputs of some tokens of some rows."""
     cut = {name: inputs[name][rows, tokens] for name in ("x", "dt", "B", "C", "mask")}
     return inputs | cut | {"state": inputs["state"][rows]} | changed
 
@@ -120,7 +123,7 @@ def test_a_padded_row_is_the_row_run_alone(
 
 @pytest.mark.parametrize("limits", [(0.0, math.inf), (0.05, math.inf)])
 def test_pads_leave_the_state_bit_for_bit(limits: tuple[float, float], scan_inputs: Callable[..., Inputs]) -> None:
-    """Even where the lower limit would give every token a dt."""
+    """Pads leave the state unchanged even if the lower limit would give every token a dt."""
     inputs = scan_inputs(pads=(13, 13), limits=limits)
     _, state = h1.ssm_scan(**inputs)
     assert torch.equal(state, inputs["state"])
@@ -138,13 +141,13 @@ def slow_heads(scan_inputs: Callable[..., Inputs]) -> Inputs:
 
 
 def worst_head(actual: torch.Tensor, expected: Array) -> float:
-    """The largest deviation of a head's state over that head's own range."""
+    """Return the largest deviation of a head's state, divided by that head's own range."""
     difference = np.abs(actual.double().numpy() - expected).max(axis=(0, 2, 3))
     return float((difference / np.ptp(expected, axis=(0, 2, 3))).max())
 
 
 def single_steps(inputs: Inputs, narrow: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The state after all tokens, one call a token, ``narrow`` between calls."""
+    """Return the state after all tokens, one call per token, with ``narrow`` applied between calls."""
     state: torch.Tensor = inputs["state"]
     for token in range(inputs["x"].shape[1]):
         _, state = h1.ssm_scan(**part(inputs, slice(token, token + 1), state=narrow(state)))
@@ -169,7 +172,7 @@ def test_a_half_precision_state_would_drift(scan_inputs: Callable[..., Inputs]) 
 def test_half_precision_inputs_are_computed_in_float32(
     dtype: torch.dtype, half_step: float, scan_inputs: Callable[..., Inputs], error: Callable[..., float]
 ) -> None:
-    """y is off by its own rounding only; the state is float32 and as exact as ever."""
+    """y only has the error of its own rounding; the state is float32 and as exact as with float32 inputs."""
     inputs = scan_inputs(dtype=dtype, pads=(3,))
     y, state = h1.ssm_scan(**inputs)
     (y64, state64) = recurrence(inputs)
@@ -181,7 +184,7 @@ def test_half_precision_inputs_are_computed_in_float32(
 
 
 def _interleaved_groups(inputs: Inputs) -> Inputs:
-    """Every head reads group head % groups instead of head // heads_per_group."""
+    """Let every head read group head % groups instead of head // heads_per_group."""
     heads = torch.arange(inputs["x"].shape[2]) % inputs["B"].shape[2]
     return {"B": inputs["B"][:, :, heads], "C": inputs["C"][:, :, heads]}
 

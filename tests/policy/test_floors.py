@@ -21,7 +21,7 @@ TRITON = re.compile(
     r"h1export\.plugins\.\w+\.kernels"
 )  # modules that are written in Triton, and so need it to be imported
 HEAVY = ("numpy", "torch", "onnx", "onnx_ir", "transformers", "triton", *RUNTIMES)
-SHARED_BY_TARGETS = ("h1export.targets.base", "h1export.targets.onnx")
+SHARED_BY_TARGETS = ("h1export.targets.base", "h1export.targets.onnx", "h1export.targets.sizes")
 HOSTED = "h1export.integrations"  # its modules import what only extras install
 
 Floors = list[tuple[set[str], bool]]  # from the top: (packages, whether they may import each other)
@@ -170,7 +170,7 @@ def test_targets_do_not_import_each_other(trees: Mapping[str, ast.Module]) -> No
 
 def test_an_import_between_targets_is_seen() -> None:
     planted = {
-        "h1export.targets.coreml.target": ast.parse("from h1export.targets.onnxruntime.emit.nbits import Layout")
+        "h1export.targets.coreml.target": ast.parse("from h1export.targets.onnxruntime.emit.packing import NBitsLayout")
     }
     assert len(between_targets(planted)) == 1
 

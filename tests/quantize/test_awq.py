@@ -16,7 +16,7 @@ from h1export.model.falcon_h1.tensors import EMBEDDING
 from h1export.progress import SILENT
 from h1export.quantize.awq_scales import SCALING, AwqScales, ScaledStore
 from h1export.quantize.layers import LoadedLayer, embed
-from h1export.quantize.methods.awq import no_scaling, scaling
+from h1export.quantize.methods.awq import search_scales, unit_scales
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import Rounded
@@ -33,7 +33,11 @@ def ids(config: FalconH1Config) -> Array:
 def found(checkpoint: Path, jobs: int = 1) -> Found:
     config = FalconH1Config.load(checkpoint)
     store = WeightStore.open(checkpoint, config)
-    return store, config, scaling(store, config, SCHEME.precisions(config), ids=ids(config), jobs=jobs, progress=SILENT)
+    return (
+        store,
+        config,
+        search_scales(store, config, SCHEME.precisions(config), ids=ids(config), jobs=jobs, progress=SILENT),
+    )
 
 
 def whole(store: WeightStore, name: str) -> Array:
@@ -84,7 +88,7 @@ def test_products_have_less_error(tensor: str, make_checkpoint: Callable[..., Pa
         WeightStore.open(checkpoint, config), AwqScales({}, {"model.layers.0.input_layernorm.weight": sizes}), SILENT
     )
     precisions = {name: SCHEME.precisions(config)[name]}
-    factors = scaling(store, config, precisions, ids=ids(config), jobs=1, progress=SILENT)
+    factors = search_scales(store, config, precisions, ids=ids(config), jobs=1, progress=SILENT)
     other = np.random.default_rng(1).integers(0, config.vocab_size, 100)
     inputs = (
         LoadedLayer(store, config, 0, read=lambda tensor: whole(store, tensor))
@@ -111,7 +115,7 @@ def test_threads_change_no_digit(make_checkpoint: Callable[..., Path]) -> None:
 
 def test_a_plan_has_the_same_shapes(scaled: tuple[Path, Found]) -> None:
     _, (store, config, factors) = scaled
-    ones = no_scaling(store, config, SCHEME.precisions(config))
+    ones = unit_scales(store, config, SCHEME.precisions(config))
     for ours, planned in ((factors.columns, ones.columns), (factors.rows, ones.rows)):
         assert {name: values.shape for name, values in ours.items()} == {
             name: values.shape for name, values in planned.items()

@@ -101,7 +101,7 @@ def test_fitted_scales_are_the_least_squares_ones(rows: int, groups: int, seed: 
         if tame.all():
             np.testing.assert_allclose(fitted[row].astype(np.float64), exact, rtol=5e-3)
     before, after = (
-        damage(QuantizedTensor(codes, scales, start.multiplier), weight, moments) for scales in (start.scales, fitted)
+        damage(QuantizedTensor(codes, scales, start.row_scale), weight, moments) for scales in (start.scales, fitted)
     )
     assert (after <= before * 1.01).mean() >= 0.9
 

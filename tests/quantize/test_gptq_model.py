@@ -22,7 +22,7 @@ from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD
 from h1export.progress import SILENT
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.methods import gptq_model as module
-from h1export.quantize.methods.gptq_model import solve
+from h1export.quantize.methods.gptq_model import solve_model
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import QuantizedWeights, Rounded
@@ -44,7 +44,7 @@ def solved(checkpoint: Path, folder: Path, jobs: int = 1) -> QuantizedWeights:
     rest = rounded(checkpoint)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (3, 100))
     folder.mkdir(exist_ok=True)
-    return solve(rest.store, config, rest, ids=ids, stage=Stage(folder, jobs), progress=SILENT)
+    return solve_model(rest.store, config, rest, ids=ids, stage=Stage(folder, jobs), progress=SILENT)
 
 
 def bytes_of(integers: QuantizedWeights, store: WeightStore) -> dict[str, str]:
@@ -82,7 +82,7 @@ def test_rows_of_the_file_are_rows_of_the_tensor(make_checkpoint: Callable[..., 
     part = integers.rows(name, 40, 57)
     np.testing.assert_array_equal(part.codes, whole.codes[40:57])
     np.testing.assert_array_equal(part.scales, whole.scales[40:57])
-    assert part.multiplier.tolist() == [1.0] * 17
+    assert part.row_scale.tolist() == [1.0] * 17
 
 
 @pytest.mark.parametrize("name", ["plain", "tied"])
@@ -121,7 +121,7 @@ def test_gptq_has_at_most_six_tenths_of_the_divergence_of_rounding(tiny: Path, t
     rest = rounded(tiny)
     truths = [reference.full(window[:-1])[0] for window in chosen]
     config = FalconH1Config.load(tiny)
-    found = solve(
+    found = solve_model(
         rest.store, config, rest, ids=Calibration(samples=16).ids(tiny), stage=Stage(tmp_path, 2), progress=SILENT
     )
     plain, ours = (mean_kl(reference, tiny, integers, chosen, truths) for integers in (rest, found))
@@ -140,11 +140,11 @@ def test_the_head_is_solved_on_the_contexts_of_its_tokens(
     store = WeightStore.open(tiny, config)
     rest = Rounded(store, {LM_HEAD: SCHEME.precisions(config)[LM_HEAD]}, quantize_rows)
     found = []
-    for share in (module.PLAIN, 1e6):
-        monkeypatch.setattr(module, "PLAIN", share)
+    for share in (module.UNWEIGHTED_SHARE, 1e6):
+        monkeypatch.setattr(module, "UNWEIGHTED_SHARE", share)
         folder = tmp_path / str(share)
         folder.mkdir()
-        integers = solve(
+        integers = solve_model(
             store, config, rest, ids=Calibration(samples=8).ids(tiny), stage=Stage(folder, 2), progress=SILENT
         )
         found.append(mean_kl(reference, tiny, integers, chosen, truths))
@@ -155,33 +155,33 @@ def test_the_head_is_solved_on_the_contexts_of_its_tokens(
 KILLS = """
 import os, sys
 from pathlib import Path
-from h1export import pipeline
+from h1export.commands import pipeline
 from h1export.quantize.calibration import Calibration
-from h1export.core.quant import QuantScheme
+from h1export.quantize.scheme import QuantScheme
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.quantize import solve as module
+from h1export.quantize.methods import gptq_model as module
 checkpoint, truth, out = map(Path, sys.argv[1:4])
 program = pipeline.trace(FalconH1Config.load(checkpoint), False)
 pipeline.trace = lambda *_: program
-functions = {name: getattr(module, name) for name in ("solve_rows", "_both", "_alone")}
+functions = {name: getattr(module, name) for name in ("solve_rows", "_run_on_both", "_layer_output")}
 def built(place, name="", last=0):
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
     calls = {name: 0 for name in functions}
-    def counted(own, *arguments):
+    def counted(own, *arguments, **named):
         calls[own] += 1
         if own == name and calls[own] == last:
             os.kill(os.getpid(), 9)
-        return functions[own](*arguments)
+        return functions[own](*arguments, **named)
     for own in functions:
-        setattr(module, own, lambda *arguments, own=own: counted(own, *arguments))
+        setattr(module, own, lambda *arguments, own=own, **named: counted(own, *arguments, **named))
     scheme, calibration = QuantScheme("int4", 32, "gptq"), Calibration(samples=3, length=100)
     pipeline.build(checkpoint, "ort", place, scheme, jobs=1, calibration=calibration)
     print(*calls.values(), flush=True)
     os._exit(0)
 assert built(truth) == 0
-for name, last in (("_both", 2), ("solve_rows", 4), ("_both", 2), ("_alone", 2), ("solve_rows", 4), ("solve_rows", 8), ("solve_rows", 2)):
+for name, last in (("_run_on_both", 2), ("solve_rows", 4), ("_run_on_both", 2), ("_layer_output", 2), ("solve_rows", 4), ("solve_rows", 8), ("solve_rows", 2)):
     assert built(out, name, last) == 9, (name, last)
 assert built(out) == 0
 """

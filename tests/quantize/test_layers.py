@@ -10,7 +10,8 @@ import torch
 
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.quantize.layers import INPUTS, LoadedLayer, embed, head_tensor, logits, products
+from h1export.model.falcon_h1.projections import INPUT_GROUPS
+from h1export.quantize.layers import LoadedLayer, embed, head_tensor, logits, products
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference import Reference
 
@@ -26,7 +27,7 @@ def test_logits_are_those_of_transformers(checkpoint: Path) -> None:
     hidden = embed(store, config, ids)
     for layer in range(config.num_hidden_layers):
         hidden = LoadedLayer(store, config, layer, read=whole(store)).output(hidden)
-    found = logits(store, config, hidden, whole(store)(head_tensor(config)))
+    found = logits(store, config, hidden, head=whole(store)(head_tensor(config)))
     assert relative_error(found, Reference(checkpoint).full(ids)[0]) < 1e-5
 
 
@@ -41,16 +42,16 @@ def test_the_inputs_are_those_of_the_products(make_checkpoint: Callable[..., Pat
     found = LoadedLayer(store, config, 0, read=whole(store)).run(embed(store, config, ids))[1]
     model = FalconH1ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     theirs: dict[str, torch.Tensor] = {}
-    for group in INPUTS.values():
-        for name in group:
+    for group in INPUT_GROUPS.values():
+        for name in (projection.name for projection in group):
             module = model.model.layers[0].get_submodule(name)
             module.register_forward_pre_hook(lambda _, args, name=name: theirs.update({name: args[0][0]}))
     with torch.no_grad():
         model(torch.from_numpy(ids)[None])
-    assert found.keys() == INPUTS.keys()
-    for group in INPUTS.values():
-        for name in group:
-            ours = found[group[0]].flatten()
+    assert found.keys() == INPUT_GROUPS.keys()
+    for group in INPUT_GROUPS.values():
+        for name in (projection.name for projection in group):
+            ours = found[group[0].name].flatten()
             other = theirs[name].flatten()
             factor = (ours @ other) / (ours @ ours)
             torch.testing.assert_close(ours * factor, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))

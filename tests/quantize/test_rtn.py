@@ -93,7 +93,7 @@ def test_rows_do_not_influence_each_other(precision: Precision, data: st.DataObj
     parts = [
         quantize_rows(weight[s], precision, multiplier[s]) for s in (slice(0, cut), slice(cut, None)) if len(weight[s])
     ]
-    for field in ("codes", "scales", "multiplier"):
+    for field in ("codes", "scales", "row_scale"):
         assert np.array_equal(np.concatenate([getattr(part, field) for part in parts]), getattr(whole, field))
 
 
@@ -112,7 +112,7 @@ def test_the_multiplier_stays_beside_the_integers() -> None:
     scaled = quantize_rows(weight, Precision(4, 32), multiplier)
     assert np.array_equal(plain.codes, scaled.codes)
     assert np.array_equal(plain.scales, scaled.scales)
-    assert np.array_equal(scaled.multiplier, multiplier)
+    assert np.array_equal(scaled.row_scale, multiplier)
     assert np.array_equal(scaled.unfolded(), plain.unfolded())
 
 
@@ -171,14 +171,14 @@ def test_values_too_large_for_a_scale(precision: Precision) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codes", "scales", "multiplier"),
+    ("codes", "scales", "row_scale"),
     [((2, 8), (3, 1), (2,)), ((2, 8), (2, 3), (2,)), ((2, 8), (2, 2), (3,)), ((2, 8), (2, 2), (2, 1))],
 )
 def test_parts_that_do_not_fit_are_misuse(
-    codes: tuple[int, ...], scales: tuple[int, ...], multiplier: tuple[int, ...]
+    codes: tuple[int, ...], scales: tuple[int, ...], row_scale: tuple[int, ...]
 ) -> None:
     with pytest.raises(ValueError, match="do not fit"):
-        QuantizedTensor(np.zeros(codes, np.int8), np.ones(scales, np.float16), np.ones(multiplier, np.float32))
+        QuantizedTensor(np.zeros(codes, np.int8), np.ones(scales, np.float16), np.ones(row_scale, np.float32))
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
@@ -219,7 +219,7 @@ def test_blocks_of_any_size_make_the_same_integers(store: WeightStore, budget: i
     blocks = [
         block() for block in quantized_blocks(WeightExpr((part,)), store, rounded(store, precision), max_bytes=budget)
     ]
-    for field in ("codes", "scales", "multiplier"):
+    for field in ("codes", "scales", "row_scale"):
         assert np.array_equal(np.concatenate([getattr(block, field) for (block,) in blocks]), getattr(whole, field))
 
 

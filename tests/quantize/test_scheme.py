@@ -1,4 +1,4 @@
-"""QuantScheme: which tensor gets which precision, and which widths a group_size divides."""
+"""QuantScheme: which tensor gets which precision, and which widths a group divides."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_small_tensors_stay_float(name: str, spec_of: Callable[..., FalconH1Conf
     assert QuantScheme("int4").precision(name, spec_of()) is None
 
 
-def test_columns_per_scale() -> None:
+def test_columns_per_group() -> None:
     assert Precision(4, 32).columns_per_group(96) == 32
     assert Precision(8, 0).columns_per_group(96) == 96
 
@@ -82,7 +82,7 @@ def test_unknown_schemes(quant: str) -> None:
 
 @pytest.mark.parametrize("group_size", [0, 16, 33, 256, -32])
 def test_unknown_group_sizes(group_size: int) -> None:
-    with pytest.raises(H1ExportError, match=f"--group-size: {group_size} is not a group_size size; one of 32, 64, 128"):
+    with pytest.raises(H1ExportError, match=f"--group-size: {group_size} is not a group size; one of 32, 64, 128"):
         QuantScheme("int4", group_size)
 
 

@@ -68,7 +68,7 @@ def greedy_agreement_row(group: str, texts: Sequence[Continuation], reference: R
 
 def impossible(runner: Runner[Any], starts: Sequence[Ids]) -> str:
     """Why greedy texts cannot be had; empty: they can."""
-    room = runner.capabilities.max_context or runner.config.max_position_embeddings
+    room = runner.limits.max_context or runner.config.max_position_embeddings
     if room < PROMPT + LIMIT:
         return f"{PROMPT + LIMIT} tokens do not fit into {room}"
     return "" if starts else "not asked for, or there is no text"

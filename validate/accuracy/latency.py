@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from h1export.runtime.runner import Ids, Runner, Sequences
+from h1export.runtime.runner import Ids, Runner, Session
 from h1export.validate.accuracy.reference import Reference
 
 # tokens a prefill, steps a decode run
@@ -58,7 +58,7 @@ def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) 
     def reference_prefill() -> None:
         reference.start(1, 0).append(batch)
 
-    def decode(sequences: Sequences) -> Callable[[], None]:
+    def decode(sequences: Session) -> Callable[[], None]:
         def steps() -> None:
             for _ in range(DECODE):
                 sequences.append(token)

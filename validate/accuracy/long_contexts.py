@@ -12,7 +12,7 @@ import numpy as np
 from h1export.model.falcon_h1.states import Array, StateSpec
 from h1export.report.histogram import Histogram
 from h1export.report.report import LOGIT_ERROR, Row
-from h1export.runtime.runner import Ids, Runner, Sequences
+from h1export.runtime.runner import Comparable, Ids, Runner, Session
 from h1export.validate.accuracy.logits import logit_figures, position_errors
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.states import row_of_batch, state_errors
@@ -23,7 +23,7 @@ STEPS = 8  # decode steps that are timed
 
 
 def context_rows(
-    ways: Mapping[str, Runner[Any]],
+    ways: Mapping[str, Comparable[Any]],
     reference: Reference,
     contexts: Sequence[int],
     *,
@@ -35,7 +35,7 @@ def context_rows(
     for context in sorted(contexts):
         check = f"context {context}"
         config = next(iter(ways.values())).config
-        room = min(way.capabilities.max_context or config.max_position_embeddings for way in ways.values())
+        room = min(way.limits.max_context or config.max_position_embeddings for way in ways.values())
         if context > room:
             rows += [Row(check, group, note=f"the artifact has room for {room} tokens") for group in ways]
             continue
@@ -63,7 +63,7 @@ def context_rows(
     return rows
 
 
-def _prefill(runner: Runner[Any], ids: Ids) -> tuple[Array, dict[str, Array]]:
+def _prefill(runner: Comparable[Any], ids: Ids) -> tuple[Array, dict[str, Array]]:
     """Logits of the last TAIL positions (or the last one, where there are no others) and the states, of ids [seq] in chunks."""
     states = runner.initial(1)
     kept = []
@@ -71,17 +71,15 @@ def _prefill(runner: Runner[Any], ids: Ids) -> tuple[Array, dict[str, Array]]:
         chunk = ids[None, start : start + CHUNK]
         logits, states = runner.step(chunk, np.ones((1, start + chunk.shape[1]), np.int64), states)
         kept.append(logits[0, -TAIL:])
-    tail = np.concatenate(kept)[-TAIL:] if runner.capabilities.all_logits else kept[-1]
+    tail = np.concatenate(kept)[-TAIL:] if runner.limits.all_logits else kept[-1]
     return tail, row_of_batch(runner.snapshot(states), StateSpec.of(runner.config), 0, pad=0)
 
 
 def cost_rows(runner: Runner[Any], contexts: Sequence[int], group: str, *, seed: int) -> list[Row]:
     """prefill_ms: of a token in the last chunk before a context's end. decode_ms: of one at its end. Both in states in place."""
-    if runner.capabilities.emulated:
-        return [
-            Row("cost by context", group, note=f"computed by {runner.capabilities.kernels}: its speed says nothing")
-        ]
-    room = runner.capabilities.max_context or runner.config.max_position_embeddings
+    if runner.provenance.emulated:
+        return [Row("cost by context", group, note=f"computed by {runner.provenance.kernels}: its speed says nothing")]
+    room = runner.limits.max_context or runner.config.max_position_embeddings
     lengths = [context for context in sorted(contexts) if context <= room]
     ids = np.random.default_rng(seed).integers(0, runner.config.vocab_size, max(lengths, default=0), dtype=np.int64)
     if lengths:
@@ -99,7 +97,7 @@ def _cost(runner: Runner[Any], ids: Ids) -> dict[str, float]:
     return {"prefill_ms": 1e3 * prefill[-1] / chunks[-1].shape[1], "decode_ms": 1e3 * median(decode)}
 
 
-def _timed(sequence: Sequences, ids: Ids) -> float:
+def _timed(sequence: Session, ids: Ids) -> float:
     start = time.perf_counter()
     sequence.append(ids)
     return time.perf_counter() - start

@@ -11,7 +11,7 @@ import numpy as np
 from h1export.model.falcon_h1.states import Array, StateSpec
 from h1export.report.histogram import Histogram
 from h1export.report.report import LOGIT_ERROR, Row
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Comparable, Ids, Runner
 from h1export.validate.accuracy.cases import Case, cases
 from h1export.validate.accuracy.logits import logit_figures, position_errors
 from h1export.validate.accuracy.reference import Reference
@@ -30,8 +30,8 @@ class Run:
     impossible: str = ""
 
 
-def run_cases(runner: Runner[Any], seed: int) -> Iterator[Run]:
-    """Every case that the runner's capabilities allow, on random token ids."""
+def run_cases(runner: Comparable[Any], seed: int) -> Iterator[Run]:
+    """Every case that the Runner's limits allow, on random token ids."""
     rng = np.random.default_rng(seed)
     states = StateSpec.of(runner.config)
     for case in cases(runner.config):
@@ -49,7 +49,7 @@ def run_cases(runner: Runner[Any], seed: int) -> Iterator[Run]:
             answer, current = runner.step(ids[:, end - tokens : end], mask[:, :end], current)
             logits.append(answer)
         ends = np.cumsum(case.calls)
-        positions = np.arange(case.length) if runner.capabilities.all_logits else ends - 1
+        positions = np.arange(case.length) if runner.limits.all_logits else ends - 1
         joined = np.concatenate(logits, axis=1)
         snapshot = runner.snapshot(current)
         yield Run(
@@ -62,8 +62,8 @@ def run_cases(runner: Runner[Any], seed: int) -> Iterator[Run]:
 
 
 def _impossible(case: Case, runner: Runner[Any]) -> str:
-    """Why the runner's capabilities rule a case out; empty: they do not."""
-    limits = runner.capabilities
+    """Why the Runner's limits rule a case out; empty: they do not."""
+    limits = runner.limits
     if limits.max_batch is not None and len(case.pads) > limits.max_batch:
         return f"the runtime takes at most {limits.max_batch} rows at a time"
     if limits.max_context is not None and case.length > limits.max_context:

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from h1export.checkpoint.gptq_format import GptqLayout
+from h1export.checkpoint.gptq_format import GptqFormat
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, StateKind
 from h1export.model.falcon_h1.tensors import tensor_layout
-from h1export.runtime.runner import Capabilities, Ids, Sequences
+from h1export.runtime.runner import Ids, Limits, Provenance, Session
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference_probes import arrays, watched
 
@@ -43,7 +43,7 @@ class Reference:
         log.set_verbosity_error()
         log.disable_progress_bar()
         self.config = FalconH1Config.load(checkpoint)
-        packed = GptqLayout.load(checkpoint) is not None
+        packed = GptqFormat.load(checkpoint) is not None
         try:
             if packed:  # transformers itself would need kernels for it
                 config = config_class.from_pretrained(checkpoint, local_files_only=True)
@@ -120,20 +120,20 @@ class Reference:
         return logits, states, result.past_key_values
 
     @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(
-            None,
-            all_logits=False,
-            kernels=f"PyTorch {torch.__version__}, transformers {metadata.version('transformers')}",
-        )
+    def limits(self) -> Limits:
+        return Limits(all_logits=False)
 
-    def start(self, batch: int, capacity: int) -> Sequences:
-        """``batch`` sequences for timing; their cache takes any number of tokens."""
-        return CachedSequences(self._model)
+    @property
+    def provenance(self) -> Provenance:
+        return Provenance(kernels=f"PyTorch {torch.__version__}, transformers {metadata.version('transformers')}")
+
+    def start(self, batch: int, capacity: int) -> Session:
+        """Open ``batch`` sequences for timing; their cache takes any number of tokens."""
+        return CachedSession(self._model)
 
 
-class CachedSequences:
-    """transformers' cached decode, as its users run it. For timing: see above for what it gets wrong."""
+class CachedSession:
+    """transformers' cached decode, as its users run it. It is for timing: see above for what it gets wrong."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

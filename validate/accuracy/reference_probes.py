@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from h1export.model.falcon_h1.probes import ProbePoint, probe_name
+from h1export.model.falcon_h1.projections import POINTS_READ
 from h1export.model.falcon_h1.states import Array
 
 Found = dict[str, Tensor]
@@ -36,11 +37,8 @@ def watched(model: Any) -> Iterator[Found]:
         after(module, lambda result: _keep(found, name, result * factor))
 
     for index, layer in enumerate(model.model.layers):
-        before(layer.input_layernorm, probe_name(index, ProbePoint.RESIDUAL))
-        before(layer.pre_ff_layernorm, probe_name(index, ProbePoint.MIXED))
-        before(layer.mamba.out_proj, probe_name(index, ProbePoint.GATED))
-        before(layer.self_attn.o_proj, probe_name(index, ProbePoint.ATTENDED))
-        before(layer.feed_forward.down_proj, probe_name(index, ProbePoint.PRODUCT))
+        for module, point in POINTS_READ.items():
+            before(layer.get_submodule(module), probe_name(index, point))
         after(layer.mamba.in_proj, partial(_keep_projected, found, index, layer.mamba))
         after_scaled(layer.self_attn.q_proj, probe_name(index, ProbePoint.QUERY))
         after_scaled(layer.self_attn.k_proj, probe_name(index, ProbePoint.KEY), layer.self_attn.key_multiplier)
@@ -63,7 +61,7 @@ def _keep(found: Found, name: str, value: Tensor) -> None:
     found[name] = value.detach().float()
 
 
-def _keep_projected(found: Found, layer: int, mixer: Any, *, projected: Tensor) -> None:
+def _keep_projected(found: Found, layer: int, mixer: Any, projected: Tensor) -> None:
     """What in_proj gives, µP included, in its parts; and the convolution of one, which is no module's result."""
     sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
     gate, xbc, dt = (projected * mixer.mup_vector).split(sizes, dim=-1)

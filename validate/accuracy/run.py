@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from h1export.artifact.artifact import Artifact, Manifest
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import Manifest
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.states import Array
 from h1export.progress import SILENT, Progress
 from h1export.quantize.awq_scales import AwqScales, ScaledStore
 from h1export.report.histogram import Histogram
 from h1export.report.report import KL, LOGIT_ERROR, Report, Row
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Comparable, Ids, Inspectable, Runner, TracksMagnitudes
 from h1export.validate.accuracy import tolerances
 from h1export.validate.accuracy.bisect import bisect, integers_row
 from h1export.validate.accuracy.greedy_agreement import CHECK as GREEDY
@@ -82,14 +83,14 @@ class Subject:
         options: what to run.
     """
 
-    runner: Runner[Any]
-    exact: Runner[Any]
+    runner: Comparable[Any]
+    exact: Comparable[Any]
     stored: Mapping[str, Array]
     limits: Mapping[str, float]
     options: ValidateOptions
 
     @property
-    def ways(self) -> dict[str, Runner[Any]]:
+    def ways(self) -> dict[str, Comparable[Any]]:
         """The ways in which lowering is judged, by their group of metrics, against a reference that holds ``stored``."""
         if not self.stored:
             return {SOURCE: self.runner}
@@ -98,8 +99,8 @@ class Subject:
 
 def validate(
     artifact: Artifact,
-    runner: Runner[Any],
-    exact: Runner[Any],
+    runner: Inspectable[Any],
+    exact: Inspectable[Any],
     checkpoint: Path,
     options: ValidateOptions,
     progress: Progress,
@@ -112,7 +113,7 @@ def validate(
         H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
     limits = tolerances.limits_of(
-        artifact.manifest, runner.capabilities.float32, exact.capabilities.float32, chosen=options.limits
+        artifact.manifest, runner.provenance.float32, exact.provenance.float32, chosen=options.limits
     )
     stored = runner.stored_weights()
     rows = []
@@ -130,7 +131,7 @@ def validate(
 
 
 def judge(
-    runner: Runner[Any],
+    runner: Comparable[Any],
     checkpoint: Path,
     options: ValidateOptions = ValidateOptions(),
     progress: Progress = SILENT,
@@ -140,7 +141,7 @@ def judge(
     Raises:
         H1ExportError: limits for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
-    float32 = runner.capabilities.float32
+    float32 = runner.provenance.float32
     limits = tolerances.limits("none", "rtn", float32, exact=float32, chosen=options.limits)
     rows = _rows(Subject(runner, runner, {}, limits=limits, options=options), Reference(checkpoint), progress)
     return Report(_shown(runner), _environment(), tuple(rows))
@@ -155,7 +156,7 @@ class Outputs:
     silent: str
 
     @classmethod
-    def of(cls, runner: Runner[Any], options: ValidateOptions) -> Outputs:
+    def of(cls, runner: Comparable[Any], options: ValidateOptions) -> Outputs:
         """Ask ``runner``."""
         starts = prompts(options.text_ids, options.prompts, options.seed)
         silent = impossible(runner, starts)
@@ -175,7 +176,8 @@ def _rows(trial: Subject, reference: Reference, progress: Progress) -> list[Row]
     progress.stage("artifact")
     shipped = Outputs.of(runner, options)
     judged = {group: shipped if way is runner else Outputs.of(way, options) for group, way in trial.ways.items()}
-    rows = [_fp16_row(magnitudes, limits)] if (magnitudes := runner.magnitudes()) else []
+    magnitudes = runner.magnitudes() if isinstance(runner, TracksMagnitudes) else {}
+    rows = [_fp16_row(magnitudes, limits)] if magnitudes else []
     progress.stage("reference")
     rows += [row for run in shipped.runs for row in case_rows({SOURCE: run}, reference, runner, limits=limits)]
     progress.stage("text")
@@ -230,9 +232,9 @@ def _text_row(
     name = "bits per byte"
     if len(options.text_ids) < 2:
         return Row(name, SOURCE, note="the checkpoint has no tokenizer, or the text is empty")
-    if not runner.capabilities.all_logits:
+    if not runner.limits.all_logits:
         return Row(name, SOURCE, note="the artifact gives the last position's logits only")
-    if (room := runner.capabilities.max_context) is not None and room < WINDOW:
+    if (room := runner.limits.max_context) is not None and room < WINDOW:
         return Row(name, SOURCE, note=f"windows of {WINDOW} tokens do not fit into {room}")
 
     def score(window: Ids) -> Array:
@@ -253,9 +255,9 @@ def _latency_rows(
 ) -> list[Row]:
     if not options.pairs:
         return [Row("latency", SOURCE, note="not asked for")]
-    if runner.capabilities.emulated:
-        return [Row("latency", SOURCE, note=f"computed by {runner.capabilities.kernels}: its speed says nothing")]
-    if (room := runner.capabilities.max_context) is not None and room < (needed := tokens_needed(options.pairs)):
+    if runner.provenance.emulated:
+        return [Row("latency", SOURCE, note=f"computed by {runner.provenance.kernels}: its speed says nothing")]
+    if (room := runner.limits.max_context) is not None and room < (needed := tokens_needed(options.pairs)):
         return [Row("latency", SOURCE, note=f"{needed} tokens do not fit into {room}")]
     prompt = np.random.default_rng(options.seed).integers(0, runner.config.vocab_size, PREFILL, dtype=np.int64)
     rows = []
@@ -276,8 +278,8 @@ def _described(manifest: Manifest) -> dict[str, Any]:
 
 
 def _shown(runner: Runner[Any]) -> dict[str, Any]:
-    capabilities = runner.capabilities
-    return {"kernels": capabilities.kernels, "notes": [*capabilities.notes, *filter(None, [capabilities.fallback])]}
+    computed = runner.provenance
+    return {"kernels": computed.kernels, "notes": [*runner.notes, *filter(None, [computed.fallback])]}
 
 
 def _environment() -> dict[str, Any]:

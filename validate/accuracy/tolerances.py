@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import get_args
 
-from h1export.artifact.artifact import Manifest
+from h1export.artifact.manifest import Manifest
 from h1export.errors import H1ExportError
 from h1export.quantize.scheme import PREQUANTIZED, Method, QuantName
 

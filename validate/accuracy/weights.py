@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from h1export.artifact.artifact import StoredWeight
+from h1export.artifact.manifest import StoredWeight
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.states import Array
 from h1export.quantize.precision import Precision

@@ -210,7 +210,7 @@ def _jobs(
     left_out: dict[str, None] = {}
     for timing in options.timings:
         for (i, threads), child in children.items():
-            if reason := timing.refused(child.capabilities, options.steps):
+            if reason := timing.refused(child.limits, options.steps):
                 left_out[f"{timing}: {contenders[i].folder} {reason}"] = None
             else:
                 jobs[i, threads, timing] = partial(child.speed, timing)

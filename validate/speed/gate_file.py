@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args
 
-from h1export.artifact.artifact import Manifest
+from h1export.artifact.manifest import Manifest
 from h1export.errors import H1ExportError
 from h1export.quantize.scheme import QuantName
 from h1export.validate.speed.decision import FIRST

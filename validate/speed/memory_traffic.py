@@ -10,14 +10,13 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from h1export.artifact.artifact import Manifest
+from h1export.artifact.manifest import Manifest
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.model.falcon_h1.tensors import EMBEDDING, tensor_layout
+from h1export.quantize.precision import Precision
 
-# of a value that is not quantised, and of a scale
-FLOAT_BYTES = 4
-SCALE_BYTES = 2
+FLOAT_BYTES = 4  # of a value that is not quantised
 READ_BYTES = 1 << 28  # the array that read_bandwidth reads: far beyond any last-level cache
 
 
@@ -52,9 +51,7 @@ def _row_bytes(manifest: Manifest, config: FalconH1Config) -> int:
     columns = config.hidden_size
     for weight in manifest.weights:
         if any(part.tensor == EMBEDDING for part in weight.parts):
-            return columns * weight.bits // 8 + SCALE_BYTES * (
-                -(-columns // weight.group_size) if weight.group_size else 1
-            )
+            return Precision(weight.bits, weight.group_size).stored_bits((1, columns)) // 8
     return FLOAT_BYTES * columns
 
 

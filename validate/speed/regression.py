@@ -79,7 +79,8 @@ class ModelPair:
     """Two players in one process, timed side by side in random order."""
 
     def __init__(self, ours: TimedModel, theirs: TimedModel) -> None:
-        self.capabilities = ours.capabilities
+        self.limits = ours.limits
+        self.provenance = ours.provenance
         self._players = (ours, theirs)
         self._random = np.random.default_rng()
 
@@ -157,7 +158,7 @@ def memory_of(makers: Makers, gate: Gate) -> int:
 
 def _possible(gate: Gate, child: WorkerProcess, steps: int) -> tuple[Limit, ...]:
     for limit in gate.timings:
-        if reason := limit.timing.refused(child.capabilities, steps):
+        if reason := limit.timing.refused(child.limits, steps):
             raise H1ExportError(
                 "gate", f"{limit.timing}: the artifact {reason}", "choose another timing in the gates' file"
             )

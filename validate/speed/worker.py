@@ -19,7 +19,7 @@ import numpy as np
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.runtime.runner import Capabilities, Sequences
+from h1export.runtime.runner import Limits, Provenance, Session
 
 CHUNK = 512  # tokens a call while a sequence is brought to its depth
 DRIFT = 8  # a sequence is decoded until it is deeper than asked for by this part of the depth
@@ -44,13 +44,13 @@ class Timing:
         what = f"decode at {self.tokens}" if self.kind is Kind.DECODE else f"prefill {self.tokens}"
         return what if self.batch == 1 else f"{what}, batch {self.batch}"
 
-    def refused(self, capabilities: Capabilities, steps: int) -> str:
-        """Why a model of these ``capabilities`` cannot be timed so, ``steps`` tokens a timing; empty: it can."""
-        if capabilities.max_batch is not None and self.batch > capabilities.max_batch:
-            return f"takes {capabilities.max_batch} sequences at a time"
+    def refused(self, limits: Limits, steps: int) -> str:
+        """Return why a model of these ``limits`` cannot be timed so, ``steps`` tokens a timing; empty where it can."""
+        if limits.max_batch is not None and self.batch > limits.max_batch:
+            return f"takes {limits.max_batch} sequences at a time"
         room = self.tokens + (steps if self.kind is Kind.DECODE else 0)
-        if capabilities.max_context is not None and room > capabilities.max_context:
-            return f"has room for {capabilities.max_context} tokens"
+        if limits.max_context is not None and room > limits.max_context:
+            return f"has room for {limits.max_context} tokens"
         return ""
 
 
@@ -58,7 +58,10 @@ class TimedModel(Protocol):
     """A model that can be timed."""
 
     @property
-    def capabilities(self) -> Capabilities: ...
+    def limits(self) -> Limits: ...
+
+    @property
+    def provenance(self) -> Provenance: ...
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second, those of all sequences of a batch together."""
@@ -72,9 +75,12 @@ class Timed(Protocol):
     def config(self) -> FalconH1Config: ...
 
     @property
-    def capabilities(self) -> Capabilities: ...
+    def limits(self) -> Limits: ...
 
-    def start(self, batch: int, capacity: int) -> Sequences: ...
+    @property
+    def provenance(self) -> Provenance: ...
+
+    def start(self, batch: int, capacity: int) -> Session: ...
 
 
 class RunnerModel:
@@ -91,12 +97,16 @@ class RunnerModel:
         self._steps = steps
         self._clock = clock
         self._chunk = chunk
-        self._sequences: dict[Timing, tuple[Sequences, int]] = {}  # and their capacity
+        self._sequences: dict[Timing, tuple[Session, int]] = {}  # and their capacity
         self._random = np.random.default_rng(0)
 
     @property
-    def capabilities(self) -> Capabilities:
-        return self._model.capabilities
+    def limits(self) -> Limits:
+        return self._model.limits
+
+    @property
+    def provenance(self) -> Provenance:
+        return self._model.provenance
 
     def speed(self, timing: Timing) -> float:
         if timing.kind is Kind.PREFILL:
@@ -104,20 +114,20 @@ class RunnerModel:
         sequences, capacity = self._sequences.pop(timing, (None, 0))
         if sequences is None or sequences.length + self._steps > capacity:
             capacity = timing.tokens + max(self._steps, timing.tokens // DRIFT)
-            capacity = min(capacity, self._model.capabilities.max_context or capacity)
+            capacity = min(capacity, self._model.limits.max_context or capacity)
             sequences = self._model.start(timing.batch, capacity)
             for start in range(0, timing.tokens, self._chunk):
                 self._append(sequences, timing, min(self._chunk, timing.tokens - start))
         self._sequences[timing] = sequences, capacity
         return self._timed(sequences, timing, [1] * self._steps)
 
-    def _timed(self, sequences: Sequences, timing: Timing, calls: list[int]) -> float:
+    def _timed(self, sequences: Session, timing: Timing, calls: list[int]) -> float:
         start = self._clock()
         for tokens in calls:
             self._append(sequences, timing, tokens)
         return timing.batch * sum(calls) / (self._clock() - start)
 
-    def _append(self, sequences: Sequences, timing: Timing, tokens: int) -> None:
+    def _append(self, sequences: Session, timing: Timing, tokens: int) -> None:
         sequences.append(
             self._random.integers(0, self._model.config.vocab_size, (timing.batch, tokens), dtype=np.int64)
         )
@@ -148,11 +158,12 @@ class WorkerProcess:
         self._process = context.Process(target=_serve, args=(make, theirs), daemon=True)
         self._process.start()
         theirs.close()
-        self.capabilities: Capabilities = self._receive()
+        self.limits: Limits = self._receive()
+        self.provenance: Provenance = self._receive()
 
     @property
     def kernels(self) -> str:
-        return self.capabilities.kernels
+        return self.provenance.kernels
 
     def speed(self, timing: Timing) -> float:
         self._pipe.send(timing)
@@ -190,7 +201,8 @@ def _serve(make: Callable[[], TimedModel], pipe: Connection) -> None:
     warnings.simplefilter("ignore")  # libraries' warnings are for developers
     try:
         player = make()
-        pipe.send(player.capabilities)
+        pipe.send(player.limits)
+        pipe.send(player.provenance)
         while (timing := pipe.recv()) is not None:
             pipe.send(player.speed(timing))
         pipe.send(memory()[1] - before)

@@ -1,7 +1,7 @@
-"""Probes: the tensors inside a model at which an export and its reference can be compared, and what a difference there accuses.
+"""Probes: the tensors inside a model at which an export and its reference can be compared.
 
-A probe is called "layer.point". Its value is float32 [batch, seq, width], heads side by side; the last residual bears the number
-of layers as its layer.
+The name of a probe is "layer.point". Its value is float32 [batch, seq, width], heads side by side. The residual after the last layer
+has the number of layers as its layer. Which op is suspect at a point is a view of the projections: projections.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from h1export.model.falcon_h1.states import Array
 
 
 class ProbePoint(StrEnum):
-    """Where in a layer, in the order of the computation: what is right before a point and wrong at it went wrong there."""
+    """A place in a layer, in the order of the computation: an error between one point and the next shows first at the next."""
 
     RESIDUAL = "residual"  # what the layer's first norm reads
     GATE = "gate"  # z, before its SiLU
@@ -30,47 +30,34 @@ class ProbePoint(StrEnum):
     PRODUCT = "product"  # what down_proj reads
 
 
-SUSPECT_OPS: Mapping[ProbePoint, str] = {
-    ProbePoint.RESIDUAL: "down_proj",  # of the layer before; of layer 0: the embedding
-    ProbePoint.GATE: "in_proj",
-    ProbePoint.CONV_INPUT: "in_proj",
-    ProbePoint.DT: "in_proj",
-    ProbePoint.QUERY: "q_proj",
-    ProbePoint.KEY: "k_proj",
-    ProbePoint.VALUE: "v_proj",
-    ProbePoint.CONV: "convolution",
-    ProbePoint.GATED: "scan or its gate",
-    ProbePoint.ATTENDED: "attention",
-    ProbePoint.MIXED: "out_proj or o_proj",
-    ProbePoint.PRODUCT: "gate_proj or up_proj",
-}
-SUSPECT_MLP = "gate_proj, up_proj or down_proj"  # accused at the residual where one kernel computes what lies between
-
-
 def probe_name(layer: int, point: ProbePoint) -> str:
+    """Returns the name of a probe, such as "0.gate"."""
     return f"{layer}.{point}"
 
 
 def probe_names(layers: int) -> list[str]:
-    """Every probe of a model, in the order of the computation."""
+    """Returns the names of all probes of a model of ``layers`` layers, in the order of the computation."""
     return [
         *(probe_name(layer, point) for layer in range(layers) for point in ProbePoint),
         probe_name(layers, ProbePoint.RESIDUAL),
     ]
 
 
-PREFIX = "probe."  # of the names that a target gives to a graph's values, so that a Runner finds its probes
-Columns = tuple[int, int]  # the first, and the first after them
+PREFIX = "probe."  # begins the names that a target gives to a graph's values, so that a Runner finds its probes
+Columns = tuple[int, int]  # [start, stop)
 PART = re.compile(r"([^\[]+)(?:\[(\d+):(\d+)\])?")
 
 
 def label(parts: Mapping[str, Columns | None]) -> str:
-    """The name of a graph's value that is a probe (None), or holds several side by side: probe.0.query[0:128]+0.key[128:192]."""
+    """Returns the name of a graph's value that is one probe (None) or holds several side by side.
+
+    Two probes in one value are named "probe.0.query[0:128]+0.key[128:192]".
+    """
     return PREFIX + "+".join(name + ("[{}:{}]".format(*columns) if columns else "") for name, columns in parts.items())
 
 
 def probes_in(name: str, value: Array) -> dict[str, Array]:
-    """Probe -> its columns of ``value`` [..., width], which ``label`` gave its ``name``."""
+    """Returns the probes in ``value`` [..., width], whose ``name`` was made by ``label``: probe -> its columns of the value."""
     found = {}
     for part in name.removeprefix(PREFIX).split("+"):
         match = PART.fullmatch(part)

@@ -1,4 +1,4 @@
-"""StateSpec: the states a Falcon-H1 carries from call to call. The only place that knows I/O names.
+"""StateSpec: the states that a Falcon-H1 model carries from call to call. The only module that knows I/O names.
 
 Canonical layouts, all float32 (transformers' cache layouts; fp16 recurrent states drift, so they are never narrowed):
 
@@ -32,6 +32,7 @@ PAST = "past"
 TOTAL = "total"
 
 Array = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]  # token ids, or a mask of them
 
 
 class StateKind(StrEnum):
@@ -44,7 +45,7 @@ class StateKind(StrEnum):
 
     @property
     def grows(self) -> bool:
-        """Whether axis 2 gains a column per token."""
+        """Whether the state gets longer along axis 2 by one column per token."""
         return self in (StateKind.KEY, StateKind.VALUE)
 
 
@@ -72,7 +73,7 @@ class StateTensor:
         return f"{self.layer}.{self.kind}"
 
     def sized(self, batch: int, past: int) -> tuple[int, ...]:
-        """``shape`` of ``batch`` sequences after ``past`` tokens."""
+        """Returns the shape in numbers for ``batch`` sequences after ``past`` tokens."""
         sizes = {BATCH: batch, PAST: past}
         return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.shape)
 
@@ -85,7 +86,7 @@ class StateSpec:
 
     @classmethod
     def of(cls, config: FalconH1Config) -> StateSpec:
-        """The states of a model of ``spec``."""
+        """Returns the states of a model of ``config``."""
         kv: tuple[int | str, ...] = (BATCH, config.num_key_value_heads, PAST, config.head_dim)
         shapes: dict[StateKind, tuple[int | str, ...]] = {
             StateKind.KEY: kv,
@@ -101,10 +102,14 @@ class StateSpec:
             )
         )
 
+    def of_layer(self, layer: int) -> tuple[StateTensor, ...]:
+        """Returns the states of one layer, in ``StateKind`` order."""
+        return self.tensors[layer * len(StateKind) : (layer + 1) * len(StateKind)]
+
     def nbytes(self, batch: int, past: int) -> int:
-        """Bytes of all states of ``batch`` sequences after ``past`` tokens."""
+        """Returns the bytes of all states of ``batch`` sequences after ``past`` tokens."""
         return sum(4 * prod(tensor.sized(batch, past)) for tensor in self.tensors)
 
     def zeros(self, batch: int, past: int = 0) -> dict[str, Array]:
-        """Canonical states before the first token, by ``StateTensor.key``; ``past`` columns of zero keys and values."""
+        """Returns the states before the first token by ``StateTensor.key``; keys and values have ``past`` columns of zeros."""
         return {tensor.key: np.zeros(tensor.sized(batch, past), np.float32) for tensor in self.tensors}

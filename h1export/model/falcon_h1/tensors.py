@@ -5,51 +5,71 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.projections import (
+    EMBED_TOKENS,
+    FINAL_NORM,
+    HEAD,
+    INPUT_NORM,
+    LAYER_PROJECTIONS,
+    MLP_NORM,
+    PROJECTIONS,
+    Projection,
+)
 
 TensorLayout = Mapping[str, tuple[int, ...]]
 
-EMBEDDING = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
-FINAL_NORM = "model.final_layernorm.weight"
+EMBEDDING = EMBED_TOKENS.weight
+LM_HEAD = HEAD.weight
+LAYERS = "model.layers."
+
+_BY_WEIGHT = {(projection.per_layer, projection.weight): projection for projection in PROJECTIONS}
+
+
+def layer_prefix(layer: int) -> str:
+    """What the names of a layer's tensors begin with."""
+    return f"{LAYERS}{layer}."
+
+
+def split_layer(tensor: str) -> tuple[int | None, str]:
+    """The layer of a checkpoint tensor and its name within the layer; (None, ``tensor``) for one outside the layers."""
+    number, _, name = tensor.removeprefix(LAYERS).partition(".")
+    if not tensor.startswith(LAYERS) or not number.isdecimal():
+        return None, tensor
+    return int(number), name
+
+
+def projection_of(tensor: str) -> Projection | None:
+    """The row of PROJECTIONS that a checkpoint tensor is the matrix of; None for biases, norms and all else."""
+    layer, name = split_layer(tensor)
+    return _BY_WEIGHT.get((layer is not None, name))
 
 
 def tensor_layout(config: FalconH1Config) -> TensorLayout:
-    """Name -> shape of every tensor that a checkpoint of ``spec`` holds; a tied head has no tensor of its own."""
+    """Name -> shape of every tensor that a checkpoint of ``config`` holds; a tied head has no tensor of its own.
+
+    The order is the order in which weight files hold them.
+    """
     h = config.hidden_size
-    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, h), FINAL_NORM: (h,)}
+    tensors: dict[str, tuple[int, ...]] = {EMBEDDING: EMBED_TOKENS.shape(config), FINAL_NORM: (h,)}
     if not config.tie_word_embeddings:
-        tensors[LM_HEAD] = (config.vocab_size, h)
+        tensors[LM_HEAD] = HEAD.shape(config)
     for layer in range(config.num_hidden_layers):
         for name, shape in _layer(config).items():
-            tensors[f"model.layers.{layer}.{name}"] = shape
+            tensors[layer_prefix(layer) + name] = shape
     return tensors
 
 
-def _layer(s: FalconH1Config) -> dict[str, tuple[int, ...]]:
-    tensors: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (s.hidden_size,),
-        "pre_ff_layernorm.weight": (s.hidden_size,),
-    }
-
-    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
-        tensors[f"{name}.weight"] = (rows, columns)
-        if bias:
-            tensors[f"{name}.bias"] = (rows,)
-
-    linear("mamba.in_proj", sum(s.in_proj_parts), s.hidden_size, s.mamba_proj_bias)
-    linear("mamba.out_proj", s.hidden_size, s.mamba_d_ssm, s.projectors_bias)
-    linear("self_attn.q_proj", s.attention_dim, s.hidden_size, s.attention_bias)
-    linear("self_attn.k_proj", s.kv_dim, s.hidden_size, s.attention_bias)
-    linear("self_attn.v_proj", s.kv_dim, s.hidden_size, s.attention_bias)
-    linear("self_attn.o_proj", s.hidden_size, s.attention_dim, s.attention_bias)
-    linear("feed_forward.gate_proj", s.intermediate_size, s.hidden_size, s.mlp_bias)
-    linear("feed_forward.up_proj", s.intermediate_size, s.hidden_size, s.mlp_bias)
-    linear("feed_forward.down_proj", s.hidden_size, s.intermediate_size, s.mlp_bias)
-    tensors["mamba.conv1d.weight"] = (s.conv_dim, 1, s.mamba_d_conv)
-    if s.mamba_conv_bias:
-        tensors["mamba.conv1d.bias"] = (s.conv_dim,)
+def _layer(config: FalconH1Config) -> dict[str, tuple[int, ...]]:
+    tensors: dict[str, tuple[int, ...]] = {f"{norm}.weight": (config.hidden_size,) for norm in (INPUT_NORM, MLP_NORM)}
+    for projection in LAYER_PROJECTIONS:
+        tensors[projection.weight] = projection.shape(config)
+        if projection.has_bias(config):
+            tensors[projection.bias] = (projection.rows(config),)
+    tensors["mamba.conv1d.weight"] = (config.conv_dim, 1, config.mamba_d_conv)
+    if config.mamba_conv_bias:
+        tensors["mamba.conv1d.bias"] = (config.conv_dim,)
     for name in ("A_log", "D", "dt_bias"):
-        tensors[f"mamba.{name}"] = (s.mamba_n_heads,)
-    if s.mamba_rms_norm:
-        tensors["mamba.norm.weight"] = (s.mamba_d_ssm,)
+        tensors[f"mamba.{name}"] = (config.mamba_n_heads,)
+    if config.mamba_rms_norm:
+        tensors["mamba.norm.weight"] = (config.mamba_d_ssm,)
     return tensors

@@ -1,8 +1,9 @@
-"""Activation-aware scaling: a weight's columns grow with what comes into them, so that rounding spares those that matter.
+"""Activation-aware scaling: columns of a weight that meet large inputs are enlarged before rounding, so that they lose less.
 
 Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2023: factors are a power of the
-inputs' size, found by a search for the least error of the product. They are folded only where that changes nothing but float32's last
-bits: into a norm before a product, or into the rows of a projection whose output is its input but for elementwise factors.
+inputs' size, and a search finds the power that leaves the least error in the product. A factor on a column is undone in what produces
+that column of the input: in the norm before a projection, or in the rows of a projection whose output is the input but for
+elementwise factors (``ProjectionInput.produced_by``). So the model's function changes by float32 rounding only.
 """
 
 from __future__ import annotations
@@ -18,56 +19,50 @@ from torch import Tensor
 from h1export.artifact.weight_file import in_order
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array
-from h1export.model.falcon_h1.tensors import FINAL_NORM, LM_HEAD, tensor_layout
+from h1export.model.falcon_h1.projections import HEAD, INPUT_GROUPS
+from h1export.model.falcon_h1.states import Array, Ids
+from h1export.model.falcon_h1.tensors import LM_HEAD, layer_prefix, tensor_layout
 from h1export.progress import Progress
 from h1export.quantize.awq_scales import AwqScales
-from h1export.quantize.layers import LoadedLayer, embed, final_norm, one_thread_each, prefix, products
+from h1export.quantize.layers import LoadedLayer, embed, final_norm, one_thread_each, products
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
-from h1export.runtime.runner import Ids
 
-# input of products -> what makes it. mamba.out_proj's is made by a norm only where the architecture has one; self_attn.o_proj's are
-# values, which are a state of the model and stay what they are
-MAKERS: Mapping[str, tuple[str, ...]] = {
-    "mamba.in_proj": ("input_layernorm.weight",),
-    "self_attn.o_proj": (),
-    "mamba.out_proj": ("mamba.norm.weight",),
-    "feed_forward.gate_proj": ("pre_ff_layernorm.weight",),
-    "feed_forward.down_proj": ("feed_forward.up_proj.weight", "feed_forward.up_proj.bias"),
-}
 EXPONENTS = tuple(step / 10 for step in range(11))
 SEARCH_BYTES = 16 << 20  # of float32 rows that a thread tries at a time
 
 
-class Fold(NamedTuple):
-    """One input: its products' weights, and what makes it."""
+class ScaledInput(NamedTuple):
+    """An input whose columns can be scaled: the weights that it is multiplied by, and the tensors that produce it."""
 
     tensors: tuple[str, ...]
-    makers: tuple[str, ...]
+    produced_by: tuple[str, ...]
 
 
-HEAD = Fold((LM_HEAD,), (FINAL_NORM,))  # a tied one is the embedding too, whose columns nothing may change
+# A tied head is the embedding too, whose columns nothing may change: then there is no tensor of this name.
+HEAD_SCALED = ScaledInput((LM_HEAD,), HEAD.input.produced_by)
 
 
-def scaling(
+def search_scales(
     store: WeightStore,
     config: FalconH1Config,
     precisions: Mapping[str, Precision],
+    *,
     ids: Ids,
     jobs: int,
     progress: Progress,
 ) -> AwqScales:
-    """The factors that leave the least error in products rounded to ``precisions``, on calibration ids [samples, length].
+    """Returns the factors that leave the least error in products rounded to ``precisions``.
 
-    Memory holds a layer and the sequences that go into it. No digit depends on ``jobs``.
+    ``ids`` [samples, length] are calibration tokens. Memory holds a layer and the sequences that go into it. No digit depends on
+    ``jobs``, the number of threads.
     """
     with one_thread_each():
         return _Search(store, config, precisions, jobs=jobs).run(ids, progress)
 
 
-def no_scaling(store: WeightStore, config: FalconH1Config, precisions: Mapping[str, Precision]) -> AwqScales:
-    """Factors of one, of the shapes that ``scaling`` finds."""
+def unit_scales(store: WeightStore, config: FalconH1Config, precisions: Mapping[str, Precision]) -> AwqScales:
+    """Returns factors of one, of the names and shapes that ``search_scales`` finds."""
     return _Search(store, config, precisions, jobs=1).ones()
 
 
@@ -76,68 +71,73 @@ class _Search:
         self, store: WeightStore, config: FalconH1Config, precisions: Mapping[str, Precision], *, jobs: int
     ) -> None:
         self._store = store
-        self._spec = config
+        self._config = config
         self._precisions = precisions
         self._jobs = jobs
         self._columns: dict[str, Array] = {}
         self._rows: dict[str, Array] = {}
 
     def run(self, ids: Ids, progress: Progress) -> AwqScales:
-        hidden = [embed(self._store, self._spec, sample) for sample in ids]
-        for layer in range(self._spec.num_hidden_layers):
-            progress.stage(f"scaling, layer {layer + 1} of {self._spec.num_hidden_layers}")
+        hidden = [embed(self._store, self._config, sample) for sample in ids]
+        for layer in range(self._config.num_hidden_layers):
+            progress.stage(f"scaling, layer {layer + 1} of {self._config.num_hidden_layers}")
             loaded = LoadedLayer(
-                self._store, self._spec, layer, read=lambda name: self._store.rows(name, 0, self._store.shape(name)[0])
+                self._store,
+                self._config,
+                layer,
+                read=lambda name: self._store.rows(name, 0, self._store.shape(name)[0]),
             )
-            folds = self._folds(layer)
+            scaled = self._scaled_inputs(layer)
             moments = dict[str, Tensor]()
-            for place, (output, inputs) in enumerate(
-                in_order((partial(loaded.run, sample) for sample in hidden), self._jobs)
-            ):
+            runs = in_order((partial(loaded.run, sample) for sample in hidden), self._jobs)
+            for place, (output, inputs) in enumerate(runs):
                 hidden[place] = output
-                for name in folds:
+                for name in scaled:
                     moments[name] = moments.get(name, 0) + inputs[name].T @ inputs[name]
-            for name, fold in folds.items():
-                self._note(fold, self._best(fold, moments[name]))
+            for name, scaled_input in scaled.items():
+                self._keep(scaled_input, self._best(scaled_input, moments[name]))
         if LM_HEAD in self._precisions:
-            seen = [final_norm(self._store, self._spec, sample) for sample in hidden]
-            self._note(HEAD, self._best(HEAD, sum((inputs.T @ inputs for inputs in seen), torch.zeros(()))))
+            inputs_of_head = [final_norm(self._store, self._config, sample) for sample in hidden]
+            total = sum((inputs.T @ inputs for inputs in inputs_of_head), torch.zeros(()))
+            self._keep(HEAD_SCALED, self._best(HEAD_SCALED, total))
         return AwqScales(self._columns, self._rows)
 
     def ones(self) -> AwqScales:
-        folds = [fold for layer in range(self._spec.num_hidden_layers) for fold in self._folds(layer).values()]
-        for fold in (*folds, *([HEAD] if LM_HEAD in self._precisions else [])):
-            self._note(fold, torch.ones(self._store.shape(fold.tensors[0])[1]))
+        layers = range(self._config.num_hidden_layers)
+        scaled = [found for layer in layers for found in self._scaled_inputs(layer).values()]
+        for scaled_input in (*scaled, *([HEAD_SCALED] if LM_HEAD in self._precisions else [])):
+            self._keep(scaled_input, torch.ones(self._store.shape(scaled_input.tensors[0])[1]))
         return AwqScales(self._columns, self._rows)
 
-    def _folds(self, layer: int) -> dict[str, Fold]:
-        """Of a layer, by the input's name: where the factors of some integers can be folded."""
-        layout = tensor_layout(self._spec)
-        found = dict[str, Fold]()
+    def _scaled_inputs(self, layer: int) -> dict[str, ScaledInput]:
+        """Returns the inputs of a layer that can be scaled, by their group's name, where a weight that they meet is quantised."""
+        layout = tensor_layout(self._config)
+        found = dict[str, ScaledInput]()
         for name, tensors in products(layer).items():
-            makers = tuple(made for maker in MAKERS[name] if (made := prefix(layer) + maker) in layout)
-            if makers and any(tensor in self._precisions for tensor in tensors):
-                found[name] = Fold(tensors, makers)
+            named = (layer_prefix(layer) + tensor for tensor in INPUT_GROUPS[name][0].input.produced_by)
+            produced_by = tuple(tensor for tensor in named if tensor in layout)
+            if produced_by and any(tensor in self._precisions for tensor in tensors):
+                found[name] = ScaledInput(tensors, produced_by)
         return found
 
-    def _note(self, fold: Fold, factors: Tensor) -> None:
-        self._rows |= dict.fromkeys(fold.makers, factors.numpy())
-        self._columns |= dict.fromkeys(fold.tensors, factors.numpy())
+    def _keep(self, scaled: ScaledInput, factors: Tensor) -> None:
+        self._rows |= dict.fromkeys(scaled.produced_by, factors.numpy())
+        self._columns |= dict.fromkeys(scaled.tensors, factors.numpy())
 
-    def _best(self, fold: Fold, moments: Tensor) -> Tensor:
-        """The factors [columns] of one input."""
+    def _best(self, scaled: ScaledInput, moments: Tensor) -> Tensor:
+        """Returns the best factors [columns] for an input with these second moments [columns, columns]."""
         power = moments.diagonal()
         size = 0.5 * torch.log2(power + 1e-8 * power.mean() + torch.finfo(torch.float32).tiny)
         size -= size.mean()
         tried = [torch.exp2(exponent * size) for exponent in EXPONENTS]
-        errors = [self._error(fold, factors, moments) for factors in tried]
-        return tried[int(np.argmin(errors))]  # the first of equals: no factors at all
+        errors = [self._error(scaled, factors, moments) for factors in tried]
+        return tried[int(np.argmin(errors))]  # the first of equals, which is no scaling at all
 
-    def _error(self, fold: Fold, factors: Tensor, moments: Tensor) -> float:
-        """Of the products of one input, summed over outputs and positions, squared."""
+    def _error(self, scaled: ScaledInput, factors: Tensor, moments: Tensor) -> float:
+        """Returns the squared error of the input's products, summed over outputs and positions."""
         tasks = [
             partial(self._rows_error, tensor, start, stop, factors=factors, moments=moments)
-            for tensor in fold.tensors
+            for tensor in scaled.tensors
             if tensor in self._precisions
             for start, stop in self._store.row_ranges([tensor], SEARCH_BYTES)
         ]

@@ -1,11 +1,11 @@
-"""GPTQ: columns are rounded one after the other, and those still to come take up what rounding changed in the product.
+"""GPTQ of one matrix: columns are rounded one after the other, and later columns make up for the errors of earlier ones.
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022: act-order, lazy
-blocks, and the inverse by Cholesky. Groups are static: a block's scale is chosen before any column is rounded, so that its columns
-may be visited apart; afterwards scales are fitted to the codes by least squares. What is rounded is not the checkpoint's weight but the
-one that comes nearest to its outputs from the inputs that the layers before, quantised already, leave (the aim of Li et al., "GPTAQ",
-2025, here by least squares ahead of the rounding). On CPUs, by torch's linear algebra; this module is imported by name, because the
-others do without torch.
+blocks, and the inverse by Cholesky. Two things differ. Groups are static: a group's scale is chosen before any column is rounded, so
+that its columns may be visited apart, and afterwards scales are fitted to the codes by least squares. And what is rounded is not the
+checkpoint's weight: it is the weight that, on the inputs of the quantised model, gives outputs nearest to the checkpoint's on the float
+model's inputs (the aim of Li et al., "GPTAQ", 2025, here by least squares before the rounding). It runs on CPUs, by torch's linear
+algebra.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 
 DAMPING = 0.01  # of the mean second moment, added to the diagonal
-ROUNDS = 2  # more than two change nothing that a text would show
-# weight of the old scales in a fit; factor by which a fit may change one
-TRUST = 1e-4
-WILD = 1.5
-LAZY = 128  # columns whose corrections reach the later ones together, as one matrix product
+ROUNDS = 2  # more change no measurable figure
+TRUST = 1e-4  # weight of the old scales in a fit
+WILD = 1.5  # the factor by which a fit may change a scale at most
+LAZY = 128  # columns whose corrections are applied to all later ones together, as one matrix product
 
 
 Codes = npt.NDArray[np.int8]
@@ -37,15 +36,15 @@ Scales = npt.NDArray[np.float16]
 
 @dataclass(frozen=True)
 class Inverse:
-    """What the second moments of a product's inputs say about rounding its weight.
+    """What rounding a weight needs to know of the second moments of its inputs.
 
     Attributes:
         order: int64 [columns], the order in which columns are rounded: the largest second moment first.
         upper: float32 [columns, columns], the Cholesky factor U of the moments' inverse in that order, inverse = U^T U.
         importance: float32 [columns], the damped diagonal of the moments.
         moments: float32 [columns, columns], damped, in the columns' own order.
-        correction: float32 [columns, columns]: a weight plus its product with this gives nearly the outputs on x that the weight gives
-            on the inputs that x is a quantised model's version of. None: x is what it should be.
+        correction: float32 [columns, columns]: a weight plus its product with this has, on quantised inputs x, nearly the outputs that
+            the weight alone has on the float inputs t. None: x and t are the same.
     """
 
     order: Tensor
@@ -56,12 +55,12 @@ class Inverse:
 
 
 def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
-    """The Inverse of ``moments``, float64 [columns, columns]: the sum of x x^T over inputs x; its scale does not matter.
+    """Returns the Inverse of ``moments``, float64 [columns, columns]: the sum of x x^T over inputs x, on any scale.
 
-    ``drift``, float64 [columns, columns], on the same scale, is the sum of (t - x) x^T, where t is what x should be.
+    ``drift``, float64 [columns, columns] on the same scale, is the sum of (t - x) x^T, where t is the float input for x.
 
     Raises:
-        H1ExportError: moments that are not finite; ``name`` names the product.
+        H1ExportError: moments that are not finite; ``name`` names the weight.
     """
     diagonal = moments.diagonal()
     if not torch.isfinite(moments).all():
@@ -70,7 +69,7 @@ def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
             "are not finite on the calibration text",
             "use --method rtn, and check the checkpoint",
         )
-    damping = DAMPING * float(diagonal.mean()) or 1.0  # inputs that are all zero leave plain rounding
+    damping = DAMPING * float(diagonal.mean()) or 1.0  # where all inputs are zero, weights are rounded to nearest
     order = torch.argsort(diagonal, descending=True, stable=True)
     damped = moments[order][:, order]
     damped.diagonal().add_(damping)
@@ -84,9 +83,9 @@ def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
 
 
 def solve_rows(weight: Array, precision: Precision, inverse: Inverse, *, name: str) -> QuantizedTensor:
-    """Integers of ``weight`` [rows, columns] with a multiplier of 1; rows do not influence each other.
+    """Returns the integers of ``weight`` [rows, columns], with row scales of 1; rows do not influence each other.
 
-    Codes for given scales by GPTQ and the best scales for given codes take turns, ROUNDS times, from searched scales on.
+    Searched scales come first. Then GPTQ chooses codes for the scales, and a fit chooses scales for the codes, ROUNDS times.
 
     Raises:
         H1ExportError: as quantize_rows does.
@@ -95,8 +94,8 @@ def solve_rows(weight: Array, precision: Precision, inverse: Inverse, *, name: s
     width = precision.columns_per_group(columns)
     if inverse.correction is not None:
         weight = weight + (torch.from_numpy(weight) @ inverse.correction).numpy()
-    blocks = weight.reshape(rows, -1, width)
-    scales = searched_scales(blocks, precision, inverse.importance.reshape(-1, width), name=name)
+    groups = weight.reshape(rows, -1, width)
+    scales = searched_scales(groups, precision, inverse.importance.reshape(-1, width), name=name)
     codes = round_rows(weight, scales, precision, inverse=inverse)
     for _ in range(ROUNDS):
         scales = fitted_scales(weight, codes, scales, inverse=inverse)
@@ -105,10 +104,10 @@ def solve_rows(weight: Array, precision: Precision, inverse: Inverse, *, name: s
 
 
 def fitted_scales(weight: Array, codes: Codes, scales: Scales, *, inverse: Inverse) -> Scales:
-    """The scales [rows, groups] that leave the least error in the product's outputs for these codes; those they were where that is wild.
+    """Returns the scales [rows, groups] that leave the least error in the outputs for these codes.
 
-    Least squares, row by row: of s in ||(w - sum over groups g of s_g codes_g) x||^2, summed over inputs x, with a little weight on
-    ``scales``, which decides where codes or inputs say nothing.
+    They minimise ||(w - sum over groups g of s_g codes_g) x||^2 over s, summed over inputs x, for every row w by itself. A little
+    weight on ``scales`` decides where codes or inputs do not. A scale that would change by more than WILD stays as it is.
     """
     rows, groups = scales.shape
     q = torch.from_numpy(codes).float()
@@ -129,7 +128,7 @@ def fitted_scales(weight: Array, codes: Codes, scales: Scales, *, inverse: Inver
 
 
 def round_rows(weight: Array, scales: Scales, precision: Precision, *, inverse: Inverse) -> Codes:
-    """int8 codes [rows, columns] for ``scales`` [rows, groups] by GPTQ."""
+    """Returns int8 codes [rows, columns] for ``scales`` [rows, groups] by GPTQ."""
     rows, columns = weight.shape
     by_column = torch.from_numpy(scales.astype(np.float32).T.copy())  # [groups, rows]
     codes = torch.empty((columns, rows), dtype=torch.int8)
@@ -148,7 +147,10 @@ def round_rows(weight: Array, scales: Scales, precision: Precision, *, inverse: 
 def _round_columns(
     rest: Tensor, inverse: Inverse, start: int, *, scales: Tensor, width: int, top: int, codes: Tensor
 ) -> Tensor:
-    """Round ``rest`` [LAZY columns, rows], which it changes, into ``codes``; the columns' errors, as later ones take them up."""
+    """Round ``rest`` [LAZY columns, rows] into ``codes``, changing ``rest``.
+
+    Returns the columns' errors in the form that corrects later columns.
+    """
     errors = torch.empty_like(rest)
     for i in range(len(rest)):
         column = int(inverse.order[start + i])

@@ -1,10 +1,22 @@
-"""GPTQ of a whole model: layer by layer, each on what the layers before it, quantised already, make of the calibration text.
+"""GPTQ of a whole model, layer by layer, so that each layer is quantised for the inputs that it will meet.
 
-What a layer should be given, by the checkpoint's weights, goes along: a product makes up for what quantisation did to its inputs.
-Last comes the head, each of whose rows is solved on the contexts in which its token is likely.
-Memory holds a layer. Both sequences between two layers, and the integers, lie in files of the stage's scratch folder, so that a build
-that was killed goes on in the layer where it stopped. Bytes do not depend on the number of threads: each computes on its own, and
-sums are taken in the order of the sequences.
+Two activations of the calibration text go through the model side by side. The *float* one is what the checkpoint's weights compute.
+The *quantised* one is what the layers that are quantised already make of the same text. The steps:
+
+1. Write the embeddings of the calibration text as both inputs of layer 0.
+2. For each layer, from the first:
+   a. Run the layer with the checkpoint's weights on its float input and on its quantised input, and add up second moments of every
+      projection's inputs: of the quantised input with itself, and of its difference from the float input (``Moments``).
+   b. Write the float output as the float input of the next layer.
+   c. Invert the moments of every projection input, and solve its projections for integers (gptq.py). The difference of the two inputs
+      lets a projection make up for what quantisation did to its input.
+   d. Run the layer with its integers on the quantised input, and write the output as the quantised input of the next layer.
+3. Solve the head's rows in groups (head_groups.py), each on moments that weigh positions by how much its tokens matter there, mixed
+   with moments of all positions alike.
+
+Memory holds one layer. The inputs of two layers, float and quantised, and all integers are in one file in the stage's scratch folder, so
+that a build that was killed continues in the layer where it stopped. Bytes do not depend on the number of threads: each thread computes
+on its own, and sums are taken in the order of the sequences.
 """
 
 from __future__ import annotations
@@ -14,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,33 +37,49 @@ from h1export.artifact.staging import Stage
 from h1export.artifact.weight_file import Rows, WeightFile, in_order
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import Progress
 from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, one_thread_each, products
 from h1export.quantize.methods.gptq import Inverse, invert, solve_rows
-from h1export.quantize.methods.head_groups import contexts
-from h1export.quantize.methods.stored import Place, StoredIntegers
+from h1export.quantize.methods.head_groups import InputPair, group_head
+from h1export.quantize.methods.stored import StoredIntegers, StoredMatrix
 from h1export.quantize.source import QuantizedWeights
-from h1export.runtime.runner import Ids
 
 WORK = f"{SCRATCH}/gptq"
-PLAIN = 0.5  # how much the plain moments count beside those of the contexts that matter to a token
+UNWEIGHTED_SHARE = 0.5  # of the moments of all positions, beside those weighted for a group of the head's rows
 SOLVE_BYTES = 16 << 20  # of float32 rows that a thread solves at a time
 ALIGN = 64
 
-Groups = Mapping[str, tuple[str, ...]]  # input of a product -> the weights that it is multiplied by
-Run = Callable[
-    [Array], tuple[Array, Mapping[str, Tensor]]
-]  # sequence [length, hidden] -> output, and inputs of products [length, columns]
+InputGroups = Mapping[
+    str, tuple[str, ...]
+]  # name of an input -> checkpoint names of the weights that it is multiplied by
+Inputs = Mapping[str, Tensor]  # name of an input -> its value [length, columns]
+RunLayer = Callable[
+    [Array], tuple[Array, Inputs]
+]  # input [length, hidden] -> output, and the inputs of its projections
+
+
+class LayerRuns(NamedTuple):
+    """A layer with the checkpoint's weights, run on both inputs of one sequence.
+
+    Attributes:
+        output: of the float input, [length, hidden].
+        float_inputs: of the layer's projections, for the float input.
+        quantised_inputs: of the layer's projections, for the quantised input; empty where they are not needed.
+    """
+
+    output: Array
+    float_inputs: Inputs
+    quantised_inputs: Inputs
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over all positions of a product's inputs x, and of what they should be, t: float64 [columns, columns].
+    """Sums over positions of a projection's quantised inputs x and float inputs t: float64 [columns, columns].
 
     Attributes:
-        own: x x^T.
-        drift: (t - x) x^T.
+        own: the sum of x x^T.
+        drift: the sum of (t - x) x^T.
     """
 
     own: Tensor
@@ -58,36 +87,38 @@ class Moments:
 
     @classmethod
     def zero(cls, columns: int) -> Moments:
-        return cls(*(torch.zeros(columns, columns, dtype=torch.float64) for _ in range(2)))
+        """Returns sums over no positions."""
+        own, drift = (torch.zeros(columns, columns, dtype=torch.float64) for _ in range(2))
+        return cls(own, drift)
 
-    def add(self, truth: Tensor, found: Tensor, weights: Tensor | None = None) -> None:
-        """The positions of a sequence [length, columns], each so many times as ``weights`` [length] say."""
-        weighed = found if weights is None else found * weights[:, None]
-        self.own.add_(found.T @ weighed)
-        self.drift.add_((truth - found).T @ weighed)
+    def add(self, float_input: Tensor, quantised_input: Tensor, weights: Tensor | None = None) -> None:
+        """Add the positions of a sequence [length, columns], each multiplied by its weight in ``weights`` [length]."""
+        weighted = quantised_input if weights is None else quantised_input * weights[:, None]
+        self.own.add_(quantised_input.T @ weighted)
+        self.drift.add_((float_input - quantised_input).T @ weighted)
 
     def mixed(self, other: Moments, share: float) -> Moments:
-        """With ``share`` of another's, after both are brought to one size."""
-        sizes = [float(moments.own.diagonal().mean()) or 1.0 for moments in (self, other)]
-        own, drift = (
-            mine / sizes[0] + share / sizes[1] * theirs
-            for mine, theirs in ((self.own, other.own), (self.drift, other.drift))
+        """Returns these moments plus ``share`` of ``other``, after both are scaled to a mean diagonal of one."""
+        size = float(self.own.diagonal().mean()) or 1.0
+        other_size = float(other.own.diagonal().mean()) or 1.0
+        return Moments(
+            own=self.own / size + share / other_size * other.own,
+            drift=self.drift / size + share / other_size * other.drift,
         )
-        return Moments(own, drift)
 
 
-def solve(
+def solve_model(
     store: WeightStore, config: FalconH1Config, rest: QuantizedWeights, *, ids: Ids, stage: Stage, progress: Progress
 ) -> StoredIntegers:
-    """Integers by GPTQ for every product's weight among the precisions of ``rest``, which gives the integers of the others.
+    """Returns integers by GPTQ for every projection and the head, as far as ``rest`` has precisions for them.
 
     Args:
         store: the checkpoint.
-        spec: its architecture.
-        rest: precisions, and the integers of what no product reads: an embedding that is not its head.
+        config: its architecture.
+        rest: precisions, and the integers of tensors that nothing is multiplied by: an embedding that is not the head.
         ids: calibration tokens [samples, length].
-        stage: where to work. What an earlier build with the same arguments has left there is used.
-        progress: told the layers.
+        stage: where to work. What an earlier build with the same arguments left there is used.
+        progress: is shown the layers.
 
     Raises:
         H1ExportError: weights or inputs that are not finite, or too large for fp16 scales.
@@ -100,7 +131,11 @@ def solve(
 
 
 class _Solver:
-    """The work of one build. ``file`` holds the integers of all tensors, and what goes into one layer and the next, wrong and right."""
+    """The work of one build.
+
+    ``file`` holds the integers of all tensors, and four activations [samples, length, hidden]: the float and the quantised input of
+    one layer, and those of the next.
+    """
 
     def __init__(
         self,
@@ -113,179 +148,204 @@ class _Solver:
         file: WeightFile,
     ) -> None:
         self._store = store
-        self._spec = config
+        self._config = config
         self._ids = ids
         self._stage = stage
         self._file = file
         self._head = head_tensor(config)
-        tensors = [
-            tensor
-            for layer in range(config.num_hidden_layers)
-            for group in products(layer).values()
-            for tensor in group
-        ]
-        places = {tensor: self._place(tensor, rest) for tensor in (*tensors, self._head) if tensor in rest.precisions}
-        self.solved = StoredIntegers(stage.folder, places, rest)
-        self._shape = (*ids.shape, config.hidden_size)
-        self._between = [file.reserve("between", 4 * prod(self._shape), ALIGN) for _ in range(4)]
+        layers = range(config.num_hidden_layers)
+        projections = [tensor for layer in layers for group in products(layer).values() for tensor in group]
+        tensors = [tensor for tensor in (*projections, self._head) if tensor in rest.precisions]
+        self.solved = StoredIntegers(stage.folder, {tensor: self._reserve(tensor, rest) for tensor in tensors}, rest)
+        self._activations_shape = (*ids.shape, config.hidden_size)
+        self._activations = [file.reserve("between", 4 * prod(self._activations_shape), ALIGN) for _ in range(4)]
 
-    def _place(self, tensor: str, rest: QuantizedWeights) -> Place:
+    def _reserve(self, tensor: str, rest: QuantizedWeights) -> StoredMatrix:
+        """Reserve space in the file for a tensor's integers."""
         rows, columns = self._store.shape(tensor)
         scales = rows * columns // rest.precisions[tensor].columns_per_group(columns)
         codes = self._file.reserve(f"{tensor}.codes", rows * columns, ALIGN)
-        return Place((rows, columns), codes, self._file.reserve(f"{tensor}.scales", 2 * scales, ALIGN))
+        return StoredMatrix((rows, columns), codes, self._file.reserve(f"{tensor}.scales", 2 * scales, ALIGN))
 
     def run(self, progress: Progress) -> None:
-        """Solve what is not solved yet, from the last layer before it whose input lies in the file."""
-        layers = self._spec.num_hidden_layers
-        unsolved = next((layer for layer in range(layers) if self._open(products(layer))), layers)
-        if unsolved == layers and not self._is_open(self._head):
+        """Solve what is not in the file yet, from the last layer before it whose inputs are in the file."""
+        layers = self._config.num_hidden_layers
+        unsolved = next((layer for layer in range(layers) if self._unsolved(products(layer))), layers)
+        if unsolved == layers and not self._is_unsolved(self._head):
             return
         start = next((layer for layer in range(unsolved, 0, -1) if all(map(self._file.holds, self._inputs(layer)))), 0)
         if start == 0:
             self._file.write(
-                self._inputs(0), (partial(_twice, embed, self._store, self._spec, ids) for ids in self._ids)
+                self._inputs(0), (partial(_embedded, self._store, self._config, sample) for sample in self._ids)
             )
         for layer in range(start, layers):
             progress.stage(f"GPTQ, layer {layer + 1} of {layers}")
-            self._solve_layer(layer, self._open(products(layer)))
-        if self._is_open(self._head):
+            self._solve_layer(layer, self._unsolved(products(layer)))
+        if self._is_unsolved(self._head):
             progress.stage("GPTQ, head")
             self._solve_head()
 
-    def _solve_layer(self, layer: int, groups: Groups) -> None:
-        """Solve ``groups``, and write what should come into the next layer and what does."""
-        (truth, ours) = self._inputs(layer + 1)
+    def _solve_layer(self, layer: int, groups: InputGroups) -> None:
+        """Solve the projections in ``groups``, and write both inputs of the next layer."""
+        (float_input, quantised_input) = self._inputs(layer + 1)
         moments = dict[str, Moments]()
-        outputs = self._watched(
-            LoadedLayer(self._store, self._spec, layer, read=self._original).run, layer, groups, moments=moments
-        )
-        if groups and self._file.holds(truth):  # written by a build that was killed afterwards
+        loaded = LoadedLayer(self._store, self._config, layer, read=self._float_weight)
+        outputs = self._float_outputs(loaded.run, layer, groups, moments=moments)
+        if groups and self._file.holds(float_input):  # an earlier build was killed after it had written this
             deque(outputs, maxlen=0)
         else:
-            self._file.write([truth], (partial(_this, output) for output in outputs))
-        self._solve(groups, moments)
-        quantised = LoadedLayer(self._store, self._spec, layer, read=self._quantised).output
-        self._file.write([ours], (partial(_alone, quantised, found) for _, found in self._sequences(layer)))
-
-    def _solve_head(self) -> None:
-        """Solve the head group by group, each on the moments of the contexts that matter to its tokens, and a share of the plain ones."""
-        weight = torch.from_numpy(self._original(self._head))
-        found = contexts(self._head_inputs, weight, self._spec.lm_head_multiplier, jobs=self._stage.jobs)
-        place = self.solved.places[self._head]
-        plain = Moments.zero(weight.shape[1])
-        for right, ours in in_order(self._head_inputs(), self._stage.jobs):
-            plain.add(right, ours)
-        codes = np.empty(place.shape, np.int8)
-        scales = np.empty((place.shape[0], place.scales.length // 2 // place.shape[0]), np.float16)
-        groups = [torch.nonzero(found.groups == group)[:, 0].numpy() for group in range(len(found.weights))]
-        calls = (
-            partial(self._solve_group, weight, rows, weights, plain=plain)
-            for rows, weights in zip(groups, found.weights, strict=True)
+            self._file.write([float_input], (partial(_one_block, output) for output in outputs))
+        self._solve_groups(groups, moments)
+        quantised = LoadedLayer(self._store, self._config, layer, read=self._quantised_weight)
+        self._file.write(
+            [quantised_input],
+            (partial(_layer_output, quantised.output, sequence) for _, sequence in self._sequences(layer)),
         )
-        for rows, solved in zip(groups, in_order(calls, self._stage.jobs), strict=True):
-            codes[rows], scales[rows] = solved
-        self._file.write([place.codes, place.scales], [partial(_these, codes, scales)])
 
-    def _head_inputs(self) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
-        """What should come into the head and what does, [length, columns], a sequence a call."""
-        norm = partial(final_norm, self._store, self._spec)
-        return (partial(_normed, norm, *pair) for pair in self._sequences(self._spec.num_hidden_layers))
-
-    def _solve_group(self, weight: Tensor, rows: Ids, weights: Tensor, *, plain: Moments) -> tuple[Rows, Rows]:
-        """Codes and scales of some ``rows`` of the head; ``weights`` [samples, length] of their positions."""
-        moments = Moments.zero(weight.shape[1])
-        for sequence, call in zip(weights, self._head_inputs(), strict=True):
-            moments.add(*call(), sequence)
-        inverse = _inverse(moments.mixed(plain, PLAIN), self._head)
-        step = max(1, SOLVE_BYTES // (4 * weight.shape[1]))
-        parts = [weight[rows[start : start + step]].numpy() for start in range(0, len(rows), step)]
-        solved = [solve_rows(part, self.solved.precisions[self._head], inverse, name=self._head) for part in parts]
-        return np.concatenate([part.codes for part in solved]), np.concatenate([part.scales for part in solved])
-
-    def _open(self, groups: Mapping[str, tuple[str, ...]]) -> Groups:
-        """Of ``groups``, what is to be solved and is not in the file."""
-        left = {name: tuple(tensor for tensor in group if self._is_open(tensor)) for name, group in groups.items()}
-        return {name: group for name, group in left.items() if group}
-
-    def _is_open(self, tensor: str) -> bool:
-        place = self.solved.places.get(tensor)
-        return place is not None and not (self._file.holds(place.codes) and self._file.holds(place.scales))
-
-    def _inputs(self, layer: int) -> tuple[Extent, Extent]:
-        """Where what should come into ``layer`` lies, and what does: float32 [samples, length, hidden]. Those of the head are the last."""
-        truth, ours = self._between[layer % 2 :: 2]
-        return replace(truth, tensor=f"right input of layer {layer}"), replace(ours, tensor=f"input of layer {layer}")
-
-    def _sequences(self, layer: int) -> Iterator[tuple[Array, Array]]:
-        """Of ``_inputs``, sequence by sequence."""
-        maps = (
-            np.memmap(self._stage.folder / extent.file, np.float32, "r", extent.offset, self._shape)
-            for extent in self._inputs(layer)
+    def _float_outputs(
+        self, run: RunLayer, layer: int, groups: InputGroups, *, moments: dict[str, Moments]
+    ) -> Iterator[Array]:
+        """Yield the float output of every sequence; meanwhile, ``moments`` gets the moments of the inputs in ``groups``."""
+        runs = (
+            partial(_run_on_both, run, float_input, quantised_input if groups else None)
+            for float_input, quantised_input in self._sequences(layer)
         )
-        return zip(*maps, strict=True)
-
-    def _watched(self, run: Run, layer: int, groups: Groups, *, moments: dict[str, Moments]) -> Iterator[Array]:
-        """The outputs of ``run`` for what should come into ``layer``, while ``moments`` gather those of ``groups``."""
-        runs = (partial(_both, run, truth, found if groups else None) for truth, found in self._sequences(layer))
-        for (output, right), found in in_order(runs, self._stage.jobs):
+        for found in in_order(runs, self._stage.jobs):
             for name in groups:
                 if name not in moments:
-                    moments[name] = Moments.zero(found[name].shape[1])
-                moments[name].add(right[name], found[name])
-            yield output
+                    moments[name] = Moments.zero(found.quantised_inputs[name].shape[1])
+                moments[name].add(found.float_inputs[name], found.quantised_inputs[name])
+            yield found.output
 
-    def _solve(self, groups: Groups, moments: dict[str, Moments]) -> None:
+    def _solve_groups(self, groups: InputGroups, moments: dict[str, Moments]) -> None:
+        """Solve and write the projections in ``groups``; ``moments`` is emptied, so that its memory is freed on the way."""
         inverses = in_order(
             (partial(_inverse, moments.pop(name), group[0]) for name, group in groups.items()), self._stage.jobs
         )
         for inverse, group in zip(inverses, groups.values(), strict=True):
             for tensor in group:
-                place = self.solved.places[tensor]
+                stored = self.solved.matrices[tensor]
                 ranges = self._store.row_ranges([tensor], SOLVE_BYTES)
                 self._file.write(
-                    [place.codes, place.scales], (partial(self._rows, tensor, inverse, *rows) for rows in ranges)
+                    [stored.codes, stored.scales],
+                    (partial(self._solved_rows, tensor, inverse, *rows) for rows in ranges),
                 )
 
-    def _rows(self, tensor: str, inverse: Inverse, start: int, stop: int) -> tuple[Rows, Rows]:
+    def _solved_rows(self, tensor: str, inverse: Inverse, start: int, stop: int) -> tuple[Rows, Rows]:
+        """Returns the codes and scales of rows [start, stop) of a projection."""
         found = solve_rows(self._store.rows(tensor, start, stop), self.solved.precisions[tensor], inverse, name=tensor)
         return found.codes, found.scales
 
-    def _original(self, tensor: str) -> Array:
+    def _solve_head(self) -> None:
+        """Solve and write the head: each group of rows on its own weighted moments, mixed with the unweighted ones."""
+        head = torch.from_numpy(self._float_weight(self._head))
+        found = group_head(self._head_inputs, head, self._config.lm_head_multiplier, jobs=self._stage.jobs)
+        stored = self.solved.matrices[self._head]
+        unweighted = Moments.zero(head.shape[1])
+        for float_input, quantised_input in in_order(self._head_inputs(), self._stage.jobs):
+            unweighted.add(float_input, quantised_input)
+        codes = np.empty(stored.shape, np.int8)
+        scales = np.empty((stored.shape[0], stored.scales.length // 2 // stored.shape[0]), np.float16)
+        rows_of_groups = [torch.nonzero(found.groups == group)[:, 0].numpy() for group in range(len(found.weights))]
+        calls = (
+            partial(self._solve_head_rows, head, rows, weights, unweighted=unweighted)
+            for rows, weights in zip(rows_of_groups, found.weights, strict=True)
+        )
+        for rows, solved in zip(rows_of_groups, in_order(calls, self._stage.jobs), strict=True):
+            codes[rows], scales[rows] = solved
+        self._file.write([stored.codes, stored.scales], [partial(_two_blocks, codes, scales)])
+
+    def _solve_head_rows(self, head: Tensor, rows: Ids, weights: Tensor, *, unweighted: Moments) -> tuple[Rows, Rows]:
+        """Returns the codes and scales of ``rows`` of the head; ``weights`` [samples, length] are those of the positions."""
+        moments = Moments.zero(head.shape[1])
+        for sequence_weights, inputs in zip(weights, self._head_inputs(), strict=True):
+            moments.add(*inputs(), sequence_weights)
+        inverse = _inverse(moments.mixed(unweighted, UNWEIGHTED_SHARE), self._head)
+        step = max(1, SOLVE_BYTES // (4 * head.shape[1]))
+        blocks = [head[rows[start : start + step]].numpy() for start in range(0, len(rows), step)]
+        solved = [solve_rows(block, self.solved.precisions[self._head], inverse, name=self._head) for block in blocks]
+        return np.concatenate([block.codes for block in solved]), np.concatenate([block.scales for block in solved])
+
+    def _head_inputs(self) -> Iterator[Callable[[], InputPair]]:
+        """Yield, for every sequence, a call that returns the float and the quantised input of the head [length, columns]."""
+        norm = partial(final_norm, self._store, self._config)
+        return (partial(_normed_pair, norm, *pair) for pair in self._sequences(self._config.num_hidden_layers))
+
+    def _unsolved(self, groups: InputGroups) -> InputGroups:
+        """Returns the part of ``groups`` that is to be solved and is not in the file."""
+        left = {name: tuple(tensor for tensor in group if self._is_unsolved(tensor)) for name, group in groups.items()}
+        return {name: group for name, group in left.items() if group}
+
+    def _is_unsolved(self, tensor: str) -> bool:
+        stored = self.solved.matrices.get(tensor)
+        return stored is not None and not (self._file.holds(stored.codes) and self._file.holds(stored.scales))
+
+    def _inputs(self, layer: int) -> tuple[Extent, Extent]:
+        """Returns where the float and the quantised input of ``layer`` are in the file; the number of layers means the head.
+
+        Both are float32 [samples, length, hidden]. Layers take turns in two pairs of extents, whose name tells which layer's they hold.
+        """
+        float_input, quantised_input = self._activations[layer % 2 :: 2]
+        return (
+            replace(float_input, tensor=f"float input of layer {layer}"),
+            replace(quantised_input, tensor=f"quantised input of layer {layer}"),
+        )
+
+    def _sequences(self, layer: int) -> Iterator[tuple[Array, Array]]:
+        """Yield the float and the quantised input [length, hidden] of every sequence, mapped from the file."""
+        maps = (
+            np.memmap(self._stage.folder / extent.file, np.float32, "r", extent.offset, self._activations_shape)
+            for extent in self._inputs(layer)
+        )
+        return zip(*maps, strict=True)
+
+    def _float_weight(self, tensor: str) -> Array:
+        """Returns a tensor as the checkpoint has it."""
         return self._store.rows(tensor, 0, self._store.shape(tensor)[0])
 
-    def _quantised(self, tensor: str) -> Array:
-        rows = self._store.shape(tensor)[0]
-        return self.solved.rows(tensor, 0, rows).unfolded() if tensor in self.solved.places else self._original(tensor)
-
-
-def _both(
-    run: Run, truth: Array, found: Array | None
-) -> tuple[tuple[Array, Mapping[str, Tensor]], Mapping[str, Tensor]]:
-    """``run`` of copies, because torch takes no array that it could not write to; of ``found`` the inputs only, where it is given."""
-    return run(np.array(truth)), {} if found is None else run(np.array(found))[1]
+    def _quantised_weight(self, tensor: str) -> Array:
+        """Returns a tensor as the artifact will have it, dequantised where it is stored in integers."""
+        if tensor not in self.solved.matrices:
+            return self._float_weight(tensor)
+        return self.solved.rows(tensor, 0, self._store.shape(tensor)[0]).unfolded()
 
 
 def _inverse(moments: Moments, name: str) -> Inverse:
     return invert(moments.own, name, moments.drift)
 
 
-def _alone(function: Callable[[Array], Array], sequence: Array) -> tuple[Array]:
-    return (function(np.array(sequence)),)
+# The functions below make what WeightFile.write takes: calls that return a block of rows for each of its extents. They copy sequences
+# that are mapped from the file, because torch takes no array that is read-only.
 
 
-def _these(codes: Rows, scales: Rows) -> tuple[Rows, Rows]:
+def _embedded(store: WeightStore, config: FalconH1Config, ids: Ids) -> tuple[Array, Array]:
+    """Returns a sequence's embeddings twice: layer 0 has the same float and quantised input."""
+    hidden = embed(store, config, ids)
+    return hidden, hidden
+
+
+def _run_on_both(run: RunLayer, float_input: Array, quantised_input: Array | None) -> LayerRuns:
+    """Run a layer on a sequence's float input, and on its quantised input where one is given."""
+    output, float_inputs = run(np.array(float_input))
+    quantised_inputs: Inputs = {} if quantised_input is None else run(np.array(quantised_input))[1]
+    return LayerRuns(output, float_inputs, quantised_inputs)
+
+
+def _layer_output(output_of: Callable[[Array], Array], sequence: Array) -> tuple[Array]:
+    """Returns a layer's output for a sequence, as a block of one extent."""
+    return (output_of(np.array(sequence)),)
+
+
+def _normed_pair(norm: Callable[[Array], Tensor], float_output: Array, quantised_output: Array) -> InputPair:
+    """Returns the head's two inputs for the last layer's two outputs."""
+    return norm(np.array(float_output)), norm(np.array(quantised_output))
+
+
+def _one_block(block: Array) -> tuple[Array]:
+    """Returns a block that is computed already, for one extent."""
+    return (block,)
+
+
+def _two_blocks(codes: Rows, scales: Rows) -> tuple[Rows, Rows]:
+    """Returns blocks that are computed already, for the extents of codes and scales."""
     return codes, scales
-
-
-def _normed(norm: Callable[[Array], Tensor], truth: Array, found: Array) -> tuple[Tensor, Tensor]:
-    return norm(np.array(truth)), norm(np.array(found))
-
-
-def _this(sequence: Array) -> tuple[Array]:
-    return (sequence,)
-
-
-def _twice(function: Callable[..., Array], *arguments: object) -> tuple[Array, Array]:
-    found = function(*arguments)
-    return found, found

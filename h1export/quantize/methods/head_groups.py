@@ -1,8 +1,12 @@
-"""The head's rows in groups, by the contexts in which their tokens are likely.
+"""Groups of the head's rows: tokens that are likely in similar positions share second moments.
 
-An error e_v of a token's logit matters where the token has some probability: to second order the KL divergence of softmax outputs is half
-the sum over tokens v of p_v (1 - p_v) e_v^2, cross terms left out. So a row's moments weigh each position by p (1 - p), and rows whose
-tokens come in like contexts share them. Contexts are compared by a random projection of their mean, which k-means puts into groups.
+To second order, the KL divergence of softmax outputs is half the sum over tokens v of p_v (1 - p_v) e_v^2, cross terms left out, where
+e_v is the error of the token's logit. So an error matters where the token has some probability, and the moments for a row of the head
+weigh each position by p_v (1 - p_v). Moments of its own for every row would be too much work. The steps:
+
+1. For every row, sum the weighted inputs of the head over all positions, projected to SKETCH random dimensions.
+2. Group the rows by k-means of the directions of these sums.
+3. For every group and position, take the mean of its rows' weights, after each row's weights are scaled to a sum of one.
 """
 
 from __future__ import annotations
@@ -16,82 +20,80 @@ from torch import Tensor
 
 from h1export.artifact.weight_file import in_order
 
-# at most so many groups, and on average not fewer rows in each
-GROUPS = 64
-ROWS_A_GROUP = 32
-# of contexts: dimensions; of k-means
-SKETCH = 64
-ROUNDS = 12
+GROUPS = 64  # at most
+ROWS_A_GROUP = 32  # on average, at least
+SKETCH = 64  # dimensions of the random projection
+ROUNDS = 12  # of k-means
 SEED = 0
 POSITIONS = 128  # whose probabilities a thread holds at a time
 
-# a position's input of the head, as the checkpoint's model has it and as it comes: two of [length, columns], a sequence a call
-Inputs = Callable[[], Iterator[Callable[[], tuple[Tensor, Tensor]]]]
+InputPair = tuple[Tensor, Tensor]  # the head's float and quantised input for a sequence, [length, columns] each
+HeadInputs = Callable[[], Iterator[Callable[[], InputPair]]]  # all sequences once more, a call a sequence
 
 
 @dataclass(frozen=True)
 class HeadGroups:
-    """Attributes:
-    groups: int64 [vocab], of each row.
-    weights: float32 [groups, samples, length], of each position: the mean over the group's rows, each of which has a sum of 1.
+    """The groups of the head's rows, and what each group makes of the positions of the calibration text.
+
+    Attributes:
+        groups: int64 [vocab], the group of each row.
+        weights: float32 [groups, samples, length], the weight of each position; those of a group sum up to one.
     """
 
     groups: Tensor
     weights: Tensor
 
 
-def contexts(inputs: Inputs, head: Tensor, multiplier: float, jobs: int) -> HeadGroups:
-    """Of the rows of ``head``, float32 [vocab, columns], whose outputs times ``multiplier`` are logits. No digit depends on ``jobs``."""
+def group_head(inputs: HeadInputs, head: Tensor, multiplier: float, *, jobs: int) -> HeadGroups:
+    """Returns groups of the rows of ``head``, float32 [vocab, columns], whose outputs times ``multiplier`` are logits.
+
+    No digit depends on ``jobs``, the number of threads.
+    """
     generator = torch.Generator().manual_seed(SEED)
     projection = torch.randn(head.shape[1], SKETCH, generator=generator)
-    sketch = torch.zeros(len(head), SKETCH)
-    mass = torch.zeros(len(head))
-    for means, sums in in_order(
-        (partial(_sketch, pair, head, multiplier, projection=projection) for pair in inputs()), jobs
-    ):
-        sketch += means
-        mass += sums
-    groups = _nearby(sketch, max(1, min(GROUPS, len(head) // ROWS_A_GROUP)), generator)
+    sketches = torch.zeros(len(head), SKETCH)
+    weight_sums = torch.zeros(len(head))
+    calls = (partial(_sketch, pair, head, multiplier, projection=projection) for pair in inputs())
+    for sketch, sums in in_order(calls, jobs):
+        sketches += sketch
+        weight_sums += sums
+    groups = _cluster(sketches, max(1, min(GROUPS, len(head) // ROWS_A_GROUP)), generator)
     members = torch.nn.functional.one_hot(groups).float()
-    share = members / (mass.clamp_min(torch.finfo(torch.float32).tiny)[:, None] * members.sum(0))
-    found = in_order((partial(_weights, pair, head, multiplier, share=share) for pair in inputs()), jobs)
+    share = members / (weight_sums.clamp_min(torch.finfo(torch.float32).tiny)[:, None] * members.sum(0))
+    found = in_order((partial(_group_weights, pair, head, multiplier, share=share) for pair in inputs()), jobs)
     return HeadGroups(groups, torch.stack(list(found)).permute(2, 0, 1).contiguous())
 
 
 def _sketch(
-    pair: Callable[[], tuple[Tensor, Tensor]], head: Tensor, multiplier: float, *, projection: Tensor
+    pair: Callable[[], InputPair], head: Tensor, multiplier: float, *, projection: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Of one sequence: the sums over its positions of a row's weights times the projected inputs [vocab, SKETCH], and of the weights."""
-    right, found = pair()
-    means = torch.zeros(len(head), SKETCH)
+    """Returns sums over the positions of a sequence for every row: of the weighted projected inputs [vocab, SKETCH], and of the weights."""
+    float_input, quantised_input = pair()
+    sketch = torch.zeros(len(head), SKETCH)
     sums = torch.zeros(len(head))
-    for start in range(0, len(found), POSITIONS):
-        weights = _variances(right[start : start + POSITIONS], head, multiplier)
-        means += weights.T @ (found[start : start + POSITIONS] @ projection)
+    for start in range(0, len(quantised_input), POSITIONS):
+        weights = _variances(float_input[start : start + POSITIONS], head, multiplier)
+        sketch += weights.T @ (quantised_input[start : start + POSITIONS] @ projection)
         sums += weights.sum(0)
-    return means, sums
+    return sketch, sums
 
 
-def _weights(pair: Callable[[], tuple[Tensor, Tensor]], head: Tensor, multiplier: float, share: Tensor) -> Tensor:
-    """Of one sequence's positions for each group [length, groups]."""
-    right, _ = pair()
-    return torch.cat(
-        [
-            _variances(right[start : start + POSITIONS], head, multiplier) @ share
-            for start in range(0, len(right), POSITIONS)
-        ]
-    )
+def _group_weights(pair: Callable[[], InputPair], head: Tensor, multiplier: float, *, share: Tensor) -> Tensor:
+    """Returns the weights of a sequence's positions for every group [length, groups]; ``share`` [vocab, groups] is a row's in each."""
+    float_input, _ = pair()
+    blocks = [float_input[start : start + POSITIONS] for start in range(0, len(float_input), POSITIONS)]
+    return torch.cat([_variances(block, head, multiplier) @ share for block in blocks])
 
 
-def _variances(right: Tensor, head: Tensor, multiplier: float) -> Tensor:
-    """p (1 - p) of every token [positions, vocab]."""
-    probabilities = torch.softmax(multiplier * (right @ head.T), dim=1)
+def _variances(float_input: Tensor, head: Tensor, multiplier: float) -> Tensor:
+    """Returns p (1 - p) of every token at every position [positions, vocab]."""
+    probabilities = torch.softmax(multiplier * (float_input @ head.T), dim=1)
     return probabilities * (1 - probabilities)
 
 
-def _nearby(sketch: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """k-means of the rows' directions: int64 [rows], below ``count``; none of these is empty."""
-    directions = torch.nn.functional.normalize(sketch, dim=1)
+def _cluster(sketches: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Returns the cluster of each row, int64 [rows] below ``count``, by k-means of the rows' directions; no cluster is empty."""
+    directions = torch.nn.functional.normalize(sketches, dim=1)
     centres = directions[torch.randperm(len(directions), generator=generator)[:count]].clone()
     nearest = torch.zeros(len(directions), dtype=torch.int64)
     for _ in range(ROUNDS):

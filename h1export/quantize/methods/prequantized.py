@@ -1,4 +1,4 @@
-"""Ready: the integers of a checkpoint that is quantised already, as runtimes take them, value by value."""
+"""Prequantized: the integers of a checkpoint that is quantised already, unchanged in value, in groups that runtimes have."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ from h1export.quantize.source import QuantizedWeights
 
 @dataclass(frozen=True)
 class Prequantized:
-    """The packed tensors of ``store``; the others come from ``rest``.
+    """QuantizedWeights that takes the packed tensors of a checkpoint as they are.
 
-    Columns are in the order of ``PackedMatrix.order``, so that those of a group are neighbours, and a group is cut into blocks that
-    runtimes have.
+    Columns are in the order of ``PackedMatrix.order``, so that those of a group are neighbours. A group of the checkpoint is divided
+    into groups of a size that runtimes have.
+
+    Attributes:
+        store: the checkpoint.
+        rest: gives the integers of all other tensors.
+        precisions: those of all tensors that are stored in integers.
     """
 
     store: WeightStore
@@ -30,7 +35,7 @@ class Prequantized:
 
     @classmethod
     def of(cls, store: WeightStore, rest: QuantizedWeights) -> Prequantized:
-        """Raises H1ExportError for groups that runtimes have no blocks for."""
+        """Returns the integers of ``store``. Raises H1ExportError for groups that no size of GROUP_SIZES divides."""
         own = {name: precision_of(matrix) for name, matrix in store.packed.items()}
         return cls(store, rest, {**rest.precisions, **own})
 
@@ -50,19 +55,22 @@ class Prequantized:
 
 
 def precision_of(matrix: PackedMatrix) -> Precision:
-    """The largest blocks that the groups of ``matrix`` can be cut into; for int8, a scale per row where there is one group.
+    """Returns the precision of ``matrix``, with the largest group size that divides its groups.
+
+    An int8 matrix with a single group has a scale per row.
 
     Raises:
-        H1ExportError: groups that no block divides.
+        H1ExportError: groups that no size of GROUP_SIZES divides.
     """
     sizes = np.unique(matrix.group_of, return_counts=True)[1]
-    layout = matrix.layout
+    layout = matrix.gptq_format
     if layout.bits == 8 and len(sizes) == 1:
         return Precision(8, 0, not layout.sym)
-    for block in reversed(GROUP_SIZES):
-        if not (sizes % block).any():
-            return Precision(layout.bits, block, not layout.sym)
-    what = f"has groups of {', '.join(map(str, sorted(set(sizes.tolist()))))} columns, which no block of {GROUP_SIZES} columns divides"
+    for group_size in reversed(GROUP_SIZES):
+        if not (sizes % group_size).any():
+            return Precision(layout.bits, group_size, not layout.sym)
+    found = ", ".join(map(str, sorted(set(sizes.tolist()))))
+    what = f"has groups of {found} columns, which no group size of {GROUP_SIZES} divides"
     raise H1ExportError(
         f'tensor "{matrix.name}"',
         what,
@@ -70,13 +78,13 @@ def precision_of(matrix: PackedMatrix) -> Precision:
     )
 
 
-def need_symmetric(integers: QuantizedWeights, runtime: str) -> None:
-    """For a runtime that has no zero points. Raises H1ExportError where ``integers`` have some."""
+def need_symmetric(integers: QuantizedWeights, runtime: str, *, next_step: str) -> None:
+    """Refuse zero points, for a runtime that has none.
+
+    Raises:
+        H1ExportError: ``integers`` have zero points; ``next_step`` tells the user what to do.
+    """
     for name, precision in integers.precisions.items():
         if precision.zeros:
             what = f"has zero points of its own, and {runtime} takes symmetric integers only"
-            raise H1ExportError(
-                f'tensor "{name}"',
-                what,
-                "use --target ort or coreml, or give a checkpoint with sym true, or the unquantised one",
-            )
+            raise H1ExportError(f'tensor "{name}"', what, next_step)

@@ -1,4 +1,4 @@
-"""Round to nearest: the plain way to integers, symmetric, one scale per block."""
+"""Round to nearest: symmetric integers, one scale per group, each weight rounded on its own."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 
 
-def quantize_rows(weight: Array, precision: Precision, multiplier: Array, name: str = "weight") -> QuantizedTensor:
-    """Integers of ``weight`` [rows, columns]; rows do not influence each other, so any block of rows will do.
+def quantize_rows(weight: Array, precision: Precision, row_scale: Array, *, name: str = "weight") -> QuantizedTensor:
+    """Returns the integers of ``weight`` [rows, columns], whose rows are to be scaled by ``row_scale`` [rows].
 
-    The scale is absmax / (2^(bits-1) - 1), rounded to a positive normal fp16 before the codes are chosen.
+    Rows do not influence each other, so that any block of rows can be quantised on its own. A group's scale is absmax / (2^(bits-1) - 1), rounded to a positive normal fp16 before the codes are chosen.
 
     Raises:
         H1ExportError: a value that is not finite, or too large for an fp16 scale; ``name`` names the tensor.
     """
     rows, columns = weight.shape
-    blocks = weight.reshape(rows, -1, precision.columns_per_group(columns))
-    scales = block_scales(blocks, precision, name)
-    return QuantizedTensor(nearest_codes(blocks, scales, precision).reshape(rows, columns), scales, multiplier)
+    groups = weight.reshape(rows, -1, precision.columns_per_group(columns))
+    scales = unclipped_scales(groups, precision, name)
+    return QuantizedTensor(nearest_codes(groups, scales, precision).reshape(rows, columns), scales, row_scale)
 
 
-def block_scales(blocks: Array, precision: Precision, name: str) -> npt.NDArray[np.float16]:
-    """The scales [rows, groups] of ``blocks`` [rows, groups, columns] that clip nothing. Raises H1ExportError as quantize_rows does."""
-    absmax = np.abs(blocks).max(axis=2)
+def unclipped_scales(groups: Array, precision: Precision, name: str) -> npt.NDArray[np.float16]:
+    """Returns the scales [rows, groups] of ``groups`` [rows, groups, group size] that clip no weight.
+
+    Raises:
+        H1ExportError: as quantize_rows does.
+    """
+    absmax = np.abs(groups).max(axis=2)
     if not np.isfinite(absmax).all():
         raise H1ExportError(
             f'tensor "{name}"', "holds values that are not finite", "the checkpoint is damaged, download it again"
@@ -40,7 +44,7 @@ def block_scales(blocks: Array, precision: Precision, name: str) -> npt.NDArray[
     return scales
 
 
-def nearest_codes(blocks: Array, scales: npt.NDArray[np.float16], precision: Precision) -> npt.NDArray[np.int8]:
-    """The nearest codes, in the shape of ``blocks`` [rows, groups, columns]."""
-    quotient = blocks / scales.astype(np.float32)[..., None]
+def nearest_codes(groups: Array, scales: npt.NDArray[np.float16], precision: Precision) -> npt.NDArray[np.int8]:
+    """Returns the nearest codes for ``groups`` [rows, groups, group size], in the same shape."""
+    quotient = groups / scales.astype(np.float32)[..., None]
     return np.clip(np.rint(quotient, out=quotient), -precision.top, precision.top, out=quotient).astype(np.int8)

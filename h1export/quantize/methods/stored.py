@@ -1,12 +1,14 @@
-"""Solved: integers that a method has left in a file, because no row of it could be computed alone."""
+"""StoredIntegers: integers that a method has written to a file, because it could not compute rows on their own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from h1export.artifact.journal import Extent
 from h1export.quantize.precision import Precision
@@ -15,8 +17,8 @@ from h1export.quantize.source import QuantizedWeights
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor of ``shape`` lies: int8 codes, row after row, and its float16 scales."""
+class StoredMatrix:
+    """Where the integers of a matrix of ``shape`` are stored: int8 codes, row after row, and float16 scales."""
 
     shape: tuple[int, int]
     codes: Extent
@@ -25,10 +27,16 @@ class Place:
 
 @dataclass(frozen=True)
 class StoredIntegers:
-    """The tensors of ``places``, which lie in files of ``folder``; the others come from ``rest``, as do all precisions."""
+    """QuantizedWeights that reads some tensors from files.
+
+    Attributes:
+        folder: the folder of the files.
+        matrices: where each tensor is stored.
+        rest: gives the integers of all other tensors, and the precisions of all tensors.
+    """
 
     folder: Path
-    places: Mapping[str, Place]
+    matrices: Mapping[str, StoredMatrix]
     rest: QuantizedWeights
 
     @property
@@ -36,17 +44,17 @@ class StoredIntegers:
         return self.rest.precisions
 
     def rows(self, tensor: str, start: int, stop: int) -> QuantizedTensor:
-        place = self.places.get(tensor)
-        if place is None:
+        """Returns the integers of rows [start, stop) of ``tensor``."""
+        stored = self.matrices.get(tensor)
+        if stored is None:
             return self.rest.rows(tensor, start, stop)
-        rows, columns = place.shape
-        scales = (rows, columns // self.precisions[tensor].columns_per_group(columns))
+        rows, columns = stored.shape
+        groups = columns // self.precisions[tensor].columns_per_group(columns)
         return QuantizedTensor(
-            np.array(
-                np.memmap(self.folder / place.codes.file, np.int8, "r", place.codes.offset, place.shape)[start:stop]
-            ),
-            np.array(
-                np.memmap(self.folder / place.scales.file, np.float16, "r", place.scales.offset, scales)[start:stop]
-            ),
+            self._mapped(stored.codes, np.int8, (rows, columns))[start:stop].copy(),
+            self._mapped(stored.scales, np.float16, (rows, groups))[start:stop].copy(),
             np.ones(min(stop, rows) - start, np.float32),
         )
+
+    def _mapped(self, extent: Extent, dtype: type[np.generic], shape: tuple[int, int]) -> npt.NDArray[Any]:
+        return np.asarray(np.memmap(self.folder / extent.file, dtype, "r", extent.offset, shape))

@@ -1,4 +1,4 @@
-"""Resolves a function to steps once: names to slots, constants to arrays, ops to functions with their attributes at hand."""
+"""The compiler of a function to steps: names become slots, constants become arrays, and operations become steps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 from h1export.errors import H1ExportError
 from h1export.targets.coreml.evaluator.constants import (
     Constant,
-    Meaning,
+    Definition,
     State,
-    arguments_of,
-    constant,
-    converted,
-    meaning_of,
-    op_of,
+    checked_arguments,
+    constant_array,
+    converted_argument,
+    definition_of,
+    find_op,
 )
 from h1export.targets.coreml.evaluator.dtypes import FP16, Array
 from h1export.targets.coreml.evaluator.ops.base import Op
@@ -35,146 +35,162 @@ from h1export.targets.coreml.evaluator.steps import (
     WriteState,
 )
 
-Names = dict[str, Meaning]
-LARGE = 4096  # elements of a constant that a hollow program goes without
+Names = dict[str, Definition]
+LARGE = 4096  # elements from which on a float constant is left out with ``without_weights``
 
 
 class Compiler:
-    """Compiles one function of a package; all that it finds is in its attributes afterwards.
+    """The result of compiling one function of a package.
 
-    ``hollow``: large float constants are zeros that take no memory, for a run that only has to show shapes and bounds.
+    Args:
+        package: the package.
+        function: the function of the package to compile.
+        without_weights: replace large float constants by zeros that take no memory, for a run that only checks shapes
+            and bounds.
+
+    Attributes:
+        steps: the steps of a run, in order.
+        input_slots: the slot of each input.
+        output_slots: the slot of each output, in the order of ``Function.outputs``.
+        op_outputs: every output of every op that runs.
+        constants: the constants that have a slot.
 
     Raises:
-        H1ExportError: an op or input that the evaluator does not have, a name that nothing computes, a broken constant.
+        H1ExportError: the function has an op or an input of an op that the evaluator does not have, a name that no
+            operation computes, or a broken constant.
     """
 
-    def __init__(self, package: Package, function: Function, hollow: bool = False) -> None:
+    def __init__(self, package: Package, function: Function, without_weights: bool = False) -> None:
         self._package = package
-        self._hollow = hollow
+        self._without_weights = without_weights
         self._control = {
-            "read_state": self._read,
-            "write_state": self._write,
-            "while_loop": self._loop,
-            "cond": self._branch,
+            "read_state": self._compile_read_state,
+            "write_state": self._compile_write_state,
+            "while_loop": self._compile_while_loop,
+            "cond": self._compile_cond,
         }
-        self._types: list[TensorType] = []  # by slot, as declared
-        self.outputs: list[Output] = []  # of every op that runs
-        self.constants: dict[int, Array] = {}  # by slot, those that stand beside computed tensors
-        self.inputs = {name: self._slot(kind) for name, kind in function.inputs.items()}
-        names: Names = {**self.inputs, **{name: State(name, kind) for name, kind in function.states.items()}}
+        self._types: list[TensorType] = []  # the declared type of each slot
+        self.op_outputs: list[Output] = []
+        self.constants: dict[int, Array] = {}
+        self.input_slots = {name: self._slot(kind) for name, kind in function.inputs.items()}
+        names: Names = {**self.input_slots, **{name: State(name, kind) for name, kind in function.states.items()}}
         where = f"{package.path}: function {function.name!r}"
-        self.steps, self.returned = self._block(function.block, names, where)
+        self.steps, self.output_slots = self._compile_block(function.block, names, where)
 
     @property
-    def slots(self) -> int:
-        """How many values a run holds."""
+    def slot_count(self) -> int:
+        """The number of slots of a run."""
         return len(self._types)
 
     def _slot(self, kind: TensorType) -> int:
         self._types.append(kind)
         return len(self._types) - 1
 
-    def _block(self, block: Block, names: Names, where: str) -> tuple[tuple[Step, ...], tuple[int, ...]]:
-        """A block's steps, and the slots of its outputs; ``names`` gets its own."""
+    def _compile_block(self, block: Block, names: Names, where: str) -> tuple[tuple[Step, ...], tuple[int, ...]]:
+        """Compile a block to steps and the slots of its outputs; its names are added to ``names``."""
         steps: list[Step] = []
         for operation in block.operations:
             if operation.constant:
                 names |= dict.fromkeys((name for name, _ in operation.outputs), operation)
             else:
-                steps.append(self._control.get(operation.type, self._step)(operation, names))
-        return tuple(steps), tuple(self._tensor(meaning_of(name, names, where), names, where) for name in block.outputs)
+                steps.append(self._control.get(operation.type, self._compile_op)(operation, names))
+        return tuple(steps), tuple(
+            self._tensor(definition_of(name, names, where), names, where) for name in block.outputs
+        )
 
-    def _step(self, operation: Operation, names: Names) -> Step:
-        op = op_of(operation)
+    def _compile_op(self, operation: Operation, names: Names) -> Step:
+        op = find_op(operation)
         fixed = _defaults(operation, op)
         computed: list[Computed] = []
-        for name, arguments in arguments_of(operation, op).items():
+        for name, arguments in checked_arguments(operation, op).items():
             parameter = op.parameters[name]
-            meanings = [
-                item if isinstance(item, Value) else meaning_of(item, names, operation.where) for item in arguments
+            definitions = [
+                item if isinstance(item, Value) else definition_of(item, names, operation.where) for item in arguments
             ]
-            known = [self._constant(item, names) for item in meanings if isinstance(item, Constant)]
-            if len(known) == len(meanings):
+            known = [self._constant(item, names) for item in definitions if isinstance(item, Constant)]
+            if len(known) == len(definitions):
                 fixed[name] = (
-                    tuple(known) if parameter.many else converted(known[0], parameter, name, where=operation.where)
+                    tuple(known)
+                    if parameter.many
+                    else converted_argument(known[0], parameter, name, where=operation.where)
                 )
             else:
-                slots = tuple(self._tensor(item, names, operation.where) for item in meanings)
+                slots = tuple(self._tensor(item, names, operation.where) for item in definitions)
                 computed.append(Computed(name, slots, parameter.convert, many=parameter.many))
         return OpStep(
             op, fixed, tuple(computed), outputs=self._outputs(operation, names, op.moves), where=operation.where
         )
 
     def _outputs(self, operation: Operation, names: Names, moves: bool) -> tuple[Output, ...]:
-        made = tuple(
+        outputs = tuple(
             Output(self._slot(kind), name, kind, op=operation.type, moves=moves) for name, kind in operation.outputs
         )
-        names |= {output.name: output.slot for output in made}
-        self.outputs += made
-        return made
+        names |= {output.name: output.slot for output in outputs}
+        self.op_outputs += outputs
+        return outputs
 
-    def _tensor(self, meaning: Meaning | Value, names: Names, where: str) -> int:
-        """The slot that holds a tensor; a constant gets one."""
-        if isinstance(meaning, int):
-            return meaning
-        if isinstance(meaning, State):
-            raise H1ExportError(where, f"takes state {meaning.name!r} as a tensor", "read it with read_state first")
-        slot = self._slot(_declared(meaning))
-        self.constants[slot] = self._constant(meaning, names)
+    def _tensor(self, definition: Definition | Value, names: Names, where: str) -> int:
+        """Return the slot of a tensor; a constant is given one."""
+        if isinstance(definition, int):
+            return definition
+        if isinstance(definition, State):
+            raise H1ExportError(where, f"takes state {definition.name!r} as a tensor", "read it with read_state first")
+        slot = self._slot(_declared_type(definition))
+        self.constants[slot] = self._constant(definition, names)
         return slot
 
-    def _constant(self, meaning: Constant, names: Names) -> Array:
-        kind = _declared(meaning)
+    def _constant(self, definition: Constant, names: Names) -> Array:
+        kind = _declared_type(definition)
         shape = tuple(size or 0 for size in kind.shape)
-        if self._hollow and kind.dtype.array.kind == "f" and prod(shape) >= LARGE:
+        if self._without_weights and kind.dtype.array.kind == "f" and prod(shape) >= LARGE:
             return np.broadcast_to(np.zeros((), np.float32), shape)
-        return constant(self._package, meaning, names)
+        return constant_array(self._package, definition, names)
 
     def _tensors(self, operation: Operation, name: str, names: Names) -> tuple[int, ...]:
-        meanings = [
-            argument if isinstance(argument, Value) else meaning_of(argument, names, operation.where)
+        definitions = [
+            argument if isinstance(argument, Value) else definition_of(argument, names, operation.where)
             for argument in operation.inputs.get(name, ())
         ]
-        return tuple(self._tensor(meaning, names, operation.where) for meaning in meanings)
+        return tuple(self._tensor(definition, names, operation.where) for definition in definitions)
 
-    def _read(self, operation: Operation, names: Names) -> Step:
+    def _compile_read_state(self, operation: Operation, names: Names) -> Step:
         state = _state(operation, names)
         outputs = self._outputs(operation, names, moves=True)
-        _count(operation, (outputs, 1))
+        _check_counts(operation, (outputs, 1))
         return ReadState(state.name, outputs[0], operation.where)
 
-    def _write(self, operation: Operation, names: Names) -> Step:
+    def _compile_write_state(self, operation: Operation, names: Names) -> Step:
         state = _state(operation, names)
         slots = self._tensors(operation, "data", names)
-        _count(operation, (slots, 1), (operation.outputs, 0))
-        self._same(operation, slots, [state.type])
+        _check_counts(operation, (slots, 1), (operation.outputs, 0))
+        self._check_same_dtype(operation, slots, [state.type])
         return WriteState(state.name, state.type, slots[0], where=operation.where)
 
-    def _body(self, block: Block, names: Names, where: str) -> Body:
+    def _compile_body(self, block: Block, names: Names, where: str) -> Body:
         slots = tuple(self._slot(kind) for _, kind in block.inputs)
         inner: Names = {**names, **{name: slot for (name, _), slot in zip(block.inputs, slots, strict=True)}}
-        return Body(slots, *self._block(block, inner, where))
+        return Body(slots, *self._compile_block(block, inner, where))
 
-    def _loop(self, operation: Operation, names: Names) -> Step:
+    def _compile_while_loop(self, operation: Operation, names: Names) -> Step:
         variables = self._tensors(operation, "loop_vars", names)
-        _count(operation, (operation.blocks, 2), (operation.outputs, len(variables)))
-        condition, body = (self._body(block, names, operation.where) for block in operation.blocks)
-        _count(
+        _check_counts(operation, (operation.blocks, 2), (operation.outputs, len(variables)))
+        condition, body = (self._compile_body(block, names, operation.where) for block in operation.blocks)
+        _check_counts(
             operation,
             (condition.outputs, 1),
             *((items, len(variables)) for items in (condition.inputs, body.inputs, body.outputs)),
         )
         outputs = self._outputs(operation, names, moves=True)
         for slots in (variables, condition.inputs, body.inputs, body.outputs):
-            self._same(operation, slots, [output.type for output in outputs])
+            self._check_same_dtype(operation, slots, [output.type for output in outputs])
         return WhileLoop(variables, condition, body, outputs=outputs, where=operation.where)
 
-    def _branch(self, operation: Operation, names: Names) -> Step:
+    def _compile_cond(self, operation: Operation, names: Names) -> Step:
         predicate = self._tensors(operation, "pred", names)
-        _count(operation, (predicate, 1), (operation.blocks, 2))
-        first, second = (self._body(block, names, operation.where) for block in operation.blocks)
+        _check_counts(operation, (predicate, 1), (operation.blocks, 2))
+        first, second = (self._compile_body(block, names, operation.where) for block in operation.blocks)
         outputs = self._outputs(operation, names, moves=True)
-        _count(
+        _check_counts(
             operation,
             (first.inputs, 0),
             (second.inputs, 0),
@@ -182,22 +198,22 @@ class Compiler:
             (second.outputs, len(outputs)),
         )
         for block in (first, second):
-            self._same(operation, block.outputs, [output.type for output in outputs])
+            self._check_same_dtype(operation, block.outputs, [output.type for output in outputs])
         return Branch(predicate[0], (first, second), outputs, where=operation.where)
 
-    def _same(self, operation: Operation, slots: Sequence[int], declared: Sequence[TensorType]) -> None:
-        """Raises H1ExportError where a value that is handed on as it is has another element type than the place it goes to."""
+    def _check_same_dtype(self, operation: Operation, slots: Sequence[int], declared: Sequence[TensorType]) -> None:
+        """Raise H1ExportError if a value that is passed on unchanged has another element type than declared."""
         for slot, kind in zip(slots, declared, strict=True):
             if self._types[slot].dtype is not kind.dtype:
-                raise H1ExportError(operation.where, f"hands on {self._types[slot]} as {kind}", "cast it first")
+                raise H1ExportError(operation.where, f"passes {self._types[slot]} on as {kind}", "cast it first")
 
 
-def _declared(meaning: Constant) -> TensorType:
-    return meaning.type if isinstance(meaning, Value) else meaning.outputs[0][1]
+def _declared_type(definition: Constant) -> TensorType:
+    return definition.type if isinstance(definition, Value) else definition.outputs[0][1]
 
 
 def _defaults(operation: Operation, op: Op) -> dict[str, Any]:
-    """Floats that an fp16 op leaves out, as fp16 has them: there an epsilon of 1e-12 is zero."""
+    """Return the default floats of an fp16 op rounded to fp16, where an epsilon of 1e-12 is zero."""
     if not any(kind.dtype is FP16 for _, kind in operation.outputs):
         return {}
     floats = {
@@ -209,19 +225,19 @@ def _defaults(operation: Operation, op: Op) -> dict[str, Any]:
 def _state(operation: Operation, names: Names) -> State:
     arguments = operation.inputs.get("input", ())
     found = (
-        meaning_of(arguments[0], names, operation.where)
+        definition_of(arguments[0], names, operation.where)
         if len(arguments) == 1 and isinstance(arguments[0], str)
         else None
     )
     if not isinstance(found, State):
-        raise H1ExportError(operation.where, "takes no state as its input", DAMAGED)
+        raise H1ExportError(operation.where, "does not take a state as its input", DAMAGED)
     return found
 
 
-def _count(operation: Operation, *expected: tuple[Sequence[object], int]) -> None:
-    """Raises H1ExportError unless each sequence is as long as it must be."""
+def _check_counts(operation: Operation, *expected: tuple[Sequence[object], int]) -> None:
+    """Raise H1ExportError unless each sequence has the expected length."""
     for items, count in expected:
         if len(items) != count:
             raise H1ExportError(
-                operation.where, f"has {len(items)} inputs, outputs or blocks where {count} belong", DAMAGED
+                operation.where, f"has {len(items)} inputs, outputs or blocks instead of {count}", DAMAGED
             )

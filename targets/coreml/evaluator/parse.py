@@ -1,4 +1,7 @@
-"""From the messages of MIL.proto to program.py's dataclasses, with the checks that make the rest of the evaluator safe."""
+"""The parser from the messages of MIL.proto to the dataclasses of program.py.
+
+It checks the structure of a program, so that the rest of the evaluator can rely on it.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,22 @@ from h1export.targets.coreml.evaluator.program import (
     tensor_type,
 )
 
-Named = tuple[tuple[str, TensorType], ...]
+NamedTypes = tuple[tuple[str, TensorType], ...]
 
 
-def parse_function(name: str, message: Any, opset: str, read: ReadBlob, where: str) -> Function:
-    """A function of a program; ``where`` names its package in messages.
+def parse_function(name: str, message: Any, opset: str, *, read: ReadBlob, where: str) -> Function:
+    """Parse a function of a program.
+
+    Args:
+        name: the name of the function.
+        message: its Function message.
+        opset: the opset that it must be written for.
+        read: reads a tensor from a file of the package.
+        where: the package, for error messages.
 
     Raises:
-        H1ExportError: written for another opset, or a type, constant or operation that cannot be read.
+        H1ExportError: the function is written for another opset, or has a type, constant or operation that cannot be
+            read.
     """
     where = f"{where}: function {name!r}"
     if message.opset != opset or opset not in message.block_specializations:
@@ -43,15 +54,18 @@ def parse_function(name: str, message: Any, opset: str, read: ReadBlob, where: s
     types = {**inputs, **{output: kind for operation in block.operations for output, kind in operation.outputs}}
     for output in block.outputs:
         if output not in types:
-            raise H1ExportError(where, f"returns {output!r}, which nothing computes", DAMAGED)
+            raise H1ExportError(where, f"returns {output!r}, which no operation computes", DAMAGED)
     for state, kind in states.items():
         if None in kind.shape:
             raise H1ExportError(where, f"state {state!r} has no fixed shape: {kind}", "give states fixed shapes")
-    return Function(name, opset, inputs, states, {output: types[output] for output in block.outputs}, block)
+    outputs = {output: types[output] for output in block.outputs}
+    return Function(name, opset, inputs, states=states, outputs=outputs, block=block)
 
 
 def _block(message: Any, read: ReadBlob, where: str) -> Block:
-    inputs: Named = tuple((item.name, tensor_type(item.type, f"{where}, {item.name!r}")) for item in message.inputs)
+    inputs: NamedTypes = tuple(
+        (item.name, tensor_type(item.type, f"{where}, {item.name!r}")) for item in message.inputs
+    )
     return Block(inputs, tuple(message.outputs), tuple(_operation(item, read, where) for item in message.operations))
 
 

@@ -1,4 +1,7 @@
-"""A CoreML program as plain data: functions, blocks, operations, values; tensors are decoded when asked for."""
+"""A Core ML program as plain data: functions, blocks, operations and values (MIL.proto of coremltools).
+
+Tensors are decoded when ``Value.array`` is called.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +29,15 @@ FIELDS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class TensorType:
-    """Element type and shape; None is a dimension known only when run."""
+    """An element type and a shape; None stands for a dimension that is known at run time only."""
 
     dtype: DType
     shape: tuple[int | None, ...]
 
-    def holds(self, shape: tuple[int, ...]) -> bool:
-        """Whether an array of ``shape`` is of this type."""
+    def accepts(self, shape: tuple[int, ...]) -> bool:
+        """Return whether an array of ``shape`` has this type."""
         return len(shape) == len(self.shape) and all(
-            own in (None, other) for own, other in zip(self.shape, shape, strict=True)
+            declared in (None, size) for declared, size in zip(self.shape, shape, strict=True)
         )
 
     def __str__(self) -> str:
@@ -43,20 +46,20 @@ class TensorType:
 
 @dataclass(frozen=True)
 class BlobReference:
-    """Where in which file of the package a tensor lies; ``file`` as the program writes it."""
+    """The place of a tensor in a file of the package: the name that the program gives the file, and a byte offset."""
 
     file: str
     offset: int
 
 
 class ReadBlob(Protocol):
-    """Reads what a reference points to; raises H1ExportError for a reference that leads nowhere."""
+    """A function that reads the tensor of a reference; it raises H1ExportError if the reference is broken."""
 
-    def __call__(self, reference: BlobReference, dtype: DType, count: int, where: str) -> Array: ...
+    def __call__(self, reference: BlobReference, dtype: DType, count: int, *, where: str) -> Array: ...
 
 
 class Value:
-    """A constant of the program; ``where`` names its operation in messages."""
+    """A constant of the program; ``where`` names its operation in error messages."""
 
     __slots__ = ("_message", "_read", "where")
 
@@ -67,7 +70,11 @@ class Value:
 
     @property
     def type(self) -> TensorType:
-        """Raises H1ExportError where the value is no tensor of a known type and shape."""
+        """The type of the value.
+
+        Raises:
+            H1ExportError: the value is not a tensor of a known type and shape.
+        """
         found = tensor_type(self._message.type, self.where)
         if None in found.shape:
             raise H1ExportError(self.where, f"holds a constant of unknown shape {found}", DAMAGED)
@@ -75,26 +82,29 @@ class Value:
 
     @property
     def blob(self) -> BlobReference | None:
-        """Where the value lies in a file; None: in the program itself."""
+        """The place of the value in a file, or None if the program itself stores it."""
         if self._message.WhichOneof("value") != "blobFileValue":
             return None
         return BlobReference(self._message.blobFileValue.fileName, self._message.blobFileValue.offset)
 
     @property
     def key(self) -> Hashable:
-        """Equal for values that are the same in type and content."""
+        """A key that is equal for values of the same type and content."""
         return (self.blob and (self.blob, self.type)) or self._message.SerializeToString(deterministic=True)
 
     def array(self) -> Array:
-        """In its own type and shape; int4 as int8, other types narrower than a byte as uint8, strings as objects.
+        """Return the value in its own type and shape.
+
+        int4 is returned as int8, other types narrower than a byte as uint8, and strings as objects.
 
         Raises:
-            H1ExportError: not a tensor, a broken reference, or another number of elements than its shape has.
+            H1ExportError: the value is not a tensor, a reference is broken, or the number of elements does not fit the
+                shape.
         """
         dtype = self.type.dtype
         shape = tuple(size or 0 for size in self.type.shape)
         count = prod(shape)
-        flat = self._read(self.blob, dtype, count, self.where) if self.blob else self._immediate(dtype, count)
+        flat = self._read(self.blob, dtype, count, where=self.where) if self.blob else self._immediate(dtype, count)
         return flat.reshape(shape)
 
     def _immediate(self, dtype: DType, count: int) -> Array:
@@ -121,7 +131,17 @@ Argument = str | Value  # the name of another operation's output or of an input,
 
 @dataclass(frozen=True)
 class Operation:
-    """One step: ``inputs`` has more than one argument only where an op takes a tuple (``concat``'s values)."""
+    """One operation of a block.
+
+    Attributes:
+        type: the name of the MIL op.
+        name: the name of the first output, or "".
+        inputs: the arguments of each input; only an input that takes a tuple (the values of concat) has several.
+        attributes: the constants that the operation itself stores.
+        outputs: the name and declared type of each output.
+        blocks: the nested blocks of while_loop and cond.
+        where: the operation's description for error messages.
+    """
 
     type: str
     name: str
@@ -133,20 +153,20 @@ class Operation:
 
     @property
     def constant(self) -> bool:
-        """Whether the outputs depend on no input of the program."""
+        """Whether the operation is a constant, which depends on no input of the program."""
         return self.type == "const" or self.type.startswith("constexpr_")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Operations in order; ``outputs`` names what it returns."""
+    """A list of operations in order, with the types of its inputs and the names of its outputs."""
 
     inputs: tuple[tuple[str, TensorType], ...]
     outputs: tuple[str, ...]
     operations: tuple[Operation, ...]
 
     def walk(self) -> Iterator[Operation]:
-        """Its operations and those of the blocks inside them."""
+        """Yield the operations of the block and of the blocks nested in it."""
         for operation in self.operations:
             yield operation
             for block in operation.blocks:
@@ -155,7 +175,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Function:
-    """An entry point: ``outputs`` has the types that the block's operations declare."""
+    """An entry point of the program; ``outputs`` has the types that the operations of the block declare."""
 
     name: str
     opset: str
@@ -166,19 +186,19 @@ class Function:
 
 
 def tensor_type(message: Any, where: str) -> TensorType:
-    """A ValueType message that must be a tensor.
+    """Parse a ValueType message that must be a tensor.
 
     Raises:
-        H1ExportError: it is not, or its element type is not known here, or its rank is not fixed.
+        H1ExportError: the message is not a tensor, or has an unknown element type or no fixed rank.
     """
     if message.WhichOneof("type") != "tensorType":
         raise H1ExportError(
-            where, f"is of {message.WhichOneof('type') or 'no type'}, not a tensor", "this is not supported here"
+            where, f"is of {message.WhichOneof('type') or 'no type'}, not a tensor", "only tensors are supported"
         )
     tensor = message.tensorType
     if tensor.dataType not in BY_MIL:
         raise H1ExportError(
-            where, f"has elements of MIL type {tensor.dataType}, which is not known here", "use fp16, fp32 or integers"
+            where, f"has elements of MIL type {tensor.dataType}, which is unknown", "use fp16, fp32 or integers"
         )
     shape: list[int | None] = []
     for dimension in tensor.dimensions:

@@ -1,6 +1,7 @@
-"""What a function is resolved to: steps over a flat list of values.
+"""The steps that a function is compiled to; they work on a flat list of values.
 
-A value of fp16 is a float32 array of values that fp16 has. A step that computes rounds its results; arrays are never changed in place.
+An fp16 value is held as a float32 array of values that fp16 can represent. A step that computes rounds its results to
+them. Steps never change arrays in place.
 """
 
 from __future__ import annotations
@@ -13,32 +14,50 @@ from typing import Any, Protocol
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.targets.coreml.evaluator.dtypes import FP16, Array, narrow, peak, round_half, widen
+from h1export.targets.coreml.evaluator.dtypes import FP16, Array, largest_magnitude, narrow, round_half, widen
 from h1export.targets.coreml.evaluator.ops.base import Op, OpError
 from h1export.targets.coreml.evaluator.program import TensorType
 
-UNRUNNABLE = "this program is invalid on a device too, or uses what the evaluator does not have"
+UNRUNNABLE = "this program is invalid on a device too, or uses a feature that the evaluator does not have"
 FAILURES = (OpError, ValueError, TypeError, IndexError, ArithmeticError, RuntimeError, AttributeError, MemoryError)
 
 
 @dataclass
 class Frame:
-    """One run: ``values`` by slot; ``states`` by name in their declared types, and ``held`` as the evaluator holds values."""
+    """The data of one run.
+
+    Attributes:
+        values: the value of each slot.
+        states: the states by name, in their declared types.
+        widened: the states as the steps use them, float32 if they are fp16.
+    """
 
     values: list[Any]
     states: dict[str, Array]
-    held: dict[str, Array]
+    widened: dict[str, Array]
 
 
 class Step(Protocol):
-    """Reads and writes a frame; raises H1ExportError where it cannot."""
+    """A function that reads and writes a frame; it raises H1ExportError if it fails."""
 
     def __call__(self, frame: Frame) -> None: ...
 
 
 @dataclass
 class Output:
-    """A result's slot and declared type, and the largest magnitude computed for it, before rounding, where it is fp16."""
+    """An output of an operation.
+
+    Attributes:
+        slot: the slot that it is stored in.
+        name: its name in the program.
+        type: its declared type.
+        op: the type of the operation.
+        moves: whether the operation only moves values.
+        maximum: the largest magnitude so far, before rounding; None if it is not fp16 or was never computed.
+        half: whether it is fp16.
+        shape: its declared shape; None if a dimension is known at run time only.
+        array: the dtype of its array.
+    """
 
     slot: int
     name: str
@@ -47,7 +66,7 @@ class Output:
     moves: bool
     maximum: float | None = None
     half: bool = field(init=False)
-    shape: tuple[int, ...] | None = field(init=False)  # None: has a dimension known only when run
+    shape: tuple[int, ...] | None = field(init=False)
     array: np.dtype[Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,9 +74,9 @@ class Output:
         self.array = np.dtype(np.float32) if self.half else self.type.dtype.array
         self.shape = None if None in self.type.shape else tuple(size or 0 for size in self.type.shape)
 
-    def finish(self, result: Array) -> Array:
-        """``result`` in the declared type; raises OpError where its shape or kind is another."""
-        if result.shape != self.shape and not self.type.holds(result.shape):
+    def finalize(self, result: Array) -> Array:
+        """Return ``result`` rounded to the declared type; raise OpError if it has another shape or kind of dtype."""
+        if result.shape != self.shape and not self.type.accepts(result.shape):
             raise OpError(f"computes shape {list(result.shape)} for {self.name!r}, which is declared as {self.type}")
         if result.dtype != self.array:
             kinds = result.dtype.kind + self.array.kind
@@ -67,7 +86,7 @@ class Output:
         if not self.half or self.moves:
             return result if isinstance(result, np.ndarray) else np.asarray(result)
         result = np.asarray(result)
-        largest = peak(result)
+        largest = largest_magnitude(result)
         if self.maximum is None or not largest <= self.maximum:  # a NaN stays
             self.maximum = largest if self.maximum is None or not math.isnan(self.maximum) else self.maximum
         return round_half(result)
@@ -75,7 +94,14 @@ class Output:
 
 @dataclass(frozen=True)
 class Computed:
-    """An argument that another step computes: its slots, and what the op takes instead of the array."""
+    """An argument of an op that another step computes.
+
+    Attributes:
+        name: the parameter of the op.
+        slots: the slots of its values.
+        convert: converts the array to the argument; None passes the array itself.
+        many: whether the argument is a tuple of tensors.
+    """
 
     name: str
     slots: tuple[int, ...]
@@ -83,7 +109,7 @@ class Computed:
     many: bool
 
     def value(self, values: Sequence[Any]) -> Any:
-        """What the op's function is called with."""
+        """Return the argument that the op's function is called with."""
         if self.many:
             return tuple(values[slot] for slot in self.slots)
         array = values[self.slots[0]]
@@ -92,7 +118,7 @@ class Computed:
 
 @dataclass(frozen=True)
 class OpStep:
-    """Call an op's function and finish its results."""
+    """Calls the function of an op and stores its rounded results."""
 
     op: Op
     fixed: dict[str, Any]
@@ -109,31 +135,31 @@ class OpStep:
             if len(results) != len(self.outputs):
                 raise OpError(f"computes {len(results)} results where {len(self.outputs)} are declared")
             for output, array in zip(self.outputs, results, strict=True):
-                values[output.slot] = output.finish(array)
+                values[output.slot] = output.finalize(array)
         except FAILURES as error:
-            raise failure(self.where, error) from error
+            raise op_failure(self.where, error) from error
 
 
 @dataclass(frozen=True)
 class ReadState:
-    """The state as the steps before left it."""
+    """Stores the current value of a state in a slot."""
 
     state: str
     output: Output
     where: str
 
     def __call__(self, frame: Frame) -> None:
-        if self.state not in frame.held:
-            frame.held[self.state] = widen(frame.states[self.state])
+        if self.state not in frame.widened:
+            frame.widened[self.state] = widen(frame.states[self.state])
         try:
-            frame.values[self.output.slot] = self.output.finish(frame.held[self.state])
+            frame.values[self.output.slot] = self.output.finalize(frame.widened[self.state])
         except OpError as error:
-            raise failure(self.where, error) from error
+            raise op_failure(self.where, error) from error
 
 
 @dataclass(frozen=True)
 class WriteState:
-    """Puts a new array in the place of a state's; read-only, so that ``held`` stays the same values."""
+    """Replaces the array of a state by a new one, which is read-only so that ``Frame.widened`` stays equal to it."""
 
     state: str
     type: TensorType
@@ -142,24 +168,25 @@ class WriteState:
 
     def __call__(self, frame: Frame) -> None:
         data = frame.values[self.slot]
-        if not self.type.holds(data.shape):
-            raise failure(
+        if not self.type.accepts(data.shape):
+            raise op_failure(
                 self.where, OpError(f"writes shape {list(data.shape)} to state {self.state!r}, which is {self.type}")
             )
         frame.states[self.state] = written = narrow(data, self.type.dtype)
         written.flags.writeable = False
-        frame.held[self.state] = data
+        frame.widened[self.state] = data
 
 
 @dataclass(frozen=True)
 class Body:
-    """A nested block: where its inputs go, its steps, where its outputs are."""
+    """A compiled nested block: the slots of its inputs, its steps and the slots of its outputs."""
 
     inputs: tuple[int, ...]
     steps: tuple[Step, ...]
     outputs: tuple[int, ...]
 
     def run(self, frame: Frame, arguments: Sequence[Array]) -> list[Array]:
+        """Run the steps on ``arguments`` and return the outputs."""
         for slot, argument in zip(self.inputs, arguments, strict=True):
             frame.values[slot] = argument
         for step in self.steps:
@@ -169,7 +196,10 @@ class Body:
 
 @dataclass(frozen=True)
 class WhileLoop:
-    """Core ML MIL specification, op while_loop: the first block decides, the second computes the next loop variables."""
+    """The op while_loop of the MIL specification.
+
+    The first block decides whether to go on, and the second computes the next loop variables.
+    """
 
     variables: tuple[int, ...]
     condition: Body
@@ -179,14 +209,14 @@ class WhileLoop:
 
     def __call__(self, frame: Frame) -> None:
         current = [frame.values[slot] for slot in self.variables]
-        while truth(self.condition.run(frame, current)[0], self.where):
+        while single_bool(self.condition.run(frame, current)[0], self.where):
             current = self.body.run(frame, current)
-        place(frame, self.outputs, current, self.where)
+        store_results(frame, self.outputs, current, where=self.where)
 
 
 @dataclass(frozen=True)
 class Branch:
-    """Core ML MIL specification, op cond: the first block where the predicate is true, else the second."""
+    """The op cond of the MIL specification: it runs the first block if the predicate is true, else the second."""
 
     predicate: int
     blocks: tuple[Body, Body]
@@ -194,27 +224,29 @@ class Branch:
     where: str
 
     def __call__(self, frame: Frame) -> None:
-        chosen = self.blocks[0 if truth(frame.values[self.predicate], self.where) else 1]
-        place(frame, self.outputs, chosen.run(frame, ()), self.where)
+        chosen = self.blocks[0 if single_bool(frame.values[self.predicate], self.where) else 1]
+        store_results(frame, self.outputs, chosen.run(frame, ()), where=self.where)
 
 
-def place(frame: Frame, outputs: Sequence[Output], results: Sequence[Array], where: str) -> None:
-    """A nested block's results as outputs of its op."""
+def store_results(frame: Frame, outputs: Sequence[Output], results: Sequence[Array], *, where: str) -> None:
+    """Store the results of a nested block as the outputs of its operation."""
     for output, array in zip(outputs, results, strict=True):
         try:
-            frame.values[output.slot] = output.finish(array)
+            frame.values[output.slot] = output.finalize(array)
         except OpError as error:
-            raise failure(where, error) from error
+            raise op_failure(where, error) from error
 
 
-def truth(array: Array, where: str) -> bool:
-    """Raises H1ExportError for anything but one bool."""
+def single_bool(array: Array, where: str) -> bool:
+    """Return the value of a bool scalar; raise H1ExportError for any other array."""
     if array.dtype != np.bool_ or array.size != 1:
-        raise failure(where, OpError(f"decides by {array.dtype} of shape {list(array.shape)}, not by one bool"))
+        raise op_failure(
+            where, OpError(f"has a condition of {array.dtype} with shape {list(array.shape)} instead of one bool")
+        )
     return bool(array.item())
 
 
-def failure(where: str, error: Exception) -> H1ExportError:
-    """The error that a user reads: which op of which function, and what it cannot do."""
+def op_failure(where: str, error: Exception) -> H1ExportError:
+    """Return the error to raise for an exception in the operation ``where``."""
     what = str(error) if isinstance(error, OpError) else f"fails: {error}"
     return H1ExportError(where, what, UNRUNNABLE)

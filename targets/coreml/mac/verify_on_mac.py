@@ -1,10 +1,11 @@
-"""Check this artifact on a Mac: every compute unit against golden.npz, and its speed.
+"""Check this artifact on a Mac: compare every compute unit with golden.npz, and measure its speed.
 
     pip install coremltools numpy
     python verify_on_mac.py
 
-Needs macOS 15 and the files beside this one. Prints a table and writes report.json. Exit code 0: passed; 1: failed; 2: could not
-be run. CPU_ONLY and the units that mac.json names have to pass; figures of the others are for information.
+The script needs macOS 15 and the files in its folder. It prints a table and writes report.json. Exit code 0 means
+passed, 1 failed, and 2 that the check could not be run. CPU_ONLY and the units that mac.json names must pass; the
+figures of the other units are for information.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ SETTINGS = "mac.json"
 GOLDEN = "golden.npz"
 MANIFEST = "manifest.json"
 REPORT = "report.json"
-# with --state-io: inputs, and the outputs that they become
+# prefixes of the state inputs, and of the outputs that replace them, in a package built with --state-io
 PAST = "past_key_values_"
 PRESENT = "present_"
-FORMAT = 1  # of golden.npz
+FORMAT = 1  # the version of golden.npz's format
 
 UnitsName = Literal["CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL"]
 UNITS: tuple[UnitsName, ...] = get_args(UnitsName)
@@ -44,19 +45,19 @@ Row = np.ndarray[Any, Any]  # logits, float32 [vocab]
 
 
 class CannotRunError(Exception):
-    """Nothing can be said about the artifact here."""
+    """The check cannot be run here, so there is no verdict about the artifact."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """mac.json: how the package was built.
+    """The content of mac.json, which states how the package was built.
 
     Attributes:
-        max_context: tokens that the states have room for.
-        chunk: tokens of a prefill call.
-        compute: the units it is meant for, by coremltools' names.
-        state_io: states are inputs and outputs.
-        last_logits: prefill gives the logits of the last valid token only.
+        max_context: the tokens that the states have room for.
+        chunk: the tokens of a prefill call.
+        compute: the compute units that the package is meant for, by coremltools' names.
+        state_io: whether states are inputs and outputs.
+        last_logits: whether prefill returns the logits of the last valid token only.
     """
 
     max_context: int
@@ -66,12 +67,13 @@ class Settings:
     last_logits: bool = False
 
     def must_pass(self, unit: str) -> bool:
+        """Return whether the artifact fails if ``unit`` fails."""
         return unit in ("CPU_ONLY", self.compute)
 
 
 @dataclass(frozen=True)
 class Case:
-    """The first ``prompt`` of ``ids`` are a prompt, the others are decoded after it; ``golden``: position -> logits."""
+    """A case of golden.npz: a prompt of ``prompt`` ids, the ids to decode after it, and the logits by position."""
 
     ids: Ids
     prompt: int
@@ -79,11 +81,12 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The name of the case in the report."""
         return f"{self.prompt} token{'s' if self.prompt > 1 else ''}"
 
 
 class Function:
-    """One function of the package on one compute unit, through coremltools."""
+    """A function of the package on a compute unit, run by coremltools."""
 
     def __init__(self, package: Path, name: str, units: str) -> None:
         tools = import_module("coremltools")
@@ -93,21 +96,18 @@ class Function:
         self.inputs = {feature.name: tuple(feature.type.multiArrayType.shape) for feature in described.input}
 
     def make_state(self) -> Any:
+        """Return a new state of zeros."""
         return self._model.make_state()
 
     def predict(self, feeds: Mapping[str, Any], state: Any) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = (
-            self._model.predict(dict(feeds)) if state is None else self._model.predict(dict(feeds), state=state)
-        )
-        return found
+        """Run the function on ``feeds`` and return its outputs; it updates ``state`` unless that is None."""
+        options = {} if state is None else {"state": state}
+        outputs: Mapping[str, Any] = self._model.predict(dict(feeds), **options)
+        return outputs
 
 
 def load(package: Path, name: str, units: str) -> Function:
-    """The only door to Core ML; a test puts another in its place.
-
-    Raises:
-        CannotRunError: no macOS 15, or no coremltools.
-    """
+    """Load a function of the package; raise CannotRunError without macOS 15 or coremltools. Tests replace this."""
     version = platform.mac_ver()[0]
     if platform.system() != "Darwin" or int(version.split(".")[0] or 0) < 15:
         system = f"macOS {version}" if version else platform.system()
@@ -121,17 +121,17 @@ def load(package: Path, name: str, units: str) -> Function:
 
 
 def calls(length: int, settings: Settings, position: int = 0) -> Iterator[tuple[str, int, int]]:
-    """(function, position, tokens) that take ``length`` tokens in: chunks while a whole one has room, then one by one."""
+    """Yield (function, position, tokens): chunks for prefill while a whole one fits, then single tokens for decode."""
     while length:
-        whole = position + settings.chunk <= settings.max_context
-        count = min(length, settings.chunk) if whole else 1
-        yield "prefill" if whole else "decode", position, count
+        fits = position + settings.chunk <= settings.max_context
+        count = min(length, settings.chunk) if fits else 1
+        yield "prefill" if fits else "decode", position, count
         position = position + count
         length = length - count
 
 
 class Session:
-    """One sequence over both functions, which share its states; they are made by ``first``."""
+    """A sequence whose states both functions share; the function ``first`` creates them."""
 
     def __init__(self, functions: Mapping[str, Function], settings: Settings, first: str) -> None:
         self._functions = functions
@@ -143,20 +143,20 @@ class Session:
         self._state = None if settings.state_io else functions[first].make_state()
 
     def call(self, name: str, position: int, ids: Ids) -> dict[int, Row]:
-        """Position -> logits of ``ids`` [count], those that the function gives. Pads after them are id 0."""
+        """Process ``ids`` [count], padded with id 0, and return the logits that the function computes, by position."""
         padded = np.zeros((1, self._chunk if name == "prefill" else 1), np.int32)
         padded[0, : len(ids)] = ids
         feeds = {"input_ids": padded, "position": np.array([position], np.int32), **self._past}
         if name == "prefill":
             feeds["n_valid"] = np.array([len(ids)], np.int32)
-        found = self._functions[name].predict(feeds, self._state)
-        self._past = {past: found[PRESENT + past.removeprefix(PAST)] for past in self._past}
-        logits = np.asarray(found["logits"], np.float32)[0]
+        outputs = self._functions[name].predict(feeds, self._state)
+        self._past = {past: outputs[PRESENT + past.removeprefix(PAST)] for past in self._past}
+        logits = np.asarray(outputs["logits"], np.float32)[0]
         first = position + len(ids) - 1 if len(logits) == 1 else position
         return {first + row: logits[row] for row in range(min(len(logits), len(ids)))}
 
     def decode(self, position: int, ids: Ids) -> dict[int, Row]:
-        """Position -> logits of ``ids`` [count], one call each."""
+        """Process ``ids`` [count] in one decode call each, and return their logits by position."""
         found: dict[int, Row] = {}
         for step in range(len(ids)):
             found |= self.call("decode", position + step, ids[step : step + 1])
@@ -164,39 +164,54 @@ class Session:
 
 
 def run_case(functions: Mapping[str, Function], settings: Settings, case: Case) -> tuple[list[tuple[Row, Row]], str]:
-    """(found, golden) logits of ``case``, and a note.
+    """Run a case and return the pairs of (computed, golden) logits, and a note.
 
-    Decode goes on in the states that prefill has filled: both are functions of one package and agree in the states' names and
-    shapes. We are not sure that every system allows it: where it raises an error, decode takes the prompt in too.
+    decode continues with the states that prefill has filled, which is possible because both functions declare the same
+    states. It is not certain that every system allows it; if it raises an error, decode processes the prompt too.
     """
     session = Session(functions, settings, "prefill")
-    taken = 0
-    found: dict[int, Row] = {}
+    prefilled = 0
+    logits: dict[int, Row] = {}
     for name, position, count in calls(case.prompt, settings):
         if name == "prefill":
-            found |= session.call(name, position, case.ids[position : position + count])
-            taken = position + count
+            logits |= session.call(name, position, case.ids[position : position + count])
+            prefilled = position + count
     try:
-        decoded = session.decode(taken, case.ids[taken:])
+        decoded = session.decode(prefilled, case.ids[prefilled:])
         note = ""
     except Exception as error:
         if settings.state_io:
             raise
         decoded = Session(functions, settings, "decode").decode(0, case.ids)
-        note = f"decode refused prefill's states, and took the prompt in itself: {str(error)[:200]}"
-    pairs = [(rows[place], row) for rows in (found, decoded) for place, row in case.golden.items() if place in rows]
+        note = f"decode refused the states of prefill, and processed the prompt itself: {str(error)[:200]}"
+    pairs = [
+        (computed[position], row)
+        for computed in (logits, decoded)
+        for position, row in case.golden.items()
+        if position in computed
+    ]
     return pairs, note
 
 
 def figures_of(pairs: Sequence[tuple[Row, Row]]) -> dict[str, float]:
-    """logits: the largest difference over the golden range, in the worst row; NaN if not finite. top1: share of equal argmax."""
-    errors = [float(np.abs(found - truth).max()) / (float(truth.max() - truth.min()) or 1.0) for found, truth in pairs]
+    """Return the figures of the pairs of (computed, golden) logits.
+
+    "logits" is the largest difference divided by the range of the golden row, in the worst row; it is NaN if one is not
+    finite. "top1" is the fraction of rows with the same argmax.
+    """
+    errors = [
+        float(np.abs(computed - golden).max()) / (float(golden.max() - golden.min()) or 1.0)
+        for computed, golden in pairs
+    ]
     worst = max(errors) if all(map(math.isfinite, errors)) else math.nan
-    return {"logits": worst, "top1": sum(int(found.argmax() == truth.argmax()) for found, truth in pairs) / len(pairs)}
+    equal = sum(int(computed.argmax() == golden.argmax()) for computed, golden in pairs)
+    return {"logits": worst, "top1": equal / len(pairs)}
 
 
-def row_of(check: str, against: str, figures: Mapping[str, float], limit: float | None, note: str) -> dict[str, Any]:
-    """A row as h1export's own reports have it; ``limit`` is that of the logits."""
+def report_row(
+    check: str, against: str, figures: Mapping[str, float], *, limit: float | None, note: str
+) -> dict[str, Any]:
+    """Return a row in the form of h1export's own reports; ``limit`` is the limit of the figure "logits"."""
     limits = {} if limit is None else {"logits": limit}
     verdict = "n/a" if not figures else "pass" if limits else "info"
     if any(math.isnan(value) for value in figures.values()) or (limit is not None and not figures["logits"] <= limit):
@@ -207,26 +222,25 @@ def row_of(check: str, against: str, figures: Mapping[str, float], limit: float 
 
 
 def case_row(
-    functions: Mapping[str, Function], settings: Settings, case: Case, unit: str, tolerance: float
+    functions: Mapping[str, Function], settings: Settings, case: Case, *, unit: str, tolerance: float
 ) -> dict[str, Any]:
-    """The row of one case on one unit. What is wrong on a unit that has to pass is a failure, elsewhere it is a note."""
-    must = settings.must_pass(unit)
+    """Return the row of a case on a unit; an error is a failure on a unit that must pass, and a note on others."""
+    must_pass = settings.must_pass(unit)
     try:
         pairs, note = run_case(functions, settings, case)
         figures = figures_of(pairs)
-        note = "; ".join(
-            filter(None, [note, "not finite" if math.isnan(figures["logits"]) else f"{len(pairs)} rows of logits"])
-        )
+        rows = "not finite" if math.isnan(figures["logits"]) else f"{len(pairs)} rows of logits"
+        note = f"{note}; {rows}" if note else rows
     except Exception as error:
         figures = {"logits": math.nan, "top1": 0.0}
         note = f"{type(error).__name__}: {str(error)[:200]}"
-    if not must and math.isnan(figures["logits"]):
+    if not must_pass and math.isnan(figures["logits"]):
         figures = {}
-    return row_of(f"{case.name}, {unit}", "golden", figures, limit=tolerance if must else None, note=note)
+    return report_row(f"{case.name}, {unit}", "golden", figures, limit=tolerance if must_pass else None, note=note)
 
 
-def latency_row(functions: Mapping[str, Function], settings: Settings, unit: str, repeats: int) -> dict[str, Any]:
-    """Median milliseconds of a prefill chunk from position 0, and of the token after it."""
+def latency_row(functions: Mapping[str, Function], settings: Settings, unit: str, *, repeats: int) -> dict[str, Any]:
+    """Return the row of the median milliseconds of a prefill chunk at position 0, and of the token after it."""
     ids = np.ones(settings.chunk, np.int32)
     figures = {}
     try:
@@ -234,14 +248,11 @@ def latency_row(functions: Mapping[str, Function], settings: Settings, unit: str
         for name, position, count in (("prefill", 0, settings.chunk), ("decode", settings.chunk, 1)):
             figures[f"{name}_ms"] = 1000 * _median_seconds(partial(session.call, name, position, ids[:count]), repeats)
     except Exception as error:
-        return row_of(f"latency, {unit}", "time", {}, limit=None, note=f"{type(error).__name__}: {str(error)[:200]}")
-    return row_of(
-        f"latency, {unit}",
-        "time",
-        figures,
-        limit=None,
-        note=f"median of {repeats}: a chunk of {settings.chunk} tokens, one token after it",
-    )
+        return report_row(
+            f"latency, {unit}", "time", {}, limit=None, note=f"{type(error).__name__}: {str(error)[:200]}"
+        )
+    note = f"median of {repeats}: a chunk of {settings.chunk} tokens, one token after it"
+    return report_row(f"latency, {unit}", "time", figures, limit=None, note=note)
 
 
 def _median_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -255,36 +266,30 @@ def _median_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def unit_rows(
-    settings: Settings, cases: Sequence[Case], tolerance: float, unit: str, repeats: int
+    settings: Settings, cases: Sequence[Case], tolerance: float, *, unit: str, repeats: int
 ) -> list[dict[str, Any]]:
-    """Every row of one unit. Raises CannotRunError, and nothing else."""
+    """Return all rows of a unit; raise CannotRunError if it cannot be judged. Other errors become rows."""
     try:
         functions = {name: load(HERE / PACKAGE, name, unit) for name in ("prefill", "decode")}
     except CannotRunError:
         raise
     except Exception as error:
-        must = settings.must_pass(unit)
+        must_pass = settings.must_pass(unit)
         note = f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}"
-        return [
-            row_of(
-                f"load, {unit}",
-                "golden",
-                {"logits": math.nan} if must else {},
-                limit=tolerance if must else None,
-                note=note,
-            )
-        ]
-    has = functions["prefill"].inputs.get("input_ids")
-    if has != (1, settings.chunk):
+        figures = {"logits": math.nan} if must_pass else {}
+        limit = tolerance if must_pass else None
+        return [report_row(f"load, {unit}", "golden", figures, limit=limit, note=note)]
+    shape = functions["prefill"].inputs.get("input_ids")
+    if shape != (1, settings.chunk):
         raise CannotRunError(
-            f"{PACKAGE}: prefill takes input_ids {has}, and {SETTINGS} says chunks of {settings.chunk}; build it again"
+            f"{PACKAGE}: prefill takes input_ids {shape}, and {SETTINGS} has chunks of {settings.chunk}; build it again"
         )
     rows = [case_row(functions, settings, case, unit=unit, tolerance=tolerance) for case in cases]
     return [*rows, latency_row(functions, settings, unit, repeats=repeats)]
 
 
 def read_settings(folder: Path) -> Settings:
-    """mac.json. Raises CannotRunError where it is missing or says something else."""
+    """Read mac.json; raise CannotRunError if it is missing or has other content."""
     try:
         return Settings(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -292,11 +297,11 @@ def read_settings(folder: Path) -> Settings:
 
 
 def read_golden(folder: Path, settings: Settings) -> tuple[list[Case], float]:
-    """The cases, and the limit for their logits. Raises CannotRunError where they are missing or do not fit."""
+    """Read the cases and the limit of their logits; raise CannotRunError if they are missing, damaged or too long."""
     try:
         with np.load(folder / GOLDEN, allow_pickle=False) as data:
             if int(data["format"]) != FORMAT:
-                raise ValueError(f"format {int(data['format'])}, and this script reads {FORMAT}")
+                raise ValueError(f"format {int(data['format'])}, and this script reads format {FORMAT}")
             ids = data["ids"]
             steps = int(data["steps"])
             golden = dict(zip(data["positions"].tolist(), data["logits"].astype(np.float32), strict=True))
@@ -313,7 +318,7 @@ def read_golden(folder: Path, settings: Settings) -> tuple[list[Case], float]:
 
 
 def read_subject(folder: Path) -> dict[str, Any]:
-    """What manifest.json says of the artifact. Raises CannotRunError where it is no JSON object."""
+    """Read the artifact's description from manifest.json, if there is one; raise CannotRunError if it is damaged."""
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8") if (folder / MANIFEST).exists() else "{}"
         return {
@@ -324,7 +329,7 @@ def read_subject(folder: Path) -> dict[str, Any]:
 
 
 def report_of(settings: Settings, subject: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The report, of the schema of h1export's own report.json."""
+    """Return the report in the schema of h1export's own report.json."""
     packages = {"numpy": np.__version__}
     if (tools := sys.modules.get("coremltools")) is not None:
         packages["coremltools"] = str(tools.__version__)
@@ -341,7 +346,7 @@ def report_of(settings: Settings, subject: Mapping[str, Any], rows: Sequence[Map
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a row."""
+    """Print a line for each row."""
     width = max(len(row["check"]) for row in rows)
     for row in rows:
         figures = "  ".join(
@@ -353,7 +358,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0: passed; 1: failed; 2: could not be run."""
+    """Run the check and return the exit code: 0 passed, 1 failed, 2 could not be run."""
     parser = argparse.ArgumentParser(description="Check this artifact on a Mac.")
     parser.add_argument("--units", nargs="+", choices=UNITS, default=UNITS, help="compute units [default: all]")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each function [default: 20]")
@@ -374,7 +379,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_table(rows)
     (HERE / REPORT).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if not any(row["limits"] for row in rows):
-        print(f"nothing was judged: CPU_ONLY and {settings.compute} have to pass; written to {REPORT}", file=sys.stderr)
+        print(
+            f"nothing was judged: only CPU_ONLY and {settings.compute} have limits; written to {REPORT}",
+            file=sys.stderr,
+        )
         return 2
     print(f"{'passed' if report['passed'] else 'FAILED'}; written to {REPORT}")
     return 0 if report["passed"] else 1

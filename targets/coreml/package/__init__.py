@@ -1,1 +1,1 @@
-"""The .mlpackage on disk: writing (writer.py) and checking (lint.py)."""
+"""The .mlpackage on disk: writer.py writes it, and lint.py checks one for faults."""

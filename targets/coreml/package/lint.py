@@ -1,4 +1,7 @@
-"""What is wrong with a package before a device says so, or does not: one small check a rule, each over the package as saved."""
+"""The linter of an .mlpackage: it finds faults that a device would reject, or would accept with wrong results.
+
+Each rule is a small function over the saved package; CHECKS lists them.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,22 @@ import numpy as np
 from h1export.errors import H1ExportError
 from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Evaluator, Package
-from h1export.targets.coreml.evaluator.package import stored
+from h1export.targets.coreml.evaluator.package import stored_values
 from h1export.targets.coreml.evaluator.program import Function, Operation, TensorType, Value
 from h1export.targets.coreml.program import layout
 
-# of a tensor: a vocabulary fits; Core ML has no tensors of rank 6
+# the limits of a tensor: a vocabulary fits, and Core ML has no tensors of rank 6
 LARGEST_DIM = 1 << 18
 LARGEST_RANK = 5
-# of a tensor on the Neural Engine; of the last dimension of its states
+# the limits of the Neural Engine: the largest dimension of a tensor, and what divides the last dimension of a state
 NE_DIM = 1 << 14
 NE_MULTIPLE = 32
-UNKNOWN_TO_DEVICES = ("int64", "uint64", "fp64")  # Core ML narrows them without a word
+UNSUPPORTED_DTYPES = ("int64", "uint64", "fp64")  # Core ML narrows them without a warning
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault: ``rule`` is the name of its check, ``where`` an operation or a function."""
+    """A fault: the name of the check that found it, the operation or function that has it, and a description."""
 
     rule: str
     where: str
@@ -36,12 +39,13 @@ Check = Callable[[Package], Iterator[Finding]]
 
 
 def lint(package: Package, neural_engine: bool = False) -> list[Finding]:
-    """Every fault that the checks find, in their order. A check that cannot go on is a finding of its own.
+    """Return every fault that the checks find, in the order of CHECKS; a check that raises an error is a fault too.
 
-    ``neural_engine``: also what is no fault elsewhere.
+    ``neural_engine`` adds the faults that only matter on the Neural Engine.
     """
     found: list[Finding] = []
-    for name, check in (CHECKS | ({"on_neural_engine": on_neural_engine} if neural_engine else {})).items():
+    checks = CHECKS | ({on_neural_engine.__name__: on_neural_engine} if neural_engine else {})
+    for name, check in checks.items():
         try:
             found += check(package)
         except H1ExportError as error:
@@ -56,7 +60,7 @@ def _operations(package: Package) -> Iterator[tuple[Function, Operation]]:
 
 
 def _values(operation: Operation) -> Iterator[tuple[str, Value]]:
-    """The constants that an operation holds itself."""
+    """Yield the constants that an operation stores itself."""
     yield from operation.attributes.items()
     yield from (
         (name, argument)
@@ -67,25 +71,25 @@ def _values(operation: Operation) -> Iterator[tuple[str, Value]]:
 
 
 def operations(package: Package) -> Iterator[Finding]:
-    """Ops, attributes and types that the evaluator has: each function resolves."""
+    """Find ops, attributes and types that the evaluator does not have."""
     for name in package.functions:
         try:
-            Evaluator(package, name, hollow=True)
+            Evaluator(package, name, without_weights=True)
         except H1ExportError as error:
             yield Finding("operations", error.where, error.what)
 
 
 def types(package: Package) -> Iterator[Finding]:
-    """No 64-bit numbers."""
+    """Find 64-bit numbers."""
     for _, operation in _operations(package):
         kinds = [kind for _, kind in operation.outputs] + [value.type for _, value in _values(operation)]
         for kind in kinds:
-            if kind.dtype.name in UNKNOWN_TO_DEVICES:
+            if kind.dtype.name in UNSUPPORTED_DTYPES:
                 yield Finding("types", operation.where, f"has {kind}")
 
 
 def constants(package: Package) -> Iterator[Finding]:
-    """Blobs that lie within their file and hold what the program says, and no constant that is not finite."""
+    """Find constants that cannot be read from their file, or are not finite."""
     for _, operation in _operations(package):
         for name, value in _values(operation):
             try:
@@ -94,14 +98,14 @@ def constants(package: Package) -> Iterator[Finding]:
                 yield Finding("constants", error.where, error.what)
                 continue
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                yield Finding("constants", operation.where, f"{name} holds values that are not finite")
+                yield Finding("constants", operation.where, f"{name} has values that are not finite")
 
 
 def blocks(package: Package) -> Iterator[Finding]:
-    """Scales that divide their integers along every axis."""
+    """Find scales whose sizes do not divide those of their integers."""
     for function, operation in _operations(package):
         if operation.type == "constexpr_blockwise_shift_scale":
-            data, scale = (stored(operation, function.block)[name].type.shape for name in ("data", "scale"))
+            data, scale = (stored_values(operation, function.block)[name].type.shape for name in ("data", "scale"))
             if len(data) != len(scale) or any(
                 not part or (whole or 0) % part for whole, part in zip(data, scale, strict=True)
             ):
@@ -109,7 +113,7 @@ def blocks(package: Package) -> Iterator[Finding]:
 
 
 def states(package: Package) -> Iterator[Finding]:
-    """The same states in every function, read and written by each: one state object serves them all."""
+    """Find functions that do not read and write the same states; one state object serves all functions."""
     declared: dict[str, TensorType] = {}
     for name, function in package.functions.items():
         if declared and function.states != declared:
@@ -127,7 +131,7 @@ def states(package: Package) -> Iterator[Finding]:
 
 
 def dimensions(package: Package) -> Iterator[Finding]:
-    """No tensor with a dimension of 0, one known only when run, one beyond LARGEST_DIM, or too many of them."""
+    """Find tensors with a dimension of 0 or known at run time only, and a dimension or rank that is too large."""
     for _, operation in _operations(package):
         for name, kind in operation.outputs:
             if len(kind.shape) > LARGEST_RANK or not all(size and size <= LARGEST_DIM for size in kind.shape):
@@ -135,25 +139,29 @@ def dimensions(package: Package) -> Iterator[Finding]:
 
 
 def calls(package: Package) -> Iterator[Finding]:
-    """Every op computes the shape that it declares, and stays within its bounds, in a call of each function.
+    """Find ops that fail, or compute another shape than they declare, in a call of each function.
 
-    Where a package says how many tokens it has room for, the call is on the last of them, and one beyond has to fail.
+    If the metadata states the maximum context, the call is on its last tokens, and a call one token further must fail.
     """
-    room = dict(package.model.description.metadata.userDefined).get(layout.MAX_CONTEXT, "")
+    max_context = dict(package.model.description.metadata.userDefined).get(layout.MAX_CONTEXT, "")
     for name, function in package.functions.items():
-        if not (room.isdigit() and {layout.POSITION, layout.INPUT_IDS} <= function.inputs.keys()):
+        if not (max_context.isdigit() and {layout.POSITION, layout.INPUT_IDS} <= function.inputs.keys()):
             yield from _run(package, name, {})
             continue
-        last = int(room) - int(function.inputs[layout.INPUT_IDS].shape[-1] or 1)
+        last = int(max_context) - int(function.inputs[layout.INPUT_IDS].shape[-1] or 1)
         yield from _run(package, name, {layout.POSITION: last})
         if not list(_run(package, name, {layout.POSITION: last + 1})):
-            yield Finding("calls", f"function {name!r}", f"writes beyond its room for {room} tokens without an error")
+            yield Finding(
+                "calls",
+                f"function {name!r}",
+                f"writes beyond its maximum context of {max_context} tokens without an error",
+            )
 
 
 def _run(package: Package, name: str, given: Mapping[str, int]) -> Iterator[Finding]:
-    """What goes wrong in a call on ones, or on the numbers ``given`` for some inputs; no large weight is read."""
+    """Find errors in a call on ones, or on ``given`` for some inputs; no large weight is read."""
     try:
-        evaluator = Evaluator(package, name, hollow=True)
+        evaluator = Evaluator(package, name, without_weights=True)
         inputs = {
             key: np.full([size or 1 for size in kind.shape], given.get(key, 1), kind.dtype.array)
             for key, kind in evaluator.function.inputs.items()
@@ -164,30 +172,34 @@ def _run(package: Package, name: str, given: Mapping[str, int]) -> Iterator[Find
 
 
 def reload(package: Package) -> Iterator[Finding]:
-    """coremltools' own reader takes it, and its own validation finds nothing."""
+    """Find what the reader and the validation of coremltools reject."""
     loader = sdk.module("coremltools.converters.mil.frontend.milproto.load")
     weights = str(package.weights) if package.weights.is_dir() else ""
     try:
         loader.load(
             package.model, specification_version=package.model.specificationVersion, file_weights_dir=weights
         ).validate()
-    except Exception as error:  # it raises what its many ops raise
-        yield Finding("reload", str(package.path), f"coremltools says {type(error).__name__}: {str(error)[:200]}")
+    except Exception as error:  # the exceptions of its ops are of many types
+        yield Finding("reload", str(package.path), f"coremltools reports {type(error).__name__}: {str(error)[:200]}")
 
 
 def on_neural_engine(package: Package) -> Iterator[Finding]:
-    """States whose last dimension it takes, no tensor too wide for it, no scales by block, which others have found silently wrong there."""
+    """Find what the Neural Engine does not support.
+
+    These are states with an unsupported last dimension, tensors that are too wide, and scales per group of columns,
+    whose results others have found to be wrong there without an error.
+    """
     for name, function in package.functions.items():
         for state, kind in function.states.items():
             if (kind.shape[-1] or 0) % NE_MULTIPLE:
                 yield Finding(
                     "on_neural_engine",
                     f"function {name!r}",
-                    f"state {state!r} is {kind}, whose last dimension is no multiple of 32",
+                    f"state {state!r} is {kind}, whose last dimension is not a multiple of {NE_MULTIPLE}",
                 )
     for _, operation in _operations(package):
         if operation.type == "constexpr_blockwise_shift_scale":
-            yield Finding("on_neural_engine", operation.where, "has scales by block")
+            yield Finding("on_neural_engine", operation.where, "has scales per group")
         elif not operation.constant and any(
             (size or 0) > NE_DIM for _, kind in operation.outputs for size in kind.shape
         ):
@@ -199,21 +211,23 @@ def on_neural_engine(package: Package) -> Iterator[Finding]:
 
 
 def description(package: Package) -> Iterator[Finding]:
-    """What the model says of its functions is what its program has."""
-    said = {function.name: function for function in package.model.description.functions}
-    for name in package.functions.keys() ^ said.keys():
-        yield Finding("description", f"function {name!r}", "is in the program or in the description alone")
-    for name in package.functions.keys() & said.keys():
+    """Find differences between the model's description of its functions and its program."""
+    described = {function.name: function for function in package.model.description.functions}
+    for name in package.functions.keys() ^ described.keys():
+        yield Finding("description", f"function {name!r}", "is in only one of program and description")
+    for name in package.functions.keys() & described.keys():
         function = package.functions[name]
         pairs: Mapping[str, tuple[set[str], set[str]]] = {
-            "inputs": (set(function.inputs), {feature.name for feature in said[name].input}),
-            "outputs": (set(function.outputs), {feature.name for feature in said[name].output}),
-            "states": (set(function.states), {feature.name for feature in said[name].state}),
+            "inputs": (set(function.inputs), {feature.name for feature in described[name].input}),
+            "outputs": (set(function.outputs), {feature.name for feature in described[name].output}),
+            "states": (set(function.states), {feature.name for feature in described[name].state}),
         }
-        for what, (own, described) in pairs.items():
-            if own != described:
+        for what, (in_program, in_description) in pairs.items():
+            if in_program != in_description:
                 yield Finding(
-                    "description", f"function {name!r}", f"{what} {sorted(own ^ described)} are on one side only"
+                    "description",
+                    f"function {name!r}",
+                    f"{what} {sorted(in_program ^ in_description)} are in only one of program and description",
                 )
 
 

@@ -1,4 +1,4 @@
-"""The .mlpackage on disk: protobuf, weight.bin and manifest, without a clock or chance in them."""
+"""The writer of an .mlpackage: protobuf and manifest, whose bytes depend on the model alone, not on time or chance."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ WEIGHTS_REFERENCE = "@model_path/weights/weight.bin"
 
 
 def protobuf(program: Any, weights: Weights, notes: Mapping[str, str]) -> Any:
-    """The Model message of a MIL program; writes the bytes of its weights on the way. ``notes`` go into its metadata."""
+    """Convert a MIL program to a Model message, and write the bytes of its weights.
+
+    Args:
+        program: the MIL program; constants stand in for its large weights.
+        weights: writes a weight and returns its offset in weight.bin.
+        notes: entries of the user-defined metadata.
+    """
     load, values = (sdk.module(f"coremltools.converters.mil.backend.mil.{name}") for name in ("load", "helper"))
 
     class Exporter(load.MILProtoExporter):  # type: ignore[name-defined,misc]
-        """Takes values from ``weights`` instead of the constants that stand in for them."""
+        """An exporter that takes large values from ``weights`` instead of the constants that stand in for them."""
 
         def get_milproto_value(self, var: Var) -> Any:
+            """Return the Value message of a constant, which refers to weight.bin if it is large."""
             offset = weights.offset(var)
             if offset is None:
                 return values.create_immediate_value(var)
@@ -42,7 +49,7 @@ def protobuf(program: Any, weights: Weights, notes: Mapping[str, str]) -> Any:
 
 
 def write(folder: Path, model: Any) -> None:
-    """Write all of the package but its weight.bin into ``folder``."""
+    """Write the package except its weight.bin into ``folder``."""
     (folder / layout.MODEL).write_bytes(model.SerializeToString(deterministic=True))
     items = {
         "model.mlmodel": ("com.apple.CoreML/model.mlmodel", "CoreML Model Specification"),

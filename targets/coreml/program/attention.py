@@ -12,22 +12,22 @@ from h1export.graphs.program import args_of
 from h1export.plugins.attention.op import rope_frequencies
 from h1export.targets.coreml.program.context import MASKED, Context
 from h1export.targets.coreml.program.weights import Var
+from h1export.targets.sizes import AttentionSizes
 
 
 def attention(c: Context, node: Node) -> None:
-    """A head's group of queries lies along its tokens, [1, kv_heads, group * T, dim], so that keys are not repeated."""
+    """Emit attention with a head's group of queries beside its tokens, [1, kv_heads, group * T, dim]: keys are not repeated."""
     q, k, v, past_k, past_v, *_, theta = args_of(node)
-    s = c.program.config
+    sizes = AttentionSizes.of(node)
     tokens = c.call.tokens
-    cos, sin = c.once(("rope", theta), lambda: _rotary_rows(c, theta))
+    cos, sin = c.once(("rope", theta), lambda: _rotary_rows(c, theta, sizes.head_dim))
     query, new_keys = (_rotate(c, _heads_first(c, operand), cos, sin) for operand in (q, k))
-    keys = _append(c, past_k, new_keys)
-    values = _append(c, past_v, _heads_first(c, v))
-    group = s.num_attention_heads // s.num_key_value_heads
-    grouped = c.op("reshape", x=query, shape=(1, s.num_key_value_heads, group * tokens, s.head_dim))
-    mask = c.once(("mask", group), lambda: _mask(c, group))
+    keys = _append(c, past_k, new_keys, sizes)
+    values = _append(c, past_v, _heads_first(c, v), sizes)
+    grouped = c.op("reshape", x=query, shape=(1, sizes.kv_heads, sizes.group * tokens, sizes.head_dim))
+    mask = c.once(("mask", sizes.group), lambda: _mask(c, sizes.group))
     out = c.op("scaled_dot_product_attention", query=grouped, key=keys, value=values, attn_mask=mask)
-    by_head = c.op("reshape", x=out, shape=(1, s.num_attention_heads, tokens, s.head_dim))
+    by_head = c.op("reshape", x=out, shape=(1, sizes.heads, tokens, sizes.head_dim))
     c.set(node, c.op("transpose", x=by_head, perm=(0, 2, 1, 3)), keys, values)
 
 
@@ -36,52 +36,51 @@ def _heads_first(c: Context, x: Any) -> Var:
 
 
 def rotary_table(theta: float, dim: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float64 [length, dim / 2], of transformers' float32 angles."""
+    """Return cos and sin, float64 [length, dim / 2], of transformers' float32 angles."""
     angles = torch.arange(length).float()[:, None] * rope_frequencies(theta, dim)
     return angles.double().cos(), angles.double().sin()
 
 
-def _rotary_rows(c: Context, theta: Any) -> tuple[Var, Var]:
-    """cos and sin of this call's positions, [T, dim / 2]."""
-    tables = rotary_table(theta, c.program.config.head_dim, c.max_context)
+def _rotary_rows(c: Context, theta: Any, dim: int) -> tuple[Var, Var]:
+    """Emit cos and sin of this call's positions, [T, dim / 2]."""
+    tables = rotary_table(theta, dim, c.max_context)
     arrays = [table.numpy().astype(c.weights.compute) for table in tables]
     cos, sin = (c.op("gather", x=array, indices=positions(c), axis=0, validate_indices=False) for array in arrays)
     return cos, sin
 
 
 def positions(c: Context) -> Var:
-    """int32 [T]: the position of each token of the call."""
+    """Emit the position of each token of the call, int32 [T]."""
     return c.once("positions", lambda: c.op("add", x=c.position, y=np.arange(c.call.tokens, dtype=np.int32)))
 
 
 def _rotate(c: Context, x: Var, cos: Var, sin: Var) -> Var:
-    """Pairs are (i, i + dim / 2)."""
+    """Emit the rotation of pairs (i, i + dim / 2)."""
     low, high = c.op("split", x=x, num_splits=2, axis=-1)
     first = c.op("sub", x=c.op("mul", x=low, y=cos), y=c.op("mul", x=high, y=sin))
     second = c.op("add", x=c.op("mul", x=high, y=cos), y=c.op("mul", x=low, y=sin))
     return c.op("concat", values=[first, second], axis=-1)
 
 
-def _append(c: Context, past: Any, new: Var) -> Var:
-    """Keys or values with this call's written at ``position``: [1, kv_heads, max_context, dim]."""
-    begin, end = c.once("window", lambda: _window(c))
+def _append(c: Context, past: Any, new: Var, sizes: AttentionSizes) -> Var:
+    """Emit keys or values with this call's written at ``position``: [1, kv_heads, max_context, dim]."""
+    begin, end = c.once("window", lambda: _window(c, sizes))
     return c.states.write(
         c.state(past), c.op("slice_update", x=c.states.read(c.state(past)), update=new, begin=begin, end=end)
     )
 
 
-def _window(c: Context) -> tuple[Var, Var]:
-    """The corners of this call's rows in the keys' buffer."""
-    s = c.program.config
+def _window(c: Context, sizes: AttentionSizes) -> tuple[Var, Var]:
+    """Emit the first and last corner of this call's rows in the keys' buffer."""
     zero = np.zeros(1, np.int32)
     stop = c.op("add", x=c.position, y=np.int32(c.call.tokens))
-    heads, dim = (np.array([size], np.int32) for size in (s.num_key_value_heads, s.head_dim))
+    heads, dim = (np.array([size], np.int32) for size in (sizes.kv_heads, sizes.head_dim))
     begin = c.op("concat", values=[zero, zero, c.position, zero], axis=0)
     return begin, c.op("concat", values=[np.ones(1, np.int32), heads, stop, dim], axis=0)
 
 
 def _mask(c: Context, group: int) -> Var:
-    """[1, 1, group * T, max_context]: 0 where a key's position is no later than the query's. Pads come later than all real tokens."""
+    """Emit [1, 1, group * T, max_context]: 0 where a key is no later than the query. Pads are later than all real tokens."""
     columns = np.arange(c.max_context, dtype=np.int32)[None]
     later = c.op("greater", x=columns, y=c.op("expand_dims", x=positions(c), axes=[1]))
     masked = c.op("fill", shape=later.shape, value=c.weights.compute(MASKED))  # select does not broadcast its condition

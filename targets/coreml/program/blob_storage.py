@@ -1,4 +1,4 @@
-"""weight.bin: the weights' file of an ML program.
+"""weight.bin, the file of an ML program's weights.
 
 A header of 64 bytes (count, version 2), then for each tensor a record of 64 bytes (sentinel, dtype, bytes, where its data begins) and its
 data, both at multiples of 64. Source: MILBlob's StorageFormat.hpp; tests read our files with coremltools' own reader.
@@ -34,15 +34,14 @@ class BlobType(IntEnum):
     INT32 = 14
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor. Raises ValueError for half a byte."""
-        bits = {BlobType.FLOAT16: 16, BlobType.FLOAT32: 32, BlobType.INT8: 8, BlobType.INT4: 4, BlobType.INT32: 32}[
-            self
-        ] * prod(shape)
+        """Return the bytes of a tensor. Raises ValueError for half a byte."""
+        bits = BITS[self] * prod(shape)
         if bits % 8:
             raise ValueError(f"{shape} of {self.name} are no whole bytes")
         return bits // 8
 
 
+BITS = {BlobType.FLOAT16: 16, BlobType.FLOAT32: 32, BlobType.INT8: 8, BlobType.INT4: 4, BlobType.INT32: 32}
 OF_ARRAY = {
     np.dtype(np.float16): BlobType.FLOAT16,
     np.dtype(np.float32): BlobType.FLOAT32,
@@ -51,13 +50,13 @@ OF_ARRAY = {
 
 
 def pack_int4(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """int8 [rows, even columns] -> uint8 [rows, columns / 2], two's complement, even columns in the low nibbles."""
+    """Pack int8 [rows, even columns] into uint8 [rows, columns / 2], two's complement, even columns in the low nibbles."""
     unsigned = codes.view(np.uint8)
     return np.asarray((unsigned[:, 0::2] & 15) | (unsigned[:, 1::2] << np.uint8(4)))
 
 
 class BlobStorage(WeightFile):
-    """A WeightFile in weight.bin's format. A tensor is known by the offset of its record."""
+    """A WeightFile in weight.bin's format, in which the offset of its record identifies a tensor."""
 
     def __init__(self, stage: Stage, name: str) -> None:
         super().__init__(stage, name)

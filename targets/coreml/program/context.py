@@ -1,4 +1,4 @@
-"""What emitters see of the function at hand: its length, its inputs, its states, its weights and the values made so far."""
+"""The context of emitters: one function of the package, with its length, inputs, states, weights and the values made so far."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MASKED = -3e4  # added to the score of a key that a query does not see: finite i
 
 
 class AllReal:
-    """Stands for a mask of ones: in a function without padding every token is real."""
+    """A mask of ones: in a function without padding every token is real."""
 
 
 ALL_REAL = AllReal()
@@ -31,7 +31,10 @@ class Context:
     """One function of the package while it is emitted.
 
     Attributes:
-        call: its name and how many tokens it takes.
+        program: the graph that is emitted.
+        weights: the constants of weights.
+        states: the reads and writes of states.
+        call: the function's name and how many tokens it takes.
         max_context: tokens that the keys and values have room for.
         position: int32 [1], how many tokens came before.
         n_valid: int32 [1], how many of the call's tokens are real; None: all.
@@ -59,7 +62,7 @@ class Context:
         self._sizes = _Sizes(program, call.tokens, max_context)
 
     def op(self, op_type: str, **inputs: Any) -> Any:
-        """A new operation of MIL; its output, or a tuple of them."""
+        """Append an operation of MIL and return its output, or a tuple of them."""
         return getattr(sdk.builder(), op_type)(**inputs)
 
     def set(self, node: Node, *values: Any) -> None:
@@ -67,10 +70,11 @@ class Context:
         self._values[node] = values if len(values) > 1 else values[0]
 
     def has(self, node: Node) -> bool:
+        """Whether the node has a value already."""
         return node in self._values
 
     def value(self, node: Any) -> Any:
-        """The value of an emitted node; of a weight placeholder, its floats in the dtype of activations."""
+        """Return the value of an emitted node, or the floats of a weight placeholder in the dtype of activations."""
         if isinstance(node, (int, float)):
             return self.weights.compute(node)
         expr = self.program.weight_of(node)
@@ -80,37 +84,41 @@ class Context:
         return self._values[node] if expr is None else self.once(expr, lambda: self.weights.dense(expr))
 
     def state(self, node: Any) -> StateTensor:
-        """The state that an input stands for."""
+        """Return the state that an input stands for."""
         (tensor,) = [tensor for tensor in self.program.states.tensors if tensor.past == self.program.inputs[node.name]]
         return tensor
 
     def expr(self, node: Any) -> WeightExpr:
+        """Return the expression behind a weight placeholder."""
         expr = self.program.weight_of(node)
         assert expr is not None, f"{node} is not a weight"
         return expr
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make()`` returned the first time in this function."""
+        """Return what ``make()`` returned the first time in this function."""
         if key not in self._once:
             self._once[key] = make()
         return self._once[key]
 
     def shape(self, node: Node) -> tuple[int, ...]:
-        """The node's shape in this function."""
+        """Return the node's shape in this function."""
         return tuple(map(self._sizes, node.meta["val"].shape))
 
     def cast(self, x: Var, dtype: Float) -> Var:
+        """Return ``x`` in ``dtype``, by a cast where it has another."""
         name = {np.float16: "fp16", np.float32: "fp32"}[dtype]
         return x if x.dtype == getattr(sdk.mil().types, name) else self.op("cast", x=x, dtype=name)
 
     def activation(self, x: Var) -> Var:
+        """Return ``x`` in the dtype of activations."""
         return self.cast(x, self.weights.compute)
 
     def float32(self, x: Var) -> Var:
+        """Return ``x`` in float32."""
         return self.cast(x, np.float32)
 
     def as_wide(self, x: Any, y: Any) -> dict[str, Any]:
-        """Operands x and y of a binary op, in float32 where one of them is; numbers take the tensor's dtype."""
+        """Return operands x and y of a binary op, in float32 where one of them is; numbers take the tensor's dtype."""
         wide = any(getattr(operand, "dtype", None) == sdk.mil().types.fp32 for operand in (x, y))
         return {"x": x, "y": y} if not wide else {"x": self._wide(x), "y": self._wide(y)}
 
@@ -119,7 +127,7 @@ class Context:
 
 
 class _Sizes:
-    """Numbers for the symbols of the traced shapes: one sequence, so many tokens, so many keys before them."""
+    """The numbers that the symbols of traced shapes have in a function: one sequence, its tokens, and the keys before them."""
 
     def __init__(self, program: Program, tokens: int, past: int) -> None:
         placeholders = {program.inputs[node.name]: node for node in program.graph.nodes if node.name in program.inputs}
@@ -132,7 +140,7 @@ class _Sizes:
 
 
 def needed(program: Program, given: Callable[[Node], bool]) -> Iterator[Node]:
-    """The call_function nodes that the outputs need, in graph order, but for sizes and what only nodes ``given`` already need."""
+    """Yield the call_function nodes that the outputs need, in graph order, except sizes and what only ``given`` nodes need."""
     (result,) = [node for node in program.graph.nodes if node.op == "output"]
     pending = list(result.all_input_nodes)
     seen = set[Node]()

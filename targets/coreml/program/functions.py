@@ -22,7 +22,7 @@ from h1export.targets.coreml.program.weights import Var, Weights
 
 
 def mil_program(program: Program, weights: Weights, calls: Sequence[Call], max_context: int, state_io: bool) -> Any:
-    """A MIL program with a function for each of ``calls``; weights are stand-ins."""
+    """Return a MIL program with a function for each of ``calls``; weights are stand-ins."""
     result = sdk.mil().Program()
     for call in calls:
         result.add_function(call.name, _function(program, weights, call, max_context=max_context, state_io=state_io))
@@ -55,7 +55,7 @@ def _function(program: Program, weights: Weights, call: Call, *, max_context: in
 
 
 def _emit(c: Context, input_ids: Var) -> Var:
-    """Every node that the logits and states need; the logits."""
+    """Emit every node that the logits and states need, and return the logits."""
     for node in c.program.graph.nodes:
         name = c.program.inputs.get(node.name)
         if node.op == "placeholder" and name is not None:
@@ -67,7 +67,7 @@ def _emit(c: Context, input_ids: Var) -> Var:
 
 
 def _give(c: Context) -> None:
-    """What the model computes from its mask, this target knows: positions follow ``position``, and pads follow real tokens."""
+    """Set what the model computes from its mask and this target has as inputs: positions, and the mask of real tokens."""
     for node in c.program.calls(h1.attention.default):
         c.set(_argument(node, 5), None)  # the emitter takes positions from the context
     for node in c.program.calls(h1.ssm_scan.default):
@@ -81,7 +81,7 @@ def _argument(node: Node, index: int) -> Node:
 
 
 def _real(c: Context) -> Any:
-    """[1, T]: 1 for real tokens, 0 for pads."""
+    """Emit the mask of real tokens, [1, T]: 1 for real tokens, 0 for pads."""
     if c.n_valid is None:
         return ALL_REAL
     tokens = np.arange(c.call.tokens, dtype=np.int32)[None]

@@ -46,28 +46,28 @@ CALLS = (DECODE, PREFILL)
 
 
 def state_name(tensor: StateTensor) -> str:
-    """Of a state, or of the input that stands for it: MIL's names have no dots."""
+    """Return the name of a state, or of the input that stands for it: MIL's names have no dots."""
     return tensor.past.replace(".", "_")
 
 
 def output_name(tensor: StateTensor) -> str:
-    """Of the output that a state becomes in a package without states."""
+    """Return the name of the output that a state becomes in a package without states."""
     return tensor.present.replace(".", "_")
 
 
 def probe_output(probe: str) -> str:
-    """What a probe is called in a function: MIL's names have no dots."""
+    """Return the name of a probe in a function: MIL's names have no dots."""
     return (PREFIX + probe).replace(".", "_")
 
 
 def shape(tensor: StateTensor, max_context: int) -> tuple[int, ...]:
-    """One sequence: keys and values [1, kv_heads, max_context, dim]; the convolution's inputs with channels last; the scan's as it is."""
+    """Return the shape for one sequence: keys and values [1, kv_heads, max_context, dim], the convolution's with channels last."""
     sizes = tuple({"batch": 1, "past": max_context}[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
     return (sizes[0], sizes[2], sizes[1]) if tensor.kind is StateKind.CONV else sizes
 
 
 def canonical(tensor: StateTensor, state: Array, length: int) -> Array:
-    """The state of a sequence of ``length`` tokens in StateSpec's layout."""
+    """Return the state of a sequence of ``length`` tokens in StateSpec's layout."""
     if tensor.kind is StateKind.CONV:
         return np.ascontiguousarray(state.transpose(0, 2, 1))
     return np.ascontiguousarray(state[:, :, :length]) if tensor.kind.grows else state

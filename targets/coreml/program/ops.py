@@ -25,7 +25,7 @@ Emitter = Callable[[Context, Node], None]
 
 
 def linear(c: Context, node: Node) -> None:
-    """Integers where the scheme has some, and µP as a product beside them; else floats with µP folded in."""
+    """Emit a product with integers and µP behind it where the weight has some; else with floats into which µP is folded."""
     x = c.value(args_of(node)[0])
     expr = c.expr(args_of(node)[1])
     bias = {} if (added := linear_bias(node)) is None else {"bias": c.value(added)}
@@ -42,14 +42,14 @@ def _matrix(c: Context, expr: WeightExpr) -> Var:
 
 
 def embedding(c: Context, node: Node) -> None:
-    """The residual stream begins, and stays, in float32: every layer adds to it, and trained models leave fp16's range there."""
+    """Emit rows of the embedding in float32, in which the residual stream stays: every layer adds to it, beyond fp16's range."""
     table = _matrix(c, c.expr(args_of(node)[0]))
     ids = c.value(args_of(node)[1])
     c.set(node, c.float32(c.op("gather", x=table, indices=ids, axis=0, validate_indices=False)))
 
 
 def rms_norm(c: Context, node: Node) -> None:
-    """In float32: a square leaves the range of fp16 from 256 on."""
+    """Emit a norm in float32: a square leaves the range of fp16 from 256 on."""
     x, _shape, weight, epsilon = args_of(node)
     wide = c.float32(c.value(x))
     mean = c.op("reduce_mean", x=c.op("mul", x=wide, y=wide), axes=[-1], keep_dims=True)
@@ -59,7 +59,7 @@ def rms_norm(c: Context, node: Node) -> None:
 
 
 def binary(op_type: str) -> Emitter:
-    """An elementwise op of two tensors, or of a tensor and a number, as wide as its widest tensor."""
+    """Return the emitter of an elementwise op of two tensors, or of a tensor and a number, as wide as its widest tensor."""
 
     def emit(c: Context, node: Node) -> None:
         x, y = (c.value(argument) for argument in args_of(node))
@@ -97,7 +97,7 @@ def index_select(c: Context, node: Node) -> None:
 
 
 def last_token(c: Context, node: Node) -> None:
-    """narrow: a program that gives one position's logits takes the last; in a padded call that is the last real one."""
+    """Emit the narrow of a program with one position's logits: the last token, and in a padded call the last real one."""
     x = c.value(args_of(node)[0])
     if c.n_valid is None:
         return c.set(node, x)
@@ -123,7 +123,7 @@ TABLE: Mapping[Any, Emitter] = {
     operator.getitem: getitem,
 }
 
-# Legal ops that stand only in what this target gives a value of its own (positions, the mask of real tokens, sizes), or in fusions
+# legal ops that occur only where this target sets a value of its own (positions, the mask of real tokens, sizes), or in fusions
 UNUSED = frozenset(
     {
         aten.cat.default,

@@ -1,4 +1,4 @@
-"""h1::ssm_scan and h1::causal_conv in MIL. The scan computes in float32: its state carries over thousands of steps."""
+"""h1::ssm_scan and h1::causal_conv in MIL. The scan computes in float32, because its state adds up over thousands of steps."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from torch.fx import Node
 from h1export.graphs.program import args_of
 from h1export.targets.coreml.program.context import ALL_REAL, Context
 from h1export.targets.coreml.program.weights import Var
+from h1export.targets.sizes import ScanSizes
 
-Scan = Callable[
-    ..., tuple[Var, Var]
-]  # (context, dt, dt A, x, B, C, state), all float32 -> y [1, T, heads, d_head], the state after
+# (context, sizes, step, decay, x, B, C, state), all values float32 -> y [1, T, heads, d_head], and the state after
+Scan = Callable[..., tuple[Var, Var]]
 
 
 def ssm_scan(c: Context, node: Node) -> None:
-    """The recurrence for one token; for more, one chunk of SSD over masked segment sums (Dao and Gu 2024, section 6).
+    """Emit the recurrence for one token; for more, one chunk of SSD over masked segment sums (Dao and Gu 2024, section 6).
 
     Differences of cumulative sums would lose digits as chunks grow; a masked sum for each pair of tokens does not.
     """
-    x, dt, A, B, C, D, dt_bias, state, mask, _, dt_min, dt_max = args_of(node)
-    step = _step(c, dt, dt_bias, mask, dt_min, dt_max)
-    decay = c.op("mul", x=step, y=_float32(c, A, (c.program.config.mamba_n_heads,)))  # [1, T, heads]
+    x, _dt, A, B, C, D, _dt_bias, state, *_ = args_of(node)
+    sizes = ScanSizes.of(node)
+    step = _step_sizes(c, node)
+    decay = c.op("mul", x=step, y=_float32(c, A, (sizes.heads,)))  # [1, T, heads]
     inputs = [c.float32(c.value(operand)) for operand in (x, B, C)]
     scan: Scan = _chunk if c.call.padded else _one_token
-    y, after = scan(c, step, decay, *inputs, c.states.read(c.state(state)))
+    y, after = scan(c, sizes, step, decay, *inputs, c.states.read(c.state(state)))
     c.states.write(c.state(state), after)
-    skip = c.op("mul", x=inputs[0], y=_float32(c, D, (c.program.config.mamba_n_heads, 1)))
+    skip = c.op("mul", x=inputs[0], y=_float32(c, D, (sizes.heads, 1)))
     c.set(node, c.activation(c.op("add", x=y, y=skip)), after)
 
 
@@ -38,9 +39,10 @@ def _float32(c: Context, weight: Any, shape: tuple[int, ...]) -> Var:
     return c.weights.dense(c.expr(weight), shape, np.float32)
 
 
-def _step(c: Context, dt: Any, dt_bias: Any, mask: Any, dt_min: Any, dt_max: Any) -> Var:
-    """clamp(softplus(dt + bias)), and 0 for pads: float32 [1, T, heads]."""
-    heads = (c.program.config.mamba_n_heads,)
+def _step_sizes(c: Context, scan: Node) -> Var:
+    """Emit float32 [1, T, heads]: clamp(softplus(dt + dt_bias)), and 0 for pads."""
+    _x, dt, _A, _B, _C, _D, dt_bias, _state, mask, _chunk, dt_min, dt_max = args_of(scan)
+    heads = (ScanSizes.of(scan).heads,)
     step = c.op("softplus", x=c.op("add", x=c.float32(c.value(dt)), y=_float32(c, dt_bias, heads)))
     if dt_min > 0:
         step = c.op("maximum", x=step, y=np.float32(dt_min))
@@ -51,79 +53,76 @@ def _step(c: Context, dt: Any, dt_bias: Any, mask: Any, dt_min: Any, dt_max: Any
     return c.op("mul", x=step, y=c.once("real float32", lambda: c.op("expand_dims", x=c.float32(real), axes=[2])))
 
 
-def _one_token(c: Context, step: Var, decay: Var, x: Var, B: Var, C: Var, state: Var) -> tuple[Var, Var]:
-    """S = exp(dt A) S + dt x B^T; y = S C. Heads of a group lie one after the other, so a group is a matrix [heads * d_head, d_state]."""
-    s = c.program.config
-    heads = (1, s.mamba_n_heads, 1, 1)
-    grouped = (1, s.mamba_n_groups, -1, s.mamba_d_state)
+def _one_token(
+    c: Context, sizes: ScanSizes, step: Var, decay: Var, x: Var, B: Var, C: Var, state: Var
+) -> tuple[Var, Var]:
+    """Emit S = exp(dt A) S + dt x B^T and y = S C.
+
+    Heads of a group are neighbours, so a group is a matrix [heads of the group * d_head, d_state].
+    """
+    heads = (1, sizes.heads, 1, 1)
+    grouped = (1, sizes.groups, -1, sizes.d_state)
     kept = c.op("mul", x=state, y=c.op("exp", x=c.op("reshape", x=decay, shape=heads)))
-    drive = c.op(
-        "mul",
-        x=c.op("reshape", x=x, shape=(1, s.mamba_n_heads, s.mamba_d_head, 1)),
-        y=c.op("reshape", x=step, shape=heads),
-    )
-    rows = c.op("reshape", x=drive, shape=(1, s.mamba_n_groups, -1, 1))
-    added = c.op("mul", x=rows, y=c.op("reshape", x=B, shape=(1, s.mamba_n_groups, 1, s.mamba_d_state)))
+    columns = c.op("reshape", x=x, shape=(1, sizes.heads, sizes.d_head, 1))
+    drive = c.op("mul", x=columns, y=c.op("reshape", x=step, shape=heads))
+    rows = c.op("reshape", x=drive, shape=(1, sizes.groups, -1, 1))
+    added = c.op("mul", x=rows, y=c.op("reshape", x=B, shape=(1, sizes.groups, 1, sizes.d_state)))
     after = c.op("add", x=c.op("reshape", x=kept, shape=grouped), y=added)
-    y = c.op("matmul", x=after, y=c.op("reshape", x=C, shape=(1, s.mamba_n_groups, s.mamba_d_state, 1)))
-    return c.op("reshape", x=y, shape=(1, 1, s.mamba_n_heads, s.mamba_d_head)), c.op(
-        "reshape", x=after, shape=state.shape
-    )
+    y = c.op("matmul", x=after, y=c.op("reshape", x=C, shape=(1, sizes.groups, sizes.d_state, 1)))
+    by_head = c.op("reshape", x=y, shape=(1, 1, sizes.heads, sizes.d_head))
+    return by_head, c.op("reshape", x=after, shape=state.shape)
 
 
-def _chunk(c: Context, step: Var, decay: Var, x: Var, B: Var, C: Var, state: Var) -> tuple[Var, Var]:
-    s = c.program.config
+def _chunk(c: Context, sizes: ScanSizes, step: Var, decay: Var, x: Var, B: Var, C: Var, state: Var) -> tuple[Var, Var]:
+    """Emit one chunk of SSD: what its tokens add to each other, and what the state before them adds to each."""
     tokens = c.call.tokens
-    groups = s.mamba_n_groups
-    heads = s.mamba_n_heads
-    dim = s.mamba_d_head
+    heads = sizes.heads
+    groups = sizes.groups
     B, C = (c.op("transpose", x=operand, perm=(0, 2, 1, 3)) for operand in (B, C))  # [1, groups, T, d_state]
-    drive = c.op(
-        "transpose", x=c.op("mul", x=x, y=c.op("expand_dims", x=step, axes=[3])), perm=(0, 2, 1, 3)
-    )  # [1, heads, T, d_head]
+    by_token = c.op("mul", x=x, y=c.op("expand_dims", x=step, axes=[3]))
+    drive = c.op("transpose", x=by_token, perm=(0, 2, 1, 3))  # [1, heads, T, d_head]
     by_head = c.op("transpose", x=decay, perm=(0, 2, 1))
     between = _decay_between(c, by_head)
     scores = c.op("matmul", x=C, y=B, transpose_y=True)
     if groups > 1:  # a group's scores for each of its heads
-        shaped = c.op("reshape", x=between, shape=(1, groups, heads // groups, tokens, tokens))
+        shaped = c.op("reshape", x=between, shape=(1, groups, sizes.group, tokens, tokens))
         weighed = c.op("mul", x=shaped, y=c.op("expand_dims", x=scores, axes=[2]))
         mixed = c.op("reshape", x=weighed, shape=(1, heads, tokens, tokens))
     else:
         mixed = c.op("mul", x=between, y=scores)
     within = c.op("transpose", x=c.op("matmul", x=mixed, y=drive), perm=(0, 2, 1, 3))  # [1, T, heads, d_head]
-    rows = c.op("reshape", x=state, shape=(1, groups, -1, s.mamba_d_state))
+    rows = c.op("reshape", x=state, shape=(1, groups, -1, sizes.d_state))
     read = c.op("transpose", x=c.op("matmul", x=C, y=rows, transpose_y=True), perm=(0, 2, 1, 3))
     since_start = c.op("exp", x=c.op("cumsum", x=decay, axis=1))  # [1, T, heads]
-    carried = c.op(
-        "mul", x=c.op("reshape", x=read, shape=(1, tokens, heads, dim)), y=c.op("expand_dims", x=since_start, axes=[3])
-    )
-    return c.op("add", x=within, y=carried), _state_after(c, by_head, between, drive=drive, B=B, state=state)
+    by_head_read = c.op("reshape", x=read, shape=(1, tokens, heads, sizes.d_head))
+    carried = c.op("mul", x=by_head_read, y=c.op("expand_dims", x=since_start, axes=[3]))
+    y = c.op("add", x=within, y=carried)
+    return y, _state_after(c, sizes, by_head, between=between, drive=drive, B=B, state=state)
 
 
 def _decay_between(c: Context, decay: Var) -> Var:
-    """exp(sum of decay over (s, t]) for s <= t, else 0: [1, heads, T, T] of decay [1, heads, T]."""
+    """Emit [1, heads, T, T] of decay [1, heads, T]: exp(sum of decay over (s, t]) for s <= t, else 0."""
     lower = np.tril(np.ones((c.call.tokens, c.call.tokens), np.float32))
     strictly = c.op("mul", x=c.op("expand_dims", x=decay, axes=[3]), y=np.tril(lower, -1))
     return c.op("mul", x=c.op("exp", x=c.op("cumsum", x=strictly, axis=2)), y=lower)
 
 
-def _state_after(c: Context, decay: Var, between: Var, *, drive: Var, B: Var, state: Var) -> Var:
-    s = c.program.config
+def _state_after(c: Context, sizes: ScanSizes, decay: Var, *, between: Var, drive: Var, B: Var, state: Var) -> Var:
+    """Emit the state after the chunk: the one before it, decayed, and what each token adds."""
     tokens = c.call.tokens
-    heads = s.mamba_n_heads
-    dim = s.mamba_d_head
-    groups = s.mamba_n_groups
+    heads = sizes.heads
     last_row = c.op("slice_by_size", x=between, begin=(0, 0, tokens - 1, 0), size=(1, heads, 1, tokens))
     to_end = c.op("reshape", x=last_row, shape=(1, heads, tokens, 1))
     ending = c.op("transpose", x=c.op("mul", x=drive, y=to_end), perm=(0, 1, 3, 2))  # [1, heads, d_head, T]
-    added = c.op("matmul", x=c.op("reshape", x=ending, shape=(1, groups, heads // groups * dim, tokens)), y=B)
+    rows = c.op("reshape", x=ending, shape=(1, sizes.groups, sizes.group * sizes.d_head, tokens))
+    added = c.op("matmul", x=rows, y=B)
     total = c.op("reduce_sum", x=decay, axes=[2], keep_dims=True)
     kept = c.op("mul", x=state, y=c.op("expand_dims", x=c.op("exp", x=total), axes=[3]))
     return c.op("add", x=kept, y=c.op("reshape", x=added, shape=state.shape))
 
 
 def causal_conv(c: Context, node: Node) -> None:
-    """A product and a sum for each tap, channels last; the state is what precedes the first pad.
+    """Emit a product and a sum for each tap, channels last; the state is what precedes the first pad.
 
     In float32 until the scan has read the result: there, what x, B and C are off by adds up.
     """
@@ -144,6 +143,6 @@ def causal_conv(c: Context, node: Node) -> None:
 
 
 def _row(c: Context, index: Var) -> Var:
-    """[0, index, 0]."""
+    """Emit [0, index, 0]."""
     zero = np.zeros(1, np.int32)
     return c.op("concat", values=[zero, index, zero], axis=0)

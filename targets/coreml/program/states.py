@@ -14,20 +14,22 @@ from h1export.targets.coreml.program.weights import Float, Var
 
 
 class States(Protocol):
-    """The states of the function at hand. Recurrent states are float32, whatever holds them; the others are activations."""
+    """The states of one function. Values of recurrent states are float32, however they are stored; the others are activations."""
 
     def placeholders(self) -> Mapping[str, Any]:
-        """The function's inputs for its states, by name."""
+        """Return the function's inputs for its states, by name."""
         ...
 
-    def read(self, tensor: StateTensor) -> Var: ...
+    def read(self, tensor: StateTensor) -> Var:
+        """Emit the state's value."""
+        ...
 
     def write(self, tensor: StateTensor, value: Var) -> Var:
-        """Set the state. What is read from the result, the state holds."""
+        """Emit the state's new value, and return it as the state then holds it."""
         ...
 
     def outputs(self) -> list[Var]:
-        """The function's outputs for its states."""
+        """Return the function's outputs for its states."""
         ...
 
 
@@ -37,7 +39,7 @@ def _cast(x: Var, dtype: Float) -> Var:
 
 
 class HeldStates:
-    """CoreML's own states, which are fp16. A recurrent state is a pair of them, high and low: slow heads drift in fp16 alone."""
+    """CoreML's own states, which are fp16. A recurrent state takes two, high and low, because slow heads drift in fp16 alone."""
 
     def __init__(self, tensors: Sequence[StateTensor], max_context: int, compute: Float) -> None:
         self._shapes = {tensor: shape(tensor, max_context) for tensor in tensors}
@@ -103,11 +105,11 @@ class PassedStates:
 
 
 def passed_dtype(tensor: StateTensor, compute: Float) -> Float:
-    """The dtype of a state that is an input and an output."""
+    """Return the dtype of a state that is an input and an output."""
     return np.float32 if tensor.kind is StateKind.RECURRENT else compute
 
 
 def state_names(tensor: StateTensor) -> tuple[str, ...]:
-    """CoreML's states for one of ours."""
+    """Return the names of CoreML's states for one of the model's."""
     name = state_name(tensor)
     return (name, name + LOW) if tensor.kind is StateKind.RECURRENT else (name,)

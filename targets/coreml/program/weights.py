@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from h1export.artifact.artifact import StoredPart, StoredWeight
+from h1export.artifact.manifest import StoredPart, StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES, Block
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr, WeightPart
@@ -33,17 +33,17 @@ ZEROS = "_zeros"
 
 
 def mil_name(expr: WeightExpr) -> str:
-    """The checkpoint's name of a weight and the functions that made it, without dots."""
+    """Return the checkpoint's name of a weight and the functions that made it, without dots."""
     return "_".join((expr.only.tensor, *expr.only.functions)).replace(".", "_")
 
 
 class Weights:
     """Makes a constant for a weight in the function at hand; the bytes are written once, however many functions read them.
 
-    Constants have the shape and dtype of the weight and hold NaN, so that a tool that computed with them would be seen.
+    Constants have the shape and dtype of the weight and hold NaN, so that a tool that computes with them gives NaN.
 
     Attributes:
-        store: where they come from.
+        store: the checkpoint's tensors.
         compute: the dtype of activations, and so of weights, scales and multipliers.
         stored: quantised weights, for the manifest.
     """
@@ -55,36 +55,36 @@ class Weights:
         self.stored = list[StoredWeight]()
         self.store = store
         self._integers = integers
-        self._spec = config
+        self._config = config
         self._blobs = blobs
         self._places: dict[str, Callable[[], int]] = {}
 
     def precision(self, expr: WeightExpr) -> Precision | None:
-        """The integers of ``expr``; None: it is stored in floats. An embedding has integers where it shares its head's alone."""
-        if expr.only.tensor == EMBEDDING and not self._spec.tie_word_embeddings:
+        """Return the precision of ``expr``; None: it is stored in floats, as is an embedding that shares no integers with its head."""
+        if expr.only.tensor == EMBEDDING and not self._config.tie_word_embeddings:
             return None
         return self._integers.precisions.get(expr.only.tensor)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the checkpoint's tensors."""
+        """The bytes of the checkpoint's tensors."""
         return self.store.nbytes
 
     def stored_blocks(self, expr: WeightExpr) -> Iterator[Callable[[], Array]]:
-        """``dequantized_blocks`` of what the package stores: integers as it has them, and the checkpoint's own floats elsewhere."""
+        """Return row blocks of what the package stores: its integers, dequantised, or the checkpoint's own floats."""
         return dequantized_blocks(
             expr, self.store, self._integers if self.precision(expr) else None, max_bytes=BLOCK_BYTES
         )
 
     def dense(self, expr: WeightExpr, shape: tuple[int, ...] | None = None, dtype: Float | None = None) -> Var:
-        """``expr``, µP included, in ``shape`` and ``dtype``; by default its own shape and ``compute``."""
+        """Return ``expr``, µP included, in ``shape`` and ``dtype``; by default its own shape and ``compute``."""
         dtype = dtype or self.compute
         own = expr.shape(self.store.shape)
         blocks = (partial(_floats, block, dtype, expr) for block in expr.lazy_blocks(self.store, BLOCK_BYTES))
         return self._constant(mil_name(expr), shape or own, dtype, blocks)
 
     def conv_tap(self, expr: WeightExpr, tap: int) -> Var:
-        """One tap of a convolution's weight [channels, 1, taps]: [channels]."""
+        """Return one tap of a convolution's weight [channels, 1, taps], [channels]."""
 
         def block() -> tuple[npt.NDArray[np.floating[Any]]]:
             return _floats(lambda: expr.dense(self.store)[:, 0, tap], self.compute, expr)
@@ -92,13 +92,13 @@ class Weights:
         return self._constant(f"{mil_name(expr)}_{tap}", (expr.shape(self.store.shape)[0],), self.compute, [block])
 
     def multiplier(self, part: WeightPart) -> Var | None:
-        """µP beside quantised rows: a scalar or [rows]; None where it is 1."""
+        """Return the µP multiplier beside quantised rows, a scalar or [rows]; None where it is 1."""
         if part.multiplier.is_scalar:
             return None if part.multiplier.factor == 1.0 else self.compute(part.multiplier.factor)
         return part.factors(self.store).astype(self.compute)
 
     def quantized(self, expr: WeightExpr, precision: Precision) -> Var:
-        """(codes - zeros) * scales [rows, columns] of a matrix, without µP: constexpr_blockwise_shift_scale."""
+        """Emit (codes - zeros) * scales [rows, columns] of a matrix, without µP, by constexpr_blockwise_shift_scale."""
         name = mil_name(expr)
         (rows, columns) = expr.shape(self.store.shape)
         groups = columns // precision.columns_per_group(columns)
@@ -116,13 +116,13 @@ class Weights:
         return sdk.builder().constexpr_blockwise_shift_scale(data=made[CODES], scale=made[SCALES], name=name, **offset)
 
     def order(self, tensor: str) -> Var:
-        """The order of a packed tensor's columns, int32 [columns]."""
+        """Return the order of a packed tensor's columns, int32 [columns]."""
         return sdk.builder().const(
             val=self.store.packed[tensor].order.astype(np.int32), name=order_name(self.store.order_name(tensor))
         )
 
     def offset(self, var: Var) -> int | None:
-        """Where weight.bin has the value of a constant; None: it is small and stands in the program itself."""
+        """Return the offset of a constant's value in weight.bin; None: it is small, and the program itself holds it."""
         if (place := self._places.get(var.name)) is not None:
             return self._blobs.once(var.name, place)
         array = np.asarray(var.val)
@@ -139,7 +139,7 @@ class Weights:
         return sdk.builder().const(val=np.broadcast_to(value, shape), name=name)
 
     def _written(self, expr: WeightExpr, precision: Precision, groups: int, place: int) -> int:
-        """Where codes (0), scales (1) or zero points (2) of ``expr`` lie, written together and once."""
+        """Return the offset of codes (0), scales (1) or zero points (2) of ``expr``, which are written together and once."""
 
         def write() -> list[int]:
             name = mil_name(expr)
@@ -166,7 +166,7 @@ class Weights:
 
 
 def order_name(stored: str) -> str:
-    """Of the constant that a manifest calls ``stored``."""
+    """Return the name of the constant that a manifest calls ``stored``."""
     return stored.replace(".", "_")
 
 

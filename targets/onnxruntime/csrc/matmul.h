@@ -9,7 +9,7 @@
 
 namespace h1 {
 
-// As an artifact stores them (targets/onnxruntime/nbits.py): weight = factor * scale * (code - zero point); the last block is padded.
+// As an artifact stores them (targets/onnxruntime/emit/packing.py): weight = factor * scale * (code - zero point); the last block is padded.
 struct Weights {
   const uint8_t* codes;   // [rows, blocks * bytes of a block]; int4: even columns in low nibbles
   const Half* scales;     // [rows, blocks]

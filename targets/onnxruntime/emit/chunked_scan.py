@@ -11,25 +11,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.targets.onnx.builder import GraphBuilder, Value
+from h1export.targets.sizes import ScanSizes
 
-LENGTH = (
-    64  # tokens of a chunk: the fastest of 32, 64 and 128 for prefill; a shorter call is one chunk of its own length
-)
+# tokens of a chunk: the fastest of 32, 64 and 128 for prefill; a shorter call is one chunk of its own length
+LENGTH = 64
 END = np.iinfo(np.int64).max
 FLOAT = 1
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """How a call's tokens are cut; the same for all layers.
+    """How a call's tokens are cut into chunks; the same for all layers.
 
     Attributes:
         seq: tokens of the call, int64 [1].
         length: tokens of a chunk, int64 [1].
         pads: zeros behind the last token of [b, seq, width], as Pad takes them.
-        within: masks over the tokens of a chunk, see ``_triangles``.
+        within: masks over the tokens of a chunk, as of ``_triangles``.
         across: masks over the initial state and the chunks.
     """
 
@@ -50,17 +49,16 @@ class Chunks:
 
 
 def _triangles(b: GraphBuilder, size: Value) -> tuple[Value, Value]:
-    """Float [size, size]: 1 where row > column, and 1 where row >= column."""
+    """Return two float masks [size, size]: 1 where row > column, and 1 where row >= column."""
     index = b.op("Range", b.constant(0, np.int64), b.op("Squeeze", size), b.constant(1, np.int64))
     row = b.op("Unsqueeze", index, b.ints(1))
     column = b.op("Unsqueeze", index, b.ints(0))
-    return b.op("Cast", b.op("Greater", row, column), to=FLOAT), b.op(
-        "Cast", b.op("GreaterOrEqual", row, column), to=FLOAT
-    )
+    below = b.op("Cast", b.op("Greater", row, column), to=FLOAT)
+    return below, b.op("Cast", b.op("GreaterOrEqual", row, column), to=FLOAT)
 
 
 def _decay_between(b: GraphBuilder, log_decay: Value, triangles: tuple[Value, Value]) -> Value:
-    """[.., i] -> [.., i, j]: exp(sum of log_decay over (j, i]) where j <= i, else 0."""
+    """Return [.., i, j] of log_decay [.., i]: exp(sum of log_decay over (j, i]) where j <= i, else 0."""
     below, lower = triangles
     sums = b.op("CumSum", b.op("Mul", b.op("Unsqueeze", log_decay, b.ints(-1)), below), b.constant(-2, np.int64))
     return b.op("Mul", b.op("Exp", sums), lower)
@@ -68,7 +66,7 @@ def _decay_between(b: GraphBuilder, log_decay: Value, triangles: tuple[Value, Va
 
 def chunked_scan(
     b: GraphBuilder,
-    config: FalconH1Config,
+    sizes: ScanSizes,
     chunks: Chunks,
     *,
     drive: Value,
@@ -77,12 +75,12 @@ def chunked_scan(
     C: Value,
     state: Value,
 ) -> tuple[Value, Value]:
-    """S_t = exp(log_decay_t) S_{t-1} + B_t drive_t^T, y_t = C_t S_t.
+    """Emit S_t = exp(log_decay_t) S_{t-1} + B_t drive_t^T and y_t = C_t S_t.
 
     Args:
-        b: where the nodes go.
-        spec: sizes.
-        chunks: of this call.
+        b: the graph that the nodes go to.
+        sizes: heads, groups, d_head and d_state of the scan.
+        chunks: how the call's tokens are cut.
         drive: dt x, [b, seq, heads * p].
         log_decay: dt A, [b, seq, heads].
         B: [b, seq, g * n].
@@ -92,10 +90,7 @@ def chunked_scan(
     Returns:
         y [b, seq, heads, p] and the state after the last token.
     """
-    g = config.mamba_n_groups
-    n = config.mamba_d_state
-    p = config.mamba_d_head
-    r = config.mamba_n_heads // g
+    g, n, p, r = sizes.groups, sizes.d_state, sizes.d_head, sizes.group
 
     def cut(x: Value, *tail: int, perm: list[int]) -> Value:
         shape = b.once(("chunk", tail), lambda: b.op("Concat", b.ints(0, -1), chunks.length, b.ints(*tail), axis=0))
@@ -114,25 +109,22 @@ def chunked_scan(
     added = b.op("MatMul", keys, b.op("Mul", u, to_end))  # b g r c n p
     from_start = b.op("CumSum", log, b.constant(-1, np.int64))  # b g r c l
 
-    entering, last = _across(b, config, chunks, added=added, from_start=from_start, state=state)
+    entering, last = _across(b, sizes, chunks, added=added, from_start=from_start, state=state)
     carried = b.op("Mul", b.op("MatMul", queries, entering), b.op("Unsqueeze", b.op("Exp", from_start), b.ints(5)))
     y = b.op("Transpose", b.op("Add", b.op("MatMul", scores, u), carried), perm=[0, 3, 4, 1, 2, 5])  # b c l g r p
-    flat = b.op("Reshape", y, b.ints(0, -1, config.mamba_n_heads, p))
+    flat = b.op("Reshape", y, b.ints(0, -1, sizes.heads, p))
     return b.op("Slice", flat, b.ints(0), chunks.seq, b.ints(1)), last
 
 
 def _across(
-    b: GraphBuilder, config: FalconH1Config, chunks: Chunks, *, added: Value, from_start: Value, state: Value
+    b: GraphBuilder, sizes: ScanSizes, chunks: Chunks, *, added: Value, from_start: Value, state: Value
 ) -> tuple[Value, Value]:
-    """States before each chunk, [b, g, r, c, n, p], and after the last one, [b, heads, n, p].
+    """Return the states before each chunk, [b, g, r, c, n, p], and after the last one, [b, heads, n, p].
 
     ``added``: what each chunk adds to the state; ``from_start``: log decays from its start to each of its tokens. One product with
     the decays between chunks takes the place of a loop over them.
     """
-    g = config.mamba_n_groups
-    n = config.mamba_d_state
-    p = config.mamba_d_head
-    r = config.mamba_n_heads // g
+    g, n, p, r = sizes.groups, sizes.d_state, sizes.d_head, sizes.group
     first = b.op("Reshape", state, b.ints(0, g, r, 1, n * p))
     states = b.op("Concat", first, b.op("Reshape", added, b.ints(0, g, r, -1, n * p)), axis=3)
     whole = b.op("Squeeze", b.op("Slice", from_start, b.ints(-1), b.ints(END), b.ints(4)), b.ints(4))  # b g r c
@@ -140,6 +132,5 @@ def _across(
     after = b.op("MatMul", decay, states)  # b g r 1+c np
     before = b.op("Slice", after, b.ints(0), b.ints(-1), b.ints(3))
     last = b.op("Slice", after, b.ints(-1), b.ints(END), b.ints(3))
-    return b.op("Reshape", before, b.ints(0, g, r, -1, n, p)), b.op(
-        "Reshape", last, b.ints(0, config.mamba_n_heads, n, p)
-    )
+    entering = b.op("Reshape", before, b.ints(0, g, r, -1, n, p))
+    return entering, b.op("Reshape", last, b.ints(0, sizes.heads, n, p))

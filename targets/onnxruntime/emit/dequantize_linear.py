@@ -1,4 +1,4 @@
-"""Integers for DequantizeLinear: stored [columns, rows], as MatMul takes its second operand.
+"""Integers for DequantizeLinear, stored [columns, rows], as MatMul takes its second operand.
 
 ONNX Runtime turns DequantizeLinear and MatMul over this layout into MatMulNBits; over [rows, columns] it dequantises the whole
 weight in every call.
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from h1export.artifact.artifact import StoredWeight
+from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.model.falcon_h1.states import Array
@@ -22,54 +22,49 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedBlock, quantized_blocks
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS, read_columns, write_columns
-from h1export.targets.onnx.emit import Context, initializer_name, stored_parts
-from h1export.targets.onnxruntime.emit.nbits import Layout
+from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS, read_column_major, write_column_major
+from h1export.targets.onnx.emit import Context, initializer_name
+from h1export.targets.onnxruntime.emit.packing import NBitsLayout
 
-TABLE = ".table"  # an embedding's codes, one row a token; a tied head has its own, transposed
+# suffix of an embedding's codes, one row a token; a tied head has codes of its own, column by column
+TABLE = ".table"
 
 
 def folded_scales(tensor: QuantizedTensor) -> Array:
-    """float32 [rows, blocks]: fp16 scale times multiplier."""
-    return tensor.scales.astype(np.float32) * tensor.multiplier[:, None]
+    """Return fp16 scales times the multiplier, float32 [rows, groups]."""
+    return tensor.scales.astype(np.float32) * tensor.row_scale[:, None]
 
 
 def unfolded_scales(stored: Array, multiplier: Array) -> npt.NDArray[np.float16]:
-    """The inverse: dividing by the multiplier lands within half a unit in the last place of float16."""
+    """Undo ``folded_scales``: dividing by the multiplier lands within half a unit in the last place of float16."""
     return (stored.astype(np.float64) / multiplier[:, None]).astype(np.float16)
 
 
 def dequantized(c: Context, expr: WeightExpr, precision: Precision) -> Value:
-    """The weight [columns, rows] in float32, as a node over its integers."""
+    """Emit the weight [columns, rows] in float32, as a node over its integers."""
     operands = c.build.once((expr, precision), lambda: _write(c, expr, precision))
     blocks: dict[str, Any] = {"axis": 0, "block_size": precision.group_size} if precision.group_size else {"axis": 1}
     return c.build.op("DequantizeLinear", *operands, **blocks)
 
 
 def _write(c: Context, expr: WeightExpr, precision: Precision) -> list[Value]:
-    """Codes, scales, and zero points where there are some."""
-    places = write_columns(c, expr, precision, dtype=ir.DataType.FLOAT, scales_of=folded_scales)
-    c.stored.append(_entry(c, expr, precision))
+    """Write codes, scales, and zero points where there are some."""
+    places = write_column_major(c, expr, precision, dtype=ir.DataType.FLOAT, scales_of=folded_scales)
+    c.note_stored(expr, precision)
     return [c.build.initializer(place) for place in places]
 
 
-def _rows(layout: Layout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], Array]:
+def _rows(layout: NBitsLayout, block: QuantizedBlock) -> tuple[npt.NDArray[Any], Array]:
     (tensor,) = block()
     return layout.pack(tensor.codes) if layout.bits == 4 else tensor.codes, folded_scales(tensor)
 
 
-def _entry(c: Context, expr: WeightExpr, precision: Precision) -> StoredWeight:
-    return StoredWeight(
-        initializer_name(expr), precision.bits, precision.group_size, axis=0, parts=stored_parts(c, expr)
-    )
-
-
-def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: bool) -> Value:
-    """Rows ``ids`` of the embedding in float32. ``tied``: its integers are the head's, which notes them for the manifest."""
+def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
+    """Emit rows ``ids`` of the embedding in float32. Integers that a tied head reads too are noted for the manifest by the head."""
     rows, columns = c.store.shape(expr.only.tensor)
     name = initializer_name(expr) + TABLE
     b = c.build
-    layout = Layout(precision.bits, precision.group_size or columns, columns)
+    layout = NBitsLayout(precision.bits, precision.group_size or columns, columns)
     stored = ir.DataType.UINT8 if precision.bits == 4 else ir.DataType.INT8
     codes = c.data.place(name, stored, (rows, columns * precision.bits // 8))
     scales = c.data.place(name + SCALES, ir.DataType.FLOAT, (rows, layout.blocks))
@@ -77,8 +72,8 @@ def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: 
         [codes, scales],
         (partial(_rows, layout, block) for block in quantized_blocks(expr, c.store, c.integers, max_bytes=BLOCK_BYTES)),
     )
-    if not tied:
-        c.stored.append(_entry(c, expr, precision))
+    if not c.is_multiplied(expr.only.tensor):
+        c.note_stored(expr, precision)
     found = b.op("Cast", b.op("Gather", b.initializer(codes), ids), to=1)
     scale = b.op("Gather", b.initializer(scales), ids)
     if precision.bits == 8:
@@ -88,7 +83,7 @@ def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: 
     pairs = b.op("Concat", b.op("Unsqueeze", low, b.ints(3)), b.op("Unsqueeze", high, b.ints(3)), axis=3)
     signed = b.op(
         "Sub",
-        b.op("Reshape", pairs, b.ints(0, 0, layout.blocks, layout.block)),
+        b.op("Reshape", pairs, b.ints(0, 0, layout.blocks, layout.block_size)),
         b.constant(layout.zero_point, np.float32),
     )
     return b.op("Reshape", b.op("Mul", signed, b.op("Unsqueeze", scale, b.ints(3))), b.ints(0, 0, columns))
@@ -97,15 +92,15 @@ def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision, tied: 
 def read_stored(
     weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]
 ) -> Iterator[tuple[str, QuantizedTensor]]:
-    """The integers that an artifact stores, by checkpoint tensor; arguments as of nbits.read_stored, int4 arrays packed and flat."""
+    """Yield the integers that an artifact stores, by checkpoint tensor, as ``targets/onnxruntime/read_back.py`` does; int4 arrays are flat."""
     (part,) = weight.parts
     name = weight.initializer
     multiplier = part.multiplier.rows(part.size)
     zeros = None
     if name + CODES in tensors:
         scales = tensors[name + SCALES].reshape(-1, part.size).T
-        codes = read_columns(tensors[name + CODES], weight.bits, part.size)
-        zeros = read_columns(tensors[name + ZEROS], weight.bits, part.size) if name + ZEROS in tensors else None
+        codes = read_column_major(tensors[name + CODES], weight.bits, part.size)
+        zeros = read_column_major(tensors[name + ZEROS], weight.bits, part.size) if name + ZEROS in tensors else None
     else:
         codes = np.asarray(tensors[name + TABLE])
         scales = tensors[name + TABLE + SCALES]

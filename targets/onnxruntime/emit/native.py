@@ -1,26 +1,35 @@
-"""What differs where our own kernels run: one op for each h1 op, reading its columns out of the wide products they lie in.
+"""The graph over our own kernels, where it differs from the one for stock kernels: one op for each h1 op.
 
-Every op is described where it is computed, in csrc.
+The ops read their columns out of the wide products that hold them. Every op is described where it is computed, in csrc.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from h1export.graphs.program import args_of
-from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.graphs.passes.base import linear_bias
+from h1export.graphs.program import Program, args_of
 from h1export.model.falcon_h1.probes import Columns
 from h1export.plugins import h1
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Emitter
+from h1export.targets.onnx.mamba import conv_taps
+from h1export.targets.onnx.rotary import rotary_tables
 from h1export.targets.onnxruntime.emit import cpu as stock
-from h1export.targets.onnxruntime.emit.nbits import OrtContext, attributes, factors, store
+from h1export.targets.onnxruntime.emit.matmul_nbits import (
+    OrtContext,
+    product_attributes,
+    row_multipliers,
+    write_quantized,
+)
+from h1export.targets.sizes import AttentionSizes, ScanSizes, size_of
 
 DOMAIN = "h1export"
 # kLanes and kMostTaps of csrc
@@ -30,26 +39,34 @@ MOST_TAPS = 8
 aten = torch.ops.aten
 
 
-def covers(config: FalconH1Config) -> bool:
-    """Whether our kernels take a model of ``spec``: heads of whole vectors, and a convolution of few taps."""
-    return config.head_dim % LANES == 0 and config.mamba_d_conv <= MOST_TAPS
+def covers(program: Program) -> bool:
+    """Whether our kernels take the sizes of ``program``: heads of whole vectors, and convolutions of few taps."""
+    heads = [AttentionSizes.of(node).head_dim for node in program.calls(h1.attention.default)]
+    taps = [size_of(args_of(node)[2], 2) for node in program.calls(h1.causal_conv.default)]
+    return all(dim % LANES == 0 for dim in heads) and all(count <= MOST_TAPS for count in taps)
 
 
 class NativeContext(OrtContext):
-    """Heads are never an axis of their own: values that the Program views as [batch, seq, heads, dim] stay [batch, seq, heads * dim]."""
+    """A Context in which heads are no axis: a value that the Program views as [batch, seq, heads, dim] stays [batch, seq, heads * dim].
+
+    Attributes:
+        gated_by_scan: gates that an SSMScan has applied already.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.gated_by_scan: set[Node] = set()
 
     def op(self, op_type: str, *inputs: Value | None, **attributes: Any) -> Value:
+        """Append one of our own ops with one output."""
         return self.build.op(op_type, *inputs, domain=DOMAIN, **attributes)
 
     def ops(self, op_type: str, outputs: int, *inputs: Value | None, **attributes: Any) -> tuple[Value, ...]:
+        """Append one of our own ops with several outputs."""
         return self.build.ops(op_type, outputs, *inputs, domain=DOMAIN, **attributes)
 
     def columns(self, node: Any) -> tuple[Value, int]:
-        """(wide, offset) where the last axis of ``node``, flattened, lies in a wider value."""
+        """Return (wide, offset): the value that holds ``node``, flattened, in its last axis, and the column where it starts."""
         while node.target is aten.view.default:
             node = node.args[0]
         if node.target is operator.getitem and args_of(node)[0].target is aten.split_with_sizes.default:
@@ -59,13 +76,13 @@ class NativeContext(OrtContext):
         return self.value(node), 0
 
     def probed(self, node: Node) -> tuple[Value, Columns | None]:
-        """Our ops read columns out of wide products, so nothing splits those."""
+        """Return the wide product that holds the probe, because our ops read columns out of it and nothing splits it."""
         inner, _ = _unmasked(node)
         wide, offset = self.columns(inner)
         return wide, None if wide is self.value(inner) else (offset, offset + node.meta["val"].shape[2:].numel())
 
     def side_by_side(self, *nodes: Any) -> tuple[Value, list[int]]:
-        """(wide, offsets) of several; they are copied side by side where they do not lie in one value already."""
+        """Return (wide, offsets) of several nodes, which are copied side by side where one value does not hold them already."""
         places = [self.columns(node) for node in nodes]
         if len({id(wide) for wide, _ in places}) == 1:
             return places[0][0], [offset for _, offset in places]
@@ -78,27 +95,28 @@ class NativeContext(OrtContext):
 
 @dataclass(frozen=True)
 class Product:
-    """A product with integers: what its op takes beside x."""
+    """What the op of a product with integers takes beside x."""
 
     operands: tuple[Value | None, ...]
     attributes: dict[str, Any]
 
     @classmethod
     def of(cls, c: NativeContext, node: Node) -> Product | None:
-        """That of an aten.linear; None: its weight is float32, or has zero points, which the runtime's own kernel takes."""
+        """Return what an aten.linear becomes; None: its weight is float32, or has zero points, which the runtime's own kernel takes."""
         expr = c.expr(args_of(node)[1])
-        bias = args_of(node)[2] if len(args_of(node)) > 2 else None
+        bias = linear_bias(node)
         precision = c.precision(expr)
         if precision is None or precision.zeros:
             return None
-        stored = store(c, expr, precision)
-        weight = c.build.initializer(stored.codes), c.build.initializer(stored.scales)
-        multiplier = factors(c, expr) if expr.axis == 0 else None  # of columns: see linear
-        return cls((*weight, multiplier, None if bias is None else c.value(bias)), attributes(c, expr, stored))
+        matrix = write_quantized(c, expr, precision)
+        weight = c.build.initializer(matrix.codes), c.build.initializer(matrix.scales)
+        multipliers = row_multipliers(c, expr) if expr.axis == 0 else None  # linear applies those of columns
+        operands = (*weight, multipliers, None if bias is None else c.value(bias))
+        return cls(operands, product_attributes(c, expr, matrix))
 
 
 def linear(c: NativeContext, node: Node) -> None:
-    """A product with integers, and what comes before it where nothing else reads that: a gate, or two values side by side."""
+    """Emit a product with integers, and what precedes it where nothing else reads that: a gate, or two values side by side."""
     x = args_of(node)[0]
     expr = c.expr(args_of(node)[1])
     product = Product.of(c, node)
@@ -118,7 +136,7 @@ def linear(c: NativeContext, node: Node) -> None:
 
 
 def _gated(node: Node) -> tuple[Node, Node] | None:
-    """(a, gate) where ``node`` is a * silu(gate)."""
+    """Return (a, gate) where ``node`` is a * silu(gate)."""
     if node.target is not aten.mul.Tensor or node.meta["val"].dim() != 3:
         return None
     a, gate = args_of(node)
@@ -126,7 +144,7 @@ def _gated(node: Node) -> tuple[Node, Node] | None:
 
 
 def add(c: NativeContext, node: Node) -> None:
-    """A sum that a norm and then a product with integers read: all in one."""
+    """Emit one op for a sum, the norm that reads it and the product with integers that reads the norm; else the stock sum."""
     norms = [user for user in node.users if user.target is aten.rms_norm.default and args_of(user)[2] is not None]
     products = [user for norm in norms for user in norm.users if user.target is aten.linear.default]
     if len(norms) == len(products) == 1 and len(norms[0].users) == 1:
@@ -141,7 +159,7 @@ def add(c: NativeContext, node: Node) -> None:
 
 
 def view(c: NativeContext, node: Node) -> None:
-    """Nothing to do where the value is flat already."""
+    """Emit a reshape, or nothing where the value is flat already."""
     x = args_of(node)[0]
     flat = x.target is operator.getitem and args_of(x)[0].target in (h1.ssm_scan.default, h1.attention.default)
     if flat and node.meta["val"].dim() == 3:
@@ -150,7 +168,7 @@ def view(c: NativeContext, node: Node) -> None:
 
 
 def mul(c: NativeContext, node: Node) -> None:
-    """a * silu(gate) is one op."""
+    """Emit one op for a * silu(gate); else the stock product."""
     gated = _gated(node)
     if gated is None:
         return common.binary("Mul")(c, node)
@@ -160,22 +178,18 @@ def mul(c: NativeContext, node: Node) -> None:
 
 
 def causal_conv(c: NativeContext, node: Node) -> None:
-    """CausalConv, which takes the mask of pads itself."""
+    """Emit CausalConv, which applies the mask of pads itself."""
     x, state, weight, bias = args_of(node)
     x, pads = _unmasked(x)
     mask = None if pads is None else c.value(pads)
     wide, offset = c.columns(x)
-    taps = c.build.initializer(stock.conv_taps(c, c.expr(weight)))
-    c.set(
-        node,
-        *c.ops(
-            "CausalConv", 2, wide, c.value(state), taps, None if bias is None else c.value(bias), mask, offset=offset
-        ),
-    )
+    taps = c.build.initializer(conv_taps(c, c.expr(weight)))
+    added = None if bias is None else c.value(bias)
+    c.set(node, *c.ops("CausalConv", 2, wide, c.value(state), taps, added, mask, offset=offset))
 
 
 def _unmasked(x: Node) -> tuple[Node, Node | None]:
-    """(x, mask) of a product that zeroes pads; (x, None) of anything else."""
+    """Return (x, mask) of a product that zeroes pads; (x, None) of anything else."""
     column = args_of(x)[1] if x.target is aten.mul.Tensor else None
     if isinstance(column, Node) and column.target is aten.unsqueeze.default:
         return args_of(x)[0], args_of(column)[0]
@@ -183,13 +197,12 @@ def _unmasked(x: Node) -> tuple[Node, Node | None]:
 
 
 def ssm_scan(c: NativeContext, node: Node) -> None:
-    """SSMScan, which takes the gate too where nothing but the gate reads its output."""
+    """Emit SSMScan, which applies the gate too where nothing but the gate reads its output."""
     x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = args_of(node)
-    config = c.program.config
+    sizes = ScanSizes.of(node)
     xbc, offsets = c.side_by_side(x, B, C)
-    assert offsets == [0, config.mamba_d_ssm, config.mamba_d_ssm + config.bc_dim], (
-        "x, B and C are the convolution's output"
-    )
+    inner = sizes.heads * sizes.d_head
+    assert offsets == [0, inner, inner + sizes.groups * sizes.d_state], "x, B and C are the convolution's output"
     steps, dt_offset = c.columns(dt)
     gated, gate, gate_offset = _gate(c, node)
     outputs = c.ops(
@@ -201,10 +214,10 @@ def ssm_scan(c: NativeContext, node: Node) -> None:
         c.value(state),
         c.value(mask),
         gate,
-        heads=config.mamba_n_heads,
-        groups=config.mamba_n_groups,
-        d_head=config.mamba_d_head,
-        d_state=config.mamba_d_state,
+        heads=sizes.heads,
+        groups=sizes.groups,
+        d_head=sizes.d_head,
+        d_state=sizes.d_state,
         dt_offset=dt_offset,
         gate_offset=gate_offset,
         dt_min=dt_min,
@@ -217,7 +230,7 @@ def ssm_scan(c: NativeContext, node: Node) -> None:
 
 
 def _gate(c: NativeContext, scan: Node) -> tuple[Node | None, Value | None, int]:
-    """(y * silu(z), z, offset of z) where the scan's y is read by its gate alone."""
+    """Return (y * silu(z), z, offset of z) where only its gate reads the scan's y; else (None, None, 0)."""
     (y,) = [user for user in scan.users if args_of(user)[1] == 0]
     (flat,) = y.users
     if len(flat.users) == 1:
@@ -229,27 +242,28 @@ def _gate(c: NativeContext, scan: Node) -> tuple[Node | None, Value | None, int]
 
 
 def attention(c: NativeContext, node: Node) -> None:
-    """Attention, rotary embedding and cache included."""
-    q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
-    config = c.program.config
+    """Emit Attention, rotary embedding and cache included."""
+    q, k, v, past_k, past_v, _positions, mask, _theta = args_of(node)
+    sizes = AttentionSizes.of(node)
     qkv, (q_offset, k_offset, v_offset) = c.side_by_side(q, k, v)
-    operands = [qkv, *stock.rotary_tables(c, positions, theta), c.value(mask), c.value(past_k), c.value(past_v)]
+    operands = [qkv, *rotary_tables(c, node), c.value(mask), c.value(past_k), c.value(past_v)]
     outputs = c.ops(
         "Attention",
         3,
         *operands,
-        num_heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        num_heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
         q_offset=q_offset,
         k_offset=k_offset,
         v_offset=v_offset,
-        scale=config.head_dim**-0.5,
+        scale=sizes.scale,
     )
     c.set(node, *outputs)
 
 
-TABLE: dict[Any, Emitter[Any]] = stock.TABLE | {
+TABLE: Mapping[Any, Emitter[Any]] = {
+    **stock.TABLE,
     aten.linear.default: linear,
     aten.add.Tensor: add,
     h1.ssm_scan.default: ssm_scan,

@@ -6,7 +6,6 @@ what is left needs opset 18, 19 for int8 and 21 for int4. No control flow, and n
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,17 +15,16 @@ from torch.fx import Node
 
 from h1export.graphs.program import args_of
 from h1export.plugins import h1
-from h1export.plugins.attention.op import rope_frequencies
 from h1export.quantize.precision import Precision
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context, Emitter
+from h1export.targets.onnx.mamba import drive, log_decay, shifted_products, skip, step_sizes
+from h1export.targets.onnx.masks import visible_keys
+from h1export.targets.onnx.rotary import rotary_tables
 from h1export.targets.onnxruntime.emit import dequantize_linear
 from h1export.targets.onnxruntime.emit.chunked_scan import Chunks, chunked_scan
-from h1export.targets.onnxruntime.emit.cpu import TABLE as CPU_TABLE
-from h1export.targets.onnxruntime.emit.cpu import shifted_products
-
-FLOAT = 1
+from h1export.targets.sizes import AttentionSizes, ScanSizes
 
 aten = torch.ops.aten
 
@@ -37,32 +35,30 @@ def opset(precisions: Collection[Precision]) -> int:
 
 
 def linear(c: Context, node: Node) -> None:
-    """MatMul, by a DequantizeLinear where it is stored in integers."""
+    """Emit MatMul, over a DequantizeLinear where the weight is stored in integers."""
     x = c.value(args_of(node)[0])
     expr = c.expr(args_of(node)[1])
     precision = c.precision(expr)
-    weight = (
-        c.build.op("Transpose", c.weight(expr), perm=[1, 0])
-        if precision is None
-        else dequantize_linear.dequantized(c, expr, precision)
-    )
-    y = c.build.op("MatMul", x, weight)
-    bias = args_of(node)[2] if len(args_of(node)) > 2 else None
-    c.set(node, y if bias is None else c.build.op("Add", y, c.value(bias)))
+    if precision is None:
+        weight = c.build.op("Transpose", c.weight(expr), perm=[1, 0])
+    else:
+        weight = dequantize_linear.dequantized(c, expr, precision)
+    common.set_product(c, node, c.build.op("MatMul", x, weight))
 
 
 def embedding(c: Context, node: Node) -> None:
-    """Gather, and a product with the scales where it is stored in integers."""
+    """Emit Gather, and a product with the scales where the embedding is stored in integers."""
     expr = c.expr(args_of(node)[0])
     ids = c.value(args_of(node)[1])
     precision = c.precision(expr)
     if precision is None:
-        return c.set(node, c.build.op("Gather", c.weight(expr), ids))
-    return c.set(node, dequantize_linear.embed(c, ids, expr, precision, c.program.config.tie_word_embeddings))
+        c.set(node, c.build.op("Gather", c.weight(expr), ids))
+    else:
+        c.set(node, dequantize_linear.embed(c, ids, expr, precision))
 
 
 def rms_norm(c: Context, node: Node) -> None:
-    """x / sqrt(mean(x^2) + epsilon) * weight."""
+    """Emit x / sqrt(mean(x^2) + epsilon) * weight."""
     x, _, weight, epsilon = args_of(node)
     b = c.build
     x = c.value(x)
@@ -85,78 +81,63 @@ def causal_conv(c: Context, node: Node) -> None:
 
 
 def ssm_scan(c: Context, node: Node) -> None:
-    """The chunked scan; what goes into it is as for LinearAttention."""
-    x, dt, A, B, C, D, dt_bias, state, mask, _chunk, dt_min, dt_max = args_of(node)
+    """Emit the chunked scan, whose operands are those of LinearAttention."""
+    x, _dt, A, B, C, D, _dt_bias, state, mask, *_ = args_of(node)
     b = c.build
-    step = b.op("Softplus", b.op("Add", c.value(dt), c.value(dt_bias)))
-    if (dt_min, dt_max) != (0.0, math.inf):
-        high = None if dt_max == math.inf else b.constant(dt_max, np.float32)
-        step = b.op("Clip", step, b.constant(dt_min, np.float32), high)
-    step = b.op("Mul", step, b.once((mask, "column"), lambda: b.op("Unsqueeze", c.value(mask), b.ints(2))))
+    step = step_sizes(c, node)
     chunks = b.once((mask, "chunks"), lambda: Chunks.of(b, b.op("Shape", c.value(mask), start=1, end=2)))
-    drive, keys, queries = (
-        b.op("Reshape", value, b.ints(0, 0, -1))
-        for value in (b.op("Mul", c.value(x), b.op("Unsqueeze", step, b.ints(3))), c.value(B), c.value(C))
+    driven, keys, queries = (
+        b.op("Reshape", value, b.ints(0, 0, -1)) for value in (drive(c, c.value(x), step), c.value(B), c.value(C))
     )
-    decay = b.op("Mul", step, c.value(A))
+    decay = log_decay(c, A, step)
     y, new_state = chunked_scan(
-        b, c.program.config, chunks, drive=drive, log_decay=decay, B=keys, C=queries, state=c.value(state)
+        b, ScanSizes.of(node), chunks, drive=driven, log_decay=decay, B=keys, C=queries, state=c.value(state)
     )
-    c.set(node, b.op("Add", y, b.op("Mul", c.value(x), b.op("Unsqueeze", c.value(D), b.ints(1)))), new_state)
+    c.set(node, b.op("Add", y, skip(c, c.value(x), D)), new_state)
 
 
 def attention(c: Context, node: Node) -> None:
-    """softmax(q k + mask) v with queries [batch, kv heads, queries of each, seq, dim] over the grown cache."""
-    q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
+    """Emit softmax(q k + mask) v with queries [batch, kv heads, queries of each, seq, dim] over the grown cache."""
+    q, k, v, past_k, past_v, positions, mask, _theta = args_of(node)
     b = c.build
-    kv = c.program.config.num_key_value_heads
-    dim = c.program.config.head_dim
-    heads = c.program.config.num_attention_heads
-    cos, sin = b.once((positions, theta), lambda: _rotary_tables(c, positions, theta))
+    sizes = AttentionSizes.of(node)
+    cos, sin = rotary_tables(c, node, 2, 3)  # [batch, seq, 1, dim / 2]
     hidden = b.once((mask, positions), lambda: _attention_mask(c, mask, positions))
-    query = b.op("Mul", _rotate(c, q, cos, sin), b.constant(dim**-0.5, np.float32))
-    query = b.op("Transpose", b.op("Reshape", query, b.ints(0, 0, kv, heads // kv, dim)), perm=[0, 2, 3, 1, 4])
+    query = b.op("Mul", _rotate(c, q, cos, sin, dim=sizes.head_dim), b.constant(sizes.scale, np.float32))
+    by_group = b.op("Reshape", query, b.ints(0, 0, sizes.kv_heads, sizes.group, sizes.head_dim))
+    query = b.op("Transpose", by_group, perm=[0, 2, 3, 1, 4])
     keys, values = (
         b.op("Concat", c.value(past), b.op("Transpose", new, perm=[0, 2, 1, 3]), axis=2)
-        for past, new in ((past_k, _rotate(c, k, cos, sin)), (past_v, c.value(v)))
+        for past, new in ((past_k, _rotate(c, k, cos, sin, dim=sizes.head_dim)), (past_v, c.value(v)))
     )
     scores = b.op("MatMul", query, b.op("Transpose", b.op("Unsqueeze", keys, b.ints(2)), perm=[0, 1, 2, 4, 3]))
     shares = b.op("Softmax", b.op("Add", scores, hidden), axis=-1)
     out = b.op("Transpose", b.op("MatMul", shares, b.op("Unsqueeze", values, b.ints(2))), perm=[0, 3, 1, 2, 4])
-    c.set(node, b.op("Reshape", out, b.ints(0, 0, heads, dim)), keys, values)
+    c.set(node, b.op("Reshape", out, b.ints(0, 0, sizes.heads, sizes.head_dim)), keys, values)
 
 
-def _rotate(c: Context, x: Any, cos: Value, sin: Value) -> Value:
-    """[batch, seq, heads, dim], pairs (i, i + dim / 2)."""
+def _rotate(c: Context, x: Any, cos: Value, sin: Value, *, dim: int) -> Value:
+    """Emit the rotation of [batch, seq, heads, dim]: pairs are (i, i + dim / 2)."""
     b = c.build
-    half = c.program.config.head_dim // 2
-    low, high = b.ops("Split", 2, c.value(x), b.ints(half, half), axis=3)
+    low, high = b.ops("Split", 2, c.value(x), b.ints(dim // 2, dim // 2), axis=3)
     first = b.op("Sub", b.op("Mul", low, cos), b.op("Mul", high, sin))
     return b.op("Concat", first, b.op("Add", b.op("Mul", high, cos), b.op("Mul", low, sin)), axis=3)
 
 
-def _rotary_tables(c: Context, positions: Any, theta: Any) -> tuple[Value, Value]:
-    """cos and sin, [batch, seq, 1, dim / 2]."""
-    frequencies = rope_frequencies(theta, c.program.config.head_dim)
-    position = c.build.op("Unsqueeze", c.build.op("Cast", c.value(positions), to=FLOAT), c.build.ints(2, 3))
-    angles = c.build.op("Mul", position, c.build.constant(frequencies.numpy(), np.float32))
-    return c.build.op("Cos", angles), c.build.op("Sin", angles)
-
-
 def _attention_mask(c: Context, mask: Any, positions: Any) -> Value:
-    """What is added to scores, [batch, 1, 1, seq, total]: hides pads and later tokens, never a token from itself."""
+    """Return what is added to scores, [batch, 1, 1, seq, total]: it hides pads and later tokens, never a token from itself."""
     b = c.build
     seq = b.op("Shape", c.value(positions), start=1, end=2)
     total = b.op("Shape", c.value(mask), start=1, end=2)
     column = b.op("Range", b.constant(0, np.int64), b.op("Squeeze", total), b.constant(1, np.int64))
     own = b.op("Unsqueeze", b.op("Slice", column, b.op("Sub", total, seq), total), b.ints(1))
-    real = b.op("Cast", b.op("Unsqueeze", c.value(mask), b.ints(1)), to=9)
-    visible = b.op("Or", b.op("And", b.op("LessOrEqual", column, own), real), b.op("Equal", column, own))
+    visible = visible_keys(c, mask, column, own)
     hidden = b.op("Where", visible, b.constant(0.0, np.float32), b.constant(c.masked, np.float32))
     return b.op("Unsqueeze", hidden, b.ints(1, 2))
 
 
-TABLE: Mapping[Any, Emitter[Any]] = CPU_TABLE | {
+TABLE: Mapping[Any, Emitter[Any]] = {
+    **common.TABLE,
     h1.ssm_scan.default: ssm_scan,
     h1.causal_conv.default: causal_conv,
     h1.attention.default: attention,
@@ -164,5 +145,4 @@ TABLE: Mapping[Any, Emitter[Any]] = CPU_TABLE | {
     aten.embedding.default: embedding,
     aten.rms_norm.default: rms_norm,
     aten.silu.default: silu,
-    aten.add.Tensor: common.binary("Add"),
 }

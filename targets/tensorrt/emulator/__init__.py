@@ -1,1 +1,1 @@
-"""Executes the network on a CPU, part by part: start with runner.py."""
+"""Executing a TensorRT network on a CPU, subgraph by subgraph. Read ``runner.py`` first, then ``partition.py``."""

@@ -1,4 +1,4 @@
-"""Executes the network on a CPU: ONNX Runtime its standard nodes, the ops' eager references the plugin's."""
+"""Executes a TensorRT network on a CPU: standard nodes by ONNX Runtime, the plugin's nodes by the ops' references."""
 
 from __future__ import annotations
 
@@ -22,48 +22,60 @@ Values = dict[str, npt.NDArray[Any]]
 
 
 class Execution:
-    """The network in ``folder``, in float32 throughout or, ``rounded``, in the dtypes that it declares.
+    """The network of the artifact in ``folder``, ready to run.
+
+    Args:
+        folder: the artifact's folder.
+        files: names of the artifact's files; the network may not read others.
+        rounded: round to the dtypes that the network declares after each op; otherwise compute in float32 throughout.
+        threads: threads of ONNX Runtime; 0: its own choice.
+        shown: values inside the network that ``run`` returns besides the outputs.
 
     Raises:
-        H1ExportError: onnxruntime is not installed or cannot load a part, or data lies outside ``files``.
+        H1ExportError: onnxruntime is not installed or cannot load a subgraph, or the network's data is stored outside
+            ``files``.
     """
 
     def __init__(
-        self, folder: Path, files: Collection[str], rounded: bool, threads: int = 0, shown: Collection[str] = ()
+        self, folder: Path, files: Collection[str], rounded: bool, *, threads: int = 0, shown: Collection[str] = ()
     ) -> None:
         self._folder = folder
         self._threads = threads
         self._rounded = rounded
         network = _read(folder, files)
-        self._cutter = Partitioner(network, rounded, shown)
+        self._partitioner = Partitioner(network, rounded, shown)
         self._shown = tuple(shown)
         self._outputs = [output.name for output in network.graph.output]
         self._peaks: dict[str, float] = {}
         self._constants: Values = {}
-        self._open(self._cutter.constants())(self._constants)
+        self._open(self._partitioner.constants())(self._constants)
         self._steps = [
-            self._open(step) if isinstance(step, Subgraph) else self._plugin(step) for step in self._cutter.steps()
+            self._open(step) if isinstance(step, Subgraph) else self._plugin(step) for step in self._partitioner.steps()
         ]
 
     def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> Values:
-        """Outputs, and values ``shown``; what is fp16 or bf16 in the network is float32 here."""
+        """Run the network once and return its outputs and the values ``shown``.
+
+        Values that are fp16 or bf16 in the network are float32 in ``inputs`` and in the result.
+        """
         values = {**self._constants, **inputs}
         for step in self._steps:
             step(values)
         return {name: values[name] for name in (*self._outputs, *self._shown)}
 
     def magnitudes(self) -> Mapping[str, float]:
-        """Kind of op -> the largest magnitude before a rounding to fp16."""
+        """Return kind of op -> the largest magnitude of its results before they were rounded to fp16, over all runs."""
         return self._peaks
 
     def _open(self, subgraph: Subgraph) -> Callable[[Values], None]:
+        """Return the step that runs ``subgraph`` with ONNX Runtime and adds its outputs to the values."""
         ort = sdk.onnxruntime()
         options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # the nodes as they are
-        # errors also come as exceptions
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # the nodes must stay as they are
         options.intra_op_num_threads = self._threads
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # there are many sessions
+        options.log_severity_level = 3  # errors only: warnings about single subgraphs do not help a user
+        # Each subgraph has a session, and their idle threads would compete for the cores.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self._folder))
         try:
             session = ort.InferenceSession(
@@ -84,10 +96,10 @@ class Execution:
         return step
 
     def _note(self, op: str, magnitude: float) -> None:
-        self._peaks[op] = float(np.maximum(self._peaks.get(op, 0.0), magnitude))  # NaN stays
+        self._peaks[op] = float(np.maximum(self._peaks.get(op, 0.0), magnitude))  # unlike max, this keeps NaN
 
     def _plugin(self, node: NodeProto) -> Callable[[Values], None]:
-        """The op's reference in float32 on the node's inputs and attributes, by the names of its schema."""
+        """Return the step that runs the op's reference in float32, with arguments by the names of its schema."""
         op = next(op for op in OPS if op.name == node.op_type)
         attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         reference = getattr(torch.ops.h1, op.space).default
@@ -101,19 +113,24 @@ class Execution:
         return step
 
     def _narrowed(self, op: str, name: str, result: torch.Tensor) -> torch.Tensor:
-        if not (self._rounded and self._cutter.is_half(name)):
+        """Round ``result`` to the dtype that the network declares for it, and return it in float32."""
+        if not (self._rounded and self._partitioner.is_half(name)):
             return result
-        if self._cutter.half == TensorProto.FLOAT16:
+        if self._partitioner.half == TensorProto.FLOAT16:
             self._note(op, float(result.abs().max()))
-        return result.to(TORCH[self._cutter.half]).float()
+        return result.to(TORCH[self._partitioner.half]).float()
 
 
 def _read(folder: Path, files: Collection[str]) -> onnx.ModelProto:
-    """Raises H1ExportError for what is no model, or has data outside ``files``."""
+    """Read the network without its external data.
+
+    Raises:
+        H1ExportError: the file is not a model, or refers to data outside ``files``.
+    """
     path = folder / MODEL
     try:
         network = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's
+    except Exception as error:  # onnx does not document which exceptions protobuf raises
         raise H1ExportError(path, f"cannot be read ({type(error).__name__})", "build the artifact again") from None
     for tensor in network.graph.initializer:
         places = {entry.key: entry.value for entry in tensor.external_data}

@@ -1,8 +1,8 @@
-"""A network cut into pieces that ONNX Runtime executes, in the arithmetic of its dtypes.
+"""Partitioner: divides a TensorRT network into subgraphs that ONNX Runtime can execute, and nodes of the plugin.
 
-The nodes are those of model.onnx, which a builder of TensorRT is given. Every piece computes in float32: values that the network
-declares in fp16 or bf16 are rounded to it after each op, or, to judge the lowering alone, not at all. Between the pieces lie the
-plugins' nodes, and before them all is what constants alone make, which is computed once.
+The nodes are those of model.onnx, the file that TensorRT's builder reads. Every subgraph computes in float32. Values
+that the network declares as fp16 or bf16 are rounded to that dtype after each op, or, to judge the lowering alone, not
+at all. A first subgraph computes everything that depends on constants only; it runs once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from h1export.targets.tensorrt.plugin.schema import NAMESPACE
 
 FLOAT = TensorProto.FLOAT
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-MOVING = frozenset(  # these round nothing
+MOVING = frozenset(  # ops that move values without computing, so their results need no rounding
     [
         "Concat",
         "Gather",
@@ -32,15 +32,21 @@ MOVING = frozenset(  # these round nothing
         "Unsqueeze",
     ]
 )
-# prefixes of a value before its rounding, and of the largest magnitude there
-EXACT = "exact|"
-PEAK = "peak|"
-STORED = "stored|"  # of an initializer as the file has it
+EXACT = "exact|"  # prefix of a value before its rounding
+PEAK = "peak|"  # prefix of the largest magnitude of a value before its rounding
+STORED = "stored|"  # prefix of an initializer in its stored dtype
 
 
 @dataclass(frozen=True)
 class Subgraph:
-    """``model``: standard nodes; ``peaks``: its output -> the kind of op that it is the largest magnitude of."""
+    """A part of the network without nodes of the plugin.
+
+    Attributes:
+        model: the ONNX model of its nodes.
+        inputs: names of the values that it reads.
+        outputs: names of the values that it computes for later steps.
+        peaks: further output of the model -> the kind of op whose largest magnitude it is.
+    """
 
     model: ModelProto
     inputs: tuple[str, ...]
@@ -49,10 +55,15 @@ class Subgraph:
 
 
 class Partitioner:
-    """Cuts ``network``, whose data stays where it is. ``rounded``: in the declared dtypes; ``shown``: values to keep.
+    """Divides ``network`` into steps; its external data is not read.
+
+    Args:
+        network: the network.
+        rounded: round values to their declared dtypes.
+        shown: names of values that the steps must give as outputs.
 
     Raises:
-        H1ExportError: a value whose dtype the network does not declare.
+        H1ExportError: the network does not declare the dtype of a value.
     """
 
     def __init__(self, network: ModelProto, rounded: bool, shown: Collection[str] = ()) -> None:
@@ -68,17 +79,17 @@ class Partitioner:
         self._kept = {*(output.name for output in graph.output), *shown}
 
     def constants(self) -> Subgraph:
-        """What initializers alone make, and the initializers that other nodes read."""
+        """Return the subgraph of every value that depends on initializers only, initializers included."""
         fixed = self._fixed_nodes()
         made = {name for node in fixed for name in node.output} | {
             tensor.name for tensor in self._network.graph.initializer
         }
-        return self._piece(fixed, sorted(made & self._read_by(self._moving_nodes())), initializers=True)
+        return self._subgraph(fixed, sorted(made & self._read_by(self._variable_nodes())), initializers=True)
 
     def steps(self) -> Iterator[Subgraph | NodeProto]:
-        """The rest in order: pieces, and nodes of the plugin."""
+        """Yield the remaining nodes in order, as subgraphs and single nodes of the plugin."""
         pending: list[NodeProto] = []
-        nodes = self._moving_nodes()
+        nodes = self._variable_nodes()
         for index, node in enumerate(nodes):
             if node.domain != NAMESPACE:
                 pending.append(node)
@@ -90,15 +101,16 @@ class Partitioner:
         yield self._needed(pending, [])
 
     def is_half(self, name: str) -> bool:
-        """Whether a value is declared in fp16 or bf16."""
+        """Return whether a value is declared as fp16 or bf16."""
         return self._types[name] in HALVES
 
     @property
     def half(self) -> int:
-        """Of the activations: the type of the first state."""
+        """The ONNX dtype of the activations, which is that of the first input in fp16 or bf16, a state."""
         return int(next(self._types[info.name] for info in self._network.graph.input if self.is_half(info.name)))
 
     def _fixed_nodes(self) -> list[NodeProto]:
+        """Return the nodes that depend on initializers only."""
         known = {"", *(tensor.name for tensor in self._network.graph.initializer)}
         fixed = []
         for node in self._network.graph.node:
@@ -107,7 +119,8 @@ class Partitioner:
                 fixed.append(node)
         return fixed
 
-    def _moving_nodes(self) -> list[NodeProto]:
+    def _variable_nodes(self) -> list[NodeProto]:
+        """Return the nodes that depend on the inputs of a call."""
         fixed = {name for node in self._fixed_nodes() for name in node.output}
         return [node for node in self._network.graph.node if fixed.isdisjoint(node.output)]
 
@@ -115,17 +128,19 @@ class Partitioner:
         return {name for node in nodes for name in node.input if name}
 
     def _needed(self, nodes: list[NodeProto], later: Sequence[NodeProto]) -> Subgraph:
+        """Return the subgraph of ``nodes`` with the outputs that ``later`` nodes or the caller need."""
         made = {name for node in nodes for name in node.output}
-        return self._piece(nodes, sorted(made & (self._read_by(later) | self._kept)))
+        return self._subgraph(nodes, sorted(made & (self._read_by(later) | self._kept)))
 
-    def _piece(self, nodes: Sequence[NodeProto], outputs: list[str], initializers: bool = False) -> Subgraph:
+    def _subgraph(self, nodes: Sequence[NodeProto], outputs: list[str], initializers: bool = False) -> Subgraph:
         made = {name for node in nodes for name in node.output}
         tensors, loads = self._initializers(outputs) if initializers else ([], [])
         inputs = () if initializers else tuple(sorted(self._read_by(nodes) - made))
         peaks: dict[str, str] = {}
         body = [*loads, *(one for node in nodes for one in self._emulated(node, peaks))]
         infos = [*map(self._info, outputs), *(helper.make_tensor_value_info(peak, FLOAT, ()) for peak in peaks)]
-        graph = helper.make_graph(body, "piece", [self._info(name) for name in inputs], infos, tensors)
+        input_infos = [self._info(name) for name in inputs]
+        graph = helper.make_graph(body, "subgraph", input_infos, infos, initializer=tensors)
         model = helper.make_model(graph, opset_imports=self._network.opset_import, ir_version=self._network.ir_version)
         return Subgraph(model, inputs, tuple(outputs), peaks=peaks)
 
@@ -134,7 +149,11 @@ class Partitioner:
         return helper.make_tensor_value_info(name, FLOAT if kind in HALVES else kind, None)
 
     def _initializers(self, outputs: Collection[str]) -> tuple[list[TensorProto], list[NodeProto]]:
-        """All of them, and nodes for those that need another form: float32 in place of what is shorter, and what an output can be."""
+        """Return all initializers, and nodes that convert some of them.
+
+        A Cast turns fp16 and bf16 into float32. An Identity copies an initializer that is an output, so that a node
+        computes every output.
+        """
         tensors = []
         loads = []
         for tensor in self._network.graph.initializer:
@@ -150,7 +169,7 @@ class Partitioner:
         return tensors, loads
 
     def _emulated(self, node: NodeProto, peaks: dict[str, str]) -> Iterator[NodeProto]:
-        """``node`` in float32, and what rounds its outputs."""
+        """Yield ``node`` in float32, and the nodes that round its outputs and find their largest magnitude."""
         wide = NodeProto()
         wide.CopyFrom(node)
         for attribute in wide.attribute:

@@ -13,12 +13,14 @@ from h1export.artifact.artifact import Artifact
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probe_names
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec
-from h1export.runtime.runner import Capabilities, Ids, SteppedSequences, check_call
+from h1export.runtime.runner import Ids, Limits, Provenance, check_call
+from h1export.runtime.session import SteppedSession
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.tensorrt.emulator.execution import Execution, Values
 from h1export.targets.tensorrt.network.layout import MODEL, WRITE_INDICES
-from h1export.targets.tensorrt.network.limits import Limits, calls
+from h1export.targets.tensorrt.network.limits import Limits as NetworkLimits
+from h1export.targets.tensorrt.network.limits import calls
 from h1export.targets.tensorrt.network.weights import key, read_stored
 
 
@@ -43,7 +45,7 @@ class NetworkRunner:
         self._why = why
         self._states = StateSpec.of(self._spec)
         options = artifact.manifest.options
-        self._limits = Limits.of(artifact)
+        self._limits = NetworkLimits.of(artifact)
         self._all_logits = not options["last_logits"]
         self._compute = "fp32" if float32 else str(options["compute"])
         self._open = partial(Execution, artifact.folder, artifact.manifest.files, not float32, threads=threads)
@@ -54,18 +56,23 @@ class NetworkRunner:
         return self._spec
 
     @property
-    def capabilities(self) -> Capabilities:
-        return Capabilities(
-            max_batch=self._limits.max_batch,
-            all_logits=self._all_logits,
-            float32=self._float32,
-            notes=(self._limits.note,),
-            kernels=f"onnxruntime {sdk.onnxruntime().__version__} and the ops' references in {self._compute}, not TensorRT",
-            fallback=self._why,
-            max_context=self._limits.max_context,
-            emulated=True,
-            probes=True,
+    def limits(self) -> Limits:
+        return Limits(
+            max_batch=self._limits.max_batch, max_context=self._limits.max_context, all_logits=self._all_logits
         )
+
+    @property
+    def provenance(self) -> Provenance:
+        return Provenance(
+            kernels=f"onnxruntime {sdk.onnxruntime().__version__} and the ops' references in {self._compute}, not TensorRT",
+            emulated=True,
+            float32=self._float32,
+            fallback=self._why,
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (self._limits.note,)
 
     def initial(self, batch: int) -> States:
         self._limits.check_rows("start", batch)
@@ -75,6 +82,9 @@ class NetworkRunner:
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         logits, after, _ = self._advance(self._execution, ids, mask, states=states)
         return logits, after
+
+    def length(self, states: States) -> int:
+        return states.length
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
         return self._advance(self._observed, ids, mask, states=states)
@@ -107,9 +117,9 @@ class NetworkRunner:
         indices = np.full(batch, states.length, np.int64)
         return {INPUT_IDS: np.ascontiguousarray(ids), ATTENTION_MASK: columns, WRITE_INDICES: indices, **states.arrays}
 
-    def start(self, batch: int, capacity: int) -> SteppedSequences:
+    def start(self, batch: int, capacity: int) -> SteppedSession:
         self._limits.check_room("start", capacity)
-        return SteppedSequences(self, batch)
+        return SteppedSession(self, batch)
 
     def snapshot(self, states: States) -> dict[str, Array]:
         arrays = {tensor: states.arrays[tensor.past] for tensor in self._states.tensors}

@@ -1,4 +1,7 @@
-"""Builds an engine in a process of its own, and turns what a builder says into errors that name the next step."""
+"""Builds an engine in a worker process, and turns what TensorRT logs into errors that name the next step.
+
+The worker process is ``build_process.py``. It prints one JSON object per line, which BuildLog collects.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +22,24 @@ from h1export.targets.tensorrt.engine import build_process
 from h1export.targets.tensorrt.engine.config import EngineConfig
 
 AGAIN = "build the artifact again"
-OURS = re.compile(r"h1export::\w+: .*")  # what our plugin says of itself
-KNOWN: Sequence[tuple[str, str, str]] = (  # what is said -> what it means, and what to do
+PLUGIN_STAGE = build_process.LOAD_PLUGIN
+OURS = re.compile(r"h1export::\w+: .*")  # an error message of our plugin
+KNOWN: Sequence[tuple[str, str, str]] = (  # pattern in the log -> what it means, and the next step
     ("Plugin not found", "has a node that neither TensorRT nor the plugin knows", AGAIN),
     (
         "Failed to find any supported plugin|could not find any supported formats",
-        "gives a plugin's node dtypes that it does not take",
+        "gives a node of the plugin dtypes that it does not take",
         AGAIN,
     ),
     (
         "ALIASED_PLUGIN_IO",
-        "updates states in place, which the recipe does not allow",
+        "updates states in place, which recipe.json does not allow",
         f"{AGAIN}, or correct preview_features of recipe.json",
     ),
-    ("Failed to parse ONNX model|Protobuf parsing failed|Could not open file", "is no ONNX model", AGAIN),
+    ("Failed to parse ONNX model|Protobuf parsing failed|Could not open file", "is not an ONNX model", AGAIN),
     (
         "out of memory|bad_alloc|std::bad_alloc",
-        "needs more memory than there is",
+        "needs more memory than this machine has free",
         "close other programs, or export a smaller model",
     ),
 )
@@ -43,75 +47,80 @@ KNOWN: Sequence[tuple[str, str, str]] = (  # what is said -> what it means, and 
 
 @dataclass
 class BuildLog:
-    """What the building process has said so far. ``said``: errors; ``stage``: what it was doing."""
+    """What the worker process has reported so far.
 
-    said: list[str] = field(default_factory=list)
+    Attributes:
+        errors: error messages of TensorRT, and lines that libraries printed.
+        stage: the step that the worker process is at.
+        version: version of the runtime.
+        plugins: layers of the network that the plugin computes.
+        profiles: optimization profiles of the engine.
+    """
+
+    errors: list[str] = field(default_factory=list)
     stage: str = "start"
     version: str = ""
     plugins: int = 0
     profiles: int = 0
 
-    def line(self, text: str) -> None:
-        """Take in a line; one that is no JSON comes from a library."""
+    def add(self, line: str) -> None:
+        """Add a line of the worker process; a line that is not a JSON object was printed by a library."""
         try:
-            facts: dict[str, Any] = json.loads(text)
-            if said := facts.pop("said", None):
-                self.said.append(str(said))
+            facts: dict[str, Any] = json.loads(line)
+            if error := facts.pop("error", None):
+                self.errors.append(str(error))
             for name, value in facts.items():
                 setattr(self, name, value)
         except (ValueError, AttributeError):
-            self.said.append(text.strip())
+            self.errors.append(line.strip())
 
 
 def build(folder: Path, progress: Progress) -> BuildLog:
-    """Build the engine of the artifact in ``folder``, as its recipe says.
+    """Build the engine of the artifact in ``folder`` with the settings of its recipe.json.
 
     Raises:
-        H1ExportError: the runtime is not installed, or refuses the network or the plugin, or dies; then there is no engine.
+        H1ExportError: the runtime is not installed, refuses the network or the plugin, or crashes. No engine is left
+            then.
     """
-    recipe = EngineConfig.read(folder)
-    if not sdk.has(recipe.runtime):
-        raise H1ExportError(sdk.NAMES[recipe.runtime], "is not installed", sdk.INSTALL[recipe.runtime])
+    config = EngineConfig.read(folder)
+    if not sdk.has(config.runtime):
+        raise H1ExportError(sdk.NAMES[config.runtime], "is not installed", sdk.INSTALL[config.runtime])
     build_log = BuildLog()
-    with sdk.environment(recipe.runtime) as environment, TemporaryFile("w+") as errors:
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            build_process.__name__,
-            str(folder),
-        ]  # -P: not what lies in the working folder
+    with sdk.environment(config.runtime) as environment, TemporaryFile("w+") as errors:
+        # -P: modules are not imported from the working folder.
+        command = [sys.executable, "-P", "-m", build_process.__name__, str(folder)]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=environment
         ) as process:
             for line in process.stdout or ():
                 stage = build_log.stage
-                build_log.line(line)
+                build_log.add(line)
                 if build_log.stage != stage:
                     progress.stage(build_log.stage)
         if process.returncode != 0:
-            (folder / recipe.engine).unlink(missing_ok=True)
+            (folder / config.engine).unlink(missing_ok=True)
             errors.seek(0)
-            raise _error(
-                folder,
-                recipe,
-                build_log,
-                process.returncode,
-                [line for line in errors.read().splitlines() if line.strip()],
-            )
+            printed = [line for line in errors.read().splitlines() if line.strip()]
+            raise _error(folder, config, build_log, code=process.returncode, printed=printed)
     return build_log
 
 
-def _error(folder: Path, recipe: EngineConfig, build_log: BuildLog, code: int, printed: Sequence[str]) -> H1ExportError:
-    """Our plugin's own words first, which it prints where it is given no log; then what is known, then the first thing that was said."""
-    name = f"{sdk.NAMES[recipe.runtime]} {build_log.version}".strip()
-    said = " | ".join([*build_log.said, *printed])
-    where = folder / (recipe.plugin if build_log.stage == "load the plugin" else recipe.network)
-    if ours := OURS.search(said):
+def _error(
+    folder: Path, config: EngineConfig, build_log: BuildLog, *, code: int, printed: Sequence[str]
+) -> H1ExportError:
+    """Return the error of a failed build; ``printed`` are the lines of the worker process's standard error.
+
+    A message of our plugin comes first, then a known message of TensorRT, then the first error of any kind. The plugin
+    prints its message where it is given no log.
+    """
+    name = f"{sdk.NAMES[config.runtime]} {build_log.version}".strip()
+    text = " | ".join([*build_log.errors, *printed])
+    where = folder / (config.plugin if build_log.stage == PLUGIN_STAGE else config.network)
+    if ours := OURS.search(text):
         return H1ExportError(where, f"{name} could not {build_log.stage}: {ours[0].split(' | ')[0]}", AGAIN)
-    for pattern, what, next_step in KNOWN if build_log.stage != "load the plugin" else ():
-        if re.search(pattern, said):
-            return H1ExportError(where, f"{what}, says {name}: {build_log.said[0]}", next_step)
+    reason = next(iter(build_log.errors), printed[-1] if printed else "it gives no reason")
+    for pattern, what, next_step in KNOWN if build_log.stage != PLUGIN_STAGE else ():
+        if re.search(pattern, text):
+            return H1ExportError(where, f"{what}; {name} reports: {reason}", next_step)
     died = f"died with signal {-code}" if code < 0 else f"could not {build_log.stage}"
-    reason = next(iter(build_log.said), printed[-1] if printed else "it does not say why")
     return H1ExportError(where, f"{name} {died}: {reason}", AGAIN)

@@ -1,4 +1,7 @@
-"""recipe.json: everything that a builder needs to make an engine of an artifact's network, and trtexec's line that says the same."""
+"""EngineConfig: what a builder needs to make an engine of an artifact's network. recipe.json stores it.
+
+The same settings can be given to TensorRT's own command line tool; ``trtexec`` returns that command.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,25 @@ RECIPE = "recipe.json"
 ENGINE = "model.engine"
 TRTEXEC = "trtexec.sh"
 LIBRARY = "plugin/libh1export_plugin.so"
-ALIASED = "ALIASED_PLUGIN_IO_10_03"  # states are updated in place
-RECORDABLE = "REQUIRE_USER_ALLOCATION"  # TensorRT-RTX: calls can be recorded as CUDA graphs
+ALIASED = "ALIASED_PLUGIN_IO_10_03"  # preview feature: plugins update states in place
+RECORDABLE = "REQUIRE_USER_ALLOCATION"  # builder flag of TensorRT-RTX: calls can be recorded as CUDA graphs
 TRTEXEC_NAMES = {ALIASED: "aliasedPluginIO1003"}
-VERSIONS: Mapping[RuntimeName, str] = {
-    "rtx": ">=1.7,<2",
-    "tensorrt": ">=10.15,<12",
-}  # 10.15 brought TensorScatter and RotaryEmbedding
-RTX_ARCHITECTURES = (80, 86, 89, 120)  # of the default; RTX has 75 and 121 too, and neither 90 nor 100
+# TensorRT 10.15 is the first version with TensorScatter and RotaryEmbedding.
+VERSIONS: Mapping[RuntimeName, str] = {"rtx": ">=1.7,<2", "tensorrt": ">=10.15,<12"}
+# The default compute capabilities. TensorRT-RTX also supports 75 and 121, and neither 90 nor 100.
+RTX_ARCHITECTURES = (80, 86, 89, 120)
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of a profile: input -> its least, best and largest shape."""
+    """The shapes of an optimization profile.
+
+    Attributes:
+        name: name of the profile.
+        inputs: input -> its smallest, optimal and largest shape.
+    """
 
     name: str
     inputs: Mapping[str, tuple[Shape, Shape, Shape]]
@@ -40,15 +47,19 @@ class Shapes:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How to build.
+    """The settings of an engine build.
 
     Attributes:
-        runtime: whose builder.
-        versions: of it, as a version specifier; those of TensorRT are documented, and not run.
-        architectures: compute capabilities that the engine is for; empty: that of the GPU at hand.
-        preview_features, builder_flags: TensorRT's names of them.
-        profiles: decode, and prefill.
-        hashes: sha256 of the files that go in.
+        runtime: the runtime whose builder makes the engine.
+        versions: version specifier of that runtime. Those of TensorRT follow its documentation and were not run.
+        architectures: compute capabilities that the engine is for; empty: that of the GPU in the building machine.
+        profiles: the optimization profiles for decode and for prefill.
+        hashes: file name -> sha256 of the files that the engine is made of.
+        preview_features: TensorRT's names of the preview features to enable.
+        builder_flags: TensorRT's names of the builder flags to set.
+        network: file name of the ONNX network.
+        plugin: file name of the plugin library.
+        engine: file name of the engine.
     """
 
     runtime: RuntimeName
@@ -68,10 +79,11 @@ class EngineConfig:
         runtime: RuntimeName,
         architectures: tuple[int, ...],
         inputs: Ports,
+        *,
         options: BuildOptions,
         hashes: Mapping[str, str],
     ) -> EngineConfig:
-        """For a network with ``inputs``."""
+        """Return the settings for a network with the given inputs."""
         shapes = tuple(_shapes(profile, inputs) for profile in profiles(options.max_batch, options.max_context))
         of_rtx = runtime == "rtx"
         return cls(
@@ -84,11 +96,16 @@ class EngineConfig:
         )
 
     def to_json(self) -> str:
+        """Return the content of recipe.json, with sorted keys."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def read(cls, folder: Path) -> EngineConfig:
-        """That of the artifact in ``folder``. Raises H1ExportError where it has none, or something else of that name."""
+        """Read recipe.json of the artifact in ``folder``.
+
+        Raises:
+            H1ExportError: the file is missing or holds something else.
+        """
         path = folder / RECIPE
         try:
             data: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -104,10 +121,11 @@ class EngineConfig:
                 path, f"cannot be read ({error.strerror})", "give an artifact of --target trt"
             ) from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise H1ExportError(path, f"is no recipe ({error!r})", "build the artifact again") from None
+            what = f"does not describe an engine build ({error!r})"
+            raise H1ExportError(path, what, "build the artifact again") from None
 
     def trtexec(self) -> str:
-        """The line for TensorRT's own command, in the artifact's folder."""
+        """Return the command line of TensorRT's trtexec that builds the engine, to be run in the artifact's folder."""
         words = [
             "trtexec",
             f"--onnx={self.network}",
@@ -127,17 +145,17 @@ class EngineConfig:
 
 
 def _shapes(profile: Profile, inputs: Ports) -> Shapes:
-    """Of the inputs whose shape is not fixed."""
+    """Return the shapes of every input in ``profile``; fixed dimensions stay as they are."""
 
-    def of(dims: tuple[int | str, ...], batch: int, tokens: int) -> Shape:
+    def shape(dims: tuple[int | str, ...], batch: int, tokens: int) -> Shape:
         return tuple(dim if isinstance(dim, int) else {BATCH: batch, SEQUENCE: tokens}[dim] for dim in dims)
 
-    least = (1, 1)
-    best = (profile.batch, profile.usual)
-    most = (profile.batch, profile.tokens)
-    return Shapes(
-        profile.name, {name: (of(dims, *least), of(dims, *best), of(dims, *most)) for name, (_, dims) in inputs.items()}
-    )
+    def shapes(dims: tuple[int | str, ...]) -> tuple[Shape, Shape, Shape]:
+        smallest = shape(dims, 1, 1)
+        optimal = shape(dims, profile.batch, profile.usual)
+        return smallest, optimal, shape(dims, profile.batch, profile.tokens)
+
+    return Shapes(profile.name, {name: shapes(dims) for name, (_, dims) in inputs.items()})
 
 
 def _three(shapes: Any) -> tuple[Shape, Shape, Shape]:

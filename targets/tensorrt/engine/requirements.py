@@ -1,31 +1,39 @@
-"""What an engine is tied to, and whether a machine has it: to be asked before an engine is read, because engines are executable."""
+"""EngineRequirements: the runtime, GPU and files that an engine was built for, and the check that a machine has them.
+
+An engine holds executable code, so the check comes before the engine is read.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from h1export.artifact.artifact import Artifact
+from h1export.artifact.files import sha256_file
 from h1export.errors import H1ExportError
 from h1export.targets.base import RuntimeName
 from h1export.targets.tensorrt import sdk
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, EngineConfig
 
-# CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-MAJOR = 75
-MINOR = 76
+MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+MINOR = 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
 DRIVER = "libcuda.so.1"
 
 
 @dataclass(frozen=True)
 class EngineRequirements:
-    """``runtime`` and ``version`` that built the engine, ``architectures`` that it is for, sha256 of ``plugin`` and ``engine``.
+    """What the machine that runs an engine must have.
 
-    Without an engine, ``version`` and ``engine`` are empty. ``kernels``: what the plugin's machine code takes of a GPU.
+    Attributes:
+        runtime: the runtime that built the engine.
+        version: its version; empty where there is no engine yet.
+        architectures: compute capabilities of the GPUs that the engine is for; without an engine, those of the kernels.
+        plugin: sha256 of the plugin library.
+        engine: sha256 of the engine; empty where there is none yet.
+        kernels: kernel and architecture -> its registers per thread, spilled bytes and bytes of shared memory.
     """
 
     runtime: RuntimeName
@@ -36,38 +44,56 @@ class EngineRequirements:
     kernels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, for the manifest."""
+        """Return the requirements as JSON values, for the manifest."""
         return asdict(self) | {"architectures": list(self.architectures)}
 
     @classmethod
     def of(cls, artifact: Artifact) -> EngineRequirements:
-        """Raises H1ExportError for an artifact without one."""
+        """Read the requirements from the manifest of ``artifact``.
+
+        Raises:
+            H1ExportError: the manifest has no requirements of an engine.
+        """
         data: Mapping[str, Any] = artifact.manifest.requirements
         try:
             return cls(**{**data, "architectures": tuple(data["architectures"])})
         except (TypeError, KeyError):
-            raise H1ExportError(
-                artifact.folder, "has no passport of an engine", "give an artifact of --target trt"
-            ) from None
+            what = "has no engine requirements in its manifest"
+            raise H1ExportError(artifact.folder, what, "give an artifact of --target trt") from None
 
 
 @dataclass(frozen=True)
 class Host:
-    """A machine: ``versions`` of the runtimes installed, and the compute capability of its GPU."""
+    """A machine that may run engines.
+
+    Attributes:
+        versions: installed runtime -> its version.
+        architecture: compute capability of the first GPU, 89 for 8.9.
+    """
 
     versions: Mapping[RuntimeName, str]
     architecture: int
 
     @classmethod
-    def here(cls, recipe: EngineConfig) -> Host:
-        """This machine. Raises H1ExportError without an NVIDIA GPU, or without the recipe's runtime."""
+    def here(cls, config: EngineConfig) -> Host:
+        """Return this machine, with the runtime that ``config`` names.
+
+        Raises:
+            H1ExportError: this machine has no NVIDIA GPU, or the runtime is not installed in one of the versions of
+                ``config``.
+        """
         architecture = gpu_architecture()
-        return cls({recipe.runtime: str(sdk.module(recipe.runtime, recipe.versions).__version__)}, architecture)
+        return cls({config.runtime: str(sdk.module(config.runtime, config.versions).__version__)}, architecture)
 
 
 def gpu_architecture() -> int:
-    """The compute capability of the first GPU, 89 for 8.9. Raises H1ExportError where there is none."""
-    missing = H1ExportError("NVIDIA GPU", "there is none here, or no driver for it", "go on on a machine that has one")
+    """Return the compute capability of the first GPU, 89 for 8.9.
+
+    Raises:
+        H1ExportError: this machine has no NVIDIA GPU, or no driver for it.
+    """
+    what = "there is none here, or no driver for it"
+    missing = H1ExportError("NVIDIA GPU", what, "continue on a machine that has both")
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError:
@@ -86,31 +112,24 @@ def gpu_architecture() -> int:
 
 
 def check(folder: Path, requirements: EngineRequirements, host: Host) -> None:
-    """Whether ``host`` may read the engine in ``folder``.
+    """Check that ``host`` may run the engine in ``folder``.
 
     Raises:
-        H1ExportError: no engine, changed files, another version, or a GPU that the engine is not for; it names the mismatch.
+        H1ExportError: there is no engine, a file was changed, or the host has another version of the runtime or another
+            GPU than the engine was built for; the error names both.
     """
     if not requirements.engine:
-        raise H1ExportError(folder, "has no engine yet", "run h1export finish on it, on the GPU host")
+        raise H1ExportError(folder, "has no engine yet", "run h1export trt build-engine on it, on the GPU host")
     for name, digest in ((ENGINE, requirements.engine), (LIBRARY, requirements.plugin)):
-        if _sha256(folder / name) != digest:
-            raise H1ExportError(
-                folder / name, "is not the file that the manifest's passport names", "build the artifact again"
-            )
+        if sha256_file(folder / name) != digest:
+            what = "is not the file that the requirements in the manifest name"
+            raise H1ExportError(folder / name, what, "build the artifact again")
     version = host.versions.get(requirements.runtime)
     if version != requirements.version:
-        what = f"the engine was built with {sdk.NAMES[requirements.runtime]} {requirements.version}, and here is {version or 'none'}"
+        built_with = f"{sdk.NAMES[requirements.runtime]} {requirements.version}"
+        what = f"the engine was built with {built_with}, and here is {version or 'none'}"
         raise H1ExportError(folder / ENGINE, what, "install that version, or build the engine again with this one")
     if host.architecture not in requirements.architectures:
         built = ", ".join(f"sm_{architecture}" for architecture in requirements.architectures)
         what = f"the engine is for {built}, and this GPU is sm_{host.architecture}"
         raise H1ExportError(folder / ENGINE, what, f"build it with --sm {host.architecture}")
-
-
-def _sha256(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise H1ExportError(file, f"cannot be read ({error.strerror})", "build the artifact again") from None

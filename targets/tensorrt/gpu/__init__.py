@@ -1,1 +1,1 @@
-"""Runs an engine on an NVIDIA GPU: start with runner.py."""
+"""Running an engine on an NVIDIA GPU. Read ``runner.py`` first, then ``engine.py`` and ``session.py``."""

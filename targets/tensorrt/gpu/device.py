@@ -1,4 +1,4 @@
-"""A GPU through torch: its memory, a stream, and CUDA graphs of what is launched there."""
+"""Gpu: the GPU as torch gives it, with its memory, one stream, and CUDA graphs of the calls in that stream."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from h1export.errors import H1ExportError
 
 
 class Gpu:
-    """The first NVIDIA GPU, and the one stream in which everything of an artifact runs, one call after the other.
+    """The first NVIDIA GPU, and the stream in which all calls of an artifact run, one after the other.
+
+    Attributes:
+        device: torch's device.
 
     Raises:
-        H1ExportError: torch cannot use a GPU here.
+        H1ExportError: torch cannot use a GPU on this machine.
     """
 
     def __init__(self) -> None:
@@ -27,22 +30,22 @@ class Gpu:
 
     @property
     def handle(self) -> int:
-        """The stream, as a number."""
+        """The stream's CUDA handle."""
         return int(self._stream.cuda_stream)
 
     def current(self) -> AbstractContextManager[None]:
-        """Inside, torch works in the stream too."""
+        """Return a context manager inside of which torch uses the stream too."""
         return torch.cuda.stream(self._stream)
 
     def record(self, launch: Callable[[], None]) -> Callable[[], None]:
-        """What ``launch`` puts into the stream, as a graph: nothing runs now, and all of it when the result is called.
+        """Record what ``launch`` enqueues as a CUDA graph, and return the function that replays it.
 
+        Nothing runs while it is recorded.
         Raises:
-            RuntimeError: something of it cannot be recorded.
+            RuntimeError: an operation cannot be recorded.
         """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, stream=self._stream, capture_error_mode="thread_local"
-        ):  # other threads may do what they like
+        # "thread_local": CUDA calls of other threads do not invalidate the recording.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             launch()
         return graph.replay

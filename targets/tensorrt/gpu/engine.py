@@ -1,4 +1,4 @@
-"""An engine in a GPU's memory: read after its passport was checked, and called with the addresses of tensors."""
+"""LoadedEngine: an engine in a GPU's memory, read after its requirements were checked, and called on tensors there."""
 
 from __future__ import annotations
 
@@ -19,91 +19,108 @@ from h1export.targets.tensorrt.network.limits import Limits
 
 
 class TrtLogger:
-    """What TensorRT says of the engine in ``path``; ``name``: its version, and the GPU."""
+    """The errors that TensorRT logs about the engine file ``path``.
+
+    Attributes:
+        name: the runtime with its version, and the GPU's architecture.
+    """
 
     def __init__(self, path: Path, name: str) -> None:
         self._path = path
         self.name = name
-        self._said = list[str]()
+        self._errors = list[str]()
 
-    def hear(self, text: str) -> None:
-        self._said.append(text)
+    def add(self, text: str) -> None:
+        """Record an error of TensorRT."""
+        self._errors.append(text)
 
     def error(self, what: str) -> H1ExportError:
-        """``what`` went wrong, with the last words, which are then forgotten."""
-        said = self._said[-1] if self._said else "it does not say why"
-        self._said.clear()
+        """Return the error that TensorRT ``what``, with its latest message as the reason; all messages are deleted."""
+        reason = self._errors[-1] if self._errors else "it gives no reason"
+        self._errors.clear()
         return H1ExportError(
-            self._path, f"{self.name} {what}: {said}", "run h1export finish on the artifact, or build it again"
+            self._path,
+            f"{self.name} {what}: {reason}",
+            "run h1export trt build-engine on the artifact, or build it again",
         )
 
 
 class LoadedEngine:
     """model.engine of ``artifact`` on ``gpu``.
 
-    All calls go to one stream, one after the other, and so have one working memory.
+    All calls run in one stream, one after the other, so they share one working memory.
 
     Attributes:
-        name: the runtime with its version, and the GPU's architecture.
-        gpu_name: the architecture alone.
-        all_logits: whether a call gives logits for each of its tokens, or for the last.
+        artifact: the artifact of the engine.
+        gpu: the GPU that runs it.
+        limits: the largest batch and context of a call.
+        gpu_name: the GPU's architecture, such as sm_89.
+        all_logits: whether a call returns logits for each of its tokens, or for the last one only.
 
     Raises:
-        H1ExportError: no runtime or engine, an engine that is not for this machine, or one that TensorRT does not load.
+        H1ExportError: the runtime or the engine is missing, the engine is not for this machine, or TensorRT cannot load
+            it.
     """
 
     def __init__(self, artifact: Artifact, gpu: Gpu) -> None:
-        recipe = EngineConfig.read(artifact.folder)
+        config = EngineConfig.read(artifact.folder)
         requirements = EngineRequirements.of(artifact)
-        host = Host.here(recipe)
-        check(artifact.folder, requirements, host)  # before anything is read
+        host = Host.here(config)
+        check(artifact.folder, requirements, host)  # before the engine is read, because it holds executable code
         self.artifact = artifact
         self.gpu = gpu
         self.limits = Limits.of(artifact)
         self.all_logits = not artifact.manifest.options["last_logits"]
         self.gpu_name = f"sm_{host.architecture}"
-        self._profiles = {profile.name: index for index, profile in enumerate(recipe.profiles)}
-        path = artifact.folder / recipe.engine
-        self._voice = TrtLogger(path, f"{sdk.NAMES[recipe.runtime]} {requirements.version} on {self.gpu_name}")
-        self._trt = sdk.module(recipe.runtime, recipe.versions)
+        self._profiles = {profile.name: index for index, profile in enumerate(config.profiles)}
+        path = artifact.folder / config.engine
+        self._log = TrtLogger(path, f"{sdk.NAMES[config.runtime]} {requirements.version} on {self.gpu_name}")
+        self._trt = sdk.module(config.runtime, config.versions)
         try:
-            self._runtime = self._trt.Runtime(sdk.logger(self._trt, self._voice.hear))  # outlives what it makes
-        except TypeError:  # a factory that returned nothing
-            raise self._voice.error("does not start") from None
-        if self._runtime.get_plugin_registry().load_library(str(artifact.folder / recipe.plugin)) is None:
-            raise self._voice.error("cannot load the plugin")
+            # The runtime must outlive the objects that it makes.
+            self._runtime = self._trt.Runtime(sdk.logger(self._trt, self._log.add))
+        except TypeError:  # TensorRT's binding raises it where the runtime cannot be created
+            raise self._log.error("does not start") from None
+        if self._runtime.get_plugin_registry().load_library(str(artifact.folder / config.plugin)) is None:
+            raise self._log.error("cannot load the plugin")
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
-            raise self._voice.error("cannot load it")
+            raise self._log.error("cannot load it")
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         self._inputs = {name for name in names if self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT}
         self._memory = torch.empty(max(1, self._engine.device_memory_size_v2), dtype=torch.uint8, device=gpu.device)
-        self._compiled: Any = None  # TensorRT-RTX's kernels, for all contexts
+        self._compiled: Any = None  # the kernels that TensorRT-RTX compiles, shared by all contexts
         self._shared = {profile: self.context(profile) for profile in (DECODE, PREFILL)}
 
     @property
     def name(self) -> str:
-        return self._voice.name
+        """The runtime with its version, and the GPU's architecture."""
+        return self._log.name
 
     def shared(self, tokens: int) -> Context:
-        """The context that every call of so many tokens may use, bound anew."""
+        """Return the common context for calls of ``tokens`` tokens; a caller binds its own tensors before each call."""
         return self._shared[DECODE if tokens == 1 else PREFILL]
 
     def context(self, profile: str) -> Context:
-        """A context of its own."""
+        """Make a new context for calls in the optimization profile ``profile``.
+
+        Raises:
+            H1ExportError: TensorRT refuses.
+        """
         made = self._engine.create_execution_context(self._config(profile))
         if made is None:
-            raise self._voice.error("makes no context")
+            raise self._log.error("makes no context")
         made.set_device_memory(self._memory.data_ptr(), self._memory.numel())
         if not made.set_optimization_profile_async(self._profiles[profile], self.gpu.handle):
-            raise self._voice.error(f"does not take the profile {profile}")
-        return Context(made, self._inputs, self.gpu.handle, self._voice)
+            raise self._log.error(f"does not take the profile {profile}")
+        return Context(made, self._inputs, self.gpu.handle, log=self._log)
 
     def _config(self, profile: str) -> Any:
-        """Working memory is ours: with its own, TensorRT-RTX does not let itself be recorded.
+        """Return the runtime configuration of a context.
 
-        It compiles kernels while the model runs: those of single tokens before the call, so that a graph holds them; those of prompts,
-        whose sizes are many, beside the first calls.
+        The context uses our working memory, because TensorRT-RTX cannot be recorded as a CUDA graph with its own.
+        TensorRT-RTX compiles kernels at run time: for single tokens before the call (eager), so that a recorded graph
+        holds them, and for prompts, which have many sizes, beside the first calls (lazy).
         """
         trt = self._trt
         config = self._engine.create_runtime_config()
@@ -119,33 +136,37 @@ class LoadedEngine:
 
 
 class Context:
-    """One way of calling a LoadedEngine, on the tensors that it is bound to; ``stream``: the GPU's."""
+    """An execution context of a LoadedEngine: it runs the engine on the tensors that it is bound to, in one stream."""
 
-    def __init__(self, context: Any, inputs: set[str], stream: int, voice: TrtLogger) -> None:
+    def __init__(self, context: Any, inputs: set[str], stream: int, *, log: TrtLogger) -> None:
         self._context = context
         self._inputs = inputs
         self._stream = stream
-        self._voice = voice
+        self._log = log
 
     def bind(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Let calls read and write ``tensors``, inputs and outputs by name, which the caller keeps.
+        """Let calls read and write ``tensors``, the inputs and outputs by name. The caller keeps the tensors alive.
 
         Raises:
-            H1ExportError: a name or a shape that the engine does not have.
+            H1ExportError: the engine does not have a name, or does not take a shape.
         """
         for name, tensor in tensors.items():
             done = self._context.set_tensor_address(name, tensor.data_ptr())
             if done and name in self._inputs:
                 done = self._context.set_input_shape(name, tuple(tensor.shape))
             if not done:
-                raise self._voice.error(f"does not take {name} {list(tensor.shape)}")
+                raise self._log.error(f"does not take {name} {list(tensor.shape)}")
 
     def launch(self) -> None:
-        """Put one call into the stream. Raises H1ExportError where TensorRT refuses it."""
+        """Enqueue one call in the stream.
+
+        Raises:
+            H1ExportError: TensorRT refuses the call.
+        """
         if not self._context.execute_async_v3(self._stream):
-            raise self._voice.error("cannot run")
+            raise self._log.error("cannot run")
 
     def recordable(self) -> bool:
-        """Whether a graph may be made of a call. TensorRT-RTX can say no; TensorRT has no such question."""
-        asked = getattr(self._context, "is_stream_capturable", None)
-        return asked is None or bool(asked(self._stream))
+        """Return whether a call can be recorded as a CUDA graph; only TensorRT-RTX has a function that may say no."""
+        is_capturable = getattr(self._context, "is_stream_capturable", None)
+        return is_capturable is None or bool(is_capturable(self._stream))

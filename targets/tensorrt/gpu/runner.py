@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, StateSpec
-from h1export.runtime.runner import Capabilities, Ids
+from h1export.runtime.runner import Ids, Limits, Provenance
 from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.tensorrt.gpu.device import Gpu
 from h1export.targets.tensorrt.gpu.engine import LoadedEngine
-from h1export.targets.tensorrt.gpu.session import EngineSequences
+from h1export.targets.tensorrt.gpu.session import EngineSession
 from h1export.targets.tensorrt.network.layout import MODEL
 from h1export.targets.tensorrt.network.weights import key, read_stored
 
 
 class EngineRunner:
-    """Runner over model.engine; its states are EngineSequences.
+    """Runner over model.engine; its states are EngineSession.
 
     Raises:
         H1ExportError: no GPU, or an engine that is not for it; see LoadedEngine.
@@ -42,34 +40,33 @@ class EngineRunner:
         return self._artifact.config
 
     @property
-    def capabilities(self) -> Capabilities:
+    def limits(self) -> Limits:
         limits = self._engine.limits
-        return Capabilities(
-            max_batch=limits.max_batch,
-            all_logits=self._engine.all_logits,
-            float32=False,
-            notes=(limits.note,),
-            kernels=self._engine.name,
-            max_context=limits.max_context,
-            gpu=self._engine.gpu_name,
-        )
+        return Limits(max_batch=limits.max_batch, max_context=limits.max_context, all_logits=self._engine.all_logits)
 
-    def initial(self, batch: int) -> EngineSequences:
-        return EngineSequences.new(self._engine, batch)
+    @property
+    def provenance(self) -> Provenance:
+        return Provenance(kernels=self._engine.name, gpu=self._engine.gpu_name, float32=False)
 
-    def step(self, ids: Ids, mask: Ids, states: EngineSequences) -> tuple[Array, EngineSequences]:
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (self._engine.limits.note,)
+
+    def initial(self, batch: int) -> EngineSession:
+        return EngineSession.new(self._engine, batch)
+
+    def step(self, ids: Ids, mask: Ids, states: EngineSession) -> tuple[Array, EngineSession]:
         after = states.copy()
         return after.advance(ids, mask), after
 
-    def observe(self, ids: Ids, mask: Ids, states: EngineSequences) -> tuple[Array, EngineSequences, dict[str, Array]]:
-        what = "an engine shows its outputs alone"
-        raise H1ExportError("observe", what, "use --kernels stock, which executes the engine's network on the CPU")
+    def length(self, states: EngineSession) -> int:
+        return states.length
 
-    def start(self, batch: int, capacity: int) -> EngineSequences:
+    def start(self, batch: int, capacity: int) -> EngineSession:
         self._engine.limits.check_room("start", capacity)
-        return EngineSequences.new(self._engine, batch).warmed()
+        return EngineSession.new(self._engine, batch).warmed()
 
-    def snapshot(self, states: EngineSequences) -> dict[str, Array]:
+    def snapshot(self, states: EngineSession) -> dict[str, Array]:
         with self._gpu.current():
             found = {
                 tensor: states.states[tensor.past].to("cpu", torch.float32, copy=True).numpy()
@@ -78,9 +75,6 @@ class EngineRunner:
         return {
             tensor.key: array[:, :, : states.length] if tensor.kind.grows else array for tensor, array in found.items()
         }
-
-    def magnitudes(self) -> Mapping[str, float]:
-        return {}
 
     def stored_weights(self) -> StoredWeights:
         return StoredWeights(self._artifact, MODEL, key, read_stored)

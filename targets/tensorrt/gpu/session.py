@@ -20,7 +20,7 @@ Tensors = Mapping[str, torch.Tensor]
 WARM_UP = 2  # calls of one token: launched, and recorded
 
 
-class EngineSequences:
+class EngineSession:
     """Sequences of ``length`` tokens each, with their ``states`` on the GPU by input name."""
 
     def __init__(self, engine: LoadedEngine, states: Tensors) -> None:
@@ -32,7 +32,7 @@ class EngineSequences:
         self._write_indices = self._zeros(self._batch)
 
     @classmethod
-    def new(cls, engine: LoadedEngine, batch: int) -> EngineSequences:
+    def new(cls, engine: LoadedEngine, batch: int) -> EngineSession:
         """``batch`` sequences before their first token. Raises H1ExportError for more than the engine takes."""
         engine.limits.check_rows("start", batch)
         own = OWN[engine.artifact.manifest.options["compute"]]
@@ -45,10 +45,10 @@ class EngineSequences:
         with engine.gpu.current():
             return cls(engine, {tensor.past: zeros(tensor) for tensor in tensors})
 
-    def copy(self) -> EngineSequences:
+    def copy(self) -> EngineSession:
         """The same sequences in memory of their own."""
         with self._engine.gpu.current():
-            made = EngineSequences(self._engine, {name: state.clone() for name, state in self.states.items()})
+            made = EngineSession(self._engine, {name: state.clone() for name, state in self.states.items()})
             made._mask.copy_(self._mask)
         made.length = self.length
         return made
@@ -66,7 +66,7 @@ class EngineSequences:
         self.length += 1
         return logits
 
-    def warmed(self) -> EngineSequences:
+    def warmed(self) -> EngineSession:
         """These, ready to decode: what the first single tokens wait for is done. Only before the first token."""
         assert self.length == 0
         with self._engine.gpu.current():

@@ -1,1 +1,1 @@
-"""The ONNX network that TensorRT parses: start with build.py."""
+"""The ONNX network that TensorRT parses: start with lowering.py."""

@@ -1,22 +1,15 @@
-"""What emitters see: a strongly typed network, in which every value has its dtype and nothing is converted but by a Cast."""
+"""The context of emitters: a strongly typed network, in which every value has a dtype and only a Cast converts it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
-import torch
 
-from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.weight_expr import WeightExpr
-from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import Array
 from h1export.targets.onnx.builder import GraphBuilder, Value
-from h1export.targets.onnx.emit import Context, initializer_name
+from h1export.targets.onnx.emit import Context
+from h1export.targets.onnx.narrow import narrow_matrix
 from h1export.targets.tensorrt.network.layout import FLOAT
 from h1export.targets.tensorrt.plugin.schema import OPS
 
@@ -26,7 +19,7 @@ STATE_INPUT = {op.name: op.inputs.index(op.state) for op in OPS}
 
 
 def result_types(node: ir.Node) -> list[ir.DataType | None]:
-    """The dtype of each output, by ONNX's rules for the ops that this target emits."""
+    """Return the dtype of each output, by ONNX's rules for the ops that this target emits."""
     first = next((value.dtype for value in node.inputs if value is not None), None)
     match node.op_type:
         case "Cast":
@@ -48,7 +41,7 @@ def _type(node: ir.Node, index: int) -> ir.DataType | None:
 
 
 class TypedBuilder(GraphBuilder):
-    """A GraphBuilder whose values know their dtypes; the model file has them too."""
+    """A GraphBuilder whose values have dtypes, which the model file records too."""
 
     def ops(
         self, op_type: str, outputs: int, *inputs: Value | None, domain: str = "", **attributes: Any
@@ -62,17 +55,19 @@ class TypedBuilder(GraphBuilder):
         return values
 
     def op(self, op_type: str, *inputs: Value | None, domain: str = "", **attributes: Any) -> Value:
+        """Append a node with one output."""
         return self.ops(op_type, 1, *inputs, domain=domain, **attributes)[0]
 
 
 class TensorRTContext(Context):
-    """Context of a network whose activations are ``own``: fp16 or bf16.
+    """A Context of activations in ``own``: fp16 or bf16.
 
-    Small weights are stored in float32, and where activations read them a Cast follows, which the builder computes once; matrices
-    are stored in ``own``.
+    Small weights are stored in float32, and where activations read them a Cast follows, which TensorRT's builder computes once;
+    matrices are stored in ``own``.
 
     Attributes:
-        write_indices: int64 [batch], where in the keys' buffer the call's tokens go.
+        own: the dtype of activations.
+        write_indices: int64 [batch], the column of the keys' buffer where the call's tokens go.
         max_context: columns of that buffer.
     """
 
@@ -83,7 +78,7 @@ class TensorRTContext(Context):
         self.max_context = max_context
 
     def cast(self, value: Value, dtype: ir.DataType) -> Value:
-        """``value`` in ``dtype``."""
+        """Return ``value`` in ``dtype``, by a Cast that is made once; none where it has that dtype."""
         if value.dtype == dtype:
             return value
         return self.build.once((value, dtype), lambda: self.build.op("Cast", value, to=int(dtype)))  # type: ignore[no-any-return]
@@ -97,29 +92,6 @@ class TensorRTContext(Context):
     def weight(self, expr: WeightExpr) -> Value:
         return self.as_activation(self.exact(expr))
 
-    def exact(self, expr: WeightExpr) -> Value:
-        """``expr`` in float32."""
-        return super().weight(expr)
-
     def matrix(self, expr: WeightExpr) -> Value:
-        """``expr`` in ``own``, written once. Raises H1ExportError for values beyond it."""
-        return self.build.once((expr, "matrix"), lambda: self.build.initializer(self._write_own(expr)))  # type: ignore[no-any-return]
-
-    def _write_own(self, expr: WeightExpr) -> ir.ExternalTensor:
-        name = initializer_name(expr)
-        tensor = self.data.place(name, self.own, expr.shape(self.store.shape))
-        narrow = _half if self.own == ir.DataType.FLOAT16 else _brain
-        self.data.fill([tensor], (partial(narrow, name, block) for block in expr.lazy_blocks(self.store, BLOCK_BYTES)))
-        return tensor
-
-
-def _half(name: str, block: Callable[[], Array]) -> tuple[npt.NDArray[np.float16]]:
-    values = block()
-    if np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
-        raise H1ExportError(f'weights "{name}"', "hold values beyond fp16", "use --compute bf16")
-    return (values.astype(np.float16),)
-
-
-def _brain(_name: str, block: Callable[[], Array]) -> tuple[npt.NDArray[np.int16]]:
-    """bf16, as the bits that NumPy has no name for."""
-    return (torch.from_numpy(block()).to(torch.bfloat16).view(torch.int16).numpy(),)
+        """Return ``expr`` in ``own``, written once. Raises H1ExportError for values beyond it."""
+        return narrow_matrix(self, expr, self.own, next_step="use --compute bf16")

@@ -27,9 +27,12 @@ from h1export.targets.tensorrt.network.layout import DATA, MODEL, WRITE_INDICES,
 from h1export.targets.tensorrt.network.ops import TABLE
 
 
+ZERO_POINTS = "use --target ort or coreml, or give a checkpoint with sym true, or the unquantised one"
+
+
 def check(config: FalconH1Config, integers: QuantizedWeights, options: BuildOptions) -> None:
     """Raises H1ExportError for integers and options that TensorRT does not take."""
-    need_symmetric(integers, "TensorRT")
+    need_symmetric(integers, "TensorRT", next_step=ZERO_POINTS)
     if options.compute not in layout.OWN:
         raise H1ExportError(
             "--compute", f"{options.compute} is not a dtype of this network", f"one of {', '.join(layout.OWN)}"

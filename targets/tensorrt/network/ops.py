@@ -1,11 +1,10 @@
-"""One emitter per op: the whole of what a Program becomes in TensorRT.
+"""The network's emitters: one for each op of a Program.
 
 Norms, the residual stream and the scan's state are float32; products, attention and what lies between are the activations' dtype.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,16 +13,18 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from h1export.graphs.passes.base import linear_bias
 from h1export.graphs.program import args_of
+from h1export.model.falcon_h1.states import INPUT_IDS
 from h1export.plugins import h1
-from h1export.plugins.attention.op import rope_frequencies
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Emitter
+from h1export.targets.onnx.masks import visible_keys
+from h1export.targets.onnx.rotary import rotary_tables
+from h1export.targets.sizes import AttentionSizes, size_of
 from h1export.targets.tensorrt.network.context import TensorRTContext
 from h1export.targets.tensorrt.network.layout import FLOAT
-from h1export.targets.tensorrt.network.weights import dequantized, embed, factors
+from h1export.targets.tensorrt.network.weights import dequantized, embed, row_multipliers
 from h1export.targets.tensorrt.plugin.schema import NAMESPACE, VERSION
 
 aten = torch.ops.aten
@@ -37,32 +38,31 @@ PLUGIN: Mapping[str, Any] = {
 
 
 def linear(c: TensorRTContext, node: Node) -> None:
-    """A product with integers and µP behind it, or with a matrix into which µP is folded."""
+    """Emit a product with integers and µP behind it, or with a matrix into which µP is folded."""
     x = c.as_activation(c.value(args_of(node)[0]))
     expr = c.expr(args_of(node)[1])
     precision = c.precision(expr)
-    bias = linear_bias(node)
-    weight = (
-        c.build.op("Transpose", c.matrix(expr), perm=[1, 0]) if precision is None else dequantized(c, expr, precision)
-    )
-    y = c.build.op("MatMul", x, weight)
-    if precision is not None and (multiplier := factors(c, expr)) is not None:
-        y = c.build.op("Mul", y, multiplier)
-    c.set(node, y if bias is None else c.build.op("Add", y, c.value(bias)))
+    if precision is None:
+        y = c.build.op("MatMul", x, c.build.op("Transpose", c.matrix(expr), perm=[1, 0]))
+    else:
+        y = c.build.op("MatMul", x, dequantized(c, expr, precision))
+        multipliers = row_multipliers(c, expr)
+        y = y if multipliers is None else c.build.op("Mul", y, multipliers)
+    common.set_product(c, node, y)
 
 
 def embedding(c: TensorRTContext, node: Node) -> None:
-    """The residual stream begins, and stays, in float32: every layer adds to it, and trained models leave fp16's range there."""
+    """Emit rows of the embedding in float32, in which the residual stream stays: every layer adds to it, beyond fp16's range."""
     expr = c.expr(args_of(node)[0])
     ids = c.value(args_of(node)[1])
     precision = c.precision(expr)
     if precision is None:
         return c.set(node, c.as_float32(c.build.op("Gather", c.matrix(expr), ids)))
-    return c.set(node, embed(c, ids, expr, precision, c.program.config.tie_word_embeddings))
+    return c.set(node, embed(c, ids, expr, precision))
 
 
 def rms_norm(c: TensorRTContext, node: Node) -> None:
-    """In float32: a square leaves the range of fp16 from 256 on."""
+    """Emit a norm in float32: a square leaves the range of fp16 from 256 on."""
     x, (width,), weight, epsilon = args_of(node)
     scale = c.build.constant(np.ones(width), np.float32) if weight is None else c.exact(c.expr(weight))
     normed = c.build.op("RMSNormalization", c.as_float32(c.value(x)), scale, axis=-1, epsilon=epsilon)
@@ -75,7 +75,7 @@ def silu(c: TensorRTContext, node: Node) -> None:
 
 
 def binary(op_type: str) -> Emitter[TensorRTContext]:
-    """An elementwise op of two tensors, or of a tensor and a number, in float32 where a tensor is."""
+    """Return the emitter of an elementwise op of two tensors, or of a tensor and a number, in float32 where a tensor is."""
 
     def emit(c: TensorRTContext, node: Node) -> None:
         values = [c.value(argument) if isinstance(argument, Node) else argument for argument in args_of(node)]
@@ -98,12 +98,12 @@ def _operand(c: TensorRTContext, value: Any, dtype: ir.DataType) -> Value:
 
 
 def to_dtype(c: TensorRTContext, node: Node) -> None:
-    """The mask of real tokens among the activations."""
+    """Emit the mask of real tokens in the activations' dtype."""
     c.set(node, c.as_activation(c.value(args_of(node)[0])))
 
 
 def narrow(c: TensorRTContext, node: Node) -> None:
-    """Of what has a value for every column of the keys' buffer, those of the call's tokens; of activations, a slice."""
+    """Emit the columns of the call's tokens where a value has one for every column of the keys' buffer; else a slice."""
     x = args_of(node)[0]
     if x.meta["val"].dim() != 2:
         return common.narrow(c, node)
@@ -111,28 +111,28 @@ def narrow(c: TensorRTContext, node: Node) -> None:
 
 
 def _columns(c: TensorRTContext) -> Value:
-    """int64 [batch, seq]: where in the keys' buffer each token of the call lies."""
+    """Return the column of the keys' buffer of each token of the call, int64 [batch, seq]."""
     return c.build.once("columns", lambda: _written(c))  # type: ignore[no-any-return]
 
 
 def _written(c: TensorRTContext) -> Value:
     b = c.build
-    (ids,) = [node for node in c.program.graph.nodes if c.program.inputs.get(node.name) == "input_ids"]
+    (ids,) = [node for node in c.program.graph.nodes if c.program.inputs.get(node.name) == INPUT_IDS]
     seq = b.op("Squeeze", b.op("Shape", c.value(ids), start=1, end=2))
     tokens = b.op("Range", b.constant(0, np.int64), seq, b.constant(1, np.int64))
     return b.op("Add", b.op("Unsqueeze", c.write_indices, b.ints(1)), tokens)
 
 
 def causal_conv(c: TensorRTContext, node: Node) -> None:
-    """The plugin's CausalConv, which always takes a bias."""
+    """Emit the plugin's CausalConv, which always takes a bias."""
     x, state, weight, bias = args_of(node)
-    channels = c.program.config.conv_dim
-    added = c.as_activation(c.build.constant(np.zeros(channels), np.float32)) if bias is None else c.value(bias)
+    zeros = np.zeros(size_of(weight, 0))
+    added = c.as_activation(c.build.constant(zeros, np.float32)) if bias is None else c.value(bias)
     c.set(node, *c.build.ops("CausalConv", 2, c.value(x), c.value(state), c.value(weight), added, **PLUGIN))
 
 
 def ssm_scan(c: TensorRTContext, node: Node) -> None:
-    """The plugin's SSMScan; A, D, dt_bias and the state are float32."""
+    """Emit the plugin's SSMScan; A, D, dt_bias and the state are float32."""
     x, dt, A, B, C, D, dt_bias, state, mask, chunk_size, dt_min, dt_max = args_of(node)
     decay, skip, bias = (c.exact(c.expr(weight)) for weight in (A, D, dt_bias))
     operands = [c.value(x), c.value(dt), decay, c.value(B), c.value(C), skip, bias, c.value(state), c.value(mask)]
@@ -141,10 +141,10 @@ def ssm_scan(c: TensorRTContext, node: Node) -> None:
 
 
 def attention(c: TensorRTContext, node: Node) -> None:
-    """Rotary embedding, the call's keys and values written into their buffers, and attention over all of them."""
-    q, k, v, past_k, past_v, positions, mask, theta = args_of(node)
+    """Emit the rotary embedding, the call's keys and values written into their buffers, and attention over all of them."""
+    q, k, v, past_k, past_v, _positions, mask, _theta = args_of(node)
     b = c.build
-    cos, sin = b.once((positions, theta), lambda: _rotary_tables(c, positions, theta))
+    cos, sin = rotary_tables(c, node)
     visible = b.once((mask, "visible"), lambda: _visible(c, mask))
     query, new_k, new_v = (b.op("Transpose", c.value(x), perm=[0, 2, 1, 3]) for x in (q, k, v))
     query, new_k = (b.op("RotaryEmbedding", x, cos, sin) for x in (query, new_k))
@@ -152,29 +152,20 @@ def attention(c: TensorRTContext, node: Node) -> None:
         b.op("TensorScatter", c.value(past), new, c.write_indices, axis=2)
         for past, new in ((past_k, new_k), (past_v, new_v))
     )
-    out = b.op("Attention", query, keys, values, visible, scale=c.program.config.head_dim**-0.5)
+    out = b.op("Attention", query, keys, values, visible, scale=AttentionSizes.of(node).scale)
     c.set(node, b.op("Transpose", out, perm=[0, 2, 1, 3]), keys, values)
 
 
-def _rotary_tables(c: TensorRTContext, positions: Any, theta: Any) -> tuple[Value, Value]:
-    """cos and sin, [batch, seq, dim / 2], of float32 angles."""
-    frequencies = rope_frequencies(theta, c.program.config.head_dim)
-    position = c.build.op("Unsqueeze", c.as_float32(c.value(positions)), c.build.ints(2))
-    angles = c.build.op("Mul", position, c.build.constant(frequencies.numpy(), np.float32))
-    return c.as_activation(c.build.op("Cos", angles)), c.as_activation(c.build.op("Sin", angles))
-
-
 def _visible(c: TensorRTContext, mask: Any) -> Value:
-    """bool [batch, 1, seq, max_context]: real keys up to the query's own column, and that one even for a pad, which stays finite."""
+    """Return bool [batch, 1, seq, max_context]: the keys that each query sees."""
     b = c.build
-    own = c.build.op("Unsqueeze", _columns(c), c.build.ints(2))
+    own = b.op("Unsqueeze", _columns(c), b.ints(2))
     column = b.constant(np.arange(c.max_context), np.int64)
-    real = b.op("Cast", b.op("Unsqueeze", c.value(mask), b.ints(1)), to=int(ir.DataType.BOOL))
-    seen = b.op("Or", b.op("And", b.op("LessOrEqual", column, own), real), b.op("Equal", column, own))
-    return b.op("Unsqueeze", seen, b.ints(1))
+    return b.op("Unsqueeze", visible_keys(c, mask, column, own), b.ints(1))
 
 
 TABLE: Mapping[Any, Emitter[TensorRTContext]] = {
+    **common.TABLE,
     h1.ssm_scan.default: ssm_scan,
     h1.causal_conv.default: causal_conv,
     h1.attention.default: attention,
@@ -185,16 +176,6 @@ TABLE: Mapping[Any, Emitter[TensorRTContext]] = {
     aten.add.Tensor: binary("Add"),
     aten.sub.Tensor: binary("Sub"),
     aten.mul.Tensor: binary("Mul"),
-    aten.cat.default: common.cat,
-    aten.cumsum.default: common.cumsum,
-    aten.index_select.default: common.index_select,
-    aten.clamp.default: common.clamp,
     aten.narrow.default: narrow,
-    aten.split_with_sizes.default: common.split,
     aten.to.dtype: to_dtype,
-    aten.unsqueeze.default: common.unsqueeze,
-    aten.view.default: common.view,
-    aten.sym_size.int: common.size,
-    operator.sub: common.size_sub,
-    operator.getitem: common.getitem,
 }

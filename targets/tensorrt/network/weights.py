@@ -1,7 +1,7 @@
-"""Integers in the network: symmetric int4 in blocks for products, which the builder keeps packed, and words for the embedding.
+"""Integers in the network: symmetric int4 in groups for products, which the builder keeps packed, and words for the embedding.
 
 A product reads DequantizeLinear's codes [columns, rows] with the rule's fp16 scales; µP is one Mul behind it. The builder would
-dequantise a whole table before it gathers rows, so an embedding's codes lie in int32 words, of which a call gathers its rows.
+dequantise a whole table before it gathers rows, so an embedding's codes are stored in int32 words, and a call gathers its rows of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from h1export.artifact.artifact import StoredWeight
+from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.gptq_tensor import ORDER
 from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
@@ -22,58 +22,56 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedBlock, quantized_blocks
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.column_major import CODES, SCALES, pack, read_columns, unpack, write_columns
-from h1export.targets.onnx.emit import initializer_name, stored_parts
+from h1export.targets.onnx.column_major import CODES, SCALES, pack, read_column_major, unpack, write_column_major
+from h1export.targets.onnx.emit import initializer_name
 from h1export.targets.tensorrt.network.context import TensorRTContext
 
 WORDS = ".words"
-# words are stored less SIGN, so that int32 holds them
 WORD_BITS = 32
-SIGN = 1 << 31
+SIGN = 1 << 31  # subtracted from a word before it is stored, so that int32 holds it
 
 Words = npt.NDArray[np.int32]
 
 
 def dequantized(c: TensorRTContext, expr: WeightExpr, precision: Precision) -> Value:
-    """The matrix [columns, rows] without µP, in the activations' dtype."""
+    """Emit the matrix [columns, rows] without µP, in the activations' dtype."""
     return c.build.once((expr, precision), lambda: _dequantized(c, expr, precision))  # type: ignore[no-any-return]
 
 
 def _dequantized(c: TensorRTContext, expr: WeightExpr, precision: Precision) -> Value:
-    codes, scales = write_columns(c, expr, precision, dtype=ir.DataType.FLOAT16, scales_of=lambda tensor: tensor.scales)
-    _note(c, expr, precision)
+    codes, scales = write_column_major(
+        c, expr, precision, dtype=ir.DataType.FLOAT16, scales_of=lambda tensor: tensor.scales
+    )
+    c.note_stored(expr, precision)
     operands = c.build.initializer(codes), c.build.initializer(scales)
     return c.as_activation(c.build.op("DequantizeLinear", *operands, axis=0, block_size=precision.group_size))
 
 
-def factors(c: TensorRTContext, expr: WeightExpr) -> Value | None:
-    """µP of each row, [rows] or [1], in the activations' dtype; None where all are 1."""
+def row_multipliers(c: TensorRTContext, expr: WeightExpr) -> Value | None:
+    """Return the µP multiplier of each row, [rows] or [1], in the activations' dtype; None where all are 1."""
     multipliers = {part.multiplier for part in expr.parts}
     if multipliers == {Multiplier()}:
         return None
     if len(multipliers) == 1 and expr.parts[0].multiplier.is_scalar:
         return c.as_activation(c.build.constant([expr.parts[0].multiplier.factor], np.float32))
-    shape = expr.shape(c.store.shape)[:1]
-    made = c.small_tensor(
-        f"{initializer_name(expr)}.multiplier", shape, lambda: np.concatenate([p.factors(c.store) for p in expr.parts])
-    )
-    return c.as_activation(c.build.initializer(made))
+    return c.as_activation(c.row_multipliers(expr))
 
 
-def embed(c: TensorRTContext, ids: Value, expr: WeightExpr, precision: Precision, tied: bool) -> Value:
-    """Rows ``ids`` of the embedding in float32, exact. ``tied``: its integers are the head's, which notes them for the manifest."""
+def embed(c: TensorRTContext, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
+    """Emit rows ``ids`` of the embedding in float32, exactly. Integers that a tied head reads too are noted by the head."""
     rows, columns = c.store.shape(expr.only.tensor)
     assert expr.only.multiplier == Multiplier(), "an embedding is stored without a multiplier"
     name = initializer_name(expr)
     b = c.build
     bits = precision.bits
-    block = precision.columns_per_group(columns)
+    group_size = precision.columns_per_group(columns)
+    groups = columns // group_size
     words = c.data.place(name + WORDS, ir.DataType.INT32, (rows, columns * bits // WORD_BITS))
-    scales = c.data.place(name + WORDS + SCALES, ir.DataType.FLOAT16, (rows, columns // block))
+    scales = c.data.place(name + WORDS + SCALES, ir.DataType.FLOAT16, (rows, groups))
     stored = quantized_blocks(expr, c.store, c.integers, max_bytes=BLOCK_BYTES)
     c.data.fill([words, scales], (partial(_rows, bits, one) for one in stored))
-    if not tied:
-        _note(c, expr, precision)
+    if not c.is_multiplied(expr.only.tensor):
+        c.note_stored(expr, precision)
     unsigned = b.op(
         "Add",
         b.op("Cast", b.op("Gather", b.initializer(words), ids), to=int(ir.DataType.INT64)),
@@ -85,12 +83,12 @@ def embed(c: TensorRTContext, ids: Value, expr: WeightExpr, precision: Precision
     digits = b.op("Sub", shifted, b.op("Mul", b.op("Div", shifted, base), base))
     codes = b.op("Sub", c.as_float32(digits), b.constant(1 << (bits - 1), np.float32))
     scale = b.op("Unsqueeze", c.as_float32(b.op("Gather", b.initializer(scales), ids)), b.ints(3))
-    values = b.op("Mul", b.op("Reshape", codes, b.ints(0, 0, columns // block, block)), scale)
+    values = b.op("Mul", b.op("Reshape", codes, b.ints(0, 0, groups, group_size)), scale)
     return b.op("Reshape", values, b.ints(0, 0, columns))
 
 
 def words_of(codes: npt.NDArray[np.int8], bits: int) -> Words:
-    """int8 [rows, columns] -> [rows, words]: the first code in a word's lowest bits, each plus half its range."""
+    """Pack int8 [rows, columns] into [rows, words]: the first code in a word's lowest bits, each plus half its range."""
     unsigned = (codes.view(np.uint8) + np.uint8(1 << (bits - 1))).view(np.int8)  # wraps like two's complement
     packed = pack(unsigned) if bits == 4 else unsigned.view(np.uint8)
     words: npt.NDArray[np.uint32] = np.ascontiguousarray(packed).view("<u4")
@@ -98,7 +96,7 @@ def words_of(codes: npt.NDArray[np.int8], bits: int) -> Words:
 
 
 def codes_of(words: Words, bits: int) -> npt.NDArray[np.int8]:
-    """The inverse of ``words_of``."""
+    """Undo ``words_of``."""
     packed = (np.ascontiguousarray(words).view(np.uint32) ^ np.uint32(SIGN)).view(np.uint8)
     unsigned = unpack(packed.reshape(-1)).reshape(len(words), -1).view(np.uint8) & 15 if bits == 4 else packed
     return (unsigned - np.uint8(1 << (bits - 1))).view(np.int8)
@@ -109,26 +107,20 @@ def _rows(bits: int, block: QuantizedBlock) -> tuple[Words, npt.NDArray[np.float
     return words_of(tensor.codes, bits), tensor.scales
 
 
-def _note(c: TensorRTContext, expr: WeightExpr, precision: Precision) -> None:
-    c.stored.append(
-        StoredWeight(initializer_name(expr), precision.bits, precision.group_size, axis=0, parts=stored_parts(c, expr))
-    )
-
-
 def key(name: str) -> str | None:
-    """What ``read_stored`` asks for."""
+    """Return the key of an initializer that ``read_stored`` reads; None for any other."""
     return name if name.startswith(ORDER) or name.endswith((CODES, SCALES, WORDS)) else None
 
 
 def read_stored(
     weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]
 ) -> Iterator[tuple[str, QuantizedTensor]]:
-    """The integers that an artifact stores, by checkpoint tensor; see targets/onnx/read_back.py."""
+    """Yield the integers that an artifact stores, by checkpoint tensor, as ``targets/onnx/read_back.py`` calls it."""
     name = weight.initializer
     start = 0
     if name + CODES in tensors:
         rows = sum(part.size for part in weight.parts)
-        codes = read_columns(tensors[name + CODES], weight.bits, rows)
+        codes = read_column_major(tensors[name + CODES], weight.bits, rows)
         scales = tensors[name + SCALES].T
     else:
         codes = codes_of(np.asarray(tensors[name + WORDS]), weight.bits)

@@ -1,7 +1,7 @@
-"""The TensorRT plugin of the h1 ops: a C++ library that carries the kernels' machine code, built with CMake when first asked for.
+"""The TensorRT plugin of the h1 ops: a C++ library with the kernels' machine code, built with CMake when needed.
 
-csrc/plugin.h is what every op shares, csrc/ssm_scan.cc and csrc/causal_conv.cc the ops, csrc/library.cc the way in; schema.py and embed.py
-generate what the sources take from Python.
+In csrc/, library.cc is the entry point, plugin.h holds what both ops share, and ssm_scan.cc and causal_conv.cc are the
+ops. schema.py and embed.py generate the headers and the machine code table that the sources include.
 """
 
 from __future__ import annotations
@@ -22,15 +22,21 @@ from h1export.plugins.ssm_scan import launch as scan
 from h1export.targets.tensorrt.plugin.embed import digest, write_sources
 
 NAME = "libh1export_plugin.so"
-SHOWN_LINES = 5  # of what a failing compiler says
+SHOWN_LINES = 5  # lines of a failing compiler's output that an error shows
 NEXT_STEP = "install the extra trt, which has CMake, a C++17 compiler and make"
 
 
 def kernels(d_head: int, d_state: int, taps: int, dtype: str) -> tuple[Kernel, ...]:
-    """All kernels that a model's layers launch.
+    """Return all kernels that the layers of a model launch.
+
+    Args:
+        d_head: head dimension of the SSM.
+        d_state: state size of the SSM.
+        taps: taps of the causal convolution.
+        dtype: dtype of the activations, "fp16" or "bf16".
 
     Raises:
-        H1ExportError: no kernel for the head dim and state size.
+        H1ExportError: there is no kernel for the head dimension and state size.
     """
     return (
         *scan.kernels(d_head, d_state, dtype),
@@ -39,10 +45,10 @@ def kernels(d_head: int, d_state: int, taps: int, dtype: str) -> tuple[Kernel, .
 
 
 def compile_all(wanted: Iterable[Kernel], architectures: Sequence[int] = ARCHITECTURES) -> list[Cubin]:
-    """Machine code of kernels, within the limits.
+    """Compile the kernels for each of the compute capabilities ``architectures``, and check their use of registers.
 
     Raises:
-        H1ExportError: Triton is missing or fails, or a kernel spills.
+        H1ExportError: Triton is missing or fails, or a kernel spills registers.
     """
     cubins = [compile_kernel(kernel, architecture) for kernel in wanted for architecture in architectures]
     for cubin in cubins:
@@ -51,12 +57,17 @@ def compile_all(wanted: Iterable[Kernel], architectures: Sequence[int] = ARCHITE
 
 
 def library(cubins: Sequence[Cubin], tensorrt_include: Path | None = None) -> Path:
-    """The plugin library that carries ``cubins``; built where the cache does not hold it.
+    """Return the plugin library that holds ``cubins``; it is built where the cache does not have it.
 
-    ``tensorrt_include``: headers of an installed TensorRT; by default ours, of 10.14. The cache's key covers sources and machine code.
+    The cache is ~/.cache/h1export/tensorrt or below XDG_CACHE_HOME, and its key covers sources and machine code.
+
+    Args:
+        cubins: the machine code.
+        tensorrt_include: folder with the headers of an installed TensorRT; by default the headers of 10.14 that
+            h1export has.
 
     Raises:
-        H1ExportError: no CMake or compiler, they fail, or the cache cannot be written.
+        H1ExportError: CMake or a compiler is missing or fails, or the cache cannot be written.
     """
     path = _cache() / digest(cubins, str(tensorrt_include or "")) / NAME
     if path.exists():
@@ -65,21 +76,20 @@ def library(cubins: Sequence[Cubin], tensorrt_include: Path | None = None) -> Pa
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = build(write_sources(Path(folder) / "source", cubins), Path(folder) / "build", tensorrt_include)
-            made.replace(path)  # others may do the same, and see nothing or all of it
+            made.replace(path)  # one step: another process sees the whole library or none
     except OSError as error:
-        raise H1ExportError(
-            path.parent, f"the plugin cannot be written ({error.strerror})", "set XDG_CACHE_HOME"
-        ) from None
+        what = f"the plugin cannot be written ({error.strerror})"
+        raise H1ExportError(path.parent, what, "set XDG_CACHE_HOME to a folder that can be written") from None
     return path
 
 
 def write(folder: Path, wanted: Iterable[Kernel], architectures: Sequence[int]) -> dict[str, dict[str, int]]:
-    """Write ``folder``: the plugin's source with machine code, for CMake, and its library.
+    """Write the plugin into ``folder``: its sources with the machine code, for CMake, and its library.
 
-    Returns what each kernel takes of a GPU, by its symbol and architecture: registers a thread, bytes spilled, bytes of shared memory.
+    Returns kernel symbol and architecture -> registers per thread, spilled bytes and bytes of shared memory.
 
     Raises:
-        H1ExportError: Triton or CMake is missing or fails, or a kernel spills.
+        H1ExportError: Triton or CMake is missing or fails, or a kernel spills registers.
     """
     cubins = compile_all(wanted, architectures)
     folder.mkdir(exist_ok=True)
@@ -96,14 +106,17 @@ def write(folder: Path, wanted: Iterable[Kernel], architectures: Sequence[int]) 
 
 
 def build(source: Path, folder: Path, tensorrt_include: Path | None = None) -> Path:
-    """Run CMake on sources that ``write_sources`` wrote; warnings are errors.
+    """Build the library in ``folder`` from the sources that ``write_sources`` wrote to ``source``, and return its path.
+
+    The compiler treats warnings as errors.
 
     Raises:
-        H1ExportError: no CMake or compiler, or they fail.
+        H1ExportError: CMake or a compiler is missing or fails.
     """
-    cmake = shutil.which("cmake") or shutil.which("cmake", path=sysconfig.get_path("scripts"))  # of the extra trt
+    # The extra trt installs CMake beside Python, where PATH may not lead.
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=sysconfig.get_path("scripts"))
     if cmake is None:
-        raise H1ExportError("TensorRT plugin", "no cmake found", NEXT_STEP)
+        raise H1ExportError("TensorRT plugin", "cmake is not installed", NEXT_STEP)
     include = [] if tensorrt_include is None else [f"-DH1EXPORT_TENSORRT_INCLUDE={tensorrt_include}"]
     _run([cmake, "-S", str(source), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *include])
     _run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)])
@@ -119,5 +132,5 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, errors="replace")
     if done.returncode != 0:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        said = " | ".join([line for line in lines if "rror" in line][:SHOWN_LINES] or lines[-SHOWN_LINES:])
-        raise H1ExportError("TensorRT plugin", f"cmake failed with exit code {done.returncode}: {said}", NEXT_STEP)
+        shown = " | ".join([line for line in lines if "rror" in line][:SHOWN_LINES] or lines[-SHOWN_LINES:])
+        raise H1ExportError("TensorRT plugin", f"cmake failed with exit code {done.returncode}: {shown}", NEXT_STEP)

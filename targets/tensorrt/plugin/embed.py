@@ -1,4 +1,4 @@
-"""The plugin's sources as one folder that CMake builds anywhere: ours, TensorRT's headers, and the machine code as a table."""
+"""Writes the plugin's sources as one folder that CMake can build: C++, TensorRT's headers and the machine code."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from h1export.plugins.gpu.cubin import Cubin
 from h1export.targets.tensorrt.plugin.schema import header
 
 PLUGIN = Path(__file__).parent
-DTYPES = {"fp16": "kHALF", "bf16": "kBF16"}  # Triton's name -> nvinfer1::DataType's
+DTYPES = {"fp16": "kHALF", "bf16": "kBF16"}  # Triton's name -> name in nvinfer1::DataType
 
 
 def write_sources(folder: Path, cubins: Sequence[Cubin]) -> Path:
-    """Write the folder, which does not exist yet; the same machine code gives the same bytes."""
+    """Write the sources into ``folder``, which must not exist, and return it; equal machine code gives equal bytes."""
     shutil.copytree(PLUGIN / "csrc", folder)
     shutil.copytree(PLUGIN / "include", folder / "include")
     (folder / "code").mkdir()
@@ -28,7 +28,7 @@ def write_sources(folder: Path, cubins: Sequence[Cubin]) -> Path:
 
 
 def digest(cubins: Sequence[Cubin], *more: str) -> str:
-    """Of everything that the library is made of."""
+    """Return a key of everything that the library is made of, and of the texts ``more``: 32 hex digits of a sha256."""
     total = hashlib.sha256("\0".join((header(), _table(cubins, ""), *more)).encode())
     for file in sorted([*(PLUGIN / "csrc").rglob("*"), *(PLUGIN / "include").rglob("*")]):
         if file.is_file():
@@ -39,7 +39,7 @@ def digest(cubins: Sequence[Cubin], *more: str) -> str:
 
 
 def _assembly(count: int) -> str:
-    """One symbol for each file of machine code."""
+    """Return the assembly file that gives each of the ``count`` files of machine code a symbol."""
     lines = ['.section .rodata, "a"']
     for index in range(count):
         lines += [
@@ -53,12 +53,14 @@ def _assembly(count: int) -> str:
 
 
 def _table(cubins: Sequence[Cubin], name: str) -> str:
+    """Return the C++ file with the table of the machine code; ``name`` identifies the library."""
     lines = ["// Generated: what code/ holds.", '#include "cubins.h"', "", 'extern "C" {']
     lines += [f"extern unsigned char const h1_code_{index}[];" for index in range(len(cubins))]
     lines += ["}", "", "namespace h1 {", "", f'char const kLibrary[] = "{name}";', "", "Cubin const kCubins[] = {"]
     for index, cubin in enumerate(cubins):
         kernel = cubin.kernel
         constants = ", ".join(f'{{"{constant}", {value}}}' for constant, value in kernel.constants)
-        what = f'"{kernel.name}", nvinfer1::DataType::{DTYPES[kernel.dtype]}, {cubin.architecture}, {kernel.threads}, {cubin.shared}'
+        dtype = f"nvinfer1::DataType::{DTYPES[kernel.dtype]}"
+        what = f'"{kernel.name}", {dtype}, {cubin.architecture}, {kernel.threads}, {cubin.shared}'
         lines.append(f'    {{{what}, "{cubin.entry}", h1_code_{index}, {{{constants}, {{nullptr, 0}}}}}},')
     return "\n".join([*lines, "};", f"int32_t const kCubinCount = {len(cubins)};", "", "}  // namespace h1", ""])

@@ -1,6 +1,7 @@
-"""The C++ headers that the plugin's sources rest on, generated: the ops' inputs from their schemas, the kernels' arguments from launch.py.
+"""Generates the plugin's C++ header: the ops' inputs from their torch schemas, the kernels' arguments from launch.py.
 
-So the order of inputs, their dtypes, the attributes and the order of a kernel's arguments are written once, in Python.
+The order of inputs, their dtypes, the attributes and the order of a kernel's arguments are therefore written once, in
+Python.
 """
 
 from __future__ import annotations
@@ -11,27 +12,34 @@ from typing import Any
 
 from h1export.plugins import h1
 from h1export.plugins.causal_conv import launch as conv
-from h1export.plugins.gpu.kernel import OURS
+from h1export.plugins.gpu.kernel import KERNEL_DTYPE
 from h1export.plugins.ssm_scan import launch as scan
 
 Arguments = tuple[tuple[str, str], ...]
 
-# of both ops in TensorRT: kNamespace and kVersion of csrc/plugin.h
+# Namespace and version of both ops in TensorRT; csrc/plugin.h has them as kNamespace and kVersion.
 NAMESPACE = "h1export"
 VERSION = "1"
-FIELDS = {
-    "int": ("int32_t", "kINT32"),
-    "float": ("float", "kFLOAT32"),
-}  # Torch's type of an attribute -> C++'s, PluginFieldType's
-SCALARS = {"i32": "int32_t", "fp32": "float"}  # Triton's type of a kernel's argument -> C++'s
+# torch's type of an attribute -> its C++ type, its name in PluginFieldType
+FIELDS = {"int": ("int32_t", "kINT32"), "float": ("float", "kFLOAT32")}
+SCALARS = {"i32": "int32_t", "fp32": "float"}  # Triton's type of a kernel's argument -> its C++ type
 
 
 @dataclass(frozen=True)
 class Op:
-    """``shapes``: the sizes of each input by name, which the schema cannot say; ``state``: the input that output 1 replaces."""
+    """An op of the plugin.
 
-    name: str  # in ONNX and TensorRT
-    space: str  # of its generated code
+    Attributes:
+        name: name of the op in ONNX and TensorRT.
+        space: C++ namespace of its generated code, and name of the op in torch.ops.h1.
+        schema: torch's schema of the op.
+        shapes: tensor input -> the names of its sizes, which the schema does not hold.
+        kernels: kernel -> its arguments, as (name, type) in order.
+        state: the input that output 1 replaces.
+    """
+
+    name: str
+    space: str
     schema: Any
     shapes: Mapping[str, str]
     kernels: Mapping[str, Arguments]
@@ -39,12 +47,12 @@ class Op:
 
     @property
     def inputs(self) -> list[str]:
-        """Tensors, in order. One that the schema has optional is an input like others: a graph gives zeros."""
+        """The tensor inputs in order; a graph passes zeros for an input that is optional in the schema."""
         return [argument.name for argument in self.schema.arguments if argument.name in self.shapes]
 
     @property
     def attributes(self) -> list[tuple[str, str]]:
-        """(name, Torch's type) of what follows the tensors."""
+        """(name, torch's type) of each argument that is not a tensor."""
         return [
             (argument.name, str(argument.type))
             for argument in self.schema.arguments
@@ -52,7 +60,7 @@ class Op:
         ]
 
     def kind(self, name: str) -> str:
-        """Of an input: OURS, or a pointer type that is the same whatever the op's dtype."""
+        """Return the kernels' type of an input: KERNEL_DTYPE, the op's dtype, or a pointer type that does not depend on it."""
         (kind,) = {kind for arguments in self.kernels.values() for argument, kind in arguments if argument == name}
         return kind
 
@@ -96,7 +104,7 @@ OPS = (
 
 
 def header() -> str:
-    """ops.h: a namespace for each op, with its inputs, its attributes and a Call that holds all arguments of its kernels."""
+    """Return ops.h: a namespace for each op with its inputs, its attributes and the arguments of its kernels."""
     lines = [
         "// Generated from the ops' schemas and launch.py.",
         "#pragma once",
@@ -119,6 +127,7 @@ def header() -> str:
 
 
 def _inputs(op: Op) -> Iterator[str]:
+    """Yield the op's name, the positions of its inputs and their descriptions."""
     names = op.inputs
     yield f'constexpr char const* kName = "{op.name}";'
     yield "enum Input : int32_t { " + ", ".join(f"{_constant(name)} = {i}" for i, name in enumerate(names)) + " };"
@@ -126,12 +135,13 @@ def _inputs(op: Op) -> Iterator[str]:
     for name in names:
         sizes = op.shapes[name].split()
         texts = ", ".join(f'"{size}"' for size in sizes)
-        yield f'    {{"{name}", {"true" if op.kind(name) == OURS else "false"}, {len(sizes)}, {{{texts}}}}},'
+        yield f'    {{"{name}", {"true" if op.kind(name) == KERNEL_DTYPE else "false"}, {len(sizes)}, {{{texts}}}}},'
     yield "};"
     yield f"constexpr int32_t kStateInput = {_constant(op.state)};"
 
 
 def _attributes(op: Op) -> Iterator[str]:
+    """Yield the struct of the op's attributes and the list of its plugin fields."""
     yield "struct Attributes {"
     yield from (f"  {FIELDS[kind][0]} {name}{{}};" for name, kind in op.attributes)
     yield "};"
@@ -143,12 +153,14 @@ def _attributes(op: Op) -> Iterator[str]:
 
 
 def _call(op: Op) -> Iterator[str]:
+    """Yield the struct of all kernel arguments, the function that fills it and one argument list per kernel."""
     every = {name: kind for arguments in op.kernels.values() for name, kind in arguments}
     yield "struct Call {"
     for name, kind in every.items():
         yield f"  {'void const*' if kind.startswith('*') else SCALARS[kind]} {name}{{}};"
     yield "};"
-    yield "inline void bind(Call& call, void const* const* inputs, void* const* outputs, Attributes const& attributes) {"
+    arguments = "Call& call, void const* const* inputs, void* const* outputs, Attributes const& attributes"
+    yield f"inline void bind({arguments}) {{"
     yield from (f"  call.{name} = inputs[{_constant(name)}];" for name in op.inputs if name in every)
     yield from (f"  call.{name} = outputs[{i}];" for i, name in enumerate(("y", f"new_{op.state}")))
     yield from (f"  call.{name} = attributes.{name};" for name, _ in op.attributes if name in every)
@@ -161,4 +173,5 @@ def _call(op: Op) -> Iterator[str]:
 
 
 def _constant(name: str) -> str:
+    """Return the C++ constant of an input: "dt_bias" gives kDtBias."""
     return "k" + "".join(part[:1].upper() + part[1:] for part in name.split("_"))

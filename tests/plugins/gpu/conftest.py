@@ -1,4 +1,7 @@
-"""The GPU kernels under Triton's interpreter on a CPU, with bfloat16 as a GPU has it, or on a GPU; and the recurrence they stand for."""
+"""The devices that the tests run GPU kernels on, and the float64 recurrence that the scan must equal.
+
+The devices are Triton's interpreter on a CPU, with bfloat16 mended to act as on a GPU, and a GPU.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ Array = npt.NDArray[np.float64]
 
 @pytest.fixture(scope="session", autouse=True)
 def bfloat16() -> Iterator[None]:
-    """Triton 3.7's interpreter holds bfloat16 as uint16: its products multiply the bits, and its casts cut instead of rounding."""
+    """Mend bfloat16 in Triton 3.7's interpreter, which holds it as uint16.
+
+    Its products multiply the bits as integers, and its casts truncate instead of rounding.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -46,7 +52,7 @@ def bfloat16() -> Iterator[None]:
 
 @pytest.fixture(scope="session", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the kernels run. Triton decides between interpreter and compiler once a process."""
+    """The device that the kernels run on; Triton chooses interpreter or compiler once per process."""
     if request.param == "interpreter":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -58,7 +64,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(scope="session")
 def recurrence() -> Callable[..., tuple[Array, Array]]:
-    """recurrence(inputs, absolute=False) -> y and the last state in float64, a token at a time; ``absolute``: no sign, nothing cancels."""
+    """recurrence(inputs, absolute=False) -> y and the last state in float64, computed one token at a time.
+
+    With ``absolute``, terms lose their signs, so that nothing cancels.
+    """
 
     def run(inputs: Inputs, absolute: bool = False) -> tuple[Array, Array]:
         sign = np.abs if absolute else np.positive

@@ -1,4 +1,4 @@
-"""The GPU kernel of h1::causal_conv against the sum it stands for in float64, under Triton's interpreter and on a GPU."""
+"""The GPU kernel of h1::causal_conv against its definition in float64, under Triton's interpreter and on a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAULT = 1e-2  # what a wrong kernel must exceed
 
 
 def by_definition(inputs: Inputs) -> tuple[Array, Array, Array]:
-    """y, the state after x, and the size of y's terms before they cancel."""
+    """Return y, the state after x, and the magnitude of y's terms before they cancel."""
     x, state, weight = (inputs[name].double().numpy() for name in ("x", "state", "weight"))
     bias = np.zeros(x.shape[2]) if inputs["bias"] is None else inputs["bias"].double().numpy()
     taps = weight.shape[2]
@@ -36,7 +36,7 @@ def by_definition(inputs: Inputs) -> tuple[Array, Array, Array]:
 
 
 def convolved(inputs: Inputs, in_place: bool = False, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and the state by our kernel on ``device``; the input tensors stay as they are."""
+    """Return y and the state by the kernel on ``device``; the input tensors stay unchanged."""
     held = {name: None if value is None else value.to(device, copy=True) for name, value in inputs.items()}
     y, after = causal_conv(**held, new_state=held["state"] if in_place else None)
     assert (after is held["state"]) == in_place
@@ -64,7 +64,7 @@ def test_is_the_definition(
     conv_inputs: Callable[..., Inputs],
     error: Callable[..., float],
 ) -> None:
-    """y is off by its own rounding; the state is a copy."""
+    """y only has the error of its own rounding; the state is a copy of inputs."""
     inputs = conv_inputs(**{"channels": 40} | case, dtype=dtype)
     y64, state64, size = by_definition(inputs)
     for in_place in (False, True):

@@ -1,4 +1,7 @@
-"""Kernels compiled without a GPU, in processes of their own: in this one Triton interprets. Estimates against what kernels do."""
+"""Kernels compiled without a GPU, and the roofline estimates against what the kernels do.
+
+Compiling needs a process of its own, because Triton interprets kernels in this one.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from roofline import GPUS, Work, conv_work, scan_work
+from roofline import GPUS, PUBLISHED, Work, conv_work, resident_warps, scan_work
 
 from h1export.errors import H1ExportError
 from h1export.plugins.causal_conv import launch as conv
 from h1export.plugins.gpu.cubin import ARCHITECTURES, SHARED_LIMIT, Cubin, check_limits, compile_kernel
 from h1export.plugins.gpu.kernel import run
-from h1export.plugins.gpu.shapes import PUBLISHED
 from h1export.plugins.ssm_scan.launch import Problem, kernels, launches
 from h1export.plugins.ssm_scan.tiles import TILES
 
@@ -34,23 +36,24 @@ from h1export.plugins.causal_conv import launch as conv
 from h1export.plugins.gpu.cubin import check_limits, compile_kernel
 from h1export.plugins.ssm_scan.launch import kernels
 
-choices = [*kernels(128, 256, "bf16"), *kernels(64, 128, "fp16"), conv.kernel("fp16", 4, True, False)]
+choices = [*kernels(128, 256, "bf16"), *kernels(64, 128, "fp16"), conv.kernel("fp16", 4, True, one_token=False)]
 for index, changed, architecture in json.loads(sys.argv[1]):
     kernel = choices[index]
     kernel = replace(kernel, constants=tuple((dict(kernel.constants) | changed).items()))
-    cubin, said = compile_kernel(kernel, architecture), ""
+    cubin = compile_kernel(kernel, architecture)
+    message = ""
     try:
         check_limits(cubin)
     except H1ExportError as error:
-        said = str(error)
-    taken = [cubin.registers, cubin.spilled, cubin.shared]
-    print(json.dumps({"code": cubin.code.hex(), "entry": cubin.entry, "taken": taken, "said": said}))
+        message = str(error)
+    resources = [cubin.registers, cubin.spilled, cubin.shared]
+    print(json.dumps({"code": cubin.code.hex(), "entry": cubin.entry, "resources": resources, "message": message}))
 """
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Callable[..., list[dict[str, Any]]]:
-    """compiled((index into the script's choices, changed constants, architecture), ...) -> what the script prints."""
+    """compiled((index into the script's choices, changed constants, architecture), ...) -> the results of the script."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def compile_all(*pairs: tuple[int, dict[str, int], int]) -> list[dict[str, Any]]:
@@ -62,7 +65,7 @@ def compiled() -> Callable[..., list[dict[str, Any]]]:
 
 
 def test_kernels_compile_within_their_limits(compiled: Callable[..., list[dict[str, Any]]]) -> None:
-    """The one with the most registers, decode, and the convolution, on three architectures; the same bytes when compiled again."""
+    """Compile the kernel with the most registers, decode and the convolution, and decode again to the same bytes."""
     scan, decode, convolution, again = compiled((2, {}, 120), (7, {}, 80), (8, {}, 90), (7, {}, 80))
     for cubin, name in ((scan, "chunk_scan"), (decode, "decode"), (convolution, "causal_conv")):
         code = bytes.fromhex(cubin["code"])
@@ -70,16 +73,16 @@ def test_kernels_compile_within_their_limits(compiled: Callable[..., list[dict[s
         assert cubin["entry"].encode() in code
         assert cubin["entry"] == name
         assert str(Path(__file__).parents[3]).encode() not in code
-        assert cubin["said"] == ""
-        assert 0 < cubin["taken"][0] <= 255
-    assert decode["taken"][1] == convolution["taken"][1] == 0
+        assert cubin["message"] == ""
+        assert 0 < cubin["resources"][0] <= 255
+    assert decode["resources"][1] == convolution["resources"][1] == 0
     assert decode == again
 
 
 def test_tiles_that_are_too_large_are_seen(compiled: Callable[..., list[dict[str, Any]]]) -> None:
     (fault,) = compiled((0, {"BP": 128, "BN": 256}, 80))
-    assert "chunk_state_bf16_P128_N256_Q256_BT32_BP128_BN256 for sm_80: spills" in fault["said"]
-    assert fault["taken"][1] > 64
+    assert "chunk_state_bf16_P128_N256_Q256_BT32_BP128_BN256 for sm_80: spills" in fault["message"]
+    assert fault["resources"][1] > 64
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,7 @@ def test_a_limit_that_is_passed_is_seen(spilled: int, shared: int, name: str, te
     (kernel,) = [kernel for kernel in kernels(64, 128, "fp16") if kernel.name == name]
     good = Cubin(kernel, 86, b"", entry=name, registers=64, spilled=0, shared=0)
     check_limits(good)
-    assert good.warps_in_flight == 32
+    assert resident_warps(good) == 32
     with pytest.raises(H1ExportError, match=text):
         check_limits(replace(good, spilled=spilled, shared=shared))
 
@@ -112,7 +115,7 @@ def test_every_published_shape_has_tiles() -> None:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Work]:
-    """counted(launch, tensors): the distinct bytes that a launch loads and stores, and the operations of its products."""
+    """counted(launch, tensors) -> the distinct bytes that a launch moves, and the operations of its products."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     touched: dict[str, set[int]] = {"load": set(), "store": set()}
@@ -142,7 +145,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Work]:
         monkeypatch.setattr(InterpreterBuilder, f"create_{name}", spy)
 
     def count(launch: Any, tensors: dict[str, torch.Tensor]) -> Work:
-        touched["load"].clear(), touched["store"].clear()
+        touched["load"].clear()
+        touched["store"].clear()
         operations[0] = 0
         run([launch], tensors)
         return Work(len(touched["load"]) + len(touched["store"]), operations[0])
@@ -182,17 +186,12 @@ def test_the_estimate_is_what_the_convolution_does(
     inputs = conv_inputs(1, tokens, 48, dtype=torch.float16)
     tensors = inputs | {"y": torch.empty_like(inputs["x"]), "new_state": torch.empty_like(inputs["state"])}
     launch = conv.launch(conv.kernel("fp16", 4, True, one_token=tokens == 1), 1, tokens, 48)
-    assert counted(launch, tensors) == conv_work(1, tokens, 48, 4)
+    assert counted(launch, tensors) == conv_work(1, tokens, 48, taps=4)
 
 
 def test_seconds_are_those_of_the_tighter_bound() -> None:
     gpu = GPUS[0]._replace(bandwidth=10.0, tensor=100.0)
     assert (Work(20, 100).seconds(gpu), Work(20, 100).bound(gpu)) == (2.0, "memory")
     assert (Work(20, 500).seconds(gpu), Work(20, 500).bound(gpu)) == (5.0, "compute")
-    assert np.isclose(
-        scan_work(Problem(1, 1, 24, groups=1, d_head=64, d_state=128, dtype="fp16", dt_min=0, dt_max=1))[
-            "decode"
-        ].bytes,
-        2 * 4 * 24 * 64 * 128,
-        rtol=0.02,
-    )
+    work = scan_work(Problem(1, 1, 24, groups=1, d_head=64, d_state=128, dtype="fp16", dt_min=0, dt_max=1))
+    assert np.isclose(work["decode"].bytes, 2 * 4 * 24 * 64 * 128, rtol=0.02)

@@ -1,4 +1,7 @@
-"""The GPU kernels of h1::ssm_scan against its recurrence in float64, under Triton's interpreter, and the main cases on a GPU."""
+"""The GPU kernels of h1::ssm_scan against its recurrence in float64.
+
+All cases run under Triton's interpreter, the main ones also on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch
 from h1export.errors import H1ExportError
 from h1export.plugins.gpu.kernel import DTYPES, run
 from h1export.plugins.ssm_scan.launch import Problem, launches, ssm_scan
-from h1export.plugins.ssm_scan.tiles import TILES, Tile, Tiles
+from h1export.plugins.ssm_scan.tiles import TILES, ScanTiles, Tile
 
 pytestmark = pytest.mark.trt
 
@@ -27,7 +30,7 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11
 FAULT = 1e-2  # what a wrong kernel must exceed, ten times what bfloat16 may
 
 # several chunks, of several tiles, from few tokens
-SMALL = Tiles(64, Tile(32, 32, 32, 4, 2), Tile(1, 1024, 1, 4, 2), Tile(32, 32, 32, 4, 2), Tile(1, 16, 64, 4, 1))
+SMALL = ScanTiles(64, Tile(32, 32, 32, 4, 2), Tile(1, 1024, 1, 4, 2), Tile(32, 32, 32, 4, 2), Tile(1, 16, 64, 4, 1))
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ CPU = torch.device("cpu")
 
 
 def scanned(inputs: Inputs, in_place: bool = False, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and the state by our kernels on ``device``; the input tensors stay as they are."""
+    """Return y and the state by the kernels on ``device``; the input tensors stay unchanged."""
     held = {
         name: value.to(device) if isinstance(value, torch.Tensor) else value
         for name, value in inputs.items()
@@ -56,7 +59,7 @@ def scanned(inputs: Inputs, in_place: bool = False, device: torch.device = CPU) 
 def check(
     inputs: Inputs, y: torch.Tensor, state: torch.Tensor, recurrence: Recurrence, error: Callable[..., float]
 ) -> None:
-    """y's operands are rounded once each and y itself once; the state's terms err by the square of a rounding."""
+    """y and its operands are rounded once each; the terms of the state have an error of the square of a rounding."""
     rounding = ROUNDING[inputs["x"].dtype]
     (y64, state64) = recurrence(inputs)
     (y_size, state_size) = recurrence(inputs, absolute=True)
@@ -99,7 +102,10 @@ def test_every_row_of_the_table(
     recurrence: Recurrence,
     error: Callable[..., float],
 ) -> None:
-    """With the tiles that are compiled; 129 tokens end in a ragged tile, and where chunks have 128 in one of a second chunk."""
+    """The kernels are right with the tiles that are shipped.
+
+    129 tokens end in a ragged tile, which is in a second chunk where chunks have 128 tokens.
+    """
     inputs = scan_inputs(1, seq, 1, 1, d_head, d_state, dtype=torch.float16)
     check(inputs, *scanned(inputs, device=device), recurrence, error)
 
@@ -120,7 +126,7 @@ def test_a_state_in_place_is_the_state_beside(
 def test_each_kernel_alone(
     scan_inputs: Callable[..., Inputs], recurrence: Recurrence, error: Callable[..., float]
 ) -> None:
-    """What the three kernels hand to each other, 150 tokens in chunks of 64."""
+    """The tensors between the three kernels are right for 150 tokens in chunks of 64."""
     inputs = scan_inputs(**SHAPE | {"seq": 150, "pads": (9,)})
     problem = Problem(
         1,
@@ -165,7 +171,7 @@ def test_each_kernel_alone(
 @pytest.mark.parametrize("seq", [1, 70])
 @pytest.mark.usefixtures("small_tiles")
 def test_a_row_of_pads_keeps_its_state_bit_for_bit(seq: int, scan_inputs: Callable[..., Inputs]) -> None:
-    """Even where the lower limit would give every token a dt."""
+    """Pads leave the state unchanged even if the lower limit would give every token a dt."""
     inputs = scan_inputs(
         **SHAPE | {"seq": seq, "batch": 2}, pads=(seq, 0), limits=(0.05, math.inf), dtype=torch.bfloat16
     )
@@ -194,7 +200,7 @@ def test_pieces_chained_by_their_states_are_the_whole(
 def test_the_steps_of_slow_heads_are_not_lost(
     dtype: torch.dtype, scan_inputs: Callable[..., Inputs], recurrence: Recurrence, error: Callable[..., float]
 ) -> None:
-    """softplus(bias) from 1e-6, far below fp16's normal numbers: each head by its own range, from an empty state."""
+    """Each head is right in its own range, from a zero state, for softplus(bias) from 1e-6 (subnormal in fp16)."""
     inputs = scan_inputs(1, 100, 1, 4, 32, 64, dtype=dtype)
     bias = torch.log(torch.expm1(torch.tensor([1e-6, 1e-4, 1e-2, 1.0], dtype=torch.float64))).float()
     inputs |= {
@@ -229,7 +235,7 @@ FAULTS: dict[str, Callable[[Inputs], Inputs]] = {
 def test_a_wrong_input_would_be_seen(
     fault: str, seq: int, scan_inputs: Callable[..., Inputs], recurrence: Recurrence, error: Callable[..., float]
 ) -> None:
-    """By y or by the state."""
+    """A wrong kernel exceeds FAULT in y or in the state."""
     inputs = scan_inputs(**SHAPE | {"seq": seq, "batch": 2, "pads": (1,)}, limits=(0.05, 0.1))
     y, state = scanned(inputs | FAULTS[fault](inputs))
     (y64, state64) = recurrence(inputs)

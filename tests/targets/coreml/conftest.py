@@ -1,4 +1,4 @@
-"""Copies of artifacts with something changed in them."""
+"""Copies of artifacts with changed bytes or a changed program."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 @pytest.fixture
 def with_changed_bytes(tmp_path: Path) -> Callable[[Artifact, str, str, Callable[[Bytes], Bytes]], Artifact]:
-    """with_changed_bytes(artifact, weight, "data", change) -> a copy in which an input of a weight's constexpr op has other bytes."""
+    """with_changed_bytes(artifact, weight, "data", change) -> a copy with other bytes in its weight.bin.
+
+    They are the bytes of an input of the weight's constexpr op.
+    """
 
     def make(artifact: Artifact, weight: str, part: str, change: Callable[[Bytes], Bytes]) -> Artifact:
         folder = Path(shutil.copytree(artifact.folder, tmp_path / "changed"))

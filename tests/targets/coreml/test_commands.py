@@ -1,4 +1,4 @@
-"""`h1export coreml` on a package of ours."""
+"""`h1export coreml` on a package that h1export built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planted faults in a built package: validate says FAIL, or the package is refused before it answers."""
+"""Planted faults in a built package: validate reports FAIL, or the package is refused before it runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def judged(artifact: Artifact, checkpoint: Path) -> Report:
 
 
 def failures(report: Report) -> set[str]:
-    """What the rows that fail are called, or compare."""
+    """Return the checks of the rows that fail, and what they compare with."""
     return {name for row in report.rows if row.verdict == "FAIL" for name in (row.check, row.against)}
 
 
@@ -62,7 +62,7 @@ def test_a_wrong_scale(built: Artifact, make_checkpoint: Callable[..., Path], wi
 
 
 def swap_states(model: Any) -> None:
-    """decode writes the keys of layer 0 where its values belong, and the other way round."""
+    """decode swaps the keys and the values of layer 0 when it writes them."""
     names = {
         f"past_key_values_0_{kind}": f"past_key_values_0_{other}"
         for kind, other in (("key", "value"), ("value", "key"))
@@ -73,7 +73,7 @@ def swap_states(model: Any) -> None:
 
 
 def stale_state(model: Any) -> None:
-    """decode does not write the recurrent state of layer 1, neither half: one alone would make up for the other."""
+    """decode writes neither half of the recurrent state of layer 1; one half alone would hide the fault."""
     block = model.mlProgram.functions["decode"].block_specializations["CoreML8"]
     for operation in [operation for operation in block.operations if operation.type == "write_state"]:
         if operation.inputs["input"].arguments[0].name.startswith("past_key_values_1_recurrent_state"):

@@ -1,4 +1,4 @@
-"""Ready-made GPTQ checkpoints in a Core ML package: zero points are offsets, and sorted columns are gathered."""
+"""Prequantized GPTQ checkpoints in a Core ML package: zero points are offsets, and sorted columns are gathered."""
 
 from __future__ import annotations
 

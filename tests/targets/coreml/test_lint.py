@@ -1,4 +1,4 @@
-"""Planted faults in a package that was right: each is found by the check that is there for it."""
+"""Planted faults in a correct package: each is found by the check that is meant for it."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_room_for_fewer_tokens_than_it_says(planted: Callable[[Edit], set[str]])
 
 
 def test_a_position_that_nothing_bounds(planted: Callable[[Edit], set[str]]) -> None:
-    """It says less than it has: a call beyond that does not fail."""
+    """The metadata states fewer tokens than there is room for, so a call beyond them does not fail."""
     assert planted(lambda model: model.description.metadata.userDefined.update(max_context="95")) == {"calls"}
 
 
@@ -126,8 +126,8 @@ def test_a_tensor_of_rank_6(planted: Callable[[Edit], set[str]]) -> None:
 def test_what_only_the_neural_engine_does_not_take(make_checkpoint: Callable[..., Path], build: Build) -> None:
     package = Package.open(build(make_checkpoint(), "int4", target="coreml", max_context=96).folder / layout.PACKAGE)
     found = {finding.what for finding in lint(package, neural_engine=True)}
-    assert "has scales by block" in found
-    assert any("no multiple of 32" in what for what in found)
+    assert "has scales per group" in found
+    assert any("not a multiple of 32" in what for what in found)
 
 
 def test_a_description_that_is_not_the_programs(planted: Callable[[Edit], set[str]]) -> None:

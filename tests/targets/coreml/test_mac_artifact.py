@@ -1,4 +1,4 @@
-"""verify_on_mac.py as it lies in a built artifact, on the built package: the evaluator stands in for Core ML."""
+"""verify_on_mac.py of a built artifact, run on its package with the evaluator in the place of Core ML."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHIPPED = ("Generate.swift", "README.md", "golden.npz", "mac.json", "verify_on_m
 
 
 class Function:
-    """What the script opens, through the evaluator."""
+    """A function of the package, run by the evaluator."""
 
     def __init__(self, package: Path, name: str, units: str) -> None:
         self._evaluator = Evaluator(Package.open(package), name)

@@ -1,4 +1,4 @@
-"""The texts for the Mac: what they say of the settings, and that they need nothing else."""
+"""The files for the Mac: they state the settings, and they need nothing but themselves."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAC = Path(readme.__file__).parent
 def test_calls_cover_every_token_once_within_the_room(room: int, chunk: int, data: st.DataObject) -> None:
     length = data.draw(st.integers(0, room))
     found = list(calls(length, Settings(room, chunk)))
-    assert [place for _, position, count in found for place in range(position, position + count)] == list(range(length))
+    assert [token for _, position, count in found for token in range(position, position + count)] == list(range(length))
     for function, position, count in found:
         assert (function == "prefill") == (position + chunk <= room)
         assert 1 <= count <= (chunk if function == "prefill" else 1)
@@ -68,7 +68,7 @@ def test_settings_without_room(wrong: Settings, tmp_path: Path) -> None:
 
 
 def test_the_script_needs_only_numpy_and_coremltools() -> None:
-    """It lies alone on somebody's Mac: h1export is not there."""
+    """The script is alone on a user's Mac, where h1export is not installed."""
     tree = ast.parse((MAC / "verify_on_mac.py").read_text(encoding="utf-8"))
     found = {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     found |= {
@@ -79,7 +79,7 @@ def test_the_script_needs_only_numpy_and_coremltools() -> None:
 
 
 def test_the_script_alone_says_what_is_missing(tmp_path: Path) -> None:
-    """As users start it, with nothing beside it; exit code 1 would say that the artifact is wrong."""
+    """Without its files the script exits with code 2, because 1 would mean that the artifact is wrong."""
     script = tmp_path / "verify_on_mac.py"
     script.write_bytes((MAC / "verify_on_mac.py").read_bytes())
     run = subprocess.run([sys.executable, "-S", str(script), "--help"], check=False, capture_output=True, text=True)

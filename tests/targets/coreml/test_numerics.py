@@ -29,7 +29,7 @@ Build = Callable[..., Artifact]
 
 
 def worst(artifact: Artifact, checkpoint: Path) -> tuple[float, float]:
-    """Errors of logits and states over CALLS, both relative to their ranges."""
+    """Return the errors of logits and states over CALLS, relative to their ranges."""
     runner = pipeline.load(artifact)
     reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
@@ -89,7 +89,7 @@ def test_only_the_last_logits(tiny: Path, build: Build) -> None:
 
 
 def test_the_buffer_is_used_to_its_last_row_and_no_further(tiny: Path, build: Build) -> None:
-    """Where a padded prefill would not fit, tokens are decoded one by one."""
+    """Tokens are decoded one by one where a padded prefill would not fit."""
     artifact = build(tiny, "int4", target="coreml", max_context=72)
     runner = pipeline.load(artifact)
     reference = Reference(tiny)

@@ -1,4 +1,4 @@
-"""Facts of the package on disk that a refactoring must keep."""
+"""Properties of the package on disk that a refactoring must keep."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from h1export.artifact.artifact import MANIFEST, Artifact
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import MANIFEST
 from h1export.checkpoint.store import WeightStore
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
@@ -52,7 +53,7 @@ def test_one_kernel_a_layer(function: str, tiny: Path, build: Build) -> None:
 
 
 def test_the_integers_are_those_of_onnx_runtime(tiny: Path, build: Build) -> None:
-    """Bit for bit: codes, scales and µP of every projection and of the head."""
+    """Codes, scales and µP multipliers of every projection and of the head are equal bit for bit."""
     onnx, coreml = (pipeline.load(build(tiny, "int4", target=name)).stored_weights() for name in ("ort", "coreml"))
     assert set(onnx) - set(coreml) == {"model.embed_tokens.weight"}  # untied: fp16 here
     for name in coreml:
@@ -61,7 +62,7 @@ def test_the_integers_are_those_of_onnx_runtime(tiny: Path, build: Build) -> Non
         b = coreml.quantized(name)
         np.testing.assert_array_equal(a.codes, b.codes)
         np.testing.assert_array_equal(a.scales, b.scales)
-        np.testing.assert_array_equal(a.multiplier, b.multiplier)
+        np.testing.assert_array_equal(a.row_scale, b.row_scale)
 
 
 @pytest.mark.parametrize("quant", ["int4", "int8"])
@@ -105,7 +106,10 @@ def test_both_functions_read_the_same_bytes(tiny: Path, build: Build) -> None:
 
 
 def test_the_weights_file_is_near_its_ideal(tiny: Path, build: Build) -> None:
-    """int4 with a scale of 16 bits a block, and fp16 for what has no integers; the rest is records, tables and the scan's float32."""
+    """The file has int4 codes with a 16-bit scale per group, and fp16 for weights that are not quantised.
+
+    The rest is records, tables and the scan's float32.
+    """
     artifact = build(tiny, "int4", target="coreml", max_context=192)
     stored = set(pipeline.load(artifact).stored_weights())
     ideal = sum(

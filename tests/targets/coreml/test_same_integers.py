@@ -1,4 +1,4 @@
-"""One build, several targets: every artifact holds the same codes and scales, whatever the method."""
+"""Builds for several targets: every artifact has the same codes and scales, whatever the method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_target_holds_the_same_integers(
     )
     first, *others = (pipeline.load(artifact).stored_weights() for artifact in made)
     for other in others:
-        assert set(first) - set(other) <= {EMBEDDING}  # CoreML's embedding is in floats where it is not the head
+        assert set(first) - set(other) <= {EMBEDDING}  # Core ML stores an untied embedding in floats
         for name in other:
             # type: ignore[attr-defined]
             one = first.quantized(name)

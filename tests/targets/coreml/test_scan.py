@@ -1,4 +1,4 @@
-"""The scan alone, over thousands of steps: slow heads must not drift, although CoreML's states are fp16."""
+"""The scan alone, over thousands of steps: slow heads must not drift, although Core ML's states are fp16."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def slow(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPath
 
 
 def scan_package(checkpoint: Path, folder: Path, call: Call) -> Evaluator:
-    """A package with the scan of the model's only layer."""
+    """Return a package with the scan of the model's only layer."""
     config = FalconH1Config.load(checkpoint)
     program = run_passes(trace(config))
     store = WeightStore.open(checkpoint, config, SILENT)
@@ -90,7 +90,7 @@ def scan_package(checkpoint: Path, folder: Path, call: Call) -> Evaluator:
 
 
 def inputs(checkpoint: Path, count: int) -> Arrays:
-    """fp16 inputs of ``count`` tokens; x and B have a mean, so that states grow."""
+    """Return fp16 inputs of ``count`` tokens; x and B have a nonzero mean, so that states grow."""
     s = FalconH1Config.load(checkpoint)
     random = np.random.default_rng(0)
     shapes = {"x": (s.mamba_n_heads, s.mamba_d_head), "dt": (s.mamba_n_heads,)} | dict.fromkeys(
@@ -101,7 +101,7 @@ def inputs(checkpoint: Path, count: int) -> Arrays:
 
 
 def recurrence(checkpoint: Path, given: Arrays) -> np.ndarray[Any, Any]:
-    """The state after all tokens, in float64."""
+    """Return the state after all tokens, computed in float64."""
     config = FalconH1Config.load(checkpoint)
     weights = load_file(checkpoint / "model.safetensors")
     A = -np.exp(weights["model.layers.0.mamba.A_log"])
@@ -127,7 +127,7 @@ def run(evaluator: Evaluator, given: Arrays, call: Call, keep_low: bool = True) 
 
 
 def per_head(found: np.ndarray[Any, Any], truth: np.ndarray[Any, Any]) -> float:
-    """The worst head's largest error over that head's largest value."""
+    """Return the worst head's largest error, divided by that head's largest value."""
     return float((np.abs(found - truth).max(axis=(1, 2)) / np.abs(truth).max(axis=(1, 2))).max())
 
 

@@ -148,7 +148,7 @@ def test_projections_of_one_input_are_one_product(tiny: Path, build: Build) -> N
 def on_the_cpu(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The graph as it ships, fp16 and all, where onnxruntime's CPU provider stands in for CUDA's."""
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "flavour", lambda *options: replace(graph_variant(*options), provider=CPU))
+        patch.setattr(runner, "graph_variant", lambda *options: replace(graph_variant(*options), provider=CPU))
         return pipeline.load(artifact)
 
 
@@ -169,7 +169,7 @@ def worst(found: list[Row]) -> float:
 def test_int4_is_exact_in_float32_arithmetic_for_every_switch(checkpoint: Path, build: Build) -> None:
     artifact = build(checkpoint, "int4", provider="cuda")
     exact = pipeline.load(artifact, float32=True)
-    assert exact.capabilities.float32
+    assert exact.provenance.float32
     assert worst(rows(artifact, checkpoint, exact, "stored")) <= EXACT
 
 
@@ -183,7 +183,7 @@ def test_fp16_activations_drift_little(tiny: Path, build: Build, monkeypatch: py
     for quant in ("int8", "int4"):
         artifact = build(tiny, quant, provider="cuda")
         shipped = on_the_cpu(artifact, monkeypatch)
-        assert not shipped.capabilities.float32
+        assert not shipped.provenance.float32
         drift = worst(rows(artifact, tiny, shipped, "drift"))
         print(f"{quant}: drift {drift:.1e}")
         assert 1e-4 < drift < ROUNDED

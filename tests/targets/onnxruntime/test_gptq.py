@@ -109,7 +109,7 @@ def test_biases_and_the_head_of_a_model_with_every_switch(make_gptq: Make, gptq_
 def test_the_graph_for_cuda(
     make_gptq: Make, gptq_logits: Logits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "flavour", lambda *options: replace(graph_variant(*options), provider=CPU))
+    monkeypatch.setattr(runner, "graph_variant", lambda *options: replace(graph_variant(*options), provider=CPU))
     written = make_gptq(tmp_path / "in", sym=False, act_order=True, group=64)
     artifact = built(written, tmp_path / "out", provider="cuda")
     assert relative_error(answer(artifact, float32=True), gptq_logits(written, IDS)) <= EXACT

@@ -164,9 +164,9 @@ def test_without_a_compiler_the_artifact_runs_all_the_same(
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     artifact = build(tiny, "int4")
-    capabilities = pipeline.load(artifact).capabilities
-    assert capabilities.kernels.startswith("onnxruntime ")
-    assert "no-such-compiler" in capabilities.fallback
+    provenance = pipeline.load(artifact).provenance
+    assert provenance.kernels.startswith("onnxruntime ")
+    assert "no-such-compiler" in provenance.fallback
     with pytest.raises(H1ExportError, match="no-such-compiler"):
         pipeline.load(artifact, kernels="native")
 

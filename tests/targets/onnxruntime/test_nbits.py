@@ -20,7 +20,7 @@ from h1export.commands import pipeline
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
 from h1export.targets.onnx.builder import GraphBuilder
-from h1export.targets.onnxruntime.emit.nbits import Layout
+from h1export.targets.onnxruntime.emit.packing import NBitsLayout
 
 Build = Callable[..., Artifact]
 PRECISIONS = st.sampled_from([Precision(4, 32), Precision(4, 64), Precision(4, 128), Precision(8, 0)])
@@ -31,11 +31,11 @@ PRECISIONS = st.sampled_from([Precision(4, 32), Precision(4, 64), Precision(4, 1
 def test_pack_and_unpack_are_inverse(precision: Precision, rows: int, columns: int, seed: int) -> None:
     if precision.group_size:
         columns = precision.group_size * (columns % 4 + 1)
-    layout = Layout.of(precision, columns)
+    layout = NBitsLayout.of(precision, columns)
     top = (1 << (precision.bits - 1)) - 1
     codes = np.random.default_rng(seed).integers(-top, top + 1, (rows, columns)).astype(np.int8)
     packed = layout.pack(codes)
-    assert packed.shape == (rows, layout.blocks, layout.block * precision.bits // 8)
+    assert packed.shape == (rows, layout.blocks, layout.block_size * precision.bits // 8)
     assert np.array_equal(layout.unpack(packed), codes)
 
 
@@ -44,7 +44,7 @@ def test_pack_and_unpack_are_inverse(precision: Precision, rows: int, columns: i
 def test_matmul_nbits_means_what_the_integers_say(precision: Precision, rows: int) -> None:
     columns = 50 if not precision.group_size else 256
     rng = np.random.default_rng(0)
-    layout = Layout.of(precision, columns)
+    layout = NBitsLayout.of(precision, columns)
     multiplier = rng.uniform(0.1, 2, rows).astype(np.float32)
     tensor = quantize_rows(rng.standard_normal((rows, columns)).astype(np.float32), precision, multiplier)
     build = GraphBuilder({"": 23, "com.microsoft": 1})
@@ -53,12 +53,12 @@ def test_matmul_nbits_means_what_the_integers_say(precision: Precision, rows: in
         "MatMulNBits",
         x,
         build.initializer(ir.tensor(layout.pack(tensor.codes), name="codes")),
-        build.initializer(ir.tensor(layout.spread(tensor.scales) * multiplier[:, None], name="scales")),
+        build.initializer(ir.tensor(layout.per_block(tensor.scales) * multiplier[:, None], name="scales")),
         domain="com.microsoft",
         K=columns,
         N=rows,
         bits=precision.bits,
-        block_size=layout.block,
+        block_size=layout.block_size,
         accuracy_level=0,
     )
     y.name = "y"
@@ -89,7 +89,7 @@ def test_the_artifact_holds_the_rules_integers_bit_for_bit(
             found = stored.quantized(part.tensor)
             assert np.array_equal(found.codes, truth.codes), part.tensor
             assert np.array_equal(found.scales, truth.scales), part.tensor
-            assert np.array_equal(found.multiplier, truth.multiplier), part.tensor
+            assert np.array_equal(found.row_scale, truth.row_scale), part.tensor
             checked += 1
     assert checked == 2 + 9 * artifact.config.num_hidden_layers  # embedding, head, nine projections a layer
 

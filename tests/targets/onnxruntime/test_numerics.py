@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from program_runner import ProgramRunner
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.store import WeightStore
 from h1export.commands import pipeline
-from h1export.graphs.interpret import ProgramRunner
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
 from h1export.progress import SILENT

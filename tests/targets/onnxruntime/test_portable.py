@@ -105,7 +105,7 @@ def test_accuracy_level_is_that_of_the_kernel_onnxruntime_makes(tiny: Path, buil
     logits = {}
     for level in (0, 4):
         runner: Any = pipeline.load(build(tiny, "int4", opset_only=True, accuracy_level=level))
-        assert runner.capabilities.float32 == (level == 0)
+        assert runner.provenance.float32 == (level == 0)
         logits[level] = runner.step(ids, mask, runner.initial(1))[0]
     drift = np.abs(logits[4] - logits[0]).max() / np.ptp(logits[0])
     assert 1e-4 < drift < 0.08  # int8 activations cannot be exact
@@ -167,7 +167,17 @@ def scan_model() -> tuple[FalconH1Config, ort.InferenceSession]:
         "state": ("b", 4, 5, 3),
     }
     inputs = {name: ir.Value(name=name, shape=ir.Shape(shape), type=floats) for name, shape in shapes.items()}
-    results = chunked_scan(b, config, Chunks.of(b, b.op("Shape", inputs["decay"], start=1, end=2)), *inputs.values())
+    chunks = Chunks.of(b, b.op("Shape", inputs["decay"], start=1, end=2))
+    results = chunked_scan(
+        b,
+        config,
+        chunks,
+        drive=inputs["drive"],
+        log_decay=inputs["decay"],
+        B=inputs["B"],
+        C=inputs["C"],
+        state=inputs["state"],
+    )
     for value, name in zip(results, ("y", "last"), strict=True):
         value.name = name
         value.type = floats

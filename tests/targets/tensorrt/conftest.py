@@ -1,4 +1,7 @@
-"""The plugin library with stand-ins for machine code, and a program that does to it what TensorRT does, over a driver that writes down."""
+"""The plugin library with stand-ins for machine code, a harness that calls it as TensorRT does, and a fake CUDA driver.
+
+The driver prints every kernel launch with its arguments, and the harness prints the plugin's log.
+"""
 
 from __future__ import annotations
 
@@ -9,41 +12,41 @@ from pathlib import Path
 
 import pytest
 from fake_tensorrt import HOST
+from roofline import PUBLISHED
 
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin
 from h1export.plugins.gpu.kernel import Kernel
-from h1export.plugins.gpu.shapes import PUBLISHED
 from h1export.targets.tensorrt.engine.build import BuildLog
 from h1export.targets.tensorrt.engine.config import ENGINE
 from h1export.targets.tensorrt.engine.requirements import Host
 from h1export.targets.tensorrt.plugin import kernels, library
 from h1export.targets.tensorrt.plugin.embed import write_sources
-from h1export.targets.tensorrt.plugin.schema import OPS
+from h1export.targets.tensorrt.plugin.schema import OPS, Arguments
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-fPIC")
 
 
 def image(kernel: Kernel, architecture: int) -> str:
-    """What stands for the machine code of a kernel; the driver says which one it was given."""
+    """Return the stand-in for a kernel's machine code, a text that the driver prints when it is launched."""
     return f"code of {kernel.symbol} for sm_{architecture}"
 
 
 @pytest.fixture
 def gpu_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HOST, a machine with a GPU, whose builder writes a few bytes."""
+    """Pretend that this machine is HOST, which has a GPU, and that its builder writes a few bytes."""
 
     def build_engine(folder: Path, _: object) -> BuildLog:
         (folder / ENGINE).write_bytes(b"engine")
         return BuildLog(version=HOST.versions["tensorrt"])
 
-    monkeypatch.setattr(Host, "here", lambda _recipe: HOST)
+    monkeypatch.setattr(Host, "here", lambda _config: HOST)
     monkeypatch.setattr("h1export.targets.tensorrt.engine.build.build", build_engine)
 
 
 @pytest.fixture(scope="session")
 def stand_ins() -> list[Cubin]:
-    """For every published shape, dtype and architecture."""
+    """Stand-ins for the machine code of every published shape, dtype and architecture."""
     shapes = dict.fromkeys((shape.d_head, shape.d_state, shape.taps) for shape in PUBLISHED)
     wanted = dict.fromkeys(
         kernel for shape in shapes for dtype in ("fp16", "bf16") for kernel in kernels(*shape, dtype)
@@ -57,7 +60,7 @@ def stand_ins() -> list[Cubin]:
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory, stand_ins: list[Cubin]) -> Path:
-    """Folder of the plugin's source, its library in cache/, the harness, and, in gpu/, the driver."""
+    """A folder with the plugin's source, its library in cache/, the harness, and the driver in gpu/."""
     folder = tmp_path_factory.mktemp("plugin")
     source = write_sources(folder / "source", stand_ins)
     with pytest.MonkeyPatch.context() as patch:
@@ -75,9 +78,13 @@ def driver(tmp_path_factory: pytest.TempPathFactory, stand_ins: list[Cubin]) -> 
 
 
 def kinds() -> str:
-    """A letter for each argument of each kernel, for the driver."""
+    """Return the C++ header that tells the driver the arguments of each kernel, with a letter for each."""
+
+    def letters(arguments: Arguments) -> str:
+        return "".join("p" if kind[0] == "*" else kind[0] for _, kind in arguments)
+
     rows = [
-        f'if (!std::strcmp(kernel, "{name}")) return "{"".join("p" if kind[0] == "*" else kind[0] for _, kind in arguments)}";'
+        f'if (!std::strcmp(kernel, "{name}")) return "{letters(arguments)}";'
         for op in OPS
         for name, arguments in op.kernels.items()
     ]
@@ -88,7 +95,7 @@ def kinds() -> str:
 
 @pytest.fixture(scope="session")
 def harness(driver: Path) -> Callable[..., list[list[str]]]:
-    """harness(line, ...) -> the lines that each case printed; with_driver=False: on a machine without one."""
+    """harness(lines) -> the lines that each case printed; with_driver=False simulates a machine without a driver."""
 
     def run(cases: Sequence[str], with_driver: bool = True) -> list[list[str]]:
         environment = {"LD_LIBRARY_PATH": str(driver / ("gpu" if with_driver else "none"))}

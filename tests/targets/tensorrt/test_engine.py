@@ -1,4 +1,4 @@
-"""TensorRT-RTX itself: it parses and builds what a build makes, on a CPU; what is wrong is an error in our words and leaves nothing."""
+"""TensorRT-RTX itself builds engines on a CPU, and each failure ends in an error that leaves no files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Edit = Callable[[onnx.ModelProto], None]
 
 @pytest.fixture(scope="module")
 def checkpoint(make_checkpoint: Callable[..., Path]) -> Path:
-    """Of a head dim and a state size that the library has kernels for."""
+    """A checkpoint with a head dimension and a state size that the library has kernels for."""
     return make_checkpoint(mamba_d_state=64)
 
 
 @pytest.fixture(scope="module")
 def built(checkpoint: Path, driver: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """An int4 artifact with an engine for one GPU; stand-ins are its machine code."""
+    """An int4 artifact with an engine for one GPU; its machine code is replaced by stand-ins."""
 
     def write(folder: Path, *_: Any) -> dict[str, Any]:
         folder.mkdir()
@@ -49,7 +49,7 @@ def built(checkpoint: Path, driver: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def folder(built: Artifact, tmp_path: Path) -> Path:
-    """A copy of its files but for the engine."""
+    """A copy of the artifact without its engine."""
     copy = Path(shutil.copytree(built.folder, tmp_path / "copy"))
     (copy / ENGINE).unlink()
     return copy
@@ -60,7 +60,7 @@ def test_the_engine_has_both_profiles_and_a_plugin_layer_for_each_op(built: Arti
     build_log = build.build(folder, SILENT)
     assert build_log.plugins == 2 * built.config.num_hidden_layers
     assert build_log.profiles == 2
-    assert build_log.said == []
+    assert build_log.errors == []
     requirements = built.manifest.requirements
     assert requirements["version"] == build_log.version
     assert requirements["engine"] == built.manifest.files[ENGINE][0]
@@ -68,25 +68,23 @@ def test_the_engine_has_both_profiles_and_a_plugin_layer_for_each_op(built: Arti
     assert requirements["architectures"] == [86]
 
 
-def test_what_lies_in_the_working_folder_is_not_imported(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A clone of h1export, for one."""
+def test_the_working_folder_is_not_imported_from(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder may be a clone of h1export."""
     (tmp_path / "h1export").mkdir()
     (tmp_path / "h1export" / "__init__.py").write_text("raise ImportError('another h1export')")
     monkeypatch.chdir(tmp_path)
-    assert build.build(folder, SILENT).said == []
+    assert build.build(folder, SILENT).errors == []
 
 
-def test_the_recipe_says_it_all(built: Artifact) -> None:
-    recipe = EngineConfig.read(built.folder)
-    assert recipe.hashes == {name: built.manifest.files[name][0] for name in (MODEL, f"{MODEL}.data", LIBRARY)}
-    decode, prefill = recipe.profiles
+def test_recipe_json_holds_all_settings(built: Artifact) -> None:
+    config = EngineConfig.read(built.folder)
+    assert config.hashes == {name: built.manifest.files[name][0] for name in (MODEL, f"{MODEL}.data", LIBRARY)}
+    decode, prefill = config.profiles
     assert decode.inputs["input_ids"] == ((1, 1), (2, 1), (2, 1))
     assert prefill.inputs["input_ids"] == ((1, 1), (2, 24), (2, 96))
     assert prefill.inputs["past_key_values.0.key"][2] == (2, 2, 96, 32)
     line = (built.folder / "trtexec.sh").read_text()
-    assert line == recipe.trtexec() + "\n"
+    assert line == config.trtexec() + "\n"
     assert "--maxShapes=attention_mask:2x96,input_ids:2x96,past_key_values.0.conv_state:2x320x3" in line
     assert line.count("--profile=") == 2
     readme = (built.folder / "README.md").read_text()
@@ -99,7 +97,7 @@ def unknown_op(model: onnx.ModelProto) -> None:
 
 
 def wrong_dtype(model: onnx.ModelProto) -> None:
-    """The decay A in fp16."""
+    """Convert the decay A to fp16, which the plugin does not take."""
     node = next(node for node in model.graph.node if node.op_type == "SSMScan")
     model.graph.node.insert(0, onnx.helper.make_node("Cast", [node.input[2]], ["short"], to=onnx.TensorProto.FLOAT16))
     node.input[2] = "short"
@@ -127,11 +125,11 @@ def test_a_wrong_network_is_an_error(edit: Edit, said: str, folder: Path) -> Non
     assert not (folder / ENGINE).exists()
 
 
-def test_a_recipe_without_consent_to_states_in_place(folder: Path) -> None:
-    recipe = EngineConfig.read(folder)
-    (folder / RECIPE).write_text(replace(recipe, preview_features=()).to_json())
+def test_states_in_place_need_their_preview_feature(folder: Path) -> None:
+    config = EngineConfig.read(folder)
+    (folder / RECIPE).write_text(replace(config, preview_features=()).to_json())
     with pytest.raises(
-        H1ExportError, match=r"updates states in place, which the recipe does not allow.*preview_features"
+        H1ExportError, match=r"updates states in place, which recipe.json does not allow.*preview_features"
     ):
         build.build(folder, SILENT)
     assert not (folder / ENGINE).exists()
@@ -183,7 +181,7 @@ def test_without_rtx_the_error_says_so(checkpoint: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"runtime": "rtx"}', '{"profiles": [{}]}'])
-def test_what_is_no_recipe(text: str, tmp_path: Path) -> None:
+def test_another_recipe_json_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / RECIPE).write_text(text)
-    with pytest.raises(H1ExportError, match=r"recipe.json: is no recipe"):
+    with pytest.raises(H1ExportError, match=r"recipe.json: does not describe an engine build"):
         EngineConfig.read(tmp_path)

@@ -18,7 +18,7 @@ from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.runtime.runner import Runner
-from h1export.targets.tensorrt.engine.finish import finish
+from h1export.targets.tensorrt.engine.finalize import build_engine_here
 from h1export.targets.tensorrt.engine.requirements import Host
 from h1export.validate.accuracy.run import ValidateOptions, validate
 
@@ -44,7 +44,7 @@ def finished(
     options = {"max_context": ROOM, "max_batch": 2, "runtime": "tensorrt", "architectures": (89,), "compute": compute}
     artifact = build(make_checkpoint(), "int4", target="trt", **options)
     folder = Path(shutil.copytree(artifact.folder, tmp_path / "out"))
-    finish(folder, SILENT)
+    build_engine_here(folder, SILENT)
     return Artifact.open(folder)
 
 
@@ -140,7 +140,7 @@ def test_validate_judges_the_engine(
 ) -> None:
     runner = pipeline.load(finished)
     exact = pipeline.load(finished, float32=True)
-    assert (runner.capabilities.emulated, exact.capabilities.emulated) == (False, True)
+    assert (runner.provenance.emulated, exact.provenance.emulated) == (False, True)
     slow = {"latency.prefill": 1e3, "latency.decode": 1e3}  # the stand-in is
     report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(slow, pairs=1), SILENT)
     assert report.passed, report.to_json()
@@ -152,17 +152,17 @@ def test_validate_judges_the_engine(
 
 @pytest.mark.parametrize("compute", ["fp16"], indirect=True)
 class TestErrors:
-    def test_the_passport_comes_before_the_engine(
+    def test_the_requirements_are_checked_before_the_engine_is_read(
         self, finished: Artifact, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(Host, "here", lambda _recipe: replace(HOST, architecture=120))
+        monkeypatch.setattr(Host, "here", lambda _config: replace(HOST, architecture=120))
         with pytest.raises(H1ExportError, match="the engine is for sm_89, and this GPU is sm_120"):
             pipeline.load(finished, kernels="native")
         assert tensorrt.engines == []
         runner = pipeline.load(finished)
-        assert runner.capabilities.emulated
+        assert runner.provenance.emulated
         assert re.search(
-            "is computed on the CPU, and not by its engine: .*this GPU is sm_120", runner.capabilities.fallback
+            "is computed on the CPU, and not by its engine: .*this GPU is sm_120", runner.provenance.fallback
         )
 
     def test_what_tensorrt_does_not_load(self, finished: Artifact, tensorrt: FakeTensorRT) -> None:
@@ -173,7 +173,7 @@ class TestErrors:
         ):
             pipeline.load(finished, kernels="native")
         tensorrt.loads_plugin = False
-        with pytest.raises(H1ExportError, match="cannot load the plugin: it does not say why"):
+        with pytest.raises(H1ExportError, match="cannot load the plugin: it gives no reason"):
             pipeline.load(finished, kernels="native")
 
     @pytest.mark.parametrize(

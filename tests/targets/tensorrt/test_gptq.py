@@ -1,4 +1,4 @@
-"""Ready-made GPTQ checkpoints in a network for TensorRT: sorted columns are gathered, and zero points are refused."""
+"""Prequantized GPTQ checkpoints in a network for TensorRT: sorted columns are gathered, and zero points are refused."""
 
 from __future__ import annotations
 

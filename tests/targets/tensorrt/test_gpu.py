@@ -1,4 +1,7 @@
-"""Engines, the plugin and torch-tensorrt on an NVIDIA GPU: `nox -s gpu`. Without one these tests skip, and nothing has run them yet."""
+"""Engines, the plugin and torch-tensorrt on an NVIDIA GPU (`nox -s gpu`).
+
+Without a GPU these tests are skipped. They have not been run yet.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +28,16 @@ from h1export.validate.accuracy.logits import relative_error
 
 pytestmark = pytest.mark.gpu
 
-# of the range, as on the CPU
+# Relative to the range of the logits, as on the CPU.
 HALF = 5e-3
 BRAIN = 4e-2
-FAST = (
-    "--limit",
-    "latency.prefill=1e3",
-    "--limit",
-    "latency.decode=1e3",
-)  # beside transformers on the CPU a tiny model may be slow
+# Compared with transformers on the CPU, a tiny model may be slow on a GPU.
+FAST = ("--limit", "latency.prefill=1e3", "--limit", "latency.decode=1e3")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def architecture() -> int:
-    """Of the GPU."""
+    """The compute capability of the GPU."""
     if not torch.cuda.is_available():
         pytest.fail("torch cannot use the GPU here: install PyTorch's build for CUDA")
     if os.environ["TRITON_INTERPRET"] != "0":
@@ -85,7 +84,7 @@ def test_validate_passes_on_the_engine(engine: Path, capfd: pytest.CaptureFixtur
 
 
 def test_decoding_by_a_graph_is_decoding_by_calls(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other sequences in between disturb nothing."""
+    """Calls with other sequences in between do not change the result."""
     recorded = []
     record = Gpu.record
     monkeypatch.setattr(Gpu, "record", lambda self, launch: recorded.append(record(self, launch)) or recorded[-1])
@@ -104,7 +103,7 @@ def test_decoding_by_a_graph_is_decoding_by_calls(engine: Path, monkeypatch: pyt
 
 
 def test_torch_tensorrt_compiles_the_model(architecture: int, tiny: Path) -> None:
-    """A prompt of 64 tokens in bf16 against torch on the same GPU."""
+    """The logits of a prompt of 64 tokens in bf16 are compared with torch on the same GPU."""
     if find_spec("torch_tensorrt") is None:
         pytest.skip("torch-tensorrt is not installed")
     torch_tensorrt: Any = importlib.import_module("torch_tensorrt")

@@ -1,4 +1,4 @@
-"""The network, executed on a CPU from the file that a builder gets, against transformers with the weights that it stores."""
+"""The network, executed on a CPU from the file that a builder reads, against transformers with the stored weights."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ Edit = Callable[[onnx.ModelProto], None]
 
 @pytest.fixture
 def network(build: Build, without_plugin: None) -> Callable[..., Artifact]:
-    """network(checkpoint, "int4", compute="bf16") -> an artifact for two sequences of 96 tokens."""
+    """network(checkpoint, "int4", compute="bf16") builds an artifact for two sequences of 96 tokens."""
     common = {"target": "trt", "max_context": 96, "max_batch": 2, "runtime": "tensorrt"}
     return lambda checkpoint, quant="int4", **chosen: build(checkpoint, quant, **common | chosen)
 
 
 def worst(artifact: Artifact, checkpoint: Path, float32: bool) -> float:
-    """The largest error of logits and states over CALLS of two rows, one of them padded, relative to the range."""
+    """Return the largest error of logits and states, relative to their range, over CALLS of two rows, one padded."""
     runner = pipeline.load(artifact, float32=float32)
     reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
@@ -139,7 +139,7 @@ def declare(model: onnx.ModelProto, name: str, kind: int) -> str:
 
 
 def drop_a_multiplier(model: onnx.ModelProto) -> None:
-    """The last µP product of layer 1 hands on its operand."""
+    """Replace the last µP product of layer 1 by its operand."""
     products = {name for node in of(model, "MatMul") for name in node.output}
     node = [node for node in of(model, "Mul") if node.input[0] in products][-1]
     (read,) = [reader for reader in model.graph.node if node.output[0] in reader.input]
@@ -152,15 +152,15 @@ def swap_b_and_c(model: onnx.ModelProto) -> None:
 
 
 def stale_state(model: onnx.ModelProto) -> None:
-    """Layer 1 hands on the state that it was given."""
+    """Let layer 1 return the state that it was given."""
     node = of(model, "SSMScan")[1]
     state = node.input[7]
-    node.output[1] = declare(model, "nobody reads this", onnx.TensorProto.FLOAT)
+    node.output[1] = declare(model, "unused", onnx.TensorProto.FLOAT)
     model.graph.node.append(helper.make_node("Identity", [state], ["present.1.recurrent_state"]))
 
 
 def one_column_on(model: onnx.ModelProto) -> None:
-    """Values of layer 0 are written a column too far to the right."""
+    """Write the values of layer 0 one column too far to the right."""
     node = of(model, "TensorScatter")[1]
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1]), "one too many"))
     model.graph.node.insert(0, helper.make_node("Add", [node.input[2], "one too many"], ["too far"]))
@@ -168,7 +168,7 @@ def one_column_on(model: onnx.ModelProto) -> None:
 
 
 def damaged(artifact: Artifact, folder: Path, edit: Edit) -> Artifact:
-    """A copy whose model ``edit`` has changed."""
+    """Return a copy of the artifact whose model ``edit`` has changed."""
     copy = Path(shutil.copytree(artifact.folder, folder / "changed"))
     model = onnx.load(copy / "model.onnx", load_external_data=False)
     edit(model)

@@ -1,4 +1,4 @@
-"""The TensorRT plugin under a driver of our own: what it packs is what launch.py says, and what is wrong is refused in our words."""
+"""The TensorRT plugin under a fake CUDA driver: it passes the arguments that launch.py lists, and names each fault."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from roofline import PUBLISHED, Shape
 
 from h1export.errors import H1ExportError
 from h1export.plugins import h1
 from h1export.plugins.causal_conv import launch as conv
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin
 from h1export.plugins.gpu.kernel import Launch
-from h1export.plugins.gpu.shapes import PUBLISHED, Shape
 from h1export.plugins.ssm_scan import launch as scan
 from h1export.targets.tensorrt.plugin import build, library, write
 from h1export.targets.tensorrt.plugin.embed import digest, write_sources
@@ -33,7 +33,7 @@ SCAN_FIELDS = {"chunk_size": "i 128", "dt_min": "f 0.001", "dt_max": "f inf", "s
 
 
 def sizes_of(shape: Shape, batch: int, tokens: int) -> dict[str, int]:
-    """Every size that the plugin's shapes name."""
+    """Return every size that occurs in the shapes of the plugin's inputs."""
     sizes = {
         "batch": batch,
         "tokens": tokens,
@@ -46,7 +46,7 @@ def sizes_of(shape: Shape, batch: int, tokens: int) -> dict[str, int]:
 
 
 def tensors(op: Op, sizes: Mapping[str, int], dtype: str) -> list[str]:
-    """The inputs of a case, each as the harness reads it."""
+    """Return the inputs of a case, each in the text form that the harness reads."""
     found = []
     for name in op.inputs:
         dims = [str(sizes[size]) for size in op.shapes[name].split()]
@@ -63,19 +63,19 @@ def case(
     in_place: int = 0,
     tamper: int = 0,
 ) -> str:
-    """A line for the harness."""
+    """Return the line of a case for the harness."""
     given = " ".join(f"{name} {value}" for name, value in fields.items())
     return f"{op.name} {gpu} {refused} {in_place} {tamper} {len(fields)} {given} {len(inputs)} {' '.join(inputs)}"
 
 
 def default(op: Op = SCAN, tokens: int = 1, fields: Mapping[str, str] | None = None, **more: int) -> str:
-    """A good case of the 0.5B shape, with changes."""
+    """Return a valid case of the 0.5B shape, with changes."""
     fields = (SCAN_FIELDS if op is SCAN else {"state_in_place": "i 0"}) if fields is None else fields
     return case(op, tensors(op, sizes_of(PUBLISHED[1], 2, tokens), "fp16"), fields, **more)
 
 
 def expected(op: Op, launches: tuple[Launch, ...], gpu: int, in_place: bool, parts: Mapping[str, int]) -> Iterator[str]:
-    """The lines that the driver writes for the launches; ``parts``: addresses of the workspace's."""
+    """Yield the lines that the driver writes for the launches; ``parts`` are the addresses of the workspace's parts."""
     names = [*op.inputs, "y", "new_state"]
     addresses = {name: PAGE * (i + 1) for i, name in enumerate(names)} | dict(parts)
     if in_place:
@@ -89,7 +89,7 @@ def expected(op: Op, launches: tuple[Launch, ...], gpu: int, in_place: bool, par
 
 
 def layout(problem: scan.Problem, start: int) -> tuple[dict[str, int], int]:
-    """Addresses of the workspace's parts, and its size."""
+    """Return the addresses of the workspace's parts, and its size in bytes."""
     addresses = {}
     at = 0
     for name, (shape, dtype) in problem.workspace().items():
@@ -100,7 +100,7 @@ def layout(problem: scan.Problem, start: int) -> tuple[dict[str, int], int]:
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_the_scan_packs_what_launch_says(in_place: bool, harness: Harness) -> None:
-    """Every published shape, both dtypes, one token and ragged chunks, on every architecture, through what an engine holds."""
+    """All published shapes, dtypes and architectures run with one token and ragged chunks, after serialisation."""
     cases = []
     wanted = []
     for i, shape in enumerate(PUBLISHED):
@@ -156,7 +156,7 @@ def test_a_gpu_takes_its_architectures_code(gpu: int, taken: int, harness: Harne
 
 
 def swapped(op: Op, first: str, second: str, tokens: int = 1) -> str:
-    """The default case with two inputs in each other's place."""
+    """Return the default case with two inputs exchanged."""
     inputs = tensors(op, sizes_of(PUBLISHED[1], 2, tokens), "fp16")
     i = op.inputs.index(first)
     j = op.inputs.index(second)
@@ -165,7 +165,7 @@ def swapped(op: Op, first: str, second: str, tokens: int = 1) -> str:
 
 
 def reshaped(op: Op, name: str, text: str) -> str:
-    """The default case with another tensor for one input."""
+    """Return the default case with another tensor for one input."""
     inputs = tensors(op, sizes_of(PUBLISHED[1], 2, 1), "fp16")
     inputs[op.inputs.index(name)] = text
     return case(op, inputs, SCAN_FIELDS if op is SCAN else {"state_in_place": "i 0"})
@@ -237,9 +237,9 @@ def test_a_fault_is_named(fault: str, harness: Harness) -> None:
     (lines,) = harness([line])
     assert not any(printed.startswith("launch") or printed == "enqueued 0" for printed in lines)
     assert any(re.search(text, printed) for printed in lines), lines
-    said = [printed for printed in lines if printed.startswith("log")]
-    assert all(printed.startswith("log 1 h1export::") for printed in said)
-    assert said or text.startswith("^format")
+    logged = [printed for printed in lines if printed.startswith("log")]
+    assert all(printed.startswith("log 1 h1export::") for printed in logged)
+    assert logged or text.startswith("^format")
 
 
 def test_without_a_driver_it_loads_and_builds_and_does_not_run(harness: Harness) -> None:
@@ -250,7 +250,7 @@ def test_without_a_driver_it_loads_and_builds_and_does_not_run(harness: Harness)
 
 
 def test_inputs_are_the_schemas(driver: Path) -> None:
-    """The header names what the ops' schemas name, in order, and so does what a fake kernel's shapes say."""
+    """The header has the inputs and attributes of the schemas in order, with shapes that the fake kernels accept."""
     assert (driver / "source" / "ops.h").read_text() == header()
     for op, function in zip(OPS, (h1.ssm_scan, h1.causal_conv), strict=True):
         declared = [argument.name for argument in function.default._schema.arguments]
@@ -264,7 +264,7 @@ def test_inputs_are_the_schemas(driver: Path) -> None:
 
 @pytest.fixture
 def without_cmake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither the system's nor the extra's."""
+    """Hide the CMake of the system and that of the extra."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
 
@@ -272,14 +272,14 @@ def without_cmake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_library_is_built_once(
     driver: Path, stand_ins: list[Cubin], without_cmake: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Into a cache, whose key covers the machine code."""
+    """The library is kept in a cache whose key covers the machine code."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(driver / "cache"))
     made = library(stand_ins)
     assert made == (driver / "libh1export_plugin.so").resolve()
     assert made.parent.name == digest(stand_ins, "") != digest(stand_ins[1:], "")
     assert digest(stand_ins).encode() in made.read_bytes()
     assert [path.name for path in made.parent.iterdir()] == [made.name]
-    with pytest.raises(H1ExportError, match="no cmake found"):
+    with pytest.raises(H1ExportError, match="cmake is not installed"):
         library(stand_ins[1:])
 
 
@@ -300,11 +300,11 @@ def test_a_warning_stops_the_build_and_nothing_is_left(
 
 
 def test_without_cmake_the_error_says_so(without_cmake: None, tmp_path: Path) -> None:
-    with pytest.raises(H1ExportError, match="no cmake found; install the extra trt"):
+    with pytest.raises(H1ExportError, match="cmake is not installed; install the extra trt"):
         build(tmp_path, tmp_path)
 
 
-def test_what_kernels_take_is_told(
+def test_the_resources_of_kernels_are_returned(
     stand_ins: list[Cubin], driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cubins = [replace(stand_ins[0], registers=40, spilled=8, shared=512)]

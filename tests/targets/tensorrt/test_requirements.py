@@ -1,4 +1,4 @@
-"""An engine is read only where it belongs: `finish` on a GPU host builds it, and checks what it is tied to."""
+"""An engine is built on the machine with the GPU, and read only where the machine meets its requirements."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 from fake_tensorrt import HOST
 
 from h1export import cli
-from h1export.artifact.artifact import Artifact, Manifest
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import Manifest
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY
-from h1export.targets.tensorrt.engine.finish import finish
+from h1export.targets.tensorrt.engine.finalize import build_engine_here
 from h1export.targets.tensorrt.engine.requirements import EngineRequirements, Host, check
 from h1export.validate.speed.gate_file import Gate
 from h1export.validate.speed.regression import counted
@@ -25,17 +26,17 @@ from h1export.validate.speed.regression import counted
 def unfinished(
     make_checkpoint: Callable[..., Path], build: Callable[..., Artifact], without_plugin: None, tmp_path: Path
 ) -> Path:
-    """A copy of an artifact for TensorRT, which has no engine yet."""
+    """A copy of an artifact for TensorRT that has no engine yet."""
     artifact = build(
         make_checkpoint(), "int4", target="trt", max_context=96, runtime="tensorrt", architectures=(89, 90)
     )
     return Path(shutil.copytree(artifact.folder, tmp_path / "out"))
 
 
-def test_finish_builds_the_engine_and_enters_it(unfinished: Path, gpu_host: None) -> None:
+def test_the_engine_is_built_and_recorded_in_the_manifest(unfinished: Path, gpu_host: None) -> None:
     before = Artifact.open(unfinished)
     assert EngineRequirements.of(before).engine == ""
-    requirements = finish(unfinished, SILENT)
+    requirements = build_engine_here(unfinished, SILENT)
     after = Artifact.open(unfinished)
     after.check_hashes()
     assert EngineRequirements.of(after) == requirements
@@ -45,11 +46,11 @@ def test_finish_builds_the_engine_and_enters_it(unfinished: Path, gpu_host: None
     assert counted(after, Gate("trt", "int4"), {}).spills == {"decode sm_89": 0}
     assert before.manifest.files.items() < after.manifest.files.items()
     (unfinished / ENGINE).chmod(0o400)
-    assert finish(unfinished, SILENT) == requirements  # and leaves it, the second time
+    assert build_engine_here(unfinished, SILENT) == requirements  # the second call keeps the engine
     assert [path.name for path in unfinished.iterdir() if path.name.startswith(".")] == []
 
 
-def test_finish_without_a_gpu(
+def test_a_machine_without_a_gpu(
     unfinished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("h1export.targets.tensorrt.engine.requirements.DRIVER", "libnosuchdriver.so.1")
@@ -58,14 +59,12 @@ def test_finish_without_a_gpu(
     assert not (unfinished / ENGINE).exists()
 
 
-def test_finish_on_a_gpu_that_the_kernels_are_not_for(
-    unfinished: Path, gpu_host: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Host, "here", lambda _recipe: replace(HOST, architecture=120))
+def test_a_gpu_that_the_kernels_are_not_for(unfinished: Path, gpu_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Host, "here", lambda _config: replace(HOST, architecture=120))
     with pytest.raises(
         H1ExportError, match=r"compiled for sm_89, sm_90, and this GPU is sm_120; build it with --sm 120"
     ):
-        finish(unfinished, SILENT)
+        build_engine_here(unfinished, SILENT)
     assert not (unfinished / ENGINE).exists()
 
 
@@ -78,7 +77,7 @@ def test_finish_on_a_gpu_that_the_kernels_are_not_for(
     ],
 )
 def test_another_machine_is_named(host: Host, said: str, unfinished: Path, gpu_host: None) -> None:
-    requirements = finish(unfinished, SILENT)
+    requirements = build_engine_here(unfinished, SILENT)
     check(unfinished, requirements, HOST)
     with pytest.raises(H1ExportError, match=said):
         check(unfinished, requirements, host)
@@ -86,21 +85,21 @@ def test_another_machine_is_named(host: Host, said: str, unfinished: Path, gpu_h
 
 @pytest.mark.parametrize("name", [ENGINE, LIBRARY])
 def test_a_changed_file_is_named(name: str, unfinished: Path, gpu_host: None) -> None:
-    requirements = finish(unfinished, SILENT)
+    requirements = build_engine_here(unfinished, SILENT)
     (unfinished / name).write_bytes(b"another")
-    with pytest.raises(H1ExportError, match=rf"{name}: is not the file that the manifest's passport names"):
+    with pytest.raises(H1ExportError, match=rf"{name}: is not the file that the requirements in the manifest name"):
         check(unfinished, requirements, HOST)
 
 
 def test_no_engine_yet(unfinished: Path) -> None:
-    with pytest.raises(H1ExportError, match="has no engine yet; run h1export finish"):
+    with pytest.raises(H1ExportError, match="has no engine yet; run h1export trt build-engine"):
         check(unfinished, EngineRequirements.of(Artifact.open(unfinished)), HOST)
 
 
-def test_a_manifest_without_a_passport_reads_as_before(unfinished: Path) -> None:
+def test_a_manifest_without_requirements_is_read_and_names_no_engine(unfinished: Path) -> None:
     manifest = Artifact.open(unfinished).manifest
     text = replace(manifest, requirements={}).to_json()
     assert "requirements" not in text
     assert Manifest.parse(text, unfinished) == replace(manifest, requirements={})
-    with pytest.raises(H1ExportError, match="has no passport"):
+    with pytest.raises(H1ExportError, match="has no engine requirements"):
         EngineRequirements.of(Artifact(unfinished, replace(manifest, requirements={})))

@@ -1,4 +1,4 @@
-"""TensorRT-RTX itself takes the plugin: it parses nodes of our domain and builds engines from them, on a CPU, in a process of its own."""
+"""TensorRT-RTX itself loads the plugin, parses our nodes and builds engines, on a CPU, in a worker process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from onnx import TensorProto, helper
+from roofline import PUBLISHED
 
-from h1export.plugins.gpu.shapes import PUBLISHED
 from h1export.targets.tensorrt.plugin.schema import OPS
 
 Build = Callable[..., str]
@@ -28,7 +28,7 @@ SIZES = {
     "one": 1,
 }
 ATTRIBUTES = {"SSMScan": {"chunk_size": 128, "dt_min": 0.0, "dt_max": float("inf")}, "CausalConv": {}}
-LIBRARY = "libtensorrt_rtx.so"  # its parser opens it by this name when it adds a plugin; the package has another
+LIBRARY = "libtensorrt_rtx.so"  # the parser opens it by this name when it adds a plugin; the package has another name
 SCRIPT = """
 import sys
 import tensorrt_rtx as trt
@@ -70,7 +70,7 @@ print("no engine" if engine is None else "engine")
 
 @pytest.fixture
 def rtx(driver: Path, tmp_path: Path) -> Build:
-    """rtx(state_in_place, order=, dropped=, aliasing=) -> what the builder prints of both ops with these inputs and attributes."""
+    """rtx(state_in_place, order=, dropped=, aliasing=) -> what the builder prints about a network of both ops."""
     (shipped,) = [file for file in files("tensorrt-rtx-cu13-libs") or [] if file.name.startswith(LIBRARY)]
     (tmp_path / LIBRARY).symlink_to(shipped.locate())
 
@@ -97,7 +97,7 @@ def rtx(driver: Path, tmp_path: Path) -> Build:
 
 
 def network(in_place: bool, order: Callable[[list[str]], list[str]], dropped: str) -> bytes:
-    """An ONNX model of one node for each op, whose inputs are all inputs of the graph."""
+    """Return an ONNX model with one node for each op, whose inputs are all inputs of the graph."""
     nodes = []
     inputs = []
     outputs = []
@@ -131,7 +131,7 @@ def test_an_engine_is_built(in_place: bool, rtx: Build) -> None:
 
 
 def swapped(inputs: list[str]) -> list[str]:
-    """dt and mask in each other's place."""
+    """Exchange dt and mask."""
     return [{"dt": "mask", "mask": "dt"}.get(name, name) for name in inputs]
 
 
@@ -147,7 +147,7 @@ def test_a_missing_attribute_is_named(rtx: Build) -> None:
     assert "not parsed" in said
 
 
-def test_a_state_in_place_needs_the_builders_consent(rtx: Build) -> None:
+def test_a_state_in_place_needs_the_preview_feature(rtx: Build) -> None:
     said = rtx(True, aliasing=False)
     assert "ALIASED_PLUGIN_IO_10_03" in said
     assert "\nno engine\n" in said, said

@@ -1,4 +1,4 @@
-"""The converters for torch-tensorrt, whose import needs a GPU: over stand-ins for it and a network, with RTX's plugin registry."""
+"""The converters for torch-tensorrt, with stand-ins for its modules (they need a GPU) and TensorRT-RTX's registry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODULE = "h1export.integrations.torch_tensorrt"
 
 
 class Network:
-    """Writes down the layers of plugins."""
+    """A network that records the plugin layers that are added to it."""
 
     def __init__(self) -> None:
         self.layers: list[tuple[list[Any], list[Any], Any]] = []
@@ -37,13 +37,13 @@ class Network:
 
 @pytest.fixture
 def converters() -> dict[Any, Any]:
-    """Op -> what was registered for it."""
+    """Op -> the converter that was registered for it."""
     return {}
 
 
 @pytest.fixture
 def integration(converters: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module, over TensorRT-RTX in TensorRT's place."""
+    """The integration module, with TensorRT-RTX in the place of TensorRT."""
     rtx = importlib.import_module("tensorrt_rtx")
 
     def register(key: Any, **options: Any) -> Callable[[Any], Any]:
@@ -75,7 +75,7 @@ def integration(converters: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def plugin(driver: Path) -> None:
-    """The library with stand-ins for machine code, in RTX's registry, where it stays."""
+    """The library with stand-ins for machine code, in RTX's registry, which keeps it until the process ends."""
     rtx: Any = importlib.import_module("tensorrt_rtx")
     rtx.get_plugin_registry().load_library(str(driver / "libh1export_plugin.so"))
 
@@ -142,7 +142,7 @@ def test_float32_stays_with_torch(integration: ModuleType, converters: dict[Any,
 def test_the_model_is_the_checkpoint_s(
     name: str, integration: ModuleType, make_checkpoint: Callable[..., Path]
 ) -> None:
-    """In float32 exactly; in fp16 nearly, with every activation in fp16, which torch-tensorrt takes from the graph."""
+    """The result is exact in float32 and close in fp16, where torch-tensorrt computes every activation in fp16."""
     checkpoint = make_checkpoint(name)
     ids = np.arange(11)
     expected = Reference(checkpoint).full(ids)[0]
@@ -158,7 +158,7 @@ def test_the_model_is_the_checkpoint_s(
 
 
 def test_attention_is_decomposed(integration: ModuleType, make_checkpoint: Callable[..., Path]) -> None:
-    """What is left of our ops is what there are converters for."""
+    """The exported graph holds only those of our ops for which there are converters."""
     model = integration.load(make_checkpoint(), torch.float16)
     states = integration.zero_states(model, past=5)
     exported = torch.export.export(
@@ -174,7 +174,7 @@ def test_attention_is_decomposed(integration: ModuleType, make_checkpoint: Calla
 def test_a_process_holds_one_plugin(
     integration: ModuleType, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same one may be registered again: TensorRT refuses a second library of the same names."""
+    """The same library may be registered again; TensorRT refuses another library with the same op names."""
     asked: list[str] = []
     registry = SimpleNamespace(load_library=lambda path: None if asked else asked.append(path) or path)
     monkeypatch.setattr(integration, "trt", SimpleNamespace(get_plugin_registry=lambda: registry, __version__="11.0"))

@@ -17,7 +17,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands import measuring, pipeline
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import StateSpec
-from h1export.runtime.runner import Capabilities
+from h1export.runtime.runner import Limits
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.speed.bench import BenchOptions, interleave
 from h1export.validate.speed.memory_traffic import READ_BYTES, read_bandwidth, step_bytes
@@ -111,8 +111,9 @@ def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> No
     calls: list[tuple[int, int]] = []
 
     class Counted:
-        model_config = runner.config
-        capabilities = runner.capabilities
+        config = runner.config
+        limits = runner.limits
+        provenance = runner.provenance
 
         def start(self, batch: int, capacity: int) -> Counted:
             self.inner = runner.start(batch, capacity)
@@ -200,15 +201,15 @@ def test_a_reference_times_what_it_is_asked(make_checkpoint: Callable[..., Path]
 @pytest.mark.parametrize(
     ("limits", "timing", "reason"),
     [
-        (Capabilities(None, True), Timing(Kind.DECODE, 9999, 64), ""),
-        (Capabilities(1, True), Timing(Kind.PREFILL, 8, 2), "takes 1 sequences at a time"),
-        (Capabilities(None, True, max_context=64), Timing(Kind.PREFILL, 64), ""),
-        (Capabilities(None, True, max_context=64), Timing(Kind.PREFILL, 65), "has room for 64 tokens"),
-        (Capabilities(None, True, max_context=64), Timing(Kind.DECODE, 32), ""),
-        (Capabilities(None, True, max_context=64), Timing(Kind.DECODE, 33), "has room for 64 tokens"),
+        (Limits(), Timing(Kind.DECODE, 9999, 64), ""),
+        (Limits(max_batch=1), Timing(Kind.PREFILL, 8, 2), "takes 1 sequences at a time"),
+        (Limits(max_context=64), Timing(Kind.PREFILL, 64), ""),
+        (Limits(max_context=64), Timing(Kind.PREFILL, 65), "has room for 64 tokens"),
+        (Limits(max_context=64), Timing(Kind.DECODE, 32), ""),
+        (Limits(max_context=64), Timing(Kind.DECODE, 33), "has room for 64 tokens"),
     ],
 )
-def test_what_a_runner_cannot_do_is_left_out(limits: Capabilities, timing: Timing, reason: str) -> None:
+def test_what_a_runner_cannot_do_is_left_out(limits: Limits, timing: Timing, reason: str) -> None:
     assert timing.refused(limits, steps=32) == reason
 
 

@@ -17,7 +17,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.report.report import Verdict
-from h1export.runtime.runner import Capabilities, Runner
+from h1export.runtime.runner import Limits, Provenance, Runner
 from h1export.targets import get_target
 from h1export.validate.speed.decision import decide_all
 from h1export.validate.speed.gate_file import Baseline, Gate, Limit
@@ -102,7 +102,8 @@ def test_operations_are_those_of_the_graphs(tiny: Path, build: Build) -> None:
 class Fake:
     """Speeds in the order of ``speeds``; ``log`` hears whose turn it was."""
 
-    capabilities = Capabilities(None, True)
+    limits = Limits()
+    provenance = Provenance(kernels="none")
 
     def __init__(self, name: str, speeds: list[float], log: list[str]) -> None:
         self._name = name
@@ -137,7 +138,7 @@ def pinned() -> Iterator[None]:
 def test_a_planted_slowdown_fails_and_the_same_build_passes(
     tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks"))
     from slowed import Slowed
 
     artifact = build(tiny, "int4", accuracy_level=4)

@@ -1,4 +1,4 @@
-"""Every op that the evaluator has, by its name in the MIL specification of iOS 18; one file a family."""
+"""The evaluator's ops by their names in the MIL specification of iOS 18, one file per family. Read base.py first."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FAMILIES: tuple[Table, ...] = (
     sorting.TABLE,
 )
 TABLE: Table = {name: op for family in FAMILIES for name, op in family.items()}
-# run by the compiler itself, because they touch states, blocks or nothing at all
+# compiled by compiler.py itself, because they use states, nested blocks or no tensor
 CONTROL = ("const", "read_state", "write_state", "while_loop", "cond")
 
 __all__ = ["CONTROL", "TABLE", "Op", "OpError", "Table"]

@@ -1,7 +1,14 @@
-"""What an op is to the evaluator: a function whose signature is its schema.
+"""The definition of an op: a function whose signature is the op's schema.
 
-A parameter annotated int, float, bool, str or Ints takes a constant or a computed scalar or vector, an ``Arrays`` one a tuple of tensors,
-any other a tensor. fp16 tensors arrive as float32 arrays; a result is rounded to the declared type afterwards.
+The parameters have the names of the MIL specification. The annotation of a parameter decides what it takes:
+
+- int, float, bool, str, Ints: a scalar or vector, constant or computed, converted to that type;
+- Arrays: a tuple of tensors;
+- Array: a tensor.
+
+fp16 tensors are passed as float32 arrays, and results are rounded to their declared types afterwards. A function
+returns one array or a list of arrays, leaves its arguments unchanged, and raises OpError for inputs that the
+specification excludes.
 """
 
 from __future__ import annotations
@@ -24,19 +31,19 @@ REQUIRED = inspect.Parameter.empty
 
 
 class OpError(Exception):
-    """What is wrong with an op's inputs; the evaluator adds which op of which function it is."""
+    """An error in an op's inputs; the evaluator adds the operation and the function to the message."""
 
 
 def _integers(array: Array) -> Ints:
     if array.dtype.kind not in "iub":
-        raise OpError(f"takes {array.dtype} where integers belong")
+        raise OpError(f"takes {array.dtype} instead of integers")
     return tuple(int(item) for item in array.ravel())
 
 
 def _scalar(kind: type, kinds: str) -> Callable[[Array], Any]:
     def convert(array: Array) -> Any:
         if array.size != 1 or array.dtype.kind not in kinds:
-            raise OpError(f"takes {array.dtype} of shape {array.shape} where one {kind.__name__} belongs")
+            raise OpError(f"takes {array.dtype} of shape {array.shape} instead of one {kind.__name__}")
         return kind(array.item())
 
     return convert
@@ -53,7 +60,13 @@ CONVERTERS: Mapping[object, Callable[[Array], Any]] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """An input of an op: ``convert`` makes of an array what the function takes (None: the array itself)."""
+    """An input of an op.
+
+    Attributes:
+        convert: converts an array to the argument of the function; None passes the array itself.
+        many: whether the argument is a tuple of tensors.
+        default: the default of the function's parameter, or REQUIRED.
+    """
 
     convert: Callable[[Array], Any] | None
     many: bool
@@ -61,19 +74,26 @@ class Parameter:
 
     @property
     def required(self) -> bool:
+        """Whether the input must be given."""
         return self.default is REQUIRED
 
 
 @dataclass(frozen=True)
 class Op:
-    """``moves``: every value of the result is one of an input's, or a constant: nothing to round, nothing new to overflow."""
+    """An op.
+
+    Attributes:
+        function: computes the results.
+        moves: whether every value of the result is a value of an input or a constant, so that none needs rounding and
+            none can overflow.
+    """
 
     function: Callable[..., Result]
     moves: bool
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:
-        """The schema, read off the signature."""
+        """The schema, from the signature of the function."""
         hints = get_type_hints(self.function)
         found = {}
         for name, parameter in inspect.signature(self.function).parameters.items():
@@ -88,45 +108,45 @@ Table = Mapping[str, Op]
 
 
 def computes(function: Callable[..., Result]) -> Op:
-    """An op whose results are new values."""
+    """Define an op whose results are new values."""
     return Op(function, moves=False)
 
 
 def moves(function: Callable[..., Result]) -> Op:
-    """An op that only moves, selects or repeats values."""
+    """Define an op that only moves, selects or repeats values."""
     return Op(function, moves=True)
 
 
 def axis_of(axis: int, rank: int) -> int:
-    """A non-negative axis; raises OpError outside the rank."""
+    """Return a non-negative axis; raise OpError if it is outside the rank."""
     if not -rank <= axis < rank:
         raise OpError(f"has axis {axis} of a tensor of rank {rank}")
     return axis % rank
 
 
 def axes_of(axes: Ints | None, rank: int) -> Ints:
-    """Non-negative axes; None: all of them."""
+    """Return non-negative axes; None stands for all axes."""
     return tuple(range(rank)) if axes is None else tuple(axis_of(axis, rank) for axis in axes)
 
 
 def check_indices(indices: Array, size: int, axis: int) -> None:
-    """Raises OpError for an index outside ``[0, size)``: undefined on a device, negative ones included (iOS 17 on)."""
+    """Raise OpError for an index outside ``[0, size)``; on devices its result is undefined since iOS 17."""
     if indices.size and (int(indices.min()) < 0 or int(indices.max()) >= size):
         wrong = indices[(indices < 0) | (indices >= size)].flat[0]
         raise OpError(
-            f"has index {int(wrong)} of axis {axis}, which has {size} elements; what a device does then is undefined"
+            f"has index {int(wrong)} of axis {axis}, which has {size} elements; the result on a device is undefined"
         )
 
 
-def floats(x: Array) -> Array:
-    """``x``; raises OpError for integers where the specification takes floats only."""
+def require_floats(x: Array) -> Array:
+    """Return ``x``; raise OpError unless it is a float tensor, as the specification requires."""
     if x.dtype.kind != "f":
-        raise OpError(f"takes {x.dtype}, where the specification has floats")
+        raise OpError(f"takes {x.dtype}, and the specification allows floats only")
     return x
 
 
 def broadcastable(vector: Array, rank: int, axis: int) -> Array:
-    """A vector as a tensor of ``rank`` that broadcasts along all axes but ``axis``."""
+    """Reshape a vector to a tensor of ``rank`` that broadcasts along all axes but ``axis``."""
     shape = [1] * rank
     shape[axis] = vector.size
     return np.reshape(vector, shape)

@@ -1,4 +1,7 @@
-"""Compressed constants (Core ML MIL specification, iOS 18 compression and iOS 16 constexpr_ops); computed once, in float32."""
+"""Compressed constants (MIL specification: iOS 18 compression and iOS 16 constexpr_ops).
+
+They are decompressed once per package, in float32.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from h1export.targets.coreml.evaluator.ops.base import OpError, Table, axis_of, 
 
 
 def _spread(values: Array, shape: tuple[int, ...]) -> Array:
-    """``values`` repeated along each axis up to ``shape``, which its sizes divide; axes beyond ``shape`` stay."""
-    if any(size % own for own, size in zip(values.shape, shape, strict=False)):
+    """Repeat ``values`` along each axis to the sizes of ``shape``, which its own must divide; further axes stay."""
+    if any(size % blocks for blocks, size in zip(values.shape, shape, strict=False)):
         raise OpError(f"has blocks {values.shape} that do not divide {shape}")
     for axis, size in enumerate(shape):
         if values.shape[axis] != size:
@@ -19,11 +22,10 @@ def _spread(values: Array, shape: tuple[int, ...]) -> Array:
 
 
 def blockwise_shift_scale(data: Array, scale: Array, offset: Array | None = None) -> Array:
-    """scale * (data - offset), one scale and offset for a block of elements along each axis."""
+    """Compute scale * (data - offset); a block of elements along each axis shares a scale and an offset."""
     if data.ndim != scale.ndim or (offset is not None and offset.shape != scale.shape):
-        raise OpError(
-            f"has data {data.shape}, scale {scale.shape}" + ("" if offset is None else f", offset {offset.shape}")
-        )
+        offset_text = "" if offset is None else f", offset {offset.shape}"
+        raise OpError(f"has data {data.shape}, scale {scale.shape}{offset_text}")
     result = data.astype(np.float32)
     if offset is not None:
         result -= _spread(offset.astype(np.float32), data.shape)
@@ -32,7 +34,10 @@ def blockwise_shift_scale(data: Array, scale: Array, offset: Array | None = None
 
 
 def lut_to_dense(indices: Array, lut: Array, vector_axis: int | None = None) -> Array:
-    """indices [*D] into tables lut [*G, entries, vector], the sizes of G divide those of D; a vector runs along ``vector_axis``."""
+    """Look up indices [*D] in the tables lut [*G, entries, vector].
+
+    The sizes of G divide those of D, and the elements of a vector run along ``vector_axis``.
+    """
     rank = indices.ndim
     if lut.ndim != rank + 2:
         raise OpError(f"has indices {indices.shape} and a table {lut.shape}, whose rank must be two more")
@@ -43,14 +48,14 @@ def lut_to_dense(indices: Array, lut: Array, vector_axis: int | None = None) -> 
     if lut.shape[-1] == 1:
         return vectors[..., 0]
     if vector_axis is None:
-        raise OpError("has vectors in its table and no vector_axis")
+        raise OpError("has vectors in its table but no vector_axis")
     axis = axis_of(vector_axis, rank)
     shape = [size * (lut.shape[-1] if i == axis else 1) for i, size in enumerate(indices.shape)]
     return np.moveaxis(vectors, -1, axis + 1).reshape(shape)
 
 
 def affine_dequantize(quantized_data: Array, zero_point: Array, scale: Array, axis: int) -> Array:
-    """scale * (quantized_data - zero_point), each a scalar or one value for each index of ``axis``."""
+    """Compute scale * (quantized_data - zero_point); both are scalars or have one value per index of ``axis``."""
     rank = quantized_data.ndim
     axis = axis_of(axis, rank)
     for value in (zero_point, scale):
@@ -61,8 +66,9 @@ def affine_dequantize(quantized_data: Array, zero_point: Array, scale: Array, ax
 
 
 def cast(source_val: Array, output_dtype: str) -> Array:
+    """Cast fp16 to fp32."""
     if output_dtype != "fp32":
-        raise OpError(f"casts to {output_dtype!r}, where the specification has fp32 only")
+        raise OpError(f"casts to {output_dtype!r}, and the specification allows fp32 only")
     return source_val.astype(np.float32)
 
 

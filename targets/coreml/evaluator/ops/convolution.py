@@ -1,4 +1,4 @@
-"""Convolution in one to three dimensions, and pooling (Core ML MIL specification, conv and pool)."""
+"""Convolution in one to three dimensions, and pooling (MIL specification: conv and pool)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import numpy as np
 from torch.nn import functional as F
 
 from h1export.targets.coreml.evaluator.dtypes import Array, tensor
-from h1export.targets.coreml.evaluator.ops.base import Ints, OpError, Table, computes, floats
+from h1export.targets.coreml.evaluator.ops.base import Ints, OpError, Table, computes, require_floats
 
 CONVS = (F.conv1d, F.conv2d, F.conv3d)
 
 
-def _padding(pad_type: str, pad: Ints | None, kernel: Ints, strides: Ints) -> Ints:
-    """Elements before and after each spatial axis.
+def _padding(pad_type: str, pad: Ints | None, kernel: Ints, *, strides: Ints) -> Ints:
+    """Return the elements before and after each spatial axis.
 
-    ``same`` is taken only where all readings of the specification agree: stride 1, and as many elements before as after.
+    ``same`` is supported only where all readings of the specification agree: with stride 1, and as many elements before
+    as after.
     """
     spatial = len(kernel)
     if pad_type == "valid":
@@ -29,7 +30,7 @@ def _padding(pad_type: str, pad: Ints | None, kernel: Ints, strides: Ints) -> In
                 f"has pad_type {pad_type!r} with kernel {kernel} and strides {strides}: give the padding as custom"
             )
         return tuple(size // 2 for size in kernel for _ in range(2))
-    raise OpError(f"has pad_type {pad_type!r}, which the specification does not")
+    raise OpError(f"has pad_type {pad_type!r}, which the specification does not have")
 
 
 def conv(
@@ -42,7 +43,7 @@ def conv(
     dilations: Ints | None = None,
     groups: int = 1,
 ) -> Array:
-    """x [n, C_in, *D], weight [C_out, C_in / groups, *K], bias [C_out]."""
+    """Convolve x [n, C_in, *D] with weight [C_out, C_in / groups, *K], and add bias [C_out]."""
     spatial = x.ndim - 2
     if not 1 <= spatial <= 3 or weight.ndim != x.ndim:
         raise OpError(f"takes x {x.shape} and weight {weight.shape}")
@@ -53,21 +54,25 @@ def conv(
     if any(padding):
         x = np.pad(x, [(0, 0), (0, 0), *zip(padding[::2], padding[1::2], strict=True)])
     result = CONVS[spatial - 1](
-        tensor(floats(x)), tensor(weight), None if bias is None else tensor(bias), strides, 0, dilations, groups
+        tensor(require_floats(x)), tensor(weight), None if bias is None else tensor(bias), strides, 0, dilations, groups
     )
     return result.numpy()
 
 
 def _windows(
-    x: Array, kernel_sizes: Ints, strides: Ints | None, pad_type: str, pad: Ints | None, ceil_mode: bool, fill: float
+    x: Array, kernel_sizes: Ints, strides: Ints | None, *, pad_type: str, pad: Ints | None, ceil_mode: bool, fill: float
 ) -> Array:
-    """Windows on the last axes; a part of a window outside x holds ``fill``."""
+    """Return the windows of x on new last axes; the elements outside x are ``fill``."""
     spatial = len(kernel_sizes)
     if ceil_mode or x.ndim != spatial + 2:
-        raise OpError(f"takes x {x.shape} for kernel {kernel_sizes}, ceil_mode {ceil_mode}, which is not done here")
+        raise OpError(
+            f"takes x {x.shape} for kernel {kernel_sizes}, ceil_mode {ceil_mode}, which the evaluator does not support"
+        )
     strides = strides or (1,) * spatial
     padding = _padding(pad_type, pad, kernel_sizes, strides=strides)
-    x = np.pad(floats(x), [(0, 0), (0, 0), *zip(padding[::2], padding[1::2], strict=True)], constant_values=fill)
+    x = np.pad(
+        require_floats(x), [(0, 0), (0, 0), *zip(padding[::2], padding[1::2], strict=True)], constant_values=fill
+    )
     axes = tuple(range(2, x.ndim))
     return np.lib.stride_tricks.sliding_window_view(x, kernel_sizes, axes)[
         :, :, *(slice(None, None, step) for step in strides)
@@ -82,7 +87,7 @@ def max_pool(
     pad: Ints | None = None,
     ceil_mode: bool = False,
 ) -> Array:
-    """x [n, C, *D]: padding never is the largest."""
+    """Return the largest element of each window of x [n, C, *D]; padding is never the largest."""
     windows = _windows(x, kernel_sizes, strides, pad_type=pad_type, pad=pad, ceil_mode=ceil_mode, fill=-np.inf)
     return windows.max(tuple(range(x.ndim, windows.ndim)))  # type: ignore[no-any-return]
 
@@ -96,7 +101,7 @@ def avg_pool(
     exclude_padding_from_average: bool = False,
     ceil_mode: bool = False,
 ) -> Array:
-    """x [n, C, *D]: padding counts as zeros, or not at all."""
+    """Return the mean of each window of x [n, C, *D]; padding counts as zeros, or not at all."""
     windows = _windows(
         x,
         kernel_sizes,
@@ -111,7 +116,7 @@ def avg_pool(
         mean: Array = windows.mean(axes, dtype=np.float32)
         return mean
     if np.isnan(x).any():
-        raise OpError("takes NaN")
+        raise OpError("takes NaN, which the evaluator does not support without padding in the average")
     average: Array = np.nanmean(windows, axes)
     return average
 

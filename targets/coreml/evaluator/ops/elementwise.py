@@ -1,4 +1,4 @@
-"""Elementwise arithmetic, comparison and casts (Core ML MIL specification, elementwise_unary and elementwise_binary)."""
+"""Elementwise arithmetic, comparison and casts (MIL specification: elementwise_unary and elementwise_binary)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from h1export.targets.coreml.evaluator.dtypes import BY_NAME, Array, tensor
-from h1export.targets.coreml.evaluator.ops.base import Op, OpError, Table, computes, floats, moves
+from h1export.targets.coreml.evaluator.ops.base import Op, OpError, Table, computes, moves, require_floats
 
 CASTS = ("bool", "fp16", "fp32", "int8", "int16", "int32", "uint8", "uint16")
 
 
 def unary(function: Callable[[Array], Array], kind: Callable[..., Op] = computes) -> Op:
-    """An op of one tensor."""
+    """Define an op of one tensor."""
 
     def apply(x: Array) -> Array:
         return function(x)
@@ -24,7 +24,7 @@ def unary(function: Callable[[Array], Array], kind: Callable[..., Op] = computes
 
 
 def binary(function: Callable[[Array, Array], Array], kind: Callable[..., Op] = computes) -> Op:
-    """An op of two tensors that broadcast."""
+    """Define an op of two tensors that broadcast."""
 
     def apply(x: Array, y: Array) -> Array:
         return function(x, y)
@@ -32,27 +32,28 @@ def binary(function: Callable[[Array, Array], Array], kind: Callable[..., Op] = 
     return kind(apply)
 
 
-def of_floats(function: Callable[[Array], Array]) -> Op:
-    """An op of one tensor that the specification has for floats only."""
-    return unary(lambda x: function(floats(x)))
+def float_op(function: Callable[[Array], Array]) -> Op:
+    """Define an op of one tensor that the specification allows for floats only."""
+    return unary(lambda x: function(require_floats(x)))
 
 
 def erf(x: Array) -> Array:
-    """Float32; numpy has none."""
-    return torch.erf(tensor(np.asarray(floats(x)))).numpy()
+    """Compute the error function in float32 with torch, because numpy does not have it."""
+    return torch.erf(tensor(np.asarray(require_floats(x)))).numpy()
 
 
 def real_div(x: Array, y: Array) -> Array:
-    """x / y, of floats: what a device makes of integers is not specified."""
-    return np.divide(floats(x), floats(y))
+    """Compute x / y of floats; the result of integers is not specified."""
+    return np.divide(require_floats(x), require_floats(y))
 
 
 def floor_div(x: Array, y: Array) -> Array:
+    """Compute the largest integer not above x / y."""
     return np.floor_divide(x, _divisor(y))
 
 
 def mod(x: Array, y: Array) -> Array:
-    """The remainder with the divisor's sign."""
+    """Compute the remainder of x / y, which has the sign of y."""
     return np.mod(x, _divisor(y))
 
 
@@ -63,45 +64,49 @@ def _divisor(y: Array) -> Array:
 
 
 def log(x: Array, epsilon: float = 1e-45) -> Array:
-    return np.log(floats(x) + np.float32(epsilon))
+    """Compute log(x + epsilon)."""
+    return np.log(require_floats(x) + np.float32(epsilon))
 
 
 def rsqrt(x: Array, epsilon: float = 1e-12) -> Array:
-    return np.float32(1) / np.sqrt(floats(x) + np.float32(epsilon))
+    """Compute 1 / sqrt(x + epsilon)."""
+    return np.float32(1) / np.sqrt(require_floats(x) + np.float32(epsilon))
 
 
 def inverse(x: Array, epsilon: float = 1e-4) -> Array:
-    return np.float32(1) / (floats(x) + np.float32(epsilon))
+    """Compute 1 / (x + epsilon)."""
+    return np.float32(1) / (require_floats(x) + np.float32(epsilon))
 
 
 def clip(x: Array, alpha: float, beta: float) -> Array:
-    """min(max(x, alpha), beta); the specification wants alpha < beta."""
+    """Compute min(max(x, alpha), beta); the specification requires alpha < beta."""
     if alpha >= beta:
-        raise OpError(f"clips to [{alpha}, {beta}], where alpha must be smaller")
-    return np.clip(floats(x), np.float32(alpha), np.float32(beta))
+        raise OpError(f"clips to [{alpha}, {beta}], and the first bound must be smaller")
+    return np.clip(require_floats(x), np.float32(alpha), np.float32(beta))
 
 
 def threshold(x: Array, alpha: float) -> Array:
-    return np.maximum(floats(x), np.float32(alpha))
+    """Compute max(x, alpha)."""
+    return np.maximum(require_floats(x), np.float32(alpha))
 
 
 def cast(x: Array, dtype: str) -> Array:
-    """To integers by truncation, to bool by comparison with zero; the caller rounds to fp16.
+    """Cast to integers by truncation and to bool by comparison with zero; the caller rounds to fp16.
 
-    Raises OpError for a value outside the integer type, which the specification leaves open.
+    Raises:
+        OpError: a value is outside the integer type; its result is not specified.
     """
     if dtype not in CASTS:
-        raise OpError(f"casts to {dtype!r}, where the specification has {', '.join(CASTS)}")
+        raise OpError(f"casts to {dtype!r}, and the specification allows {', '.join(CASTS)}")
     target = BY_NAME[dtype].array
     if target.kind == "f":
         return x.astype(np.float32)
     if target.kind in "iu" and x.size and x.dtype != target:
         limits = np.iinfo(target)
         whole = np.trunc(x) if x.dtype.kind == "f" else x.astype(np.int64)
-        if not bool(np.all((whole >= limits.min) & (whole <= limits.max))):
-            raise OpError(
-                f"casts a value outside {dtype}: {x.flat[np.argmin((whole >= limits.min) & (whole <= limits.max))]}"
-            )
+        inside = (whole >= limits.min) & (whole <= limits.max)
+        if not bool(np.all(inside)):
+            raise OpError(f"casts a value outside {dtype}: {x.flat[np.argmin(inside)]}")
     return x.astype(target)
 
 
@@ -129,22 +134,22 @@ TABLE: Table = {
     "sign": unary(np.sign),
     "square": unary(np.square),
     "identity": unary(lambda x: x, moves),
-    "ceil": of_floats(np.ceil),
-    "floor": of_floats(np.floor),
-    "round": of_floats(np.rint),  # ties to even
-    "exp": of_floats(np.exp),
+    "ceil": float_op(np.ceil),
+    "floor": float_op(np.floor),
+    "round": float_op(np.rint),  # ties to even
+    "exp": float_op(np.exp),
     "exp2": unary(partial(np.exp2, dtype=np.float32)),
-    "sqrt": of_floats(np.sqrt),
-    "sin": of_floats(np.sin),
-    "cos": of_floats(np.cos),
-    "tan": of_floats(np.tan),
-    "asin": of_floats(np.arcsin),
-    "acos": of_floats(np.arccos),
-    "atan": of_floats(np.arctan),
-    "sinh": of_floats(np.sinh),
-    "cosh": of_floats(np.cosh),
-    "tanh": of_floats(np.tanh),
-    "atanh": of_floats(np.arctanh),
+    "sqrt": float_op(np.sqrt),
+    "sin": float_op(np.sin),
+    "cos": float_op(np.cos),
+    "tan": float_op(np.tan),
+    "asin": float_op(np.arcsin),
+    "acos": float_op(np.arccos),
+    "atan": float_op(np.arctan),
+    "sinh": float_op(np.sinh),
+    "cosh": float_op(np.cosh),
+    "tanh": float_op(np.tanh),
+    "atanh": float_op(np.arctanh),
     "erf": unary(erf),
     "log": computes(log),
     "rsqrt": computes(rsqrt),

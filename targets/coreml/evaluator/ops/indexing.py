@@ -1,4 +1,8 @@
-"""Gathering and selecting (Core ML MIL specification, iOS 17 scatter_gather and control_flow): negative indices are out of bounds."""
+"""Gathering and selecting (MIL specification: iOS 17 scatter_gather and control_flow).
+
+Negative indices are out of bounds. An index out of bounds raises OpError whatever ``validate_indices`` is, because its
+result on a device is undefined.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from h1export.targets.coreml.evaluator.ops.base import OpError, Table, axis_of, 
 
 
 def gather(x: Array, indices: Array, axis: int = 0, batch_dims: int = 0, validate_indices: bool = False) -> Array:
-    """x [*D], indices [*N]: D[:axis] + N[batch_dims:] + D[axis+1:]. An index out of bounds raises whatever ``validate_indices`` says."""
+    """Gather x [*D] at indices [*N] along ``axis``: the result has the shape D[:axis] + N[batch_dims:] + D[axis+1:]."""
     axis = axis_of(axis, x.ndim)
     check_indices(indices, x.shape[axis], axis)
     if not batch_dims:
@@ -17,12 +21,12 @@ def gather(x: Array, indices: Array, axis: int = 0, batch_dims: int = 0, validat
     if not 0 < batch_dims <= min(axis, indices.ndim) or x.shape[:batch_dims] != indices.shape[:batch_dims]:
         raise OpError(f"has x {x.shape}, indices {indices.shape}, axis {axis}, batch_dims {batch_dims}")
     batch = x.shape[:batch_dims]
-    rows = [np.take(x[at], indices[at], axis - batch_dims) for at in np.ndindex(batch)]
+    rows = [np.take(x[row], indices[row], axis - batch_dims) for row in np.ndindex(batch)]
     return np.stack(rows).reshape(*batch, *rows[0].shape)
 
 
 def gather_along_axis(x: Array, indices: Array, axis: int = 0, validate_indices: bool = False) -> Array:
-    """The shape of ``indices``, which is x's but for ``axis``."""
+    """Gather along ``axis``; ``indices`` and the result have the shape of x except for the size of ``axis``."""
     axis = axis_of(axis, x.ndim)
     check_indices(indices, x.shape[axis], axis)
     if x.ndim != indices.ndim or any(
@@ -33,7 +37,10 @@ def gather_along_axis(x: Array, indices: Array, axis: int = 0, validate_indices:
 
 
 def gather_nd(x: Array, indices: Array, batch_dims: int = 0, validate_indices: bool = False) -> Array:
-    """indices [*B, *N, K] point at the K axes after the batch axes B: B + N + x's remaining axes."""
+    """Gather at indices [*B, *N, K], which address the K axes after the batch axes B.
+
+    The result has the axes B, N and the remaining axes of x.
+    """
     depth = indices.shape[-1]
     if (
         batch_dims < 0
@@ -54,9 +61,9 @@ def gather_nd(x: Array, indices: Array, batch_dims: int = 0, validate_indices: b
 
 
 def select(cond: Array, a: Array, b: Array) -> Array:
-    """a where cond, else b; all three broadcast."""
+    """Return a where cond is true, else b; all three broadcast."""
     if cond.dtype != np.bool_:
-        raise OpError(f"has a condition of {cond.dtype}")
+        raise OpError(f"has a condition of {cond.dtype} instead of bool")
     return np.where(cond, a, b)
 
 

@@ -1,4 +1,4 @@
-"""Linear algebra (Core ML MIL specification, linear), in float32 or in the integers given."""
+"""Linear algebra (MIL specification: linear), in float32 or in the integer type of the inputs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch.nn import functional
 from h1export.targets.coreml.evaluator.dtypes import Array, tensor
 from h1export.targets.coreml.evaluator.ops.base import Arrays, OpError, Table, computes
 
-EQUATIONS = ("abcd,adce->abce", "abc,cbd->abd")  # the two that Core ML has, up to the names of their axes
+EQUATIONS = ("abcd,adce->abce", "abc,cbd->abd")  # the two of the specification, up to the names of the axes
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """x [*D, D_in], weight [D_out, D_in], bias [D_out]: [*D, D_out]."""
+    """Compute x weight^T + bias, [*D, D_out], of x [*D, D_in], weight [D_out, D_in] and bias [D_out]."""
     return functional.linear(tensor(x), tensor(weight), None if bias is None else tensor(bias)).numpy()
 
 
 def matmul(x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = False) -> Array:
-    """numpy's rules; a transposition has no effect on a vector."""
+    """Multiply by the rules of numpy.matmul; a transposition has no effect on a vector."""
     if transpose_x and x.ndim > 1:
         x = x.swapaxes(-1, -2)
     if transpose_y and y.ndim > 1:
@@ -27,14 +27,18 @@ def matmul(x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = Fa
 
 
 def einsum(values: Arrays, equation: str) -> Array:
-    """The product over the last axis of the first and the third from last of the second; other equations raise OpError."""
+    """Multiply along the last axis of the first tensor and the third-to-last axis of the second.
+
+    Other equations raise OpError.
+    """
     names: dict[str, str] = {}
     plain = "".join(
         names.setdefault(c, "abcdefghij"[min(len(names), 9)]) if c.isalpha() else c for c in equation if c != " "
     )
     if plain not in EQUATIONS or len(values) != 2:
         raise OpError(
-            f"has the equation {equation!r} for {len(values)} tensors, where the specification has nchw,nwhu->nchu and chw,whr->chr"
+            f"has the equation {equation!r} for {len(values)} tensors, and the specification allows "
+            "nchw,nwhu->nchu and chw,whr->chr of two tensors"
         )
     result: Array = np.einsum(plain, *values)
     return result

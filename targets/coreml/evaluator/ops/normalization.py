@@ -1,15 +1,23 @@
-"""Normalisation (Core ML MIL specification, normalization)."""
+"""Normalisation (MIL specification: normalization)."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from h1export.targets.coreml.evaluator.dtypes import Array
-from h1export.targets.coreml.evaluator.ops.base import Ints, OpError, Table, axes_of, broadcastable, computes, floats
+from h1export.targets.coreml.evaluator.ops.base import (
+    Ints,
+    OpError,
+    Table,
+    axes_of,
+    broadcastable,
+    computes,
+    require_floats,
+)
 
 
 def _normalized(x: Array, axes: Ints, epsilon: float) -> Array:
-    centred = floats(x) - x.mean(axes, keepdims=True)
+    centred = require_floats(x) - x.mean(axes, keepdims=True)
     result: Array = centred / np.sqrt(np.square(centred).mean(axes, keepdims=True) + np.float32(epsilon))
     return result
 
@@ -23,7 +31,7 @@ def _scaled(x: Array, gamma: Array | None, beta: Array | None) -> Array:
 def layer_norm(
     x: Array, axes: Ints | None = None, gamma: Array | None = None, beta: Array | None = None, epsilon: float = 1e-5
 ) -> Array:
-    """gamma and beta have the sizes of ``axes``, in x's order."""
+    """Normalise over ``axes``; gamma and beta have the sizes of these axes, in the order of x."""
     axes = axes_of(axes, x.ndim)
     shape = [size if i in axes else 1 for i, size in enumerate(x.shape)]
     gamma, beta = (None if part is None else part.reshape(shape) for part in (gamma, beta))
@@ -31,9 +39,9 @@ def layer_norm(
 
 
 def instance_norm(x: Array, gamma: Array | None = None, beta: Array | None = None, epsilon: float = 1e-5) -> Array:
-    """x [n, C, *D], normalised over D."""
+    """Normalise x [n, C, *D] over D; gamma and beta are [C]."""
     if not 3 <= x.ndim <= 4:
-        raise OpError(f"takes x {x.shape}")
+        raise OpError(f"takes x {x.shape}, which has an unsupported rank")
     gamma, beta = (None if part is None else broadcastable(part, x.ndim, 1) for part in (gamma, beta))
     return _scaled(_normalized(x, tuple(range(2, x.ndim)), epsilon), gamma, beta)
 
@@ -41,17 +49,17 @@ def instance_norm(x: Array, gamma: Array | None = None, beta: Array | None = Non
 def batch_norm(
     x: Array, mean: Array, variance: Array, gamma: Array | None = None, beta: Array | None = None, epsilon: float = 1e-5
 ) -> Array:
-    """x [n, C, *D] with the statistics given, [C]."""
+    """Normalise x [n, C, *D] with the given statistics; all of them are [C]."""
     mean, variance = (broadcastable(part, x.ndim, 1) for part in (mean, variance))
     gamma, beta = (None if part is None else broadcastable(part, x.ndim, 1) for part in (gamma, beta))
-    return _scaled((floats(x) - mean) / np.sqrt(variance + np.float32(epsilon)), gamma, beta)
+    return _scaled((require_floats(x) - mean) / np.sqrt(variance + np.float32(epsilon)), gamma, beta)
 
 
 def l2_norm(x: Array, epsilon: float = 1e-6) -> Array:
-    """x divided by the root of the sum of squares of its last three axes."""
+    """Divide x by the square root of the sum of squares over its last three axes."""
     if x.ndim < 3:
-        raise OpError(f"takes x {x.shape}")
-    result: Array = floats(x) / np.sqrt(np.square(x).sum((-3, -2, -1), keepdims=True) + np.float32(epsilon))
+        raise OpError(f"takes x {x.shape}, which has an unsupported rank")
+    result: Array = require_floats(x) / np.sqrt(np.square(x).sum((-3, -2, -1), keepdims=True) + np.float32(epsilon))
     return result
 
 

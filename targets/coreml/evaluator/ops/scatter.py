@@ -1,4 +1,7 @@
-"""Scattering (Core ML MIL specification, iOS 17 scatter_gather): ``mode`` must be given, because the specification has two defaults."""
+"""Scattering (MIL specification: iOS 17 scatter_gather).
+
+``mode`` is required, because the specification states two different defaults.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from h1export.targets.coreml.evaluator.dtypes import Array
-from h1export.targets.coreml.evaluator.ops.base import OpError, Table, axis_of, check_indices, computes, floats
+from h1export.targets.coreml.evaluator.ops.base import OpError, Table, axis_of, check_indices, computes, require_floats
 
-UNBUFFERED: Mapping[str, Callable[..., None]] = {  # an index that comes twice counts twice
+UNBUFFERED: Mapping[str, Callable[..., None]] = {  # an index that occurs twice counts twice
     "add": np.add.at,
     "sub": np.subtract.at,
     "mul": np.multiply.at,
@@ -19,24 +22,27 @@ UNBUFFERED: Mapping[str, Callable[..., None]] = {  # an index that comes twice c
 }
 
 
-def _apply(data: Array, at: tuple[Any, ...], updates: Array, mode: str) -> Array:
-    """A copy of ``data`` with ``updates`` at numpy's index ``at``; the last of several updates of one element stays."""
+def _apply(data: Array, index: tuple[Any, ...], updates: Array, *, mode: str) -> Array:
+    """Return a copy of ``data`` with ``updates`` applied at numpy's ``index``.
+
+    In mode "update", the last of several updates of one element stays.
+    """
     result = data.copy()
     if mode == "update":
-        result[at] = updates
+        result[index] = updates
     elif mode == "div":
-        np.divide.at(result, at, floats(updates))
+        np.divide.at(result, index, require_floats(updates))
     elif mode in UNBUFFERED:
-        UNBUFFERED[mode](result, at, updates)
+        UNBUFFERED[mode](result, index, updates)
     else:
-        raise OpError(f"has mode {mode!r}, which the specification does not")
+        raise OpError(f"has mode {mode!r}, which the specification does not have")
     return result
 
 
 def scatter(
     data: Array, indices: Array, updates: Array, mode: str, axis: int = 0, validate_indices: bool = False
 ) -> Array:
-    """indices [*C]; updates: data's shape with C in the place of ``axis``."""
+    """Scatter updates to indices [*C] of ``axis``; updates has data's shape with C in the place of ``axis``."""
     axis = axis_of(axis, data.ndim)
     check_indices(indices, data.shape[axis], axis)
     expected = data.shape[:axis] + indices.shape + data.shape[axis + 1 :]
@@ -48,19 +54,19 @@ def scatter(
 def scatter_along_axis(
     data: Array, indices: Array, updates: Array, mode: str, axis: int = 0, validate_indices: bool = False
 ) -> Array:
-    """indices and updates have one shape, which is data's but for ``axis``."""
+    """Scatter along ``axis``; indices and updates have the shape of data except for the size of ``axis``."""
     axis = axis_of(axis, data.ndim)
     check_indices(indices, data.shape[axis], axis)
     same = data.ndim == indices.ndim and all(data.shape[i] == indices.shape[i] for i in range(data.ndim) if i != axis)
     if not same or updates.shape != indices.shape:
         raise OpError(f"has data {data.shape}, indices {indices.shape}, updates {updates.shape}, axis {axis}")
-    at: list[Array] = list(np.ogrid[tuple(slice(size) for size in indices.shape)])
-    at[axis] = indices
-    return _apply(data, tuple(at), updates, mode=mode)
+    index: list[Array] = list(np.ogrid[tuple(slice(size) for size in indices.shape)])
+    index[axis] = indices
+    return _apply(data, tuple(index), updates, mode=mode)
 
 
 def scatter_nd(data: Array, indices: Array, updates: Array, mode: str, validate_indices: bool = False) -> Array:
-    """indices [*N, K] point at the first K axes; updates: N + data's remaining axes."""
+    """Scatter to indices [*N, K], which address the first K axes; updates has N and the remaining axes of data."""
     depth = indices.shape[-1]
     expected = indices.shape[:-1] + data.shape[depth:]
     if depth > data.ndim or updates.shape != expected:

@@ -1,4 +1,4 @@
-"""Slices and their updates (Core ML MIL specification, iOS 17 slice_by_index, slice_by_size, iOS 18 slice_update)."""
+"""Slices and their updates (MIL specification: iOS 17 slice_by_index and slice_by_size, iOS 18 slice_update)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from h1export.targets.coreml.evaluator.ops.base import Ints, OpError, Table, mov
 Index = tuple[int | slice, ...]
 
 
-def index_of(
+def numpy_index(
     shape: Ints,
     begin: Ints,
     end: Ints,
+    *,
     stride: Ints | None,
     begin_mask: Ints | None,
     end_mask: Ints | None,
     squeeze_mask: Ints | None,
     strict: bool,
 ) -> Index:
-    """numpy's index for a slice. A bound outside its axis is clamped, or raises OpError where ``strict``.
+    """Return numpy's index of a slice; negative bounds count from the end.
 
-    Negative bounds count from the end. A begin after its end, or a stride of zero, raises OpError too.
+    A bound outside its axis is clamped.
+
+    Raises:
+        OpError: a begin is after its end, a stride is zero, or, if ``strict``, a bound is outside its axis.
     """
     rank = len(shape)
     none = (0,) * rank
@@ -37,7 +41,7 @@ def index_of(
         if squeeze_mask[axis]:
             index.append(_element(0 if begin_mask[axis] else begin[axis], size, axis))
             continue
-        exact = strict or stride[axis] < 0  # what a clamped bound means to a negative stride is not specified
+        exact = strict or stride[axis] < 0  # a clamped bound is not specified for negative strides
         first = None if begin_mask[axis] else _bound(begin[axis], size, axis, exact=exact)
         last = None if end_mask[axis] else _bound(end[axis], size, axis, exact=exact)
         if stride[axis] == 0 or (first is not None and last is not None and (last - first) * stride[axis] < 0):
@@ -46,7 +50,7 @@ def index_of(
     return tuple(index)
 
 
-def _bound(value: int, size: int, axis: int, exact: bool = True) -> int:
+def _bound(value: int, size: int, axis: int, *, exact: bool = True) -> int:
     if exact and not -size <= value <= size:
         raise OpError(f"has bound {value} of axis {axis}, which has {size} elements")
     return min(max(value + size if value < 0 else value, 0), size)
@@ -67,12 +71,26 @@ def slice_by_index(
     end_mask: Ints | None = None,
     squeeze_mask: Ints | None = None,
 ) -> Array:
-    """x[begin:end:stride]; a mask ignores the bound, squeeze_mask takes the element at begin and drops the axis."""
-    return np.asarray(x[index_of(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask, strict=False)])
+    """Return x[begin:end:stride].
+
+    ``begin_mask`` and ``end_mask`` ignore the bound of an axis; ``squeeze_mask`` takes the element at begin and drops
+    the axis.
+    """
+    index = numpy_index(
+        x.shape,
+        begin,
+        end,
+        stride=stride,
+        begin_mask=begin_mask,
+        end_mask=end_mask,
+        squeeze_mask=squeeze_mask,
+        strict=False,
+    )
+    return np.asarray(x[index])
 
 
 def slice_by_size(x: Array, begin: Ints, size: Ints) -> Array:
-    """``size`` elements from ``begin`` on, -1: all that follow."""
+    """Return ``size`` elements from ``begin`` on along each axis; -1 takes all that follow."""
     if not len(begin) == len(size) == x.ndim:
         raise OpError(f"has begin {begin} and size {size} for shape {x.shape}")
     starts = [_bound(start, own, axis) for axis, (start, own) in enumerate(zip(begin, x.shape, strict=True))]
@@ -92,8 +110,17 @@ def slice_update(
     end_mask: Ints | None = None,
     squeeze_mask: Ints | None = None,
 ) -> Array:
-    """A copy of x with ``update`` in the place of the slice, whose shape it has exactly."""
-    index = index_of(x.shape, begin, end, stride, begin_mask, end_mask, squeeze_mask, strict=True)
+    """Return a copy of x with ``update`` in the place of a slice of exactly its shape."""
+    index = numpy_index(
+        x.shape,
+        begin,
+        end,
+        stride=stride,
+        begin_mask=begin_mask,
+        end_mask=end_mask,
+        squeeze_mask=squeeze_mask,
+        strict=True,
+    )
     result = x.copy()
     if result[index].shape != update.shape:
         raise OpError(f"puts update {update.shape} into a slice of shape {result[index].shape}")

@@ -1,4 +1,4 @@
-"""Order (Core ML MIL specification, topk and argsort); of equal values the first comes first."""
+"""Sorting (MIL specification: topk and argsort); the order of equal values is kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from h1export.targets.coreml.evaluator.ops.reduction import INDEX_TYPES
 
 
 def argsort(x: Array, axis: int = -1, ascending: bool = False) -> Array:
-    """int32 indices along ``axis``."""
+    """Return the int32 indices that sort ``x`` along ``axis``."""
     axis = axis_of(axis, x.ndim)
     if ascending:
         return np.argsort(x, axis, stable=True)
@@ -28,7 +28,10 @@ def topk(
     return_indices: bool = True,
     output_indices_dtype: str = "int32",
 ) -> Result:
-    """The k largest values in descending order (``ascending``: the smallest, ascending), and where they are; -1: all."""
+    """Return the k largest values along ``axis`` in descending order, and their indices.
+
+    ``ascending`` returns the k smallest in ascending order; a k of -1 returns all.
+    """
     axis = axis_of(axis, x.ndim)
     count = x.shape[axis] if k == -1 else k
     if not 0 <= count <= x.shape[axis] or output_indices_dtype not in INDEX_TYPES:

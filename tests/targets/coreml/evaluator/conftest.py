@@ -1,4 +1,4 @@
-"""Packages written message by message, so that a test says what is in the file, and in a millisecond."""
+"""Packages written message by message, so that a test states what is in the file and takes a millisecond."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Type = tuple[str, Sequence[int | None]]  # ("fp16", (1, 2, None))
 
 
 def packed(codes: np.ndarray, bits: int) -> bytes:
-    """Integers narrower than a byte in a row, the first in the lowest bits; negative ones in two's complement."""
+    """Pack integers narrower than a byte, in two's complement, with the first one in the lowest bits."""
     number = sum((int(code) % (1 << bits)) << (i * bits) for i, code in enumerate(codes.ravel()))
     return number.to_bytes((codes.size * bits + 7) // 8, "little")
 
 
 class Mil:
-    """Makers of messages, and of packages out of them."""
+    """Makes MIL messages, and saves packages of them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -47,7 +47,7 @@ class Mil:
         return message
 
     def value(self, item: object, dtype: str | None = None) -> Any:
-        """An array, number, bool, string, or a list of numbers; fp32 for floats, int32 for integers."""
+        """Make a value of an array, a scalar, a string or a list; Python floats become fp32, and integers int32."""
         array = np.asarray(item)
         if array.dtype.kind == "U":
             array = array.astype(object)
@@ -77,7 +77,7 @@ class Mil:
     def op(
         self, type: str, inputs: Mapping[str, object], outputs: Mapping[str, Type], blocks: Sequence[Any] = ()
     ) -> Any:
-        """Inputs: a name, a list of names, or a value message."""
+        """Make an operation; an input is a name, a value message, or a list of them."""
         message = MIL_pb2.Operation(type=type)
         for name, item in inputs.items():
             for part in item if isinstance(item, list) else [item]:
@@ -114,7 +114,7 @@ class Mil:
         return message
 
     def save(self, functions: Mapping[str, Any], weights: bytes | None = None) -> Path:
-        """A package with these functions."""
+        """Save a package with these functions, and return its path."""
         model = Model_pb2.Model(specificationVersion=9)
         model.mlProgram.version = 1
         for name, function in functions.items():
@@ -142,9 +142,10 @@ def _type(array: np.ndarray) -> Type:
 
 @pytest.fixture(scope="session")
 def run_op(mil: Mil) -> Iterator[Callable[..., Any]]:
-    """run_op("add", {"x": array, "y": array}, {"axis": 0}, ("fp16", (2, 3))) -> the result of a program with this op alone.
+    """run_op("add", {"x": array, "y": array}, {"axis": 0}, ("fp16", (2, 3))) -> the result of a program of this op.
 
-    Tensors are the program's inputs, a list of them a tuple; constants stand in the op. Several output types: a list of results.
+    Tensors become the program's inputs, and a list of them a tuple; constants are stored in the op. With several output
+    types, the result is a list.
     """
 
     def run(op: str, tensors: Mapping[str, Any], constants: Mapping[str, object], *outputs: Type) -> Any:

@@ -1,4 +1,4 @@
-"""The reader of weight.bin against coremltools' own storage library, and against files that are not what they should be."""
+"""The reader of weight.bin against coremltools' own storage library, and against damaged files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from h1export.targets.coreml.evaluator.blob import BlobFile
 from h1export.targets.coreml.evaluator.dtypes import BY_BLOB, BY_NAME
 
 Edit = Callable[[bytes], bytes]
-THEIRS = {"fp32": "float"}  # what their methods call a type
+THEIRS = {"fp32": "float"}  # the names of types in coremltools' methods
 SEEDS = st.integers(0, 2**32 - 1)
 PROPERTY = settings(deadline=None, max_examples=40, derandomize=True)
-# of the first record
+# offsets in the first record
 METADATA = 64
 DATA = 128
 
@@ -36,7 +36,7 @@ def random(rng: np.random.Generator, dtype: str, count: int) -> np.ndarray:
 
 
 def write(file: Path, arrays: list[tuple[str, np.ndarray]]) -> list[int]:
-    """Offsets of the arrays in a file that coremltools writes; it takes fp16 as its bits."""
+    """Write the arrays with coremltools, which takes fp16 as bits, and return their offsets."""
     writer = TheirWriter(str(file))
     return [
         getattr(writer, f"write_{THEIRS.get(dtype, dtype)}_data")(array.view(np.uint16) if dtype == "fp16" else array)
@@ -107,7 +107,7 @@ def edit(file: Path, change: Edit) -> None:
 
 
 def refused(action: Callable[[], object], file: Path, what: str) -> None:
-    """One line that names the file, says what is wrong and what to do."""
+    """Check that the error is one line that names the file, the fault and the next step."""
     with pytest.raises(H1ExportError, match=what) as caught:
         action()
     assert str(caught.value).startswith(str(file))
@@ -143,17 +143,20 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
         (cut(64), "metadata ends at byte 128 of 64; the file is truncated"),
         (cut(327), "data ends at byte 328 of 327; the file is truncated"),
         (put(METADATA, "<I", 0xDEADBEE0), "metadata starts with 0xdeadbee0 instead of 0xdeadbeef"),
-        (put(METADATA + 4, "<I", 99), "holds elements of type 99, which is not known here"),
+        (put(METADATA + 4, "<I", 99), "holds elements of type 99, which is unknown"),
         (put(METADATA + 4, "<I", 0), "holds elements of type 0"),
-        (put(METADATA + 4, "<I", 2), "holds fp32, and the program asks for fp16"),
-        (put(METADATA + 8, "<Q", 198), "holds 99 elements, and the program asks for 100"),
-        (put(METADATA + 8, "<Q", 199), "199 bytes less 0 bits are no whole number of fp16"),
+        (put(METADATA + 4, "<I", 2), "holds fp32, and the program expects fp16"),
+        (put(METADATA + 8, "<Q", 198), "holds 99 elements, and the program expects 100"),
+        (put(METADATA + 8, "<Q", 199), "199 bytes without 0 bits are not a whole number of fp16 elements"),
         (put(METADATA + 8, "<Q", 2**64 - 2), "data ends at byte"),
         (put(METADATA + 16, "<Q", 2**63), "data ends at byte"),
         (put(METADATA + 16, "<Q", DATA + 2), "data at byte 130 is misaligned or before its metadata"),
         (put(METADATA + 16, "<Q", 0), "data at byte 0 is misaligned or before its metadata"),
-        (put(METADATA + 24, "<Q", 16), "200 bytes less 16 bits are no whole number of fp16"),
-        (put(METADATA + 24, "<Q", 2**64 - 1), "200 bytes less 18446744073709551615 bits are no whole number of fp16"),
+        (put(METADATA + 24, "<Q", 16), "200 bytes without 16 bits are not a whole number of fp16 elements"),
+        (
+            put(METADATA + 24, "<Q", 2**64 - 1),
+            "200 bytes without 18446744073709551615 bits are not a whole number of",
+        ),
     ],
 )
 def test_a_damaged_record_is_refused(whole: Path, change: Edit, what: str) -> None:
@@ -165,10 +168,10 @@ def test_a_damaged_record_is_refused(whole: Path, change: Edit, what: str) -> No
 @pytest.mark.parametrize(
     ("offset", "count", "what"),
     [
-        (METADATA, 101, "at byte 64: holds 100 elements, and the program asks for 101"),
-        (METADATA, 0, "holds 100 elements, and the program asks for 0"),
-        (0, 100, "at byte 0: is no place for metadata"),
-        (65, 100, "at byte 65: is no place for metadata"),
+        (METADATA, 101, "at byte 64: holds 100 elements, and the program expects 101"),
+        (METADATA, 0, "holds 100 elements, and the program expects 0"),
+        (0, 100, "at byte 0: is not a valid offset of metadata"),
+        (65, 100, "at byte 65: is not a valid offset of metadata"),
         (DATA, 100, "at byte 128: metadata starts with"),
         (1 << 20, 100, "at byte 1048576: metadata ends at byte 1048640 of"),
         (2**64 - 64, 100, "metadata ends at byte"),
@@ -185,10 +188,14 @@ def test_packed_elements_leave_bits_over(whole: Path) -> None:
     refused(
         lambda: BlobFile(whole).read(last.offset, BY_NAME["uint3"], 5),
         whole,
-        "holds 4 elements, and the program asks for 5",
+        "holds 4 elements, and the program expects 5",
     )
     edit(whole, put(last.offset + 24, "<Q", 2))
-    refused(lambda: BlobFile(whole).record(last.offset), whole, "2 bytes less 2 bits are no whole number of uint3")
+    refused(
+        lambda: BlobFile(whole).record(last.offset),
+        whole,
+        "2 bytes without 2 bits are not a whole number of uint3",
+    )
 
 
 def test_more_records_than_the_file_has_are_refused(whole: Path) -> None:
@@ -199,7 +206,7 @@ def test_more_records_than_the_file_has_are_refused(whole: Path) -> None:
 @PROPERTY
 @given(st.data())
 def test_no_damage_ends_in_a_traceback(folder: Path, data: st.DataObject) -> None:
-    """Any change of the header and the metadata: read as before, as something else, or refused."""
+    """After any change of header and metadata, a record is read or refused."""
     file = folder / "damaged"
     rng = np.random.default_rng(0)
     write(file, [(dtype, random(rng, dtype, 9)) for dtype in ("int4", "fp16", "uint3")])

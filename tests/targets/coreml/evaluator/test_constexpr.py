@@ -1,4 +1,4 @@
-"""Compressed constants against plain loops, and against what coremltools itself makes of them."""
+"""Compressed constants against plain loops, and against the decompression of coremltools itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ PROPERTY = settings(deadline=None, max_examples=30, derandomize=True)
 
 @pytest.fixture(scope="session")
 def expand(mil: Any) -> Expand:
-    """expand(op, inputs, dtype, shape) -> what a program with this op alone returns; a string is the name of what an op before it makes."""
+    """expand(op, inputs, dtype, shape, before) -> the result of a program of this op and the operations ``before`` it.
+
+    A string in ``inputs`` is the name of an output of an operation before.
+    """
 
     def run(
         op: str, inputs: Mapping[str, object], dtype: str, shape: Shape, before: tuple[Any, ...] = ()
@@ -57,7 +60,7 @@ def scales(rng: np.random.Generator, dtype: str, shape: Shape) -> np.ndarray:
 
 @st.composite
 def blocks(draw: st.DrawFn) -> tuple[Shape, Shape]:
-    """A shape, and one that divides it axis by axis."""
+    """Draw a shape, and one whose sizes divide it."""
     sizes = draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3))
     return tuple(count * size for count, size in sizes), tuple(count for count, _ in sizes)
 
@@ -101,7 +104,7 @@ def test_an_offset_may_be_of_floats(mil: Any, expand: Expand) -> None:
 
 @st.composite
 def tables(draw: st.DrawFn) -> tuple[int, Shape, Shape, int, int | None]:
-    """Bits of an index, indices' shape, numbers of tables, length of their vectors, axis of the vectors."""
+    """Draw bits of an index, shape of the indices, numbers of tables, length of the vectors, and their axis."""
     bits = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
     shape, groups = draw(blocks())
     vector = draw(st.integers(1, 3))
@@ -172,7 +175,7 @@ def test_affine(
     assert np.array_equal(found, expected)
     np.testing.assert_allclose(
         found, their_affine.decompress(data, zero, scale, axis), rtol=2**-10
-    )  # they round more than once
+    )  # coremltools rounds more than once
 
 
 def test_cast(mil: Any, expand: Expand) -> None:
@@ -184,7 +187,7 @@ def test_cast(mil: Any, expand: Expand) -> None:
 
 
 def quantized(rng: np.random.Generator, kind: Any, shape: Shape) -> np.ndarray:
-    """In coremltools' own types, which it packs when it writes."""
+    """Return the array in coremltools' own type, which it packs when it writes."""
     bits = kind.get_bitwidth()
     low = 0 if kind.is_unsigned() else -(1 << (bits - 1))
     return rng.integers(low, low + (1 << bits), shape).astype(nptype_from_builtin(kind))
@@ -224,7 +227,7 @@ def vectors(rng: np.random.Generator) -> Any:
 
 @pytest.mark.parametrize("make", [int4_by_block, uint4_shifted, int8_shifted, three_bits, vectors])
 def test_as_coremltools_saves_it(make: Callable[[np.random.Generator], Any], tmp_path: Path) -> None:
-    """Its own packing, its own file, its own arithmetic: the same numbers."""
+    """coremltools' packing, file and arithmetic give the same numbers."""
     made = []
 
     @Builder.program(input_specs=[Builder.TensorSpec((6, 64), types.fp16)], opset_version=ct.target.iOS18)
@@ -307,5 +310,5 @@ def test_what_is_computed_when_run_is_no_compressed_constant(mil: Any) -> None:
         "constexpr_blockwise_shift_scale", {"data": mil.value(INT8), "scale": "x"}, {"w": ("fp16", (4, 6))}
     )
     package = Package.open(mil.save({"main": mil.function({"x": ("fp16", (2, 3))}, [operation], ["w"])}))
-    with pytest.raises(H1ExportError, match="takes scale from 'x', which is computed when run"):
+    with pytest.raises(H1ExportError, match="takes scale from 'x', which is computed at run time"):
         Evaluator(package)

@@ -1,4 +1,4 @@
-"""Loops, branches and states; what a run is given; what is declared and what is computed; fp16's range."""
+"""Loops, branches and states; the checks of inputs, and of declared against computed types; the range of fp16."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def i32(value: int) -> np.ndarray:
 def while_loop(
     mil: Any, variables: Sequence[tuple[str, Any]], condition: Sequence[Any], body: Sequence[Any], results: list[str]
 ) -> Any:
-    """A loop over ``variables``, which its blocks have with a ``b`` before the name; ``c`` decides, ``results`` go on."""
+    """Return a loop over ``variables``, whose names have the prefix ``b`` in its blocks.
+
+    It goes on while ``c`` is true; ``results`` names the next values of the variables.
+    """
     blocks = [
         mil.block({f"{prefix}{name}": kind for name, kind in variables}, operations, outputs)
         for prefix, operations, outputs in (("a", condition, ["c"]), ("b", body, results))
@@ -51,7 +54,7 @@ def while_loop(
 
 
 def counting(mil: Any, body: Sequence[Any], results: list[str]) -> Any:
-    """While i < n: i + 1 and what ``body`` makes of x."""
+    """Return a function that, while i < n, adds 1 to i and applies ``body`` to x."""
     condition = [mil.op("less", {"x": "ai", "y": "n"}, {"c": BOOL})]
     step = mil.op("add", {"x": "bi", "y": mil.value(1)}, {"next": INT})
     return while_loop(mil, [("i", INT), ("x", FLOATS)], condition, [step, *body], ["next", *results])
@@ -71,7 +74,7 @@ def test_a_loop_runs_until_its_condition_fails(mil: Any, load: Load, start: int,
 
 
 def test_loops_within_loops(mil: Any, load: Load) -> None:
-    """x doubled n * n times: the inner loop starts at zero each time."""
+    """x is doubled n * n times, because the inner loop starts at zero each time."""
     zero = mil.const("zero", mil.value(0))
     inner_body = [
         mil.op("add", {"x": "bj", "y": mil.value(1)}, {"j2": INT}),
@@ -101,7 +104,7 @@ def test_a_loop_variable_may_grow(mil: Any, load: Load) -> None:
 
 
 def branch(mil: Any, outputs: dict[str, Any] | None = None) -> Any:
-    """Whether p: x + 1, else x squared; not both, where the other one would fail."""
+    """The result is x + 1 if p is true, else x squared; the branch that would fail is not run."""
     then = mil.block({}, [mil.op("add", {"x": "x", "y": mil.value(1.0)}, {"t": FLOATS})], ["t"])
     otherwise = mil.block(
         {}, [mil.op("gather", {"x": "x", "indices": "k", "axis": mil.value(0)}, {"o": FLOATS})], ["o"]
@@ -125,7 +128,7 @@ def test_one_branch_runs(mil: Any, load: Load) -> None:
 def test_what_decides_is_one_bool(mil: Any, load: Load) -> None:
     for kind, value in ((INT, i32(1)), (("bool", (2,)), np.array([True, True]))):
         evaluator = load({"x": FLOATS, "k": ("int32", (3,)), "p": kind}, [branch(mil)], ["y"])
-        with pytest.raises(H1ExportError, match=r"op cond 'y': decides by .*, not by one bool"):
+        with pytest.raises(H1ExportError, match=r"op cond 'y': has a condition of .* instead of one bool"):
             evaluator.run({"x": X, "k": np.zeros(3, np.int32), "p": value})
 
 
@@ -140,23 +143,23 @@ def test_blocks_that_do_not_fit_their_op_are_refused(mil: Any, load: Load, fault
         del loop.blocks[1].outputs[1]
     else:
         del loop.blocks[0].inputs[1]
-    with pytest.raises(H1ExportError, match=r"op while_loop 'out_i': has . inputs, outputs or blocks where 2 belong"):
+    with pytest.raises(H1ExportError, match=r"op while_loop 'out_i': has . inputs, outputs or blocks instead of 2"):
         load(LOOP_INPUTS, [loop], ["out_i"])
 
 
 def test_values_that_are_handed_on_keep_their_type(mil: Any, load: Load) -> None:
-    """float32 that passes for fp16 would be rounded nowhere."""
+    """A float32 value that is declared as fp16 would never be rounded."""
     loop = counting(mil, [mil.op("cast", {"x": "bx", "dtype": mil.value("fp16")}, {"by": HALVES})], ["by"])
-    with pytest.raises(H1ExportError, match=r"op while_loop 'out_i': hands on fp16\[3\] as fp32\[3\]"):
+    with pytest.raises(H1ExportError, match=r"op while_loop 'out_i': passes fp16\[3\] on as fp32\[3\]"):
         load(LOOP_INPUTS, [loop], ["out_i"])
-    with pytest.raises(H1ExportError, match=r"op cond 'y': hands on fp32\[3\] as fp16\[3\]"):
+    with pytest.raises(H1ExportError, match=r"op cond 'y': passes fp32\[3\] on as fp16\[3\]"):
         load({"x": FLOATS, "k": ("int32", (3,)), "p": BOOL}, [branch(mil, {"y": HALVES})], ["y"])
 
 
 def test_names_of_a_block_end_with_it(mil: Any, load: Load) -> None:
     loop = counting(mil, [mil.op("exp", {"x": "bx"}, {"by": FLOATS})], ["by"])
     after = mil.op("exp", {"x": "by"}, {"z": FLOATS})
-    with pytest.raises(H1ExportError, match="op exp 'z': takes 'by', which nothing before it computes"):
+    with pytest.raises(H1ExportError, match="op exp 'z': takes 'by', which no earlier operation computes"):
         load(LOOP_INPUTS, [loop, after], ["z"])
 
 
@@ -186,7 +189,7 @@ def test_a_state_is_read_as_the_steps_before_left_it(mil: Any, load: Load) -> No
 
 @pytest.fixture
 def adding(mil: Any, load: Load) -> Evaluator:
-    """Adds x to the state and returns it; then takes an element of it, which may not be there."""
+    """The function adds x to the state, returns it, and takes an element of it, which may not exist."""
     index = mil.op("gather", {"x": "b", "indices": "k", "axis": mil.value(0)}, {"e": ("fp16", ())})
     operations = [read(mil, "a"), mil.op("add", {"x": "a", "y": "x"}, {"b": HALVES}), write(mil, "b"), index]
     return load({"x": HALVES, "k": INT}, operations, ["b", "e"], STATE)
@@ -216,7 +219,7 @@ def test_states_are_new_arrays_that_nobody_changes(adding: Evaluator) -> None:
 
 
 def test_a_state_that_the_caller_puts_in_counts(adding: Evaluator) -> None:
-    """Two sequences by turns, and a state wound back: what the evaluator remembers of the last run is another's."""
+    """Two sequences alternate, and a state is set back, so that the values cached from the last run do not apply."""
     first = adding.initial_states()
     second = {"s": np.full(3, 10, np.float16)}
     adding.run({"x": H, "k": i32(0)}, first)
@@ -241,7 +244,7 @@ def test_a_state_in_a_loop(mil: Any, load: Load) -> None:
 def test_states_are_no_tensors(mil: Any, load: Load) -> None:
     with pytest.raises(H1ExportError, match="op exp 'y': takes state 's' as a tensor; read it with read_state first"):
         load({}, [mil.op("exp", {"x": "s"}, {"y": HALVES})], ["y"], STATE)
-    with pytest.raises(H1ExportError, match="op read_state 'y': takes no state as its input"):
+    with pytest.raises(H1ExportError, match="op read_state 'y': does not take a state as its input"):
         load({"x": HALVES}, [mil.op("read_state", {"input": "x"}, {"y": HALVES})], ["y"])
     with pytest.raises(H1ExportError, match=r"state 's' has no fixed shape: fp16\[\?\]"):
         load({}, [], [], {"s": ("fp16", (None,))})
@@ -253,7 +256,7 @@ def test_a_state_is_written_in_its_own_shape_and_type(mil: Any, load: Load) -> N
     with pytest.raises(H1ExportError, match=r"op write_state: writes shape \[2\] to state 's', which is fp16\[3\]"):
         evaluator.run({"x": H[:2]}, states)
     for dtype in ("fp32", "int32"):
-        with pytest.raises(H1ExportError, match=rf"op write_state: hands on {dtype}\[3\] as fp16\[3\]; cast it first"):
+        with pytest.raises(H1ExportError, match=rf"op write_state: passes {dtype}\[3\] on as fp16\[3\]; cast it first"):
             load({"x": (dtype, (3,))}, [write(mil, "x")], [], STATE)
 
 
@@ -264,7 +267,7 @@ GIVEN = {"x": H, "k": i32(0)}
     ("inputs", "what"),
     [
         ({"x": H}, r"input 'k': is missing; give it as int32\[\]"),
-        (GIVEN | {"z": H}, "input 'z': is not one of the function's; it has x, k"),
+        (GIVEN | {"z": H}, "input 'z': does not exist; the function has x, k"),
         (GIVEN | {"x": X}, r"input 'x': is float32 \[3\], not fp16\[3\]; convert it first"),
         (GIVEN | {"x": H[:2]}, r"input 'x': is float16 \[2\], not fp16\[3\]"),
         (GIVEN | {"x": H[None]}, r"input 'x': is float16 \[1, 3\], not fp16\[3\]"),
@@ -282,7 +285,7 @@ def test_inputs_are_what_is_declared(adding: Evaluator, inputs: dict[str, np.nda
         (None, "state 's': is missing"),
         ({}, "state 's': is missing"),
         ({"s": X}, "state 's': is float32"),
-        ({"s": H, "t": H}, "state 't': is not one of the function's; it has s"),
+        ({"s": H, "t": H}, "state 't': does not exist; the function has s"),
     ],
 )
 def test_states_are_what_is_declared(adding: Evaluator, states: dict[str, np.ndarray] | None, what: str) -> None:
@@ -336,7 +339,10 @@ def test_more_memory_than_any_machine_has_is_an_error_of_the_program(mil: Any, l
 
 
 def test_overflow_and_nan_are_seen(mil: Any, load: Load) -> None:
-    """``maxima`` are those before rounding, of fp16 results alone, over all runs; a NaN stays; what only moves values is left out."""
+    """``maxima`` has the largest fp16 results of all runs, before rounding.
+
+    A NaN stays, and ops that only move values are not included.
+    """
     operations = [
         mil.op("mul", {"x": "x", "y": "x"}, {"square": HALVES}),
         mil.op("sub", {"x": "square", "y": "square"}, {"zero": HALVES}),
@@ -363,7 +369,7 @@ def test_overflow_and_nan_are_seen(mil: Any, load: Load) -> None:
 
 
 def test_every_result_is_rounded_where_it_is_declared_as_fp16(mil: Any, load: Load) -> None:
-    """1 + 2^-11 is no fp16 number: what is lost in the sum does not come back in the difference."""
+    """1 + 2^-11 is not an fp16 number, so the difference does not restore what the sum has lost."""
     for kind, expected in ((HALVES, 0.0), (FLOATS, 2.0**-11)):
         array = np.ones(3, np.float16 if kind is HALVES else np.float32)
         small = mil.value(np.asarray(2.0**-11, array.dtype))

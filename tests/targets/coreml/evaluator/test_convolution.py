@@ -35,7 +35,7 @@ def exact(array: np.ndarray) -> torch.Tensor:
 
 
 def close(found: np.ndarray, expected: torch.Tensor, magnitude: torch.Tensor, terms: int, dtype: str) -> None:
-    """A float32 sum of ``terms`` terms whose magnitudes add up to ``magnitude``, rounded to the declared type once."""
+    """Check a float32 sum of ``terms`` terms with magnitudes up to ``magnitude`` in total, rounded once."""
     assert found.shape == tuple(expected.shape)
     summed = terms * 2.0**-24 * magnitude.numpy()
     rounded = (2.0**-11 * (expected.abs().numpy() + summed) + 2.0**-25) if dtype == "fp16" else 0.0
@@ -43,14 +43,14 @@ def close(found: np.ndarray, expected: torch.Tensor, magnitude: torch.Tensor, te
 
 
 def padded(x: torch.Tensor, pad: Sequence[int], value: float = 0.0) -> torch.Tensor:
-    """torch counts the axes from the last one."""
+    """Convert padding to torch's order, which starts at the last axis."""
     pairs = list(zip(pad[::2], pad[1::2], strict=True))
     return F.pad(x, [size for pair in reversed(pairs) for size in pair], value=value)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution: of one to three spatial axes, with what it may be told about each."""
+    """A convolution with one to three spatial axes, and its parameters for each axis."""
 
     x: Shape
     weight: Shape
@@ -62,7 +62,7 @@ class Layer:
 
 @st.composite
 def layers(draw: st.DrawFn) -> Layer:
-    """Any switches, an output of at least one element."""
+    """Draw a convolution with an output of at least one element."""
     spatial = draw(st.integers(1, 3))
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     per_axis = st.lists(st.integers(1, 3), min_size=spatial, max_size=spatial)
@@ -108,7 +108,7 @@ def test_conv(run_op: Run, dtype: str, layer: Layer, biased: bool, seed: int) ->
 
 
 def test_conv_by_its_definition(run_op: Run) -> None:
-    """The kernel is not turned around, and the weight of a group sees the channels of that group alone."""
+    """The kernel is not flipped, and the weight of a group is applied to the channels of that group alone."""
     rng = np.random.default_rng(0)
     x, weight = (rng.integers(-9, 9, shape).astype(np.float32) for shape in ((1, 4, 7), (6, 2, 3)))
     expected = np.zeros((1, 6, 3), np.float32)
@@ -135,7 +135,7 @@ def test_same_padding_keeps_the_size(run_op: Run, pad_type: str, kernel: int, di
 
 @st.composite
 def pools(draw: st.DrawFn) -> tuple[Shape, list[int], list[int], list[int]]:
-    """Shape, kernel, strides, and symmetric padding of at most half the kernel, as PyTorch wants it."""
+    """Draw shape, kernel, strides and symmetric padding of at most half the kernel, which PyTorch requires."""
     spatial = draw(st.integers(1, 3))
     kernel, strides = (draw(st.lists(st.integers(1, 3), min_size=spatial, max_size=spatial)) for _ in range(2))
     pad = [draw(st.integers(0, size // 2)) for size in kernel]

@@ -23,7 +23,7 @@ PROPERTY = settings(deadline=None, max_examples=12, derandomize=True)
 
 
 def close(found: np.ndarray, expected: torch.Tensor, dtype: str) -> None:
-    """Within two units in the last place of fp16, or what float32 functions of two libraries differ by."""
+    """Check up to two units in the last place of fp16, or the difference of two libraries in float32."""
     reference = expected.float().numpy() if expected.is_floating_point() else expected.numpy()
     if dtype == "fp16":
         with np.errstate(over="ignore"):
@@ -143,7 +143,7 @@ COMPARISONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 
 @st.composite
 def broadcasts(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Two shapes that broadcast."""
+    """Draw two shapes that broadcast."""
     shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     first, second = ([size if draw(st.booleans()) else 1 for size in shape] for _ in range(2))
     return tuple(first), tuple(second[draw(st.integers(0, len(shape))) :])

@@ -1,4 +1,4 @@
-"""Packages made by coremltools' own torch front end run in the evaluator and match the module that they were made of."""
+"""Packages made by coremltools' own torch front end run in the evaluator and match the module they were made from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.jit"),
 ]
 Arrays = dict[str, np.ndarray]
-# of the range of each output; in fp16 each weight and each result on the way is off by up to 2^-11 of its size: four of those make 2e-3
+# fractions of the range of each output; in fp16 each weight and each intermediate result is off by up to 2^-11 of its
+# size, and four of those make 2e-3
 TOLERANCES = {"fp32": 1e-5, "fp16": 2e-3}
 PRECISIONS = {"fp32": ct.precision.FLOAT32, "fp16": ct.precision.FLOAT16}
 
@@ -39,7 +40,10 @@ class Mlp(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """One that takes the batch norm into itself, one of a group a channel that is padded on the left, and what a pool makes of them."""
+    """Convolutions followed by pooling.
+
+    The first is fused with its batch norm; the second has a group per channel and padding on the left.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +58,7 @@ class Convolutions(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal, of 4 heads; by one op or by its parts."""
+    """Causal attention with 4 heads, as one op or as its parts."""
 
     def __init__(self, fused: bool) -> None:
         super().__init__()
@@ -84,7 +88,7 @@ class Embedding(nn.Module):
 
 
 class Pieces(nn.Module):
-    """Slices, joins, order and sums."""
+    """Slices, concatenation, sorting and sums."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         joined = torch.cat([x[:, 1:, ::2], x[:, :-1, :4]], -1)
@@ -93,7 +97,7 @@ class Pieces(nn.Module):
 
 
 class Counter(nn.Module):
-    """Two states: a leaky sum, and the last half of the input."""
+    """A module with two states: a leaky sum, and the last half of the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +135,7 @@ def seeded() -> Iterator[None]:
 def convert(
     module: nn.Module, x: torch.Tensor, precision: str, states: dict[str, tuple[int, ...]] | None = None
 ) -> Any:
-    """What coremltools makes of a module with one input ``x``, in the type it computes in."""
+    """Convert a module with one input ``x``, in the precision that it computes in."""
     dtype = np.int32 if x.dtype == torch.int32 else BY_NAME[precision].array.type
     return ct.convert(
         torch.jit.trace(module.eval(), x, check_trace=False),
@@ -156,7 +160,7 @@ def given(evaluator: Evaluator, x: torch.Tensor) -> Arrays:
 
 
 def close(found: np.ndarray, expected: torch.Tensor, precision: str) -> None:
-    """Integers exactly."""
+    """Check the outputs; integers must be equal."""
     reference = expected.detach().numpy()
     assert found.shape == reference.shape
     tolerance = TOLERANCES[precision] * np.abs(reference).max() if expected.is_floating_point() else 0
@@ -181,11 +185,11 @@ def test_a_module(name: str, precision: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", sorted(PRECISIONS))
 def test_a_module_with_states(precision: str, tmp_path: Path) -> None:
-    """States are fp16 either way; all numbers here are exact in it."""
+    """States are fp16 in both precisions; all numbers here are exact in fp16."""
     module = Counter()
     shapes = {name: tuple(buffer.shape) for name, buffer in module.named_buffers()}
     evaluator = saved(convert(module, torch.zeros(1, 8), precision, shapes), tmp_path)
-    for buffer in module.buffers():  # tracing has run it
+    for buffer in module.buffers():  # tracing has changed them
         buffer.zero_()
     states = evaluator.initial_states()
     assert states.keys() == shapes.keys()
@@ -209,7 +213,7 @@ class TwoLayers(nn.Module):
 
 @pytest.fixture(scope="module", params=sorted(PRECISIONS))
 def two_layers(request: pytest.FixtureRequest) -> tuple[nn.Module, Any, str]:
-    """A module, what coremltools makes of it, and the precision of that."""
+    """A module, its package, and the precision of the package."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = TwoLayers()
@@ -245,7 +249,7 @@ COMPRESSIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("name", COMPRESSIONS)
 def test_compressed_weights(two_layers: tuple[nn.Module, Any, str], name: str, tmp_path: Path) -> None:
-    """torch gets the weights that coremltools says are stored."""
+    """torch runs with the weights that coremltools reports as stored."""
     original, model, precision = two_layers
     compress, op = COMPRESSIONS[name]
     compressed = compress(model)
@@ -257,7 +261,7 @@ def test_compressed_weights(two_layers: tuple[nn.Module, Any, str], name: str, t
     for layer, weight in zip((module.first, module.second), weights, strict=True):
         assert (
             0 < np.abs(weight - layer.weight.detach().numpy()).max() < 0.1
-        )  # it is the right one, and no longer itself
+        )  # the module is the right one, and its weights have changed
         layer.weight = nn.Parameter(torch.from_numpy(weight.astype(np.float32)))
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(6))
     (found,) = evaluator.run(given(evaluator, x)).values()

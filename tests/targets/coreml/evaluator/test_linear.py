@@ -29,17 +29,20 @@ def random(rng: np.random.Generator, shape: Shape, dtype: str) -> np.ndarray:
 
 
 def exact(*arrays: np.ndarray) -> list[torch.Tensor]:
-    """As float64."""
+    """Return the array as a float64 tensor."""
     return [torch.from_numpy(array.astype(np.float64)) for array in arrays]
 
 
 def close(found: np.ndarray, expected: torch.Tensor, magnitude: torch.Tensor | float, terms: int, dtype: str) -> None:
-    """Float32 operations, ``terms`` in a row on numbers up to ``magnitude``, whose result was rounded to the declared type once."""
+    """Check the result of ``terms`` float32 operations in a row on numbers up to ``magnitude``.
+
+    The result may have been rounded to the declared type once.
+    """
     reference = expected.numpy()
     computed = terms * 2.0**-24 * np.asarray(magnitude)
     rounded = ROUNDING[dtype] * (np.abs(reference) + computed) + (
         2.0**-25 if dtype == "fp16" else 0.0
-    )  # the latter where subnormal
+    )  # 2^-25 is the error of a subnormal
     excess = np.abs(found.astype(np.float64) - reference) - computed - rounded
     assert found.shape == reference.shape
     assert not excess.size or excess.max() <= 0
@@ -57,7 +60,7 @@ def test_linear(run_op: Run, dtype: str, leading: Shape, d_in: int, d_out: int, 
 
 
 def test_sums_are_kept_in_float32(run_op: Run) -> None:
-    """In fp16 4096 ones add up to 2048."""
+    """The sum of 4096 ones is 4096; with fp16 sums it would be 2048."""
     ones = np.ones((1, 4096), np.float16)
     assert run_op("linear", {"x": ones}, {"weight": ones}, ("fp16", (1, 1))) == 4096
     assert run_op("matmul", {"x": ones, "y": ones}, {"transpose_y": True}, ("fp16", (1, 1))) == 4096
@@ -65,7 +68,7 @@ def test_sums_are_kept_in_float32(run_op: Run) -> None:
 
 @st.composite
 def products(draw: st.DrawFn) -> tuple[Shape, Shape, bool, bool]:
-    """Shapes of matrices in batches that broadcast, and which of them are transposed."""
+    """Draw the shapes of batches of matrices that broadcast, and which of them are transposed."""
     m, k, n = (draw(st.integers(1, 6)) for _ in range(3))
     batch = draw(LEADING)
     first, second = (tuple(size if draw(st.booleans()) else 1 for size in batch) for _ in range(2))
@@ -141,7 +144,7 @@ def test_einsum(run_op: Run, equation: str, first: Shape, second: Shape, dtype: 
 
 @st.composite
 def attentions(draw: st.DrawFn) -> tuple[Shape, Shape, Shape, Shape | None]:
-    """Shapes of query, key, value, and of a mask (None: there is none), which broadcasts to the scores."""
+    """Draw the shapes of query, key, value, and a mask that broadcasts to the scores; None stands for no mask."""
     leading = (draw(st.integers(1, 3)), *draw(st.lists(st.integers(1, 3), max_size=2)))
     length, source, depth, width = (draw(st.integers(1, 6)) for _ in range(4))
     mask = tuple(size if draw(st.booleans()) else 1 for size in leading) if draw(st.booleans()) else None
@@ -199,12 +202,15 @@ def test_a_row_that_attends_to_nothing_is_nan(run_op: Run) -> None:
 
 
 def affine(rng: np.random.Generator, shape: Shape, dtype: str, present: bool) -> dict[str, np.ndarray]:
-    """gamma and beta, or nothing."""
+    """Return gamma and beta, or {} if they are not ``present``."""
     return {name: random(rng, shape, dtype) for name in ("gamma", "beta")} if present else {}
 
 
 def magnitude(x: torch.Tensor, variance: torch.Tensor, epsilon: float, parts: dict[str, np.ndarray]) -> torch.Tensor:
-    """What an error of one rounding of x or its mean becomes, in units of 2^-24: the spread may be much smaller than x."""
+    """Return the error in the result of one rounding of x or its mean, in units of 2^-24.
+
+    It may be much larger than the rounding, because the spread may be much smaller than x.
+    """
     gamma, beta = (
         float(np.abs(parts[name]).max()) if name in parts else other for name, other in (("gamma", 1.0), ("beta", 0.0))
     )

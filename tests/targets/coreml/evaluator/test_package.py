@@ -1,28 +1,20 @@
-"""Packages: which function runs, what is stored in them, and what is wrong with those that are refused."""
+"""Packages: the function that runs, the constants that are stored, and the errors of damaged packages."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from coreml_damage import DATA, Damage, change_manifest, change_model, write
 from coremltools.libmilstoragepython import _BlobStorageWriter
-from coremltools.proto import MIL_pb2, Model_pb2
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from h1export.errors import H1ExportError
 from h1export.targets.coreml.evaluator import Evaluator, Package
-from h1export.targets.coreml.evaluator.constants import constant
+from h1export.targets.coreml.evaluator.constants import constant_array
 
-DATA = "Data/com.apple.CoreML"
-PROPERTY = settings(deadline=None, max_examples=150, derandomize=True)
 ONE = ("fp32", (2,))
-Damage = Callable[[Path], object]
 
 
 def doubling(mil: Any, factor: float = 2) -> Any:
@@ -31,31 +23,8 @@ def doubling(mil: Any, factor: float = 2) -> Any:
 
 @pytest.fixture
 def package(mil: Any) -> Path:
-    """A function ``main`` that doubles."""
+    """A package with a function ``main`` that doubles its input."""
     return mil.save({"main": doubling(mil)})
-
-
-def change_manifest(edit: Callable[[Any], object]) -> Damage:
-    def damage(path: Path) -> None:
-        manifest = json.loads((path / "Manifest.json").read_text())
-        edit(manifest)
-        (path / "Manifest.json").write_text(json.dumps(manifest))
-
-    return damage
-
-
-def write(file: str, content: bytes) -> Damage:
-    return lambda path: (path / file).write_bytes(content)
-
-
-def change_model(edit: Callable[[Any], object]) -> Damage:
-    def damage(path: Path) -> None:
-        file = path / DATA / "model.mlmodel"
-        model = Model_pb2.Model.FromString(file.read_bytes())
-        edit(model)
-        file.write_bytes(model.SerializeToString())
-
-    return damage
 
 
 def point_to(entry: object) -> Damage:
@@ -117,7 +86,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a link to itself": (link_to_itself, "refers to .*model.mlmodel', (outside the package|which is missing)"),
     "no model": (lambda path: (path / DATA / "model.mlmodel").unlink(), "refers to .*model.mlmodel', which is missing"),
     "an empty model": (write(f"{DATA}/model.mlmodel", b""), "holds no model, not an mlProgram; build it for iOS 18"),
-    "garbage": (write(f"{DATA}/model.mlmodel", b"\xff" * 100), r"model.mlmodel: is no Core ML model \("),
+    "garbage": (write(f"{DATA}/model.mlmodel", b"\xff" * 100), r"model.mlmodel: is not a Core ML model \("),
     "a neural network": (change_model(neural_network), "holds a model of type neuralNetwork, not an mlProgram"),
     "an old specification": (
         change_model(lambda model: setattr(model, "specificationVersion", 8)),
@@ -171,7 +140,7 @@ def test_the_function_that_runs(mil: Any) -> None:
 
 @pytest.fixture
 def stored(mil: Any, tmp_path: Path) -> Path:
-    """Two functions that add the same fp16 blob, which one of them has under another name."""
+    """A package with two functions that add the same fp16 blob under different names."""
     writer = _BlobStorageWriter(str(tmp_path / "weight.bin"))
     offset = writer.write_fp16_data(np.arange(4, dtype=np.float16).view(np.uint16))
     del writer
@@ -191,9 +160,8 @@ def test_blobs_are_read_and_held_once(stored: Path) -> None:
     package = Package.open(stored)
     for function in ("first", "second"):
         assert Evaluator(package, function).run({"x": np.ones(4, np.float16)})["y"].tolist() == [1, 2, 3, 4]
-    first, second = (
-        constant(package, package.operation(name, function), {}) for function, name in (("first", "w"), ("second", "v"))
-    )
+    first = constant_array(package, package.operation("w", "first"), {})
+    second = constant_array(package, package.operation("v", "second"), {})
     assert first is second
 
 
@@ -204,7 +172,7 @@ def test_what_is_stored(stored: Path, mil: Any) -> None:
     assert found.tolist() == [0, 1, 2, 3]
     with pytest.raises(H1ExportError, match="function 'first' has no operation with an output 'v'"):
         package.operation("v", "first")
-    with pytest.raises(H1ExportError, match="op add 'y': is computed when run; ask for a constant"):
+    with pytest.raises(H1ExportError, match="op add 'y': is computed at run time; request a constant"):
         package.constant("y", "first")
     codes = np.array([[1, -8, 7, 0]], np.int8)
     scale = np.array([[0.5, 2]], np.float16)
@@ -220,7 +188,7 @@ def test_what_is_stored(stored: Path, mil: Any) -> None:
     assert parts.keys() == {"data", "scale"}
     assert np.array_equal(parts["data"], codes)
     assert np.array_equal(parts["scale"], scale)
-    with pytest.raises(H1ExportError, match="takes data from 'w', which is not stored as such"):
+    with pytest.raises(H1ExportError, match="takes data from 'w', which is computed"):
         package.constant("again")
 
 
@@ -264,139 +232,3 @@ def test_weights_that_are_not_the_packages_are_refused(stored: Path, damage: Dam
     damage(stored)
     with pytest.raises(H1ExportError, match=what):
         Evaluator(Package.open(stored), "first")
-
-
-def of_type(model: Any, number: int) -> None:
-    model.mlProgram.functions["main"].inputs[0].type.tensorType.dataType = number
-
-
-def first_constant(change: Callable[[Any], object]) -> Damage:
-    """Change the constant of the first operation."""
-
-    def edit(model: Any) -> None:
-        change(
-            model.mlProgram.functions["main"]
-            .block_specializations["CoreML8"]
-            .operations[0]
-            .inputs["y"]
-            .arguments[0]
-            .value
-        )
-
-    return change_model(edit)
-
-
-def first_operation(change: Callable[[Any], object]) -> Damage:
-    return change_model(
-        lambda model: change(model.mlProgram.functions["main"].block_specializations["CoreML8"].operations[0])
-    )
-
-
-def of_list(value: Any) -> None:
-    value.type.listType.type.tensorType.dataType = MIL_pb2.FLOAT32
-
-
-def of_integers(value: Any) -> None:
-    value.immediateValue.tensor.ints.values.append(1)
-
-
-def of_bytes(value: Any) -> None:
-    value.immediateValue.tensor.bytes.values = b"\0" * 3
-
-
-def of_unknown_shape(value: Any) -> None:
-    value.type.tensorType.dimensions.add().unknown.variadic = False
-
-
-def without_rank(value: Any) -> None:
-    value.type.tensorType.dimensions.add().unknown.variadic = True
-
-
-@pytest.mark.parametrize(
-    ("damage", "what"),
-    [
-        (change_model(lambda model: of_type(model, 99)), "input 'x': has elements of MIL type 99"),
-        (
-            change_model(
-                lambda model: (
-                    model.mlProgram.functions["main"].inputs.add().CopyFrom(model.mlProgram.functions["main"].inputs[0])
-                )
-            ),
-            "twice",
-        ),
-        (
-            first_operation(lambda op: setattr(op, "type", "sing")),
-            "op sing 'y': is an op that the evaluator does not have; it has .*mul",
-        ),
-        (
-            first_operation(lambda op: op.inputs["z"].CopyFrom(op.inputs["y"])),
-            "op mul 'y': has inputs that the evaluator does not know: z",
-        ),
-        (first_operation(lambda op: op.inputs.pop("y")), "op mul 'y': lacks y"),
-        (first_operation(lambda op: op.inputs["y"].arguments.add(name="x")), "op mul 'y': has 2 values for y"),
-        (
-            first_operation(lambda op: op.inputs["y"].ClearField("arguments")),
-            "op mul 'y': has an input 'y' without a value",
-        ),
-        (
-            first_operation(lambda op: op.inputs["y"].arguments[0].ClearField("binding")),
-            "op mul 'y': has an input without a value",
-        ),
-        (
-            first_operation(lambda op: setattr(op.inputs["x"].arguments[0], "name", "w")),
-            "takes 'w', which nothing before it computes",
-        ),
-        (
-            first_operation(lambda op: setattr(op.outputs[0], "name", "w")),
-            "function 'main': returns 'y', which nothing computes",
-        ),
-        (first_operation(lambda op: op.outputs[0].type.ClearField("type")), "op mul 'y': is of no type, not a tensor"),
-        (first_operation(lambda op: setattr(op, "type", "const")), "op const 'y': is a const without a value"),
-        (first_constant(of_list), "op mul 'y': is of listType, not a tensor"),
-        (first_constant(of_integers), "op mul 'y': holds ints for elements of fp32"),
-        (first_constant(of_bytes), "op mul 'y': holds 3 bytes for 1 elements of fp32"),
-        (first_constant(lambda value: value.ClearField("value")), "holds a constant that is not a tensor"),
-        (
-            first_constant(lambda value: value.immediateValue.tensor.floats.values.append(1)),
-            "holds 2 values for 1 elements of fp32",
-        ),
-        (first_constant(of_unknown_shape), r"holds a constant of unknown shape fp32\[\?\]"),
-        (first_constant(without_rank), "has no fixed rank"),
-    ],
-)
-def test_a_damaged_program_is_refused(package: Path, damage: Damage, what: str) -> None:
-    damage(package)
-    with pytest.raises(H1ExportError, match=what) as caught:
-        Evaluator(Package.open(package))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_constant_is_of_the_type_that_its_output_declares(mil: Any) -> None:
-    const = mil.const("w", mil.value([1.0, 2.0]))
-    const.outputs[0].type.CopyFrom(mil.type(("fp32", (3,))))
-    package = Package.open(mil.save({"main": mil.function({}, [const], ["w"])}))
-    with pytest.raises(H1ExportError, match=r"op const 'w': holds fp32\[2\], and is declared as fp32\[3\]"):
-        Evaluator(package)
-
-
-@PROPERTY
-@given(st.data())
-def test_no_damage_ends_in_a_traceback(mil: Any, data: st.DataObject) -> None:
-    """Any change of the program's bytes: it runs all the same, or it is refused."""
-    operations = [
-        mil.const("w", mil.value(np.ones((2, 3), np.float16))),
-        mil.op("linear", {"x": "x", "weight": "w"}, {"l": ("fp16", (1, 2))}),
-        mil.op("concat", {"values": ["l", "l"], "axis": mil.value(1)}, {"c": ("fp16", (1, 4))}),
-        mil.op("read_state", {"input": "s"}, {"r": ("fp16", (1, 4))}),
-        mil.op("add", {"x": "c", "y": "r"}, {"y": ("fp16", (1, 4))}),
-        mil.op("write_state", {"input": "s", "data": "y"}, {}),
-    ]
-    path = mil.save({"main": mil.function({"x": ("fp16", (1, 3))}, operations, ["y"], {"s": ("fp16", (1, 4))})})
-    file = path / DATA / "model.mlmodel"
-    raw = bytearray(file.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-    file.write_bytes(raw)
-    with suppress(H1ExportError):
-        evaluator = Evaluator(Package.open(path))
-        evaluator.run({"x": np.ones((1, 3), np.float16)}, evaluator.initial_states())

@@ -1,4 +1,4 @@
-"""Names and optionality of every op's inputs against the operator definitions of coremltools."""
+"""The names of every op's inputs, and whether they are optional, against the op definitions of coremltools."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STRICTER = {("conv", "pad_type"), ("scatter", "mode"), ("scatter_along_axis", "m
 
 
 def definition(op: str) -> dict[str, bool]:
-    """Input -> whether it may be left out, in the newest definition up to iOS 18."""
+    """Return whether each input is optional, in the newest definition up to iOS 18."""
     versions = SSAOpRegistry.core_ops[op]
     newest = max((target for target in versions if target <= ct.target.iOS18), key=lambda target: target.value)
     return {name: kind.optional for name, kind in versions[newest].input_spec.input_types.items()}

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from h1export.targets.onnxruntime.emit.nbits import Layout
+from h1export.targets.onnxruntime.emit.packing import NBitsLayout
 
 RunOp = Callable[..., list[Any]]
 FORMATS = [(bits, block) for bits in (4, 8) for block in (16, 32, 64, 128)]
@@ -32,7 +32,7 @@ class Case:
         seed: int = 0,
     ):
         rng = np.random.default_rng(seed)
-        self.layout = Layout(bits, block, columns)
+        self.layout = NBitsLayout(bits, block, columns)
         low = self.layout.zero_point
         self.integers = rng.integers(-low, low, (rows, columns)).astype(
             np.int8
@@ -61,7 +61,7 @@ class Case:
             "K": self.layout.columns,
             "N": len(self.codes),
             "bits": self.layout.bits,
-            "block_size": self.layout.block,
+            "block_size": self.layout.block_size,
         }
 
     def run(self, run_op: RunOp, level: int, threads: int = 2) -> Any:
@@ -80,11 +80,11 @@ class Case:
         """float64; ``rounded``: with x rounded as accuracy level 4 does it."""
         layout = self.layout
         x = self.x.astype(np.float64)
-        weights = self.integers * np.repeat(self.weight_scales, layout.block, axis=1)[:, : layout.columns]
+        weights = self.integers * np.repeat(self.weight_scales, layout.block_size, axis=1)[:, : layout.columns]
         if rounded:
-            padded = np.zeros((*x.shape[:-1], layout.blocks * layout.block))
+            padded = np.zeros((*x.shape[:-1], layout.blocks * layout.block_size))
             padded[..., : layout.columns] = x
-            blocks = padded.reshape(*x.shape[:-1], layout.blocks, layout.block)
+            blocks = padded.reshape(*x.shape[:-1], layout.blocks, layout.block_size)
             scale = np.abs(blocks).max(axis=-1, keepdims=True) / 127
             x = (np.rint(blocks / np.where(scale > 0, scale, 1)) * scale).reshape(padded.shape)[..., : layout.columns]
         return x @ weights.T + (0 if self.bias is None else self.bias)

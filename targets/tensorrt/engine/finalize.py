@@ -1,4 +1,4 @@
-"""What is left to do on the machine with the GPU: build the engine where there is none, and see that it fits the machine."""
+"""Finishes an artifact on the machine with the GPU: builds a missing engine and checks that it fits the machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import dataclasses
 import os
 from pathlib import Path
 
-from h1export.artifact.artifact import MANIFEST, Artifact, file_table
+from h1export.artifact.artifact import Artifact, file_table
+from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
 from h1export.progress import Progress
 from h1export.targets.tensorrt.engine import build
@@ -14,16 +15,18 @@ from h1export.targets.tensorrt.engine.config import ENGINE, EngineConfig
 from h1export.targets.tensorrt.engine.requirements import EngineRequirements, Host, check
 
 
-def finish(folder: Path, progress: Progress) -> EngineRequirements:
-    """Make the artifact in ``folder`` ready to run here; one that is already is left as it is.
+def build_engine_here(folder: Path, progress: Progress) -> EngineRequirements:
+    """Make the artifact in ``folder`` ready to run on this machine; an engine that is already there is kept.
+
+    Returns the requirements of the engine, which the manifest records.
 
     Raises:
-        H1ExportError: no artifact of TensorRT, no GPU or runtime here, one that the artifact is not for, or the builder's refusal.
+        H1ExportError: ``folder`` is not an artifact for TensorRT, this machine has no GPU or no runtime, the artifact
+            is not for this GPU, or the builder refuses it.
     """
     artifact = Artifact.open(folder)
     requirements = EngineRequirements.of(artifact)
-    recipe = EngineConfig.read(folder)
-    host = Host.here(recipe)
+    host = Host.here(EngineConfig.read(folder))
     artifact.check_hashes()
     if not requirements.engine:
         if host.architecture not in requirements.architectures:
@@ -38,7 +41,7 @@ def finish(folder: Path, progress: Progress) -> EngineRequirements:
 def _build(
     artifact: Artifact, requirements: EngineRequirements, host: Host, *, progress: Progress
 ) -> EngineRequirements:
-    """The engine first, then the manifest that names it: a kill between the two leaves the artifact as it was."""
+    """Build the engine, then replace the manifest by one that lists it: a kill in between leaves a valid artifact."""
     folder = artifact.folder
     build_log = build.build(folder, progress)
     entry = file_table(folder)[ENGINE]

@@ -32,7 +32,7 @@ from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import scoring_ids
 from h1export.commands import pipeline
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import SILENT
 from h1export.quantize.awq_scales import ScaledStore
 from h1export.quantize.budget import Budget
@@ -44,7 +44,6 @@ from h1export.quantize.methods.scale_search import search_rows
 from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import QuantizedWeights, Rounded
-from h1export.runtime.runner import Ids
 from h1export.validate.accuracy.perplexity import Scored, text_figures, windows
 from h1export.validate.accuracy.reference import Reference
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array
-from h1export.runtime.runner import Ids, Limits, Provenance, Session
+from h1export.model.falcon_h1.states import Array, Ids
+from h1export.runtime.runner import Limits, Provenance, Session
 from h1export.validate.speed.worker import Timed
 
 

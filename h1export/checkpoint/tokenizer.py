@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from h1export.errors import H1ExportError
-from h1export.runtime.runner import Ids
+from h1export.model.falcon_h1.states import Ids
 
 TOKENIZER = "tokenizer.json"
 

@@ -29,7 +29,7 @@ from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG, special_tokens
-from h1export.model.falcon_h1.states import StateSpec
+from h1export.model.falcon_h1.states import Ids, StateSpec
 from h1export.progress import SILENT, Progress
 from h1export.quantize.budget import Sensitivity
 from h1export.quantize.calibration import Calibration
@@ -40,7 +40,7 @@ from h1export.quantize.sensitivity import sensitivities
 from h1export.quantize.source import QuantizedWeights
 from h1export.report.report import Report
 from h1export.runtime.generation import Sampling, generate
-from h1export.runtime.runner import Ids, Inspectable
+from h1export.runtime.runner import Inspectable
 from h1export.targets import MODULES, BuildOptions, Kernels, get_target
 from h1export.validate.accuracy.run import ValidateOptions
 from h1export.validate.accuracy.run import validate as run_validation

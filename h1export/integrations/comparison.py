@@ -14,8 +14,8 @@ from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import Array
-from h1export.runtime.runner import Ids, Inspectable
+from h1export.model.falcon_h1.states import Array, Ids
+from h1export.runtime.runner import Inspectable
 from h1export.validate.accuracy import tolerances
 from h1export.validate.accuracy.logits import logit_figures, relative_error
 from h1export.validate.accuracy.reference import Reference

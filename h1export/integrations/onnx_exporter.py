@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import INPUT_IDS, LOGITS, Array, StateKind, StateSpec, StateTensor
-from h1export.runtime.runner import Ids, Limits, Provenance, check_call
+from h1export.model.falcon_h1.states import INPUT_IDS, LOGITS, Array, Ids, StateKind, StateSpec, StateTensor
+from h1export.runtime.runner import Limits, Provenance, check_call
 from h1export.runtime.session import SteppedSession
 from h1export.targets.onnx import sdk
 

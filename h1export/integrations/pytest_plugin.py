@@ -10,8 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from h1export.integrations.comparison import Exported, Truth
-    from h1export.model.falcon_h1.states import Array
-    from h1export.runtime.runner import Ids
+    from h1export.model.falcon_h1.states import Array, Ids
 
 ARTIFACT = "h1_artifact"
 CHECKPOINT = "h1_checkpoint"

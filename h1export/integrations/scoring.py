@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.runtime.generation import PREFILL_CHUNK
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Runner
 from h1export.validate.accuracy.logits import log_softmax
 
 

@@ -20,7 +20,8 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG
-from h1export.runtime.runner import Ids, Runner
+from h1export.model.falcon_h1.states import Ids
+from h1export.runtime.runner import Runner
 from h1export.runtime.session import BatchSession, RowByRowSession, open_session
 from h1export.targets import Kernels
 

@@ -111,10 +111,10 @@ class JudgedArtifact:
         stored = {part.tensor: weight for weight in self.artifact.manifest.weights for part in weight.parts}
         found: dict[str, list[int]] = {}
         for tensor, weight in stored.items():
-            rows, columns = layout[tensor]
+            height, width = layout[tensor]
             weights, bits = found.setdefault(_kind(tensor), [0, 0])
-            stored_bits = Precision(weight.bits, weight.group_size).stored_bits((rows, columns))
-            found[_kind(tensor)] = [weights + rows * columns, bits + stored_bits]
+            stored_bits = Precision(weight.bits, weight.group_size).stored_bits((height, width))
+            found[_kind(tensor)] = [weights + height * width, bits + stored_bits]
         rows: list[dict[str, Any]] = [
             {"kind": kind, "weights": n, "bits": bits / n, "nbytes": round(bits / 8)}
             for kind, (n, bits) in sorted(found.items())

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import Array
-from h1export.runtime.runner import Ids, Runner
+from h1export.model.falcon_h1.states import Array, Ids
+from h1export.runtime.runner import Runner
 
 PREFILL_CHUNK = 512  # tokens of the prompt a call, so that logits of long prompts need no memory
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.runtime.generation import PREFILL_CHUNK
-from h1export.runtime.runner import Ids, Runner, Session, check_call
+from h1export.runtime.runner import Runner, Session, check_call
 
 
 class BatchSession(Session, Protocol):

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from h1export.model.falcon_h1.states import Array
-from h1export.runtime.runner import Ids
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Evaluator, Package
 from h1export.targets.coreml.program import layout

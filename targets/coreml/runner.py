@@ -15,9 +15,9 @@ from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import probe_names
-from h1export.model.falcon_h1.states import Array, StateKind, StateSpec
+from h1export.model.falcon_h1.states import Array, Ids, StateKind, StateSpec
 from h1export.quantize.quantized_tensor import QuantizedTensor
-from h1export.runtime.runner import Ids, Limits, Provenance, check_call
+from h1export.runtime.runner import Limits, Provenance, check_call
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.execution import Evaluated, Executor, Held, OnMac, advance, observe
 from h1export.targets.coreml.program import layout

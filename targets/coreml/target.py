@@ -20,7 +20,7 @@ from h1export.graphs.trace import trace
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets.base import BuildOptions, Compute, Kernels, Lowered
-from h1export.targets.coreml import sdk
+from h1export.targets.coreml import runner, sdk
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.mac import golden, readme
 from h1export.targets.coreml.mac.verify_on_mac import Settings
@@ -30,7 +30,6 @@ from h1export.targets.coreml.program.blob_storage import BlobStorage
 from h1export.targets.coreml.program.functions import mil_program
 from h1export.targets.coreml.program.layout import CALLS, PREFILL
 from h1export.targets.coreml.program.weights import Float, Var, Weights
-from h1export.targets.coreml import runner
 
 COMPUTE: Mapping[Compute, Float] = {"fp16": np.float16, "fp32": np.float32}
 Port = tuple[str, tuple[int | str, ...]]

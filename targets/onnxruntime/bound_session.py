@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, StateSpec
-from h1export.runtime.runner import Ids, check_call
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, Ids, StateSpec
+from h1export.runtime.runner import check_call
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import state_layout
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from h1export.artifact.artifact import StoredWeight
+from h1export.artifact.manifest import StoredWeight
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS

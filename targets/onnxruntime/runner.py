@@ -14,8 +14,8 @@ from h1export.checkpoint.gptq_tensor import ORDER
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateKind, StateSpec
-from h1export.runtime.runner import Ids, Limits, Provenance, Session, check_call
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateKind, StateSpec
+from h1export.runtime.runner import Limits, Provenance, Session, check_call
 from h1export.runtime.session import SteppedSession
 from h1export.targets.base import Kernels
 from h1export.targets.onnx import sdk

@@ -270,5 +270,7 @@ def test_a_tied_checkpoint_may_not_store_another_head(
 ) -> None:
     stored = load_file(tied / "model.safetensors")
     save_file(stored | {HEAD: change(stored[EMBEDDING]).clone()}, tmp_path / "model.safetensors")
-    with pytest.raises(H1ExportError, match=r'model\.safetensors: tensor "lm_head\.weight": .*; config.json and the weights belong'):
+    with pytest.raises(
+        H1ExportError, match=r'model\.safetensors: tensor "lm_head\.weight": .*; config.json and the weights belong'
+    ):
         WeightStore.open(tmp_path, FalconH1Config.load(tied))

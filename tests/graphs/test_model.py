@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from program_runner import ProgramRunner
 
-from h1export.model.falcon_h1.states import Array
-from h1export.runtime.runner import Ids
+from h1export.model.falcon_h1.states import Array, Ids
 
 Result = tuple[Array, dict[str, Array]]
 Deviation = Callable[[Result, Result], float]

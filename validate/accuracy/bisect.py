@@ -14,10 +14,10 @@ import numpy as np
 
 from h1export.model.falcon_h1.probes import ProbePoint, probe_name
 from h1export.model.falcon_h1.projections import SUSPECT_MLP, SUSPECT_OPS
-from h1export.model.falcon_h1.states import Array, StateKind
+from h1export.model.falcon_h1.states import Array, Ids, StateKind
 from h1export.model.falcon_h1.tensors import projection_of, split_layer
 from h1export.report.report import Row, Verdict
-from h1export.runtime.runner import Comparable, Ids, Observable
+from h1export.runtime.runner import Comparable, Observable
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference import Reference
 

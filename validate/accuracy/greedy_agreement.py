@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from h1export.model.falcon_h1.states import Ids
 from h1export.report.report import Row
-from h1export.runtime.runner import Ids, Runner
+from h1export.runtime.runner import Runner
 from h1export.validate.accuracy.reference import Reference
 
 CHECK = "greedy text"

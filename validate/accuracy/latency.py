@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from h1export.runtime.runner import Ids, Runner, Session
+from h1export.model.falcon_h1.states import Ids
+from h1export.runtime.runner import Runner, Session
 from h1export.validate.accuracy.reference import Reference
 
 # tokens a prefill, steps a decode run

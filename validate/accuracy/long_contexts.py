@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from h1export.model.falcon_h1.states import Array, StateSpec
+from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.report.histogram import Histogram
 from h1export.report.report import LOGIT_ERROR, Row
-from h1export.runtime.runner import Comparable, Ids, Runner, Session
+from h1export.runtime.runner import Comparable, Runner, Session
 from h1export.validate.accuracy.logits import logit_figures, position_errors
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.states import row_of_batch, state_errors

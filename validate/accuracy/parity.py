@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from h1export.model.falcon_h1.states import Array, StateSpec
+from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.report.histogram import Histogram
 from h1export.report.report import LOGIT_ERROR, Row
-from h1export.runtime.runner import Comparable, Ids, Runner
+from h1export.runtime.runner import Comparable, Runner
 from h1export.validate.accuracy.cases import Case, cases
 from h1export.validate.accuracy.logits import logit_figures, position_errors
 from h1export.validate.accuracy.reference import Reference

@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from h1export.model.falcon_h1.states import Array
-from h1export.runtime.runner import Ids
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.validate.accuracy.logits import log_softmax
 
 WINDOW = 512  # tokens a window; each starts from empty states with the last token of the one before

@@ -19,9 +19,9 @@ from h1export.checkpoint.gptq_format import GptqFormat
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array, StateKind
+from h1export.model.falcon_h1.states import Array, Ids, StateKind
 from h1export.model.falcon_h1.tensors import tensor_layout
-from h1export.runtime.runner import Ids, Limits, Provenance, Session
+from h1export.runtime.runner import Limits, Provenance, Session
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference_probes import arrays, watched
 

@@ -15,12 +15,12 @@ import torch
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import Manifest
 from h1export.checkpoint.store import WeightStore
-from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import SILENT, Progress
 from h1export.quantize.awq_scales import AwqScales, ScaledStore
 from h1export.report.histogram import Histogram
 from h1export.report.report import KL, LOGIT_ERROR, Report, Row
-from h1export.runtime.runner import Comparable, Ids, Inspectable, Runner, TracksMagnitudes
+from h1export.runtime.runner import Comparable, Inspectable, Runner, TracksMagnitudes
 from h1export.validate.accuracy import tolerances
 from h1export.validate.accuracy.bisect import bisect, integers_row
 from h1export.validate.accuracy.greedy_agreement import CHECK as GREEDY

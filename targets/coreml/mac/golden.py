@@ -24,8 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import Array
-from h1export.runtime.runner import Ids
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.targets.coreml.mac.verify_on_mac import FORMAT
 
 STEPS = 4

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from h1export.artifact.artifact import Artifact
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probe_names
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec
-from h1export.runtime.runner import Ids, Limits, Provenance, check_call
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateSpec
+from h1export.runtime.runner import Limits, Provenance, check_call
 from h1export.runtime.session import SteppedSession
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.read_back import StoredWeights

@@ -41,6 +41,7 @@ class Gpu:
         """Record what ``launch`` enqueues as a CUDA graph, and return the function that replays it.
 
         Nothing runs while it is recorded.
+
         Raises:
             RuntimeError: an operation cannot be recorded.
         """

@@ -7,8 +7,8 @@ import torch
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array, StateSpec
-from h1export.runtime.runner import Ids, Limits, Provenance
+from h1export.model.falcon_h1.states import Array, Ids, StateSpec
+from h1export.runtime.runner import Limits, Provenance
 from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.tensorrt.gpu.device import Gpu
 from h1export.targets.tensorrt.gpu.engine import LoadedEngine

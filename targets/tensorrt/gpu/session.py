@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, StateSpec, StateTensor
-from h1export.runtime.runner import Ids, check_call
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateSpec, StateTensor
+from h1export.runtime.runner import check_call
 from h1export.targets.tensorrt.gpu.engine import LoadedEngine
 from h1export.targets.tensorrt.network.layout import DECODE, OWN, TORCH, WRITE_INDICES, dtype
 from h1export.targets.tensorrt.network.limits import calls

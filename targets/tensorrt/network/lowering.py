@@ -26,7 +26,6 @@ from h1export.targets.tensorrt.network.context import OPSETS, TensorRTContext, T
 from h1export.targets.tensorrt.network.layout import DATA, MODEL, WRITE_INDICES, Dims
 from h1export.targets.tensorrt.network.ops import TABLE
 
-
 ZERO_POINTS = "use --target ort or coreml, or give a checkpoint with sym true, or the unquantised one"
 
 

@@ -159,8 +159,8 @@ def _call(op: Op) -> Iterator[str]:
     for name, kind in every.items():
         yield f"  {'void const*' if kind.startswith('*') else SCALARS[kind]} {name}{{}};"
     yield "};"
-    arguments = "Call& call, void const* const* inputs, void* const* outputs, Attributes const& attributes"
-    yield f"inline void bind({arguments}) {{"
+    parameters = "Call& call, void const* const* inputs, void* const* outputs, Attributes const& attributes"
+    yield f"inline void bind({parameters}) {{"
     yield from (f"  call.{name} = inputs[{_constant(name)}];" for name in op.inputs if name in every)
     yield from (f"  call.{name} = outputs[{i}];" for i, name in enumerate(("y", f"new_{op.state}")))
     yield from (f"  call.{name} = attributes.{name};" for name, _ in op.attributes if name in every)

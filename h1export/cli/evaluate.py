@@ -69,7 +69,7 @@ def evaluate(
     model = ArtifactLM(out, threads, kernels, max_length=max_length)
     names = [name for name in tasks.split(",") if name]
     with redirect_stderr(StringIO()) if quiet or as_json else nullcontext():  # its progress bars
-        found = run(model, names, include, fewshot, limit, chat, unsafe_code)
+        found = run(model, names, include, fewshot=fewshot, limit=limit, chat=chat, unsafe_code=unsafe_code)
     if as_json:
         answer({part: found[part] for part in ANSWERED if part in found})
     for part in ("results", "groups"):

@@ -373,4 +373,4 @@ def generate_text(
     if runner.provenance.fallback:
         tell(runner.provenance.fallback)
     end = frozenset(special_tokens(out, runner.config).eos)
-    yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling, end))
+    yield from stream(tokenizer, generate(runner, ids, max_tokens, sampling=sampling, eos=end))

@@ -1,1 +1,4 @@
-"""h1export inside other people's tools. A module here imports its host, so it is imported by the host, or where the host is installed."""
+"""h1export inside other people's tools.
+
+A module here imports its host, so it is imported by the host, or where the host is installed.
+"""

@@ -1,4 +1,4 @@
-"""Artifacts in lm-evaluation-harness: importing this module registers the model "h1export"."""
+"""Artifacts as models of lm-evaluation-harness. Importing this module registers the model "h1export"."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from tqdm import tqdm
 from h1export.checkpoint.tokenizer import load_tokenizer, stream
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
-from h1export.integrations.scoring import Beginning
+from h1export.integrations.lm_eval_scoring import Prefix
 from h1export.model.falcon_h1.special_tokens import special_tokens
 from h1export.runtime.generation import Sampling, generate
 from h1export.targets import Kernels
 
-Request = tuple[
-    tuple[str, str] | None, list[int], list[int]
-]  # (texts, context, what is scored), as lm-eval hands them over
-MAX_NEW_TOKENS = 256  # where a task does not say, as in lm-eval's own models
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation), as lm-eval passes them
+MAX_NEW_TOKENS = 256  # for a task that sets no limit, as in lm-eval's own models
 SAMPLING = ("temperature", "top_k", "top_p")
 
 
 @register_model("h1export")
 class ArtifactLM(TemplateLM):
-    """The artifact ``out``, one row at a time; continuations of one context share its states.
+    """A model of lm-eval over the artifact ``out``.
+
+    It computes one row at a time; the continuations of one context share its states.
 
     Args:
-        out: the artifact's folder.
-        threads: as of ``h1export.load``.
-        kernels: as of ``h1export.load``.
-        max_length: tokens in one sequence; 0: what model and runtime allow.
-        batch_size: lm-eval's; not used.
-        max_batch_size: lm-eval's; not used.
-        device: lm-eval's; not used.
+        out: The artifact's folder.
+        threads: The argument of ``h1export.load``.
+        kernels: The argument of ``h1export.load``.
+        max_length: The largest number of tokens in one sequence; 0 means what the model and the runtime allow.
+        batch_size: An argument that lm-eval passes; it is not used.
+        max_batch_size: An argument that lm-eval passes; it is not used.
+        device: An argument that lm-eval passes; it is not used.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class ArtifactLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The token before a text that has no context."""
         return self.eot_token_id if self._special.bos is None else self._special.bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of ``string``, with special tokens unless it begins with one already, or they are not asked for."""
+        """Return the ids of ``string``, with special tokens unless it begins with one, or they are not requested."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self._tokenizer.id_to_token(self.prefix_token_id))
         return list(self._tokenizer.encode(string, add_special_tokens=add_special_tokens).ids)
@@ -96,17 +96,20 @@ class ArtifactLM(TemplateLM):
             groups[tuple(context[-room:])].append(index)
         answers: dict[int, tuple[float, bool]] = {}
         for context_ids, indices in tqdm(groups.items(), disable=disable_tqdm, desc="contexts"):
-            beginning = Beginning(self.runner, np.array(context_ids, np.int64))
+            prefix = Prefix(self.runner, np.array(context_ids, np.int64))
             for index in indices:
                 texts, _, continuation = requests[index]
-                score = beginning.score(np.array(continuation, np.int64))
+                score = prefix.score(np.array(continuation, np.int64))
                 answers[index] = score.log_likelihood, score.greedy
                 if texts is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, answers[index])
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log likelihood of whole texts, in windows of ``max_length`` tokens, the first one after ``prefix_token_id``."""
+        """Return the log likelihood of whole texts, in windows of ``max_length`` tokens.
+
+        The first window follows ``prefix_token_id``.
+        """
         totals = []
         for (text,) in tqdm([request.args for request in requests], disable=disable_tqdm, desc="texts"):
             windows = get_rolling_token_windows(
@@ -118,7 +121,7 @@ class ArtifactLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continuations, greedy unless a task samples; sampling is seeded with the request's place."""
+        """Return continuations, which are greedy unless a task samples; the seed of sampling is the request's index."""
         answers = []
         for seed, (context, options) in enumerate(
             tqdm([request.args for request in requests], disable=disable_tqdm, desc="prompts")
@@ -147,19 +150,19 @@ class ArtifactLM(TemplateLM):
             self.runner,
             ids,
             new,
-            Sampling(**how, seed=seed) if sampled else Sampling(),
-            frozenset({*self._special.eos, *ends}),
+            sampling=Sampling(**how, seed=seed) if sampled else Sampling(),
+            eos=frozenset({*self._special.eos, *ends}),
         )
         text = ""
-        for subgraph in stream(self._tokenizer, tokens):
-            text += subgraph
+        for piece in stream(self._tokenizer, tokens):
+            text += piece
             if any(term in text for term in until):
                 break
         return str(postprocess_generated_text(text, until, None))
 
     @cached_property
     def tokenizer(self) -> Any:
-        """transformers' tokenizer, for chat templates."""
+        """The tokenizer of transformers, which applies chat templates."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
@@ -169,7 +172,7 @@ class ArtifactLM(TemplateLM):
         return self._folder.resolve().name
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a conversation, by the artifact's chat template."""
+        """Return the prompt of a conversation, by the artifact's chat template."""
         turns: dict[str, bool] = {
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": not add_generation_prompt,
@@ -181,24 +184,25 @@ def evaluate(
     model: ArtifactLM,
     tasks: Sequence[str],
     include: Path | None,
+    *,
     fewshot: int | None,
     limit: int | None,
     chat: bool,
     unsafe_code: bool,
 ) -> dict[str, Any]:
-    """lm-eval's results of ``tasks``: its own, or those whose YAML files lie in the folder ``include``.
+    """Return lm-eval's results of ``tasks``, which are its own or those whose YAML files are in the folder ``include``.
 
     Args:
-        model: the artifact.
-        tasks: names of tasks, groups and tags.
-        include: folder of further tasks.
-        fewshot: examples before each question; None: the task's own choice.
-        limit: documents of each task; None: all.
-        chat: frame prompts by the chat template.
-        unsafe_code: allow tasks that run what the model wrote.
+        model: The artifact.
+        tasks: The names of tasks, groups and tags.
+        include: A folder of further tasks.
+        fewshot: The number of examples before each question; None leaves it to the task.
+        limit: The number of documents of each task; None means all.
+        chat: Whether prompts are framed by the chat template.
+        unsafe_code: Whether tasks may run the code that the model wrote.
 
     Raises:
-        H1ExportError: no such task.
+        H1ExportError: A task does not exist.
     """
     manager = TaskManager(include_path=include, include_defaults=False)
     if not {*tasks} <= {*manager.all_tasks}:  # reading all of lm-eval's takes seconds

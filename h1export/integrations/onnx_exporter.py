@@ -1,7 +1,8 @@
-"""An export by transformers' own OnnxExporter behind the Runner protocol, so that the harness judges it.
+"""A Runner over an export by transformers' own OnnxExporter, so that ``validate.accuracy.run.judge`` can judge it.
 
-``OnnxExporter().export_for_generation(model, inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)`` writes two graphs: prefill, from
-nothing, and decode, of one token. Both take one row without pads. A decode graph has to be dynamic, because the past grows.
+``OnnxExporter().export_for_generation(model, inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)`` writes two
+graphs: prefill, which starts from no tokens, and decode, which takes one token. Both take one row without pads. The
+decode graph has to be dynamic, because the past grows.
 """
 
 from __future__ import annotations
@@ -27,17 +28,24 @@ KINDS = {
     StateKind.CONV: "conv_states.0",
     StateKind.RECURRENT: "recurrent_states.0",
 }
-SHORT = "prefill leaves too short a convolution state after fewer tokens than the convolution has taps: they go through decode here"
+SHORT = (
+    "prefill leaves too short a convolution state after fewer tokens than the convolution has taps: "
+    "they go through decode here"
+)
 States = dict[str, npt.NDArray[Any]]
 
 
 class ExporterRunner:
-    """A Runner over what OnnxExporter saved in ``folder``; states are arrays by the names of its cache."""
+    """A Runner over what OnnxExporter saved in ``folder``. Its states are arrays by the names of the exporter's cache.
+
+    Raises:
+        H1ExportError: onnxruntime cannot load the graphs.
+    """
 
     def __init__(self, folder: Path, threads: int = 0) -> None:
         ort = sdk.onnxruntime()
-        self._spec = FalconH1Config.load(folder)
-        self._states = StateSpec.of(self._spec)
+        self._config = FalconH1Config.load(folder)
+        self._states = StateSpec.of(self._config)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors also come as exceptions
@@ -54,11 +62,11 @@ class ExporterRunner:
         (length,) = [port.shape[1] for port in self._prefill.get_inputs() if port.name == INPUT_IDS]
         self._prompt_length = (
             length if isinstance(length, int) else None
-        )  # that of the traced prompt, where it is not dynamic
+        )  # of the traced prompt; None where it is dynamic
 
     @property
     def config(self) -> FalconH1Config:
-        return self._spec
+        return self._config
 
     @property
     def limits(self) -> Limits:
@@ -82,22 +90,22 @@ class ExporterRunner:
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         past = self.length(states)
-        check_call(ids, mask, past, vocab_size=self._spec.vocab_size)
+        check_call(ids, mask, past, vocab_size=self._config.vocab_size)
         if len(ids) > 1 or not mask.all():
             raise H1ExportError(
                 "step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", "its graphs take one row without pads"
             )
         if not past and (
-            ids.shape[1] == self._prompt_length if self._prompt_length else ids.shape[1] >= self._spec.mamba_d_conv
+            ids.shape[1] == self._prompt_length if self._prompt_length else ids.shape[1] >= self._config.mamba_d_conv
         ):
-            return self._run(self._prefill, ids, 0, {})
+            return self._run(self._prefill, ids, 0, states={})
         rows = []
         for position in range(ids.shape[1]):
-            logits, states = self._run(self._decode, ids[:, position : position + 1], past + position, states)
+            logits, states = self._run(self._decode, ids[:, position : position + 1], past + position, states=states)
             rows.append(logits)
         return np.concatenate(rows, axis=1), states
 
-    def _run(self, session: Any, ids: Ids, past: int, states: States) -> tuple[Array, States]:
+    def _run(self, session: Any, ids: Ids, past: int, *, states: States) -> tuple[Array, States]:
         given = {INPUT_IDS: ids, "position_ids": np.arange(past, past + ids.shape[1])[None], **states}
         feeds = {port.name: given[port.name.removeprefix("input.")] for port in session.get_inputs()}
         names = [port.name for port in session.get_outputs()]
@@ -123,5 +131,5 @@ def _name(tensor: StateTensor) -> str:
 
 
 def _wider(state: Array) -> Array:
-    """With the one input more than the convolution needs that transformers keeps."""
+    """Return a convolution state with the additional input that transformers keeps."""
     return np.pad(state, ((0, 0), (0, 0), (1, 0)))

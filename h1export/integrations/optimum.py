@@ -1,4 +1,4 @@
-"""`optimum-cli export h1export`: `h1export build` as a subcommand of optimum, with the options that it has there."""
+"""`optimum-cli export h1export`: `h1export build` as a subcommand of optimum, with the same options."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from h1export.cli import build, run
 
-OWN = ("model", "out")  # optimum names these two its own way, for every exporter
+OWN = ("model", "out")  # optimum has its own names for these two, the same for every exporter
 
 
 class H1ExportCommand(BaseOptimumCLICommand):
-    """``-m MODEL OUTPUT`` as in optimum's other exports, then the options of `h1export build`."""
+    """The subcommand takes ``-m MODEL OUTPUT`` as optimum's other exports do, and the options of `h1export build`."""
 
     COMMAND = CommandInfo(
         name="h1export", help="Export Falcon-H1 models to the runtimes that h1export knows, with int4 weights."
@@ -24,7 +24,7 @@ class H1ExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Every option of the click command, once more for argparse; click checks the values."""
+        """Add every option of the click command to argparse; click checks the values later."""
         parser.add_argument(
             "-m", "--model", required=True, help="Checkpoint folder in Hugging Face layout, or a Hub id."
         )

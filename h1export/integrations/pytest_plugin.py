@@ -1,4 +1,7 @@
-"""pytest plugin: a repository gates its exports with the fixtures below. It loads nothing heavy until one of them is used."""
+"""The pytest plugin: another repository tests its exports with the fixtures below.
+
+It loads nothing heavy until one is used.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from h1export.integrations.comparison import Exported, Truth
+    from h1export.integrations.pytest_comparison import Exported, Truth
     from h1export.model.falcon_h1.states import Array, Ids
 
 ARTIFACT = "h1_artifact"
@@ -21,7 +24,10 @@ SETTINGS = {
 
 
 def pytest_addoption(parser: Any) -> None:
-    """--h1-artifact and --h1-checkpoint, and the same in the configuration file, where paths are relative to it."""
+    """Add --h1-artifact and --h1-checkpoint, and settings of the same names to the configuration file.
+
+    Paths in the file are relative to it.
+    """
     group = parser.getgroup("h1export")
     for name, text in SETTINGS.items():
         group.addoption("--" + name.replace("_", "-"), default=None, help=text)
@@ -37,7 +43,7 @@ def _setting(config: Any, name: str) -> str | None:
 
 
 def _failing(make: Callable[[], Any]) -> Any:
-    """What ``make`` gives; what a user is meant to read comes without a traceback."""
+    """Return what ``make`` returns; fail the test without a traceback where it raises an error for users."""
     from h1export.errors import H1ExportError
 
     try:
@@ -49,14 +55,17 @@ def _failing(make: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="session")
 def h1_artifact(request: pytest.FixtureRequest) -> Exported:
-    """The artifact that --h1-artifact or the setting h1_artifact names: ``ids(text)``, ``logits(ids)``, ``runner``, ``exact``."""
+    """Return the artifact that --h1-artifact or the setting h1_artifact names.
+
+    It has ``ids(text)``, ``logits(ids)``, ``runner`` and ``exact``.
+    """
     folder = _setting(request.config, ARTIFACT)
     if folder is None:
         pytest.fail(
             "h1export: no artifact; give --h1-artifact FOLDER, or h1_artifact in the configuration file", pytrace=False
         )
     assert folder is not None  # fail raises
-    from h1export.integrations.comparison import Exported
+    from h1export.integrations.pytest_comparison import Exported
 
     found: Exported = _failing(lambda: Exported.open(Path(folder)))
     return found
@@ -64,9 +73,12 @@ def h1_artifact(request: pytest.FixtureRequest) -> Exported:
 
 @pytest.fixture(scope="session")
 def h1_reference(request: pytest.FixtureRequest, h1_artifact: Exported) -> Truth:
-    """PyTorch on the checkpoint that h1_artifact was built from, with the weights that the artifact stores: ``logits(ids)``."""
+    """Return PyTorch's model on the checkpoint of h1_artifact, with the weights that the artifact stores.
+
+    It has ``logits(ids)``.
+    """
     from h1export.checkpoint import resolve
-    from h1export.integrations.comparison import Truth
+    from h1export.integrations.pytest_comparison import Truth
 
     checkpoint = _setting(request.config, CHECKPOINT)
     found: Truth = _failing(lambda: Truth(resolve.resolve(checkpoint), h1_artifact))
@@ -75,14 +87,15 @@ def h1_reference(request: pytest.FixtureRequest, h1_artifact: Exported) -> Truth
 
 @pytest.fixture(scope="session")
 def assert_logits_close(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """assert_logits_close(found, truth, ids=None, tolerance=None): logits [seq, vocab] within ``tolerance`` of the truth's range.
+    """Return assert_logits_close(found, truth, ids=None, tolerance=None).
 
-    Without a tolerance, h1_artifact's own: the gate that `validate` has for it. ``ids``: for the message.
+    It checks that logits [seq, vocab] are within ``tolerance`` of the truth's range. The default is the tolerance that
+    `validate` has for h1_artifact. The message shows the tokens of ``ids``.
     """
 
     def check(found: Array, truth: Array, ids: Ids | None = None, tolerance: float | None = None) -> None:
         __tracebackhide__ = True
-        from h1export.integrations.comparison import Tolerance, difference
+        from h1export.integrations.pytest_comparison import Tolerance, difference
 
         exported: Exported = request.getfixturevalue("h1_artifact")
         allowed = exported.tolerance if tolerance is None else Tolerance(tolerance, "that the test gives")

@@ -1,6 +1,7 @@
-"""The h1 ops in torch-tensorrt, as layers of our plugin. Importing this imports torch-tensorrt, which needs an NVIDIA GPU.
+"""Converters of the h1 ops for torch-tensorrt, as layers of our plugin. Importing this module needs an NVIDIA GPU.
 
-``load`` gives a model that torch-tensorrt can compile, ``register`` the plugin that its engines need; docs/tensorrt.md has an example.
+``load`` returns a model that torch-tensorrt can compile, and ``register`` loads the plugin that its engines need;
+docs/tensorrt.md has an example.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from h1export.targets.tensorrt import plugin
 from h1export.targets.tensorrt.engine.requirements import gpu_architecture
 from h1export.targets.tensorrt.plugin.schema import NAMESPACE, OPS, VERSION, Op
 
-_loaded: list[Path] = []  # the plugin's library, once TensorRT has it
+_loaded: list[Path] = []  # the plugin's library, once TensorRT has loaded it
 HALVES = (torch.float16, torch.bfloat16)
 EXACT = ("A_log", "D", "dt_bias")  # parameters of the scan that the plugin reads in float32
 FIELDS: Mapping[str, tuple[type[np.generic], Any]] = {
@@ -40,12 +41,12 @@ DECOMPOSITIONS: Mapping[Any, Callable[..., Any]] = {
 
 
 def load(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> FalconH1:
-    """The model in the folder ``checkpoint`` with ``dtype`` activations, on the CPU; states are inputs and outputs, see graphs/model.py.
+    """Load the model in the folder ``checkpoint`` onto the CPU; its states are inputs and outputs, see graphs/model.py.
 
-    All activations: trained models' residual streams leave the range of float16.
+    All activations have ``dtype``. The residual streams of trained models exceed the range of float16.
 
     Raises:
-        H1ExportError: a checkpoint that h1export does not export.
+        H1ExportError: h1export does not export this checkpoint.
     """
     config = FalconH1Config.load(Path(checkpoint))
     store = WeightStore.open(Path(checkpoint), config)
@@ -59,7 +60,10 @@ def load(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> FalconH
 
 
 def zero_states(model: FalconH1, batch: int = 1, past: int = 0) -> list[LayerStates]:
-    """States of ``model`` before the first token, beside its weights; ``past``: columns of keys that hold nothing yet, and are masked."""
+    """Return the states of ``model`` before the first token, on the device of its weights.
+
+    ``past`` is the number of columns of keys and values that are reserved, and masked.
+    """
     like = model.lm_head.weight
 
     def zeros(tensor: StateTensor) -> torch.Tensor:
@@ -70,12 +74,13 @@ def zero_states(model: FalconH1, batch: int = 1, past: int = 0) -> list[LayerSta
 
 
 def register(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Compile the plugin for the model in ``checkpoint`` and for the GPU at hand, and load it into TensorRT. Returns the library.
+    """Compile the plugin for the model in ``checkpoint`` and for this machine's GPU, and load it into TensorRT.
 
-    A process can hold one: that of one dtype, head dim, state size and number of taps.
+    Returns the plugin's library. A process can hold one: that of one dtype, head dim, state size and number of taps.
 
     Raises:
-        H1ExportError: no GPU, no kernels for its architecture or the model's sizes, no compiler, or TensorRT does not load the plugin.
+        H1ExportError: There is no GPU, no compiler or no kernel for the architecture or the sizes, or TensorRT does not
+            load the plugin.
     """
     config = FalconH1Config.load(Path(checkpoint))
     wanted = plugin.kernels(config.mamba_d_head, config.mamba_d_state, config.mamba_d_conv, DTYPES[dtype])
@@ -90,11 +95,11 @@ def register(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> Pat
     return library
 
 
-def convert(context: Any, op: Op, arguments: Sequence[Any], name: str) -> tuple[Any, ...]:
-    """One layer of the plugin; its state is an output beside the input.
+def convert(context: Any, op: Op, arguments: Sequence[Any], *, name: str) -> tuple[Any, ...]:
+    """Add one layer of the plugin, and return its outputs: the op's own and the state after it.
 
     Raises:
-        H1ExportError: the plugin was not registered, or refuses the attributes.
+        H1ExportError: The plugin was not registered, or refuses the attributes.
     """
     given = dict(zip((argument.name for argument in op.schema.arguments), arguments, strict=True))
     own = get_trt_tensor(context, given["x"], f"{name}_x").dtype
@@ -132,7 +137,7 @@ def _instance(op: Op, given: Mapping[str, Any], name: str) -> Any:
 
 
 def _takes(node: torch.fx.Node, *_: Any) -> bool:
-    """In other dtypes an op stays torch's."""
+    """Return whether the plugin computes the op; in other dtypes torch does."""
     x: Any = node.args[0]
     return x.meta["val"].dtype in HALVES
 
@@ -144,7 +149,7 @@ def _register(op: Op) -> None:
     def converter(
         context: Any, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
     ) -> tuple[Any, ...]:
-        return convert(context, op, args, name)
+        return convert(context, op, args, name=name)
 
 
 for _op in OPS:

@@ -1,7 +1,8 @@
 """An artifact as a model of transformers: ``h1export.hf.load(OUT)`` works with ``.generate``, streamers and pipelines.
 
-Greedy, sampling and beam search work, padded batches too. Refused, with an error: assisted generation and prompt lookup (states
-cannot go back), a cache of the caller's, ``inputs_embeds``, hidden states and attentions, training.
+Greedy decoding, sampling, beam search and padded batches work. Assisted generation and prompt lookup are refused with
+an error, because states cannot go back; so are a caller's own cache, ``inputs_embeds``, hidden states, attentions and
+training.
 """
 
 from __future__ import annotations
@@ -25,19 +26,20 @@ from h1export.runtime.runner import Runner
 from h1export.runtime.session import BatchSession, RowByRowSession, open_session
 from h1export.targets import Kernels
 
-STATE = "state"  # the name under which `generate` carries what is no KV cache, in every transformers 5
+STATE = "state"  # the argument in which `generate` of every transformers 5 carries states that are no KV cache
 
 
 def load(out: str | Path, threads: int = 0, kernels: Kernels = "auto") -> FalconH1ForCausalLM:
-    """The artifact in the folder ``out``. The arguments are those of ``h1export.load``.
+    """Load the artifact in the folder ``out``. The arguments are those of ``h1export.load``.
 
     Raises:
-        H1ExportError: a damaged artifact, or one that does not run here.
+        H1ExportError: The artifact is damaged, or does not run here.
     """
     artifact = Artifact.open(Path(out))
     config: Any = FalconH1Config
     model = FalconH1ForCausalLM(
-        config.from_pretrained(artifact.folder, local_files_only=True), pipeline.load(artifact, threads, False, kernels)
+        config.from_pretrained(artifact.folder, local_files_only=True),
+        pipeline.load(artifact, threads, kernels=kernels),
     )
     if (artifact.folder / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(artifact.folder), local_files_only=True)
@@ -46,7 +48,7 @@ def load(out: str | Path, threads: int = 0, kernels: Kernels = "auto") -> Falcon
 
 @dataclass
 class Logits(ModelOutput):
-    """logits: float32 [batch, positions, vocab]."""
+    """The output of a call: ``logits``, float32 [batch, positions, vocab]."""
 
     logits: torch.Tensor | None = None
 
@@ -65,11 +67,14 @@ class State:
 
 
 class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """transformers' interface over a Runner; it has no parameters. Pipelines know a model by the name of its class."""
+    """The interface of transformers over a Runner.
+
+    It has no parameters. Pipelines recognise a model by the name of its class.
+    """
 
     config_class = FalconH1Config
     main_input_name = "input_ids"
-    _is_stateful = True  # transformers refuses what would have to take tokens back
+    _is_stateful = True  # transformers then refuses what would have to remove tokens
 
     def __init__(self, config: Any, runner: Runner[Any]) -> None:
         super().__init__(config)
@@ -91,17 +96,18 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         logits_to_keep: int = 0,
         return_dict: bool = True,
     ) -> Any:
-        """Logits after input_ids int64 [batch, new], on their device.
+        """Return the logits of input_ids int64 [batch, new], on their device.
 
         Args:
-            input_ids: token ids.
-            attention_mask: [batch, past + new], 1 for real tokens, left padding only; None: no pads.
-            state: of the call before, updated in place; None: none, so past is 0.
-            logits_to_keep: only those of so many last positions; 0: of all.
-            return_dict: False: a tuple.
+            input_ids: The new token ids.
+            attention_mask: [batch, past + new], 1 for real tokens, left padding only; None means that there are no
+                pads.
+            state: The state of the call before, which is updated in place; None means that past is 0.
+            logits_to_keep: The number of last positions whose logits are returned; 0 means all.
+            return_dict: Whether the result is a ModelOutput; otherwise it is a tuple.
 
         Raises:
-            H1ExportError: what ``Runner.step`` refuses.
+            H1ExportError: ``Runner.step`` refuses the call.
         """
         ids: Ids = input_ids.cpu().numpy().astype(np.int64, copy=False)
         past = 0 if state is None else state.session.length
@@ -120,9 +126,9 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         state: State | None = None,
         *,
         logits_to_keep: int = 0,
-        **kwargs: Any,  # what `generate` tells models that keep their states otherwise
+        **kwargs: Any,  # what `generate` passes to models that keep their states otherwise
     ) -> dict[str, Any]:
-        """The arguments of ``forward``: the tokens that ``state`` has not seen."""
+        """Return the arguments of ``forward``: the tokens that ``state`` has not seen, and the rest as given."""
         new = input_ids[:, 0 if state is None else state.session.length :]
         return {"input_ids": new, "attention_mask": attention_mask, STATE: state, "logits_to_keep": logits_to_keep}
 
@@ -134,10 +140,14 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         batch_size: int,
         max_cache_length: int,
     ) -> bool:
-        """Where `generate` makes its cache: the state that suits the batch, or an error for what a Runner has not."""
+        """Add the state that suits the batch, where `generate` would make its cache.
+
+        Raises:
+            H1ExportError: `generate` is asked for what a Runner does not have.
+        """
         for name in ("output_hidden_states", "output_attentions", "cache_implementation", "prefill_chunk_size"):
             if getattr(generation_config, name, None):
-                raise H1ExportError("generate", f"{name} is not to be had from an exported model", "leave it out")
+                raise H1ExportError("generate", f"an exported model does not give {name}", "leave it out")
         if model_kwargs.get(STATE) is not None:
             raise H1ExportError("generate", f"{STATE} of another call", "give the whole text as input_ids")
         if generation_config.use_cache:
@@ -147,7 +157,7 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
             model_kwargs[STATE] = State(
                 open_session(self.runner, rows, max_cache_length, padded=padded, movable=beams > 1)
             )
-        return False  # it is declared so, and nothing reads it
+        return False  # the method is declared to return a bool; transformers does not read it
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        raise H1ExportError("save_pretrained", "the weights lie in the artifact", "copy its folder")
+        raise H1ExportError("save_pretrained", "the weights are stored in the artifact", "copy its folder")

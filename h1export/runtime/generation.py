@@ -1,4 +1,4 @@
-"""Token by token from any Runner: greedy or sampled, reproducible by seed."""
+"""Generate token by token with any Runner, greedy or sampled; a seed makes samples reproducible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.runtime.runner import Runner
 
-PREFILL_CHUNK = 512  # tokens of the prompt a call, so that logits of long prompts need no memory
+PREFILL_CHUNK = 512  # tokens of the prompt in one call, so that the logits of long prompts do not fill the memory
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: divides the logits; 0: greedy.
-        top_k: keep the k likeliest tokens; 0: all.
-        top_p: keep the likeliest tokens up to this share of probability.
-        seed: of the random choice.
+        temperature: What the logits are divided by; 0 means the likeliest token.
+        top_k: The number of likeliest tokens to choose from; 0 means all.
+        top_p: The share of probability that the likeliest tokens to choose from have together.
+        seed: The seed of the random choice.
     """
 
     temperature: float = 0.0
@@ -37,7 +37,7 @@ class Sampling:
             raise H1ExportError("sampling", what, "expected temperature >= 0, top-k >= 0, 0 < top-p <= 1")
 
     def choose(self, logits: Array, rng: np.random.Generator) -> int:
-        """The next token, given its logits [vocab]."""
+        """Choose the next token by its logits [vocab]."""
         if self.temperature == 0:
             return int(logits.argmax())
         scaled = logits.astype(np.float64) / self.temperature
@@ -50,12 +50,14 @@ class Sampling:
 
 
 def generate(
-    runner: Runner[Any], prompt: Ids, max_tokens: int, sampling: Sampling, eos: frozenset[int]
+    runner: Runner[Any], prompt: Ids, max_tokens: int, *, sampling: Sampling, eos: frozenset[int]
 ) -> Iterator[int]:
-    """New tokens after ``prompt`` [seq], up to ``max_tokens``, an end token (not yielded) or the model's context.
+    """Yield new tokens after ``prompt`` [seq].
+
+    The text ends before an end token in ``eos``, after ``max_tokens`` tokens or where the model's context is full.
 
     Raises:
-        H1ExportError: an empty prompt, or one that fills the context.
+        H1ExportError: The prompt is empty, or fills the context.
     """
     context = runner.config.max_position_embeddings
     if not len(prompt):
@@ -63,13 +65,13 @@ def generate(
     if len(prompt) >= context:
         raise H1ExportError("prompt", f"has {len(prompt)} tokens, and the model's context is {context}", "shorten it")
     rng = np.random.default_rng(sampling.seed)
-    sequence = runner.start(1, capacity=min(len(prompt) + max_tokens, context))
+    session = runner.start(1, capacity=min(len(prompt) + max_tokens, context))
     for start in range(0, len(prompt), PREFILL_CHUNK):
-        logits = sequence.append(prompt[None, start : start + PREFILL_CHUNK])
+        logits = session.append(prompt[None, start : start + PREFILL_CHUNK])
     for left in reversed(range(min(max_tokens, context - len(prompt)))):
         token = sampling.choose(logits[0, -1], rng)
         if token in eos:
             return
         yield token
         if left:
-            logits = sequence.append(np.array([[token]]))
+            logits = session.append(np.array([[token]]))

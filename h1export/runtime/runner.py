@@ -1,4 +1,4 @@
-"""The protocols of a loaded artifact: what a client needs of it, what a judge needs, and what only some runtimes offer."""
+"""The protocols of a loaded artifact: what clients need, what a judge needs, and what only some runtimes offer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Limits:
     Attributes:
         max_batch: The largest number of rows in one call; None means that there is no limit.
         max_context: The largest number of tokens in one sequence; None means that there is no limit.
-        all_logits: Whether a call returns the logits of every position; otherwise it returns those of the last one only.
+        all_logits: Whether a call returns the logits of every position; otherwise it returns those of the last one
+        only.
     """
 
     max_batch: int | None = None
@@ -37,8 +38,10 @@ class Provenance:
     Attributes:
         kernels: The name and version of the kernels that compute.
         gpu: The GPU that computes; it is empty where the CPU does.
-        emulated: Whether something else stands in for the artifact's runtime: its numbers count, and its speed does not.
-        float32: Whether activations are float32 throughout; otherwise they are rounded somewhere, and results drift by design.
+        emulated: Whether something else stands in for the artifact's runtime: its numbers count, and its speed does
+            not.
+        float32: Whether activations are float32 throughout; otherwise they are rounded somewhere, and results drift by
+            design.
         fallback: What computes slower here than it could, why, and the next step; it is empty where nothing does.
     """
 
@@ -97,8 +100,8 @@ class Runner(Protocol[States]):
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         """Compute one call, and leave ``states`` usable.
 
-        ``ids`` is [batch, new]. ``mask`` is [batch, past + new], 1 for real tokens and 0 for pads, which stand on the left only.
-        Returns logits, float32 [batch, new or 1, vocab], and the states after the call.
+        ``ids`` is [batch, new]. ``mask`` is [batch, past + new], 1 for real tokens and 0 for pads, which stand on the
+        left only. Returns logits, float32 [batch, new or 1, vocab], and the states after the call.
         """
         ...
 
@@ -123,9 +126,9 @@ class Inspectable(Comparable[States], Protocol[States]):
     """A Runner over an artifact of h1export: a judge can read the weights that the artifact stores, too."""
 
     def stored_weights(self) -> Mapping[str, Array]:
-        """Return every quantised tensor by its checkpoint name: float32, unfolded, dequantised from what the artifact stores.
+        """Return every quantised tensor by its checkpoint name, dequantised from what the artifact stores.
 
-        The mapping is lazy. It is empty where nothing is quantised.
+        The tensors are float32 and unfolded. The mapping is lazy, and empty where nothing is quantised.
         """
         ...
 
@@ -135,7 +138,7 @@ class Observable(Comparable[States], Protocol[States]):
     """A Runner that shows values between its inputs and outputs."""
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
-        """Return what ``step`` returns, and the probes of model/falcon_h1/probes.py by name, float32 [batch, new, width].
+        """Return what ``step`` returns, and the probes of model/falcon_h1/probes.py, float32 [batch, new, width].
 
         Raises:
             H1ExportError: The artifact does not name the values.

@@ -28,9 +28,10 @@ class BatchSession(Session, Protocol):
 
         Args:
             ids: The new tokens.
-            mask: int64 [rows, length + new], 1 for real tokens, left padding only; None means that there are no pads. The
-                logits at pads mean nothing.
-            keep: The number of last positions whose logits are returned, ``new`` at most; None means as many as the Runner gives.
+            mask: int64 [rows, length + new], 1 for real tokens, left padding only; None means that there are no pads.
+                The logits at pads mean nothing.
+            keep: The number of last positions whose logits are returned, ``new`` at most; None means as many as the
+                Runner gives.
 
         Raises:
             H1ExportError: The Runner refuses the call, or gives fewer logits than ``keep``.
@@ -102,7 +103,7 @@ class SteppedSession:
 
 
 class RowByRowSession:
-    """A session that computes every row alone and without its pads, for Runners of one row and for rows that change places.
+    """A session that computes every row alone and without pads, for Runners of one row and rows that change places.
 
     ``Runner.step`` leaves its states usable, so rows share states for as long as they are equal, and are computed once.
     """

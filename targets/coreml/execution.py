@@ -1,4 +1,7 @@
-"""The executors of a package, Core ML on a Mac and our evaluator anywhere else, and how tokens become calls of its functions."""
+"""The executors of a package, and how tokens become calls of its functions.
+
+Core ML executes a package on a Mac, and our evaluator executes it anywhere else.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,18 @@ Held = Any  # states in an executor's own form
 
 
 class Executor(Protocol):
-    """The functions of a package.
+    """An executor of the functions of a package.
 
     Attributes:
-        name: what computes, for the report.
-        emulated: whether that is not Core ML.
+        name: What computes, for the report.
+        emulated: Whether that is not Core ML.
     """
 
     name: str
     emulated: bool
 
     def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
-        """States to call functions on; the arrays stay as they are."""
+        """Return states to call functions on; the arrays stay as they are."""
         ...
 
     def run(self, function: str, inputs: Arrays, held: Held) -> Arrays:
@@ -39,7 +42,7 @@ class Executor(Protocol):
         ...
 
     def fetch(self, held: Held) -> Arrays:
-        """The states by name, in arrays that no later call changes."""
+        """Return the states by name, in arrays that no later call changes."""
         ...
 
 
@@ -55,7 +58,7 @@ class Evaluated:
     def __init__(self, package: Path, passed: Mapping[str, str]) -> None:
         opened = Package.open(package)
         self._passed = passed
-        self._evaluators = {call.name: Evaluator(opened, call.name) for call in CALLS}
+        self._evaluators: dict[str, Evaluator] = {call.name: Evaluator(opened, call.name) for call in CALLS}
 
     def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
         return dict(states)
@@ -63,8 +66,8 @@ class Evaluated:
     def run(self, function: str, inputs: Arrays, held: Held, watch: Collection[str] = ()) -> Arrays:
         """Return the outputs of the call, and the values between its ops that ``watch`` names."""
         if not self._passed:
-            return self._evaluators[function].run(inputs, held, watch)  # type: ignore[index]
-        return _passed_on(self._evaluators[function].run(inputs | held, {}, watch), held, self._passed)  # type: ignore[index]
+            return self._evaluators[function].run(inputs, held, watch)
+        return _passed_on(self._evaluators[function].run(inputs | held, {}, watch), held, self._passed)
 
     def fetch(self, held: Held) -> Arrays:
         return dict(held)
@@ -88,7 +91,7 @@ class OnMac:
         ct = sdk.coremltools()
         units = ct.ComputeUnit.CPU_AND_GPU  # the Neural Engine has no blocks of int4
         self._passed = passed
-        self._models = {
+        self._models: dict[str, Any] = {
             call.name: ct.models.MLModel(str(package), function_name=call.name, compute_units=units) for call in CALLS
         }
 
@@ -101,7 +104,7 @@ class OnMac:
         return state, tuple(states)
 
     def run(self, function: str, inputs: Arrays, held: Held) -> Arrays:
-        model = self._models[function]  # type: ignore[index]
+        model = self._models[function]
         if self._passed:
             return _passed_on(dict(model.predict(inputs | held)), held, self._passed)
         return dict(model.predict(inputs, state=held[0]))
@@ -120,7 +123,10 @@ def _passed_on(outputs: Arrays, held: Held, passed: Mapping[str, str]) -> Arrays
 
 
 def advance(executor: Executor, held: Held, ids: Ids, *, position: int, max_context: int, all_logits: bool) -> Array:
-    """Append ids [1, new] after ``position`` tokens, as padded prefills and decodes; return logits float32 [1, new or 1, vocab]."""
+    """Append ids [1, new] after ``position`` tokens, and return logits float32 [1, new or 1, vocab].
+
+    The tokens become padded prefills and decodes.
+    """
     logits = [
         executor.run(call.name, inputs, held)[LOGITS][:, :count]
         for call, inputs, count in _calls(ids, position, max_context)
@@ -131,7 +137,7 @@ def advance(executor: Executor, held: Held, ids: Ids, *, position: int, max_cont
 def observe(
     evaluator: Evaluated, held: Held, ids: Ids, *, position: int, max_context: int, watch: Collection[str]
 ) -> Arrays:
-    """Do what ``advance`` does, and return every row of the logits and of the values that ``watch`` names, [1, new, ...]."""
+    """Append ids as ``advance`` does, and return logits and the values in ``watch`` of all tokens, [1, new, ...]."""
     found = [
         (evaluator.run(call.name, inputs, held, watch), count)
         for call, inputs, count in _calls(ids, position, max_context)

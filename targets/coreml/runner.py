@@ -1,9 +1,9 @@
-"""Run an artifact."""
+"""Run an artifact with Core ML or, off a Mac, with our evaluator."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,19 +30,22 @@ DTYPES = {"FLOAT16": np.float16, "FLOAT": np.float32}
 
 @dataclass(frozen=True)
 class States:
-    """A sequence of ``length`` tokens: the package's states, or the inputs that stand for them, by name."""
+    """The states of a sequence of ``length`` tokens, or the inputs that stand for them, by name."""
 
     length: int
     arrays: dict[str, npt.NDArray[Any]]
 
 
 class CoreMLRunner:
-    """A Runner over model.mlpackage that ``executor`` executes. It takes any number of tokens: they become padded prefills and decodes."""
+    """A Runner over model.mlpackage, which ``executor`` executes.
+
+    Any number of tokens becomes padded prefills and decodes.
+    """
 
     def __init__(self, artifact: Artifact, executor: Executor) -> None:
         self._artifact = artifact
-        self._spec = artifact.config
-        self._states = StateSpec.of(self._spec)
+        self._config = artifact.config
+        self._states = StateSpec.of(self._config)
         options = artifact.manifest.options
         self._max_context = int(options["max_context"])
         self._all_logits = not options["last_logits"]
@@ -53,7 +56,7 @@ class CoreMLRunner:
 
     @property
     def config(self) -> FalconH1Config:
-        return self._spec
+        return self._config
 
     @property
     def limits(self) -> Limits:
@@ -84,8 +87,8 @@ class CoreMLRunner:
         return logits, States(states.length + ids.shape[1], self._executor.fetch(held))
 
     def _hold(self, ids: Ids, mask: Ids, states: States) -> Held:
-        """``states`` to call functions on. Raises H1ExportError for a call that CoreML does not take."""
-        check_call(ids, mask, states.length, vocab_size=self._spec.vocab_size)
+        """Return ``states`` in the executor's form. Raises H1ExportError for a call that CoreML does not take."""
+        check_call(ids, mask, states.length, vocab_size=self._config.vocab_size)
         if len(ids) != 1 or not mask.all():
             raise H1ExportError("step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", f"CoreML takes {NO_PADS}")
         self._check_room("step", states.length + ids.shape[1])
@@ -101,7 +104,8 @@ class CoreMLRunner:
 
     def start(self, batch: int, capacity: int) -> CoreMLSession:
         self._check_room("start", capacity)
-        return CoreMLSession(self, self.initial(batch), capacity)
+        held = self._executor.hold(self.initial(batch).arrays)
+        return CoreMLSession(self._advance, held, vocab_size=self._config.vocab_size, capacity=capacity)
 
     def snapshot(self, states: States) -> dict[str, Array]:
         found = {}
@@ -126,7 +130,7 @@ class EvaluatorRunner(CoreMLRunner):
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
         held = self._hold(ids, mask, states)
-        names = {layout.probe_output(name): name for name in probe_names(self._spec.num_hidden_layers)}
+        names = {layout.probe_output(name): name for name in probe_names(self._config.num_hidden_layers)}
         found = observe(self._evaluator, held, ids, position=states.length, max_context=self._max_context, watch=names)
         logits = np.asarray(found.pop(layout.LOGITS), np.float32)
         probes = {names[key]: value.astype(np.float32).reshape(*ids.shape, -1) for key, value in found.items()}
@@ -149,36 +153,37 @@ def load(artifact: Artifact) -> CoreMLRunner:
 
 
 class CoreMLSession:
-    """One sequence whose states stay where the executor holds them."""
+    """A session of one sequence, whose states stay in the executor's own form."""
 
-    def __init__(self, runner: CoreMLRunner, states: States, capacity: int) -> None:
-        self._runner = runner
+    def __init__(self, advance: Callable[..., Array], held: Held, *, vocab_size: int, capacity: int) -> None:
+        self._advance = advance
+        self._held = held
+        self._vocab_size = vocab_size
         self._capacity = capacity
-        self._held = runner._executor.hold(states.arrays)
         self.length = 0
 
     def append(self, ids: Ids) -> Array:
         end = self.length + ids.shape[-1]
-        check_call(ids, np.ones((len(ids), end), np.int64), self.length, vocab_size=self._runner.config.vocab_size)
+        check_call(ids, np.ones((len(ids), end), np.int64), self.length, vocab_size=self._vocab_size)
         if end > self._capacity or len(ids) != 1:
             what = f"{len(ids)} rows of {end} tokens"
             raise H1ExportError(
                 "append", what, f"there is room for one of {self._capacity}; start with a larger capacity"
             )
-        logits: Array = self._runner._advance(self._held, ids, position=self.length)
+        logits = self._advance(self._held, ids, position=self.length)
         self.length = end
         return logits
 
 
 class StoredWeights(Mapping[str, Array]):
-    """What the package stores for each quantised checkpoint tensor, dequantised when asked for and not kept."""
+    """Every quantised checkpoint tensor as the package stores it, dequantised at each access and not kept."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._package = Package.open(artifact.folder / layout.PACKAGE)
         self._weights = {weight.parts[0].tensor: weight for weight in artifact.manifest.weights}
 
     def quantized(self, name: str) -> QuantizedTensor:
-        """What lies behind ``name``: the same integers on every target."""
+        """Return the codes, scales and zero points of the tensor ``name``: the same integers on every target."""
         weight = self._weights[name]
         found = self._package.constant(weight.initializer)
         codes = found["data"]

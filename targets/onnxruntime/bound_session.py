@@ -1,4 +1,4 @@
-"""Sequences whose states live in buffers that ONNX Runtime reads and writes in place."""
+"""A session whose states are in buffers that ONNX Runtime reads and writes in place."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from h1export.targets.onnxruntime import state_layout
 
 
 class BoundSession:
-    """``batch`` sequences with room for ``capacity`` tokens; every state is input and output of the session at once.
+    """A session of ``batch`` sequences with room for ``capacity`` tokens, over an InferenceSession.
 
-    GroupQueryAttention takes a longer key buffer than there are keys, and appends in place where past and present are one.
+    Every state is an input and an output of the InferenceSession at once. GroupQueryAttention takes a longer buffer
+    than there are keys, and appends in place where past and present are the same buffer.
+
+    Args:
+        session: The InferenceSession.
+        states: The states of the model.
+        vocab_size: The number of token ids.
+        batch: The number of sequences.
+        capacity: The number of tokens that each of them may get.
+        batched_append: Whether the graph takes several rows when several tokens are appended to a past.
     """
 
     def __init__(
-        self, session: Any, config: StateSpec, vocab_size: int, *, batch: int, capacity: int, batched_append: bool
+        self, session: Any, states: StateSpec, vocab_size: int, *, batch: int, capacity: int, batched_append: bool
     ) -> None:
         self._session = session
         self._vocab_size = vocab_size
@@ -29,14 +38,18 @@ class BoundSession:
         sizes = {"batch": batch, PAST: capacity}
         shapes = {
             tensor: [sizes[dim] if isinstance(dim, str) else dim for dim in state_layout.shape(tensor)]
-            for tensor in config.tensors
+            for tensor in states.tensors
         }
         self._states = {tensor: np.zeros(shape, np.float32) for tensor, shape in shapes.items()}
-        self._batch, self._whole = batch, self._bind(slice(0, batch))
+        self._batch = batch
+        self._whole = self._bind(slice(0, batch))
         self.length = 0
 
     def append(self, ids: Ids) -> Array:
-        """Logits float32 [batch, new or 1, vocab] of ids int64 [batch, new]. Raises H1ExportError beyond the capacity."""
+        """Return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
+
+        Raises H1ExportError beyond the capacity.
+        """
         end = self.length + ids.shape[-1]
         mask = np.ones((len(ids), end), np.int64)
         check_call(ids, mask, self.length, vocab_size=self._vocab_size)
@@ -54,7 +67,7 @@ class BoundSession:
         return logits
 
     def _bind(self, rows: slice) -> Any:
-        # shares the array's memory
+        """Return a binding of ``rows`` of every state, which shares the memory of the arrays."""
         binding = self._session.io_binding()
         value_of = sdk.onnxruntime().OrtValue.ortvalue_from_numpy
         for tensor, state in self._states.items():
@@ -68,5 +81,5 @@ class BoundSession:
         binding.bind_cpu_input(ATTENTION_MASK, mask)
         binding.bind_output(LOGITS)
         self._session.run_with_iobinding(binding)
-        logits: Array = binding.get_outputs()[-1].numpy()  # in the order of binding
+        logits: Array = binding.get_outputs()[-1].numpy()  # outputs are in the order of binding
         return logits

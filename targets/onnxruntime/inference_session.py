@@ -1,7 +1,7 @@
-"""Sessions of an artifact's graphs, and the settings that suit them.
+"""ONNX Runtime's InferenceSession over an artifact's graphs, and the settings that suit them.
 
-Measured at the 0.5B shape, int4, a prompt of 1024 tokens and then single ones, 2 threads; MB of anonymous memory at rest and of all
-memory at its peak. Speed is the same but for noise.
+The table has MB of anonymous memory at rest, and of all memory at its peak: measured at the 0.5B shape, int4, with a
+prompt of 1024 tokens and then single ones, on 2 threads. Speed is the same within noise.
 
 | graph | arena and memory pattern | arena | pattern | neither |
 |---|---|---|---|---|
@@ -24,39 +24,59 @@ from h1export.targets.onnxruntime.float32_graph import float32_graph
 from h1export.targets.onnxruntime.variants import CPU, CUDA, FUSED_LEVEL, GraphVariant
 
 MODEL = "model.onnx"
-NATIVE_MODEL = "model.native.onnx"  # the same over our own kernels
-SETTINGS = {  # genai_config.json says the same to onnxruntime-genai
+NATIVE_MODEL = "model.native.onnx"  # the same model over our own kernels
+SETTINGS = {  # genai_config.json has the same for onnxruntime-genai
     MODEL: {"enable_cpu_mem_arena": True, "enable_mem_pattern": False},
     NATIVE_MODEL: {"enable_cpu_mem_arena": False, "enable_mem_pattern": False},
 }
-PLAIN = {CUDA: {"use_tf32": "0"}}  # float32 means float32
+PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0"}}  # products in float32 are not rounded to TF32
 
 
 def open_inference_session(
-    artifact: Artifact, made: GraphVariant, threads: int, *, float32: bool, library: Path | None, observed: bool = False
+    artifact: Artifact,
+    variant: GraphVariant,
+    threads: int,
+    *,
+    float32: bool,
+    library: Path | None,
+    observed: bool = False,
 ) -> Any:
-    """An InferenceSession on the provider that the graph is for; with ``float32``, in float32 arithmetic, on CPUs too.
+    """Open an InferenceSession on the provider that the graph is for.
 
-    ``observed``: the values that model/falcon_h1/probes.py speaks of are outputs too.
+    Args:
+        artifact: The folder of the graphs.
+        variant: How the graphs were built.
+        threads: The number of threads; 0 leaves it to onnxruntime.
+        float32: Whether to compute in float32 where the graph rounds activations, on a CPU where there is no such
+            provider.
+        library: The library of our own kernels, for model.native.onnx; None opens model.onnx.
+        observed: Whether the values of model/falcon_h1/probes.py are outputs too.
+
+    Raises:
+        H1ExportError: onnxruntime cannot load the graph, or does not have or start the provider.
     """
     ort = sdk.onnxruntime()
-    provider = made.provider
+    provider = variant.provider
     path = artifact.folder / (MODEL if library is None else NATIVE_MODEL)
     options = ort.SessionOptions()
     for name, value in SETTINGS[path.name].items():
         setattr(options, name, value)
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors also come as exceptions
+    options.log_severity_level = 3  # errors are exceptions too
     options.add_session_config_entry(FUSED_LEVEL, str(0 if float32 else artifact.manifest.options["accuracy_level"]))
     if library is not None:
         options.register_custom_ops_library(str(library))
     if not float32:
         sdk.check_provider(provider)
     chain = [
-        (name, PLAIN.get(name, {})) for name in dict.fromkeys((provider, CPU)) if name in ort.get_available_providers()
+        (name, PROVIDER_OPTIONS.get(name, {}))
+        for name in dict.fromkeys((provider, CPU))
+        if name in ort.get_available_providers()
     ]
     try:
-        model = _changed(path, made, options, float32=float32, observed=observed) if float32 or observed else str(path)
+        model = (
+            _changed(path, variant, options, float32=float32, observed=observed) if float32 or observed else str(path)
+        )
         session = ort.InferenceSession(model, options, providers=chain)
     except H1ExportError:
         raise
@@ -71,13 +91,13 @@ def open_inference_session(
     return session
 
 
-def _changed(path: Path, made: GraphVariant, options: Any, *, float32: bool, observed: bool) -> bytes:
-    """The model in float32 arithmetic (no fp16 activations, products with integers at accuracy level 0), or with its probes as outputs.
+def _changed(path: Path, variant: GraphVariant, options: Any, *, float32: bool, observed: bool) -> bytes:
+    """Return the model in float32 arithmetic, with its probes as outputs, or both. Its external data stays where it is.
 
-    Its data stays where it is.
+    In float32 there are no fp16 activations, and products with integers have accuracy level 0.
     """
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    model = float32_graph(ir.load(path)) if float32 and made.halves else ir.load(path)
+    model = float32_graph(ir.load(path)) if float32 and variant.halves else ir.load(path)
     for node in model.graph:
         if float32 and "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)

@@ -1,6 +1,6 @@
-"""Our own CPU kernels behind ONNX Runtime's custom-op interface, compiled for this machine when first asked for.
+"""Our own CPU kernels behind ONNX Runtime's custom-op interface, compiled for this machine at their first use.
 
-csrc/library.cc lists the ops; each is one file beside it. An artifact that uses them also holds a graph without.
+csrc/library.cc lists the ops; each is one file beside it. An artifact that uses them also has a graph without them.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ FLAGS = (
     "-fvisibility=hidden",
     f"-I{NATIVE / 'include'}",
 )
-SHOWN_LINES = 5  # of what a failing compiler says
+SHOWN_LINES = 5  # of the messages of a failing compiler
 NEXT_STEP = "install a C++17 compiler such as g++, or name one in CXX"
 
 
 def library(extra_flags: Sequence[str] = ()) -> Path:
-    """The library of ops, for ``SessionOptions.register_custom_ops_library``; compiled where the cache does not hold it.
+    """Return the library for ``SessionOptions.register_custom_ops_library``, and compile it where it is not cached.
 
-    The cache's key covers the sources, the flags and everything that the compiler defines by itself, which names its version and
-    what this CPU can do: machines may share a home directory. A caller that can do without catches the error, and must show it.
+    The key of the cache covers the sources, the flags and every macro that the compiler predefines, which name its
+    version and the instruction set of this CPU, because machines may share a home directory. A caller that can run
+    without the library catches the error, and must show it.
 
     Raises:
-        H1ExportError: no compiler, the compiler failed, or the cache cannot be written.
+        H1ExportError: There is no compiler, the compiler failed, or the cache cannot be written.
     """
     command = [*_compiler(), *FLAGS, *extra_flags]
     path = _cache() / _key(command) / NAME
@@ -54,7 +55,7 @@ def library(extra_flags: Sequence[str] = ()) -> Path:
 
 
 def _compiler() -> list[str]:
-    """$CXX, which may hold arguments, or the first compiler on the path."""
+    """Return the words of $CXX, which may have arguments, or the first compiler on the path."""
     if named := os.environ.get("CXX"):
         return shlex.split(named)
     for name in COMPILERS:
@@ -77,7 +78,7 @@ def _key(command: list[str]) -> str:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Compile into a folder of our own, then rename: other processes may do the same, and see nothing or all of it."""
+    """Compile into a temporary folder, then rename: other processes may do the same, and see nothing or all of it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -96,7 +97,7 @@ def _run(command: list[str]) -> bytes:
     except OSError as error:
         raise H1ExportError(command[0], f"cannot run this C++ compiler ({error.strerror})", NEXT_STEP) from None
     except subprocess.CalledProcessError as error:
-        said = " | ".join(error.stderr.decode(errors="replace").strip().splitlines()[-SHOWN_LINES:])
+        messages = " | ".join(error.stderr.decode(errors="replace").strip().splitlines()[-SHOWN_LINES:])
         raise H1ExportError(
-            command[0], f"the native kernels do not compile (exit code {error.returncode}: {said})", NEXT_STEP
+            command[0], f"the native kernels do not compile (exit code {error.returncode}: {messages})", NEXT_STEP
         ) from None

@@ -28,7 +28,7 @@ from h1export.targets.onnxruntime.emit.matmul_nbits import ROWS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_inference_session
 from h1export.targets.onnxruntime.variants import CUDA, graph_variant
 
-READ = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)  # ends of names of initializers
+READ = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)  # suffixes of the names of initializers
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
 BATCHED_APPEND = (
     "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
@@ -38,16 +38,19 @@ States = dict[str, npt.NDArray[Any]]
 
 
 class OnnxRuntimeRunner:
-    """Runner over model.onnx; states are arrays by input name, in the graph's own layouts.
+    """A Runner over model.onnx or model.native.onnx. Its states are arrays by input name, in the graph's own layouts.
 
-    With ``float32`` the same graph computes in float32 where the artifact asks for int8 activations. ``kernels`` chooses between
-    model.onnx and model.native.onnx.
+    Args:
+        artifact: What the target has written.
+        threads: The number of threads; 0 leaves it to onnxruntime.
+        float32: Whether the graph computes in float32 where the artifact rounds activations.
+        kernels: Which of the two graphs runs, see ``Target.load``.
     """
 
-    def __init__(self, artifact: Artifact, threads: int, float32: bool, kernels: Kernels) -> None:
+    def __init__(self, artifact: Artifact, threads: int, float32: bool, *, kernels: Kernels) -> None:
         self._artifact = artifact
-        self._spec = artifact.config
-        self._states = StateSpec.of(self._spec)
+        self._config = artifact.config
+        self._states = StateSpec.of(self._config)
         chosen = artifact.manifest.options
         self._variant = graph_variant(chosen["provider"], chosen["opset_only"])
         rounded = bool(self._variant.halves) or (
@@ -68,7 +71,7 @@ class OnnxRuntimeRunner:
 
     @property
     def config(self) -> FalconH1Config:
-        return self._spec
+        return self._config
 
     @property
     def limits(self) -> Limits:
@@ -104,7 +107,7 @@ class OnnxRuntimeRunner:
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         past = self.length(states)
-        check_call(ids, mask, past, vocab_size=self._spec.vocab_size)
+        check_call(ids, mask, past, vocab_size=self._config.vocab_size)
         if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._batched_append:
             return self._row_by_row(ids, mask, states)
         logits, *present = self._session.run(self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
@@ -114,7 +117,7 @@ class OnnxRuntimeRunner:
         return int(states[self._past].shape[2])
 
     def _row_by_row(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
-        """See BATCHED_APPEND."""
+        """Compute every row in a call of its own, see BATCHED_APPEND."""
         rows = [
             self.step(ids[i : i + 1], mask[i : i + 1], {name: state[i : i + 1] for name, state in states.items()})
             for i in range(len(ids))
@@ -128,7 +131,7 @@ class OnnxRuntimeRunner:
         return self._open(observed=True)
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
-        check_call(ids, mask, self.length(states), vocab_size=self._spec.vocab_size)
+        check_call(ids, mask, self.length(states), vocab_size=self._config.vocab_size)
         names = [output.name for output in self._observed.get_outputs()]
         found = dict(
             zip(names, self._observed.run(names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states}), strict=True)
@@ -148,7 +151,7 @@ class OnnxRuntimeRunner:
         return BoundSession(
             self._session,
             self._states,
-            self._spec.vocab_size,
+            self._config.vocab_size,
             batch=batch,
             capacity=capacity,
             batched_append=self._batched_append,
@@ -166,15 +169,15 @@ class OnnxRuntimeRunner:
 
 
 def _key(name: str) -> str | None:
-    """Under which name ``read_stored`` asks for an initializer; None: it never does."""
+    """Return the name under which ``read_stored`` asks for an initializer, and None for one that it does not read."""
     return name.removesuffix(ROWS) if name.startswith(ORDER) or name.endswith(READ) else None
 
 
 def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, str]:
-    """Our own kernels, where the artifact has a graph for them, or why they cannot be had.
+    """Return the library of our own kernels, where the artifact has a graph for them, or why they cannot be used.
 
     Raises:
-        H1ExportError: "native" kernels that the artifact has no graph for, or that do not compile.
+        H1ExportError: ``kernels`` is "native", and the artifact has no graph for them, or they do not compile.
     """
     if NATIVE_MODEL not in artifact.manifest.files:
         if kernels == "native":

@@ -85,7 +85,7 @@ def test_generate_streams_what_the_library_generates(built: str, capfd: pytest.C
     runner = pipeline.load(artifact)
     prompt = np.array(tokenizer.encode("import os", add_special_tokens=False).ids, np.int64)
     expected = tokenizer.decode(
-        list(generate(runner, prompt, 12, Sampling(), frozenset(artifact.config.eos_token_ids)))
+        list(generate(runner, prompt, 12, sampling=Sampling(), eos=frozenset(artifact.config.eos_token_ids)))
     )
     assert run(["generate", built, "import os", "--max-tokens", "12"]) == 0
     assert capfd.readouterr().out == expected + "\n"

@@ -84,7 +84,7 @@ def test_rolling_is_a_plain_loop_of_transformers(model: ArtifactLM, theirs: Any,
 
 
 def test_rolling_is_the_perplexity_of_validate(model: ArtifactLM, tiny: Path, heldout: str) -> None:
-    """validate leaves the first token out, lm-eval puts a prefix before it; windows are the same where they come out even."""
+    """validate leaves out the first token, lm-eval puts a prefix before it; the text fills its windows: they agree."""
     text = text_of(tiny, heldout, 2 * WINDOW)
     (found,) = ArtifactLM(model._folder, max_length=WINDOW).loglikelihood_rolling(requests((text,)), disable_tqdm=True)
     ids = np.array([model.prefix_token_id, *model.tok_encode(text)])
@@ -133,7 +133,9 @@ def test_last_logits_are_enough_and_long_contexts_lose_their_beginning(
 def test_generation_stops_at_what_a_task_says(model: ArtifactLM) -> None:
     prompt = "def main(argv):\n    "
     ids = np.array(model.tok_encode(prompt))
-    whole = model._tokenizer.decode(list(generate(model.runner, ids, 30, Sampling(), frozenset(model._special.eos))))
+    whole = model._tokenizer.decode(
+        list(generate(model.runner, ids, 30, sampling=Sampling(), eos=frozenset(model._special.eos)))
+    )
     term = whole[5:8]
     options: list[dict[str, Any]] = [
         {"max_gen_toks": 30},

@@ -16,7 +16,7 @@ import pytest
 
 from h1export.artifact.artifact import Artifact, file_table
 from h1export.errors import H1ExportError
-from h1export.integrations.comparison import Exported, Tolerance, Truth, difference
+from h1export.integrations.pytest_comparison import Exported, Tolerance, Truth, difference
 
 pytest_plugins = ["pytester"]
 
@@ -50,7 +50,7 @@ def other(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded(tiny: Path, int4: Path, other: Path) -> None:
-    """pytester forgets modules that are first imported while it runs, and torch cannot be imported twice: import all of them before."""
+    """Import everything before: pytester forgets modules first imported while it runs, and torch imports only once."""
     exported = Exported.open(int4)
     ids = exported.ids("x")
     assert exported.exact.logits(ids).shape == Truth(tiny, exported).logits(ids).shape
@@ -89,9 +89,11 @@ def test_a_wrong_artifact_fails_and_says_where(wrong: Path, pytester: pytest.Pyt
     result.assert_outcomes(failed=1)
     result.stdout.re_match_lines_random(
         [
-            r"E +AssertionError: logits are 0\.\d+ of the range \d+\.\d+ from the reference; tolerance source\.logits is 5e-05: FAIL",
+            r"E +AssertionError: logits are 0\.\d+ of the range \d+\.\d+ from the reference; "
+            r"tolerance source\.logits is 5e-05: FAIL",
             r"E +beyond it: \d+ of \d+ positions, from position \d+ after token \d+ '.*'",
-            r"E +worst: position \d+ after token \d+ '.*', logit of token 612 '.*': -?\d.*, and the reference says -?\d.*",
+            r"E +worst: position \d+ after token \d+ '.*', "
+            r"logit of token 612 '.*': -?\d.*, and the reference says -?\d.*",
             r"E +likeliest token the same at \d+\.\d% of positions, KL divergence .* nats",
         ]
     )

@@ -196,6 +196,12 @@ def test_importing_the_package_is_light() -> None:
     assert loaded_by("import h1export, h1export.errors", HEAVY) == set()
 
 
+def test_what_runs_an_artifact_needs_neither_torch_nor_onnx(modules: Mapping[str, Any]) -> None:
+    ours = [name for name in modules if inside(name, "h1export.runtime")]
+    assert "h1export.runtime.runner" in ours
+    assert loaded_by(f"import {', '.join(ours)}", ("torch", "onnx", "onnx_ir", "transformers")) == set()
+
+
 def test_importing_every_module_loads_no_runtime(modules: Mapping[str, Any]) -> None:
     ours = [
         name for name in modules if inside(name, "h1export") and not inside(name, HOSTED) and not TRITON.fullmatch(name)

@@ -1,4 +1,4 @@
-"""Run an artifact's network on a CPU, to judge it: TensorRT itself takes no part."""
+"""Run an artifact's network on a CPU, in order to judge it. TensorRT itself is not used."""
 
 from __future__ import annotations
 
@@ -26,24 +26,32 @@ from h1export.targets.tensorrt.network.weights import key, read_stored
 
 @dataclass(frozen=True)
 class States:
-    """Sequences of ``length`` tokens: the network's states by input name, what is fp16 or bf16 there in float32."""
+    """The states of sequences of ``length`` tokens by input name, in float32 where the network has fp16 or bf16."""
 
     length: int
     arrays: dict[str, npt.NDArray[np.float32]]
 
 
 class NetworkRunner:
-    """Runner over model.onnx, the very file that is handed to a builder, in its dtypes or, with ``float32``, in float32 throughout.
+    """A Runner over model.onnx, the file that TensorRT's builder reads.
 
-    ``why``: why no engine runs instead, for users; empty where this is what they asked for.
+    Args:
+        artifact: What the target has written.
+        threads: The number of threads; 0 leaves it to onnxruntime.
+        float32: Whether to compute in float32 throughout; otherwise values are rounded to the dtypes that the network
+            declares.
+        why: The reason, for users, why no engine runs instead; it is empty where they requested this Runner.
+
+    Raises:
+        H1ExportError: onnxruntime is not installed, or cannot load a part of the network.
     """
 
-    def __init__(self, artifact: Artifact, threads: int, float32: bool, why: str = "") -> None:
+    def __init__(self, artifact: Artifact, threads: int, float32: bool, *, why: str = "") -> None:
         self._artifact = artifact
-        self._spec = artifact.config
+        self._config = artifact.config
         self._float32 = float32
         self._why = why
-        self._states = StateSpec.of(self._spec)
+        self._states = StateSpec.of(self._config)
         options = artifact.manifest.options
         self._limits = NetworkLimits.of(artifact)
         self._all_logits = not options["last_logits"]
@@ -53,7 +61,7 @@ class NetworkRunner:
 
     @property
     def config(self) -> FalconH1Config:
-        return self._spec
+        return self._config
 
     @property
     def limits(self) -> Limits:
@@ -64,7 +72,9 @@ class NetworkRunner:
     @property
     def provenance(self) -> Provenance:
         return Provenance(
-            kernels=f"onnxruntime {sdk.onnxruntime().__version__} and the ops' references in {self._compute}, not TensorRT",
+            kernels=(
+                f"onnxruntime {sdk.onnxruntime().__version__} and the ops' references in {self._compute}, not TensorRT"
+            ),
             emulated=True,
             float32=self._float32,
             fallback=self._why,
@@ -91,13 +101,13 @@ class NetworkRunner:
 
     @cached_property
     def _observed(self) -> Execution:
-        return self._open(shown=[PREFIX + name for name in probe_names(self._spec.num_hidden_layers)])
+        return self._open(shown=[PREFIX + name for name in probe_names(self._config.num_hidden_layers)])
 
     def _advance(
         self, execution: Execution, ids: Ids, mask: Ids, *, states: States
     ) -> tuple[Array, States, dict[str, Array]]:
-        """Calls that fit the profiles, one after the other."""
-        check_call(ids, mask, states.length, vocab_size=self._spec.vocab_size)
+        """Make calls that fit the profiles, one after the other; return logits, the new states and the probes."""
+        check_call(ids, mask, states.length, vocab_size=self._config.vocab_size)
         self._limits.check_room("step", states.length + ids.shape[1])
         found: list[Values] = []
         for part in calls(ids.shape[1]):

@@ -18,10 +18,10 @@ from h1export.targets.tensorrt.network.weights import key, read_stored
 
 
 class EngineRunner:
-    """Runner over model.engine; its states are EngineSession.
+    """A Runner over model.engine, whose states are EngineSessions.
 
     Raises:
-        H1ExportError: no GPU, or an engine that is not for it; see LoadedEngine.
+        H1ExportError: There is no GPU, or the engine is not for it, see LoadedEngine.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -30,7 +30,7 @@ class EngineRunner:
         try:
             with self._gpu.current():
                 self._engine = LoadedEngine(artifact, self._gpu)
-        except RuntimeError as error:  # CUDA's, or out of memory
+        except RuntimeError as error:  # of CUDA, or a lack of memory
             raise H1ExportError(
                 artifact.folder, f"does not fit this GPU ({error})", "free the GPU's memory, or see to its driver"
             ) from error

@@ -1,4 +1,4 @@
-"""Sequences in a GPU's memory. The engine updates their states in place; decoding replays a CUDA graph."""
+"""A session whose states are in a GPU's memory. The engine updates them in place, and decoding replays a CUDA graph."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WARM_UP = 2  # calls of one token: launched, and recorded
 
 
 class EngineSession:
-    """Sequences of ``length`` tokens each, with their ``states`` on the GPU by input name."""
+    """A session of sequences of ``length`` tokens each, with their ``states`` on the GPU by input name."""
 
     def __init__(self, engine: LoadedEngine, states: Tensors) -> None:
         self.states = states
@@ -33,7 +33,7 @@ class EngineSession:
 
     @classmethod
     def new(cls, engine: LoadedEngine, batch: int) -> EngineSession:
-        """``batch`` sequences before their first token. Raises H1ExportError for more than the engine takes."""
+        """Return ``batch`` sequences before their first token. Raises H1ExportError for more than the engine takes."""
         engine.limits.check_rows("start", batch)
         own = OWN[engine.artifact.manifest.options["compute"]]
         tensors = StateSpec.of(engine.artifact.config).tensors
@@ -46,7 +46,7 @@ class EngineSession:
             return cls(engine, {tensor.past: zeros(tensor) for tensor in tensors})
 
     def copy(self) -> EngineSession:
-        """The same sequences in memory of their own."""
+        """Return the same sequences in other memory."""
         with self._engine.gpu.current():
             made = EngineSession(self._engine, {name: state.clone() for name, state in self.states.items()})
             made._mask.copy_(self._mask)
@@ -54,7 +54,10 @@ class EngineSession:
         return made
 
     def append(self, ids: Ids) -> Array:
-        """Logits float32 [batch, new or 1, vocab] of ids int64 [batch, new]. Raises H1ExportError beyond the room."""
+        """Return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
+
+        Raises H1ExportError beyond the limits.
+        """
         mask = np.ones((len(ids), self.length + ids.shape[-1]), np.int64)
         if ids.shape[1:] != (1,):
             return self.advance(ids, mask)
@@ -67,7 +70,7 @@ class EngineSession:
         return logits
 
     def warmed(self) -> EngineSession:
-        """These, ready to decode: what the first single tokens wait for is done. Only before the first token."""
+        """Warm up the decoding of single tokens, and return this session. It must not have tokens yet."""
         assert self.length == 0
         with self._engine.gpu.current():
             for _ in range(WARM_UP):
@@ -81,7 +84,7 @@ class EngineSession:
         return Decode(self._engine, self._tensors(self._zeros(self._batch, 1)))
 
     def advance(self, ids: Ids, mask: Ids) -> Array:
-        """``append`` with pads: mask [batch, length + new] is 1 for real tokens, 0 for pads on the left."""
+        """Append ``ids`` with pads: mask [batch, length + new] is 1 for real tokens, 0 for pads on the left."""
         self._check(ids, mask)
         with self._engine.gpu.current():
             self._mask[:, : mask.shape[1]] = self._on_gpu(mask)
@@ -95,7 +98,7 @@ class EngineSession:
         self._engine.limits.check_room("append", mask.shape[1])
 
     def _call(self, ids: torch.Tensor) -> Array:
-        """The next tokens, whose columns the mask has already."""
+        """Compute the next tokens, whose columns are in the mask already."""
         context = self._engine.shared(ids.shape[1])
         tensors = self._tensors(ids)
         context.bind(tensors)
@@ -105,7 +108,7 @@ class EngineSession:
         return _on_cpu(tensors[LOGITS])
 
     def _tensors(self, ids: torch.Tensor) -> Tensors:
-        """What a call is bound to; a state's output is the memory of its input."""
+        """Return the tensors that a call is bound to; a state's output is the memory of its input."""
         config = self._engine.artifact.config
         tokens = ids.shape[1] if self._engine.all_logits else 1
         logits = torch.empty(self._batch, tokens, config.vocab_size, device=ids.device)
@@ -127,10 +130,10 @@ class EngineSession:
 
 
 class Decode:
-    """Calls of one token on ``tensors``. The first is launched, and warms up; a later one is recorded, and replayed from then on.
+    """Calls of one token on ``tensors``: the first is launched, and a later one is recorded and replayed from then on.
 
-    It has a context of its own: a recorded graph holds addresses and sizes that nobody else may change. Where recording fails, calls go on
-    being launched.
+    They have their own context, because a recorded graph has addresses and sizes that no other call may change. Where
+    recording fails, every call is launched.
     """
 
     def __init__(self, engine: LoadedEngine, tensors: Tensors) -> None:
@@ -138,7 +141,8 @@ class Decode:
         self._tensors = tensors
         self._context = engine.context(DECODE)
         self._context.bind(tensors)
-        self._warm = self._tried = False
+        self._warm = False
+        self._tried = False
         self._run: Callable[[], None] = self._context.launch
 
     def __call__(self, ids: torch.Tensor) -> Array:
@@ -153,6 +157,6 @@ class Decode:
 
 
 def _on_cpu(logits: torch.Tensor) -> Array:
-    """A copy, made when the stream has got there."""
+    """Return a copy, once the stream has computed the logits."""
     copied: Array = logits.to("cpu", copy=True).numpy()
     return copied

@@ -1,4 +1,4 @@
-"""Sequences with states in place against the same session's step, which returns new states."""
+"""A session with states in place against Runner.step, which returns new states."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ Build = Callable[..., Artifact]
 def test_appending_in_place_is_step(batch: int, spare: int, kernels: Kernels, tiny: Path, build: Build) -> None:
     runner = pipeline.load(build(tiny, "int4"), kernels=kernels)
     ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (batch, 33))
-    sequences = runner.start(batch, capacity=33 + spare)
+    session = runner.start(batch, capacity=33 + spare)
     states = runner.initial(batch)
     for start, end in [(0, 20), (20, 21), (21, 22), (22, 32), (32, 33)]:
         expected, states = runner.step(ids[:, start:end], np.ones((batch, end), np.int64), states)
-        found = sequences.append(ids[:, start:end])
-        assert sequences.length == end
+        found = session.append(ids[:, start:end])
+        assert session.length == runner.length(states) == end
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(tiny: Path, build: Build) -> None:
     runner = pipeline.load(build(tiny, "int4"))
-    sequences = runner.start(1, capacity=8)
+    session = runner.start(1, capacity=8)
     again = runner.start(1, capacity=8)
     prompt = np.arange(8)[None, :7]
     token = np.array([[9]])
-    sequences.append(prompt)
+    session.append(prompt)
     again.append(prompt)
     for refused in (
         np.zeros((1, 2), np.int64),
@@ -46,5 +46,5 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tiny: Path, build: Bui
         np.zeros((1, 0), np.int64),
     ):
         with pytest.raises(H1ExportError):
-            sequences.append(refused)
-    assert np.array_equal(sequences.append(token), again.append(token))
+            session.append(refused)
+    assert np.array_equal(session.append(token), again.append(token))

@@ -54,7 +54,7 @@ def test_genai_generates_what_we_generate_however_the_prompt_is_cut(
     artifact = build(tiny, opset_only=opset_only)
     model = og.Model(str(artifact.folder))
     ids = og.Tokenizer(model).encode(PROMPT)
-    ours = list(generate(pipeline.load(artifact), np.array(ids, np.int64), 64, Sampling(), frozenset()))
+    ours = list(generate(pipeline.load(artifact), np.array(ids, np.int64), 64, sampling=Sampling(), eos=frozenset()))
     first, *rest = np.split(np.array(ids, np.int32), cuts)
     generator = genai(model, [first], len(ids) + 64)
     for subgraph in rest:

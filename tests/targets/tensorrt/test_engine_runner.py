@@ -81,6 +81,7 @@ def test_calls_are_those_of_the_network(
             "the caller's states changed"
         )
         ours = after
+        assert runner.length(ours) == network.length(theirs) == end
         states = network.snapshot(theirs)
         assert states.keys() == runner.snapshot(ours).keys()
         for key, state in runner.snapshot(ours).items():

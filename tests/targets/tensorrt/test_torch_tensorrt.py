@@ -117,7 +117,7 @@ def test_attributes_that_the_plugin_refuses(integration: ModuleType) -> None:
     trt: Any = integration.trt
     arguments = [*tensors(trt, SCAN.inputs, trt.float16), 128, 2.0, 1.0]
     with pytest.raises(H1ExportError, match="h1::ssm_scan: the plugin refuses"):
-        integration.convert(SimpleNamespace(net=Network()), SCAN, arguments, "layer")
+        integration.convert(SimpleNamespace(net=Network()), SCAN, arguments, name="layer")
 
 
 def test_without_the_plugin(integration: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_without_the_plugin(integration: ModuleType, monkeypatch: pytest.MonkeyP
             SimpleNamespace(net=Network()),
             CONV,
             tensors(integration.trt, CONV.inputs, integration.trt.float16),
-            "layer",
+            name="layer",
         )
 
 

@@ -1,4 +1,4 @@
-"""Logits of an artifact beside those of PyTorch, for tests that other repositories write: what `validate` does, one text at a time."""
+"""The logits of an artifact beside those of PyTorch, for pytest_plugin.py: as `validate` does, one text at a time."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from h1export.validate.accuracy.reference import Reference
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far logits may be from the truth, relative to its range; ``metric``: the gate of `validate` that says so."""
+    """How far logits may be from the truth, relative to its range, and the tolerance of `validate` that sets it."""
 
     value: float
     metric: str
 
 
 class Exported:
-    """An artifact as it ships; ``exact`` is the same in float32 arithmetic, where lowering errors cannot hide behind rounding."""
+    """An artifact as it ships.
+
+    ``exact`` is the same in float32 arithmetic, where rounding cannot hide lowering errors.
+    """
 
     def __init__(self, artifact: Artifact, float32: bool = False) -> None:
         self.artifact = artifact
@@ -39,7 +42,10 @@ class Exported:
 
     @classmethod
     def open(cls, folder: Path) -> Exported:
-        """Raises H1ExportError where files are missing or changed, or the runtime is."""
+        """Open the artifact in ``folder``.
+
+        Raises H1ExportError where a file or the runtime is missing, or a file has changed.
+        """
         artifact = Artifact.open(folder)
         artifact.check_hashes()
         return cls(artifact)
@@ -53,18 +59,21 @@ class Exported:
         return load_tokenizer(self.artifact.folder)
 
     def ids(self, text: str) -> Ids:
-        """Token ids int64 [seq] of ``text``, with special tokens."""
+        """Return the token ids int64 [seq] of ``text``, with special tokens."""
         return np.array(self.tokenizer.encode(text).ids, np.int64)
 
     def logits(self, ids: Ids) -> Array:
-        """Logits float32 [seq, vocab] of ids int64 [seq], from empty states; [1, vocab] where the artifact gives the last ones only."""
+        """Return logits float32 [seq, vocab] of ids int64 [seq], from empty states.
+
+        They are [1, vocab] where the artifact gives those of the last position only.
+        """
         logits, _ = self.runner.step(ids[None], np.ones((1, len(ids)), np.int64), self.runner.initial(1))
         found: Array = logits[0]
         return found
 
     @property
     def tolerance(self) -> Tolerance:
-        """The default gate of `validate` for this artifact against its own weights."""
+        """The default tolerance of `validate` for this artifact against its own weights."""
         shipped = self.runner.provenance
         exact = self.exact.runner.provenance
         limits = tolerances.limits_of(self.artifact.manifest, shipped.float32, exact.float32, chosen={})
@@ -73,10 +82,10 @@ class Exported:
 
 
 class Truth:
-    """transformers' model on ``checkpoint``; of quantised tensors it holds what the artifact stores, dequantised.
+    """The model of transformers on ``checkpoint``; for quantised tensors it has what the artifact stores.
 
     Raises:
-        H1ExportError: a checkpoint that the artifact was not built from.
+        H1ExportError: The artifact was not built from this checkpoint.
     """
 
     def __init__(self, checkpoint: Path, exported: Exported) -> None:
@@ -85,15 +94,17 @@ class Truth:
         self._reference.hold(exported.runner.stored_weights())
 
     def logits(self, ids: Ids) -> Array:
-        """Logits float32 [seq, vocab] of ids int64 [seq]."""
+        """Return logits float32 [seq, vocab] of ids int64 [seq]."""
         return self._reference.full(ids)[0]
 
 
-def difference(found: Array, truth: Array, tolerance: Tolerance, tokenizer: Tokenizer | None, ids: Ids | None) -> str:
-    """Where and how far logits [seq, vocab] are from the truth; empty within the tolerance.
+def difference(
+    found: Array, truth: Array, tolerance: Tolerance, *, tokenizer: Tokenizer | None, ids: Ids | None
+) -> str:
+    """Return where and how far logits [seq, vocab] are from the truth; the text is empty within the tolerance.
 
     Raises:
-        H1ExportError: shapes that cannot be compared.
+        H1ExportError: The shapes cannot be compared.
     """
     if found.shape != truth.shape or (ids is not None and len(ids) != len(truth)):
         what = f"found {list(found.shape)}, truth {list(truth.shape)}" + ("" if ids is None else f", {len(ids)} ids")
@@ -107,7 +118,8 @@ def difference(found: Array, truth: Array, tolerance: Tolerance, tokenizer: Toke
     worst = int(errors.max(1).argmax())
     figures = logit_figures([(found, truth)])
     lines = [
-        f"logits are {error:.3g} of the range {span:.4g} from the reference; tolerance {tolerance.metric} is {tolerance.value:.3g}: FAIL",
+        f"logits are {error:.3g} of the range {span:.4g} from the reference; "
+        f"tolerance {tolerance.metric} is {tolerance.value:.3g}: FAIL",
         f"  beyond it: {len(beyond)} of {len(truth)} positions, from {_place(int(beyond[0]), tokenizer, ids)}",
         f"  worst: {_place(worst, tokenizer, ids)}, {_entry(errors[worst], found[worst], truth[worst], tokenizer)}",
         f"  likeliest token the same at {figures['top1']:.1%} of positions, KL divergence {figures['kl']:.3g} nats",

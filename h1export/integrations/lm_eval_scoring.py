@@ -1,4 +1,7 @@
-"""How likely a text is to any Runner. Texts that begin alike share the beginning, because ``Runner.step`` leaves its states usable."""
+"""The log likelihood of a text by any Runner, for lm_eval.py.
+
+Texts that begin alike share the states of their prefix, because ``Runner.step`` leaves its states usable.
+"""
 
 from __future__ import annotations
 
@@ -17,47 +20,43 @@ from h1export.validate.accuracy.logits import log_softmax
 
 @dataclass(frozen=True)
 class Score:
-    """Natural log of the probability of all tokens, and whether each was the likeliest one."""
+    """The natural log of the probability of all tokens, and whether each of them was the likeliest one."""
 
     log_likelihood: float
     greedy: bool
 
 
-class Beginning:
-    """The text before what is scored: ids int64 [seq], one at least."""
+class Prefix:
+    """The text before the texts that are scored: ids int64 [seq], with one token at least."""
 
     def __init__(self, runner: Runner[Any], ids: Ids) -> None:
         if not len(ids):
             raise H1ExportError("context", "has no tokens", "give at least one")
         self._runner = runner
         self._states = runner.initial(1)
-        self._length = 0
         for start in range(0, len(ids), PREFILL_CHUNK):
-            logits, self._states, self._length = self._step(
-                ids[start : start + PREFILL_CHUNK], self._states, self._length
-            )
+            logits, self._states = self._step(ids[start : start + PREFILL_CHUNK], self._states)
         self._last = logits[-1:]
 
-    def _step(self, ids: Ids, states: Any, past: int) -> tuple[Array, Any, int]:
-        """Logits [new or 1, vocab] of ids [new], the states and the length after them."""
-        end = past + len(ids)
-        logits, states = self._runner.step(ids[None], np.ones((1, end), np.int64), states)
-        return logits[0], states, end
+    def _step(self, ids: Ids, states: Any) -> tuple[Array, Any]:
+        """Return logits [new or 1, vocab] of ids [new], and the states after them."""
+        mask = np.ones((1, self._runner.length(states) + len(ids)), np.int64)
+        logits, states = self._runner.step(ids[None], mask, states)
+        return logits[0], states
 
     def score(self, ids: Ids) -> Score:
-        """``ids`` [seq] as what comes next."""
+        """Return the score of ``ids`` [seq] as the continuation of the prefix."""
         found = [_score(logits, targets) for logits, targets in self._logits(ids)]
         return Score(sum(part.log_likelihood for part in found), all(part.greedy for part in found))
 
     def _logits(self, ids: Ids) -> Iterator[tuple[Array, Ids]]:
-        """(logits [n, vocab], the n tokens that they are about), from the first to the last of ``ids``."""
+        """Yield logits [n, vocab] with the n tokens that they predict, from the first to the last of ``ids``."""
         yield self._last[: len(ids)], ids[:1]
         states = self._states
-        length = self._length
         chunk = PREFILL_CHUNK if self._runner.limits.all_logits else 1
         for start in range(0, len(ids) - 1, chunk):
             end = min(start + chunk, len(ids) - 1)
-            logits, states, length = self._step(ids[start:end], states, length)
+            logits, states = self._step(ids[start:end], states)
             yield logits, ids[start + 1 : end + 1]
 
 

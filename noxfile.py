@@ -54,10 +54,15 @@ def skips(results: Path) -> list[str]:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Format and lint rules."""
-    session.install(*dev("ruff"))
+    """Format and lint rules, of Python and of our own C++."""
+    session.install(*dev("ruff", "clang-format", "clang-tidy"))
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
+    kernels = ROOT / "targets" / "onnxruntime" / "csrc"  # its flags are in compile_flags.txt beside it
+    plugin = ROOT / "targets" / "tensorrt" / "plugin" / "csrc"
+    sources = [str(file) for folder in (kernels, plugin) for file in sorted(folder.glob("*.[ch]*"))]
+    session.run("clang-format", "--dry-run", "--Werror", *sources)
+    session.run("clang-tidy", "--quiet", *map(str, sorted(kernels.glob("*.cc"))), silent=True)  # printed when it fails
 
 
 @nox.session

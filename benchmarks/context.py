@@ -23,14 +23,15 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
+from h1export import host
 from h1export.artifact.artifact import Artifact
-from h1export.cli.tables import human_bytes
 from h1export.commands.pipeline import load
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.runtime.runner import Session
-from h1export.validate.speed.bench import interleave, machine
+from h1export.validate.speed.bench import interleave
 from h1export.validate.speed.memory_traffic import read_bandwidth, step_bytes
 from h1export.validate.speed.statistics import Estimate, estimate
 
@@ -80,8 +81,7 @@ def measure(artifact: Artifact, contexts: Sequence[int], threads: int, *, rounds
     fitting = [n for n in contexts if STEPS < n <= config.max_position_embeddings and states.nbytes(1, n) <= memory]
     if not fitting:
         sys.exit(
-            f"no context of {list(contexts)} fits into {human_bytes(memory)} "
-            f"and {config.max_position_embeddings} positions"
+            f"no context of {list(contexts)} fits into {decimal(memory)} and {config.max_position_embeddings} positions"
         )
     runner = load(artifact, threads)
     sequences = runner.start(1, max(fitting))
@@ -99,7 +99,7 @@ def measure(artifact: Artifact, contexts: Sequence[int], threads: int, *, rounds
     return Curve(
         artifact.folder.name,
         runner.provenance.kernels,
-        machine(),
+        host.machine_facts(),
         threads,
         rounds,
         bandwidth,
@@ -121,7 +121,7 @@ def show(curve: Curve) -> None:
             str(point.context),
             middle,
             f"{low} to {high}",
-            human_bytes(point.step_bytes),
+            decimal(point.step_bytes),
             f"{point.bandwidth_share:.0%}",
         )
     left_out = f"; left out: {', '.join(map(str, curve.left_out))}" if curve.left_out else ""

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from h1export.report.checks import Phase
 from h1export.runtime.runner import Limits, Provenance
-from h1export.validate.speed.worker import Kind, Timing
+from h1export.validate.speed.worker import Timing
 
 START = 8  # tokens that a cache is started with
 
@@ -37,7 +38,7 @@ class Eager:
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second."""
-        if timing.kind is Kind.PREFILL:
+        if timing.phase is Phase.PREFILL:
             return timing.tokens / self._timed(None, [timing.tokens])
         cache = self._call(None, START)
         for layer in cache.layers if timing.tokens > START else ():

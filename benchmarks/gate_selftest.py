@@ -25,26 +25,26 @@ from pathlib import Path
 import numpy as np
 from slowed import Slowed
 
+from h1export import host
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.resolve import resolve
-from h1export.commands.measuring import GATE_STEPS, REFERENCE_STEPS, reference_player, timed_runner
+from h1export.commands.measuring import GATE_STEPS, REFERENCE_STEPS, reference_model, timed_runner
+from h1export.report.checks import Phase
 from h1export.report.report import Verdict
 from h1export.targets import get_target
-from h1export.validate.speed.bench import machine
+from h1export.validate.speed.gate_checks import Check, check_label
 from h1export.validate.speed.gate_file import Baseline, Gate, Limit
 from h1export.validate.speed.regression import (
-    Check,
     GateReport,
     Makers,
     ModelPair,
     counted,
-    cpu_kind,
     measured,
     measured_checks,
 )
-from h1export.validate.speed.worker import Kind, RunnerModel, Timing, pin
+from h1export.validate.speed.worker import RunnerModel, Timing, pin
 
-TIMINGS = (Limit(Timing(Kind.DECODE, 0)), Limit(Timing(Kind.PREFILL, 128)))
+TIMINGS = (Limit(Timing(Phase.DECODE, 0)), Limit(Timing(Phase.PREFILL, 128)))
 FACTOR = 1.3
 LOAD_BYTES = 1 << 26  # copied by the load: beyond caches, so that it takes memory bandwidth too
 
@@ -54,7 +54,7 @@ def play(folder: Path, checkpoint: Path, factor: float) -> ModelPair:
     pin(1)
     runner = timed_runner(Artifact.open(folder), 1, "auto")
     slowed = RunnerModel(Slowed(runner, factor), GATE_STEPS, time.process_time)
-    return ModelPair(slowed, reference_player(checkpoint, runner, 1, steps=REFERENCE_STEPS, clock=time.process_time))
+    return ModelPair(slowed, reference_model(checkpoint, runner, 1, steps=REFERENCE_STEPS, clock=time.process_time))
 
 
 def makers(folder: Path, checkpoint: Path, factor: float) -> Makers:
@@ -90,7 +90,9 @@ def runs(
     for number in range(1, count + 1):
         start = time.perf_counter()
         checks = tuple(measured_checks(makers(folder, checkpoint, factor), baseline, gate))
-        said = ", ".join(f"{check.name} {check.figure:.3f} {check.verdict} after {check.note}" for check in checks)
+        said = ", ".join(
+            f"{check_label(check)} {check.figure:.3f} {check.verdict} after {check.note}" for check in checks
+        )
         print(f"x{factor} {number}/{count}: {said}; {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         yield checks
 
@@ -116,7 +118,8 @@ def main() -> None:
         unchanged = list(runs(args.artifact, checkpoint, baseline, gate=gate, factor=1.0, count=args.runs))
         planted = list(runs(args.artifact, checkpoint, baseline, gate=gate, factor=FACTOR, count=args.planted))
     found = {"unchanged": (unchanged, Verdict.PASS), f"slowed {FACTOR} times": (planted, Verdict.FAIL)}
-    print(f"{machine()['cpu']}, {machine()['cores']} cores, {cpu_kind()}")
+    facts = host.machine_facts()
+    print(f"{facts['cpu']}, {facts['cores']} cores, {host.cpu_kind()}")
     for name, (checked, _) in found.items():
         print(
             name, dict(Counter(str(check.verdict) for checks in checked for check in checks)), f"in {len(checked)} runs"

@@ -11,7 +11,8 @@ from typing import Any
 from build import run_watched
 
 from h1export.errors import H1ExportError
-from h1export.validate.speed.worker import Kind, Timing
+from h1export.report.checks import Phase
+from h1export.validate.speed.worker import Timing
 
 
 class LlamaBench:
@@ -54,7 +55,7 @@ class LlamaBench:
 
 def arguments(program: Path, gguf: Path, threads: int, *, steps: int, timing: Timing) -> list[str]:
     """The command line of one run of llama-bench."""
-    prompt, generate, depth = (timing.tokens, 0, 0) if timing.kind is Kind.PREFILL else (0, steps, timing.tokens)
+    prompt, generate, depth = (timing.tokens, 0, 0) if timing.phase is Phase.PREFILL else (0, steps, timing.tokens)
     numbers = {"-t": threads, "-p": prompt, "-n": generate, "-d": depth, "-r": 1}
     return [
         str(program),
@@ -73,10 +74,10 @@ def find_run(text: str, timing: Timing) -> dict[str, Any]:
         H1ExportError: no such run in it, or two.
     """
     try:
-        runs = [run for run in json.loads(text) if (run["n_prompt"] > 0) == (timing.kind is Kind.PREFILL)]
-        name = "n_prompt" if timing.kind is Kind.PREFILL else "n_depth"
+        runs = [run for run in json.loads(text) if (run["n_prompt"] > 0) == (timing.phase is Phase.PREFILL)]
+        name = "n_prompt" if timing.phase is Phase.PREFILL else "n_depth"
         (run,) = [run for run in runs if run[name] == timing.tokens]
         return {key: run[key] for key in ("avg_ts", "build_commit", "type_k", "n_threads")}
     except (ValueError, KeyError, TypeError) as error:
-        what = f"its JSON has not one run of {timing.kind} {timing.tokens} ({type(error).__name__}: {error})"
+        what = f"its JSON has not one run of {timing.phase} {timing.tokens} ({type(error).__name__}: {error})"
         raise H1ExportError("llama-bench", what, "compare its version with what is read here") from None

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from h1export.report.checks import Phase
 from h1export.runtime.runner import Limits, Provenance
-from h1export.validate.speed.worker import Kind, Timing
+from h1export.validate.speed.worker import Timing
 
 PROMPT = 160  # tokens of the traced prompt
 START = 8  # tokens before a decode timing at depth 0: the decode graph takes a past only
@@ -56,7 +57,7 @@ class Exported:
 
     def speed(self, timing: Timing) -> float:
         """Tokens per second."""
-        if timing.kind is Kind.PREFILL:
+        if timing.phase is Phase.PREFILL:
             start = time.perf_counter()
             self._run(self._prefill, {}, 0, tokens=timing.tokens)
             return timing.tokens / (time.perf_counter() - start)

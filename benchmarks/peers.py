@@ -29,15 +29,17 @@ from llama_bench import LlamaBench
 from onnx_exporter import Exported
 from peers_report import Cell, Facts, Results, plot, show
 
+from h1export import host
 from h1export.artifact.artifact import Artifact
 from h1export.commands.pipeline import load
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
-from h1export.validate.speed.bench import interleave, machine
+from h1export.report.checks import Phase
+from h1export.validate.speed.bench import interleave
 from h1export.validate.speed.memory_traffic import read_bandwidth, step_bytes
 from h1export.validate.speed.statistics import Estimate, estimate, ratio
-from h1export.validate.speed.worker import Kind, RunnerModel, Timing, WorkerProcess
+from h1export.validate.speed.worker import RunnerModel, Timing, WorkerProcess
 
 HERE = Path(__file__).parent
 LLAMA, H1EXPORT, EAGER, EXPORTER = PEERS = ("llama.cpp", "h1export", "eager", "OnnxExporter")
@@ -106,7 +108,7 @@ def play(out: Path, threads: int) -> RunnerModel:
 
 
 def eager(checkpoint: Path, config: FalconH1Config, dtype: str) -> Peer:
-    """transformers in ``dtype``."""
+    """Transformers in ``dtype``."""
     width = {"float32": 4, "bfloat16": 2}[dtype]
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     step = partial(
@@ -204,7 +206,7 @@ class Run:
                     jobs[name, timing] = partial(measured.speed, timing)
                 except H1ExportError as error:
                     notes[name, timing] = error.what
-            print(f"threads {threads}: {timing.kind} {timing.tokens} warmed up", file=sys.stderr)
+            print(f"threads {threads}: {timing.phase} {timing.tokens} warmed up", file=sys.stderr)
         samples = interleave(jobs, self.rounds)
         self.bandwidth[threads] = estimate(samples.pop(None))
         self.cells += [
@@ -227,7 +229,7 @@ class Run:
         speed = estimate(found)
         share = (
             peer.step_bytes(timing.tokens) * speed.median / self.bandwidth[threads].median
-            if timing.kind is Kind.DECODE
+            if timing.phase is Phase.DECODE
             else None
         )
         rivals = [
@@ -284,8 +286,8 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="folder for one figure a thread count")
     args = parser.parse_args()
     timings = [
-        *(Timing(Kind.DECODE, depth) for depth in args.depth),
-        *(Timing(Kind.PREFILL, length) for length in args.prefill),
+        *(Timing(Phase.DECODE, depth) for depth in args.depth),
+        *(Timing(Phase.PREFILL, length) for length in args.prefill),
     ]
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         run = Run(list(peers_of(args, Path(scratch))), tuple(timings), args.rounds)
@@ -294,7 +296,7 @@ def main() -> None:
     facts = tuple(peer.facts for peer in run.peers)
     name = args.checkpoint.resolve().name
     results = Results(
-        name, machine(), args.rounds, run.bandwidth, run.kernels, facts, tuple(run.peaks), tuple(run.cells)
+        name, host.machine_facts(), args.rounds, run.bandwidth, run.kernels, facts, tuple(run.peaks), tuple(run.cells)
     )
     if args.json:
         args.json.write_text(json.dumps(asdict(results), indent=1) + "\n", encoding="utf-8")

@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
-from h1export.cli.tables import human_bytes
+from h1export.report.checks import Phase
 from h1export.validate.speed.statistics import Estimate
-from h1export.validate.speed.worker import Kind, Timing
+from h1export.validate.speed.worker import Timing
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def show(results: Results) -> None:
     peers = Table("peer", "kernels", "files", "export", "its memory", "memory, by threads", box=SIMPLE)
     for facts in results.peers:
         peaks = ", ".join(
-            f"{human_bytes(size)} ({threads})" for peer, threads, size in results.peak_bytes if peer == facts.name
+            f"{decimal(size)} ({threads})" for peer, threads, size in results.peak_bytes if peer == facts.name
         )
         export = [f"{facts.export_seconds:.0f} s" if facts.export_seconds else "", _bytes(facts.export_peak_bytes)]
         peers.add_row(
@@ -82,14 +83,14 @@ def show(results: Results) -> None:
 
 
 def _bytes(count: int | None) -> str:
-    return "" if count is None else human_bytes(count)
+    return "" if count is None else decimal(count)
 
 
 def _speeds(results: Results, threads: int, bandwidth: Estimate) -> Table:
     cells = [cell for cell in results.cells if cell.threads == threads]
     timings = list(dict.fromkeys(cell.timing for cell in cells))
     table = Table(
-        "tokens/s", *(f"{timing.kind} {timing.tokens}" for timing in timings), title=f"threads: {threads}", box=SIMPLE
+        "tokens/s", *(f"{timing.phase} {timing.tokens}" for timing in timings), title=f"threads: {threads}", box=SIMPLE
     )
     for facts in results.peers:
         table.add_row(facts.name, *(_cell(cell) for cell in cells if cell.peer == facts.name))
@@ -121,11 +122,11 @@ def plot(results: Results, folder: Path) -> list[Path]:
     for threads in results.bandwidth:
         cells = [cell for cell in results.cells if cell.threads == threads and cell.speed is not None]
         figure = Figure(figsize=(11, 4), layout="constrained")
-        for axes, kind in zip(figure.subplots(1, 2), Kind, strict=True):
+        for axes, phase in zip(figure.subplots(1, 2), Phase, strict=True):
             _bars(
                 axes,
-                kind,
-                [cell for cell in cells if cell.timing.kind is kind],
+                phase,
+                [cell for cell in cells if cell.timing.phase is phase],
                 peers=list(dict.fromkeys(cell.peer for cell in cells)),
             )
         figure.legend(
@@ -137,7 +138,7 @@ def plot(results: Results, folder: Path) -> list[Path]:
     return files
 
 
-def _bars(axes: Any, kind: Kind, cells: Sequence[Cell], *, peers: Sequence[str]) -> None:
+def _bars(axes: Any, phase: Phase, cells: Sequence[Cell], *, peers: Sequence[str]) -> None:
     tokens = sorted({cell.timing.tokens for cell in cells})
     width = 0.8 / len(peers)
     for index, peer in enumerate(peers):
@@ -158,5 +159,5 @@ def _bars(axes: Any, kind: Kind, cells: Sequence[Cell], *, peers: Sequence[str])
             error_kw={"linewidth": 0.8},
         )
     axes.set_xticks(range(len(tokens)), [str(count) for count in tokens])
-    axes.set_xlabel("tokens before" if kind is Kind.DECODE else "tokens of the prompt")
-    axes.set_ylabel(f"{kind}, tokens/s")
+    axes.set_xlabel("tokens before" if phase is Phase.DECODE else "tokens of the prompt")
+    axes.set_ylabel(f"{phase}, tokens/s")

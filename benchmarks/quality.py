@@ -26,7 +26,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from h1export.artifact.staging import Stage, cores
+from h1export import host
+from h1export.artifact.staging import Stage
 from h1export.checkpoint.resolve import embedded_model, resolve
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import scoring_ids
@@ -107,14 +108,14 @@ def own_methods(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Ca
                     config,
                     Rounded(store, precisions, quantize_rows),
                     ids=ids,
-                    stage=Stage(Path(folder), cores()),
+                    stage=Stage(Path(folder), host.cores()),
                     progress=SILENT,
                 )
             )
 
     def scaled() -> RoundedWeights:
         factors = search_scales(
-            store, config, four, ids=Calibration(samples=samples).ids(checkpoint), jobs=cores(), progress=SILENT
+            store, config, four, ids=Calibration(samples=samples).ids(checkpoint), jobs=host.cores(), progress=SILENT
         )
         found = weights(Rounded(ScaledStore(store, factors, SILENT), four, search_rows))
         return {name: factors.undone(name, weight) for name, weight in found.items()}

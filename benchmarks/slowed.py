@@ -7,13 +7,13 @@ import time
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.runtime.runner import Limits, Provenance, Session
-from h1export.validate.speed.worker import Timed
+from h1export.validate.speed.worker import StartableModel
 
 
 class Slowed:
     """``model`` on one CPU thread, with every call ``factor`` times as long in CPU time."""
 
-    def __init__(self, model: Timed, factor: float) -> None:
+    def __init__(self, model: StartableModel, factor: float) -> None:
         self._model = model
         self._factor = factor
 

@@ -1,1 +1,1 @@
-"""The front end: the model (model), traced once (trace) into a Program (programs), checked (verify) and rewritten (passes)."""
+"""The front end: the model (model.py) is traced once into a Program, which passes rewrite and verify.py checks."""

@@ -97,7 +97,10 @@ def inputs_of(ids: Ids, mask: Ids, states: States) -> dict[str, Tensor]:
 
 
 def forward(program: Program, store: WeightStore, blocks: Blocks, ids: Ids) -> Array:
-    """Returns logits, float32 [n, vocab], of one sequence ids int64 [n] from empty states; no weight stays in memory."""
+    """Returns logits, float32 [n, vocab], of one sequence ids int64 [n] from empty states.
+
+    No weight stays in memory.
+    """
     fixed: dict[str, Any] = {name: _Streamed(partial(blocks, expr)) for name, expr in program.weights.items()}
     fixed |= orders(program, store)
     inputs = inputs_of(ids[None], np.ones((1, len(ids)), np.int64), initial_states(program, 1))

@@ -215,7 +215,10 @@ class FalconH1(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, states: list[LayerStates]
     ) -> tuple[Tensor, list[LayerStates]]:
-        """input_ids [batch, seq]; attention_mask int64 [batch, past + seq], left padding only; states as StateSpec orders them."""
+        """input_ids [batch, seq].
+
+        Attention_mask int64 [batch, past + seq], left padding only; states as StateSpec orders them.
+        """
         s = self.config
         seq = input_ids.shape[1]
         past = attention_mask.shape[1] - seq  # not the keys' own length: a target may hold them in a longer buffer

@@ -1,4 +1,7 @@
-"""Where a Program has its probes (model/falcon_h1/probes.py): found by their readers and makers, so that passes do not move them."""
+"""Find the probes of a Program (model/falcon_h1/probes.py) by the ops that read or compute them.
+
+So a pass that rewrites a graph does not move a probe.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ UP_TO_PROJECTION = (aten.view.default, aten.mul.Tensor, aten.split_with_sizes.de
 
 
 def probes(program: Program) -> dict[str, Node]:
-    """Probe -> the node that has its value, heads side by side or apart."""
+    """Returns probe -> the node that has its value, heads side by side or apart."""
     found: dict[str, Node] = {}
     for node in program.calls(aten.rms_norm.default, aten.linear.default):
         for tensor, x in _read(program, node):
@@ -48,7 +51,10 @@ def probes(program: Program) -> dict[str, Node]:
 
 
 def _read(program: Program, node: Node) -> Iterator[tuple[str, Any]]:
-    """(checkpoint tensor, what is multiplied by it) of a norm or a product; of a product of several side by side, each with its own."""
+    """(checkpoint tensor, what is multiplied by it) of a norm or a product.
+
+    Of a product of several side by side, each with its own.
+    """
     norm = node.target is aten.rms_norm.default
     x = node.args[0]
     expr = program.weight_of(node.args[2 if norm else 1])
@@ -61,7 +67,10 @@ def _read(program: Program, node: Node) -> Iterator[tuple[str, Any]]:
 
 
 def _unviewed(node: Any) -> Node:
-    """The value before it was cut into heads, where a target may go without the view, and before its columns were sorted."""
+    """Returns the value before it was viewed as heads and before its columns were sorted.
+
+    A target may leave out either op.
+    """
     while node.target in (aten.view.default, aten.index_select.default):
         node = node.args[0]
     assert isinstance(node, Node)
@@ -69,7 +78,7 @@ def _unviewed(node: Any) -> Node:
 
 
 def _in_proj_layer(program: Program, node: Any) -> int | None:
-    """The layer whose in_proj made ``node``; None: something else did."""
+    """Returns the layer whose in_proj computes ``node``; None: something else does."""
     while node.target in UP_TO_PROJECTION:
         node = node.args[0]
     if node.target is not aten.linear.default:

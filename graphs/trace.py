@@ -1,4 +1,7 @@
-"""Trace the model once, on the meta device: no weights, dynamic batch, sequence and past, one graph for prefill and decode."""
+"""Trace the model once, on the meta device, where weights take no memory.
+
+Batch, sequence and past are dynamic, so that one graph serves prefill and decode.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ def _program(exported: torch.export.ExportedProgram, config: FalconH1Config) -> 
         if item.kind is InputKind.PARAMETER:
             name = EMBEDDING if item.target == LM_HEAD and config.tie_word_embeddings else str(item.target)
             weights[item.arg.name] = WeightExpr.of(name)
-        elif item.kind is InputKind.BUFFER:  # the model's only buffers are the mixers' mup vectors
+        elif item.kind is InputKind.BUFFER:  # the only buffers of the model are the mup vectors of its mixers
             constants[item.arg.name] = mup
         else:
             inputs[item.arg.name] = next(names)
@@ -81,7 +84,7 @@ def _program(exported: torch.export.ExportedProgram, config: FalconH1Config) -> 
 
 
 def _drop_other_names(graph: Graph, weights: dict[str, WeightExpr]) -> None:
-    """torch.export keeps a placeholder for every name of a shared parameter (a tied head) and reads one of them."""
+    """Drop the placeholders that torch.export keeps for the other names of a shared parameter, such as a tied head."""
     read = {weights[node.name] for node in graph.nodes if node.name in weights and node.users}
     for node in list(graph.nodes):
         if node.name in weights and not node.users and weights[node.name] in read:

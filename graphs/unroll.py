@@ -1,7 +1,7 @@
-"""Unroll: all layers are alike, so two are traced, and every further layer is a copy of the second.
+"""Unroll a Program of two layers: all layers are alike, so that every further layer is a copy of the second.
 
-torch.export takes some tenths of a second a layer, a copy milliseconds. Why the second: it reads what a layer made, as all later
-ones do, and the first reads the embedding.
+torch.export takes some tenths of a second a layer, a copy milliseconds. Why the second: it reads what a layer made, as
+all later ones do, and the first reads the embedding.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ _NUMBER = re.compile(r"(?<=model\.layers\.)\d+|(?<=^[pb]_model_layers_)\d+|(?<=^
 
 
 def unroll(program: Program, config: FalconH1Config) -> Program:
-    """The Program of ``spec`` from that of its first two layers: what tracing all layers gives, down to the names of nodes.
+    """Returns the Program of ``config`` for a ``program`` of its first two layers.
 
-    One thing differs, which nothing reads: meta["torch_fn"], the tracer's count of calls, is the second layer's in all copies.
+    It is what tracing all layers gives, down to the names of nodes.
+
+    One thing differs, which nothing reads: meta["torch_fn"], the tracer's count of calls, is the second layer's in all
+        copies.
 
     Raises:
         ValueError: the two layers are not alike.
@@ -61,20 +64,22 @@ def unroll(program: Program, config: FalconH1Config) -> Program:
 class _Unrolled:
     """A graph of ``layers`` layers, and the traced node that each of its placeholders is a copy of.
 
-    A copy of a layer's node is known by its twin, the second layer's, and by its own layer; any other copy by its original.
+    A copy of a layer's node is known by its twin, the second layer's, and by its own layer; any other copy by its
+    original.
     """
 
     def __init__(self, traced: Graph, layers: int) -> None:
         self.graph = Graph()
         self.placeholders: dict[str, Node] = {}
         self._last = layers - 1
-        self._layers = {node: _layer(node) for node in traced.nodes}
+        self._layers = {node: layer_of(node) for node in traced.nodes}
         first, second = ([node for node, layer in self._layers.items() if layer == number] for number in range(TRACED))
         if _form(first) != _form(second):
             raise ValueError("the second layer is not like the first")
-        self._twins = {node: node for node in traced.nodes} | dict(zip(first, second, strict=True))
+        self._representatives = {node: node for node in traced.nodes} | dict(zip(first, second, strict=True))
         self._copies: dict[tuple[Node, int | None], Node] = {}
-        # a layer is four runs of nodes: weights, constants, states and calls; each of the second layer's goes on with those of the others
+        # a layer is four runs of nodes: weights, constants, states and calls; each of the second layer's goes on with
+        # those of the others
         for layer, nodes in groupby(self._layers, self._layers.__getitem__):
             run = list(nodes)
             for copied in range(TRACED - 1, layers) if layer == TRACED - 1 else [layer]:
@@ -95,27 +100,27 @@ class _Unrolled:
                 node.op, node.target, args, kwargs, node.name
             )  # a name that is taken is counted on
         copy.meta = _meta(node, layer)
-        self._copies[self._twins[node], layer] = copy
+        self._copies[self._representatives[node], layer] = copy
 
     def _read(self, read: Node, reader: Node, layer: int | None) -> Node:
-        """What the copy of ``reader`` in ``layer`` reads where ``reader`` reads ``read``."""
+        """Returns what the copy of ``reader`` in ``layer`` reads where ``reader`` reads ``read``."""
         of = self._layers[read]
         own = self._layers[reader]
         if of is not None:  # as many layers away; behind the layers, what the second has made is the last one's
             of = of + layer - own if layer is not None and own is not None else of * self._last
-        return self._copies[self._twins[read], of]
+        return self._copies[self._representatives[read], of]
 
     def _results(self, output: Node) -> tuple[Node, ...]:
-        """Logits, and the new states of every layer."""
+        """Returns the outputs: logits, and the new states of every layer."""
         results: Any = output.args[0]
-        states = [self._twins[node] for node in results[1 : 1 + len(StateKind)]]
+        states = [self._representatives[node] for node in results[1 : 1 + len(StateKind)]]
         return self._read(results[0], output, None), *(
             self._copies[state, layer] for layer in range(self._last + 1) for state in states
         )
 
 
-def _layer(node: Node) -> int | None:
-    """The layer that a traced node belongs to; None for what comes before and after the layers."""
+def layer_of(node: Node) -> int | None:
+    """Returns the layer that a traced node belongs to, or None for what is before and after the layers."""
     modules = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
     return _number(node.name if node.op == "placeholder" else (modules or [""])[-1])
 
@@ -130,7 +135,7 @@ def _renumbered(name: str, layer: int | None) -> str:
 
 
 def _form(layer: list[Node]) -> list[Any]:
-    """What a layer computes, in words that do not tell which layer it is: its own nodes are numbers, others nothing."""
+    """Returns what a layer computes, equal for equal layers: its own nodes are numbered, and others left out."""
     places = {node: f"%{place}" for place, node in enumerate(layer)}
     names = [_renumbered(node.name, 0) if node.op == "placeholder" else node.target for node in layer]
     return [
@@ -140,7 +145,7 @@ def _form(layer: list[Node]) -> list[Any]:
 
 
 def _meta(node: Node, layer: int | None) -> dict[str, Any]:
-    """The node's meta, with the names of the modules in ``layer``."""
+    """Returns the node's meta, with the names of the modules in ``layer``."""
     meta = dict(node.meta)
     if layer is not None and "nn_module_stack" in meta:
         modules = meta["nn_module_stack"].items()

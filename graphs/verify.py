@@ -1,4 +1,4 @@
-"""What a Program may contain when targets receive it: the whole vocabulary they must know."""
+"""Verify a Program: what it may contain when targets receive it, which is the whole vocabulary that they must know."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class VerifyError(Exception):
 
 
 def verify(program: Program) -> None:
-    """Raises VerifyError unless every op is legal and every input, weight and output is accounted for."""
+    """Raise VerifyError unless every op is legal and every input, weight and output is accounted for."""
     layout = tensor_layout(program.config)
     _check_io(program)
     read: set[str] = set()
@@ -67,7 +67,7 @@ def verify(program: Program) -> None:
 
 
 def _check_io(program: Program) -> None:
-    """Ids, mask and every state come in, logits and every state go out."""
+    """Check that ids, mask and every state are inputs, and logits and every state are outputs."""
     tensors = program.states.tensors
     inputs = {INPUT_IDS, ATTENTION_MASK, *(t.past for t in tensors)}
     outputs = (LOGITS, *(t.present for t in tensors))
@@ -81,14 +81,14 @@ def _check_io(program: Program) -> None:
 
 
 def _placeholder(program: Program, node: Node) -> set[str]:
-    """The checkpoint tensors behind a placeholder that something reads, whose shape must be the expression's."""
+    """Check that something reads a placeholder and that its shape is its expression's; return the tensors behind it."""
     expr = program.weights.get(node.name)
     if node.name in program.orders:
         return set()
     if node.name not in program.inputs and expr is None:
         raise VerifyError(f"{node}: neither an input nor a weight")
     if not node.users:
-        made_of = program.inputs.get(node.name) or [part.tensor for part in expr.parts]  # type: ignore[union-attr]
+        made_of = program.inputs.get(node.name) or [part.tensor for part in (expr.parts if expr else ())]
         raise VerifyError(f"{node}: nothing reads it ({made_of})")
     if expr is None:
         return set()

@@ -21,10 +21,10 @@ class Silent:
     """A Progress that ignores every report."""
 
     def stage(self, name: str, total_bytes: int = 0) -> None:
-        return
+        """Do nothing."""
 
     def advance(self, nbytes: int) -> None:
-        return
+        """Do nothing."""
 
 
 SILENT = Silent()

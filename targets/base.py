@@ -60,6 +60,7 @@ class Lowered:
     inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     weights: tuple[StoredWeight, ...]
+    weights_file: str  # the file from which the runtime reads the weights
     requirements: Mapping[str, Any] = field(default_factory=dict)
 
 

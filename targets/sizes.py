@@ -1,6 +1,7 @@
 """The sizes of the h1 ops as the traced graph has them.
 
-Emitters read sizes from the node that they emit, never from the config: a pass or another model may give a node other sizes.
+Emitters read sizes from the node that they emit, never from the config: a pass or another model may give a node other
+sizes.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ def manifest_of(folder: Path, config: FalconH1Config) -> Manifest:
             StoredWeight("in_proj_q4", 4, 32, axis=0, parts=(in_proj,)),
             StoredWeight("head_q4", 4, 32, axis=1, parts=(head,)),
         ),
+        weights_file="model.onnx.data",
         files=file_table(folder),
     )
 

@@ -260,7 +260,7 @@ def without_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "libh1export_plugin.so").touch()
         return {"decode sm_89": {"registers": 40, "spilled": 0, "shared": 1024}}
 
-    monkeypatch.setattr("h1export.targets.tensorrt.plugin.kernels", lambda *_: ())
+    monkeypatch.setattr("h1export.targets.tensorrt.plugin.kernels", lambda *_, **__: ())
     monkeypatch.setattr("h1export.targets.tensorrt.plugin.write", write)
 
 

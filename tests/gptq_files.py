@@ -105,7 +105,7 @@ def write_tensors(tensors: Tensors, out: Path, how: Gptq) -> Written:
     modules = {f"{module}.weight" for module in (*MATRICES, *(["lm_head"] if how.head else []))}
     names = [name for name in sorted(tensors) if ".".join(name.split(".")[-2:]) in modules]
     for name in names:
-        tensors |= _packed(name, tensors.pop(name), how, written, rng)
+        tensors |= _packed(name, tensors.pop(name), how, written=written, rng=rng)
     _save(out, tensors)
     return written
 
@@ -114,7 +114,7 @@ def _save(folder: Path, tensors: Tensors) -> None:
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
 
 
-def _packed(name: str, weight: Any, how: Gptq, written: Written, rng: np.random.Generator) -> dict[str, Any]:
+def _packed(name: str, weight: Any, how: Gptq, *, written: Written, rng: np.random.Generator) -> dict[str, Any]:
     rows, columns = weight.shape
     size = columns if how.group == -1 else how.group
     top = 2**how.bits

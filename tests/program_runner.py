@@ -1,4 +1,4 @@
-"""ProgramRunner: a traced Program as something to step through, which judges passes and artifacts with no target in between."""
+"""ProgramRunner: step through a traced Program, to judge passes and artifacts with no target in between."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ProgramRunner:
         return initial_states(self._program, batch)
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
-        """Returns logits [batch, new or 1, vocab] and new states for ids [batch, new] and a mask [batch, past + new]."""
+        """Returns logits and new states for ids [batch, new] and a mask [batch, past + new]."""
         (past,) = {states[t.past].shape[2] for t in self._program.states.tensors if t.kind.grows}
         check_call(ids, mask, past, vocab_size=self.config.vocab_size)
         named = run(self._program, self._fixed, inputs_of(ids, mask, states))

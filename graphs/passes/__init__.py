@@ -52,7 +52,9 @@ __all__ = ["PASSES", "KindOf", "Pass", "PassError", "fusions", "passes_for", "ru
 
 
 def run_passes(program: Program, passes: Sequence[Pass] = PASSES) -> Program:
-    """Apply ``passes`` in order to a copy of ``program`` and verify the result, whose ``rewrites`` tell what each pass did.
+    """Apply ``passes`` in order to a copy of ``program``, and verify the result.
+
+    The result's ``rewrites`` have the number of places that each pass rewrote.
 
     Raises:
         PassError: a pass met a graph that it does not understand, or did not reach what it promises.

@@ -1,4 +1,7 @@
-"""Pass: one rewrite of a Program, run as requires -> run -> ensures; and edits of weights that keep shared weights right."""
+"""Pass: one rewrite of a Program, run as requires -> run -> ensures.
+
+And edits of weights that keep shared weights right.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ class Pass(ABC):
 
 
 def multiplier_of(program: Program, node: Node) -> tuple[Node, Multiplier] | None:
-    """Returns (x, m) where ``node`` is x * m with a constant m: a number, or a µP vector over the last axis. Else None."""
+    """Returns (x, m) where ``node`` is x * m with a constant m: a number, or a µP vector over the last axis.
+
+    Else None.
+    """
     if node.target is not aten.mul.Tensor:
         return None
     x, factor = node.args

@@ -11,6 +11,8 @@ _ASSERT = aten._assert_tensor_metadata.default
 
 
 class DropMetadataAsserts(Pass):
+    """Erases the assertions on dtypes."""
+
     def run(self, program: EditableProgram) -> int:
         found = list(program.calls(_ASSERT))
         for node in found:

@@ -11,6 +11,8 @@ from h1export.graphs.program import EditableProgram, Program
 
 
 class FoldDecay(Pass):
+    """Folds exp and neg into the weight A_log."""
+
     def run(self, program: EditableProgram) -> int:
         count = 0
         for node in program.calls(

@@ -11,6 +11,8 @@ from h1export.graphs.program import EditableProgram, Program
 
 
 class FoldHeadMultiplier(Pass):
+    """Folds the multiplier of the logits into the final norm's weight."""
+
     def run(self, program: EditableProgram) -> int:
         logits = self._logits(program)
         match = multiplier_of(program, logits)

@@ -11,6 +11,8 @@ from h1export.graphs.program import EditableProgram, Program
 
 
 class FoldInputMultipliers(Pass):
+    """Folds the multiplier of an input into the weights of all projections that read it."""
+
     def run(self, program: EditableProgram) -> int:
         count = 0
         for node in program.calls(aten.mul.Tensor):

@@ -9,6 +9,8 @@ from h1export.graphs.program import EditableProgram, Program
 
 
 class FoldOutputMultipliers(Pass):
+    """Folds the multiplier of an output into the projection's weight and bias."""
+
     def run(self, program: EditableProgram) -> int:
         count = 0
         for node in program.calls(aten.mul.Tensor):

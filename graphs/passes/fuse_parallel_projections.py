@@ -1,4 +1,4 @@
-"""One product for the projections that read one input: few large products keep a memory-bound decode at the memory's speed.
+"""Fuse the projections that read one input: few large products keep a memory-bound decode at the memory's speed.
 
 Before: linear(x, w1, b1), linear(x, w2, b2), ...                                    in_proj, q, k, v; gate, up
 After:  split_with_sizes(linear(x, [w1; w2; ...], [b1; b2; ...]), [n1, n2, ...], -1)
@@ -24,7 +24,7 @@ from h1export.graphs.program import EditableProgram, Program, args_of
 
 
 class FuseParallelProjections(Pass):
-    """Projections of different kinds stay apart: ``kind_of`` tells what may share an initializer."""
+    """Fuses projections whose weights are of equal ``kind_of``; others stay apart."""
 
     def __init__(self, kind_of: KindOf) -> None:
         self._kind_of = kind_of
@@ -48,10 +48,10 @@ class FuseParallelProjections(Pass):
         operands = [concatenated_weight(program, column, axis=0) for column in columns]
         with program.graph.inserting_before(group[0]):
             product = call(program, aten.linear.default, group[0].args[0], *operands)
-            subgraphs = call(
+            split = call(
                 program, aten.split_with_sizes.default, product, [node.meta["val"].shape[-1] for node in group], -1
             )
-            replacements = [call(program, operator.getitem, subgraphs, index) for index in range(len(group))]
+            replacements = [call(program, operator.getitem, split, index) for index in range(len(group))]
         for node, replacement in zip(group, replacements, strict=True):
             replace_node(program, node, replacement)
 

@@ -1,4 +1,4 @@
-"""One product for two projections whose results are added: the mixers' out_proj and o_proj.
+"""Fuse two projections whose results are added: out_proj and o_proj of the mixers.
 
 Before: add(add(h, linear(y, w1)), linear(a, w2))
 After:  add(h, linear(cat([y, a], -1), [w1 | w2]))
@@ -20,7 +20,7 @@ from h1export.graphs.program import EditableProgram, Program, args_of
 
 
 class FuseSummedProjections(Pass):
-    """Kinds as in FuseParallelProjections; columns must be whole blocks of ``align``.
+    """Fuses projections whose weights are of equal ``kind_of`` and have a multiple of ``align`` columns.
 
     Projections with biases, or with a factor for each row, stay apart.
     """
@@ -47,7 +47,7 @@ class FuseSummedProjections(Pass):
         return len(sums)
 
     def _sums(self, program: Program) -> list[tuple[Node, Node]]:
-        """(outer, inner) where outer = inner + linear and inner = h + linear, of equal kind."""
+        """Returns (outer, inner) where outer = inner + linear and inner = h + linear, of equal kind."""
         return [
             (outer, inner)
             for outer in program.calls(aten.add.Tensor)

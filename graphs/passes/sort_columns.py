@@ -1,4 +1,4 @@
-"""A product's input in the order that its weight's integers have their columns in: a group's columns are neighbours there.
+"""Gather a projection's input in the order of its weight's integers, in which the columns of a group are neighbours.
 
 Before: linear(x, w1), linear(x, w2), ...
 After:  s = index_select(x, -1, order); linear(s, w1 sorted), linear(s, w2 sorted), ...     one s for equal orders
@@ -14,7 +14,7 @@ from h1export.graphs.program import EditableProgram, Program, args_of
 
 
 class SortColumns(Pass):
-    """``order_name`` names the order of a checkpoint tensor's columns; empty: as they come."""
+    """``order_name`` gives the name of the order of a checkpoint tensor's columns, or "" where they are not sorted."""
 
     def __init__(self, order_name: Callable[[str], str]) -> None:
         self._order_name = order_name
@@ -45,4 +45,4 @@ class SortColumns(Pass):
         return [node for node, expr in linears if not expr.parts[0].sorted and self._order_name(expr.parts[0].tensor)]
 
     def ensures(self, program: Program) -> None:
-        self.check(not self._unsorted(program), "products are left whose columns lie in another order")
+        self.check(not self._unsorted(program), "products are left whose columns are in another order")

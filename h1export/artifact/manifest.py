@@ -19,7 +19,7 @@ from h1export.checkpoint.weight_expr import Multiplier
 from h1export.errors import H1ExportError
 
 MANIFEST = "manifest.json"
-FORMAT = 5
+FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Manifest:
         inputs: graph input -> (dtype, dimensions).
         outputs: graph output -> (dtype, dimensions).
         weights: the quantised initializers.
+        weights_file: the file of ``files`` that holds the weights.
         files: file name relative to the artifact, with slashes -> (sha256, bytes).
         requirements: what the machine that runs the artifact must have, as JSON values. The key is left out of the JSON
             where a target has no requirements.
@@ -87,13 +88,22 @@ class Manifest:
     inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     weights: tuple[StoredWeight, ...]
+    weights_file: str
     files: Mapping[str, tuple[str, int]]
     requirements: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """The sha256 of everything that decides the artifact's bytes; it is known before the first byte is written."""
-        decided = dataclasses.replace(self, inputs={}, outputs={}, weights=(), files={}, requirements={})
+        unknown: dict[str, Any] = {
+            "inputs": {},
+            "outputs": {},
+            "weights": (),
+            "weights_file": "",
+            "files": {},
+            "requirements": {},
+        }
+        decided = dataclasses.replace(self, **unknown)
         return hashlib.sha256(decided.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -125,8 +135,10 @@ class Manifest:
             for side in ("inputs", "outputs"):
                 data[side] = {name: (str(dtype), tuple(dims)) for name, (dtype, dims) in data[side].items()}
             data["files"] = {str(name): (_text(digest), _count(size)) for name, (digest, size) in data["files"].items()}
-            for name in ("target", "source"):
+            for name in ("target", "source", "weights_file"):
                 data[name] = _text(data[name])
+            if data["weights_file"] not in data["files"]:
+                raise ValueError(f"the weights' file {data['weights_file']!r} is not among the files")
             for name in ("config", "scheme", "options", "toolchain"):
                 data[name] = {**data[name]}
             data["requirements"] = {**data.get("requirements", {})}

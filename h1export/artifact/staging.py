@@ -41,11 +41,6 @@ class Stage:
     dry: bool = False
 
 
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @contextmanager
 def dry_stage() -> Iterator[Stage]:
     """Yield a dry stage in a temporary folder, which is deleted afterwards."""

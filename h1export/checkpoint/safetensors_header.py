@@ -114,11 +114,12 @@ def _parse(file: Path, text: bytes, base: int) -> list[TensorEntry]:
         raise H1ExportError(file, "header is not a JSON object", DOWNLOAD_AGAIN)
     header.pop("__metadata__", None)
     return sorted(
-        (_entry(file, name, info, base) for name, info in header.items()), key=lambda entry: (entry.start, entry.nbytes)
+        (_entry(file, name, info, base=base) for name, info in header.items()),
+        key=lambda entry: (entry.start, entry.nbytes),
     )
 
 
-def _entry(file: Path, name: str, info: Any, base: int) -> TensorEntry:
+def _entry(file: Path, name: str, info: Any, *, base: int) -> TensorEntry:
     where = f'{file}: tensor "{name}"'
     if not isinstance(info, dict):
         raise H1ExportError(where, "has no description", DOWNLOAD_AGAIN)

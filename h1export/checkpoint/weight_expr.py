@@ -209,7 +209,7 @@ class WeightExpr:
         """
         for strip in self.strips:
             for start, stop in store.row_ranges([part.tensor for part in strip], max_bytes):
-                yield partial(_rows, strip, store, start, stop)
+                yield partial(_rows, strip, store, start=start, stop=stop)
 
     def blocks(self, store: WeightStore, max_bytes: int) -> Iterator[Array]:
         """Yield the blocks of ``lazy_blocks``, computed one after the other."""
@@ -220,6 +220,6 @@ class WeightExpr:
         return np.concatenate(list(self.blocks(store, 1 << 24)))
 
 
-def _rows(strip: tuple[WeightPart, ...], store: WeightStore, start: int, stop: int) -> Array:
+def _rows(strip: tuple[WeightPart, ...], store: WeightStore, *, start: int, stop: int) -> Array:
     blocks = [part.rows(store, start, stop) for part in strip]
     return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis=1)

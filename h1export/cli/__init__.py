@@ -29,6 +29,7 @@ from h1export.cli.gate import gate
 from h1export.cli.plan import plan
 from h1export.cli.report import report
 from h1export.cli.sensitivity import sensitivity
+from h1export.cli.trace import trace
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
@@ -54,11 +55,11 @@ def cli() -> None:
 
 VALIDATE_OPTIONS = (
     click.option(
-        "--limit",
-        "limits",
+        "--tolerance",
+        "tolerances",
         multiple=True,
         metavar="METRIC=VALUE",
-        help="Override a gate, e.g. stored.logits=1e-4. Repeatable.",
+        help="Override a tolerance, e.g. stored.logits=1e-4. Repeatable.",
     ),
     click.option(
         "--text",
@@ -107,7 +108,9 @@ def build(request: BuildRequest, force: bool, check: bool, quiet: bool, as_json:
       h1export build ./Falcon-H1-0.5B --target ort --opset-only --out falcon-onnx
       h1export build ./Falcon-H1-0.5B --target trt --max-context 4096 --out falcon-trt
     """
-    from h1export.cli.tables import ProgressBars, human_bytes
+    from rich.filesize import decimal
+
+    from h1export.cli.tables import ProgressBars
     from h1export.commands import pipeline
 
     built = []
@@ -126,7 +129,7 @@ def build(request: BuildRequest, force: bool, check: bool, quiet: bool, as_json:
                 request.calibration,
             )
         size = sum(size for _, size in artifact.manifest.files.values())
-        say(f"built {place}  {human_bytes(size)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
+        say(f"built {place}  {decimal(size)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
         built.append(
             {
                 "target": target,
@@ -155,7 +158,7 @@ def validate(out: Path, model: str | None, quiet: bool, as_json: bool, **checks:
     \b
     Examples:
       h1export validate tiny-ort-int4
-      h1export validate falcon-int4 ./Falcon-H1-0.5B --limit text.ratio=1.03 --latency-pairs 0
+      h1export validate falcon-int4 ./Falcon-H1-0.5B --tolerance text.ratio=1.03 --latency-pairs 0
     """
     from h1export.checkpoint import resolve
 
@@ -171,7 +174,7 @@ def _validate(
     quiet: bool,
     *,
     as_json: bool,
-    limits: tuple[str, ...],
+    tolerances: tuple[str, ...],
     text: Path | None,
     text_bytes: int,
     latency_pairs: int,
@@ -183,7 +186,7 @@ def _validate(
 
     with ProgressBars(quiet or as_json) as bars:
         report = pipeline.validate(
-            out, checkpoint, _parse_limits(limits), text, text_bytes, latency_pairs, threads, bars, **others
+            out, checkpoint, _parse_tolerances(tolerances), text, text_bytes, latency_pairs, threads, bars, **others
         )
     for table in report_tables(report):
         say(table, quiet or as_json)
@@ -191,15 +194,15 @@ def _validate(
     return dict(json.loads(report.to_json()))
 
 
-def _parse_limits(limits: tuple[str, ...]) -> dict[str, float]:
+def _parse_tolerances(items: tuple[str, ...]) -> dict[str, float]:
     parsed = {}
-    for item in limits:
+    for item in items:
         metric, _, value = item.partition("=")
         try:
             parsed[metric] = float(value)
         except ValueError:
             raise H1ExportError(
-                "--limit", f"{item!r} is not METRIC=VALUE", "for example --limit stored.logits=1e-4"
+                "--tolerance", f"{item!r} is not METRIC=VALUE", "for example --tolerance stored.logits=1e-4"
             ) from None
     return parsed
 
@@ -303,6 +306,7 @@ cli.add_command(gate)
 cli.add_command(plan)
 cli.add_command(report)
 cli.add_command(sensitivity)
+cli.add_command(trace)
 
 
 def main() -> None:

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from h1export.report.report import Report, Row, Verdict, within
+from h1export.report import labels
+from h1export.report.report import OUTPUT_FIGURES, Report, Row, Verdict
+from h1export.validate.speed import gate_checks
 
-if TYPE_CHECKING:  # tables are drawn without loading what was measured
+if TYPE_CHECKING:  # tables are drawn without loading what measures
     from h1export.commands.plan import Plan
     from h1export.validate.speed.bench import BenchReport
-    from h1export.validate.speed.regression import Check, GateReport
+    from h1export.validate.speed.regression import GateReport
     from h1export.validate.speed.statistics import Estimate
 
 STYLES = {
@@ -30,7 +33,7 @@ STYLES = {
 
 
 class ProgressBars:
-    """A core.progress.Progress drawn by rich: the stage, its bytes, the time."""
+    """A Progress that rich draws: the stage, its bytes, the time."""
 
     def __init__(self, quiet: bool) -> None:
         columns = (
@@ -63,75 +66,82 @@ class ProgressBars:
             self._progress.advance(self._task, nbytes)
 
 
-CASE_COLUMNS = ("logits", "states", "kl", "top1")
-FINE = ("artifact", "reference", "ratio", "top1", "top5")  # whose thousandths matter
-ERROR = "_se"  # ends the name of a figure's standard error
+FINE = ("artifact", "reference", "ratio", "top1", "top5")  # figures that are shown with four digits
+ERROR = "_se"  # the end of the name of a standard error
 
 
 def report_tables(report: Report) -> list[Table]:
-    """The cases, one line each, and everything else that was checked."""
-    cases = Table(
-        "case", "against", *CASE_COLUMNS, "verdict", box=SIMPLE, caption=_limits(report.rows), caption_justify="left"
-    )
+    """Return a table of the rows that compare logits and states, and one of all others."""
+    cases = Table("case", "against", *OUTPUT_FIGURES, "verdict", box=SIMPLE)
+    cases.caption = _tolerances(report.rows)
+    cases.caption_justify = "left"
     others = Table("check", "figures", "verdict", box=SIMPLE)
     for row in report.rows:
         verdict = f"[{STYLES[row.verdict]}]{row.verdict}[/]"
-        if row.figures.keys() >= set(CASE_COLUMNS):
-            cases.add_row(row.check, row.against, *(_cell(row, name) for name in CASE_COLUMNS), verdict)
+        check = labels.check_label(row)
+        if row.compares_outputs:
+            cells = (_cell(row, name) for name in OUTPUT_FIGURES)
+            cases.add_row(check, labels.comparison_label(row), *cells, verdict)
         else:
             shown = [name for name in row.figures if not name.endswith(ERROR)]
-            figures = "  ".join(f"{name} {_cell(row, name)}{_error(row, name)}{_limit(row, name)}" for name in shown)
+            figures = "  ".join(
+                f"{name} {_cell(row, name)}{_error(row, name)}{_tolerance(row, name)}" for name in shown
+            )
             note = f"[dim]{row.note}[/]" if row.note else ""
-            others.add_row(row.check, "\n".join(filter(None, (figures, note))), verdict)
+            others.add_row(check, "\n".join(filter(None, (figures, note))), verdict)
     return [cases, others]
 
 
 def _cell(row: Row, name: str) -> str:
     value = f"{row.figures[name]:.4g}" if name in FINE else f"{row.figures[name]:.3g}"
-    failed = name in row.limits and not within(name, row.figures[name], row.limits[name])
-    return f"[bold red]{value}[/]" if failed else value
+    return value if row.keeps(name) else f"[bold red]{value}[/]"
 
 
 def _error(row: Row, name: str) -> str:
     return f" ± {row.figures[name + ERROR]:.2g}" if name + ERROR in row.figures else ""
 
 
-def _limit(row: Row, name: str) -> str:
-    return f" [dim](limit {row.limits[name]:.4g})[/]" if name in row.limits else ""
+def _tolerance(row: Row, name: str) -> str:
+    return f" [dim](tolerance {row.tolerances[name]:.4g})[/]" if name in row.tolerances else ""
 
 
-def _limits(rows: Iterable[Row]) -> str:
-    """The limits of the cases, said once."""
-    found = {f"{row.against}.{n} {row.limits[n]:.3g}": None for row in rows for n in CASE_COLUMNS if n in row.limits}
-    return "limits  " + "  ".join(found)
+def _tolerances(rows: Iterable[Row]) -> str:
+    """Return the tolerances of logits and states, each once, by the names that --tolerance takes."""
+    found = {
+        f"{row.comparison}.{name} {row.tolerances[name]:.3g}": None
+        for row in rows
+        for name in OUTPUT_FIGURES
+        if name in row.tolerances
+    }
+    return "tolerances  " + "  ".join(found)
 
 
 def bench_tables(report: BenchReport) -> list[Table]:
-    """The artifacts, one table for each, and the speeds of all of them."""
-    subjects = []
-    for subject in report.subjects:
-        settings = [f"{name} {value}" for name, value in subject.built_as.items()]
-        peaks = [f"{human_bytes(size)} with threads {threads}" for threads, size in subject.peak_bytes.items()]
-        size = human_bytes(subject.weight_bytes)
+    """Return a table for each model that was measured, and one of the speeds of all."""
+    tables = []
+    for measured in report.measured:
+        settings = [f"{name} {value}" for name, value in measured.built_as.items()]
+        peaks = [f"{decimal(size)} with threads {threads}" for threads, size in measured.peak_bytes.items()]
         rows = {
             "built as": ", ".join(settings),
-            "kernels": subject.kernels,
-            "size": size,
+            "kernels": measured.kernels,
+            "size": decimal(measured.weight_bytes),
             "peak memory": ", ".join(peaks),
         }
-        subjects.append(pairs_table(subject.folder, rows.items()))
-    return [*subjects, _speeds_table(report)]
+        tables.append(pairs_table(measured.folder, rows.items()))
+    return [*tables, _speeds_table(report)]
 
 
 def _speeds_table(report: BenchReport) -> Table:
-    paired = len(report.subjects) == 2
+    paired = len(report.measured) == 2
     columns = ("threads", "timing", "tokens/s", "interval", "read a step", "of bandwidth")
     table = Table(*(["of"] if paired else []), *columns, *(["ratio", "interval"] if paired else []), box=SIMPLE)
     for speed in report.speeds:
         decode = speed.step_bytes is not None
-        limit = [human_bytes(speed.step_bytes or 0), f"{speed.bandwidth_share:.0%}"] if decode else ["", ""]
-        cells = [str(speed.threads), speed.what, *_estimate(speed.tokens_per_second), *limit]
-        first = [f"{speed.subject + 1}"] if paired else []
+        read = [decimal(speed.step_bytes or 0), f"{speed.bandwidth_share:.0%}"] if decode else ["", ""]
+        timing = gate_checks.timing_label(speed.timing)
+        cells = [str(speed.threads), timing, *_estimate(speed.tokens_per_second), *read]
+        first = [f"{speed.model + 1}"] if paired else []
         table.add_row(*first, *cells, *(_estimate(speed.ratio) if speed.ratio else []))
     bandwidth = ", ".join(
         f"{estimate.median / 1e9:.1f} GB/s with threads {threads}" for threads, estimate in report.bandwidth.items()
@@ -147,16 +157,17 @@ def _estimate(value: Estimate) -> list[str]:
 
 
 def gate_table(report: GateReport) -> Table:
-    """Every check, and the verdict."""
+    """Return a table of every check, with the verdict of all."""
     table = Table("check", "figure", "interval", "limit", "verdict", "note", box=SIMPLE)
     for check in report.checks:
-        table.add_row(check.name, *_figures(check), f"[{STYLES[check.verdict]}]{check.verdict}[/]", check.note)
+        verdict = f"[{STYLES[check.verdict]}]{check.verdict}[/]"
+        table.add_row(gate_checks.check_label(check), *_figures(check), verdict, check.note)
     table.caption = f"{report.verdict}: {report.artifact}, timings relative to the baseline"
     table.caption_justify = "left"
     return table
 
 
-def _figures(check: Check) -> list[str]:
+def _figures(check: gate_checks.Check) -> list[str]:
     if check.figure is None or check.limit is None:
         return ["", "", ""]
     if check.low is not None and check.high is not None:
@@ -165,7 +176,7 @@ def _figures(check: Check) -> list[str]:
 
 
 def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
-    """A table of names and values."""
+    """Return a table of names and values."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
@@ -175,32 +186,23 @@ def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
 
 
 def _lines(values: dict[str, object]) -> list[str]:
-    """One line an item; of I/O names, which repeat layer by layer, the first layer's stand for all."""
+    """Return one line an item; of I/O names, which repeat layer by layer, only the first layer's."""
     shown = [f"{name}  {value}" for name, value in values.items() if not re.search(r"\.[1-9]\d*\.", name)]
     return shown if len(shown) == len(values) else [*shown, f"and the same for every layer: {len(values)} in all"]
 
 
-def human_bytes(count: float) -> str:
-    """1536 -> "1.5 KB", in powers of 1000 as disks and file listings count."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
-
-
 def plan_table(plan: Plan) -> Table:
-    """A plan for a person: sizes first."""
+    """Return a table of a plan, sizes first."""
     fits = "enough" if plan.disk_free > plan.artifact_bytes + plan.scratch_bytes else "NOT ENOUGH"
     scratch = (
-        f", {human_bytes(plan.scratch_bytes)} needed beside the artifact until it is done" if plan.scratch_bytes else ""
+        f", {decimal(plan.scratch_bytes)} needed beside the artifact until it is done" if plan.scratch_bytes else ""
     )
     rows: list[tuple[str, object]] = [
-        ("artifact", f"{human_bytes(plan.artifact_bytes)} from {human_bytes(plan.source_bytes)}"),
-        ("disk", f"{human_bytes(plan.disk_free)} free: {fits}{scratch}"),
-        ("peak memory", human_bytes(plan.peak_bytes)),
+        ("artifact", f"{decimal(plan.artifact_bytes)} from {decimal(plan.source_bytes)}"),
+        ("disk", f"{decimal(plan.disk_free)} free: {fits}{scratch}"),
+        ("peak memory", decimal(plan.peak_bytes)),
         ("time", f"about {plan.seconds:.0f} s, from lowering it and samples of the work here"),
-        *((f"states at {context} tokens", human_bytes(size)) for context, size in plan.state_bytes.items()),
+        *((f"states at {context} tokens", decimal(size)) for context, size in plan.state_bytes.items()),
         *((precision, f"{count} tensors") for precision, count in plan.by_precision().items()),
     ]
     return pairs_table(f"{plan.target}: {plan.out}", rows)

@@ -1,4 +1,4 @@
-"""Wiring of what measures speed: artifacts and their reference, each in a process of its own."""
+"""Benchmark and gate: artifacts and their reference, each in a worker process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from h1export import host
 from h1export.artifact.artifact import Artifact
 from h1export.commands.pipeline import check_source, load
 from h1export.errors import H1ExportError
@@ -19,27 +20,25 @@ from h1export.report.report import Verdict
 from h1export.runtime.runner import Inspectable
 from h1export.targets import Kernels, get_target
 from h1export.validate.accuracy.reference import Reference
-from h1export.validate.speed.bench import BenchOptions, BenchReport, Candidate, machine, of_artifact
+from h1export.validate.speed.bench import BenchOptions, BenchReport, Candidate, of_artifact
 from h1export.validate.speed.bench import bench as run_bench
+from h1export.validate.speed.gate_checks import Check, GateCheckKind
 from h1export.validate.speed.gate_file import Baseline, Clock, Gate, read_baselines, read_gates, write_baselines
 from h1export.validate.speed.memory_traffic import float_bytes, float_step_bytes
 from h1export.validate.speed.regression import (
     WRITE,
-    Check,
     GateReport,
     Makers,
     ModelPair,
     counted,
     counted_checks,
-    cpu_kind,
     measured,
     measured_checks,
 )
 from h1export.validate.speed.worker import RunnerModel, pin
 
-# tokens a timing of a gate: of the artifact, and of the reference, which is slower
-GATE_STEPS = 16
-REFERENCE_STEPS = 4
+GATE_STEPS = 16  # tokens that a timing of a gate decodes
+REFERENCE_STEPS = 4  # the same of the reference, which is slower
 CLOCKS: Mapping[Clock, Callable[[], float]] = {Clock.CPU: time.process_time, Clock.WALL: time.perf_counter}
 
 
@@ -51,28 +50,29 @@ def bench(
     progress: Progress = SILENT,
     kernels: Kernels = "auto",
 ) -> BenchReport:
-    """Measure the speed of the artifact ``out``, in turns with another one, or with the reference on its ``checkpoint``.
+    """Measure the speed of the artifact ``out``, in turns with another or with the reference on its ``checkpoint``.
 
     Raises:
         H1ExportError: a damaged artifact, one that does not run here, or a checkpoint that it was not built from.
     """
     artifacts = [Artifact.open(folder) for folder in (out, against) if folder is not None]
-    contenders = [
-        of_artifact(artifact, partial(_maker, artifact.folder, kernels, options.steps)) for artifact in artifacts
+    candidates = [
+        of_artifact(artifact, partial(_artifact_maker, artifact.folder, kernels, options.steps))
+        for artifact in artifacts
     ]
     if checkpoint is not None:
-        contenders.append(_reference(artifacts[0], checkpoint, kernels, steps=options.steps))
-    return run_bench(contenders, options, progress)
+        candidates.append(_reference(artifacts[0], checkpoint, kernels, steps=options.steps))
+    return run_bench(candidates, options, progress)
 
 
 def _reference(artifact: Artifact, checkpoint: Path, kernels: Kernels, steps: int) -> Candidate:
-    """transformers' model in float32, on the weights that ``artifact`` stores."""
+    """Return the candidate that is transformers' model in float32, on the weights that ``artifact`` stores."""
     check_source(artifact, checkpoint)
     config = artifact.config
     held = "the artifact's, dequantised" if artifact.manifest.weights else "the checkpoint's"
 
     def make(threads: int) -> Callable[[], RunnerModel]:
-        return partial(_play_reference, checkpoint, artifact.folder, threads, kernels=kernels, steps=steps)
+        return partial(_reference_model_of, checkpoint, artifact.folder, threads, kernels=kernels, steps=steps)
 
     return Candidate(
         str(checkpoint),
@@ -96,7 +96,11 @@ class Gated:
 
     @classmethod
     def open(cls, out: Path, gates: Path, checkpoint: Path) -> Gated:
-        """Raises H1ExportError: a damaged artifact, none of ``gates`` is for it, or another ``checkpoint`` than its own."""
+        """Open ``out`` and find its gate.
+
+        Raises:
+            H1ExportError: a damaged artifact, none of ``gates`` is for it, or ``checkpoint`` is not its source.
+        """
         artifact = Artifact.open(out)
         manifest = artifact.manifest
         found, place = read_gates(gates)
@@ -129,9 +133,11 @@ class Gated:
             raise H1ExportError(
                 f"gate {self.name}", f'clock = "cpu" does not count what {provenance.gpu} does', 'set clock = "wall"'
             )
-        pair = partial(_play_pair, checkpoint, folder, gate.threads, kernels=kernels, clock=gate.clock)
-        kind = f"{cpu_kind()} {provenance.gpu}".strip()
-        return Makers(pair, partial(_play, folder, gate.threads, kernels, steps=GATE_STEPS), GATE_STEPS, kind=kind)
+        pair = partial(_model_pair, checkpoint, folder, gate.threads, kernels=kernels, clock=gate.clock)
+        kind = f"{host.cpu_kind()} {provenance.gpu}".strip()
+        return Makers(
+            pair, partial(_artifact_model, folder, gate.threads, kernels, steps=GATE_STEPS), GATE_STEPS, kind=kind
+        )
 
 
 def gate(
@@ -152,22 +158,27 @@ def gate(
     makers = gated.makers(checkpoint, kernels)
     if makers is None:
         checks.append(
-            Check("memory and timings", Verdict.NOT_APPLICABLE, note="nothing on this machine but an emulation runs it")
+            Check(
+                GateCheckKind.MEASUREMENTS,
+                Verdict.NOT_APPLICABLE,
+                note="nothing on this machine but an emulation runs it",
+            )
         )
     else:
         checks += measured_checks(makers, then, gated.gate)
-    return GateReport(
-        str(out), gated.gate, machine() | {"kind": makers.kind if makers else cpu_kind()}, checks=tuple(checks)
-    )
+    machine = host.machine_facts() | {"kind": makers.kind if makers else host.cpu_kind()}
+    return GateReport(str(out), gated.gate, machine, checks=tuple(checks))
 
 
 def write_baseline(
     out: Path, checkpoint: Path, gates: Path, progress: Progress = SILENT, kernels: Kernels = "auto"
 ) -> Path:
-    """Make the artifact ``out`` the baseline of its gate; returns the file. Other gates' stay, and timings on other kinds of CPU.
+    """Make the artifact ``out`` the baseline of its gate and return the file.
+
+    The file keeps other gates, and timings on other kinds of CPU.
 
     Raises:
-        H1ExportError: as ``gate``, but for the baseline.
+        H1ExportError: as ``gate`` does, except that a baseline may be missing.
     """
     progress.stage("files and graphs")
     gated = Gated.open(out, gates, checkpoint)
@@ -182,36 +193,36 @@ def write_baseline(
     return gated.place
 
 
-def _maker(folder: Path, kernels: Kernels, steps: int, threads: int) -> Callable[[], RunnerModel]:
-    return partial(_play, folder, threads, kernels, steps=steps)
+def _artifact_maker(folder: Path, kernels: Kernels, steps: int, threads: int) -> Callable[[], RunnerModel]:
+    return partial(_artifact_model, folder, threads, kernels, steps=steps)
 
 
-def _play(folder: Path, threads: int, kernels: Kernels, *, steps: int) -> RunnerModel:
-    """In a process of its own: an artifact ready to be timed."""
+def _artifact_model(folder: Path, threads: int, kernels: Kernels, *, steps: int) -> RunnerModel:
+    """Make, in a worker process, an artifact's model."""
     pin(threads)
     return RunnerModel(timed_runner(Artifact.open(folder), threads, kernels), steps)
 
 
-def _play_reference(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, steps: int) -> RunnerModel:
-    """In a process of its own: the reference on the weights of the artifact ``folder``. Reading them counts in its peak of memory."""
+def _reference_model_of(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, steps: int) -> RunnerModel:
+    """Make, in a worker process, the reference on the artifact's weights; its peak memory includes reading them."""
     pin(threads)
-    return reference_player(
+    return reference_model(
         checkpoint, load(Artifact.open(folder), threads, kernels=kernels), threads, steps=steps, clock=time.perf_counter
     )
 
 
-def _play_pair(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, clock: Clock) -> ModelPair:
-    """In a process of its own: an artifact beside its reference."""
+def _model_pair(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, clock: Clock) -> ModelPair:
+    """Make, in a worker process, an artifact beside its reference."""
     pin(threads)
     runner = timed_runner(Artifact.open(folder), threads, kernels)
     ours = RunnerModel(runner, GATE_STEPS, CLOCKS[clock])
-    return ModelPair(ours, reference_player(checkpoint, runner, threads, steps=REFERENCE_STEPS, clock=CLOCKS[clock]))
+    return ModelPair(ours, reference_model(checkpoint, runner, threads, steps=REFERENCE_STEPS, clock=CLOCKS[clock]))
 
 
-def reference_player(
+def reference_model(
     checkpoint: Path, runner: Inspectable[Any], threads: int, *, steps: int, clock: Callable[[], float]
 ) -> RunnerModel:
-    """transformers' model on the weights that ``runner`` stores."""
+    """Return transformers' model on the weights that ``runner`` stores."""
     torch.set_num_threads(threads)
     reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
@@ -219,7 +230,7 @@ def reference_player(
 
 
 def timed_runner(artifact: Artifact, threads: int, kernels: Kernels) -> Inspectable[Any]:
-    """Raises H1ExportError for an artifact that its runtime does not run here."""
+    """Load an artifact. Raises H1ExportError where its runtime does not run it here."""
     runner = load(artifact, threads, kernels=kernels)
     if runner.provenance.emulated:
         what = f"is computed by {runner.provenance.kernels} here: its speed says nothing"

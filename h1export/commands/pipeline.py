@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from h1export import __version__
+from h1export import __version__, host
 from h1export.artifact.artifact import NO_SHA256, REPORT, Artifact, file_table
 from h1export.artifact.manifest import MANIFEST, Manifest
-from h1export.artifact.staging import Stage, check_place, cores, dry_stage, staged
+from h1export.artifact.staging import Stage, check_place, dry_stage, staged
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import TOKENIZER, chat_prompt, load_tokenizer, scoring_ids, stream
@@ -124,6 +124,7 @@ class BuildJob:
             inputs={},
             outputs={},
             weights=(),
+            weights_file="",
             files={},
         )
 
@@ -158,7 +159,9 @@ class BuildJob:
         )
         progress.stage("hashes")
         files = file_table(stage.folder, sizes_only=stage.dry)
-        found = {name: getattr(lowered, name) for name in ("inputs", "outputs", "weights", "requirements")}
+        found = {
+            name: getattr(lowered, name) for name in ("inputs", "outputs", "weights", "weights_file", "requirements")
+        }
         manifest = dataclasses.replace(manifest, **found, files=files)
         (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
@@ -188,7 +191,7 @@ def build(
     progress.stage("fingerprint", export.store.nbytes)
     manifest = export.manifest(export.store.fingerprint())
     with staged(out, force, manifest.key) as folder:
-        export.write(manifest, Stage(folder, jobs or cores()), progress)
+        export.write(manifest, Stage(folder, jobs or host.cores()), progress)
     return Artifact.open(out)
 
 
@@ -208,7 +211,7 @@ def sensitivity(
     store = WeightStore.open(checkpoint, config)
     scheme.check(config)
     ids = calibration.ids(checkpoint)
-    jobs = jobs or cores()
+    jobs = jobs or host.cores()
     with tempfile.TemporaryDirectory(prefix="h1export-sensitivity-") as folder:
         store, integers = integers_of(
             store, config, scheme, ids=ids, stage=Stage(Path(folder), jobs), progress=progress
@@ -233,7 +236,7 @@ def plan(
         H1ExportError: a checkpoint, scheme or option that cannot be exported.
     """
     export = BuildJob.open(checkpoint, target, scheme, options, calibration, progress)
-    jobs = jobs or cores()
+    jobs = jobs or host.cores()
     start = time.perf_counter()
     with dry_stage() as stage:
         export.write(export.manifest(NO_SHA256), stage, progress)
@@ -296,7 +299,7 @@ def check_source(artifact: Artifact, checkpoint: Path) -> None:
 def validate(
     out: Path,
     checkpoint: Path,
-    limits: Mapping[str, float],
+    tolerances: Mapping[str, float],
     text: Path | None = None,
     text_bytes: int = 0,
     latency_pairs: int = 7,
@@ -310,7 +313,7 @@ def validate(
     """Compare the artifact ``out`` with the reference on ``checkpoint`` and write ``out/report.json``.
 
     Args:
-        limits: metric -> limit, overriding defaults.
+        tolerances: metric -> tolerance, overriding the defaults.
         text: for bits per byte; None: the held-out text that ships with the embedded model.
         text_bytes: how much of it; 0: all.
         latency_pairs: 0: no latency.
@@ -331,7 +334,7 @@ def validate(
     has_tokenizer = (out / TOKENIZER).is_file()
     ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
     options = ValidateOptions(
-        limits, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
+        tolerances, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
     )
     runner = load(artifact, threads, kernels=kernels)
     exact = runner if runner.provenance.float32 else load(artifact, threads, float32=True, kernels=kernels)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from h1export import host
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
@@ -83,16 +82,7 @@ def _words(precision: Precision | None) -> str:
 
 def peak_bytes(jobs: int) -> int:
     """Anonymous memory at a build's peak: what this process holds after lowering without weights, and the blocks of ``jobs`` threads."""
-    return anonymous_bytes() + (jobs + 1) * BLOCK_BYTES * BLOCK_COPIES
-
-
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process; where the system does not tell, the peak of all its memory."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return host.anonymous_bytes() + (jobs + 1) * BLOCK_BYTES * BLOCK_COPIES
 
 
 def seconds(

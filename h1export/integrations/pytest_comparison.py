@@ -15,10 +15,11 @@ from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array, Ids
+from h1export.report.checks import Comparison
 from h1export.runtime.runner import Inspectable
-from h1export.validate.accuracy import tolerances
 from h1export.validate.accuracy.logits import logit_figures, relative_error
 from h1export.validate.accuracy.reference import Reference
+from h1export.validate.accuracy.tolerances import tolerances_of
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ class Exported:
         """The default tolerance of `validate` for this artifact against its own weights."""
         shipped = self.runner.provenance
         exact = self.exact.runner.provenance
-        limits = tolerances.limits_of(self.artifact.manifest, shipped.float32, exact.float32, chosen={})
-        metric = next(metric for group in ("drift", "stored", "source") if (metric := f"{group}.logits") in limits)
-        return Tolerance(limits[metric], metric)
+        found = tolerances_of(self.artifact.manifest, shipped.float32, exact.float32, chosen={})
+        widest_first = (Comparison.DRIFT, Comparison.STORED, Comparison.SOURCE)
+        metric = next(metric for comparison in widest_first if (metric := f"{comparison}.logits") in found)
+        return Tolerance(found[metric], metric)
 
 
 class Truth:

@@ -87,9 +87,9 @@ def h1_reference(request: pytest.FixtureRequest, h1_artifact: Exported) -> Truth
 
 @pytest.fixture(scope="session")
 def assert_logits_close(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Return assert_logits_close(found, truth, ids=None, tolerance=None).
+    """Return the check of logits; its arguments are ``found, truth, ids=None, tolerance=None``.
 
-    It checks that logits [seq, vocab] are within ``tolerance`` of the truth's range. The default is the tolerance that
+    It asserts that logits [seq, vocab] are within ``tolerance`` of the truth's range. The default is the tolerance that
     `validate` has for h1_artifact. The message shows the tokens of ``ids``.
     """
 

@@ -83,7 +83,7 @@ def register(checkpoint: str | Path, dtype: torch.dtype = torch.bfloat16) -> Pat
             load the plugin.
     """
     config = FalconH1Config.load(Path(checkpoint))
-    wanted = plugin.kernels(config.mamba_d_head, config.mamba_d_state, config.mamba_d_conv, DTYPES[dtype])
+    wanted = plugin.kernels(config.mamba_d_head, config.mamba_d_state, config.mamba_d_conv, dtype=DTYPES[dtype])
     library = plugin.library(plugin.compile_all(wanted, (gpu_architecture(),)))
     if _loaded and library not in _loaded:
         raise H1ExportError(

@@ -16,12 +16,15 @@ from h1export.errors import H1ExportError
 
 CONFIG = "config.json"
 FLOAT32 = np.finfo(np.float32)
-MAX_SIZE = 1 << 24  # no dimension of any model comes near; keeps hostile sizes from becoming work
+MAX_SIZE = 1 << 24  # far above any dimension of a real model; a hostile size must not cause work
 
 
 @dataclass(frozen=True)
 class ConfigReader:
-    """Reads ``config`` key by key; ``where`` names the file in errors. Every reader raises H1ExportError."""
+    """Reads ``config`` key by key.
+
+    Every method raises H1ExportError for other values; ``where`` names the file in errors.
+    """
 
     config: Mapping[str, Any]
     where: object
@@ -30,7 +33,7 @@ class ConfigReader:
         return H1ExportError(self.where, f"key {key!r} {what}", next_step)
 
     def must_be(self, key: str, value: object) -> None:
-        """The key is absent or null, or has this one value."""
+        """Check that the key is absent, null, or has this one value."""
         found = self.config.get(key)
         if found is not None and (found != value or type(found) is not type(value)):
             raise self.error(
@@ -40,20 +43,20 @@ class ConfigReader:
             )
 
     def size(self, key: str, default: int, limit: int = MAX_SIZE) -> int:
-        """A positive integer."""
+        """Returns a positive integer of at most ``limit``."""
         value = self.config.get(key, default)
         if type(value) is not int or not 0 < value <= limit:
             raise self.error(key, f"is {value!r}", f"expected a whole number from 1 to {limit}")
         return value
 
     def optional_size(self, key: str, default: int | None) -> int | None:
-        """A positive integer, or None where the key is null (or absent without a default)."""
+        """Returns a positive integer, or None where the key is null (or absent without a default)."""
         if self.config.get(key, default) is None:
             return None
         return self.size(key, default or 0)
 
     def flag(self, key: str, default: bool) -> bool:
-        """true or false; null means the default."""
+        """Returns true or false; null means the default."""
         value = self.config.get(key)
         if value is None:
             return default
@@ -62,12 +65,12 @@ class ConfigReader:
         return value
 
     def positive(self, key: str, default: float) -> float:
-        """A finite number above zero; null means the default."""
+        """Returns a finite number above zero; null means the default."""
         value = self.config.get(key)
         return default if value is None else self._finite(key, value, lowest=0.0, open_end=True)
 
     def positives(self, key: str, count: int) -> tuple[float, ...]:
-        """``count`` finite numbers above zero; null means ones."""
+        """Returns ``count`` finite numbers above zero; null means ones."""
         values = self.config.get(key)
         if values is None:
             return (1.0,) * count
@@ -76,7 +79,10 @@ class ConfigReader:
         return tuple(self._finite(key, value, lowest=0.0, open_end=True) for value in values)
 
     def interval(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
-        """[low, high] with 0 <= low < high <= infinity; transformers writes infinity as ``{"__float__": "Infinity"}``."""
+        """[low, high] with 0 <= low < high <= infinity.
+
+        Transformers writes infinity as ``{"__float__": "Infinity"}``.
+        """
         values = self.config.get(key)
         if values is None:
             return default
@@ -90,7 +96,7 @@ class ConfigReader:
         return low, high
 
     def token_ids(self, key: str, default: int) -> tuple[int, ...]:
-        """One token id, a list of them, or null for none."""
+        """Returns the token ids of a key that has one, a list of them, or null for none."""
         value = self.config.get(key, default)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(type(token) is not int or token < 0 for token in ids):
@@ -98,13 +104,13 @@ class ConfigReader:
         return tuple(ids)
 
     def token_id(self, key: str, default: int) -> int | None:
-        """One token id, or null for none."""
+        """Returns one token id, or None where the key is null."""
         ids = self.token_ids(key, default)
         if isinstance(self.config.get(key), list):
             raise self.error(key, f"is {self.config[key]!r}", "expected one token id")
         return ids[0] if ids else None
 
-    def _finite(self, key: str, value: Any, lowest: float, open_end: bool) -> float:
+    def _finite(self, key: str, value: Any, *, lowest: float, open_end: bool) -> float:
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # an int may be beyond any float
             raise self.error(key, f"is {value!r}", "expected a finite number")
         if value and not FLOAT32.smallest_normal <= abs(value) <= FLOAT32.max:
@@ -117,7 +123,10 @@ class ConfigReader:
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's object_pairs_hook. Raises ValueError where a name appears twice: readers would differ on which one counts."""
+    """json's object_pairs_hook.
+
+    Raises ValueError where a name appears twice: readers would differ on which one counts.
+    """
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -127,7 +136,7 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> Any:
-    """A checkpoint's config.json, parsed. Raises H1ExportError where there is none, or it is no JSON."""
+    """Returns a checkpoint's config.json, parsed. Raises H1ExportError where there is none, or it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
     except FileNotFoundError:

@@ -1,1 +1,1 @@
-"""Integers for weights: which tensor gets which precision (scheme.py), and where every target takes them from (source.py)."""
+"""Weights in integers: scheme.py gives every tensor a precision, and targets read the integers from source.py."""

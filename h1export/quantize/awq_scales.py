@@ -73,7 +73,7 @@ class AwqScales:
         return block
 
     def undone(self, name: str, weight: Array) -> Array:
-        """Returns a whole weight [rows, columns] of the scaled model as the checkpoint has it: the inverse of ``applied``."""
+        """Returns a whole weight [rows, columns] of the scaled model as the checkpoint has it."""
         ones = np.ones(1, np.float32)
         found: Array = weight * self.rows.get(name, ones)[:, None] / self.columns.get(name, ones)
         return found

@@ -30,7 +30,7 @@ class Sensitivity:
 
 
 def bits_per_weight(found: Mapping[str, Sensitivity], raised: Mapping[str, Precision]) -> float:
-    """Returns the mean bits of a weight, scales included, where the tensors in ``raised`` have those precisions instead of ``low``."""
+    """Returns the mean bits of a weight, scales included; tensors in ``raised`` have that precision, others ``low``."""
     bits = sum(tensor.bits(raised.get(name, tensor.low)) for name, tensor in found.items())
     return bits / sum(tensor.shape[0] * tensor.shape[1] for tensor in found.values())
 

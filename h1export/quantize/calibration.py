@@ -23,7 +23,8 @@ class Calibration:
     """The text for calibration, and how much of it is used.
 
     Attributes:
-        file: .txt, or .jsonl with a "text" a line; None: the excerpt of CPython's library that ships with the embedded model.
+        file: .txt, or .jsonl with a "text" a line; None: the excerpt of CPython's library that ships with the embedded
+            model.
         samples: number of sequences, which are taken at random places of the text and do not overlap.
         length: tokens in a sequence.
         seed: the seed of the places.
@@ -51,7 +52,7 @@ class Calibration:
         places = len(tokens) // self.length
         if places < self.samples:
             enough = f"enough for {places} samples of {self.length}"
-            what = f"has {len(tokens)} tokens, {enough}, and {self.samples} are asked for"
+            what = f"has {len(tokens)} tokens, {enough}, and {self.samples} are requested"
             raise H1ExportError(file, what, "give a longer text by --calibration, or fewer --calibration-samples")
         chosen = np.random.default_rng(self.seed).permutation(places)[: self.samples]
         return np.stack([tokens[place * self.length : (place + 1) * self.length] for place in sorted(chosen)])

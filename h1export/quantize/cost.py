@@ -43,7 +43,7 @@ class Cost(Protocol):
         ...
 
     def seconds(self, jobs: int) -> float:
-        """Returns the time with ``jobs`` threads, from the measured speed of a matrix product on one of this machine's."""
+        """Returns the time with ``jobs`` threads, from the measured speed of a matrix product on one thread."""
         ...
 
 
@@ -113,7 +113,7 @@ class _AwqCost(_Shapes):
         return 0
 
     def peak_bytes(self, jobs: int) -> int:
-        """Returns the bytes of a layer, the sequences, the moments, and the larger of what threads hold while running or searching."""
+        """Returns the bytes of a layer, sequences and moments, and the larger of what running and searching need."""
         hidden = 4 * self._samples * self._length * self._hidden_size
         moments = 4 * sum(columns**2 for columns in self._columns) + 4 * max(self._columns, default=0) ** 2
         running = (jobs + 1) * 4 * self._length * (sum(self._columns) + 8 * self._hidden_size)

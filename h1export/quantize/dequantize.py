@@ -18,8 +18,8 @@ def dequantized_blocks(
 ) -> Iterator[Callable[[], Array]]:
     """Yield the rows of ``expr``, µP included, in blocks from the top.
 
-    Rows are dequantised from ``integers``, or read from the checkpoint where that is None. A block is float32 [rows, columns] of at
-    most ``max_bytes``. It is computed when it is called, on any thread.
+    Rows are dequantised from ``integers``, or read from the checkpoint where that is None. A block is float32 [rows,
+    columns] of at most ``max_bytes``. It is computed when it is called, on any thread.
     """
     if integers is None:
         yield from expr.lazy_blocks(store, max_bytes)

@@ -38,7 +38,7 @@ def head_tensor(config: FalconH1Config) -> str:
 
 
 def products(layer: int) -> dict[str, tuple[str, ...]]:
-    """Returns the weights of a layer by the input that they are multiplied by: INPUT_GROUPS' name -> checkpoint names."""
+    """Returns the weights of a layer by their input: the name of a group of INPUT_GROUPS -> checkpoint names."""
     return {
         name: tuple(layer_prefix(layer) + projection.weight for projection in group)
         for name, group in INPUT_GROUPS.items()
@@ -60,7 +60,10 @@ def final_norm(store: WeightStore, config: FalconH1Config, hidden: Array) -> Ten
 
 
 def logits(store: WeightStore, config: FalconH1Config, hidden: Array, *, head: Array) -> Array:
-    """Returns logits [seq, vocab] for the last layer's output ``hidden`` [seq, hidden]; ``head`` is the head's weight."""
+    """Returns logits [seq, vocab] for the last layer's output ``hidden`` [seq, hidden].
+
+    ``head`` is the head's weight.
+    """
     found: Array = scaled(
         final_norm(store, config, hidden) @ torch.from_numpy(head).T, config.lm_head_multiplier
     ).numpy()

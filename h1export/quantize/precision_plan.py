@@ -1,4 +1,4 @@
-"""The plan file: a precision for every tensor, written from measured sensitivities, edited by hand, and read by a build."""
+"""The plan file: a precision for every tensor, written from measured sensitivities, edited by hand, read by builds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ NEXT_STEP = 'lines are "tensor: int4", int8 or none, below "tensors:"'
 def plan_text(found: Mapping[str, Sensitivity], raised: Mapping[str, Precision]) -> str:
     """Returns a plan as YAML, one line a tensor, the most sensitive first; comments have what was measured.
 
-    ``found`` are the sensitivities of all tensors, and ``raised`` the tensors that get more bits than the measured precision.
+    ``found`` are the sensitivities of all tensors, and ``raised`` the tensors that get more bits than the measured
+    precision.
     """
     remaining = sum(tensor.kl for name, tensor in found.items() if name not in raised)
     bits = bits_per_weight(found, raised)

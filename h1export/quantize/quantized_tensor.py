@@ -16,10 +16,13 @@ MAX_SCALE = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A matrix in integers: weight[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g] * row_scale[n], with g = k // group_size.
+    """A matrix in integers.
+
+    weight[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g] * row_scale[n], with g = k // group_size.
 
     Attributes:
-        codes: int8 [rows, columns], in [-7, 7] for int4 and [-127, 127] for int8. Codes of a prequantized checkpoint can be -8 and -128.
+        codes: int8 [rows, columns], in [-7, 7] for int4 and [-127, 127] for int8. Codes of a prequantized checkpoint
+            can be -8 and -128.
         scales: float16 [rows, groups], positive; those of the unfolded tensor.
         row_scale: float32 [rows]; carries µP, which is never part of the scales.
         zeros: int8 [rows, groups], in the range of the codes; None: all are 0.
@@ -46,7 +49,7 @@ class QuantizedTensor:
         return replace(self, row_scale=self.row_scale * factors)
 
     def unfolded(self, order: npt.NDArray[np.integer[Any]] | None = None) -> Array:
-        """Returns (codes - zeros) * scales, float32 [rows, columns]: the checkpoint's tensor as stored, without the row scales.
+        """Returns (codes - zeros) * scales, float32 [rows, columns]: the checkpoint's tensor, without the row scales.
 
         ``order``: column i of these integers is the tensor's column order[i].
         """

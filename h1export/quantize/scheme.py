@@ -1,4 +1,7 @@
-"""QuantScheme: the precision of every tensor, and the method that chooses integers. The only module that decides both."""
+"""QuantScheme: the precision of every tensor, and the method that chooses integers.
+
+The only module that decides both.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,16 @@ GROUP_SIZES = (32, 64, 128)
 class QuantScheme:
     """The settings of quantisation.
 
-    int4 and int8 also store the embedding in integers. In an int4 build a tied embedding shares the head's int4, and an untied one is
+    int4 and int8 also store the embedding in integers. In an int4 build a tied embedding shares the head's int4, and an
+    untied one is
     int8: only one row of it is read per token, so that 4 bits would cost accuracy and buy no speed.
 
     Attributes:
         quant: the precision of the projections and the head.
         group_size: columns that share an int4 scale.
-        method: how integers are chosen. rtn rounds each weight to the nearest code; search looks for the scales that leave the least
-            error in the weights; awq and gptq observe the inputs of every projection on a calibration text.
+        method: how integers are chosen. rtn rounds each weight to the nearest code; search looks for the scales that
+            leave the least error in the weights; awq and gptq observe the inputs of every projection on a calibration
+            text.
         chosen: checkpoint name -> precision of its own, in place of ``quant``.
     """
 
@@ -74,10 +79,12 @@ class QuantScheme:
         """Check the scheme against a model.
 
         Raises:
-            H1ExportError: the group size does not divide a tensor's columns, or ``chosen`` names a tensor that has no choice.
+            H1ExportError: the group size does not divide a tensor's columns, or ``chosen`` names a tensor that has no
+                choice.
         """
+        layout = tensor_layout(config)
         for name, quant in self.chosen.items():
-            if name not in tensor_layout(config) or projection_of(name) is None:
+            if name not in layout or projection_of(name) is None:
                 raise H1ExportError(
                     f'tensor "{name}"', "is no weight that this model could store in integers", "correct --precisions"
                 )
@@ -88,7 +95,7 @@ class QuantScheme:
         grouped = {
             name: precision.group_size for name, precision in self.precisions(config).items() if precision.group_size
         }
-        widths = {name: tensor_layout(config)[name][-1] for name in grouped}
+        widths = {name: layout[name][-1] for name in grouped}
         for name, group_size in grouped.items():
             if widths[name] % group_size:
                 what = f"has {widths[name]} columns, which groups of {group_size} do not divide"

@@ -26,8 +26,8 @@ def sensitivities(
 ) -> dict[str, Sensitivity]:
     """Returns the sensitivity of every tensor among the precisions of ``integers``, on ``ids`` [samples, length].
 
-    Memory holds a layer, the head, and the sequences once for each projection of a layer. No digit depends on ``jobs``, the number
-    of threads.
+    Memory holds a layer, the head, and the sequences once for each projection of a layer. No digit depends on ``jobs``,
+    the number of threads.
     """
     with one_thread_each():
         return dict(_Measurement(store, config, integers, jobs=jobs).run(ids, progress))
@@ -86,7 +86,10 @@ class _Measurement:
         return Sensitivity((rows, columns), self._integers.precisions[tensor], sum(sums) / sum(map(len, truth)))
 
     def _divergence(self, truth: Array, found: Array, *, head: Array) -> float:
-        """Returns the sum of KL(truth || found) over the positions of a sequence, in nats; ``head`` is the weight for ``found``."""
+        """Returns the sum of KL(truth || found) over the positions of a sequence, in nats.
+
+        ``head`` is the weight for ``found``.
+        """
         total = 0.0
         for start in range(0, len(truth), ROWS):
             rows = slice(start, start + ROWS)

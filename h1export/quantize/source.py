@@ -22,7 +22,10 @@ class Rounding(Protocol):
     """A method that chooses the integers of each row on its own, such as ``quantize_rows``."""
 
     def __call__(self, weight: Array, precision: Precision, row_scale: Array, *, name: str) -> QuantizedTensor:
-        """Returns the integers of ``weight`` [rows, columns]; ``row_scale`` [rows] goes with them; ``name`` is for errors."""
+        """Returns the integers of ``weight`` [rows, columns].
+
+        ``row_scale`` [rows] goes with them; ``name`` is for errors.
+        """
         ...
 
 
@@ -37,13 +40,16 @@ class QuantizedWeights(Protocol):
     def precisions(self) -> Mapping[str, Precision]: ...
 
     def rows(self, tensor: str, start: int, stop: int) -> QuantizedTensor:
-        """Returns the integers of rows [start, stop) of one of these tensors, with row scales of 1. Called on any thread."""
+        """Returns the integers of rows [start, stop) of one of these tensors, with row scales of 1.
+
+        Called on any thread.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Integers that ``rounding`` computes from the checkpoint's rows when they are needed: rows do not influence each other."""
+    """QuantizedWeights that ``rounding`` computes from the checkpoint's rows when they are needed."""
 
     store: WeightStore
     precisions: Mapping[str, Precision]
@@ -57,10 +63,11 @@ class Rounded:
 def quantized_blocks(
     expr: WeightExpr, store: WeightStore, integers: QuantizedWeights, *, max_bytes: int, multiple: int = 1
 ) -> Iterator[QuantizedBlock]:
-    """Yield the integers of an expression in blocks of rows from the top; a block has the parts that are side by side there.
+    """Yield the integers of an expression in blocks of rows from the top; a block has all parts that are side by side.
 
-    A block is read and computed when it is called, on any thread. It stands for at most ``max_bytes`` of float32 and for a multiple
-    of ``multiple`` rows. Every part keeps its own integers, and its µP multiplier becomes their row scales.
+    A block is read and computed when it is called, on any thread. It stands for at most ``max_bytes`` of float32 and
+    for a multiple of ``multiple`` rows. Every part keeps its own integers, and its µP multiplier becomes their row
+    scales.
 
     Raises:
         ValueError: an expression that has functions, or columns in another order than the integers.

@@ -1,6 +1,6 @@
-"""Small charts as SVG to put into a page: matplotlib draws them, the page's style gives colours and fonts, light or dark.
+"""Small charts as SVG for a page: matplotlib draws them, and the page's style gives colours and fonts, light or dark.
 
-Every chart is as wide as a phone, so that it is never scaled down there. ``Series`` beyond COLOURS share theirs.
+Every chart is as wide as a phone, so that it is never scaled down there. ``Series`` beyond COLOURS share colours.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Series:
-    """What one subject has: a line's points. ``subject`` chooses the colour, ``dashed`` tells two lines of one subject apart."""
+    """What one subject has: a line's points.
+
+    ``subject`` chooses the colour, ``dashed`` tells two lines of one subject apart.
+    """
 
     subject: int
     x: Sequence[float]
@@ -54,7 +57,10 @@ class Series:
 
 
 def lines(name: str, x_label: str, y_label: str, series: Sequence[Series], log: bool = True) -> str:
-    """Points joined by lines, with ticks at the points. ``log``: of y; what is not positive and finite has no place there."""
+    """Points joined by lines, with ticks at the points.
+
+    ``log``: of y; what is not positive and finite has no place there.
+    """
 
     def draw(axes: Any) -> None:
         for one in series:

@@ -1,4 +1,4 @@
-"""Errors by their order of magnitude: a few counts that say how values of a wide range are spread."""
+"""Errors by their order of magnitude: a few counts that show how values of a wide range are spread."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import numpy as np
 import numpy.typing as npt
 
 PER_DECADE = 4
-LEAST = -12 * PER_DECADE  # smaller values, zeros too, count as of the first bin
+LEAST = -12 * PER_DECADE  # smaller values, zeros too, count in the first bin
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """``counts[i]`` values lie from 10 ** ((first + i) / PER_DECADE) up to a bin further."""
+    """``counts[i]`` values are at least 10 ** ((first + i) / PER_DECADE) and below the edge of the next bin."""
 
     first: int
     counts: tuple[int, ...]
 
     @classmethod
     def of(cls, values: npt.NDArray[np.floating]) -> Histogram:
-        """Of values that are no less than nothing but for rounding; what is not finite is left out, as figures say that it is there."""
+        """Count ``values``, which are not negative but for rounding.
+
+        Those that are not finite are left out: figures show them.
+        """
         finite = values[np.isfinite(values)].astype(np.float64)
         bins = np.floor(np.log10(np.maximum(finite, 10.0 ** (LEAST / PER_DECADE))) * PER_DECADE + 1e-9).astype(np.int64)
         if not len(bins):

@@ -1,11 +1,9 @@
-"""An artifact and what `validate` found in it, read from its folder, in the terms that a report speaks in."""
+"""An artifact and what `validate` found in it, read from the artifact's folder."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -15,52 +13,43 @@ from h1export.artifact.artifact import REPORT, Artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.tensors import projection_of, tensor_layout
 from h1export.quantize.precision import Precision
+from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.report import Report, Row, Verdict
 
 OTHERS = "all else: floats, the graph, other files"
-REPORT_KEYS = {field.name for field in fields(Report)} | {"passed"}
-ROW_KEYS = {field.name for field in fields(Row)} | {"verdict"}
-CASES = {"logits", "states", "kl", "top1"}  # a row with these figures is a case or a context
 
 
 @dataclass(frozen=True)
 class JudgedArtifact:
-    """An artifact and its report, as JSON values."""
+    """An artifact and its report."""
 
     artifact: Artifact
-    report: Mapping[str, Any]
+    report: Report
 
     @classmethod
     def open(cls, folder: Path) -> JudgedArtifact:
-        """Raises H1ExportError where there is no artifact, or no report of it in the form that this h1export writes."""
+        """Read both from ``folder``.
+
+        Raises:
+            H1ExportError: no artifact, or no report in the form that this h1export writes.
+        """
         artifact = Artifact.open(folder)
         path = folder / REPORT
         if not path.is_file():
             raise H1ExportError(folder, f"has no {REPORT}", "run `h1export validate` on it first")
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise H1ExportError(path, f"is not JSON ({error})", "run `h1export validate` again") from None
-        if not (
-            _has(report, REPORT_KEYS)
-            and isinstance(report["rows"], list)
-            and all(_has(row, ROW_KEYS) for row in report["rows"])
-        ):
-            raise H1ExportError(path, "has another form than this h1export writes", "run `h1export validate` again")
-        return cls(artifact, report)
+        return cls(artifact, Report.from_json(path.read_text(encoding="utf-8"), path))
 
     @property
     def name(self) -> str:
         return self.artifact.folder.resolve().name
 
     @property
-    def rows(self) -> Sequence[Mapping[str, Any]]:
-        rows: Sequence[Mapping[str, Any]] = self.report["rows"]
-        return rows
+    def rows(self) -> tuple[Row, ...]:
+        return self.report.rows
 
     @property
-    def failed(self) -> list[Mapping[str, Any]]:
-        return [row for row in self.rows if row["verdict"] == Verdict.FAIL]
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if row.verdict is Verdict.FAIL]
 
     @property
     def nbytes(self) -> int:
@@ -68,34 +57,37 @@ class JudgedArtifact:
 
     @property
     def counts(self) -> str:
-        verdicts = [row["verdict"] for row in self.rows]
+        """How many rows have each verdict, in words."""
+        verdicts = [row.verdict for row in self.rows]
         return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in Verdict if verdict in verdicts)
 
     @cached_property
-    def lowering(self) -> str:
-        """The group of metrics in which lowering alone is judged."""
-        return "stored" if any(row["against"] == "stored" for row in self.rows) else "source"
+    def lowering(self) -> Comparison:
+        """The comparison that shows lowering alone."""
+        stored = any(row.comparison is Comparison.STORED for row in self.rows)
+        return Comparison.STORED if stored else Comparison.SOURCE
 
-    def of(self, check: str, against: str) -> list[Mapping[str, Any]]:
-        """The rows whose check begins so."""
-        return [row for row in self.rows if row["check"].startswith(check) and row["against"] == against]
+    def rows_of(self, kind: CheckKind, comparison: Comparison, phase: Phase | None = None) -> list[Row]:
+        """The rows of this kind, comparison and phase."""
+        return [row for row in self.rows if (row.kind, row.comparison, row.phase) == (kind, comparison, phase)]
 
-    def cases(self, against: str) -> list[Mapping[str, Any]]:
-        """The rows of cases and contexts."""
-        return [row for row in self.of("", against) if row["figures"].keys() >= CASES]
+    def outputs(self, comparison: Comparison) -> list[Row]:
+        """The rows that compare logits and states: cases and contexts."""
+        return [row for row in self.rows if row.comparison is comparison and row.compares_outputs]
 
-    def worst(self, against: str, figure: str) -> float | str | None:
-        """Of all cases; what is not finite is text."""
-        found = [row["figures"][figure] for row in self.cases(against)]
-        return max(found, key=lambda value: math.inf if isinstance(value, str) else value, default=None)
+    def worst(self, comparison: Comparison, figure: str) -> float | None:
+        """The largest of this figure over ``outputs``, where NaN counts as infinite; None without such rows."""
+        found = [row.figures[figure] for row in self.outputs(comparison)]
+        return max(found, key=lambda value: math.inf if math.isnan(value) else value, default=None)
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        """Name and value, of what was measured and where."""
+        """Name and value of what was measured, and of where."""
         manifest = self.artifact.manifest
-        subject = self.report["subject"]
-        packages = {**manifest.toolchain, **self.report["environment"].get("packages", {})}
-        others = {name: value for name, value in self.report["environment"].items() if name != "packages"}
+        subject = self.report.subject
+        environment = self.report.environment
+        packages = {**manifest.toolchain, **environment.get("packages", {})}
+        others = {name: value for name, value in environment.items() if name != "packages"}
         return [
             ("target", manifest.target),
             ("kernels", str(subject.get("kernels", ""))),
@@ -106,7 +98,7 @@ class JudgedArtifact:
 
     @cached_property
     def parts(self) -> list[dict[str, Any]]:
-        """What is quantised by kind of tensor: weights, bits a weight with their scales, bytes; and the rest of the files."""
+        """A line per kind of quantised tensor (weights, bits a weight with scales, bytes), and one for all else."""
         layout = tensor_layout(self.artifact.config)
         stored = {part.tensor: weight for weight in self.artifact.manifest.weights for part in weight.parts}
         found: dict[str, list[int]] = {}
@@ -124,10 +116,6 @@ class JudgedArtifact:
             *rows,
             {"kind": OTHERS, "weights": rest, "bits": None, "nbytes": self.nbytes - sum(row["nbytes"] for row in rows)},
         ]
-
-
-def _has(value: Any, keys: set[str]) -> bool:
-    return isinstance(value, dict) and value.keys() >= keys
 
 
 def _kind(tensor: str) -> str:

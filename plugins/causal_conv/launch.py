@@ -50,7 +50,7 @@ def kernel(dtype: str, taps: int, bias: bool, *, one_token: bool) -> Kernel:
     )
 
 
-def launch(kernel: Kernel, batch: int, tokens: int, channels: int) -> Launch:
+def launch(kernel: Kernel, batch: int, tokens: int, *, channels: int) -> Launch:
     """Return the one launch that covers a call on x [batch, tokens, channels]."""
     constants = dict(kernel.constants)
     sizes = {"T": tokens, "channels": channels}
@@ -59,7 +59,7 @@ def launch(kernel: Kernel, batch: int, tokens: int, channels: int) -> Launch:
 
 
 def causal_conv(
-    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, new_state: Tensor | None = None
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, *, new_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Run the op of op.py with the GPU kernel; the arguments and results are the op's.
 
@@ -85,5 +85,5 @@ def causal_conv(
         "y": y,
         "new_state": state_after,
     }
-    run([launch(chosen_kernel, batch, tokens, channels)], tensors)
+    run([launch(chosen_kernel, batch, tokens, channels=channels)], tensors)
     return y, state_after

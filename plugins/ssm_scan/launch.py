@@ -159,6 +159,7 @@ def ssm_scan(
     mask: Tensor,
     dt_min: float,
     dt_max: float,
+    *,
     new_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the op of op.py with the GPU kernels.

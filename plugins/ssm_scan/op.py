@@ -53,7 +53,7 @@ def ssm_scan(
     outputs = []
     for start in range(0, x.shape[1], chunk_size):
         chunk = slice(start, min(start + chunk_size, x.shape[1]))
-        y, state = _chunk(drive[:, chunk], decay[:, chunk], B[:, chunk].float(), C[:, chunk].float(), state)
+        y, state = _chunk(drive[:, chunk], decay[:, chunk], B[:, chunk].float(), C=C[:, chunk].float(), state=state)
         outputs.append(y)
     y = torch.cat(outputs, dim=1) + x.float() * D.float()[:, None]
     return y.to(x.dtype).contiguous(), state.clone(memory_format=torch.contiguous_format)
@@ -77,7 +77,7 @@ def _(
     return x.new_empty(x.shape), state.new_empty(state.shape, dtype=torch.float32)
 
 
-def _chunk(u: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(u: Tensor, decay: Tensor, B: Tensor, *, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Compute y and the new state of one chunk (SSD, algorithm 1).
 
     u = dt x is [b, l, h, p], decay [b, l, h], B and C [b, l, g, n], state [b, h, p, n].

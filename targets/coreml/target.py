@@ -63,7 +63,7 @@ class CoreMLTarget:
         writer.write(stage.folder, model)
         _write_mac_files(program, weights, options, stage=stage, progress=progress)
         inputs, outputs = _ports(built)
-        return Lowered(inputs, outputs, tuple(weights.stored))
+        return Lowered(inputs, outputs, tuple(weights.stored), weights_file=layout.WEIGHTS)
 
     def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
         functions = Package.open(artifact.folder / layout.PACKAGE).functions

@@ -1,4 +1,4 @@
-"""Emitters for the ATen ops whose ONNX form is the same for every target, and the table that a target's own table extends.
+"""Emitters for the ATen ops whose ONNX form is the same for every target, and the table that targets extend.
 
 Sizes (torch.SymInt) are 1-D int64 tensors of one element.
 """
@@ -26,7 +26,7 @@ def _number(c: Context, node: Node, number: Any) -> Value:
     """Return a constant beside ``node``'s tensors: an integer, or an activation."""
     if node.meta["val"].dtype == torch.int64:
         return c.build.constant(number, np.int64)
-    return c.build.once(("number", number), lambda: c.as_activation(c.build.constant(number, np.float32)))  # type: ignore[no-any-return]
+    return c.build.once(("number", number), lambda: c.as_activation(c.build.constant(number, np.float32)))
 
 
 def binary(op_type: str) -> Emitter[Context]:
@@ -44,19 +44,23 @@ def _size(c: Context, arg: Any) -> Value:
 
 
 def size_sub(c: Context, node: Node) -> None:
+    """Emit the difference of two sizes."""
     c.set(node, c.build.op("Sub", _size(c, args_of(node)[0]), _size(c, args_of(node)[1])))
 
 
 def size(c: Context, node: Node) -> None:
+    """Emit aten.sym_size, the length of one axis."""
     x, axis = args_of(node)
     c.set(node, c.build.op("Shape", c.value(x), start=axis, end=int(axis) + 1))
 
 
 def getitem(c: Context, node: Node) -> None:
+    """Bind the node to one of several outputs."""
     c.set(node, c.item(args_of(node)[0], int(args_of(node)[1])))
 
 
 def cumsum(c: Context, node: Node) -> None:
+    """Emit aten.cumsum."""
     x, axis = args_of(node)
     c.set(node, c.build.op("CumSum", c.value(x), c.build.constant(axis, np.int64)))
 
@@ -68,6 +72,7 @@ def clamp(c: Context, node: Node) -> None:
 
 
 def narrow(c: Context, node: Node) -> None:
+    """Emit aten.narrow(x, axis, start, length), whose start and length may be sizes."""
     x, axis, start, length = args_of(node)
     first = _size(c, start)
     count = _size(c, length)
@@ -75,16 +80,19 @@ def narrow(c: Context, node: Node) -> None:
 
 
 def split(c: Context, node: Node) -> None:
+    """Emit aten.split_with_sizes, a value for each part."""
     x, sizes, axis = args_of(node)
     c.set(node, *c.build.ops("Split", len(sizes), c.value(x), c.build.ints(*sizes), axis=axis))
 
 
 def index_select(c: Context, node: Node) -> None:
+    """Emit a gather along one axis."""
     x, axis, index = args_of(node)
     c.set(node, c.build.op("Gather", c.value(x), c.value(index), axis=axis))
 
 
 def cat(c: Context, node: Node) -> None:
+    """Emit aten.cat."""
     tensors, axis = args_of(node)
     c.set(node, c.build.op("Concat", *(c.value(tensor) for tensor in tensors), axis=axis))
 
@@ -95,6 +103,7 @@ def to_dtype(c: Context, node: Node) -> None:
 
 
 def unsqueeze(c: Context, node: Node) -> None:
+    """Emit aten.unsqueeze."""
     x, axis = args_of(node)
     c.set(node, c.build.op("Unsqueeze", c.value(x), c.build.ints(int(axis))))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from h1export import __version__
 
+T = TypeVar("T")
+T = TypeVar("T")
 Value = ir.Value
 # by opset; 23 came with 11, which runtimes of the last years do not read
 IR_VERSIONS = {18: 8, 19: 9, 21: 10, 23: 10, 24: 11}
@@ -36,32 +38,33 @@ class GraphBuilder:
         """Append a node with several outputs."""
         return tuple(self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, domain=domain))
 
-    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """``make()`` the first time, its result ever after: subgraphs that all layers share."""
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return what ``make()`` returned the first time: the values of a subgraph that all layers share."""
         if key not in self._once:
             self._once[key] = make()
-        return self._once[key]
+        made: T = self._once[key]
+        return made
 
     def initializer(self, tensor: ir.TensorProtocol) -> Value:
-        """An initializer, one per name. Raises ValueError where a name comes back with another tensor."""
-        value: Value = self.once(("initializer", tensor.name), lambda: self._tape.initializer(tensor))
+        """Return the initializer of a tensor, one per name. Raises ValueError where two tensors have one name."""
+        value = self.once(("initializer", tensor.name), lambda: self._tape.initializer(tensor))
         if value.const_value is not tensor:
             raise ValueError(f"two initializers are called {tensor.name!r}")
         return value
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Value:
-        """A small constant inside the model file, one per value."""
+        """Return a small constant inside the model file, one per value."""
         array = np.asarray(value, dtype)
         key = ("constant", array.dtype.str, array.shape, array.tobytes())
         name = f"const_{len(self._once)}"
-        return self.once(key, lambda: self._tape.initializer(ir.tensor(array, name=name)))  # type: ignore[no-any-return]
+        return self.once(key, lambda: self._tape.initializer(ir.tensor(array, name=name)))
 
     def ints(self, *values: int) -> Value:
-        """A 1-D int64 constant."""
+        """Return a 1-D int64 constant."""
         return self.constant(values, np.int64)
 
     def model(self, inputs: list[Value], outputs: list[Value], name: str) -> ir.Model:
-        """The finished model, without nodes that nothing reads."""
+        """Return the finished model, without nodes that nothing reads."""
         nodes = self._tape.nodes
         initializers = self._tape.initializers
         graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=self._opsets, name=name)

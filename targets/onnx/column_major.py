@@ -45,9 +45,10 @@ def unpack(packed: Bytes) -> Codes:
 def write_column_major(
     c: Context, expr: WeightExpr, precision: Precision, *, dtype: ir.DataType, scales_of: Scales
 ) -> list[ir.ExternalTensor]:
-    """Write codes [columns, rows] of an expression along axis 0, scales [groups, rows] of ``dtype``, and zero points where there are some.
+    """Write codes [columns, rows] of an expression along axis 0, scales [groups, rows] and any zero points.
 
-    Scales and zero points are [rows] where a row has one group. Of several parts, each has an even number of rows where codes are int4.
+    Scales have ``dtype``; they and zero points are [rows] where a row has one group. Where codes are int4, each of
+    several parts has an even number of rows.
     """
     rows, columns = expr.shape(c.store.shape)
     name = initializer_name(expr)

@@ -26,7 +26,7 @@ from h1export.targets.onnx.external_data import ExternalData
 
 
 class Context:
-    """What emitters see: the builder, the weights, the values made so far, and the quantised weights that the manifest will list.
+    """The context of emitters: the graph under construction, the weights, and the values made so far.
 
     Attributes:
         activations: the dtype of activations, for the values that emitters compute themselves.
@@ -101,7 +101,7 @@ class Context:
 
     @property
     def masked(self) -> float:
-        """What hides a key when added to its score: finite, so that a row of pads stays finite, and with room for a score below it."""
+        """The number that hides a key when added to its score: finite, so that a row of pads stays finite."""
         return -float(np.finfo(self.activations).max) / 2
 
     def has(self, node: Node) -> bool:
@@ -132,7 +132,7 @@ class Context:
         return tensor
 
     def order(self, tensor: str) -> Value:
-        """Return the order of a packed tensor's columns, int64 [columns], which is written once for all tensors that share it."""
+        """Return the order of a packed tensor's columns, int64 [columns], written once for all that share it."""
         name = self.store.order_name(tensor)
 
         def write() -> ir.ExternalTensor:
@@ -144,7 +144,7 @@ class Context:
         return self.build.initializer(self.data.once(("order", name), write))
 
     def computed_tensor(self, name: str, shape: tuple[int, ...], make: Callable[[], Array]) -> ir.ExternalTensor:
-        """Write a small float32 tensor that an emitter derives from weights, once; ``make`` runs when its bytes are written."""
+        """Write a float32 tensor that an emitter derives from weights, once; ``make`` runs when it is written."""
 
         def write() -> ir.ExternalTensor:
             tensor = self.data.place(name, ir.DataType.FLOAT, shape)

@@ -1,4 +1,4 @@
-"""What the graphs of a Mamba-2 layer share: the steps of the scan, its skip connection, and the causal convolution's products.
+"""What graphs of a Mamba-2 layer share: the scan's step sizes, its skip connection, the convolution's products.
 
 Source: Dao and Gu, "Transformers are SSMs" (2024), sections 3 and 5.2; ``plugins/ssm_scan/op.py`` is the reference.
 """
@@ -52,10 +52,10 @@ def conv_taps(c: Context, weight: WeightExpr) -> ir.ExternalTensor:
 
 
 def shifted_products(c: Context, conv: Node) -> tuple[Value, Value]:
-    """Return the convolution of an h1.causal_conv before its SiLU, and the inputs to carry on: a product and a sum for each tap.
+    """Return the convolution of an h1.causal_conv before its SiLU, by products with shifted inputs, and the new state.
 
-    This takes the place of CausalConvWithState, whose CPU kernel is scalar (4 times slower at 512 tokens), and of Conv (20 times
-    slower at one token).
+    This takes the place of CausalConvWithState, whose CPU kernel is scalar (4 times slower at 512 tokens), and of Conv
+    (20 times slower at one token).
     """
     x, state, weight, bias = args_of(conv)
     taps = conv_taps(c, c.expr(weight))

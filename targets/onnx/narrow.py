@@ -18,6 +18,8 @@ from h1export.model.falcon_h1.states import Array
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context, initializer_name
 
+Narrow = Callable[[Callable[[], Array]], tuple[npt.NDArray[Any]]]  # the floats of some rows -> their bytes
+
 
 def narrow_matrix(c: Context, expr: WeightExpr, dtype: ir.DataType, *, next_step: str) -> Value:
     """Return ``expr`` in fp16 or bf16 as an initializer, which is written once.
@@ -25,13 +27,13 @@ def narrow_matrix(c: Context, expr: WeightExpr, dtype: ir.DataType, *, next_step
     Raises:
         H1ExportError: values beyond fp16; ``next_step`` is what the message then proposes.
     """
-    return c.build.once((expr, "matrix"), lambda: c.build.initializer(_write(c, expr, dtype, next_step)))  # type: ignore[no-any-return]
+    return c.build.once((expr, "matrix"), lambda: c.build.initializer(_write(c, expr, dtype, next_step)))
 
 
 def _write(c: Context, expr: WeightExpr, dtype: ir.DataType, next_step: str) -> ir.ExternalTensor:
     name = initializer_name(expr)
     tensor = c.data.place(name, dtype, expr.shape(c.store.shape))
-    narrow = partial(_fp16, name, next_step) if dtype == ir.DataType.FLOAT16 else _bf16
+    narrow: Narrow = partial(_fp16, name, next_step) if dtype == ir.DataType.FLOAT16 else _bf16
     c.data.fill([tensor], (partial(narrow, block) for block in expr.lazy_blocks(c.store, BLOCK_BYTES)))
     return tensor
 

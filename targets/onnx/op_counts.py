@@ -11,7 +11,10 @@ from h1export.errors import H1ExportError
 
 
 def node_counts(file: Path) -> dict[str, int]:
-    """Type of op -> how many nodes, subgraphs included; "domain.type" outside ONNX's own domain. External data is not read."""
+    """Type of op -> how many nodes, subgraphs included; "domain.type" outside ONNX's own domain.
+
+    External data is not read.
+    """
     try:
         model = ir.load(file)
     except Exception as error:  # protobuf's and onnx_ir's exceptions share no base class

@@ -23,7 +23,8 @@ ReadStored = Callable[[StoredWeight, Mapping[str, Any], Callable[[str], int]], I
 class StoredWeights(Mapping[str, Array]):
     """What the artifact stores for each quantised checkpoint tensor, dequantised when asked for and not kept.
 
-    ``read_stored`` makes integers of an entry of the manifest, the arrays of ``model`` by ``key``, and the columns of tensors.
+    ``read_stored`` makes integers of an entry of the manifest, the arrays of ``model`` by ``key``, and the columns of
+    tensors.
     """
 
     def __init__(self, artifact: Artifact, model: str, key: Key, read_stored: ReadStored) -> None:

@@ -1,4 +1,4 @@
-"""The rotary embedding's tables, which depend on the positions alone and which all layers share."""
+"""The rotary embedding's tables, which depend on positions alone, so that all layers share them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from h1export.targets.sizes import AttentionSizes
 def rotary_tables(c: Context, attention: Node, *new_axes: int) -> tuple[Value, Value]:
     """Return cos and sin of an h1.attention's positions, [batch, seq, dim / 2], in the activations' dtype.
 
-    They are computed for just the positions of the call: a table for 256K positions would be 134 MB. ``new_axes``: where to insert
-    axes of length 1, behind [batch, seq] or further; by default the one that becomes dim / 2.
+    They are computed for just the positions of the call: a table for 256K positions would be 134 MB. ``new_axes``:
+    where to insert axes of length 1, behind [batch, seq] or further; by default the one that becomes dim / 2.
     """
     *_, positions, _mask, theta = args_of(attention)
     dim = AttentionSizes.of(attention).head_dim
-    return c.build.once((positions, theta), lambda: _tables(c, positions, theta, dim, axes=new_axes or (2,)))  # type: ignore[no-any-return]
+    return c.build.once((positions, theta), lambda: _tables(c, positions, theta, dim, axes=new_axes or (2,)))
 
 
 def _tables(c: Context, positions: Any, theta: float, dim: int, *, axes: tuple[int, ...]) -> tuple[Value, Value]:

@@ -10,7 +10,7 @@ FLOAT = ir.DataType.FLOAT
 
 
 def float32_graph(model: ir.Model) -> ir.Model:
-    """Replace fp16 by float32 in ``model`` and return it: inputs, outputs, casts and, with the same values, initializers."""
+    """Replace fp16 by float32 in ``model`` and return it: inputs, outputs, casts and initializers."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.dtype == HALF:
             value.dtype = FLOAT

@@ -24,7 +24,7 @@ NAME = "libh1export_ort.so"
 COMPILERS = ("c++", "g++", "clang++")  # in this order, where $CXX is not set
 CPU = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 FLAGS = (
-    "-std=c++17",
+    "-std=c++20",
     "-O3",
     CPU,
     "-ffp-contract=fast",
@@ -33,8 +33,8 @@ FLAGS = (
     "-fvisibility=hidden",
     f"-I{NATIVE / 'include'}",
 )
-SHOWN_LINES = 5  # of the messages of a failing compiler
-NEXT_STEP = "install a C++17 compiler such as g++, or name one in CXX"
+SHOWN_LINES = 5  # of what a failing compiler says
+NEXT_STEP = "install a C++20 compiler such as g++, or name one in CXX"
 
 
 def library(extra_flags: Sequence[str] = ()) -> Path:

@@ -1,4 +1,4 @@
-"""How this target's graphs hold the states: channels last for the convolution, [d_state, d_head] for LinearAttention."""
+"""How this target's graphs store states: a convolution's channels last, [d_state, d_head] for LinearAttention."""
 
 from __future__ import annotations
 

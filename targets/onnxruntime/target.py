@@ -72,7 +72,7 @@ class OnnxRuntimeTarget:
                 ir.save(_model(native, made.native, inputs, outputs), stage.folder / NATIVE_MODEL)
         genai_config.write_config(program.config, stage.folder, options)
         readme.write(stage.folder, options)
-        return Lowered(inputs, outputs, tuple(context.stored))
+        return Lowered(inputs, outputs, tuple(context.stored), weights_file=DATA)
 
     def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
         graphs = [name for name in (MODEL, NATIVE_MODEL) if name in artifact.manifest.files]

@@ -46,7 +46,7 @@ class TensorRTTarget:
         runtime = options.runtime or ("rtx" if sdk.has("rtx") else "tensorrt")
         architectures = _architectures(runtime, options)
         config = program.config
-        kernels = plugin.kernels(config.mamba_d_head, config.mamba_d_state, config.mamba_d_conv, options.compute)
+        kernels = plugin.kernels(config.mamba_d_head, config.mamba_d_state, config.mamba_d_conv, dtype=options.compute)
         if runtime == "rtx" and not sdk.has(runtime):
             raise H1ExportError(
                 sdk.NAMES[runtime], "is not installed", f"{sdk.INSTALL[runtime]}, or build with --runtime tensorrt"

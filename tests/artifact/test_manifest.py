@@ -64,6 +64,7 @@ def test_any_weights_and_options_survive(weights: tuple[StoredWeight, ...], opti
         inputs={},
         outputs={},
         weights=weights,
+        weights_file="a",
         files={"a": ("d", 1)},
     )
     text = manifest.to_json()
@@ -118,7 +119,7 @@ def test_other_versions_of_the_format(version: object, artifact: Artifact) -> No
 
 GARBAGE: dict[str, bytes] = {
     "nothing": b"",
-    "cut": b'{"format": 5, "target": ',
+    "cut": b'{"format": 6, "target": ',
     "not utf-8": b"\xff\xfe\xff",
     "too deep": b"[" * 200_000,
     "null": b"null",
@@ -126,7 +127,7 @@ GARBAGE: dict[str, bytes] = {
     "a string": b'"format"',
     "a number": b"1",
     "no version": b"{}",
-    "only a version": b'{"format": 5}',
+    "only a version": b'{"format": 6}',
     "another program's": b'{"manifest_version": 3, "name": "an extension"}',
 }
 
@@ -142,6 +143,10 @@ def test_other_content_is_not_a_manifest(name: str, artifact: Artifact) -> None:
 )
 def test_a_field_that_is_missing(field: str, artifact: Artifact) -> None:
     refused(rewrite(artifact, lambda data: data.pop(field)), MANIFEST, "not a manifest", field)
+
+
+def test_a_weights_file_that_is_not_listed(artifact: Artifact) -> None:
+    refused(rewrite(artifact, lambda data: data.update(weights_file="other.data")), MANIFEST, "other.data")
 
 
 def test_requirements_are_left_out_where_there_are_none_and_must_be_an_object(artifact: Artifact) -> None:

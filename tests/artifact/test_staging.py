@@ -156,7 +156,7 @@ OTHER_MANIFESTS = [
 
 
 @pytest.mark.parametrize("theirs", OTHER_MANIFESTS, ids=lambda text: repr(text[:12]))
-def test_force_spares_a_folder_with_somebody_elses_manifest(theirs: bytes, out: Path) -> None:
+def test_force_spares_a_folder_with_another_programs_manifest(theirs: bytes, out: Path) -> None:
     """Browser extensions and web apps have a manifest.json too."""
     out.mkdir(parents=True)
     (out / MANIFEST).write_bytes(theirs)
@@ -315,7 +315,7 @@ def test_folders_of_other_names_are_left_alone(name: str, out: Path) -> None:
     assert left_in(out) == sorted([name, "out"])
 
 
-def test_somebody_elses_stage_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_users_stage_is_refused(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage's name can be predicted, and another user who owns the folder could change what a build writes."""
     (out.parent / f".out.partial-{KEY}").mkdir(parents=True)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
@@ -387,7 +387,7 @@ def test_without_locks_there_is_no_stage(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_only_looks_set_aside_is_nobodys_business(out: Path) -> None:
+def test_a_folder_that_only_looks_set_aside_is_left_alone(out: Path) -> None:
     theirs = out.with_name(f".{out.name}.aside")
     theirs.mkdir(parents=True)
     (theirs / "precious").write_text("theirs", encoding="utf-8")

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from h1export.errors import H1ExportError
-from h1export.validate.speed.worker import Kind, Timing
+from h1export.report.checks import Phase
+from h1export.validate.speed.worker import Timing
 
-DECODE = Timing(Kind.DECODE, 2048)
-PREFILL = Timing(Kind.PREFILL, 512)
+DECODE = Timing(Phase.DECODE, 2048)
+PREFILL = Timing(Phase.PREFILL, 512)
 # two runs as build 1 of commit 0c1e570 printed them, without the keys that nothing reads
 SAMPLE: list[dict[str, Any]] = [
     {
@@ -70,8 +71,8 @@ def test_the_run_that_was_asked_for_is_read(llama_bench: ModuleType) -> None:
         ("", DECODE),
         ("{}", DECODE),
         ("[1]", DECODE),
-        (json.dumps(SAMPLE), Timing(Kind.DECODE, 0)),
-        (json.dumps(SAMPLE), Timing(Kind.PREFILL, 2048)),
+        (json.dumps(SAMPLE), Timing(Phase.DECODE, 0)),
+        (json.dumps(SAMPLE), Timing(Phase.PREFILL, 2048)),
         (json.dumps(SAMPLE * 2), DECODE),
         (json.dumps([{**SAMPLE[1], "avg_ts": None} | {"n_depth": "2048"}]), DECODE),
     ],

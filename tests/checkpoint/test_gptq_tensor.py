@@ -269,8 +269,8 @@ def test_groups_that_no_block_divides(group: int, make_gptq: Callable[..., Writt
 def test_a_runtime_without_zero_points(make_gptq: Callable[..., Written], tmp_path: Path) -> None:
     symmetric: QuantizedWeights = prequantized(open_store(make_gptq(tmp_path / "a").folder))
     need_symmetric(symmetric, "TensorRT", next_step="give another")
+    zero_points = prequantized(open_store(make_gptq(tmp_path / "b", sym=False).folder))
     with pytest.raises(H1ExportError, match=r"zero points.*TensorRT.*; give another"):
-        zero_points = prequantized(open_store(make_gptq(tmp_path / "b", sym=False).folder))
         need_symmetric(zero_points, "TensorRT", next_step="give another")
 
 

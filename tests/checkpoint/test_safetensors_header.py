@@ -58,7 +58,7 @@ def test_a_sound_file_gives_the_librarys_table_in_order_of_offset(one_layer: Pat
     with safe_open(one_layer, "pt") as opened:
         theirs = {
             name: (opened.get_slice(name).get_dtype(), tuple(opened.get_slice(name).get_shape()))
-            for name in opened.keys()
+            for name in opened.keys()  # noqa: SIM118  safe_open cannot be iterated
         }
     assert {entry.name: (entry.dtype, entry.shape) for entry in entries} == theirs
     assert [entry.start for entry in entries] == sorted(entry.start for entry in entries)

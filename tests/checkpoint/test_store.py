@@ -44,7 +44,7 @@ def same_as_the_library(store: WeightStore, tensors: Mapping[str, torch.Tensor])
         assert np.array_equal(bits(found), bits(tensor.float().numpy())), name
 
 
-def folder_of(tensors: Tensors, config_from: Path, folder: Path, shard: str = "1GB") -> Path:
+def folder_of(tensors: Tensors, config_from: Path, folder: Path, *, shard: str = "1GB") -> Path:
     """Write a checkpoint of ``tensors`` as transformers would save it."""
     folder.mkdir()
     shutil.copyfile(config_from / "config.json", folder / "config.json")
@@ -179,7 +179,7 @@ def test_the_fingerprint_knows_no_sharding_order_or_metadata(plain: Path, tensor
     fingerprint = opened(plain).fingerprint()
     assert len(fingerprint) == 64
     for count, shard in enumerate(["1GB", "150KB", "40KB"]):
-        assert opened(folder_of(tensors, plain, tmp_path / str(count), shard)).fingerprint() == fingerprint
+        assert opened(folder_of(tensors, plain, tmp_path / str(count), shard=shard)).fingerprint() == fingerprint
     backwards = folder_of({}, plain, tmp_path / "backwards")
     for file in backwards.glob("*.safetensors*"):
         file.unlink()

@@ -50,7 +50,7 @@ def test_lines_of_json_are_texts(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.txt", b"import os", "has 2 tokens, enough for 0 samples of 20, and 2 are asked for; give a longer text"),
+        ("a.txt", b"import os", "has 2 tokens, enough for 0 samples of 20, and 2 are requested; give a longer text"),
         ("a.txt", b"", "has 0 tokens"),
         ("a.txt", b"\xff\xfe", "is not calibration text"),
         ("a.jsonl", b"import os", "is not calibration text"),

@@ -73,7 +73,7 @@ def test_build_json_is_pure(
 
 
 def test_a_failed_gate_is_exit_code_1(built: str, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["validate", built, "--limit", "drift.logits=1e-9", *QUICK]) == 1
+    assert run(["validate", built, "--tolerance", "drift.logits=1e-9", *QUICK]) == 1
     assert "FAILED" in capfd.readouterr().err
     assert run(["validate", built, "--json", *QUICK]) == 0
     assert json.loads(capfd.readouterr().out)["passed"] is True
@@ -274,8 +274,8 @@ def assert_one_line(capfd: pytest.CaptureFixture[str], says: str) -> None:
         (["build", "a/b/c", "--target", "ort"], "no such folder"),
         (["build", "--target", "ort", "--accuracy-level", "3", "--out", "OUT"], "not a level"),
         (["validate", "/no/such/artifact"], "no manifest.json"),
-        (["validate", "BUILT", "--limit", "nonsense=1"], "is no gate"),
-        (["validate", "BUILT", "--limit", "drift.logits"], "METRIC=VALUE"),
+        (["validate", "BUILT", "--tolerance", "nonsense=1"], "is no metric"),
+        (["validate", "BUILT", "--tolerance", "drift.logits"], "METRIC=VALUE"),
         (["generate", "BUILT", "x", "--temperature", "-1"], "temperature"),
         (["generate", "BUILT", "x", "--top-p", "0"], "top-p"),
         (["generate", "BUILT", ""], "has no tokens"),
@@ -378,7 +378,7 @@ def test_bench_against_another_artifact(
     out, err = capfd.readouterr()
     answer = json.loads(out)
     assert err == ""
-    assert [(speed["kind"], speed["tokens"]) for speed in answer["speeds"]] == [("decode", 8), ("prefill", 16)]
+    assert [(speed["phase"], speed["tokens"]) for speed in answer["speeds"]] == [("decode", 8), ("prefill", 16)]
     assert run([*words, "--against", built]) == 0
     out, err = capfd.readouterr()
     assert out == ""

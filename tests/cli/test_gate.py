@@ -17,11 +17,15 @@ from h1export.artifact.artifact import Artifact
 from h1export.cli import run
 from h1export.cli.junit import to_junit
 from h1export.commands import measuring
+from h1export.host import cpu_kind
+from h1export.report.checks import Phase
 from h1export.report.report import Verdict
 from h1export.runtime.runner import Runner
 from h1export.validate.speed import regression
+from h1export.validate.speed.gate_checks import Check, GateCheckKind
 from h1export.validate.speed.gate_file import Baseline, Gate, read_baselines, read_gates, write_baselines
-from h1export.validate.speed.regression import Check, GateReport, cpu_kind
+from h1export.validate.speed.regression import GateReport
+from h1export.validate.speed.worker import Timing
 
 Build = Callable[..., Artifact]
 COUNTED = '[[gate]]\ntarget = "ort"\nquant = "int4"\n'
@@ -79,7 +83,9 @@ def test_a_baseline_is_kept_by_what_it_is_of(
         "peak memory",
         "decode at 0",
     ]
-    assert [check["name"] for check in report["checks"]] == names
+    kinds = [check["kind"] for check in report["checks"]]
+    assert kinds == ["nodes", "nodes", "file bytes", "step bytes", "peak memory", "timing"]
+    assert report["checks"][-1]["timing"] == {"phase": "decode", "tokens": 0, "batch": 1}
     assert [case.get("name") for case in ElementTree.parse(junit).iter("testcase")] == names
 
     elsewhere = {"another kind": found.ratios[cpu_kind()]}
@@ -104,7 +110,10 @@ def test_a_larger_artifact_fails(built: tuple[str, str], gates: Path, capfd: pyt
     capfd.readouterr()
     assert run([*words, "--json"]) == 1
     failed = [check for check in json.loads(capfd.readouterr().out)["checks"] if check["verdict"] == "FAIL"]
-    assert [check["name"] for check in failed] == ["nodes model.onnx", "nodes model.native.onnx"]
+    assert [(check["kind"], check["file"]) for check in failed] == [
+        ("nodes", "model.onnx"),
+        ("nodes", "model.native.onnx"),
+    ]
     assert all("Mul" in check["note"] for check in failed)
 
 
@@ -170,10 +179,19 @@ def test_what_is_only_emulated_is_counted_and_not_timed(
 
 
 CHECKS = (
-    Check("nodes a", Verdict.PASS, 3, limit=3),
-    Check("file bytes", Verdict.FAIL, 4_115_591, limit=4_115_590, note="a 2, was 1"),
-    Check("decode at 0", Verdict.INCONCLUSIVE, 1.15, limit=1.16, low=1.1, high=1.2, note="about 300 pairs"),
-    Check("memory", Verdict.NOT_APPLICABLE, note="emulated"),
+    Check(GateCheckKind.NODES, Verdict.PASS, file="a", figure=3, limit=3),
+    Check(GateCheckKind.FILE_BYTES, Verdict.FAIL, figure=4_115_591, limit=4_115_590, note="a 2, was 1"),
+    Check(
+        GateCheckKind.TIMING,
+        Verdict.INCONCLUSIVE,
+        timing=Timing(Phase.DECODE, 0),
+        figure=1.15,
+        limit=1.16,
+        low=1.1,
+        high=1.2,
+        note="about 300 pairs",
+    ),
+    Check(GateCheckKind.MEASUREMENTS, Verdict.NOT_APPLICABLE, note="emulated"),
 )
 
 
@@ -186,7 +204,7 @@ def test_junit_has_a_case_for_every_check() -> None:
         "nodes a": [],
         "file bytes": [("failure", "4115591, limit 4115590; a 2, was 1")],
         "decode at 0": [("error", "1.15, limit 1.16; about 300 pairs")],
-        "memory": [("skipped", "emulated")],
+        "memory and timings": [("skipped", "emulated")],
     }
 
 
@@ -204,6 +222,6 @@ def test_the_worst_verdict_is_the_reports() -> None:
 def test_the_projects_own_gates_are_read() -> None:
     (gate,), place = read_gates(Path(__file__).parents[2] / "gates.toml")
     (baseline,) = read_baselines(place).values()
-    assert {str(limit.timing) for limit in gate.timings} == {
+    assert {limit.timing.key for limit in gate.timings} == {
         name for ratios in baseline.ratios.values() for name in ratios
     }

@@ -11,6 +11,7 @@ from gptq_files import Written
 
 from h1export.cli import run
 from h1export.commands import pipeline
+from h1export.report.checks import CheckKind
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,6 @@ def test_the_main_job(
     assert run(["build", str(folder), "--target", "ort", "--validate", "--latency-pairs", "0", "--json"]) == 0
     (built,) = json.loads(capfd.readouterr().out)
     assert built["out"] == "model-gptq-ort-int4"
-    (judged,) = [row for row in built["report"]["rows"] if row["check"] == "stored integers"]
+    (judged,) = [row for row in built["report"]["rows"] if row["kind"] == CheckKind.STORED_INTEGERS]
     assert judged["figures"]["steps"] == 0
     assert len(pipeline.load_folder(built["out"]).stored_weights()) == 9

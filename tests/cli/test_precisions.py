@@ -17,6 +17,8 @@ from h1export.quantize.budget import Sensitivity
 from h1export.quantize.precision import INT8, Precision
 from h1export.quantize.precision_plan import plan_text, read_plan
 from h1export.quantize.scheme import QuantScheme
+from h1export.report.checks import CheckKind
+from h1export.report.report import Report, Verdict
 from h1export.validate.accuracy.run import ValidateOptions, validate
 
 PROJECTION = "model.layers.0.self_attn.k_proj.weight"
@@ -105,7 +107,9 @@ def test_a_plan_goes_into_the_artifact(
     runner = pipeline.load(artifact)
     report = validate(artifact, runner, runner, spoken_checkpoint, ValidateOptions(pairs=0), SILENT)
     assert report.passed, report.to_json()
-    assert np.isfinite([row.figures["kl"] for row in report.rows if row.against == "stored" and row.figures]).all()
+    assert np.isfinite(
+        [row.figures["kl"] for row in report.rows if row.comparison == "stored" and row.compares_outputs]
+    ).all()
 
 
 @pytest.mark.ort
@@ -130,9 +134,10 @@ def test_single_tensors_are_judged_by_their_own_integers(quant: str, chosen: str
         "--quiet",
     ]
     assert run([*words, "--validate", "--latency-pairs", "0", "--prompts", "0", "--text-bytes", "500"]) == 0
-    rows = {row["check"]: row for row in json.loads((out / "report.json").read_text())["rows"]}
-    assert rows["stored integers"]["verdict"] == "pass"
-    assert PROJECTION in rows["stored integers"]["details"]
+    report = Report.from_json((out / "report.json").read_text(), out)
+    (integers,) = [row for row in report.rows if row.kind is CheckKind.STORED_INTEGERS]
+    assert integers.verdict is Verdict.PASS
+    assert PROJECTION in integers.details
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,10 @@ Snapshot = dict[str, Array]
 
 @dataclass
 class Reference:
-    """transformers' FalconH1ForCausalLM in float32, by its full forward over an unpadded row: the one path that is right
-    for every config (its cached decode ignores time_step_limit, its padded batches leak pads where projections have biases).
+    """transformers' FalconH1ForCausalLM in float32, by its full forward over an unpadded row.
+
+    That path alone is right for every config: its cached decode ignores time_step_limit, and pads of its padded batches
+    leak into rows where projections have biases.
     """
 
     folder: Path
@@ -40,7 +42,7 @@ class Reference:
         return FalconH1ForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
     def __call__(self, tokens: Sequence[int]) -> tuple[Array, Snapshot]:
-        """Logits [seq, vocab] at every position, and the states after the last token without the batch axis, by StateTensor.key."""
+        """Returns logits [seq, vocab] and the last states by StateTensor.key, without the batch axis."""
         key = tuple(int(token) for token in tokens)
         if key not in self._known:
             with torch.no_grad():
@@ -97,7 +99,7 @@ class Lab:
         return ProgramRunner(program, self.store)
 
     def run(self, program: Program, chunks: Sequence[int]) -> tuple[Array, Snapshot]:
-        """One row in calls of so many tokens: logits of all positions and the states after them, without the batch axis."""
+        """Run a row in calls of so many tokens. Returns all logits, and the last states without the batch axis."""
         return _in_chunks(self.runner(program), self.tokens, chunks)
 
 
@@ -146,7 +148,7 @@ def apply_pass() -> Callable[[Pass, Program], Program]:
 
 @pytest.fixture(scope="session")
 def deviation() -> Callable[[tuple[Array, Snapshot], tuple[Array, Snapshot]], float]:
-    """deviation((logits, states), (expected logits, expected states)): the worst tensor's largest error over its range."""
+    """deviation((logits, states), (expected ones)) -> the worst tensor's largest error over its range."""
 
     def of(actual: Array, expected: Array) -> float:
         assert actual.shape == expected.shape

@@ -1,4 +1,4 @@
-"""Planted faults: everything an exporter of Falcon-H1 can get wrong quietly exceeds the tolerance of test_model a hundredfold."""
+"""Planted faults: what an exporter of Falcon-H1 can get wrong exceeds the tolerance of test_model a hundredfold."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def fault_of() -> Callable[..., float]:
 
 @pytest.fixture(scope="session")
 def traced_as(apply_pass: Callable[..., Program]) -> Callable[[FalconH1Config], Program]:
-    """traced_as(spec) -> the model of ``spec``, ready to run on whatever weights fit."""
+    """traced_as(config) -> the model of ``config``, ready to run on any weights that fit."""
     return lambda config: apply_pass(DropMetadataAsserts(), trace(config))
 
 

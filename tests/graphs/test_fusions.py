@@ -1,4 +1,4 @@
-"""The fusions that a target may ask for: which projections they join, that numbers stay, and what keeps projections apart."""
+"""The fusions of projections: which they join, that numbers stay, and what keeps projections apart."""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ def test_no_size_is_assumed_to_be_larger_than_it_may_be(
 ) -> None:
     """Tracers like to assume that a size is at least 2: batch and sequence may be 1, past 0, and so their sum 1.
 
-    (With the gated norm PyTorch assumes a longer sequence for a memory format; the test above runs that graph with one token.)
+    (With the gated norm PyTorch assumes a longer sequence for a memory format; the test above runs that graph with one
+    token.)
     """
     sizes = lowest_sizes(lab_of(make_checkpoint("plain")).traced)
     assert sizes["input_ids", 0] <= 1

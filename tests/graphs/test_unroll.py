@@ -23,7 +23,7 @@ LAYERS = 5  # copies of copies, and a first, a middle and a last one
 
 
 def described(program: Program) -> list[Any]:
-    """Every node: its name, what it is, what it reads, all of its meta but the tracer's count of calls, and what it stands for."""
+    """Returns all of every node but the tracer's count of calls: names, arguments, meta, and what it is mapped to."""
     return [
         (
             *(node.op, node.name, str(node.target), str(node.args), str(node.kwargs), node.type),

@@ -89,7 +89,7 @@ TOO_LARGE_FOR_A_FLOAT = 10**400  # JSON allows it
 
 
 def refused(config: object, *mentioned: str) -> None:
-    """The config is refused in one line that names the file and everything in ``mentioned``, and ends in a next step."""
+    """Check that the config is refused in one line with the file, everything in ``mentioned``, and a next step."""
     with pytest.raises(H1ExportError) as caught:
         FalconH1Config.from_config(config, "folder/config.json")
     message = str(caught.value)

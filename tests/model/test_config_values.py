@@ -17,8 +17,8 @@ from h1export.model.falcon_h1.tensors import tensor_layout
 
 MINIMAL = {"model_type": "falcon_h1"}
 
-# Released sizes: layers, hidden, MLP, vocabulary, query/KV heads, head_dim, d_ssm, SSM heads, their width, state, groups,
-# context, rms_norm, tied head, and the parameters that the model's name promises.
+# Released sizes: layers, hidden, MLP, vocabulary, query/KV heads, head_dim, d_ssm, SSM heads, their width, state,
+# groups, context, rms_norm, tied head, and the parameters that the model's name promises.
 FAMILY: dict[str, tuple[int, int, int, int, int, int, int, int, int, int, int, int, int, bool, bool, float]] = {
     "Tiny-R-90M": (24, 512, 768, 32768, 8, 2, 64, 768, 24, 32, 64, 1, 262144, False, True, 90e6),
     "0.5B": (36, 1024, 2048, 32784, 8, 2, 64, 1536, 24, 64, 128, 1, 16384, False, False, 0.5e9),
@@ -188,7 +188,7 @@ def test_every_random_checkpoint_is_read_as_transformers_reads_it(checkpoint: Pa
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_every_released_size_parses(name: str, released: dict[str, Any]) -> None:
-    """The tensors that the spec demands come to as many parameters as the model's name promises, give or take 7 %."""
+    """The tensors that the config describes have as many parameters as the model's name promises, give or take 7 %."""
     *values, parameters = FAMILY[name]
     row = dict(zip(COLUMNS, values, strict=True))
     model_config = FalconH1Config.from_config(released | row)
@@ -249,7 +249,7 @@ def test_every_field_is_a_key_that_is_used() -> None:
 
 
 class Recorder(dict[str, Any]):
-    """A config that remembers which keys were asked for."""
+    """A config that remembers which keys were read."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)

@@ -73,7 +73,10 @@ def test_without_a_past_no_key_is_there_yet(spec_of: Callable[..., FalconH1Confi
 
 
 def test_the_layouts_are_those_of_transformers_cache(checkpoint: Path) -> None:
-    """After seven tokens. transformers keeps d_conv columns of the convolution; the first of them is never used again."""
+    """After seven tokens. transformers keeps d_conv columns of the convolution.
+
+    The first of them is never used again.
+    """
     config = FalconH1Config.load(checkpoint)
     model = FalconH1ForCausalLM(TransformersConfig.from_pretrained(checkpoint)).eval()
     with torch.no_grad():

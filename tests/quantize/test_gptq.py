@@ -1,4 +1,4 @@
-"""GPTQ against the textbook: one column at a time, with the inverse of the moments that are left computed anew in float64."""
+"""GPTQ against the textbook: one column at a time, with a new inverse of the remaining moments in float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ INT4 = Precision(4, 32)
 
 
 def problem(rows: int, columns: int, seed: int) -> tuple[Any, Any]:
-    """A weight and the moments, float64 [columns, columns], of inputs that are mixed from half as many sources, and of unequal size."""
+    """Returns a weight, and the moments of its inputs, float64 [columns, columns].
+
+    The inputs are mixed from half as many sources, and are of unequal size.
+    """
     rng = np.random.default_rng(seed)
     mixed = rng.normal(size=(4 * columns, columns // 2)) @ rng.normal(size=(columns // 2, columns))
     inputs = (mixed + 0.3 * rng.normal(size=mixed.shape)) * np.exp(rng.normal(size=columns))
@@ -35,7 +38,7 @@ def damage(found: QuantizedTensor, weight: Any, moments: Any) -> Any:
 
 
 def textbook(weight: Any, moments: Any, scales: Any, width: int, top: int) -> Any:
-    """Codes [rows, columns]: optimal brain compression's update, w_F += -(w_q - quant(w_q)) / [H_F^-1]_qq (H_F^-1)_:,q."""
+    """Codes [rows, columns] by optimal brain compression: w_F += -(w_q - quant(w_q)) / [H_F^-1]_qq (H_F^-1)_:,q."""
     moments = moments + DAMPING * np.trace(moments) / len(moments) * np.eye(len(moments))
     left = list(np.argsort(-np.diag(moments), kind="stable"))
     rest = weight.astype(np.float64)
@@ -53,7 +56,10 @@ def textbook(weight: Any, moments: Any, scales: Any, width: int, top: int) -> An
 
 @pytest.mark.parametrize("precision", [INT4, Precision(4, 64), Precision(8, 0)], ids=str)
 def test_it_is_the_textbooks(precision: Precision) -> None:
-    """Over more columns than a lazy block, so that both ways of correction take part. float32 may decide a tie the other way."""
+    """There are more columns than a lazy block has, so that both corrections take part.
+
+    float32 may decide a tie the other way.
+    """
     weight, moments = problem(8, 2 * LAZY, 0)
     scales = quantize_rows(weight, precision, np.ones(8, np.float32)).scales
     codes = round_rows(weight, scales, precision, inverse=invert(torch.from_numpy(moments), "x"))
@@ -87,7 +93,10 @@ def test_unmixed_inputs_leave_nothing_to_make_up_for() -> None:
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 8), groups=st.integers(1, 6), seed=st.integers(0, 1 << 30))
 def test_fitted_scales_are_the_least_squares_ones(rows: int, groups: int, seed: int) -> None:
-    """Against numpy's solver in float64, on the inputs themselves; and no row gets worse, but for the rounding to fp16."""
+    """Against numpy's solver in float64, on the inputs themselves.
+
+    And no row gets worse, but for the rounding to fp16.
+    """
     weight, moments = problem(rows, 32 * groups, seed)
     inverse = invert(torch.from_numpy(moments), "x")
     start = search_rows(weight, INT4, np.ones(rows, np.float32))
@@ -163,7 +172,10 @@ def test_rows_do_not_influence_each_other() -> None:
 
 
 def test_inputs_that_are_always_zero() -> None:
-    """One such column costs the others nothing; where all are so, nothing is known, and the search's integers are left."""
+    """One such column costs the others nothing.
+
+    Where all are so, nothing is known, and the search's integers are left.
+    """
     weight, moments = problem(4, 64, 2)
     moments[3] = 0
     moments[:, 3] = 0

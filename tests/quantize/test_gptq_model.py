@@ -114,7 +114,10 @@ def mean_kl(
 
 
 def test_gptq_has_at_most_six_tenths_of_the_divergence_of_rounding(tiny: Path, tmp_path: Path) -> None:
-    """On held-out text; the standard error of the ratio over such windows is a twentieth of it. The whole text: benchmarks/quality.py."""
+    """On held-out text; the standard error of the ratio over such windows is a twentieth of it.
+
+    The whole text: benchmarks/quality.py.
+    """
     ids = scoring_ids(tiny, (tiny / "heldout.txt").read_text(encoding="utf-8"))[0]
     chosen = windows(ids)[::15]
     reference = Reference(tiny)
@@ -151,7 +154,8 @@ def test_the_head_is_solved_on_the_contexts_of_its_tokens(
     assert found[0] < 0.9 * found[1]
 
 
-# Kills builds at OUT in the middle of solving, the n-th call of a function the last; then lets one finish, and counts its calls.
+# Kills builds at OUT in the middle of solving, the n-th call of a function the last; then lets one finish, and counts
+# its calls.
 KILLS = """
 import os, sys
 from pathlib import Path
@@ -181,7 +185,8 @@ def built(place, name="", last=0):
     print(*calls.values(), flush=True)
     os._exit(0)
 assert built(truth) == 0
-for name, last in (("_run_on_both", 2), ("solve_rows", 4), ("_run_on_both", 2), ("_layer_output", 2), ("solve_rows", 4), ("solve_rows", 8), ("solve_rows", 2)):
+first = ("_run_on_both", 2), ("solve_rows", 4), ("_run_on_both", 2), ("_layer_output", 2)
+for name, last in (*first, ("solve_rows", 4), ("solve_rows", 8), ("solve_rows", 2)):
     assert built(out, name, last) == 9, (name, last)
 assert built(out) == 0
 """

@@ -57,7 +57,7 @@ def test_weights_are_the_mean_variances_of_a_groups_tokens(
     assert len(found.weights) <= max(1, min(GROUPS, vocab // ROWS_A_GROUP))
     for group, weights in enumerate(found.weights):
         expected = shares[..., found.groups == group].mean(-1)
-        assert ((weights - expected).abs() <= 1e-4 * expected + rounding[..., found.groups == group].mean(-1)).all()
+        assert ((weights - expected).abs() <= 1e-3 * expected + rounding[..., found.groups == group].mean(-1)).all()
 
 
 def test_tokens_of_like_contexts_come_together() -> None:

@@ -27,7 +27,10 @@ PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 
 @st.composite
 def weights(draw: st.DrawFn, precision: Precision) -> Any:
-    """float32 [rows, columns]; every block has a magnitude of its own, from subnormal to the largest that has an fp16 scale."""
+    """float32 [rows, columns].
+
+    Every block has a magnitude of its own, from subnormal to the largest that has an fp16 scale.
+    """
     rows = draw(st.integers(1, 5))
     groups = draw(st.integers(1, 3))
     width = precision.group_size or draw(st.integers(1, 40))
@@ -51,8 +54,9 @@ def ones(rows: int) -> Any:
 def test_the_integer_rule(precision: Precision, data: st.DataObject) -> None:
     """Codes in range, scales positive normal fp16, and an error of at most half a scale.
 
-    The scale s is absmax / top rounded to fp16, so |w| / s <= top * (1 + 2^-11) < top + 1/2: no code is ever clipped by more
-    than rounding would have moved it. What remains is the rounding of w / s to float32, at most top * 2^-23 of a scale.
+    The scale s is absmax / top rounded to fp16, so |w| / s <= top * (1 + 2^-11) < top + 1/2: no code is ever clipped by
+    more than rounding would have moved it. What remains is the rounding of w / s to float32, at most top * 2^-23 of a
+    scale.
     """
     weight = data.draw(weights(precision))
     top = TOP[precision.bits]

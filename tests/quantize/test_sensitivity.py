@@ -10,6 +10,7 @@ import pytest
 
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.states import Ids
 from h1export.model.falcon_h1.tensors import EMBEDDING
 from h1export.progress import SILENT
 from h1export.quantize.budget import Sensitivity
@@ -21,7 +22,7 @@ from h1export.validate.accuracy.logits import logit_figures
 from h1export.validate.accuracy.reference import Reference
 
 
-def measured(checkpoint: Path, jobs: int = 1) -> tuple[Rounded, np.ndarray, dict[str, Sensitivity]]:  # type: ignore[type-arg]
+def measured(checkpoint: Path, jobs: int = 1) -> tuple[Rounded, Ids, dict[str, Sensitivity]]:
     config = FalconH1Config.load(checkpoint)
     rounded = Rounded(WeightStore.open(checkpoint, config), QuantScheme().precisions(config), quantize_rows)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 150))

@@ -1,10 +1,11 @@
-"""Artifacts with reports that hold every kind of row, made by hand: what a page is made of."""
+"""Artifacts whose reports hold every kind of row, made by hand."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from h1export.artifact.artifact import Artifact
 from h1export.model.falcon_h1.probes import probe_names
 from h1export.model.falcon_h1.states import StateSpec
+from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.histogram import Histogram
 from h1export.report.report import KL, LOGIT_ERROR, Report, Row
 
@@ -20,22 +22,24 @@ ENVIRONMENT = {"machine": "x86_64", "system": "Linux", "python": "3.11", "packag
 
 
 def report_of(artifact: Artifact, size: float, hostile: str) -> Report:
-    """Errors around ``size``; ``hostile`` is in every text that an artifact or a report could bring."""
+    """Return a report of errors around ``size``; ``hostile`` is in every text that an artifact or a report may hold."""
     rng = np.random.default_rng(0)
 
-    def case(check: str, against: str, scale: float, limit: float) -> Row:
+    def compared(kind: CheckKind, comparison: Comparison, scale: float, *, tolerance: float, **named: Any) -> Row:
         details = {tensor.key: scale * float(rng.uniform(0.5, 1)) for tensor in StateSpec.of(artifact.config).tensors}
-        figures = {"logits": scale, "top1": 1.0, "kl": scale**2, "states": max(details.values())}
-        errors = {LOGIT_ERROR: Histogram.of(scale * rng.uniform(0.01, 1, 200))}
         return Row(
-            check,
-            against,
-            figures,
-            limits={"logits": limit},
+            kind,
+            comparison,
+            figures={"logits": scale, "top1": 1.0, "kl": scale**2, "states": max(details.values())},
+            tolerances={"logits": tolerance},
             note=f"worst state 0.key {hostile}",
             details=details,
-            histograms=errors,
+            histograms={LOGIT_ERROR: Histogram.of(scale * rng.uniform(0.01, 1, 200))},
+            **named,
         )
+
+    def single(kind: CheckKind, figures: dict[str, float], **others: Any) -> Row:
+        return Row(kind, Comparison.SOURCE, figures=figures, **others)
 
     text = {
         "artifact": 1.3851,
@@ -50,32 +54,46 @@ def report_of(artifact: Artifact, size: float, hostile: str) -> Report:
     places = [name for name in probe_names(artifact.config.num_hidden_layers) if "residual" not in name]
     outputs = [f"{layer}.output" for layer in range(artifact.config.num_hidden_layers)]
     deep = {place: size * float(rng.uniform(0.1, 1)) for place in ["embedding", *places, *outputs, "logits"]}
+    largest = {"largest": 123456.0, "share": float("inf") if size > 1 else 0.5}
     rows = (
-        *(case(f"case {index}", "stored", size, 5e-5) for index in range(3)),
-        *(case(f"case {index}", "drift", 1e-2, 0.08) for index in range(3)),
+        *(compared(CheckKind.CASE, Comparison.STORED, size, tolerance=5e-5, case=f"case {i}") for i in range(3)),
+        *(compared(CheckKind.CASE, Comparison.DRIFT, 1e-2, tolerance=0.08, case=f"case {i}") for i in range(3)),
         *(
-            case(f"context {length}", group, size * length, 5e-2)
+            compared(CheckKind.CONTEXT, comparison, size * length, tolerance=5e-2, length=length)
             for length in (512, 2048)
-            for group in ("stored", "drift")
+            for comparison in (Comparison.STORED, Comparison.DRIFT)
         ),
-        Row("bits per byte", "source", text, limits={"ratio": 1.05}, note="6000 bytes", details={}, histograms=spread),
-        Row("greedy text", "source", {"tokens": 6.5, "never": 0.25}),
+        single(CheckKind.TEXT, text, tolerances={"ratio": 1.05}, note="6000 bytes", histograms=spread),
+        single(CheckKind.GREEDY_TEXT, {"tokens": 6.5, "never": 0.25}),
         *(
-            Row(f"{kind} latency", "source", {"artifact_s": 0.1, "reference_s": 0.5, "ratio": 0.2})
-            for kind in ("prefill", "decode")
+            single(CheckKind.LATENCY, {"artifact_s": 0.1, "reference_s": 0.5, "ratio": ratio}, phase=phase)
+            for phase, ratio in ((Phase.PREFILL, 0.2), (Phase.DECODE, 0.3))
         ),
-        *(Row(f"cost at {n}", "source", {"prefill_ms": 0.5, "decode_ms": n / 1000}) for n in (512, 2048)),
         *(
-            Row(f"bisect {phase}", "stored", {"error": size}, limits={"error": 5e-5}, details=deep)
-            for phase in ("prefill", "decode")
+            Row(
+                CheckKind.CONTEXT_COST,
+                Comparison.ALONE,
+                length=length,
+                figures={"prefill_ms": 0.5, "decode_ms": length / 1000},
+            )
+            for length in (512, 2048)
         ),
-        Row(
-            "fp16 range",
-            hostile,
-            {"largest": 123456.0, "share": float("inf") if size > 1 else 0.5},
-            limits={"share": 1.0},
+        *(
+            Row(
+                CheckKind.BISECT,
+                Comparison.STORED,
+                phase=phase,
+                figures={"error": size},
+                tolerances={"error": 5e-5},
+                details=deep,
+            )
+            for phase in Phase
         ),
-        Row("padded batch", "stored", note=hostile),
+        single(CheckKind.STORED_INTEGERS, {"steps": 0.5}, tolerances={"steps": 0.51}),
+        single(CheckKind.BISECT_INTEGERS, {"steps": 0.5}, tolerances={"steps": 0.51}),
+        Row(CheckKind.FP16_RANGE, Comparison.FP16_LIMIT, figures=largest, tolerances={"share": 1.0}, note=hostile),
+        Row(CheckKind.LOADING, Comparison.GOLDEN, device=f"ALL {hostile}"),
+        Row(CheckKind.CASE, Comparison.STORED, case=f"padded batch {hostile}", note=hostile),
     )
     subject = {"kernels": f"h1export {hostile}", "notes": [hostile]}
     return Report(subject, ENVIRONMENT, rows)

@@ -1,4 +1,4 @@
-"""report.html in headless Chromium, by its DevTools protocol over a pipe: it renders, logs nothing, fits, and asks for no network."""
+"""report.html in headless Chromium, by its DevTools protocol: it renders, logs nothing, fits, and requests nothing."""
 
 from __future__ import annotations
 
@@ -173,7 +173,8 @@ def test_it_renders(
 
 def test_the_browser_sees_the_numbers_of_report_json(browser: Browser, file: Path, folders: list[Path]) -> None:
     browser.open(file, DESKTOP, dark=False)
-    script = """JSON.stringify([...document.querySelectorAll('[data-figure]')].map(e => [e.closest('tr').dataset.row, e.dataset.figure,
+    script = """JSON.stringify([...document.querySelectorAll('[data-figure]')].map(e => [
+        e.closest('tr').dataset.row, e.dataset.figure,
         e.querySelector('data').value, e.querySelector('data').textContent]))"""
     found = {(row, name): (value, shown) for row, name, value, shown in json.loads(browser.value(script))}
     truth = {

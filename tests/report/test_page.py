@@ -80,7 +80,7 @@ def test_the_numbers_are_those_of_report_json(judged: Judge) -> None:
         rows = json.loads((folder / "report.json").read_text())["rows"]
         for index, row in enumerate(rows):
             for name, value in row["figures"].items():
-                truth = [value, row["limits"][name]] if name in row["limits"] else [value]
+                truth = [value, row["tolerances"][name]] if name in row["tolerances"] else [value]
                 place = (f"{subject}/{index}", name)
                 assert [text if text in ("inf", "nan") else json.loads(text) for text in found.figures[place]] == truth
                 assert [float(text) for text in found.shown[place]] == pytest.approx(

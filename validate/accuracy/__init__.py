@@ -1,1 +1,1 @@
-"""Whether an artifact is right, and where it is not: start with run.py."""
+"""Comparison of an artifact with the PyTorch reference: start with run.py."""

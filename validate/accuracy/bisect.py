@@ -1,7 +1,8 @@
-"""Where an artifact goes wrong first: call by call, layer by layer, point by point, against the reference.
+"""Find where an artifact first differs from the reference: call by call, layer by layer, probe point by probe point.
 
-An error spreads to all that is computed from it, so the first point beyond tolerance names the layer and the ops between it and the
-point before. States are looked at where they are made: a layer that computes right and hands on the wrong state is told apart.
+An error spreads to all that is computed from it, so the first point beyond tolerance names the layer and the ops
+between it and the point before. States are compared right after the ops that compute them, so that a layer with right
+outputs and a wrong state shows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from h1export.model.falcon_h1.probes import ProbePoint, probe_name
 from h1export.model.falcon_h1.projections import SUSPECT_MLP, SUSPECT_OPS
 from h1export.model.falcon_h1.states import Array, Ids, StateKind
 from h1export.model.falcon_h1.tensors import projection_of, split_layer
+from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.report import Row, Verdict
 from h1export.runtime.runner import Comparable, Observable
 from h1export.validate.accuracy.logits import relative_error
@@ -29,7 +31,7 @@ EMBEDDING = "embedding"
 
 @dataclass(frozen=True)
 class Suspect:
-    """What was compared, with its error over the reference's range, and the op family that a difference there accuses."""
+    """A place that was compared, its error over the reference's range, and the op family that it points to."""
 
     place: str
     family: str
@@ -38,7 +40,10 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Call:
-    """A call's probes, states after it, and logits: the artifact's or the reference's. ``start`` tokens came before."""
+    """The probes, the states after it, and the logits of a call: the artifact's or the reference's.
+
+    ``start`` tokens precede it.
+    """
 
     start: int
     probes: Mapping[str, Array]  # [new, width]
@@ -46,40 +51,55 @@ class Call:
     logits: Array  # [new or 1, vocab]
 
 
-def bisect(runner: Comparable[Any], reference: Reference, group: str, limit: float, seed: int) -> list[Row]:
-    """A row for prefill and one for decode: the first layer and op family beyond ``limit``, and the error at every place.
+def bisect(
+    runner: Comparable[Any], reference: Reference, comparison: Comparison, *, tolerance: float, seed: int
+) -> list[Row]:
+    """Return a row for prefill and one for decode.
 
-    ``group`` is the metrics' that the rows belong to. A runner without probes gets one row that says so.
+    Each names the first layer and op family beyond ``tolerance``, and has the error at every place in its details.
+    ``comparison`` names what ``runner`` and ``reference`` stand for. A runner without probes gets one row that says so.
     """
     if not isinstance(runner, Observable):
-        return [Row("bisect", group, note="this runtime does not show what lies between inputs and outputs")]
+        return [
+            Row(CheckKind.BISECT, comparison, note="this runtime does not show what lies between inputs and outputs")
+        ]
     ids = np.random.default_rng(seed).integers(0, runner.config.vocab_size, (1, sum(CALLS)), dtype=np.int64)
     rows = []
     layers = runner.config.num_hidden_layers
     pairs = list(_pairs(runner, reference, ids))
-    for phase, chosen in (("prefill", pairs[:1]), ("decode", pairs[1:])):
+    for phase, chosen in ((Phase.PREFILL, pairs[:1]), (Phase.DECODE, pairs[1:])):
         calls = [list(_suspects(found, truth, layers)) for found, truth in chosen]
-        first = next((suspect for call in calls for suspect in call if not suspect.error <= limit), None)
+        first = next((suspect for call in calls for suspect in call if not suspect.error <= tolerance), None)
         details: dict[str, float] = {}
         for suspect in (suspect for call in calls for suspect in call):
             details[suspect.place] = float(np.maximum(details.get(suspect.place, 0.0), suspect.error))
         worst = first or max((suspect for call in calls for suspect in call), key=lambda suspect: suspect.error)
         note = f"first beyond tolerance: {_words(first)}" if first else f"right in {layers} layers, worst {worst.place}"
         rows.append(
-            Row(f"bisect {phase}", group, {"error": worst.error}, limits={"error": limit}, note=note, details=details)
+            Row(
+                CheckKind.BISECT,
+                comparison,
+                phase=phase,
+                figures={"error": worst.error},
+                tolerances={"error": tolerance},
+                note=note,
+                details=details,
+            )
         )
     return rows
 
 
 def integers_row(judged: Row) -> Row:
-    """What the row on stored integers says, in layers and ops: the tensor that is furthest from the checkpoint."""
+    """Return the row on stored integers by layer and op: it names the tensor furthest from the checkpoint."""
     worst = max(judged.details, key=judged.details.__getitem__)
     layer = split_layer(worst)[0]
     projection = projection_of(worst)
     where = worst if layer is None or projection is None else f"layer {layer}, {projection.op}"
     beyond = judged.verdict is Verdict.FAIL
     note = f"beyond rounding: {where} ({worst})" if beyond else f"{len(judged.details)} tensors, worst {worst}"
-    return Row("bisect integers", judged.against, judged.figures, limits=judged.limits, note=note)
+    return Row(
+        CheckKind.BISECT_INTEGERS, judged.comparison, figures=judged.figures, tolerances=judged.tolerances, note=note
+    )
 
 
 def _words(suspect: Suspect) -> str:
@@ -88,7 +108,7 @@ def _words(suspect: Suspect) -> str:
 
 
 def _pairs(runner: Observable[Any], reference: Reference, ids: Ids) -> Iterator[tuple[Call, Call]]:
-    """The artifact's and the reference's answer to each of CALLS; the artifact goes on in its own states."""
+    """Yield the artifact's and the reference's outputs of each of CALLS; the artifact continues from its own states."""
     states = runner.initial(1)
     end = 0
     every_logit, _, every_probe = reference.observe(ids[0])
@@ -103,7 +123,7 @@ def _pairs(runner: Observable[Any], reference: Reference, ids: Ids) -> Iterator[
 
 
 def _suspects(found: Call, truth: Call, layers: int) -> Iterator[Suspect]:
-    """Every place in the order of the computation."""
+    """Yield every place in the order of the computation."""
     for layer in range(layers):
         for point in ProbePoint:
             yield from _probe(found, truth, layer, point=point)
@@ -123,7 +143,7 @@ def _probe(found: Call, truth: Call, layer: int, *, point: ProbePoint) -> Iterat
     if name in found.probes:
         place = name
         family = SUSPECT_OPS[point]
-        if point is ProbePoint.RESIDUAL:  # what the layer before has made of it
+        if point is ProbePoint.RESIDUAL:  # the output of the layer before
             place, family = (f"{layer - 1}.output", family) if layer else (EMBEDDING, EMBEDDING)
             if layer and probe_name(layer - 1, ProbePoint.PRODUCT) not in found.probes:
                 family = SUSPECT_MLP
@@ -131,7 +151,7 @@ def _probe(found: Call, truth: Call, layer: int, *, point: ProbePoint) -> Iterat
 
 
 def _cache(found: Call, truth: Call, layer: int, kind: StateKind) -> Iterator[Suspect]:
-    """Keys or values: those of the calls before, and those that this call added."""
+    """Compare keys or values: those of the calls before, and those that this call added."""
     ours = found.states[f"{layer}.{kind}"]
     theirs = truth.states[f"{layer}.{kind}"]
     kept = f"{layer}.{kind} kept"
@@ -144,7 +164,7 @@ def _cache(found: Call, truth: Call, layer: int, kind: StateKind) -> Iterator[Su
     if found.start:
         yield Suspect(kept, family, float(error[: found.start].max()))
     if kind is StateKind.KEY:
-        if not found.start:  # position 0 is not turned
+        if not found.start:  # rotary embedding leaves position 0 as it is
             yield Suspect(added, family, float(error[0]))
         family = ROTARY
     yield Suspect(added, family, float(error[found.start :].max()))

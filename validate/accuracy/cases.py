@@ -9,7 +9,13 @@ from h1export.model.falcon_h1.config import FalconH1Config
 
 @dataclass(frozen=True)
 class Case:
-    """A sequence of calls: ``calls`` tokens each, one row for every entry of ``pads``, which counts its left padding."""
+    """A sequence of calls.
+
+    Attributes:
+        name: the case's name in reports.
+        calls: tokens of each call.
+        pads: left padding of each row of the batch, in tokens.
+    """
 
     name: str
     calls: tuple[int, ...]
@@ -21,7 +27,7 @@ class Case:
 
 
 def cases(config: FalconH1Config) -> tuple[Case, ...]:
-    """The cases for ``spec``, whose convolution and chunk set the lengths that matter."""
+    """Return the cases for ``config``, whose convolution and chunk set the lengths that matter."""
     chunk = config.mamba_chunk_size
     return (
         Case("one token", (1,)),

@@ -1,4 +1,4 @@
-"""How long the artifact's greedy text is the reference's: the tokens before the first that differs."""
+"""How long the artifact's greedy text equals the reference's: the tokens before the first that differs."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from typing import Any
 import numpy as np
 
 from h1export.model.falcon_h1.states import Ids
+from h1export.report.checks import CheckKind, Comparison
 from h1export.report.report import Row
 from h1export.runtime.runner import Runner
 from h1export.validate.accuracy.reference import Reference
 
-CHECK = "greedy text"
-# tokens of a prompt, and at most after it
-PROMPT = 32
-LIMIT = 64
+PROMPT = 32  # tokens of a prompt
+LIMIT = 64  # tokens of a continuation
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt [PROMPT] and the LIMIT tokens that a model thinks the likeliest after it; end tokens are tokens like others."""
+    """A prompt [PROMPT] and a model's greedy continuation [LIMIT]. An end token does not end it."""
 
     prompt: Ids
     tokens: Ids
 
     def agreed(self, reference: Reference) -> int:
-        """Tokens before the first that the reference would not have chosen.
+        """Count the tokens before the first that the reference would not have chosen.
 
-        One forward says so: up to there, the reference's own greedy text has the same tokens before every position.
+        One forward is enough: up to there, the reference's own greedy text has the same tokens before every position.
         """
         logits, _ = reference.full(np.concatenate([self.prompt, self.tokens[:-1]]))
         differ = np.flatnonzero(logits[len(self.prompt) - 1 :].argmax(-1) != self.tokens)
@@ -37,7 +36,7 @@ class Continuation:
 
 
 def prompts(ids: Ids, count: int, seed: int) -> list[Ids]:
-    """``count`` stretches of a text's ``ids``, at random places; none where the text is shorter than one."""
+    """Return ``count`` stretches of a text's ``ids`` at random places; none where the text is shorter than one."""
     if len(ids) < PROMPT:
         return []
     starts = np.random.default_rng(seed).integers(0, len(ids) - PROMPT + 1, count)
@@ -45,7 +44,7 @@ def prompts(ids: Ids, count: int, seed: int) -> list[Ids]:
 
 
 def continuations(runner: Runner[Any], starts: Sequence[Ids]) -> Iterator[Continuation]:
-    """The runner's own, in states that it updates in place."""
+    """Yield the runner's continuation of each prompt, in states that it updates in place."""
     for prompt in starts:
         sequence = runner.start(1, capacity=PROMPT + LIMIT)
         tokens = []
@@ -57,19 +56,22 @@ def continuations(runner: Runner[Any], starts: Sequence[Ids]) -> Iterator[Contin
         yield Continuation(prompt, np.array(tokens))
 
 
-def greedy_agreement_row(group: str, texts: Sequence[Continuation], reference: Reference) -> Row:
-    """tokens: the median over prompts, LIMIT where none differs. never: the share of prompts where none does."""
+def greedy_agreement_row(comparison: Comparison, texts: Sequence[Continuation], reference: Reference) -> Row:
+    """Return the row of all prompts.
+
+    tokens: the median number of tokens that agree, LIMIT where none differs. never: the share of prompts where none
+        differs.
+    """
     agreed = [text.agreed(reference) for text in texts]
     figures = {"tokens": float(np.median(agreed)), "never": float(np.mean([count == LIMIT for count in agreed]))}
-    note = f"against {group}: {len(texts)} prompts of {PROMPT} tokens, and {LIMIT} at most before a difference"
-    return Row(
-        CHECK, group, figures, note=note, details={f"prompt {i}": float(count) for i, count in enumerate(agreed)}
-    )
+    note = f"against {comparison}: {len(texts)} prompts of {PROMPT} tokens, and {LIMIT} at most before a difference"
+    details = {f"prompt {i}": float(count) for i, count in enumerate(agreed)}
+    return Row(CheckKind.GREEDY_TEXT, comparison, figures=figures, note=note, details=details)
 
 
 def impossible(runner: Runner[Any], starts: Sequence[Ids]) -> str:
-    """Why greedy texts cannot be had; empty: they can."""
+    """Return why greedy texts cannot be generated; empty where they can."""
     room = runner.limits.max_context or runner.config.max_position_embeddings
     if room < PROMPT + LIMIT:
         return f"{PROMPT + LIMIT} tokens do not fit into {room}"
-    return "" if starts else "not asked for, or there is no text"
+    return "" if starts else "not requested, or there is no text"

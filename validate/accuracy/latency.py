@@ -1,4 +1,4 @@
-"""Latency as a ratio: artifact and reference take turns in one process, and the median of the pairs' ratios counts."""
+"""Latency as the median of ratios: artifact and reference take turns in one process."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 
 from h1export.model.falcon_h1.states import Ids
+from h1export.report.checks import Phase
 from h1export.runtime.runner import Runner, Session
 from h1export.validate.accuracy.reference import Reference
 
-# tokens a prefill, steps a decode run
-PREFILL = 128
-DECODE = 16
+PREFILL = 128  # tokens of a prefill
+DECODE = 16  # steps of a decode run
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians over pairs: seconds of the artifact, of the reference, and of their ratio (below 1: the artifact is faster)."""
+    """Medians over pairs: seconds of artifact and reference, and their ratio (below 1: the artifact is faster)."""
 
     artifact: float
     reference: float
@@ -29,7 +29,7 @@ class Latency:
 
 
 def paired(artifact: Callable[[], None], reference: Callable[[], None], pairs: int) -> Latency:
-    """Run both by turns, ``pairs`` times after one warm-up each, the order swapped every time."""
+    """Run both in turns, ``pairs`` times after one warm-up each; every second pair runs in reverse order."""
     artifact()
     reference()
     ours: list[float] = []
@@ -43,12 +43,15 @@ def paired(artifact: Callable[[], None], reference: Callable[[], None], pairs: i
 
 
 def tokens_needed(pairs: int) -> int:
-    """How long the sequences of ``measure`` get."""
+    """Return the length that the sequences of ``measure`` reach."""
     return PREFILL + DECODE * (pairs + 1)
 
 
-def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) -> dict[str, Latency]:
-    """A prefill of ``prompt`` [PREFILL], and DECODE steps after it; the sequences grow on, which changes little in a step's time."""
+def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) -> dict[Phase, Latency]:
+    """Time a prefill of ``prompt`` [PREFILL], and DECODE steps after it.
+
+    The sequences go on growing from pair to pair, which changes the time of a step little.
+    """
     batch = prompt[None]
     token = prompt[-1:][None]
     ones = np.ones((1, len(prompt)), np.int64)
@@ -69,4 +72,4 @@ def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) 
 
     ours = decode(runner.start(1, tokens_needed(pairs)))
     theirs = decode(reference.start(1, 0))
-    return {"prefill": paired(prefill, reference_prefill, pairs), "decode": paired(ours, theirs, pairs)}
+    return {Phase.PREFILL: paired(prefill, reference_prefill, pairs), Phase.DECODE: paired(ours, theirs, pairs)}

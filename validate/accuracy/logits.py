@@ -10,7 +10,7 @@ from h1export.model.falcon_h1.states import Array
 
 
 def relative_error(found: Array, truth: Array) -> float:
-    """Largest absolute difference over the truth's range; NaN where either is not finite."""
+    """Return the largest absolute difference over the truth's range; NaN where either is not finite."""
     if not found.size:
         return 0.0
     span = float(truth.max() - truth.min())
@@ -19,22 +19,23 @@ def relative_error(found: Array, truth: Array) -> float:
 
 
 def log_softmax(logits: Array) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Over the last axis, in float64."""
+    """Return the log-softmax over the last axis, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def position_errors(pairs: Sequence[tuple[Array, Array]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Of every position of the (found, truth) pairs, its largest difference over its pair's range."""
+    """Return the largest difference of every position over the range of its (found, truth) pair."""
     return np.concatenate(
         [np.abs(found - truth).max(-1).astype(np.float64) / (float(np.ptp(truth)) or 1.0) for found, truth in pairs]
     )
 
 
 def logit_figures(pairs: Sequence[tuple[Array, Array]]) -> dict[str, float]:
-    """Figures over (found, truth) pairs of logits [positions, vocab].
+    """Return the figures of (found, truth) pairs of logits [positions, vocab].
 
-    logits: relative_error, the worst pair. top1: share of positions with the same argmax. kl: mean KL(truth || found) in nats.
+    logits: relative_error, the worst pair. top1: share of positions with the same argmax. kl: mean KL(truth || found)
+        in nats.
     """
     agree = []
     kl = []

@@ -1,4 +1,4 @@
-"""Long contexts: what a prefill in chunks leaves in the states, and what a token costs there."""
+"""Long contexts: the states after a prefill in chunks, and the time of a token at that depth."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from h1export.model.falcon_h1.states import Array, Ids, StateSpec
+from h1export.report.checks import CheckKind, Comparison
 from h1export.report.histogram import Histogram
-from h1export.report.report import LOGIT_ERROR, Row
+from h1export.report.report import DECODE_MS, LOGIT_ERROR, PREFILL_MS, Row
 from h1export.runtime.runner import Comparable, Runner, Session
 from h1export.validate.accuracy.logits import logit_figures, position_errors
 from h1export.validate.accuracy.reference import Reference
@@ -23,38 +24,39 @@ STEPS = 8  # decode steps that are timed
 
 
 def context_rows(
-    ways: Mapping[str, Comparable[Any]],
+    runners: Mapping[Comparison, Comparable[Any]],
     reference: Reference,
     contexts: Sequence[int],
     *,
-    limits: Mapping[str, float],
+    tolerances: Mapping[str, float],
     seed: int,
 ) -> list[Row]:
-    """For each of ``contexts``, random tokens: a row for each group of metrics in ``ways``, in which the reference runs once."""
+    """Run random tokens of each length of ``contexts`` through each runner; the reference runs once a length."""
     rows = []
     for context in sorted(contexts):
-        check = f"context {context}"
-        config = next(iter(ways.values())).config
-        room = min(way.limits.max_context or config.max_position_embeddings for way in ways.values())
+        config = next(iter(runners.values())).config
+        room = min(one.limits.max_context or config.max_position_embeddings for one in runners.values())
         if context > room:
-            rows += [Row(check, group, note=f"the artifact has room for {room} tokens") for group in ways]
+            note = f"the artifact has room for {room} tokens"
+            rows += [Row(CheckKind.CONTEXT, comparison, length=context, note=note) for comparison in runners]
             continue
         ids = np.random.default_rng(seed).integers(0, config.vocab_size, context, dtype=np.int64)
-        truth, truth_states = reference.in_subgraphs(ids, TAIL)
-        for group, runner in ways.items():
+        truth, truth_states = reference.in_pieces(ids, TAIL)
+        for comparison, runner in runners.items():
             logits, states = _prefill(runner, ids)
             errors = state_errors([(states, truth_states)], StateSpec.of(config))
             worst = max(errors, key=errors.__getitem__)
             pairs = [(logits, truth[-len(logits) :])]
             figures = logit_figures(pairs) | {"states": errors[worst]}
-            gated = {name: limits[metric] for name in figures if (metric := f"{group}.{name}") in limits}
+            chosen = {name: tolerances[metric] for name in figures if (metric := f"{comparison}.{name}") in tolerances}
             histograms = {LOGIT_ERROR: Histogram.of(position_errors(pairs))}
             rows.append(
                 Row(
-                    check,
-                    group,
-                    figures,
-                    limits=gated,
+                    CheckKind.CONTEXT,
+                    comparison,
+                    length=context,
+                    figures=figures,
+                    tolerances=chosen,
                     note=f"worst state {worst}",
                     details=errors,
                     histograms=histograms,
@@ -64,7 +66,7 @@ def context_rows(
 
 
 def _prefill(runner: Comparable[Any], ids: Ids) -> tuple[Array, dict[str, Array]]:
-    """Logits of the last TAIL positions (or the last one, where there are no others) and the states, of ids [seq] in chunks."""
+    """Run ids [seq] in chunks; return the logits of the last TAIL positions (or of the last alone) and the states."""
     states = runner.initial(1)
     kept = []
     for start in range(0, len(ids), CHUNK):
@@ -75,17 +77,24 @@ def _prefill(runner: Comparable[Any], ids: Ids) -> tuple[Array, dict[str, Array]
     return tail, row_of_batch(runner.snapshot(states), StateSpec.of(runner.config), 0, pad=0)
 
 
-def cost_rows(runner: Runner[Any], contexts: Sequence[int], group: str, *, seed: int) -> list[Row]:
-    """prefill_ms: of a token in the last chunk before a context's end. decode_ms: of one at its end. Both in states in place."""
+def cost_rows(runner: Runner[Any], contexts: Sequence[int], *, seed: int) -> list[Row]:
+    """Time the runner at each length of ``contexts``, in states that it updates in place.
+
+    prefill_ms: a token in the last chunk before the context's end. decode_ms: a token at its end.
+    """
     if runner.provenance.emulated:
-        return [Row("cost by context", group, note=f"computed by {runner.provenance.kernels}: its speed says nothing")]
+        note = f"computed by {runner.provenance.kernels}: its speed says nothing"
+        return [Row(CheckKind.CONTEXT_COST, Comparison.ALONE, note=note)]
     room = runner.limits.max_context or runner.config.max_position_embeddings
     lengths = [context for context in sorted(contexts) if context <= room]
     ids = np.random.default_rng(seed).integers(0, runner.config.vocab_size, max(lengths, default=0), dtype=np.int64)
     if lengths:
         _cost(runner, ids[: lengths[0]])  # the first run is slower
     note = f"a token, in chunks of {CHUNK}, and the median of {STEPS} steps"
-    return [Row(f"cost at {length}", group, _cost(runner, ids[:length]), note=note) for length in lengths]
+    return [
+        Row(CheckKind.CONTEXT_COST, Comparison.ALONE, length=length, figures=_cost(runner, ids[:length]), note=note)
+        for length in lengths
+    ]
 
 
 def _cost(runner: Runner[Any], ids: Ids) -> dict[str, float]:
@@ -94,7 +103,7 @@ def _cost(runner: Runner[Any], ids: Ids) -> dict[str, float]:
     sequence = runner.start(1, capacity=len(ids))
     prefill = [_timed(sequence, chunk) for chunk in chunks]
     decode = [_timed(sequence, token) for token in np.split(ids[None, -STEPS:], STEPS, axis=1)]
-    return {"prefill_ms": 1e3 * prefill[-1] / chunks[-1].shape[1], "decode_ms": 1e3 * median(decode)}
+    return {PREFILL_MS: 1e3 * prefill[-1] / chunks[-1].shape[1], DECODE_MS: 1e3 * median(decode)}
 
 
 def _timed(sequence: Session, ids: Ids) -> float:

@@ -1,4 +1,4 @@
-"""Does the artifact answer as the reference does? Every case, logits and states, row by row."""
+"""Compare the artifact's logits and states with the reference's, case by case and row by row."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from h1export.model.falcon_h1.states import Array, Ids, StateSpec
+from h1export.report.checks import CheckKind, Comparison
 from h1export.report.histogram import Histogram
 from h1export.report.report import LOGIT_ERROR, Row
 from h1export.runtime.runner import Comparable, Runner
@@ -20,7 +21,7 @@ from h1export.validate.accuracy.states import StatePair, row_of_batch, state_err
 
 @dataclass(frozen=True)
 class Run:
-    """What the artifact answered in one case: row by row, without padding; or why the runtime cannot be asked."""
+    """The artifact's outputs in one case, row by row and without padding; or why the runtime cannot run it."""
 
     case: Case
     ids: tuple[Ids, ...]
@@ -31,7 +32,7 @@ class Run:
 
 
 def run_cases(runner: Comparable[Any], seed: int) -> Iterator[Run]:
-    """Every case that the Runner's limits allow, on random token ids."""
+    """Run every case that the runner's limits allow, on random token ids."""
     rng = np.random.default_rng(seed)
     states = StateSpec.of(runner.config)
     for case in cases(runner.config):
@@ -46,8 +47,8 @@ def run_cases(runner: Comparable[Any], seed: int) -> Iterator[Run]:
         end = 0
         for tokens in case.calls:
             end += tokens
-            answer, current = runner.step(ids[:, end - tokens : end], mask[:, :end], current)
-            logits.append(answer)
+            found, current = runner.step(ids[:, end - tokens : end], mask[:, :end], current)
+            logits.append(found)
         ends = np.cumsum(case.calls)
         positions = np.arange(case.length) if runner.limits.all_logits else ends - 1
         joined = np.concatenate(logits, axis=1)
@@ -62,7 +63,7 @@ def run_cases(runner: Comparable[Any], seed: int) -> Iterator[Run]:
 
 
 def _impossible(case: Case, runner: Runner[Any]) -> str:
-    """Why the Runner's limits rule a case out; empty: they do not."""
+    """Return why the runner's limits rule a case out; empty where they do not."""
     limits = runner.limits
     if limits.max_batch is not None and len(case.pads) > limits.max_batch:
         return f"the runtime takes at most {limits.max_batch} rows at a time"
@@ -72,17 +73,20 @@ def _impossible(case: Case, runner: Runner[Any]) -> str:
 
 
 def case_rows(
-    runs: Mapping[str, Run], reference: Reference, runner: Runner[Any], *, limits: Mapping[str, float]
+    runs: Mapping[Comparison, Run], reference: Reference, runner: Runner[Any], *, tolerances: Mapping[str, float]
 ) -> list[Row]:
-    """One row for each way, by its group of metrics, in which the same case was run; the reference runs once."""
+    """Return a row for each comparison in which the same case was run; the reference runs once."""
     first = next(iter(runs.values()))
     states = StateSpec.of(runner.config)
     case = first.case
     if first.impossible:
-        return [Row(case.name, group, note=first.impossible) for group in runs]
+        return [
+            Row(CheckKind.CASE, comparison, case=case.name, length=case.length, note=first.impossible)
+            for comparison in runs
+        ]
     truths = [reference.full(ids) for ids in first.ids]
     rows = []
-    for group, run in runs.items():
+    for comparison, run in runs.items():
         logit_pairs: list[tuple[Array, Array]] = []
         state_pairs: list[StatePair] = []
         for logits, found, pad, (truth, truth_states) in zip(run.logits, run.states, case.pads, truths, strict=True):
@@ -91,14 +95,16 @@ def case_rows(
         errors = state_errors(state_pairs, states)
         worst = max(errors, key=errors.__getitem__)
         figures = logit_figures(logit_pairs) | {"states": errors[worst]}
-        gated = {name: limits[metric] for name in figures if (metric := f"{group}.{name}") in limits}
+        chosen = {name: tolerances[metric] for name in figures if (metric := f"{comparison}.{name}") in tolerances}
         histograms = {LOGIT_ERROR: Histogram.of(position_errors(logit_pairs))}
         rows.append(
             Row(
-                case.name,
-                group,
-                figures,
-                limits=gated,
+                CheckKind.CASE,
+                comparison,
+                case=case.name,
+                length=case.length,
+                figures=figures,
+                tolerances=chosen,
                 note=f"worst state {worst}",
                 details=errors,
                 histograms=histograms,

@@ -1,4 +1,4 @@
-"""Two models over one text: bits per byte, and how far their predictions are apart."""
+"""Score one text with two models: bits per byte, and the divergence of their predictions."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ Figures = npt.NDArray[np.float64]
 
 
 def windows(ids: Ids) -> list[Ids]:
-    """Every token but the first is scored once: windows overlap by a token."""
+    """Cut a text into windows that overlap by a token, so that every token but the first is scored once."""
     return [ids[start : start + WINDOW + 1] for start in range(0, len(ids) - 1, WINDOW)]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What two models said to the scored tokens of one window, each [tokens].
+    """The scores of two models on the tokens of one window, each [tokens].
 
     Attributes:
         found: -ln p of the token by the model that is judged.
-        truth: the same by the one that judges.
+        truth: -ln p of the token by the reference.
         kl: KL(truth || found) of the whole predictions, in nats.
-        same: whether both think the same token the likeliest.
-        shared: share of the LIKELIEST tokens of the one that are among those of the other.
+        same: whether the likeliest token of both is the same.
+        shared: share of one model's LIKELIEST tokens that are among the other's.
         error: largest difference of a logit, over the range of the window's true logits.
     """
 
@@ -51,7 +51,7 @@ class Scored:
 
     @classmethod
     def of(cls, found: Array, truth: Array, window: Ids) -> Scored:
-        """From the logits [seq, vocab] of ``window[:-1]``; a further row, that of the last token, is not needed."""
+        """Score the logits [seq, vocab] of ``window[:-1]``; a further row, that of the last token, is not used."""
         targets = window[1:]
         found = found[: len(targets)]
         truth = truth[: len(targets)]
@@ -64,7 +64,7 @@ class Scored:
 
 
 def _scored(found: Array, truth: Array, targets: Ids, *, span: float) -> tuple[npt.NDArray[Any], ...]:
-    """The columns of Scored, of a few positions."""
+    """Return the columns of Scored for a few positions."""
     count = np.arange(len(targets))
     a = log_softmax(found)
     b = log_softmax(truth)
@@ -82,10 +82,13 @@ def _scored(found: Array, truth: Array, targets: Ids, *, span: float) -> tuple[n
 
 
 def text_figures(scored: Iterable[Scored], nbytes: int) -> dict[str, float]:
-    """Figures of a text of ``nbytes`` bytes, and with "_se" their standard errors, by a bootstrap over whole windows.
+    """Return the figures of a text of ``nbytes`` bytes.
 
-    artifact, reference: bits per byte. ratio: the first to the second. kl: mean, in nats. kl_p99: its 99th percentile over positions.
-    top1: share of positions with the same likeliest token. top5: share of the five likeliest tokens that both name.
+    Names that end with "_se" are standard errors, by a bootstrap over whole windows.
+
+    artifact, reference: bits per byte. ratio: the first to the second. kl: mean, in nats. kl_p99: its 99th percentile
+    over positions. top1: share of positions with the same likeliest token. top5: share of the five likeliest tokens
+    that both models have.
 
     Source of the bootstrap: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 6 and 8.
     """

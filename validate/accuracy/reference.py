@@ -1,8 +1,8 @@
-"""The judge: transformers' FalconH1ForCausalLM in float32, run on whole sequences, one row at a time.
+"""The reference: transformers' FalconH1ForCausalLM in float32, run on whole sequences, one row at a time.
 
-Full forwards, and for long rows pieces of many tokens. transformers' cached decode ignores time_step_limit and its padded batches
-leak into the convolution (both in 5.23), so for a padded row the truth is the row run alone, and for a decode step it is the forward of
-all so far.
+It runs full forwards, and long rows in pieces of many tokens. transformers' cached decode ignores time_step_limit and
+its padded batches leak into the convolution (both in 5.23). The truth of a padded row is therefore the row run alone,
+and that of a decode step the forward of all tokens so far.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from h1export.runtime.runner import Limits, Provenance, Session
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference_probes import arrays, watched
 
-PIECE = 512  # tokens of a long row at a time; a last one alone goes with them, because it would be a decode step
-CONTINUES = 1e-3  # by which pieces may differ from the whole, and a cache that is not read does by far
+# tokens of a long row at a time; a single last token joins the piece before it, because alone it would be a decode step
+PIECE = 512
+CONTINUES = 1e-3  # how far pieces may differ from the whole; with a cache that is not read they differ by far more
 
 
 class Reference:
-    """The published model on the checkpoint's weights, or on an artifact's; on integers times scales where the checkpoint has those."""
+    """The published model on the checkpoint's weights, dequantised where they are integers, or on others."""
 
     def __init__(self, checkpoint: Path) -> None:
         from transformers import FalconH1Config as TransformersConfig
@@ -69,41 +70,44 @@ class Reference:
                 parameters[name].copy_(torch.from_numpy(weights[name]))
 
     def observe(self, ids: Ids) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-        """``full``, and the probes of model/falcon_h1/probes.py: name -> float32 [seq, width]."""
+        """Return what ``full`` does, and the probes of model/falcon_h1/probes.py: name -> float32 [seq, width]."""
         with watched(self._model) as found:
             logits, states = self.full(ids)
         return logits, states, arrays(found)
 
     def full(self, ids: Ids) -> tuple[Array, dict[str, Array]]:
-        """Logits [seq, vocab] of one unpadded row [seq] and, by StateTensor.key, its canonical states without the batch axis."""
-        return self._answer(ids, None, 0)[:2]
+        """Return the logits [seq, vocab] and states of one unpadded row [seq].
 
-    def in_subgraphs(self, ids: Ids, tail: int, subgraph: int = PIECE) -> tuple[Array, dict[str, Array]]:
-        """``full``, of the last ``tail`` positions, in memory that grows with the states alone.
+        The states are canonical, by StateTensor.key, without the batch axis.
+        """
+        return self._forward(ids, None, 0)[:2]
+
+    def in_pieces(self, ids: Ids, tail: int, piece: int = PIECE) -> tuple[Array, dict[str, Array]]:
+        """Return what ``full`` does for the last ``tail`` positions, in memory that grows with the states alone.
 
         Raises:
-            H1ExportError: this transformers does not go on rightly from what a piece leaves in its cache.
+            H1ExportError: this transformers does not continue correctly from a cache by several tokens.
         """
-        if subgraph == PIECE:
+        if piece == PIECE:
             self._check_pieces()
         cache = None
         start = 0
         kept = np.zeros((0, self._model.config.vocab_size), np.float32)
         while start < len(ids):
-            end = len(ids) if len(ids) - start <= subgraph + 1 else start + subgraph
-            logits, states, cache = self._answer(ids[start:end], cache, tail)
+            end = len(ids) if len(ids) - start <= piece + 1 else start + piece
+            logits, states, cache = self._forward(ids[start:end], cache, tail)
             start = end
             kept = np.concatenate([kept, logits])[-tail:]
         return kept, states
 
     def _check_pieces(self) -> None:
         ids = np.arange(24) % self._model.config.vocab_size
-        if not relative_error(self.in_subgraphs(ids, len(ids), subgraph=16)[0], self.full(ids)[0]) <= CONTINUES:
-            what = "its Falcon-H1 does not go on from a cache by several tokens, so there is no reference for long contexts"
+        if not relative_error(self.in_pieces(ids, len(ids), piece=16)[0], self.full(ids)[0]) <= CONTINUES:
+            what = "its Falcon-H1 does not continue a cache by several tokens, so long contexts have no reference"
             raise H1ExportError("transformers", what, "install 5.24 or a later one, or leave out --context")
 
-    def _answer(self, ids: Ids, cache: Any, tail: int) -> tuple[Array, dict[str, Array], Any]:
-        """Logits of the last ``tail`` positions (0: of all), states, and the cache, of ids [seq] after those in ``cache``."""
+    def _forward(self, ids: Ids, cache: Any, tail: int) -> tuple[Array, dict[str, Array], Any]:
+        """Run ids [seq] after those in ``cache``; return the last ``tail`` logits (0: all), states and cache."""
         past = {} if cache is None else {"past_key_values": cache}
         with torch.no_grad():
             result = self._model(torch.from_numpy(ids)[None], **past, use_cache=True, logits_to_keep=tail)
@@ -112,7 +116,9 @@ class Reference:
             found = {
                 StateKind.KEY: layer.keys,
                 StateKind.VALUE: layer.values,
-                StateKind.CONV: layer.conv_states[0][..., 1:],  # it keeps one input more than the convolution needs
+                StateKind.CONV: layer.conv_states[0][
+                    ..., 1:
+                ],  # transformers keeps one input more than the convolution needs
                 StateKind.RECURRENT: layer.recurrent_states[0],
             }
             states |= {f"{index}.{kind}": np.asarray(tensor[0].float().numpy()) for kind, tensor in found.items()}
@@ -128,12 +134,12 @@ class Reference:
         return Provenance(kernels=f"PyTorch {torch.__version__}, transformers {metadata.version('transformers')}")
 
     def start(self, batch: int, capacity: int) -> Session:
-        """Open ``batch`` sequences for timing; their cache takes any number of tokens."""
+        """Start ``batch`` sequences for timing; their cache takes any number of tokens."""
         return CachedSession(self._model)
 
 
 class CachedSession:
-    """transformers' cached decode, as its users run it. It is for timing: see above for what it gets wrong."""
+    """transformers' cached decode, for timing alone, because it has the errors that the module's docstring names."""
 
     def __init__(self, model: Any) -> None:
         self._model = model

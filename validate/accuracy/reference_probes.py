@@ -19,7 +19,7 @@ Found = dict[str, Tensor]
 
 @contextmanager
 def watched(model: Any) -> Iterator[Found]:
-    """While this is open, a forward of FalconH1ForCausalLM ``model`` fills in the probes, [1, seq, width]."""
+    """Record the probes [1, seq, width] of every forward of FalconH1ForCausalLM ``model`` while the context is open."""
     found: Found = {}
     handles = []
 
@@ -62,7 +62,7 @@ def _keep(found: Found, name: str, value: Tensor) -> None:
 
 
 def _keep_projected(found: Found, layer: int, mixer: Any, projected: Tensor) -> None:
-    """What in_proj gives, µP included, in its parts; and the convolution of one, which is no module's result."""
+    """Record in_proj's output, µP included, in its parts, and the convolution of one part, which no module returns."""
     sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
     gate, xbc, dt = (projected * mixer.mup_vector).split(sizes, dim=-1)
     conv = torch.nn.functional.conv1d(
@@ -83,4 +83,5 @@ def _keep_projected(found: Found, layer: int, mixer: Any, projected: Tensor) -> 
 
 
 def arrays(found: Found) -> dict[str, Array]:
+    """Return the probes as NumPy arrays [seq, width]."""
     return {name: value[0].numpy() for name, value in found.items()}

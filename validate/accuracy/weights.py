@@ -1,4 +1,7 @@
-"""Are the stored integers those of the checkpoint? A wrong block hides from any comparison that dequantises what is stored."""
+"""Compare the stored integers with the checkpoint.
+
+A comparison that dequantises what is stored does not see a wrong group.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ ROW_BYTES = 1 << 24  # float32 rows compared at a time
 def weight_errors(
     stored: Mapping[str, Array], weights: tuple[StoredWeight, ...], store: WeightStore
 ) -> dict[str, dict[str, float]]:
-    """Checkpoint tensor -> its largest errors, in quantisation steps of the block that they are in.
+    """Return, for each checkpoint tensor, its largest errors in quantisation steps of the group that they are in.
 
-    A step is the block's largest weight over 7 (int4) or 127 (int8). ``steps``: the error of one weight, to which rounding to nearest
-    leaves half a step. ``block``: the root of a block's mean squared error. Where the checkpoint has integers itself there is nothing
-    to round, and any difference counts as infinite.
+    A step is the group's largest weight over 7 (int4) or 127 (int8). ``steps``: the error of one weight, of which
+    rounding to nearest leaves half a step at most. ``group``: the root of a group's mean squared error. Where the
+    checkpoint has integers itself there is nothing to round, and any difference counts as infinite.
     """
     return {
         part.tensor: _errors(stored[part.tensor], part.tensor, weight, store=store)
@@ -34,15 +37,15 @@ def weight_errors(
 def _errors(found: Array, name: str, weight: StoredWeight, *, store: WeightStore) -> dict[str, float]:
     if name in store.packed:
         error = 0.0 if _equal(found, name, store) else float("inf")
-        return {"steps": error, "block": error}
+        return {"steps": error, "group": error}
     top = Precision(weight.bits, weight.group_size).top
-    worst = {"steps": 0.0, "block": 0.0}
+    worst = {"steps": 0.0, "group": 0.0}
     start = 0
     for truth in store.blocks(name, ROW_BYTES):
-        blocks = truth.reshape(len(truth), -1, weight.group_size or truth.shape[1])
-        error = np.abs(found[start : start + len(truth)].reshape(blocks.shape) - blocks)
-        step = np.maximum(np.abs(blocks).max(axis=2) / top, MIN_SCALE)
-        largest = {"steps": error.max(axis=2) / step, "block": np.sqrt(np.square(error).mean(axis=2)) / step}
+        groups = truth.reshape(len(truth), -1, weight.group_size or truth.shape[1])
+        error = np.abs(found[start : start + len(truth)].reshape(groups.shape) - groups)
+        step = np.maximum(np.abs(groups).max(axis=2) / top, MIN_SCALE)
+        largest = {"steps": error.max(axis=2) / step, "group": np.sqrt(np.square(error).mean(axis=2)) / step}
         worst = {figure: max(worst[figure], float(values.max())) for figure, values in largest.items()}
         start += len(truth)
     return worst

@@ -1,1 +1,1 @@
-"""How fast an artifact is, and whether it got slower: start with bench.py."""
+"""Benchmarks of artifacts, and the gates that find slower or larger ones: start with bench.py."""

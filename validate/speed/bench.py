@@ -1,26 +1,27 @@
 """How fast a model is, at every thread count, depth and batch, and how near to the memory limit.
 
-All configurations, of two contenders where asked, take turns round by round, so that a busy moment of the machine meets them all.
+All configurations, those of two candidates too, take turns round by round, so that a busy moment of the machine affects
+them all.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
+from h1export import host
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.progress import Progress
+from h1export.report.checks import Phase
 from h1export.validate.speed.memory_traffic import read_bandwidth, step_bytes
 from h1export.validate.speed.statistics import Estimate, estimate, ratio
-from h1export.validate.speed.worker import Kind, TimedModel, Timing, WorkerProcess
+from h1export.validate.speed.worker import TimedModel, Timing, WorkerProcess
 
 PAUSE = 0.05  # seconds between two timings: threads of a runtime may spin on for a while
 
@@ -49,24 +50,24 @@ class BenchOptions:
 
     @property
     def timings(self) -> tuple[Timing, ...]:
-        kinds = (
-            *((Kind.DECODE, depth) for depth in self.depths),
-            *((Kind.PREFILL, length) for length in self.prefills),
+        wanted = (
+            *((Phase.DECODE, depth) for depth in self.depths),
+            *((Phase.PREFILL, length) for length in self.prefills),
         )
-        return tuple(Timing(kind, tokens, batch) for kind, tokens in kinds for batch in self.batches)
+        return tuple(Timing(phase, tokens, batch) for phase, tokens in wanted for batch in self.batches)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Who is measured, and what is known before it runs.
+    """A model that will be measured, and what is known of it before it runs.
 
     Attributes:
-        folder: where it lies.
-        target: whose format it has.
-        built_as: settings that it was made with.
-        weight_bytes: of its files, or of its weights where they are made while it loads.
+        folder: the artifact or checkpoint.
+        target: the target whose format it has.
+        built_as: the settings that it was built with.
+        weight_bytes: bytes of its files, or of its weights where they are computed while it loads.
         step_bytes: (batch, depth) -> bytes that one decode step reads.
-        make: thread count -> what a Child needs to play it.
+        make: thread count -> the function with which a WorkerProcess makes the model.
     """
 
     folder: str
@@ -79,7 +80,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """A Contender that was measured; ``peak_bytes`` by thread count, see Child.finish."""
+    """A Candidate that was measured; ``peak_bytes`` by thread count, see WorkerProcess.finish."""
 
     folder: str
     target: str
@@ -91,18 +92,25 @@ class Measured:
 
 @dataclass(frozen=True)
 class Speed:
-    """One configuration of one subject.
+    """The speed of one measured model in one configuration.
 
     Attributes:
-        subject: its place in BenchReport.subjects.
-        step_bytes: read by one decode step of the whole batch; None for prefill.
-        bandwidth_share: of the measured bandwidth, what these bytes at this speed amount to.
-        ratio: to the other subject's speed, for the first of two.
+        model: its place in BenchReport.measured.
+        threads: thread count.
+        phase: prefill or decode.
+        tokens: of the prompt, or before those that are decoded.
+        batch: sequences at a time.
+        tokens_per_second: those of all sequences of the batch together.
+        step_bytes: bytes that one decode step of the whole batch reads; None for prefill.
+        bandwidth_share: the bandwidth that these bytes take at this speed, as a share of the measured one; None for
+            prefill.
+        ratio: this speed by that of the other model, for the first of two.
+        samples: tokens per second of each round.
     """
 
-    subject: int
+    model: int
     threads: int
-    kind: Kind
+    phase: Phase
     tokens: int
     batch: int
     tokens_per_second: Estimate
@@ -112,18 +120,27 @@ class Speed:
     samples: tuple[float, ...]
 
     @property
-    def what(self) -> str:
-        return str(Timing(self.kind, self.tokens, self.batch))
+    def timing(self) -> Timing:
+        return Timing(self.phase, self.tokens, self.batch)
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """Everything one run of `bench` found; ``bandwidth``: bytes a second by thread count; ``left_out``: what has no timing, and why."""
+    """The result of one run of `bench`.
+
+    Attributes:
+        options: what was to be measured.
+        machine: see host.machine_facts.
+        bandwidth: thread count -> bytes a second.
+        measured: the models, one or two.
+        speeds: one for each model and configuration.
+        left_out: the timings that were not possible, each with the reason.
+    """
 
     options: BenchOptions
     machine: Mapping[str, Any]
     bandwidth: Mapping[int, Estimate]
-    subjects: tuple[Measured, ...]
+    measured: tuple[Measured, ...]
     speeds: tuple[Speed, ...]
     left_out: tuple[str, ...]
 
@@ -132,7 +149,7 @@ class BenchReport:
 
 
 def interleave(jobs: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, list[float]]:
-    """Run every job once a round, every second round in reverse order; what each returned, round by round."""
+    """Run every job once a round, every second round in reverse order; return the results of each, round by round."""
     samples: dict[K, list[float]] = {key: [] for key in jobs}
     for number in range(rounds):
         for key in list(jobs)[:: -1 if number % 2 else 1]:
@@ -142,52 +159,52 @@ def interleave(jobs: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, li
 
 
 def of_artifact(artifact: Artifact, make: Callable[[int], Callable[[], TimedModel]]) -> Candidate:
-    """An artifact that takes part as ``make`` plays it."""
-    m = artifact.manifest
-    size = sum(size for _, size in m.files.values())
+    """Return the Candidate of an artifact, which ``make`` makes."""
+    manifest = artifact.manifest
+    size = sum(size for _, size in manifest.files.values())
     return Candidate(
         str(artifact.folder),
-        m.target,
-        dict(m.scheme) | dict(m.options),
+        manifest.target,
+        dict(manifest.scheme) | dict(manifest.options),
         weight_bytes=size,
-        step_bytes=partial(step_bytes, m, artifact.config),
+        step_bytes=partial(step_bytes, manifest, artifact.config),
         make=make,
     )
 
 
-Key = tuple[int, int, Timing]  # place of the subject, threads, what
+Key = tuple[int, int, Timing]  # place of the candidate, threads, timing
 
 
-def bench(contenders: Sequence[Candidate], options: BenchOptions, progress: Progress) -> BenchReport:
-    """Measure one contender, or two against each other.
+def bench(candidates: Sequence[Candidate], options: BenchOptions, progress: Progress) -> BenchReport:
+    """Measure one candidate, or two against each other.
 
     Raises:
-        H1ExportError: one that does not run, or not in the memory there is; or none of the timings is possible.
+        H1ExportError: a candidate does not run, or lacks memory; or none of the timings is possible.
     """
     progress.stage("load")
-    children = {
-        (i, threads): WorkerProcess(contender.make(threads))
-        for i, contender in enumerate(contenders)
+    workers = {
+        (i, threads): WorkerProcess(candidate.make(threads))
+        for i, candidate in enumerate(candidates)
         for threads in options.threads
     }
-    jobs, left_out = _jobs(children, contenders, options)
+    jobs, left_out = _jobs(workers, candidates, options)
     memory_jobs = {threads: read_bandwidth(threads) for threads in options.threads}
     progress.stage("warm-up")
     interleave(jobs | memory_jobs, 1)
     progress.stage(f"{options.repeats} rounds")
     samples = interleave(jobs | memory_jobs, options.repeats)
     bandwidth = {threads: estimate(samples[threads]) for threads in options.threads}
-    subjects = []
-    for i, contender in enumerate(contenders):
-        kernels = children[i, options.threads[0]].kernels
-        peaks = {threads: children[i, threads].finish() for threads in options.threads}
-        subjects.append(
+    measured = []
+    for i, candidate in enumerate(candidates):
+        kernels = workers[i, options.threads[0]].kernels
+        peaks = {threads: workers[i, threads].finish() for threads in options.threads}
+        measured.append(
             Measured(
-                contender.folder,
-                contender.target,
-                contender.built_as,
+                candidate.folder,
+                candidate.target,
+                candidate.built_as,
                 kernels=kernels,
-                weight_bytes=contender.weight_bytes,
+                weight_bytes=candidate.weight_bytes,
                 peak_bytes=peaks,
             )
         )
@@ -197,23 +214,30 @@ def bench(contenders: Sequence[Candidate], options: BenchOptions, progress: Prog
         other = samples.get((1, threads, timing))
         against = ratio(found, other) if i == 0 and other else None
         speeds.append(
-            _speed(contenders[i], (i, threads, timing), found, bandwidth=bandwidth[threads].median, against=against)
+            _speed(candidates[i], (i, threads, timing), found, bandwidth=bandwidth[threads].median, against=against)
         )
-    return BenchReport(options, machine(), bandwidth, subjects=tuple(subjects), speeds=tuple(speeds), left_out=left_out)
+    return BenchReport(
+        options,
+        host.machine_facts(),
+        bandwidth,
+        measured=tuple(measured),
+        speeds=tuple(speeds),
+        left_out=left_out,
+    )
 
 
 def _jobs(
-    children: Mapping[tuple[int, int], WorkerProcess], contenders: Sequence[Candidate], options: BenchOptions
+    workers: Mapping[tuple[int, int], WorkerProcess], candidates: Sequence[Candidate], options: BenchOptions
 ) -> tuple[dict[Key, Callable[[], float]], tuple[str, ...]]:
-    """What every child can do, and what not, with the reason."""
+    """Return the timings that each worker can do, and those that it cannot, with the reason."""
     jobs: dict[Key, Callable[[], float]] = {}
     left_out: dict[str, None] = {}
     for timing in options.timings:
-        for (i, threads), child in children.items():
-            if reason := timing.refused(child.limits, options.steps):
-                left_out[f"{timing}: {contenders[i].folder} {reason}"] = None
+        for (i, threads), worker in workers.items():
+            if reason := timing.refused(worker.limits, options.steps):
+                left_out[f"{timing.key}: {candidates[i].folder} {reason}"] = None
             else:
-                jobs[i, threads, timing] = partial(child.speed, timing)
+                jobs[i, threads, timing] = partial(worker.speed, timing)
     if not jobs:
         raise H1ExportError(
             "benchmark", f"nothing can be timed: {'; '.join(left_out)}", "choose smaller batches and depths"
@@ -222,19 +246,19 @@ def _jobs(
 
 
 def _speed(
-    contender: Candidate, key: Key, samples: list[float], *, bandwidth: float, against: Estimate | None
+    candidate: Candidate, key: Key, samples: list[float], *, bandwidth: float, against: Estimate | None
 ) -> Speed:
     i, threads, timing = key
     speed = estimate(samples)
     nbytes = None
     share = None
-    if timing.kind is Kind.DECODE:
-        nbytes = contender.step_bytes(timing.batch, timing.tokens)
+    if timing.phase is Phase.DECODE:
+        nbytes = candidate.step_bytes(timing.batch, timing.tokens)
         share = nbytes * speed.median / timing.batch / bandwidth
     return Speed(
         i,
         threads,
-        timing.kind,
+        timing.phase,
         tokens=timing.tokens,
         batch=timing.batch,
         tokens_per_second=speed,
@@ -243,11 +267,3 @@ def _speed(
         ratio=against,
         samples=tuple(samples),
     )
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}

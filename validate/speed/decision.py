@@ -1,9 +1,10 @@
-"""Whether something got slower: a sequential test on paired timings.
+"""Decide whether something got slower: a sequential test on paired timings.
 
-Each pair of timings gives one ratio. After each number of pairs in ``looks`` the interval of their median is held against the limit:
-below it, pass; above it, fail; the limit inside, more pairs. The interval is that of order statistics, which is exact for any
-independent noise, so that outliers only widen it (Conover, Practical Nonparametric Statistics, 3rd edition, 3.2). Every look spends an
-equal part of ERROR (Bonferroni), so that looking often does not make wrong verdicts likelier.
+Each pair of timings gives one ratio. After each number of pairs in ``looks`` the interval of their median is compared
+with the limit: an interval below it passes, one above it fails, and one around it needs more pairs. The interval is
+that of order statistics, which is exact for any independent noise, so that outliers only widen it (Conover, Practical
+Nonparametric Statistics, 3rd edition, 3.2). Every look spends an equal part of ERROR (Bonferroni), so that looking
+often does not make wrong verdicts likelier.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import numpy as np
 from h1export.report.report import Verdict
 from h1export.validate.speed.statistics import Estimate
 
-ERROR = 0.01  # probability of a wrong verdict where the true ratio is the limit itself, over all looks; elsewhere it is smaller
-# pairs before the first look: below 11 no interval is as sure as that; and from look to look
-FIRST = 12
-GROWTH = 1.4
+# probability of a wrong verdict over all looks where the true ratio is the limit itself; elsewhere it is smaller
+ERROR = 0.01
+FIRST = 12  # pairs before the first look; below 11 pairs no interval reaches this error
+GROWTH = 1.4  # from look to look
 
 K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """``estimate``: of the ratios' median after ``pairs`` of them. ``settle``: what would settle an inconclusive one."""
+    """The verdict, and the median of ``pairs`` ratios; ``settle``: what would settle an inconclusive verdict."""
 
     verdict: Verdict
     estimate: Estimate
@@ -38,7 +39,7 @@ class Decision:
 
 
 def looks(most: int) -> tuple[int, ...]:
-    """The numbers of pairs after which to look; the last is ``most``, which is at least FIRST."""
+    """Return the numbers of pairs after which to look; the last is ``most``, which is at least FIRST."""
     found = [FIRST]
     while found[-1] < most:
         found.append(min(most, ceil(found[-1] * GROWTH)))
@@ -46,10 +47,12 @@ def looks(most: int) -> tuple[int, ...]:
 
 
 def median_interval(samples: Sequence[float], error: float) -> Estimate:
-    """Median of ``samples``, and the narrowest symmetric pair of them that misses the true one with at most probability ``error``.
+    """Return the median of ``samples`` and its narrowest symmetric interval.
+
+    The interval misses the true median with at most probability ``error``.
 
     Raises:
-        ValueError: too few samples for any such pair.
+        ValueError: too few samples for any such interval.
     """
     n = len(samples)
     rank = 0
@@ -63,7 +66,7 @@ def median_interval(samples: Sequence[float], error: float) -> Estimate:
 
 
 def decide(samples: Sequence[float], limit: float, most: int) -> Decision | None:
-    """The verdict on ratios so far, which ``most`` may become; None: not now."""
+    """Return the verdict on the ratios so far, of which there will be ``most`` at most; None: not yet."""
     places = looks(most)
     if len(samples) not in places:
         return None
@@ -78,16 +81,19 @@ def decide(samples: Sequence[float], limit: float, most: int) -> Decision | None
 
 
 def _settle(found: Estimate, limit: float, pairs: int) -> str:
-    """An interval narrows with the square root of the number of pairs, and has to narrow to the distance of median and limit."""
+    """Return what would settle it: intervals narrow with the root of the number of pairs, down to |median - limit|."""
     distance = abs(found.median - limit)
     needed = pairs * ((found.high - found.low) / 2 / distance) ** 2 if distance else float("inf")
     if needed > 100 * pairs:
-        return "the ratio is the limit itself: no number of pairs will settle it; choose another limit, or find what changed"
-    return f"about {max(ceil(needed), pairs + 1)} pairs would settle it, or an idle machine: the interval is {found.spread:.1%} wide each way"
+        what = "the ratio is the limit itself: no number of pairs will settle it"
+        return f"{what}; choose another limit, or find what changed"
+    more = max(ceil(needed), pairs + 1)
+    width = f"the interval is {found.spread:.1%} wide each way"
+    return f"about {more} pairs would settle it, or an idle machine: {width}"
 
 
 def decide_all(measure: Callable[[K], float], limits: Mapping[K, float], most: int) -> dict[K, Decision]:
-    """One ratio of every key by turns, until each is decided; ``most`` of them at most."""
+    """Measure one ratio of every key in turns, until each is decided, ``most`` of each at most."""
     samples: dict[K, list[float]] = {key: [] for key in limits}
     decisions: dict[K, Decision] = {}
     while open_keys := [key for key in limits if key not in decisions]:

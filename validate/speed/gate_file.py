@@ -1,4 +1,7 @@
-"""gates.toml, which a person writes, and the baseline beside it, which `h1export gate --write-baseline` writes. See docs/gates.md."""
+"""Read gates.toml, which people write, and the baseline beside it, which `h1export gate --write-baseline` writes.
+
+See docs/gates.md.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,16 @@ from typing import Any, get_args
 from h1export.artifact.manifest import Manifest
 from h1export.errors import H1ExportError
 from h1export.quantize.scheme import QuantName
+from h1export.report.checks import Phase
 from h1export.validate.speed.decision import FIRST
 from h1export.validate.speed.statistics import Estimate
-from h1export.validate.speed.worker import Kind, Timing
+from h1export.validate.speed.worker import Timing
 
 FORMAT = 1
 
 
 class Clock(StrEnum):
-    """What is counted: the processor's time of the process, whatever else runs on the machine, or time."""
+    """Which time counts: the processor time of the process, whatever else runs on the machine, or the wall clock."""
 
     CPU = "cpu"
     WALL = "wall"
@@ -40,13 +44,13 @@ class Limit:
 
 @dataclass(frozen=True)
 class Gate:
-    """What artifacts of one target and quantisation must keep. Factors are of the baseline's figures.
+    """The limits of artifacts of one target and quantisation. Factors apply to the baseline's figures.
 
     Attributes:
-        timings: what must not get slower.
-        threads: of artifact and reference.
-        clock: cpu is for one thread: threads that wait for each other spin.
-        pairs: timings of artifact and reference at most, until a verdict is inconclusive.
+        timings: the timings that must not get slower.
+        threads: thread count of artifact and reference.
+        clock: CPU is right for one thread only, because threads that wait for each other spin.
+        pairs: timings of artifact and reference at most, after which a verdict is inconclusive.
         bytes: factor of the size of every file.
         step_bytes: factor of the bytes that a decode step reads.
         nodes: factor of the number of nodes of every type of op.
@@ -67,7 +71,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Time of the artifact by that of the reference, one timing beside the other: median and interval over ``pairs``."""
+    """The artifact's time by the reference's, timed side by side: median and interval over ``pairs``."""
 
     estimate: Estimate
     pairs: int
@@ -75,16 +79,17 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What an artifact was when its gates were set.
+    """The figures of an artifact when its gates were set.
 
     Attributes:
-        model: what of the model decides all of this, hashed.
+        model: sha256 of the configuration and the options, see model_of.
         nodes: graph -> op type -> how many.
         files: name -> bytes.
         step_bytes: timing -> bytes.
-        peak_bytes: of memory; 0: not measured.
-        ratios: kind of CPU, and GPU -> timing -> ratio. One kind says little about another, whose vector instructions differ.
-        spills: GPU kernel and architecture -> bytes a thread that it stores for want of registers.
+        peak_bytes: peak memory; 0: not measured.
+        ratios: kind of CPU, and GPU -> timing -> ratio. Kinds differ in vector instructions, so ratios of one say
+            little about another.
+        spills: GPU kernel and architecture -> bytes a thread stores because registers run out.
     """
 
     model: str
@@ -97,14 +102,14 @@ class Baseline:
 
 
 def model_of(manifest: Manifest) -> str:
-    """Of two artifacts with the same: they differ in the values of weights alone."""
+    """Return a hash; artifacts with the same one differ in nothing but the values of weights."""
     return hashlib.sha256(
         json.dumps([manifest.config, manifest.options], sort_keys=True, default=str).encode()
     ).hexdigest()
 
 
 def read_gates(path: Path) -> tuple[tuple[Gate, ...], Path]:
-    """The gates in ``path`` and the place of their baseline.
+    """Return the gates in ``path`` and the path of their baseline.
 
     Raises:
         H1ExportError: no such file, not TOML, unknown or missing keys, values of a wrong type or out of range.
@@ -144,29 +149,31 @@ def _gate(path: Path, number: int, table: Any) -> Gate:
         if not keys.get(name, least) >= least:  # NaN is neither
             raise H1ExportError(path, f"{where}: {name} is {keys[name]}", f"at least {least}")
     if missing := {"target", "quant"} - keys.keys():
-        raise H1ExportError(path, f"{where} has no {' and no '.join(sorted(missing))}", "say which artifacts it is for")
+        raise H1ExportError(
+            path, f"{where} has no {' and no '.join(sorted(missing))}", "name the artifacts that it is for"
+        )
     timings = tuple(_limit(path, f"{where}, timing {i}", item) for i, item in enumerate(keys.pop("timing", []), 1))
     clock = Clock(keys.pop("clock", Clock.CPU if keys.get("threads", 1) == 1 else Clock.WALL))
     return Gate(**keys, timings=timings, clock=clock)
 
 
 def _limit(path: Path, where: str, table: Any) -> Limit:
-    """``decode = 512`` or ``prefill = 128``, and ``batch`` and ``slowdown``."""
-    keys = _known(path, where, table, types={Kind.DECODE: int, Kind.PREFILL: int, "batch": int, "slowdown": float})
-    kinds = [kind for kind in Kind if kind in keys]
-    if len(kinds) != 1:
-        raise H1ExportError(path, f"{where} has {len(kinds)} of decode and prefill", "give it one, with its tokens")
+    """Read ``decode = 512`` or ``prefill = 128``, and ``batch`` and ``slowdown``."""
+    keys = _known(path, where, table, types={Phase.DECODE: int, Phase.PREFILL: int, "batch": int, "slowdown": float})
+    phases = [phase for phase in Phase if phase in keys]
+    if len(phases) != 1:
+        raise H1ExportError(path, f"{where} has {len(phases)} of decode and prefill", "give it one, with its tokens")
     batch = keys.get("batch", 1)
     slowdown = keys.get("slowdown", Limit.slowdown)
-    tokens = keys[kinds[0]]
-    if batch < 1 or not slowdown > 1 or tokens < (kinds[0] is Kind.PREFILL):
-        what = f"{where}: {kinds[0]} {tokens}, batch {batch}, slowdown {slowdown}"
+    tokens = keys[phases[0]]
+    if batch < 1 or not slowdown > 1 or tokens < (phases[0] is Phase.PREFILL):
+        what = f"{where}: {phases[0]} {tokens}, batch {batch}, slowdown {slowdown}"
         raise H1ExportError(path, what, "tokens and batch are counts, and slowdown is more than 1")
-    return Limit(Timing(kinds[0], tokens, batch), slowdown)
+    return Limit(Timing(phases[0], tokens, batch), slowdown)
 
 
 def _known(path: Path, where: str, table: Any, types: Mapping[str, type]) -> dict[str, Any]:
-    """``table`` with every key known and of its type; a whole number may stand for a float."""
+    """Return ``table`` after a check that every key is known and of its type; a whole number may stand for a float."""
     prefix = f"{where}: " if where else ""
     if not isinstance(table, dict):
         raise H1ExportError(path, f"{where} is no table", "write [[gate]] and [[gate.timing]]")
@@ -180,7 +187,7 @@ def _known(path: Path, where: str, table: Any, types: Mapping[str, type]) -> dic
 
 
 def read_baselines(path: Path) -> dict[str, Baseline]:
-    """ "target quant" -> baseline; none where there is no file yet.
+    """Return "target quant" -> baseline; no entries where there is no file yet.
 
     Raises:
         H1ExportError: a file that h1export has not written.
@@ -206,7 +213,7 @@ def _baseline(data: Mapping[str, Any]) -> Baseline:
 
 
 def write_baselines(path: Path, baselines: Mapping[str, Baseline]) -> None:
-    """All of them, complete or not at all."""
+    """Write all baselines, completely or not at all."""
     gates = {name: dataclasses.asdict(baselines[name]) for name in sorted(baselines)}
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(json.dumps({"format": FORMAT, "gates": gates}, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What repeated measurements say: a median and how far to trust it."""
+"""The median of repeated measurements, and its confidence interval."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Estimate:
 
     @property
     def spread(self) -> float:
-        """Half the interval relative to the median: 0.05 reads as plus or minus 5 %."""
+        """Half the width of the interval relative to the median: 0.05 reads as plus or minus 5 %."""
         return (self.high - self.low) / 2 / self.median if self.median else 0.0
 
 
 def estimate(samples: Sequence[float], seed: int = 0) -> Estimate:
-    """Median and percentile bootstrap interval of at least one sample.
+    """Return the median and the percentile bootstrap interval of at least one sample.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
@@ -37,5 +37,5 @@ def estimate(samples: Sequence[float], seed: int = 0) -> Estimate:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
-    """Of ours[i] / theirs[i], two samples of one round, so that what slows a round down slows down both."""
+    """Estimate ours[i] / theirs[i], two samples of one round, so that what slows a round down affects both."""
     return estimate([a / b for a, b in zip(ours, theirs, strict=True)])

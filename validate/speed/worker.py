@@ -1,54 +1,48 @@
-"""Who is measured: a Player in a process of its own, so that its memory is its own, answering one timing at a time."""
+"""Benchmark workers: a model in a process of its own, whose memory can be measured, does one timing at a time."""
 
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from h1export import host
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.report.checks import Phase
 from h1export.runtime.runner import Limits, Provenance, Session
 
 CHUNK = 512  # tokens a call while a sequence is brought to its depth
-DRIFT = 8  # a sequence is decoded until it is deeper than asked for by this part of the depth
-
-
-class Kind(StrEnum):
-    """What is timed: a prompt of some tokens, or tokens one by one after some."""
-
-    PREFILL = "prefill"
-    DECODE = "decode"
+DRIFT = 8  # a sequence is decoded until it is deeper than its nominal depth by this part of it
 
 
 @dataclass(frozen=True)
 class Timing:
     """One thing to time: prefill of ``tokens``, or decode at depth ``tokens``, for ``batch`` sequences at a time."""
 
-    kind: Kind
+    phase: Phase
     tokens: int
     batch: int = 1
 
-    def __str__(self) -> str:
-        what = f"decode at {self.tokens}" if self.kind is Kind.DECODE else f"prefill {self.tokens}"
-        return what if self.batch == 1 else f"{what}, batch {self.batch}"
+    @property
+    def key(self) -> str:
+        """The name of the timing in baselines and messages; labels.py of this folder has the text of tables."""
+        key = f"decode at {self.tokens}" if self.phase is Phase.DECODE else f"prefill {self.tokens}"
+        return key if self.batch == 1 else f"{key}, batch {self.batch}"
 
     def refused(self, limits: Limits, steps: int) -> str:
-        """Return why a model of these ``limits`` cannot be timed so, ``steps`` tokens a timing; empty where it can."""
+        """Return why a model of these ``limits`` cannot do it in ``steps`` steps; empty where it can."""
         if limits.max_batch is not None and self.batch > limits.max_batch:
             return f"takes {limits.max_batch} sequences at a time"
-        room = self.tokens + (steps if self.kind is Kind.DECODE else 0)
+        room = self.tokens + (steps if self.phase is Phase.DECODE else 0)
         if limits.max_context is not None and room > limits.max_context:
             return f"has room for {limits.max_context} tokens"
         return ""
@@ -64,12 +58,12 @@ class TimedModel(Protocol):
     def provenance(self) -> Provenance: ...
 
     def speed(self, timing: Timing) -> float:
-        """Tokens per second, those of all sequences of a batch together."""
+        """Return tokens per second, those of all sequences of a batch together."""
         ...
 
 
-class Timed(Protocol):
-    """What a Player needs of a model: a Runner has it, and so has validate's Reference."""
+class StartableModel(Protocol):
+    """The part of a Runner that RunnerModel needs; validate's Reference has it too."""
 
     @property
     def config(self) -> FalconH1Config: ...
@@ -84,14 +78,20 @@ class Timed(Protocol):
 
 
 class RunnerModel:
-    """A model under the clock. Tokens are random: time does not depend on them.
+    """Times a Runner or a Reference. Tokens are random: time does not depend on them.
 
-    Later timings of a depth go on where earlier ones stopped, until the sequence is deeper by a part of 1 / DRIFT or one timing; then
-    a new one is brought to the depth. At depth 0 each timing starts anew. ``chunk``: tokens a call on the way to a depth.
+    Later timings at a depth continue where earlier ones stopped, until the sequence is deeper by a part of 1 / DRIFT or
+    by one timing; then a new sequence is brought to the depth. At depth 0 each timing starts a new one.
+
+    Args:
+        model: what is timed.
+        steps: tokens that a timing decodes.
+        clock: returns seconds.
+        chunk: tokens of a call while a sequence is brought to its depth.
     """
 
     def __init__(
-        self, model: Timed, steps: int, clock: Callable[[], float] = time.perf_counter, chunk: int = CHUNK
+        self, model: StartableModel, steps: int, clock: Callable[[], float] = time.perf_counter, chunk: int = CHUNK
     ) -> None:
         self._model = model
         self._steps = steps
@@ -109,7 +109,7 @@ class RunnerModel:
         return self._model.provenance
 
     def speed(self, timing: Timing) -> float:
-        if timing.kind is Kind.PREFILL:
+        if timing.phase is Phase.PREFILL:
             return self._timed(self._model.start(timing.batch, timing.tokens), timing, [timing.tokens])
         sequences, capacity = self._sequences.pop(timing, (None, 0))
         if sequences is None or sequences.length + self._steps > capacity:
@@ -134,9 +134,10 @@ class RunnerModel:
 
 
 def pin(threads: int) -> tuple[int, ...]:
-    """Keep this process on as many cores as it has threads, so that they do not wander; which, or none outside Linux.
+    """Keep this process on as many cores as it has threads, so that they do not migrate.
 
-    The last ones: systems like to put their own work on the first.
+    Returns the cores, or none outside Linux. They are the last ones, because systems tend to run their own work on
+    the first.
     """
     if sys.platform != "linux":
         return ()
@@ -146,18 +147,18 @@ def pin(threads: int) -> tuple[int, ...]:
 
 
 class WorkerProcess:
-    """A Player in a process of its own, started afresh. ``make`` runs there, and must be picklable.
+    """A TimedModel in a new process. ``make`` runs there and returns it, so it must be picklable.
 
     Raises:
-        H1ExportError: whatever the Player raises, or the end of its process.
+        H1ExportError: an error of the model, or the process ended.
     """
 
     def __init__(self, make: Callable[[], TimedModel]) -> None:
         context = get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(make, theirs), daemon=True)
+        self._pipe, remote = context.Pipe()
+        self._process = context.Process(target=_serve, args=(make, remote), daemon=True)
         self._process.start()
-        theirs.close()
+        remote.close()
         self.limits: Limits = self._receive()
         self.provenance: Provenance = self._receive()
 
@@ -170,7 +171,7 @@ class WorkerProcess:
         return float(self._receive())
 
     def finish(self) -> int:
-        """End the process; bytes of memory at its peak beyond what it held before ``make``: interpreter and libraries."""
+        """End the process; return the bytes of its peak memory beyond those that it had before ``make``."""
         self._pipe.send(None)
         peak = int(self._receive())
         self._process.join()
@@ -178,14 +179,14 @@ class WorkerProcess:
 
     def _receive(self) -> Any:
         try:
-            answer = self._pipe.recv()
+            reply = self._pipe.recv()
         except EOFError:
             self._process.join()
             what = f"its process ended with code {self._process.exitcode}"
             raise H1ExportError("benchmark", what, "a negative code is a signal, -9 often a lack of memory") from None
-        if isinstance(answer, _Failure):
-            raise H1ExportError(answer.where, answer.what, answer.next_step)
-        return answer
+        if isinstance(reply, _Failure):
+            raise H1ExportError(reply.where, reply.what, reply.next_step)
+        return reply
 
 
 @dataclass(frozen=True)
@@ -196,30 +197,19 @@ class _Failure:
 
 
 def _serve(make: Callable[[], TimedModel], pipe: Connection) -> None:
-    """The child's side: one answer for every request, the last of which is None."""
-    before = memory()[0]
+    """Run in the worker: send one reply for every request, the last of which is None."""
+    before = host.resident_bytes()
     warnings.simplefilter("ignore")  # libraries' warnings are for developers
     try:
-        player = make()
-        pipe.send(player.limits)
-        pipe.send(player.provenance)
+        model = make()
+        pipe.send(model.limits)
+        pipe.send(model.provenance)
         while (timing := pipe.recv()) is not None:
-            pipe.send(player.speed(timing))
-        pipe.send(memory()[1] - before)
+            pipe.send(model.speed(timing))
+        pipe.send(host.peak_resident_bytes() - before)
     except (EOFError, KeyboardInterrupt):
-        return  # the parent has gone, or goes too
+        return  # the parent has ended, or is ending too
     except H1ExportError as error:
         pipe.send(_Failure(error.where, error.what, error.next_step))
-    except Exception as error:  # of any runtime; the parent says it, for the child has no terminal of its own
+    except Exception as error:  # of any runtime; the parent reports it, because a worker has no terminal
         pipe.send(_Failure("benchmark", f"{type(error).__name__}: {error}", "report it with the artifact's manifest"))
-
-
-def memory() -> tuple[int, int]:
-    """(now, peak) resident bytes of this process. Where there is no /proc, both are the peak."""
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage's peak counts the parent's memory too, before exec
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        now, peak = (1024 * int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM"))
-        return now, peak
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak, peak

@@ -1,7 +1,7 @@
 """FalconH1Config: the architecture of one Falcon-H1 model, read from its config.json.
 
-Defaults are those of transformers' ``FalconH1Config``, which are often the opposite of what the released
-models use, so every key that is read is listed in ``USED_KEYS`` and every other key must be in ``IGNORED_KEYS``.
+Defaults are those of transformers' ``FalconH1Config``, and the released models often use the opposite. So that no key
+is overlooked, every key that is read is in ``USED_KEYS``, and every other key must be in ``IGNORED_KEYS``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ USED_KEYS = frozenset(
 )
 
 IGNORED_KEYS: Mapping[str, str] = {
-    "_name_or_path": "where the checkpoint once lay",
+    "_name_or_path": "where the checkpoint was once stored",
     "_attn_implementation_autoset": "a transformers run-time switch",
     "architectures": "model_type decides",
     "attention_dropout": "training only",
@@ -84,7 +84,7 @@ IGNORED_KEYS: Mapping[str, str] = {
     "num_logits_to_keep": "the exported graph has its own switch, --logits",
     "output_attentions": "a transformers run-time switch",
     "output_hidden_states": "a transformers run-time switch",
-    "quantization_config": "how weights are stored, not what they multiply: GptqFormat reads it",
+    "quantization_config": "how weights are stored, which changes nothing in the architecture: GptqFormat reads it",
     "return_dict": "a transformers run-time switch",
     "time_step_floor": "initialisation only",
     "time_step_max": "initialisation only",
@@ -99,8 +99,8 @@ IGNORED_KEYS: Mapping[str, str] = {
 class FalconH1Config:
     """Architecture of a Falcon-H1 model. Sizes are in elements; multipliers are µP scale factors (1.0 = none).
 
-    Field names are the config keys. ``time_step_limit`` bounds dt after softplus. ``ssm_multipliers`` apply to the parts
-    [z, x, B, C, dt] of in_proj's output; ``mlp_multipliers`` to gate_proj's and down_proj's output.
+    Field names are the config keys. ``time_step_limit`` bounds dt after softplus. ``ssm_multipliers`` apply to the
+    parts [z, x, B, C, dt] of in_proj's output; ``mlp_multipliers`` to gate_proj's and down_proj's output.
     Source: transformers ``configuration_falcon_h1.py`` and ``modeling_falcon_h1.py``.
     """
 
@@ -173,14 +173,14 @@ class FalconH1Config:
         """Read ``folder/config.json``.
 
         Raises:
-            H1ExportError: the file is missing or not a Falcon-H1 config this exporter can carry through exactly.
+            H1ExportError: the file is missing, or it is not a Falcon-H1 config that can be exported exactly.
         """
         path = folder / CONFIG
         return cls.from_config(read_config(path), path)
 
     @classmethod
     def from_config(cls, config: Any, where: object = "config.json") -> FalconH1Config:
-        """Check a parsed config.json and turn it into a spec; ``where`` names it in errors."""
+        """Returns the checked architecture of a parsed config.json; ``where`` names it in errors."""
         if not isinstance(config, dict):
             raise H1ExportError(where, "not a JSON object", "give a checkpoint folder in Hugging Face layout")
         model_type = config.get("model_type")
@@ -220,7 +220,7 @@ def _refuse_what_is_not_exported(read: ConfigReader) -> None:
 
 
 def _rope_theta(read: ConfigReader) -> float:
-    """RoPE's base: inside ``rope_parameters`` (transformers 5) or at the top level; 1e4 where absent."""
+    """Returns RoPE's base, from ``rope_parameters`` (transformers 5) or the top level, or 1e4 where it is absent."""
     parameters = read.config.get("rope_parameters")
     if parameters is None:
         return read.positive("rope_theta", 10000.0)
@@ -297,12 +297,17 @@ def _check_shapes(parsed: FalconH1Config, read: ConfigReader) -> None:
                 key, what, "the config describes a model that cannot exist; compare it with the checkpoint's source"
             )
 
-    s = parsed
     need(
-        s.num_attention_heads % s.num_key_value_heads == 0, "num_key_value_heads", "does not divide num_attention_heads"
+        parsed.num_attention_heads % parsed.num_key_value_heads == 0,
+        "num_key_value_heads",
+        "does not divide num_attention_heads",
     )
-    need(s.head_dim % 2 == 0, "head_dim", f"is {s.head_dim}, and rotary embeddings need an even one")
-    product = s.mamba_n_heads * s.mamba_d_head
-    need(product == s.mamba_d_ssm, "mamba_d_head", f"x mamba_n_heads = {product}, but mamba_d_ssm is {s.mamba_d_ssm}")
-    need(s.mamba_n_heads % s.mamba_n_groups == 0, "mamba_n_groups", "does not divide mamba_n_heads")
-    need(s.mamba_d_conv >= 2, "mamba_d_conv", "is 1, and the causal convolution needs at least two taps")
+    need(parsed.head_dim % 2 == 0, "head_dim", f"is {parsed.head_dim}, and rotary embeddings need an even one")
+    product = parsed.mamba_n_heads * parsed.mamba_d_head
+    need(
+        product == parsed.mamba_d_ssm,
+        "mamba_d_head",
+        f"x mamba_n_heads = {product}, but mamba_d_ssm is {parsed.mamba_d_ssm}",
+    )
+    need(parsed.mamba_n_heads % parsed.mamba_n_groups == 0, "mamba_n_groups", "does not divide mamba_n_heads")
+    need(parsed.mamba_d_conv >= 2, "mamba_d_conv", "is 1, and the causal convolution needs at least two taps")

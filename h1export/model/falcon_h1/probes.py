@@ -1,7 +1,8 @@
 """Probes: the tensors inside a model at which an export and its reference can be compared.
 
-The name of a probe is "layer.point". Its value is float32 [batch, seq, width], heads side by side. The residual after the last layer
-has the number of layers as its layer. Which op is suspect at a point is a view of the projections: projections.py.
+The name of a probe is "layer.point". Its value is float32 [batch, seq, width], heads side by side. The residual after
+the last layer has the number of layers as its layer. Which op is suspect at a point is a view of the projections:
+projections.py.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from h1export.model.falcon_h1.states import Array
 
 
 class ProbePoint(StrEnum):
-    """A place in a layer, in the order of the computation: an error between one point and the next shows first at the next."""
+    """A place in a layer. Points are in the order of the computation: the first wrong one is next to the error."""
 
     RESIDUAL = "residual"  # what the layer's first norm reads
     GATE = "gate"  # z, before its SiLU
@@ -57,7 +58,7 @@ def label(parts: Mapping[str, Columns | None]) -> str:
 
 
 def probes_in(name: str, value: Array) -> dict[str, Array]:
-    """Returns the probes in ``value`` [..., width], whose ``name`` was made by ``label``: probe -> its columns of the value."""
+    """Returns probe -> its columns of ``value`` [..., width], whose ``name`` was made by ``label``."""
     found = {}
     for part in name.removeprefix(PREFIX).split("+"):
         match = PART.fullmatch(part)

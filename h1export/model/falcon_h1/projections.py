@@ -1,8 +1,8 @@
 """The matrices of a Falcon-H1 model in one table: nine projections a layer, the embedding and the head.
 
-Every other list of matrices is a view of ``PROJECTIONS``: the shapes of the checkpoint's tensors, what is quantised, which
-projections share an input, what activation-aware scaling may divide, where probes are, and which op a wrong probe points to.
-What the family computes is described in docs/concepts.md.
+Every other list of matrices is a view of ``PROJECTIONS``: the shapes of the checkpoint's tensors, what is quantised,
+which projections share an input, what activation-aware scaling may divide, where probes are, and which op a wrong probe
+points to. What the family computes is described in docs/concepts.md.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class ProjectionInput:
 
     Attributes:
         name: what it is, for readers.
-        produced_by: tensors, named within the layer, whose rows can be divided by factors so that this activation's columns are
-            divided by them and nothing else changes but rounding. Empty: there are no such tensors. One that an architecture does
-            not have does not count.
+        produced_by: tensors, named within the layer, whose rows can be divided by factors so that this activation's
+            columns are divided by them and nothing else changes but rounding. Empty: there are no such tensors. One
+            that an architecture does not have does not count.
         point: the probe point that shows this activation; None: no point of its own.
     """
 
@@ -223,13 +223,15 @@ EMBED_TOKENS = Projection(
     input=TOKEN_IDS,
     per_layer=False,
 )
-HEAD = Projection(  # a tied one is the embedding; lm_head_multiplier is folded into the final norm, which scales no weight here
-    "lm_head",
-    ModelPart.HEAD,
-    rows=lambda c: c.vocab_size,
-    columns=lambda c: c.hidden_size,
-    input=HEAD_INPUT,
-    per_layer=False,
+HEAD = (
+    Projection(  # a tied head is the embedding; lm_head_multiplier is folded into the final norm, not into this weight
+        "lm_head",
+        ModelPart.HEAD,
+        rows=lambda c: c.vocab_size,
+        columns=lambda c: c.hidden_size,
+        input=HEAD_INPUT,
+        per_layer=False,
+    )
 )
 
 LAYER_PROJECTIONS = (IN_PROJ, OUT_PROJ, Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ)
@@ -263,7 +265,8 @@ POINTS_READ: Mapping[str, ProbePoint] = {
     **{p.name: p.input.point for p in LAYER_PROJECTIONS if p.input.point is not None},
 }
 
-# The ops that are suspect where a probe point is the first to be wrong. At layer 0's residual it is the embedding instead.
+# The ops that are suspect where a probe point is the first to be wrong. At layer 0's residual it is the embedding
+# instead.
 SUSPECT_OPS: Mapping[ProbePoint, str] = _suspect_ops()
 
 # The suspects at a residual where one kernel computes the whole MLP, so that its product is not shown.

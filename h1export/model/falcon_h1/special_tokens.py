@@ -1,4 +1,4 @@
-"""Which tokens begin, end and pad a text: generation_config.json where a folder has one, else the spec."""
+"""SpecialTokens: the tokens that begin, end and pad a text, by generation_config.json or else by config.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Token ids; None, or none, where the model has no such token."""
+    """Token ids; None or an empty tuple where the model has no such token."""
 
     bos: int | None
     eos: tuple[int, ...]
@@ -23,10 +23,10 @@ class SpecialTokens:
 
 
 def special_tokens(folder: Path, model_config: FalconH1Config) -> SpecialTokens:
-    """The tokens for a checkpoint or artifact in ``folder``.
+    """Returns the special tokens for a checkpoint or artifact in ``folder``.
 
     Raises:
-        H1ExportError: a generation_config.json that is not an object, or that has no token ids where it should.
+        H1ExportError: a generation_config.json that is not an object, or whose token ids are not ids.
     """
     path = folder / GENERATION_CONFIG
     if not path.is_file():

@@ -111,5 +111,8 @@ class StateSpec:
         return sum(4 * prod(tensor.sized(batch, past)) for tensor in self.tensors)
 
     def zeros(self, batch: int, past: int = 0) -> dict[str, Array]:
-        """Returns the states before the first token by ``StateTensor.key``; keys and values have ``past`` columns of zeros."""
+        """Returns the states before the first token by ``StateTensor.key``.
+
+        Keys and values have ``past`` columns of zeros.
+        """
         return {tensor.key: np.zeros(tensor.sized(batch, past), np.float32) for tensor in self.tensors}

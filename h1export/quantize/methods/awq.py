@@ -1,9 +1,10 @@
-"""Activation-aware scaling: columns of a weight that meet large inputs are enlarged before rounding, so that they lose less.
+"""Activation-aware scaling: columns of a weight that meet large inputs are enlarged before they are rounded.
 
-Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2023: factors are a power of the
-inputs' size, and a search finds the power that leaves the least error in the product. A factor on a column is undone in what produces
-that column of the input: in the norm before a projection, or in the rows of a projection whose output is the input but for
-elementwise factors (``ProjectionInput.produced_by``). So the model's function changes by float32 rounding only.
+Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2023: factors are
+a power of the inputs' size, and a search finds the power that leaves the least error in the product. A factor on a
+column is undone in what produces that column of the input: in the norm before a projection, or in the rows of a
+projection whose output is the input but for elementwise factors (``ProjectionInput.produced_by``). So the model's
+function changes by float32 rounding only.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def search_scales(
 ) -> AwqScales:
     """Returns the factors that leave the least error in products rounded to ``precisions``.
 
-    ``ids`` [samples, length] are calibration tokens. Memory holds a layer and the sequences that go into it. No digit depends on
-    ``jobs``, the number of threads.
+    ``ids`` [samples, length] are calibration tokens. Memory holds a layer and the sequences that go into it. No digit
+    depends on ``jobs``, the number of threads.
     """
     with one_thread_each():
         return _Search(store, config, precisions, jobs=jobs).run(ids, progress)
@@ -110,7 +111,7 @@ class _Search:
         return AwqScales(self._columns, self._rows)
 
     def _scaled_inputs(self, layer: int) -> dict[str, ScaledInput]:
-        """Returns the inputs of a layer that can be scaled, by their group's name, where a weight that they meet is quantised."""
+        """Returns the inputs of a layer that can be scaled, by group, where one of their weights is quantised."""
         layout = tensor_layout(self._config)
         found = dict[str, ScaledInput]()
         for name, tensors in products(layer).items():

@@ -1,11 +1,11 @@
-"""GPTQ of one matrix: columns are rounded one after the other, and later columns make up for the errors of earlier ones.
+"""GPTQ of one matrix: columns are rounded one after the other, and later columns make up for earlier errors.
 
-Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022: act-order, lazy
-blocks, and the inverse by Cholesky. Two things differ. Groups are static: a group's scale is chosen before any column is rounded, so
-that its columns may be visited apart, and afterwards scales are fitted to the codes by least squares. And what is rounded is not the
-checkpoint's weight: it is the weight that, on the inputs of the quantised model, gives outputs nearest to the checkpoint's on the float
-model's inputs (the aim of Li et al., "GPTAQ", 2025, here by least squares before the rounding). It runs on CPUs, by torch's linear
-algebra.
+Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022:
+act-order, lazy blocks, and the inverse by Cholesky. Two things differ. Groups are static: a group's scale is chosen
+before any column is rounded, so that its columns may be visited apart, and afterwards scales are fitted to the codes by
+least squares. And what is rounded is not the checkpoint's weight: it is the weight that, on the inputs of the quantised
+model, gives outputs nearest to the checkpoint's on the float model's inputs (the aim of Li et al., "GPTAQ", 2025, here
+by least squares before the rounding). It runs on CPUs, by torch's linear algebra.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Inverse:
         upper: float32 [columns, columns], the Cholesky factor U of the moments' inverse in that order, inverse = U^T U.
         importance: float32 [columns], the damped diagonal of the moments.
         moments: float32 [columns, columns], damped, in the columns' own order.
-        correction: float32 [columns, columns]: a weight plus its product with this has, on quantised inputs x, nearly the outputs that
-            the weight alone has on the float inputs t. None: x and t are the same.
+        correction: float32 [columns, columns]: a weight plus its product with this has, on quantised inputs x, nearly
+            the outputs that the weight alone has on the float inputs t. None: x and t are the same.
     """
 
     order: Tensor
@@ -57,7 +57,8 @@ class Inverse:
 def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
     """Returns the Inverse of ``moments``, float64 [columns, columns]: the sum of x x^T over inputs x, on any scale.
 
-    ``drift``, float64 [columns, columns] on the same scale, is the sum of (t - x) x^T, where t is the float input for x.
+    ``drift``, float64 [columns, columns] on the same scale, is the sum of (t - x) x^T, where t is the float input for
+    x.
 
     Raises:
         H1ExportError: moments that are not finite; ``name`` names the weight.
@@ -85,7 +86,8 @@ def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
 def solve_rows(weight: Array, precision: Precision, inverse: Inverse, *, name: str) -> QuantizedTensor:
     """Returns the integers of ``weight`` [rows, columns], with row scales of 1; rows do not influence each other.
 
-    Searched scales come first. Then GPTQ chooses codes for the scales, and a fit chooses scales for the codes, ROUNDS times.
+    Searched scales come first. Then GPTQ chooses codes for the scales, and a fit chooses scales for the codes, ROUNDS
+    times.
 
     Raises:
         H1ExportError: as quantize_rows does.
@@ -106,8 +108,9 @@ def solve_rows(weight: Array, precision: Precision, inverse: Inverse, *, name: s
 def fitted_scales(weight: Array, codes: Codes, scales: Scales, *, inverse: Inverse) -> Scales:
     """Returns the scales [rows, groups] that leave the least error in the outputs for these codes.
 
-    They minimise ||(w - sum over groups g of s_g codes_g) x||^2 over s, summed over inputs x, for every row w by itself. A little
-    weight on ``scales`` decides where codes or inputs do not. A scale that would change by more than WILD stays as it is.
+    They minimise ||(w - sum over groups g of s_g codes_g) x||^2 over s, summed over inputs x, for every row w by
+    itself. A little weight on ``scales`` decides where codes or inputs do not. A scale that would change by more than
+    WILD stays as it is.
     """
     rows, groups = scales.shape
     q = torch.from_numpy(codes).float()

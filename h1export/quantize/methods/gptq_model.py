@@ -1,22 +1,22 @@
 """GPTQ of a whole model, layer by layer, so that each layer is quantised for the inputs that it will meet.
 
-Two activations of the calibration text go through the model side by side. The *float* one is what the checkpoint's weights compute.
-The *quantised* one is what the layers that are quantised already make of the same text. The steps:
+Two activations of the calibration text go through the model side by side. The *float* one is what the checkpoint's
+weights compute. The *quantised* one is what the layers that are quantised already make of the same text. The steps:
 
 1. Write the embeddings of the calibration text as both inputs of layer 0.
 2. For each layer, from the first:
-   a. Run the layer with the checkpoint's weights on its float input and on its quantised input, and add up second moments of every
-      projection's inputs: of the quantised input with itself, and of its difference from the float input (``Moments``).
+   a. Run the layer with the checkpoint's weights on its float input and on its quantised input. Add up second moments
+      of the inputs of every projection: of the quantised input, and of its difference from the float input.
    b. Write the float output as the float input of the next layer.
-   c. Invert the moments of every projection input, and solve its projections for integers (gptq.py). The difference of the two inputs
-      lets a projection make up for what quantisation did to its input.
-   d. Run the layer with its integers on the quantised input, and write the output as the quantised input of the next layer.
-3. Solve the head's rows in groups (head_groups.py), each on moments that weigh positions by how much its tokens matter there, mixed
-   with moments of all positions alike.
+   c. Invert the moments of every projection input, and solve its projections for integers (gptq.py). The difference of
+      the two inputs lets a projection make up for what quantisation did to its input.
+   d. Run the layer with its integers on the quantised input, and write the output as that of the next layer.
+3. Solve the head's rows in groups (head_groups.py). The moments for a group weigh positions by how much its tokens
+   matter there, and are mixed with the moments of all positions alike.
 
-Memory holds one layer. The inputs of two layers, float and quantised, and all integers are in one file in the stage's scratch folder, so
-that a build that was killed continues in the layer where it stopped. Bytes do not depend on the number of threads: each thread computes
-on its own, and sums are taken in the order of the sequences.
+Memory holds one layer. The inputs of two layers, float and quantised, and all integers are in one file in the stage's
+scratch folder, so that a build that was killed continues in the layer where it stopped. Bytes do not depend on the
+number of threads: each thread computes on its own, and sums are taken in the order of the sequences.
 """
 
 from __future__ import annotations
@@ -133,8 +133,8 @@ def solve_model(
 class _Solver:
     """The work of one build.
 
-    ``file`` holds the integers of all tensors, and four activations [samples, length, hidden]: the float and the quantised input of
-    one layer, and those of the next.
+    ``file`` holds the integers of all tensors, and four activations [samples, length, hidden]: the float and the
+    quantised input of one layer, and those of the next.
     """
 
     def __init__(
@@ -205,7 +205,10 @@ class _Solver:
     def _float_outputs(
         self, run: RunLayer, layer: int, groups: InputGroups, *, moments: dict[str, Moments]
     ) -> Iterator[Array]:
-        """Yield the float output of every sequence; meanwhile, ``moments`` gets the moments of the inputs in ``groups``."""
+        """Yield the float output of every sequence.
+
+        Meanwhile, ``moments`` gets the moments of the inputs in ``groups``.
+        """
         runs = (
             partial(_run_on_both, run, float_input, quantised_input if groups else None)
             for float_input, quantised_input in self._sequences(layer)
@@ -218,7 +221,10 @@ class _Solver:
             yield found.output
 
     def _solve_groups(self, groups: InputGroups, moments: dict[str, Moments]) -> None:
-        """Solve and write the projections in ``groups``; ``moments`` is emptied, so that its memory is freed on the way."""
+        """Solve and write the projections in ``groups``.
+
+        ``moments`` is emptied, so that its memory is freed on the way.
+        """
         inverses = in_order(
             (partial(_inverse, moments.pop(name), group[0]) for name, group in groups.items()), self._stage.jobs
         )
@@ -256,7 +262,10 @@ class _Solver:
         self._file.write([stored.codes, stored.scales], [partial(_two_blocks, codes, scales)])
 
     def _solve_head_rows(self, head: Tensor, rows: Ids, weights: Tensor, *, unweighted: Moments) -> tuple[Rows, Rows]:
-        """Returns the codes and scales of ``rows`` of the head; ``weights`` [samples, length] are those of the positions."""
+        """Returns the codes and scales of ``rows`` of the head.
+
+        ``weights`` [samples, length] are those of the positions.
+        """
         moments = Moments.zero(head.shape[1])
         for sequence_weights, inputs in zip(weights, self._head_inputs(), strict=True):
             moments.add(*inputs(), sequence_weights)
@@ -267,7 +276,7 @@ class _Solver:
         return np.concatenate([block.codes for block in solved]), np.concatenate([block.scales for block in solved])
 
     def _head_inputs(self) -> Iterator[Callable[[], InputPair]]:
-        """Yield, for every sequence, a call that returns the float and the quantised input of the head [length, columns]."""
+        """Yield a call for every sequence, which returns the float and the quantised input of the head."""
         norm = partial(final_norm, self._store, self._config)
         return (partial(_normed_pair, norm, *pair) for pair in self._sequences(self._config.num_hidden_layers))
 
@@ -281,9 +290,10 @@ class _Solver:
         return stored is not None and not (self._file.holds(stored.codes) and self._file.holds(stored.scales))
 
     def _inputs(self, layer: int) -> tuple[Extent, Extent]:
-        """Returns where the float and the quantised input of ``layer`` are in the file; the number of layers means the head.
+        """Returns where the float and the quantised input of ``layer`` are; the number of layers means the head.
 
-        Both are float32 [samples, length, hidden]. Layers take turns in two pairs of extents, whose name tells which layer's they hold.
+        Both are float32 [samples, length, hidden]. Layers take turns in two pairs of extents, whose name tells which
+        layer's they hold.
         """
         float_input, quantised_input = self._activations[layer % 2 :: 2]
         return (
@@ -314,8 +324,8 @@ def _inverse(moments: Moments, name: str) -> Inverse:
     return invert(moments.own, name, moments.drift)
 
 
-# The functions below make what WeightFile.write takes: calls that return a block of rows for each of its extents. They copy sequences
-# that are mapped from the file, because torch takes no array that is read-only.
+# The functions below make what WeightFile.write takes: calls that return a block of rows for each of its extents. They
+# copy sequences that are mapped from the file, because torch takes no array that is read-only.
 
 
 def _embedded(store: WeightStore, config: FalconH1Config, ids: Ids) -> tuple[Array, Array]:

@@ -1,12 +1,14 @@
 """Groups of the head's rows: tokens that are likely in similar positions share second moments.
 
-To second order, the KL divergence of softmax outputs is half the sum over tokens v of p_v (1 - p_v) e_v^2, cross terms left out, where
-e_v is the error of the token's logit. So an error matters where the token has some probability, and the moments for a row of the head
-weigh each position by p_v (1 - p_v). Moments of its own for every row would be too much work. The steps:
+To second order, the KL divergence of softmax outputs is half the sum over tokens v of p_v (1 - p_v) e_v^2, cross terms
+left out, where e_v is the error of the token's logit. So an error matters where the token has some probability, and the
+moments for a row of the head weigh each position by p_v (1 - p_v). Moments of its own for every row would be too much
+work. The steps:
 
 1. For every row, sum the weighted inputs of the head over all positions, projected to SKETCH random dimensions.
 2. Group the rows by k-means of the directions of these sums.
-3. For every group and position, take the mean of its rows' weights, after each row's weights are scaled to a sum of one.
+3. For every group and position, take the mean of its rows' weights, after each row's weights are scaled to a sum of
+one.
 """
 
 from __future__ import annotations
@@ -67,7 +69,10 @@ def group_head(inputs: HeadInputs, head: Tensor, multiplier: float, *, jobs: int
 def _sketch(
     pair: Callable[[], InputPair], head: Tensor, multiplier: float, *, projection: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns sums over the positions of a sequence for every row: of the weighted projected inputs [vocab, SKETCH], and of the weights."""
+    """Returns two sums over the positions of a sequence for every row of the head.
+
+    They are the weighted projected inputs [vocab, SKETCH], and the weights [vocab].
+    """
     float_input, quantised_input = pair()
     sketch = torch.zeros(len(head), SKETCH)
     sums = torch.zeros(len(head))
@@ -79,7 +84,10 @@ def _sketch(
 
 
 def _group_weights(pair: Callable[[], InputPair], head: Tensor, multiplier: float, *, share: Tensor) -> Tensor:
-    """Returns the weights of a sequence's positions for every group [length, groups]; ``share`` [vocab, groups] is a row's in each."""
+    """Returns the weights of a sequence's positions for every group [length, groups].
+
+    ``share`` [vocab, groups] is a row's in each.
+    """
     float_input, _ = pair()
     blocks = [float_input[start : start + POSITIONS] for start in range(0, len(float_input), POSITIONS)]
     return torch.cat([_variances(block, head, multiplier) @ share for block in blocks])
@@ -92,7 +100,10 @@ def _variances(float_input: Tensor, head: Tensor, multiplier: float) -> Tensor:
 
 
 def _cluster(sketches: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Returns the cluster of each row, int64 [rows] below ``count``, by k-means of the rows' directions; no cluster is empty."""
+    """Returns the cluster of each row, int64 [rows] below ``count``, by k-means of the rows' directions.
+
+    No cluster is empty.
+    """
     directions = torch.nn.functional.normalize(sketches, dim=1)
     centres = directions[torch.randperm(len(directions), generator=generator)[:count]].clone()
     nearest = torch.zeros(len(directions), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Prequantized: the integers of a checkpoint that is quantised already, unchanged in value, in groups that runtimes have."""
+"""Prequantized: the integers of a checkpoint that is quantised already, in group sizes that runtimes have."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from h1export.quantize.source import QuantizedWeights
 class Prequantized:
     """QuantizedWeights that takes the packed tensors of a checkpoint as they are.
 
-    Columns are in the order of ``PackedMatrix.order``, so that those of a group are neighbours. A group of the checkpoint is divided
-    into groups of a size that runtimes have.
+    Columns are in the order of ``PackedMatrix.order``, so that those of a group are neighbours. A group of the
+    checkpoint is divided into groups of a size that runtimes have.
 
     Attributes:
         store: the checkpoint.
@@ -63,12 +63,12 @@ def precision_of(matrix: PackedMatrix) -> Precision:
         H1ExportError: groups that no size of GROUP_SIZES divides.
     """
     sizes = np.unique(matrix.group_of, return_counts=True)[1]
-    layout = matrix.gptq_format
-    if layout.bits == 8 and len(sizes) == 1:
-        return Precision(8, 0, not layout.sym)
+    gptq_format = matrix.gptq_format
+    if gptq_format.bits == 8 and len(sizes) == 1:
+        return Precision(8, 0, not gptq_format.sym)
     for group_size in reversed(GROUP_SIZES):
         if not (sizes % group_size).any():
-            return Precision(layout.bits, group_size, not layout.sym)
+            return Precision(gptq_format.bits, group_size, not gptq_format.sym)
     found = ", ".join(map(str, sorted(set(sizes.tolist()))))
     what = f"has groups of {found} columns, which no group size of {GROUP_SIZES} divides"
     raise H1ExportError(

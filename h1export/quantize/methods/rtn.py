@@ -14,7 +14,8 @@ from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTe
 def quantize_rows(weight: Array, precision: Precision, row_scale: Array, *, name: str = "weight") -> QuantizedTensor:
     """Returns the integers of ``weight`` [rows, columns], whose rows are to be scaled by ``row_scale`` [rows].
 
-    Rows do not influence each other, so that any block of rows can be quantised on its own. A group's scale is absmax / (2^(bits-1) - 1), rounded to a positive normal fp16 before the codes are chosen.
+    Rows do not influence each other, so that any block of rows can be quantised on its own. A group's scale is absmax /
+    (2^(bits-1) - 1), rounded to a positive normal fp16 before the codes are chosen.
 
     Raises:
         H1ExportError: a value that is not finite, or too large for an fp16 scale; ``name`` names the tensor.

@@ -13,7 +13,8 @@ from h1export.quantize.methods.rtn import nearest_codes, unclipped_scales
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MIN_SCALE, QuantizedTensor
 
-# Shares of the scale that clips nothing. The best one of 32 normally distributed weights at 4 bits is between 0.8 and 1.
+# Shares of the scale that clips nothing. The best one of 32 normally distributed weights at 4 bits is between 0.8 and
+# 1.
 SHARES = tuple(1 - step / 40 for step in range(17))
 
 
@@ -30,7 +31,7 @@ def search_rows(weight: Array, precision: Precision, row_scale: Array, *, name: 
 
 
 def searched_scales(groups: Array, precision: Precision, importance: Array, *, name: str) -> npt.NDArray[np.float16]:
-    """Returns the scales [rows, groups] for ``groups`` [rows, groups, group size] that leave the least weighted squared error.
+    """Returns the scales [rows, groups] of ``groups`` [rows, groups, group size] with the least weighted squared error.
 
     ``importance`` [groups, group size] are the weights of the columns' squared errors.
 

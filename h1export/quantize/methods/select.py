@@ -58,7 +58,8 @@ def integers_of(
 ) -> tuple[WeightStore, QuantizedWeights]:
     """Returns the checkpoint's tensors as the artifact will have them, and their integers.
 
-    ``ids`` [samples, length] are calibration tokens, for a method that needs some. In a dry ``stage`` only shapes are right.
+    ``ids`` [samples, length] are calibration tokens, for a method that needs some. In a dry ``stage`` only shapes are
+    right.
 
     Raises:
         H1ExportError: weights, or inputs of projections, that are not finite or too large.

@@ -37,6 +37,10 @@ REPORT = "report.json"
 PAST = "past_key_values_"
 PRESENT = "present_"
 FORMAT = 1  # the version of golden.npz's format
+# kinds of rows, as in h1export's report/checks.py
+CASE = "case"
+LATENCY = "latency"
+LOADING = "loading"
 
 UnitsName = Literal["CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL"]
 UNITS: tuple[UnitsName, ...] = get_args(UnitsName)
@@ -209,16 +213,35 @@ def figures_of(pairs: Sequence[tuple[Row, Row]]) -> dict[str, float]:
 
 
 def report_row(
-    check: str, against: str, figures: Mapping[str, float], *, limit: float | None, note: str
+    kind: str,
+    unit: str,
+    figures: Mapping[str, float],
+    *,
+    tolerance: float | None = None,
+    note: str = "",
+    case: str = "",
+    length: int | None = None,
 ) -> dict[str, Any]:
-    """Return a row in the form of h1export's own reports; ``limit`` is the limit of the figure "logits"."""
-    limits = {} if limit is None else {"logits": limit}
-    verdict = "n/a" if not figures else "pass" if limits else "info"
-    if any(math.isnan(value) for value in figures.values()) or (limit is not None and not figures["logits"] <= limit):
+    """Return a row in the form of h1export's own reports; ``tolerance`` is that of the figure "logits"."""
+    tolerances = {} if tolerance is None else {"logits": tolerance}
+    verdict = "n/a" if not figures else "pass" if tolerances else "info"
+    beyond = tolerance is not None and not figures["logits"] <= tolerance
+    if beyond or any(math.isnan(value) for value in figures.values()):
         verdict = "FAIL"
-    shown = {name: str(value) if math.isnan(value) else value for name, value in figures.items()}
-    row = {"check": check, "against": against, "figures": shown, "limits": limits, "note": note}
-    return row | {"details": {}, "histograms": {}, "verdict": verdict}
+    return {
+        "kind": kind,
+        "comparison": "alone" if kind == LATENCY else "golden",
+        "case": case,
+        "phase": None,
+        "length": length,
+        "device": unit,
+        "figures": {name: str(value) if math.isnan(value) else value for name, value in figures.items()},
+        "tolerances": tolerances,
+        "note": note,
+        "details": {},
+        "histograms": {},
+        "verdict": verdict,
+    }
 
 
 def case_row(
@@ -236,7 +259,15 @@ def case_row(
         note = f"{type(error).__name__}: {str(error)[:200]}"
     if not must_pass and math.isnan(figures["logits"]):
         figures = {}
-    return report_row(f"{case.name}, {unit}", "golden", figures, limit=tolerance if must_pass else None, note=note)
+    return report_row(
+        CASE,
+        unit,
+        figures,
+        tolerance=tolerance if must_pass else None,
+        note=note,
+        case=case.name,
+        length=len(case.ids),
+    )
 
 
 def latency_row(functions: Mapping[str, Function], settings: Settings, unit: str, *, repeats: int) -> dict[str, Any]:
@@ -248,11 +279,9 @@ def latency_row(functions: Mapping[str, Function], settings: Settings, unit: str
         for name, position, count in (("prefill", 0, settings.chunk), ("decode", settings.chunk, 1)):
             figures[f"{name}_ms"] = 1000 * _median_seconds(partial(session.call, name, position, ids[:count]), repeats)
     except Exception as error:
-        return report_row(
-            f"latency, {unit}", "time", {}, limit=None, note=f"{type(error).__name__}: {str(error)[:200]}"
-        )
+        return report_row(LATENCY, unit, {}, note=f"{type(error).__name__}: {str(error)[:200]}")
     note = f"median of {repeats}: a chunk of {settings.chunk} tokens, one token after it"
-    return report_row(f"latency, {unit}", "time", figures, limit=None, note=note)
+    return report_row(LATENCY, unit, figures, note=note)
 
 
 def _median_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -277,8 +306,7 @@ def unit_rows(
         must_pass = settings.must_pass(unit)
         note = f"cannot be loaded: {type(error).__name__}: {str(error)[:200]}"
         figures = {"logits": math.nan} if must_pass else {}
-        limit = tolerance if must_pass else None
-        return [report_row(f"load, {unit}", "golden", figures, limit=limit, note=note)]
+        return [report_row(LOADING, unit, figures, tolerance=tolerance if must_pass else None, note=note)]
     shape = functions["prefill"].inputs.get("input_ids")
     if shape != (1, settings.chunk):
         raise CannotRunError(
@@ -297,7 +325,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 def read_golden(folder: Path, settings: Settings) -> tuple[list[Case], float]:
-    """Read the cases and the limit of their logits; raise CannotRunError if they are missing, damaged or too long."""
+    """Read the cases and the tolerance of their logits; raise CannotRunError if they are missing, damaged or too long."""
     try:
         with np.load(folder / GOLDEN, allow_pickle=False) as data:
             if int(data["format"]) != FORMAT:
@@ -347,14 +375,15 @@ def report_of(settings: Settings, subject: Mapping[str, Any], rows: Sequence[Map
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a line for each row."""
-    width = max(len(row["check"]) for row in rows)
-    for row in rows:
+    labels = [f"{row['case'] or row['kind']}, {row['device']}" for row in rows]
+    width = max(map(len, labels))
+    for row, label in zip(rows, labels, strict=True):
         figures = "  ".join(
             f"{name} {value if isinstance(value, str) else format(value, '.4g')}"
             for name, value in row["figures"].items()
         )
-        limits = "".join(f" (limit {limit:.3g})" for limit in row["limits"].values())
-        print(f"{row['verdict']:4}  {row['check']:{width}}  {figures}{limits}  {row['note']}".rstrip())
+        tolerances = "".join(f" (tolerance {value:.3g})" for value in row["tolerances"].values())
+        print(f"{row['verdict']:4}  {label:{width}}  {figures}{tolerances}  {row['note']}".rstrip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -378,9 +407,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = report_of(settings, subject, rows)
     print_table(rows)
     (HERE / REPORT).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    if not any(row["limits"] for row in rows):
+    if not any(row["tolerances"] for row in rows):
         print(
-            f"nothing was judged: only CPU_ONLY and {settings.compute} have limits; written to {REPORT}",
+            f"nothing was judged: only CPU_ONLY and {settings.compute} have tolerances; written to {REPORT}",
             file=sys.stderr,
         )
         return 2

@@ -1,4 +1,4 @@
-"""h1::attention in MIL: rotary embedding from a table, keys and values in buffers of fixed length, the built-in attention op."""
+"""h1::attention in MIL: rotary tables, keys and values in buffers of fixed length, and the built-in attention op."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from h1export.targets.sizes import AttentionSizes
 
 
 def attention(c: Context, node: Node) -> None:
-    """Emit attention with a head's group of queries beside its tokens, [1, kv_heads, group * T, dim]: keys are not repeated."""
+    """Emit attention over queries [1, kv_heads, group * T, dim], so that no head of keys is repeated for its group."""
     q, k, v, past_k, past_v, *_, theta = args_of(node)
     sizes = AttentionSizes.of(node)
     tokens = c.call.tokens
@@ -80,7 +80,10 @@ def _window(c: Context, sizes: AttentionSizes) -> tuple[Var, Var]:
 
 
 def _mask(c: Context, group: int) -> Var:
-    """Emit [1, 1, group * T, max_context]: 0 where a key is no later than the query. Pads are later than all real tokens."""
+    """Emit [1, 1, group * T, max_context]: 0 where a key is no later than the query.
+
+    Pads are later than all real tokens.
+    """
     columns = np.arange(c.max_context, dtype=np.int32)[None]
     later = c.op("greater", x=columns, y=c.op("expand_dims", x=positions(c), axes=[1]))
     masked = c.op("fill", shape=later.shape, value=c.weights.compute(MASKED))  # select does not broadcast its condition

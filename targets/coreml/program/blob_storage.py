@@ -1,7 +1,8 @@
 """weight.bin, the file of an ML program's weights.
 
-A header of 64 bytes (count, version 2), then for each tensor a record of 64 bytes (sentinel, dtype, bytes, where its data begins) and its
-data, both at multiples of 64. Source: MILBlob's StorageFormat.hpp; tests read our files with coremltools' own reader.
+A header of 64 bytes (count, version 2), then for each tensor a record of 64 bytes (sentinel, dtype, bytes, where its
+data begins) and its data, both at multiples of 64. Source: MILBlob's StorageFormat.hpp; tests read our files with
+coremltools' own reader.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ OF_ARRAY = {
 
 
 def pack_int4(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """Pack int8 [rows, even columns] into uint8 [rows, columns / 2], two's complement, even columns in the low nibbles."""
+    """Pack int8 [rows, columns] into uint8 [rows, columns / 2]: two's complement, even columns in the low nibbles."""
     unsigned = codes.view(np.uint8)
     return np.asarray((unsigned[:, 0::2] & 15) | (unsigned[:, 1::2] << np.uint8(4)))
 

@@ -1,4 +1,4 @@
-"""The context of emitters: one function of the package, with its length, inputs, states, weights and the values made so far."""
+"""The context of emitters: one function of the package, with its inputs, states, weights and values."""
 
 from __future__ import annotations
 
@@ -128,12 +128,13 @@ class Context:
 
 
 class _Sizes:
-    """The numbers that the symbols of traced shapes have in a function: one sequence, its tokens, and the keys before them."""
+    """The numbers behind the symbols of traced shapes in a function: one sequence, its tokens, the keys before them."""
 
     def __init__(self, program: Program, tokens: int, past: int) -> None:
         placeholders = {program.inputs[node.name]: node for node in program.graph.nodes if node.name in program.inputs}
         batch, seq = placeholders[INPUT_IDS].meta["val"].shape
-        keys = placeholders[program.states.tensors[0].past].meta["val"].shape
+        growing = next(tensor for tensor in program.states.tensors if tensor.kind.grows)
+        keys = placeholders[growing.past].meta["val"].shape
         self._numbers = {batch.node.expr: 1, seq.node.expr: tokens, keys[2].node.expr: past}
 
     def __call__(self, size: Any) -> int:
@@ -141,7 +142,7 @@ class _Sizes:
 
 
 def needed(program: Program, given: Callable[[Node], bool]) -> Iterator[Node]:
-    """Yield the call_function nodes that the outputs need, in graph order, except sizes and what only ``given`` nodes need."""
+    """Yield the nodes to emit for the outputs, in graph order, except sizes and what only ``given`` nodes need."""
     (result,) = [node for node in program.graph.nodes if node.op == "output"]
     pending = list(result.all_input_nodes)
     seen = set[Node]()

@@ -75,7 +75,7 @@ def _emit(c: Context, input_ids: Var) -> Var:
 
 
 def _give(c: Context) -> None:
-    """Set what the model computes from its mask and this target has as inputs: positions, and the mask of real tokens."""
+    """Set what the model derives from its mask and this target from its inputs: positions, the real tokens."""
     for node in c.program.calls(h1.attention.default):
         c.set(_argument(node, 5), None)  # the emitter takes positions from the context
     for node in c.program.calls(h1.ssm_scan.default):

@@ -1,4 +1,4 @@
-"""How the package holds states and what its functions are: the only place of this target that knows names and shapes of its I/O."""
+"""The package's functions and states: the only place of this target that knows names and shapes of its I/O."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ FunctionName = Literal["decode", "prefill"]
 
 @dataclass(frozen=True)
 class Call:
-    """A function of the package: how many tokens a call of it takes. ``prefill`` also takes fewer, padded on the right."""
+    """A function of the package: how many tokens a call of it takes.
+
+    ``prefill`` also takes fewer, padded on the right.
+    """
 
     name: FunctionName
     tokens: int
@@ -61,7 +64,7 @@ def probe_output(probe: str) -> str:
 
 
 def shape(tensor: StateTensor, max_context: int) -> tuple[int, ...]:
-    """Return the shape for one sequence: keys and values [1, kv_heads, max_context, dim], the convolution's with channels last."""
+    """Return the shape for one sequence, with ``max_context`` keys and values, and a convolution's channels last."""
     sizes = tuple({"batch": 1, "past": max_context}[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
     return (sizes[0], sizes[2], sizes[1]) if tensor.kind is StateKind.CONV else sizes
 

@@ -25,7 +25,7 @@ Emitter = Callable[[Context, Node], None]
 
 
 def linear(c: Context, node: Node) -> None:
-    """Emit a product with integers and µP behind it where the weight has some; else with floats into which µP is folded."""
+    """Emit a product with integers and µP behind it, or with floats into which µP is folded."""
     x = c.value(args_of(node)[0])
     expr = c.expr(args_of(node)[1])
     bias = {} if (added := linear_bias(node)) is None else {"bias": c.value(added)}
@@ -42,7 +42,7 @@ def _matrix(c: Context, expr: WeightExpr) -> Var:
 
 
 def embedding(c: Context, node: Node) -> None:
-    """Emit rows of the embedding in float32, in which the residual stream stays: every layer adds to it, beyond fp16's range."""
+    """Emit rows of the embedding in float32, as the residual stream stays: sums over layers leave fp16's range."""
     table = _matrix(c, c.expr(args_of(node)[0]))
     ids = c.value(args_of(node)[1])
     c.set(node, c.float32(c.op("gather", x=table, indices=ids, axis=0, validate_indices=False)))
@@ -59,7 +59,7 @@ def rms_norm(c: Context, node: Node) -> None:
 
 
 def binary(op_type: str) -> Emitter:
-    """Return the emitter of an elementwise op of two tensors, or of a tensor and a number, as wide as its widest tensor."""
+    """Return the emitter of an elementwise op of tensors, or a tensor and a number, as wide as the widest tensor."""
 
     def emit(c: Context, node: Node) -> None:
         x, y = (c.value(argument) for argument in args_of(node))
@@ -69,35 +69,41 @@ def binary(op_type: str) -> Emitter:
 
 
 def silu(c: Context, node: Node) -> None:
+    """Emit aten.silu."""
     c.set(node, c.op("silu", x=c.value(args_of(node)[0])))
 
 
 def view(c: Context, node: Node) -> None:
+    """Emit a reshape to the node's shape in this function."""
     c.set(node, c.op("reshape", x=c.value(args_of(node)[0]), shape=c.shape(node)))
 
 
 def unsqueeze(c: Context, node: Node) -> None:
+    """Emit aten.unsqueeze."""
     x = c.value(args_of(node)[0])
     axis = args_of(node)[1]
     c.set(node, x if x is ALL_REAL else c.op("expand_dims", x=x, axes=[axis]))
 
 
 def split(c: Context, node: Node) -> None:
+    """Emit aten.split_with_sizes, a value for each part."""
     x, sizes, *axis = args_of(node)
     c.set(node, *c.op("split", x=c.value(x), split_sizes=tuple(sizes), axis=axis[0] if axis else 0))
 
 
 def getitem(c: Context, node: Node) -> None:
+    """Bind the node to one of several outputs."""
     c.set(node, c.value(args_of(node)[0])[args_of(node)[1]])
 
 
 def index_select(c: Context, node: Node) -> None:
+    """Emit a gather along one axis."""
     x, axis, index = args_of(node)
     c.set(node, c.op("gather", x=c.value(x), indices=c.value(index), axis=axis, validate_indices=False))
 
 
 def last_token(c: Context, node: Node) -> None:
-    """Emit the narrow of a program with one position's logits: the last token, and in a padded call the last real one."""
+    """Emit narrow in a program with one position's logits: the last token, of a padded call the last real one."""
     x = c.value(args_of(node)[0])
     if c.n_valid is None:
         return c.set(node, x)
@@ -123,7 +129,7 @@ TABLE: Mapping[Any, Emitter] = {
     operator.getitem: getitem,
 }
 
-# legal ops that occur only where this target sets a value of its own (positions, the mask of real tokens, sizes), or in fusions
+# legal ops that occur only in fusions, or where this target sets a value of its own: positions, real tokens, sizes
 UNUSED = frozenset(
     {
         aten.cat.default,

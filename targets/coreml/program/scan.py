@@ -1,4 +1,7 @@
-"""h1::ssm_scan and h1::causal_conv in MIL. The scan computes in float32, because its state adds up over thousands of steps."""
+"""h1::ssm_scan and h1::causal_conv in MIL.
+
+The scan computes in float32, because its state adds up over thousands of steps.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ Scan = Callable[..., tuple[Var, Var]]
 
 
 def ssm_scan(c: Context, node: Node) -> None:
-    """Emit the recurrence for one token; for more, one chunk of SSD over masked segment sums (Dao and Gu 2024, section 6).
+    """Emit the recurrence for one token, and one chunk of SSD for more (Dao and Gu 2024, section 6).
 
-    Differences of cumulative sums would lose digits as chunks grow; a masked sum for each pair of tokens does not.
+    The chunk sums log decays by masks, one sum for each pair of tokens: differences of cumulative sums would lose
+    digits.
     """
     x, _dt, A, B, C, D, _dt_bias, state, *_ = args_of(node)
     sizes = ScanSizes.of(node)

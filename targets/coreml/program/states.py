@@ -14,7 +14,10 @@ from h1export.targets.coreml.program.weights import Float, Var
 
 
 class States(Protocol):
-    """The states of one function. Values of recurrent states are float32, however they are stored; the others are activations."""
+    """The states of one function.
+
+    Values of recurrent states are float32, however they are stored; the others are activations.
+    """
 
     def placeholders(self) -> Mapping[str, Any]:
         """Return the function's inputs for its states, by name."""
@@ -39,7 +42,10 @@ def _cast(x: Var, dtype: Float) -> Var:
 
 
 class HeldStates:
-    """CoreML's own states, which are fp16. A recurrent state takes two, high and low, because slow heads drift in fp16 alone."""
+    """CoreML's own states, which are fp16.
+
+    A recurrent state takes two, high and low, because slow heads drift in fp16 alone.
+    """
 
     def __init__(self, tensors: Sequence[StateTensor], max_context: int, compute: Float) -> None:
         self._shapes = {tensor: shape(tensor, max_context) for tensor in tensors}

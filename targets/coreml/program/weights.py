@@ -38,7 +38,7 @@ def mil_name(expr: WeightExpr) -> str:
 
 
 class Weights:
-    """Makes a constant for a weight in the function at hand; the bytes are written once, however many functions read them.
+    """The constants of weights in a function; the bytes are written once, however many functions read them.
 
     Constants have the shape and dtype of the weight and hold NaN, so that a tool that computes with them gives NaN.
 
@@ -60,7 +60,7 @@ class Weights:
         self._places: dict[str, Callable[[], int]] = {}
 
     def precision(self, expr: WeightExpr) -> Precision | None:
-        """Return the precision of ``expr``; None: it is stored in floats, as is an embedding that shares no integers with its head."""
+        """Return the precision of ``expr``; None: it is stored in floats, as an untied embedding is."""
         if expr.only.tensor == EMBEDDING and not self._config.tie_word_embeddings:
             return None
         return self._integers.precisions.get(expr.only.tensor)
@@ -139,7 +139,7 @@ class Weights:
         return sdk.builder().const(val=np.broadcast_to(value, shape), name=name)
 
     def _written(self, expr: WeightExpr, precision: Precision, groups: int, place: int) -> int:
-        """Return the offset of codes (0), scales (1) or zero points (2) of ``expr``, which are written together and once."""
+        """Return the offset of codes (0), scales (1) or zero points (2) of ``expr``, all written together and once."""
 
         def write() -> list[int]:
             name = mil_name(expr)

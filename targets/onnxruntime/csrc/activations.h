@@ -9,8 +9,9 @@
 
 namespace h1 {
 
-// In each chunk of int4 even columns come first. Beside each chunk lie 8 scales and 8 corrections, for the 8 sums of a chunk's
-// products: the scale of each sum's block, and in the first sum of each block what the weights' zero point adds to it.
+// In each chunk of int4 even columns come first. Beside each chunk lie 8 scales and 8 corrections, for the 8 sums of a
+// chunk's products: the scale of each sum's block, and in the first sum of each block what the weights' zero point adds
+// to it.
 struct Activations {
   const int8_t* codes;  // [tokens, chunks, columns of a chunk], zeros behind the last column
   const float* floats;  // [tokens, chunks, 16]
@@ -52,7 +53,10 @@ inline void even_columns_first(int8_t* codes, size_t columns, size_t chunk) {
   int8_t copy[64];
   for (int8_t* c = codes; c < codes + columns; c += chunk) {
     std::memcpy(copy, c, chunk);
-    for (size_t i = 0; i < chunk / 2; ++i) c[i] = copy[2 * i], c[chunk / 2 + i] = copy[2 * i + 1];
+    for (size_t i = 0; i < chunk / 2; ++i) {
+      c[i] = copy[2 * i];
+      c[chunk / 2 + i] = copy[2 * i + 1];
+    }
   }
 }
 

@@ -1,9 +1,11 @@
 // Attention(qkv [B, T, W], cos [B, T, D / 2], sin [B, T, D / 2], mask int64 [B, total], past_k [B, Hkv, P, D], past_v)
 //   -> out [B, T, H * D], present_k [B, Hkv, max(P, total), D], present_v
-//   Grouped-query causal attention, the half-split rotary embedding inside. The cache holds total - T tokens; the T new ones go behind
-//   them. P >= total: a buffer of capacity P, extended in place where past and present are one memory. Otherwise P = total - T, and
-//   present is a grown copy. Column c is visible to the token at column o if c <= o and mask is not 0, or if c = o.
-//   Source: online softmax over blocks of keys, Dao et al., "FlashAttention" (2022); one token splits its context among threads.
+//   Grouped-query causal attention, the half-split rotary embedding inside. The cache holds total - T tokens; the T new
+//   ones go behind them. P >= total: a buffer of capacity P, extended in place where past and present are one memory.
+//   Otherwise P = total - T, and present is a grown copy. Column c is visible to the token at column o if c <= o and
+//   mask is not 0, or if c = o.
+//   Source: online softmax over blocks of keys, Dao et al., "FlashAttention" (2022); one token splits its context among
+//   threads.
 #include <cmath>
 #include <limits>
 
@@ -13,11 +15,11 @@
 namespace h1 {
 namespace {
 
-constexpr size_t kKeys = 64;       // of a block: its keys and values stay in the L1 or L2 cache
-constexpr size_t kOneKeys = 32;    // the same for one token, whose keys and values the heads of a group read again from the L1 cache
-constexpr size_t kSplit = 512;     // keys of one item for a thread, for one token
-constexpr size_t kQueries = 264;   // rows (tokens times heads of a group) of one item for a thread, for several tokens
-constexpr size_t kRows = 6;        // rows whose scores are computed, normalised and used at a time
+constexpr size_t kKeys = 64;      // keys of a block: they and their values stay in the L1 or L2 cache
+constexpr size_t kOneKeys = 32;   // the same for one token: the heads of a group read them again from the L1 cache
+constexpr size_t kSplit = 512;    // keys of one item for a thread, for one token
+constexpr size_t kQueries = 264;  // rows (tokens times heads of a group) of one item for a thread, for several tokens
+constexpr size_t kRows = 6;       // rows whose scores are computed, normalised and used at a time
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr float kLowest = -1e30f;  // below any score, but finite: exp(kHidden - kLowest) is 0
 
@@ -36,15 +38,17 @@ struct Attention {
   size_t cache(size_t b, size_t kv, size_t column) const { return ((b * kv_heads + kv) * rows + column) * dim; }
 };
 
-// out = factor x, rotated: pairs are (i, i + dim / 2).
+// Sets out to factor x, rotated: pairs are (i, i + dim / 2).
 void rotate(const Attention& a, size_t token, const float* x, float factor, float* out) {
   const size_t half = a.dim / 2;
   const float *cos = a.cos + token * half, *sin = a.sin + token * half;
-  map(out, half, [&](size_t i, auto read) { return factor * (read(x + i) * read(cos + i) - read(x + half + i) * read(sin + i)); });
-  map(out + half, half, [&](size_t i, auto read) { return factor * (read(x + half + i) * read(cos + i) + read(x + i) * read(sin + i)); });
+  map(out, half,
+      [&](size_t i, auto read) { return factor * (read(x + i) * read(cos + i) - read(x + half + i) * read(sin + i)); });
+  map(out + half, half,
+      [&](size_t i, auto read) { return factor * (read(x + half + i) * read(cos + i) + read(x + i) * read(sin + i)); });
 }
 
-// The cache of one head: the past where it is elsewhere, then the new tokens.
+// Writes the cache of one head: the past where it is elsewhere, then the new tokens.
 void append(const Attention& a, size_t b, size_t kv) {
   const size_t from = (b * a.kv_heads + kv) * a.past_rows * a.dim, to = a.cache(b, kv, 0);
   if (a.past_k != a.keys) std::copy_n(a.past_k + from, a.past_rows * a.dim, a.keys + to);
@@ -56,7 +60,7 @@ void append(const Attention& a, size_t b, size_t kv) {
   }
 }
 
-// The queries of `tokens` tokens that read one head of the cache, rotated and scaled: row t * group + g.
+// Writes the queries of `tokens` tokens that read one head of the cache, rotated and scaled: row t * group + g.
 void gather_queries(const Attention& a, size_t b, size_t kv, size_t first, size_t tokens, float* queries) {
   for (size_t t = first; t < first + tokens; ++t) {
     for (size_t h = kv * a.group(); h < (kv + 1) * a.group(); ++h, queries += a.dim) {
@@ -65,7 +69,7 @@ void gather_queries(const Attention& a, size_t b, size_t kv, size_t first, size_
   }
 }
 
-// bias[i] = 0 where the mask shows column begin + i, kHidden where not; how many it shows.
+// Sets bias[i] to 0 where the mask shows column begin + i, to kHidden where not; returns how many it shows.
 size_t read_mask(const Attention& a, size_t b, size_t begin, size_t count, float* bias) {
   const int64_t* mask = a.mask + b * a.total + begin;
   size_t shown = 0;
@@ -76,14 +80,15 @@ size_t read_mask(const Attention& a, size_t b, size_t begin, size_t count, float
   return shown;
 }
 
-// What one query has seen of its context so far: values weighted by exp(score - highest). The sum of weights is kept in lanes.
+// What one query has seen of its context so far: values weighted by exp(score - highest). The sum of weights is kept in
+// lanes.
 struct Seen {
   float highest = kLowest;
   f32x8 weights{};
 };
 
-// Turn the scores of `count` keys (a multiple of kLanes) into weights. Returns the factor that brings the row's sum of values so far
-// to the new maximum; most blocks have none.
+// Turns the scores of `count` keys (a multiple of kLanes) into weights. Returns the factor that brings the row's sum of
+// values so far to the new maximum: 1 for most blocks, which have no new one.
 float normalise(size_t count, float* scores, Seen& seen) {
   f32x8 top = load(scores);
   for (size_t i = kLanes; i < count; i += kLanes) top = max(top, load(scores + i));
@@ -102,23 +107,24 @@ float normalise(size_t count, float* scores, Seen& seen) {
   return factor;
 }
 
-// Lane i: the sum of v[i]'s lanes.
+// Returns the sum of v[i]'s lanes in lane i.
 inline f32x8 sums(const f32x8 (&v)[kLanes]) {
 #if defined(H1_AVX2)
   const auto add = [](f32x8 a, f32x8 b) { return f32x8(_mm256_hadd_ps(__m256(a), __m256(b))); };
   const f32x8 low = add(add(v[0], v[1]), add(v[2], v[3])), high = add(add(v[4], v[5]), add(v[6], v[7]));
-  return f32x8(_mm256_permute2f128_ps(__m256(low), __m256(high), 0x20)) + f32x8(_mm256_permute2f128_ps(__m256(low), __m256(high), 0x31));
+  return f32x8(_mm256_permute2f128_ps(__m256(low), __m256(high), 0x20)) +
+         f32x8(_mm256_permute2f128_ps(__m256(low), __m256(high), 0x31));
 #else
   return f32x8{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3]), sum(v[4]), sum(v[5]), sum(v[6]), sum(v[7])};
 #endif
 }
 
-// Ask for `count` floats, which may lie outside what is allocated.
+// Prefetches `count` floats, which may be outside of what is allocated.
 inline void prefetch(size_t count, const float* p) {
   for (size_t i = 0; i < count; i += 64 / sizeof(float)) __builtin_prefetch(p + i);
 }
 
-// query . keys[i] for kLanes keys.
+// Returns query . keys[i] for kLanes keys.
 f32x8 score(const float* query, const float* keys, size_t dim) {
   f32x8 products[kLanes] = {};
   for (size_t d = 0; d < dim; d += kLanes) {
@@ -128,7 +134,8 @@ f32x8 score(const float* query, const float* keys, size_t dim) {
   return sums(products);
 }
 
-// One token and the columns [begin, end) of its context: for each head of the group what it has seen, and the sum of values.
+// Attends one token to the columns [begin, end) of its context: what each head of the group has seen, and its sum of
+// values.
 void attend_split(const Attention& a, size_t b, size_t kv, size_t begin, size_t end, Seen* seen, float* sums) {
   static thread_local Scratch<float> scratch;
   const size_t group = a.group();
@@ -142,7 +149,10 @@ void attend_split(const Attention& a, size_t b, size_t kv, size_t begin, size_t 
     const size_t count = std::min(kOneKeys, end - start), padded = (count + kLanes - 1) / kLanes * kLanes;
     const float *keys = a.keys + a.cache(b, kv, start), *values = a.values + a.cache(b, kv, start);
     size_t shown = read_mask(a, b, start, count, bias);
-    if (start + count == a.total && bias[count - 1] != 0) bias[count - 1] = 0, ++shown;  // the token itself
+    if (start + count == a.total && bias[count - 1] != 0) {  // the token itself
+      bias[count - 1] = 0;
+      ++shown;
+    }
     if (shown == 0) continue;
     const size_t rest = count % kLanes, whole = count - rest;
     if (rest) {  // no key may be read behind the last
@@ -154,17 +164,22 @@ void attend_split(const Attention& a, size_t b, size_t kv, size_t begin, size_t 
       const float* query = queries + g * a.dim;
       float* row = scores + g * kOneKeys;
       for (size_t i = 0; i < whole; i += kLanes) {
-        if (g == 0) prefetch(a.dim * kLanes, values + i * a.dim), prefetch(a.dim * kLanes, keys + (kOneKeys + i) * a.dim);
+        if (g == 0) {
+          prefetch(a.dim * kLanes, values + i * a.dim);
+          prefetch(a.dim * kLanes, keys + (kOneKeys + i) * a.dim);
+        }
         store(row + i, load(bias + i) + score(query, keys + i * a.dim, a.dim));
       }
       if (rest) store(row + whole, load(bias + whole) + score(query, last_keys, a.dim));
       factors[g] = normalise(padded, row, seen[g]);
     }
-    gemm(group, a.dim, count, {scores, kOneKeys, 1}, values, a.dim, sums, a.dim, factors);
+    const Strided weights{.data = scores, .row = kOneKeys, .column = 1};
+    gemm(group, a.dim, count, weights, values, a.dim, sums, a.dim, factors);
   }
 }
 
-// One token: every head of the cache and split of the context is an item, then the splits are brought to one maximum and added.
+// Attends one token: every head of the cache and split of the context is an item, then the splits are brought to one
+// maximum and added.
 void attend_one(const Parallel& parallel, const Attention& a) {
   const size_t splits = (a.total + kSplit - 1) / kSplit, group = a.group();
   std::vector<Seen> seen(a.batch * a.kv_heads * splits * group);
@@ -233,17 +248,19 @@ class Tile {
       const size_t rows = std::min(kRows, rows_ - row), last = own(row + rows - 1);
       if (last < start) continue;
       const size_t seen = std::min(count, last + 1 - start), padded = (seen + kLanes - 1) / kLanes * kLanes;
-      gemm(rows, padded, a_.dim, {queries_ + row * a_.dim, a_.dim, 1}, keys_, kKeys, scores_, kKeys, nullptr);
+      const Strided queries{.data = queries_ + row * a_.dim, .row = a_.dim, .column = 1};
+      gemm(rows, padded, a_.dim, queries, keys_, kKeys, scores_, kKeys, nullptr);
       float factors[kRows];
       for (size_t i = 0; i < rows; ++i) {
         hide(row + i, start, count, padded, shown < count, scores_ + i * kKeys);
         factors[i] = normalise(padded, scores_ + i * kKeys, seen_[row + i]);
       }
-      gemm(rows, a_.dim, seen, {scores_, kKeys, 1}, values, a_.dim, sums_ + row * a_.dim, a_.dim, factors);
+      const Strided weights{.data = scores_, .row = kKeys, .column = 1};
+      gemm(rows, a_.dim, seen, weights, values, a_.dim, sums_ + row * a_.dim, a_.dim, factors);
     }
   }
 
-  // What the row must not see of a block gets kHidden, up to `padded` columns.
+  // Sets to kHidden what the row must not see of a block, up to `padded` columns.
   void hide(size_t row, size_t start, size_t count, size_t padded, bool pads, float* scores) const {
     const size_t visible = own(row) < start ? 0 : std::min(count, own(row) + 1 - start);
     if (pads) {
@@ -270,7 +287,8 @@ void attention(const Parallel& parallel, const Attention& a) {
   if (a.tokens == 1) return attend_one(parallel, a);
   const size_t tokens = std::max<size_t>(1, kQueries / a.group()), tiles = (a.tokens + tokens - 1) / tokens;
   parallel(caches * tiles, [&](size_t i) {
-    const size_t cache = i % caches, first = (tiles - 1 - i / caches) * tokens;  // the last tiles see most: they go first
+    const size_t cache = i % caches;
+    const size_t first = (tiles - 1 - i / caches) * tokens;  // the last tiles see most: they go first
     Tile(a, cache / a.kv_heads, cache % a.kv_heads, first, std::min(tokens, a.tokens - first)).run();
   });
 }
@@ -295,28 +313,54 @@ class AttentionOp {
   }
 
   void compute(const Call& call) const {
-    const auto qkv = call.input<float>(0), cos = call.input<float>(1), sin = call.input<float>(2);
+    const auto qkv = call.input<float>(0);
+    const auto cos = call.input<float>(1);
+    const auto sin = call.input<float>(2);
     const auto mask = call.input<int64_t>(3);
-    const auto past_k = call.input<float>(4), past_v = call.input<float>(5);
-    require(qkv.shape.size() == 3 && mask.shape.size() == 2 && past_k.shape.size() == 4, "qkv, mask or past_k has another rank");
+    const auto past_k = call.input<float>(4);
+    const auto past_v = call.input<float>(5);
+    require(qkv.shape.size() == 3 && mask.shape.size() == 2 && past_k.shape.size() == 4,
+            "qkv, mask or past_k has another rank");
     const int64_t batch = qkv.shape[0], tokens = qkv.shape[1], total = mask.shape[1], past_rows = past_k.shape[2];
     require(q_offset_ + heads_ * dim_ <= qkv.last(), "the columns of q lie outside qkv");
     require(std::max(k_offset_, v_offset_) + kv_heads_ * dim_ <= qkv.last(), "the columns of k or v lie outside qkv");
-    for (const auto& table : {cos, sin}) {
-      require(table.shape == Shape{batch, tokens, dim_ / 2}, "cos and sin must be [batch, tokens, dim / 2]");
+    for (const auto* table : {&cos, &sin}) {
+      require(table->shape == Shape{batch, tokens, dim_ / 2}, "cos and sin must be [batch, tokens, dim / 2]");
     }
-    for (const auto& past : {past_k, past_v}) {
-      require(past.shape == Shape{batch, kv_heads_, past_rows, dim_}, "past must be [batch, kv_heads, rows, head_dim]");
+    for (const auto* past : {&past_k, &past_v}) {
+      require(past->shape == Shape{batch, kv_heads_, past_rows, dim_},
+              "past must be [batch, kv_heads, rows, head_dim]");
     }
     require(mask.shape[0] == batch && total >= tokens, "mask must be [batch, past + tokens]");
-    require(past_rows >= total || past_rows == total - tokens, "past must hold the past exactly, or have room for all tokens");
+    require(past_rows >= total || past_rows == total - tokens,
+            "past must hold the past exactly, or have room for all tokens");
     const Shape grown{batch, kv_heads_, std::max(past_rows, total), dim_};
     const auto out = call.output<float>(0, {batch, tokens, heads_ * dim_});
     const auto keys = call.output<float>(1, grown), values = call.output<float>(2, grown);
-    attention(call.parallel,
-              {size_t(batch), size_t(tokens), size_t(total), size_t(heads_), size_t(kv_heads_), size_t(dim_), size_t(qkv.last()),
-               size_t(past_rows), size_t(grown[2]), scale_, qkv.data + q_offset_, qkv.data + k_offset_, qkv.data + v_offset_, cos.data,
-               sin.data, mask.data, past_k.data, past_v.data, out.data, keys.data, values.data});
+    const Attention arguments{
+        .batch = as_size(batch),
+        .tokens = as_size(tokens),
+        .total = as_size(total),
+        .heads = as_size(heads_),
+        .kv_heads = as_size(kv_heads_),
+        .dim = as_size(dim_),
+        .width = as_size(qkv.last()),
+        .past_rows = as_size(past_rows),
+        .rows = as_size(grown[2]),
+        .scale = scale_,
+        .q = qkv.data + q_offset_,
+        .k = qkv.data + k_offset_,
+        .v = qkv.data + v_offset_,
+        .cos = cos.data,
+        .sin = sin.data,
+        .mask = mask.data,
+        .past_k = past_k.data,
+        .past_v = past_v.data,
+        .out = out.data,
+        .keys = keys.data,
+        .values = values.data,
+    };
+    attention(call.parallel, arguments);
   }
 
  private:

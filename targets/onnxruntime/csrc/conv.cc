@@ -1,14 +1,15 @@
-// CausalConv(x [B, T, W], state [B, taps - 1, C], weight [taps, C], bias [C]?, mask [B, T]?) -> y [B, T, C], new_state [B, taps - 1, C]
-//   y[t] = silu(bias + sum_i weight[i] * inputs[t + i]) with inputs = state followed by x[..., offset : +C], zeros where mask is 0.
-//   new_state holds the last taps - 1 inputs, oldest first, and may be the memory of state.
+// CausalConv(x [B, T, W], state [B, taps - 1, C], weight [taps, C], bias [C]?, mask [B, T]?)
+//   -> y [B, T, C], new_state [B, taps - 1, C]
+//   y[t] = silu(bias + sum_i weight[i] * inputs[t + i]) with inputs = state followed by x[..., offset : +C], zeros
+//   where mask is 0. new_state holds the last taps - 1 inputs, oldest first, and may be the memory of state.
 #include "ort.h"
 #include "simd.h"
 
 namespace h1 {
 namespace {
 
-constexpr size_t kMostTaps = 8;      // Falcon-H1 has 4
-constexpr size_t kGrain = 1 << 14;   // elements of one item for a thread: some microseconds
+constexpr size_t kMostTaps = 8;     // Falcon-H1 has 4
+constexpr size_t kGrain = 1 << 14;  // elements of one item for a thread: some microseconds
 
 // One sequence; x and y are at their first column.
 struct Conv {
@@ -17,7 +18,7 @@ struct Conv {
   float *y, *new_state;
   const float* zeros;  // [channels]
 
-  // The inputs of one token: first those that the state holds, then the columns of x.
+  // Returns the inputs of one token: first those that the state holds, then the columns of x.
   const float* input(size_t i) const {
     if (i < taps - 1) return state + i * channels;
     const size_t t = i - (taps - 1);
@@ -37,7 +38,7 @@ void causal_conv(const Conv& conv, size_t begin, size_t end) {
   }
 }
 
-// Every sequence in turn, its tokens in parallel. new_state may overwrite state, so a copy is read.
+// Computes every sequence in turn, its tokens in parallel. new_state may overwrite state, so a copy is read.
 void causal_conv(const Parallel& parallel, size_t batch, Conv conv) {
   static thread_local Scratch<float> scratch;
   const size_t rows = conv.taps - 1, size = rows * conv.channels;
@@ -47,13 +48,16 @@ void causal_conv(const Parallel& parallel, size_t batch, Conv conv) {
   for (size_t b = 0; b < batch; ++b) {
     Conv one = conv;
     std::copy_n(conv.state + b * size, size, past);
-    one.state = past, one.zeros = zeros;
-    one.x += b * conv.tokens * conv.x_width, one.y += b * conv.tokens * conv.channels;
+    one.state = past;
+    one.zeros = zeros;
+    one.x += b * conv.tokens * conv.x_width;
+    one.y += b * conv.tokens * conv.channels;
     if (conv.mask) one.mask += b * conv.tokens;
-    parallel_ranges(parallel, conv.tokens, std::max<size_t>(1, kGrain / conv.channels), [&](size_t begin, size_t end) {
-      causal_conv(one, begin, end);
-    });
-    for (size_t i = 0; i < rows; ++i) std::copy_n(one.input(conv.tokens + i), conv.channels, conv.new_state + b * size + i * conv.channels);
+    parallel_ranges(parallel, conv.tokens, std::max<size_t>(1, kGrain / conv.channels),
+                    [&](size_t begin, size_t end) { causal_conv(one, begin, end); });
+    for (size_t i = 0; i < rows; ++i) {
+      std::copy_n(one.input(conv.tokens + i), conv.channels, conv.new_state + b * size + i * conv.channels);
+    }
   }
 }
 
@@ -68,9 +72,13 @@ class CausalConv {
   }
 
   void compute(const Call& call) const {
-    const auto x = call.input<float>(0), state = call.input<float>(1), weight = call.input<float>(2);
-    const auto bias = call.input<float>(3), mask = call.input<float>(4);
-    require(x.shape.size() == 3 && state.shape.size() == 3 && weight.shape.size() == 2, "x and state have three dimensions, weight two");
+    const auto x = call.input<float>(0);
+    const auto state = call.input<float>(1);
+    const auto weight = call.input<float>(2);
+    const auto bias = call.input<float>(3);
+    const auto mask = call.input<float>(4);
+    require(x.shape.size() == 3 && state.shape.size() == 3 && weight.shape.size() == 2,
+            "x and state have three dimensions, weight two");
     const int64_t batch = x.shape[0], tokens = x.shape[1], taps = weight.shape[0], channels = weight.shape[1];
     require(0 < taps && taps <= int64_t(kMostTaps), "weight has 1 to 8 taps");
     require(state.shape == Shape{batch, taps - 1, channels}, "state must be [batch, taps - 1, channels]");
@@ -79,9 +87,21 @@ class CausalConv {
     require(!mask || mask.shape == Shape{batch, tokens}, "mask must be [batch, tokens]");
     const auto y = call.output<float>(0, {batch, tokens, channels});
     const auto new_state = call.output<float>(1, state.shape);
-    causal_conv(call.parallel, batch,
-                {size_t(tokens), size_t(channels), size_t(taps), size_t(x.last()), x.data + offset_, state.data, weight.data, bias.data,
-                 mask.data, y.data, new_state.data, nullptr});
+    const Conv arguments{
+        .tokens = as_size(tokens),
+        .channels = as_size(channels),
+        .taps = as_size(taps),
+        .x_width = as_size(x.last()),
+        .x = x.data + offset_,
+        .state = state.data,
+        .weight = weight.data,
+        .bias = bias.data,
+        .mask = mask.data,
+        .y = y.data,
+        .new_state = new_state.data,
+        .zeros = nullptr,
+    };
+    causal_conv(call.parallel, as_size(batch), arguments);
   }
 
  private:

@@ -13,12 +13,14 @@ struct Strided {
   size_t row, column;
 };
 
-// One tile of gemm, held in registers: 6 x 2 vectors leave room for two of b and one element of a. Not inlined, and not unrolled
-// by clang, so that nothing else needs a register.
+// One tile of gemm, held in registers: 6 x 2 vectors leave room for two of b and one element of a. Not inlined, and not
+// unrolled by clang, so that nothing else needs a register.
 template <size_t Rows, size_t Vectors>
-[[gnu::noinline]] void gemm_tile(size_t depth, Strided a, const float* b, size_t b_row, float* c, size_t c_row, const float* beta) {
+[[gnu::noinline]] void gemm_tile(size_t depth, Strided a, const float* b, size_t b_row, float* c, size_t c_row,
+                                 const float* beta) {
   f32x8 sum[Rows][Vectors] = {};
-  const float *upper = a.data, *lower = upper + (Rows / 2) * a.row;  // two bases: with each, three rows are one address away
+  // two bases: with each, three rows are one address away
+  const float *upper = a.data, *lower = upper + (Rows / 2) * a.row;
 #if defined(__clang__)
 #pragma clang loop unroll(disable)
 #endif
@@ -32,7 +34,9 @@ template <size_t Rows, size_t Vectors>
       const float scalar = i < Rows / 2 ? upper[i * a.row] : lower[(i - Rows / 2) * a.row];
       for (size_t j = 0; j < Vectors; ++j) sum[i][j] += scalar * v[j];
     }
-    upper += a.column, lower += a.column, b += b_row;
+    upper += a.column;
+    lower += a.column;
+    b += b_row;
   }
 #pragma GCC unroll 6
   for (size_t i = 0; i < Rows; ++i) {
@@ -47,7 +51,8 @@ template <size_t Rows, size_t Vectors>
 
 // Tiles of `Rows` rows, then one of those that are left.
 template <size_t Vectors, size_t Rows = 6>
-inline void gemm_strip(size_t rows, size_t depth, Strided a, const float* b, size_t b_row, float* c, size_t c_row, const float* beta) {
+inline void gemm_strip(size_t rows, size_t depth, Strided a, const float* b, size_t b_row, float* c, size_t c_row,
+                       const float* beta) {
   for (; rows >= Rows; rows -= Rows, a.data += Rows * a.row, c += Rows * c_row) {
     gemm_tile<Rows, Vectors>(depth, a, b, b_row, c, c_row, beta);
     if (beta != nullptr) beta += Rows;
@@ -57,10 +62,10 @@ inline void gemm_strip(size_t rows, size_t depth, Strided a, const float* b, siz
   }
 }
 
-// c[i] = beta[i] c[i] + (a b)[i] for rows i, or a b where beta is null: a [rows, depth], b [depth, columns] and c [rows, columns] row by
-// row; columns a multiple of kLanes.
-inline void gemm(size_t rows, size_t columns, size_t depth, Strided a, const float* b, size_t b_row, float* c, size_t c_row,
-                 const float* beta) {
+// c[i] = beta[i] c[i] + (a b)[i] for rows i, or a b where beta is null: a [rows, depth], b [depth, columns] and c
+// [rows, columns] row by row; columns a multiple of kLanes.
+inline void gemm(size_t rows, size_t columns, size_t depth, Strided a, const float* b, size_t b_row, float* c,
+                 size_t c_row, const float* beta) {
   size_t j = 0;
   if (rows == 1) {  // whole rows of b, because memory is the limit
     for (; j + 8 * kLanes <= columns; j += 8 * kLanes) gemm_tile<1, 8>(depth, a, b + j, b_row, c + j, c_row, beta);

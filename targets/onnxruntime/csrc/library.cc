@@ -18,8 +18,8 @@ namespace {
 OrtCustomOpDomain* make_domain() {
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain("h1export", &domain));
-  for (const OrtCustomOp* op : {attention_op(), causal_conv_op(), norm_qmatmul_op(), pair_qmatmul_op(), qmatmul_op(), silu_mul_op(),
-                                silu_qmatmul_op(), ssm_scan_op()}) {
+  for (const OrtCustomOp* op : {attention_op(), causal_conv_op(), norm_qmatmul_op(), pair_qmatmul_op(), qmatmul_op(),
+                                silu_mul_op(), silu_qmatmul_op(), ssm_scan_op()}) {
     check(api->CustomOpDomain_Add(domain, op));
   }
   return domain;
@@ -36,7 +36,9 @@ OrtCustomOpDomain* make_domain() {
 
 extern "C" H1_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   h1::api = base->GetApi(ORT_API_VERSION);
-  if (h1::api == nullptr) return base->GetApi(1)->CreateStatus(ORT_FAIL, "this ONNX Runtime is older than h1export's ops");
+  if (h1::api == nullptr) {
+    return base->GetApi(1)->CreateStatus(ORT_FAIL, "this ONNX Runtime is older than h1export's ops");
+  }
   try {
     static OrtCustomOpDomain* const domain = h1::make_domain();
     h1::check(h1::api->AddCustomOpDomain(options, domain));

@@ -1,12 +1,17 @@
-// Products with quantised weights [N, K], codes as com.microsoft MatMulNBits stores them, and what comes before them in a layer:
+// Products with quantised weights [N, K], codes as com.microsoft MatMulNBits stores them, and what precedes them in a
+// layer:
 //
 // QMatMul(x [..., K], W...) -> y [..., N]
-// NormQMatMul(a [..., K], b [..., K], norm [K], W...) -> y [..., N], sum [..., K]     x = rms_norm(a + b, epsilon) * norm, sum = a + b
-// PairQMatMul(a [..., Ka], b [..., Kb], W...) -> y [..., N]                           x = [a a_factor | b b_factor]
-// SiluQMatMul(a [..., Wa], gate [..., Wg], W...) -> y [..., N]                        x = a[a_offset : +K] * silu(gate[gate_offset : +K])
+// NormQMatMul(a [..., K], b [..., K], norm [K], W...) -> y [..., N], sum [..., K]
+//   x = rms_norm(a + b, epsilon) * norm, sum = a + b
+// PairQMatMul(a [..., Ka], b [..., Kb], W...) -> y [..., N]
+//   x = [a a_factor | b b_factor]
+// SiluQMatMul(a [..., Wa], gate [..., Wg], W...) -> y [..., N]
+//   x = a[a_offset : +K] * silu(gate[gate_offset : +K])
 //
-// W... is codes u8 [N, blocks, bytes], scales f16 [N, blocks], factors [N]?, bias [N]?: y = factors * (x codes scales) + bias.
-// accuracy_level 4 rounds x to int8 by blocks of block_size, 0 computes in float32. Each saves a node of its own, whose few microseconds nothing hides when there is one token.
+// W... is codes u8 [N, blocks, bytes], scales f16 [N, blocks], factors [N]?, bias [N]?, and
+// y = factors * (x codes scales) + bias. accuracy_level 4 rounds x to int8 by blocks of block_size, 0 computes in
+// float32. Each op saves a node, whose few microseconds nothing hides when there is one token.
 #include "matmul.h"
 
 #include "matmul_float.h"
@@ -17,7 +22,7 @@
 namespace h1 {
 namespace {
 
-constexpr int64_t kRounded = 4;  // the accuracy level
+constexpr int64_t kRounded = 4;   // the accuracy level
 constexpr size_t kGrain = 16384;  // elements of x that a thread makes at a time: some microseconds
 
 using Multiply = void (*)(const Weights&, const float*, size_t, float*, const Parallel&);
@@ -30,21 +35,26 @@ Multiply of_level(int64_t accuracy_level) {
 template <int kBits>
 Multiply of_block(int64_t block_size, int64_t accuracy_level) {
   switch (block_size) {
-    case 16: return of_level<kBits, 16>(accuracy_level);
-    case 32: return of_level<kBits, 32>(accuracy_level);
-    case 64: return of_level<kBits, 64>(accuracy_level);
-    case 128: return of_level<kBits, 128>(accuracy_level);
-    default: throw std::invalid_argument("block_size must be 16, 32, 64 or 128");
+    case 16:
+      return of_level<kBits, 16>(accuracy_level);
+    case 32:
+      return of_level<kBits, 32>(accuracy_level);
+    case 64:
+      return of_level<kBits, 64>(accuracy_level);
+    case 128:
+      return of_level<kBits, 128>(accuracy_level);
+    default:
+      throw std::invalid_argument("block_size must be 16, 32, 64 or 128");
   }
 }
 
-// The x of a product, and the shape that it has but for its last dimension, K.
+// The x of a product, and its shape; the last dimension, K, does not count.
 struct Factor {
   const float* x;
   Shape shape;
 };
 
-// x = make(row, to) for all rows in the shape of `like`, in memory of the calling thread.
+// Returns x with the rows of `like`, each computed by make(row, to), in memory of the calling thread.
 template <class Make>
 Factor made(const Call& call, const Tensor<const float>& like, int64_t columns, const Make& make) {
   static thread_local Scratch<float> memory;
@@ -53,7 +63,7 @@ Factor made(const Call& call, const Tensor<const float>& like, int64_t columns, 
   parallel_ranges(call.parallel, rows, std::max<size_t>(1, kGrain / width), [&](size_t begin, size_t end) {
     for (size_t row = begin; row < end; ++row) make(row, x + row * width);
   });
-  return {x, like.shape};
+  return {.x = x, .shape = like.shape};
 }
 
 float sum_of_squares(const float* x, size_t count) {
@@ -78,7 +88,7 @@ struct Plain {
   Factor operator()(const Call& call, int64_t columns) const {
     const auto x = call.input<float>(0);
     require(!x.shape.empty() && x.last() == columns, "x must have K columns");
-    return {x.data, x.shape};
+    return {.x = x.data, .shape = x.shape};
   }
 };
 
@@ -92,7 +102,8 @@ struct Norm {
 
   Factor operator()(const Call& call, int64_t columns) const {
     const auto a = call.input<float>(0), b = call.input<float>(1), norm = call.input<float>(2);
-    require(!a.shape.empty() && a.last() == columns && a.shape == b.shape, "a and b must have K columns, and the same rows");
+    require(!a.shape.empty() && a.last() == columns && a.shape == b.shape,
+            "a and b must have K columns, and the same rows");
     require(norm.shape == Shape{columns}, "norm must be [K]");
     float* const sums = call.output<float>(1, a.shape).data;
     const auto width = static_cast<size_t>(columns);
@@ -114,7 +125,8 @@ struct Pair {
   static constexpr Port outputs[] = {kFloat};
   static constexpr size_t kWeights = 2;
 
-  explicit Pair(const Attributes& attributes) : a_factor(attributes.real("a_factor")), b_factor(attributes.real("b_factor")) {}
+  explicit Pair(const Attributes& attributes)
+      : a_factor(attributes.real("a_factor")), b_factor(attributes.real("b_factor")) {}
 
   Factor operator()(const Call& call, int64_t columns) const {
     const auto a = call.input<float>(0), b = call.input<float>(1);
@@ -136,7 +148,8 @@ struct Silu {
   static constexpr Port outputs[] = {kFloat};
   static constexpr size_t kWeights = 2;
 
-  explicit Silu(const Attributes& attributes) : a_offset(attributes.integer("a_offset")), gate_offset(attributes.integer("gate_offset")) {
+  explicit Silu(const Attributes& attributes)
+      : a_offset(attributes.integer("a_offset")), gate_offset(attributes.integer("gate_offset")) {
     require(a_offset >= 0 && gate_offset >= 0, "offsets must not be negative");
   }
 
@@ -161,7 +174,10 @@ class Product {
   static constexpr const auto& outputs = Before::outputs;
 
   explicit Product(const Attributes& attributes)
-      : before_(attributes), columns_(attributes.integer("K")), rows_(attributes.integer("N")), bits_(attributes.integer("bits")),
+      : before_(attributes),
+        columns_(attributes.integer("K")),
+        rows_(attributes.integer("N")),
+        bits_(attributes.integer("bits")),
         block_size_(attributes.integer("block_size")) {
     const int64_t level = attributes.integer("accuracy_level");
     require(columns_ > 0 && rows_ > 0, "K and N must be positive");
@@ -176,14 +192,22 @@ class Product {
     const auto scales = call.input<Half>(Before::kWeights + 1);
     const auto factors = call.input<float>(Before::kWeights + 2), bias = call.input<float>(Before::kWeights + 3);
     const int64_t blocks = (columns_ + block_size_ - 1) / block_size_, row_bytes = blocks * block_size_ * bits_ / 8;
-    require(codes.size() == rows_ * row_bytes && scales.size() == rows_ * blocks, "codes and scales must be [N, blocks, ...]");
+    require(codes.size() == rows_ * row_bytes && scales.size() == rows_ * blocks,
+            "codes and scales must be [N, blocks, ...]");
     require((!factors || factors.size() == rows_) && (!bias || bias.size() == rows_), "factors and bias must be [N]");
     factor.shape.back() = rows_;
     const auto y = call.output<float>(0, factor.shape);
-    const auto count = [](int64_t value) { return static_cast<size_t>(value); };
-    const Weights weights{codes.data,   scales.data,     factors.data,  bias.data,
-                          count(rows_), count(columns_), count(blocks), count(row_bytes)};
-    multiply_(weights, factor.x, count(y.rows()), y.data, call.parallel);
+    const Weights weights{
+        .codes = codes.data,
+        .scales = scales.data,
+        .factors = factors.data,
+        .bias = bias.data,
+        .rows = as_size(rows_),
+        .columns = as_size(columns_),
+        .blocks = as_size(blocks),
+        .row_bytes = as_size(row_bytes),
+    };
+    multiply_(weights, factor.x, as_size(y.rows()), y.data, call.parallel);
   }
 
  private:

@@ -9,12 +9,13 @@
 
 namespace h1 {
 
-// As an artifact stores them (targets/onnxruntime/emit/packing.py): weight = factor * scale * (code - zero point); the last block is padded.
+// Weights as an artifact stores them (targets/onnxruntime/emit/packing.py): weight = factor * scale * (code - zero
+// point); the last block is padded.
 struct Weights {
-  const uint8_t* codes;   // [rows, blocks * bytes of a block]; int4: even columns in low nibbles
-  const Half* scales;     // [rows, blocks]
-  const float* factors;   // [rows], or null for ones
-  const float* bias;      // [rows], or null for zeros
+  const uint8_t* codes;  // [rows, blocks * bytes of a block]; int4: even columns in low nibbles
+  const Half* scales;    // [rows, blocks]
+  const float* factors;  // [rows], or null for ones
+  const float* bias;     // [rows], or null for zeros
   size_t rows, columns, blocks, row_bytes;
 
   float factor(size_t row) const { return factors ? factors[row] : 1.0f; }
@@ -32,10 +33,10 @@ template <int kBitsOf, size_t kBlockOf>
 struct Format {
   static constexpr int kBits = kBitsOf;
   static constexpr size_t kBlock = kBlockOf;
-  static constexpr size_t kParts = 8 / kBits;              // columns of a byte
+  static constexpr size_t kParts = 8 / kBits;  // columns of a byte
   static constexpr size_t kChunkBytes = 32;
-  static constexpr size_t kChunk = kChunkBytes * kParts;   // columns of a chunk
-  static constexpr size_t kWords = kBlock / kParts / 4;    // words of a block
+  static constexpr size_t kChunk = kChunkBytes * kParts;  // columns of a chunk
+  static constexpr size_t kWords = kBlock / kParts / 4;   // words of a block
   static constexpr int kZeroPoint = 1 << (kBits - 1);
 };
 

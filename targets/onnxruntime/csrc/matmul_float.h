@@ -1,4 +1,5 @@
-// Quantised weights times float32 activations (accuracy level 0): rows are dequantised as they come, then multiplied in float32.
+// Quantised weights times float32 activations (accuracy level 0): rows are dequantised as they come, then multiplied in
+// float32.
 #pragma once
 
 #include "matmul.h"
@@ -14,7 +15,8 @@ constexpr size_t kFloatGrain = 16;                  // rows of one item for a th
 template <class F>
 void reorder(const float* x, size_t columns, float* out, size_t stride) {
   for (size_t i = 0; i < stride; ++i) {
-    const size_t place = i % F::kChunk, column = i - place + place % F::kChunkBytes * F::kParts + place / F::kChunkBytes;
+    const size_t place = i % F::kChunk,
+                 column = i - place + place % F::kChunkBytes * F::kParts + place / F::kChunkBytes;
     out[i] = column < columns ? x[column] : 0.0f;
   }
 }
@@ -22,7 +24,8 @@ void reorder(const float* x, size_t columns, float* out, size_t stride) {
 // One row in the order of `reorder`.
 template <class F>
 void dequantise(const uint8_t* codes, const Half* scales, float factor, size_t row_bytes, float* out, size_t stride) {
-  constexpr size_t kBytes = F::kBlock / F::kParts, kStep = std::min(kBytes, F::kChunkBytes);  // of one scale, within a chunk
+  constexpr size_t kBytes = F::kBlock / F::kParts;            // bytes of one scale
+  constexpr size_t kStep = std::min(kBytes, F::kChunkBytes);  // and of them, those within a chunk
   std::fill(out + stride - F::kChunk, out + stride, 0.0f);
   for (size_t byte = 0; byte < row_bytes; byte += kStep) {
     const float scale = to_float(scales[byte / kBytes]) * factor;
@@ -53,7 +56,8 @@ void multiply_floats(const float* rows, const float* x, size_t stride, const flo
 }
 
 template <size_t kRows>
-void multiply_all(const float* rows, const float* x, size_t tokens, size_t stride, const float* bias, float* y, size_t y_stride) {
+void multiply_all(const float* rows, const float* x, size_t tokens, size_t stride, const float* bias, float* y,
+                  size_t y_stride) {
   size_t t = 0;
   for (; t + kFloatTokens <= tokens; t += kFloatTokens) {
     multiply_floats<kRows, kFloatTokens>(rows, x + t * stride, stride, bias, y + t * y_stride, y_stride);
@@ -76,7 +80,8 @@ void matmul_float(const Weights& w, const float* x, size_t tokens, float* y, con
         const size_t some = std::min(kFloatRows, end - row);
         for (size_t r = 0; r < some; ++r) {
           const size_t from = row + r;
-          dequantise<F>(w.codes + from * w.row_bytes, w.scales + from * w.blocks, w.factor(from), w.row_bytes, rows + r * stride, stride);
+          dequantise<F>(w.codes + from * w.row_bytes, w.scales + from * w.blocks, w.factor(from), w.row_bytes,
+                        rows + r * stride, stride);
         }
         const auto multiply = some == kFloatRows ? multiply_all<kFloatRows> : multiply_all<1>;
         multiply(rows, copies, count, stride, w.bias ? w.bias + row : nullptr, y + start * w.rows + row, w.rows);

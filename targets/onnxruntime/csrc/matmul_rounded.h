@@ -1,9 +1,11 @@
 // Quantised weights times rounded activations, integers times integers (accuracy level 4):
 //
-//   y[t, n] = bias[n] + factor[n] * sum over blocks b of  scale_w[n, b] * (scale_x[t, b] * (sum of code_w * code_x) + correction[t, b])
+//   y[t, n] = bias[n] + factor[n] * sum over blocks b of
+//             scale_w[n, b] * (scale_x[t, b] * (sum of code_w * code_x) + correction[t, b])
 //
-// Few tokens (decode): each row is read once, as stored, and vectors run along its columns; memory is the limit. Many (prefill): a
-// panel of rows is unpacked once, vectors run along the rows and each holds 4 columns of 8 rows; integer units are the limit.
+// Few tokens (decode): each row is read once, as stored, and vectors run along its columns; memory is the limit. Many
+// (prefill): a panel of rows is unpacked once, vectors run along the rows and each holds 4 columns of 8 rows; integer
+// units are the limit.
 #pragma once
 
 #include "activations.h"
@@ -12,13 +14,13 @@
 
 namespace h1 {
 
-constexpr size_t kHalves = 2;                    // vectors of 8 rows side by side in a panel
-constexpr size_t kPanel = kHalves * kLanes;      // rows of a panel
-constexpr size_t kPanelTokens = 4;               // tokens at a time against a panel
-constexpr size_t kFewTokens = 8;                 // up to here a panel is not worth unpacking
-constexpr size_t kSlab = 1024;                   // tokens rounded at a time, to bound the memory for them
-constexpr size_t kAhead = 4096;                  // bytes of codes fetched ahead with few tokens: memory answers late
-constexpr size_t kRowsBytes = 1 << 16;           // weights of one item for a thread, with few tokens
+constexpr size_t kHalves = 2;                // vectors of 8 rows side by side in a panel
+constexpr size_t kPanel = kHalves * kLanes;  // rows of a panel
+constexpr size_t kPanelTokens = 4;           // tokens at a time against a panel
+constexpr size_t kFewTokens = 8;             // up to here a panel is not worth unpacking
+constexpr size_t kSlab = 1024;               // tokens rounded at a time, to bound the memory for them
+constexpr size_t kAhead = 4096;              // bytes of codes fetched ahead with few tokens: memory answers late
+constexpr size_t kRowsBytes = 1 << 16;       // weights of one item for a thread, with few tokens
 
 template <class F>
 constexpr size_t kBlocksOfChunk = F::kWords < kLanes ? kLanes / F::kWords : 1;  // scales of a chunk
@@ -30,10 +32,11 @@ u8x32 columns_of(u8x32 packed, size_t part) {
   return part == 0 ? packed & 15 : packed >> 4;
 }
 
-// Adds one chunk of kRows rows, `bytes` and `blocks` apart, times kTokens tokens, `codes` and `floats` of which begin at the chunk.
+// Adds one chunk of kRows rows, `bytes` and `blocks` apart, times kTokens tokens, `codes` and `floats` of which begin
+// at the chunk.
 template <class F, size_t kRows, size_t kTokens>
-inline void add_chunk(const uint8_t* codes, size_t bytes, const Half* scales, size_t blocks, const int8_t* x, const float* floats,
-                      size_t chunks, f32x8 (&sums)[kRows][kTokens]) {
+inline void add_chunk(const uint8_t* codes, size_t bytes, const Half* scales, size_t blocks, const int8_t* x,
+                      const float* floats, size_t chunks, f32x8 (&sums)[kRows][kTokens]) {
   u8x32 packed[kRows];
   f32x8 scale[kRows];
   for (size_t r = 0; r < kRows; ++r) {
@@ -42,10 +45,13 @@ inline void add_chunk(const uint8_t* codes, size_t bytes, const Half* scales, si
   }
   for (size_t t = 0; t < kTokens; ++t) {
     const int8_t* columns = x + t * chunks * F::kChunk;
-    const f32x8 x_scale = load(floats + t * chunks * kFloats), correction = load(floats + t * chunks * kFloats + kLanes);
+    const f32x8 x_scale = load(floats + t * chunks * kFloats),
+                correction = load(floats + t * chunks * kFloats + kLanes);
     for (size_t r = 0; r < kRows; ++r) {
       Dot<F::kBits> dot;
-      for (size_t part = 0; part < F::kParts; ++part) dot.add(columns_of<F>(packed[r], part), load_bytes<s8x32>(columns + part * 32));
+      for (size_t part = 0; part < F::kParts; ++part) {
+        dot.add(columns_of<F>(packed[r], part), load_bytes<s8x32>(columns + part * 32));
+      }
       sums[r][t] += (to_float(dot.total()) * x_scale + correction) * scale[r];
     }
   }
@@ -64,8 +70,8 @@ void multiply_rows(const Weights& w, size_t row, const Activations& a, size_t to
   const auto add = [&](size_t chunk, f32x8(&to)[kRows][kTokens]) {
     __builtin_prefetch(codes + chunk * F::kChunkBytes * kRows + kAhead);  // in the order of memory, not of the rows
     __builtin_prefetch(scales + chunk * kLanes / F::kWords * kRows + kAhead / (F::kWords * 4));
-    add_chunk<F>(codes + chunk * F::kChunkBytes, w.row_bytes, scales + chunk * kLanes / F::kWords, w.blocks, x + chunk * F::kChunk,
-                 floats + chunk * kFloats, a.chunks, to);
+    add_chunk<F>(codes + chunk * F::kChunkBytes, w.row_bytes, scales + chunk * kLanes / F::kWords, w.blocks,
+                 x + chunk * F::kChunk, floats + chunk * kFloats, a.chunks, to);
   };
   size_t chunk = 0;
   for (; chunk + 2 <= chunks; chunk += 2) add(chunk, sums), add(chunk + 1, odd);
@@ -75,9 +81,11 @@ void multiply_rows(const Weights& w, size_t row, const Activations& a, size_t to
     Half last_scales[kRows][kBlocks] = {};
     for (size_t r = 0; r < kRows; ++r) {
       std::memcpy(last_codes[r], codes + r * w.row_bytes + w.row_bytes - rest, rest);
-      std::memcpy(last_scales[r], scales + r * w.blocks + chunks * kBlocks, (w.blocks - chunks * kBlocks) * sizeof(Half));
+      std::memcpy(last_scales[r], scales + r * w.blocks + chunks * kBlocks,
+                  (w.blocks - chunks * kBlocks) * sizeof(Half));
     }
-    add_chunk<F>(last_codes[0], F::kChunkBytes, last_scales[0], kBlocks, x + chunks * F::kChunk, floats + chunks * kFloats, a.chunks, sums);
+    add_chunk<F>(last_codes[0], F::kChunkBytes, last_scales[0], kBlocks, x + chunks * F::kChunk,
+                 floats + chunks * kFloats, a.chunks, sums);
   }
   for (size_t r = 0; r < kRows; ++r) {
     for (size_t t = 0; t < kTokens; ++t) {
@@ -100,7 +108,8 @@ void multiply_few(const Weights& w, size_t begin, size_t end, const Activations&
   }
 }
 
-// kPanel rows, unpacked: codes [words, parts, kPanel, 4], scales [blocks, kPanel] with factors, and bias. Rows that do not exist are zeros.
+// kPanel rows, unpacked: codes [words, parts, kPanel, 4], scales [blocks, kPanel] with factors, and bias. Rows that do
+// not exist are zeros.
 struct Panel {
   uint8_t* codes;
   float* scales;
@@ -123,14 +132,17 @@ void unpack(const Weights& w, size_t row, const Panel& panel) {
   for (size_t r = 0; r < kPanel; ++r) panel.bias[r] = w.bias && r < rows ? w.bias[row + r] : 0.0f;
   for (size_t block = 0; block < w.blocks; ++block) {
     for (size_t r = 0; r < kPanel; ++r) {
-      panel.scales[block * kPanel + r] = r < rows ? w.factor(row + r) * to_float(w.scales[(row + r) * w.blocks + block]) : 0.0f;
+      panel.scales[block * kPanel + r] =
+          r < rows ? w.factor(row + r) * to_float(w.scales[(row + r) * w.blocks + block]) : 0.0f;
     }
   }
 }
 
-// Sums of one block's products for kPanel rows and kPanelTokens tokens, `stride` apart; the block begins at word `block_word`.
+// Sums of one block's products for kPanel rows and kPanelTokens tokens, `stride` apart; the block begins at word
+// `block_word`.
 template <class F>
-inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block_word, i32x8 (&totals)[kPanelTokens][kHalves]) {
+inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block_word,
+                       i32x8 (&totals)[kPanelTokens][kHalves]) {
   constexpr size_t kGroup = std::min<size_t>(F::kWords, 4);  // words that Dot may sum; they lie in one chunk
   for (size_t first = 0; first < F::kWords; first += kGroup) {
     const int8_t* words = x + (block_word + first) / kLanes * F::kChunk + (block_word + first) % kLanes * 4;
@@ -152,7 +164,8 @@ inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, siz
 
 // A panel times kPanelTokens tokens from `token`; `rows` of its rows exist.
 template <class F>
-void multiply_panel(const Weights& w, const Panel& panel, size_t row, size_t rows, const Activations& a, size_t token, float* y) {
+void multiply_panel(const Weights& w, const Panel& panel, size_t row, size_t rows, const Activations& a, size_t token,
+                    float* y) {
   const int8_t* x = a.codes + token * a.chunks * F::kChunk;
   const float* floats = a.floats + token * a.chunks * kFloats;
   for (size_t t = 0; t < kPanelTokens; ++t) __builtin_prefetch(y + (token + t) * w.rows + row, 1);
@@ -186,7 +199,7 @@ void multiply_many(const Weights& w, size_t row, const Activations& a, size_t to
   static thread_local Scratch<uint8_t> codes;
   static thread_local Scratch<float> floats;
   float* bias = floats.get((1 + w.blocks) * kPanel);
-  const Panel panel{codes.get(w.blocks * F::kBlock * kPanel), bias + kPanel, bias};
+  const Panel panel{.codes = codes.get(w.blocks * F::kBlock * kPanel), .scales = bias + kPanel, .bias = bias};
   unpack<F>(w, row, panel);
   for (size_t token = 0; token < tokens; token += kPanelTokens) {  // the last step may repeat tokens of the one before
     multiply_panel<F>(w, panel, row, std::min(kPanel, w.rows - row), a, std::min(token, tokens - kPanelTokens), y);
@@ -204,10 +217,11 @@ Activations round_tokens(const Weights& w, const float* x, size_t tokens, const 
   const int zero_point = F::kBits == 4 ? F::kZeroPoint : 0;  // int8 codes are made signed before they are multiplied
   parallel_ranges(parallel, tokens, std::max<size_t>(1, (1 << 15) / w.columns), [=](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
-      round_token<F>(x + t * w.columns, w.columns, zero_point, codes + t * chunks * F::kChunk, floats + t * chunks * kFloats, chunks);
+      round_token<F>(x + t * w.columns, w.columns, zero_point, codes + t * chunks * F::kChunk,
+                     floats + t * chunks * kFloats, chunks);
     }
   });
-  return {codes, floats, chunks};
+  return {.codes = codes, .floats = floats, .chunks = chunks};
 }
 
 template <class F>
@@ -218,9 +232,11 @@ void matmul_rounded(const Weights& w, const float* x, size_t tokens, float* y, c
     const Activations a = round_tokens<F>(w, x + start * w.columns, count, parallel);
     if (count <= kFewTokens) {
       const size_t grain = std::max<size_t>(2, kRowsBytes / w.row_bytes / 2 * 2);
-      parallel_ranges(parallel, w.rows, grain, [&](size_t begin, size_t end) { multiply_few<F>(w, begin, end, a, count, out); });
+      parallel_ranges(parallel, w.rows, grain,
+                      [&](size_t begin, size_t end) { multiply_few<F>(w, begin, end, a, count, out); });
     } else {
-      parallel((w.rows + kPanel - 1) / kPanel, [&](size_t panel) { multiply_many<F>(w, panel * kPanel, a, count, out); });
+      parallel((w.rows + kPanel - 1) / kPanel,
+               [&](size_t panel) { multiply_many<F>(w, panel * kPanel, a, count, out); });
     }
   }
 }

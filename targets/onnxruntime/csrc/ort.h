@@ -1,5 +1,5 @@
-// The little of ONNX Runtime's C API that ops need: attributes, tensors, its thread pool, and Op<Kernel>, which turns a class
-// into an OrtCustomOp. Compute kernels do not include this file: they are functions over raw pointers.
+// The little of ONNX Runtime's C API that ops need: attributes, tensors, its thread pool, and Op<Kernel>, which turns a
+// class into an OrtCustomOp. Compute kernels do not include this file: they are functions over raw pointers.
 #pragma once
 
 #include <climits>
@@ -52,6 +52,9 @@ class Attributes {
 
 using Shape = std::vector<int64_t>;
 
+// Returns a size of ONNX Runtime, which is not negative, as kernels take it.
+inline size_t as_size(int64_t size) { return static_cast<size_t>(size); }
+
 // A contiguous tensor; `data` is null when an optional input is absent.
 template <class T>
 struct Tensor {
@@ -60,8 +63,8 @@ struct Tensor {
 
   explicit operator bool() const { return data != nullptr; }
   int64_t size() const { return product(0); }
-  int64_t last() const { return shape.back(); }              // width of a row
-  int64_t rows() const { return product(0, 1); }             // all dimensions but the last, flattened
+  int64_t last() const { return shape.back(); }   // width of a row
+  int64_t rows() const { return product(0, 1); }  // all dimensions but the last, flattened
 
  private:
   int64_t product(size_t from, size_t without = 0) const {
@@ -75,7 +78,8 @@ struct Tensor {
 class Call {
  public:
   explicit Call(OrtKernelContext* context)
-      : parallel([context](size_t count, const std::function<void(size_t)>& body) { run(context, count, body); }), context_(context) {}
+      : parallel([context](size_t count, const std::function<void(size_t)>& body) { run(context, count, body); }),
+        context_(context) {}
 
   template <class T>
   Tensor<const T> input(size_t index) const {
@@ -85,7 +89,8 @@ class Call {
     if (index < count) check(api->KernelContext_GetInput(context_, index, &value));
     if (value == nullptr) return {};
     void* data = nullptr;
-    check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // the C API has no const accessor; T is const
+    // the C API has no const accessor; T is const
+    check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
     return {static_cast<const T*>(data), shape_of(value)};
   }
 
@@ -129,10 +134,10 @@ struct Port {
   bool optional = false;
 };
 inline constexpr Port kFloat{};
-inline constexpr Port kOptionalFloat{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, true};
-inline constexpr Port kHalf{ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16};
-inline constexpr Port kUInt8{ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8};
-inline constexpr Port kInt64{ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64};
+inline constexpr Port kOptionalFloat{.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, .optional = true};
+inline constexpr Port kHalf{.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16};
+inline constexpr Port kUInt8{.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8};
+inline constexpr Port kInt64{.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64};
 
 // The OrtCustomOp of a class with `name`, `inputs`, `outputs` (arrays of Port), a constructor from Attributes and
 // `void compute(const Call&) const`, which may run in several threads at once.

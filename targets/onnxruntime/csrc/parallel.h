@@ -8,17 +8,19 @@
 
 namespace h1 {
 
-// parallel(count, body) runs body(0) ... body(count - 1) on any threads in any order and returns when all are done. Items are
-// handed out one by one, so several items a thread balance themselves; one item runs on the calling thread.
+// parallel(count, body) runs body(0) ... body(count - 1) on any threads in any order and returns when all are done.
+// Items are handed out one by one, so several items a thread balance themselves; one item runs on the calling thread.
 using Parallel = std::function<void(size_t count, const std::function<void(size_t)>& body)>;
 
 // As parallel, for body(begin, end) over pieces of [0, total) of `grain` elements (the last one shorter).
 template <class Body>
 void parallel_ranges(const Parallel& parallel, size_t total, size_t grain, const Body& body) {
-  parallel((total + grain - 1) / grain, [&](size_t piece) { body(piece * grain, std::min(total, (piece + 1) * grain)); });
+  parallel((total + grain - 1) / grain,
+           [&](size_t piece) { body(piece * grain, std::min(total, (piece + 1) * grain)); });
 }
 
-// Memory that grows and is kept, aligned for vectors. Make it `static thread_local`: one for each thread and place in the code.
+// Memory that grows and is kept, aligned for vectors. Make it `static thread_local`: one for each thread and place in
+// the code.
 template <class T>
 class Scratch {
  public:
@@ -42,7 +44,8 @@ class Scratch {
 
   void release() {
     ::operator delete(data_, kAlignment);
-    data_ = nullptr, count_ = 0;
+    data_ = nullptr;
+    count_ = 0;
   }
 
   T* data_ = nullptr;

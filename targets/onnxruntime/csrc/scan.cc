@@ -1,7 +1,8 @@
 // SSMScan(xbc [B, T, C], dt [B, T, W], A [H], D [H], dt_bias [H], state [B, H, N, P], mask [B, T], gate [B, T, Wg]?)
 //   -> y [B, T, H * P], new_state [B, H, N, P]
-//   The Mamba-2 recurrence, S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T and y_t = S_t^T C_t + D x_t, times silu(gate) if there is one, with
-//   dt_t = clamp(softplus(dt_t + dt_bias)) mask_t. xbc is [x: H * P | B: G * N | C: G * N]. new_state may be the memory of state.
+//   The Mamba-2 recurrence, S_t = exp(dt_t A) S_{t-1} + dt_t B_t x_t^T and y_t = S_t^T C_t + D x_t, times silu(gate) if
+//   there is one, with dt_t = clamp(softplus(dt_t + dt_bias)) mask_t. xbc is [x: H * P | B: G * N | C: G * N];
+//   new_state may be the memory of state.
 //   Source: Dao and Gu, "Transformers are SSMs" (2024); several tokens take the chunked form of their section 6.
 #include <cmath>
 
@@ -25,7 +26,9 @@ struct Scan {
   size_t width() const { return heads * d_head + 2 * groups * d_state; }
   size_t token(size_t b, size_t t) const { return b * tokens + t; }
   const float* x(size_t b, size_t t, size_t h) const { return xbc + token(b, t) * width() + h * d_head; }
-  const float* B(size_t b, size_t t, size_t g) const { return xbc + token(b, t) * width() + heads * d_head + g * d_state; }
+  const float* B(size_t b, size_t t, size_t g) const {
+    return xbc + token(b, t) * width() + heads * d_head + g * d_state;
+  }
   const float* C(size_t b, size_t t, size_t g) const { return B(b, t, groups + g); }
   size_t group(size_t h) const { return h / (heads / groups); }
   const float* gate_of(size_t b, size_t t, size_t h) const { return gate + token(b, t) * gate_width + h * d_head; }
@@ -40,7 +43,7 @@ struct Scan {
   }
 };
 
-// What the state gives, plus D x, times silu(gate), for `width` channels of a token.
+// Writes what the state gives, plus D x, times silu(gate), for `width` channels of a token.
 void write(const Scan& s, size_t b, size_t t, size_t h, size_t first, size_t width, const float* y) {
   const float* x = s.x(b, t, h) + first;
   const float* gate = s.gate ? s.gate_of(b, t, h) + first : nullptr;
@@ -50,25 +53,27 @@ void write(const Scan& s, size_t b, size_t t, size_t h, size_t first, size_t wid
   });
 }
 
-// S = decay S + B u^T and y = S^T C in one pass over `Count` vectors of columns; V is f32x8, or float for the last few columns.
+// Computes S = decay S + B u^T and y = S^T C in one pass over `Count` vectors of columns; V is f32x8, or float for the
+// last few columns.
 template <class V, size_t Count>
-void step_columns(size_t rows, size_t width, float decay, const float* B, const float* C, const float* u, const float* state,
-                  float* new_state, float* y) {
+void step_columns(size_t rows, size_t width, float decay, const float* B, const float* C, const float* u,
+                  const float* state, float* new_state, float* y) {
+  constexpr size_t kWidth = sizeof(V) / sizeof(float);  // NOLINT(bugprone-sizeof-expression): V may be float
   V sum[Count] = {}, drive[Count];
   std::memcpy(drive, u, sizeof drive);
   for (size_t n = 0; n < rows; ++n) {
     for (size_t j = 0; j < Count; ++j) {
       V S;
-      std::memcpy(&S, state + n * width + j * sizeof(V) / sizeof(float), sizeof S);
+      std::memcpy(&S, state + n * width + j * kWidth, sizeof S);
       S = decay * S + B[n] * drive[j];
-      std::memcpy(new_state + n * width + j * sizeof(V) / sizeof(float), &S, sizeof S);
+      std::memcpy(new_state + n * width + j * kWidth, &S, sizeof S);
       sum[j] += C[n] * S;
     }
   }
   std::memcpy(y, sum, sizeof sum);
 }
 
-// One head of one sequence by one token: the state is read once and written once.
+// Advances one head of one sequence by one token: the state is read once and written once.
 void step_head(const Scan& s, size_t b, size_t h) {
   static thread_local Scratch<float> scratch;
   float *u = scratch.get(2 * s.d_head), *y = u + s.d_head;
@@ -89,7 +94,8 @@ void step_head(const Scan& s, size_t b, size_t h) {
   write(s, b, 0, h, 0, s.d_head, y);
 }
 
-// Ask for what a chunk will write, and the next one read: a head's rows lie far apart, which hardware does not foresee.
+// Prefetches what a chunk will write, and the next one read: a head's rows are far apart, beyond hardware's
+// prefetchers.
 void prefetch(const Scan& s, size_t b, size_t t, size_t h, size_t first, size_t width) {
   constexpr size_t kLine = 64 / sizeof(float);
   const float* ahead = s.x(b, std::min(t + kChunk, s.tokens - 1), h) + first;
@@ -112,25 +118,28 @@ void prepare(const Scan& s, size_t b, size_t g, size_t begin, size_t length, flo
     std::fill(Bt + n * kChunk + length, Bt + (n + 1) * kChunk, 0.0f);
   }
   for (size_t i = 0; i < length; i += kRows) {
-    const Strided C{s.C(b, begin + i, g), s.width(), 1};
+    const Strided C{.data = s.C(b, begin + i, g), .row = s.width(), .column = 1};
     gemm(std::min(kRows, length - i), i + kRows, s.d_state, C, Bt, kChunk, CB + i * kChunk, kChunk, nullptr);
   }
 }
 
-// first - second[i] for kLanes i, rounded to float32 once.
+// Returns first - second[i] for kLanes i, rounded to float32 once.
 inline f32x8 difference(double first, const double* second) {
-  typedef double f64x8 __attribute__((vector_size(64)));
+  using f64x8 = double __attribute__((vector_size(64)));
   f64x8 v;
   std::memcpy(&v, second, sizeof v);
   v = first - v;
   return __builtin_convertvector(v, f32x8);
 }
 
-// mixing[i][j] = CB[i][j] exp(sum of decays from j + 1 to i) for j <= i < length, and zeros up to the end of each rectangle of kRows.
+// Sets mixing[i][j] = CB[i][j] exp(sum of decays from j + 1 to i) for j <= i < length, and zeros up to the end of each
+// rectangle of kRows.
 void mix(size_t length, const double* total, const float* CB, float* mixing) {
   for (size_t i = 0; i < length; ++i) {
     float* row = mixing + i * kChunk;
-    for (size_t j = 0; j <= i; j += kLanes) store(row + j, load(CB + i * kChunk + j) * exp(difference(total[i], total + j)));
+    for (size_t j = 0; j <= i; j += kLanes) {
+      store(row + j, load(CB + i * kChunk + j) * exp(difference(total[i], total + j)));
+    }
     std::fill(row + i + 1, row + (i / kRows + 1) * kRows, 0.0f);
   }
 }
@@ -138,7 +147,8 @@ void mix(size_t length, const double* total, const float* CB, float* mixing) {
 // Some columns of one head of one sequence, chunk after chunk.
 class Columns {
  public:
-  Columns(const Scan& s, size_t b, size_t h, size_t first, size_t width) : s_(s), b_(b), h_(h), first_(first), width_(width) {
+  Columns(const Scan& s, size_t b, size_t h, size_t first, size_t width)
+      : s_(s), b_(b), h_(h), first_(first), width_(width) {
     static thread_local Scratch<float> scratch;
     S_ = scratch.get((s.d_state + 3 * kChunk) * kColumns + kChunk * kChunk + s.d_state);
     x_ = S_ + s.d_state * kColumns;
@@ -154,7 +164,9 @@ class Columns {
   void run(const GetChunk& chunk) {
     const size_t at = (b_ * s_.heads + h_) * s_.d_state * s_.d_head + first_;
     for (size_t n = 0; n < s_.d_state; ++n) std::copy_n(s_.state + at + n * s_.d_head, width_, S_ + n * kColumns);
-    for (size_t begin = 0; begin < s_.tokens; begin += kChunk) step(begin, std::min(kChunk, s_.tokens - begin), chunk(begin / kChunk));
+    for (size_t begin = 0; begin < s_.tokens; begin += kChunk) {
+      step(begin, std::min(kChunk, s_.tokens - begin), chunk(begin / kChunk));
+    }
     for (size_t n = 0; n < s_.d_state; ++n) std::copy_n(S_ + n * kColumns, width_, s_.new_state + at + n * s_.d_head);
   }
 
@@ -177,21 +189,26 @@ class Columns {
       map(x_end_ + t * kColumns, width_, [&](size_t p, auto read) { return end * read(x + p); });
     }
     const size_t padded = (width_ + kLanes - 1) / kLanes * kLanes;
-    const Strided C{s_.C(b_, begin, s_.group(h_)), s_.width(), 1};
+    const Strided C{.data = s_.C(b_, begin, s_.group(h_)), .row = s_.width(), .column = 1};
     gemm(length, padded, s_.d_state, C, S_, kColumns, y_, kColumns, nullptr);
     mix(length, total, chunk.CB, mixing_);
     for (size_t i = 0; i < length; i += kRows) {
       const size_t rows = std::min(kRows, length - i);
-      gemm(rows, padded, i + rows, {mixing_ + i * kChunk, kChunk, 1}, x_, kColumns, y_ + i * kColumns, kColumns, from_start + i);
+      const Strided mixing{.data = mixing_ + i * kChunk, .row = kChunk, .column = 1};
+      gemm(rows, padded, i + rows, mixing, x_, kColumns, y_ + i * kColumns, kColumns, from_start + i);
     }
     for (size_t t = 0; t < length; ++t) write(s_, b_, begin + t, h_, first_, width_, y_ + t * kColumns);
     std::fill_n(decay_, s_.d_state, float(std::exp(sum)));
-    gemm(s_.d_state, padded, length, {chunk.Bt, kChunk, 1}, x_end_, kColumns, S_, kColumns, decay_);
+    const Strided Bt{.data = chunk.Bt, .row = kChunk, .column = 1};
+    gemm(s_.d_state, padded, length, Bt, x_end_, kColumns, S_, kColumns, decay_);
   }
 
   const Scan& s_;
   const size_t b_, h_, first_, width_;
-  float *S_, *x_, *x_end_, *y_, *mixing_, *decay_;  // [N, kColumns], three times [kChunk, kColumns], [kChunk, kChunk], [N]
+  float* S_;                // [N, kColumns]
+  float *x_, *x_end_, *y_;  // [kChunk, kColumns]
+  float* mixing_;           // [kChunk, kChunk]
+  float* decay_;            // [N]
 };
 
 void ssm_scan(const Parallel& parallel, const Scan& s) {
@@ -199,7 +216,9 @@ void ssm_scan(const Parallel& parallel, const Scan& s) {
   const size_t chunks = (s.tokens + kChunk - 1) / kChunk, strips = (s.d_head + kColumns - 1) / kColumns;
   const size_t size = (s.d_state + kChunk) * kChunk;
   std::vector<float> memory(s.batch * s.groups * chunks * size);
-  const auto chunk = [&](size_t b, size_t g, size_t c) { return memory.data() + ((b * s.groups + g) * chunks + c) * size; };
+  const auto chunk = [&](size_t b, size_t g, size_t c) {
+    return memory.data() + ((b * s.groups + g) * chunks + c) * size;
+  };
   parallel(s.batch * s.groups * chunks, [&](size_t i) {
     const size_t b = i / chunks / s.groups, g = i / chunks % s.groups, c = i % chunks;
     float* Bt = chunk(b, g, c);
@@ -209,7 +228,7 @@ void ssm_scan(const Parallel& parallel, const Scan& s) {
     const size_t b = i / strips / s.heads, h = i / strips % s.heads, first = i % strips * kColumns;
     Columns(s, b, h, first, std::min(kColumns, s.d_head - first)).run([&](size_t c) {
       const float* Bt = chunk(b, s.group(h), c);
-      return Chunk{Bt, Bt + s.d_state * kChunk};
+      return Chunk{.Bt = Bt, .CB = Bt + s.d_state * kChunk};
     });
   });
 }
@@ -230,27 +249,56 @@ class SSMScan {
         dt_min_(attributes.real("dt_min")),
         dt_max_(attributes.real("dt_max")) {
     require(heads_ > 0 && groups_ > 0 && heads_ % groups_ == 0, "groups must divide heads");
-    require(d_head_ > 0 && d_state_ > 0 && dt_offset_ >= 0 && gate_offset_ >= 0, "sizes must be positive, offsets not negative");
+    require(d_head_ > 0 && d_state_ > 0 && dt_offset_ >= 0 && gate_offset_ >= 0,
+            "sizes must be positive, offsets not negative");
   }
 
   void compute(const Call& call) const {
-    const auto xbc = call.input<float>(0), dt = call.input<float>(1), A = call.input<float>(2), D = call.input<float>(3);
-    const auto dt_bias = call.input<float>(4), state = call.input<float>(5), mask = call.input<float>(6), gate = call.input<float>(7);
+    const auto xbc = call.input<float>(0);
+    const auto dt = call.input<float>(1);
+    const auto A = call.input<float>(2);
+    const auto D = call.input<float>(3);
+    const auto dt_bias = call.input<float>(4);
+    const auto state = call.input<float>(5);
+    const auto mask = call.input<float>(6);
+    const auto gate = call.input<float>(7);
     require(xbc.shape.size() == 3, "xbc must be [batch, tokens, channels]");
     const int64_t batch = xbc.shape[0], tokens = xbc.shape[1], inner = heads_ * d_head_;
     require(xbc.last() == inner + 2 * groups_ * d_state_, "xbc must hold heads * d_head + 2 groups * d_state channels");
-    require(dt.rows() == batch * tokens && dt_offset_ + heads_ <= dt.last(), "columns lie outside dt, or its rows differ");
+    require(dt.rows() == batch * tokens && dt_offset_ + heads_ <= dt.last(),
+            "columns lie outside dt, or its rows differ");
     require(!gate || gate.rows() == batch * tokens, "gate must have the same rows as xbc");
     require(!gate || gate_offset_ + inner <= gate.last(), "columns lie outside gate");
-    for (const auto& vector : {A, D, dt_bias}) require(vector.shape == Shape{heads_}, "A, D and dt_bias must be [heads]");
+    for (const auto* vector : {&A, &D, &dt_bias}) {
+      require(vector->shape == Shape{heads_}, "A, D and dt_bias must be [heads]");
+    }
     require(state.shape == Shape{batch, heads_, d_state_, d_head_}, "state must be [batch, heads, d_state, d_head]");
     require(mask.shape == Shape{batch, tokens}, "mask must be [batch, tokens]");
     const auto y = call.output<float>(0, {batch, tokens, inner});
     const auto new_state = call.output<float>(1, state.shape);
-    ssm_scan(call.parallel,
-             {size_t(batch), size_t(tokens), size_t(heads_), size_t(groups_), size_t(d_head_), size_t(d_state_), size_t(dt.last()),
-              size_t(gate ? gate.last() : 0), dt_min_, dt_max_, xbc.data, dt.data + dt_offset_, A.data, D.data, dt_bias.data, state.data,
-              mask.data, gate ? gate.data + gate_offset_ : nullptr, y.data, new_state.data});
+    const Scan arguments{
+        .batch = as_size(batch),
+        .tokens = as_size(tokens),
+        .heads = as_size(heads_),
+        .groups = as_size(groups_),
+        .d_head = as_size(d_head_),
+        .d_state = as_size(d_state_),
+        .dt_width = as_size(dt.last()),
+        .gate_width = gate ? as_size(gate.last()) : 0,
+        .dt_min = dt_min_,
+        .dt_max = dt_max_,
+        .xbc = xbc.data,
+        .dt = dt.data + dt_offset_,
+        .A = A.data,
+        .D = D.data,
+        .dt_bias = dt_bias.data,
+        .state = state.data,
+        .mask = mask.data,
+        .gate = gate ? gate.data + gate_offset_ : nullptr,
+        .y = y.data,
+        .new_state = new_state.data,
+    };
+    ssm_scan(call.parallel, arguments);
   }
 
  private:

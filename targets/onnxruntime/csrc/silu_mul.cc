@@ -1,5 +1,6 @@
 // SiluMul(a [..., Wa], gate [..., Wg]) -> y [..., width]
-//   y = a[..., a_offset : +width] * silu(gate[..., gate_offset : +width]); both may be one tensor, the output of one projection.
+//   y = a[..., a_offset : +width] * silu(gate[..., gate_offset : +width]); both may be one tensor, the output of one
+//   projection.
 #include "ort.h"
 #include "simd.h"
 
@@ -21,7 +22,9 @@ class SiluMul {
   static constexpr Port outputs[] = {kFloat};
 
   explicit SiluMul(const Attributes& attributes)
-      : a_offset_(attributes.integer("a_offset")), gate_offset_(attributes.integer("gate_offset")), width_(attributes.integer("width")) {
+      : a_offset_(attributes.integer("a_offset")),
+        gate_offset_(attributes.integer("gate_offset")),
+        width_(attributes.integer("width")) {
     require(a_offset_ >= 0 && gate_offset_ >= 0 && width_ > 0, "offsets and width must be positive");
   }
 
@@ -34,7 +37,8 @@ class SiluMul {
     const auto y = call.output<float>(0, shape);
     parallel_ranges(call.parallel, a.rows(), std::max<size_t>(1, kGrain / width_), [&](size_t begin, size_t end) {
       for (size_t row = begin; row < end; ++row) {
-        silu_mul_row(a.data + row * a.last() + a_offset_, gate.data + row * gate.last() + gate_offset_, y.data + row * width_, width_);
+        silu_mul_row(a.data + row * a.last() + a_offset_, gate.data + row * gate.last() + gate_offset_,
+                     y.data + row * width_, width_);
       }
     });
   }

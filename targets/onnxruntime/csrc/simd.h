@@ -1,5 +1,6 @@
-// Vectors of 256 bits. Floats use the compilers' vector extension, which every CPU has; int8 dot products have one primitive
-// with a variant for each instruction set. H1_PORTABLE picks the plain variant anywhere, so that it can be tested.
+// Vectors of 256 bits. Floats use the compilers' vector extension, which every CPU has; int8 dot products have one
+// primitive with a variant for each instruction set. H1_PORTABLE picks the plain variant anywhere, so that it can be
+// tested.
 #pragma once
 
 #include <cstddef>
@@ -13,10 +14,10 @@
 
 namespace h1 {
 
-typedef float f32x8 __attribute__((vector_size(32)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
-typedef int8_t s8x32 __attribute__((vector_size(32)));
-typedef uint8_t u8x32 __attribute__((vector_size(32)));
+using f32x8 = float __attribute__((vector_size(32)));
+using i32x8 = int32_t __attribute__((vector_size(32)));
+using s8x32 = int8_t __attribute__((vector_size(32)));
+using u8x32 = uint8_t __attribute__((vector_size(32)));
 constexpr size_t kLanes = 8;
 
 inline f32x8 load(const float* p) {
@@ -41,7 +42,8 @@ inline f32x8 load_part(const float* p, size_t count) {
 }
 inline void store_part(float* p, f32x8 v, size_t count) { std::memcpy(p, &v, count * sizeof(float)); }
 
-// out[i] = f(i, read) for `width` floats, a vector at a time; read(p) loads as many as there are left, so f reads from p + i.
+// out[i] = f(i, read) for `width` floats, a vector at a time; read(p) loads as many as there are left, so f reads from
+// p + i.
 template <class F>
 inline void map(float* out, size_t width, const F& f) {
   const size_t rest = width % kLanes, whole = width - rest;
@@ -84,7 +86,7 @@ inline f32x8 exp(f32x8 x) {
   const f32x8 round = splat(12582912.0f);
   const f32x8 n = (x * 1.44269504088896341f + round) - round;
   const f32x8 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first exact in n's products
-  f32x8 p = splat(1.9875691500e-4f);  // Cephes' expf
+  f32x8 p = splat(1.9875691500e-4f);                            // Cephes' expf
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
@@ -100,7 +102,8 @@ inline f32x8 exp(f32x8 x) {
 
 inline f32x8 silu(f32x8 x) { return x / (1.0f + exp(-x)); }
 
-// A float16 that is positive and normal, as scales are (core/quant/tensor.py): an exponent's bias and three places from a float.
+// A float16 that is positive and normal, as scales are (h1export/quantize/quantized_tensor.py): an exponent's bias and
+// three places from a float.
 struct Half {
   uint16_t bits;
 };

@@ -1,8 +1,8 @@
 """The Mamba-2 scan in ai.onnx operators: chunked SSD, parallel over chunks, without control flow.
 
-Source: Dao and Gu, "Transformers are SSMs" (2024), section 6. Log decays between two tokens are sums over the tokens in between,
-never differences of cumulative sums, which cancel in float32. Axes: b batch, c chunk, g group, r head of the group, l and m token
-of the chunk, n d_state, p d_head.
+Source: Dao and Gu, "Transformers are SSMs" (2024), section 6. Log decays between two tokens are sums over the tokens in
+between, never differences of cumulative sums, which cancel in float32. Axes: b batch, c chunk, g group, r head of the
+group, l and m token of the chunk, n d_state, p d_head.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ def _across(
 ) -> tuple[Value, Value]:
     """Return the states before each chunk, [b, g, r, c, n, p], and after the last one, [b, heads, n, p].
 
-    ``added``: what each chunk adds to the state; ``from_start``: log decays from its start to each of its tokens. One product with
-    the decays between chunks takes the place of a loop over them.
+    ``added``: what each chunk adds to the state; ``from_start``: log decays from its start to each of its tokens. One
+    product with the decays between chunks takes the place of a loop over them.
     """
     g, n, p, r = sizes.groups, sizes.d_state, sizes.d_head, sizes.group
     first = b.op("Reshape", state, b.ints(0, g, r, 1, n * p))

@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 
 def linear(c: OrtContext, node: Node) -> None:
-    """Emit MatMulNBits where the weight is stored in integers, else a product with the weight as the checkpoint stores it, [N, K]."""
+    """Emit MatMulNBits for a weight in integers, else a product with the weight as the checkpoint stores it, [N, K]."""
     x = c.value(args_of(node)[0])
     expr = c.expr(args_of(node)[1])
     precision = c.precision(expr)
@@ -65,16 +65,18 @@ def add(c: Context, node: Node) -> None:
 
 
 def rms_norm(c: Context, node: Node) -> None:
+    """Emit RMSNormalization over the last axis; without a weight its scale is ones."""
     x, (width,), weight, epsilon = args_of(node)
     scale = c.build.constant(np.ones(width), c.activations) if weight is None else c.value(weight)
     c.set(node, c.build.op("RMSNormalization", c.value(x), scale, axis=-1, epsilon=epsilon))
 
 
 def _silu(c: Context, x: Value) -> Value:
-    return c.build.op("QuickGelu", x, domain=MS, alpha=1.0)  # x * sigmoid(x) in one kernel
+    return c.build.op("QuickGelu", x, domain=MS, alpha=1.0)
 
 
 def silu(c: Context, node: Node) -> None:
+    """Emit QuickGelu with alpha 1, which is x * sigmoid(x) in one kernel."""
     c.set(node, _silu(c, c.value(args_of(node)[0])))
 
 
@@ -86,12 +88,13 @@ def _flat(c: Context, x: Any) -> Value:
 
 
 def causal_conv(c: Context, node: Node) -> None:
+    """Emit products with shifted inputs, then SiLU."""
     total, carried = shifted_products(c, node)
     c.set(node, _silu(c, total), carried)
 
 
 def ssm_scan(c: Context, node: Node) -> None:
-    """Emit LinearAttention: query C, key B, value dt x, log decay dt A; fewer query heads than value heads are SSM groups."""
+    """Emit LinearAttention: query C, key B, value dt x, log decay dt A; its query heads are the SSM's groups."""
     x, _dt, A, B, C, D, _dt_bias, state, *_ = args_of(node)
     sizes = ScanSizes.of(node)
     b = c.build

@@ -1,8 +1,8 @@
 """The graph of --provider cuda: fp16 activations, keys and values; the scan and its state in float32.
 
-Every operator here has a kernel of these dtypes in ONNX Runtime's CUDA provider: its docs/OperatorKernels.md, repeated for what this
-graph uses in tests/targets/onnxruntime/test_cuda.py. bf16 activations are not offered: MatMulNBits takes scales in the activations'
-dtype, and bf16 cannot hold the fp16 scales.
+Every operator here has a kernel of these dtypes in ONNX Runtime's CUDA provider: its docs/OperatorKernels.md, repeated
+for what this graph uses in tests/targets/onnxruntime/test_cuda.py. bf16 activations are not offered: MatMulNBits takes
+scales in the activations' dtype, and bf16 cannot hold the fp16 scales.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ aten = torch.ops.aten
 
 
 class CudaContext(OrtContext):
-    """A Context of fp16 activations. Small weights are stored in float32 and rounded when a session is made; matrices in fp16."""
+    """A Context of fp16 activations.
+
+    Small weights are stored in float32 and rounded when a session is made; matrices in fp16.
+    """
 
     activations = np.float16
 
     def weight(self, expr: WeightExpr) -> Value:
-        return self.build.once((expr, "half"), lambda: self.as_activation(self.exact(expr)))  # type: ignore[no-any-return]
+        return self.build.once((expr, "half"), lambda: self.as_activation(self.exact(expr)))
 
     def matrix(self, expr: WeightExpr) -> Value:
         """Return ``expr`` in fp16, written once. Raises H1ExportError for values beyond it."""
@@ -50,7 +53,7 @@ class CudaContext(OrtContext):
 
 
 def linear(c: CudaContext, node: Node) -> None:
-    """Emit a product; with integers the scales are fp16 as the integer rule has them, so µP multiplies the product, row by row."""
+    """Emit a product; integers keep the rule's fp16 scales, so µP multiplies the product, row by row."""
     x = c.value(args_of(node)[0])
     expr = c.expr(args_of(node)[1])
     precision = c.precision(expr)
@@ -88,8 +91,8 @@ def causal_conv(c: CudaContext, node: Node) -> None:
 def ssm_scan(c: CudaContext, node: Node) -> None:
     """Emit GatedDeltaNet without the delta: query C, key B, value dt x, log decay dt A, all float32.
 
-    Its state is float32 whatever the rest is; LinearAttention's has the activations' dtype and would drift. With fp16 inputs it may
-    choose a kernel that rounds inside a chunk.
+    Its state is float32 whatever the rest is; LinearAttention's has the activations' dtype and would drift. With fp16
+    inputs it may choose a kernel that rounds inside a chunk.
     """
     x, _dt, A, B, C, D, _dt_bias, state, *_ = args_of(node)
     step = step_sizes(c, node)

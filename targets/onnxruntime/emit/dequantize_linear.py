@@ -1,7 +1,7 @@
 """Integers for DequantizeLinear, stored [columns, rows], as MatMul takes its second operand.
 
-ONNX Runtime turns DequantizeLinear and MatMul over this layout into MatMulNBits; over [rows, columns] it dequantises the whole
-weight in every call.
+ONNX Runtime turns DequantizeLinear and MatMul over this layout into MatMulNBits; over [rows, columns] it dequantises
+the whole weight in every call.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def _rows(layout: NBitsLayout, block: QuantizedBlock) -> tuple[npt.NDArray[Any],
 
 
 def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
-    """Emit rows ``ids`` of the embedding in float32. Integers that a tied head reads too are noted for the manifest by the head."""
+    """Emit rows ``ids`` of the embedding in float32.
+
+    Integers that a tied head reads too are noted for the manifest by the head.
+    """
     rows, columns = c.store.shape(expr.only.tensor)
     name = initializer_name(expr) + TABLE
     b = c.build
@@ -92,7 +95,7 @@ def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Val
 def read_stored(
     weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]
 ) -> Iterator[tuple[str, QuantizedTensor]]:
-    """Yield the integers that an artifact stores, by checkpoint tensor, as ``targets/onnxruntime/read_back.py`` does; int4 arrays are flat."""
+    """Yield the integers that an artifact stores, by checkpoint tensor, as read_back.py does; int4 arrays are flat."""
     (part,) = weight.parts
     name = weight.initializer
     multiplier = part.multiplier.rows(part.size)

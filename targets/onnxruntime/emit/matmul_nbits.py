@@ -1,7 +1,8 @@
 """MatMulNBits over integers in the external data, and the embedding that may share their bytes with a tied head.
 
-Scales are stored in float16 as the integer rule has them: 32 int4 codes and their scale take 18 bytes. MatMulNBits wants scales of its
-activations' dtype, so float32 ones with µP multiplied in are nodes, which ONNX Runtime computes once, when a session is made.
+Scales are stored in float16 as the integer rule has them: 32 int4 codes and their scale take 18 bytes. MatMulNBits
+wants scales of its activations' dtype, so float32 ones with µP multiplied in are nodes, which ONNX Runtime computes
+once, when a session is made.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class OrtContext(Context):
     """A Context of ONNX Runtime's graphs.
 
     Attributes:
-        accuracy_level: the level at which products with integers compute: 0 in float32, 4 with activations rounded to int8.
+        accuracy_level: the level at which products with integers compute: 0 in float32, 4 with activations rounded to
+            int8.
     """
 
     accuracy_level: int = 0
@@ -88,7 +90,7 @@ def _packed_block(layout: NBitsLayout, block: QuantizedBlock) -> tuple[npt.NDArr
 
 
 def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, *, precision: Precision) -> Value:
-    """Emit x [.., K] times the transpose of the quantised weight [N, K]; where activations are fp16, µP is left to the caller."""
+    """Emit x [.., K] times the transpose of the quantised weight [N, K]; fp16 activations leave µP to the caller."""
     matrix = write_quantized(c, expr, precision)
     scales = c.build.initializer(matrix.scales) if c.activations is np.float16 else float_scales(c, expr, matrix)
     operands = (c.build.initializer(matrix.codes), scales, *matrix.zero_points(c))
@@ -115,7 +117,7 @@ def row_multipliers(c: Context, expr: WeightExpr) -> Value | None:
 
 def float_scales(c: Context, expr: WeightExpr, matrix: QuantizedMatrix) -> Value:
     """Return scales times µP, float32 [rows, blocks], from constants alone."""
-    return c.build.once((expr, "float scales"), lambda: _float_scales(c, expr, matrix))  # type: ignore[no-any-return]
+    return c.build.once((expr, "float scales"), lambda: _float_scales(c, expr, matrix))
 
 
 def _float_scales(c: Context, expr: WeightExpr, matrix: QuantizedMatrix) -> Value:

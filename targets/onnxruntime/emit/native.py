@@ -47,7 +47,7 @@ def covers(program: Program) -> bool:
 
 
 class NativeContext(OrtContext):
-    """A Context in which heads are no axis: a value that the Program views as [batch, seq, heads, dim] stays [batch, seq, heads * dim].
+    """A Context in which heads are no axis: [batch, seq, heads, dim] of the Program stays [batch, seq, heads * dim].
 
     Attributes:
         gated_by_scan: gates that an SSMScan has applied already.
@@ -66,7 +66,7 @@ class NativeContext(OrtContext):
         return self.build.ops(op_type, outputs, *inputs, domain=DOMAIN, **attributes)
 
     def columns(self, node: Any) -> tuple[Value, int]:
-        """Return (wide, offset): the value that holds ``node``, flattened, in its last axis, and the column where it starts."""
+        """Return (wide, offset): the value that holds the flattened ``node`` in its last axis, and the first column."""
         while node.target is aten.view.default:
             node = node.args[0]
         if node.target is operator.getitem and args_of(node)[0].target is aten.split_with_sizes.default:
@@ -76,13 +76,13 @@ class NativeContext(OrtContext):
         return self.value(node), 0
 
     def probed(self, node: Node) -> tuple[Value, Columns | None]:
-        """Return the wide product that holds the probe, because our ops read columns out of it and nothing splits it."""
+        """Return the wide product that holds the probe: our ops read its columns, and nothing splits it."""
         inner, _ = _unmasked(node)
         wide, offset = self.columns(inner)
         return wide, None if wide is self.value(inner) else (offset, offset + node.meta["val"].shape[2:].numel())
 
     def side_by_side(self, *nodes: Any) -> tuple[Value, list[int]]:
-        """Return (wide, offsets) of several nodes, which are copied side by side where one value does not hold them already."""
+        """Return (wide, offsets) of several nodes, copied side by side unless one value holds them already."""
         places = [self.columns(node) for node in nodes]
         if len({id(wide) for wide, _ in places}) == 1:
             return places[0][0], [offset for _, offset in places]
@@ -102,7 +102,7 @@ class Product:
 
     @classmethod
     def of(cls, c: NativeContext, node: Node) -> Product | None:
-        """Return what an aten.linear becomes; None: its weight is float32, or has zero points, which the runtime's own kernel takes."""
+        """Return what aten.linear needs; None: its weight is float32, or has zero points as stock kernels take."""
         expr = c.expr(args_of(node)[1])
         bias = linear_bias(node)
         precision = c.precision(expr)
@@ -116,7 +116,7 @@ class Product:
 
 
 def linear(c: NativeContext, node: Node) -> None:
-    """Emit a product with integers, and what precedes it where nothing else reads that: a gate, or two values side by side."""
+    """Emit a product with integers, and with it a gate, or two values side by side, that nothing else reads."""
     x = args_of(node)[0]
     expr = c.expr(args_of(node)[1])
     product = Product.of(c, node)
@@ -144,7 +144,7 @@ def _gated(node: Node) -> tuple[Node, Node] | None:
 
 
 def add(c: NativeContext, node: Node) -> None:
-    """Emit one op for a sum, the norm that reads it and the product with integers that reads the norm; else the stock sum."""
+    """Emit one op for a sum, the norm that reads it and the product that reads the norm; else the stock sum."""
     norms = [user for user in node.users if user.target is aten.rms_norm.default and args_of(user)[2] is not None]
     products = [user for norm in norms for user in norm.users if user.target is aten.linear.default]
     if len(norms) == len(products) == 1 and len(norms[0].users) == 1:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from h1export.quantize.precision import Precision
 
-# int8 has one scale a row, repeated for MatMulNBits' blocks; small ones, because accuracy level 4 rounds activations by block
+# int8 repeats a scale for each of MatMulNBits' blocks, which are small because level 4 rounds activations by block
 INT8_BLOCKS = (32, 16)
 
 Codes = npt.NDArray[np.uint8]

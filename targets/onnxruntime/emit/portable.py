@@ -1,7 +1,8 @@
 """The graph of --opset-only: ai.onnx operators alone, for any runtime.
 
-The norm, the rotary embedding and attention are spelled out, because their operators came with opset 23 and few runtimes have them;
-what is left needs opset 18, 19 for int8 and 21 for int4. No control flow, and no operator that a runtime could only run as a loop.
+The norm, the rotary embedding and attention are spelled out, because their operators came with opset 23 and few
+runtimes have them; what is left needs opset 18, 19 for int8 and 21 for int4. No control flow, and no operator that a
+runtime could only run as a loop.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ aten = torch.ops.aten
 
 
 def opset(precisions: Collection[Precision]) -> int:
-    """The oldest opset that has all of it: DequantizeLinear has int4 and blocks from 21 on; ONNX's own evaluator knows it from 19 on."""
+    """Return the oldest opset that suffices: int4 and blocks need 21, and ONNX's own evaluator runs int8 from 19 on."""
     return 21 if any(precision.group_size for precision in precisions) else 19 if precisions else 18
 
 
@@ -72,10 +73,12 @@ def _silu(c: Context, x: Value) -> Value:
 
 
 def silu(c: Context, node: Node) -> None:
+    """Emit x * sigmoid(x)."""
     c.set(node, _silu(c, c.value(args_of(node)[0])))
 
 
 def causal_conv(c: Context, node: Node) -> None:
+    """Emit products with shifted inputs, then SiLU."""
     total, carried = shifted_products(c, node)
     c.set(node, _silu(c, total), carried)
 
@@ -125,7 +128,7 @@ def _rotate(c: Context, x: Any, cos: Value, sin: Value, *, dim: int) -> Value:
 
 
 def _attention_mask(c: Context, mask: Any, positions: Any) -> Value:
-    """Return what is added to scores, [batch, 1, 1, seq, total]: it hides pads and later tokens, never a token from itself."""
+    """Return what is added to scores, [batch, 1, 1, seq, total]: it hides pads and later tokens, never the own one."""
     b = c.build
     seq = b.op("Shape", c.value(positions), start=1, end=2)
     total = b.op("Shape", c.value(mask), start=1, end=2)

@@ -62,8 +62,8 @@ class TypedBuilder(GraphBuilder):
 class TensorRTContext(Context):
     """A Context of activations in ``own``: fp16 or bf16.
 
-    Small weights are stored in float32, and where activations read them a Cast follows, which TensorRT's builder computes once;
-    matrices are stored in ``own``.
+    Small weights are stored in float32, and where activations read them a Cast follows, which TensorRT's builder
+    computes once; matrices are stored in ``own``.
 
     Attributes:
         own: the dtype of activations.
@@ -81,7 +81,7 @@ class TensorRTContext(Context):
         """Return ``value`` in ``dtype``, by a Cast that is made once; none where it has that dtype."""
         if value.dtype == dtype:
             return value
-        return self.build.once((value, dtype), lambda: self.build.op("Cast", value, to=int(dtype)))  # type: ignore[no-any-return]
+        return self.build.once((value, dtype), lambda: self.build.op("Cast", value, to=int(dtype)))
 
     def as_activation(self, value: Value) -> Value:
         return self.cast(value, self.own)

@@ -1,4 +1,4 @@
-"""What the network takes and gives: names, dtypes and dims of its inputs and outputs, and the two ways of calling it."""
+"""The network's inputs and outputs, with their names, dtypes and dims, and its profiles."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TORCH: Mapping[int, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Profile:
-    """Sizes that the builder tunes the network for: batch from 1 to ``batch``, tokens from 1 to ``tokens``, best at ``usual``."""
+    """The sizes that the builder tunes for: batch to ``batch``, tokens to ``tokens``, best at ``usual`` tokens."""
 
     name: str
     batch: int

@@ -40,7 +40,7 @@ def check(config: FalconH1Config, integers: QuantizedWeights, options: BuildOpti
     wide = [name for name, precision in integers.precisions.items() if precision.bits != 4 and name not in gathered]
     if wide:
         where = "--quant int8" if len(wide) >= len(integers.precisions) - 1 else f'tensor "{wide[0]}" in int8'
-        what = "TensorRT multiplies int8 weights by int8 activations only, and these activations are not; for weights alone it has int4"
+        what = "TensorRT multiplies int8 weights by int8 activations only; for weights alone it has int4"
         raise H1ExportError(where, what, "use --quant int4 or none, or --target ort, which has int8")
 
 
@@ -75,11 +75,11 @@ def write(
             value.name = name
             value.shape = ir.Shape(dims)
         ir.save(context.build.model(declared, results, "falcon_h1"), stage.folder / MODEL)
-    return Lowered(inputs, outputs, tuple(context.stored))
+    return Lowered(inputs, outputs, tuple(context.stored), weights_file=DATA)
 
 
 def _kinds(store: WeightStore, integers: QuantizedWeights) -> KindOf:
-    """Weights of one precision may share an initializer; an odd number of rows, whose int4 columns end within bytes, shares none."""
+    """Return what weights that may share an initializer have in common: their precision, and an even number of rows."""
 
     def kind_of(expr: WeightExpr) -> Hashable:
         odd = tuple(part.tensor for part in expr.parts if store.shape(part.tensor)[0] % 2)

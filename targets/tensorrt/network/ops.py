@@ -1,6 +1,7 @@
 """The network's emitters: one for each op of a Program.
 
-Norms, the residual stream and the scan's state are float32; products, attention and what lies between are the activations' dtype.
+Norms, the residual stream and the scan's state are float32; products, attention and what lies between are the
+activations' dtype.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def linear(c: TensorRTContext, node: Node) -> None:
 
 
 def embedding(c: TensorRTContext, node: Node) -> None:
-    """Emit rows of the embedding in float32, in which the residual stream stays: every layer adds to it, beyond fp16's range."""
+    """Emit rows of the embedding in float32, as the residual stream stays: sums over layers leave fp16's range."""
     expr = c.expr(args_of(node)[0])
     ids = c.value(args_of(node)[1])
     precision = c.precision(expr)
@@ -70,12 +71,13 @@ def rms_norm(c: TensorRTContext, node: Node) -> None:
 
 
 def silu(c: TensorRTContext, node: Node) -> None:
+    """Emit x * sigmoid(x)."""
     x = c.value(args_of(node)[0])
     c.set(node, c.build.op("Mul", x, c.build.op("Sigmoid", x)))
 
 
 def binary(op_type: str) -> Emitter[TensorRTContext]:
-    """Return the emitter of an elementwise op of two tensors, or of a tensor and a number, in float32 where a tensor is."""
+    """Return the emitter of an elementwise op of tensors, or a tensor and a number, in float32 where a tensor is."""
 
     def emit(c: TensorRTContext, node: Node) -> None:
         values = [c.value(argument) if isinstance(argument, Node) else argument for argument in args_of(node)]
@@ -103,7 +105,7 @@ def to_dtype(c: TensorRTContext, node: Node) -> None:
 
 
 def narrow(c: TensorRTContext, node: Node) -> None:
-    """Emit the columns of the call's tokens where a value has one for every column of the keys' buffer; else a slice."""
+    """Emit the call's tokens of a value that has a column for each of the keys' buffer; else a slice."""
     x = args_of(node)[0]
     if x.meta["val"].dim() != 2:
         return common.narrow(c, node)
@@ -112,7 +114,7 @@ def narrow(c: TensorRTContext, node: Node) -> None:
 
 def _columns(c: TensorRTContext) -> Value:
     """Return the column of the keys' buffer of each token of the call, int64 [batch, seq]."""
-    return c.build.once("columns", lambda: _written(c))  # type: ignore[no-any-return]
+    return c.build.once("columns", lambda: _written(c))
 
 
 def _written(c: TensorRTContext) -> Value:
@@ -141,7 +143,7 @@ def ssm_scan(c: TensorRTContext, node: Node) -> None:
 
 
 def attention(c: TensorRTContext, node: Node) -> None:
-    """Emit the rotary embedding, the call's keys and values written into their buffers, and attention over all of them."""
+    """Emit the rotary embedding, the call's keys and values written into their buffers, and attention over all."""
     q, k, v, past_k, past_v, _positions, mask, _theta = args_of(node)
     b = c.build
     cos, sin = rotary_tables(c, node)

@@ -1,7 +1,8 @@
-"""Integers in the network: symmetric int4 in groups for products, which the builder keeps packed, and words for the embedding.
+"""Integers in the network: symmetric int4 in groups for products, and words for the embedding.
 
-A product reads DequantizeLinear's codes [columns, rows] with the rule's fp16 scales; µP is one Mul behind it. The builder would
-dequantise a whole table before it gathers rows, so an embedding's codes are stored in int32 words, and a call gathers its rows of them.
+TensorRT's builder keeps int4 packed. TensorRT's builder keeps int4 packed. A product reads DequantizeLinear's codes
+[columns, rows] with the rule's fp16 scales; µP is one Mul behind it. The builder would dequantise a whole table before
+it gathers rows, so an embedding's codes are stored in int32 words, and a call gathers its rows of them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Words = npt.NDArray[np.int32]
 
 def dequantized(c: TensorRTContext, expr: WeightExpr, precision: Precision) -> Value:
     """Emit the matrix [columns, rows] without µP, in the activations' dtype."""
-    return c.build.once((expr, precision), lambda: _dequantized(c, expr, precision))  # type: ignore[no-any-return]
+    return c.build.once((expr, precision), lambda: _dequantized(c, expr, precision))
 
 
 def _dequantized(c: TensorRTContext, expr: WeightExpr, precision: Precision) -> Value:
@@ -58,7 +59,10 @@ def row_multipliers(c: TensorRTContext, expr: WeightExpr) -> Value | None:
 
 
 def embed(c: TensorRTContext, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
-    """Emit rows ``ids`` of the embedding in float32, exactly. Integers that a tied head reads too are noted by the head."""
+    """Emit rows ``ids`` of the embedding in float32, exactly.
+
+    Integers that a tied head reads too are noted by the head.
+    """
     rows, columns = c.store.shape(expr.only.tensor)
     assert expr.only.multiplier == Multiplier(), "an embedding is stored without a multiplier"
     name = initializer_name(expr)
@@ -88,7 +92,7 @@ def embed(c: TensorRTContext, ids: Value, expr: WeightExpr, precision: Precision
 
 
 def words_of(codes: npt.NDArray[np.int8], bits: int) -> Words:
-    """Pack int8 [rows, columns] into [rows, words]: the first code in a word's lowest bits, each plus half its range."""
+    """Pack int8 [rows, columns] into [rows, words]: the first code in the lowest bits, each plus half its range."""
     unsigned = (codes.view(np.uint8) + np.uint8(1 << (bits - 1))).view(np.int8)  # wraps like two's complement
     packed = pack(unsigned) if bits == 4 else unsigned.view(np.uint8)
     words: npt.NDArray[np.uint32] = np.ascontiguousarray(packed).view("<u4")

@@ -26,7 +26,7 @@ SHOWN_LINES = 5  # lines of a failing compiler's output that an error shows
 NEXT_STEP = "install the extra trt, which has CMake, a C++17 compiler and make"
 
 
-def kernels(d_head: int, d_state: int, taps: int, dtype: str) -> tuple[Kernel, ...]:
+def kernels(d_head: int, d_state: int, taps: int, *, dtype: str) -> tuple[Kernel, ...]:
     """Return all kernels that the layers of a model launch.
 
     Args:

@@ -60,7 +60,7 @@ class Op:
         ]
 
     def kind(self, name: str) -> str:
-        """Return the kernels' type of an input: KERNEL_DTYPE, the op's dtype, or a pointer type that does not depend on it."""
+        """Return the kernels' type of an input: KERNEL_DTYPE (the op's dtype), or a pointer type independent of it."""
         (kind,) = {kind for arguments in self.kernels.values() for argument, kind in arguments if argument == name}
         return kind
 
@@ -70,7 +70,7 @@ OPS = (
         "SSMScan",
         "ssm_scan",
         h1.ssm_scan.default._schema,
-        {
+        shapes={
             "x": "batch tokens heads d_head",
             "dt": "batch tokens heads",
             "A": "heads",
@@ -81,7 +81,7 @@ OPS = (
             "state": "batch heads d_head d_state",
             "mask": "batch tokens",
         },
-        {
+        kernels={
             "chunk_state": scan.CHUNK_STATE,
             "state_passing": scan.STATE_PASSING,
             "chunk_scan": scan.CHUNK_SCAN,
@@ -92,13 +92,13 @@ OPS = (
         "CausalConv",
         "causal_conv",
         h1.causal_conv.default._schema,
-        {
+        shapes={
             "x": "batch tokens channels",
             "state": "batch channels kept",
             "weight": "channels one taps",
             "bias": "channels",
         },
-        {"causal_conv": conv.CAUSAL_CONV},
+        kernels={"causal_conv": conv.CAUSAL_CONV},
     ),
 )
 

@@ -53,7 +53,7 @@ for index, changed, architecture in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def compiled() -> Callable[..., list[dict[str, Any]]]:
-    """compiled((index into the script's choices, changed constants, architecture), ...) -> the results of the script."""
+    """compiled((index into the script's choices, changed constants, architecture), ...) -> the script's results."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
     def compile_all(*pairs: tuple[int, dict[str, int], int]) -> list[dict[str, Any]]:
@@ -185,7 +185,7 @@ def test_the_estimate_is_what_the_convolution_does(
 ) -> None:
     inputs = conv_inputs(1, tokens, 48, dtype=torch.float16)
     tensors = inputs | {"y": torch.empty_like(inputs["x"]), "new_state": torch.empty_like(inputs["state"])}
-    launch = conv.launch(conv.kernel("fp16", 4, True, one_token=tokens == 1), 1, tokens, 48)
+    launch = conv.launch(conv.kernel("fp16", 4, True, one_token=tokens == 1), 1, tokens, channels=48)
     assert counted(launch, tensors) == conv_work(1, tokens, 48, taps=4)
 
 

@@ -15,6 +15,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
+from h1export.report.checks import CheckKind, Comparison
 from h1export.report.report import Report
 from h1export.targets.coreml.evaluator import Evaluator, Package
 from h1export.targets.coreml.program import layout
@@ -36,8 +37,8 @@ def judged(artifact: Artifact, checkpoint: Path) -> Report:
 
 
 def failures(report: Report) -> set[str]:
-    """Return the checks of the rows that fail, and what they compare with."""
-    return {name for row in report.rows if row.verdict == "FAIL" for name in (row.check, row.against)}
+    """The kinds and comparisons of the rows that fail."""
+    return {name for row in report.rows if row.verdict == "FAIL" for name in (row.kind, row.comparison)}
 
 
 def test_the_package_as_built_passes(built: Artifact, make_checkpoint: Callable[..., Path]) -> None:
@@ -49,7 +50,9 @@ def test_a_flipped_nibble(built: Artifact, make_checkpoint: Callable[..., Path],
         data[5] ^= 0x08  # the sign of one code
         return data
 
-    assert "stored integers" in failures(judged(with_changed_bytes(built, WEIGHT, "data", flip), make_checkpoint()))
+    assert CheckKind.STORED_INTEGERS in failures(
+        judged(with_changed_bytes(built, WEIGHT, "data", flip), make_checkpoint())
+    )
 
 
 def test_a_wrong_scale(built: Artifact, make_checkpoint: Callable[..., Path], with_changed_bytes: Changed) -> None:
@@ -58,7 +61,9 @@ def test_a_wrong_scale(built: Artifact, make_checkpoint: Callable[..., Path], wi
         scales[3] *= 2
         return data
 
-    assert "stored integers" in failures(judged(with_changed_bytes(built, WEIGHT, "scale", double), make_checkpoint()))
+    assert CheckKind.STORED_INTEGERS in failures(
+        judged(with_changed_bytes(built, WEIGHT, "scale", double), make_checkpoint())
+    )
 
 
 def swap_states(model: Any) -> None:
@@ -84,7 +89,7 @@ def stale_state(model: Any) -> None:
 def test_states_that_are_not_kept_as_they_should(
     edit: Callable[[Any], None], built: Artifact, make_checkpoint: Callable[..., Path], with_changed_program: Changed
 ) -> None:
-    assert "stored" in failures(judged(with_changed_program(built, edit), make_checkpoint()))
+    assert Comparison.STORED in failures(judged(with_changed_program(built, edit), make_checkpoint()))
 
 
 def test_a_truncated_blob(built: Artifact, tmp_path: Path) -> None:

@@ -57,11 +57,13 @@ def test_a_built_artifact_verifies_itself(
 ) -> None:
     artifact = build(tiny, "int4", target="coreml", max_context=192, **chosen)
     assert set(SHIPPED) <= set(artifact.manifest.files)
+    largest = max(size for _, size in artifact.manifest.files.values())
+    assert artifact.manifest.files[artifact.manifest.weights_file][1] == largest
     folder = Path(shutil.copytree(artifact.folder, tmp_path / "copy"))
     assert script_of(folder, monkeypatch).main(["--units", "CPU_ONLY", "--repeats", "1"]) == 0
     rows = json.loads((folder / "report.json").read_text(encoding="utf-8"))["rows"]
-    errors = {row["check"]: row["figures"]["logits"] for row in rows if row["against"] == "golden"}
-    assert [check.split()[0] for check in errors] == ["1", "63", "64", "65", "133", "156"]
+    errors = {row["case"]: row["figures"]["logits"] for row in rows if row["comparison"] == "golden"}
+    assert list(errors) == ["1 token", *(f"{prompt} tokens" for prompt in (63, 64, 65, 133, 156))]
     assert 0 < max(errors.values()) <= 3e-3  # the evaluator's fp16; a real device gets the wider tolerance of golden.py
 
 

@@ -116,7 +116,7 @@ def recurrence(checkpoint: Path, given: Arrays) -> np.ndarray[Any, Any]:
     return state
 
 
-def run(evaluator: Evaluator, given: Arrays, call: Call, keep_low: bool = True) -> np.ndarray[Any, Any]:
+def run(evaluator: Evaluator, given: Arrays, call: Call, *, keep_low: bool = True) -> np.ndarray[Any, Any]:
     states = evaluator.initial_states()
     (name,) = [name for name in states if not name.endswith(LOW)]
     for start in range(0, given["x"].shape[1], call.tokens):

@@ -29,7 +29,8 @@ from h1export.targets.onnxruntime.variants import CPU, graph_variant
 from h1export.validate.accuracy.run import ValidateOptions, validate
 
 EXACT = 1e-5  # of the range; float32 leaves 3e-6 on these depths
-ROUNDED = 5e-3  # fp16 has 5e-4 for a product; a layer has some ten in a row, of which errors add up like their root, and 4 layers
+# fp16 has 5e-4 for a product; a layer has some ten in a row, whose errors add up like their root, of 4 layers
+ROUNDED = 5e-3
 
 Build = Callable[..., Artifact]
 
@@ -40,8 +41,9 @@ REAL = frozenset({FLOAT, HALF})
 INTEGERS = frozenset({INT32, INT64})
 MS = "com.microsoft"
 
-# (operator, domain) -> the dtypes of the first input that its CUDA kernel takes, of those that the graph could have. Source: the CUDA
-# section of onnxruntime's docs/OperatorKernels.md, generated from the registered kernels, as of onnxruntime-gpu 1.31.
+# (operator, domain) -> the dtypes of the first input that its CUDA kernel takes, of those that the graph could have.
+# Source: the CUDA section of onnxruntime's docs/OperatorKernels.md, generated from the registered kernels, as of
+# onnxruntime-gpu 1.31.
 KERNELS: Mapping[tuple[str, str], frozenset[int]] = {
     ("Add", ""): REAL | INTEGERS,
     ("Cast", ""): REAL | INTEGERS,
@@ -157,7 +159,7 @@ def rows(artifact: Artifact, checkpoint: Path, shipped: Any, against: str) -> li
         artifact, shipped, pipeline.load(artifact, float32=True), checkpoint, ValidateOptions(pairs=0), SILENT
     )
     assert report.passed, report.to_json()
-    found = [row for row in report.rows if row.against == against and "logits" in row.figures]
+    found = [row for row in report.rows if row.comparison == against and row.compares_outputs]
     assert len(found) == 8
     return found
 

@@ -23,6 +23,7 @@ from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD
 from h1export.progress import SILENT
 from h1export.quantize.scheme import QuantScheme
+from h1export.report.checks import CheckKind
 from h1export.report.report import Row
 from h1export.targets import BuildOptions
 from h1export.targets.onnxruntime import runner
@@ -54,7 +55,7 @@ def answer(artifact: Artifact, **loaded: Any) -> Array:
 
 
 def assert_own_integers(artifact: Artifact, written: Written) -> None:
-    """Codes, zero points and scales are the writer's, in the order that the artifact says; dequantised, equal in every bit."""
+    """Codes, zero points and scales are the writer's, in the artifact's order; dequantised, equal in every bit."""
     stored: Any = pipeline.load(artifact, float32=True).stored_weights()
     middle = 1 << (next(weight.bits for weight in artifact.manifest.weights) - 1)
     assert set(written.codes) <= set(stored)
@@ -142,16 +143,16 @@ def asymmetric(make_gptq: Make, tmp_path_factory: pytest.TempPathFactory) -> tup
     return written, built(written, folder / "out", {LM_HEAD: "int8", EMBEDDING: "int8"}, accuracy_level=4)
 
 
-def rows(written: Written, artifact: Artifact) -> dict[str, Row]:
+def rows(written: Written, artifact: Artifact) -> dict[CheckKind, Row]:
     shipped = pipeline.load(artifact)
     exact = pipeline.load(artifact, float32=True)
     report = validate(artifact, shipped, exact, written.folder, ValidateOptions(pairs=0), SILENT)
     assert report.passed
-    return {row.check: row for row in report.rows}
+    return {row.kind: row for row in report.rows}
 
 
 def test_validate_passes_and_finds_no_difference(asymmetric: tuple[Written, Artifact]) -> None:
-    judged = rows(*asymmetric)["stored integers"]
+    judged = rows(*asymmetric)[CheckKind.STORED_INTEGERS]
     assert {judged.details[name] for name in asymmetric[0].codes} == {0.0}
     assert 0 < judged.details[LM_HEAD] <= 0.51  # rounded
 

@@ -33,7 +33,7 @@ def rows(artifact: Artifact, checkpoint: Path, against: str, kernels: Kernels = 
     shipped, exact = (pipeline.load(artifact, float32=float32, kernels=kernels) for float32 in (False, True))
     report = validate(artifact, shipped, exact, checkpoint, NO_LATENCY, SILENT)
     assert report.passed, report.to_json()
-    return [row for row in report.rows if row.against == against and "logits" in row.figures]
+    return [row for row in report.rows if row.comparison == against and row.compares_outputs]
 
 
 def assert_exact(found: list[Row], limit: float) -> None:

@@ -49,7 +49,7 @@ def stand_ins() -> list[Cubin]:
     """Stand-ins for the machine code of every published shape, dtype and architecture."""
     shapes = dict.fromkeys((shape.d_head, shape.d_state, shape.taps) for shape in PUBLISHED)
     wanted = dict.fromkeys(
-        kernel for shape in shapes for dtype in ("fp16", "bf16") for kernel in kernels(*shape, dtype)
+        kernel for shape in shapes for dtype in ("fp16", "bf16") for kernel in kernels(*shape, dtype=dtype)
     )
     return [
         Cubin(k, sm, f"{image(k, sm)}\0".encode(), entry=k.name, registers=0, spilled=0, shared=1000 + sm)

@@ -17,6 +17,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
+from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.runtime.runner import Runner
 from h1export.targets.tensorrt.engine.finalize import build_engine_here
 from h1export.targets.tensorrt.engine.requirements import Host
@@ -96,16 +97,16 @@ def test_decoding_is_recorded_once_and_replayed(finished: Artifact, tensorrt: Fa
     tokens = ids_of(runner, 1, 20)
     others = ids_of(runner, 2, 30)
     expected, _ = runner.step(tokens, np.ones((1, 20), np.int64), runner.initial(1))
-    sequences = runner.start(1, ROOM)
+    session = runner.start(1, ROOM)
     beside = runner.start(2, ROOM)
-    found = [sequences.append(tokens[:, :9])]
+    found = [session.append(tokens[:, :9])]
     for column in range(9, 20):
-        found.append(sequences.append(tokens[:, column : column + 1]))
+        found.append(session.append(tokens[:, column : column + 1]))
         beside.append(others[:, 2 * column : 2 * column + 1 + column % 2][:, :2] if column < 15 else others[:, :1])
     np.testing.assert_allclose(
         np.concatenate(found, axis=1), expected, atol=5e-3 * np.ptp(expected)
     )  # in calls of other sizes
-    assert sequences.length == 20
+    assert session.length == 20
     assert FakeGpu.recorded == 2
     (engine,) = tensorrt.engines
     assert [context.asked for context in engine.contexts] == [0, 0, 2, 2]
@@ -129,11 +130,11 @@ def test_what_cannot_be_recorded_is_launched(
     tokens = ids_of(runner, 1, 5)
     states = runner.initial(1)
     monkeypatch.setattr(FakeGpu, "record", record)
-    sequences = runner.start(1, ROOM)
+    session = runner.start(1, ROOM)
     for column in range(5):
         token = tokens[:, column : column + 1]
         called, states = runner.step(token, np.ones((1, column + 1), np.int64), states)
-        np.testing.assert_array_equal(sequences.append(token), called)
+        np.testing.assert_array_equal(session.append(token), called)
 
 
 def test_validate_judges_the_engine(
@@ -145,9 +146,9 @@ def test_validate_judges_the_engine(
     slow = {"latency.prefill": 1e3, "latency.decode": 1e3}  # the stand-in is
     report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(slow, pairs=1), SILENT)
     assert report.passed, report.to_json()
-    rows = {(row.check, row.against): row for row in report.rows}
-    assert rows["decode latency", "source"].figures["ratio"] > 0
-    assert [row for row in report.rows if row.against == "drift" and row.figures]
+    (decode,) = [row for row in report.rows if row.kind is CheckKind.LATENCY and row.phase is Phase.DECODE]
+    assert decode.figures["ratio"] > 0
+    assert [row for row in report.rows if row.comparison is Comparison.DRIFT and row.figures]
     assert "TensorRT 10.15.1 on sm_89" in report.to_json()
 
 
@@ -195,10 +196,10 @@ class TestErrors:
             pipeline.load(finished, kernels="native")
 
     def test_a_call_that_fails(self, finished: Artifact, tensorrt: FakeTensorRT) -> None:
-        sequences = pipeline.load(finished, kernels="native").start(1, ROOM)
+        session = pipeline.load(finished, kernels="native").start(1, ROOM)
         tensorrt.engines[0].broken = True
         with pytest.raises(H1ExportError, match="cannot run: what it is bound to is wrong"):
-            sequences.append(np.ones((1, 3), np.int64))
+            session.append(np.ones((1, 3), np.int64))
 
     def test_beyond_the_room(self, finished: Artifact, tensorrt: FakeTensorRT) -> None:
         runner = pipeline.load(finished, kernels="native")
@@ -208,10 +209,10 @@ class TestErrors:
             runner.initial(3)
         with pytest.raises(H1ExportError, match="1 rows; these are 2 sequences"):
             runner.start(2, ROOM).append(np.ones((1, 1), np.int64))
-        sequences = runner.start(1, ROOM)
-        sequences.append(np.ones((1, ROOM), np.int64))
+        session = runner.start(1, ROOM)
+        session.append(np.ones((1, ROOM), np.int64))
         with pytest.raises(H1ExportError, match="--max-context 193"):
-            sequences.append(np.ones((1, 1), np.int64))
+            session.append(np.ones((1, 1), np.int64))
 
     def test_a_runtime_that_is_not_whole(self, finished: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
         def find(name: str) -> None:

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.gpu
 HALF = 5e-3
 BRAIN = 4e-2
 # Compared with transformers on the CPU, a tiny model may be slow on a GPU.
-FAST = ("--limit", "latency.prefill=1e3", "--limit", "latency.decode=1e3")
+FAST = ("--tolerance", "latency.prefill=1e3", "--tolerance", "latency.decode=1e3")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -90,12 +90,12 @@ def test_decoding_by_a_graph_is_decoding_by_calls(engine: Path, monkeypatch: pyt
     monkeypatch.setattr(Gpu, "record", lambda self, launch: recorded.append(record(self, launch)) or recorded[-1])
     runner = pipeline.load(Artifact.open(engine), kernels="native")
     ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (1, 40), dtype=np.int64)
-    sequences = runner.start(1, 40)
+    session = runner.start(1, 40)
     beside = runner.start(2, 40)
     states = runner.initial(1)
     for column in range(40):
         token = ids[:, column : column + 1]
-        replayed = sequences.append(token)
+        replayed = session.append(token)
         beside.append(np.repeat(token, 2, axis=0))
         called, states = runner.step(token, np.ones((1, column + 1), np.int64), states)
         assert relative_error(replayed[0], called[0]) <= HALF

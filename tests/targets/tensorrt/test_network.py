@@ -100,7 +100,10 @@ def test_keys_lie_in_buffers_of_fixed_length(small: Artifact) -> None:
 
 
 def test_the_model_declares_the_dtypes_that_onnx_infers(small: Artifact) -> None:
-    """The emulation rounds where the file says so: ONNX's own inference has to agree. It knows nothing of the plugin's nodes."""
+    """The emulation rounds where the file says so: ONNX's own inference has to agree.
+
+    It knows nothing of the plugin's nodes.
+    """
     model = load(small)
     own = {info.name: info.type.tensor_type.elem_type for info in model.graph.value_info}
     known = onnx.shape_inference.infer_shapes(model).graph.value_info
@@ -170,7 +173,7 @@ def test_one_tensor_in_int8_is_refused(lower: Callable[..., None]) -> None:
 
 
 def test_a_tied_embedding_in_int8_is_refused(make_checkpoint: Callable[..., Path]) -> None:
-    """It is the head too, which is multiplied by; an untied one is gathered from alone, and int8 in every int4 build."""
+    """It is the head too, which products read; an untied one is only gathered from, and int8 in every int4 build."""
     tied, untied = (FalconH1Config.load(make_checkpoint(name)) for name in ("tied", "plain"))
     chosen = QuantScheme("int4", chosen={EMBEDDING: "int8"})
     with pytest.raises(H1ExportError, match=f'tensor "{EMBEDDING}" in int8'):

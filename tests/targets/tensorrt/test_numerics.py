@@ -17,6 +17,7 @@ from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.progress import SILENT
+from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.runtime.runner import Runner
 from h1export.validate.accuracy.bisect import bisect
 from h1export.validate.accuracy.logits import relative_error
@@ -93,13 +94,15 @@ def test_validate_passes_as_for_every_target(make_checkpoint: Callable[..., Path
     exact = pipeline.load(artifact, float32=True)
     report = validate(artifact, runner, exact, checkpoint, ValidateOptions(pairs=1, bisect=True), SILENT)
     assert report.passed, report.to_json()
-    rows = {(row.check, row.against): row for row in report.rows}
-    assert rows["padded batch of 3", "stored"].figures["states"] <= EXACT
-    assert "room for 192 tokens" in rows["512 decode steps", "stored"].note
-    assert "not TensorRT" in rows["latency", "source"].note
-    assert 0 < rows["fp16 range", "65504"].figures["share"] < 0.1
-    assert {"SSMScan", "MatMul", "Attention"} <= rows["fp16 range", "65504"].details.keys()
-    assert "right in 2 layers" in rows["bisect decode", "stored"].note
+    cases = {row.case: row for row in report.rows if row.comparison is Comparison.STORED}
+    assert cases["padded batch of 3"].figures["states"] <= EXACT
+    assert "room for 192 tokens" in cases["512 decode steps"].note
+    rows = {(row.kind, row.phase): row for row in report.rows}
+    assert "not TensorRT" in rows[CheckKind.LATENCY, None].note
+    fp16 = rows[CheckKind.FP16_RANGE, None]
+    assert 0 < fp16.figures["share"] < 0.1
+    assert {"SSMScan", "MatMul", "Attention"} <= fp16.details.keys()
+    assert "right in 2 layers" in rows[CheckKind.BISECT, Phase.DECODE].note
 
 
 def test_a_prompt_longer_than_the_profile_and_the_last_row(
@@ -217,7 +220,7 @@ def test_a_flipped_nibble(make_checkpoint: Callable[..., Path], network: Build, 
     report = validate(
         Artifact(copy, artifact.manifest), runner, runner, make_checkpoint(), ValidateOptions(pairs=0), SILENT
     )
-    assert "stored integers" in {row.check for row in report.rows if row.verdict == "FAIL"}
+    assert CheckKind.STORED_INTEGERS in {row.kind for row in report.rows if row.verdict == "FAIL"}
 
 
 def point_outside(model: onnx.ModelProto) -> None:

@@ -58,6 +58,7 @@ def case(
     op: Op,
     inputs: list[str],
     fields: Mapping[str, str],
+    *,
     gpu: int = 80,
     refused: int = 0,
     in_place: int = 0,
@@ -74,7 +75,9 @@ def default(op: Op = SCAN, tokens: int = 1, fields: Mapping[str, str] | None = N
     return case(op, tensors(op, sizes_of(PUBLISHED[1], 2, tokens), "fp16"), fields, **more)
 
 
-def expected(op: Op, launches: tuple[Launch, ...], gpu: int, in_place: bool, parts: Mapping[str, int]) -> Iterator[str]:
+def expected(
+    op: Op, launches: tuple[Launch, ...], gpu: int, *, in_place: bool, parts: Mapping[str, int]
+) -> Iterator[str]:
     """Yield the lines that the driver writes for the launches; ``parts`` are the addresses of the workspace's parts."""
     names = [*op.inputs, "y", "new_state"]
     addresses = {name: PAGE * (i + 1) for i, name in enumerate(names)} | dict(parts)
@@ -121,10 +124,14 @@ def test_the_scan_packs_what_launch_says(in_place: bool, harness: Harness) -> No
                 parts, size = layout(problem, PAGE * (len(SCAN.inputs) + 3))
                 fields = SCAN_FIELDS | {"state_in_place": f"i {int(in_place)}"}
                 cases.append(
-                    case(SCAN, tensors(SCAN, sizes_of(shape, 2, tokens), dtype), fields, gpu, in_place=int(in_place))
+                    case(
+                        SCAN, tensors(SCAN, sizes_of(shape, 2, tokens), dtype), fields, gpu=gpu, in_place=int(in_place)
+                    )
                 )
                 built = f"built {SCAN.inputs.index('state') if in_place else -1} 0 {SCAN.inputs.index('state')} {size}"
-                wanted.append([built, *expected(SCAN, scan.launches(problem), gpu, in_place, parts), "enqueued 0"])
+                wanted.append(
+                    [built, *expected(SCAN, scan.launches(problem), gpu, in_place=in_place, parts=parts), "enqueued 0"]
+                )
     assert harness(cases) == wanted
 
 
@@ -136,14 +143,18 @@ def test_the_convolution_packs_what_launch_says(in_place: bool, harness: Harness
         for dtype in LETTERS:
             for tokens in (1, 2, 300):
                 launch = conv.launch(
-                    conv.kernel(dtype, shape.taps, True, one_token=tokens == 1), 2, tokens, shape.channels
+                    conv.kernel(dtype, shape.taps, True, one_token=tokens == 1), 2, tokens, channels=shape.channels
                 )
                 fields = {"state_in_place": f"i {int(in_place)}"}
                 cases.append(
-                    case(CONV, tensors(CONV, sizes_of(shape, 2, tokens), dtype), fields, 90, in_place=int(in_place))
+                    case(CONV, tensors(CONV, sizes_of(shape, 2, tokens), dtype), fields, gpu=90, in_place=int(in_place))
                 )
                 wanted.append(
-                    [f"built {1 if in_place else -1} 0 1 0", *expected(CONV, (launch,), 90, in_place, {}), "enqueued 0"]
+                    [
+                        f"built {1 if in_place else -1} 0 1 0",
+                        *expected(CONV, (launch,), 90, in_place=in_place, parts={}),
+                        "enqueued 0",
+                    ]
                 )
     assert harness(cases) == wanted
 
@@ -155,7 +166,7 @@ def test_a_gpu_takes_its_architectures_code(gpu: int, taken: int, harness: Harne
     assert lines[-1] == "enqueued 0"
 
 
-def swapped(op: Op, first: str, second: str, tokens: int = 1) -> str:
+def swapped(op: Op, first: str, second: str, *, tokens: int = 1) -> str:
     """Return the default case with two inputs exchanged."""
     inputs = tensors(op, sizes_of(PUBLISHED[1], 2, tokens), "fp16")
     i = op.inputs.index(first)
@@ -181,7 +192,7 @@ FAULTS = {
         r"input dt is \[2, 1\], and should be \[batch 2, tokens 1, heads 24\]",
     ),
     "swapped inputs, other dtypes": (swapped(SCAN, "A", "mask"), r"^format 2$"),
-    "swapped inputs of the convolution": (swapped(CONV, "state", "weight", 2), "input state is"),
+    "swapped inputs of the convolution": (swapped(CONV, "state", "weight", tokens=2), "input state is"),
     "another number of heads": (reshaped(SCAN, "D", "f 1 25"), r"input D is \[25\], and should be \[heads 24\]"),
     "groups that do not divide the heads": (
         case(SCAN, tensors(SCAN, sizes_of(PUBLISHED[1]._replace(groups=5), 2, 1), "fp16"), SCAN_FIELDS),

@@ -75,7 +75,7 @@ def rtx(driver: Path, tmp_path: Path) -> Build:
     (tmp_path / LIBRARY).symlink_to(shipped.locate())
 
     def run(
-        in_place: bool, order: Callable[[list[str]], list[str]] = list, dropped: str = "", aliasing: bool = True
+        in_place: bool, order: Callable[[list[str]], list[str]] = list, dropped: str = "", *, aliasing: bool = True
     ) -> str:
         model = tmp_path / "model.onnx"
         model.write_bytes(network(in_place, order, dropped))
@@ -119,7 +119,7 @@ def network(in_place: bool, order: Callable[[list[str]], list[str]], dropped: st
             helper.make_node(op.name, taken, [f"{op.name}_out0", f"{op.name}_out1"], domain="h1export", **attributes)
         )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("h1export", 1)]
-    graph = helper.make_graph(nodes, "both", inputs, outputs)
+    graph = helper.make_graph(nodes, "both", inputs, outputs=outputs)
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 

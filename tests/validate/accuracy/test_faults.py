@@ -1,4 +1,4 @@
-"""Planted faults: an artifact that is wrong in one thing must fail the harness's default gates, and bisect must name the thing."""
+"""Planted faults: an artifact with one fault must fail the default tolerances, and bisect must name the fault."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
+from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.report import Report, Row, Verdict
 from h1export.targets import Kernels
 from h1export.validate.accuracy import tolerances
@@ -54,12 +55,16 @@ def judge(artifact: Artifact, checkpoint: Path, runner: Any = None, kernels: Ker
 def failed(report: Report) -> list[Row]:
     """The rows of cases that fail."""
     assert not report.passed
-    return [row for row in report.rows if row.verdict is Verdict.FAIL and not row.check.startswith("bisect")]
+    return [
+        row
+        for row in report.rows
+        if row.verdict is Verdict.FAIL and row.kind not in (CheckKind.BISECT, CheckKind.BISECT_INTEGERS)
+    ]
 
 
-def named(report: Report, phase: str = "prefill") -> str:
-    """What bisect says went wrong first."""
-    (row,) = [row for row in report.rows if row.check == f"bisect {phase}"]
+def named(report: Report, phase: Phase = Phase.PREFILL) -> str:
+    """What bisect names as wrong first."""
+    (row,) = [row for row in report.rows if row.kind is CheckKind.BISECT and row.phase is phase]
     assert row.verdict is Verdict.FAIL
     return row.note.removeprefix("first beyond tolerance: ")
 
@@ -100,9 +105,9 @@ def test_a_dropped_multiplier_fails(
 
     truth = make_checkpoint()
     artifact = build(edited_config(truth, tmp_path, drop), quant, accuracy_level=level)
-    against = "source" if quant == "none" else "stored"
+    comparison = Comparison.SOURCE if quant == "none" else Comparison.STORED
     report = judge(artifact, truth)
-    assert any(row.against == against for row in failed(report))
+    assert any(row.comparison is comparison for row in failed(report))
     fused = quant == "int4" and key[0] == "mlp_multipliers"
     assert named(report) == (f"layer 0, {MLP} (at 0.output)" if fused else MULTIPLIERS[key])
 
@@ -113,8 +118,8 @@ def test_a_wrong_rope_base_fails(make_checkpoint: MakeCheckpoint, build: Build, 
     report = judge(artifact, truth)
     rows = failed(report)
     assert named(report) == "layer 0, rotary embedding (at 0.key added)"
-    assert "one token" not in {row.check for row in rows}  # position 0 does not turn
-    assert "512 decode steps" in {row.check for row in rows}
+    assert "one token" not in {row.case for row in rows}  # position 0 does not turn
+    assert "512 decode steps" in {row.case for row in rows}
 
 
 def scan_of_layer_1(model: onnx.ModelProto) -> onnx.NodeProto:
@@ -205,7 +210,7 @@ def test_a_fault_in_our_own_kernels_is_named(
 
     def rows(kernels: Kernels) -> tuple[Row, ...]:
         runner = pipeline.load(artifact, float32=True, kernels=kernels)
-        return tuple(bisect(runner, int4_reference, "stored", limit=tolerances.EXACT["states"], seed=0))
+        return tuple(bisect(runner, int4_reference, Comparison.STORED, tolerance=tolerances.EXACT["states"], seed=0))
 
     assert named(Report({}, {}, rows("native"))) == said
     assert Report({}, {}, rows("stock")).passed  # its own graph is right
@@ -266,8 +271,8 @@ def test_a_stale_state_fails(kind: str, make_checkpoint: MakeCheckpoint, build: 
     artifact = build(truth)
     report = judge(artifact, truth, with_changed_states(artifact, stale))
     rows = failed(report)
-    assert "512 decode steps" in {row.check for row in rows}
-    assert all(f"worst state 1.{kind}" in row.note for row in rows if row.check == "one token")
+    assert "512 decode steps" in {row.case for row in rows}
+    assert all(f"worst state 1.{kind}" in row.note for row in rows if row.case == "one token")
     assert named(report) == STALE[kind]
 
 
@@ -285,8 +290,9 @@ def test_a_cache_that_loses_its_oldest_token_fails(make_checkpoint: MakeCheckpoi
     artifact = build(truth)
     report = judge(artifact, truth, with_changed_states(artifact, lose))
     assert failed(report)
-    assert named(report, "decode") == "layer 1, key cache (at 1.key kept)"
-    assert next(row for row in report.rows if row.check == "bisect prefill").verdict is Verdict.PASS
+    assert named(report, Phase.DECODE) == "layer 1, key cache (at 1.key kept)"
+    (prefill,) = [row for row in report.rows if row.kind is CheckKind.BISECT and row.phase is Phase.PREFILL]
+    assert prefill.verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize(
@@ -295,7 +301,7 @@ def test_a_cache_that_loses_its_oldest_token_fails(make_checkpoint: MakeCheckpoi
 def test_one_wrong_block_fails(
     quant: str, bits: int, method: str, spoken_checkpoint: Path, build: Build, tmp_path: Path
 ) -> None:
-    """32 codes of one row of one layer: invisible to a comparison with the stored weights, so the integers are checked too."""
+    """32 wrong codes, which a comparison with the stored weights does not see: the integers are checked too."""
     truth = spoken_checkpoint
     artifact = build(truth, quant, method=method)
     assert judge(artifact, truth).passed
@@ -310,9 +316,9 @@ def test_one_wrong_block_fails(
     (copy / "model.onnx.data").write_bytes(bytes(data))
     report = judge(Artifact.open(copy), truth)
     rows = failed(report)
-    assert [row.check for row in rows if "block" in row.figures] == ["stored integers"]
+    assert [row.kind for row in rows if "group" in row.figures] == [CheckKind.STORED_INTEGERS]
     assert rows[0].note.endswith("model.layers.1.self_attn.o_proj.weight")
-    (integers,) = [row for row in report.rows if row.check == "bisect integers"]
+    (integers,) = [row for row in report.rows if row.kind is CheckKind.BISECT_INTEGERS]
     assert integers.note.startswith("beyond rounding: layer 1, o_proj")
 
 

@@ -16,6 +16,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.tokenizer import load_tokenizer, scoring_ids
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
+from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.report import Report, Row, Verdict
 from h1export.validate.accuracy import tolerances
 from h1export.validate.accuracy.latency import paired
@@ -49,7 +50,7 @@ def test_logit_figures_against_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("figures", "limits", "verdict"),
+    ("figures", "tolerances", "verdict"),
     [
         ({"logits": 1e-6}, {"logits": 1e-5}, Verdict.PASS),
         ({"logits": 1e-4}, {"logits": 1e-5}, Verdict.FAIL),
@@ -62,36 +63,43 @@ def test_logit_figures_against_torch() -> None:
         ({}, {}, Verdict.NOT_APPLICABLE),
     ],
 )
-def test_verdicts(figures: dict[str, float], limits: dict[str, float], verdict: Verdict) -> None:
-    row = Row("check", "source", figures, limits=limits)
+def test_verdicts(figures: dict[str, float], tolerances: dict[str, float], verdict: Verdict) -> None:
+    row = Row(CheckKind.TEXT, Comparison.SOURCE, figures=figures, tolerances=tolerances)
     assert row.verdict is verdict
     report = Report({}, {}, (row,))
     assert report.passed is (verdict is not Verdict.FAIL)
     assert json.loads(report.to_json())["rows"][0]["verdict"] == verdict
 
 
-def test_limits_can_be_set_and_must_exist() -> None:
-    assert tolerances.limits("int4", "rtn", True, exact=True, chosen={})["stored.logits"] == tolerances.EXACT["logits"]
+def test_tolerances_can_be_set_and_must_exist() -> None:
     assert (
-        tolerances.limits("int4", "rtn", False, exact=True, chosen={})["drift.logits"] == tolerances.ROUNDED["logits"]
+        tolerances.tolerances_for("int4", "rtn", True, exact=True, chosen={})["stored.logits"]
+        == tolerances.EXACT["logits"]
     )
-    assert tolerances.limits("int4", "rtn", False, exact=False, chosen={})["stored.logits"] == tolerances.HALF["logits"]
-    assert "drift.logits" not in tolerances.limits("int4", "rtn", False, exact=False, chosen={})
-    assert tolerances.limits("none", "rtn", True, exact=True, chosen={"source.kl": 7.0})["source.kl"] == 7.0
+    assert (
+        tolerances.tolerances_for("int4", "rtn", False, exact=True, chosen={})["drift.logits"]
+        == tolerances.ROUNDED["logits"]
+    )
+    assert (
+        tolerances.tolerances_for("int4", "rtn", False, exact=False, chosen={})["stored.logits"]
+        == tolerances.HALF["logits"]
+    )
+    assert "drift.logits" not in tolerances.tolerances_for("int4", "rtn", False, exact=False, chosen={})
+    assert tolerances.tolerances_for("none", "rtn", True, exact=True, chosen={"source.kl": 7.0})["source.kl"] == 7.0
     with pytest.raises(H1ExportError, match=r"stored\.logitz"):
-        tolerances.limits("int4", "rtn", True, exact=True, chosen={"stored.logitz": 1.0})
+        tolerances.tolerances_for("int4", "rtn", True, exact=True, chosen={"stored.logitz": 1.0})
     with pytest.raises(H1ExportError, match=r"stored\.kl"):
-        tolerances.limits(
+        tolerances.tolerances_for(
             "none", "rtn", True, exact=True, chosen={"stored.kl": 1.0}
         )  # nothing is quantised, so nothing is stored
 
 
 def test_integers_are_judged_by_what_their_method_may_do() -> None:
-    assert "weights.block" not in tolerances.limits("int4", "rtn", True, exact=True, chosen={})
+    assert "weights.group" not in tolerances.tolerances_for("int4", "rtn", True, exact=True, chosen={})
     for method in ("search", "awq", "gptq"):
-        limits = tolerances.limits("int4", method, True, exact=True, chosen={})  # type: ignore[arg-type]
-        assert limits["weights.block"] == tolerances.BLOCK
-        assert "weights.steps" not in limits
+        found = tolerances.tolerances_for("int4", method, True, exact=True, chosen={})  # type: ignore[arg-type]
+        assert found["weights.group"] == tolerances.GROUP
+        assert "weights.steps" not in found
 
 
 def test_windows_score_every_token_but_the_first_once() -> None:
@@ -163,7 +171,7 @@ def test_bits_per_byte_equals_a_plain_transformers_loop(tiny: Path, build: Build
     text = (tiny / "heldout.txt").read_text(encoding="utf-8")[:6000]
     artifact = build(tiny)
     report = pipeline.validate(artifact.folder, tiny, {}, text=None, text_bytes=6000, latency_pairs=0, prompts=0)
-    (row,) = [row for row in report.rows if row.check == "bits per byte"]
+    (row,) = [row for row in report.rows if row.kind is CheckKind.TEXT]
     ids, nbytes = scoring_ids(tiny, text)
     model: Any = FalconH1ForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     nats = 0.0
@@ -187,12 +195,14 @@ def test_scored_bytes_leave_out_the_first_token(tiny: Path) -> None:
 def test_lowering_and_quantisation_errors_are_told_apart(tiny: Path, build: Build) -> None:
     report = pipeline.validate(build(tiny, "int4").folder, tiny, {}, text_bytes=2000, latency_pairs=0, prompts=0)
     assert report.passed, report.to_json()
-    by_group = {
-        group: [row.figures["logits"] for row in report.rows if row.against == group and "logits" in row.figures]
-        for group in ("stored", "source")
+    errors = {
+        comparison: [
+            row.figures["logits"] for row in report.rows if row.comparison is comparison and row.compares_outputs
+        ]
+        for comparison in (Comparison.STORED, Comparison.SOURCE)
     }
-    assert len(by_group["stored"]) == len(by_group["source"]) == 8
-    assert max(by_group["stored"]) < 1e-5 < 1e-2 < min(by_group["source"])
+    assert len(errors[Comparison.STORED]) == len(errors[Comparison.SOURCE]) == 8
+    assert max(errors[Comparison.STORED]) < 1e-5 < 1e-2 < min(errors[Comparison.SOURCE])
 
 
 @pytest.mark.ort
@@ -201,8 +211,9 @@ def test_the_report_is_written_and_does_not_break_the_artifact(tiny: Path, build
     report = pipeline.validate(artifact.folder, tiny, {}, text_bytes=1000, latency_pairs=1, prompts=0)
     assert json.loads((artifact.folder / "report.json").read_text()) == json.loads(report.to_json())
     Artifact.open(artifact.folder).check_hashes()
-    latency = {row.check: row.figures for row in report.rows if row.check.endswith("latency")}
-    assert latency.keys() == {"prefill latency", "decode latency"}
+    assert Report.from_json(report.to_json(), "report") == report
+    latency = {row.phase: row.figures for row in report.rows if row.kind is CheckKind.LATENCY}
+    assert latency.keys() == set(Phase)
     assert all(figures["artifact_s"] > 0 and figures["reference_s"] > 0 for figures in latency.values())
 
 
@@ -220,8 +231,8 @@ def test_a_checkpoint_without_tokenizer_shows_text_as_not_applicable(
 ) -> None:
     checkpoint = make_checkpoint()
     report = pipeline.validate(build(checkpoint).folder, checkpoint, {}, latency_pairs=0, prompts=0)
-    verdicts = {row.check: row.verdict for row in report.rows}
-    assert verdicts["bits per byte"] is verdicts["latency"] is Verdict.NOT_APPLICABLE
+    verdicts = {row.kind: row.verdict for row in report.rows}
+    assert verdicts[CheckKind.TEXT] is verdicts[CheckKind.LATENCY] is Verdict.NOT_APPLICABLE
     assert report.passed
 
 

@@ -13,8 +13,9 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import StateSpec
+from h1export.report.checks import CheckKind, Comparison
 from h1export.report.report import Verdict
-from h1export.validate.accuracy import greedy_agreement, long_contexts, tolerances
+from h1export.validate.accuracy import greedy_agreement, long_contexts
 from h1export.validate.accuracy.greedy_agreement import (
     PROMPT,
     Continuation,
@@ -26,6 +27,7 @@ from h1export.validate.accuracy.greedy_agreement import (
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.long_contexts import context_rows, cost_rows
 from h1export.validate.accuracy.reference import Reference
+from h1export.validate.accuracy.tolerances import tolerances_for
 
 Build = Callable[..., Artifact]
 MakeCheckpoint = Callable[..., Path]
@@ -85,7 +87,7 @@ def test_the_reference_in_pieces_is_the_whole(name: str, make_checkpoint: MakeCh
     ids = np.random.default_rng(0).integers(0, 259, 97)
     truth, states = reference.full(ids)
     for subgraph in (7, 32, 96):  # of 96, one token is left, which goes with the others
-        found, found_states = reference.in_subgraphs(ids, 40, subgraph)
+        found, found_states = reference.in_pieces(ids, 40, subgraph)
         assert relative_error(found, truth[-40:]) < 1e-5
         assert all(relative_error(found_states[key], states[key]) < 1e-5 for key in states)
 
@@ -94,10 +96,10 @@ def test_a_reference_that_forgets_its_past_is_not_used(
     make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = Reference(make_checkpoint())
-    answer = reference._answer
-    monkeypatch.setattr(reference, "_answer", lambda ids, cache, tail: answer(ids, None, tail))
+    answer = reference._forward
+    monkeypatch.setattr(reference, "_forward", lambda ids, cache, tail: answer(ids, None, tail))
     with pytest.raises(H1ExportError, match="does not go on from a cache"):
-        reference.in_subgraphs(np.arange(30), 4)
+        reference.in_pieces(np.arange(30), 4)
 
 
 @pytest.mark.ort
@@ -109,12 +111,13 @@ def test_a_context_is_judged_to_its_end(
     checkpoint = make_checkpoint(max_position_embeddings=160)
     reference = Reference(checkpoint)
     runner = pipeline.load(build(checkpoint))
-    limits = tolerances.limits("none", "rtn", True, exact=True, chosen={})
-    right = context_rows({"source": runner}, reference, (128, 64, 161), limits=limits, seed=0)
-    assert [(row.check, row.verdict) for row in right] == [
-        ("context 64", Verdict.PASS),
-        ("context 128", Verdict.PASS),
-        ("context 161", Verdict.NOT_APPLICABLE),
+    tolerances = tolerances_for("none", "rtn", True, exact=True, chosen={})
+    right = context_rows({Comparison.SOURCE: runner}, reference, (128, 64, 161), tolerances=tolerances, seed=0)
+    assert {row.kind for row in right} == {CheckKind.CONTEXT}
+    assert [(row.length, row.verdict) for row in right] == [
+        (64, Verdict.PASS),
+        (128, Verdict.PASS),
+        (161, Verdict.NOT_APPLICABLE),
     ]
     assert right[0].details.keys() == {tensor.key for tensor in StateSpec.of(runner.config).tensors}
     step = runner.step
@@ -128,7 +131,7 @@ def test_a_context_is_judged_to_its_end(
         }
 
     monkeypatch.setattr(runner, "step", windowed)
-    wrong = context_rows({"source": runner}, reference, (64, 128), limits=limits, seed=0)
+    wrong = context_rows({Comparison.SOURCE: runner}, reference, (64, 128), tolerances=tolerances, seed=0)
     assert [row.verdict for row in wrong] == [Verdict.PASS, Verdict.FAIL]
     assert wrong[1].note == "worst state 1.key"
 
@@ -147,8 +150,8 @@ def test_costs_are_those_of_the_last_chunk_and_of_steps(
         return float(ids.shape[1])
 
     monkeypatch.setattr(long_contexts, "_timed", timed)
-    rows = cost_rows(runner, (20, 80), "source", seed=0)
-    assert [row.check for row in rows] == ["cost at 20", "cost at 80"]
+    rows = cost_rows(runner, (20, 80), seed=0)
+    assert [(row.kind, row.length) for row in rows] == [(CheckKind.CONTEXT_COST, 20), (CheckKind.CONTEXT_COST, 80)]
     assert calls == [12, *[1] * 8] * 2 + [8, 32, 32, *[1] * 8]
     assert [row.figures for row in rows] == [{"prefill_ms": 1e3, "decode_ms": 1e3}] * 2
 
@@ -159,11 +162,12 @@ def test_validate_does_both(spoken_checkpoint: Path, build: Build) -> None:
     report = pipeline.validate(
         artifact.folder, spoken_checkpoint, {}, text_bytes=300, latency_pairs=0, prompts=2, contexts=[24]
     )
-    found = [(row.check, row.against) for row in report.rows if row.check.split()[0] in ("greedy", "context", "cost")]
+    kinds = (CheckKind.GREEDY_TEXT, CheckKind.CONTEXT, CheckKind.CONTEXT_COST)
+    found = [(row.kind, row.length, row.comparison) for row in report.rows if row.kind in kinds]
     assert found == [
-        *(("greedy text", group) for group in ("source", "stored", "drift")),
-        *(("context 24", group) for group in ("stored", "drift")),
-        ("cost at 24", "source"),
+        *((CheckKind.GREEDY_TEXT, None, one) for one in (Comparison.SOURCE, Comparison.STORED, Comparison.DRIFT)),
+        *((CheckKind.CONTEXT, 24, one) for one in (Comparison.STORED, Comparison.DRIFT)),
+        (CheckKind.CONTEXT_COST, 24, Comparison.ALONE),
     ]
     assert report.passed
 
@@ -172,4 +176,4 @@ def test_validate_does_both(spoken_checkpoint: Path, build: Build) -> None:
 def test_texts_that_do_not_fit_are_not_applicable(make_checkpoint: MakeCheckpoint, build: Build) -> None:
     runner = pipeline.load(build(make_checkpoint(max_position_embeddings=50)))
     assert "do not fit into 50" in impossible(runner, [np.arange(PROMPT)])
-    assert impossible(pipeline.load(build(make_checkpoint())), []) == "not asked for, or there is no text"
+    assert impossible(pipeline.load(build(make_checkpoint())), []) == "not requested, or there is no text"

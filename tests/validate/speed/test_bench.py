@@ -1,4 +1,4 @@
-"""What bench computes: statistics on planted numbers, bytes against the files, turns, and children that fail."""
+"""What bench computes: statistics on planted numbers, bytes against the files, turns, and workers that fail."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands import measuring, pipeline
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import StateSpec
+from h1export.report.checks import Phase
 from h1export.runtime.runner import Limits
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.speed.bench import BenchOptions, interleave
 from h1export.validate.speed.memory_traffic import READ_BYTES, read_bandwidth, step_bytes
 from h1export.validate.speed.statistics import CONFIDENCE, estimate, ratio
-from h1export.validate.speed.worker import Kind, RunnerModel, Timing, WorkerProcess, pin
+from h1export.validate.speed.worker import RunnerModel, Timing, WorkerProcess, pin
 
 Build = Callable[..., Artifact]
 
@@ -70,6 +71,7 @@ def test_step_bytes_are_what_the_graph_holds(
         sizes |= {name: sizes[name] / model_config.vocab_size for name in table if name is not None}
     weights = step_bytes(manifest, model_config, 1, depth=0) - StateSpec.of(model_config).nbytes(1, 0)
     assert weights == pytest.approx(sum(sizes.values()), rel=0.05)  # alignment; the embedding's repeated int8 scales
+    assert manifest.files[manifest.weights_file][1] == max(size for _, size in manifest.files.values())
     per_token = 2 * 4 * model_config.num_hidden_layers * model_config.kv_dim
     assert (
         step_bytes(manifest, model_config, 3, depth=100) - step_bytes(manifest, model_config, 3, depth=0)
@@ -127,18 +129,18 @@ def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> No
             calls.append((self.inner.length, ids.shape[1]))
             self.inner.append(ids)
 
-    player = RunnerModel(Counted(), steps=3)  # type: ignore[arg-type]
-    assert player.speed(Timing(Kind.DECODE, 520, 2)) > 0
+    model = RunnerModel(Counted(), steps=3)  # type: ignore[arg-type]
+    assert model.speed(Timing(Phase.DECODE, 520, 2)) > 0
     assert calls == [(0, 512), (512, 8), (520, 1), (521, 1), (522, 1)]
     calls.clear()
-    player.speed(Timing(Kind.DECODE, 520, 2))
-    player.speed(Timing(Kind.DECODE, 0))
-    player.speed(Timing(Kind.DECODE, 0))
-    player.speed(Timing(Kind.PREFILL, 9))
+    model.speed(Timing(Phase.DECODE, 520, 2))
+    model.speed(Timing(Phase.DECODE, 0))
+    model.speed(Timing(Phase.DECODE, 0))
+    model.speed(Timing(Phase.PREFILL, 9))
     assert calls == [(523, 1), (524, 1), (525, 1), *[(0, 1), (1, 1), (2, 1)] * 2, (0, 9)]
     calls.clear()
     for _ in range(3):  # an eighth of 40 has room for one timing of 3 and no more
-        player.speed(Timing(Kind.DECODE, 40))
+        model.speed(Timing(Phase.DECODE, 40))
     assert calls == [(0, 40), (40, 1), (41, 1), (42, 1)] * 3
 
 
@@ -147,7 +149,7 @@ def test_two_artifacts_are_measured_in_turns(tiny: Path, build: Build) -> None:
     artifacts = [build(tiny, "int4", accuracy_level=4), build(tiny)]
     options = BenchOptions(depths=(0, 16), prefills=(32,), threads=(1,), batches=(1, 2), repeats=2, steps=2)
     report = measuring.bench(*(artifact.folder for artifact in artifacts), None, options)
-    assert [(speed.subject, speed.what) for speed in report.speeds] == [
+    assert [(speed.model, speed.timing.key) for speed in report.speeds] == [
         (subject, what + batch)
         for what in ("decode at 0", "decode at 16", "prefill 32")
         for batch in ("", ", batch 2")
@@ -155,15 +157,15 @@ def test_two_artifacts_are_measured_in_turns(tiny: Path, build: Build) -> None:
     ]
     for speed in report.speeds:
         assert len(speed.samples) == 2
-        assert (speed.ratio is not None) == (speed.subject == 0)
+        assert (speed.ratio is not None) == (speed.model == 0)
         if speed.step_bytes is not None:
             assert speed.step_bytes == step_bytes(
-                artifacts[speed.subject].manifest, artifacts[speed.subject].config, speed.batch, depth=speed.tokens
+                artifacts[speed.model].manifest, artifacts[speed.model].config, speed.batch, depth=speed.tokens
             )
             assert speed.bandwidth_share == pytest.approx(
                 speed.step_bytes * speed.tokens_per_second.median / speed.batch / report.bandwidth[1].median
             )
-    int4, full = report.subjects
+    int4, full = report.measured
     assert int4.peak_bytes[1] > artifacts[0].manifest.files["model.onnx.data"][1]
     assert (int4.built_as["quant"], int4.built_as["accuracy_level"], full.built_as["quant"]) == ("int4", 4, "none")
     assert int4.kernels.startswith("h1export in onnxruntime ")
@@ -175,7 +177,7 @@ def test_the_reference_is_measured_in_turns(make_checkpoint: Callable[..., Path]
     artifact = build(checkpoint, "int4")
     options = BenchOptions((0, 8), (16,), (1,), batches=(2,), repeats=2, steps=2)
     report = measuring.bench(artifact.folder, None, checkpoint, options)
-    ours, reference = report.subjects
+    ours, reference = report.measured
     assert (ours.target, reference.target, reference.built_as["weights"]) == (
         "ort",
         "transformers",
@@ -191,22 +193,22 @@ def test_the_reference_is_measured_in_turns(make_checkpoint: Callable[..., Path]
 def test_a_reference_times_what_it_is_asked(make_checkpoint: Callable[..., Path]) -> None:
     reference = Reference(make_checkpoint())
     ids = np.random.default_rng(0).integers(0, 259, (2, 9))
-    sequences = reference.start(2, 0)
-    logits = [sequences.append(part)[:, -1] for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:])]
+    session = reference.start(2, 0)
+    logits = [session.append(part)[:, -1] for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:])]
     for row, found in zip(ids, logits[-1], strict=True):  # without time_step_limit and pads, its cache is right
         np.testing.assert_allclose(found, reference.full(row)[0][-1], atol=1e-4)
-    assert sequences.length == 9
+    assert session.length == 9
 
 
 @pytest.mark.parametrize(
     ("limits", "timing", "reason"),
     [
-        (Limits(), Timing(Kind.DECODE, 9999, 64), ""),
-        (Limits(max_batch=1), Timing(Kind.PREFILL, 8, 2), "takes 1 sequences at a time"),
-        (Limits(max_context=64), Timing(Kind.PREFILL, 64), ""),
-        (Limits(max_context=64), Timing(Kind.PREFILL, 65), "has room for 64 tokens"),
-        (Limits(max_context=64), Timing(Kind.DECODE, 32), ""),
-        (Limits(max_context=64), Timing(Kind.DECODE, 33), "has room for 64 tokens"),
+        (Limits(), Timing(Phase.DECODE, 9999, 64), ""),
+        (Limits(max_batch=1), Timing(Phase.PREFILL, 8, 2), "takes 1 sequences at a time"),
+        (Limits(max_context=64), Timing(Phase.PREFILL, 64), ""),
+        (Limits(max_context=64), Timing(Phase.PREFILL, 65), "has room for 64 tokens"),
+        (Limits(max_context=64), Timing(Phase.DECODE, 32), ""),
+        (Limits(max_context=64), Timing(Phase.DECODE, 33), "has room for 64 tokens"),
     ],
 )
 def test_what_a_runner_cannot_do_is_left_out(limits: Limits, timing: Timing, reason: str) -> None:
@@ -225,7 +227,7 @@ def test_a_process_is_pinned_to_as_many_cores_as_threads() -> None:
         os.sched_setaffinity(0, before)
 
 
-def test_a_childs_error_is_its_parents(tmp_path: Path) -> None:
+def test_a_workers_error_is_its_parents(tmp_path: Path) -> None:
     makes: dict[str, Any] = {
         "no manifest.json": partial(Artifact.open, tmp_path),
         "its process ended with code 3": partial(os._exit, 3),

@@ -18,7 +18,7 @@ Rng = np.random.Generator
 
 
 def ratios(rng: Rng, true: float, noise: float, outliers: float, drift: float) -> np.ndarray:
-    """MOST ratios as a busy machine gives them: each time has noise and bursts, which only add; a load that both sides share drifts."""
+    """MOST ratios of a busy machine: each time has noise and bursts, which only add; a shared load drifts."""
     load = np.exp(np.cumsum(rng.normal(0, drift, MOST)))  # a walk, which both sides of a pair see
 
     def times(seconds: float) -> np.ndarray:

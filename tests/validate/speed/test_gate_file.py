@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from h1export.errors import H1ExportError
+from h1export.report.checks import Phase
 from h1export.validate.speed.gate_file import (
     Baseline,
     Clock,
@@ -20,7 +21,7 @@ from h1export.validate.speed.gate_file import (
     write_baselines,
 )
 from h1export.validate.speed.statistics import Estimate
-from h1export.validate.speed.worker import Kind, Timing
+from h1export.validate.speed.worker import Timing
 
 HEAD = '[[gate]]\ntarget = "ort"\nquant = "int4"\n'
 
@@ -42,7 +43,7 @@ def test_every_key(gates: Path) -> None:
         f'baseline = "../base.json"\n{HEAD}{numbers}{timings}\n{HEAD.replace("int4", "none")}clock = "wall"\n'
     )
     (first, second), place = read_gates(gates)
-    limits = (Limit(Timing(Kind.DECODE, 512, 4), 1.3), Limit(Timing(Kind.PREFILL, 128)))
+    limits = (Limit(Timing(Phase.DECODE, 512, 4), 1.3), Limit(Timing(Phase.PREFILL, 128)))
     assert first == Gate(
         "ort",
         "int4",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,17 +15,19 @@ import pytest
 from h1export.artifact.artifact import Artifact
 from h1export.commands import pipeline
 from h1export.errors import H1ExportError
+from h1export.report.checks import Phase
 from h1export.report.report import Verdict
 from h1export.runtime.runner import Limits, Provenance, Runner
 from h1export.targets import get_target
 from h1export.validate.speed.decision import decide_all
+from h1export.validate.speed.gate_checks import check_label
 from h1export.validate.speed.gate_file import Baseline, Gate, Limit
-from h1export.validate.speed.regression import BEST_OF, ModelPair, counted, counted_checks, cpu_kind
-from h1export.validate.speed.worker import Kind, RunnerModel, Timing, pin
+from h1export.validate.speed.regression import BEST_OF, ModelPair, counted, counted_checks
+from h1export.validate.speed.worker import RunnerModel, Timing, pin
 
 Build = Callable[..., Artifact]
-DECODE = Timing(Kind.DECODE, 0)
-PREFILL = Timing(Kind.PREFILL, 64)
+DECODE = Timing(Phase.DECODE, 0)
+PREFILL = Timing(Phase.PREFILL, 64)
 GATE = Gate("ort", "int4", (Limit(DECODE), Limit(PREFILL)))
 BASE = Baseline(
     "m",
@@ -38,7 +39,7 @@ BASE = Baseline(
 
 
 def verdicts(now: Baseline, gate: Gate = GATE) -> dict[str, tuple[Verdict, str]]:
-    return {check.name: (check.verdict, check.note) for check in counted_checks(now, BASE, gate)}
+    return {check_label(check): (check.verdict, check.note) for check in counted_checks(now, BASE, gate)}
 
 
 def test_the_same_figures_pass() -> None:
@@ -144,27 +145,13 @@ def test_a_planted_slowdown_fails_and_the_same_build_passes(
     artifact = build(tiny, "int4", accuracy_level=4)
     runner, other = (pipeline.load(artifact, threads=1) for _ in range(2))
 
-    def player(model: Runner[Any]) -> RunnerModel:
+    def timed(model: Runner[Any]) -> RunnerModel:
         return RunnerModel(model, 8, time.process_time)
 
     for factor, wanted in (
         (1.0, Verdict.PASS),
         (1.6, Verdict.FAIL),
     ):  # 1.3, by nox -s gate: in a test neighbours may take half the cache
-        pair = ModelPair(player(Slowed(runner, factor)), player(other))
+        pair = ModelPair(timed(Slowed(runner, factor)), timed(other))
         found = decide_all(lambda timing, pair=pair: 1 / pair.speed(timing), {DECODE: 1.25, PREFILL: 1.25}, 128)
         assert {timing: decision.verdict for timing, decision in found.items()} == dict.fromkeys(found, wanted), found
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"),
-    [
-        ("model name : x\nflags : fpu avx2 fma\n", "avx2"),
-        ("flags : fpu avx2 fma avx512f avx512_vnni\nflags : fpu\n", "avx2 avx512f avx512_vnni"),
-        ("Features : fp asimddp i8mm\n", "asimddp i8mm"),
-    ],
-)
-def test_kinds_of_cpu_are_told_apart_by_what_kernels_choose_by(text: str, kind: str, tmp_path: Path) -> None:
-    assert cpu_kind(tmp_path / "cpuinfo") == platform.machine()
-    (tmp_path / "cpuinfo").write_text(text)
-    assert cpu_kind(tmp_path / "cpuinfo") == f"{platform.machine()} {kind}"

@@ -23,7 +23,8 @@ class Creator final : public IPluginCreatorV3One {
   char const* getPluginNamespace() const noexcept override { return kNamespace; }
   PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
 
-  IPluginV3* createPlugin(AsciiChar const* layer, PluginFieldCollection const* given, TensorRTPhase phase) noexcept override {
+  IPluginV3* createPlugin(AsciiChar const* layer, PluginFieldCollection const* given,
+                          TensorRTPhase phase) noexcept override {
     typename Op::Attributes attributes;
     int32_t in_place = 0;
     std::string why;
@@ -56,23 +57,27 @@ class Creator final : public IPluginCreatorV3One {
     return true;
   }
 
-  static bool read(PluginFieldCollection const& given, char const* name, PluginFieldType type, void* value, std::string& why) {
+  static bool read(PluginFieldCollection const& given, char const* name, PluginFieldType type, void* value,
+                   std::string& why) {
     PluginField const* const field = find(given, name);
     bool const good = field != nullptr && field->data != nullptr && field->type == type && field->length == 1;
     if (good) {
       std::memcpy(value, field->data, 4);  // int32 or float
     } else {
       char const* const expected = type == PluginFieldType::kINT32 ? "one int32" : "one float32";
-      why = std::string("attribute ") + name + (field == nullptr ? " is missing" : " is not ") + (field == nullptr ? "" : expected);
+      why = std::string("attribute ") + name + (field == nullptr ? " is missing" : " is not ") +
+            (field == nullptr ? "" : expected);
     }
     return good;
   }
 
   static bool built_by_us(PluginFieldCollection const& given, std::string& why) {
     PluginField const* const field = find(given, kBuiltBy);
-    std::string const by = field == nullptr ? "unknown" : std::string(static_cast<char const*>(field->data), field->length);
+    std::string const by =
+        field == nullptr ? "unknown" : std::string(static_cast<char const*>(field->data), field->length);
     if (by == kLibrary) return true;
-    why = "the engine was built with plugin library " + by + ", this one is " + kLibrary + "; load that one, or build the engine again";
+    why = "the engine was built with plugin library " + by + ", this one is " + kLibrary +
+          "; load that one, or build the engine again";
     return false;
   }
 

@@ -34,7 +34,8 @@ Cubin const* find(char const* kernel, nvinfer1::DataType dtype, int32_t architec
   if (built_for.empty()) {
     why = std::string("this library has no kernel ") + kernel + " for " + shape + "; build it for that model";
   } else if (best == nullptr) {
-    why = std::string("kernel ") + kernel + " has no machine code for sm_" + std::to_string(architecture) + ", only for";
+    why =
+        std::string("kernel ") + kernel + " has no machine code for sm_" + std::to_string(architecture) + ", only for";
     for (int32_t each : built_for) why += " sm_" + std::to_string(each);
   }
   return best;

@@ -33,8 +33,8 @@ extern Cubin const kCubins[];
 extern int32_t const kCubinCount;
 extern char const kLibrary[];  // a hash of the library's sources and machine code
 
-// The kernel for a GPU. Code for 9.0 and later runs on that architecture only; earlier code on later ones of its major number too.
-// architecture 0: of any. Returns nullptr, and why, where the table has none.
+// The kernel for a GPU. Code for 9.0 and later runs on that architecture only; earlier code on later ones of its major
+// number too. architecture 0: of any. Returns nullptr, and why, where the table has none.
 Cubin const* find(char const* kernel, nvinfer1::DataType dtype, int32_t architecture, std::string const& shape,
                   std::function<bool(Cubin const&)> const& fits, std::string& why);
 

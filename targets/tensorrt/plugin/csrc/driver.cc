@@ -10,8 +10,8 @@ namespace h1 {
 namespace {
 
 constexpr char const* kDriver = "libcuda.so.1";
-constexpr int kMajor = 75, kMinor = 76;   // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
-constexpr int kMaxDynamicShared = 8;      // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+constexpr int kMaxDynamicShared = 8;     // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 struct Driver {
   int (*get_context)(void**);
@@ -27,7 +27,8 @@ struct Driver {
   Driver() {
     void* library = dlopen(kDriver, RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) {
-      missing = std::string("CUDA's driver cannot be loaded (") + dlerror() + "); engines run on machines with an NVIDIA GPU only";
+      missing = std::string("CUDA's driver cannot be loaded (") + dlerror() +
+                "); engines run on machines with an NVIDIA GPU only";
       return;
     }
     find(library, "cuCtxGetCurrent", get_context);
@@ -43,7 +44,9 @@ struct Driver {
   template <class Function>
   void find(void* library, char const* name, Function& function) {
     function = reinterpret_cast<Function>(dlsym(library, name));
-    if (function == nullptr) missing = std::string(kDriver) + " lacks " + name + "; install a driver for CUDA 12 or later";
+    if (function == nullptr) {
+      missing = std::string(kDriver) + " lacks " + name + "; install a driver for CUDA 12 or later";
+    }
   }
 
   // Whether a call of the driver went well; otherwise why not.
@@ -61,7 +64,9 @@ Driver const& driver() {
   return the_driver;
 }
 
-std::string name(Cubin const& cubin) { return std::string(cubin.kernel) + " for sm_" + std::to_string(cubin.architecture); }
+std::string name(Cubin const& cubin) {
+  return std::string(cubin.kernel) + " for sm_" + std::to_string(cubin.architecture);
+}
 
 // The function of a kernel in the current context, of which a process has one a GPU: modules are never unloaded.
 void* function(Cubin const& cubin, std::string& why) {
@@ -80,7 +85,9 @@ void* function(Cubin const& cubin, std::string& why) {
   if (!cuda.ok(cuda.load_module(&module, cubin.code), "loading " + name(cubin), why)) return nullptr;
   if (!cuda.ok(cuda.get_function(&made, module, cubin.entry), "finding " + name(cubin), why)) return nullptr;
   int const shared = static_cast<int>(cubin.shared);
-  if (!cuda.ok(cuda.set_attribute(made, kMaxDynamicShared, shared), "shared memory of " + name(cubin), why)) return nullptr;
+  if (!cuda.ok(cuda.set_attribute(made, kMaxDynamicShared, shared), "shared memory of " + name(cubin), why)) {
+    return nullptr;
+  }
   loaded[{context, &cubin}] = made;
   return made;
 }
@@ -105,7 +112,8 @@ bool load(Cubin const& cubin, std::string& why) { return function(cubin, why) !=
 bool launch(Cubin const& cubin, Grid const& grid, std::vector<void*> arguments, cudaStream_t stream, std::string& why) {
   void* const found = function(cubin, why);
   if (found == nullptr) return false;
-  int const code = driver().launch(found, grid[0], grid[1], grid[2], cubin.threads, 1, 1, cubin.shared, stream, arguments.data(), nullptr);
+  int const code = driver().launch(found, grid[0], grid[1], grid[2], cubin.threads, 1, 1, cubin.shared, stream,
+                                   arguments.data(), nullptr);
   return driver().ok(code, "launching " + name(cubin), why);
 }
 

@@ -2,7 +2,8 @@
 #include "creator.h"
 #include "log.h"
 
-extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(
+    int32_t& count) {
   static nvinfer1::IPluginCreatorInterface* const creators[] = {h1::ssm_scan_creator(), h1::causal_conv_creator()};
   count = 2;
   return creators;

@@ -1,8 +1,10 @@
 // An h1 op as a TensorRT plugin. What ops differ in is in Op; see ssm_scan.cc.
 //
 // Op has: Attributes, Plan (what an enqueue needs), kName, inputs(), fields(), kStateInput;
-//   bool plan(Sizes, DataType, Attributes, architecture, Plan&, why)   kernels for the sizes; architecture 0: of any GPU
-//   size_t workspace(Sizes, DataType)                                  bytes
+//   bool plan(Sizes, DataType, Attributes, architecture, Plan&, why)
+//     finds kernels for the sizes; architecture 0: of any GPU
+//   size_t workspace(Sizes, DataType)
+//     returns bytes
 //   bool enqueue(Plan, inputs, outputs, Attributes, workspace, stream, why)
 #pragma once
 
@@ -33,9 +35,12 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
     switch (type) {
-      case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
-      case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuildV2*>(this);
-      case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+      case PluginCapabilityType::kCORE:
+        return static_cast<IPluginV3OneCore*>(this);
+      case PluginCapabilityType::kBUILD:
+        return static_cast<IPluginV3OneBuildV2*>(this);
+      case PluginCapabilityType::kRUNTIME:
+        return static_cast<IPluginV3OneRuntime*>(this);
     }
     return nullptr;
   }
@@ -45,24 +50,28 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   char const* getPluginNamespace() const noexcept override { return kNamespace; }
 
   int32_t getNbOutputs() const noexcept override { return kOutputs; }
-  int32_t getAliasedInput(int32_t output) noexcept override { return in_place_ != 0 && output == 1 ? Op::kStateInput : -1; }
+  int32_t getAliasedInput(int32_t output) noexcept override {
+    return in_place_ != 0 && output == 1 ? Op::kStateInput : -1;
+  }
 
-  int32_t getOutputDataTypes(DataType* outputs, int32_t, DataType const* inputs, int32_t count) const noexcept override {
+  int32_t getOutputDataTypes(DataType* outputs, int32_t, DataType const* inputs,
+                             int32_t count) const noexcept override {
     if (!counted(count)) return kFailed;
     outputs[0] = inputs[0];
     outputs[1] = inputs[Op::kStateInput];
     return 0;
   }
 
-  int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs, int32_t,
-                          IExprBuilder&) noexcept override {
+  int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs,
+                          int32_t, IExprBuilder&) noexcept override {
     if (!counted(count)) return kFailed;
     outputs[0] = inputs[0];
     outputs[1] = inputs[Op::kStateInput];
     return 0;
   }
 
-  bool supportsFormatCombination(int32_t at, DynamicPluginTensorDesc const* io, int32_t inputs, int32_t) noexcept override {
+  bool supportsFormatCombination(int32_t at, DynamicPluginTensorDesc const* io, int32_t inputs,
+                                 int32_t) noexcept override {
     if (inputs != count() || io[at].desc.format != TensorFormat::kLINEAR) return false;
     DataType const own = io[0].desc.type, type = io[at].desc.type;
     if (at == 0) return own == DataType::kHALF || own == DataType::kBF16;
@@ -70,7 +79,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return type == (Op::inputs()[input].own ? own : DataType::kFLOAT);
   }
 
-  int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t count, DynamicPluginTensorDesc const*, int32_t) noexcept override {
+  int32_t configurePlugin(DynamicPluginTensorDesc const* in, int32_t count, DynamicPluginTensorDesc const*,
+                          int32_t) noexcept override {
     std::string why;
     if (!counted(count)) return kFailed;
     Sizes sizes;
@@ -83,7 +93,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return Op::plan(most, in[0].desc.type, attributes_, 0, plan, why) ? 0 : failed(why);
   }
 
-  size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*, int32_t) const noexcept override {
+  size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*,
+                          int32_t) const noexcept override {
     Sizes most;
     std::string why;
     return largest(in, most, why) ? Op::workspace(most, in[0].desc.type) : 0;
@@ -95,11 +106,13 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return prepare(in, why) ? 0 : failed(why);
   }
 
-  int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs, void* workspace,
-                  cudaStream_t stream) noexcept override {
+  int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs,
+                  void* workspace, cudaStream_t stream) noexcept override {
     std::string why;
     if (!plan_ && !prepare(in, why)) return failed(why);
-    if (in_place_ != 0 && outputs[1] != inputs[Op::kStateInput]) return failed("the state and its output are not one memory");
+    if (in_place_ != 0 && outputs[1] != inputs[Op::kStateInput]) {
+      return failed("the state and its output are not one memory");
+    }
     return Op::enqueue(*plan_, inputs, outputs, attributes_, workspace, stream, why) ? 0 : failed(why);
   }
 
@@ -120,7 +133,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   static int32_t count() { return static_cast<int32_t>(Op::inputs().size()); }
   static int32_t failed(std::string const& why) { return fail(Op::kName, why) ? 0 : kFailed; }
   static bool counted(int32_t inputs) {
-    return inputs == count() || fail(Op::kName, std::to_string(inputs) + " inputs, and should be " + std::to_string(count()));
+    return inputs == count() ||
+           fail(Op::kName, std::to_string(inputs) + " inputs, and should be " + std::to_string(count()));
   }
 
   static bool largest(DynamicPluginTensorDesc const* in, Sizes& most, std::string& why) {

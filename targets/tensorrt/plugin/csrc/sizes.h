@@ -25,7 +25,9 @@ class Sizes {
       auto const [place, fresh] = values_.emplace(tensor.sizes[i], dims.d[i]);
       agrees = place->second == dims.d[i];
     }
-    if (!agrees) why = std::string("input ") + tensor.name + " is " + text(dims) + ", and should be " + expected(tensor);
+    if (!agrees) {
+      why = std::string("input ") + tensor.name + " is " + text(dims) + ", and should be " + expected(tensor);
+    }
     return agrees;
   }
 
@@ -40,7 +42,8 @@ class Sizes {
     std::string all;
     for (int32_t i = 0; i < tensor.rank; ++i) {
       auto const known = values_.find(tensor.sizes[i]);
-      all += std::string(i ? ", " : "") + tensor.sizes[i] + (known == values_.end() ? "" : " " + std::to_string(known->second));
+      all += std::string(i ? ", " : "") + tensor.sizes[i] +
+             (known == values_.end() ? "" : " " + std::to_string(known->second));
     }
     return "[" + all + "]";
   }

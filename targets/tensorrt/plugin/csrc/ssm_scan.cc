@@ -1,4 +1,5 @@
-// h1export::SSMScan: three kernels for many tokens, one for a single token. Grids and workspace are those of plugins/ssm_scan/launch.py.
+// h1export::SSMScan: three kernels for many tokens, one for a single token. Grids and workspace are those of
+// plugins/ssm_scan/launch.py.
 #include "creator.h"
 #include "ops.h"
 
@@ -19,18 +20,20 @@ struct SsmScan {
 
   struct Plan {
     ssm_scan::Call call;
-    int64_t rows, state, chunks;  // batch * heads; d_head * d_state
+    int64_t rows, state, chunks;        // batch * heads; d_head * d_state
     std::vector<Cubin const*> kernels;  // decode; or chunk_state, state_passing, chunk_scan
     bool decode() const { return kernels.size() == 1; }
   };
 
   static bool check(Attributes const& attributes, std::string& why) {
     if (attributes.dt_min >= 0 && attributes.dt_min <= attributes.dt_max) return true;
-    why = "attributes dt_min and dt_max are " + std::to_string(attributes.dt_min) + " and " + std::to_string(attributes.dt_max);
+    why = "attributes dt_min and dt_max are " + std::to_string(attributes.dt_min) + " and " +
+          std::to_string(attributes.dt_max);
     return false;
   }
 
-  static bool plan(Sizes const& sizes, DataType dtype, Attributes const&, int32_t architecture, Plan& plan, std::string& why) {
+  static bool plan(Sizes const& sizes, DataType dtype, Attributes const&, int32_t architecture, Plan& plan,
+                   std::string& why) {
     int32_t const heads = static_cast<int32_t>(sizes.at("heads")), groups = static_cast<int32_t>(sizes.at("groups"));
     if (groups < 1 || heads % groups != 0) {
       why = std::to_string(heads) + " heads cannot share " + std::to_string(groups) + " groups";
@@ -59,17 +62,19 @@ struct SsmScan {
     if (cubin == nullptr || sizes.at("tokens") == 1) return 0;
     size_t const rows = sizes.at("batch") * sizes.at("heads") * chunks(sizes, *cubin);
     size_t const state = sizes.at("d_head") * sizes.at("d_state");
-    return aligned(rows * state * sizeof(float)) + aligned(rows * sizeof(float)) + aligned(rows * state * sizeof(uint16_t));
+    return aligned(rows * state * sizeof(float)) + aligned(rows * sizeof(float)) +
+           aligned(rows * state * sizeof(uint16_t));
   }
 
-  static bool enqueue(Plan const& plan, void const* const* inputs, void* const* outputs, Attributes const& attributes, void* workspace,
-                      cudaStream_t stream, std::string& why) {
+  static bool enqueue(Plan const& plan, void const* const* inputs, void* const* outputs, Attributes const& attributes,
+                      void* workspace, cudaStream_t stream, std::string& why) {
     ssm_scan::Call call = plan.call;
     ssm_scan::bind(call, inputs, outputs, attributes);
     uint32_t const rows = whole(plan.rows);
     if (plan.decode()) {
       Cubin const& decode = *plan.kernels[0];
-      return launch(decode, {whole(decode.at("P") / decode.at("BP")), rows, 1}, ssm_scan::decode_arguments(call), stream, why);
+      return launch(decode, {whole(decode.at("P") / decode.at("BP")), rows, 1}, ssm_scan::decode_arguments(call),
+                    stream, why);
     }
     Cubin const &state = *plan.kernels[0], &passing = *plan.kernels[1], &scan = *plan.kernels[2];
     char* const local = static_cast<char*>(workspace);
@@ -81,14 +86,18 @@ struct SsmScan {
     uint32_t const scan_tiles = whole(scan.at("Q") / scan.at("BT") * (scan.at("P") / scan.at("BP")));
     uint32_t const chunks = whole(plan.chunks);
     return launch(state, {state_tiles, chunks, rows}, ssm_scan::chunk_state_arguments(call), stream, why) &&
-           launch(passing, {whole(plan.state / passing.at("BS")), rows, 1}, ssm_scan::state_passing_arguments(call), stream, why) &&
+           launch(passing, {whole(plan.state / passing.at("BS")), rows, 1}, ssm_scan::state_passing_arguments(call),
+                  stream, why) &&
            launch(scan, {scan_tiles, chunks, rows}, ssm_scan::chunk_scan_arguments(call), stream, why);
   }
 
  private:
-  static int64_t chunks(Sizes const& sizes, Cubin const& cubin) { return (sizes.at("tokens") + cubin.at("Q") - 1) / cubin.at("Q"); }
+  static int64_t chunks(Sizes const& sizes, Cubin const& cubin) {
+    return (sizes.at("tokens") + cubin.at("Q") - 1) / cubin.at("Q");
+  }
 
-  static Cubin const* kernel_for(char const* kernel, Sizes const& sizes, DataType dtype, int32_t architecture, std::string& why) {
+  static Cubin const* kernel_for(char const* kernel, Sizes const& sizes, DataType dtype, int32_t architecture,
+                                 std::string& why) {
     int64_t const d_head = sizes.at("d_head"), d_state = sizes.at("d_state");
     std::string const shape = "head dim " + std::to_string(d_head) + " and state size " + std::to_string(d_state);
     auto const fits = [&](Cubin const& cubin) { return cubin.at("P") == d_head && cubin.at("N") == d_state; };

@@ -27,7 +27,8 @@ struct Field {
   size_t offset;
 };
 
-// What cuLaunchKernel takes: a pointer to each argument. Triton's kernels take two more pointers, to scratch memory that ours do not use.
+// What cuLaunchKernel takes: a pointer to each argument. Triton's kernels take two more pointers, to scratch memory
+// that ours do not use.
 inline std::vector<void*> pointers(std::initializer_list<void const*> arguments) {
   static void* scratch = nullptr;
   std::vector<void*> all;

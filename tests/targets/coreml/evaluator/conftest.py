@@ -75,7 +75,7 @@ class Mil:
         return message
 
     def op(
-        self, type: str, inputs: Mapping[str, object], outputs: Mapping[str, Type], blocks: Sequence[Any] = ()
+        self, type: str, inputs: Mapping[str, object], outputs: Mapping[str, Type], *, blocks: Sequence[Any] = ()
     ) -> Any:
         """Make an operation; an input is a name, a value message, or a list of them."""
         message = MIL_pb2.Operation(type=type)
@@ -102,6 +102,7 @@ class Mil:
         inputs: Mapping[str, Type],
         operations: Sequence[Any],
         outputs: Sequence[str],
+        *,
         states: Mapping[str, Type] | None = None,
     ) -> Any:
         message = MIL_pb2.Function(opset="CoreML8")

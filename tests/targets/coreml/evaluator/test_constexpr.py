@@ -38,7 +38,7 @@ def expand(mil: Any) -> Expand:
     """
 
     def run(
-        op: str, inputs: Mapping[str, object], dtype: str, shape: Shape, before: tuple[Any, ...] = ()
+        op: str, inputs: Mapping[str, object], dtype: str, *, shape: Shape, before: tuple[Any, ...] = ()
     ) -> np.ndarray:
         given = {
             name: item if isinstance(item, (str, MIL_pb2.Value)) else mil.value(item) for name, item in inputs.items()
@@ -83,7 +83,7 @@ def test_blockwise(
         )  # exact in float64
     inputs: dict[str, object] = {"data": mil.value(data, stored), "scale": scale}
     inputs |= {} if offset is None else {"offset": mil.value(offset, stored)}
-    found = expand("constexpr_blockwise_shift_scale", inputs, dtype, shape)
+    found = expand("constexpr_blockwise_shift_scale", inputs, dtype, shape=shape)
     assert found.dtype == DTYPES[dtype]
     assert np.array_equal(found, expected)
     assert np.array_equal(found, their_blocks.decompress(data, scale, offset))
@@ -98,7 +98,7 @@ def test_an_offset_may_be_of_floats(mil: Any, expand: Expand) -> None:
     wide = [np.kron(part.astype(np.float64), np.ones((2, 2))) for part in (scale, offset)]
     expected = wide[0] * (data - wide[1])
     np.testing.assert_allclose(
-        expand("constexpr_blockwise_shift_scale", inputs, "fp16", (4, 6)), expected, rtol=2**-11, atol=2**-25
+        expand("constexpr_blockwise_shift_scale", inputs, "fp16", shape=(4, 6)), expected, rtol=2**-11, atol=2**-25
     )
 
 
@@ -128,7 +128,7 @@ def test_lut(mil: Any, expand: Expand, table: tuple[int, Shape, Shape, int, int 
             expected[place] = lut[(*group, indices[at], i)]
     inputs: dict[str, object] = {"indices": mil.value(indices, f"uint{bits}"), "lut": lut}
     found = expand(
-        "constexpr_lut_to_dense", inputs | ({} if axis is None else {"vector_axis": axis}), dtype, expected.shape
+        "constexpr_lut_to_dense", inputs | ({} if axis is None else {"vector_axis": axis}), dtype, shape=expected.shape
     )
     assert found.dtype == DTYPES[dtype]
     assert np.array_equal(found, expected)
@@ -145,7 +145,9 @@ def test_a_table_of_integers_is_scaled_by_another_op(mil: Any, expand: Expand) -
         {"indices": mil.value(indices, "uint2"), "lut": mil.value(lut)},
         {"q": ("int8", (2, 6))},
     )
-    found = expand("constexpr_blockwise_shift_scale", {"data": "q", "scale": scale}, "fp16", (2, 6), (first,))
+    found = expand(
+        "constexpr_blockwise_shift_scale", {"data": "q", "scale": scale}, "fp16", shape=(2, 6), before=(first,)
+    )
     assert np.array_equal(found, their_blocks.decompress(lut[0, 0, :, 0][indices], scale, None))
 
 
@@ -171,7 +173,7 @@ def test_affine(
         factor, shift = (part[at[axis]] if part.ndim else part for part in (scale, zero))
         expected[at] = float(factor) * (int(data[at]) - int(shift))
     inputs = {"quantized_data": data, "zero_point": zero, "scale": scale, "axis": axis}
-    found = expand("constexpr_affine_dequantize", inputs, dtype, shape)
+    found = expand("constexpr_affine_dequantize", inputs, dtype, shape=shape)
     assert np.array_equal(found, expected)
     np.testing.assert_allclose(
         found, their_affine.decompress(data, zero, scale, axis), rtol=2**-10
@@ -181,9 +183,9 @@ def test_affine(
 def test_cast(mil: Any, expand: Expand) -> None:
     half = np.array([[0.1, -65504.0], [2**-24, np.inf]], np.float16)
     inputs = {"source_val": half, "output_dtype": mil.value("fp32")}
-    assert np.array_equal(expand("constexpr_cast", inputs, "fp32", (2, 2)), half.astype(np.float32))
+    assert np.array_equal(expand("constexpr_cast", inputs, "fp32", shape=(2, 2)), half.astype(np.float32))
     with pytest.raises(H1ExportError, match="casts to 'int8'"):
-        expand("constexpr_cast", inputs | {"output_dtype": mil.value("int8")}, "int8", (2, 2))
+        expand("constexpr_cast", inputs | {"output_dtype": mil.value("int8")}, "int8", shape=(2, 2))
 
 
 def quantized(rng: np.random.Generator, kind: Any, shape: Shape) -> np.ndarray:
@@ -294,7 +296,7 @@ HALF = np.ones((2, 3), np.float16)
 )
 def test_what_is_not_specified_is_refused(expand: Expand, op: str, inputs: dict[str, object], what: str) -> None:
     with pytest.raises(H1ExportError, match=rf"op constexpr_{op} 'w': .*{what}"):
-        expand(f"constexpr_{op}", inputs, "fp16", (4, 6))
+        expand(f"constexpr_{op}", inputs, "fp16", shape=(4, 6))
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_what_is_not_specified_is_refused(expand: Expand, op: str, inputs: dict[
 )
 def test_a_result_is_what_it_is_declared_as(expand: Expand, dtype: str, shape: Shape, what: str) -> None:
     with pytest.raises(H1ExportError, match=f"op constexpr_blockwise_shift_scale 'w': {what}"):
-        expand("constexpr_blockwise_shift_scale", {"data": INT8, "scale": HALF}, dtype, shape)
+        expand("constexpr_blockwise_shift_scale", {"data": INT8, "scale": HALF}, dtype, shape=shape)
 
 
 def test_what_is_computed_when_run_is_no_compressed_constant(mil: Any) -> None:

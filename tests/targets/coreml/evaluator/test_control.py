@@ -27,7 +27,7 @@ Load = Callable[..., Evaluator]
 @pytest.fixture(scope="session")
 def load(mil: Any) -> Load:
     """load(inputs, operations, outputs, states) -> the evaluator of a saved program of one function."""
-    return lambda *parts: Evaluator(Package.open(mil.save({"main": mil.function(*parts)})))
+    return lambda *parts, states=None: Evaluator(Package.open(mil.save({"main": mil.function(*parts, states=states)})))
 
 
 def i32(value: int) -> np.ndarray:
@@ -35,7 +35,7 @@ def i32(value: int) -> np.ndarray:
 
 
 def while_loop(
-    mil: Any, variables: Sequence[tuple[str, Any]], condition: Sequence[Any], body: Sequence[Any], results: list[str]
+    mil: Any, variables: Sequence[tuple[str, Any]], condition: Sequence[Any], *, body: Sequence[Any], results: list[str]
 ) -> Any:
     """Return a loop over ``variables``, whose names have the prefix ``b`` in its blocks.
 
@@ -49,7 +49,7 @@ def while_loop(
         "while_loop",
         {"loop_vars": [name for name, _ in variables]},
         {f"out_{name}": kind for name, kind in variables},
-        blocks,
+        blocks=blocks,
     )
 
 
@@ -57,7 +57,7 @@ def counting(mil: Any, body: Sequence[Any], results: list[str]) -> Any:
     """Return a function that, while i < n, adds 1 to i and applies ``body`` to x."""
     condition = [mil.op("less", {"x": "ai", "y": "n"}, {"c": BOOL})]
     step = mil.op("add", {"x": "bi", "y": mil.value(1)}, {"next": INT})
-    return while_loop(mil, [("i", INT), ("x", FLOATS)], condition, [step, *body], ["next", *results])
+    return while_loop(mil, [("i", INT), ("x", FLOATS)], condition, body=[step, *body], results=["next", *results])
 
 
 LOOP_INPUTS = {"i": INT, "n": INT, "x": FLOATS}
@@ -84,7 +84,7 @@ def test_loops_within_loops(mil: Any, load: Load) -> None:
         mil.block({"aj": INT, "av": FLOATS}, [mil.op("less", {"x": "aj", "y": "n"}, {"d": BOOL})], ["d"]),
         mil.block({"bj": INT, "bv": FLOATS}, inner_body, ["j2", "v2"]),
     ]
-    inner = mil.op("while_loop", {"loop_vars": ["zero", "bx"]}, {"j": INT, "v": FLOATS}, blocks)
+    inner = mil.op("while_loop", {"loop_vars": ["zero", "bx"]}, {"j": INT, "v": FLOATS}, blocks=blocks)
     evaluator = load(LOOP_INPUTS, [zero, counting(mil, [inner], ["v"])], ["out_x"])
     for n in (0, 1, 3):
         assert np.array_equal(evaluator.run({"i": i32(0), "n": i32(n), "x": X})["out_x"], X * 2 ** (n * n))
@@ -98,7 +98,7 @@ def test_a_loop_variable_may_grow(mil: Any, load: Load) -> None:
         mil.block({"ai": INT, "ax": FLOATS}, condition, ["c"]),
         mil.block({"bi": INT, "bx": FLOATS}, body, ["next", "longer"]),
     ]
-    loop = mil.op("while_loop", {"loop_vars": ["i", "x"]}, {"j": INT, "y": ("fp32", (None,))}, blocks)
+    loop = mil.op("while_loop", {"loop_vars": ["i", "x"]}, {"j": INT, "y": ("fp32", (None,))}, blocks=blocks)
     found = load(LOOP_INPUTS, [loop], ["y"]).run({"i": i32(0), "n": i32(2), "x": X})["y"]
     assert np.array_equal(found, np.tile(X, 3))
 
@@ -109,7 +109,7 @@ def branch(mil: Any, outputs: dict[str, Any] | None = None) -> Any:
     otherwise = mil.block(
         {}, [mil.op("gather", {"x": "x", "indices": "k", "axis": mil.value(0)}, {"o": FLOATS})], ["o"]
     )
-    return mil.op("cond", {"pred": "p"}, outputs or {"y": FLOATS}, [then, otherwise])
+    return mil.op("cond", {"pred": "p"}, outputs or {"y": FLOATS}, blocks=[then, otherwise])
 
 
 def test_one_branch_runs(mil: Any, load: Load) -> None:
@@ -177,7 +177,7 @@ def write(mil: Any, name: str) -> Any:
 def test_a_state_is_read_as_the_steps_before_left_it(mil: Any, load: Load) -> None:
     operations = [read(mil, "a"), mil.op("add", {"x": "a", "y": "x"}, {"b": HALVES}), write(mil, "b"), read(mil, "c")]
     operations += [mil.op("mul", {"x": "c", "y": "c"}, {"d": HALVES}), write(mil, "d"), read(mil, "e")]
-    evaluator = load({"x": HALVES}, operations, ["a", "c", "e"], STATE)
+    evaluator = load({"x": HALVES}, operations, ["a", "c", "e"], states=STATE)
     states = evaluator.initial_states()
     assert states["s"].dtype == np.float16
     first = evaluator.run({"x": H}, states)
@@ -192,7 +192,7 @@ def adding(mil: Any, load: Load) -> Evaluator:
     """The function adds x to the state, returns it, and takes an element of it, which may not exist."""
     index = mil.op("gather", {"x": "b", "indices": "k", "axis": mil.value(0)}, {"e": ("fp16", ())})
     operations = [read(mil, "a"), mil.op("add", {"x": "a", "y": "x"}, {"b": HALVES}), write(mil, "b"), index]
-    return load({"x": HALVES, "k": INT}, operations, ["b", "e"], STATE)
+    return load({"x": HALVES, "k": INT}, operations, ["b", "e"], states=STATE)
 
 
 def test_a_run_that_fails_leaves_states_as_they_were(adding: Evaluator) -> None:
@@ -235,7 +235,7 @@ def test_a_state_that_the_caller_puts_in_counts(adding: Evaluator) -> None:
 
 def test_a_state_in_a_loop(mil: Any, load: Load) -> None:
     body = [read(mil, "r"), mil.op("add", {"x": "r", "y": "r"}, {"w": HALVES}), write(mil, "w")]
-    evaluator = load(LOOP_INPUTS, [counting(mil, body, ["bx"])], ["out_i"], STATE)
+    evaluator = load(LOOP_INPUTS, [counting(mil, body, ["bx"])], ["out_i"], states=STATE)
     states = {"s": H}
     evaluator.run({"i": i32(0), "n": i32(3), "x": X}, states)
     assert states["s"].tolist() == [8, 16, 24]
@@ -243,21 +243,21 @@ def test_a_state_in_a_loop(mil: Any, load: Load) -> None:
 
 def test_states_are_no_tensors(mil: Any, load: Load) -> None:
     with pytest.raises(H1ExportError, match="op exp 'y': takes state 's' as a tensor; read it with read_state first"):
-        load({}, [mil.op("exp", {"x": "s"}, {"y": HALVES})], ["y"], STATE)
+        load({}, [mil.op("exp", {"x": "s"}, {"y": HALVES})], ["y"], states=STATE)
     with pytest.raises(H1ExportError, match="op read_state 'y': does not take a state as its input"):
         load({"x": HALVES}, [mil.op("read_state", {"input": "x"}, {"y": HALVES})], ["y"])
     with pytest.raises(H1ExportError, match=r"state 's' has no fixed shape: fp16\[\?\]"):
-        load({}, [], [], {"s": ("fp16", (None,))})
+        load({}, [], [], states={"s": ("fp16", (None,))})
 
 
 def test_a_state_is_written_in_its_own_shape_and_type(mil: Any, load: Load) -> None:
-    evaluator = load({"x": ("fp16", (2,))}, [write(mil, "x")], [], STATE)
+    evaluator = load({"x": ("fp16", (2,))}, [write(mil, "x")], [], states=STATE)
     states = evaluator.initial_states()
     with pytest.raises(H1ExportError, match=r"op write_state: writes shape \[2\] to state 's', which is fp16\[3\]"):
         evaluator.run({"x": H[:2]}, states)
     for dtype in ("fp32", "int32"):
         with pytest.raises(H1ExportError, match=rf"op write_state: passes {dtype}\[3\] on as fp16\[3\]; cast it first"):
-            load({"x": (dtype, (3,))}, [write(mil, "x")], [], STATE)
+            load({"x": (dtype, (3,))}, [write(mil, "x")], [], states=STATE)
 
 
 GIVEN = {"x": H, "k": i32(0)}

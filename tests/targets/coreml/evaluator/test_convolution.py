@@ -34,7 +34,7 @@ def exact(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.astype(np.float64))
 
 
-def close(found: np.ndarray, expected: torch.Tensor, magnitude: torch.Tensor, terms: int, dtype: str) -> None:
+def close(found: np.ndarray, expected: torch.Tensor, magnitude: torch.Tensor, *, terms: int, dtype: str) -> None:
     """Check a float32 sum of ``terms`` terms with magnitudes up to ``magnitude`` in total, rounded once."""
     assert found.shape == tuple(expected.shape)
     summed = terms * 2.0**-24 * magnitude.numpy()
@@ -104,7 +104,13 @@ def test_conv(run_op: Run, dtype: str, layer: Layer, biased: bool, seed: int) ->
     constants |= {"pad_type": "custom", "pad": layer.pad} if any(layer.pad) else {"pad_type": "valid"}
     constants |= {"weight": weight} | ({"bias": bias} if biased else {})
     found = run_op("conv", {"x": x}, constants, (dtype, tuple(expected.shape)))
-    close(found, expected, convolve(t.abs(), w.abs(), b.abs(), *rest), int(np.prod(layer.weight[1:])) + 1, dtype)
+    close(
+        found,
+        expected,
+        convolve(t.abs(), w.abs(), b.abs(), *rest),
+        terms=int(np.prod(layer.weight[1:])) + 1,
+        dtype=dtype,
+    )
 
 
 def test_conv_by_its_definition(run_op: Run) -> None:
@@ -130,7 +136,9 @@ def test_same_padding_keeps_the_size(run_op: Run, pad_type: str, kernel: int, di
     found = run_op(
         "conv", {"x": x}, {"weight": weight, "pad_type": pad_type, "dilations": [dilation]}, ("fp32", (1, 3, 9))
     )
-    close(found, expected, F.conv1d(t.abs(), w.abs(), padding="same", dilation=dilation), 2 * kernel, "fp32")
+    close(
+        found, expected, F.conv1d(t.abs(), w.abs(), padding="same", dilation=dilation), terms=2 * kernel, dtype="fp32"
+    )
 
 
 @st.composite
@@ -170,8 +178,8 @@ def test_pools(
         found,
         expected,
         average(t.abs(), kernel, strides, pad, count_include_pad=counted),
-        int(np.prod(kernel)) + 1,
-        dtype,
+        terms=int(np.prod(kernel)) + 1,
+        dtype=dtype,
     )
 
 

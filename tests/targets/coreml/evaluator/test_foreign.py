@@ -133,7 +133,7 @@ def seeded() -> Iterator[None]:
 
 
 def convert(
-    module: nn.Module, x: torch.Tensor, precision: str, states: dict[str, tuple[int, ...]] | None = None
+    module: nn.Module, x: torch.Tensor, precision: str, *, states: dict[str, tuple[int, ...]] | None = None
 ) -> Any:
     """Convert a module with one input ``x``, in the precision that it computes in."""
     dtype = np.int32 if x.dtype == torch.int32 else BY_NAME[precision].array.type
@@ -188,7 +188,7 @@ def test_a_module_with_states(precision: str, tmp_path: Path) -> None:
     """States are fp16 in both precisions; all numbers here are exact in fp16."""
     module = Counter()
     shapes = {name: tuple(buffer.shape) for name, buffer in module.named_buffers()}
-    evaluator = saved(convert(module, torch.zeros(1, 8), precision, shapes), tmp_path)
+    evaluator = saved(convert(module, torch.zeros(1, 8), precision, states=shapes), tmp_path)
     for buffer in module.buffers():  # tracing has changed them
         buffer.zero_()
     states = evaluator.initial_states()

@@ -33,7 +33,9 @@ def exact(*arrays: np.ndarray) -> list[torch.Tensor]:
     return [torch.from_numpy(array.astype(np.float64)) for array in arrays]
 
 
-def close(found: np.ndarray, expected: torch.Tensor, magnitude: torch.Tensor | float, terms: int, dtype: str) -> None:
+def close(
+    found: np.ndarray, expected: torch.Tensor, magnitude: torch.Tensor | float, *, terms: int, dtype: str
+) -> None:
     """Check the result of ``terms`` float32 operations in a row on numbers up to ``magnitude``.
 
     The result may have been rounded to the declared type once.
@@ -56,7 +58,7 @@ def test_linear(run_op: Run, dtype: str, leading: Shape, d_in: int, d_out: int, 
     constants = {"weight": weight, "bias": bias} if biased else {"weight": weight}
     found = run_op("linear", {"x": x}, constants, (dtype, (*leading, d_out)))
     tensors = exact(x, weight, bias if biased else np.zeros(d_out))
-    close(found, F.linear(*tensors), F.linear(*(t.abs() for t in tensors)), d_in + 1, dtype)
+    close(found, F.linear(*tensors), F.linear(*(t.abs() for t in tensors)), terms=d_in + 1, dtype=dtype)
 
 
 def test_sums_are_kept_in_float32(run_op: Run) -> None:
@@ -96,7 +98,7 @@ def test_matmul(run_op: Run, dtype: str, product: tuple[Shape, Shape, bool, bool
     flags = {"transpose_x": transpose_x, "transpose_y": transpose_y}
     expected = a @ b
     found = run_op("matmul", {"x": x, "y": y}, flags, (dtype, tuple(expected.shape)))
-    close(found, expected, a.abs() @ b.abs(), a.shape[-1], dtype)
+    close(found, expected, a.abs() @ b.abs(), terms=a.shape[-1], dtype=dtype)
 
 
 @PROPERTY
@@ -120,7 +122,7 @@ def test_matmul_with_a_vector_takes_no_transposition_of_it(run_op: Run, first: S
     a, b = exact(x, y)
     flags = {"transpose_x": len(first) == 1, "transpose_y": len(second) == 1}
     found = run_op("matmul", {"x": x, "y": y}, flags, ("fp32", tuple((a @ b).shape)))
-    close(found, a @ b, a.abs() @ b.abs(), 4, "fp32")
+    close(found, a @ b, a.abs() @ b.abs(), terms=4, dtype="fp32")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_einsum(run_op: Run, equation: str, first: Shape, second: Shape, dtype: 
     a, b = exact(x, y)
     expected = torch.einsum(equation, a, b)
     found = run_op("einsum", {"values": [x, y]}, {"equation": equation}, (dtype, tuple(expected.shape)))
-    close(found, expected, torch.einsum(equation, a.abs(), b.abs()), first[-1], dtype)
+    close(found, expected, torch.einsum(equation, a.abs(), b.abs()), terms=first[-1], dtype=dtype)
 
 
 @st.composite
@@ -173,7 +175,7 @@ def test_attention(
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     found = run_op("scaled_dot_product_attention", tensors, {}, (dtype, tuple(expected.shape)))
     scores = float((q.abs() @ k.abs().mT).max()) + 4  # a mask of normal numbers is smaller than 4 but for one in 16000
-    close(found, expected, float(v.abs().max()) * (1 + scores), q.shape[-1] + 2 * k.shape[-2], dtype)
+    close(found, expected, float(v.abs().max()) * (1 + scores), terms=q.shape[-1] + 2 * k.shape[-2], dtype=dtype)
 
 
 def test_attention_to_what_minus_infinity_masks_is_nothing(run_op: Run) -> None:
@@ -201,12 +203,12 @@ def test_a_row_that_attends_to_nothing_is_nan(run_op: Run) -> None:
     assert np.isnan(found[0, 1]).all()
 
 
-def affine(rng: np.random.Generator, shape: Shape, dtype: str, present: bool) -> dict[str, np.ndarray]:
+def affine(rng: np.random.Generator, shape: Shape, dtype: str, *, present: bool) -> dict[str, np.ndarray]:
     """Return gamma and beta, or {} if they are not ``present``."""
     return {name: random(rng, shape, dtype) for name in ("gamma", "beta")} if present else {}
 
 
-def magnitude(x: torch.Tensor, variance: torch.Tensor, epsilon: float, parts: dict[str, np.ndarray]) -> torch.Tensor:
+def magnitude(x: torch.Tensor, variance: torch.Tensor, epsilon: float, *, parts: dict[str, np.ndarray]) -> torch.Tensor:
     """Return the error in the result of one rounding of x or its mean, in units of 2^-24.
 
     It may be much larger than the rounding, because the spread may be much smaller than x.
@@ -232,7 +234,7 @@ def test_layer_norm(run_op: Run, dtype: str, axes: list[int], scaled: bool, defa
     last = [axis % 4 for axis in axes]
     order = [axis for axis in range(4) if axis not in last] + last
     sizes = tuple(x.shape[axis] for axis in last)
-    parts = affine(rng, sizes, dtype, scaled)
+    parts = affine(rng, sizes, dtype, present=scaled)
     epsilon = DTYPES[dtype](1e-5 if default else 0.125)
     (t,) = exact(x.transpose(order))
     expected = F.layer_norm(t, sizes, *exact(*parts.values()), eps=float(epsilon)).permute(*np.argsort(order).tolist())
@@ -240,13 +242,15 @@ def test_layer_norm(run_op: Run, dtype: str, axes: list[int], scaled: bool, defa
         "layer_norm", {"x": x}, {"axes": axes, **parts} | ({} if default else {"epsilon": epsilon}), (dtype, x.shape)
     )
     variance = t.flatten(len(order) - len(last)).var(-1, correction=0)
-    close(found, expected, magnitude(t, variance, float(epsilon), parts), 8 + int(np.prod(sizes)), dtype)
+    close(
+        found, expected, magnitude(t, variance, float(epsilon), parts=parts), terms=8 + int(np.prod(sizes)), dtype=dtype
+    )
 
 
 def test_layer_norm_of_all_axes(run_op: Run) -> None:
     x = random(np.random.default_rng(0), (2, 3), "fp32")
     (t,) = exact(x)
-    close(run_op("layer_norm", {"x": x}, {}, ("fp32", (2, 3))), F.layer_norm(t, (2, 3)), 4.0, 14, "fp32")
+    close(run_op("layer_norm", {"x": x}, {}, ("fp32", (2, 3))), F.layer_norm(t, (2, 3)), 4.0, terms=14, dtype="fp32")
 
 
 @PROPERTY
@@ -255,13 +259,19 @@ def test_instance_norm(run_op: Run, dtype: str, shape: Shape, scaled: bool, seed
     rng = np.random.default_rng(seed)
     x = random(rng, shape, dtype)
     epsilon = DTYPES[dtype](1e-3)
-    parts = affine(rng, shape[1:2], dtype, scaled)
+    parts = affine(rng, shape[1:2], dtype, present=scaled)
     (t,) = exact(x)
     weights = dict(zip(("weight", "bias"), exact(*parts.values()), strict=False))
     expected = F.instance_norm(t, **weights, eps=float(epsilon))
     found = run_op("instance_norm", {"x": x}, {**parts, "epsilon": epsilon}, (dtype, shape))
     variance = t.flatten(2).var(-1, correction=0)
-    close(found, expected, magnitude(t, variance, float(epsilon), parts), 8 + int(np.prod(shape[2:])), dtype)
+    close(
+        found,
+        expected,
+        magnitude(t, variance, float(epsilon), parts=parts),
+        terms=8 + int(np.prod(shape[2:])),
+        dtype=dtype,
+    )
 
 
 @PROPERTY
@@ -272,14 +282,18 @@ def test_batch_norm(run_op: Run, dtype: str, shape: Shape, scaled: bool, seed: i
     mean = random(rng, (3,), dtype)
     epsilon = DTYPES[dtype](1e-3)
     variance = np.abs(random(rng, (3,), dtype))
-    parts = affine(rng, (3,), dtype, scaled)
+    parts = affine(rng, (3,), dtype, present=scaled)
     t, m, v, *weights = exact(x, mean, variance, *parts.values())
     expected = F.batch_norm(t, m, v, *weights, eps=float(epsilon))
     found = run_op(
         "batch_norm", {"x": x}, {"mean": mean, "variance": variance, **parts, "epsilon": epsilon}, (dtype, shape)
     )
     close(
-        found, expected, 2 * magnitude(torch.stack([t.abs().max(), m.abs().max()]), v, float(epsilon), parts), 8, dtype
+        found,
+        expected,
+        2 * magnitude(torch.stack([t.abs().max(), m.abs().max()]), v, float(epsilon), parts=parts),
+        terms=8,
+        dtype=dtype,
     )
 
 
@@ -294,8 +308,8 @@ def test_l2_norm(run_op: Run, dtype: str, shape: Shape, seed: int) -> None:
         run_op("l2_norm", {"x": x}, {"epsilon": epsilon}, (dtype, shape)),
         expected,
         expected.abs(),
-        4 + x[0].size,
-        dtype,
+        terms=4 + x[0].size,
+        dtype=dtype,
     )
 
 

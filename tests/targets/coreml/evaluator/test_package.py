@@ -194,7 +194,7 @@ def test_what_is_stored(stored: Path, mil: Any) -> None:
 
 def test_an_operation_of_a_nested_block_is_found(mil: Any) -> None:
     branches = [mil.block({}, [mil.op("exp" if i else "sin", {"x": "x"}, {f"b{i}": ONE})], [f"b{i}"]) for i in range(2)]
-    branch = mil.op("cond", {"pred": "p"}, {"y": ONE}, branches)
+    branch = mil.op("cond", {"pred": "p"}, {"y": ONE}, blocks=branches)
     package = Package.open(mil.save({"main": mil.function({"x": ONE, "p": ("bool", ())}, [branch], ["y"])}))
     assert package.operation("b1").type == "exp"
 

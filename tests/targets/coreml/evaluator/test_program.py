@@ -157,7 +157,7 @@ def test_no_damage_ends_in_a_traceback(mil: Any, data: st.DataObject) -> None:
         mil.op("add", {"x": "c", "y": "r"}, {"y": ("fp16", (1, 4))}),
         mil.op("write_state", {"input": "s", "data": "y"}, {}),
     ]
-    path = mil.save({"main": mil.function({"x": ("fp16", (1, 3))}, operations, ["y"], {"s": ("fp16", (1, 4))})})
+    path = mil.save({"main": mil.function({"x": ("fp16", (1, 3))}, operations, ["y"], states={"s": ("fp16", (1, 4))})})
     file = path / DATA / "model.mlmodel"
     raw = bytearray(file.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):

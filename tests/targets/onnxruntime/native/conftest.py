@@ -31,7 +31,10 @@ def native_library(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def run_op(native_library: str) -> Callable[..., list[Any]]:
-    """run_op("SiluMul", {"a": array, "gate": None}, outputs=1, threads=2, **attributes) -> outputs. None: an absent input."""
+    """run_op("SiluMul", {"a": array, "gate": None}, outputs=1, threads=2, **attributes) -> outputs.
+
+    None: an absent input.
+    """
 
     def run(
         op: str,

@@ -1,4 +1,4 @@
-"""Attention against its definition in float64, and its cache in both forms: grown copies, and one buffer extended in place."""
+"""Attention against its definition in float64, with its cache as grown copies and as one buffer extended in place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ CASES = st.fixed_dictionaries(
 
 
 def attention_inputs(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Random inputs and attributes; every second seed has pads, up to a whole row; room: rows of the cache behind the new tokens."""
+    """Random inputs and attributes; every second seed has pads, up to a whole row.
+
+    ``room``: rows of the cache behind the new tokens.
+    """
     rng = np.random.default_rng(case["seed"])
     batch, tokens, past, kv_heads, dim = (case[name] for name in ("batch", "tokens", "past", "kv_heads", "dim"))
     heads = kv_heads * case["group"]

@@ -90,7 +90,7 @@ class Case:
         return x @ weights.T + (0 if self.bias is None else self.bias)
 
     def summed(self, expected: Any) -> float:
-        """The size of what is summed, codes as they are stored: unlike the sums, it does not vanish where few random terms cancel."""
+        """The size of what is summed, codes as they are stored: it does not vanish where few random terms cancel."""
         terms = (
             np.abs(self.x).max() * self.layout.zero_point * np.abs(self.weight_scales).max() * np.sqrt(self.x.shape[-1])
         )
@@ -102,7 +102,8 @@ class Case:
         return float(np.abs(y - expected).max() / np.abs(expected).max())
 
 
-# Few tokens and many take different kernels (the limit is 8), whose steps are 2 or 4 rows and 4 tokens, or 16 rows and 4 tokens.
+# Few tokens and many take different kernels (the limit is 8). Their steps are 2 or 4 rows and 4 tokens, or 16 rows and
+# 4 tokens.
 SHAPES = (
     st.sampled_from(FORMATS),
     st.integers(1, 70),
@@ -120,9 +121,9 @@ SHAPES = (
 def test_rounded(
     run_op: RunOp, form: tuple[int, int], rows: int, columns: int, tokens: int, bias: bool, seed: int
 ) -> None:
-    """Integers are exact, so only the sum over blocks rounds: a handful of half units in the last place of float32, 6e-8.
+    """Integers are exact, so only the sum over blocks rounds: some half units in the last place of float32, 6e-8.
 
-    Where a quotient lies half-way between two integers float32 may round to the other one: half a step of one activation.
+    Where a quotient lies half-way between two integers float32 may round to the other: half a step of one activation.
     """
     case = Case(*form, rows, columns, (tokens,), bias, seed)
     expected = case.reference(rounded=True)
@@ -161,7 +162,7 @@ def test_agrees_with_matmul_nbits(run_op: RunOp, bits: int, block: int, tokens: 
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
     (stock,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, fed)
-    # level 4 rounds activations to 0.5 / 127 of their block's largest; MatMulNBits' int8 kernel rounds them on its own terms
+    # level 4 rounds activations to 0.5 / 127 of their block's largest; MatMulNBits' int8 kernel rounds them otherwise
     assert case.error(case.run(run_op, level), stock) < (1e-2 if level else 1e-6)
 
 
@@ -255,7 +256,7 @@ def product(run_op: RunOp, op: str, case: Case, inputs: dict[str, Any], outputs:
 
 
 def close(case: Case, y: Any, x: Any) -> None:
-    """``y`` is the case's product with ``x``: tolerance as in test_float32, and as much again for making x in float32."""
+    """Check that ``y`` is the case's product with ``x``: twice test_float32's tolerance, once for x in float32."""
     case.x = x
     expected = case.reference(rounded=False)
     summed = (

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 RunOp = Callable[..., list[Any]]
 Case = dict[str, Any]
 
-# of the range: some dozens of roundings at 6e-8; the sums behind an output run over d_state products, those behind a state do not
+# of the range: some dozens of roundings at 6e-8; an output sums d_state products, a state does not
 OUTPUT = 2e-6
 STATE = 1e-6
 
@@ -35,7 +35,7 @@ CASES = st.fixed_dictionaries(
 
 
 def scan_inputs(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Random inputs and attributes; time steps from 1e-4 (slow heads) to 1; rows start with some pads; offsets are not 0."""
+    """Random inputs and attributes: time steps from 1e-4 (slow heads) to 1, some pads at the start, offsets above 0."""
     rng = np.random.default_rng(case["seed"])
     normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
     batch, tokens, groups, d_head, d_state = (case[name] for name in ("batch", "tokens", "groups", "d_head", "d_state"))
@@ -180,7 +180,7 @@ def test_slow_heads_keep_small_updates(run_op: RunOp) -> None:
 
 
 def test_short_steps_after_long_ones(run_op: RunOp) -> None:
-    """Differences of sums near -10000 decide: float32 sums are 5e-4 off there, and so would be the outputs after token 16."""
+    """Differences of sums near -10000 decide: float32 sums, and so outputs after token 16, would be 5e-4 off there."""
     case = {
         "batch": 1,
         "tokens": 48,

@@ -1,0 +1,86 @@
+"""Facts about this process and this machine: memory, cores, processor."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CPUINFO = Path("/proc/cpuinfo")
+STATUS = Path("/proc/self/status")
+FLAGS = (  # instruction sets by which int8 and float32 kernels are chosen
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """Return the largest resident memory that this process has had, in bytes.
+
+    Linux reports it as VmHWM, which psutil does not read; ru_maxrss there counts the parent's memory before exec too.
+    """
+    if STATUS.exists():
+        fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii").splitlines())
+        return 1024 * int(fields["VmHWM"].split()[0])
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def anonymous_bytes() -> int:
+    """Return the memory of this process that no file backs, in bytes.
+
+    Where the system does not report it, this is the peak of all memory.
+    """
+    found = psutil.Process().memory_info()
+    return int(found.rss - found.shared) if hasattr(found, "shared") else peak_resident_bytes()
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return what figures are measured on: architecture, processor, cores, operating system, Python."""
+    return {
+        "machine": platform.machine(),
+        "cpu": _cpuinfo().get("model name") or platform.processor(),
+        "cores": psutil.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def cpu_kind() -> str:
+    """Return the architecture and the instruction sets by which kernels differ.
+
+    Within one kind, ratios of two programs' times hold from machine to machine.
+    """
+    facts = _cpuinfo()
+    flags = set(facts.get("flags", facts.get("Features", "")).split())  # x86 and Arm name the line differently
+    return " ".join([platform.machine(), *(flag for flag in FLAGS if flag in flags)])
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Return the facts of the first core in /proc/cpuinfo, by name; psutil has neither its model name nor its flags."""
+    text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
+    facts: dict[str, str] = {}
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    return facts

@@ -1,0 +1,41 @@
+"""The texts by which people know a row. Only programs that print import this module: rows are found by their kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from h1export.report.checks import CheckKind, Comparison
+from h1export.report.report import Row
+
+CHECKS: Mapping[CheckKind, Callable[[Row], str]] = {
+    CheckKind.CASE: lambda row: row.case,
+    CheckKind.CONTEXT: lambda row: f"context {row.length}",
+    CheckKind.CONTEXT_COST: lambda row: "cost by context" if row.length is None else f"cost at {row.length}",
+    CheckKind.BISECT: lambda row: f"bisect {row.phase}" if row.phase else "bisect",
+    CheckKind.BISECT_INTEGERS: lambda row: "bisect integers",
+    CheckKind.STORED_INTEGERS: lambda row: "stored integers",
+    CheckKind.TEXT: lambda row: "bits per byte",
+    CheckKind.GREEDY_TEXT: lambda row: "greedy text",
+    CheckKind.LATENCY: lambda row: f"{row.phase} latency" if row.phase else "latency",
+    CheckKind.FP16_RANGE: lambda row: "fp16 range",
+    CheckKind.LOADING: lambda row: "loading",
+}
+COMPARISONS: Mapping[Comparison, str] = {
+    Comparison.SOURCE: "source",
+    Comparison.STORED: "stored",
+    Comparison.DRIFT: "drift",
+    Comparison.FP16_LIMIT: "65504",
+    Comparison.GOLDEN: "golden",
+    Comparison.ALONE: "alone",
+}
+
+
+def check_label(row: Row) -> str:
+    """What was run, for a person."""
+    text = CHECKS[row.kind](row)
+    return f"{text}, {row.device}" if row.device else text
+
+
+def comparison_label(row: Row) -> str:
+    """What was compared with what, for a person."""
+    return COMPARISONS[row.comparison]

@@ -325,7 +325,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 def read_golden(folder: Path, settings: Settings) -> tuple[list[Case], float]:
-    """Read the cases and the tolerance of their logits; raise CannotRunError if they are missing, damaged or too long."""
+    """Read the cases and the tolerance of their logits; raise CannotRunError if they are missing, damaged or long."""
     try:
         with np.load(folder / GOLDEN, allow_pickle=False) as data:
             if int(data["format"]) != FORMAT:

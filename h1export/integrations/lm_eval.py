@@ -51,6 +51,7 @@ class ArtifactLM(TemplateLM):
         out: str | Path,
         threads: int = 0,
         kernels: Kernels = "auto",
+        *,
         max_length: int = 0,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,

@@ -88,7 +88,7 @@ def test_the_reference_in_pieces_is_the_whole(name: str, make_checkpoint: MakeCh
     ids = np.random.default_rng(0).integers(0, 259, 97)
     truth, states = reference.full(ids)
     for chunk in (7, 32, 96):  # of 96, one token is left, which goes with the others
-        found, found_states = reference.in_pieces(ids, 40, subgraph)
+        found, found_states = reference.in_pieces(ids, 40, chunk)
         assert relative_error(found, truth[-40:]) < 1e-5
         assert all(relative_error(found_states[key], states[key]) < 1e-5 for key in states)
 

@@ -31,7 +31,7 @@ from peers_report import Cell, Facts, Results, plot, show
 
 from h1export import host
 from h1export.artifact.artifact import Artifact
-from h1export.commands.pipeline import load
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
@@ -104,14 +104,16 @@ def h1export_peer(checkpoint: Path, group_size: int, scratch: Path) -> Peer:
 
 def play(out: Path, threads: int) -> RunnerModel:
     """An artifact in a worker process."""
-    return RunnerModel(load(Artifact.open(out), threads), STEPS)
+    return RunnerModel(load_runner(Artifact.open(out), threads), STEPS)
 
 
 def eager(checkpoint: Path, config: FalconH1Config, dtype: str) -> Peer:
     """A run of transformers in ``dtype``."""
     width = {"float32": 4, "bfloat16": 2}[dtype]
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    step = partial(least_bytes, config, size // 2 * width, width * 8, kv_bytes=width)  # a checkpoint holds bfloat16
+    step = partial(
+        least_bytes, config=config, weights=size // 2 * width, embedding_bits=width * 8, kv_bytes=width
+    )  # a checkpoint holds bfloat16
     facts = Facts(f"transformers eager {dtype}", size)
     return Peer(
         facts, lambda threads: WorkerProcess(partial(Eager, checkpoint, dtype, threads, steps=EAGER_STEPS)), step
@@ -123,7 +125,9 @@ def gguf(program: Path | None, file: Path | None, config: FalconH1Config) -> Pee
     if program is None or file is None:
         return absent(LLAMA, "not run: give --llama-bench and --gguf")
     size = file.stat().st_size
-    step = partial(least_bytes, config, size, 4.5, kv_bytes=2)  # its keys and values are float16
+    step = partial(
+        least_bytes, config=config, weights=size, embedding_bits=4.5, kv_bytes=2
+    )  # its keys and values are float16
     return Peer(
         Facts(f"{LLAMA} {file.stem}", size), lambda threads: LlamaBench(program, file, threads, steps=STEPS), step
     )
@@ -142,7 +146,9 @@ def exported(checkpoint: Path, config: FalconH1Config, scratch: Path, *, limit: 
     except subprocess.CalledProcessError as error:
         return absent(name, f"export failed with exit code {error.returncode}")
     size = sum(file.stat().st_size for file in out.iterdir())
-    step = partial(least_bytes, config, size // 2, 32, kv_bytes=4)  # each of its two graphs has all weights
+    step = partial(
+        least_bytes, config=config, weights=size // 2, embedding_bits=32, kv_bytes=4
+    )  # each of its two graphs has all weights
     return Peer(
         Facts(name, size, seconds, peak),
         lambda threads: WorkerProcess(partial(Exported, out, threads, EAGER_STEPS)),
@@ -159,7 +165,7 @@ def absent(name: str, note: str) -> Peer:
     return Peer(Facts(name, note=note), start, lambda depth: 0)
 
 
-def least_bytes(config: FalconH1Config, weights: float, embedding_bits: float, *, kv_bytes: int, depth: int) -> float:
+def least_bytes(depth: int, config: FalconH1Config, weights: float, *, embedding_bits: float, kv_bytes: int) -> float:
     """What a decode step has to read of ``weights`` bytes with an embedding table inside, and of its states.
 
     The table counts as one row where it is not the head's too; the states are float32 but for keys and values.

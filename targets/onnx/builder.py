@@ -14,7 +14,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from h1export import __version__
 
 T = TypeVar("T")
-T = TypeVar("T")
 Value = ir.Value
 # by opset; 23 came with 11, which runtimes of the last years do not read
 IR_VERSIONS = {18: 8, 19: 9, 21: 10, 23: 10, 24: 11}

@@ -17,9 +17,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 EXTERNAL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)  # https:, mailto:
-NAME = re.compile(
-    r"[A-Z]\w*[a-z]\w*(\.\w+)?|[A-Z][A-Z_]{3,}"
-)  # of a class or a constant: WeightStore, Target.lower, CARRIED
+# of a class, a method or a constant: WeightStore, Target.lower, CARRIED
+NAME = re.compile(r"[A-Z]\w*[a-z0-9][A-Z]\w*|[A-Z]\w*\.\w+|[A-Z][A-Z_]{3,}")
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 
 
@@ -98,7 +97,7 @@ def dead_in(checkout: Path, markdown: str) -> list[str]:
     texts = {
         "docs/a.md": markdown,
         "docs/b.md": "# One word\n## `h1::op` (new)\n# One word\n",
-        "core/c.py": "class Store: ...\n",
+        "core/c.py": "class WeightStore: ...\n",
     }
     for name, text in {**texts, "ignored.md": ""}.items():
         (checkout / name).parent.mkdir(exist_ok=True)
@@ -120,8 +119,8 @@ def test_a_dead_link_is_seen(tmp_path: Path, link: str) -> None:
 
 
 def test_a_name_that_is_not_in_the_linked_file_is_seen(tmp_path: Path) -> None:
-    assert dead_in(tmp_path, "[Store](../core/c.py)") == []
-    assert dead_in(tmp_path, "[Reader](../core/c.py)") == ["../core/c.py: no Reader there"]
+    assert dead_in(tmp_path, "[WeightStore](../core/c.py)") == []
+    assert dead_in(tmp_path, "[WeightReader](../core/c.py)") == ["../core/c.py: no WeightReader there"]
 
 
 @pytest.mark.parametrize("code", ["`[it](d.md)`", "```\n[it](d.md)\n```", "~~~md\n[it](d.md)\n~~~", "a[i] = (d.md)"])

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+TOOLING = {"compile_flags.txt"}  # read by clang-tidy from the checkout
+
 
 def folders_with_code(root: Path, package_dir: Mapping[str, str]) -> set[str]:
     """The packages that the mapped folders hold."""
@@ -35,7 +37,11 @@ def unpackaged_data(
             if not found:
                 empty.add(f"{package}: {glob}")
     files = {file for folder in package_dir.values() for file in (root / folder).rglob("*") if file.is_file()}
-    return empty, {str(file.relative_to(root)) for file in files - covered if file.suffix not in (".py", ".pyc")}
+    return empty, {
+        str(file.relative_to(root))
+        for file in files - covered
+        if file.suffix not in (".py", ".pyc") and file.name not in TOOLING
+    }
 
 
 def bare_imports(tree: ast.Module, roots: set[str]) -> set[str]:

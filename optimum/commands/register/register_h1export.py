@@ -1,4 +1,4 @@
-"""Found by optimum-cli, which reads every file of this namespace package: optimum's partners register their subcommands so."""
+"""Registers h1export's subcommand: optimum-cli reads every file of this namespace package."""
 
 from optimum.commands.export.base import ExportCommand
 

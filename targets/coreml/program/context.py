@@ -45,6 +45,7 @@ class Context:
         program: Program,
         weights: Weights,
         states: States,
+        *,
         call: Call,
         max_context: int,
         position: Var,

@@ -46,7 +46,15 @@ def _function(program: Program, weights: Weights, call: Call, *, max_context: in
     with mil.Function({**inputs, **states.placeholders()}, opset_version=sdk.coremltools().target.iOS18) as function:
         states.inputs = {name: var for name, var in function.inputs.items() if name not in inputs}
         given = function.inputs
-        context = Context(program, weights, states, call, max_context, given[POSITION], given.get(N_VALID))
+        context = Context(
+            program,
+            weights,
+            states,
+            call=call,
+            max_context=max_context,
+            position=given[POSITION],
+            n_valid=given.get(N_VALID),
+        )
         logits = _emit(context, given[layout.INPUT_IDS])
         for name, node in probes(program).items():
             context.value(node).name = layout.probe_output(name)

@@ -31,11 +31,11 @@ def ssm_scan(c: Context, node: Node) -> None:
     sizes = ScanSizes.of(node)
     step = _step_sizes(c, node)
     decay = c.op("mul", x=step, y=_float32(c, A, (sizes.heads,)))  # [1, T, heads]
-    inputs = [c.float32(c.value(operand)) for operand in (x, B, C)]
+    operands = {name: c.float32(c.value(operand)) for name, operand in (("x", x), ("B", B), ("C", C))}
     scan: Scan = _chunk if c.call.padded else _one_token
-    y, after = scan(c, sizes, step, decay, *inputs, c.states.read(c.state(state)))
+    y, after = scan(c, sizes, step, decay=decay, **operands, state=c.states.read(c.state(state)))
     c.states.write(c.state(state), after)
-    skip = c.op("mul", x=inputs[0], y=_float32(c, D, (sizes.heads, 1)))
+    skip = c.op("mul", x=operands["x"], y=_float32(c, D, (sizes.heads, 1)))
     c.set(node, c.activation(c.op("add", x=y, y=skip)), after)
 
 
@@ -58,7 +58,7 @@ def _step_sizes(c: Context, scan: Node) -> Var:
 
 
 def _one_token(
-    c: Context, sizes: ScanSizes, step: Var, decay: Var, x: Var, B: Var, C: Var, state: Var
+    c: Context, sizes: ScanSizes, step: Var, *, decay: Var, x: Var, B: Var, C: Var, state: Var
 ) -> tuple[Var, Var]:
     """Emit S = exp(dt A) S + dt x B^T and y = S C.
 
@@ -77,7 +77,9 @@ def _one_token(
     return by_head, c.op("reshape", x=after, shape=state.shape)
 
 
-def _chunk(c: Context, sizes: ScanSizes, step: Var, decay: Var, x: Var, B: Var, C: Var, state: Var) -> tuple[Var, Var]:
+def _chunk(
+    c: Context, sizes: ScanSizes, step: Var, *, decay: Var, x: Var, B: Var, C: Var, state: Var
+) -> tuple[Var, Var]:
     """Emit one chunk of SSD: what its tokens add to each other, and what the state before them adds to each."""
     tokens = c.call.tokens
     heads = sizes.heads

@@ -68,13 +68,13 @@ def scan_package(checkpoint: Path, folder: Path, call: Call) -> Evaluator:
         integers = Rounded(store, QuantScheme().precisions(config), quantize_rows)
         weights = Weights(store, integers, config, blobs=blobs, compute=np.float16)
         states = HeldStates([tensor], 64, np.float16)
-        shapes = Context(program, weights, states, call, 64, None, None)
+        shapes = Context(program, weights, states, call=call, max_context=64, position=None, n_valid=None)
         ports = {
             name: mb.placeholder(shape=shapes.shape(node.args[i]), dtype=mil.types.fp16) for name, i in INPUTS.items()
         }  # type: ignore[arg-type]
         with mil.Function({**ports, **states.placeholders()}, opset_version=sdk.coremltools().target.iOS18) as function:
             states.inputs = {name: function.inputs[name] for name in states.placeholders()}
-            context = Context(program, weights, states, call, 64, None, None)
+            context = Context(program, weights, states, call=call, max_context=64, position=None, n_valid=None)
             for name, index in INPUTS.items():
                 context.set(node.args[index], function.inputs[name])  # type: ignore[arg-type]
             context.set(node.args[8], ALL_REAL)  # type: ignore[arg-type]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
+from h1export.commands.validate import validate_artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.report.checks import CheckKind, Comparison
@@ -60,7 +61,7 @@ def test_greedy_texts_are_the_runners(
     checkpoint = make_checkpoint()
     reference = Reference(checkpoint)
     starts = prompts(np.arange(200), 3, seed=0)
-    texts = list(continuations(pipeline.load(build(checkpoint)), starts))
+    texts = list(continuations(load_runner(build(checkpoint)), starts))
     for text, prompt in zip(texts, starts, strict=True):
         assert np.array_equal(text.tokens, greedy(reference, prompt, 12))
     assert greedy_agreement_row("source", texts, reference).figures == {"tokens": 12, "never": 1}
@@ -86,7 +87,7 @@ def test_the_reference_in_pieces_is_the_whole(name: str, make_checkpoint: MakeCh
     reference = Reference(make_checkpoint(name))
     ids = np.random.default_rng(0).integers(0, 259, 97)
     truth, states = reference.full(ids)
-    for subgraph in (7, 32, 96):  # of 96, one token is left, which goes with the others
+    for chunk in (7, 32, 96):  # of 96, one token is left, which goes with the others
         found, found_states = reference.in_pieces(ids, 40, subgraph)
         assert relative_error(found, truth[-40:]) < 1e-5
         assert all(relative_error(found_states[key], states[key]) < 1e-5 for key in states)
@@ -110,7 +111,7 @@ def test_a_context_is_judged_to_its_end(
     monkeypatch.setattr(long_contexts, "CHUNK", 32)
     checkpoint = make_checkpoint(max_position_embeddings=160)
     reference = Reference(checkpoint)
-    runner = pipeline.load(build(checkpoint))
+    runner = load_runner(build(checkpoint))
     tolerances = tolerances_for("none", "rtn", True, exact=True, chosen={})
     right = context_rows({Comparison.SOURCE: runner}, reference, (128, 64, 161), tolerances=tolerances, seed=0)
     assert {row.kind for row in right} == {CheckKind.CONTEXT}
@@ -141,7 +142,7 @@ def test_costs_are_those_of_the_last_chunk_and_of_steps(
     make_checkpoint: MakeCheckpoint, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long_contexts, "CHUNK", 32)
-    runner = pipeline.load(build(make_checkpoint()))
+    runner = load_runner(build(make_checkpoint()))
     calls: list[int] = []
 
     def timed(sequence: Any, ids: Any) -> float:
@@ -159,7 +160,7 @@ def test_costs_are_those_of_the_last_chunk_and_of_steps(
 @pytest.mark.ort
 def test_validate_does_both(spoken_checkpoint: Path, build: Build) -> None:
     artifact = build(spoken_checkpoint, "int4", accuracy_level=4)
-    report = pipeline.validate(
+    report = validate_artifact(
         artifact.folder, spoken_checkpoint, {}, text_bytes=300, latency_pairs=0, prompts=2, contexts=[24]
     )
     kinds = (CheckKind.GREEDY_TEXT, CheckKind.CONTEXT, CheckKind.CONTEXT_COST)
@@ -174,6 +175,6 @@ def test_validate_does_both(spoken_checkpoint: Path, build: Build) -> None:
 
 @pytest.mark.ort
 def test_texts_that_do_not_fit_are_not_applicable(make_checkpoint: MakeCheckpoint, build: Build) -> None:
-    runner = pipeline.load(build(make_checkpoint(max_position_embeddings=50)))
+    runner = load_runner(build(make_checkpoint(max_position_embeddings=50)))
     assert "do not fit into 50" in impossible(runner, [np.arange(PROMPT)])
-    assert impossible(pipeline.load(build(make_checkpoint())), []) == "not requested, or there is no text"
+    assert impossible(load_runner(build(make_checkpoint())), []) == "not requested, or there is no text"

@@ -64,7 +64,7 @@ def _divisor(y: Array) -> Array:
 
 
 def log(x: Array, epsilon: float = 1e-45) -> Array:
-    """Compute log(x + epsilon)."""
+    """Compute the natural logarithm of x + epsilon."""
     return np.log(require_floats(x) + np.float32(epsilon))
 
 

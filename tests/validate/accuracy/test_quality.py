@@ -99,7 +99,7 @@ def test_a_reference_that_forgets_its_past_is_not_used(
     reference = Reference(make_checkpoint())
     answer = reference._forward
     monkeypatch.setattr(reference, "_forward", lambda ids, cache, tail: answer(ids, None, tail))
-    with pytest.raises(H1ExportError, match="does not go on from a cache"):
+    with pytest.raises(H1ExportError, match="does not continue a cache"):
         reference.in_pieces(np.arange(30), 4)
 
 

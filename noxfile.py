@@ -1,10 +1,11 @@
-"""Every check of this project as a nox session. Plain ``nox`` runs what CI runs, on the Python that nox itself runs on."""
+"""Every check of this project as a nox session. Plain ``nox`` runs what CI runs, on nox's own Python."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import tempfile
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,13 +16,15 @@ ROOT = Path(__file__).parent
 PYPROJECT = ROOT / "pyproject.toml"
 EXTRAS: dict[str, list[str]] = nox.project.load_toml(PYPROJECT)["project"]["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
-# row of tests -> extras it installs
-TARGETS = {"core": "", "ort": "[ort,genai,eval,optimum,exporter,report]", "coreml": "[coreml,ort]", "trt": "[trt,ort]"}
-RUNTIMES = {
-    "ort": ("tests/integrations", "tests/targets/onnxruntime"),
-    "coreml": ("tests/targets/coreml",),
-    "trt": ("tests/targets/tensorrt", "tests/plugins/gpu"),
-}  # row, and marker of the tests that need its runtime -> folders of tests that all do
+# h1export is not installed where nox runs, so the file is loaded by its path
+SPEC = spec_from_file_location("target_info", ROOT / "targets" / "info.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+sys.modules[SPEC.name] = module_from_spec(SPEC)
+SPEC.loader.exec_module(sys.modules[SPEC.name])
+INFOS = sys.modules[SPEC.name].discover([ROOT / "targets"])
+TARGETS = {"core": "", **{name: info.install for name, info in INFOS.items()}}  # row of tests -> extras it installs
+SDKS = [module for info in INFOS.values() for module in (*info.shared_sdk_modules, *info.sdk_modules)]
 
 nox.options.default_venv_backend = (
     "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
@@ -44,7 +47,10 @@ def wheel(session: nox.Session, out: Path) -> Path:
 
 
 def skips(results: Path) -> list[str]:
-    """The tests and files that pytest skipped, from its JUnit report, where an expected failure, which ran, is a `skipped` too."""
+    """The tests and files that pytest skipped, from its JUnit report.
+
+    There, an expected failure is a `skipped` too, although it ran.
+    """
     return [
         f"{case.get('classname')}::{case.get('name')}"
         for case in ElementTree.parse(results).iter("testcase")
@@ -58,16 +64,20 @@ def lint(session: nox.Session) -> None:
     session.install(*dev("ruff", "clang-format", "clang-tidy"))
     session.run("ruff", "format", "--check", ".")
     session.run("ruff", "check", ".")
-    kernels = ROOT / "targets" / "onnxruntime" / "csrc"  # its flags are in compile_flags.txt beside it
+    kernels = ROOT / "targets" / "onnxruntime" / "csrc"
     plugin = ROOT / "targets" / "tensorrt" / "plugin" / "csrc"
     sources = [str(file) for folder in (kernels, plugin) for file in sorted(folder.glob("*.[ch]*"))]
     session.run("clang-format", "--dry-run", "--Werror", *sources)
-    session.run("clang-tidy", "--quiet", *map(str, sorted(kernels.glob("*.cc"))), silent=True)  # printed when it fails
+    flags = ("-std=c++20", "-march=native", "-isystem", str(kernels.parent / "include"))
+    session.run("clang-tidy", "--quiet", *map(str, sorted(kernels.glob("*.cc"))), "--", *flags, silent=True)
 
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """mypy and the import contracts, outside the root: checkers see the packages that setuptools maps on an installed wheel only."""
+    """mypy and the import contracts, on an installed wheel and outside the root.
+
+    Only there do the checkers see the packages that setuptools maps.
+    """
     with tempfile.TemporaryDirectory() as folder:
         session.install(str(wheel(session, Path(folder))), *dev("mypy", "import-linter"), "--no-compile")
         with session.chdir(folder):
@@ -78,15 +88,18 @@ def types(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 @nox.parametrize("target", list(TARGETS))
 def tests(session: nox.Session, target: str) -> None:
-    """Row "core": every test that needs no runtime; another row: those that need its runtime. No browser, GPU, macOS; none may skip."""
+    """Row "core": every test that needs no runtime; another row: the tests that need its runtime.
+
+    Tests that need a browser, a GPU or macOS are left out, and no other may skip.
+    """
     session.install("-e", f".{TARGETS[target]}", *dev("pytest", "pytest-xdist", "hypothesis", "ruff"), "--no-compile")
-    others = {name: folders for name, folders in RUNTIMES.items() if name != target}
+    others = {name: info for name, info in INFOS.items() if name != target}
     markers = " and ".join(
-        (*([target] if target in RUNTIMES else []), *(f"not {name}" for name in ("chromium", "gpu", "mac", *others)))
+        (*([target] if target in INFOS else []), *(f"not {name}" for name in ("chromium", "gpu", "mac", *others)))
     )
     results = Path(session.create_tmp()) / "results.xml"
     # not by a marker: to see one, pytest would have to import the file
-    ignored = [f"--ignore={folder}" for folders in others.values() for folder in folders]
+    ignored = [f"--ignore={folder}" for info in others.values() for folder in info.test_folders]
     # a worker for each core, with one thread each: small models leave a second thread idle
     workers = ("-n", "auto", "--maxprocesses=4", "--dist=loadscope")
     threads = {"OMP_NUM_THREADS": "1"}
@@ -99,9 +112,10 @@ def tests(session: nox.Session, target: str) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """The wheel alone in a clean environment runs its command; then every extra installs on top, and its runtime imports.
+    """The wheel alone runs its command in a clean environment; then every extra is installed, and its runtime imported.
 
-    Not installed: `cuda`, whose onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and `torch-trt`; both need an NVIDIA GPU.
+    Not installed: `cuda`, whose onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and `torch-trt`. Both need
+    an NVIDIA GPU.
     """
     extras = ",".join(sorted(EXTRAS.keys() - {"cuda", "torch-trt"}))
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +130,7 @@ def build(session: nox.Session) -> None:
             session.run(
                 f"{clean}/bin/optimum-cli", "export", "h1export", "--help", external=True, silent=True
             )  # optimum finds ours
-            for runtime in ("onnxruntime", "onnxruntime_genai", "tensorrt_rtx", "triton", "coremltools"):
+            for runtime in (*SDKS, "triton"):
                 session.run(
                     f"{clean}/bin/python",
                     "-c",
@@ -179,7 +193,10 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def gate(session: nox.Session) -> None:
-    """The latency gate's self-test: 20 unchanged builds pass beside a busy core, and a planted slowdown fails; not in CI, for its time."""
+    """The latency gate's self-test: 20 unchanged builds pass beside a busy core, and a planted slowdown fails.
+
+    It is not part of CI, because it takes long.
+    """
     session.install("-e", ".[ort]")
     with tempfile.TemporaryDirectory() as folder:
         artifact = f"{folder}/artifact"
@@ -189,7 +206,10 @@ def gate(session: nox.Session) -> None:
 
 @nox.session
 def report(session: nox.Session) -> None:
-    """The page of `h1export report` in headless Chromium, as wide as a phone and a desktop; screenshots stay in the session's folder."""
+    """The page of `h1export report` in headless Chromium, as wide as a phone and as a desktop.
+
+    Screenshots stay in the session's folder.
+    """
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         session.error(
             "no Chromium here: install it (on Debian, apt-get install chromium) and run `nox -s report` again"
@@ -201,7 +221,7 @@ def report(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """The tests that need an NVIDIA GPU: kernels, engines by `h1export validate`, torch-tensorrt, ONNX Runtime's CUDA provider."""
+    """The tests that need an NVIDIA GPU: kernels, engines, torch-tensorrt, ONNX Runtime's CUDA provider."""
     if shutil.which("nvidia-smi") is None:
         session.skip("no NVIDIA GPU here (nvidia-smi is missing): run `nox -s gpu` on a machine that has one")
     session.install("-e", ".[cuda,trt,torch-trt]", *dev("pytest", "hypothesis"))

@@ -24,9 +24,10 @@ from typing import IO
 from rich.console import Console
 from rich.table import Table
 
-from h1export.commands.pipeline import build
-from h1export.quantize.scheme import GROUP_SIZES, QuantScheme
-from h1export.targets import MODULES
+from h1export.commands.build import build_artifact
+from h1export.quantize.choices import GROUP_SIZES
+from h1export.quantize.scheme import QuantScheme
+from h1export.targets import target_infos
 
 INTERVAL = 0.02  # seconds between two looks at the build's memory
 
@@ -157,7 +158,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--target", choices=list(MODULES), default="ort")
+    parser.add_argument("--target", choices=list(target_infos()), default="ort")
     parser.add_argument("--quant", choices=["none", "int8", "int4"], default="int4")
     parser.add_argument("--method", choices=["rtn", "search", "awq", "gptq"], default="rtn")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=32)
@@ -170,7 +171,8 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # the measured process: build there, and no more
     args = parser.parse_args()
     if args.child:
-        build(args.checkpoint, args.target, args.child, QuantScheme(args.quant, args.group_size, args.method))
+        scheme = QuantScheme(args.quant, args.group_size, args.method)
+        build_artifact(args.checkpoint, args.target, args.child, scheme=scheme)
         return
     try:
         figures = measure(

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from h1export import host
 from h1export.artifact.artifact import Artifact
-from h1export.commands.pipeline import load
+from h1export.commands.load import load_runner
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.runtime.runner import Session
 from h1export.validate.speed.bench import interleave
@@ -83,7 +83,7 @@ def measure(artifact: Artifact, contexts: Sequence[int], threads: int, *, rounds
         sys.exit(
             f"no context of {list(contexts)} fits into {decimal(memory)} and {config.max_position_embeddings} positions"
         )
-    runner = load(artifact, threads)
+    runner = load_runner(artifact, threads)
     sequences = runner.start(1, max(fitting))
     for state in vars(sequences)["_states"].values():  # no protocol offers a made past, and only this script wants one
         state.fill(FILL)

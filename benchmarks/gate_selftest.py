@@ -28,7 +28,7 @@ from slowed import Slowed
 from h1export import host
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.resolve import resolve
-from h1export.commands.measuring import GATE_STEPS, REFERENCE_STEPS, reference_model, timed_runner
+from h1export.commands.worker_models import GATE_STEPS, REFERENCE_STEPS, reference_model, timed_runner
 from h1export.report.checks import Phase
 from h1export.report.report import Verdict
 from h1export.targets import get_target

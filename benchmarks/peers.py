@@ -31,7 +31,7 @@ from peers_report import Cell, Facts, Results, plot, show
 
 from h1export import host
 from h1export.artifact.artifact import Artifact
-from h1export.commands.pipeline import load
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
@@ -104,11 +104,11 @@ def h1export_peer(checkpoint: Path, group_size: int, scratch: Path) -> Peer:
 
 def play(out: Path, threads: int) -> RunnerModel:
     """An artifact in a worker process."""
-    return RunnerModel(load(Artifact.open(out), threads), STEPS)
+    return RunnerModel(load_runner(Artifact.open(out), threads), STEPS)
 
 
 def eager(checkpoint: Path, config: FalconH1Config, dtype: str) -> Peer:
-    """Transformers in ``dtype``."""
+    """A run of transformers in ``dtype``."""
     width = {"float32": 4, "bfloat16": 2}[dtype]
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     step = partial(

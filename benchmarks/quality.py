@@ -31,7 +31,7 @@ from h1export.artifact.staging import Stage
 from h1export.checkpoint.resolve import embedded_model, resolve
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import scoring_ids
-from h1export.commands import pipeline
+from h1export.commands.sensitivity import measure_sensitivity
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import SILENT
@@ -122,7 +122,7 @@ def own_methods(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Ca
 
     def mixed() -> RoundedWeights:
         return gptq(
-            four | Budget(bits=BUDGET).raised(pipeline.sensitivity(checkpoint, QuantScheme("int4", GROUP, "gptq")))
+            four | Budget(bits=BUDGET).raised(measure_sensitivity(checkpoint, QuantScheme("int4", GROUP, "gptq")))
         )
 
     yield "int4 rtn", 4 + 16 / GROUP, lambda: weights(Rounded(store, four, quantize_rows))

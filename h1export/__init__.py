@@ -6,7 +6,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 LAZY = {
-    "load": ("h1export.commands.pipeline", "load_folder"),
+    "load": ("h1export.commands.load", "load_folder"),
     "hf": ("h1export.hf", ""),
 }  # name -> module, name in it; __init__.pyi has the types
 

@@ -1,7 +1,7 @@
 """Types of what __init__.py imports when asked for."""
 
 from h1export import hf as hf
-from h1export.commands.pipeline import load_folder as load
+from h1export.commands.load import load_folder as load
 
 __all__ = ["__version__", "hf", "load"]
 

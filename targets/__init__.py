@@ -1,23 +1,38 @@
-"""The runtimes that a program can be lowered to, by name. A target's module is imported when it is asked for."""
+"""The runtimes that a program can be lowered to: every folder here with a target.toml.
+
+A target is imported when it is first asked for, so that naming the targets costs nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
-from h1export.targets.base import BuildOptions, Compute, Kernels, ProviderName, RuntimeName, Target
+from h1export.targets.info import TargetInfo, discover
+from h1export.targets.options import Kernels, TargetOptions
 
-# name -> module with a class `target`; one line a target
-MODULES: Mapping[str, str] = {
-    "ort": "h1export.targets.onnxruntime.target",
-    "trt": "h1export.targets.tensorrt.target",
-    "coreml": "h1export.targets.coreml.target",
-}
+if TYPE_CHECKING:  # the command line names targets without loading numpy
+    from h1export.targets.base import Target
 
-__all__ = ["MODULES", "BuildOptions", "Compute", "Kernels", "ProviderName", "RuntimeName", "Target", "get_target"]
+__all__ = ["Kernels", "TargetInfo", "TargetOptions", "get_target", "options_class", "target_infos"]
 
 
-def get_target(name: str) -> Target:
-    """The target called ``name``; its vendor SDK is not imported yet."""
-    return cast(Target, import_module(MODULES[name]).target)
+@cache
+def target_infos() -> dict[str, TargetInfo]:
+    """Name -> what is known of the target without importing it."""
+    return discover(__path__)
+
+
+def get_target(name: str) -> Target[Any]:
+    """The target called ``name``, `target` of its module target.py; its vendor SDK is not imported yet."""
+    return cast("Target[Any]", _module(name, "target").target)
+
+
+def options_class(name: str) -> type[TargetOptions]:
+    """The options of the target called ``name``, `Options` of its module options.py, which imports no SDK."""
+    return cast(type[TargetOptions], _module(name, "options").Options)
+
+
+def _module(name: str, module: str) -> Any:
+    return import_module(f"{__name__}.{target_infos()[name].folder}.{module}")

@@ -1,4 +1,4 @@
-"""Checkpoints for every test: the embedded model, and random Falcon-H1 models that between them turn every config switch."""
+"""Checkpoints for every test: the embedded model, and random Falcon-H1 models that together use every config switch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.resolve import embedded_model
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.scheme import QuantScheme
-from h1export.targets import BuildOptions
+from h1export.targets import options_class, target_infos
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it at its import, and other packages import Triton
 SHORT = Calibration(samples=4, length=256)  # of the tests' models, whose widths it exceeds: the moments have full rank
@@ -56,7 +57,7 @@ BASE: dict[str, Any] = {
     "head_dim": 32,
 }
 
-# Between them every switch of the config is on and off, every size differs from its neighbours, every optional key is absent.
+# Together, they have every switch of the config on and off, and every optional key absent; neighbouring sizes differ.
 SWITCHES: Mapping[str, dict[str, Any]] = {
     "plain": {},
     "norm_after_gate_two_groups": {"mamba_rms_norm": True, "mamba_n_groups": 2},
@@ -107,18 +108,20 @@ SWITCHES: Mapping[str, dict[str, Any]] = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare a marker for each target: its tests need the target's runtime."""
+    for info in target_infos().values():
+        config.addinivalue_line("markers", info.marker_line)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A folder of tests that all need a runtime bears its marker."""
-    folders = {
-        "integrations": "ort",
-        "targets/onnxruntime": "ort",
-        "targets/coreml": "coreml",
-        "targets/tensorrt": "trt",
-    }
-    for item in items:
-        for folder, marker in folders.items():
-            if item.path.is_relative_to(Path(__file__).parent / folder):
-                item.add_marker(marker)
+    root = Path(__file__).parents[1]
+    for info in target_infos().values():
+        for folder in info.test_folders:
+            for item in items:
+                if item.path.is_relative_to(root / folder):
+                    item.add_marker(info.name)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -167,7 +170,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 @pytest.fixture(scope="session")
 def spoken_checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The plain random model with a tokenizer, one token a byte, so that it can be calibrated; treat it as read-only."""
+    """The plain random model with a tokenizer of a token a byte, for calibration; treat it as read-only."""
     folder = Path(shutil.copytree(make_checkpoint(), tmp_path_factory.mktemp("spoken") / "checkpoint"))
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
@@ -186,7 +189,7 @@ PACKABLE = {
 
 @pytest.fixture(scope="session")
 def make_gptq(make_checkpoint: Callable[..., Path]) -> Callable[..., Written]:
-    """make_gptq(folder, bits=8, ...) -> a ready-made checkpoint in ``folder`` of a random model with one layer, by gptq_files.Gptq."""
+    """make_gptq(folder, bits=8, ...) -> a prequantized checkpoint of a random one-layer model, by gptq_files.Gptq."""
 
     def make(folder: Path, name: str = "plain", **how: Any) -> Written:
         return write(make_checkpoint(name, **PACKABLE), folder, Gptq(**how))
@@ -196,7 +199,7 @@ def make_gptq(make_checkpoint: Callable[..., Path]) -> Callable[..., Written]:
 
 @pytest.fixture(scope="session")
 def gptq_logits(make_checkpoint: Callable[..., Path]) -> Callable[..., Any]:
-    """gptq_logits(written, ids [n]) -> transformers' logits [n, vocab] on weights that the writer, and not h1export, dequantised."""
+    """gptq_logits(written, ids [n]) -> transformers' logits [n, vocab] on weights that the writer dequantised."""
     from transformers import FalconH1ForCausalLM
 
     def logits(written: Written, ids: Any, name: str = "plain") -> Any:
@@ -226,9 +229,10 @@ def checkpoint(switches: str, make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
-    """build(checkpoint, "int4", accuracy_level=0) -> an artifact, made once; treat it as read-only. ``target``: ONNX Runtime.
+    """build(checkpoint, "int4", graph="cuda") -> an artifact, made once; treat it as read-only.
 
-    Integers are rounded unless ``method`` says otherwise; it has a short calibration text.
+    The keywords are fields of the target's options; the accuracy level is 0, which keeps float32, unless it is given.
+    Integers are rounded unless ``method`` says otherwise; the calibration text is short.
     """
     made: dict[tuple[Any, ...], Artifact] = {}
 
@@ -240,12 +244,14 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
         method: str = "rtn",
         **chosen: Any,
     ) -> Artifact:
-        options = BuildOptions(**{"accuracy_level": 0} | chosen)
+        own = options_class(target)
+        exact = {"accuracy_level": 0} if "accuracy_level" in {field.name for field in fields(own)} else {}
+        options = own(**exact | chosen)
         key = (checkpoint, quant, group_size, target, method, options)
         if key not in made:
             scheme = QuantScheme(quant, group_size, method)  # type: ignore[arg-type]
             out = tmp_path_factory.mktemp("built") / "out"
-            made[key] = pipeline.build(checkpoint, target, out, scheme, options, calibration=SHORT)
+            made[key] = build_artifact(checkpoint, target, out, scheme=scheme, options=options, calibration=SHORT)
         return made[key]
 
     return make
@@ -253,7 +259,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
 
 @pytest.fixture
 def without_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Builds for TensorRT whose plugin is an empty file: no compiler runs, and a model may have sizes that no GPU kernel has."""
+    """Let builds for TensorRT write an empty plugin: no compiler runs, and sizes that no kernel has are allowed."""
 
     def write(folder: Path, *_: Any) -> dict[str, dict[str, int]]:
         folder.mkdir()

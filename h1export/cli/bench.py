@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import click
+import cloup
 
 from h1export.cli.common import answer, common, kernels_option, say
 from h1export.errors import H1ExportError
@@ -17,7 +18,7 @@ DEPTH = click.IntRange(min=0)
 REFERENCE = "reference"
 
 
-@click.command()
+@cloup.command(short_help="Measure speed and memory of an artifact.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("model", required=False)
 @click.option(
@@ -71,7 +72,8 @@ def bench(
 ) -> int:
     """Measure the artifact OUT: tokens per second, memory, and how near decode comes to what memory bandwidth allows.
 
-    MODEL is the checkpoint that OUT was built from, for --against reference: transformers' model with the weights that OUT stores.
+    MODEL is the checkpoint that OUT was built from. It is for --against reference, which measures transformers' model
+    with the weights that OUT stores.
 
     \b
     Examples:
@@ -81,7 +83,7 @@ def bench(
     """
     from h1export.checkpoint import resolve
     from h1export.cli.tables import ProgressBars, bench_tables
-    from h1export.commands import measuring
+    from h1export.commands.bench import bench_artifact
     from h1export.validate.speed.bench import BenchOptions
 
     threads = threads or (os.cpu_count() or 1,)
@@ -91,11 +93,11 @@ def bench(
     options = BenchOptions(depths, prefills, threads, batches=batches, repeats=repeats)
     reference = against == REFERENCE
     if model is not None and not reference:
-        raise H1ExportError(model, "is of no use here", f"MODEL is for --against {REFERENCE}")
+        raise H1ExportError(model, "is not needed here", f"MODEL is for --against {REFERENCE}")
     checkpoint = resolve.resolve(model) if reference else None
     other = None if reference or against is None else Path(against)
     with ProgressBars(quiet or as_json) as bars:
-        report = measuring.bench(out, other, checkpoint, options, bars, kernels)
+        report = bench_artifact(out, other, checkpoint, options=options, progress=bars, kernels=kernels)
     for table in bench_tables(report):
         say(table, quiet or as_json)
     if as_json:

@@ -35,9 +35,11 @@ kernels_option = click.option(
 
 
 def say(message: object, quiet: bool = False) -> None:
+    """Print to standard error, unless ``quiet``."""
     if not quiet:
         Console(stderr=True).print(message, highlight=False)
 
 
 def answer(data: Any) -> None:
+    """Print JSON to standard output."""
     click.echo(json.dumps(data, indent=1))

@@ -1,4 +1,4 @@
-"""`h1export coreml`: look into CoreML packages, anybody's, on any machine."""
+"""`h1export coreml`: commands for CoreML packages of any maker, on any machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cloup
 
 from h1export.cli.common import answer, common, say
 from h1export.errors import H1ExportError
@@ -13,7 +14,7 @@ from h1export.errors import H1ExportError
 FAULTY = 1  # exit code of lint where it finds something
 
 
-@click.group()
+@cloup.group(short_help="Run and check CoreML packages anywhere.")
 def coreml() -> None:
     """Run, inspect and lint CoreML packages (mlProgram, iOS 18), without a Mac.
 
@@ -31,11 +32,11 @@ def _open(path: Path) -> Any:
 package = click.argument("package", type=click.Path(path_type=Path))
 
 
-@coreml.command()
+@coreml.command(short_help="List the functions of a package.")
 @package
 @common
 def inspect(package: Path, quiet: bool, as_json: bool) -> int:
-    """Functions of PACKAGE: inputs, outputs, states, and how many of which ops."""
+    """List the functions of PACKAGE: their inputs, outputs and states, and the number of each op."""
     from collections import Counter
 
     from h1export.cli.tables import pairs_table
@@ -58,14 +59,14 @@ def inspect(package: Path, quiet: bool, as_json: bool) -> int:
     return 0
 
 
-@coreml.command()
+@coreml.command(short_help="Find what is wrong with a package.")
 @package
-@click.option("--neural-engine", is_flag=True, help="Also what only the Neural Engine does not take.")
+@click.option("--neural-engine", is_flag=True, help="Also report what only the Neural Engine does not take.")
 @common
 def lint(package: Path, neural_engine: bool, quiet: bool, as_json: bool) -> int:
-    """Say what is wrong with PACKAGE: ops, types, constants, shapes, states, positions; coremltools' own validation is part of it.
+    """Find what is wrong with PACKAGE: ops, types, constants, shapes, states, positions.
 
-    Exit code 1 where something is wrong.
+    coremltools' own validation is part of it. The exit code is 1 where something is wrong.
     """
     from h1export.targets.coreml.package.lint import lint as run
 
@@ -78,7 +79,7 @@ def lint(package: Path, neural_engine: bool, quiet: bool, as_json: bool) -> int:
     return FAULTY if findings else 0
 
 
-@coreml.command()
+@coreml.command(short_help="Call a function of a package.")
 @package
 @click.option("--function", help="Function to call [default: the package's own].")
 @click.option(
@@ -99,7 +100,9 @@ def lint(package: Path, neural_engine: bool, quiet: bool, as_json: bool) -> int:
 def run(
     package: Path, function: str | None, inputs: Path, states: Path | None, out: Path | None, quiet: bool, as_json: bool
 ) -> int:
-    """Call a function of PACKAGE once in the evaluator; say what came out, and how near fp16's end (65504) each kind of op came.
+    """Call a function of PACKAGE once in the evaluator.
+
+    The outputs are printed, and how near the largest fp16 number (65504) the values of each op came.
 
     \b
     Examples:

@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 
 import click
+import cloup
 
 from h1export.cli.common import answer, common, kernels_option, say
 from h1export.errors import H1ExportError
@@ -16,7 +17,7 @@ from h1export.targets import Kernels
 ANSWERED = ("results", "groups", "n-shot", "n-samples", "versions")  # parts of lm-eval's results that --json prints
 
 
-@click.command("eval")
+@cloup.command("eval", short_help="Run tasks of lm-evaluation-harness.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--tasks", required=True, metavar="NAME,...", help="Tasks, groups or tags of lm-eval.")
 @click.option(

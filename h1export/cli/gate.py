@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 
 import click
+import cloup
 
 from h1export.cli.common import answer, common, kernels_option, say
-from h1export.report.report import Verdict
 from h1export.targets import Kernels
 
-CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3}
+CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}  # name of a verdict -> exit code
 
 
-@click.command()
+@cloup.command(short_help="Compare size and speed with a baseline.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("model", required=False)
 @click.option(
@@ -22,7 +22,7 @@ CODES = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.INCONCLUSIVE: 3}
     default="gates.toml",
     show_default=True,
     type=click.Path(path_type=Path),
-    help="What to hold OUT against.",
+    help="File of the limits; the baselines are beside it.",
 )
 @click.option("--write-baseline", is_flag=True, help="Make OUT the baseline of its gate instead.")
 @click.option("--junit", type=click.Path(dir_okay=False, path_type=Path), help="Write the checks as JUnit XML too.")
@@ -38,8 +38,9 @@ def gate(
     quiet: bool,
     as_json: bool,
 ) -> int:
-    """Has the artifact OUT, built from MODEL, got larger, hungrier or slower than its baseline?
+    """Compare size, memory and speed of the artifact OUT, built from MODEL, with its baseline.
 
+    The command fails where OUT is larger or slower than the baseline, or needs more memory, beyond the gate's limits.
     Times are ratios to transformers on MODEL in the same run.
 
     \b
@@ -52,21 +53,22 @@ def gate(
     from h1export.checkpoint import resolve
     from h1export.cli.junit import to_junit
     from h1export.cli.tables import ProgressBars, gate_table
-    from h1export.commands import measuring
+    from h1export.commands.gate import gate_artifact
+    from h1export.commands.gate import write_baseline as make_baseline
 
     checkpoint = resolve.resolve(model)
     if write_baseline:
         with ProgressBars(quiet or as_json) as bars:
-            place = measuring.write_baseline(out, checkpoint, gates, progress=bars, kernels=kernels)
+            place = make_baseline(out, checkpoint, gates, progress=bars, kernels=kernels)
         say(f"wrote {place}", quiet or as_json)
         if as_json:
             answer({"baseline": str(place)})
         return 0
     with ProgressBars(quiet or as_json) as bars:
-        report = measuring.gate(out, checkpoint, gates, bars, kernels)
+        report = gate_artifact(out, checkpoint, gates, progress=bars, kernels=kernels)
     if junit is not None:
         junit.write_text(to_junit(report), encoding="utf-8")
     say(gate_table(report), quiet or as_json)
     if as_json:
         answer(json.loads(report.to_json()))
-    return CODES[report.verdict]
+    return CODES[report.verdict.name]

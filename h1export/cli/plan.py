@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import click
+import cloup
 
+from h1export.cli.build_request import BuildRequest, build_options
 from h1export.cli.common import answer, common, say
-from h1export.cli.export import BuildRequest, export_options
 
 
-@click.command()
-@export_options
+@cloup.command(short_help="Predict what a build makes and needs.")
+@build_options
 @click.option(
     "--context",
     "contexts",
@@ -19,11 +20,11 @@ from h1export.cli.export import BuildRequest, export_options
     type=click.IntRange(min=0),
     default=(2048, 32768),
     show_default=True,
-    help="Tokens. Repeatable.",
+    help="Tokens at which to give the size of the states. Repeatable.",
 )
 @common
 def plan(request: BuildRequest, contexts: tuple[int, ...], quiet: bool, as_json: bool) -> int:
-    """Say what a build would make and need, without building: sizes, memory, disk, time, states, precisions.
+    """Predict what a build makes and needs, without building: sizes, memory, disk, time, states, precisions.
 
     No weight is read: a checkpoint of any size is planned in less than a minute.
 
@@ -33,14 +34,24 @@ def plan(request: BuildRequest, contexts: tuple[int, ...], quiet: bool, as_json:
       h1export plan ./Falcon-H1-34B --target ort --quant int4 --context 8192 --context 262144
     """
     from h1export.cli.tables import ProgressBars, plan_table
-    from h1export.commands import pipeline
+    from h1export.commands.plan import plan_build
 
     plans = []
     for target, place in request.places():
         with ProgressBars(quiet or as_json) as bars:
-            how = (request.scheme, request.options, contexts, bars, request.jobs, request.calibration)
-            plans.append(pipeline.plan(request.checkpoint, target, place, *how))
-        say(plan_table(plans[-1]), quiet or as_json)
+            found = plan_build(
+                request.checkpoint,
+                target,
+                place,
+                scheme=request.scheme,
+                options=request.options[target],
+                contexts=contexts,
+                progress=bars,
+                jobs=request.jobs,
+                calibration=request.calibration,
+            )
+        plans.append(found)
+        say(plan_table(found), quiet or as_json)
     if as_json:
         answer([{**asdict(found), "artifact_bytes": found.artifact_bytes} for found in plans])
     return 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import cloup
 
 from h1export.cli.common import answer, common, say
 
 PAGE = "report.html"
 
 
-@click.command()
+@cloup.command(short_help="Make an HTML page of validation results.")
 @click.argument("outs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="OUT...")
 @click.option(
     "--to",

@@ -5,26 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import cloup
 
 from h1export.cli.common import answer, common, say
 from h1export.quantize.budget import Budget
-from h1export.quantize.scheme import BEST, GROUP_SIZES, QuantScheme
+from h1export.quantize.choices import BEST, GROUP_SIZES
 
 
-@click.command()
+@cloup.command(short_help="Measure which tensors need more bits.")
 @click.argument("model", required=False)
 @click.option(
     "--group-size",
     type=click.Choice([str(size) for size in GROUP_SIZES]),
     default="32",
     show_default=True,
-    help="As of build.",
+    help="Columns that share an int4 scale, as in build.",
 )
-@click.option("--calibration", type=click.Path(path_type=Path), help="Text, as of build [default: shipped].")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Text, as in build [default: shipped].")
 @click.option(
     "--budget-bits", type=float, help="Keep the most sensitive tensors at int8, up to so many bits a weight on average."
 )
-@click.option("--budget-kl", type=float, help="The same, down to this sum of the others' divergences.")
+@click.option(
+    "--budget-kl",
+    type=float,
+    help="Keep the most sensitive tensors at int8, until the others' divergences add up to this at most.",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -43,7 +48,9 @@ def sensitivity(
     quiet: bool,
     as_json: bool,
 ) -> int:
-    """Measure how far MODEL's predictions move (KL, nats) when one tensor alone is int4, and choose precisions within a budget.
+    """Measure which tensors of MODEL need more than int4, and choose precisions within a budget.
+
+    A tensor's figure is the divergence (KL, nats) of MODEL's predictions when this tensor alone is int4.
 
     \b
     Examples:
@@ -52,20 +59,21 @@ def sensitivity(
     """
     from h1export.checkpoint import resolve
     from h1export.cli.tables import ProgressBars
-    from h1export.commands import pipeline
+    from h1export.commands.sensitivity import measure_sensitivity
     from h1export.quantize.calibration import Calibration
     from h1export.quantize.precision_plan import plan_text
+    from h1export.quantize.scheme import QuantScheme
 
     if budget_bits is not None and budget_kl is not None:
         raise click.UsageError("give one of --budget-bits and --budget-kl")
     budget = Budget(budget_bits, budget_kl)
     with ProgressBars(quiet or as_json) as bars:
-        found = pipeline.sensitivity(
+        found = measure_sensitivity(
             resolve.resolve(model),
             QuantScheme("int4", int(group_size), BEST["int4"]),
             Calibration(calibration),
-            bars,
-            jobs,
+            progress=bars,
+            jobs=jobs,
         )
     raised = {} if budget_bits is None and budget_kl is None else budget.raised(found)
     text = plan_text(found, raised)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import click
+import cloup
 
 from h1export.cli.common import answer, common
 
 
-@click.command()
+@cloup.command(short_help="Print the graph that targets receive.")
 @click.argument("model", required=False)
 @click.option(
     "--after", metavar="PASS", help="Show the program after this pass; none: before all [default: after all]."

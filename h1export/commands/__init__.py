@@ -1,1 +1,1 @@
-"""What the verbs of the command line do; nothing here prints."""
+"""What the verbs of the command line do: one module a verb. Nothing here prints."""

@@ -1,11 +1,11 @@
-"""Plan: what a build would make and need, without building."""
+"""Plan a build: what it would make and need, without building."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,14 +13,22 @@ from pathlib import Path
 import numpy as np
 
 from h1export import host
+from h1export.artifact.artifact import NO_SHA256, file_table
+from h1export.artifact.staging import dry_stage
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.store import WeightStore
+from h1export.commands.build import BuildJob
 from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.states import StateSpec
 from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.progress import SILENT, Progress
+from h1export.quantize.calibration import Calibration
+from h1export.quantize.cost import cost_of
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import QuantizedWeights
+from h1export.targets import TargetOptions
 
 BLOCK_COPIES = 6  # of a block that rounding and packing hold at a time, in float32
 SAMPLE_ROWS = 1024
@@ -35,10 +43,11 @@ class Plan:
 
     Attributes:
         target: the runtime.
-        out: where the artifact would lie.
+        out: the folder that the artifact would get.
         files: name -> bytes. Exact: the graph was lowered, only no weight was read.
         peak_bytes: anonymous memory of the build at its peak.
-        seconds: of the build: those that tracing and lowering took, and an estimate from samples of the work on this machine.
+        seconds: of the build: the time that tracing and lowering took, and an estimate from samples of the work on this
+            machine.
         source_bytes: of the checkpoint's tensors.
         disk_free: bytes that the disk of ``out`` has left; the build needs room for ``files`` and ``scratch_bytes``.
         scratch_bytes: what the method keeps on that disk until the build is done.
@@ -66,6 +75,55 @@ class Plan:
         return dict(Counter(self.precisions.values()))
 
 
+def plan_build(
+    checkpoint: Path,
+    target: str,
+    out: Path,
+    *,
+    scheme: QuantScheme,
+    options: TargetOptions | None = None,
+    contexts: Sequence[int] = (),
+    progress: Progress = SILENT,
+    jobs: int = 0,
+    calibration: Calibration = Calibration(),  # noqa: B008  frozen
+) -> Plan:
+    """Plan what ``build_artifact`` with these arguments would do.
+
+    ``contexts`` are the lengths at which the size of the states is given.
+
+    Raises:
+        H1ExportError: a checkpoint, scheme or option that cannot be exported.
+    """
+    job = BuildJob.open(checkpoint, target, scheme=scheme, options=options, calibration=calibration, progress=progress)
+    jobs = jobs or host.cores()
+    start = time.perf_counter()
+    with dry_stage() as stage:
+        job.write(job.manifest(NO_SHA256), stage, progress)
+        files = file_table(stage.folder, sizes_only=True)
+    lowering = time.perf_counter() - start
+    sizes = {name: size for name, (_, size) in files.items()}
+    peak = peak_bytes(jobs)
+    time_needed = lowering + seconds(job.store, scheme, job.integers, artifact_bytes=sum(sizes.values()), jobs=jobs)
+    scratch = 0
+    if job.ids is not None:
+        cost = cost_of(scheme.method, job.store, job.config, tensors=scheme.precisions(job.config), ids=job.ids)
+        peak += cost.peak_bytes(jobs)
+        time_needed += cost.seconds(jobs)
+        scratch = cost.disk_bytes
+    return Plan(
+        target,
+        str(out),
+        sizes,
+        peak_bytes=peak,
+        seconds=time_needed,
+        source_bytes=job.store.nbytes,
+        disk_free=disk_free(out),
+        scratch_bytes=scratch,
+        state_bytes={context: StateSpec.of(job.config).nbytes(1, context) for context in contexts},
+        precisions=precisions(job.integers, job.config),
+    )
+
+
 def precisions(integers: QuantizedWeights, config: FalconH1Config) -> dict[str, str]:
     """Tensor of the architecture -> its precision in words."""
     return {name: _words(integers.precisions.get(name)) for name in tensor_layout(config)}
@@ -81,14 +139,14 @@ def _words(precision: Precision | None) -> str:
 
 
 def peak_bytes(jobs: int) -> int:
-    """Anonymous memory at a build's peak: what this process holds after lowering without weights, and the blocks of ``jobs`` threads."""
+    """Anonymous memory at a build's peak: of this process after a dry lowering, and the blocks of ``jobs`` threads."""
     return host.anonymous_bytes() + (jobs + 1) * BLOCK_BYTES * BLOCK_COPIES
 
 
 def seconds(
-    store: WeightStore, scheme: QuantScheme, integers: QuantizedWeights, artifact_bytes: int, jobs: int
+    store: WeightStore, scheme: QuantScheme, integers: QuantizedWeights, *, artifact_bytes: int, jobs: int
 ) -> float:
-    """How long a build computes weights and writes them; reading is hidden behind it."""
+    """Estimate how long a build computes weights and writes them; reading happens at the same time."""
     values = sum(prod(store.shape(name)) for name in integers.precisions)
     return values / _sampled_speed(scheme) / jobs + (artifact_bytes + store.nbytes) / WRITES_PER_SECOND
 
@@ -107,6 +165,6 @@ def _sampled_speed(scheme: QuantScheme) -> float:
 
 
 def disk_free(out: Path) -> int:
-    """Bytes left on the disk that ``out`` would lie on."""
+    """Bytes left on the disk that ``out`` would be stored on."""
     place = next(folder for folder in out.absolute().parents if folder.exists())
     return shutil.disk_usage(place).free

@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from h1export.checkpoint.tokenizer import load_tokenizer, stream
-from h1export.commands import pipeline
+from h1export.commands.load import load_folder
 from h1export.errors import H1ExportError
 from h1export.integrations.lm_eval_scoring import Prefix
 from h1export.model.falcon_h1.special_tokens import special_tokens
@@ -60,7 +60,7 @@ class ArtifactLM(TemplateLM):
         super().__init__()
         self._folder = Path(out)
         self._tokenizer = load_tokenizer(Path(out))
-        self.runner = pipeline.load_folder(out, threads, kernels=kernels)
+        self.runner = load_folder(out, threads, kernels=kernels)
         self._special = special_tokens(self._folder, self.runner.config)
         rooms = (self.runner.config.max_position_embeddings, self.runner.limits.max_context, max_length)
         self.max_length = min(room for room in rooms if room)

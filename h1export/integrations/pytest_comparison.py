@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.tokenizer import load_tokenizer
-from h1export.commands import pipeline
+from h1export.commands.load import check_source, load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.report.checks import Comparison
@@ -39,7 +39,7 @@ class Exported:
     def __init__(self, artifact: Artifact, float32: bool = False) -> None:
         self.artifact = artifact
         self._float32 = float32
-        self.runner: Inspectable[Any] = pipeline.load(artifact, float32=float32)
+        self.runner: Inspectable[Any] = load_runner(artifact, float32=float32)
 
     @classmethod
     def open(cls, folder: Path) -> Exported:
@@ -91,7 +91,7 @@ class Truth:
     """
 
     def __init__(self, checkpoint: Path, exported: Exported) -> None:
-        pipeline.check_source(exported.artifact, checkpoint)
+        check_source(exported.artifact, checkpoint)
         self._reference = Reference(checkpoint)
         self._reference.hold(exported.runner.stored_weights())
 

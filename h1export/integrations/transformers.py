@@ -18,7 +18,7 @@ from transformers import FalconH1Config, GenerationConfig, GenerationMixin, PreT
 from transformers.utils.generic import ModelOutput
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG
 from h1export.model.falcon_h1.states import Ids
@@ -39,7 +39,7 @@ def load(out: str | Path, threads: int = 0, kernels: Kernels = "auto") -> Falcon
     config: Any = FalconH1Config
     model = FalconH1ForCausalLM(
         config.from_pretrained(artifact.folder, local_files_only=True),
-        pipeline.load(artifact, threads, kernels=kernels),
+        load_runner(artifact, threads, kernels=kernels),
     )
     if (artifact.folder / GENERATION_CONFIG).is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(artifact.folder), local_files_only=True)

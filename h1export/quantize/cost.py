@@ -13,12 +13,12 @@ from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Ids
 from h1export.model.falcon_h1.tensors import layer_prefix
+from h1export.quantize.choices import GROUP_SIZES, Method
 from h1export.quantize.layers import head_tensor, products
 from h1export.quantize.methods.awq import EXPONENTS, SEARCH_BYTES
 from h1export.quantize.methods.gptq import ROUNDS
 from h1export.quantize.methods.gptq_model import SOLVE_BYTES
 from h1export.quantize.methods.head_groups import GROUPS, POSITIONS, SKETCH
-from h1export.quantize.scheme import GROUP_SIZES, Method
 
 PRODUCT_SIZE = 768  # rows and columns of the product that is timed
 PRODUCT_RUNS = 3  # of which the fastest counts

@@ -10,8 +10,8 @@ import yaml
 
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Sensitivity, bits_per_weight
+from h1export.quantize.choices import QuantName
 from h1export.quantize.precision import Precision
-from h1export.quantize.scheme import QuantName
 
 NEXT_STEP = 'lines are "tensor: int4", int8 or none, below "tensors:"'
 

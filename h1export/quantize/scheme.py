@@ -7,19 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING, projection_of, tensor_layout
+from h1export.quantize.choices import GROUP_SIZES, Method, QuantName
 from h1export.quantize.precision import INT8, Precision
 
-QuantName = Literal["none", "int8", "int4"]
-Method = Literal["rtn", "search", "awq", "gptq"]
 PREQUANTIZED = "ready"  # stands in manifests where a method would: the checkpoint had integers already
-# The default methods. int8 loses so little that no method could save any of it.
-BEST: Mapping[QuantName, Method] = {"none": "rtn", "int8": "rtn", "int4": "gptq"}
-GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True)

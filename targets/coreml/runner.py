@@ -20,6 +20,7 @@ from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.runtime.runner import Limits, Provenance, check_call
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.execution import Evaluated, Executor, Held, OnMac, advance, observe
+from h1export.targets.coreml.options import CoreMLOptions
 from h1export.targets.coreml.program import layout
 from h1export.targets.coreml.program.layout import LOW, LOW_SCALE, output_name, state_name
 from h1export.targets.coreml.program.weights import order_name
@@ -46,11 +47,11 @@ class CoreMLRunner:
         self._artifact = artifact
         self._config = artifact.config
         self._states = StateSpec.of(self._config)
-        options = artifact.manifest.options
-        self._max_context = int(options["max_context"])
-        self._all_logits = not options["last_logits"]
-        self._state_io = bool(options["state_io"])
-        self._float32 = options["compute"] == "fp32" and self._state_io
+        options = CoreMLOptions.read(artifact)
+        self._max_context = options.max_context
+        self._all_logits = not options.last_logits
+        self._state_io = options.state_io
+        self._float32 = options.compute == "fp32" and self._state_io
         self._executor = executor
         self._advance = partial(advance, executor, max_context=self._max_context, all_logits=self._all_logits)
 
@@ -145,7 +146,7 @@ def load(artifact: Artifact) -> CoreMLRunner:
     """Load ``artifact`` into what executes packages on this machine."""
     package = artifact.folder / layout.PACKAGE
     passed = {state_name(tensor): output_name(tensor) for tensor in StateSpec.of(artifact.config).tensors}
-    if not artifact.manifest.options["state_io"]:
+    if not CoreMLOptions.read(artifact).state_io:
         passed = {}
     if sys.platform == "darwin":
         return CoreMLRunner(artifact, OnMac(package, passed))

@@ -19,17 +19,19 @@ from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import BuildOptions, Compute, Kernels, Lowered
+from h1export.targets.base import Lowered
 from h1export.targets.coreml import runner, sdk
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.mac import golden, readme
 from h1export.targets.coreml.mac.verify_on_mac import Settings
+from h1export.targets.coreml.options import Compute, CoreMLOptions
 from h1export.targets.coreml.package import writer
 from h1export.targets.coreml.program import layout
 from h1export.targets.coreml.program.blob_storage import BlobStorage
 from h1export.targets.coreml.program.functions import mil_program
 from h1export.targets.coreml.program.layout import CALLS, PREFILL
 from h1export.targets.coreml.program.weights import Float, Var, Weights
+from h1export.targets.options import Kernels
 
 COMPUTE: Mapping[Compute, Float] = {"fp16": np.float16, "fp32": np.float32}
 Port = tuple[str, tuple[int | str, ...]]
@@ -37,16 +39,17 @@ Ports = Mapping[str, Port]
 
 
 class CoreMLTarget:
+    """CoreML: see Target."""
+
     name = "coreml"
     packages = ("coremltools", "numpy", "torch")
-    options = frozenset({"compute", "last_logits", "max_context", "state_io"})
 
     def lower(
         self,
         program: Program,
         store: WeightStore,
         integers: QuantizedWeights,
-        options: BuildOptions,
+        options: CoreMLOptions,
         stage: Stage,
         progress: Progress,
     ) -> Lowered:
@@ -82,20 +85,19 @@ class CoreMLTarget:
         return runner.load(artifact)
 
 
-def _check(options: BuildOptions) -> None:
-    if options.compute not in COMPUTE:
-        raise H1ExportError(
-            "--compute", f"{options.compute} is none of CoreML's dtypes", f"one of {', '.join(COMPUTE)}"
-        )
+def _check(options: CoreMLOptions) -> None:
     if options.max_context <= PREFILL.tokens:
         what = f"{options.max_context} has no room for a prefill of {PREFILL.tokens} tokens and one after it"
         raise H1ExportError("--max-context", what, f"{PREFILL.tokens + 1} or more")
 
 
 def _write_mac_files(
-    program: Program, weights: Weights, options: BuildOptions, *, stage: Stage, progress: Progress
+    program: Program, weights: Weights, options: CoreMLOptions, *, stage: Stage, progress: Progress
 ) -> None:
-    """What a Mac's owner checks the package with; its truth is the graph in float32 on the weights that the package stores."""
+    """Write the files that check the package on a Mac.
+
+    The expected logits are those of the graph in float32 on the weights that the package stores.
+    """
     prompts = golden.lengths(PREFILL.tokens, options.max_context)
     vocab = program.config.vocab_size
     positions = golden.logit_positions(prompts, PREFILL.tokens)

@@ -44,5 +44,5 @@ def check_provider(provider: str) -> None:
     if provider not in available:
         what = f"this onnxruntime does not have it, only {', '.join(available)}"
         raise H1ExportError(
-            provider, what, "pip install 'h1export[cuda]' on a machine with an NVIDIA GPU, or build with --provider cpu"
+            provider, what, "pip install 'h1export[cuda]' on a machine with an NVIDIA GPU, or build with --graph cpu"
         )

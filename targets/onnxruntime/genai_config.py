@@ -12,14 +12,14 @@ from typing import Any
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.special_tokens import SpecialTokens, special_tokens
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateTensor
-from h1export.targets.base import BuildOptions
 from h1export.targets.onnxruntime.inference_session import MODEL, SETTINGS
+from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import FUSED_LEVEL
 
 CONFIG = "genai_config.json"
 
 
-def write_config(model_config: FalconH1Config, folder: Path, options: BuildOptions) -> None:
+def write_config(model_config: FalconH1Config, folder: Path, options: OrtOptions) -> None:
     """Write the config into a folder that carries the checkpoint's generation_config.json where it has one."""
     config = {
         "model": _model(model_config, special_tokens(folder, model_config), _session_options(options)),
@@ -64,9 +64,9 @@ def _model(model_config: FalconH1Config, tokens: SpecialTokens, session_options:
     }
 
 
-def _session_options(options: BuildOptions) -> dict[str, Any]:
-    providers: list[dict[str, Any]] = [{"cuda": {}}] if options.provider == "cuda" else []
-    level = {FUSED_LEVEL: str(options.accuracy_level)} if options.opset_only else {}
+def _session_options(options: OrtOptions) -> dict[str, Any]:
+    providers: list[dict[str, Any]] = [{"cuda": {}}] if options.graph == "cuda" else []
+    level = {FUSED_LEVEL: str(options.accuracy_level)} if options.graph == "portable" else {}
     return {"log_id": "h1export", "provider_options": providers, **SETTINGS[MODEL], **level}
 
 

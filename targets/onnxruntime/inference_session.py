@@ -21,6 +21,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.probes import PREFIX
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime.float32_graph import float32_graph
+from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CPU, CUDA, FUSED_LEVEL, GraphVariant
 
 MODEL = "model.onnx"
@@ -63,7 +64,7 @@ def open_inference_session(
         setattr(options, name, value)
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors are exceptions too
-    options.add_session_config_entry(FUSED_LEVEL, str(0 if float32 else artifact.manifest.options["accuracy_level"]))
+    options.add_session_config_entry(FUSED_LEVEL, str(0 if float32 else OrtOptions.read(artifact).accuracy_level))
     if library is not None:
         options.register_custom_ops_library(str(library))
     if not float32:
@@ -86,7 +87,7 @@ def open_inference_session(
         raise H1ExportError(
             provider,
             "onnxruntime could not start it",
-            "look at its log for what CUDA misses, or build with --provider cpu",
+            "look at its log for what CUDA misses, or build with --graph cpu",
         )
     return session
 

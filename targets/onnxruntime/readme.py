@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from h1export.targets.base import BuildOptions
+from h1export.targets.onnxruntime.options import OrtOptions
 
 README = "README.md"
 
@@ -28,42 +28,45 @@ while not generator.is_done():
     print(stream.decode(generator.get_next_tokens()[0]), end="", flush=True)
 ```
 
-Works: greedy search and sampling, a prompt in several `append_tokens`, a batch of prompts of one length, `rewind_to(0)`.
+Works: greedy search and sampling, a prompt in several `append_tokens`, a batch of prompts of one length, and
+`rewind_to(0)`.
 
 Does not work, because the recurrent states hold no history and cannot be reordered:
 
 - **Beam search** (`num_beams` above 1) gives wrong results without an error: beams keep each other's recurrent states.
 - **`rewind_to(n)`** with n above 0 raises an error: start again, or keep a generator for each continuation.
-- **Prompts of different lengths in one batch** give wrong results without an error: the client pads on the right, and the
-  recurrent states would see the pads. Run them one by one, or sort them by length.
+- **Prompts of different lengths in one batch** give wrong results without an error: the client pads on the right, and
+  the recurrent states would see the pads. Run them one by one, or sort them by length.
 
 ## {session}
 
-`input_ids` int64 [batch, sequence]; `attention_mask` int64 [batch, past + sequence], 1 for real tokens, pads on the left only;
-`past_key_values.N.*`: zeros before the first token (keys and values with past 0), then the `present.N.*` of the call before.
+`input_ids` int64 [batch, sequence]; `attention_mask` int64 [batch, past + sequence], 1 for real tokens, pads on the
+left only; `past_key_values.N.*`: zeros before the first token (keys and values with past 0), then the `present.N.*` of
+the previous call.
 {notes}"""
 
 ROW_BY_ROW = "A batch of several rows takes several tokens at once only from empty states (GroupQueryAttention).\n"
 PORTABLE = """
-The graph has operators of ai.onnx only. ONNX Runtime on CPUs turns its integer products into a kernel that rounds activations to
-int8 unless the session option `session.qdq_matmulnbits_accuracy_level` is "0"; genai_config.json sets it to "{level}", as built.
+The graph has operators of ai.onnx only. ONNX Runtime on CPUs turns its integer products into a kernel that rounds
+activations to int8 unless the session option `session.qdq_matmulnbits_accuracy_level` is "0"; genai_config.json sets it
+to "{level}", as built.
 """
 CUDA = """
-Keys, values and the convolution state are float16, the recurrent state and the logits float32. Needs the package onnxruntime-gpu
-(or onnxruntime-genai-cuda) and the CUDAExecutionProvider.
+Keys, values and the convolution state are float16, the recurrent state and the logits float32. Needs the package
+onnxruntime-gpu (or onnxruntime-genai-cuda) and the CUDAExecutionProvider.
 """
 
 
-def write(folder: Path, options: BuildOptions) -> None:
+def write(folder: Path, options: OrtOptions) -> None:
     """Write README.md into ``folder``."""
     runtime = "ONNX Runtime on CPUs"
     session = "onnxruntime"
     notes = ROW_BY_ROW
-    if options.opset_only:
+    if options.graph == "portable":
         runtime = "any ONNX runtime"
         session = "onnxruntime, or another runtime"
         notes = PORTABLE.format(level=options.accuracy_level)
-    elif options.provider == "cuda":
+    elif options.graph == "cuda":
         runtime = "ONNX Runtime on CUDA"
         notes = ROW_BY_ROW + CUDA
     (folder / README).write_text(TEXT.format(runtime=runtime, session=session, notes=notes), encoding="utf-8")

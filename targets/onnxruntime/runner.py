@@ -17,7 +17,6 @@ from h1export.model.falcon_h1.probes import PREFIX, probes_in
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateKind, StateSpec
 from h1export.runtime.runner import Limits, Provenance, Session, check_call
 from h1export.runtime.session import SteppedSession
-from h1export.targets.base import Kernels
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
 from h1export.targets.onnx.read_back import StoredWeights
@@ -26,7 +25,9 @@ from h1export.targets.onnxruntime.bound_session import BoundSession
 from h1export.targets.onnxruntime.emit.dequantize_linear import TABLE
 from h1export.targets.onnxruntime.emit.matmul_nbits import ROWS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_inference_session
-from h1export.targets.onnxruntime.variants import CUDA, graph_variant
+from h1export.targets.onnxruntime.options import OrtOptions
+from h1export.targets.onnxruntime.variants import CUDA, GRAPH_VARIANTS
+from h1export.targets.options import Kernels
 
 READ = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)  # suffixes of the names of initializers
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
@@ -51,10 +52,10 @@ class OnnxRuntimeRunner:
         self._artifact = artifact
         self._config = artifact.config
         self._states = StateSpec.of(self._config)
-        chosen = artifact.manifest.options
-        self._variant = graph_variant(chosen["provider"], chosen["opset_only"])
+        self._options = OrtOptions.read(artifact)
+        self._variant = GRAPH_VARIANTS[self._options.graph]
         rounded = bool(self._variant.halves) or (
-            bool(artifact.manifest.weights) and chosen["accuracy_level"] == ROUNDED_LEVEL
+            bool(artifact.manifest.weights) and self._options.accuracy_level == ROUNDED_LEVEL
         )
         self._float32 = float32 or not rounded
         self._halves = frozenset() if float32 else self._variant.halves
@@ -75,7 +76,7 @@ class OnnxRuntimeRunner:
 
     @property
     def limits(self) -> Limits:
-        return Limits(all_logits=not self._artifact.manifest.options["last_logits"])
+        return Limits(all_logits=not self._options.last_logits)
 
     @property
     def provenance(self) -> Provenance:

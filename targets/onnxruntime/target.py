@@ -1,4 +1,4 @@
-"""The target "ort": one ONNX model with external data, for ONNX Runtime and onnxruntime-genai on CPUs."""
+"""The target "ort": one ONNX model with external data, for ONNX Runtime and onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from h1export.artifact.artifact import Artifact
 from h1export.artifact.staging import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr
-from h1export.errors import H1ExportError
 from h1export.graphs.passes import KindOf, run_passes
 from h1export.graphs.program import Program
 from h1export.model.falcon_h1.states import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL, StateTensor
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import BuildOptions, Kernels, Lowered
+from h1export.targets.base import Lowered
 from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.emit import Emitter, emit, name_probes
 from h1export.targets.onnx.external_data import ExternalData
@@ -27,8 +26,10 @@ from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.onnxruntime.emit.native import DOMAIN, NativeContext, covers
 from h1export.targets.onnxruntime.emit.packing import INT8_BLOCKS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL
+from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.runner import ROUNDED_LEVEL, OnnxRuntimeRunner
-from h1export.targets.onnxruntime.variants import GraphVariant, graph_variant
+from h1export.targets.onnxruntime.variants import GRAPH_VARIANTS, GraphVariant
+from h1export.targets.options import Kernels
 
 DATA = MODEL + ".data"
 
@@ -37,23 +38,21 @@ Ports = Mapping[str, tuple[str, Dims]]
 
 
 class OnnxRuntimeTarget:
+    """ONNX Runtime: see Target."""
+
     name = "ort"
     packages = ("numpy", "onnx-ir", "torch")
-    options = frozenset({"accuracy_level", "last_logits", "opset_only", "provider"})
 
     def lower(
         self,
         program: Program,
         store: WeightStore,
         integers: QuantizedWeights,
-        options: BuildOptions,
+        options: OrtOptions,
         stage: Stage,
         progress: Progress,
     ) -> Lowered:
-        made = graph_variant(options.provider, options.opset_only)
-        if options.accuracy_level not in made.accuracy_levels:
-            what = f"{options.accuracy_level} is not a level that this graph's kernels have"
-            raise H1ExportError("--accuracy-level", what, f"one of {', '.join(map(str, made.accuracy_levels))}")
+        made = GRAPH_VARIANTS[options.graph]
         precisions = set(integers.precisions.values())
         align = max([INT8_BLOCKS[0], *(precision.group_size for precision in precisions)])
         program = run_passes(program, made.fuse(_kinds(integers), align))
@@ -122,7 +121,7 @@ def _inputs(program: Program, made: GraphVariant) -> dict[str, tuple[str, Dims]]
     return {INPUT_IDS: ("INT64", (BATCH, SEQUENCE)), ATTENTION_MASK: ("INT64", (BATCH, TOTAL)), **states}
 
 
-def _outputs(program: Program, options: BuildOptions, made: GraphVariant) -> dict[str, tuple[str, Dims]]:
+def _outputs(program: Program, options: OrtOptions, made: GraphVariant) -> dict[str, tuple[str, Dims]]:
     def dims(tensor: StateTensor) -> Dims:
         return tuple(TOTAL if dim == PAST else dim for dim in state_layout.shape(tensor, made.permutation))
 

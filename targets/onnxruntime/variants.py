@@ -1,4 +1,4 @@
-"""The graphs that this target makes, and all they differ in: one for CPUs, one for CUDA, one for any runtime."""
+"""The graphs that this target makes, by the value of --graph, and everything in which they differ."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from h1export.errors import H1ExportError
 from h1export.graphs.passes import KindOf, Pass, fusions
 from h1export.graphs.passes.flatten_splits import FlattenSplits
 from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
@@ -18,6 +17,7 @@ from h1export.targets.onnxruntime import read_back, state_layout
 from h1export.targets.onnxruntime.emit import cpu, cuda, dequantize_linear, portable
 from h1export.targets.onnxruntime.emit import native as emitters
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
+from h1export.targets.onnxruntime.options import Graph
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -38,7 +38,6 @@ class GraphVariant:
         context: what the emitters see.
         permutation: its state layouts.
         halves: states in fp16; the others are float32.
-        accuracy_levels: those it has a use for, the default first.
         batched_append: whether several rows may take several tokens each after a past.
         bound: whether keys may lie in a longer buffer that is past and present at once.
         read_stored: from its initializers to integers.
@@ -52,7 +51,6 @@ class GraphVariant:
     context: type[OrtContext] = OrtContext
     permutation: state_layout.Permutation = field(default_factory=lambda: state_layout.PERMUTATION)
     halves: frozenset[StateKind] = frozenset()
-    accuracy_levels: tuple[int, ...] = (4, 0, 1)
     batched_append: bool = False
     bound: bool = False
     read_stored: ReadStored = read_back.read_stored
@@ -67,9 +65,9 @@ def _microsoft(precisions: Collection[Precision]) -> dict[str, int]:
     return dict(cpu.OPSETS)
 
 
-GRAPH_VARIANTS: Mapping[tuple[str, bool], GraphVariant] = {
-    ("cpu", False): GraphVariant(cpu.TABLE, _microsoft, fusions, bound=True, native=emitters.TABLE),
-    ("cuda", False): GraphVariant(
+GRAPH_VARIANTS: Mapping[Graph, GraphVariant] = {
+    "cpu": GraphVariant(cpu.TABLE, _microsoft, fusions, bound=True, native=emitters.TABLE),
+    "cuda": GraphVariant(
         cuda.TABLE,
         _microsoft,
         # never summed projections: the two have their own multipliers, which multiply products here
@@ -78,10 +76,8 @@ GRAPH_VARIANTS: Mapping[tuple[str, bool], GraphVariant] = {
         context=cuda.CudaContext,
         permutation=state_layout.CUDA,
         halves=frozenset({StateKind.KEY, StateKind.VALUE, StateKind.CONV}),
-        accuracy_levels=(0,),
     ),
-    # levels: ONNX Runtime on CPUs makes MatMulNBits of this graph's products
-    ("cpu", True): GraphVariant(
+    "portable": GraphVariant(
         portable.TABLE,
         lambda precisions: {"": portable.opset(precisions)},
         lambda kind_of, align: (),
@@ -89,12 +85,3 @@ GRAPH_VARIANTS: Mapping[tuple[str, bool], GraphVariant] = {
         read_stored=dequantize_linear.read_stored,
     ),
 }
-
-
-def graph_variant(provider: str, opset_only: bool) -> GraphVariant:
-    """The graph that these options ask for. Raises H1ExportError where they contradict each other."""
-    found = GRAPH_VARIANTS.get((provider, opset_only))
-    if found is None:
-        what = f"ONNX's own operators run on any provider, and the graph for {provider} needs others"
-        raise H1ExportError("--opset-only", what, f"leave out --opset-only or --provider {provider}")
-    return found

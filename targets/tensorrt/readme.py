@@ -1,11 +1,11 @@
-"""README.md of an artifact: what to do with the folder on a machine with a GPU, and what calls of the network must keep to."""
+"""README.md of an artifact: how to use the folder on a machine with a GPU, and the rules for calls of the network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from h1export.targets.base import BuildOptions, RuntimeName
 from h1export.targets.tensorrt.network.layout import PREFILL_TOKENS
+from h1export.targets.tensorrt.options import RuntimeName, TensorRTOptions
 from h1export.targets.tensorrt.sdk import NAMES
 
 README = "README.md"
@@ -16,27 +16,27 @@ Made by h1export; `manifest.json` says from what and how. This h1export was chec
 ## On a machine with an NVIDIA GPU
 
 {first}```bash
-h1export validate . MODEL --kernels native    # the engine against transformers on MODEL, the checkpoint it was built from
+h1export validate . MODEL --kernels native    # MODEL is the checkpoint it was built from
 h1export generate . "def main():" --kernels native
 ```
 
-h1export needs PyTorch's build for CUDA there. An engine runs code: `finish`, `validate` and `generate` first check the requirements in
-`manifest.json` (runtime and version, compute capability, sha256 of engine and plugin). Without a GPU `validate . MODEL` executes
-`model.onnx` on the CPU.
+h1export needs PyTorch's build for CUDA there. An engine runs code: `trt build-engine`, `validate` and `generate` first
+check `requirements` in `manifest.json` (runtime and version, compute capability, sha256 of engine and plugin). Without
+a GPU `validate . MODEL` executes `model.onnx` on the CPU.
 
 ## Without h1export
 
 {build}Load `plugin/libh1export_plugin.so` into TensorRT's plugin registry before the engine. Calls of it:
 
 - Profile 0 takes one token, profile 1 up to {tokens}; longer prompts come in several calls. Batch up to {batch}.
-- `input_ids` int64 [batch, sequence]; `write_indices` int64 [batch], the tokens before this call, pads included; `attention_mask` int64
-  [batch, {context}], 1 for each real token so far, with pads on the left only.
-- `past_key_values.N.*` are buffers, zero before the first token, and `present.N.*` must be bound to the same memory: states are updated
-  in place.
+- `input_ids` int64 [batch, sequence]; `write_indices` int64 [batch], the tokens before this call, pads included;
+  `attention_mask` int64 [batch, {context}], 1 for each real token so far, with pads on the left only.
+- `past_key_values.N.*` are buffers, zero before the first token, and `present.N.*` must be bound to the same memory:
+  states are updated in place.
 """
 FIRST: dict[RuntimeName, str] = {
     "rtx": "`model.engine` is built.\n\n",
-    "tensorrt": "```bash\nh1export finish .                             # builds model.engine with the TensorRT that is installed\n```\n\n",
+    "tensorrt": "```bash\nh1export trt build-engine .    # builds model.engine with the installed TensorRT\n```\n\n",
 }
 BUILD: dict[RuntimeName, str] = {
     "rtx": "",
@@ -44,7 +44,7 @@ BUILD: dict[RuntimeName, str] = {
 }
 
 
-def write(folder: Path, runtime: RuntimeName, options: BuildOptions) -> None:
+def write(folder: Path, runtime: RuntimeName, options: TensorRTOptions) -> None:
     """Write README.md into ``folder``."""
     text = TEXT.format(
         name=NAMES[runtime],

@@ -14,7 +14,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 
 from h1export.errors import H1ExportError
-from h1export.targets.base import RuntimeName
+from h1export.targets.tensorrt.options import RuntimeName
 
 MODULES: Mapping[RuntimeName, str] = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 NAMES: Mapping[RuntimeName, str] = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}

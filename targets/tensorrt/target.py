@@ -14,8 +14,9 @@ from h1export.graphs.program import Program
 from h1export.plugins.gpu.cubin import ARCHITECTURES
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import BuildOptions, Kernels, Lowered, RuntimeName
+from h1export.targets.base import Lowered
 from h1export.targets.onnx.op_counts import node_counts
+from h1export.targets.options import Kernels
 from h1export.targets.tensorrt import plugin, readme, sdk
 from h1export.targets.tensorrt.emulator.runner import NetworkRunner
 from h1export.targets.tensorrt.engine import build
@@ -24,21 +25,23 @@ from h1export.targets.tensorrt.engine.requirements import EngineRequirements
 from h1export.targets.tensorrt.gpu.runner import EngineRunner
 from h1export.targets.tensorrt.network import lowering
 from h1export.targets.tensorrt.network.layout import DATA, MODEL, Ports
+from h1export.targets.tensorrt.options import RuntimeName, TensorRTOptions
 
 OF_RTX = (80, 86, 89, 120, 121)  # compute capabilities that RTX builds for, and our kernels are compiled for
 
 
 class TensorRTTarget:
+    """TensorRT: see Target."""
+
     name = "trt"
     packages = ("numpy", "onnx-ir", "torch")
-    options = frozenset({"architectures", "compute", "last_logits", "max_batch", "max_context", "runtime"})
 
     def lower(
         self,
         program: Program,
         store: WeightStore,
         integers: QuantizedWeights,
-        options: BuildOptions,
+        options: TensorRTOptions,
         stage: Stage,
         progress: Progress,
     ) -> Lowered:
@@ -72,7 +75,10 @@ class TensorRTTarget:
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
     ) -> EngineRunner | NetworkRunner:
-        """The engine on the GPU at hand, or, on the CPU, the network that it was built from, which alone has a ``float32`` form."""
+        """Load the engine on this machine's GPU, or else the network that it was built from, on the CPU.
+
+        Only the network has a ``float32`` form.
+        """
         if float32 or kernels == "stock":
             return NetworkRunner(artifact, threads, float32)
         try:
@@ -85,7 +91,7 @@ class TensorRTTarget:
             )
 
 
-def _architectures(runtime: RuntimeName, options: BuildOptions) -> tuple[int, ...]:
+def _architectures(runtime: RuntimeName, options: TensorRTOptions) -> tuple[int, ...]:
     """Raises H1ExportError for one that the runtime, or our kernels, are not built for."""
     known = OF_RTX if runtime == "rtx" else ARCHITECTURES
     for architecture in options.architectures:
@@ -101,7 +107,7 @@ def _finish(
     architectures: tuple[int, ...],
     *,
     inputs: Ports,
-    options: BuildOptions,
+    options: TensorRTOptions,
     progress: Progress,
 ) -> EngineRequirements:
     """The recipe, and what it makes where its builder runs without a GPU."""

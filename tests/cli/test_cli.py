@@ -1,4 +1,4 @@
-"""The command line as a user meets it: answers on standard output, one line for every mistake, exit codes as documented."""
+"""The command line of a user: answers on standard output, one line for every mistake, exit codes as documented."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.cli import run
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.runtime.generation import Sampling, generate
 from h1export.targets.onnx import sdk
 
@@ -82,7 +82,7 @@ def test_a_failed_gate_is_exit_code_1(built: str, capfd: pytest.CaptureFixture[s
 def test_generate_streams_what_the_library_generates(built: str, capfd: pytest.CaptureFixture[str]) -> None:
     artifact = Artifact.open(Path(built))
     tokenizer = load_tokenizer(artifact.folder)
-    runner = pipeline.load(artifact)
+    runner = load_runner(artifact)
     prompt = np.array(tokenizer.encode("import os", add_special_tokens=False).ids, np.int64)
     expected = tokenizer.decode(
         list(generate(runner, prompt, 12, sampling=Sampling(), eos=frozenset(artifact.config.eos_token_ids)))
@@ -334,9 +334,12 @@ def test_debug_shows_the_traceback(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_the_graph_for_any_runtime(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
-    assert run(["build", "--target", "ort", "--opset-only", "--method", "rtn", "--out", out, "--validate", *QUICK]) == 0
+    assert (
+        run(["build", "--target", "ort", "--graph", "portable", "--method", "rtn", "--out", out, "--validate", *QUICK])
+        == 0
+    )
     assert "PASSED" in capfd.readouterr().err
-    assert Artifact.open(Path(out)).manifest.options["opset_only"] is True
+    assert Artifact.open(Path(out)).manifest.options["graph"] == "portable"
 
 
 def test_the_graph_for_cuda_is_built_anywhere_and_runs_on_cuda_only(
@@ -344,7 +347,7 @@ def test_the_graph_for_cuda_is_built_anywhere_and_runs_on_cuda_only(
 ) -> None:
     out = str(tmp_path / "out")
     monkeypatch.setattr(sdk.onnxruntime(), "get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert run(["build", "--target", "ort", "--provider", "cuda", "--method", "rtn", "--out", out]) == 0
+    assert run(["build", "--target", "ort", "--graph", "cuda", "--method", "rtn", "--out", out]) == 0
     assert Artifact.open(Path(out)).manifest.options["accuracy_level"] == 0
     for command in (["validate", out, *QUICK], ["generate", out, "import"]):
         assert run(command) == 2
@@ -354,10 +357,9 @@ def test_the_graph_for_cuda_is_built_anywhere_and_runs_on_cuda_only(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--provider", "cuda", "--opset-only"], "leave out --opset-only or --provider cuda"),
         (
-            ["--provider", "cuda", "--accuracy-level", "4"],
-            "--accuracy-level: 4 is not a level that this graph's kernels have",
+            ["--graph", "cuda", "--accuracy-level", "4"],
+            "--accuracy-level: 4 is not a level that the kernels of --graph cuda have",
         ),
     ],
 )

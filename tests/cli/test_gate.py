@@ -16,7 +16,7 @@ import pytest
 from h1export.artifact.artifact import Artifact
 from h1export.cli import run
 from h1export.cli.junit import to_junit
-from h1export.commands import measuring
+from h1export.commands import gate
 from h1export.host import cpu_kind
 from h1export.report.checks import Phase
 from h1export.report.report import Verdict
@@ -45,7 +45,7 @@ def gates(tmp_path: Path) -> Path:
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where no runtime is that runs the artifact."""
-    monkeypatch.setattr(measuring, "load", partial(load_emulated, measuring.load))
+    monkeypatch.setattr(gate, "load_runner", partial(load_emulated, gate.load_runner))
 
 
 def load_emulated(load: Callable[..., Runner[Any]], *args: Any, **options: Any) -> Any:
@@ -123,10 +123,10 @@ def test_a_gpu_is_timed_by_the_wall_clock_and_has_ratios_of_its_own(
 ) -> None:
     """Where an artifact runs on one; here it only says so."""
     monkeypatch.setattr(regression, "PROCESSES", 1)
-    load = measuring.load
+    load = gate.load_runner
     monkeypatch.setattr(
-        measuring,
-        "load",
+        gate,
+        "load_runner",
         lambda *a, **k: SimpleNamespace(provenance=replace(load(*a, **k).provenance, gpu="sm_89")),
     )
     words = ["gate", *built, "--gates", str(gates), "--write-baseline"]
@@ -161,7 +161,7 @@ def test_another_build_has_no_baseline(
 ) -> None:
     gates.write_text(COUNTED)
     assert run(["gate", *built, "--gates", str(gates), "--write-baseline"]) == 0
-    other = build(Path(built[1]), "int4", last_logits=True)
+    other = build(Path(built[1]), "int4", logits="last")
     assert run(["gate", str(other.folder), built[1], "--gates", str(gates)]) == 2
     assert "of another model, or of other build options" in capfd.readouterr().err
 

@@ -10,7 +10,7 @@ import pytest
 from gptq_files import Written
 
 from h1export.cli import run
-from h1export.commands import pipeline
+from h1export.commands.load import load_folder
 from h1export.report.checks import CheckKind
 
 
@@ -67,4 +67,4 @@ def test_the_main_job(
     assert built["out"] == "model-gptq-ort-int4"
     (judged,) = [row for row in built["report"]["rows"] if row["kind"] == CheckKind.STORED_INTEGERS]
     assert judged["figures"]["steps"] == 0
-    assert len(pipeline.load_folder(built["out"]).stored_weights()) == 9
+    assert len(load_folder(built["out"]).stored_weights()) == 9

@@ -50,7 +50,7 @@ def test_a_killed_build_leaves_nothing_at_out(signum: int, tiny: Path, tmp_path:
     Artifact.open(out).check_hashes()
 
 
-# A mount namespace of its own, where the system lets users make one: mounts PLACE, builds there, then lists what is left.
+# A mount namespace of its own, where the system lets users make one: mounts PLACE, builds there, and lists the rest.
 MOUNTED = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
 MOUNTS = {
     "full": ('mount -t tmpfs -o size=400k none "$0"', "free some space"),

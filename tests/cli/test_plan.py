@@ -12,9 +12,10 @@ import pytest
 
 from h1export.checkpoint.store import WeightStore
 from h1export.cli import run
-from h1export.commands import pipeline
-from h1export.quantize.scheme import Method, QuantScheme
-from h1export.targets import BuildOptions
+from h1export.commands.plan import plan_build
+from h1export.quantize.choices import Method
+from h1export.quantize.scheme import QuantScheme
+from h1export.targets.onnxruntime.options import OrtOptions
 
 pytestmark = pytest.mark.ort
 
@@ -41,8 +42,8 @@ def test_no_weight_is_read(method: Method, tiny: Path, tmp_path: Path, monkeypat
         raise AssertionError("a weight was read")
 
     monkeypatch.setattr(WeightStore, "rows", read)
-    plan = pipeline.plan(
-        tiny, "ort", tmp_path / "out", QuantScheme("int4", 32, method), BuildOptions(), contexts=(0, 100)
+    plan = plan_build(
+        tiny, "ort", tmp_path / "out", scheme=QuantScheme("int4", 32, method), options=OrtOptions(), contexts=(0, 100)
     )
     assert (
         plan.state_bytes[100] - plan.state_bytes[0] == 100 * 2 * 4 * 2 * 64 * 4

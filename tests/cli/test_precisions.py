@@ -10,7 +10,8 @@ import pytest
 
 from h1export.artifact.artifact import Artifact
 from h1export.cli import run
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.quantize.budget import Sensitivity
@@ -63,14 +64,14 @@ def test_what_is_not_a_plan(content: str, tmp_path: Path) -> None:
 def test_tensors_without_a_choice_are_refused(line: str, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(f"tensors:\n  {line}\n", encoding="utf-8")
     with pytest.raises(H1ExportError, match="correct --precisions"):
-        pipeline.build(tiny, "ort", tmp_path / "out", QuantScheme(chosen=read_plan(tmp_path / "plan.yaml")))
+        build_artifact(tiny, "ort", tmp_path / "out", QuantScheme(chosen=read_plan(tmp_path / "plan.yaml")))
 
 
 @pytest.mark.ort
 def test_a_plan_goes_into_the_artifact(
     spoken_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Measured within a budget, one line edited by hand; a projection that stays in floats is left out of its fusion, and all is exact."""
+    """One line of a plan within a budget is edited by hand: a projection that stays in floats is not fused."""
     plan = tmp_path / "plan.yaml"
     out = tmp_path / "out"
     few = [str(spoken_checkpoint), "--budget-bits", "5.5", "--out", str(plan), "--json"]
@@ -104,7 +105,7 @@ def test_a_plan_goes_into_the_artifact(
     }
     assert PROJECTION not in stored
     assert all(stored[name] == ((8, 0) if chosen[name] == "int8" else (4, 32)) for name in chosen if name != PROJECTION)
-    runner = pipeline.load(artifact)
+    runner = load_runner(artifact)
     report = validate(artifact, runner, runner, spoken_checkpoint, ValidateOptions(pairs=0), SILENT)
     assert report.passed, report.to_json()
     assert np.isfinite(

@@ -12,7 +12,7 @@ import pytest
 
 from h1export.artifact.journal import JOURNAL
 from h1export.checkpoint.store import WeightStore
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
 from h1export.quantize.scheme import QuantScheme
 
 # Kills builds at OUT in KILLS random moments, each time a build's length at most from its start; then lets one finish.
@@ -20,15 +20,16 @@ from h1export.quantize.scheme import QuantScheme
 BUILDS = """
 import os, random, sys, time
 from pathlib import Path
-from h1export.commands import pipeline
+from h1export.commands import build
 from h1export.model.falcon_h1.config import FalconH1Config
-checkpoint, truth, out, seed, kills = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
-program = pipeline.trace(FalconH1Config.load(checkpoint), False)
-pipeline.trace = lambda *_: program
+checkpoint, truth, out = map(Path, sys.argv[1:4])
+seed, kills = map(int, sys.argv[4:])
+program = build.trace(FalconH1Config.load(checkpoint), False)
+build.trace = lambda *_: program
 def started(place, jobs):
     child = os.fork()
     if not child:
-        pipeline.build(checkpoint, "ort", place, force=True, jobs=jobs)
+        build.build_artifact(checkpoint, "ort", place, force=True, jobs=jobs)
         os._exit(0)
     return child
 start = time.monotonic()
@@ -42,7 +43,8 @@ for _ in range(kills):
     os.waitpid(child, 0)
     stages = list(out.parent.glob(".out.partial-*"))
     assert len(stages) <= 1, stages
-    print(sum(len((stage / ".journal").read_bytes().splitlines()) for stage in stages if (stage / ".journal").exists()), flush=True)
+    journals = [stage / ".journal" for stage in stages]
+    print(sum(len(journal.read_bytes().splitlines()) for journal in journals if journal.exists()), flush=True)
 assert os.waitpid(started(out, 2), 0)[1] == 0
 """
 
@@ -67,16 +69,16 @@ def test_twenty_kills_change_no_byte(tiny: Path, tmp_path: Path) -> None:
 def killed(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., list[str]]:
-    """killed(key) leaves the stage of a build whose weights are all written; a list then sees the tensors that are read."""
+    """killed(key) leaves the stage of a build whose weights are all written; the list gets the tensors read."""
     read: list[str] = []
     rows = WeightStore.rows
 
     def build(checkpoint: Path, out: Path, scheme: QuantScheme) -> list[str]:
         with monkeypatch.context() as patched:
             patched.setattr("h1export.artifact.staging.shutil.rmtree", lambda *_, **__: None)
-            patched.setattr("h1export.commands.pipeline.file_table", lambda *_, **__: 1 / 0)
+            patched.setattr("h1export.commands.build.file_table", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                pipeline.build(checkpoint, "ort", out, scheme)
+                build_artifact(checkpoint, "ort", out, scheme=scheme)
         monkeypatch.setattr(
             WeightStore, "rows", lambda store, name, *range_: (read.append(name), rows(store, name, *range_))[1]
         )
@@ -91,7 +93,7 @@ def test_a_build_goes_on_without_reading_what_is_written(
     out = tmp_path / "out"
     read = killed(tiny, out, QuantScheme())
     assert list(tmp_path.glob(f".out.partial-*/{JOURNAL}"))
-    artifact = pipeline.build(tiny, "ort", out)
+    artifact = build_artifact(tiny, "ort", out)
     assert read == []
     artifact.check_hashes()
     assert not list(out.glob(JOURNAL))
@@ -100,7 +102,7 @@ def test_a_build_goes_on_without_reading_what_is_written(
 def test_another_scheme_starts_anew(killed: Callable[..., list[str]], tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     read = killed(tiny, out, QuantScheme())
-    artifact = pipeline.build(tiny, "ort", out, QuantScheme("int4", 64))
+    artifact = build_artifact(tiny, "ort", out, scheme=QuantScheme("int4", 64))
     assert len(set(read)) == len(WeightStore.open(tiny, artifact.config).entries)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -115,6 +117,6 @@ def test_another_checkpoint_starts_anew(
     data = bytearray((checkpoint / "model.safetensors").read_bytes())
     data[-3] ^= 1
     (checkpoint / "model.safetensors").write_bytes(data)
-    artifact = pipeline.build(checkpoint, "ort", out, QuantScheme("int8"))
+    artifact = build_artifact(checkpoint, "ort", out, scheme=QuantScheme("int8"))
     assert len(set(read)) == len(WeightStore.open(checkpoint, artifact.config).entries)
     assert not list(tmp_path.glob(".out*"))

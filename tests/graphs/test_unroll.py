@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from h1export.checkpoint.weight_expr import WeightExpr
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
 from h1export.graphs.passes import run_passes
 from h1export.graphs.program import Program
 from h1export.graphs.trace import trace, trace_all
@@ -130,9 +130,9 @@ def test_a_build_has_the_same_bytes(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = make_checkpoint("everything", num_hidden_layers=LAYERS)
-    unrolled = pipeline.build(checkpoint, "ort", tmp_path / "unrolled", QuantScheme("int4"))
-    monkeypatch.setattr(pipeline, "trace", trace_all)
-    traced = pipeline.build(checkpoint, "ort", tmp_path / "traced", QuantScheme("int4"))
+    unrolled = build_artifact(checkpoint, "ort", tmp_path / "unrolled", scheme=QuantScheme("int4"))
+    monkeypatch.setattr("h1export.commands.build.trace", trace_all)
+    traced = build_artifact(checkpoint, "ort", tmp_path / "traced", scheme=QuantScheme("int4"))
     files = sorted(file.name for file in traced.folder.iterdir())
     assert sorted(file.name for file in unrolled.folder.iterdir()) == files
     assert {"model.onnx", "model.onnx.data", "model.native.onnx", "manifest.json"} <= set(files)

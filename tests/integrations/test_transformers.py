@@ -15,7 +15,7 @@ from transformers import pipeline as transformers_pipeline
 
 import h1export
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_folder, load_runner
 from h1export.errors import H1ExportError
 from h1export.integrations import transformers
 from h1export.runtime.runner import Limits, Runner
@@ -194,7 +194,7 @@ def test_what_transformers_refuses_for_us(how: dict[str, Any], model: Any) -> No
 
 
 def test_an_artifact_with_last_logits_generates_and_says_what_it_has_not(tiny: Path, build: Build, model: Any) -> None:
-    last: Any = transformers.load(build(tiny, last_logits=True).folder)
+    last: Any = transformers.load(build(tiny, logits="last").folder)
     ids = torch.tensor([[5, 6, 7]])
     assert last.generate(ids, max_new_tokens=4).tolist() == model.generate(ids, max_new_tokens=4).tolist()
     with pytest.raises(H1ExportError, match="--logits all"):
@@ -208,12 +208,12 @@ def test_load_gives_a_runner(artifact: Artifact) -> None:
     assert isinstance(runner.limits, Limits)
     ids = np.array([[5, 6, 7]])
     mask = np.ones((1, 3), np.int64)
-    again = pipeline.load(artifact)
+    again = load_runner(artifact)
     assert np.array_equal(runner.step(ids, mask, runner.initial(1))[0], again.step(ids, mask, again.initial(1))[0])
 
 
 def test_the_face_of_the_package_finds_what_it_offers() -> None:
     assert h1export.__getattr__("hf").load is transformers.load
-    assert h1export.__getattr__("load") is pipeline.load_folder
+    assert h1export.__getattr__("load") is load_folder
     with pytest.raises(AttributeError, match="no attribute 'loads'"):
         h1export.loads  # type: ignore[attr-defined]  # noqa: B018

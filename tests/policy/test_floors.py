@@ -1,4 +1,4 @@
-"""A module imports only downwards. import-linter says the same of the wheel; this says it of an editable install, where it is blind."""
+"""A module imports only downwards: the rules of import-linter, which sees the wheel alone, for an editable install."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 
+from h1export.targets import target_infos
+
+# module of a runtime -> the folder in targets/ that may import it
 RUNTIMES = {
-    "onnxruntime": "onnx",
-    "onnxruntime_genai": "onnxruntime",
-    "tensorrt_rtx": "tensorrt",
-    "coremltools": "coreml",
-}  # -> target, or what targets share
+    **{module: info.folder for info in target_infos().values() for module in info.sdk_modules},
+    **{module: "onnx" for info in target_infos().values() for module in info.shared_sdk_modules},
+}
 TRITON = re.compile(
     r"h1export\.plugins\.\w+\.kernels"
 )  # modules that are written in Triton, and so need it to be imported
 HEAVY = ("numpy", "torch", "onnx", "onnx_ir", "transformers", "triton", *RUNTIMES)
-SHARED_BY_TARGETS = ("h1export.targets.base", "h1export.targets.onnx", "h1export.targets.sizes")
+SHARED_BY_TARGETS = tuple(f"h1export.targets.{name}" for name in ("base", "info", "onnx", "options", "sizes"))
 HOSTED = "h1export.integrations"  # its modules import what only extras install
 
 Floors = list[tuple[set[str], bool]]  # from the top: (packages, whether they may import each other)
@@ -49,7 +50,7 @@ def imports(tree: ast.Module, known: Mapping[str, Any]) -> Iterator[str]:
 
 
 def inside(module: str, package: str) -> bool:
-    """Whether ``module`` is ``package`` or lies in it."""
+    """Whether ``module`` is ``package`` or a part of it."""
     return f"{module}.".startswith(f"{package}.")
 
 
@@ -108,7 +109,7 @@ def of_runtimes(trees: Mapping[str, ast.Module]) -> list[str]:
 
 
 def of_triton(trees: Mapping[str, ast.Module]) -> list[str]:
-    """Imports of Triton, or of modules written in it, anywhere but in such modules and in the door, which imports by name."""
+    """Imports of Triton, or of modules written in it, outside such modules and sdk.py, which imports them by name."""
     others = [name for name in trees if not TRITON.fullmatch(name) and name != "h1export.plugins.gpu.sdk"]
     taken = [(module, name) for module in others for name in imports(trees[module], trees)]
     return [f"{module} -> {name}" for module, name in taken if name.split(".")[0] == "triton" or TRITON.fullmatch(name)]
@@ -117,9 +118,8 @@ def of_triton(trees: Mapping[str, ast.Module]) -> list[str]:
 def loaded_by(code: str, names: Iterable[str]) -> set[str]:
     """Which of ``names`` a fresh interpreter has loaded after ``code``."""
     script = f"import sys\n{code}\nprint(*(set({[*names]!r}) & set(sys.modules)))"
-    return set(
-        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
-    )
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return set(run.stdout.splitlines()[-1].split())
 
 
 def test_every_module_is_on_a_floor(trees: Mapping[str, ast.Module], floors: Floors) -> None:
@@ -140,7 +140,7 @@ def test_modules_import_only_downwards(trees: Mapping[str, ast.Module], floors: 
         ("h1export.model.falcon_h1.config", "def f():\n    from h1export import graphs"),
         ("h1export.plugins.scan", "from h1export.targets import base"),
         ("h1export.graphs.model", "from importlib import import_module\nimport_module('h1export.cli')"),
-        ("h1export.validate.accuracy.run", "from h1export.targets.base import Target"),
+        ("h1export.validate.accuracy.run", "from h1export.commands.load import load_runner"),
         ("h1export.targets.base", "import h1export.validate"),
         ("h1export.errors", "import h1export.model"),
         ("h1export", "from h1export.errors import H1ExportError"),
@@ -154,8 +154,8 @@ def test_an_upward_import_is_seen(module: str, line: str, floors: Floors) -> Non
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("h1export.cli", "from h1export.commands import pipeline"),
-        ("h1export.commands.pipeline", "from h1export.checkpoint.resolve import resolve"),
+        ("h1export.cli", "from h1export.commands.build import BuildJob"),
+        ("h1export.commands.build", "from h1export.checkpoint.resolve import resolve"),
         ("h1export.model.falcon_h1.config", "from h1export import __version__"),
         ("h1export.targets.onnx.emit", "import h1export.targets.base, numpy"),
     ],
@@ -196,6 +196,10 @@ def test_importing_the_package_is_light() -> None:
     assert loaded_by("import h1export, h1export.errors", HEAVY) == set()
 
 
+def test_the_help_is_light() -> None:
+    assert loaded_by("from h1export.cli import run; run(['build', '--help'])", HEAVY) == set()
+
+
 def test_what_runs_an_artifact_needs_neither_torch_nor_onnx(modules: Mapping[str, Any]) -> None:
     ours = [name for name in modules if inside(name, "h1export.runtime")]
     assert "h1export.runtime.runner" in ours
@@ -211,6 +215,14 @@ def test_importing_every_module_loads_no_runtime(modules: Mapping[str, Any]) -> 
         name for name in ours if name != "h1export.hf"
     ]  # transformers' own models load Triton where it is installed
     assert loaded_by(f"import {', '.join(ours)}", ("triton",)) == set()
+
+
+def test_pyproject_agrees_with_the_targets(project: Mapping[str, Any]) -> None:
+    (forbidden,) = [one for one in project["tool"]["importlinter"]["contracts"] if one["type"] == "forbidden"]
+    assert set(forbidden["forbidden_modules"]) == {*RUNTIMES, "triton"}
+    extras = project["project"]["optional-dependencies"]
+    for info in target_infos().values():
+        assert {info.extra, *info.test_extras} <= extras.keys()
 
 
 def test_triton_is_imported_by_its_door_only(trees: Mapping[str, ast.Module]) -> None:

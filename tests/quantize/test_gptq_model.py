@@ -159,14 +159,14 @@ def test_the_head_is_solved_on_the_contexts_of_its_tokens(
 KILLS = """
 import os, sys
 from pathlib import Path
-from h1export.commands import pipeline
+from h1export.commands import build
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.scheme import QuantScheme
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.methods import gptq_model as module
 checkpoint, truth, out = map(Path, sys.argv[1:4])
-program = pipeline.trace(FalconH1Config.load(checkpoint), False)
-pipeline.trace = lambda *_: program
+program = build.trace(FalconH1Config.load(checkpoint), False)
+build.trace = lambda *_: program
 functions = {name: getattr(module, name) for name in ("solve_rows", "_run_on_both", "_layer_output")}
 def built(place, name="", last=0):
     child = os.fork()
@@ -181,7 +181,7 @@ def built(place, name="", last=0):
     for own in functions:
         setattr(module, own, lambda *arguments, own=own, **named: counted(own, *arguments, **named))
     scheme, calibration = QuantScheme("int4", 32, "gptq"), Calibration(samples=3, length=100)
-    pipeline.build(checkpoint, "ort", place, scheme, jobs=1, calibration=calibration)
+    build.build_artifact(checkpoint, "ort", place, scheme=scheme, jobs=1, calibration=calibration)
     print(*calls.values(), flush=True)
     os._exit(0)
 assert built(truth) == 0

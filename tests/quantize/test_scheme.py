@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.quantize.choices import GROUP_SIZES, QuantName
 from h1export.quantize.precision import Precision
-from h1export.quantize.scheme import GROUP_SIZES, QuantName, QuantScheme
+from h1export.quantize.scheme import QuantScheme
 
 LAYER_PROJECTIONS = (
     "mamba.in_proj.weight",

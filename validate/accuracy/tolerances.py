@@ -13,7 +13,8 @@ from typing import get_args
 
 from h1export.artifact.manifest import Manifest
 from h1export.errors import H1ExportError
-from h1export.quantize.scheme import PREQUANTIZED, Method, QuantName
+from h1export.quantize.choices import Method, QuantName
+from h1export.quantize.scheme import PREQUANTIZED
 from h1export.report.checks import Comparison, Phase
 
 # float32 against float32: 4 layers differ by 2e-6 of the range, 36 layers by 3e-6

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from h1export.artifact.manifest import Manifest
 from h1export.errors import H1ExportError
-from h1export.quantize.scheme import QuantName
+from h1export.quantize.choices import QuantName
 from h1export.report.checks import Phase
 from h1export.validate.speed.decision import FIRST
 from h1export.validate.speed.statistics import Estimate

@@ -10,9 +10,9 @@ import numpy as np
 from h1export.checkpoint.gptq_tensor import PackedMatrix
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
+from h1export.quantize.choices import GROUP_SIZES
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
-from h1export.quantize.scheme import GROUP_SIZES
 from h1export.quantize.source import QuantizedWeights
 
 

@@ -11,12 +11,13 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Ids
 from h1export.progress import Progress
 from h1export.quantize.awq_scales import AwqScales, ScaledStore
+from h1export.quantize.choices import Method
 from h1export.quantize.methods.awq import search_scales, unit_scales
 from h1export.quantize.methods.gptq_model import solve_model
 from h1export.quantize.methods.prequantized import Prequantized
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.methods.scale_search import search_rows
-from h1export.quantize.scheme import Method, QuantScheme
+from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import QuantizedWeights, Rounded, Rounding
 
 # GPTQ rounds an embedding that is not the head in this way: nothing is multiplied by it.

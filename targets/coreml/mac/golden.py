@@ -4,7 +4,7 @@
 array          dtype and shape     content
 =============  ==================  ===============================================================================
 format         int32 []            1, the version of this format
-tolerance      float64 []          largest difference in a row of logits, divided by the range of the row
+tolerance      float64 []          limit of the largest difference in a row of logits, divided by the range of the row
 ids            int32 [n]           the token ids of the text
 prompts        int32 [cases]       the length of each case's prompt; a case decodes the ids that follow it
 steps          int32 []            the number of tokens that a case decodes

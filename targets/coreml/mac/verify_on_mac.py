@@ -228,27 +228,18 @@ def report_row(
     beyond = tolerance is not None and not figures["logits"] <= tolerance
     if beyond or any(math.isnan(value) for value in figures.values()):
         verdict = "FAIL"
-    return {
-        "kind": kind,
-        "comparison": "alone" if kind == LATENCY else "golden",
-        "case": case,
-        "phase": None,
-        "length": length,
-        "device": unit,
-        "figures": {name: str(value) if math.isnan(value) else value for name, value in figures.items()},
-        "tolerances": tolerances,
-        "note": note,
-        "details": {},
-        "histograms": {},
-        "verdict": verdict,
-    }
+    comparison = "alone" if kind == LATENCY else "golden"
+    shown = {name: str(value) if math.isnan(value) else value for name, value in figures.items()}
+    row: dict[str, Any] = {"kind": kind, "comparison": comparison, "case": case, "phase": None, "length": length}
+    row |= {"device": unit, "figures": shown, "tolerances": tolerances, "note": note}
+    return row | {"details": {}, "histograms": {}, "verdict": verdict}
 
 
 def case_row(
     functions: Mapping[str, Function], settings: Settings, case: Case, *, unit: str, tolerance: float
 ) -> dict[str, Any]:
     """Return the row of a case on a unit; an error is a failure on a unit that must pass, and a note on others."""
-    must_pass = settings.must_pass(unit)
+    limit = tolerance if settings.must_pass(unit) else None
     try:
         pairs, note = run_case(functions, settings, case)
         figures = figures_of(pairs)
@@ -257,17 +248,9 @@ def case_row(
     except Exception as error:
         figures = {"logits": math.nan, "top1": 0.0}
         note = f"{type(error).__name__}: {str(error)[:200]}"
-    if not must_pass and math.isnan(figures["logits"]):
+    if limit is None and math.isnan(figures["logits"]):
         figures = {}
-    return report_row(
-        CASE,
-        unit,
-        figures,
-        tolerance=tolerance if must_pass else None,
-        note=note,
-        case=case.name,
-        length=len(case.ids),
-    )
+    return report_row(CASE, unit, figures, tolerance=limit, note=note, case=case.name, length=len(case.ids))
 
 
 def latency_row(functions: Mapping[str, Function], settings: Settings, unit: str, *, repeats: int) -> dict[str, Any]:
@@ -325,7 +308,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 def read_golden(folder: Path, settings: Settings) -> tuple[list[Case], float]:
-    """Read the cases and the tolerance of their logits; raise CannotRunError if they are missing, damaged or long."""
+    """Read the cases and their tolerance of logits; raise CannotRunError if they are missing, damaged or too long."""
     try:
         with np.load(folder / GOLDEN, allow_pickle=False) as data:
             if int(data["format"]) != FORMAT:
@@ -396,11 +379,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = read_settings(HERE)
         cases, tolerance = read_golden(HERE, settings)
         subject = read_subject(HERE)
-        rows = [
-            row
-            for unit in arguments.units
-            for row in unit_rows(settings, cases, tolerance, unit=unit, repeats=arguments.repeats)
-        ]
+        rows = []
+        for unit in arguments.units:
+            rows += unit_rows(settings, cases, tolerance, unit=unit, repeats=arguments.repeats)
     except CannotRunError as error:
         print(f"verify_on_mac: {error}", file=sys.stderr)
         return 2
@@ -408,10 +389,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_table(rows)
     (HERE / REPORT).write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if not any(row["tolerances"] for row in rows):
-        print(
-            f"nothing was judged: only CPU_ONLY and {settings.compute} have tolerances; written to {REPORT}",
-            file=sys.stderr,
-        )
+        what = f"only CPU_ONLY and {settings.compute} have tolerances; written to {REPORT}"
+        print(f"nothing was judged: {what}", file=sys.stderr)
         return 2
     print(f"{'passed' if report['passed'] else 'FAILED'}; written to {REPORT}")
     return 0 if report["passed"] else 1

@@ -1,4 +1,4 @@
-"""The graph of --provider cuda: fp16 activations, keys and values; the scan and its state in float32.
+"""The graph of --graph cuda: fp16 activations, keys and values; the scan and its state in float32.
 
 Every operator here has a kernel of these dtypes in ONNX Runtime's CUDA provider: its docs/OperatorKernels.md, repeated
 for what this graph uses in tests/targets/onnxruntime/test_cuda.py. bf16 activations are not offered: MatMulNBits takes
@@ -49,7 +49,7 @@ class CudaContext(OrtContext):
 
     def matrix(self, expr: WeightExpr) -> Value:
         """Return ``expr`` in fp16, written once. Raises H1ExportError for values beyond it."""
-        return narrow_matrix(self, expr, ir.DataType.FLOAT16, next_step="use --provider cpu")
+        return narrow_matrix(self, expr, ir.DataType.FLOAT16, next_step="use --graph cpu")
 
 
 def linear(c: CudaContext, node: Node) -> None:

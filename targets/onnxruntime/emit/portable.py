@@ -1,4 +1,4 @@
-"""The graph of --opset-only: ai.onnx operators alone, for any runtime.
+"""The graph of --graph portable: ai.onnx operators alone, for any runtime.
 
 The norm, the rotary embedding and attention are spelled out, because their operators came with opset 23 and few
 runtimes have them; what is left needs opset 18, 19 for int8 and 21 for int4. No control flow, and no operator that a

@@ -22,6 +22,7 @@ from h1export.targets.tensorrt.network.layout import MODEL, WRITE_INDICES
 from h1export.targets.tensorrt.network.limits import Limits as NetworkLimits
 from h1export.targets.tensorrt.network.limits import calls
 from h1export.targets.tensorrt.network.weights import key, read_stored
+from h1export.targets.tensorrt.options import TensorRTOptions
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ class NetworkRunner:
         self._float32 = float32
         self._why = why
         self._states = StateSpec.of(self._config)
-        options = artifact.manifest.options
+        options = TensorRTOptions.read(artifact)
         self._limits = NetworkLimits.of(artifact)
-        self._all_logits = not options["last_logits"]
-        self._compute = "fp32" if float32 else str(options["compute"])
+        self._all_logits = not options.last_logits
+        self._compute = "fp32" if float32 else options.compute
         self._open = partial(Execution, artifact.folder, artifact.manifest.files, not float32, threads=threads)
         self._execution = self._open()
 

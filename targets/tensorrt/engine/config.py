@@ -14,8 +14,8 @@ from typing import Any
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import BATCH, SEQUENCE
-from h1export.targets.base import BuildOptions, RuntimeName
 from h1export.targets.tensorrt.network.layout import MODEL, Ports, Profile, profiles
+from h1export.targets.tensorrt.options import RuntimeName, TensorRTOptions
 
 RECIPE = "recipe.json"
 ENGINE = "model.engine"
@@ -80,7 +80,7 @@ class EngineConfig:
         architectures: tuple[int, ...],
         inputs: Ports,
         *,
-        options: BuildOptions,
+        options: TensorRTOptions,
         hashes: Mapping[str, str],
     ) -> EngineConfig:
         """Return the settings for a network with the given inputs."""

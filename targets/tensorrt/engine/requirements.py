@@ -14,9 +14,9 @@ from typing import Any
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.files import sha256_file
 from h1export.errors import H1ExportError
-from h1export.targets.base import RuntimeName
 from h1export.targets.tensorrt import sdk
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, EngineConfig
+from h1export.targets.tensorrt.options import RuntimeName
 
 MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 MINOR = 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR

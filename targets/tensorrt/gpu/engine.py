@@ -16,6 +16,7 @@ from h1export.targets.tensorrt.engine.requirements import EngineRequirements, Ho
 from h1export.targets.tensorrt.gpu.device import Gpu
 from h1export.targets.tensorrt.network.layout import DECODE, PREFILL
 from h1export.targets.tensorrt.network.limits import Limits
+from h1export.targets.tensorrt.options import TensorRTOptions
 
 
 class TrtLogger:
@@ -70,7 +71,7 @@ class LoadedEngine:
         self.artifact = artifact
         self.gpu = gpu
         self.limits = Limits.of(artifact)
-        self.all_logits = not artifact.manifest.options["last_logits"]
+        self.all_logits = not TensorRTOptions.read(artifact).last_logits
         self.gpu_name = f"sm_{host.architecture}"
         self._profiles = {profile.name: index for index, profile in enumerate(config.profiles)}
         path = artifact.folder / config.engine

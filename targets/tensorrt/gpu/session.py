@@ -15,6 +15,7 @@ from h1export.runtime.runner import check_call
 from h1export.targets.tensorrt.gpu.engine import LoadedEngine
 from h1export.targets.tensorrt.network.layout import DECODE, OWN, TORCH, WRITE_INDICES, dtype
 from h1export.targets.tensorrt.network.limits import calls
+from h1export.targets.tensorrt.options import TensorRTOptions
 
 Tensors = Mapping[str, torch.Tensor]
 WARM_UP = 2  # calls of one token: launched, and recorded
@@ -35,7 +36,7 @@ class EngineSession:
     def new(cls, engine: LoadedEngine, batch: int) -> EngineSession:
         """Return ``batch`` sequences before their first token. Raises H1ExportError for more than the engine takes."""
         engine.limits.check_rows("start", batch)
-        own = OWN[engine.artifact.manifest.options["compute"]]
+        own = OWN[TensorRTOptions.read(engine.artifact).compute]
         tensors = StateSpec.of(engine.artifact.config).tensors
 
         def zeros(tensor: StateTensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from h1export.model.falcon_h1.states import (
     StateKind,
     StateTensor,
 )
-from h1export.targets.base import BuildOptions, Compute
+from h1export.targets.tensorrt.options import Compute, TensorRTOptions
 
 MODEL = "model.onnx"
 DATA = MODEL + ".data"
@@ -62,20 +62,20 @@ def dtype(kind: StateKind, own: ir.DataType) -> ir.DataType:
     return FLOAT if kind is StateKind.RECURRENT else own
 
 
-def _state(tensor: StateTensor, options: BuildOptions) -> tuple[str, Dims]:
+def _state(tensor: StateTensor, options: TensorRTOptions) -> tuple[str, Dims]:
     """The canonical layouts; keys and values in buffers of ``max_context`` columns."""
     dims = tuple(options.max_context if dim == PAST else dim for dim in tensor.shape)
     return dtype(tensor.kind, OWN[options.compute]).name, dims
 
 
-def inputs(program: Program, options: BuildOptions) -> Ports:
+def inputs(program: Program, options: TensorRTOptions) -> Ports:
     """The mask has a column for each of the buffer's, 1 for real tokens up to the call's last one."""
     states = {tensor.past: _state(tensor, options) for tensor in program.states.tensors}
     mask = ("INT64", (BATCH, options.max_context))
     return {INPUT_IDS: ("INT64", (BATCH, SEQUENCE)), ATTENTION_MASK: mask, WRITE_INDICES: ("INT64", (BATCH,)), **states}
 
 
-def outputs(program: Program, options: BuildOptions) -> Ports:
+def outputs(program: Program, options: TensorRTOptions) -> Ports:
     """Every state's output is the memory of its input."""
     logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.config.vocab_size)
     return {LOGITS: ("FLOAT", logits), **{tensor.present: _state(tensor, options) for tensor in program.states.tensors}}

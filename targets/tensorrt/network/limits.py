@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.targets.tensorrt.network.layout import PREFILL_TOKENS
+from h1export.targets.tensorrt.options import TensorRTOptions
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Limits:
 
     @classmethod
     def of(cls, artifact: Artifact) -> Limits:
-        options = artifact.manifest.options
-        return cls(int(options["max_batch"]), int(options["max_context"]))
+        options = TensorRTOptions.read(artifact)
+        return cls(options.max_batch, options.max_context)
 
     @property
     def note(self) -> str:

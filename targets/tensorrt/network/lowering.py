@@ -18,24 +18,21 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING
 from h1export.quantize.methods.prequantized import need_symmetric
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import BuildOptions, Lowered
+from h1export.targets.base import Lowered
 from h1export.targets.onnx.emit import emit, name_probes
 from h1export.targets.onnx.external_data import ExternalData
 from h1export.targets.tensorrt.network import layout
 from h1export.targets.tensorrt.network.context import OPSETS, TensorRTContext, TypedBuilder
 from h1export.targets.tensorrt.network.layout import DATA, MODEL, WRITE_INDICES, Dims
 from h1export.targets.tensorrt.network.ops import TABLE
+from h1export.targets.tensorrt.options import TensorRTOptions
 
 ZERO_POINTS = "use --target ort or coreml, or give a checkpoint with sym true, or the unquantised one"
 
 
-def check(config: FalconH1Config, integers: QuantizedWeights, options: BuildOptions) -> None:
+def check(config: FalconH1Config, integers: QuantizedWeights, options: TensorRTOptions) -> None:
     """Raises H1ExportError for integers and options that TensorRT does not take."""
     need_symmetric(integers, "TensorRT", next_step=ZERO_POINTS)
-    if options.compute not in layout.OWN:
-        raise H1ExportError(
-            "--compute", f"{options.compute} is not a dtype of this network", f"one of {', '.join(layout.OWN)}"
-        )
     gathered = {EMBEDDING} if not config.tie_word_embeddings else set()  # never multiplied by
     wide = [name for name, precision in integers.precisions.items() if precision.bits != 4 and name not in gathered]
     if wide:
@@ -45,7 +42,7 @@ def check(config: FalconH1Config, integers: QuantizedWeights, options: BuildOpti
 
 
 def write(
-    program: Program, store: WeightStore, integers: QuantizedWeights, options: BuildOptions, stage: Stage
+    program: Program, store: WeightStore, integers: QuantizedWeights, options: TensorRTOptions, stage: Stage
 ) -> Lowered:
     """Write model.onnx and its data into ``stage``. Raises H1ExportError for weights beyond fp16."""
     program = run_passes(program, (FuseParallelProjections(_kinds(store, integers)), FlattenSplits()))

@@ -11,7 +11,7 @@ import pytest
 
 from h1export.artifact.artifact import Artifact
 from h1export.cli import run
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.targets.coreml.program import layout
 
 Build = Callable[..., Artifact]
@@ -37,7 +37,7 @@ def test_lint(built: Artifact, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_runs_in_turn_are_the_runners(built: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    runner = pipeline.load(built)
+    runner = load_runner(built)
     states = None
     state = runner.initial(1)
     after = str(tmp_path / "after.npz")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.report.checks import CheckKind, Comparison
@@ -32,7 +32,7 @@ def built(make_checkpoint: Callable[..., Path], build: Build) -> Artifact:
 
 
 def judged(artifact: Artifact, checkpoint: Path) -> Report:
-    runner = pipeline.load(artifact)
+    runner = load_runner(artifact)
     return validate(artifact, runner, runner, checkpoint, ValidateOptions(pairs=0), SILENT)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from gptq_files import Written
 
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
+from h1export.commands.load import load_runner
 from h1export.quantize.scheme import QuantScheme
-from h1export.targets import BuildOptions
+from h1export.targets.coreml.options import CoreMLOptions
 from h1export.validate.accuracy.logits import relative_error
 
 HALF = 3e-3  # of the range
@@ -30,11 +31,13 @@ def test_the_package_computes_what_the_integers_mean(
     how: dict[str, Any], make_gptq: Callable[..., Written], gptq_logits: Callable[..., Any], tmp_path: Path
 ) -> None:
     written = make_gptq(tmp_path / "in", **how)
-    options = BuildOptions(max_context=128)
-    runner = pipeline.load(pipeline.build(written.folder, "coreml", tmp_path / "out", QuantScheme("none"), options))
+    options = CoreMLOptions(max_context=128)
+    runner = load_runner(
+        build_artifact(written.folder, "coreml", tmp_path / "out", scheme=QuantScheme("none"), options=options)
+    )
     logits, _ = runner.step(IDS[None], np.ones((1, len(IDS)), np.int64), runner.initial(1))
     assert relative_error(logits[0], gptq_logits(written, IDS)) <= HALF
-    onnx = pipeline.load(pipeline.build(written.folder, "ort", tmp_path / "onnx", QuantScheme("none")))
+    onnx = load_runner(build_artifact(written.folder, "ort", tmp_path / "onnx", scheme=QuantScheme("none")))
     ours: Any = runner.stored_weights()
     theirs: Any = onnx.stored_weights()
     assert set(ours) == set(theirs) == set(written.codes)

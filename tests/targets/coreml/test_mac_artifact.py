@@ -49,9 +49,7 @@ def script_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return script
 
 
-@pytest.mark.parametrize(
-    "chosen", [{}, {"state_io": True, "last_logits": True}], ids=["states", "state io, last logits"]
-)
+@pytest.mark.parametrize("chosen", [{}, {"state_io": True, "logits": "last"}], ids=["states", "state io, last logits"])
 def test_a_built_artifact_verifies_itself(
     chosen: dict[str, Any], tiny: Path, build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

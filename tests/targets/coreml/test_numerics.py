@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.progress import SILENT
@@ -31,7 +31,7 @@ Build = Callable[..., Artifact]
 
 def worst(artifact: Artifact, checkpoint: Path) -> tuple[float, float]:
     """Return the errors of logits and states over CALLS, relative to their ranges."""
-    runner = pipeline.load(artifact)
+    runner = load_runner(artifact)
     reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
     ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (1, sum(CALLS)), dtype=np.int64)
@@ -69,7 +69,7 @@ def test_fp16_is_where_it_is_asked_for_alone(chosen: dict[str, Any], tiny: Path,
 
 def test_validate_passes_as_for_every_target(tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int4", target="coreml", max_context=576)
-    runner = pipeline.load(artifact)
+    runner = load_runner(artifact)
     report = validate(artifact, runner, runner, tiny, ValidateOptions(pairs=1), SILENT)
     assert report.passed, report.to_json()
     cases = {row.case: row for row in report.rows if row.comparison is Comparison.STORED}
@@ -80,10 +80,10 @@ def test_validate_passes_as_for_every_target(tiny: Path, build: Build) -> None:
 
 
 def test_only_the_last_logits(tiny: Path, build: Build) -> None:
-    every, last = (build(tiny, "int4", target="coreml", max_context=192, last_logits=last) for last in (False, True))
+    every, last = (build(tiny, "int4", target="coreml", max_context=192, logits=logits) for logits in ("all", "last"))
     ids = np.arange(70)[None]
     mask = np.ones((1, 70), np.int64)
-    answers = [runner.step(ids, mask, runner.initial(1))[0] for runner in map(pipeline.load, (every, last))]
+    answers = [runner.step(ids, mask, runner.initial(1))[0] for runner in map(load_runner, (every, last))]
     assert answers[1].shape[1] == 1
     np.testing.assert_allclose(
         answers[1], answers[0][:, -1:], rtol=FP16_STEP
@@ -93,7 +93,7 @@ def test_only_the_last_logits(tiny: Path, build: Build) -> None:
 def test_the_buffer_is_used_to_its_last_row_and_no_further(tiny: Path, build: Build) -> None:
     """Tokens are decoded one by one where a padded prefill would not fit."""
     artifact = build(tiny, "int4", target="coreml", max_context=72)
-    runner = pipeline.load(artifact)
+    runner = load_runner(artifact)
     reference = Reference(tiny)
     reference.hold(runner.stored_weights())
     ids = np.random.default_rng(1).integers(0, runner.config.vocab_size, (1, 72), dtype=np.int64)
@@ -107,7 +107,7 @@ def test_the_buffer_is_used_to_its_last_row_and_no_further(tiny: Path, build: Bu
 
 
 def test_one_state_serves_two_continuations(tiny: Path, build: Build) -> None:
-    runner = pipeline.load(build(tiny, "int4", target="coreml", max_context=192))
+    runner = load_runner(build(tiny, "int4", target="coreml", max_context=192))
     ids = np.arange(8)[None]
     ones = np.ones((1, 9), np.int64)
     _, states = runner.step(ids, ones[:, :8], runner.initial(1))
@@ -118,7 +118,7 @@ def test_one_state_serves_two_continuations(tiny: Path, build: Build) -> None:
 
 
 def test_held_sequences_answer_as_steps_do(tiny: Path, build: Build) -> None:
-    runner = pipeline.load(build(tiny, "int4", target="coreml", max_context=192))
+    runner = load_runner(build(tiny, "int4", target="coreml", max_context=192))
     session = runner.start(1, 100)
     states = runner.initial(1)
     end = 0
@@ -132,7 +132,7 @@ def test_held_sequences_answer_as_steps_do(tiny: Path, build: Build) -> None:
 
 
 def test_pads_and_batches_are_refused(tiny: Path, build: Build) -> None:
-    runner = pipeline.load(build(tiny, "int4", target="coreml", max_context=192))
+    runner = load_runner(build(tiny, "int4", target="coreml", max_context=192))
     with pytest.raises(H1ExportError, match="without padding"):
         runner.step(np.zeros((1, 2), np.int64), np.array([[0, 1]]), runner.initial(1))
     with pytest.raises(H1ExportError, match="one sequence at a time"):

@@ -14,15 +14,18 @@ import pytest
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import MANIFEST
 from h1export.checkpoint.store import WeightStore
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
+from h1export.commands.load import load_runner
+from h1export.commands.plan import plan_build
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
 from h1export.model.falcon_h1.tensors import tensor_layout
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.scheme import QuantScheme
-from h1export.targets import BuildOptions, get_target
+from h1export.targets import get_target
 from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Package
+from h1export.targets.coreml.options import CoreMLOptions
 from h1export.targets.coreml.program import layout
 from h1export.targets.coreml.program.ops import TABLE, UNUSED
 
@@ -54,7 +57,7 @@ def test_one_kernel_a_layer(function: str, tiny: Path, build: Build) -> None:
 
 def test_the_integers_are_those_of_onnx_runtime(tiny: Path, build: Build) -> None:
     """Codes, scales and µP multipliers of every projection and of the head are equal bit for bit."""
-    onnx, coreml = (pipeline.load(build(tiny, "int4", target=name)).stored_weights() for name in ("ort", "coreml"))
+    onnx, coreml = (load_runner(build(tiny, "int4", target=name)).stored_weights() for name in ("ort", "coreml"))
     assert set(onnx) - set(coreml) == {"model.embed_tokens.weight"}  # untied: fp16 here
     for name in coreml:
         # type: ignore[attr-defined]
@@ -69,7 +72,7 @@ def test_the_integers_are_those_of_onnx_runtime(tiny: Path, build: Build) -> Non
 def test_the_integers_are_those_of_the_rule(quant: str, checkpoint: Path, build: Build) -> None:
     artifact = build(checkpoint, quant, target="coreml", max_context=192)
     store = WeightStore.open(checkpoint, artifact.config)
-    stored = pipeline.load(artifact).stored_weights()
+    stored = load_runner(artifact).stored_weights()
     assert len(stored) >= 9 * artifact.config.num_hidden_layers + 1 - artifact.config.tie_word_embeddings
     for name in stored:
         precision = QuantScheme(quant).precision(name, artifact.config)  # type: ignore[arg-type]
@@ -111,7 +114,7 @@ def test_the_weights_file_is_near_its_ideal(tiny: Path, build: Build) -> None:
     The rest is records, tables and the scan's float32.
     """
     artifact = build(tiny, "int4", target="coreml", max_context=192)
-    stored = set(pipeline.load(artifact).stored_weights())
+    stored = set(load_runner(artifact).stored_weights())
     ideal = sum(
         (4 + 16 / 32 if name in stored else 16) / 8 * prod(shape)
         for name, shape in tensor_layout(artifact.config).items()
@@ -121,15 +124,15 @@ def test_the_weights_file_is_near_its_ideal(tiny: Path, build: Build) -> None:
 
 def test_two_builds_give_the_same_bytes(tiny: Path, build: Build, tmp_path: Path) -> None:
     first = build(tiny, "int4", target="coreml", max_context=192)
-    options = BuildOptions(accuracy_level=0, max_context=192)
-    second = pipeline.build(tiny, "coreml", tmp_path / "elsewhere", options=options, jobs=1)
+    options = CoreMLOptions(max_context=192)
+    second = build_artifact(tiny, "coreml", tmp_path / "elsewhere", options=options, jobs=1)
     assert first.manifest == second.manifest
 
 
 def test_a_plan_knows_every_byte(tiny: Path, build: Build, tmp_path: Path) -> None:
     artifact = build(tiny, "int4", target="coreml", max_context=192)
-    planned = pipeline.plan(
-        tiny, "coreml", tmp_path / "planned", QuantScheme(), BuildOptions(accuracy_level=0, max_context=192)
+    planned = plan_build(
+        tiny, "coreml", tmp_path / "planned", scheme=QuantScheme(), options=CoreMLOptions(max_context=192)
     )
     sizes = {name: size for name, (_, size) in artifact.manifest.files.items()}
     assert {name: size for name, size in planned.files.items() if name != MANIFEST} == sizes
@@ -147,5 +150,5 @@ def test_coremltools_reads_and_validates_the_package(tiny: Path, build: Build) -
 
 def test_a_context_shorter_than_a_prefill_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(H1ExportError, match=r"--max-context.*65 or more"):
-        pipeline.build(tiny, "coreml", tmp_path / "out", options=BuildOptions(max_context=64))
+        build_artifact(tiny, "coreml", tmp_path / "out", options=CoreMLOptions(max_context=64))
     assert not (tmp_path / "out").exists()

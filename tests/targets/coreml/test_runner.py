@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.runtime.runner import Observable, TracksMagnitudes
 from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator import Evaluator, Package
@@ -60,9 +60,9 @@ def test_core_ml_is_called_as_the_evaluator_is(
 ) -> None:
     """Steps and a session; Core ML shows neither values between ops nor magnitudes."""
     artifact = build(make_checkpoint(num_hidden_layers=1), "int4", target="coreml", max_context=192, state_io=state_io)
-    evaluated = pipeline.load(artifact)
+    evaluated = load_runner(artifact)
     as_on_a_mac(monkeypatch)
-    runner = pipeline.load(artifact)
+    runner = load_runner(artifact)
     assert isinstance(evaluated, Observable)
     assert isinstance(evaluated, TracksMagnitudes)
     assert not isinstance(runner, Observable | TracksMagnitudes)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
@@ -20,7 +20,7 @@ Build = Callable[..., Artifact]
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("spare", [0, 30])
 def test_appending_in_place_is_step(batch: int, spare: int, kernels: Kernels, tiny: Path, build: Build) -> None:
-    runner = pipeline.load(build(tiny, "int4"), kernels=kernels)
+    runner = load_runner(build(tiny, "int4"), kernels=kernels)
     ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (batch, 33))
     session = runner.start(batch, capacity=33 + spare)
     states = runner.initial(batch)
@@ -32,7 +32,7 @@ def test_appending_in_place_is_step(batch: int, spare: int, kernels: Kernels, ti
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(tiny: Path, build: Build) -> None:
-    runner = pipeline.load(build(tiny, "int4"))
+    runner = load_runner(build(tiny, "int4"))
     session = runner.start(1, capacity=8)
     again = runner.start(1, capacity=8)
     prompt = np.arange(8)[None, :7]

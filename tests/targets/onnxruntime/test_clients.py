@@ -14,7 +14,7 @@ import pytest
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.tokenizer import load_tokenizer
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.runtime.generation import Sampling, generate
 from h1export.targets.onnx import sdk
@@ -46,15 +46,15 @@ def continued(generator: og.Generator, count: int, batch: int = 1) -> list[list[
     return [[int(token) for token in generator.get_sequence(row)[length:]] for row, length in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("opset_only", [False, True])
+@pytest.mark.parametrize("graph", ["cpu", "portable"])
 @pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 7)])
 def test_genai_generates_what_we_generate_however_the_prompt_is_cut(
-    cuts: tuple[int, ...], opset_only: bool, tiny: Path, build: Build
+    cuts: tuple[int, ...], graph: str, tiny: Path, build: Build
 ) -> None:
-    artifact = build(tiny, opset_only=opset_only)
+    artifact = build(tiny, graph=graph)
     model = og.Model(str(artifact.folder))
     ids = og.Tokenizer(model).encode(PROMPT)
-    ours = list(generate(pipeline.load(artifact), np.array(ids, np.int64), 64, sampling=Sampling(), eos=frozenset()))
+    ours = list(generate(load_runner(artifact), np.array(ids, np.int64), 64, sampling=Sampling(), eos=frozenset()))
     first, *rest = np.split(np.array(ids, np.int32), cuts)
     generator = genai(model, [first], len(ids) + 64)
     for subgraph in rest:
@@ -79,9 +79,9 @@ def test_genai_config_has_the_settings_of_our_own_sessions(tiny: Path, build: Bu
     assert config["model"]["decoder"]["session_options"].items() >= SETTINGS[MODEL].items()
 
 
-@pytest.mark.parametrize("opset_only", [False, True])
-def test_a_batch_of_one_length_is_its_rows_alone(opset_only: bool, tiny: Path, build: Build) -> None:
-    model = og.Model(str(build(tiny, opset_only=opset_only).folder))
+@pytest.mark.parametrize("graph", ["cpu", "portable"])
+def test_a_batch_of_one_length_is_its_rows_alone(graph: str, tiny: Path, build: Build) -> None:
+    model = og.Model(str(build(tiny, graph=graph).folder))
     rows = [list(map(int, ids[:6])) for ids in map(og.Tokenizer(model).encode, PROMPTS)]
     together = continued(genai(model, rows, 24), 24, len(rows))
     assert together == [continued(genai(model, [row], 24), 24)[0] for row in rows]
@@ -130,14 +130,14 @@ def best_of_beams(runner: Any, prompt: list[int], count: int, beams: int) -> lis
 def test_beam_search_comes_out_wrong(tiny: Path, build: Build) -> None:
     artifact = build(tiny)
     model = og.Model(str(artifact.folder))
-    runner = pipeline.load(artifact)
+    runner = load_runner(artifact)
     prompts = [list(map(int, ids)) for ids in map(og.Tokenizer(model).encode, PROMPTS)]
     theirs = [continued(genai(model, [prompt], 6, num_beams=3), 6)[0] for prompt in prompts]
     assert theirs != [best_of_beams(runner, prompt, 6, 3) for prompt in prompts]
 
 
 def test_the_readme_is_made_for_the_graph(tiny: Path, build: Build) -> None:
-    made = {"CPUs": {}, "CUDA": {"provider": "cuda"}, "any ONNX runtime": {"opset_only": True}}
+    made = {"CPUs": {}, "CUDA": {"graph": "cuda"}, "any ONNX runtime": {"graph": "portable"}}
     for title, options in made.items():
         text = (build(tiny, **options).folder / "README.md").read_text(encoding="utf-8")
         assert title in text.splitlines()[0]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.store import WeightStore
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD
@@ -25,9 +26,8 @@ from h1export.progress import SILENT
 from h1export.quantize.scheme import QuantScheme
 from h1export.report.checks import CheckKind
 from h1export.report.report import Row
-from h1export.targets import BuildOptions
-from h1export.targets.onnxruntime import runner
-from h1export.targets.onnxruntime.variants import CPU, graph_variant
+from h1export.targets.onnxruntime.options import OrtOptions
+from h1export.targets.onnxruntime.variants import CPU, GRAPH_VARIANTS
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.run import ValidateOptions, validate
 from h1export.validate.accuracy.weights import weight_errors
@@ -42,12 +42,14 @@ SHARED = {"self_attn.q_proj": "mamba.in_proj"}  # k_proj and v_proj have groups 
 
 def built(written: Written, out: Path, chosen: dict[str, Any] | None = None, **options: Any) -> Artifact:
     scheme = QuantScheme("none", chosen=chosen or {})
-    return pipeline.build(written.folder, "ort", out, scheme, BuildOptions(**{"accuracy_level": 0} | options))
+    return build_artifact(
+        written.folder, "ort", out, scheme=scheme, options=OrtOptions(**{"accuracy_level": 0} | options)
+    )
 
 
 def answer(artifact: Artifact, **loaded: Any) -> Array:
     """Logits of IDS in two calls."""
-    loaded_runner = pipeline.load(artifact, **loaded)
+    loaded_runner = load_runner(artifact, **loaded)
     most = len(IDS) - 1
     first, states = loaded_runner.step(IDS[None, :most], np.ones((1, most), np.int64), loaded_runner.initial(1))
     last, _ = loaded_runner.step(IDS[None, most:], np.ones((1, len(IDS)), np.int64), states)
@@ -56,7 +58,7 @@ def answer(artifact: Artifact, **loaded: Any) -> Array:
 
 def assert_own_integers(artifact: Artifact, written: Written) -> None:
     """Codes, zero points and scales are the writer's, in the artifact's order; dequantised, equal in every bit."""
-    stored: Any = pipeline.load(artifact, float32=True).stored_weights()
+    stored: Any = load_runner(artifact, float32=True).stored_weights()
     middle = 1 << (next(weight.bits for weight in artifact.manifest.weights) - 1)
     assert set(written.codes) <= set(stored)
     for name, codes in written.codes.items():
@@ -88,15 +90,15 @@ HOWS = st.fixed_dictionaries(
 
 
 @settings(deadline=None, max_examples=6, derandomize=True)
-@given(how=HOWS, opset_only=st.booleans())
+@given(how=HOWS, graph=st.sampled_from(["cpu", "portable"]))
 def test_logits_are_those_of_the_writers_weights(
-    how: dict[str, Any], opset_only: bool, make_gptq: Make, gptq_logits: Logits
+    how: dict[str, Any], graph: str, make_gptq: Make, gptq_logits: Logits
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         written = make_gptq(Path(folder, "in"), **how)
-        artifact = built(written, Path(folder, "out"), opset_only=opset_only)
+        artifact = built(written, Path(folder, "out"), graph=graph)
         truth = gptq_logits(written, IDS)
-        for kernels in ("auto",) if opset_only else ("native", "stock"):
+        for kernels in ("auto",) if graph == "portable" else ("native", "stock"):
             assert relative_error(answer(artifact, kernels=kernels), truth) <= EXACT
         assert_own_integers(artifact, written)
 
@@ -110,9 +112,9 @@ def test_biases_and_the_head_of_a_model_with_every_switch(make_gptq: Make, gptq_
 def test_the_graph_for_cuda(
     make_gptq: Make, gptq_logits: Logits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "graph_variant", lambda *options: replace(graph_variant(*options), provider=CPU))
+    monkeypatch.setitem(GRAPH_VARIANTS, "cuda", replace(GRAPH_VARIANTS["cuda"], provider=CPU))
     written = make_gptq(tmp_path / "in", sym=False, act_order=True, group=64)
-    artifact = built(written, tmp_path / "out", provider="cuda")
+    artifact = built(written, tmp_path / "out", graph="cuda")
     assert relative_error(answer(artifact, float32=True), gptq_logits(written, IDS)) <= EXACT
     assert_own_integers(artifact, written)
 
@@ -144,8 +146,8 @@ def asymmetric(make_gptq: Make, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 def rows(written: Written, artifact: Artifact) -> dict[CheckKind, Row]:
-    shipped = pipeline.load(artifact)
-    exact = pipeline.load(artifact, float32=True)
+    shipped = load_runner(artifact)
+    exact = load_runner(artifact, float32=True)
     report = validate(artifact, shipped, exact, written.folder, ValidateOptions(pairs=0), SILENT)
     assert report.passed
     return {row.kind: row for row in report.rows}
@@ -167,7 +169,7 @@ def test_the_manifest_says_where_the_integers_are_from(asymmetric: tuple[Written
 
 def test_one_changed_code_is_seen(asymmetric: tuple[Written, Artifact]) -> None:
     written, artifact = asymmetric
-    stored: Any = pipeline.load(artifact).stored_weights()
+    stored: Any = load_runner(artifact).stored_weights()
     found = {name: np.array(stored[name]) for name in stored}
     name = "model.layers.0.mamba.out_proj.weight"
     found[name][3, 5] += written.scales[name][3, written.g_idx[name][5]]
@@ -195,7 +197,7 @@ def test_a_choice_for_what_is_in_integers_already(make_gptq: Make, tmp_path: Pat
     written = make_gptq(tmp_path / "in")
     for scheme in (QuantScheme("int4"), QuantScheme("none", chosen={"model.layers.0.mamba.in_proj.weight": "int8"})):
         with pytest.raises(H1ExportError, match=r"in int4 already.*unquantised"):
-            pipeline.build(written.folder, "ort", tmp_path / "out", scheme)
+            build_artifact(written.folder, "ort", tmp_path / "out", scheme=scheme)
     assert not (tmp_path / "out").exists()
 
 

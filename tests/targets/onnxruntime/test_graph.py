@@ -12,10 +12,12 @@ import onnx
 import pytest
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
 from h1export.targets.onnxruntime.emit.cpu import TABLE
+from h1export.targets.onnxruntime.options import OrtOptions
 
 Build = Callable[..., Artifact]
 
@@ -62,7 +64,7 @@ def test_names_and_shapes_are_those_of_the_manifest_and_of_the_session(tiny: Pat
 
 def test_two_builds_give_the_same_bytes(tiny: Path, build: Build, tmp_path: Path) -> None:
     first = build(tiny, "int4")
-    second = pipeline.build(tiny, "ort", tmp_path / "elsewhere", options=pipeline.BuildOptions(accuracy_level=0))
+    second = build_artifact(tiny, "ort", tmp_path / "elsewhere", options=OrtOptions(accuracy_level=0))
     assert second.manifest == first.manifest
     for name in [*first.manifest.files, "manifest.json"]:
         assert (second.folder / name).read_bytes() == (first.folder / name).read_bytes(), name
@@ -83,7 +85,7 @@ def test_the_folder_carries_config_and_tokenizer(tiny: Path, build: Build) -> No
 
 def test_batched_chunks_are_the_rows_alone(tiny: Path, build: Build) -> None:
     """GroupQueryAttention refuses them; the Runner goes row by row."""
-    runner = pipeline.load(build(tiny))
+    runner = load_runner(build(tiny))
     ids = np.random.default_rng(0).integers(0, 4096, (2, 12))
     mask = np.ones((2, 12), np.int64)
     mask[1, :3] = 0
@@ -105,7 +107,7 @@ def test_batched_chunks_are_the_rows_alone(tiny: Path, build: Build) -> None:
 def test_calls_that_break_the_contract_are_refused(
     ids: list[list[int]], mask: list[list[int]], says: str, tiny: Path, build: Build
 ) -> None:
-    runner = pipeline.load(build(tiny))
+    runner = load_runner(build(tiny))
     with pytest.raises(H1ExportError, match=says):
         runner.step(np.array(ids), np.array(mask), runner.initial(1))
 
@@ -127,7 +129,7 @@ def test_a_model_that_points_outside_its_folder_is_refused(tiny: Path, build: Bu
     )
     (folder / "manifest.json").write_text(manifest)
     with pytest.raises(H1ExportError):
-        dict(pipeline.load(Artifact.open(folder)).stored_weights())
+        dict(load_runner(Artifact.open(folder)).stored_weights())
 
 
 def test_a_broken_model_is_an_error_of_ours(tiny: Path, build: Build, tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_a_broken_model_is_an_error_of_ours(tiny: Path, build: Build, tmp_path: 
     data[: len(data) // 2] = bytes(len(data) // 2)
     (folder / "model.onnx").write_bytes(bytes(data))
     with pytest.raises(H1ExportError, match="onnxruntime cannot load it"):
-        pipeline.load(Artifact.open(folder), kernels="stock")
+        load_runner(Artifact.open(folder), kernels="stock")
 
 
 def test_the_graph_over_our_own_kernels(tiny: Path, build: Build) -> None:
@@ -164,13 +166,13 @@ def test_without_a_compiler_the_artifact_runs_all_the_same(
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     artifact = build(tiny, "int4")
-    provenance = pipeline.load(artifact).provenance
+    provenance = load_runner(artifact).provenance
     assert provenance.kernels.startswith("onnxruntime ")
     assert "no-such-compiler" in provenance.fallback
     with pytest.raises(H1ExportError, match="no-such-compiler"):
-        pipeline.load(artifact, kernels="native")
+        load_runner(artifact, kernels="native")
 
 
 def test_kernels_that_an_artifact_has_no_graph_for(tiny: Path, build: Build) -> None:
     with pytest.raises(H1ExportError, match=r"has no model\.native\.onnx"):
-        pipeline.load(build(tiny, opset_only=True), kernels="native")
+        load_runner(build(tiny, graph="portable"), kernels="native")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.store import WeightStore
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
 from h1export.targets.onnx.builder import GraphBuilder
@@ -77,7 +77,7 @@ def test_the_artifact_holds_the_rules_integers_bit_for_bit(
     quant: str, group_size: int, tiny: Path, build: Build
 ) -> None:
     artifact = build(tiny, quant, group_size=group_size)
-    stored: Any = pipeline.load(artifact).stored_weights()
+    stored: Any = load_runner(artifact).stored_weights()
     store = WeightStore.open(tiny, artifact.config)
     checked = 0
     for weight in artifact.manifest.weights:

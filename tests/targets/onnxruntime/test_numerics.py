@@ -12,7 +12,7 @@ from program_runner import ProgramRunner
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.store import WeightStore
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
 from h1export.progress import SILENT
@@ -30,7 +30,7 @@ both_kernels = pytest.mark.parametrize("kernels", ["stock", "native"])
 
 
 def rows(artifact: Artifact, checkpoint: Path, against: str, kernels: Kernels = "auto") -> list[Row]:
-    shipped, exact = (pipeline.load(artifact, float32=float32, kernels=kernels) for float32 in (False, True))
+    shipped, exact = (load_runner(artifact, float32=float32, kernels=kernels) for float32 in (False, True))
     report = validate(artifact, shipped, exact, checkpoint, NO_LATENCY, SILENT)
     assert report.passed, report.to_json()
     return [row for row in report.rows if row.comparison == against and row.compares_outputs]
@@ -91,13 +91,13 @@ def test_accuracy_level_4_drifts_and_says_how_far(kernels: Kernels, tiny: Path, 
 
 
 def test_last_logits_are_the_last_of_all(tiny: Path, build: Build) -> None:
-    last = build(tiny, last_logits=True)
+    last = build(tiny, logits="last")
     full = build(tiny)
     ids = np.arange(2, 9)[None]
     mask = np.ones((1, 7), np.int64)
     answers = []
     for artifact in (last, full):
-        runner: Any = pipeline.load(artifact)
+        runner: Any = load_runner(artifact)
         answers.append(runner.step(ids, mask, runner.initial(1))[0])
     assert answers[0].shape == (1, 1, 4096)
     np.testing.assert_allclose(answers[0], answers[1][:, -1:], rtol=0, atol=1e-5)
@@ -111,7 +111,7 @@ def test_rotary_angles_at_long_positions(make_checkpoint: Callable[..., Path], b
     past = 60_000
     artifact = build(checkpoint)
     rng = np.random.default_rng(0)
-    runners = [pipeline.load(artifact)]
+    runners = [load_runner(artifact)]
     program = run_passes(trace(artifact.config))
     judge: Any = ProgramRunner(program, WeightStore.open(checkpoint, artifact.config))
     states = judge.initial(1)

@@ -1,4 +1,4 @@
-"""The graph of --opset-only: ONNX's own operators, the same integers, right wherever it runs."""
+"""The graph of --graph portable: ONNX's own operators, the same integers, right wherever it runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from onnx.reference import ReferenceEvaluator
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.store import WeightStore
-from h1export.commands import pipeline
-from h1export.errors import H1ExportError
+from h1export.commands.build import QuantScheme, build_artifact
+from h1export.commands.load import load_runner
 from h1export.graphs.verify import LEGAL_OPS
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
@@ -27,12 +27,12 @@ from h1export.progress import SILENT
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
-from h1export.targets.base import BuildOptions
 from h1export.targets.onnx import column_major
 from h1export.targets.onnx.builder import GraphBuilder
 from h1export.targets.onnxruntime import state_layout
 from h1export.targets.onnxruntime.emit import dequantize_linear, portable
 from h1export.targets.onnxruntime.emit.chunked_scan import LENGTH, Chunks, chunked_scan
+from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.run import ValidateOptions, validate
 
@@ -43,7 +43,7 @@ Build = Callable[..., Artifact]
 
 def assert_exact(artifact: Artifact, checkpoint: Path, against: str) -> None:
     """Every case of the harness passes, and is far inside its gate."""
-    exact = pipeline.load(artifact, float32=True)
+    exact = load_runner(artifact, float32=True)
     report = validate(artifact, exact, exact, checkpoint, ValidateOptions(pairs=0), SILENT)
     assert report.passed, report.to_json()
     rows = [row for row in report.rows if row.comparison == against and row.compares_outputs]
@@ -73,7 +73,7 @@ def test_the_table_is_the_legal_vocabulary() -> None:
 def test_only_operators_of_onnx(
     quant: str, opset: int, ir_version: int, make_checkpoint: Callable[..., Path], build: Build
 ) -> None:
-    model = load(build(make_checkpoint("everything"), quant, opset_only=True))
+    model = load(build(make_checkpoint("everything"), quant, graph="portable"))
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", opset)]
     assert model.ir_version == ir_version
     assert {node.domain for node in model.graph.node} == {""}
@@ -82,21 +82,21 @@ def test_only_operators_of_onnx(
 
 
 def test_float32_is_exact_for_every_switch(checkpoint: Path, build: Build) -> None:
-    assert_exact(build(checkpoint, opset_only=True), checkpoint, "source")
+    assert_exact(build(checkpoint, graph="portable"), checkpoint, "source")
 
 
 def test_int4_is_exact_against_its_own_weights_for_every_switch(checkpoint: Path, build: Build) -> None:
-    assert_exact(build(checkpoint, "int4", opset_only=True), checkpoint, "stored")
+    assert_exact(build(checkpoint, "int4", graph="portable"), checkpoint, "stored")
 
 
 @pytest.mark.parametrize("name", ["plain", "tied"])
 def test_int8_takes_widths_that_no_block_divides(name: str, make_checkpoint: Callable[..., Path], build: Build) -> None:
     checkpoint = make_checkpoint(name, hidden_size=100, num_attention_heads=2, intermediate_size=90)
-    assert_exact(build(checkpoint, "int8", opset_only=True), checkpoint, "stored")
+    assert_exact(build(checkpoint, "int8", graph="portable"), checkpoint, "stored")
 
 
 def test_last_logits_are_the_last_of_all(tiny: Path, build: Build) -> None:
-    assert_exact(build(tiny, last_logits=True, opset_only=True), tiny, "source")
+    assert_exact(build(tiny, logits="last", graph="portable"), tiny, "source")
 
 
 def test_accuracy_level_is_that_of_the_kernel_onnxruntime_makes(tiny: Path, build: Build) -> None:
@@ -104,7 +104,7 @@ def test_accuracy_level_is_that_of_the_kernel_onnxruntime_makes(tiny: Path, buil
     mask = np.ones((1, 7), np.int64)
     logits = {}
     for level in (0, 4):
-        runner: Any = pipeline.load(build(tiny, "int4", opset_only=True, accuracy_level=level))
+        runner: Any = load_runner(build(tiny, "int4", graph="portable", accuracy_level=level))
         assert runner.provenance.float32 == (level == 0)
         logits[level] = runner.step(ids, mask, runner.initial(1))[0]
     drift = np.abs(logits[4] - logits[0]).max() / np.ptp(logits[0])
@@ -119,11 +119,11 @@ def test_the_reference_evaluator_of_onnx_agrees(
 ) -> None:
     """The specification's own, slow runtime: what needs more than it offers does not run anywhere."""
     checkpoint = make_checkpoint(name, num_hidden_layers=1)
-    artifact = build(checkpoint, quant, opset_only=True)
+    artifact = build(checkpoint, quant, graph="portable")
     evaluator = ReferenceEvaluator(load(artifact))
     config = artifact.config
     reference = Reference(checkpoint)
-    reference.hold(pipeline.load(artifact).stored_weights())
+    reference.hold(load_runner(artifact).stored_weights())
     states = StateSpec.of(config)
     feeds = {t.past: state_layout.permute(t.kind, states.zeros(2)[t.key]) for t in states.tensors}
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, LENGTH + 9))
@@ -239,13 +239,13 @@ def test_the_artifact_holds_the_rules_integers_bit_for_bit(
 ) -> None:
     """Row blocks make no difference: the vocabulary and in_proj have odd numbers of rows, blocks a few rows."""
     checkpoint = make_checkpoint(name, mamba_n_heads=3, mamba_d_ssm=96)
-    artifact = build(checkpoint, quant, opset_only=True)
+    artifact = build(checkpoint, quant, graph="portable")
     for module in (column_major, dequantize_linear):
         monkeypatch.setattr(module, "BLOCK_BYTES", 3000)
-    options = BuildOptions(accuracy_level=0, opset_only=True)
-    again = pipeline.build(checkpoint, "ort", tmp_path / "again", pipeline.QuantScheme(quant), options)  # type: ignore[arg-type]
+    options = OrtOptions(accuracy_level=0, graph="portable")
+    again = build_artifact(checkpoint, "ort", tmp_path / "again", scheme=QuantScheme(quant), options=options)  # type: ignore[arg-type]
     assert again.manifest.files == artifact.manifest.files
-    stored: Any = pipeline.load(artifact).stored_weights()
+    stored: Any = load_runner(artifact).stored_weights()
     store = WeightStore.open(checkpoint, artifact.config)
     assert len(stored) == 9 * artifact.config.num_hidden_layers + (1 if name == "tied" else 2)
     for weight in artifact.manifest.weights:
@@ -260,8 +260,8 @@ def test_the_artifact_holds_the_rules_integers_bit_for_bit(
 
 
 def test_genai_runs_it_at_the_level_it_was_built_for(tiny: Path, build: Build) -> None:
-    artifact = build(tiny, "int4", opset_only=True)
-    runner: Any = pipeline.load(artifact)
+    artifact = build(tiny, "int4", graph="portable")
+    runner: Any = load_runner(artifact)
     model = og.Model(str(artifact.folder))
     parameters = og.GeneratorParams(model)
     parameters.set_search_options(do_sample=False, max_length=40)
@@ -272,9 +272,3 @@ def test_genai_runs_it_at_the_level_it_was_built_for(tiny: Path, build: Build) -
     ours = runner.step(ids, np.ones_like(ids), runner.initial(1))[0][0, -1]
     theirs = np.asarray(generator.get_logits()).reshape(-1)
     assert np.abs(theirs - ours).max() <= EXACT * np.ptp(ours)  # level 4 would be 1e-2 off
-
-
-def test_options_that_contradict_each_other_are_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(H1ExportError, match="--opset-only: ONNX's own operators run on any provider"):
-        pipeline.build(tiny, "ort", tmp_path / "out", options=BuildOptions(0, provider="cuda", opset_only=True))
-    assert not (tmp_path / "out").exists()

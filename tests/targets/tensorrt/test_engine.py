@@ -13,13 +13,13 @@ import pytest
 
 from h1export import cli
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.quantize.scheme import QuantScheme
-from h1export.targets import BuildOptions
 from h1export.targets.tensorrt.engine import build
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, MODEL, RECIPE, EngineConfig
+from h1export.targets.tensorrt.options import TensorRTOptions
 
 Edit = Callable[[onnx.ModelProto], None]
 
@@ -41,9 +41,9 @@ def built(checkpoint: Path, driver: Path, tmp_path_factory: pytest.TempPathFacto
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("h1export.targets.tensorrt.plugin.write", write)
-        options = BuildOptions(max_context=96, max_batch=2, runtime="rtx", architectures=(86,))
-        return pipeline.build(
-            checkpoint, "trt", tmp_path_factory.mktemp("engine") / "out", QuantScheme("int4"), options
+        options = TensorRTOptions(max_context=96, max_batch=2, runtime="rtx", architectures=(86,))
+        return build_artifact(
+            checkpoint, "trt", tmp_path_factory.mktemp("engine") / "out", scheme=QuantScheme("int4"), options=options
         )
 
 
@@ -176,7 +176,9 @@ def test_without_rtx_the_error_says_so(checkpoint: Path, tmp_path: Path, monkeyp
     with pytest.raises(
         H1ExportError, match=r"TensorRT-RTX: is not installed; pip install .*or build with --runtime tensorrt"
     ):
-        pipeline.build(checkpoint, "trt", tmp_path / "out", QuantScheme("int4"), BuildOptions(runtime="rtx"))
+        build_artifact(
+            checkpoint, "trt", tmp_path / "out", scheme=QuantScheme("int4"), options=TensorRTOptions(runtime="rtx")
+        )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ import pytest
 from fake_tensorrt import HOST, FakeGpu, FakeTensorRT
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.report.checks import CheckKind, Comparison, Phase
@@ -67,7 +67,7 @@ def test_calls_are_those_of_the_network(
 ) -> None:
     """Bit for bit, with pads, prompts of several calls, and sequences that two calls continue."""
     monkeypatch.setattr("h1export.targets.tensorrt.network.limits.PREFILL_TOKENS", 32)
-    runner, network = (pipeline.load(finished, kernels=kernels) for kernels in ("native", "stock"))
+    runner, network = (load_runner(finished, kernels=kernels) for kernels in ("native", "stock"))
     ids = ids_of(runner, 2, 60)
     mask = np.ones((2, 60), np.int64)
     mask[1, :7] = 0
@@ -93,7 +93,7 @@ def test_calls_are_those_of_the_network(
 @pytest.mark.parametrize("compute", ["fp16"], indirect=True)
 def test_decoding_is_recorded_once_and_replayed(finished: Artifact, tensorrt: FakeTensorRT) -> None:
     """Other sequences between its calls do not disturb the graph."""
-    runner = pipeline.load(finished, kernels="native")
+    runner = load_runner(finished, kernels="native")
     tokens = ids_of(runner, 1, 20)
     others = ids_of(runner, 2, 30)
     expected, _ = runner.step(tokens, np.ones((1, 20), np.int64), runner.initial(1))
@@ -126,7 +126,7 @@ def test_what_cannot_be_recorded_is_launched(
     def record(self: FakeGpu, launch: Callable[[], None]) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    runner = pipeline.load(finished, kernels="native")
+    runner = load_runner(finished, kernels="native")
     tokens = ids_of(runner, 1, 5)
     states = runner.initial(1)
     monkeypatch.setattr(FakeGpu, "record", record)
@@ -140,8 +140,8 @@ def test_what_cannot_be_recorded_is_launched(
 def test_validate_judges_the_engine(
     finished: Artifact, tensorrt: FakeTensorRT, make_checkpoint: Callable[..., Path]
 ) -> None:
-    runner = pipeline.load(finished)
-    exact = pipeline.load(finished, float32=True)
+    runner = load_runner(finished)
+    exact = load_runner(finished, float32=True)
     assert (runner.provenance.emulated, exact.provenance.emulated) == (False, True)
     slow = {"latency.prefill": 1e3, "latency.decode": 1e3}  # the stand-in is
     report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(slow, pairs=1), SILENT)
@@ -159,9 +159,9 @@ class TestErrors:
     ) -> None:
         monkeypatch.setattr(Host, "here", lambda _config: replace(HOST, architecture=120))
         with pytest.raises(H1ExportError, match="the engine is for sm_89, and this GPU is sm_120"):
-            pipeline.load(finished, kernels="native")
+            load_runner(finished, kernels="native")
         assert tensorrt.engines == []
-        runner = pipeline.load(finished)
+        runner = load_runner(finished)
         assert runner.provenance.emulated
         assert re.search(
             "is computed on the CPU, and not by its engine: .*this GPU is sm_120", runner.provenance.fallback
@@ -173,10 +173,10 @@ class TestErrors:
             H1ExportError,
             match=r"model.engine: TensorRT 10.15.1 on sm_89 cannot load it: it is of another version; run",
         ):
-            pipeline.load(finished, kernels="native")
+            load_runner(finished, kernels="native")
         tensorrt.loads_plugin = False
         with pytest.raises(H1ExportError, match="cannot load the plugin: it gives no reason"):
-            pipeline.load(finished, kernels="native")
+            load_runner(finished, kernels="native")
 
     @pytest.mark.parametrize(
         ("raised", "said"),
@@ -193,16 +193,16 @@ class TestErrors:
 
         monkeypatch.setattr(tensorrt, "Runtime", fail)
         with pytest.raises(H1ExportError, match=said):
-            pipeline.load(finished, kernels="native")
+            load_runner(finished, kernels="native")
 
     def test_a_call_that_fails(self, finished: Artifact, tensorrt: FakeTensorRT) -> None:
-        session = pipeline.load(finished, kernels="native").start(1, ROOM)
+        session = load_runner(finished, kernels="native").start(1, ROOM)
         tensorrt.engines[0].broken = True
         with pytest.raises(H1ExportError, match="cannot run: what it is bound to is wrong"):
             session.append(np.ones((1, 3), np.int64))
 
     def test_beyond_the_room(self, finished: Artifact, tensorrt: FakeTensorRT) -> None:
-        runner = pipeline.load(finished, kernels="native")
+        runner = load_runner(finished, kernels="native")
         with pytest.raises(H1ExportError, match="--max-context 193"):
             runner.start(1, ROOM + 1)
         with pytest.raises(H1ExportError, match="--max-batch 3"):
@@ -222,19 +222,19 @@ class TestErrors:
         monkeypatch.setattr("h1export.targets.tensorrt.sdk.has", lambda _: True)
         monkeypatch.setattr("h1export.targets.tensorrt.sdk.import_module", find)
         with pytest.raises(H1ExportError, match=r"TensorRT: is installed and cannot be imported \(libnvinfer.so.10"):
-            pipeline.load(finished, kernels="native")
+            load_runner(finished, kernels="native")
 
     def test_without_a_gpu(self, finished: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         with pytest.raises(H1ExportError, match="torch: cannot use a GPU here; install PyTorch's build for CUDA"):
-            pipeline.load(finished, kernels="native")
+            load_runner(finished, kernels="native")
 
 
 @pytest.mark.parametrize("compute", ["fp16"], indirect=True)
 def test_what_has_no_room_is_not_timed(
     finished: Artifact, tensorrt: FakeTensorRT, make_checkpoint: Callable[..., Path]
 ) -> None:
-    runner = pipeline.load(finished)
-    exact = pipeline.load(finished, float32=True)
+    runner = load_runner(finished)
+    exact = load_runner(finished, float32=True)
     report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(pairs=4), SILENT)
     assert "208 tokens do not fit into 192" in {row.note for row in report.rows}

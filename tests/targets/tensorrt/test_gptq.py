@@ -11,18 +11,23 @@ import pytest
 from gptq_files import Written
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.quantize.scheme import QuantScheme
-from h1export.targets import BuildOptions
+from h1export.targets.tensorrt.options import TensorRTOptions
 from h1export.validate.accuracy.logits import relative_error
 
 IDS = np.random.default_rng(0).integers(0, 264, 70, dtype=np.int64)
 
 
 def made(written: Written, out: Path) -> Artifact:
-    return pipeline.build(
-        written.folder, "trt", out, QuantScheme("none"), BuildOptions(max_context=128, runtime="tensorrt")
+    return build_artifact(
+        written.folder,
+        "trt",
+        out,
+        scheme=QuantScheme("none"),
+        options=TensorRTOptions(max_context=128, runtime="tensorrt"),
     )
 
 
@@ -41,7 +46,7 @@ def test_the_network_computes_what_the_integers_mean(
     artifact = made(written, tmp_path / "out")
     truth = gptq_logits(written, IDS)
     for float32, limit in ((True, 1e-5), (False, 5e-3)):
-        runner = pipeline.load(artifact, float32=float32)
+        runner = load_runner(artifact, float32=float32)
         logits, _ = runner.step(IDS[None], np.ones((1, len(IDS)), np.int64), runner.initial(1))
         assert relative_error(logits[0], truth) <= limit
     stored: Any = runner.stored_weights()

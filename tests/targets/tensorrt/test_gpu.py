@@ -18,7 +18,7 @@ import torch
 
 from h1export import cli
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.plugins.gpu.cubin import ARCHITECTURES
 from h1export.targets.tensorrt import sdk
 from h1export.targets.tensorrt.engine.requirements import gpu_architecture
@@ -73,7 +73,7 @@ def engine(
         "--quiet",
     ]
     assert cli.run([*command, "--runtime", runtime, "--sm", str(architecture), "--out", str(out)]) == 0
-    assert cli.run(["finish", str(out), "--quiet"]) == 0
+    assert cli.run(["trt", "build-engine", str(out), "--quiet"]) == 0
     return out
 
 
@@ -88,7 +88,7 @@ def test_decoding_by_a_graph_is_decoding_by_calls(engine: Path, monkeypatch: pyt
     recorded = []
     record = Gpu.record
     monkeypatch.setattr(Gpu, "record", lambda self, launch: recorded.append(record(self, launch)) or recorded[-1])
-    runner = pipeline.load(Artifact.open(engine), kernels="native")
+    runner = load_runner(Artifact.open(engine), kernels="native")
     ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (1, 40), dtype=np.int64)
     session = runner.start(1, 40)
     beside = runner.start(2, 40)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +15,8 @@ import pytest
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.staging import Stage
 from h1export.checkpoint.store import WeightStore
-from h1export.commands import pipeline
+from h1export.commands.build import build_artifact
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import run_passes
 from h1export.graphs.trace import trace
@@ -25,18 +24,19 @@ from h1export.graphs.verify import LEGAL_OPS
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING
 from h1export.progress import SILENT
+from h1export.quantize.choices import QuantName
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
-from h1export.quantize.scheme import QuantName, QuantScheme
+from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import Rounded
-from h1export.targets import MODULES, BuildOptions, get_target
+from h1export.targets import get_target
 from h1export.targets.onnx import column_major
 from h1export.targets.tensorrt.network import weights
 from h1export.targets.tensorrt.network.lowering import check
 from h1export.targets.tensorrt.network.ops import TABLE
+from h1export.targets.tensorrt.options import TensorRTOptions
 
 Build = Callable[..., Artifact]
-TARGETS = Path(__file__).parents[3] / "targets"
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def lower(make_checkpoint: Callable[..., Path]) -> Callable[..., None]:
         integers = Rounded(store, scheme.precisions(config), quantize_rows)
         with TemporaryDirectory() as folder:
             try:
-                asked = BuildOptions(**{"runtime": "rtx"} | options)
+                asked = TensorRTOptions(**{"runtime": "rtx"} | options)
                 get_target("trt").lower(
                     program, store, integers, options=asked, stage=Stage(Path(folder)), progress=SILENT
                 )
@@ -126,10 +126,10 @@ def test_the_artifact_holds_the_rules_integers(
     checkpoint = make_checkpoint(name, mamba_n_heads=3, mamba_d_ssm=96)
     for module in (column_major, weights):
         monkeypatch.setattr(module, "BLOCK_BYTES", 3000)
-    artifact = pipeline.build(
-        checkpoint, "trt", tmp_path / "out", QuantScheme("int4"), BuildOptions(runtime="tensorrt")
+    artifact = build_artifact(
+        checkpoint, "trt", tmp_path / "out", scheme=QuantScheme("int4"), options=TensorRTOptions(runtime="tensorrt")
     )
-    stored: Any = pipeline.load(artifact).stored_weights()
+    stored: Any = load_runner(artifact).stored_weights()
     store = WeightStore.open(checkpoint, artifact.config)
     assert len(stored) == 9 * artifact.config.num_hidden_layers + (1 if name == "tied" else 2)
     for weight in artifact.manifest.weights:
@@ -156,7 +156,7 @@ def test_words_hold_codes(bits: int) -> None:
     ("quant", "options", "said"),
     [
         ("int8", {}, "--quant int8: .*use --quant int4 or none, or --target ort"),
-        ("int4", {"compute": "fp32"}, "--compute: fp32 .*fp16, bf16"),
+        ("int4", {"compute": "fp32"}, "--compute: cannot be 'fp32'; give fp16 or bf16"),
         ("int4", {"architectures": (90,)}, "--sm: 90 .*TensorRT-RTX.*80, 86, 89, 120, 121"),
         ("int4", {"architectures": (75,), "runtime": "tensorrt"}, "--sm: 75 .*TensorRT and"),
     ],
@@ -180,26 +180,15 @@ def test_a_tied_embedding_in_int8_is_refused(make_checkpoint: Callable[..., Path
         check(
             tied,
             Rounded(WeightStore.open(make_checkpoint("tied"), tied), chosen.precisions(tied), quantize_rows),
-            BuildOptions(),
+            TensorRTOptions(),
         )
     check(
         untied,
         Rounded(WeightStore.open(make_checkpoint(), untied), chosen.precisions(untied), quantize_rows),
-        BuildOptions(),
+        TensorRTOptions(),
     )
 
 
 def test_a_shape_without_a_kernel_is_refused(lower: Callable[..., None]) -> None:
     with pytest.raises(H1ExportError, match="no GPU kernel for head dim 32 and state size 16"):
         lower(QuantScheme("int4"))
-
-
-def test_a_target_reads_the_switches_that_it_says() -> None:
-    """Those of a command line that it does not read are refused."""
-    known = {field.name for field in fields(BuildOptions)}
-    for name, module in MODULES.items():
-        folder = TARGETS / module.split(".")[2]
-        trees = [ast.parse(file.read_text(encoding="utf-8")) for file in folder.rglob("*.py")]
-        nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-        read = {node.attr for node in nodes if isinstance(node.value, ast.Name) and node.value.id == "options"} & known
-        assert get_target(name).options == read, name

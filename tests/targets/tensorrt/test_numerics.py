@@ -13,7 +13,7 @@ import pytest
 from onnx import helper
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.progress import SILENT
@@ -46,7 +46,7 @@ def network(build: Build, without_plugin: None) -> Callable[..., Artifact]:
 
 def worst(artifact: Artifact, checkpoint: Path, float32: bool) -> float:
     """Return the largest error of logits and states, relative to their range, over CALLS of two rows, one padded."""
-    runner = pipeline.load(artifact, float32=float32)
+    runner = load_runner(artifact, float32=float32)
     reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
     length = sum(CALLS)
@@ -90,8 +90,8 @@ def test_other_dtypes(
 def test_validate_passes_as_for_every_target(make_checkpoint: Callable[..., Path], network: Build) -> None:
     checkpoint = make_checkpoint()
     artifact = network(checkpoint, max_context=192, max_batch=3)
-    runner = pipeline.load(artifact)
-    exact = pipeline.load(artifact, float32=True)
+    runner = load_runner(artifact)
+    exact = load_runner(artifact, float32=True)
     report = validate(artifact, runner, exact, checkpoint, ValidateOptions(pairs=1, bisect=True), SILENT)
     assert report.passed, report.to_json()
     cases = {row.case: row for row in report.rows if row.comparison is Comparison.STORED}
@@ -110,7 +110,7 @@ def test_a_prompt_longer_than_the_profile_and_the_last_row(
 ) -> None:
     monkeypatch.setattr("h1export.targets.tensorrt.network.limits.PREFILL_TOKENS", 32)
     checkpoint = make_checkpoint()
-    runner = pipeline.load(network(checkpoint), float32=True)
+    runner = load_runner(network(checkpoint), float32=True)
     reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
     ids = np.random.default_rng(1).integers(0, runner.config.vocab_size, (1, 96), dtype=np.int64)
@@ -123,7 +123,7 @@ def test_a_prompt_longer_than_the_profile_and_the_last_row(
 
 
 def test_only_the_last_logits(make_checkpoint: Callable[..., Path], network: Build) -> None:
-    every, last = (pipeline.load(network(make_checkpoint(), last_logits=last)) for last in (False, True))
+    every, last = (load_runner(network(make_checkpoint(), logits=logits)) for logits in ("all", "last"))
     ids = np.arange(9)[None]
     ones = np.ones((1, 9), np.int64)
     expected, answer = (runner.step(ids, ones, runner.initial(1))[0] for runner in (every, last))
@@ -194,7 +194,7 @@ def test_a_planted_fault_is_found_and_named(
     artifact = network(make_checkpoint())
     found = {}
     for name, one in (("good", artifact), ("bad", damaged(artifact, tmp_path, edit))):
-        runner: Runner[Any] = pipeline.load(one, float32=True)
+        runner: Runner[Any] = load_runner(one, float32=True)
         reference = Reference(make_checkpoint())
         reference.hold(runner.stored_weights())
         found[name] = [row for row in bisect(runner, reference, "stored", limit=5e-5, seed=0) if row.verdict == "FAIL"]
@@ -214,9 +214,9 @@ def test_a_flipped_nibble(make_checkpoint: Callable[..., Path], network: Build, 
     data = np.memmap(copy / "model.onnx.data", np.uint8, mode="r+")
     data[offset + 5] ^= 0x08  # the sign of one code
     data.flush()
-    before, after = (pipeline.load(one).stored_weights()[name] for one in (artifact, Artifact(copy, artifact.manifest)))
+    before, after = (load_runner(one).stored_weights()[name] for one in (artifact, Artifact(copy, artifact.manifest)))
     assert (before != after).sum() == 1
-    runner = pipeline.load(Artifact(copy, artifact.manifest))
+    runner = load_runner(Artifact(copy, artifact.manifest))
     report = validate(
         Artifact(copy, artifact.manifest), runner, runner, make_checkpoint(), ValidateOptions(pairs=0), SILENT
     )
@@ -238,11 +238,11 @@ def test_a_value_without_a_dtype_is_refused(
     make_checkpoint: Callable[..., Path], network: Build, tmp_path: Path
 ) -> None:
     with pytest.raises(H1ExportError, match=r"model.onnx: declares no dtype of value '\w+'"):
-        pipeline.load(damaged(network(make_checkpoint()), tmp_path, undeclared))
+        load_runner(damaged(network(make_checkpoint()), tmp_path, undeclared))
 
 
 def test_data_outside_the_folder_is_refused(
     make_checkpoint: Callable[..., Path], network: Build, tmp_path: Path
 ) -> None:
     with pytest.raises(H1ExportError, match=r"points to '../secret', outside the artifact"):
-        pipeline.load(damaged(network(make_checkpoint()), tmp_path, point_outside))
+        load_runner(damaged(network(make_checkpoint()), tmp_path, point_outside))

@@ -54,7 +54,7 @@ def test_a_machine_without_a_gpu(
     unfinished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("h1export.targets.tensorrt.engine.requirements.DRIVER", "libnosuchdriver.so.1")
-    assert cli.run(["finish", str(unfinished), "--quiet"]) == 2
+    assert cli.run(["trt", "build-engine", str(unfinished), "--quiet"]) == 2
     assert "NVIDIA GPU: there is none here" in capsys.readouterr().err
     assert not (unfinished / ENGINE).exists()
 

@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.report.checks import CheckKind, Comparison, Phase
@@ -47,8 +47,8 @@ MLP = "gate_proj, up_proj or down_proj"  # of integers, one kernel of ours compu
 
 
 def judge(artifact: Artifact, checkpoint: Path, runner: Any = None, kernels: Kernels = "auto") -> Report:
-    exact = runner or pipeline.load(artifact, float32=True, kernels=kernels)
-    shipped = runner or pipeline.load(artifact, kernels=kernels)
+    exact = runner or load_runner(artifact, float32=True, kernels=kernels)
+    shipped = runner or load_runner(artifact, kernels=kernels)
     return validate(artifact, shipped, exact, checkpoint, ValidateOptions(pairs=0, bisect=True), SILENT)
 
 
@@ -185,7 +185,7 @@ NATIVE: dict[tuple[str, int, str], tuple[Callable[[float], float], str]] = {
 def int4_reference(make_checkpoint: MakeCheckpoint, build: Build) -> Reference:
     """PyTorch on what the plain int4 artifact stores."""
     reference = Reference(make_checkpoint())
-    reference.hold(pipeline.load(build(make_checkpoint(), "int4")).stored_weights())
+    reference.hold(load_runner(build(make_checkpoint(), "int4")).stored_weights())
     return reference
 
 
@@ -209,7 +209,7 @@ def test_a_fault_in_our_own_kernels_is_named(
     artifact = edited_graph(build(make_checkpoint(), "int4"), tmp_path, wrong, "model.native.onnx")
 
     def rows(kernels: Kernels) -> tuple[Row, ...]:
-        runner = pipeline.load(artifact, float32=True, kernels=kernels)
+        runner = load_runner(artifact, float32=True, kernels=kernels)
         return tuple(bisect(runner, int4_reference, Comparison.STORED, tolerance=tolerances.EXACT["states"], seed=0))
 
     assert named(Report({}, {}, rows("native"))) == said
@@ -224,14 +224,14 @@ def test_a_graph_without_names_is_not_bisected(make_checkpoint: MakeCheckpoint, 
         del model.graph.value_info[:]
 
     artifact = edited_graph(build(make_checkpoint(), "int4"), tmp_path, unnamed, "model.native.onnx")
-    runner = pipeline.load(artifact, kernels="native")
+    runner = load_runner(artifact, kernels="native")
     with pytest.raises(H1ExportError, match="names no values between its ops; build the artifact again"):
         runner.observe(np.ones((1, 3), np.int64), np.ones((1, 3), np.int64), runner.initial(1))
 
 
 def with_changed_states(artifact: Artifact, change: Callable[[Any, Any], Any]) -> Any:
     """A Runner that hands on what ``change`` makes of the states before and after a call."""
-    runner: Any = pipeline.load(artifact)
+    runner: Any = load_runner(artifact)
     step = runner.step
     observe = runner.observe
 
@@ -325,7 +325,7 @@ def test_one_wrong_block_fails(
 def test_answers_that_are_not_numbers_fail(make_checkpoint: MakeCheckpoint, build: Build) -> None:
     truth = make_checkpoint()
     artifact = build(truth)
-    runner: Any = pipeline.load(artifact)
+    runner: Any = load_runner(artifact)
     step = runner.step
 
     def broken(ids: Any, mask: Any, states: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.tokenizer import load_tokenizer, scoring_ids
-from h1export.commands import pipeline
+from h1export.commands.validate import validate_artifact
 from h1export.errors import H1ExportError
 from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.report import Report, Row, Verdict
@@ -170,7 +170,7 @@ def test_bits_per_byte_equals_a_plain_transformers_loop(tiny: Path, build: Build
 
     text = (tiny / "heldout.txt").read_text(encoding="utf-8")[:6000]
     artifact = build(tiny)
-    report = pipeline.validate(artifact.folder, tiny, {}, text=None, text_bytes=6000, latency_pairs=0, prompts=0)
+    report = validate_artifact(artifact.folder, tiny, {}, text=None, text_bytes=6000, latency_pairs=0, prompts=0)
     (row,) = [row for row in report.rows if row.kind is CheckKind.TEXT]
     ids, nbytes = scoring_ids(tiny, text)
     model: Any = FalconH1ForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
@@ -193,7 +193,7 @@ def test_scored_bytes_leave_out_the_first_token(tiny: Path) -> None:
 
 @pytest.mark.ort
 def test_lowering_and_quantisation_errors_are_told_apart(tiny: Path, build: Build) -> None:
-    report = pipeline.validate(build(tiny, "int4").folder, tiny, {}, text_bytes=2000, latency_pairs=0, prompts=0)
+    report = validate_artifact(build(tiny, "int4").folder, tiny, {}, text_bytes=2000, latency_pairs=0, prompts=0)
     assert report.passed, report.to_json()
     errors = {
         comparison: [
@@ -208,7 +208,7 @@ def test_lowering_and_quantisation_errors_are_told_apart(tiny: Path, build: Buil
 @pytest.mark.ort
 def test_the_report_is_written_and_does_not_break_the_artifact(tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int8")
-    report = pipeline.validate(artifact.folder, tiny, {}, text_bytes=1000, latency_pairs=1, prompts=0)
+    report = validate_artifact(artifact.folder, tiny, {}, text_bytes=1000, latency_pairs=1, prompts=0)
     assert json.loads((artifact.folder / "report.json").read_text()) == json.loads(report.to_json())
     Artifact.open(artifact.folder).check_hashes()
     assert Report.from_json(report.to_json(), "report") == report
@@ -222,7 +222,7 @@ def test_another_checkpoint_than_the_source_is_refused(
     tiny: Path, make_checkpoint: Callable[..., Path], build: Build
 ) -> None:
     with pytest.raises(H1ExportError, match="was not built from"):
-        pipeline.validate(build(tiny).folder, make_checkpoint(), {})
+        validate_artifact(build(tiny).folder, make_checkpoint(), {})
 
 
 @pytest.mark.ort
@@ -230,7 +230,7 @@ def test_a_checkpoint_without_tokenizer_shows_text_as_not_applicable(
     make_checkpoint: Callable[..., Path], build: Build
 ) -> None:
     checkpoint = make_checkpoint()
-    report = pipeline.validate(build(checkpoint).folder, checkpoint, {}, latency_pairs=0, prompts=0)
+    report = validate_artifact(build(checkpoint).folder, checkpoint, {}, latency_pairs=0, prompts=0)
     verdicts = {row.kind: row.verdict for row in report.rows}
     assert verdicts[CheckKind.TEXT] is verdicts[CheckKind.LATENCY] is Verdict.NOT_APPLICABLE
     assert report.passed

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
+from h1export.commands.validate import validate_artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.report.checks import CheckKind, Comparison
@@ -60,7 +61,7 @@ def test_greedy_texts_are_the_runners(
     checkpoint = make_checkpoint()
     reference = Reference(checkpoint)
     starts = prompts(np.arange(200), 3, seed=0)
-    texts = list(continuations(pipeline.load(build(checkpoint)), starts))
+    texts = list(continuations(load_runner(build(checkpoint)), starts))
     for text, prompt in zip(texts, starts, strict=True):
         assert np.array_equal(text.tokens, greedy(reference, prompt, 12))
     assert greedy_agreement_row("source", texts, reference).figures == {"tokens": 12, "never": 1}
@@ -110,7 +111,7 @@ def test_a_context_is_judged_to_its_end(
     monkeypatch.setattr(long_contexts, "CHUNK", 32)
     checkpoint = make_checkpoint(max_position_embeddings=160)
     reference = Reference(checkpoint)
-    runner = pipeline.load(build(checkpoint))
+    runner = load_runner(build(checkpoint))
     tolerances = tolerances_for("none", "rtn", True, exact=True, chosen={})
     right = context_rows({Comparison.SOURCE: runner}, reference, (128, 64, 161), tolerances=tolerances, seed=0)
     assert {row.kind for row in right} == {CheckKind.CONTEXT}
@@ -141,7 +142,7 @@ def test_costs_are_those_of_the_last_chunk_and_of_steps(
     make_checkpoint: MakeCheckpoint, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long_contexts, "CHUNK", 32)
-    runner = pipeline.load(build(make_checkpoint()))
+    runner = load_runner(build(make_checkpoint()))
     calls: list[int] = []
 
     def timed(sequence: Any, ids: Any) -> float:
@@ -159,7 +160,7 @@ def test_costs_are_those_of_the_last_chunk_and_of_steps(
 @pytest.mark.ort
 def test_validate_does_both(spoken_checkpoint: Path, build: Build) -> None:
     artifact = build(spoken_checkpoint, "int4", accuracy_level=4)
-    report = pipeline.validate(
+    report = validate_artifact(
         artifact.folder, spoken_checkpoint, {}, text_bytes=300, latency_pairs=0, prompts=2, contexts=[24]
     )
     kinds = (CheckKind.GREEDY_TEXT, CheckKind.CONTEXT, CheckKind.CONTEXT_COST)
@@ -174,6 +175,6 @@ def test_validate_does_both(spoken_checkpoint: Path, build: Build) -> None:
 
 @pytest.mark.ort
 def test_texts_that_do_not_fit_are_not_applicable(make_checkpoint: MakeCheckpoint, build: Build) -> None:
-    runner = pipeline.load(build(make_checkpoint(max_position_embeddings=50)))
+    runner = load_runner(build(make_checkpoint(max_position_embeddings=50)))
     assert "do not fit into 50" in impossible(runner, [np.arange(PROMPT)])
-    assert impossible(pipeline.load(build(make_checkpoint())), []) == "not requested, or there is no text"
+    assert impossible(load_runner(build(make_checkpoint())), []) == "not requested, or there is no text"

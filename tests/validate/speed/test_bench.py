@@ -14,7 +14,8 @@ import onnx_ir as ir
 import pytest
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import measuring, pipeline
+from h1export.commands.bench import bench_artifact
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.report.checks import Phase
@@ -109,7 +110,7 @@ def test_bandwidth_reads_all_of_the_array(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.ort
 def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> None:
-    runner = pipeline.load(build(tiny, "int4", accuracy_level=4), threads=1)
+    runner = load_runner(build(tiny, "int4", accuracy_level=4), threads=1)
     calls: list[tuple[int, int]] = []
 
     class Counted:
@@ -148,7 +149,7 @@ def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> No
 def test_two_artifacts_are_measured_in_turns(tiny: Path, build: Build) -> None:
     artifacts = [build(tiny, "int4", accuracy_level=4), build(tiny)]
     options = BenchOptions(depths=(0, 16), prefills=(32,), threads=(1,), batches=(1, 2), repeats=2, steps=2)
-    report = measuring.bench(*(artifact.folder for artifact in artifacts), None, options)
+    report = bench_artifact(*(artifact.folder for artifact in artifacts), None, options)
     assert [(speed.model, speed.timing.key) for speed in report.speeds] == [
         (subject, what + batch)
         for what in ("decode at 0", "decode at 16", "prefill 32")
@@ -176,7 +177,7 @@ def test_the_reference_is_measured_in_turns(make_checkpoint: Callable[..., Path]
     checkpoint = make_checkpoint()
     artifact = build(checkpoint, "int4")
     options = BenchOptions((0, 8), (16,), (1,), batches=(2,), repeats=2, steps=2)
-    report = measuring.bench(artifact.folder, None, checkpoint, options)
+    report = bench_artifact(artifact.folder, None, checkpoint, options)
     ours, reference = report.measured
     assert (ours.target, reference.target, reference.built_as["weights"]) == (
         "ort",
@@ -187,7 +188,7 @@ def test_the_reference_is_measured_in_turns(make_checkpoint: Callable[..., Path]
     assert reference.weight_bytes == pytest.approx(2 * stored, rel=0.05)
     assert [speed.ratio is not None for speed in report.speeds] == [True, False] * 3
     with pytest.raises(H1ExportError, match="was not built from"):
-        measuring.bench(artifact.folder, None, tiny, options)
+        bench_artifact(artifact.folder, None, tiny, options)
 
 
 def test_a_reference_times_what_it_is_asked(make_checkpoint: Callable[..., Path]) -> None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 
 from h1export.artifact.artifact import Artifact
-from h1export.commands import pipeline
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.report.checks import Phase
 from h1export.report.report import Verdict
@@ -143,7 +143,7 @@ def test_a_planted_slowdown_fails_and_the_same_build_passes(
     from slowed import Slowed
 
     artifact = build(tiny, "int4", accuracy_level=4)
-    runner, other = (pipeline.load(artifact, threads=1) for _ in range(2))
+    runner, other = (load_runner(artifact, threads=1) for _ in range(2))
 
     def timed(model: Runner[Any]) -> RunnerModel:
         return RunnerModel(model, 8, time.process_time)

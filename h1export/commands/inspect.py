@@ -1,4 +1,4 @@
-"""What `h1export inspect` says about a checkpoint or an artifact, as JSON values."""
+"""Describe a checkpoint or an artifact as JSON values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import MANIFEST
 from h1export.checkpoint.store import WeightStore
+from h1export.commands.load import read_options
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.model.falcon_h1.tensors import tensor_layout
@@ -19,7 +20,9 @@ CONTEXTS = (0, 2048, 16384)  # tokens at which state sizes are given
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """A finished artifact (its hashes are checked) or a checkpoint (its tensors are claimed).
+    """Describe a finished artifact or a checkpoint.
+
+    An artifact's hashes are checked; a checkpoint's tensors are matched to the architecture.
 
     Raises:
         H1ExportError: neither of the two, or damaged.
@@ -49,12 +52,13 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 def _artifact(folder: Path) -> dict[str, Any]:
     artifact = Artifact.open(folder)
     artifact.check_hashes()
+    options = read_options(artifact)
     manifest = artifact.manifest
     return {
         "kind": "artifact",
         "target": manifest.target,
         "scheme": dict(manifest.scheme),
-        "options": dict(manifest.options),
+        "options": dataclasses.asdict(options),
         "toolchain": dict(manifest.toolchain),
         "source": manifest.source,
         **({"requirements": dict(manifest.requirements)} if manifest.requirements else {}),

@@ -1,0 +1,72 @@
+"""`h1export generate`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import click
+import cloup
+
+from h1export.cli.common import answer, common, kernels_option, say
+from h1export.targets import Kernels
+
+
+@cloup.command(short_help="Continue a text with an artifact.")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="New tokens at most.")
+@click.option("--temperature", default=0.0, show_default=True, help="0: greedy.")
+@click.option("--top-k", default=0, show_default=True, help="Sample among the k likeliest tokens; 0: all.")
+@click.option(
+    "--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens up to this probability."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
+@click.option("--chat", is_flag=True, help="PROMPT is a user's turn, framed by the chat template.")
+@click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
+@kernels_option
+@common
+def generate(
+    out: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    chat: bool,
+    threads: int,
+    kernels: Kernels,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """Continue PROMPT with the artifact OUT; the text streams to standard output.
+
+    \b
+    Examples:
+      h1export generate tiny-ort-int4 "import os"
+      h1export generate falcon-int4 "Who are you?" --chat --temperature 0.7 --top-p 0.9 --seed 1
+    """
+    from h1export.commands.generate import generate_text
+    from h1export.runtime.generation import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, seed=seed)
+    text = ""
+    for piece in generate_text(
+        out,
+        prompt,
+        max_tokens,
+        sampling=sampling,
+        chat=chat,
+        threads=threads,
+        kernels=kernels,
+        report=partial(say, quiet=quiet),
+    ):
+        text += piece
+        if not as_json:
+            click.echo(piece, nl=False)
+    if as_json:
+        answer({"prompt": prompt, "text": text})
+    else:
+        click.echo()
+    return 0

@@ -1,0 +1,197 @@
+"""Build an artifact: checkpoint -> config -> trace -> passes -> target -> folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from h1export import __version__, host
+from h1export.artifact.artifact import Artifact, file_table
+from h1export.artifact.manifest import MANIFEST, Manifest
+from h1export.artifact.staging import Stage, check_place, dry_stage, staged
+from h1export.checkpoint.store import WeightStore
+from h1export.errors import H1ExportError
+from h1export.graphs.passes import passes_for, run_passes
+from h1export.graphs.trace import trace
+from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG, special_tokens
+from h1export.model.falcon_h1.states import Ids
+from h1export.progress import SILENT, Progress
+from h1export.quantize.calibration import Calibration
+from h1export.quantize.methods.select import integers_of, rounded
+from h1export.quantize.scheme import PREQUANTIZED, QuantScheme
+from h1export.quantize.source import QuantizedWeights
+from h1export.targets import TargetOptions, get_target, options_class
+
+CARRIED = (  # files of a checkpoint that an artifact carries as they are
+    "config.json",
+    GENERATION_CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildJob:
+    """A build that was checked and has not begun.
+
+    Attributes:
+        checkpoint: the checkpoint's folder.
+        target: the target's name.
+        options: the target's own.
+        integers: where a method looks at a text, only their precisions are final.
+        ids: calibration tokens [samples, length], where the scheme's method looks at some.
+    """
+
+    checkpoint: Path
+    target: str
+    scheme: QuantScheme
+    options: TargetOptions
+    calibration: Calibration
+    config: FalconH1Config
+    store: WeightStore
+    integers: QuantizedWeights
+    ids: Ids | None
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: Path,
+        target: str,
+        *,
+        scheme: QuantScheme,
+        options: TargetOptions | None,
+        calibration: Calibration,
+        progress: Progress = SILENT,
+    ) -> BuildJob:
+        """Check all that can be checked before a weight is read; ``options`` None: the target's defaults.
+
+        Raises:
+            H1ExportError: a checkpoint, scheme, option or calibration text that cannot be exported.
+        """
+        progress.stage("checkpoint")
+        own = options_class(target)
+        options = own() if options is None else options
+        if type(options) is not own:
+            what = f"{type(options).__name__} are not the options of target {target}"
+            raise H1ExportError("options", what, f"give {own.__name__}")
+        config = FalconH1Config.load(checkpoint)
+        store = WeightStore.open(checkpoint, config, progress)
+        scheme.check(config)
+        special_tokens(checkpoint, config)  # refuses wrong ones now rather than when a text is generated
+        return cls(
+            checkpoint=checkpoint,
+            target=target,
+            scheme=scheme,
+            options=options,
+            calibration=calibration,
+            config=config,
+            store=store,
+            integers=rounded(store, config, scheme),
+            ids=calibration.ids(checkpoint) if scheme.calibrated else None,
+        )
+
+    def manifest(self, source: str) -> Manifest:
+        """What is known of the artifact before its first byte; ``source`` is the checkpoint's fingerprint."""
+        packages = get_target(self.target).packages
+        return Manifest(
+            target=self.target,
+            source=source,
+            config=dataclasses.asdict(self.config),
+            scheme=self._scheme(),
+            options=dataclasses.asdict(self.options),
+            toolchain={"h1export": __version__, **{name: metadata.version(name) for name in packages}},
+            inputs={},
+            outputs={},
+            weights=(),
+            weights_file="",
+            files={},
+        )
+
+    def _scheme(self) -> dict[str, Any]:
+        """What decided the integers."""
+        scheme = dataclasses.asdict(self.scheme)
+        if self.store.gptq_format is not None:
+            gptq_format = dataclasses.asdict(self.store.gptq_format)
+            return scheme | {
+                "quant": f"int{self.store.gptq_format.bits}",
+                "method": PREQUANTIZED,
+                PREQUANTIZED: gptq_format,
+            }
+        return scheme | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)})
+
+    def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:
+        """Write every file of the artifact into ``stage``, the ``manifest`` last; return it complete."""
+        target = get_target(self.target)
+        for name in CARRIED:
+            if (self.checkpoint / name).is_file():
+                shutil.copyfile(self.checkpoint / name, stage.folder / name)
+        progress.stage("trace")
+        program = run_passes(trace(self.config, self.options.last_logits), passes_for(self.store.order_name))
+        if self.ids is not None and not stage.dry:
+            with dry_stage() as dry:  # what the target refuses, it refuses before the long work
+                store, integers = integers_of(
+                    self.store, self.config, self.scheme, ids=self.ids, stage=dry, progress=SILENT
+                )
+                target.lower(program, store, integers, options=self.options, stage=dry, progress=SILENT)
+        store, integers = integers_of(
+            self.store, self.config, self.scheme, ids=self.ids, stage=stage, progress=progress
+        )
+        lowered = target.lower(program, store, integers, options=self.options, stage=stage, progress=progress)
+        progress.stage("hashes")
+        files = file_table(stage.folder, sizes_only=stage.dry)
+        names = ("inputs", "outputs", "weights", "weights_file", "requirements")
+        found = {name: getattr(lowered, name) for name in names}
+        manifest = dataclasses.replace(manifest, **found, files=files)
+        (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+
+def build_artifact(
+    checkpoint: Path,
+    target: str,
+    out: Path,
+    *,
+    scheme: QuantScheme = QuantScheme(),  # noqa: B008  frozen
+    options: TargetOptions | None = None,
+    force: bool = False,
+    progress: Progress = SILENT,
+    jobs: int = 0,
+    calibration: Calibration = Calibration(),  # noqa: B008  frozen
+) -> Artifact:
+    """Export ``checkpoint`` to ``target`` as the folder ``out``, which appears complete or not at all.
+
+    A build that was killed continues where it stopped. No byte depends on ``jobs``.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        target: the target's name.
+        out: the folder to make.
+        scheme: the precisions of the weights and the method that chooses integers.
+        options: the target's own; None: its defaults.
+        force: replace an artifact at ``out``.
+        progress: gets the stages.
+        jobs: threads that compute weights; 0: one a core.
+        calibration: the text of a scheme whose method looks at one.
+
+    Raises:
+        H1ExportError: a checkpoint, scheme or option that cannot be exported, or an ``out`` that is taken.
+    """
+    check_place(out, force)
+    job = BuildJob.open(checkpoint, target, scheme=scheme, options=options, calibration=calibration, progress=progress)
+    progress.stage("fingerprint", job.store.nbytes)
+    manifest = job.manifest(job.store.fingerprint())
+    with staged(out, force, manifest.key) as folder:
+        job.write(manifest, Stage(folder, jobs or host.cores()), progress)
+    return Artifact.open(out)

@@ -1,0 +1,60 @@
+"""Load an artifact to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import MANIFEST
+from h1export.checkpoint.store import WeightStore
+from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.runtime.runner import Inspectable
+from h1export.targets import Kernels, TargetOptions, get_target, options_class, target_infos
+
+
+def read_options(artifact: Artifact) -> TargetOptions:
+    """The options that ``artifact`` was built with. Raises H1ExportError for an unknown target, option or value."""
+    name = artifact.manifest.target
+    if name not in target_infos():
+        raise H1ExportError(
+            artifact.folder / MANIFEST,
+            f"target {name!r} is unknown",
+            f"this h1export knows {', '.join(target_infos())}",
+        )
+    return options_class(name).read(artifact)
+
+
+def load_runner(
+    artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
+) -> Inspectable[Any]:
+    """A Runner over ``artifact``, made by its target; the other arguments are those of ``Target.load``.
+
+    Raises:
+        H1ExportError: an unknown target or option, or an artifact that does not run here.
+    """
+    read_options(artifact)
+    return get_target(artifact.manifest.target).load(artifact, threads, float32, kernels)
+
+
+def load_folder(
+    out: str | Path, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
+) -> Inspectable[Any]:
+    """``h1export.load``: a Runner over the artifact in the folder ``out``.
+
+    The other arguments are those of ``Target.load``.
+
+    Raises:
+        H1ExportError: a damaged artifact, or one that does not run here.
+    """
+    return load_runner(Artifact.open(Path(out)), threads, float32, kernels=kernels)
+
+
+def check_source(artifact: Artifact, checkpoint: Path) -> None:
+    """Raises H1ExportError where ``artifact`` was not built from ``checkpoint``."""
+    config = FalconH1Config.load(checkpoint)
+    if WeightStore.open(checkpoint, config).fingerprint() != artifact.manifest.source or config != artifact.config:
+        raise H1ExportError(
+            artifact.folder, f"was not built from {checkpoint}", "give the checkpoint it was built from as MODEL"
+        )

@@ -1,0 +1,78 @@
+"""Compare an artifact with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from h1export.artifact.artifact import REPORT, Artifact
+from h1export.checkpoint.resolve import embedded_model
+from h1export.checkpoint.tokenizer import TOKENIZER, scoring_ids
+from h1export.commands.load import check_source, load_runner
+from h1export.progress import SILENT, Progress
+from h1export.report.report import Report
+from h1export.targets import Kernels
+from h1export.validate.accuracy.run import ValidateOptions
+from h1export.validate.accuracy.run import validate as run_validation
+
+HELDOUT = "heldout.txt"  # in the embedded model's folder
+
+
+def validate_artifact(
+    out: Path,
+    checkpoint: Path,
+    tolerances: Mapping[str, float],
+    *,
+    text: Path | None = None,
+    text_bytes: int = 0,
+    latency_pairs: int = 7,
+    threads: int = 0,
+    progress: Progress = SILENT,
+    kernels: Kernels = "auto",
+    bisect: bool = False,
+    prompts: int = 8,
+    contexts: Sequence[int] = (),
+) -> Report:
+    """Compare the artifact ``out`` with the reference on ``checkpoint`` and write ``out/report.json``.
+
+    Args:
+        out: the artifact's folder.
+        checkpoint: the folder of the checkpoint that it was built from.
+        tolerances: metric -> tolerance, overriding the defaults.
+        text: for bits per byte; None: the held-out text that ships with the embedded model.
+        text_bytes: how much of it; 0: all.
+        latency_pairs: 0: no latency.
+        threads: for artifact and reference; 0: their own choice.
+        progress: gets the stages.
+        kernels: as in ``Target.load``.
+        bisect, prompts, contexts: as in ValidateOptions.
+
+    Raises:
+        H1ExportError: a damaged artifact, or a checkpoint that is not the one it was built from.
+    """
+    artifact = Artifact.open(out)
+    progress.stage("hashes")
+    artifact.check_hashes()
+    check_source(artifact, checkpoint)
+    if threads:
+        torch.set_num_threads(threads)
+    has_tokenizer = (out / TOKENIZER).is_file()
+    ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
+    options = ValidateOptions(
+        tolerances, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
+    )
+    runner = load_runner(artifact, threads, kernels=kernels)
+    exact = runner if runner.provenance.float32 else load_runner(artifact, threads, float32=True, kernels=kernels)
+    if not exact.provenance.float32:  # the runtime has no float32 form of it
+        exact = runner
+    report = run_validation(artifact, runner, exact, checkpoint, options, progress)
+    (out / REPORT).write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def _text(path: Path | None, nbytes: int) -> str:
+    data = (path or embedded_model() / HELDOUT).read_bytes()
+    return data[: nbytes or None].decode("utf-8", errors="ignore")

@@ -1,0 +1,65 @@
+"""Models that a worker process makes and times: an artifact, and transformers on the weights that it stores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from h1export.artifact.artifact import Artifact
+from h1export.commands.load import load_runner
+from h1export.errors import H1ExportError
+from h1export.runtime.runner import Inspectable
+from h1export.targets import Kernels
+from h1export.validate.accuracy.reference import Reference
+from h1export.validate.speed.gate_file import Clock
+from h1export.validate.speed.regression import ModelPair
+from h1export.validate.speed.worker import RunnerModel, pin
+
+# tokens a timing of a gate: of the artifact, and of the reference, which is slower
+GATE_STEPS = 16
+REFERENCE_STEPS = 4
+CLOCKS: Mapping[Clock, Callable[[], float]] = {Clock.CPU: time.process_time, Clock.WALL: time.perf_counter}
+
+
+def artifact_model(folder: Path, threads: int, kernels: Kernels, *, steps: int) -> RunnerModel:
+    """The artifact in ``folder``, ready to be timed."""
+    pin(threads)
+    return RunnerModel(timed_runner(Artifact.open(folder), threads, kernels), steps)
+
+
+def reference_model_of(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, steps: int) -> RunnerModel:
+    """The reference on the weights of the artifact in ``folder``; reading them counts in its peak of memory."""
+    pin(threads)
+    runner = load_runner(Artifact.open(folder), threads, kernels=kernels)
+    return reference_model(checkpoint, runner, threads, steps=steps, clock=time.perf_counter)
+
+
+def model_pair(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, clock: Clock) -> ModelPair:
+    """The artifact in ``folder`` beside its reference."""
+    pin(threads)
+    runner = timed_runner(Artifact.open(folder), threads, kernels)
+    ours = RunnerModel(runner, GATE_STEPS, CLOCKS[clock])
+    return ModelPair(ours, reference_model(checkpoint, runner, threads, steps=REFERENCE_STEPS, clock=CLOCKS[clock]))
+
+
+def reference_model(
+    checkpoint: Path, runner: Inspectable[Any], threads: int, *, steps: int, clock: Callable[[], float]
+) -> RunnerModel:
+    """transformers' model on the weights that ``runner`` stores."""
+    torch.set_num_threads(threads)
+    reference = Reference(checkpoint)
+    reference.hold(runner.stored_weights())
+    return RunnerModel(reference, steps, clock, chunk=reference.config.max_position_embeddings)
+
+
+def timed_runner(artifact: Artifact, threads: int, kernels: Kernels) -> Inspectable[Any]:
+    """The artifact's Runner. Raises H1ExportError for an artifact that its runtime does not run here."""
+    runner = load_runner(artifact, threads, kernels=kernels)
+    if runner.provenance.emulated:
+        what = f"is computed by {runner.provenance.kernels} here: its speed says nothing"
+        raise H1ExportError(artifact.folder, what, "measure it where its runtime is")
+    return runner

@@ -1,0 +1,55 @@
+"""Options of the target "ort"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from h1export.errors import H1ExportError
+from h1export.targets.options import Flag, TargetOptions
+
+Graph = Literal["cpu", "cuda", "portable"]
+
+# The accuracy levels that the products of a graph have, the default first. Those of the portable graph become
+# MatMulNBits in ONNX Runtime on CPUs.
+LEVELS: Mapping[Graph, tuple[int, ...]] = {"cpu": (4, 0, 1), "cuda": (0,), "portable": (4, 0, 1)}
+DEFAULT_LEVEL = -1  # stands for the graph's own default until the options are made
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrtOptions(TargetOptions):
+    """What a build for ONNX Runtime can choose.
+
+    Attributes:
+        graph: which of the GRAPH_VARIANTS is made.
+        accuracy_level: of MatMulNBits: 0 computes in float32, 4 rounds activations to int8, which is fastest.
+    """
+
+    graph: Annotated[
+        Graph,
+        Flag(
+            "What runs the graph: cpu and cuda use ONNX Runtime's own operators, portable only those of ONNX, "
+            "for any runtime."
+        ),
+    ] = "cpu"
+    accuracy_level: Annotated[
+        int,
+        Flag(
+            "Products with integers: 4 rounds activations to int8, which is fast, and 0 keeps float32.",
+            minimum=0,
+            default=", ".join(f"{graph}: {levels[0]}" for graph, levels in LEVELS.items()),
+        ),
+    ] = DEFAULT_LEVEL
+
+    def __post_init__(self) -> None:
+        if self.accuracy_level == DEFAULT_LEVEL and self.graph in LEVELS:
+            object.__setattr__(self, "accuracy_level", LEVELS[self.graph][0])
+        super().__post_init__()
+        levels = LEVELS[self.graph]
+        if self.accuracy_level not in levels:
+            what = f"{self.accuracy_level} is not a level that the kernels of --graph {self.graph} have"
+            raise H1ExportError("--accuracy-level", what, f"one of {', '.join(map(str, levels))}")
+
+
+Options = OrtOptions

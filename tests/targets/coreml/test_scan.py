@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - it registers bfloat16 with NumPy, which safetensors looks up
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file

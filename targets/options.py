@@ -91,7 +91,7 @@ class OptionField:
         """What is wrong with ``value``, and what to give instead; None where nothing is wrong."""
         if value is None and self.optional:
             return None
-        values = value if self.repeated and isinstance(value, tuple) else (value,)
+        values: tuple[Any, ...] = value if self.repeated and isinstance(value, tuple) else (value,)
         for one in values:
             if self.choices and one not in self.choices:
                 return f"cannot be {one!r}", f"give {' or '.join(self.choices)}"

@@ -231,7 +231,8 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         cloup.option_group("Calibration text", *CALIBRATION),
         *target_option_groups(),
     )
-    wrapped: Callable[..., int] = with_request
+    wrapped: Any = with_request
     for group in reversed(groups):
         wrapped = group(wrapped)
-    return click.argument("model", required=False)(wrapped)
+    finished: Callable[..., int] = click.argument("model", required=False)(wrapped)
+    return finished

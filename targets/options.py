@@ -95,7 +95,8 @@ class OptionField:
         for one in values:
             if self.choices and one not in self.choices:
                 return f"cannot be {one!r}", f"give {' or '.join(self.choices)}"
-            if type(one) is not self.kind:
+            right_kind = type(one) is self.kind
+            if not right_kind:
                 return f"cannot be {one!r}", f"give a value of type {self.kind.__name__}"
             if self.minimum is not None and one < self.minimum:
                 return f"cannot be {one}", f"give {self.minimum} or more"

@@ -113,7 +113,7 @@ def test_the_help_has_headings_for_each_target(capsys: pytest.CaptureFixture[str
     assert run(["build", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     headings = [line.rstrip(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
-    for heading in ("all targets", "coreml and trt options", "coreml options", "ort options", "trt options"):
+    for heading in ("All targets", "coreml and trt options", "coreml options", "ort options", "trt options"):
         assert heading in headings
     start = lines.index("ort options:")
     assert any(line.strip().startswith("--graph") for line in lines[start : start + 3])

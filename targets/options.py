@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import types
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from h1export.errors import H1ExportError
@@ -88,15 +87,16 @@ class OptionField:
             shown_default=flag.default or ("" if field.default in (None, False, ()) else str(field.default)),
         )
 
-    def fault(self, value: object) -> tuple[str, str] | None:
+    def fault(self, value: Any) -> tuple[str, str] | None:
         """What is wrong with ``value``, and what to give instead; None where nothing is wrong."""
         if value is None and self.optional:
             return None
-        values = value if self.repeated and isinstance(value, tuple) else (value,)
+        values: tuple[Any, ...] = value if self.repeated and isinstance(value, tuple) else (value,)
         for one in values:
             if self.choices and one not in self.choices:
                 return f"cannot be {one!r}", f"give {' or '.join(self.choices)}"
-            if type(one) is not self.kind:
+            right_kind = type(one) is self.kind
+            if not right_kind:
                 return f"cannot be {one!r}", f"give a value of type {self.kind.__name__}"
             if self.minimum is not None and one < self.minimum:
                 return f"cannot be {one}", f"give {self.minimum} or more"
@@ -139,7 +139,7 @@ class TargetOptions:
             raise H1ExportError(
                 where, f"option {odd[0]!r} {what} target {artifact.manifest.target}", "build the artifact again"
             )
-        values = {}
+        values: dict[str, Any] = {}
         for name, field in known.items():
             value = stored[name]
             values[name] = tuple(value) if field.repeated and isinstance(value, list) else value
@@ -151,7 +151,6 @@ class TargetOptions:
             raise H1ExportError(where, f"{error.where}: {error.what}", "build the artifact again") from None
 
 
-@cache
 def option_fields(options: type[TargetOptions]) -> tuple[OptionField, ...]:
     """The fields of a target's options."""
     hints = get_type_hints(options, include_extras=True)

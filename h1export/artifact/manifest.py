@@ -19,7 +19,7 @@ from h1export.checkpoint.weight_expr import Multiplier
 from h1export.errors import H1ExportError
 
 MANIFEST = "manifest.json"
-FORMAT = 6
+FORMAT = 5
 
 
 @dataclass(frozen=True)

@@ -231,6 +231,8 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         cloup.option_group("Calibration text", *CALIBRATION),
         *target_option_groups(),
     )
+    wrapped: Any = with_request
     for group in reversed(groups):
-        with_request = group(with_request)
-    return click.argument("model", required=False)(with_request)
+        wrapped = group(wrapped)
+    finished: Callable[..., int] = click.argument("model", required=False)(wrapped)
+    return finished

@@ -38,7 +38,7 @@ class TargetFlag:
     def heading(self) -> str:
         """The heading of the help under which the option stands."""
         if len(self.owners) == len(target_infos()):
-            return "all targets"
+            return "All targets"
         return f"{' and '.join(self.owners)} options"
 
     def option(self) -> Decorator:

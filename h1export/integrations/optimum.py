@@ -10,7 +10,8 @@ from typing import Any
 import click
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from h1export.cli import build, run
+from h1export.cli import run
+from h1export.cli.build import build
 
 OWN = ("model", "out")  # optimum has its own names for these two, the same for every exporter
 

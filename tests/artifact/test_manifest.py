@@ -119,7 +119,7 @@ def test_other_versions_of_the_format(version: object, artifact: Artifact) -> No
 
 GARBAGE: dict[str, bytes] = {
     "nothing": b"",
-    "cut": b'{"format": 6, "target": ',
+    "cut": b'{"format": 5, "target": ',
     "not utf-8": b"\xff\xfe\xff",
     "too deep": b"[" * 200_000,
     "null": b"null",
@@ -127,7 +127,7 @@ GARBAGE: dict[str, bytes] = {
     "a string": b'"format"',
     "a number": b"1",
     "no version": b"{}",
-    "only a version": b'{"format": 6}',
+    "only a version": b'{"format": 5}',
     "another program's": b'{"manifest_version": 3, "name": "an extension"}',
 }
 

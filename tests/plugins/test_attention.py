@@ -118,9 +118,9 @@ def test_pieces_chained_by_their_cache_are_the_whole(
     outputs = []
     bounds = sorted({0, case["seq"], *(cut for cut in cuts if cut < case["seq"])})
     for start, stop in pairwise(bounds):
-        subgraph = {name: inputs[name][:, start:stop] for name in ("q", "k", "v", "positions")}
+        part = {name: inputs[name][:, start:stop] for name in ("q", "k", "v", "positions")}
         mask = inputs["mask"][:, : case["past"] + stop]
-        out, keys, values = h1.attention(**inputs | subgraph | {"past_k": keys, "past_v": values, "mask": mask})
+        out, keys, values = h1.attention(**inputs | part | {"past_k": keys, "past_v": values, "mask": mask})
         outputs.append(out)
     whole, whole_keys, whole_values = h1.attention(**inputs)
     magnitude = whole_values.double().abs().numpy()
@@ -142,9 +142,9 @@ def test_a_padded_row_is_the_row_run_alone(
         dropped = max(0, pads - case["past"])
         if dropped >= case["seq"]:
             continue
-        subgraph = {name: inputs[name][row : row + 1, dropped:] for name in ("q", "k", "v", "positions")}
-        subgraph |= {name: inputs[name][row : row + 1, :, case["past"] - kept :] for name in ("past_k", "past_v")}
-        alone, _, _ = h1.attention(**inputs | subgraph | {"mask": inputs["mask"][row : row + 1, pads:]})
+        part = {name: inputs[name][row : row + 1, dropped:] for name in ("q", "k", "v", "positions")}
+        part |= {name: inputs[name][row : row + 1, :, case["past"] - kept :] for name in ("past_k", "past_v")}
+        alone, _, _ = h1.attention(**inputs | part | {"mask": inputs["mask"][row : row + 1, pads:]})
         assert error(out[row : row + 1, dropped:], alone.double().numpy(), values.double().abs().numpy()) < TOLERANCE
 
 

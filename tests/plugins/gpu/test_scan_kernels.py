@@ -189,8 +189,8 @@ def test_pieces_chained_by_their_states_are_the_whole(
     state = inputs["state"]
     outputs = []
     for tokens in (slice(0, 70), slice(70, 71), slice(71, 80)):
-        subgraph = {name: inputs[name][:, tokens].contiguous() for name in ("x", "dt", "B", "C", "mask")}
-        y, state = scanned(inputs | subgraph | {"state": state})
+        part = {name: inputs[name][:, tokens].contiguous() for name in ("x", "dt", "B", "C", "mask")}
+        y, state = scanned(inputs | part | {"state": state})
         outputs.append(y)
     check(inputs, torch.cat(outputs, dim=1), state, recurrence, error)
 

@@ -57,8 +57,8 @@ def test_genai_generates_what_we_generate_however_the_prompt_is_cut(
     ours = list(generate(load_runner(artifact), np.array(ids, np.int64), 64, sampling=Sampling(), eos=frozenset()))
     first, *rest = np.split(np.array(ids, np.int32), cuts)
     generator = genai(model, [first], len(ids) + 64)
-    for subgraph in rest:
-        generator.append_tokens(subgraph[None])
+    for part in rest:
+        generator.append_tokens(part[None])
     (theirs,) = continued(generator, 64)
     assert theirs == ours[: len(theirs)]
     assert len(theirs) == 64 or theirs[-1] in artifact.config.eos_token_ids

@@ -87,8 +87,8 @@ def test_the_reference_in_pieces_is_the_whole(name: str, make_checkpoint: MakeCh
     reference = Reference(make_checkpoint(name))
     ids = np.random.default_rng(0).integers(0, 259, 97)
     truth, states = reference.full(ids)
-    for subgraph in (7, 32, 96):  # of 96, one token is left, which goes with the others
-        found, found_states = reference.in_pieces(ids, 40, subgraph)
+    for chunk in (7, 32, 96):  # of 96, one token is left, which goes with the others
+        found, found_states = reference.in_pieces(ids, 40, chunk)
         assert relative_error(found, truth[-40:]) < 1e-5
         assert all(relative_error(found_states[key], states[key]) < 1e-5 for key in states)
 
@@ -99,7 +99,7 @@ def test_a_reference_that_forgets_its_past_is_not_used(
     reference = Reference(make_checkpoint())
     answer = reference._forward
     monkeypatch.setattr(reference, "_forward", lambda ids, cache, tail: answer(ids, None, tail))
-    with pytest.raises(H1ExportError, match="does not go on from a cache"):
+    with pytest.raises(H1ExportError, match="does not continue a cache"):
         reference.in_pieces(np.arange(30), 4)
 
 

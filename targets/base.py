@@ -49,6 +49,7 @@ class Target(Protocol[OptionsT]):
         program: Program,
         store: WeightStore,
         integers: QuantizedWeights,
+        *,
         options: OptionsT,
         stage: Stage,
         progress: Progress,

@@ -68,7 +68,7 @@ def validate_artifact(
     exact = runner if runner.provenance.float32 else load_runner(artifact, threads, float32=True, kernels=kernels)
     if not exact.provenance.float32:  # the runtime has no float32 form of it
         exact = runner
-    report = run_validation(artifact, runner, exact, checkpoint, options, progress)
+    report = run_validation(artifact, runner, exact, checkpoint=checkpoint, options=options, progress=progress)
     (out / REPORT).write_text(report.to_json(), encoding="utf-8")
     return report
 

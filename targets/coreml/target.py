@@ -49,6 +49,7 @@ class CoreMLTarget:
         program: Program,
         store: WeightStore,
         integers: QuantizedWeights,
+        *,
         options: CoreMLOptions,
         stage: Stage,
         progress: Progress,

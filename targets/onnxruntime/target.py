@@ -48,6 +48,7 @@ class OnnxRuntimeTarget:
         program: Program,
         store: WeightStore,
         integers: QuantizedWeights,
+        *,
         options: OrtOptions,
         stage: Stage,
         progress: Progress,

@@ -41,6 +41,7 @@ class TensorRTTarget:
         program: Program,
         store: WeightStore,
         integers: QuantizedWeights,
+        *,
         options: TensorRTOptions,
         stage: Stage,
         progress: Progress,

@@ -106,7 +106,9 @@ def test_a_plan_goes_into_the_artifact(
     assert PROJECTION not in stored
     assert all(stored[name] == ((8, 0) if chosen[name] == "int8" else (4, 32)) for name in chosen if name != PROJECTION)
     runner = load_runner(artifact)
-    report = validate(artifact, runner, runner, spoken_checkpoint, ValidateOptions(pairs=0), SILENT)
+    report = validate(
+        artifact, runner, runner, checkpoint=spoken_checkpoint, options=ValidateOptions(pairs=0), progress=SILENT
+    )
     assert report.passed, report.to_json()
     assert np.isfinite(
         [row.figures["kl"] for row in report.rows if row.comparison == "stored" and row.compares_outputs]

@@ -97,6 +97,7 @@ def validate(
     artifact: Artifact,
     runner: Inspectable[Any],
     exact: Inspectable[Any],
+    *,
     checkpoint: Path,
     options: ValidateOptions,
     progress: Progress,

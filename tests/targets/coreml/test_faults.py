@@ -33,7 +33,7 @@ def built(make_checkpoint: Callable[..., Path], build: Build) -> Artifact:
 
 def judged(artifact: Artifact, checkpoint: Path) -> Report:
     runner = load_runner(artifact)
-    return validate(artifact, runner, runner, checkpoint, ValidateOptions(pairs=0), SILENT)
+    return validate(artifact, runner, runner, checkpoint=checkpoint, options=ValidateOptions(pairs=0), progress=SILENT)
 
 
 def failures(report: Report) -> set[str]:

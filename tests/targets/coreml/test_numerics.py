@@ -70,7 +70,7 @@ def test_fp16_is_where_it_is_asked_for_alone(chosen: dict[str, Any], tiny: Path,
 def test_validate_passes_as_for_every_target(tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int4", target="coreml", max_context=576)
     runner = load_runner(artifact)
-    report = validate(artifact, runner, runner, tiny, ValidateOptions(pairs=1), SILENT)
+    report = validate(artifact, runner, runner, checkpoint=tiny, options=ValidateOptions(pairs=1), progress=SILENT)
     assert report.passed, report.to_json()
     cases = {row.case: row for row in report.rows if row.comparison is Comparison.STORED}
     assert cases["512 decode steps"].figures["states"] <= HALF

@@ -156,7 +156,12 @@ def on_the_cpu(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def rows(artifact: Artifact, checkpoint: Path, shipped: Any, against: str) -> list[Row]:
     report = validate(
-        artifact, shipped, load_runner(artifact, float32=True), checkpoint, ValidateOptions(pairs=0), SILENT
+        artifact,
+        shipped,
+        load_runner(artifact, float32=True),
+        checkpoint=checkpoint,
+        options=ValidateOptions(pairs=0),
+        progress=SILENT,
     )
     assert report.passed, report.to_json()
     found = [row for row in report.rows if row.comparison == against and row.compares_outputs]
@@ -261,7 +266,12 @@ def test_levels_of_the_cpus_products_are_refused(tiny: Path, tmp_path: Path) -> 
 def test_validate_passes_on_cuda(quant: str, tiny: Path, build: Build) -> None:
     artifact = build(tiny, quant, graph="cuda")
     report = validate(
-        artifact, load_runner(artifact), load_runner(artifact, float32=True), tiny, ValidateOptions(pairs=0), SILENT
+        artifact,
+        load_runner(artifact),
+        load_runner(artifact, float32=True),
+        checkpoint=tiny,
+        options=ValidateOptions(pairs=0),
+        progress=SILENT,
     )
     assert report.passed, report.to_json()
 

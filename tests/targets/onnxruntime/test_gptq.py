@@ -148,7 +148,9 @@ def asymmetric(make_gptq: Make, tmp_path_factory: pytest.TempPathFactory) -> tup
 def rows(written: Written, artifact: Artifact) -> dict[CheckKind, Row]:
     shipped = load_runner(artifact)
     exact = load_runner(artifact, float32=True)
-    report = validate(artifact, shipped, exact, written.folder, ValidateOptions(pairs=0), SILENT)
+    report = validate(
+        artifact, shipped, exact, checkpoint=written.folder, options=ValidateOptions(pairs=0), progress=SILENT
+    )
     assert report.passed
     return {row.kind: row for row in report.rows}
 

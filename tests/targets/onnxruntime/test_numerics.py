@@ -31,7 +31,7 @@ both_kernels = pytest.mark.parametrize("kernels", ["stock", "native"])
 
 def rows(artifact: Artifact, checkpoint: Path, against: str, kernels: Kernels = "auto") -> list[Row]:
     shipped, exact = (load_runner(artifact, float32=float32, kernels=kernels) for float32 in (False, True))
-    report = validate(artifact, shipped, exact, checkpoint, NO_LATENCY, SILENT)
+    report = validate(artifact, shipped, exact, checkpoint=checkpoint, options=NO_LATENCY, progress=SILENT)
     assert report.passed, report.to_json()
     return [row for row in report.rows if row.comparison == against and row.compares_outputs]
 

@@ -44,7 +44,7 @@ Build = Callable[..., Artifact]
 def assert_exact(artifact: Artifact, checkpoint: Path, against: str) -> None:
     """Every case of the harness passes, and is far inside its gate."""
     exact = load_runner(artifact, float32=True)
-    report = validate(artifact, exact, exact, checkpoint, ValidateOptions(pairs=0), SILENT)
+    report = validate(artifact, exact, exact, checkpoint=checkpoint, options=ValidateOptions(pairs=0), progress=SILENT)
     assert report.passed, report.to_json()
     rows = [row for row in report.rows if row.comparison == against and row.compares_outputs]
     assert len(rows) == 8

@@ -144,7 +144,9 @@ def test_validate_judges_the_engine(
     exact = load_runner(finished, float32=True)
     assert (runner.provenance.emulated, exact.provenance.emulated) == (False, True)
     slow = {"latency.prefill": 1e3, "latency.decode": 1e3}  # the stand-in is
-    report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(slow, pairs=1), SILENT)
+    report = validate(
+        finished, runner, exact, checkpoint=make_checkpoint(), options=ValidateOptions(slow, pairs=1), progress=SILENT
+    )
     assert report.passed, report.to_json()
     (decode,) = [row for row in report.rows if row.kind is CheckKind.LATENCY and row.phase is Phase.DECODE]
     assert decode.figures["ratio"] > 0
@@ -236,5 +238,7 @@ def test_what_has_no_room_is_not_timed(
 ) -> None:
     runner = load_runner(finished)
     exact = load_runner(finished, float32=True)
-    report = validate(finished, runner, exact, make_checkpoint(), ValidateOptions(pairs=4), SILENT)
+    report = validate(
+        finished, runner, exact, checkpoint=make_checkpoint(), options=ValidateOptions(pairs=4), progress=SILENT
+    )
     assert "208 tokens do not fit into 192" in {row.note for row in report.rows}

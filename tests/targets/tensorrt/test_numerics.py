@@ -92,7 +92,9 @@ def test_validate_passes_as_for_every_target(make_checkpoint: Callable[..., Path
     artifact = network(checkpoint, max_context=192, max_batch=3)
     runner = load_runner(artifact)
     exact = load_runner(artifact, float32=True)
-    report = validate(artifact, runner, exact, checkpoint, ValidateOptions(pairs=1, bisect=True), SILENT)
+    report = validate(
+        artifact, runner, exact, checkpoint=checkpoint, options=ValidateOptions(pairs=1, bisect=True), progress=SILENT
+    )
     assert report.passed, report.to_json()
     cases = {row.case: row for row in report.rows if row.comparison is Comparison.STORED}
     assert cases["padded batch of 3"].figures["states"] <= EXACT
@@ -218,7 +220,12 @@ def test_a_flipped_nibble(make_checkpoint: Callable[..., Path], network: Build, 
     assert (before != after).sum() == 1
     runner = load_runner(Artifact(copy, artifact.manifest))
     report = validate(
-        Artifact(copy, artifact.manifest), runner, runner, make_checkpoint(), ValidateOptions(pairs=0), SILENT
+        Artifact(copy, artifact.manifest),
+        runner,
+        runner,
+        checkpoint=make_checkpoint(),
+        options=ValidateOptions(pairs=0),
+        progress=SILENT,
     )
     assert CheckKind.STORED_INTEGERS in {row.kind for row in report.rows if row.verdict == "FAIL"}
 

@@ -49,7 +49,14 @@ MLP = "gate_proj, up_proj or down_proj"  # of integers, one kernel of ours compu
 def judge(artifact: Artifact, checkpoint: Path, runner: Any = None, kernels: Kernels = "auto") -> Report:
     exact = runner or load_runner(artifact, float32=True, kernels=kernels)
     shipped = runner or load_runner(artifact, kernels=kernels)
-    return validate(artifact, shipped, exact, checkpoint, ValidateOptions(pairs=0, bisect=True), SILENT)
+    return validate(
+        artifact,
+        shipped,
+        exact,
+        checkpoint=checkpoint,
+        options=ValidateOptions(pairs=0, bisect=True),
+        progress=SILENT,
+    )
 
 
 def failed(report: Report) -> list[Row]:

@@ -115,7 +115,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A folder of tests that all need a runtime bears its marker."""
+    """Mark every test of a folder whose tests all need a runtime."""
     root = Path(__file__).parents[1]
     for info in target_infos().values():
         for folder in info.test_folders:

@@ -140,7 +140,7 @@ def _decades(axes: Any, which: str, values: Sequence[float]) -> None:
 
 
 def _svg(name: str, draw: Callable[[Any], None]) -> str:
-    """The drawing without what only a file of its own needs; ids bear ``name``, because a page has several drawings."""
+    """Return the SVG for a page: without a file header, and with ``name`` in its ids, because a page has several."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""A ready-made checkpoint on the command line."""
+"""A prequantized checkpoint on the command line."""
 
 from __future__ import annotations
 

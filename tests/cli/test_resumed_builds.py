@@ -1,4 +1,4 @@
-"""Builds that are killed again and again, and end with the bytes of one that nobody disturbed."""
+"""Builds that are killed again and again, and end with the bytes of one that no kill interrupted."""
 
 from __future__ import annotations
 

@@ -255,7 +255,7 @@ def _suspect_ops() -> dict[ProbePoint, str]:
     return {point: others.get(point) or " or ".join(products[point]) for point in ProbePoint}
 
 
-# The projections of a layer by the input that they share; a group bears the name of its first projection.
+# The projections of a layer by the input that they share; a group has the name of its first projection.
 INPUT_GROUPS: Mapping[str, tuple[Projection, ...]] = _input_groups()
 
 # Modules of a layer, and the probe point that shows what each reads.

@@ -1,4 +1,4 @@
-"""Other people's software on our folder, and the door to onnxruntime itself."""
+"""Other software on our folder, and the import of onnxruntime itself."""
 
 from __future__ import annotations
 

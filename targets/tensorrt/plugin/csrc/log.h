@@ -1,4 +1,4 @@
-// Errors go to TensorRT's logger once it has told us of one, to stderr before.
+// Errors go to TensorRT's logger once it has given us one, to stderr before.
 #pragma once
 
 #include <string>

@@ -20,7 +20,7 @@ struct Tensor {
   char const* sizes[4];
 };
 
-// An attribute of an op, and where it lies in its Attributes.
+// An attribute of an op, and its place in the Attributes.
 struct Field {
   char const* name;
   PluginFieldType type;

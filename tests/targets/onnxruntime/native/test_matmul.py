@@ -167,7 +167,7 @@ def test_agrees_with_matmul_nbits(run_op: RunOp, bits: int, block: int, tokens: 
 
 
 def test_extreme_codes_and_activations_do_not_overflow(run_op: RunOp) -> None:
-    """Every product at its largest, of either sign: what int16 sums inside the kernels must bear."""
+    """Every product at its largest, of either sign: what int16 sums inside the kernels must hold."""
     for bits, block in FORMATS:
         for tokens in (1, 9):
             for sign in (-1, 1):

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.store import INDEX, SINGLE
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 
 BLOCK = 1 << 22  # values made at a time: 16 MiB of float32
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -170,7 +170,7 @@ def write_checkpoint(
     Where ``real_shards`` is given, only the first so many hold random values; the others are files of zeros that take
     no disk.
     """
-    tensors = tensor_layout(FalconH1Config.from_config(settings, folder / "config.json"))
+    tensors = tensor_shapes(FalconH1Config.from_config(settings, folder / "config.json"))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     groups = split(tensors, shards)

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 
 CLI = "from h1export.cli import main; main()"
 
@@ -65,7 +65,7 @@ class Measured:
 
 def source_bytes(shape: str, layers: int) -> int:
     """The bfloat16 checkpoint's weights."""
-    return 2 * sum(map(prod, tensor_layout(FalconH1Config.from_config(config(shape, layers), Path(shape))).values()))
+    return 2 * sum(map(prod, tensor_shapes(FalconH1Config.from_config(config(shape, layers), Path(shape))).values()))
 
 
 def cases(shape: str, real: float) -> Iterator[Case]:

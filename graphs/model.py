@@ -57,14 +57,14 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.mamba_d_ssm))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        s = self.config
+        config = self.config
         gate = F.silu(z)
-        if not s.mamba_norm_before_gate:
+        if not config.mamba_norm_before_gate:
             y = y * gate
-        width = s.mamba_d_ssm // s.mamba_n_groups
-        grouped = y.view(y.shape[0], y.shape[1], s.mamba_n_groups, width)
-        y = F.rms_norm(grouped, (width,), None, s.rms_norm_eps).view(y.shape) * self.weight
-        return y * gate if s.mamba_norm_before_gate else y
+        width = config.mamba_d_ssm // config.mamba_n_groups
+        grouped = y.view(y.shape[0], y.shape[1], config.mamba_n_groups, width)
+        y = F.rms_norm(grouped, (width,), None, config.rms_norm_eps).view(y.shape) * self.weight
+        return y * gate if config.mamba_norm_before_gate else y
 
 
 class Conv1d(nn.Module):
@@ -83,41 +83,41 @@ class Mixer(nn.Module):
 
     def __init__(self, config: FalconH1Config) -> None:
         super().__init__()
-        s = self.config = config
-        self.in_proj = nn.Linear(s.hidden_size, sum(s.in_proj_parts), bias=s.mamba_proj_bias)
-        self.conv1d = Conv1d(s)
-        self.dt_bias = nn.Parameter(torch.empty(s.mamba_n_heads))
-        self.A_log = nn.Parameter(torch.empty(s.mamba_n_heads))
-        self.D = nn.Parameter(torch.empty(s.mamba_n_heads))
-        self.norm = GatedRMSNorm(s) if s.mamba_rms_norm else None
-        self.out_proj = nn.Linear(s.mamba_d_ssm, s.hidden_size, bias=s.projectors_bias)
-        self.register_buffer("mup", mup_vector(s), persistent=False)
+        self.config = config
+        self.in_proj = nn.Linear(config.hidden_size, sum(config.in_proj_parts), bias=config.mamba_proj_bias)
+        self.conv1d = Conv1d(config)
+        self.dt_bias = nn.Parameter(torch.empty(config.mamba_n_heads))
+        self.A_log = nn.Parameter(torch.empty(config.mamba_n_heads))
+        self.D = nn.Parameter(torch.empty(config.mamba_n_heads))
+        self.norm = GatedRMSNorm(config) if config.mamba_rms_norm else None
+        self.out_proj = nn.Linear(config.mamba_d_ssm, config.hidden_size, bias=config.projectors_bias)
+        self.register_buffer("mup", mup_vector(config), persistent=False)
 
     def forward(self, x: Tensor, real: Tensor, conv: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [batch, seq, hidden]; real [batch, seq], 1.0 for real tokens."""
-        s = self.config
+        config = self.config
         (batch, seq) = x.shape[:2]
-        projected = self.in_proj(scaled(x, s.ssm_in_multiplier))
-        if any(factor != 1.0 for factor in s.ssm_multipliers):
+        projected = self.in_proj(scaled(x, config.ssm_in_multiplier))
+        if any(factor != 1.0 for factor in config.ssm_multipliers):
             projected = projected * self.mup
-        z, xbc, dt = projected.split([s.mamba_d_ssm, s.conv_dim, s.mamba_n_heads], dim=-1)
+        z, xbc, dt = projected.split([config.mamba_d_ssm, config.conv_dim, config.mamba_n_heads], dim=-1)
         # masked after the projection, so that the convolution sees zeros for pads even with a projection bias
         xbc, conv = h1.causal_conv(xbc * real[..., None], conv, self.conv1d.weight, self.conv1d.bias)
-        u, b, c = xbc.split([s.mamba_d_ssm, s.bc_dim, s.bc_dim], dim=-1)
+        u, b, c = xbc.split([config.mamba_d_ssm, config.bc_dim, config.bc_dim], dim=-1)
         y, recurrent = h1.ssm_scan(
-            u.view(batch, seq, s.mamba_n_heads, s.mamba_d_head),
+            u.view(batch, seq, config.mamba_n_heads, config.mamba_d_head),
             dt,
             -torch.exp(self.A_log),
-            b.view(batch, seq, s.mamba_n_groups, s.mamba_d_state),
-            c.view(batch, seq, s.mamba_n_groups, s.mamba_d_state),
+            b.view(batch, seq, config.mamba_n_groups, config.mamba_d_state),
+            c.view(batch, seq, config.mamba_n_groups, config.mamba_d_state),
             self.D,
             self.dt_bias,
             recurrent,
             real,
-            s.mamba_chunk_size,
-            *s.time_step_limit,
+            config.mamba_chunk_size,
+            *config.time_step_limit,
         )
-        y = y.view(batch, seq, s.mamba_d_ssm)
+        y = y.view(batch, seq, config.mamba_d_ssm)
         gated = self.norm(y, z) if self.norm is not None else y * F.silu(z)
         return self.out_proj(gated), conv, recurrent
 
@@ -127,22 +127,22 @@ class Attention(nn.Module):
 
     def __init__(self, config: FalconH1Config) -> None:
         super().__init__()
-        s = self.config = config
-        self.q_proj = nn.Linear(s.hidden_size, s.attention_dim, bias=s.attention_bias)
-        self.k_proj = nn.Linear(s.hidden_size, s.kv_dim, bias=s.attention_bias)
-        self.v_proj = nn.Linear(s.hidden_size, s.kv_dim, bias=s.attention_bias)
-        self.o_proj = nn.Linear(s.attention_dim, s.hidden_size, bias=s.attention_bias)
+        self.config = config
+        self.q_proj = nn.Linear(config.hidden_size, config.attention_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.kv_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.kv_dim, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.attention_dim, config.hidden_size, bias=config.attention_bias)
 
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        s = self.config
+        config = self.config
         (batch, seq) = x.shape[:2]
-        q = self.q_proj(x).view(batch, seq, s.num_attention_heads, s.head_dim)
-        k = scaled(self.k_proj(x), s.key_multiplier).view(batch, seq, s.num_key_value_heads, s.head_dim)
-        v = self.v_proj(x).view(batch, seq, s.num_key_value_heads, s.head_dim)
-        out, keys, values = h1.attention(q, k, v, past_k, past_v, positions, mask, s.rope_theta)
-        return self.o_proj(out.view(batch, seq, s.attention_dim)), keys, values
+        q = self.q_proj(x).view(batch, seq, config.num_attention_heads, config.head_dim)
+        k = scaled(self.k_proj(x), config.key_multiplier).view(batch, seq, config.num_key_value_heads, config.head_dim)
+        v = self.v_proj(x).view(batch, seq, config.num_key_value_heads, config.head_dim)
+        out, keys, values = h1.attention(q, k, v, past_k, past_v, positions, mask, config.rope_theta)
+        return self.o_proj(out.view(batch, seq, config.attention_dim)), keys, values
 
 
 class MLP(nn.Module):
@@ -150,10 +150,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: FalconH1Config) -> None:
         super().__init__()
-        s = self.config = config
-        self.gate_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=s.mlp_bias)
-        self.up_proj = nn.Linear(s.hidden_size, s.intermediate_size, bias=s.mlp_bias)
-        self.down_proj = nn.Linear(s.intermediate_size, s.hidden_size, bias=s.mlp_bias)
+        self.config = config
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, down = self.config.mlp_multipliers
@@ -175,12 +175,14 @@ class Layer(nn.Module):
     def forward(
         self, h: Tensor, positions: Tensor, mask: Tensor, real: Tensor, states: LayerStates
     ) -> tuple[Tensor, LayerStates]:
-        s = self.config
+        config = self.config
         (past_k, past_v, conv, recurrent) = states
         x = self.input_layernorm(h)
         mixed, conv, recurrent = self.mamba(x, real, conv, recurrent)
-        attended, keys, values = self.self_attn(scaled(x, s.attention_in_multiplier), positions, mask, past_k, past_v)
-        h = h + scaled(mixed, s.ssm_out_multiplier) + scaled(attended, s.attention_out_multiplier)
+        attended, keys, values = self.self_attn(
+            scaled(x, config.attention_in_multiplier), positions, mask, past_k, past_v
+        )
+        h = h + scaled(mixed, config.ssm_out_multiplier) + scaled(attended, config.attention_out_multiplier)
         h = h + self.feed_forward(self.pre_ff_layernorm(h))
         return h, (keys, values, conv, recurrent)
 
@@ -219,12 +221,12 @@ class FalconH1(nn.Module):
 
         Attention_mask int64 [batch, past + seq], left padding only; states as StateSpec orders them.
         """
-        s = self.config
+        config = self.config
         seq = input_ids.shape[1]
         past = attention_mask.shape[1] - seq  # not the keys' own length: a target may hold them in a longer buffer
         # positions count real tokens; pads, all on the left, get position 0
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0).narrow(1, past, seq)
-        h = scaled(self.model.embed_tokens(input_ids), s.embedding_multiplier)
+        h = scaled(self.model.embed_tokens(input_ids), config.embedding_multiplier)
         real = attention_mask.narrow(1, past, seq).to(h.dtype)
         new_states = []
         for layer, layer_states in zip(self.model.layers, states, strict=True):
@@ -232,4 +234,4 @@ class FalconH1(nn.Module):
             new_states.append(layer_states)
         if self.last_only:
             h = h.narrow(1, seq - 1, 1)
-        return scaled(self.lm_head(self.model.final_layernorm(h)), s.lm_head_multiplier), new_states
+        return scaled(self.lm_head(self.model.final_layernorm(h)), config.lm_head_multiplier), new_states

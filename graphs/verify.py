@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from h1export.graphs.program import Program
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.plugins import h1
 
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ class VerifyError(Exception):
 
 def verify(program: Program) -> None:
     """Raise VerifyError unless every op is legal and every input, weight and output is accounted for."""
-    layout = tensor_layout(program.config)
+    shapes = tensor_shapes(program.config)
     _check_io(program)
     read: set[str] = set()
     for node in program.graph.nodes:
@@ -62,8 +62,8 @@ def verify(program: Program) -> None:
                 raise VerifyError(f"{len(node.args[0])} outputs for the names {program.outputs}")
         else:
             raise VerifyError(f"{node}: weights do not live inside a program ({node.op})")
-    if read != set(layout):
-        raise VerifyError(f"tensors that no initializer is made of, or unknown ones: {sorted(read ^ set(layout))}")
+    if read != set(shapes):
+        raise VerifyError(f"tensors that no initializer is made of, or unknown ones: {sorted(read ^ set(shapes))}")
 
 
 def _check_io(program: Program) -> None:
@@ -92,7 +92,7 @@ def _placeholder(program: Program, node: Node) -> set[str]:
         raise VerifyError(f"{node}: nothing reads it ({made_of})")
     if expr is None:
         return set()
-    shape = expr.shape(tensor_layout(program.config).__getitem__)
+    shape = expr.shape(tensor_shapes(program.config).__getitem__)
     if tuple(node.meta["val"].shape) != shape:
         raise VerifyError(f"{node}: the graph says {tuple(node.meta['val'].shape)}, its expression {shape}")
     return {part.tensor for part in expr.parts}

@@ -149,8 +149,8 @@ def released() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def spec_of() -> Callable[..., FalconH1Config]:
-    """spec_of(key=value, ...) -> the released 0.5B architecture with these keys changed."""
+def config_of() -> Callable[..., FalconH1Config]:
+    """config_of(key=value, ...) -> the released 0.5B architecture with these keys changed."""
     return lambda **changes: FalconH1Config.from_config({**copy.deepcopy(dict(RELEASED)), **changes})
 
 

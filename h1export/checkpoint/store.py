@@ -18,7 +18,7 @@ from h1export.errors import H1ExportError
 from h1export.model.config_reader import CONFIG
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
-from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, projection_of, tensor_layout
+from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, projection_of, tensor_shapes
 from h1export.progress import SILENT, Progress
 
 INDEX = "model.safetensors.index.json"
@@ -74,7 +74,7 @@ class WeightStore:
 
     def _claim(self, folder: Path, config: FalconH1Config) -> None:
         """Find the tensor of every weight of the architecture, and refuse tensors that are left over."""
-        shapes = tensor_layout(config)
+        shapes = tensor_shapes(config)
         self.packed = self._claim_packed(folder, shapes)
         for name, shape in shapes.items():
             entry = self._entries.get(name)

@@ -22,7 +22,7 @@ from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG, special_t
 from h1export.model.falcon_h1.states import Ids
 from h1export.progress import SILENT, Progress
 from h1export.quantize.calibration import Calibration
-from h1export.quantize.methods.select import integers_of, rounded
+from h1export.quantize.methods.select import integers_of, uncalibrated_integers
 from h1export.quantize.scheme import PREQUANTIZED, QuantScheme
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets import TargetOptions, get_target, options_class
@@ -98,7 +98,7 @@ class BuildJob:
             calibration=calibration,
             config=config,
             store=store,
-            integers=rounded(store, config, scheme),
+            integers=uncalibrated_integers(store, config, scheme),
             ids=calibration.ids(checkpoint) if scheme.calibrated else None,
         )
 

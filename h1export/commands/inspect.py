@@ -14,7 +14,7 @@ from h1export.checkpoint.store import WeightStore
 from h1export.commands.load import read_options
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 
 CONTEXTS = (0, 2048, 16384)  # tokens at which state sizes are given
 
@@ -39,7 +39,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     return {
         "kind": "checkpoint",
         "tensors": len(store.entries),
-        "parameters": sum(prod(shape) for shape in tensor_layout(config).values()),
+        "parameters": sum(prod(shape) for shape in tensor_shapes(config).values()),
         "bytes_by_dtype": dict(by_dtype),
         "quantised": None
         if store.gptq_format is None

@@ -20,7 +20,7 @@ from h1export.checkpoint.store import WeightStore
 from h1export.commands.build import BuildJob
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.progress import SILENT, Progress
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.cost import cost_of
@@ -126,7 +126,7 @@ def plan_build(
 
 def precisions(integers: QuantizedWeights, config: FalconH1Config) -> dict[str, str]:
     """Tensor of the architecture -> its precision in words."""
-    return {name: _words(integers.precisions.get(name)) for name in tensor_layout(config)}
+    return {name: _words(integers.precisions.get(name)) for name in tensor_shapes(config)}
 
 
 def _words(precision: Precision | None) -> str:

@@ -11,7 +11,7 @@ from typing import get_args
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.tensors import EMBEDDING, projection_of, tensor_layout
+from h1export.model.falcon_h1.tensors import EMBEDDING, projection_of, tensor_shapes
 from h1export.quantize.choices import GROUP_SIZES, Method, QuantName
 from h1export.quantize.precision import INT8, Precision
 
@@ -69,7 +69,7 @@ class QuantScheme:
 
     def precisions(self, config: FalconH1Config) -> dict[str, Precision]:
         """Returns the precisions of all tensors that are stored in integers, by checkpoint name."""
-        return {name: precision for name in tensor_layout(config) if (precision := self.precision(name, config))}
+        return {name: precision for name in tensor_shapes(config) if (precision := self.precision(name, config))}
 
     def check(self, config: FalconH1Config) -> None:
         """Check the scheme against a model.
@@ -78,9 +78,9 @@ class QuantScheme:
             H1ExportError: the group size does not divide a tensor's columns, or ``chosen`` names a tensor that has no
                 choice.
         """
-        layout = tensor_layout(config)
+        shapes = tensor_shapes(config)
         for name, quant in self.chosen.items():
-            if name not in layout or projection_of(name) is None:
+            if name not in shapes or projection_of(name) is None:
                 raise H1ExportError(
                     f'tensor "{name}"', "is no weight that this model could store in integers", "correct --precisions"
                 )
@@ -91,7 +91,7 @@ class QuantScheme:
         grouped = {
             name: precision.group_size for name, precision in self.precisions(config).items() if precision.group_size
         }
-        widths = {name: layout[name][-1] for name in grouped}
+        widths = {name: shapes[name][-1] for name in grouped}
         for name, group_size in grouped.items():
             if widths[name] % group_size:
                 what = f"has {widths[name]} columns, which groups of {group_size} do not divide"

@@ -11,7 +11,7 @@ from typing import Any
 
 from h1export.artifact.artifact import REPORT, Artifact
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.tensors import projection_of, tensor_layout
+from h1export.model.falcon_h1.tensors import projection_of, tensor_shapes
 from h1export.quantize.precision import Precision
 from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.report import Report, Row, Verdict
@@ -99,11 +99,11 @@ class JudgedArtifact:
     @cached_property
     def parts(self) -> list[dict[str, Any]]:
         """A line per kind of quantised tensor (weights, bits a weight with scales, bytes), and one for all else."""
-        layout = tensor_layout(self.artifact.config)
+        shapes = tensor_shapes(self.artifact.config)
         stored = {part.tensor: weight for weight in self.artifact.manifest.weights for part in weight.parts}
         found: dict[str, list[int]] = {}
         for tensor, weight in stored.items():
-            height, width = layout[tensor]
+            height, width = shapes[tensor]
             weights, bits = found.setdefault(_kind(tensor), [0, 0])
             stored_bits = Precision(weight.bits, weight.group_size).stored_bits((height, width))
             found[_kind(tensor)] = [weights + height * width, bits + stored_bits]
@@ -111,7 +111,7 @@ class JudgedArtifact:
             {"kind": kind, "weights": n, "bits": bits / n, "nbytes": round(bits / 8)}
             for kind, (n, bits) in sorted(found.items())
         ]
-        rest = sum(prod(shape) for tensor, shape in layout.items() if tensor not in stored)
+        rest = sum(prod(shape) for tensor, shape in shapes.items() if tensor not in stored)
         return [
             *rows,
             {"kind": OTHERS, "weights": rest, "bits": None, "nbytes": self.nbytes - sum(row["nbytes"] for row in rows)},

@@ -13,7 +13,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import StoredWeight
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.quantize.quantized_tensor import QuantizedTensor
 
 Key = Callable[[str], str | None]  # an initializer's name -> the key of its array; None: nobody asks for it
@@ -29,7 +29,7 @@ class StoredWeights(Mapping[str, Array]):
 
     def __init__(self, artifact: Artifact, model: str, key: Key, read_stored: ReadStored) -> None:
         self._read_stored = read_stored
-        self._columns = {name: shape[-1] for name, shape in tensor_layout(artifact.config).items()}
+        self._columns = {name: shape[-1] for name, shape in tensor_shapes(artifact.config).items()}
         self._tensors = external_arrays(artifact, model, key)
         self._weights = {part.tensor: weight for weight in artifact.manifest.weights for part in weight.parts}
         self._orders = {part.tensor: part.order for weight in artifact.manifest.weights for part in weight.parts}

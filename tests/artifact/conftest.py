@@ -14,9 +14,9 @@ from h1export.model.falcon_h1.config import FalconH1Config
 
 
 @pytest.fixture
-def config(spec_of: Callable[..., FalconH1Config]) -> FalconH1Config:
+def config(config_of: Callable[..., FalconH1Config]) -> FalconH1Config:
     """Its time_step_limit is infinite, which JSON has no number for."""
-    config = spec_of()
+    config = config_of()
     assert math.isinf(config.time_step_limit[1])
     return config
 

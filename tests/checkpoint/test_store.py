@@ -22,7 +22,7 @@ from transformers import FalconH1ForCausalLM
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.progress import SILENT
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -163,7 +163,7 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
     config = FalconH1Config.from_config({"model_type": "falcon_h1", **sizes})
     header = {}
     end = 0
-    for name, shape in tensor_layout(config).items():
+    for name, shape in tensor_shapes(config).items():
         start = end
         end = end + 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}

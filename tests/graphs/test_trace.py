@@ -17,7 +17,7 @@ from h1export.graphs.trace import trace, trace_all
 from h1export.graphs.verify import LEGAL_OPS
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.plugins import h1
 
 # the published 34B model, sizes as in its config.json
@@ -132,7 +132,7 @@ def test_every_placeholder_has_one_meaning(lab: Any) -> None:
     program = lab.traced
     names = [node.name for node in placeholders(program)]
     assert sorted([*program.weights, *program.constants, *program.inputs]) == sorted(names)
-    assert {expr.only.tensor for expr in program.weights.values()} == set(tensor_layout(lab.config))
+    assert {expr.only.tensor for expr in program.weights.values()} == set(tensor_shapes(lab.config))
 
 
 def test_inputs_and_outputs_are_the_state_specs(lab: Any) -> None:

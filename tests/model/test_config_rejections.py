@@ -306,9 +306,9 @@ JSON_VALUES = st.recursive(
 )
 
 
-def spec_or_error(spec_of: Callable[..., FalconH1Config], changes: dict[str, Any]) -> FalconH1Config | H1ExportError:
+def spec_or_error(config_of: Callable[..., FalconH1Config], changes: dict[str, Any]) -> FalconH1Config | H1ExportError:
     try:
-        return spec_of(**changes)
+        return config_of(**changes)
     except H1ExportError as error:
         return error
 
@@ -320,10 +320,10 @@ def spec_or_error(spec_of: Callable[..., FalconH1Config], changes: dict[str, Any
     )
 )
 def test_random_values_give_a_spec_or_the_one_error(
-    spec_of: Callable[..., FalconH1Config], changes: dict[str, Any]
+    config_of: Callable[..., FalconH1Config], changes: dict[str, Any]
 ) -> None:
     """Values go through JSON text first, so that they are exactly what a file can hold."""
-    found = spec_or_error(spec_of, json.loads(json.dumps(changes)))
+    found = spec_or_error(config_of, json.loads(json.dumps(changes)))
     if isinstance(found, H1ExportError):
         assert any(key in str(found) for key in USED_KEYS)
         assert found.next_step

@@ -13,7 +13,7 @@ import pytest
 from transformers import FalconH1Config as TransformersConfig
 
 from h1export.model.falcon_h1.config import IGNORED_KEYS, USED_KEYS, FalconH1Config
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 
 MINIMAL = {"model_type": "falcon_h1"}
 
@@ -125,8 +125,8 @@ def test_the_released_sizes_give_the_widths_of_the_layers() -> None:
     assert model_config.kv_dim == 128
 
 
-def test_two_groups_widen_b_and_c(spec_of: Callable[..., FalconH1Config]) -> None:
-    model_config = spec_of(mamba_n_groups=3)
+def test_two_groups_widen_b_and_c(config_of: Callable[..., FalconH1Config]) -> None:
+    model_config = config_of(mamba_n_groups=3)
     assert (model_config.bc_dim, model_config.conv_dim, model_config.in_proj_parts) == (
         384,
         1536 + 768,
@@ -193,7 +193,7 @@ def test_every_released_size_parses(name: str, released: dict[str, Any]) -> None
     row = dict(zip(COLUMNS, values, strict=True))
     model_config = FalconH1Config.from_config(released | row)
     assert {key: getattr(model_config, key) for key in row} == row
-    assert sum(math.prod(shape) for shape in tensor_layout(model_config).values()) == pytest.approx(
+    assert sum(math.prod(shape) for shape in tensor_shapes(model_config).values()) == pytest.approx(
         parameters, rel=0.07
     )
 
@@ -231,9 +231,9 @@ def test_every_released_size_parses(name: str, released: dict[str, Any]) -> None
     ],
 )
 def test_spellings_and_nulls(
-    changes: dict[str, Any], field: str, value: object, spec_of: Callable[..., FalconH1Config]
+    changes: dict[str, Any], field: str, value: object, config_of: Callable[..., FalconH1Config]
 ) -> None:
-    found = getattr(spec_of(**changes), field)
+    found = getattr(config_of(**changes), field)
     assert found == value
     assert type(found) is type(value)
 

@@ -27,7 +27,7 @@ from h1export.model.falcon_h1.projections import (
     SUSPECT_OPS,
     ModelPart,
 )
-from h1export.model.falcon_h1.tensors import layer_prefix, projection_of, split_layer, tensor_layout
+from h1export.model.falcon_h1.tensors import layer_prefix, projection_of, split_layer, tensor_shapes
 
 PARTS = {"mamba": ModelPart.MAMBA, "self_attn": ModelPart.ATTENTION, "feed_forward": ModelPart.MLP}
 
@@ -65,21 +65,21 @@ def test_every_matrix_of_both_models_is_a_row(checkpoint: Path) -> None:
 
 def test_the_layout_has_the_matrices_of_the_table_and_no_others(checkpoint: Path) -> None:
     config = FalconH1Config.load(checkpoint)
-    layout = tensor_layout(config)
+    shapes = tensor_shapes(config)
     expected = {f"{name}.weight": shape for name, (shape, _) in table(config).items()}
     expected |= {f"{name}.bias": shape[:1] for name, (shape, bias) in table(config).items() if bias}
     if config.tie_word_embeddings:
         del expected[HEAD.weight]
-    found = {name: shape for name, shape in layout.items() if name in expected}
+    found = {name: shape for name, shape in shapes.items() if name in expected}
     assert found == expected
-    assert {name for name in layout if projection_of(name)} == {name for name in expected if name.endswith("weight")}
-    assert {name for name, shape in layout.items() if len(shape) == 2} == {
-        name for name in layout if projection_of(name)
+    assert {name for name in shapes if projection_of(name)} == {name for name in expected if name.endswith("weight")}
+    assert {name for name, shape in shapes.items() if len(shape) == 2} == {
+        name for name in shapes if projection_of(name)
     }
 
 
-def test_projections_of_a_group_read_one_input(spec_of: Callable[..., FalconH1Config]) -> None:
-    config = spec_of()
+def test_projections_of_a_group_read_one_input(config_of: Callable[..., FalconH1Config]) -> None:
+    config = config_of()
     ops = {name: [projection.op for projection in group] for name, group in INPUT_GROUPS.items()}
     assert ops == {
         "mamba.in_proj": ["in_proj", "q_proj", "k_proj", "v_proj"],
@@ -92,13 +92,13 @@ def test_projections_of_a_group_read_one_input(spec_of: Callable[..., FalconH1Co
         assert len({projection.columns(config) for projection in group}) == 1
 
 
-def test_what_produces_an_input_has_a_row_for_each_of_its_columns(spec_of: Callable[..., FalconH1Config]) -> None:
-    config = spec_of(mamba_rms_norm=True, mlp_bias=True, tie_word_embeddings=False)
-    layout = tensor_layout(config)
+def test_what_produces_an_input_has_a_row_for_each_of_its_columns(config_of: Callable[..., FalconH1Config]) -> None:
+    config = config_of(mamba_rms_norm=True, mlp_bias=True, tie_word_embeddings=False)
+    shapes = tensor_shapes(config)
     for projection in PROJECTIONS:
         for tensor in projection.input.produced_by:
             name = layer_prefix(0) + tensor if projection.per_layer else tensor
-            assert layout[name][0] == projection.columns(config), projection.name
+            assert shapes[name][0] == projection.columns(config), projection.name
 
 
 def test_parts_follow_the_modules() -> None:

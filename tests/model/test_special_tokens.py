@@ -24,18 +24,18 @@ from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG, SpecialTo
     ],
 )
 def test_the_file_comes_first(
-    config: object, tokens: SpecialTokens, spec_of: Callable[..., FalconH1Config], tmp_path: Path
+    config: object, tokens: SpecialTokens, config_of: Callable[..., FalconH1Config], tmp_path: Path
 ) -> None:
     if config is not None:
         (tmp_path / GENERATION_CONFIG).write_text(json.dumps(config))
-    assert special_tokens(tmp_path, spec_of(bos_token_id=1, eos_token_id=2, pad_token_id=0)) == tokens
+    assert special_tokens(tmp_path, config_of(bos_token_id=1, eos_token_id=2, pad_token_id=0)) == tokens
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "[", "[]", "7", '{"eos_token_id": "x"}', '{"eos_token_id": [1, -2]}', '{"pad_token_id": [1]}', "[" * 100_000],
 )
-def test_anything_else_is_refused(text: str, spec_of: Callable[..., FalconH1Config], tmp_path: Path) -> None:
+def test_anything_else_is_refused(text: str, config_of: Callable[..., FalconH1Config], tmp_path: Path) -> None:
     (tmp_path / GENERATION_CONFIG).write_text(text)
     with pytest.raises(H1ExportError, match=GENERATION_CONFIG):
-        special_tokens(tmp_path, spec_of())
+        special_tokens(tmp_path, config_of())

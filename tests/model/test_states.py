@@ -15,10 +15,10 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateKind, StateSpec
 
 
-def test_names_in_graph_order(spec_of: Callable[..., FalconH1Config]) -> None:
+def test_names_in_graph_order(config_of: Callable[..., FalconH1Config]) -> None:
     kinds = ("key", "value", "conv_state", "recurrent_state")
     keys = [f"{layer}.{kind}" for layer in range(3) for kind in kinds]
-    tensors = StateSpec.of(spec_of(num_hidden_layers=3)).tensors
+    tensors = StateSpec.of(config_of(num_hidden_layers=3)).tensors
     assert [t.key for t in tensors] == keys
     assert [t.past for t in tensors] == [f"past_key_values.{key}" for key in keys]
     assert [t.present for t in tensors] == [f"present.{key}" for key in keys]
@@ -26,8 +26,8 @@ def test_names_in_graph_order(spec_of: Callable[..., FalconH1Config]) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_shapes_of_the_released_model(spec_of: Callable[..., FalconH1Config]) -> None:
-    tensors = StateSpec.of(spec_of()).tensors
+def test_shapes_of_the_released_model(config_of: Callable[..., FalconH1Config]) -> None:
+    tensors = StateSpec.of(config_of()).tensors
     assert len(tensors) == 36 * 4
     assert {t.kind: t.shape for t in tensors} == {
         StateKind.KEY: ("batch", 2, "past", 64),
@@ -44,8 +44,8 @@ def test_keys_and_values_grow_and_the_others_do_not() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("past", [0, 5])
-def test_zeros(batch: int, past: int, spec_of: Callable[..., FalconH1Config]) -> None:
-    zeros = StateSpec.of(spec_of(num_hidden_layers=2, mamba_n_groups=2, mamba_d_conv=2)).zeros(batch, past)
+def test_zeros(batch: int, past: int, config_of: Callable[..., FalconH1Config]) -> None:
+    zeros = StateSpec.of(config_of(num_hidden_layers=2, mamba_n_groups=2, mamba_d_conv=2)).zeros(batch, past)
     assert {key: array.shape for key, array in zeros.items()} == {
         f"{layer}.{kind}": shape
         for layer in range(2)
@@ -59,8 +59,8 @@ def test_zeros(batch: int, past: int, spec_of: Callable[..., FalconH1Config]) ->
     assert all(array.dtype == np.float32 and not array.any() for array in zeros.values())
 
 
-def test_zeros_are_not_shared(spec_of: Callable[..., FalconH1Config]) -> None:
-    states = StateSpec.of(spec_of(num_hidden_layers=1))
+def test_zeros_are_not_shared(config_of: Callable[..., FalconH1Config]) -> None:
+    states = StateSpec.of(config_of(num_hidden_layers=1))
     states.zeros(1, 2)["0.key"][:] = 1.0
     zeros = states.zeros(1, 2)
     zeros["0.key"][:] = 1.0
@@ -68,8 +68,8 @@ def test_zeros_are_not_shared(spec_of: Callable[..., FalconH1Config]) -> None:
     assert not states.zeros(1, 2)["0.key"].any()
 
 
-def test_without_a_past_no_key_is_there_yet(spec_of: Callable[..., FalconH1Config]) -> None:
-    assert StateSpec.of(spec_of(num_hidden_layers=1)).zeros(2)["0.key"].shape == (2, 2, 0, 64)
+def test_without_a_past_no_key_is_there_yet(config_of: Callable[..., FalconH1Config]) -> None:
+    assert StateSpec.of(config_of(num_hidden_layers=1)).zeros(2)["0.key"].shape == (2, 2, 0, 64)
 
 
 def test_the_layouts_are_those_of_transformers_cache(checkpoint: Path) -> None:

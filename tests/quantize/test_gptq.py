@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h1export.errors import H1ExportError
-from h1export.quantize.methods.gptq import DAMPING, LAZY, fitted_scales, invert, round_rows, solve_rows
+from h1export.quantize.methods.gptq import DAMPING, LAZY_COLUMNS, fitted_scales, invert, round_rows, solve_rows
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.methods.scale_search import search_rows
 from h1export.quantize.precision import Precision
@@ -60,10 +60,10 @@ def test_it_is_the_textbooks(precision: Precision) -> None:
 
     float32 may decide a tie the other way.
     """
-    weight, moments = problem(8, 2 * LAZY, 0)
+    weight, moments = problem(8, 2 * LAZY_COLUMNS, 0)
     scales = quantize_rows(weight, precision, np.ones(8, np.float32)).scales
     codes = round_rows(weight, scales, precision, inverse=invert(torch.from_numpy(moments), "x"))
-    truth = textbook(weight, moments, scales, precision.columns_per_group(2 * LAZY), precision.top)
+    truth = textbook(weight, moments, scales, precision.columns_per_group(2 * LAZY_COLUMNS), precision.top)
     same = (codes == truth).all(axis=1)
     assert same.mean() >= 0.75
     ours, theirs = (QuantizedTensor(found.astype(np.int8), scales, np.ones(8, np.float32)) for found in (codes, truth))

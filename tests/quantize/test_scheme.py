@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.quantize.choices import GROUP_SIZES, QuantName
 from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import QuantScheme
@@ -45,29 +45,29 @@ INT8 = Precision(8, 0)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("quant", ["none", "int8", "int4"])
 def test_the_precision_of_every_tensor(
-    quant: QuantName, tied: bool, group_size: int, spec_of: Callable[..., FalconH1Config]
+    quant: QuantName, tied: bool, group_size: int, config_of: Callable[..., FalconH1Config]
 ) -> None:
     """Against a table written out here: projections and head, the embedding by its rule, and nothing else."""
-    config = spec_of(**EVERY_TENSOR, tie_word_embeddings=tied)
+    config = config_of(**EVERY_TENSOR, tie_word_embeddings=tied)
     int4 = Precision(4, group_size)
     projections, embedding = {"none": (None, None), "int8": (INT8, INT8), "int4": (int4, int4 if tied else INT8)}[quant]
-    expected: dict[str, Precision | None] = dict.fromkeys(tensor_layout(config))
+    expected: dict[str, Precision | None] = dict.fromkeys(tensor_shapes(config))
     expected |= {f"model.layers.{layer}.{name}": projections for layer in range(12) for name in LAYER_PROJECTIONS}
     expected |= {EMBEDDING: embedding} | ({} if tied else {HEAD: projections})
     scheme = QuantScheme(quant, group_size)
-    assert {name: scheme.precision(name, config) for name in tensor_layout(config)} == expected
+    assert {name: scheme.precision(name, config) for name in tensor_shapes(config)} == expected
 
 
-def test_the_default_is_int4_by_32(spec_of: Callable[..., FalconH1Config]) -> None:
+def test_the_default_is_int4_by_32(config_of: Callable[..., FalconH1Config]) -> None:
     assert QuantScheme() == QuantScheme("int4", 32)
-    assert QuantScheme().precision(HEAD, spec_of()) == Precision(4, 32)
+    assert QuantScheme().precision(HEAD, config_of()) == Precision(4, 32)
 
 
 @pytest.mark.parametrize(
     "name", ["", "mamba.norm.weight", "model.layers.0.mamba.conv1d.weight", "model.layers.0.mamba.in_proj.bias"]
 )
-def test_small_tensors_stay_float(name: str, spec_of: Callable[..., FalconH1Config]) -> None:
-    assert QuantScheme("int4").precision(name, spec_of()) is None
+def test_small_tensors_stay_float(name: str, config_of: Callable[..., FalconH1Config]) -> None:
+    assert QuantScheme("int4").precision(name, config_of()) is None
 
 
 def test_columns_per_group() -> None:
@@ -99,9 +99,14 @@ def test_unknown_group_sizes(group_size: int) -> None:
     ],
 )
 def test_widths_that_a_group_does_not_divide(
-    changes: dict[str, int], group_size: int, tensor: str, width: int, hint: str, spec_of: Callable[..., FalconH1Config]
+    changes: dict[str, int],
+    group_size: int,
+    tensor: str,
+    width: int,
+    hint: str,
+    config_of: Callable[..., FalconH1Config],
 ) -> None:
-    config = spec_of(**changes, tie_word_embeddings=False)
+    config = config_of(**changes, tie_word_embeddings=False)
     with pytest.raises(H1ExportError) as caught:
         QuantScheme("int4", group_size).check(config)
     message = str(caught.value)
@@ -125,10 +130,10 @@ WIDTHS = st.integers(1, 12).map(lambda n: 16 * n)
     group_size=st.sampled_from(GROUP_SIZES),
 )
 def test_a_scheme_passes_exactly_where_its_group_size_divides_every_width(
-    spec_of: Callable[..., FalconH1Config], hidden: int, mlp: int, heads: int, head_dim: int, group_size: int
+    config_of: Callable[..., FalconH1Config], hidden: int, mlp: int, heads: int, head_dim: int, group_size: int
 ) -> None:
     sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_attention_heads": heads, "num_key_value_heads": 1}
-    config = spec_of(**sizes, head_dim=head_dim, num_hidden_layers=2)
+    config = config_of(**sizes, head_dim=head_dim, num_hidden_layers=2)
     divided = all(width % group_size == 0 for width in (hidden, mlp, heads * head_dim, config.mamba_d_ssm))
     assert check_passes(QuantScheme("int4", group_size), config) == divided
     assert check_passes(QuantScheme("int8", group_size), config)
@@ -142,8 +147,8 @@ def check_passes(scheme: QuantScheme, config: FalconH1Config) -> bool:
     return True
 
 
-def test_a_hinted_group_size_suits_every_tensor(spec_of: Callable[..., FalconH1Config]) -> None:
-    config = spec_of(hidden_size=64 * 3, intermediate_size=32 * 5)
+def test_a_hinted_group_size_suits_every_tensor(config_of: Callable[..., FalconH1Config]) -> None:
+    config = config_of(hidden_size=64 * 3, intermediate_size=32 * 5)
     assert math.gcd(config.hidden_size, config.intermediate_size, config.mamba_d_ssm, config.attention_dim) == 32
     with pytest.raises(H1ExportError) as caught:
         QuantScheme("int4", 128).check(config)

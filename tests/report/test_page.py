@@ -16,7 +16,7 @@ import pytest
 from h1export.artifact.artifact import Artifact
 from h1export.cli import run
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.report import charts
 from h1export.report.histogram import Histogram
 from h1export.report.page import page
@@ -145,7 +145,7 @@ def test_sizes_are_those_of_the_manifest(judged: Judge) -> None:
     parts = {part["kind"]: part for part in subject.parts}
     assert sum(part["nbytes"] for part in parts.values()) == sum(size for _, size in artifact.manifest.files.values())
     assert sum(part["weights"] for part in parts.values()) == sum(
-        np.prod(shape) for shape in tensor_layout(artifact.config).values()
+        np.prod(shape) for shape in tensor_shapes(artifact.config).values()
     )
     assert parts["mamba"]["bits"] == 4.5  # 4, and a scale of 16 for 32
     assert parts["embedding"]["bits"] == pytest.approx(8 + 16 / 128)  # untied: int8, a scale for a row of 128

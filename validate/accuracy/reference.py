@@ -20,7 +20,7 @@ from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids, StateKind
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.runtime.runner import Limits, Provenance, Session
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference_probes import arrays, watched
@@ -59,7 +59,7 @@ class Reference:
         if packed:
             model_config = FalconH1Config.load(checkpoint)
             store = WeightStore.open(checkpoint, model_config)
-            for name, shape in tensor_layout(model_config).items():
+            for name, shape in tensor_shapes(model_config).items():
                 self.hold({name: store.rows(name, 0, shape[0])})
 
     def hold(self, weights: Mapping[str, Array]) -> None:

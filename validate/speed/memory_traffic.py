@@ -13,7 +13,7 @@ import numpy.typing as npt
 from h1export.artifact.manifest import Manifest
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
-from h1export.model.falcon_h1.tensors import EMBEDDING, tensor_layout
+from h1export.model.falcon_h1.tensors import EMBEDDING, tensor_shapes
 from h1export.quantize.precision import Precision
 
 FLOAT_BYTES = 4  # of a value that is not quantised
@@ -35,7 +35,7 @@ def step_bytes(manifest: Manifest, config: FalconH1Config, batch: int, depth: in
 
 def float_bytes(config: FalconH1Config) -> int:
     """Return the bytes of all weights in float32."""
-    return FLOAT_BYTES * sum(prod(shape) for shape in tensor_layout(config).values())
+    return FLOAT_BYTES * sum(prod(shape) for shape in tensor_shapes(config).values())
 
 
 def float_step_bytes(config: FalconH1Config, batch: int, depth: int) -> int:

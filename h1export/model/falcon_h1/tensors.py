@@ -16,7 +16,7 @@ from h1export.model.falcon_h1.projections import (
     Projection,
 )
 
-TensorLayout = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 
 EMBEDDING = EMBED_TOKENS.weight
 LM_HEAD = HEAD.weight
@@ -44,7 +44,7 @@ def projection_of(tensor: str) -> Projection | None:
     return _BY_WEIGHT.get((layer is not None, name))
 
 
-def tensor_layout(config: FalconH1Config) -> TensorLayout:
+def tensor_shapes(config: FalconH1Config) -> TensorShapes:
     """Name -> shape of every tensor that a checkpoint of ``config`` holds; a tied head has no tensor of its own.
 
     The order is the order in which weight files hold them.

@@ -22,7 +22,7 @@ from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.projections import HEAD, INPUT_GROUPS
 from h1export.model.falcon_h1.states import Array, Ids
-from h1export.model.falcon_h1.tensors import LM_HEAD, layer_prefix, tensor_layout
+from h1export.model.falcon_h1.tensors import LM_HEAD, layer_prefix, tensor_shapes
 from h1export.progress import Progress
 from h1export.quantize.awq_scales import AwqScales
 from h1export.quantize.layers import LoadedLayer, embed, final_norm, one_thread_each, products
@@ -112,11 +112,11 @@ class _Search:
 
     def _scaled_inputs(self, layer: int) -> dict[str, ScaledInput]:
         """Returns the inputs of a layer that can be scaled, by group, where one of their weights is quantised."""
-        layout = tensor_layout(self._config)
+        shapes = tensor_shapes(self._config)
         found = dict[str, ScaledInput]()
         for name, tensors in products(layer).items():
             named = (layer_prefix(layer) + tensor for tensor in INPUT_GROUPS[name][0].input.produced_by)
-            produced_by = tuple(tensor for tensor in named if tensor in layout)
+            produced_by = tuple(tensor for tensor in named if tensor in shapes)
             if produced_by and any(tensor in self._precisions for tensor in tensors):
                 found[name] = ScaledInput(tensors, produced_by)
         return found

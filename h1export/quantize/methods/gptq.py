@@ -25,9 +25,9 @@ from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTe
 
 DAMPING = 0.01  # of the mean second moment, added to the diagonal
 ROUNDS = 2  # more change no measurable figure
-TRUST = 1e-4  # weight of the old scales in a fit
-WILD = 1.5  # the factor by which a fit may change a scale at most
-LAZY = 128  # columns whose corrections are applied to all later ones together, as one matrix product
+OLD_SCALE_WEIGHT = 1e-4  # weight of the old scales in a fit
+MAX_SCALE_CHANGE = 1.5  # the factor by which a fit may change a scale at most
+LAZY_COLUMNS = 128  # columns whose corrections are applied to all later ones together, as one matrix product
 
 
 Codes = npt.NDArray[np.int8]
@@ -110,7 +110,7 @@ def fitted_scales(weight: Array, codes: Codes, scales: Scales, *, inverse: Inver
 
     They minimise ||(w - sum over groups g of s_g codes_g) x||^2 over s, summed over inputs x, for every row w by
     itself. A little weight on ``scales`` decides where codes or inputs do not. A scale that would change by more than
-    WILD stays as it is.
+    MAX_SCALE_CHANGE stays as it is.
     """
     rows, groups = scales.shape
     q = torch.from_numpy(codes).float()
@@ -122,11 +122,11 @@ def fitted_scales(weight: Array, codes: Codes, scales: Scales, *, inverse: Inver
         products[:, group] = (q * (q[:, columns] @ inverse.moments[columns])).reshape(rows, groups, width).sum(2)
     normal = products.double()
     wanted = (q * (torch.from_numpy(weight) @ inverse.moments)).reshape(rows, groups, width).sum(2).double()
-    trust = TRUST * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
-    normal.diagonal(dim1=1, dim2=2).add_(trust)
-    fitted = torch.linalg.solve(normal, wanted + trust * before)
-    tame = (fitted > before / WILD) & (fitted < before * WILD)
-    found: Scales = np.clip(torch.where(tame, fitted, before).numpy(), MIN_SCALE, MAX_SCALE).astype(np.float16)
+    damping = OLD_SCALE_WEIGHT * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
+    normal.diagonal(dim1=1, dim2=2).add_(damping)
+    fitted = torch.linalg.solve(normal, wanted + damping * before)
+    accepted = (fitted > before / MAX_SCALE_CHANGE) & (fitted < before * MAX_SCALE_CHANGE)
+    found: Scales = np.clip(torch.where(accepted, fitted, before).numpy(), MIN_SCALE, MAX_SCALE).astype(np.float16)
     return found
 
 
@@ -137,8 +137,8 @@ def round_rows(weight: Array, scales: Scales, precision: Precision, *, inverse: 
     codes = torch.empty((columns, rows), dtype=torch.int8)
     rest = torch.from_numpy(weight).T[inverse.order].contiguous()  # [columns, rows], in the order of rounding
     width = columns // len(by_column)
-    for start in range(0, columns, LAZY):
-        stop = min(start + LAZY, columns)
+    for start in range(0, columns, LAZY_COLUMNS):
+        stop = min(start + LAZY_COLUMNS, columns)
         errors = _round_columns(
             rest[start:stop], inverse, start, scales=by_column, width=width, top=precision.top, codes=codes
         )
@@ -150,7 +150,7 @@ def round_rows(weight: Array, scales: Scales, precision: Precision, *, inverse: 
 def _round_columns(
     rest: Tensor, inverse: Inverse, start: int, *, scales: Tensor, width: int, top: int, codes: Tensor
 ) -> Tensor:
-    """Round ``rest`` [LAZY columns, rows] into ``codes``, changing ``rest``.
+    """Round ``rest`` [LAZY_COLUMNS columns, rows] into ``codes``, changing ``rest``.
 
     Returns the columns' errors in the form that corrects later columns.
     """

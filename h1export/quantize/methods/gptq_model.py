@@ -127,7 +127,7 @@ def solve_model(
     with one_thread_each(), WeightFile(stage, WORK) as file:
         solver = _Solver(store, config, rest, ids=ids, stage=stage, file=file)
         solver.run(progress)
-    return solver.solved
+    return solver.integers
 
 
 class _Solver:
@@ -156,7 +156,7 @@ class _Solver:
         layers = range(config.num_hidden_layers)
         projections = [tensor for layer in layers for group in products(layer).values() for tensor in group]
         tensors = [tensor for tensor in (*projections, self._head) if tensor in rest.precisions]
-        self.solved = StoredIntegers(stage.folder, {tensor: self._reserve(tensor, rest) for tensor in tensors}, rest)
+        self.integers = StoredIntegers(stage.folder, {tensor: self._reserve(tensor, rest) for tensor in tensors}, rest)
         self._activations_shape = (*ids.shape, config.hidden_size)
         self._activations = [file.reserve("between", 4 * prod(self._activations_shape), ALIGN) for _ in range(4)]
 
@@ -230,7 +230,7 @@ class _Solver:
         )
         for inverse, group in zip(inverses, groups.values(), strict=True):
             for tensor in group:
-                stored = self.solved.matrices[tensor]
+                stored = self.integers.matrices[tensor]
                 ranges = self._store.row_ranges([tensor], SOLVE_BYTES)
                 self._file.write(
                     [stored.codes, stored.scales],
@@ -239,14 +239,16 @@ class _Solver:
 
     def _solved_rows(self, tensor: str, inverse: Inverse, start: int, stop: int) -> tuple[Rows, Rows]:
         """Returns the codes and scales of rows [start, stop) of a projection."""
-        found = solve_rows(self._store.rows(tensor, start, stop), self.solved.precisions[tensor], inverse, name=tensor)
+        found = solve_rows(
+            self._store.rows(tensor, start, stop), self.integers.precisions[tensor], inverse, name=tensor
+        )
         return found.codes, found.scales
 
     def _solve_head(self) -> None:
         """Solve and write the head: each group of rows on its own weighted moments, mixed with the unweighted ones."""
         head = torch.from_numpy(self._float_weight(self._head))
         found = group_head(self._head_inputs, head, self._config.lm_head_multiplier, jobs=self._stage.jobs)
-        stored = self.solved.matrices[self._head]
+        stored = self.integers.matrices[self._head]
         unweighted = Moments.zero(head.shape[1])
         for float_input, quantised_input in in_order(self._head_inputs(), self._stage.jobs):
             unweighted.add(float_input, quantised_input)
@@ -272,7 +274,7 @@ class _Solver:
         inverse = _inverse(moments.mixed(unweighted, UNWEIGHTED_SHARE), self._head)
         step = max(1, SOLVE_BYTES // (4 * head.shape[1]))
         blocks = [head[rows[start : start + step]].numpy() for start in range(0, len(rows), step)]
-        solved = [solve_rows(block, self.solved.precisions[self._head], inverse, name=self._head) for block in blocks]
+        solved = [solve_rows(block, self.integers.precisions[self._head], inverse, name=self._head) for block in blocks]
         return np.concatenate([block.codes for block in solved]), np.concatenate([block.scales for block in solved])
 
     def _head_inputs(self) -> Iterator[Callable[[], InputPair]]:
@@ -286,7 +288,7 @@ class _Solver:
         return {name: group for name, group in left.items() if group}
 
     def _is_unsolved(self, tensor: str) -> bool:
-        stored = self.solved.matrices.get(tensor)
+        stored = self.integers.matrices.get(tensor)
         return stored is not None and not (self._file.holds(stored.codes) and self._file.holds(stored.scales))
 
     def _inputs(self, layer: int) -> tuple[Extent, Extent]:
@@ -315,9 +317,9 @@ class _Solver:
 
     def _quantised_weight(self, tensor: str) -> Array:
         """Returns a tensor as the artifact will have it, dequantised where it is stored in integers."""
-        if tensor not in self.solved.matrices:
+        if tensor not in self.integers.matrices:
             return self._float_weight(tensor)
-        return self.solved.rows(tensor, 0, self._store.shape(tensor)[0]).unfolded()
+        return self.integers.rows(tensor, 0, self._store.shape(tensor)[0]).unfolded()
 
 
 def _inverse(moments: Moments, name: str) -> Inverse:

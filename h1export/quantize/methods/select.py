@@ -29,7 +29,7 @@ ROUNDINGS: Mapping[Method, Rounding] = {
 }
 
 
-def rounded(store: WeightStore, config: FalconH1Config, scheme: QuantScheme) -> QuantizedWeights:
+def uncalibrated_integers(store: WeightStore, config: FalconH1Config, scheme: QuantScheme) -> QuantizedWeights:
     """Returns a checkpoint's integers without calibration: its own where it has some, and rounded weights otherwise.
 
     For a method that needs calibration the precisions are final and the integers are not.
@@ -69,7 +69,7 @@ def integers_of(
         factors = _awq_scales(store, config, scheme, ids=ids, stage=stage, progress=progress)
         factors.save(stage.folder)
         store = ScaledStore(store, factors, progress)
-    integers = rounded(store, config, scheme)
+    integers = uncalibrated_integers(store, config, scheme)
     if scheme.method == "gptq" and ids is not None and not stage.dry:
         integers = solve_model(store, config, integers, ids=ids, stage=stage, progress=progress)
     return store, integers

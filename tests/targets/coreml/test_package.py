@@ -19,7 +19,7 @@ from h1export.commands.load import load_runner
 from h1export.commands.plan import plan_build
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
-from h1export.model.falcon_h1.tensors import tensor_layout
+from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.scheme import QuantScheme
 from h1export.targets import get_target
@@ -117,7 +117,7 @@ def test_the_weights_file_is_near_its_ideal(tiny: Path, build: Build) -> None:
     stored = set(load_runner(artifact).stored_weights())
     ideal = sum(
         (4 + 16 / 32 if name in stored else 16) / 8 * prod(shape)
-        for name, shape in tensor_layout(artifact.config).items()
+        for name, shape in tensor_shapes(artifact.config).items()
     )
     assert artifact.manifest.files[layout.WEIGHTS][1] <= 1.05 * ideal
 

@@ -94,7 +94,14 @@ class Mixer(nn.Module):
         self.register_buffer("mup", mup_vector(config), persistent=False)
 
     def forward(self, x: Tensor, real: Tensor, conv: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [batch, seq, hidden]; real [batch, seq], 1.0 for real tokens."""
+        """Returns the mixed values [batch, seq, hidden] and the two new states.
+
+        Args:
+            x: float [batch, seq, hidden].
+            real: float [batch, seq], 1.0 for tokens and 0.0 for pads.
+            conv: the convolution state, as StateSpec describes it.
+            recurrent: the SSM state, as StateSpec describes it.
+        """
         config = self.config
         (batch, seq) = x.shape[:2]
         projected = self.in_proj(scaled(x, config.ssm_in_multiplier))
@@ -198,7 +205,7 @@ class Backbone(nn.Module):
 
 
 class FalconH1(nn.Module):
-    """Logits and new states for new tokens.
+    """The whole model: it computes logits and new states for new tokens.
 
     Args:
         config: the architecture.
@@ -217,9 +224,12 @@ class FalconH1(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, states: list[LayerStates]
     ) -> tuple[Tensor, list[LayerStates]]:
-        """input_ids [batch, seq].
+        """Returns the logits, and the new states in the order of ``states``.
 
-        Attention_mask int64 [batch, past + seq], left padding only; states as StateSpec orders them.
+        Args:
+            input_ids: int64 [batch, seq].
+            attention_mask: int64 [batch, past + seq], 1 for tokens and 0 for pads; pads are on the left only.
+            states: the states of each layer, as StateSpec describes them.
         """
         config = self.config
         seq = input_ids.shape[1]

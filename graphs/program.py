@@ -20,7 +20,7 @@ Op = torch._ops.OpOverload
 
 @dataclass(frozen=True)
 class Rewrites:
-    """The number of places that a pass has rewritten."""
+    """The number of places that the pass ``name`` has rewritten."""
 
     name: str
     count: int
@@ -40,12 +40,12 @@ class Program:
         config: the architecture that it was traced from.
         states: its states, in the order of the graph's inputs and outputs.
         module: the graph; placeholders are weights, constants, orders or inputs, and the output is a flat tuple.
-        weights: placeholder -> what that initializer is made of.
+        weights: placeholder -> the expression of checkpoint tensors that gives its value.
         constants: placeholder -> a µP vector that no pass has folded yet.
         inputs: placeholder -> I/O name.
         outputs: I/O names in the order of the output tuple.
-        orders: placeholder -> a packed tensor whose order of columns it holds, int64 [columns].
-        rewrites: what each pass that was run has done, in order.
+        orders: placeholder, int64 [columns] -> the packed checkpoint tensor whose order of columns it holds.
+        rewrites: the rewrites of each pass that has run, in order.
     """
 
     config: FalconH1Config

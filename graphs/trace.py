@@ -31,7 +31,8 @@ _PAST = 7
 def trace(config: FalconH1Config, last_only: bool = False) -> Program:
     """Returns the model's Program, in which µP multipliers are still explicit.
 
-    It takes a few seconds and a few hundred MB for a model of any size: see ``unroll``.
+    ``last_only`` computes the last position's logits only. A trace takes a few seconds and a few hundred MB for a model
+    of any size: see ``unroll``.
     """
     if config.num_hidden_layers <= TRACED:
         return trace_all(config, last_only)
@@ -39,7 +40,7 @@ def trace(config: FalconH1Config, last_only: bool = False) -> Program:
 
 
 def trace_all(config: FalconH1Config, last_only: bool = False) -> Program:
-    """Returns what ``trace`` does, but lets torch.export see every layer instead of copying one."""
+    """Returns the Program that ``trace`` returns, but torch.export traces every layer instead of two."""
     with torch.device("meta"):
         model = FalconH1(config, last_only).eval()
         ids = torch.ones(_BATCH, _SEQ, dtype=torch.int64)

@@ -1,7 +1,7 @@
 """Unroll a Program of two layers: all layers are alike, so that every further layer is a copy of the second.
 
-torch.export takes some tenths of a second a layer, a copy milliseconds. Why the second: it reads what a layer made, as
-all later ones do, and the first reads the embedding.
+torch.export takes some tenths of a second for a layer, and a copy takes milliseconds. The second layer is copied because
+it reads the output of a layer, as all later ones do, while the first reads the embedding.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ def unroll(program: Program, config: FalconH1Config) -> Program:
 
     It is what tracing all layers gives, down to the names of nodes.
 
-    One thing differs, which nothing reads: meta["torch_fn"], the tracer's count of calls, is the second layer's in all
-        copies.
+    Only meta["torch_fn"] differs, the tracer's count of calls: all copies have the second layer's. Nothing reads it.
 
     Raises:
         ValueError: the two layers are not alike.
@@ -64,8 +63,8 @@ def unroll(program: Program, config: FalconH1Config) -> Program:
 class _Unrolled:
     """A graph of ``layers`` layers, and the traced node that each of its placeholders is a copy of.
 
-    A copy of a layer's node is known by its twin, the second layer's, and by its own layer; any other copy by its
-    original.
+    The key of a copy is (representative, layer): the representative of a layer's node is its counterpart in the second
+    layer, and that of a node outside the layers is the node itself, with None as its layer.
     """
 
     def __init__(self, traced: Graph, layers: int) -> None:
@@ -96,9 +95,8 @@ class _Unrolled:
             self.placeholders[copy.name] = node
         else:
             args, kwargs = map_arg((node.args, node.kwargs), lambda read: self._read(read, node, layer))
-            copy = self.graph.create_node(
-                node.op, node.target, args, kwargs, node.name
-            )  # a name that is taken is counted on
+            # torch.fx appends a number to a name that is taken
+            copy = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         copy.meta = _meta(node, layer)
         self._copies[self._representatives[node], layer] = copy
 
@@ -106,7 +104,9 @@ class _Unrolled:
         """Returns what the copy of ``reader`` in ``layer`` reads where ``reader`` reads ``read``."""
         of = self._layers[read]
         own = self._layers[reader]
-        if of is not None:  # as many layers away; behind the layers, what the second has made is the last one's
+        # Within the layers, the distance between the two is kept. Behind the layers, a reader of the second traced layer
+        # reads the last one, and a reader of the first reads the first.
+        if of is not None:
             of = of + layer - own if layer is not None and own is not None else of * self._last
         return self._copies[self._representatives[read], of]
 

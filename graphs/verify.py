@@ -1,4 +1,4 @@
-"""Verify a Program: what it may contain when targets receive it, which is the whole vocabulary that they must know."""
+"""Verify a Program before targets receive it: LEGAL_OPS is the whole vocabulary that a target must know."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LEGAL_OPS = frozenset(
 
 
 class VerifyError(Exception):
-    """A program that targets would misread: a bug in the front end, not bad input."""
+    """A program breaks a rule that targets rely on: a bug in the front end, not bad input."""
 
 
 def verify(program: Program) -> None:

@@ -1,4 +1,4 @@
-"""The passes between trace and targets: one pass a file, and their order, which is these lists alone."""
+"""The passes between trace and targets, one pass a file. The lists below are the only place that orders them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def fusions(kind_of: KindOf, align: int) -> tuple[Pass, ...]:
     """Returns the passes for a target whose runtime does not fuse projections itself, to be run after PASSES.
 
     Args:
-        kind_of: weights of equal kind may share an initializer: the target's precision of them.
-        align: the columns of a group, which a concatenation along columns may not divide.
+        kind_of: gives the kind of a weight, such as its precision; only weights of equal kind are fused.
+        align: the columns of the largest group; weights are placed side by side only in multiples of it.
     """
     return (
         FuseParallelProjections(kind_of),
@@ -48,9 +48,6 @@ def passes_for(order_name: Callable[[str], str]) -> tuple[Pass, ...]:
     return (*PASSES, SortColumns(order_name))
 
 
-__all__ = ["PASSES", "KindOf", "Pass", "PassError", "fusions", "passes_for", "run_passes"]
-
-
 def run_passes(program: Program, passes: Sequence[Pass] = PASSES) -> Program:
     """Apply ``passes`` in order to a copy of ``program``, and verify the result.
 
@@ -58,10 +55,13 @@ def run_passes(program: Program, passes: Sequence[Pass] = PASSES) -> Program:
 
     Raises:
         PassError: a pass met a graph that it does not understand, or did not reach what it promises.
-        VerifyError: the result is not what targets may expect, for example because it was never through PASSES.
+        VerifyError: the result is not what targets may expect, for example because PASSES never ran on it.
     """
     edited = program.editable()
     for rewrite in passes:
         rewrite.apply(edited)
     verify(edited)
     return edited.finished()
+
+
+__all__ = ["PASSES", "KindOf", "Pass", "PassError", "fusions", "passes_for", "run_passes"]

@@ -1,6 +1,6 @@
 """Pass: one rewrite of a Program, run as requires -> run -> ensures.
 
-And edits of weights that keep shared weights right.
+The functions are edits of graphs and weights that several passes share.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from h1export.graphs.program import EditableProgram, Program, Rewrites
 
 aten = torch.ops.aten
 
-KindOf = Callable[
-    [WeightExpr], Hashable
-]  # weights of equal kind may share an initializer: a target's precision of them
+# A weight -> its kind, such as its precision in a target. Only weights of equal kind share an initializer.
+KindOf = Callable[[WeightExpr], Hashable]
 
 
 class PassError(Exception):
@@ -68,9 +67,9 @@ class Pass(ABC):
 
 
 def multiplier_of(program: Program, node: Node) -> tuple[Node, Multiplier] | None:
-    """Returns (x, m) where ``node`` is x * m with a constant m: a number, or a µP vector over the last axis.
+    """Returns (x, m) where ``node`` is x * m with a constant m, and None for any other node.
 
-    Else None.
+    m is a number, or a µP vector over the last axis.
     """
     if node.target is not aten.mul.Tensor:
         return None
@@ -99,7 +98,7 @@ def replace_node(program: EditableProgram, node: Node, by: Node) -> None:
 
 
 def linear_bias(node: Node) -> Node | None:
-    """Returns the bias of a linear, or None."""
+    """Returns the bias of an aten.linear node, or None where it has none."""
     bias = node.args[2] if len(node.args) > 2 else None
     return bias if isinstance(bias, Node) else None
 

@@ -15,9 +15,8 @@ class FoldDecay(Pass):
 
     def run(self, program: EditableProgram) -> int:
         count = 0
-        for node in program.calls(
-            aten.exp.default, aten.neg.default
-        ):  # in graph order, so neg meets exp folded already
+        # calls are in graph order, so exp is folded already when its neg is reached
+        for node in program.calls(aten.exp.default, aten.neg.default):
             if program.weight_of(node.args[0]):
                 self._fold(program, node)
                 count += 1

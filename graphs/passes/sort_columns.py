@@ -14,7 +14,10 @@ from h1export.graphs.program import EditableProgram, Program, args_of
 
 
 class SortColumns(Pass):
-    """``order_name`` gives the name of the order of a checkpoint tensor's columns, or "" where they are not sorted."""
+    """Gathers inputs so that products read weights whose columns are sorted by group.
+
+    ``order_name`` gives the name of the order of a checkpoint tensor's columns, or "" where they stay as they are.
+    """
 
     def __init__(self, order_name: Callable[[str], str]) -> None:
         self._order_name = order_name

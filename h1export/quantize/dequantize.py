@@ -1,4 +1,4 @@
-"""The float32 weights that an artifact's integers stand for: those that its runtime multiplies by."""
+"""The float32 weights that a runtime multiplies by: an artifact's integers, dequantised, with µP folded in."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ class Precision:
     """The format of a matrix in integers.
 
     Attributes:
-        bits: of a code, 4 or 8.
+        bits: bits of a code, 4 or 8.
         group_size: columns that share a scale; 0: one scale per row.
         zeros: whether every group has a zero point too.
     """
@@ -23,7 +23,7 @@ class Precision:
 
     @property
     def top(self) -> int:
-        """The largest code; the smallest is its negative."""
+        """The largest code that rounding gives; the smallest is its negative."""
         return (1 << (self.bits - 1)) - 1
 
     def columns_per_group(self, columns: int) -> int:

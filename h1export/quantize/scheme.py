@@ -1,7 +1,4 @@
-"""QuantScheme: the precision of every tensor, and the method that chooses integers.
-
-The only module that decides both.
-"""
+"""QuantScheme decides the precision of every tensor and the method that chooses its integers; no other module does."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from h1export.model.falcon_h1.tensors import EMBEDDING, projection_of, tensor_sh
 from h1export.quantize.choices import GROUP_SIZES, Method, QuantName
 from h1export.quantize.precision import INT8, Precision
 
-PREQUANTIZED = "ready"  # stands in manifests where a method would: the checkpoint had integers already
+PREQUANTIZED = "ready"  # the method that a manifest records where the checkpoint had integers already
 
 
 @dataclass(frozen=True)
@@ -23,8 +20,7 @@ class QuantScheme:
     """The settings of quantisation.
 
     int4 and int8 also store the embedding in integers. In an int4 build a tied embedding shares the head's int4, and an
-    untied one is
-    int8: only one row of it is read per token, so that 4 bits would cost accuracy and buy no speed.
+    untied one is int8: only one row of it is read per token, so that 4 bits would cost accuracy and buy no speed.
 
     Attributes:
         quant: the precision of the projections and the head.
@@ -32,7 +28,7 @@ class QuantScheme:
         method: how integers are chosen. rtn rounds each weight to the nearest code; search looks for the scales that
             leave the least error in the weights; awq and gptq observe the inputs of every projection on a calibration
             text.
-        chosen: checkpoint name -> precision of its own, in place of ``quant``.
+        chosen: checkpoint tensor -> the precision that it has in place of ``quant``.
     """
 
     quant: QuantName = "int4"
@@ -60,7 +56,7 @@ class QuantScheme:
             )
 
     def precision(self, tensor: str, config: FalconH1Config) -> Precision | None:
-        """Returns the integers that checkpoint tensor ``tensor`` is stored in, or None where it stays float32."""
+        """Returns the precision that checkpoint tensor ``tensor`` is stored in, or None where it stays float32."""
         quant = self.chosen.get(tensor, self.quant)
         if quant == "none" or projection_of(tensor) is None:
             return None

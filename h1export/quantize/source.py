@@ -24,7 +24,7 @@ class Rounding(Protocol):
     def __call__(self, weight: Array, precision: Precision, row_scale: Array, *, name: str) -> QuantizedTensor:
         """Returns the integers of ``weight`` [rows, columns].
 
-        ``row_scale`` [rows] goes with them; ``name`` is for errors.
+        ``row_scale`` [rows] becomes that of the result; errors name the tensor by ``name``.
         """
         ...
 
@@ -33,7 +33,7 @@ class QuantizedWeights(Protocol):
     """The integers that checkpoint tensors are stored in.
 
     Attributes:
-        precisions: those of the tensors that are stored in integers; all others stay float32.
+        precisions: checkpoint tensor -> its precision; a tensor that is missing here stays float32.
     """
 
     @property
@@ -42,7 +42,7 @@ class QuantizedWeights(Protocol):
     def rows(self, tensor: str, start: int, stop: int) -> QuantizedTensor:
         """Returns the integers of rows [start, stop) of one of these tensors, with row scales of 1.
 
-        Called on any thread.
+        It may be called on any thread.
         """
         ...
 

@@ -15,12 +15,13 @@ from enum import StrEnum
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import ProbePoint
 
-INPUT_NORM = "input_layernorm"  # of a layer: before its two mixers
-MLP_NORM = "pre_ff_layernorm"  # of a layer: before its MLP
+# Two modules, named within a layer, and one tensor of the checkpoint.
+INPUT_NORM = "input_layernorm"  # before the layer's two mixers
+MLP_NORM = "pre_ff_layernorm"  # before the layer's MLP
 FINAL_NORM = "model.final_layernorm.weight"
 
 Size = Callable[[FalconH1Config], int]
-Runs = tuple[tuple[int, float], ...]  # (rows, factor) from the top; a single run of 0 rows means all rows
+Runs = tuple[tuple[int, float], ...]  # row factors, run-length coded as in Multiplier.runs (checkpoint/weight_expr.py)
 
 
 class ModelPart(StrEnum):
@@ -38,11 +39,11 @@ class ProjectionInput:
     """An activation that one or more projections are multiplied by (µP factors aside).
 
     Attributes:
-        name: what it is, for readers.
+        name: a description in words.
         produced_by: tensors, named within the layer, whose rows can be divided by factors so that this activation's
-            columns are divided by them and nothing else changes but rounding. Empty: there are no such tensors. One
-            that an architecture does not have does not count.
-        point: the probe point that shows this activation; None: no point of its own.
+            columns are divided by them and nothing else changes but rounding. It is empty where there are no such
+            tensors, and may name a tensor, such as a bias, that some architectures do not have.
+        point: the probe point that shows this activation; None: no probe shows it.
     """
 
     name: str
@@ -52,7 +53,7 @@ class ProjectionInput:
 
 MIXER_INPUT = ProjectionInput("normed residual of the mixers", produced_by=(f"{INPUT_NORM}.weight",))
 GATED_SCAN = ProjectionInput("gated scan", produced_by=("mamba.norm.weight",), point=ProbePoint.GATED)
-# What makes it are values, which are a state of the model and must not change.
+# v_proj produces it, but its rows cannot be divided: values are a state, and states must stay the checkpoint's.
 ATTENDED_VALUES = ProjectionInput("attended values", point=ProbePoint.ATTENDED)
 MLP_INPUT = ProjectionInput("normed residual of the MLP", produced_by=(f"{MLP_NORM}.weight",))
 MLP_PRODUCT = ProjectionInput(
@@ -81,11 +82,11 @@ class Projection:
     """One matrix [rows, columns] of the model, once a layer or once a model.
 
     Attributes:
-        name: the module's path, within a layer where ``per_layer``.
+        name: the module's path in the checkpoint; it is relative to the layer where ``per_layer``.
         part: the part of the model that it belongs to.
         rows: output features.
         columns: input features.
-        input: what it is multiplied by; projections with an equal input share it.
+        input: the activation that it is multiplied by; projections with an equal input share it.
         output_points: the probe points that are wrong first when this projection is.
         has_bias: whether the architecture gives it a bias [rows].
         input_multiplier: the µP factor on its input.
@@ -106,12 +107,12 @@ class Projection:
 
     @property
     def weight(self) -> str:
-        """The checkpoint's name of the matrix, within a layer where ``per_layer``."""
+        """The name of the matrix as a checkpoint tensor, relative to the layer where ``per_layer``."""
         return f"{self.name}.weight"
 
     @property
     def bias(self) -> str:
-        """The checkpoint's name of the bias, within a layer where ``per_layer``."""
+        """The name of the bias as a checkpoint tensor, relative to the layer where ``per_layer``."""
         return f"{self.name}.bias"
 
     @property
@@ -223,15 +224,14 @@ EMBED_TOKENS = Projection(
     input=TOKEN_IDS,
     per_layer=False,
 )
-HEAD = (
-    Projection(  # a tied head is the embedding; lm_head_multiplier is folded into the final norm, not into this weight
-        "lm_head",
-        ModelPart.HEAD,
-        rows=lambda c: c.vocab_size,
-        columns=lambda c: c.hidden_size,
-        input=HEAD_INPUT,
-        per_layer=False,
-    )
+# A tied head is the embedding, so lm_head_multiplier is folded into the final norm and not into this weight.
+HEAD = Projection(
+    "lm_head",
+    ModelPart.HEAD,
+    rows=lambda c: c.vocab_size,
+    columns=lambda c: c.hidden_size,
+    input=HEAD_INPUT,
+    per_layer=False,
 )
 
 LAYER_PROJECTIONS = (IN_PROJ, OUT_PROJ, Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ)
@@ -265,8 +265,8 @@ POINTS_READ: Mapping[str, ProbePoint] = {
     **{p.name: p.input.point for p in LAYER_PROJECTIONS if p.input.point is not None},
 }
 
-# The ops that are suspect where a probe point is the first to be wrong. At layer 0's residual it is the embedding
-# instead.
+# The ops that are suspect where a probe point is the first to be wrong. Layer 0's residual is an exception: there it is
+# the embedding.
 SUSPECT_OPS: Mapping[ProbePoint, str] = _suspect_ops()
 
 # The suspects at a residual where one kernel computes the whole MLP, so that its product is not shown.

@@ -1,4 +1,4 @@
-"""The checkpoint's tensors, by Hugging Face name, as the architecture demands them."""
+"""The tensors that a checkpoint of an architecture must have, by their Hugging Face names."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _BY_WEIGHT = {(projection.per_layer, projection.weight): projection for projecti
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of a layer's tensors begin with."""
+    """Returns the prefix of the names of a layer's tensors, such as "model.layers.0."."""
     return f"{LAYERS}{layer}."
 
 
 def split_layer(tensor: str) -> tuple[int | None, str]:
-    """The layer of a checkpoint tensor and its name within the layer; (None, ``tensor``) for one outside the layers."""
+    """Returns a tensor's layer and its name within the layer; (None, ``tensor``) for a tensor outside the layers."""
     number, _, name = tensor.removeprefix(LAYERS).partition(".")
     if not tensor.startswith(LAYERS) or not number.isdecimal():
         return None, tensor
@@ -39,16 +39,13 @@ def split_layer(tensor: str) -> tuple[int | None, str]:
 
 
 def projection_of(tensor: str) -> Projection | None:
-    """The row of PROJECTIONS that a checkpoint tensor is the matrix of; None for biases, norms and all else."""
+    """Returns the projection whose matrix is the checkpoint tensor; None for biases, norms and all other tensors."""
     layer, name = split_layer(tensor)
     return _BY_WEIGHT.get((layer is not None, name))
 
 
 def tensor_shapes(config: FalconH1Config) -> TensorShapes:
-    """Name -> shape of every tensor that a checkpoint of ``config`` holds; a tied head has no tensor of its own.
-
-    The order is the order in which weight files hold them.
-    """
+    """Returns name -> shape of every tensor of a checkpoint of ``config``; a tied head has no tensor of its own."""
     h = config.hidden_size
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING: EMBED_TOKENS.shape(config), FINAL_NORM: (h,)}
     if not config.tie_word_embeddings:

@@ -1,11 +1,15 @@
 """GPTQ of one matrix: columns are rounded one after the other, and later columns make up for earlier errors.
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022:
-act-order, lazy blocks, and the inverse by Cholesky. Two things differ. Groups are static: a group's scale is chosen
-before any column is rounded, so that its columns may be visited apart, and afterwards scales are fitted to the codes by
-least squares. And what is rounded is not the checkpoint's weight: it is the weight that, on the inputs of the quantised
-model, gives outputs nearest to the checkpoint's on the float model's inputs (the aim of Li et al., "GPTAQ", 2025, here
-by least squares before the rounding). It runs on CPUs, by torch's linear algebra.
+act-order, lazy blocks, and the inverse by Cholesky. Three things differ:
+
+- Groups are static: a group's scale is chosen before any column is rounded, so that act-order may separate its columns.
+- Afterwards the scales are fitted to the codes by least squares.
+- What is rounded is not the checkpoint's weight. It is the weight that, on the inputs of the quantised model, gives
+  outputs nearest to the checkpoint's on the float model's inputs (the aim of Li et al., "GPTAQ", 2025, here by least
+  squares before the rounding).
+
+It runs on CPUs, by torch's linear algebra.
 """
 
 from __future__ import annotations
@@ -23,12 +27,11 @@ from h1export.quantize.methods.scale_search import searched_scales
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 
-DAMPING = 0.01  # of the mean second moment, added to the diagonal
-ROUNDS = 2  # more change no measurable figure
-OLD_SCALE_WEIGHT = 1e-4  # weight of the old scales in a fit
-MAX_SCALE_CHANGE = 1.5  # the factor by which a fit may change a scale at most
+DAMPING = 0.01  # the share of the mean second moment that is added to the diagonal
+ROUNDS = 2  # fits of scales, each followed by a rounding; more rounds change no measurable figure
+OLD_SCALE_WEIGHT = 1e-4  # relative weight of the old scales in a fit
+MAX_SCALE_CHANGE = 1.5  # largest factor by which a fit may change a scale
 LAZY_COLUMNS = 128  # columns whose corrections are applied to all later ones together, as one matrix product
-
 
 Codes = npt.NDArray[np.int8]
 Scales = npt.NDArray[np.float16]
@@ -36,15 +39,15 @@ Scales = npt.NDArray[np.float16]
 
 @dataclass(frozen=True)
 class Inverse:
-    """What rounding a weight needs to know of the second moments of its inputs.
+    """The inverse of the second moments of a weight's inputs, and what else the rounding derives from them.
 
     Attributes:
         order: int64 [columns], the order in which columns are rounded: the largest second moment first.
         upper: float32 [columns, columns], the Cholesky factor U of the moments' inverse in that order, inverse = U^T U.
         importance: float32 [columns], the damped diagonal of the moments.
         moments: float32 [columns, columns], damped, in the columns' own order.
-        correction: float32 [columns, columns]: a weight plus its product with this has, on quantised inputs x, nearly
-            the outputs that the weight alone has on the float inputs t. None: x and t are the same.
+        correction: float32 [columns, columns]. On quantised inputs x, weight + weight @ correction gives nearly the
+            outputs that the weight itself gives on the float inputs t. None where x and t are the same.
     """
 
     order: Tensor
@@ -57,8 +60,8 @@ class Inverse:
 def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
     """Returns the Inverse of ``moments``, float64 [columns, columns]: the sum of x x^T over inputs x, on any scale.
 
-    ``drift``, float64 [columns, columns] on the same scale, is the sum of (t - x) x^T, where t is the float input for
-    x.
+    ``drift``, float64 [columns, columns] on the same scale, is the sum of (t - x) x^T; t is the float input of the
+    position whose quantised input is x.
 
     Raises:
         H1ExportError: moments that are not finite; ``name`` names the weight.
@@ -109,8 +112,8 @@ def fitted_scales(weight: Array, codes: Codes, scales: Scales, *, inverse: Inver
     """Returns the scales [rows, groups] that leave the least error in the outputs for these codes.
 
     They minimise ||(w - sum over groups g of s_g codes_g) x||^2 over s, summed over inputs x, for every row w by
-    itself. A little weight on ``scales`` decides where codes or inputs do not. A scale that would change by more than
-    MAX_SCALE_CHANGE stays as it is.
+    itself. The term OLD_SCALE_WEIGHT keeps ``scales`` where codes or inputs do not determine new ones. A scale that
+    would change by more than the factor MAX_SCALE_CHANGE stays as it is.
     """
     rows, groups = scales.shape
     q = torch.from_numpy(codes).float()
@@ -150,9 +153,10 @@ def round_rows(weight: Array, scales: Scales, precision: Precision, *, inverse: 
 def _round_columns(
     rest: Tensor, inverse: Inverse, start: int, *, scales: Tensor, width: int, top: int, codes: Tensor
 ) -> Tensor:
-    """Round ``rest`` [LAZY_COLUMNS columns, rows] into ``codes``, changing ``rest``.
+    """Round columns into ``codes``, int8 [columns, rows], and return their errors [n, rows] for later columns.
 
-    Returns the columns' errors in the form that corrects later columns.
+    ``rest`` [n, rows], n at most LAZY_COLUMNS, has the weights of columns ``inverse.order[start : start + n]`` and is
+    changed. ``scales`` are [groups, rows], ``width`` is the columns of a group, and ``top`` the largest code.
     """
     errors = torch.empty_like(rest)
     for i in range(len(rest)):

@@ -45,27 +45,26 @@ from h1export.quantize.methods.head_groups import InputPair, group_head
 from h1export.quantize.methods.stored import StoredIntegers, StoredMatrix
 from h1export.quantize.source import QuantizedWeights
 
-WORK = f"{SCRATCH}/gptq"
-UNWEIGHTED_SHARE = 0.5  # of the moments of all positions, beside those weighted for a group of the head's rows
-SOLVE_BYTES = 16 << 20  # of float32 rows that a thread solves at a time
+WORK = f"{SCRATCH}/gptq"  # the file of integers and activations, relative to the stage
+UNWEIGHTED_SHARE = 0.5  # weight of the moments of all positions, beside those weighted for a group of the head's rows
+SOLVE_BYTES = 16 << 20  # bytes of the float32 rows that a thread solves at a time
 ALIGN = 64
 
-InputGroups = Mapping[
-    str, tuple[str, ...]
-]  # name of an input -> checkpoint names of the weights that it is multiplied by
-Inputs = Mapping[str, Tensor]  # name of an input -> its value [length, columns]
-RunLayer = Callable[
-    [Array], tuple[Array, Inputs]
-]  # input [length, hidden] -> output, and the inputs of its projections
+# Name of an input -> checkpoint names of the weights that it is multiplied by.
+InputGroups = Mapping[str, tuple[str, ...]]
+# Name of an input -> its value [length, columns].
+Inputs = Mapping[str, Tensor]
+# A layer's input [length, hidden] -> its output [length, hidden], and the inputs of its projections.
+RunLayer = Callable[[Array], tuple[Array, Inputs]]
 
 
 class LayerRuns(NamedTuple):
     """A layer with the checkpoint's weights, run on both inputs of one sequence.
 
     Attributes:
-        output: of the float input, [length, hidden].
-        float_inputs: of the layer's projections, for the float input.
-        quantised_inputs: of the layer's projections, for the quantised input; empty where they are not needed.
+        output: the layer's output for the float input, [length, hidden].
+        float_inputs: the inputs of the layer's projections, for the float input.
+        quantised_inputs: the same for the quantised input; empty where they are not needed.
     """
 
     output: Array
@@ -115,10 +114,10 @@ def solve_model(
     Args:
         store: the checkpoint.
         config: its architecture.
-        rest: precisions, and the integers of tensors that nothing is multiplied by: an embedding that is not the head.
+        rest: the precisions, and the integers of a tensor that no product reads: an embedding that is not the head.
         ids: calibration tokens [samples, length].
-        stage: where to work. What an earlier build with the same arguments left there is used.
-        progress: is shown the layers.
+        stage: the place of the scratch file. What an earlier build with the same arguments left there is used.
+        progress: receives the name of each layer that is solved.
 
     Raises:
         H1ExportError: weights or inputs that are not finite, or too large for fp16 scales.
@@ -131,7 +130,7 @@ def solve_model(
 
 
 class _Solver:
-    """The work of one build.
+    """GPTQ of one build's model; ``integers`` reads what has been solved so far.
 
     ``file`` holds the integers of all tensors, and four activations [samples, length, hidden]: the float and the
     quantised input of one layer, and those of the next.
@@ -168,7 +167,10 @@ class _Solver:
         return StoredMatrix((rows, columns), codes, self._file.reserve(f"{tensor}.scales", 2 * scales, ALIGN))
 
     def run(self, progress: Progress) -> None:
-        """Solve what is not in the file yet, from the last layer before it whose inputs are in the file."""
+        """Solve what is not in the file yet.
+
+        The first layer that runs is the last one, up to the first unsolved layer, whose inputs are in the file.
+        """
         layers = self._config.num_hidden_layers
         unsolved = next((layer for layer in range(layers) if self._unsolved(products(layer))), layers)
         if unsolved == layers and not self._is_unsolved(self._head):
@@ -259,8 +261,8 @@ class _Solver:
             partial(self._solve_head_rows, head, rows, weights, unweighted=unweighted)
             for rows, weights in zip(rows_of_groups, found.weights, strict=True)
         )
-        for rows, solved in zip(rows_of_groups, in_order(calls, self._stage.jobs), strict=True):
-            codes[rows], scales[rows] = solved
+        for rows, found_integers in zip(rows_of_groups, in_order(calls, self._stage.jobs), strict=True):
+            codes[rows], scales[rows] = found_integers
         self._file.write([stored.codes, stored.scales], [partial(_two_blocks, codes, scales)])
 
     def _solve_head_rows(self, head: Tensor, rows: Ids, weights: Tensor, *, unweighted: Moments) -> tuple[Rows, Rows]:
@@ -274,8 +276,9 @@ class _Solver:
         inverse = _inverse(moments.mixed(unweighted, UNWEIGHTED_SHARE), self._head)
         step = max(1, SOLVE_BYTES // (4 * head.shape[1]))
         blocks = [head[rows[start : start + step]].numpy() for start in range(0, len(rows), step)]
-        solved = [solve_rows(block, self.integers.precisions[self._head], inverse, name=self._head) for block in blocks]
-        return np.concatenate([block.codes for block in solved]), np.concatenate([block.scales for block in solved])
+        precision = self.integers.precisions[self._head]
+        found = [solve_rows(block, precision, inverse, name=self._head) for block in blocks]
+        return np.concatenate([block.codes for block in found]), np.concatenate([block.scales for block in found])
 
     def _head_inputs(self) -> Iterator[Callable[[], InputPair]]:
         """Yield a call for every sequence, which returns the float and the quantised input of the head."""

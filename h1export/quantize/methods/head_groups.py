@@ -7,8 +7,7 @@ work. The steps:
 
 1. For every row, sum the weighted inputs of the head over all positions, projected to SKETCH random dimensions.
 2. Group the rows by k-means of the directions of these sums.
-3. For every group and position, take the mean of its rows' weights, after each row's weights are scaled to a sum of
-one.
+3. For every group and position, take the mean of its rows' weights, after each row's weights are scaled to sum to one.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from torch import Tensor
 
 from h1export.artifact.weight_file import in_order
 
-GROUPS = 64  # at most
-ROWS_A_GROUP = 32  # on average, at least
+GROUPS = 64  # the largest number of groups
+ROWS_A_GROUP = 32  # the least average number of rows in a group
 SKETCH = 64  # dimensions of the random projection
 ROUNDS = 12  # of k-means
 SEED = 0
-POSITIONS = 128  # whose probabilities a thread holds at a time
+POSITIONS = 128  # positions of which a thread holds the probabilities at a time
 
 InputPair = tuple[Tensor, Tensor]  # the head's float and quantised input for a sequence, [length, columns] each
-HeadInputs = Callable[[], Iterator[Callable[[], InputPair]]]  # all sequences once more, a call a sequence
+HeadInputs = Callable[[], Iterator[Callable[[], InputPair]]]  # starts over all sequences, and yields a call for each
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class HeadGroups:
 
     Attributes:
         groups: int64 [vocab], the group of each row.
-        weights: float32 [groups, samples, length], the weight of each position; those of a group sum up to one.
+        weights: float32 [groups, samples, length], the weight of each position; the weights of a group sum to one.
     """
 
     groups: Tensor
@@ -86,7 +85,7 @@ def _sketch(
 def _group_weights(pair: Callable[[], InputPair], head: Tensor, multiplier: float, *, share: Tensor) -> Tensor:
     """Returns the weights of a sequence's positions for every group [length, groups].
 
-    ``share`` [vocab, groups] is a row's in each.
+    ``share`` [vocab, groups] is the factor with which a row's weights enter the mean of its group, and 0 elsewhere.
     """
     float_input, _ = pair()
     blocks = [float_input[start : start + POSITIONS] for start in range(0, len(float_input), POSITIONS)]

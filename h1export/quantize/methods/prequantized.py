@@ -26,7 +26,7 @@ class Prequantized:
     Attributes:
         store: the checkpoint.
         rest: gives the integers of all other tensors.
-        precisions: those of all tensors that are stored in integers.
+        precisions: the precisions of all tensors that are stored in integers, those of ``rest`` included.
     """
 
     store: WeightStore

@@ -1,4 +1,4 @@
-"""Select a method, and get the integers of a checkpoint by it."""
+"""Compute the integers of a checkpoint by the method of its QuantScheme."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from h1export.quantize.methods.scale_search import search_rows
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import QuantizedWeights, Rounded, Rounding
 
-# GPTQ rounds an embedding that is not the head in this way: nothing is multiplied by it.
+# How each method rounds rows. For gptq this rounds only an embedding that is not the head, which no product reads.
 ROUNDINGS: Mapping[Method, Rounding] = {
     "rtn": quantize_rows,
     "search": search_rows,
@@ -32,7 +32,7 @@ ROUNDINGS: Mapping[Method, Rounding] = {
 def uncalibrated_integers(store: WeightStore, config: FalconH1Config, scheme: QuantScheme) -> QuantizedWeights:
     """Returns a checkpoint's integers without calibration: its own where it has some, and rounded weights otherwise.
 
-    For a method that needs calibration the precisions are final and the integers are not.
+    For a method that needs calibration only the precisions are final: ``integers_of`` replaces the integers.
 
     Raises:
         H1ExportError: integers that no runtime takes, or a scheme for weights that are in integers already.

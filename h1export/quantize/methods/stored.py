@@ -1,4 +1,4 @@
-"""StoredIntegers: integers that a method has written to a file, because it could not compute rows on their own."""
+"""StoredIntegers: integers in a scratch file, for a method such as GPTQ that cannot compute rows on demand."""
 
 from __future__ import annotations
 

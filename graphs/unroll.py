@@ -1,7 +1,7 @@
 """Unroll a Program of two layers: all layers are alike, so that every further layer is a copy of the second.
 
-torch.export takes some tenths of a second for a layer, and a copy takes milliseconds. The second layer is copied because
-it reads the output of a layer, as all later ones do, while the first reads the embedding.
+torch.export takes some tenths of a second for a layer, and a copy takes milliseconds. The second layer is copied,
+because it reads the output of a layer, as all later ones do. The first one reads the embedding.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class _Unrolled:
         """Returns what the copy of ``reader`` in ``layer`` reads where ``reader`` reads ``read``."""
         of = self._layers[read]
         own = self._layers[reader]
-        # Within the layers, the distance between the two is kept. Behind the layers, a reader of the second traced layer
-        # reads the last one, and a reader of the first reads the first.
+        # Within the layers, the copies are as many layers apart as the two nodes are. Behind the layers, a value of the
+        # second traced layer becomes that of the last layer.
         if of is not None:
             of = of + layer - own if layer is not None and own is not None else of * self._last
         return self._copies[self._representatives[read], of]

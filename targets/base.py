@@ -1,4 +1,4 @@
-"""What a target is: how it lowers a Program, and how it loads what it wrote."""
+"""Target: the protocol of a runtime, which lowers a Program to an artifact and loads that artifact."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OptionsT = TypeVar("OptionsT", bound=TargetOptions, contravariant=True)
 
 @dataclass(frozen=True)
 class Lowered:
-    """What a target wrote, for the manifest."""
+    """The facts about the written files that the manifest records; its fields have the same names."""
 
     inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
@@ -82,6 +82,6 @@ class Target(Protocol[OptionsT]):
                 they can be had, with a note where not.
 
         Raises:
-            H1ExportError: without the runtime, or without the kernels asked for.
+            H1ExportError: without the runtime, or without the requested kernels.
         """
         ...

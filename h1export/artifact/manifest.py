@@ -24,7 +24,7 @@ FORMAT = 5
 
 @dataclass(frozen=True)
 class StoredPart:
-    """The place of one checkpoint tensor inside a quantised initializer.
+    """One checkpoint tensor inside a quantised initializer.
 
     Attributes:
         tensor: name of the checkpoint tensor.

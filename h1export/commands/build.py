@@ -49,9 +49,13 @@ class BuildJob:
     Attributes:
         checkpoint: the checkpoint's folder.
         target: the target's name.
-        options: the target's own.
-        integers: where a method looks at a text, only their precisions are final.
-        ids: calibration tokens [samples, length], where the scheme's method looks at some.
+        scheme: the precisions of the weights and the method that chooses integers.
+        options: the target's own options.
+        calibration: the settings of the calibration text.
+        config: the checkpoint's architecture.
+        store: the checkpoint's tensors.
+        integers: the integers without calibration; for a method that calibrates, only their precisions are final.
+        ids: calibration tokens [samples, length]; None for a method that does not calibrate.
     """
 
     checkpoint: Path
@@ -103,7 +107,7 @@ class BuildJob:
         )
 
     def manifest(self, source: str) -> Manifest:
-        """What is known of the artifact before its first byte; ``source`` is the checkpoint's fingerprint."""
+        """Return the part of the manifest that is known before a build; ``source`` is the checkpoint's fingerprint."""
         packages = get_target(self.target).packages
         return Manifest(
             target=self.target,
@@ -120,7 +124,7 @@ class BuildJob:
         )
 
     def _scheme(self) -> dict[str, Any]:
-        """What decided the integers."""
+        """Return the manifest's record of what decides the integers."""
         scheme = dataclasses.asdict(self.scheme)
         if self.store.gptq_format is not None:
             gptq_format = dataclasses.asdict(self.store.gptq_format)
@@ -140,7 +144,7 @@ class BuildJob:
         progress.stage("trace")
         program = run_passes(trace(self.config, self.options.last_logits), passes_for(self.store.order_name))
         if self.ids is not None and not stage.dry:
-            with dry_stage() as dry:  # what the target refuses, it refuses before the long work
+            with dry_stage() as dry:  # a target that refuses the model does so before the long calibration
                 store, integers = integers_of(
                     self.store, self.config, self.scheme, ids=self.ids, stage=dry, progress=SILENT
                 )
@@ -179,11 +183,11 @@ def build_artifact(
         target: the target's name.
         out: the folder to make.
         scheme: the precisions of the weights and the method that chooses integers.
-        options: the target's own; None: its defaults.
+        options: the target's own options; None: its defaults.
         force: replace an artifact at ``out``.
-        progress: gets the stages.
+        progress: receives the stages of the build.
         jobs: threads that compute weights; 0: one a core.
-        calibration: the text of a scheme whose method looks at one.
+        calibration: the calibration text, for a method that needs one.
 
     Raises:
         H1ExportError: a checkpoint, scheme or option that cannot be exported, or an ``out`` that is taken.

@@ -15,7 +15,7 @@ from h1export import __version__
 
 T = TypeVar("T")
 Value = ir.Value
-# by opset; 23 came with 11, which runtimes of the last years do not read
+# Opset -> the IR version to write. Opset 23 came out with IR version 11, which older runtimes cannot read: hence 10.
 IR_VERSIONS = {18: 8, 19: 9, 21: 10, 23: 10, 24: 11}
 
 

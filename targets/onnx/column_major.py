@@ -26,7 +26,7 @@ ZEROS = ".zeros"
 
 Codes = npt.NDArray[np.int8]
 Bytes = npt.NDArray[np.uint8]
-Scales = Callable[[QuantizedTensor], npt.NDArray[Any]]  # the scales to store, [rows, groups]
+ScalesOf = Callable[[QuantizedTensor], npt.NDArray[Any]]  # gives the scales to store, [rows, groups]
 
 
 def pack(codes: Codes) -> Bytes:
@@ -43,7 +43,7 @@ def unpack(packed: Bytes) -> Codes:
 
 
 def write_column_major(
-    c: Context, expr: WeightExpr, precision: Precision, *, dtype: ir.DataType, scales_of: Scales
+    c: Context, expr: WeightExpr, precision: Precision, *, dtype: ir.DataType, scales_of: ScalesOf
 ) -> list[ir.ExternalTensor]:
     """Write codes [columns, rows] of an expression along axis 0, scales [groups, rows] and any zero points.
 
@@ -66,7 +66,7 @@ def write_column_major(
 
 
 def _blocks(c: Context, expr: WeightExpr, precision: Precision) -> Iterator[tuple[int, QuantizedBlock]]:
-    """Yield row blocks and the row that each starts at."""
+    """Yield the row that each block starts at, and the block."""
     top = 0
     for part in expr.parts:
         rows = c.store.shape(part.tensor)[0]
@@ -78,7 +78,7 @@ def _blocks(c: Context, expr: WeightExpr, precision: Precision) -> Iterator[tupl
         top += rows
 
 
-def _columns(bits: int, scales_of: Scales, block: QuantizedBlock, start: int) -> tuple[Columns | Bytes, ...]:
+def _columns(bits: int, scales_of: ScalesOf, block: QuantizedBlock, start: int) -> tuple[Columns | Bytes, ...]:
     """Return codes, scales and zero points of rows from ``start`` on, as columns."""
     (tensor,) = block()
     stored = scales_of(tensor)

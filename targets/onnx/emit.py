@@ -29,10 +29,10 @@ class Context:
     """The context of emitters: the graph under construction, the weights, and the values made so far.
 
     Attributes:
-        activations: the dtype of activations, for the values that emitters compute themselves.
+        activations: the dtype of the activations in the graph.
         program: the graph that is emitted.
         store: the checkpoint's tensors.
-        integers: the precision of each quantised tensor, and its integers.
+        integers: the precision and the integers of each quantised tensor.
         build: the ONNX graph under construction.
         data: the file of external data.
         stored: the quantised weights written so far, for the manifest.
@@ -114,7 +114,7 @@ class Context:
         return precision
 
     def is_multiplied(self, tensor: str) -> bool:
-        """Whether a product reads the checkpoint's ``tensor``: of an embedding, whether the head is tied to it."""
+        """Return whether a product reads checkpoint ``tensor``; for an embedding, whether the head is tied to it."""
         weights = [self.expr(args_of(node)[1]) for node in self.program.calls(torch.ops.aten.linear.default)]
         return any(part.tensor == tensor for expr in weights for part in expr.parts)
 
@@ -183,7 +183,7 @@ def _alone(block: Callable[[], Array]) -> tuple[Array]:
 
 
 def initializer_name(expr: WeightExpr) -> str:
-    """Return the checkpoint's name(s) of what an initializer is made of, and the functions that made it."""
+    """Return an initializer's name: its tensors with their functions, joined by "+" (axis 0) or "|" (axis 1)."""
     return ("+", "|")[expr.axis].join(".".join((part.tensor, *part.functions)) for part in expr.parts)
 
 

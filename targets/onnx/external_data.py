@@ -1,4 +1,4 @@
-"""The external data file of an ONNX model: places in a WeightFile, as ONNX tensors."""
+"""ExternalData: the external data file of an ONNX model, a WeightFile whose extents are ONNX tensors."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ PAGE = 4096
 
 
 class ExternalData(WeightFile):
-    """A WeightFile whose places are initializers."""
+    """A WeightFile of initializers."""
 
     def place(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:
-        """Reserve the next place for a tensor."""
+        """Reserve the next bytes of the file for a tensor."""
         nbytes = int(prod(shape) * dtype.itemsize)
         extent = self.reserve(name, nbytes, PAGE if nbytes >= SMALL else 64)
         return self._external(name, dtype, shape, offset=extent.offset, nbytes=nbytes)
 
     def alias(self, name: str, shape: tuple[int, ...], of: ir.ExternalTensor, start: int = 0) -> ir.ExternalTensor:
-        """Bytes of another tensor, from its byte ``start``, under a name and a shape of their own."""
+        """Return a tensor over the bytes of tensor ``of``, from its byte ``start`` on, with its own name and shape."""
         return self._external(
             name, of.dtype, shape, offset=(of.offset or 0) + start, nbytes=int(prod(shape) * of.dtype.itemsize)
         )
 
     def fill(self, tensors: Sequence[ir.ExternalTensor], blocks: Iterable[Block]) -> None:
-        """``write`` for tensors instead of extents."""
+        """Fill ``tensors`` as ``write`` fills extents."""
         self.write(
             [
                 Extent(self._name, tensor.name or "", tensor.offset or 0, length=tensor.length or 0)

@@ -16,15 +16,16 @@ from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.quantize.quantized_tensor import QuantizedTensor
 
-Key = Callable[[str], str | None]  # an initializer's name -> the key of its array; None: nobody asks for it
+# An initializer's name -> the key of its array; None: it is not read.
+Key = Callable[[str], str | None]
+# (entry of the manifest, key -> array, checkpoint tensor -> its number of columns) -> the integers of each tensor.
 ReadStored = Callable[[StoredWeight, Mapping[str, Any], Callable[[str], int]], Iterator[tuple[str, QuantizedTensor]]]
 
 
 class StoredWeights(Mapping[str, Array]):
-    """What the artifact stores for each quantised checkpoint tensor, dequantised when asked for and not kept.
+    """Checkpoint tensor -> its stored integers, dequantised without µP when they are read, float32 [rows, columns].
 
-    ``read_stored`` makes integers of an entry of the manifest, the arrays of ``model`` by ``key``, and the columns of
-    tensors.
+    ``read_stored`` gets the arrays of ``model`` by ``key``.
     """
 
     def __init__(self, artifact: Artifact, model: str, key: Key, read_stored: ReadStored) -> None:
@@ -35,7 +36,7 @@ class StoredWeights(Mapping[str, Array]):
         self._orders = {part.tensor: part.order for weight in artifact.manifest.weights for part in weight.parts}
 
     def quantized(self, name: str) -> QuantizedTensor:
-        """What lies behind ``name``: the same integers on every target."""
+        """Return the integers of checkpoint tensor ``name``, which are the same on every target."""
         return dict(self._read_stored(self._weights[name], self._tensors, self._columns.__getitem__))[name]
 
     def __getitem__(self, name: str) -> Array:
@@ -50,7 +51,7 @@ class StoredWeights(Mapping[str, Array]):
 
 
 def external_arrays(artifact: Artifact, model: str, key: Key) -> dict[str, Any]:
-    """Memory-mapped arrays of the initializers of ``model`` that ``key`` names; int4 is flat bytes.
+    """Return memory-mapped arrays of the initializers of ``model``, by ``key``; int4 is flat bytes.
 
     Raises:
         H1ExportError: data outside the artifact's files.
@@ -73,7 +74,7 @@ def external_arrays(artifact: Artifact, model: str, key: Key) -> dict[str, Any]:
             dtype = np.dtype(np.uint8)
         if (tensor.offset or 0) + prod(shape) * dtype.itemsize > artifact.manifest.files[location][1]:
             raise H1ExportError(
-                artifact.folder / model, f"initializer {name!r} lies outside {location}", "build the artifact again"
+                artifact.folder / model, f"initializer {name!r} is outside {location}", "build the artifact again"
             )
         arrays[kept] = np.memmap(artifact.folder / location, dtype, mode="r", offset=tensor.offset or 0, shape=shape)
     return arrays

@@ -22,8 +22,8 @@ def read_stored(
 
     Args:
         weight: the initializer's entry in the manifest.
-        tensors: initializer name -> array.
-        columns: how many columns a checkpoint tensor has.
+        tensors: initializer -> array as stored.
+        columns: gives the number of columns of a checkpoint tensor.
     """
     precision = Precision(weight.bits, weight.group_size)
     zeros = tensors.get(weight.initializer + ZEROS)
@@ -41,7 +41,7 @@ def read_stored(
         layout = replace(whole, columns=columns(part.tensor))
         multiplier = part.multiplier.rows(len(codes))
         groups = slice(layout.blocks if weight.group_size else 1)
-        shifts = None if zeros is None else whole.unpack_zeros(np.asarray(zeros[rows]))[:, blocks][:, groups]
-        quantized = QuantizedTensor(layout.unpack(codes), np.asarray(scales[:, groups]), multiplier, zeros=shifts)
+        zero_points = None if zeros is None else whole.unpack_zeros(np.asarray(zeros[rows]))[:, blocks][:, groups]
+        quantized = QuantizedTensor(layout.unpack(codes), np.asarray(scales[:, groups]), multiplier, zeros=zero_points)
         yield part.tensor, quantized
         start += part.size

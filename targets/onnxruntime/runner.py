@@ -170,7 +170,7 @@ class OnnxRuntimeRunner:
 
 
 def _key(name: str) -> str | None:
-    """Return the name under which ``read_stored`` asks for an initializer, and None for one that it does not read."""
+    """Return the key under which ``read_stored`` looks an initializer up, and None for one that it does not read."""
     return name.removesuffix(ROWS) if name.startswith(ORDER) or name.endswith(READ) else None
 
 

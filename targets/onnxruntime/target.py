@@ -34,11 +34,11 @@ from h1export.targets.options import Kernels
 DATA = MODEL + ".data"
 
 Dims = tuple[int | str, ...]
-Ports = Mapping[str, tuple[str, Dims]]
+Ports = Mapping[str, tuple[str, Dims]]  # input or output of the graph -> (ONNX name of its dtype, dims)
 
 
 class OnnxRuntimeTarget:
-    """ONNX Runtime: see Target."""
+    """The Target that writes ONNX models for ONNX Runtime."""
 
     name = "ort"
     packages = ("numpy", "onnx-ir", "torch")
@@ -53,23 +53,23 @@ class OnnxRuntimeTarget:
         stage: Stage,
         progress: Progress,
     ) -> Lowered:
-        made = GRAPH_VARIANTS[options.graph]
+        variant = GRAPH_VARIANTS[options.graph]
         precisions = set(integers.precisions.values())
         align = max([INT8_BLOCKS[0], *(precision.group_size for precision in precisions)])
-        program = run_passes(program, made.fuse(_kinds(integers), align))
+        program = run_passes(program, variant.fuse(_kind_of(integers), align))
         progress.stage("weights", store.nbytes)
-        inputs = _inputs(program, made)
-        outputs = _outputs(program, options, made)
+        inputs = _inputs(program, variant)
+        outputs = _outputs(program, options, variant)
         with ExternalData(stage, DATA) as data:
-            context = made.context(program, store, integers, GraphBuilder(made.opsets(precisions)), data)
+            context = variant.context(program, store, integers, GraphBuilder(variant.opsets(precisions)), data)
             context.accuracy_level = options.accuracy_level
-            ir.save(_model(context, made.table, inputs, outputs), stage.folder / MODEL)
-            if made.native is not None and covers(program):
+            ir.save(_model(context, variant.table, inputs, outputs), stage.folder / MODEL)
+            if variant.native is not None and covers(program):
                 native = NativeContext(
-                    program, store, integers, GraphBuilder({**made.opsets(precisions), DOMAIN: 1}), data
+                    program, store, integers, GraphBuilder({**variant.opsets(precisions), DOMAIN: 1}), data
                 )
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
-                ir.save(_model(native, made.native, inputs, outputs), stage.folder / NATIVE_MODEL)
+                ir.save(_model(native, variant.native, inputs, outputs), stage.folder / NATIVE_MODEL)
         genai_config.write_config(program.config, stage.folder, options)
         readme.write(stage.folder, options)
         return Lowered(inputs, outputs, tuple(context.stored), weights_file=DATA)
@@ -84,8 +84,8 @@ class OnnxRuntimeTarget:
         return OnnxRuntimeRunner(artifact, threads, float32, kernels=kernels)
 
 
-def _kinds(integers: QuantizedWeights) -> KindOf:
-    """Weights of one precision may share an initializer."""
+def _kind_of(integers: QuantizedWeights) -> KindOf:
+    """Return the kind of a weight for fusions: weights of one precision may share an initializer."""
 
     def kind_of(expr: WeightExpr) -> Hashable:
         return tuple({integers.precisions.get(part.tensor) for part in expr.parts})
@@ -94,7 +94,7 @@ def _kinds(integers: QuantizedWeights) -> KindOf:
 
 
 def _model(context: OrtContext, table: Mapping[Any, Emitter[Any]], inputs: Ports, outputs: Ports) -> ir.Model:
-    """Emit the context's program by ``table``, with names for its probes."""
+    """Emit the context's program by the emitters of ``table``, and name the values that probes read."""
     graph_inputs = [_declare(name, dtype, dims) for name, (dtype, dims) in inputs.items()]
     by_name = {value.name: value for value in graph_inputs}
     for node in context.program.graph.nodes:
@@ -114,22 +114,22 @@ def _declare(name: str, dtype: str, dims: Dims) -> Value:
     return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(ir.DataType[dtype]))
 
 
-def _inputs(program: Program, made: GraphVariant) -> dict[str, tuple[str, Dims]]:
+def _inputs(program: Program, variant: GraphVariant) -> dict[str, tuple[str, Dims]]:
     states = {
-        tensor.past: (made.dtype(tensor.kind), state_layout.shape(tensor, made.permutation))
+        tensor.past: (variant.dtype(tensor.kind), state_layout.shape(tensor, variant.permutation))
         for tensor in program.states.tensors
     }
     return {INPUT_IDS: ("INT64", (BATCH, SEQUENCE)), ATTENTION_MASK: ("INT64", (BATCH, TOTAL)), **states}
 
 
-def _outputs(program: Program, options: OrtOptions, made: GraphVariant) -> dict[str, tuple[str, Dims]]:
+def _outputs(program: Program, options: OrtOptions, variant: GraphVariant) -> dict[str, tuple[str, Dims]]:
     def dims(tensor: StateTensor) -> Dims:
-        return tuple(TOTAL if dim == PAST else dim for dim in state_layout.shape(tensor, made.permutation))
+        return tuple(TOTAL if dim == PAST else dim for dim in state_layout.shape(tensor, variant.permutation))
 
     logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.config.vocab_size)
     return {
         LOGITS: ("FLOAT", logits),
-        **{tensor.present: (made.dtype(tensor.kind), dims(tensor)) for tensor in program.states.tensors},
+        **{tensor.present: (variant.dtype(tensor.kind), dims(tensor)) for tensor in program.states.tensors},
     }
 
 

@@ -1,4 +1,4 @@
-"""The graphs that this target makes, by the value of --graph, and everything in which they differ."""
+"""The graphs that this target writes, by the value of --graph, and everything in which they differ."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from h1export.targets.onnxruntime.options import Graph
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-FUSED_LEVEL = (
-    "session.qdq_matmulnbits_accuracy_level"  # of the MatMulNBits that onnxruntime makes of DequantizeLinear and MatMul
-)
+# The session option for the MatMulNBits nodes that onnxruntime makes of DequantizeLinear and MatMul.
+FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 
 
 @dataclass(frozen=True)
 class GraphVariant:
-    """One kind of graph.
+    """One value of --graph: how its graph is emitted, run, and read back.
 
     Attributes:
-        table: its emitters.
-        opsets: domain -> version, for the precisions of its weights.
-        fuse: the passes to run first, for a precision of weights and the columns that a fusion may not cut.
-        provider: ONNX Runtime's name of what runs it.
-        context: what the emitters see.
-        permutation: its state layouts.
-        halves: states in fp16; the others are float32.
+        table: op -> its emitter.
+        opsets: gives domain -> version for the precisions of the weights.
+        fuse: gives the passes to run first, for the arguments of ``fusions``.
+        provider: ONNX Runtime's name of the execution provider that runs the graph.
+        context: the class of the context that the emitters get.
+        permutation: the axes of each state in the graph, where they are not in the canonical order.
+        halves: the states that are stored in fp16; the others are float32.
         batched_append: whether several rows may take several tokens each after a past.
-        bound: whether keys may lie in a longer buffer that is past and present at once.
-        read_stored: from its initializers to integers.
-        native: emitters of a second graph over the same weights, for our own kernels; None: there is none.
+        bound: whether keys and values may be stored in a longer buffer that is both past and present.
+        read_stored: reads the integers back from the initializers.
+        native: op -> emitter of a second graph over the same weights, for h1export's own kernels; None: there is no
+            second graph.
     """
 
     table: Mapping[Any, Emitter[Any]]
@@ -57,7 +57,7 @@ class GraphVariant:
     native: Mapping[Any, Emitter[Any]] | None = None
 
     def dtype(self, kind: StateKind) -> str:
-        """ONNX's name of a state's dtype."""
+        """Return ONNX's name of a state's dtype."""
         return "FLOAT16" if kind in self.halves else "FLOAT"
 
 
@@ -70,7 +70,7 @@ GRAPH_VARIANTS: Mapping[Graph, GraphVariant] = {
     "cuda": GraphVariant(
         cuda.TABLE,
         _microsoft,
-        # never summed projections: the two have their own multipliers, which multiply products here
+        # no FuseSummedProjections: here multipliers apply to products, and the two projections differ in theirs
         lambda kind_of, align: (FuseParallelProjections(kind_of), FlattenSplits()),
         provider=CUDA,
         context=cuda.CudaContext,

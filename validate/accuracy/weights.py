@@ -1,6 +1,6 @@
 """Compare the stored integers with the checkpoint.
 
-A comparison that dequantises what is stored does not see a wrong group.
+The comparison ``stored`` of the cases cannot find a wrong integer, because its reference holds the same integers.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ ROW_BYTES = 1 << 24  # float32 rows compared at a time
 def weight_errors(
     stored: Mapping[str, Array], weights: tuple[StoredWeight, ...], store: WeightStore
 ) -> dict[str, dict[str, float]]:
-    """Return, for each checkpoint tensor, its largest errors in quantisation steps of the group that they are in.
+    """Return checkpoint tensor -> figure -> its largest error, in quantisation steps of the group that it is in.
 
-    A step is the group's largest weight over 7 (int4) or 127 (int8). ``steps``: the error of one weight, of which
-    rounding to nearest leaves half a step at most. ``group``: the root of a group's mean squared error. Where the
-    checkpoint has integers itself there is nothing to round, and any difference counts as infinite.
+    A step is the group's largest weight over 7 (int4) or 127 (int8). The figure ``steps`` is the error of one weight;
+    rounding to nearest leaves half a step at most. The figure ``group`` is the root of a group's mean squared error. A
+    prequantized weight is not rounded, so any difference counts as infinite.
+
+    Args:
+        stored: checkpoint tensor -> its dequantised integers without µP, float32 [rows, columns].
+        weights: the manifest's entries of these tensors.
+        store: the checkpoint that the artifact was built from.
     """
     return {
         part.tensor: _errors(stored[part.tensor], part.tensor, weight, store=store)

@@ -1,8 +1,8 @@
 """MatMulNBits over integers in the external data, and the embedding that may share their bytes with a tied head.
 
-Scales are stored in float16 as the integer rule has them: 32 int4 codes and their scale take 18 bytes. MatMulNBits
-wants scales of its activations' dtype, so float32 ones with µP multiplied in are nodes, which ONNX Runtime computes
-once, when a session is made.
+Scales are stored in float16, as QuantizedTensor has them: 32 int4 codes and their scale take 18 bytes. MatMulNBits
+takes scales of its activations' dtype, so nodes cast them to float32 and multiply them by µP. ONNX Runtime computes
+these nodes once, when a session is created.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, *, precision: Precis
 
 
 def product_attributes(c: OrtContext, expr: WeightExpr, matrix: QuantizedMatrix) -> dict[str, int]:
-    """Return the attributes of MatMulNBits, which our own products have too."""
+    """Return the attributes of MatMulNBits, which the products of h1export's own kernels have too."""
     (rows, columns) = expr.shape(c.store.shape)
     return {
         "K": columns,

@@ -1,6 +1,6 @@
 """Find the probes of a Program (model/falcon_h1/probes.py) by the ops that read or compute them.
 
-So a pass that rewrites a graph does not move a probe.
+This way a probe stays at its place in the model when passes rewrite the graph.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def probes(program: Program) -> dict[str, Node]:
 
 
 def _read(program: Program, node: Node) -> Iterator[tuple[str, Any]]:
-    """(checkpoint tensor, what is multiplied by it) of a norm or a product.
+    """Yield (checkpoint tensor, node that is multiplied by it) for a norm or an aten.linear.
 
-    Of a product of several side by side, each with its own.
+    Tensors side by side in one weight (axis 1) each have an input of their own, a part of the concatenated input.
     """
     norm = node.target is aten.rms_norm.default
     x = node.args[0]

@@ -15,7 +15,7 @@ from h1export.graphs.program import args_of
 
 
 def size_of(node: Any, axis: int) -> int:
-    """The size of one axis of a node's value, which has to be a number and not a symbol such as the batch."""
+    """Return the size of one axis of a node's value, which must be a number and not a symbol such as the batch."""
     size = node.meta["val"].shape[axis]
     assert isinstance(size, int), f"axis {axis} of {node} is {size}, which a call decides"
     return size

@@ -56,7 +56,7 @@ BOXES = (
     Box("trace", "trace", "graphs/trace.py", note="the model, no weights", column=2, row=0, step=True),
     Box("program", "Program", "graphs/program.py", note="graph, explicit states", column=3, row=0),
     Box("passes", "passes", "graphs/passes/", note="µP folded, products fused", column=4, row=0, step=True),
-    Box("store", "WeightStore", "h1export/checkpoint/", note="rows, when asked for", column=0, row=1),
+    Box("store", "WeightStore", "h1export/checkpoint/", note="rows, on demand", column=0, row=1),
     Box("quantize", "quantize", "h1export/quantize/", note="one set of integers", column=1, row=1, step=True),
     Box("lower", "Target.lower", "targets/", note="the runtime's own files", column=4, row=1, step=True),
     Box("artifact", "Artifact", "h1export/artifact/", note="a folder and its manifest", column=4, row=2),
@@ -84,7 +84,7 @@ WEIGHTS = ("quantize", "lower", "weights, row block by row block")
 
 
 def corner(box: Box) -> tuple[int, int]:
-    """The left upper corner of a box, in pixels."""
+    """Return the left upper corner of a box, in pixels."""
     return MARGIN + box.column * COLUMN, MARGIN + box.row * ROW
 
 

@@ -14,7 +14,7 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Ids
 from h1export.model.falcon_h1.tensors import layer_prefix
 from h1export.quantize.choices import GROUP_SIZES, Method
-from h1export.quantize.layers import head_tensor, products
+from h1export.quantize.layers import head_tensor, weights_by_input
 from h1export.quantize.methods.awq import EXPONENTS, SEARCH_BYTES
 from h1export.quantize.methods.gptq import ROUNDS
 from h1export.quantize.methods.gptq_model import SOLVE_BYTES
@@ -59,7 +59,7 @@ class _Shapes:
         self._layers = config.num_hidden_layers
         self._hidden_size = config.hidden_size
         self._samples, self._length = map(int, ids.shape)
-        groups = [group for group in products(0).values() if group[0] in tensors]
+        groups = [group for group in weights_by_input(0).values() if group[0] in tensors]
         self._columns = [store.shape(group[0])[1] for group in groups]  # of each input
         self._projections = [store.shape(tensor) for group in groups for tensor in group]
         self._layer = sum(prod(entry.shape) for entry in store.entries if entry.name.startswith(layer_prefix(0)))

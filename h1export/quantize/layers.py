@@ -37,8 +37,8 @@ def head_tensor(config: FalconH1Config) -> str:
     return EMBEDDING if config.tie_word_embeddings else LM_HEAD
 
 
-def products(layer: int) -> dict[str, tuple[str, ...]]:
-    """Returns the weights of a layer by their input: the name of a group of INPUT_GROUPS -> checkpoint names."""
+def weights_by_input(layer: int) -> dict[str, tuple[str, ...]]:
+    """Returns the projections of a layer by the input that they share: a name of INPUT_GROUPS -> checkpoint tensors."""
     return {
         name: tuple(layer_prefix(layer) + projection.weight for projection in group)
         for name, group in INPUT_GROUPS.items()

@@ -23,7 +23,7 @@ class QuantizedTensor:
     Attributes:
         codes: int8 [rows, columns], in [-7, 7] for int4 and [-127, 127] for int8. Codes of a prequantized checkpoint
             can be -8 and -128.
-        scales: float16 [rows, groups], positive; those of the unfolded tensor.
+        scales: float16 [rows, groups], positive; they do not contain µP.
         row_scale: float32 [rows]; carries µP, which is never part of the scales.
         zeros: int8 [rows, groups], in the range of the codes; None: all are 0.
     """
@@ -45,7 +45,7 @@ class QuantizedTensor:
             raise ValueError(f"zeros {self.zeros.shape}, scales {self.scales.shape} do not fit")
 
     def times(self, factors: Array) -> QuantizedTensor:
-        """Returns the same integers for the rows times ``factors`` [rows]."""
+        """Returns the tensor with its rows multiplied by ``factors``, float32 [rows]; the integers stay the same."""
         return replace(self, row_scale=self.row_scale * factors)
 
     def unfolded(self, order: npt.NDArray[np.integer[Any]] | None = None) -> Array:
@@ -53,9 +53,9 @@ class QuantizedTensor:
 
         ``order``: column i of these integers is the tensor's column order[i].
         """
-        blocks = self.codes.reshape(len(self.codes), self.scales.shape[1], -1)
+        groups = self.codes.reshape(len(self.codes), self.scales.shape[1], -1)
         if self.zeros is not None:
-            blocks = blocks.astype(np.int16) - self.zeros[..., None]
-        scaled = blocks * self.scales.astype(np.float32)[..., None]
+            groups = groups.astype(np.int16) - self.zeros[..., None]
+        scaled = groups * self.scales.astype(np.float32)[..., None]
         weight: Array = scaled.reshape(self.codes.shape)
         return weight if order is None else weight[:, np.argsort(order)]

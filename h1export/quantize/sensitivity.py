@@ -13,7 +13,7 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import Progress
 from h1export.quantize.budget import Sensitivity
-from h1export.quantize.layers import LoadedLayer, embed, head_tensor, logits, one_thread_each, products
+from h1export.quantize.layers import LoadedLayer, embed, head_tensor, logits, one_thread_each, weights_by_input
 from h1export.quantize.source import QuantizedWeights
 
 ROWS = 128  # positions whose predictions are held in float64 at a time
@@ -49,7 +49,10 @@ class _Measurement:
         for layer in range(layers):
             progress.stage(f"sensitivity, layer {layer + 1} of {layers}")
             tensors = [
-                tensor for group in products(layer).values() for tensor in group if tensor in self._integers.precisions
+                tensor
+                for group in weights_by_input(layer).values()
+                for tensor in group
+                if tensor in self._integers.precisions
             ]
             moved = {tensor: self._run_layer(layer, tensor, exact[layer]) for tensor in tensors}
             for later in range(layer + 1, layers):

@@ -11,7 +11,7 @@ import torch
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.projections import INPUT_GROUPS
-from h1export.quantize.layers import LoadedLayer, embed, head_tensor, logits, products
+from h1export.quantize.layers import LoadedLayer, embed, head_tensor, logits, weights_by_input
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference import Reference
 
@@ -63,4 +63,4 @@ def test_every_projection_of_a_layer_has_an_input(make_checkpoint: Callable[...,
     matrices = {
         entry.name for entry in store.entries if entry.name.startswith("model.layers.1.") and len(entry.shape) == 2
     }
-    assert {tensor for group in products(1).values() for tensor in group} == matrices
+    assert {tensor for group in weights_by_input(1).values() for tensor in group} == matrices

@@ -99,8 +99,9 @@ IGNORED_KEYS: Mapping[str, str] = {
 class FalconH1Config:
     """Architecture of a Falcon-H1 model. Sizes are in elements; multipliers are µP scale factors (1.0 = none).
 
-    Field names are the config keys. ``time_step_limit`` bounds dt after softplus. ``ssm_multipliers`` apply to the
-    parts [z, x, B, C, dt] of in_proj's output; ``mlp_multipliers`` to gate_proj's and down_proj's output.
+    Fields have the names of the config.json keys; only ``eos_token_ids`` is ``eos_token_id`` as a tuple.
+    ``time_step_limit`` bounds dt after softplus. ``ssm_multipliers`` apply to the parts [z, x, B, C, dt] of in_proj's
+    output, and ``mlp_multipliers`` to gate_proj's and down_proj's output.
     Source: transformers ``configuration_falcon_h1.py`` and ``modeling_falcon_h1.py``.
     """
 

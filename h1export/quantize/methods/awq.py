@@ -25,7 +25,7 @@ from h1export.model.falcon_h1.states import Array, Ids
 from h1export.model.falcon_h1.tensors import LM_HEAD, layer_prefix, tensor_shapes
 from h1export.progress import Progress
 from h1export.quantize.awq_scales import AwqScales
-from h1export.quantize.layers import LoadedLayer, embed, final_norm, one_thread_each, products
+from h1export.quantize.layers import LoadedLayer, embed, final_norm, one_thread_each, weights_by_input
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
 
@@ -114,7 +114,7 @@ class _Search:
         """Returns the inputs of a layer that can be scaled, by group, where one of their weights is quantised."""
         shapes = tensor_shapes(self._config)
         found = dict[str, ScaledInput]()
-        for name, tensors in products(layer).items():
+        for name, tensors in weights_by_input(layer).items():
             named = (layer_prefix(layer) + tensor for tensor in INPUT_GROUPS[name][0].input.produced_by)
             produced_by = tuple(tensor for tensor in named if tensor in shapes)
             if produced_by and any(tensor in self._precisions for tensor in tensors):

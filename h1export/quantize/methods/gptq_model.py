@@ -39,7 +39,7 @@ from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import Progress
-from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, one_thread_each, products
+from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, one_thread_each, weights_by_input
 from h1export.quantize.methods.gptq import Inverse, invert, solve_rows
 from h1export.quantize.methods.head_groups import InputPair, group_head
 from h1export.quantize.methods.stored import StoredIntegers, StoredMatrix
@@ -153,7 +153,7 @@ class _Solver:
         self._file = file
         self._head = head_tensor(config)
         layers = range(config.num_hidden_layers)
-        projections = [tensor for layer in layers for group in products(layer).values() for tensor in group]
+        projections = [tensor for layer in layers for group in weights_by_input(layer).values() for tensor in group]
         tensors = [tensor for tensor in (*projections, self._head) if tensor in rest.precisions]
         self.integers = StoredIntegers(stage.folder, {tensor: self._reserve(tensor, rest) for tensor in tensors}, rest)
         self._activations_shape = (*ids.shape, config.hidden_size)
@@ -172,7 +172,7 @@ class _Solver:
         The first layer that runs is the last one, up to the first unsolved layer, whose inputs are in the file.
         """
         layers = self._config.num_hidden_layers
-        unsolved = next((layer for layer in range(layers) if self._unsolved(products(layer))), layers)
+        unsolved = next((layer for layer in range(layers) if self._unsolved(weights_by_input(layer))), layers)
         if unsolved == layers and not self._is_unsolved(self._head):
             return
         start = next((layer for layer in range(unsolved, 0, -1) if all(map(self._file.holds, self._inputs(layer)))), 0)
@@ -182,7 +182,7 @@ class _Solver:
             )
         for layer in range(start, layers):
             progress.stage(f"GPTQ, layer {layer + 1} of {layers}")
-            self._solve_layer(layer, self._unsolved(products(layer)))
+            self._solve_layer(layer, self._unsolved(weights_by_input(layer)))
         if self._is_unsolved(self._head):
             progress.stage("GPTQ, head")
             self._solve_head()

@@ -14,7 +14,7 @@ from typing import Any
 from h1export.errors import H1ExportError
 from h1export.model.config_reader import CONFIG, ConfigReader, read_config
 
-KEY = "quantization_config"
+QUANTIZATION_CONFIG = "quantization_config"  # the key of config.json
 ZERO_OFFSETS: Mapping[str, int] = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> zero point minus its stored value
 UNQUANTISED = "give the unquantised checkpoint, or one in GPTQ format with 4 or 8 bits"
 
@@ -107,11 +107,11 @@ class GptqFormat:
         """
         path = folder / CONFIG
         config = read_config(path) if path.exists() else None
-        found = config.get(KEY) if isinstance(config, dict) else None
-        return None if found is None else cls.from_config(found, f"{path}: {KEY}")
+        found = config.get(QUANTIZATION_CONFIG) if isinstance(config, dict) else None
+        return None if found is None else cls.from_config(found, f"{path}: {QUANTIZATION_CONFIG}")
 
     @classmethod
-    def from_config(cls, config: Any, where: object = KEY) -> GptqFormat:
+    def from_config(cls, config: Any, where: object = QUANTIZATION_CONFIG) -> GptqFormat:
         """Check a parsed quantization_config and return its format.
 
         Raises:

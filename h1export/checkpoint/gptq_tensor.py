@@ -25,15 +25,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from h1export.checkpoint.gptq_format import KEY, GptqFormat
+from h1export.checkpoint.gptq_format import QUANTIZATION_CONFIG, GptqFormat
 from h1export.checkpoint.safetensors_header import FLOATS, TensorEntry
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+PARTS = ("qweight", "qzeros", "scales", "g_idx")  # a weight is packed where the file has the first of them
 ORDER = "columns."  # prefix of the names of column orders
 WORD = 32  # bits of the words that codes are packed into
-DIFFERENT = "config.json and the weights belong to different models; download the checkpoint again"
+# The next step where config.json and a tensor contradict each other.
+GET_MATCHING_FILES = "config.json and the weights belong to different models; download the checkpoint again"
 
 Codes = npt.NDArray[np.int8]
 Scales = npt.NDArray[np.float16]
@@ -75,7 +76,7 @@ class PackedMatrix:
         bits = gptq_format.bits
         if (columns * bits) % WORD or (rows * bits) % WORD:
             what = f"of {rows} x {columns} does not fill words of {WORD} bits with codes of {bits}"
-            raise H1ExportError(f'{entries[part_name(name, PARTS[0])].file}: tensor "{name}"', what, DIFFERENT)
+            raise H1ExportError(f'{entries[part_name(name, PARTS[0])].file}: tensor "{name}"', what, GET_MATCHING_FILES)
         parts = dict(_claimed(name, (rows, columns), gptq_format, entries=entries))
         entry = parts["g_idx"]
         group_of = entry.values().astype(np.int64)
@@ -119,7 +120,7 @@ class PackedMatrix:
         zeros = self._signed(codes.T)
         if self.gptq_format.sym and zeros.any():
             found = sorted({int(zero) + self.gptq_format.middle for zero in np.unique(zeros)})
-            what = f"has zero points {str(found)[:40]}, and {KEY} says sym, which is {self.gptq_format.middle}"
+            what = f"has zero points {str(found)[:40]}, and {QUANTIZATION_CONFIG} says sym, which is {self.gptq_format.middle}"
             raise self._error("qzeros", what, "correct its keys sym and checkpoint_format")
         return zeros
 
@@ -198,7 +199,7 @@ def _claimed(
         where = f'{entry.file}: tensor "{name}"'
         if entry.shape != shapes[part]:
             what = f"has shape {list(entry.shape)}, and config.json asks for {list(shapes[part])}"
-            raise H1ExportError(where, what, DIFFERENT)
+            raise H1ExportError(where, what, GET_MATCHING_FILES)
         wanted = FLOATS if part == "scales" else ("I32",)
         if entry.dtype not in wanted:
             raise H1ExportError(where, f"has dtype {entry.dtype!r}", f"expected {', '.join(wanted)}")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from h1export.checkpoint.gptq_format import KEY, GptqFormat
-from h1export.checkpoint.gptq_tensor import DIFFERENT, PARTS, PackedMatrix, part_name
+from h1export.checkpoint.gptq_format import QUANTIZATION_CONFIG, GptqFormat
+from h1export.checkpoint.gptq_tensor import GET_MATCHING_FILES, PARTS, PackedMatrix, part_name
 from h1export.checkpoint.safetensors_header import FLOATS, TensorEntry, read_header
 from h1export.errors import H1ExportError
 from h1export.model.config_reader import CONFIG
@@ -88,14 +88,14 @@ class WeightStore:
                 integers = part_name(name, PARTS[0]) in self._entries
                 what = "is stored in integers, and config.json does not say how" if integers else "is missing"
                 next_step = (
-                    f"copy the content of quantize_config.json into config.json as {KEY}"
+                    f"copy the content of quantize_config.json into config.json as {QUANTIZATION_CONFIG}"
                     if integers
                     else "download the checkpoint again"
                 )
                 raise H1ExportError(f'{folder}: tensor "{name}"', what, next_step)
             if entry.shape != shape:
                 what = f"has shape {list(entry.shape)}, and config.json asks for {list(shape)}"
-                raise H1ExportError(f'{entry.file}: tensor "{name}"', what, DIFFERENT)
+                raise H1ExportError(f'{entry.file}: tensor "{name}"', what, GET_MATCHING_FILES)
             if entry.dtype not in FLOATS:
                 what = f"has dtype {entry.dtype!r}"
                 wanted = f"only {', '.join(FLOATS)} checkpoints can be exported"
@@ -106,7 +106,7 @@ class WeightStore:
                 what = "has no place in the architecture that config.json describes"
                 if name == LM_HEAD:
                     what = "is not the embedding, and config.json ties the two (tie_word_embeddings)"
-                raise H1ExportError(f'{entry.file}: tensor "{name}"', what, DIFFERENT)
+                raise H1ExportError(f'{entry.file}: tensor "{name}"', what, GET_MATCHING_FILES)
 
     def _claim_packed(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, PackedMatrix]:
         """Return the packed weights. Only weights of linear layers may be packed; an embedding is a table of floats."""
@@ -115,9 +115,9 @@ class WeightStore:
         products = {
             name: shape for name, shape in shapes.items() if projection_of(name) is not None and name != EMBEDDING
         }
-        packed = [name for name in products if part_name(name, "qweight") in self._entries]
+        packed = [name for name in products if part_name(name, PARTS[0]) in self._entries]
         if not packed:
-            what = f"has {KEY}, and no tensor is stored in integers"
+            what = f"has {QUANTIZATION_CONFIG}, and no tensor is stored in integers"
             raise H1ExportError(folder / CONFIG, what, "remove the key, or download the checkpoint again")
         return {
             name: PackedMatrix.open(name, products[name], self.gptq_format, entries=self._entries) for name in packed

@@ -30,7 +30,7 @@ from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
 
 EXPONENTS = tuple(step / 10 for step in range(11))
-SEARCH_BYTES = 16 << 20  # of float32 rows that a thread tries at a time
+SEARCH_BYTES = 16 << 20  # bytes of the float32 rows that a thread tries at a time
 
 
 class ScaledInput(NamedTuple):
@@ -40,7 +40,7 @@ class ScaledInput(NamedTuple):
     produced_by: tuple[str, ...]
 
 
-# A tied head is the embedding too, whose columns nothing may change: then there is no tensor of this name.
+# LM_HEAD is missing where the head is tied: it is the embedding then, whose columns must not be scaled.
 HEAD_SCALED = ScaledInput((LM_HEAD,), HEAD.input.produced_by)
 
 

@@ -120,7 +120,8 @@ class PackedMatrix:
         zeros = self._signed(codes.T)
         if self.gptq_format.sym and zeros.any():
             found = sorted({int(zero) + self.gptq_format.middle for zero in np.unique(zeros)})
-            what = f"has zero points {str(found)[:40]}, and {QUANTIZATION_CONFIG} says sym, which is {self.gptq_format.middle}"
+            middle = self.gptq_format.middle
+            what = f"has zero points {str(found)[:40]}, and {QUANTIZATION_CONFIG} says sym, which is {middle}"
             raise self._error("qzeros", what, "correct its keys sym and checkpoint_format")
         return zeros
 

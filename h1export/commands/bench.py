@@ -60,5 +60,5 @@ def _reference(artifact: Artifact, checkpoint: Path, kernels: Kernels, *, steps:
     )
 
 
-def _maker(folder: Path, kernels: Kernels, steps: int, threads: int) -> Callable[[], RunnerModel]:
+def _maker(folder: Path, kernels: Kernels, steps: int, *, threads: int) -> Callable[[], RunnerModel]:
     return partial(artifact_model, folder, threads, kernels, steps=steps)

@@ -56,7 +56,7 @@ class Series:
     dashed: bool = False
 
 
-def lines(name: str, x_label: str, y_label: str, series: Sequence[Series], log: bool = True) -> str:
+def lines(name: str, x_label: str, y_label: str, *, series: Sequence[Series], log: bool = True) -> str:
     """Points joined by lines, with ticks at the points.
 
     ``log``: of y; what is not positive and finite has no place there.
@@ -110,7 +110,7 @@ def histograms(name: str, x_label: str, found: Mapping[int, Histogram]) -> str:
     return _svg(name, draw)
 
 
-def bars(name: str, x_label: str, labels: Sequence[str], values: Mapping[int, Sequence[float]]) -> str:
+def bars(name: str, x_label: str, labels: Sequence[str], *, values: Mapping[int, Sequence[float]]) -> str:
     """For each label, a bar of every subject."""
 
     def draw(axes: Any) -> None:

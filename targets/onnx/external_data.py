@@ -24,7 +24,7 @@ class ExternalData(WeightFile):
         extent = self.reserve(name, nbytes, PAGE if nbytes >= SMALL else 64)
         return self._external(name, dtype, shape, offset=extent.offset, nbytes=nbytes)
 
-    def alias(self, name: str, shape: tuple[int, ...], of: ir.ExternalTensor, start: int = 0) -> ir.ExternalTensor:
+    def alias(self, name: str, shape: tuple[int, ...], of: ir.ExternalTensor, *, start: int = 0) -> ir.ExternalTensor:
         """Return a tensor over the bytes of tensor ``of``, from its byte ``start`` on, with its own name and shape."""
         return self._external(
             name, of.dtype, shape, offset=(of.offset or 0) + start, nbytes=int(prod(shape) * of.dtype.itemsize)

@@ -28,7 +28,7 @@ class StoredWeights(Mapping[str, Array]):
     ``read_stored`` gets the arrays of ``model`` by ``key``.
     """
 
-    def __init__(self, artifact: Artifact, model: str, key: Key, read_stored: ReadStored) -> None:
+    def __init__(self, artifact: Artifact, model: str, key: Key, *, read_stored: ReadStored) -> None:
         self._read_stored = read_stored
         self._columns = {name: shape[-1] for name, shape in tensor_shapes(artifact.config).items()}
         self._tensors = external_arrays(artifact, model, key)

@@ -16,12 +16,12 @@ from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import tensor_layout
 from h1export.quantize.quantized_tensor import QuantizedTensor
 
-Key = Callable[[str], str | None]  # an initializer's name -> the key of its array; None: nobody asks for it
+Key = Callable[[str], str | None]  # an initializer's name -> the key of its array; None: it is not read
 ReadStored = Callable[[StoredWeight, Mapping[str, Any], Callable[[str], int]], Iterator[tuple[str, QuantizedTensor]]]
 
 
 class StoredWeights(Mapping[str, Array]):
-    """What the artifact stores for each quantised checkpoint tensor, dequantised when asked for and not kept.
+    """What the artifact stores for each quantised checkpoint tensor, dequantised at each access and not kept.
 
     ``read_stored`` makes integers of an entry of the manifest, the arrays of ``model`` by ``key``, and the columns of
     tensors.

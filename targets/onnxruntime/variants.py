@@ -1,4 +1,4 @@
-"""The graphs that this target makes, by the value of --graph, and everything in which they differ."""
+"""The graphs that this target writes, by the value of --graph, and everything in which they differ."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class GraphVariant:
     """One kind of graph.
 
     Attributes:
-        table: its emitters.
-        opsets: domain -> version, for the precisions of its weights.
-        fuse: the passes to run first, for a precision of weights and the columns that a fusion may not cut.
-        provider: ONNX Runtime's name of what runs it.
-        context: what the emitters see.
-        permutation: its state layouts.
-        halves: states in fp16; the others are float32.
+        table: operator -> the function that emits it.
+        opsets: returns domain -> version for the precisions of the weights.
+        fuse: returns the passes to run first, by the precision of weights and the columns that a fusion may not cut.
+        provider: ONNX Runtime's name of the execution provider that runs the graph.
+        context: the class of the context that the emitters get.
+        permutation: kind of state -> the order of its axes in the graph.
+        halves: the kinds of states that are fp16; the others are float32.
         batched_append: whether several rows may take several tokens each after a past.
-        bound: whether keys may lie in a longer buffer that is past and present at once.
-        read_stored: from its initializers to integers.
-        native: emitters of a second graph over the same weights, for our own kernels; None: there is none.
+        bound: whether past and present keys may be one buffer longer than the sequence, as BoundSession needs.
+        read_stored: reads the integers of a weight from the initializers.
+        native: the table of a second graph over the same weights, for our own kernels; None where there is none.
     """
 
     table: Mapping[Any, Emitter[Any]]
@@ -57,7 +57,7 @@ class GraphVariant:
     native: Mapping[Any, Emitter[Any]] | None = None
 
     def dtype(self, kind: StateKind) -> str:
-        """ONNX's name of a state's dtype."""
+        """Return ONNX's name of the dtype of states of this kind."""
         return "FLOAT16" if kind in self.halves else "FLOAT"
 
 
@@ -74,7 +74,7 @@ GRAPH_VARIANTS: Mapping[Graph, GraphVariant] = {
         lambda kind_of, align: (FuseParallelProjections(kind_of), FlattenSplits()),
         provider=CUDA,
         context=cuda.CudaContext,
-        permutation=state_layout.CUDA,
+        permutation=state_layout.CUDA_PERMUTATION,
         halves=frozenset({StateKind.KEY, StateKind.VALUE, StateKind.CONV}),
     ),
     "portable": GraphVariant(

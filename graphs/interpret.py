@@ -96,7 +96,7 @@ def inputs_of(ids: Ids, mask: Ids, states: States) -> dict[str, Tensor]:
     return {INPUT_IDS: torch.from_numpy(ids), ATTENTION_MASK: torch.from_numpy(mask), **states}
 
 
-def forward(program: Program, store: WeightStore, blocks: Blocks, ids: Ids) -> Array:
+def forward(program: Program, store: WeightStore, blocks: Blocks, *, ids: Ids) -> Array:
     """Returns logits, float32 [n, vocab], of one sequence ids int64 [n] from empty states.
 
     No weight stays in memory.

@@ -57,7 +57,7 @@ class Listing:
 
         def entries(names: Mapping[str, Any], show: Callable[[Any], str]) -> tuple[Entry, ...]:
             return tuple(
-                Entry(node.name, show(names[node.name]), type_of(node.meta["val"]), layers[node])
+                Entry(node.name, show(names[node.name]), type_of(node.meta["val"]), layer=layers[node])
                 for node in placeholders
                 if node.name in names
             )
@@ -65,12 +65,12 @@ class Listing:
         results: Any = program.graph.output_node().args[0]
         return cls(
             inputs=tuple(
-                Entry(program.inputs[node.name], node.name, type_of(node.meta["val"]), layers[node])
+                Entry(program.inputs[node.name], node.name, type_of(node.meta["val"]), layer=layers[node])
                 for node in placeholders
                 if node.name in program.inputs
             ),
             outputs=tuple(
-                Entry(name, str(node), type_of(node.meta["val"]), layers[node])
+                Entry(name, str(node), type_of(node.meta["val"]), layer=layers[node])
                 for name, node in zip(program.outputs, results, strict=True)
             ),
             weights=entries(program.weights, expression),
@@ -79,7 +79,7 @@ class Listing:
                 *entries(program.orders, lambda tensor: f"order of the columns of {tensor}"),
             ),
             nodes=tuple(
-                Entry(node.name, _call(node), type_of(node.meta.get("val")), layers[node])
+                Entry(node.name, _call(node), type_of(node.meta.get("val")), layer=layers[node])
                 for node in program.graph.nodes
                 if node.op not in ("placeholder", "output")
             ),

@@ -77,7 +77,7 @@ class Target(Protocol[OptionsT]):
         ...
 
     def load(
-        self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
+        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
     ) -> Inspectable[Any]:
         """Load what ``lower`` wrote.
 

@@ -34,7 +34,7 @@ def bench_artifact(
     for artifact in artifacts:
         read_options(artifact)  # raises for wrong options before a worker process starts
     candidates = [
-        candidate_of(artifact, partial(_maker, artifact.folder, kernels, options.steps)) for artifact in artifacts
+        candidate_of(artifact, _make_artifact(artifact.folder, kernels, options.steps)) for artifact in artifacts
     ]
     if checkpoint is not None:
         candidates.append(_reference(artifacts[0], checkpoint, kernels, steps=options.steps))
@@ -60,6 +60,10 @@ def _reference(artifact: Artifact, checkpoint: Path, kernels: Kernels, *, steps:
     )
 
 
-def _maker(folder: Path, kernels: Kernels, steps: int, threads: int) -> Callable[[], RunnerModel]:
-    """Return the function with which a worker process makes the artifact's model; ``threads`` is what bench varies."""
-    return partial(artifact_model, folder, threads, kernels, steps=steps)
+def _make_artifact(folder: Path, kernels: Kernels, steps: int) -> Callable[[int], Callable[[], RunnerModel]]:
+    """Return ``Candidate.make`` of the artifact in ``folder``."""
+
+    def make(threads: int) -> Callable[[], RunnerModel]:
+        return partial(artifact_model, folder, threads, kernels, steps=steps)
+
+    return make

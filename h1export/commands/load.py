@@ -39,7 +39,7 @@ def load_runner(
         H1ExportError: an unknown target or option, or an artifact that does not run here.
     """
     read_options(artifact)
-    return get_target(artifact.manifest.target).load(artifact, threads, float32, kernels)
+    return get_target(artifact.manifest.target).load(artifact, threads, float32, kernels=kernels)
 
 
 def load_folder(

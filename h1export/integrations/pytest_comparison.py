@@ -119,11 +119,12 @@ def difference(
     beyond = np.flatnonzero(errors.max(1) > tolerance.value)
     worst = int(errors.max(1).argmax())
     figures = logit_figures([(found, truth)])
+    entry = _entry(errors[worst], found[worst], truth[worst], tokenizer=tokenizer)
     lines = [
         f"logits are {error:.3g} of the range {span:.4g} from the reference; "
         f"tolerance {tolerance.metric} is {tolerance.value:.3g}: FAIL",
         f"  beyond it: {len(beyond)} of {len(truth)} positions, from {_place(int(beyond[0]), tokenizer, ids)}",
-        f"  worst: {_place(worst, tokenizer, ids)}, {_entry(errors[worst], found[worst], truth[worst], tokenizer)}",
+        f"  worst: {_place(worst, tokenizer, ids)}, {entry}",
         f"  likeliest token the same at {figures['top1']:.1%} of positions, KL divergence {figures['kl']:.3g} nats",
     ]
     return "\n".join(lines)
@@ -133,7 +134,7 @@ def _place(position: int, tokenizer: Tokenizer | None, ids: Ids | None) -> str:
     return f"position {position}" + ("" if ids is None else f" after {_name(int(ids[position]), tokenizer)}")
 
 
-def _entry(errors: Any, found: Array, truth: Array, tokenizer: Tokenizer | None) -> str:
+def _entry(errors: Any, found: Array, truth: Array, *, tokenizer: Tokenizer | None) -> str:
     token = int(errors.argmax())
     return f"logit of {_name(token, tokenizer)}: {found[token]:.6g}, and the reference says {truth[token]:.6g}"
 

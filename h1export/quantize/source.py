@@ -78,10 +78,10 @@ def quantized_blocks(
         if apart := [part.tensor for part in strip if part.sorted != bool(store.order_name(part.tensor))]:
             raise ValueError(f"{apart[0]}: its integers have their columns in another order than the graph")
         for start, stop in store.row_ranges([part.tensor for part in strip], max_bytes, multiple):
-            yield partial(_block, strip, store, integers, start, stop)
+            yield partial(_block, strip, store, integers, start=start, stop=stop)
 
 
 def _block(
-    strip: tuple[WeightPart, ...], store: WeightStore, integers: QuantizedWeights, start: int, stop: int
+    strip: tuple[WeightPart, ...], store: WeightStore, integers: QuantizedWeights, *, start: int, stop: int
 ) -> list[QuantizedTensor]:
     return [integers.rows(part.tensor, start, stop).times(part.factors(store)[start:stop]) for part in strip]

@@ -60,7 +60,7 @@ class Series:
     dashed: bool = False
 
 
-def lines(name: str, x_label: str, y_label: str, series: Sequence[Series], log: bool = True) -> str:
+def lines(name: str, x_label: str, y_label: str, *, series: Sequence[Series], log: bool = True) -> str:
     """Return the SVG of lines through points, with ticks at the points.
 
     ``log`` makes the y axis logarithmic, where values that are not positive and finite are left out.
@@ -114,7 +114,7 @@ def histograms(name: str, x_label: str, found: Mapping[int, Histogram]) -> str:
     return _svg(name, draw)
 
 
-def bars(name: str, x_label: str, labels: Sequence[str], values: Mapping[int, Sequence[float]]) -> str:
+def bars(name: str, x_label: str, labels: Sequence[str], *, values: Mapping[int, Sequence[float]]) -> str:
     """Return the SVG of bars, one for each label and artifact; ``values`` has the lengths by the artifact's index."""
 
     def draw(axes: Any) -> None:

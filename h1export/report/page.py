@@ -115,7 +115,7 @@ def _chart(title: str, draw: Callable[[str], str], caption: str = "") -> dict[st
 
 def _spread(subjects: Sequence[JudgedArtifact]) -> dict[str, Any]:
     def chart(
-        title: str, axis: str, rows: Callable[[JudgedArtifact], Iterable[Row]], name: str
+        title: str, axis: str, rows: Callable[[JudgedArtifact], Iterable[Row]], *, name: str
     ) -> dict[str, Any] | None:
         found = {index: _merged(rows(subject), name) for index, subject in enumerate(subjects)}
         shown = {index: one for index, one in found.items() if one is not None}

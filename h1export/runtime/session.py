@@ -97,7 +97,7 @@ class SteppedSession:
         # the first call reaches the first real token of every row
         for start, end in _calls(ids.shape[-1], keep, pads + 1 - self.length):
             seen = mask[:, : self.length + end - start]
-            logits, self._states = _step(self._runner, ids[..., start:end], seen, self._states)
+            logits, self._states = _step(self._runner, ids[..., start:end], seen, states=self._states)
             answers.append(logits)
             self.length = seen.shape[1]
         return _last(answers, keep)
@@ -145,7 +145,7 @@ class RowByRowSession:
         (past, states) = row
         answers = []
         for start, end in _calls(ids.shape[1], keep):
-            logits, states = _step(self._runner, ids[:, start:end], np.ones((1, past + end), np.int64), states)
+            logits, states = _step(self._runner, ids[:, start:end], np.ones((1, past + end), np.int64), states=states)
             answers.append(logits)
         return _last(answers, keep)[0], (past + ids.shape[1], states)
 
@@ -176,7 +176,7 @@ def _calls(new: int, keep: int | None, first: int = 0) -> Iterator[tuple[int, in
         start = end
 
 
-def _step(runner: Runner[Any], ids: Ids, mask: Ids, states: Any) -> tuple[Array, Any]:
+def _step(runner: Runner[Any], ids: Ids, mask: Ids, *, states: Any) -> tuple[Array, Any]:
     return runner.step(np.ascontiguousarray(ids), np.ascontiguousarray(mask), states)
 
 

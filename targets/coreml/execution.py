@@ -63,7 +63,7 @@ class Evaluated:
     def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
         return dict(states)
 
-    def run(self, function: str, inputs: Arrays, held: Held, watch: Collection[str] = ()) -> Arrays:
+    def run(self, function: str, inputs: Arrays, held: Held, *, watch: Collection[str] = ()) -> Arrays:
         """Return the outputs of the call, and the values between its ops that ``watch`` names."""
         if not self._passed:
             return self._evaluators[function].run(inputs, held, watch)
@@ -139,7 +139,7 @@ def observe(
 ) -> Arrays:
     """Append ids as ``advance`` does, and return logits and the values in ``watch`` of all tokens, [1, new, ...]."""
     found = [
-        (evaluator.run(call.name, inputs, held, watch), count)
+        (evaluator.run(call.name, inputs, held, watch=watch), count)
         for call, inputs, count in _calls(ids, position, max_context)
     ]
     names = [name for name in found[0][0] if name == LOGITS or name in watch]

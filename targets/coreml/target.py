@@ -77,7 +77,7 @@ class CoreMLTarget:
         }
 
     def load(
-        self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
+        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
     ) -> runner.CoreMLRunner:
         if kernels == "native":
             raise H1ExportError(
@@ -109,7 +109,7 @@ def _write_mac_files(
         every = (
             run_passes(trace(program.config), passes_for(weights.store.order_name)) if options.last_logits else program
         )
-        logits = forward(every, weights.store, lambda expr: in_order(weights.stored_blocks(expr), stage.jobs), ids)[
+        logits = forward(every, weights.store, lambda expr: in_order(weights.stored_blocks(expr), stage.jobs), ids=ids)[
             positions
         ]
     settings = Settings(options.max_context, PREFILL.tokens, state_io=options.state_io, last_logits=options.last_logits)

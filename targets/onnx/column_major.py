@@ -60,7 +60,10 @@ def write_column_major(
         places.append(c.data.place(name + ZEROS, stored, groups))
     c.data.fill(
         places,
-        (partial(_columns, precision.bits, scales_of, block, start) for start, block in _blocks(c, expr, precision)),
+        (
+            partial(_columns, precision.bits, scales_of, block, start=start)
+            for start, block in _blocks(c, expr, precision)
+        ),
     )
     return places
 
@@ -78,7 +81,7 @@ def _blocks(c: Context, expr: WeightExpr, precision: Precision) -> Iterator[tupl
         top += rows
 
 
-def _columns(bits: int, scales_of: Scales, block: QuantizedBlock, start: int) -> tuple[Columns | Bytes, ...]:
+def _columns(bits: int, scales_of: Scales, block: QuantizedBlock, *, start: int) -> tuple[Columns | Bytes, ...]:
     """Return codes, scales and zero points of rows from ``start`` on, as columns."""
     (tensor,) = block()
     stored = scales_of(tensor)

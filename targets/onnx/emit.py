@@ -40,7 +40,7 @@ class Context:
 
     activations: type[np.float16] | type[np.float32] = np.float32
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  subclasses pass the arguments on
         self,
         program: Program,
         store: WeightStore,

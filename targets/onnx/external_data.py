@@ -24,7 +24,7 @@ class ExternalData(WeightFile):
         extent = self.reserve(name, nbytes, PAGE if nbytes >= SMALL else 64)
         return self._external(name, dtype, shape, offset=extent.offset, nbytes=nbytes)
 
-    def alias(self, name: str, shape: tuple[int, ...], of: ir.ExternalTensor, start: int = 0) -> ir.ExternalTensor:
+    def alias(self, name: str, shape: tuple[int, ...], of: ir.ExternalTensor, *, start: int = 0) -> ir.ExternalTensor:
         """Bytes of another tensor, from its byte ``start``, under a name and a shape of their own."""
         return self._external(
             name, of.dtype, shape, offset=(of.offset or 0) + start, nbytes=int(prod(shape) * of.dtype.itemsize)

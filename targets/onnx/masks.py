@@ -10,7 +10,7 @@ from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context
 
 
-def visible_keys(c: Context, mask: Any, column: Value, own: Value) -> Value:
+def visible_keys(c: Context, mask: Any, column: Value, *, own: Value) -> Value:
     """Return bool [batch, seq, columns]: real keys up to the query's own column, and that one even where it is a pad.
 
     A query that sees at least itself keeps a padded row finite.

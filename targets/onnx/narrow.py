@@ -27,10 +27,10 @@ def narrow_matrix(c: Context, expr: WeightExpr, dtype: ir.DataType, *, next_step
     Raises:
         H1ExportError: values beyond fp16; ``next_step`` is what the message then proposes.
     """
-    return c.build.once((expr, "matrix"), lambda: c.build.initializer(_write(c, expr, dtype, next_step)))
+    return c.build.once((expr, "matrix"), lambda: c.build.initializer(_write(c, expr, dtype, next_step=next_step)))
 
 
-def _write(c: Context, expr: WeightExpr, dtype: ir.DataType, next_step: str) -> ir.ExternalTensor:
+def _write(c: Context, expr: WeightExpr, dtype: ir.DataType, *, next_step: str) -> ir.ExternalTensor:
     name = initializer_name(expr)
     tensor = c.data.place(name, dtype, expr.shape(c.store.shape))
     narrow: Narrow = partial(_fp16, name, next_step) if dtype == ir.DataType.FLOAT16 else _bf16

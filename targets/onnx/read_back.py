@@ -27,7 +27,7 @@ class StoredWeights(Mapping[str, Array]):
     tensors.
     """
 
-    def __init__(self, artifact: Artifact, model: str, key: Key, read_stored: ReadStored) -> None:
+    def __init__(self, artifact: Artifact, model: str, key: Key, *, read_stored: ReadStored) -> None:
         self._read_stored = read_stored
         self._columns = {name: shape[-1] for name, shape in tensor_layout(artifact.config).items()}
         self._tensors = external_arrays(artifact, model, key)

@@ -23,10 +23,10 @@ def rotary_tables(c: Context, attention: Node, *new_axes: int) -> tuple[Value, V
     """
     *_, positions, _mask, theta = args_of(attention)
     dim = AttentionSizes.of(attention).head_dim
-    return c.build.once((positions, theta), lambda: _tables(c, positions, theta, dim, axes=new_axes or (2,)))
+    return c.build.once((positions, theta), lambda: _tables(c, positions, theta, dim=dim, axes=new_axes or (2,)))
 
 
-def _tables(c: Context, positions: Any, theta: float, dim: int, *, axes: tuple[int, ...]) -> tuple[Value, Value]:
+def _tables(c: Context, positions: Any, theta: float, *, dim: int, axes: tuple[int, ...]) -> tuple[Value, Value]:
     frequencies = rope_frequencies(theta, dim)
     position = c.build.op("Unsqueeze", c.cast(c.value(positions), ir.DataType.FLOAT), c.build.ints(*axes))
     angles = c.build.op("Mul", position, c.build.constant(frequencies.numpy(), np.float32))

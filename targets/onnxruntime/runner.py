@@ -168,7 +168,7 @@ class OnnxRuntimeRunner:
         }
 
     def stored_weights(self) -> StoredWeights:
-        return StoredWeights(self._artifact, MODEL, _key, self._variant.read_stored)
+        return StoredWeights(self._artifact, MODEL, _key, read_stored=self._variant.read_stored)
 
 
 def _key(name: str) -> str | None:

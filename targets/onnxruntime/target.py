@@ -63,13 +63,13 @@ class OnnxRuntimeTarget:
         with ExternalData(stage, DATA) as data:
             context = made.context(program, store, integers, GraphBuilder(made.opsets(precisions)), data)
             context.accuracy_level = options.accuracy_level
-            ir.save(_model(context, made.table, inputs, outputs), stage.folder / MODEL)
+            ir.save(_model(context, made.table, inputs, outputs=outputs), stage.folder / MODEL)
             if made.native is not None and covers(program):
                 native = NativeContext(
                     program, store, integers, GraphBuilder({**made.opsets(precisions), DOMAIN: 1}), data
                 )
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
-                ir.save(_model(native, made.native, inputs, outputs), stage.folder / NATIVE_MODEL)
+                ir.save(_model(native, made.native, inputs, outputs=outputs), stage.folder / NATIVE_MODEL)
         genai_config.write_config(program.config, stage.folder, options)
         readme.write(stage.folder, options)
         return Lowered(inputs, outputs, tuple(context.stored), weights_file=DATA)
@@ -79,7 +79,7 @@ class OnnxRuntimeTarget:
         return {name: node_counts(artifact.folder / name) for name in graphs}
 
     def load(
-        self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
+        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
     ) -> OnnxRuntimeRunner:
         return OnnxRuntimeRunner(artifact, threads, float32, kernels=kernels)
 
@@ -93,7 +93,7 @@ def _kinds(integers: QuantizedWeights) -> KindOf:
     return kind_of
 
 
-def _model(context: OrtContext, table: Mapping[Any, Emitter[Any]], inputs: Ports, outputs: Ports) -> ir.Model:
+def _model(context: OrtContext, table: Mapping[Any, Emitter[Any]], inputs: Ports, *, outputs: Ports) -> ir.Model:
     """Emit the context's program by ``table``, with names for its probes."""
     graph_inputs = [_declare(name, dtype, dims) for name, (dtype, dims) in inputs.items()]
     by_name = {value.name: value for value in graph_inputs}

@@ -61,7 +61,7 @@ class TensorRTTarget:
             progress.stage("plugin")
             made = plugin.write(stage.folder / Path(LIBRARY).parent, kernels, architectures)
         progress.stage("weights", store.nbytes)
-        lowered = lowering.write(program, store, integers, options, stage)
+        lowered = lowering.write(program, store, integers, options=options, stage=stage)
         if stage.dry:
             return lowered
         requirements = replace(
@@ -74,7 +74,7 @@ class TensorRTTarget:
         return {MODEL: node_counts(artifact.folder / MODEL)}
 
     def load(
-        self, artifact: Artifact, threads: int = 0, float32: bool = False, kernels: Kernels = "auto"
+        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
     ) -> EngineRunner | NetworkRunner:
         """Load the engine on this machine's GPU, or else the network that it was built from, on the CPU.
 

@@ -64,7 +64,7 @@ def test_what_is_not_a_plan(content: str, tmp_path: Path) -> None:
 def test_tensors_without_a_choice_are_refused(line: str, tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(f"tensors:\n  {line}\n", encoding="utf-8")
     with pytest.raises(H1ExportError, match="correct --precisions"):
-        build_artifact(tiny, "ort", tmp_path / "out", QuantScheme(chosen=read_plan(tmp_path / "plan.yaml")))
+        build_artifact(tiny, "ort", tmp_path / "out", scheme=QuantScheme(chosen=read_plan(tmp_path / "plan.yaml")))
 
 
 @pytest.mark.ort

@@ -128,12 +128,12 @@ def _suspects(found: Call, truth: Call, layers: int) -> Iterator[Suspect]:
         for point in ProbePoint:
             yield from _probe(found, truth, layer, point=point)
             if point is ProbePoint.VALUE:
-                yield from _cache(found, truth, layer, StateKind.VALUE)
-                yield from _cache(found, truth, layer, StateKind.KEY)
+                yield from _cache(found, truth, layer, kind=StateKind.VALUE)
+                yield from _cache(found, truth, layer, kind=StateKind.KEY)
             if point is ProbePoint.CONV:
-                yield _state(found, truth, layer, StateKind.CONV)
+                yield _state(found, truth, layer, kind=StateKind.CONV)
             if point is ProbePoint.GATED:
-                yield _state(found, truth, layer, StateKind.RECURRENT)
+                yield _state(found, truth, layer, kind=StateKind.RECURRENT)
     yield from _probe(found, truth, layers, point=ProbePoint.RESIDUAL)
     yield Suspect("logits", HEAD, relative_error(found.logits, truth.logits))
 
@@ -150,7 +150,7 @@ def _probe(found: Call, truth: Call, layer: int, *, point: ProbePoint) -> Iterat
         yield Suspect(place, family, relative_error(found.probes[name], truth.probes[name]))
 
 
-def _cache(found: Call, truth: Call, layer: int, kind: StateKind) -> Iterator[Suspect]:
+def _cache(found: Call, truth: Call, layer: int, *, kind: StateKind) -> Iterator[Suspect]:
     """Compare keys or values: those of the calls before, and those that this call added."""
     ours = found.states[f"{layer}.{kind}"]
     theirs = truth.states[f"{layer}.{kind}"]
@@ -170,6 +170,6 @@ def _cache(found: Call, truth: Call, layer: int, kind: StateKind) -> Iterator[Su
     yield Suspect(added, family, float(error[found.start :].max()))
 
 
-def _state(found: Call, truth: Call, layer: int, kind: StateKind) -> Suspect:
+def _state(found: Call, truth: Call, layer: int, *, kind: StateKind) -> Suspect:
     name = f"{layer}.{kind}"
     return Suspect(name, f"{kind} as it is handed on", relative_error(found.states[name], truth.states[name]))

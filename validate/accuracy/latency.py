@@ -47,7 +47,7 @@ def tokens_needed(pairs: int) -> int:
     return PREFILL_TOKENS + DECODE_STEPS * (pairs + 1)
 
 
-def measure(runner: Runner[Any], reference: Reference, prompt: Ids, pairs: int) -> dict[Phase, Latency]:
+def measure(runner: Runner[Any], reference: Reference, prompt: Ids, *, pairs: int) -> dict[Phase, Latency]:
     """Time a prefill of ``prompt`` [PREFILL_TOKENS], and DECODE_STEPS steps after it.
 
     The sequences go on growing from pair to pair, which changes the time of a step little.

@@ -61,7 +61,7 @@ def _keep(found: Found, name: str, value: Tensor) -> None:
     found[name] = value.detach().float()
 
 
-def _keep_projected(found: Found, layer: int, mixer: Any, projected: Tensor) -> None:
+def _keep_projected(found: Found, layer: int, mixer: Any, projected: Tensor) -> None:  # noqa: PLR0917  a hook
     """Record in_proj's output, µP included, in its parts, and the convolution of one part, which no module returns."""
     sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
     gate, xbc, dt = (projected * mixer.mup_vector).split(sizes, dim=-1)

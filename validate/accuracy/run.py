@@ -132,6 +132,7 @@ def judge(
     runner: Comparable[Any],
     checkpoint: Path,
     options: ValidateOptions = ValidateOptions(),
+    *,
     progress: Progress = SILENT,
 ) -> Report:
     """Compare any Runner with the PyTorch reference on ``checkpoint``, as ``validate`` does without quantisation.
@@ -295,7 +296,7 @@ def _latency_rows(
             tolerances={"ratio": tolerances[f"{defaults.LATENCY_PREFIX}.{phase}"]},
             note=note,
         )
-        for phase, latency in measure(runner, reference, prompt, options.pairs).items()
+        for phase, latency in measure(runner, reference, prompt, pairs=options.pairs).items()
     ]
 
 

@@ -172,7 +172,7 @@ def _limit(path: Path, where: str, table: Any) -> Limit:
     return Limit(Timing(phases[0], tokens, batch), slowdown)
 
 
-def _known(path: Path, where: str, table: Any, types: Mapping[str, type]) -> dict[str, Any]:
+def _known(path: Path, where: str, table: Any, *, types: Mapping[str, type]) -> dict[str, Any]:
     """Return ``table`` after a check that every key is known and of its type; a whole number may stand for a float."""
     prefix = f"{where}: " if where else ""
     if not isinstance(table, dict):

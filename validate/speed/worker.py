@@ -91,7 +91,7 @@ class RunnerModel:
     """
 
     def __init__(
-        self, model: StartableModel, steps: int, clock: Callable[[], float] = time.perf_counter, chunk: int = CHUNK
+        self, model: StartableModel, steps: int, clock: Callable[[], float] = time.perf_counter, *, chunk: int = CHUNK
     ) -> None:
         self._model = model
         self._steps = steps

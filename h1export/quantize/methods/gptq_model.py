@@ -234,12 +234,12 @@ class _Solver:
                 ranges = self._store.row_ranges([tensor], SOLVE_BYTES)
                 self._file.write(
                     [stored.codes, stored.scales],
-                    (partial(self._solved_rows, tensor, inverse, *rows) for rows in ranges),
+                    (partial(self._solved_rows, tensor, inverse, rows) for rows in ranges),
                 )
 
-    def _solved_rows(self, tensor: str, inverse: Inverse, start: int, stop: int) -> tuple[Rows, Rows]:
-        """Returns the codes and scales of rows [start, stop) of a projection."""
-        found = solve_rows(self._store.rows(tensor, start, stop), self.solved.precisions[tensor], inverse, name=tensor)
+    def _solved_rows(self, tensor: str, inverse: Inverse, rows: tuple[int, int]) -> tuple[Rows, Rows]:
+        """Returns the codes and scales of ``rows``, [start, stop), of a projection."""
+        found = solve_rows(self._store.rows(tensor, *rows), self.solved.precisions[tensor], inverse, name=tensor)
         return found.codes, found.scales
 
     def _solve_head(self) -> None:

@@ -21,9 +21,9 @@ def attention(c: Context, node: Node) -> None:
     sizes = AttentionSizes.of(node)
     tokens = c.call.tokens
     cos, sin = c.once(("rope", theta), lambda: _rotary_rows(c, theta, sizes.head_dim))
-    query, new_keys = (_rotate(c, _heads_first(c, operand), cos, sin) for operand in (q, k))
-    keys = _append(c, past_k, new_keys, sizes)
-    values = _append(c, past_v, _heads_first(c, v), sizes)
+    query, new_keys = (_rotate(c, _heads_first(c, operand), cos, sin=sin) for operand in (q, k))
+    keys = _append(c, past_k, new_keys, sizes=sizes)
+    values = _append(c, past_v, _heads_first(c, v), sizes=sizes)
     grouped = c.op("reshape", x=query, shape=(1, sizes.kv_heads, sizes.group * tokens, sizes.head_dim))
     mask = c.once(("mask", sizes.group), lambda: _mask(c, sizes.group))
     out = c.op("scaled_dot_product_attention", query=grouped, key=keys, value=values, attn_mask=mask)
@@ -54,7 +54,7 @@ def positions(c: Context) -> Var:
     return c.once("positions", lambda: c.op("add", x=c.position, y=np.arange(c.call.tokens, dtype=np.int32)))
 
 
-def _rotate(c: Context, x: Var, cos: Var, sin: Var) -> Var:
+def _rotate(c: Context, x: Var, cos: Var, *, sin: Var) -> Var:
     """Emit the rotation of pairs (i, i + dim / 2)."""
     low, high = c.op("split", x=x, num_splits=2, axis=-1)
     first = c.op("sub", x=c.op("mul", x=low, y=cos), y=c.op("mul", x=high, y=sin))
@@ -62,7 +62,7 @@ def _rotate(c: Context, x: Var, cos: Var, sin: Var) -> Var:
     return c.op("concat", values=[first, second], axis=-1)
 
 
-def _append(c: Context, past: Any, new: Var, sizes: AttentionSizes) -> Var:
+def _append(c: Context, past: Any, new: Var, *, sizes: AttentionSizes) -> Var:
     """Emit keys or values with this call's written at ``position``: [1, kv_heads, max_context, dim]."""
     begin, end = c.once("window", lambda: _window(c, sizes))
     return c.states.write(

@@ -21,7 +21,7 @@ from h1export.targets.coreml.program.states import HeldStates, PassedStates
 from h1export.targets.coreml.program.weights import Var, Weights
 
 
-def mil_program(program: Program, weights: Weights, calls: Sequence[Call], max_context: int, state_io: bool) -> Any:
+def mil_program(program: Program, weights: Weights, calls: Sequence[Call], *, max_context: int, state_io: bool) -> Any:
     """Return a MIL program with a function for each of ``calls``; weights are stand-ins."""
     result = sdk.mil().Program()
     for call in calls:

@@ -49,7 +49,13 @@ class Weights:
     """
 
     def __init__(
-        self, store: WeightStore, integers: QuantizedWeights, config: FalconH1Config, blobs: BlobStorage, compute: Float
+        self,
+        store: WeightStore,
+        integers: QuantizedWeights,
+        config: FalconH1Config,
+        *,
+        blobs: BlobStorage,
+        compute: Float,
     ) -> None:
         self.compute = compute
         self.stored = list[StoredWeight]()
@@ -81,7 +87,7 @@ class Weights:
         dtype = dtype or self.compute
         own = expr.shape(self.store.shape)
         blocks = (partial(_floats, block, dtype, expr) for block in expr.lazy_blocks(self.store, BLOCK_BYTES))
-        return self._constant(mil_name(expr), shape or own, dtype, blocks)
+        return self._constant(mil_name(expr), shape or own, dtype, blocks=blocks)
 
     def conv_tap(self, expr: WeightExpr, tap: int) -> Var:
         """Return one tap of a convolution's weight [channels, 1, taps], [channels]."""
@@ -89,7 +95,9 @@ class Weights:
         def block() -> tuple[npt.NDArray[np.floating[Any]]]:
             return _floats(lambda: expr.dense(self.store)[:, 0, tap], self.compute, expr)
 
-        return self._constant(f"{mil_name(expr)}_{tap}", (expr.shape(self.store.shape)[0],), self.compute, [block])
+        return self._constant(
+            f"{mil_name(expr)}_{tap}", (expr.shape(self.store.shape)[0],), self.compute, blocks=[block]
+        )
 
     def multiplier(self, part: WeightPart) -> Var | None:
         """Return the µP multiplier beside quantised rows, a scalar or [rows]; None where it is 1."""
@@ -111,7 +119,7 @@ class Weights:
         made = {}
         for place, (suffix, shape) in enumerate(shapes.items()):
             made[suffix] = self._stand_in(name + suffix, shape, self.compute(np.nan) if suffix == SCALES else integer)
-            self._places[name + suffix] = partial(self._written, expr, precision, groups, place)
+            self._places[name + suffix] = partial(self._written, expr, precision, groups, place=place)
         offset = {"offset": made[ZEROS]} if precision.zeros else {}
         return sdk.builder().constexpr_blockwise_shift_scale(data=made[CODES], scale=made[SCALES], name=name, **offset)
 
@@ -131,14 +139,14 @@ class Weights:
         key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).hexdigest())
         return self._blobs.once(key, lambda: self._blobs.add_array(var.name, array))
 
-    def _constant(self, name: str, shape: tuple[int, ...], dtype: Float, blocks: Iterable[Block]) -> Var:
+    def _constant(self, name: str, shape: tuple[int, ...], dtype: Float, *, blocks: Iterable[Block]) -> Var:
         self._places[name] = lambda: self._blobs.add([(name, OF_ARRAY[np.dtype(dtype)], shape)], blocks)[0]
         return self._stand_in(name, shape, dtype(np.nan))
 
     def _stand_in(self, name: str, shape: tuple[int, ...], value: Any) -> Var:
         return sdk.builder().const(val=np.broadcast_to(value, shape), name=name)
 
-    def _written(self, expr: WeightExpr, precision: Precision, groups: int, place: int) -> int:
+    def _written(self, expr: WeightExpr, precision: Precision, groups: int, *, place: int) -> int:
         """Return the offset of codes (0), scales (1) or zero points (2) of ``expr``, all written together and once."""
 
         def write() -> list[int]:

@@ -59,7 +59,7 @@ def _rows(layout: NBitsLayout, block: QuantizedBlock) -> tuple[npt.NDArray[Any],
     return layout.pack(tensor.codes) if layout.bits == 4 else tensor.codes, folded_scales(tensor)
 
 
-def embed(c: Context, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
+def embed(c: Context, ids: Value, expr: WeightExpr, *, precision: Precision) -> Value:
     """Emit rows ``ids`` of the embedding in float32.
 
     Integers that a tied head reads too are noted for the manifest by the head.

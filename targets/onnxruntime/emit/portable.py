@@ -55,7 +55,7 @@ def embedding(c: Context, node: Node) -> None:
     if precision is None:
         c.set(node, c.build.op("Gather", c.weight(expr), ids))
     else:
-        c.set(node, dequantize_linear.embed(c, ids, expr, precision))
+        c.set(node, dequantize_linear.embed(c, ids, expr, precision=precision))
 
 
 def rms_norm(c: Context, node: Node) -> None:
@@ -106,12 +106,12 @@ def attention(c: Context, node: Node) -> None:
     sizes = AttentionSizes.of(node)
     cos, sin = rotary_tables(c, node, 2, 3)  # [batch, seq, 1, dim / 2]
     hidden = b.once((mask, positions), lambda: _attention_mask(c, mask, positions))
-    query = b.op("Mul", _rotate(c, q, cos, sin, dim=sizes.head_dim), b.constant(sizes.scale, np.float32))
+    query = b.op("Mul", _rotate(c, q, cos, sin=sin, dim=sizes.head_dim), b.constant(sizes.scale, np.float32))
     by_group = b.op("Reshape", query, b.ints(0, 0, sizes.kv_heads, sizes.group, sizes.head_dim))
     query = b.op("Transpose", by_group, perm=[0, 2, 3, 1, 4])
     keys, values = (
         b.op("Concat", c.value(past), b.op("Transpose", new, perm=[0, 2, 1, 3]), axis=2)
-        for past, new in ((past_k, _rotate(c, k, cos, sin, dim=sizes.head_dim)), (past_v, c.value(v)))
+        for past, new in ((past_k, _rotate(c, k, cos, sin=sin, dim=sizes.head_dim)), (past_v, c.value(v)))
     )
     scores = b.op("MatMul", query, b.op("Transpose", b.op("Unsqueeze", keys, b.ints(2)), perm=[0, 1, 2, 4, 3]))
     shares = b.op("Softmax", b.op("Add", scores, hidden), axis=-1)
@@ -119,7 +119,7 @@ def attention(c: Context, node: Node) -> None:
     c.set(node, b.op("Reshape", out, b.ints(0, 0, sizes.heads, sizes.head_dim)), keys, values)
 
 
-def _rotate(c: Context, x: Any, cos: Value, sin: Value, *, dim: int) -> Value:
+def _rotate(c: Context, x: Any, cos: Value, *, sin: Value, dim: int) -> Value:
     """Emit the rotation of [batch, seq, heads, dim]: pairs are (i, i + dim / 2)."""
     b = c.build
     low, high = b.ops("Split", 2, c.value(x), b.ints(dim // 2, dim // 2), axis=3)
@@ -134,7 +134,7 @@ def _attention_mask(c: Context, mask: Any, positions: Any) -> Value:
     total = b.op("Shape", c.value(mask), start=1, end=2)
     column = b.op("Range", b.constant(0, np.int64), b.op("Squeeze", total), b.constant(1, np.int64))
     own = b.op("Unsqueeze", b.op("Slice", column, b.op("Sub", total, seq), total), b.ints(1))
-    visible = visible_keys(c, mask, column, own)
+    visible = visible_keys(c, mask, column, own=own)
     hidden = b.op("Where", visible, b.constant(0.0, np.float32), b.constant(c.masked, np.float32))
     return b.op("Unsqueeze", hidden, b.ints(1, 2))
 

@@ -142,4 +142,4 @@ class NetworkRunner:
         return self._execution.magnitudes()
 
     def stored_weights(self) -> StoredWeights:
-        return StoredWeights(self._artifact, MODEL, key, read_stored)
+        return StoredWeights(self._artifact, MODEL, key, read_stored=read_stored)

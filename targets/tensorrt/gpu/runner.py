@@ -77,4 +77,4 @@ class EngineRunner:
         }
 
     def stored_weights(self) -> StoredWeights:
-        return StoredWeights(self._artifact, MODEL, key, read_stored)
+        return StoredWeights(self._artifact, MODEL, key, read_stored=read_stored)

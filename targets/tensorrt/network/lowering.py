@@ -42,7 +42,7 @@ def check(config: FalconH1Config, integers: QuantizedWeights, options: TensorRTO
 
 
 def write(
-    program: Program, store: WeightStore, integers: QuantizedWeights, options: TensorRTOptions, stage: Stage
+    program: Program, store: WeightStore, integers: QuantizedWeights, *, options: TensorRTOptions, stage: Stage
 ) -> Lowered:
     """Write model.onnx and its data into ``stage``. Raises H1ExportError for weights beyond fp16."""
     program = run_passes(program, (FuseParallelProjections(_kinds(store, integers)), FlattenSplits()))

@@ -59,7 +59,7 @@ def embedding(c: TensorRTContext, node: Node) -> None:
     precision = c.precision(expr)
     if precision is None:
         return c.set(node, c.as_float32(c.build.op("Gather", c.matrix(expr), ids)))
-    return c.set(node, embed(c, ids, expr, precision))
+    return c.set(node, embed(c, ids, expr, precision=precision))
 
 
 def rms_norm(c: TensorRTContext, node: Node) -> None:
@@ -163,7 +163,7 @@ def _visible(c: TensorRTContext, mask: Any) -> Value:
     b = c.build
     own = b.op("Unsqueeze", _columns(c), b.ints(2))
     column = b.constant(np.arange(c.max_context), np.int64)
-    return b.op("Unsqueeze", visible_keys(c, mask, column, own), b.ints(1))
+    return b.op("Unsqueeze", visible_keys(c, mask, column, own=own), b.ints(1))
 
 
 TABLE: Mapping[Any, Emitter[TensorRTContext]] = {

@@ -58,7 +58,7 @@ def row_multipliers(c: TensorRTContext, expr: WeightExpr) -> Value | None:
     return c.as_activation(c.row_multipliers(expr))
 
 
-def embed(c: TensorRTContext, ids: Value, expr: WeightExpr, precision: Precision) -> Value:
+def embed(c: TensorRTContext, ids: Value, expr: WeightExpr, *, precision: Precision) -> Value:
     """Emit rows ``ids`` of the embedding in float32, exactly.
 
     Integers that a tied head reads too are noted by the head.

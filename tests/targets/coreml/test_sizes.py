@@ -41,7 +41,7 @@ def text(program: Program, config: FalconH1Config, checkpoint: Path, folder: Pat
     with BlobStorage(Stage(folder), layout.WEIGHTS) as blobs:
         integers = Rounded(store, QuantScheme("int4").precisions(config), quantize_rows)
         weights = Weights(store, integers, config, blobs=blobs, compute=np.float16)
-        made = mil_program(program, weights, layout.CALLS, 64, False)
+        made = mil_program(program, weights, layout.CALLS, max_context=64, state_io=False)
         printed = "\n".join(str(function) for function in made.functions.values())
         return re.sub(r"\bblock\d+", "block", printed)  # coremltools numbers the blocks of a process
 

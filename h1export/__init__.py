@@ -12,7 +12,7 @@ LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """What Python users call. Imported when asked for (PEP 562), so that importing the package stays light."""
+    """What Python users call. It is imported at its first use (PEP 562), so that importing the package stays light."""
     if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, inside = LAZY[name]

@@ -1,6 +1,6 @@
 """The runtimes that a program can be lowered to: every folder here with a target.toml.
 
-A target is imported when it is first requested, so that listing the targets costs nothing.
+A target is imported when it is first used, so that naming the targets costs nothing.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ __all__ = ["Kernels", "TargetInfo", "TargetOptions", "get_target", "options_clas
 
 @cache
 def target_infos() -> dict[str, TargetInfo]:
-    """Return name -> target.toml of the target, which is read without importing it."""
+    """Return name -> the facts of target.toml, without importing a target."""
     return discover(__path__)
 
 
 def get_target(name: str) -> Target[Any]:
-    """Return the target called ``name``, `target` of its module target.py; its vendor SDK is not imported yet."""
+    """Return the target called ``name``: `target` of its module target.py, which does not import the vendor SDK yet."""
     return cast("Target[Any]", _module(name, "target").target)
 
 
 def options_class(name: str) -> type[TargetOptions]:
-    """Return the options class of target ``name``, `Options` of its module options.py, which imports no SDK."""
+    """Return the options class of the target called ``name``: `Options` of its module options.py."""
     return cast(type[TargetOptions], _module(name, "options").Options)
 
 

@@ -1,4 +1,4 @@
-"""Target: the protocol of a runtime, which lowers a Program to an artifact and loads that artifact."""
+"""The protocol of a target: it lowers a Program to the runtime's files, and loads what it wrote."""
 
 from __future__ import annotations
 
@@ -24,21 +24,29 @@ OptionsT = TypeVar("OptionsT", bound=TargetOptions, contravariant=True)
 
 @dataclass(frozen=True)
 class Lowered:
-    """The facts about the written files that the manifest records; its fields have the same names."""
+    """What a target wrote, for the manifest.
+
+    Attributes:
+        inputs: name -> (dtype, shape), where a dim that varies is a name.
+        outputs: the same of the outputs.
+        weights: the quantised weights.
+        weights_file: the file from which the runtime reads the weights.
+        requirements: what the runtime's files need of a machine.
+    """
 
     inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
     weights: tuple[StoredWeight, ...]
-    weights_file: str  # the file from which the runtime reads the weights
+    weights_file: str
     requirements: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Target(Protocol[OptionsT]):
-    """A runtime.
+    """One runtime, as h1export writes for it and runs it.
 
     Attributes:
-        name: what --target takes.
-        packages: those whose versions may change the bytes it writes.
+        name: the value of --target.
+        packages: the packages whose versions may change the bytes that it writes.
     """
 
     name: str
@@ -74,14 +82,14 @@ class Target(Protocol[OptionsT]):
         """Load what ``lower`` wrote.
 
         Args:
-            artifact: what to load.
-            threads: for the runtime; 0: its own choice.
-            float32: compute in float32 even where the artifact rounds activations, so that a lowering error cannot hide
-                behind the rounding.
-            kernels: "native": h1export's own, where the target has some; "stock": the runtime's; "auto": native where
-                they can be had, with a note where not.
+            artifact: the artifact.
+            threads: the runtime's number of threads; 0 leaves it to the runtime.
+            float32: whether to compute in float32 even where the artifact rounds activations, so that a lowering error
+                cannot hide behind the rounding.
+            kernels: "native" means h1export's own, "stock" means the runtime's, and "auto" means native where they
+                are available; where they are not, ``Provenance.fallback`` says why.
 
         Raises:
-            H1ExportError: without the runtime, or without the requested kernels.
+            H1ExportError: The runtime is not installed, or the requested kernels are not available.
         """
         ...

@@ -63,6 +63,6 @@ class TargetInfo:
 
 
 def discover(folders: Iterable[str | Path]) -> dict[str, TargetInfo]:
-    """Name -> target, of every folder with a target.toml in ``folders``, sorted by name."""
+    """Return name -> target, sorted by name, for every subfolder of ``folders`` that has a target.toml."""
     files = [file for folder in folders for file in Path(folder).glob(f"*/{FILE}")]
     return {info.name: info for info in sorted(map(TargetInfo.read, files), key=lambda info: info.name)}

@@ -60,7 +60,7 @@ cli.section("The shell", completion)
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line of this process, and exit; this is the console script."""
     sys.exit(run(sys.argv[1:]))
 
 
@@ -85,7 +85,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _message(error: BaseException) -> str:
-    """The line that the user reads: where, what is wrong, and the next step."""
+    """Return the line that the user reads: where, what is wrong, and the next step."""
     if isinstance(error, H1ExportError):
         return str(error)
     if isinstance(error, click.Abort):

@@ -1,4 +1,4 @@
-"""What every command shares: its options, and where its answers go."""
+"""The options that commands share, and the functions with which they print."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def common(command: F) -> F:
-    """--json, --quiet and --debug, on every command; ``run`` has read --debug already."""
+    """Add --json, --quiet and --debug to ``command``; ``cli.run`` has read --debug already."""
     for option in (
         click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks."),
         click.option("--quiet", is_flag=True, help="No progress and no tables."),

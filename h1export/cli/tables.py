@@ -67,7 +67,7 @@ class ProgressBars:
 
 
 FINE = ("artifact", "reference", "ratio", "top1", "top5")  # figures that are shown with four digits
-ERROR = "_se"  # the end of the name of a standard error
+STANDARD_ERROR = "_se"  # the suffix of figures that are standard errors, see perplexity.text_figures
 
 
 def report_tables(report: Report) -> list[Table]:
@@ -83,7 +83,7 @@ def report_tables(report: Report) -> list[Table]:
             cells = (_cell(row, name) for name in OUTPUT_FIGURES)
             cases.add_row(check, labels.comparison_label(row), *cells, verdict)
         else:
-            shown = [name for name in row.figures if not name.endswith(ERROR)]
+            shown = [name for name in row.figures if not name.endswith(STANDARD_ERROR)]
             figures = "  ".join(
                 f"{name} {_cell(row, name)}{_error(row, name)}{_tolerance(row, name)}" for name in shown
             )
@@ -98,7 +98,7 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _error(row: Row, name: str) -> str:
-    return f" ± {row.figures[name + ERROR]:.2g}" if name + ERROR in row.figures else ""
+    return f" ± {row.figures[name + STANDARD_ERROR]:.2g}" if name + STANDARD_ERROR in row.figures else ""
 
 
 def _tolerance(row: Row, name: str) -> str:

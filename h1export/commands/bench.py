@@ -11,7 +11,7 @@ from h1export.commands.load import check_source, read_options
 from h1export.commands.worker_models import artifact_model, reference_model_of
 from h1export.progress import SILENT, Progress
 from h1export.targets import Kernels
-from h1export.validate.speed.bench import BenchOptions, BenchReport, Candidate, bench, of_artifact
+from h1export.validate.speed.bench import BenchOptions, BenchReport, Candidate, bench, candidate_of
 from h1export.validate.speed.memory_traffic import float_bytes, float_step_bytes
 from h1export.validate.speed.worker import RunnerModel
 
@@ -32,9 +32,9 @@ def bench_artifact(
     """
     artifacts = [Artifact.open(folder) for folder in (out, against) if folder is not None]
     for artifact in artifacts:
-        read_options(artifact)  # refuses wrong ones before a worker process starts
+        read_options(artifact)  # raises for wrong options before a worker process starts
     candidates = [
-        of_artifact(artifact, partial(_maker, artifact.folder, kernels, options.steps)) for artifact in artifacts
+        candidate_of(artifact, _make_artifact(artifact.folder, kernels, options.steps)) for artifact in artifacts
     ]
     if checkpoint is not None:
         candidates.append(_reference(artifacts[0], checkpoint, kernels, steps=options.steps))
@@ -42,7 +42,7 @@ def bench_artifact(
 
 
 def _reference(artifact: Artifact, checkpoint: Path, kernels: Kernels, *, steps: int) -> Candidate:
-    """transformers' model in float32, on the weights that ``artifact`` stores."""
+    """Return the Candidate of transformers' model in float32, on the weights that ``artifact`` stores."""
     check_source(artifact, checkpoint)
     config = artifact.config
     weights = "the artifact's, dequantised" if artifact.manifest.weights else "the checkpoint's"
@@ -60,5 +60,10 @@ def _reference(artifact: Artifact, checkpoint: Path, kernels: Kernels, *, steps:
     )
 
 
-def _maker(folder: Path, kernels: Kernels, steps: int, *, threads: int) -> Callable[[], RunnerModel]:
-    return partial(artifact_model, folder, threads, kernels, steps=steps)
+def _make_artifact(folder: Path, kernels: Kernels, steps: int) -> Callable[[int], Callable[[], RunnerModel]]:
+    """Return ``Candidate.make`` of the artifact in ``folder``."""
+
+    def make(threads: int) -> Callable[[], RunnerModel]:
+        return partial(artifact_model, folder, threads, kernels, steps=steps)
+
+    return make

@@ -63,10 +63,10 @@ class Gated:
         return f"{self.gate.target} {self.gate.quant}"
 
     def makers(self, checkpoint: Path, kernels: Kernels) -> Makers | None:
-        """What makes the models to time, in worker processes; None where no runtime of this machine runs the artifact.
+        """Return the functions that make the models to time; None where only an emulation runs the artifact here.
 
         Raises:
-            H1ExportError: it runs on a GPU, whose time the gate's clock does not count.
+            H1ExportError: the artifact runs on a GPU, whose time the gate's clock does not count.
         """
         gate = self.gate
         folder = self.artifact.folder

@@ -15,7 +15,11 @@ from h1export.targets import Kernels, TargetOptions, get_target, options_class, 
 
 
 def read_options(artifact: Artifact) -> TargetOptions:
-    """The options that ``artifact`` was built with. Raises H1ExportError for an unknown target, option or value."""
+    """Return the options that ``artifact`` was built with.
+
+    Raises:
+        H1ExportError: an unknown target, option or value.
+    """
     name = artifact.manifest.target
     if name not in target_infos():
         raise H1ExportError(
@@ -29,7 +33,7 @@ def read_options(artifact: Artifact) -> TargetOptions:
 def load_runner(
     artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
 ) -> Inspectable[Any]:
-    """A Runner over ``artifact``, made by its target; the other arguments are those of ``Target.load``.
+    """Return a Runner over ``artifact`` from its target; the other arguments are those of ``Target.load``.
 
     Raises:
         H1ExportError: an unknown target or option, or an artifact that does not run here.
@@ -41,7 +45,7 @@ def load_runner(
 def load_folder(
     out: str | Path, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
 ) -> Inspectable[Any]:
-    """``h1export.load``: a Runner over the artifact in the folder ``out``.
+    """Return a Runner over the artifact in the folder ``out``; this is ``h1export.load``.
 
     The other arguments are those of ``Target.load``.
 
@@ -52,7 +56,7 @@ def load_folder(
 
 
 def check_source(artifact: Artifact, checkpoint: Path) -> None:
-    """Raises H1ExportError where ``artifact`` was not built from ``checkpoint``."""
+    """Check that ``artifact`` was built from ``checkpoint``; raise H1ExportError where it was not."""
     config = FalconH1Config.load(checkpoint)
     if WeightStore.open(checkpoint, config).fingerprint() != artifact.manifest.source or config != artifact.config:
         raise H1ExportError(

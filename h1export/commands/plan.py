@@ -133,9 +133,8 @@ def _words(precision: Precision | None) -> str:
     if precision is None:
         return "float32"
     zeros = ", zero points" if precision.zeros else ""
-    return (
-        f"int{precision.bits}, {f'block {precision.group_size}' if precision.group_size else 'a scale per row'}{zeros}"
-    )
+    scales = f"group size {precision.group_size}" if precision.group_size else "a scale per row"
+    return f"int{precision.bits}, {scales}{zeros}"
 
 
 def peak_bytes(jobs: int) -> int:

@@ -42,11 +42,11 @@ def validate_artifact(
         out: the artifact's folder.
         checkpoint: the folder of the checkpoint that it was built from.
         tolerances: metric -> tolerance, overriding the defaults.
-        text: for bits per byte; None: the held-out text that ships with the embedded model.
-        text_bytes: how much of it; 0: all.
-        latency_pairs: 0: no latency.
-        threads: for artifact and reference; 0: their own choice.
-        progress: gets the stages.
+        text: the text for bits per byte; None means the held-out text that ships with the embedded model.
+        text_bytes: the number of bytes of the text that are scored; 0 means all.
+        latency_pairs: the number of paired latency runs; 0 means that latency is not measured.
+        threads: the number of threads of artifact and reference; 0 leaves it to them.
+        progress: shows the stages.
         kernels: as in ``Target.load``.
         bisect, prompts, contexts: as in ValidateOptions.
 

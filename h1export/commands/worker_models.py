@@ -19,27 +19,30 @@ from h1export.validate.speed.gate_file import Clock
 from h1export.validate.speed.regression import ModelPair
 from h1export.validate.speed.worker import RunnerModel, pin
 
-# tokens a timing of a gate: of the artifact, and of the reference, which is slower
+# tokens that one timing of a gate decodes: with the artifact, and with the reference, which is slower
 GATE_STEPS = 16
 REFERENCE_STEPS = 4
 CLOCKS: Mapping[Clock, Callable[[], float]] = {Clock.CPU: time.process_time, Clock.WALL: time.perf_counter}
 
 
 def artifact_model(folder: Path, threads: int, kernels: Kernels, *, steps: int) -> RunnerModel:
-    """The artifact in ``folder``, ready to be timed."""
+    """Return the artifact in ``folder``, ready to be timed, in this process pinned to as many cores as threads."""
     pin(threads)
     return RunnerModel(timed_runner(Artifact.open(folder), threads, kernels), steps)
 
 
 def reference_model_of(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, steps: int) -> RunnerModel:
-    """The reference on the weights of the artifact in ``folder``; reading them counts in its peak of memory."""
+    """Return the reference on the weights of the artifact in ``folder``.
+
+    Reading the weights counts in the peak memory of the process.
+    """
     pin(threads)
     runner = load_runner(Artifact.open(folder), threads, kernels=kernels)
     return reference_model(checkpoint, runner, threads, steps=steps, clock=time.perf_counter)
 
 
 def model_pair(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, clock: Clock) -> ModelPair:
-    """The artifact in ``folder`` beside its reference."""
+    """Return the artifact in ``folder`` beside its reference, both for the timings of a gate."""
     pin(threads)
     runner = timed_runner(Artifact.open(folder), threads, kernels)
     ours = RunnerModel(runner, GATE_STEPS, CLOCKS[clock])
@@ -49,7 +52,7 @@ def model_pair(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels
 def reference_model(
     checkpoint: Path, runner: Inspectable[Any], threads: int, *, steps: int, clock: Callable[[], float]
 ) -> RunnerModel:
-    """transformers' model on the weights that ``runner`` stores."""
+    """Return transformers' model on the weights that ``runner`` stores, ready to be timed."""
     torch.set_num_threads(threads)
     reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
@@ -57,7 +60,11 @@ def reference_model(
 
 
 def timed_runner(artifact: Artifact, threads: int, kernels: Kernels) -> Inspectable[Any]:
-    """The artifact's Runner. Raises H1ExportError for an artifact that its runtime does not run here."""
+    """Return the artifact's Runner.
+
+    Raises:
+        H1ExportError: an emulation computes the artifact on this machine, so that its speed says nothing.
+    """
     runner = load_runner(artifact, threads, kernels=kernels)
     if runner.provenance.emulated:
         what = f"is computed by {runner.provenance.kernels} here: its speed says nothing"

@@ -143,7 +143,7 @@ class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-
         """Add the state that suits the batch, where `generate` would make its cache.
 
         Raises:
-            H1ExportError: `generate` is asked for what a Runner does not have.
+            H1ExportError: `generate` is called with an option that a Runner does not support.
         """
         for name in ("output_hidden_states", "output_attentions", "cache_implementation", "prefill_chunk_size"):
             if getattr(generation_config, name, None):

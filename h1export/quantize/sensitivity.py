@@ -18,7 +18,7 @@ from h1export.quantize.source import QuantizedWeights
 
 ROWS = 128  # positions whose predictions are held in float64 at a time
 
-Sequences = list[Array]  # hidden states [length, hidden], one array a sample
+HiddenStates = list[Array]  # hidden states [length, hidden], one array a sample
 
 
 def sensitivities(
@@ -43,7 +43,7 @@ class _Measurement:
 
     def run(self, ids: Ids, progress: Progress) -> Iterator[tuple[str, Sensitivity]]:
         layers = self._config.num_hidden_layers
-        exact: list[Sequences] = [[embed(self._store, self._config, sample) for sample in ids]]
+        exact: list[HiddenStates] = [[embed(self._store, self._config, sample) for sample in ids]]
         for layer in range(layers):
             exact.append(self._run_layer(layer, "", exact[-1]))
         for layer in range(layers):
@@ -72,17 +72,17 @@ class _Measurement:
             return self._integers.rows(tensor, 0, rows).unfolded()
         return self._store.rows(tensor, 0, rows)
 
-    def _run_layer(self, layer: int, rounded: str, hidden: Sequences) -> Sequences:
+    def _run_layer(self, layer: int, rounded: str, hidden: HiddenStates) -> HiddenStates:
         """Returns a layer's output for the sequences; its tensor ``rounded`` is in integers."""
         return self._run_layer_on_all(layer, [hidden], rounded)[0]
 
-    def _run_layer_on_all(self, layer: int, hidden: list[Sequences], rounded: str = "") -> list[Sequences]:
+    def _run_layer_on_all(self, layer: int, hidden: list[HiddenStates], rounded: str = "") -> list[HiddenStates]:
         """Returns a layer's output for several lots of sequences, for which it is loaded once."""
         loaded = LoadedLayer(self._store, self._config, layer, read=partial(self._read, rounded))
         found = in_order((partial(loaded.output, sample) for sequences in hidden for sample in sequences), self._jobs)
         return [[next(found) for _ in sequences] for sequences in hidden]
 
-    def _result(self, tensor: str, truth: Sequences, found: Sequences, *, head: Array) -> Sensitivity:
+    def _result(self, tensor: str, truth: HiddenStates, found: HiddenStates, *, head: Array) -> Sensitivity:
         pairs = zip(truth, found, strict=True)
         sums = in_order((partial(self._divergence, *pair, head=head) for pair in pairs), self._jobs)
         rows, columns = self._store.shape(tensor)

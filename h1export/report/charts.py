@@ -45,21 +45,25 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Series:
-    """What one subject has: a line's points.
+    """The points of one line.
 
-    ``subject`` chooses the colour, ``dashed`` tells two lines of one subject apart.
+    Attributes:
+        artifact: the index of the artifact, which chooses the colour.
+        x: places of the points on the x axis, such as layers or tokens.
+        y: their values.
+        dashed: distinguishes two lines of one artifact.
     """
 
-    subject: int
+    artifact: int
     x: Sequence[float]
     y: Sequence[float]
     dashed: bool = False
 
 
 def lines(name: str, x_label: str, y_label: str, *, series: Sequence[Series], log: bool = True) -> str:
-    """Points joined by lines, with ticks at the points.
+    """Return the SVG of lines through points, with ticks at the points.
 
-    ``log``: of y; what is not positive and finite has no place there.
+    ``log`` makes the y axis logarithmic, where values that are not positive and finite are left out.
     """
 
     def draw(axes: Any) -> None:
@@ -67,7 +71,7 @@ def lines(name: str, x_label: str, y_label: str, *, series: Sequence[Series], lo
             style = "--" if one.dashed else "-"
             shown = [y if not log or 0 < y < math.inf else math.nan for y in one.y]
             axes.plot(
-                one.x, shown, style, color=SERIES[one.subject % COLOURS], marker="o", markersize=2.5, linewidth=1.2
+                one.x, shown, style, color=SERIES[one.artifact % COLOURS], marker="o", markersize=2.5, linewidth=1.2
             )
         places = sorted({x for one in series for x in one.x})
         if places[-1] > TICKS * len(places):  # contexts, which grow by factors
@@ -86,13 +90,13 @@ def lines(name: str, x_label: str, y_label: str, *, series: Sequence[Series], lo
 
 
 def histograms(name: str, x_label: str, found: Mapping[int, Histogram]) -> str:
-    """Shares of positions by order of magnitude, of each subject."""
+    """Return the SVG of shares of positions by order of magnitude; ``found`` is by the artifact's index."""
 
     def draw(axes: Any) -> None:
-        for subject, one in found.items():
+        for artifact, one in found.items():
             edges = [10 ** ((one.first + index) / PER_DECADE) for index in range(len(one.counts) + 1)]
             shares = [count / sum(one.counts) for count in one.counts]
-            colour = SERIES[subject % COLOURS]
+            colour = SERIES[artifact % COLOURS]
             axes.stairs(shares, edges, color=colour, linewidth=1.2)
             axes.stairs(shares, edges, fill=True, color=colour, alpha=0.2)
         _decades(
@@ -111,13 +115,13 @@ def histograms(name: str, x_label: str, found: Mapping[int, Histogram]) -> str:
 
 
 def bars(name: str, x_label: str, labels: Sequence[str], *, values: Mapping[int, Sequence[float]]) -> str:
-    """For each label, a bar of every subject."""
+    """Return the SVG of bars, one for each label and artifact; ``values`` has the lengths by the artifact's index."""
 
     def draw(axes: Any) -> None:
         height = 0.8 / len(values)
-        for row, (subject, lengths) in enumerate(values.items()):
+        for row, (artifact, lengths) in enumerate(values.items()):
             places = [place + (row + 0.5) * height - 0.4 for place in range(len(labels))]
-            axes.barh(places, lengths, height * 0.9, color=SERIES[subject % COLOURS])
+            axes.barh(places, lengths, height * 0.9, color=SERIES[artifact % COLOURS])
         axes.set_yticks(range(len(labels)), labels)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")

@@ -1,4 +1,4 @@
-"""The texts by which people know a row. Only programs that print import this module: rows are found by their kinds."""
+"""The names of rows for readers. Only modules that print import this one, because programs find rows by their kinds."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ COMPARISONS: Mapping[Comparison, str] = {
 
 
 def check_label(row: Row) -> str:
-    """What was run, for a person."""
+    """Return the name of the check of a row, as tables show it."""
     text = CHECKS[row.kind](row)
     return f"{text}, {row.device}" if row.device else text
 
 
 def comparison_label(row: Row) -> str:
-    """What was compared with what, for a person."""
+    """Return the name of the comparison of a row, as tables show it."""
     return COMPARISONS[row.comparison]

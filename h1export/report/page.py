@@ -1,4 +1,4 @@
-"""report.html: what `validate` found in one or several artifacts, on one page that needs nothing else."""
+"""Write report.html: the reports of one or several artifacts on one page, which needs no other file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from h1export.report.report import DECODE_MS, KL, LOGIT_ERROR, PREFILL_MS, Row, 
 from h1export.report.stored_report import OTHERS, JudgedArtifact
 
 TEMPLATE = "report.html.jinja"
-SHOWN = 5  # failures on top
+SHOWN = 5  # failures at the top of the page
 CLASSES = {Verdict.PASS: "pass", Verdict.FAIL: "fail", Verdict.INFO: "info", Verdict.NOT_APPLICABLE: "na"}
 
 
@@ -54,7 +54,7 @@ SUMMARY = (
 
 
 def page(folders: Sequence[Path]) -> str:
-    """The HTML of one page about the artifacts in ``folders``. Every text of an artifact or a report is escaped.
+    """Return the HTML of one page about the artifacts in ``folders``. Every text of an artifact or a report is escaped.
 
     Raises:
         H1ExportError: as JudgedArtifact.open does, or matplotlib is not installed.
@@ -74,7 +74,7 @@ def page(folders: Sequence[Path]) -> str:
 
 
 def _exact(value: float | None) -> str:
-    """The number as report.json spells it."""
+    """Return the number as report.json spells it."""
     if value is None:
         return ""
     return json.dumps(value) if math.isfinite(value) else str(value)
@@ -87,7 +87,7 @@ def _short(value: float | None) -> str:
 
 
 def _summary(subjects: Sequence[JudgedArtifact]) -> list[dict[str, Any]]:
-    """The lines of the table that has a column for every artifact."""
+    """Return the lines of the table that has a column for every artifact."""
 
     def line(label: str, cell: Callable[[JudgedArtifact], Any]) -> dict[str, Any]:
         return {"label": label, "cells": [cell(subject) for subject in subjects]}
@@ -145,7 +145,7 @@ def _spread(subjects: Sequence[JudgedArtifact]) -> dict[str, Any]:
 
 
 def _merged(rows: Iterable[Row], name: str) -> Histogram | None:
-    """The sum of the rows' histograms of this name."""
+    """Return the sum of the rows' histograms of this name; None where there are none."""
     bins: dict[int, int] = {}
     for row in rows:
         if (found := row.histograms.get(name)) is not None:
@@ -191,13 +191,13 @@ def _layers(subjects: Sequence[JudgedArtifact]) -> dict[str, Any]:
     }
 
 
-def _by_layer(subject: int, details: Mapping[str, float], point: str, *, dashed: bool = False) -> charts.Series:
-    """The errors at ``point`` of every layer, which ``details`` has as "LAYER.POINT"."""
+def _by_layer(artifact: int, details: Mapping[str, float], point: str, *, dashed: bool = False) -> charts.Series:
+    """Return the errors at ``point`` of every layer, which ``details`` has as "LAYER.POINT"."""
     values = {
         int(layer): value for key, value in details.items() for layer, _, name in [key.partition(".")] if name == point
     }
     layers = sorted(values)
-    return charts.Series(subject, layers, [values[layer] for layer in layers], dashed=dashed)
+    return charts.Series(artifact, layers, [values[layer] for layer in layers], dashed=dashed)
 
 
 def _contexts(subjects: Sequence[JudgedArtifact]) -> dict[str, Any]:

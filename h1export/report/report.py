@@ -1,4 +1,4 @@
-"""Report: what a validation found, row by row, each row with a verdict."""
+"""The report of a validation: rows of figures and tolerances, each with a verdict, as report.json stores them."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from h1export.errors import H1ExportError
 from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.histogram import Histogram
 
-# names of histograms, both of positions
+# names of histograms: both count positions of a text or case
 LOGIT_ERROR = "logit error"
 KL = "kl"
-AT_LEAST = frozenset(
-    {"top1", "top5"}
-)  # figures that must not fall below their tolerance; all others must not exceed it
+# figures that must not fall below their tolerance; all others must not exceed it
+AT_LEAST = frozenset({"top1", "top5"})
 # figures of a CONTEXT_COST: milliseconds of a token
 PREFILL_MS = "prefill_ms"
 DECODE_MS = "decode_ms"
 OUTPUT_FIGURES = ("logits", "states", "kl", "top1")  # of every row that compares logits and states
 OUTPUT_KINDS = frozenset({CheckKind.CASE, CheckKind.CONTEXT})  # the kinds of those rows
-NOT_FINITE = frozenset({"nan", "inf", "-inf"})  # how report.json spells them, because JSON has no such numbers
+NOT_FINITE = frozenset({"nan", "inf", "-inf"})  # strings in report.json: JSON has no such numbers
 AGAIN = "run `h1export validate` again"
 
 E = TypeVar("E", bound=StrEnum)
 
 
 class Verdict(StrEnum):
-    """What a row amounts to; only FAIL fails a report. INCONCLUSIVE: measured, and not well enough to decide."""
+    """The result of a check; only FAIL fails a report. INCONCLUSIVE: the measurement is too noisy to decide."""
 
     PASS = "pass"
     FAIL = "FAIL"
@@ -41,7 +40,7 @@ class Verdict(StrEnum):
 
 
 def within(figure: str, value: float, tolerance: float) -> bool:
-    """Whether a figure keeps its tolerance. NaN never does."""
+    """Return whether a figure is within its tolerance. NaN never is."""
     return value >= tolerance if figure in AT_LEAST else value <= tolerance
 
 
@@ -92,13 +91,19 @@ class Row:
         return Verdict.PASS if judged else Verdict.INFO
 
     def keeps(self, figure: str) -> bool:
-        """Whether this figure is within its tolerance, or has none."""
+        """Return whether this figure is within its tolerance, or has none."""
         return figure not in self.tolerances or within(figure, self.figures[figure], self.tolerances[figure])
 
 
 @dataclass(frozen=True)
 class Report:
-    """All rows of one validation, and what they were measured on."""
+    """All rows of one validation.
+
+    Attributes:
+        subject: facts of the artifact or Runner that was validated.
+        environment: facts of the machine, and the versions of packages.
+        rows: the checks.
+    """
 
     subject: Mapping[str, Any]
     environment: Mapping[str, Any]
@@ -109,7 +114,7 @@ class Report:
         return all(row.verdict is not Verdict.FAIL for row in self.rows)
 
     def to_json(self) -> str:
-        """The text of report.json.
+        """Return the text of report.json.
 
         ``passed`` and each row's ``verdict`` are for readers; ``from_json`` derives them again.
         """
@@ -119,7 +124,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str, where: object) -> Report:
-        """The report that ``to_json`` wrote as ``text``; ``where`` names its place in messages.
+        """Return the report that ``to_json`` wrote as ``text``; ``where`` names the file in messages.
 
         Raises:
             H1ExportError: not JSON, or of another form than ``to_json`` writes.
@@ -144,7 +149,7 @@ HISTOGRAM_KEYS = frozenset(field.name for field in fields(Histogram))
 
 
 def _spelled(value: Any) -> Any:
-    """``value`` with a string for every number that is not finite."""
+    """Return ``value`` with a string for every number that is not finite."""
     if isinstance(value, Mapping):
         return {key: _spelled(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -153,7 +158,7 @@ def _spelled(value: Any) -> Any:
 
 
 def _table(value: Any, keys: frozenset[str] | None = None) -> dict[str, Any]:
-    """A JSON object, with exactly ``keys`` where they are given."""
+    """Return a JSON object after a check that it is one, with exactly ``keys`` where they are given."""
     if not isinstance(value, dict):
         raise ValueError(f"{value!r:.40} is no object")
     if keys is not None and value.keys() != keys:

@@ -68,21 +68,21 @@ class JudgedArtifact:
         return Comparison.STORED if stored else Comparison.SOURCE
 
     def rows_of(self, kind: CheckKind, comparison: Comparison, phase: Phase | None = None) -> list[Row]:
-        """The rows of this kind, comparison and phase."""
+        """Return the rows of this kind, comparison and phase."""
         return [row for row in self.rows if (row.kind, row.comparison, row.phase) == (kind, comparison, phase)]
 
     def outputs(self, comparison: Comparison) -> list[Row]:
-        """The rows that compare logits and states: cases and contexts."""
+        """Return the rows of ``comparison`` that compare logits and states: cases and contexts."""
         return [row for row in self.rows if row.comparison is comparison and row.compares_outputs]
 
     def worst(self, comparison: Comparison, figure: str) -> float | None:
-        """The largest of this figure over ``outputs``, where NaN counts as infinite; None without such rows."""
+        """Return the largest value of this figure in ``outputs``, NaN counted as infinite; None without such rows."""
         found = [row.figures[figure] for row in self.outputs(comparison)]
         return max(found, key=lambda value: math.inf if math.isnan(value) else value, default=None)
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        """Name and value of what was measured, and of where."""
+        """Name and value of the artifact's settings, the kernels and the machine."""
         manifest = self.artifact.manifest
         subject = self.report.subject
         environment = self.report.environment

@@ -42,7 +42,7 @@ class BatchSession(Session, Protocol):
 def open_session(
     runner: Runner[Any], rows: int, capacity: int, *, padded: bool = False, movable: bool = False
 ) -> BatchSession:
-    """Open an empty session for ``capacity`` tokens a row, in the fastest form that does what is asked.
+    """Open an empty session for ``capacity`` tokens a row: the fastest one that takes such rows.
 
     Args:
         runner: The loaded artifact.
@@ -94,6 +94,7 @@ class SteppedSession:
             check_call(ids, mask, self.length, vocab_size=self._runner.config.vocab_size)
             pads = int((mask == 0).sum(1).max())
         answers = []
+        # the first call reaches the first real token of every row
         for start, end in _calls(ids.shape[-1], keep, pads + 1 - self.length):
             seen = mask[:, : self.length + end - start]
             logits, self._states = _step(self._runner, ids[..., start:end], seen, states=self._states)
@@ -154,15 +155,16 @@ class RowByRowSession:
 
 
 def _check_logits(all_logits: bool, ids: Ids, keep: int | None) -> None:
+    """Check that the logits of the last ``keep`` positions exist; raise H1ExportError where they do not."""
     if not all_logits and keep is not None and min(keep, ids.shape[-1]) > 1:
         what = f"logits of {keep} positions, and the artifact gives those of the last one only"
         raise H1ExportError("logits", what, "ask for the last one, or build with --logits all")
 
 
 def _calls(new: int, keep: int | None, first: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of the calls for ``new`` tokens, the first one of at least ``first``.
+    """Yield (start, end) of the calls for ``new`` tokens, the first of which has at least ``first`` tokens.
 
-    There is one call, unless most logits are not wanted.
+    There is one call where all logits are kept, and calls of PREFILL_CHUNK tokens otherwise.
     """
     if keep is None or keep >= new:
         yield 0, new
@@ -179,7 +181,10 @@ def _step(runner: Runner[Any], ids: Ids, mask: Ids, *, states: Any) -> tuple[Arr
 
 
 def _last(answers: Sequence[Array], keep: int | None) -> Array:
-    """Return the last ``keep`` positions of all answers together; where ``keep`` is None, there is one answer."""
+    """Return logits [rows, keep, vocab] of the last positions of ``answers``, the logits of consecutive calls.
+
+    Where ``keep`` is None, there was one call, and its logits are returned as they are.
+    """
     if keep is None:
         (answer,) = answers
         return answer

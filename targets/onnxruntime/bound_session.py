@@ -46,9 +46,10 @@ class BoundSession:
         self.length = 0
 
     def append(self, ids: Ids) -> Array:
-        """Return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
+        """Extend every row, and return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
 
-        Raises H1ExportError beyond the capacity.
+        Raises:
+            H1ExportError: The ids do not fit the vocabulary, the batch or the capacity.
         """
         end = self.length + ids.shape[-1]
         mask = np.ones((len(ids), end), np.int64)

@@ -17,23 +17,23 @@ from pathlib import Path
 
 from h1export.errors import H1ExportError
 
-NATIVE = Path(__file__).parent
-SOURCES = tuple(sorted((NATIVE / "csrc").glob("*.cc")))
-HEADERS = tuple(sorted([*(NATIVE / "csrc").glob("*.h"), *(NATIVE / "include").glob("*.h")]))
+FOLDER = Path(__file__).parent
+SOURCES = tuple(sorted((FOLDER / "csrc").glob("*.cc")))
+HEADERS = tuple(sorted([*(FOLDER / "csrc").glob("*.h"), *(FOLDER / "include").glob("*.h")]))
 NAME = "libh1export_ort.so"
 COMPILERS = ("c++", "g++", "clang++")  # in this order, where $CXX is not set
-CPU = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+CPU_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 FLAGS = (
     "-std=c++20",
     "-O3",
-    CPU,
+    CPU_FLAG,
     "-ffp-contract=fast",
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",
-    f"-I{NATIVE / 'include'}",
+    f"-I{FOLDER / 'include'}",
 )
-SHOWN_LINES = 5  # of what a failing compiler says
+SHOWN_LINES = 5  # the last lines of a failing compiler's messages, which the error quotes
 NEXT_STEP = "install a C++20 compiler such as g++, or name one in CXX"
 
 

@@ -29,7 +29,8 @@ from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CUDA, GRAPH_VARIANTS
 from h1export.targets.options import Kernels
 
-READ = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)  # suffixes of the names of initializers
+# suffixes of the names of initializers from which stored weights are read
+STORED_SUFFIXES = (CODES, CODES + ROWS, SCALES, ZEROS, TABLE)
 ROUNDED_LEVEL = 4  # the accuracy level that rounds activations to int8
 BATCHED_APPEND = (
     "GroupQueryAttention takes one row at a time when several tokens are appended to a cache: "
@@ -129,6 +130,7 @@ class OnnxRuntimeRunner:
 
     @cached_property
     def _observed(self) -> Any:
+        """The InferenceSession whose outputs include the probes; it is opened at the first call of ``observe``."""
         return self._open(observed=True)
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
@@ -170,8 +172,8 @@ class OnnxRuntimeRunner:
 
 
 def _key(name: str) -> str | None:
-    """Return the key under which ``read_stored`` looks an initializer up, and None for one that it does not read."""
-    return name.removesuffix(ROWS) if name.startswith(ORDER) or name.endswith(READ) else None
+    """Return the key by which ``read_stored`` looks an initializer up, and None for one that it does not read."""
+    return name.removesuffix(ROWS) if name.startswith(ORDER) or name.endswith(STORED_SUFFIXES) else None
 
 
 def _library(artifact: Artifact, kernels: Kernels) -> tuple[Path | None, str]:

@@ -1,4 +1,7 @@
-"""How this target's graphs store states: a convolution's channels last, [d_state, d_head] for LinearAttention."""
+"""The axes of states in this target's graphs, which differ from the canonical ones of model/falcon_h1/states.py.
+
+The CPU's graphs store a convolution's channels last, and the recurrent state as [d_state, d_head] for LinearAttention.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ Permutation = Mapping[StateKind, tuple[int, ...]]
 
 # axes of the canonical layout in the graph's order; each is its own inverse
 PERMUTATION: Permutation = {StateKind.CONV: (0, 2, 1), StateKind.RECURRENT: (0, 1, 3, 2)}
-CUDA: Permutation = {StateKind.CONV: (0, 2, 1)}  # GatedDeltaNet's state is the canonical one
+CUDA_PERMUTATION: Permutation = {StateKind.CONV: (0, 2, 1)}  # GatedDeltaNet's state is the canonical one
 
 
 def shape(tensor: StateTensor, permutation: Permutation = PERMUTATION) -> tuple[int | str, ...]:

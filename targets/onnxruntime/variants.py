@@ -30,18 +30,17 @@ class GraphVariant:
     """One value of --graph: how its graph is emitted, run, and read back.
 
     Attributes:
-        table: op -> its emitter.
-        opsets: gives domain -> version for the precisions of the weights.
-        fuse: gives the passes to run first, for the arguments of ``fusions``.
+        table: operator -> the function that emits it.
+        opsets: returns domain -> version for the precisions of the weights.
+        fuse: returns the passes to run first, by the precision of weights and the columns that a fusion may not cut.
         provider: ONNX Runtime's name of the execution provider that runs the graph.
         context: the class of the context that the emitters get.
-        permutation: the axes of each state in the graph, where they are not in the canonical order.
-        halves: the states that are stored in fp16; the others are float32.
+        permutation: kind of state -> the order of its axes in the graph.
+        halves: the kinds of states that are fp16; the others are float32.
         batched_append: whether several rows may take several tokens each after a past.
-        bound: whether keys and values may be stored in a longer buffer that is both past and present.
-        read_stored: reads the integers back from the initializers.
-        native: op -> emitter of a second graph over the same weights, for h1export's own kernels; None: there is no
-            second graph.
+        bound: whether past and present keys may be one buffer longer than the sequence, as BoundSession needs.
+        read_stored: reads the integers of a weight from the initializers.
+        native: the table of a second graph over the same weights, for our own kernels; None where there is none.
     """
 
     table: Mapping[Any, Emitter[Any]]
@@ -57,7 +56,7 @@ class GraphVariant:
     native: Mapping[Any, Emitter[Any]] | None = None
 
     def dtype(self, kind: StateKind) -> str:
-        """Return ONNX's name of a state's dtype."""
+        """Return ONNX's name of the dtype of states of this kind."""
         return "FLOAT16" if kind in self.halves else "FLOAT"
 
 
@@ -74,7 +73,7 @@ GRAPH_VARIANTS: Mapping[Graph, GraphVariant] = {
         lambda kind_of, align: (FuseParallelProjections(kind_of), FlattenSplits()),
         provider=CUDA,
         context=cuda.CudaContext,
-        permutation=state_layout.CUDA,
+        permutation=state_layout.CUDA_PERMUTATION,
         halves=frozenset({StateKind.KEY, StateKind.VALUE, StateKind.CONV}),
     ),
     "portable": GraphVariant(

@@ -52,7 +52,7 @@ def test_a_plan_tells_its_precisions(folder: Path, tmp_path: Path, capfd: pytest
     (tmp_path / "plan.yaml").write_text("tensors:\n  lm_head.weight: int8\n", encoding="utf-8")
     assert run(["plan", str(folder), "--target", "ort", "--precisions", str(tmp_path / "plan.yaml"), "--json"]) == 0
     (found,) = json.loads(capfd.readouterr().out)
-    assert found["precisions"]["model.layers.0.mamba.in_proj.weight"] == "int4, block 32, zero points"
+    assert found["precisions"]["model.layers.0.mamba.in_proj.weight"] == "int4, group size 32, zero points"
     assert found["precisions"]["lm_head.weight"] == "int8, a scale per row"
     assert found["precisions"]["model.embed_tokens.weight"] == "float32"
 

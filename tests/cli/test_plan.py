@@ -49,7 +49,7 @@ def test_no_weight_is_read(method: Method, tiny: Path, tmp_path: Path, monkeypat
         plan.state_bytes[100] - plan.state_bytes[0] == 100 * 2 * 4 * 2 * 64 * 4
     )  # keys and values of 4 layers, 2 heads of 64, float32
     assert (plan.scratch_bytes > 0) == (method == "gptq")
-    assert plan.precisions["lm_head.weight"] == "int4, block 32"
+    assert plan.precisions["lm_head.weight"] == "int4, group size 32"
     assert plan.precisions["model.embed_tokens.weight"] == "int8, a scale per row"
     assert plan.precisions["model.final_layernorm.weight"] == "float32"
     assert sum(plan.by_precision().values()) == len(plan.precisions)
@@ -90,5 +90,5 @@ def test_a_checkpoint_that_cannot_be_built_cannot_be_planned(tmp_path: Path, cap
 def test_the_table_says_what_matters(capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--target", "ort", "--context", "4096"]) == 0
     err = capfd.readouterr().err
-    for words in ("artifact", "disk", "enough", "peak memory", "states at 4096 tokens", "int4, block 32"):
+    for words in ("artifact", "disk", "enough", "peak memory", "states at 4096 tokens", "int4, group size 32"):
         assert words in err

@@ -13,8 +13,8 @@ class Case:
 
     Attributes:
         name: the case's name in reports.
-        calls: tokens of each call.
-        pads: left padding of each row of the batch, in tokens.
+        calls: the number of tokens of each call.
+        pads: the number of pads on the left of each row of the batch.
     """
 
     name: str

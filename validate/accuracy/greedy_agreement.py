@@ -1,4 +1,4 @@
-"""How long the artifact's greedy text equals the reference's: the tokens before the first that differs."""
+"""Count how many tokens of the artifact's greedy text equal the reference's before the first that differs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from h1export.report.report import Row
 from h1export.runtime.runner import Runner
 from h1export.validate.accuracy.reference import Reference
 
-PROMPT = 32  # tokens of a prompt
-LIMIT = 64  # tokens of a continuation
+PROMPT_TOKENS = 32
+NEW_TOKENS = 64  # of a continuation
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt [PROMPT] and a model's greedy continuation [LIMIT]. An end token does not end it."""
+    """A prompt [PROMPT_TOKENS] and a model's greedy continuation [NEW_TOKENS]. An end token does not end it."""
 
     prompt: Ids
     tokens: Ids
@@ -37,41 +37,45 @@ class Continuation:
 
 def prompts(ids: Ids, count: int, seed: int) -> list[Ids]:
     """Return ``count`` stretches of a text's ``ids`` at random places; none where the text is shorter than one."""
-    if len(ids) < PROMPT:
+    if len(ids) < PROMPT_TOKENS:
         return []
-    starts = np.random.default_rng(seed).integers(0, len(ids) - PROMPT + 1, count)
-    return [ids[start : start + PROMPT] for start in starts]
+    starts = np.random.default_rng(seed).integers(0, len(ids) - PROMPT_TOKENS + 1, count)
+    return [ids[start : start + PROMPT_TOKENS] for start in starts]
 
 
 def continuations(runner: Runner[Any], starts: Sequence[Ids]) -> Iterator[Continuation]:
     """Yield the runner's continuation of each prompt, in states that it updates in place."""
     for prompt in starts:
-        sequence = runner.start(1, capacity=PROMPT + LIMIT)
+        session = runner.start(1, capacity=PROMPT_TOKENS + NEW_TOKENS)
         tokens = []
-        logits = sequence.append(prompt[None])
-        for _ in range(LIMIT):
+        logits = session.append(prompt[None])
+        for _ in range(NEW_TOKENS):
             tokens.append(int(logits[0, -1].argmax()))
-            if len(tokens) < LIMIT:
-                logits = sequence.append(np.array([tokens[-1:]]))
+            if len(tokens) < NEW_TOKENS:
+                logits = session.append(np.array([tokens[-1:]]))
         yield Continuation(prompt, np.array(tokens))
 
 
 def greedy_agreement_row(comparison: Comparison, texts: Sequence[Continuation], reference: Reference) -> Row:
     """Return the row of all prompts.
 
-    tokens: the median number of tokens that agree, LIMIT where none differs. never: the share of prompts where none
-        differs.
+    Its figures are "tokens", the median number of tokens that agree, NEW_TOKENS where none differs; and "never", the
+    share of prompts where none differs.
     """
     agreed = [text.agreed(reference) for text in texts]
-    figures = {"tokens": float(np.median(agreed)), "never": float(np.mean([count == LIMIT for count in agreed]))}
-    note = f"against {comparison}: {len(texts)} prompts of {PROMPT} tokens, and {LIMIT} at most before a difference"
+    never = float(np.mean([count == NEW_TOKENS for count in agreed]))
+    figures = {"tokens": float(np.median(agreed)), "never": never}
+    note = (
+        f"against {comparison}: {len(texts)} prompts of {PROMPT_TOKENS} tokens, "
+        f"and {NEW_TOKENS} at most before a difference"
+    )
     details = {f"prompt {i}": float(count) for i, count in enumerate(agreed)}
     return Row(CheckKind.GREEDY_TEXT, comparison, figures=figures, note=note, details=details)
 
 
-def impossible(runner: Runner[Any], starts: Sequence[Ids]) -> str:
-    """Return why greedy texts cannot be generated; empty where they can."""
+def why_no_texts(runner: Runner[Any], starts: Sequence[Ids]) -> str:
+    """Return why greedy texts cannot be generated from ``starts``; the text is empty where they can."""
     room = runner.limits.max_context or runner.config.max_position_embeddings
-    if room < PROMPT + LIMIT:
-        return f"{PROMPT + LIMIT} tokens do not fit into {room}"
+    if room < PROMPT_TOKENS + NEW_TOKENS:
+        return f"{PROMPT_TOKENS + NEW_TOKENS} tokens do not fit into {room}"
     return "" if starts else "not requested, or there is no text"

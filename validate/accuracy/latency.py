@@ -15,8 +15,8 @@ from h1export.report.checks import Phase
 from h1export.runtime.runner import Runner, Session
 from h1export.validate.accuracy.reference import Reference
 
-PREFILL = 128  # tokens of a prefill
-DECODE = 16  # steps of a decode run
+PREFILL_TOKENS = 128  # of one timed prefill
+DECODE_STEPS = 16  # of one timed run of decode
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Latency:
 
 
 def paired(artifact: Callable[[], None], reference: Callable[[], None], pairs: int) -> Latency:
-    """Run both in turns, ``pairs`` times after one warm-up each; every second pair runs in reverse order."""
+    """Time both in turns, ``pairs`` times after one warm-up each; every second pair runs in reverse order."""
     artifact()
     reference()
     ours: list[float] = []
@@ -43,12 +43,12 @@ def paired(artifact: Callable[[], None], reference: Callable[[], None], pairs: i
 
 
 def tokens_needed(pairs: int) -> int:
-    """Return the length that the sequences of ``measure`` reach."""
-    return PREFILL + DECODE * (pairs + 1)
+    """Return the number of tokens that the sequences of ``measure`` have at its end."""
+    return PREFILL_TOKENS + DECODE_STEPS * (pairs + 1)
 
 
 def measure(runner: Runner[Any], reference: Reference, prompt: Ids, *, pairs: int) -> dict[Phase, Latency]:
-    """Time a prefill of ``prompt`` [PREFILL], and DECODE steps after it.
+    """Time a prefill of ``prompt`` [PREFILL_TOKENS], and DECODE_STEPS steps after it.
 
     The sequences go on growing from pair to pair, which changes the time of a step little.
     """
@@ -62,12 +62,12 @@ def measure(runner: Runner[Any], reference: Reference, prompt: Ids, *, pairs: in
     def reference_prefill() -> None:
         reference.start(1, 0).append(batch)
 
-    def decode(sequences: Session) -> Callable[[], None]:
+    def decode(session: Session) -> Callable[[], None]:
         def steps() -> None:
-            for _ in range(DECODE):
-                sequences.append(token)
+            for _ in range(DECODE_STEPS):
+                session.append(token)
 
-        sequences.append(batch)
+        session.append(batch)
         return steps
 
     ours = decode(runner.start(1, tokens_needed(pairs)))

@@ -10,7 +10,7 @@ from h1export.model.falcon_h1.states import Array
 
 
 def relative_error(found: Array, truth: Array) -> float:
-    """Return the largest absolute difference over the truth's range; NaN where either is not finite."""
+    """Return the largest absolute difference over the truth's range; NaN or infinite where either is not finite."""
     if not found.size:
         return 0.0
     span = float(truth.max() - truth.min())

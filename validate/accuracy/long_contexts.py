@@ -41,7 +41,7 @@ def context_rows(
             rows += [Row(CheckKind.CONTEXT, comparison, length=context, note=note) for comparison in runners]
             continue
         ids = np.random.default_rng(seed).integers(0, config.vocab_size, context, dtype=np.int64)
-        truth, truth_states = reference.in_pieces(ids, TAIL)
+        truth, truth_states = reference.in_chunks(ids, TAIL)
         for comparison, runner in runners.items():
             logits, states = _prefill(runner, ids)
             errors = state_errors([(states, truth_states)], StateSpec.of(config))
@@ -78,9 +78,9 @@ def _prefill(runner: Comparable[Any], ids: Ids) -> tuple[Array, dict[str, Array]
 
 
 def cost_rows(runner: Runner[Any], contexts: Sequence[int], *, seed: int) -> list[Row]:
-    """Time the runner at each length of ``contexts``, in states that it updates in place.
+    """Time the runner at each length of ``contexts``, in a session whose states are updated in place.
 
-    prefill_ms: a token in the last chunk before the context's end. decode_ms: a token at its end.
+    The figures are milliseconds a token: prefill_ms in the last chunk before the context's end, decode_ms at its end.
     """
     if runner.provenance.emulated:
         note = f"computed by {runner.provenance.kernels}: its speed says nothing"
@@ -100,13 +100,13 @@ def cost_rows(runner: Runner[Any], contexts: Sequence[int], *, seed: int) -> lis
 def _cost(runner: Runner[Any], ids: Ids) -> dict[str, float]:
     prompt = ids[None, :-STEPS]
     chunks = np.split(prompt, range(prompt.shape[1] % CHUNK or CHUNK, prompt.shape[1], CHUNK), axis=1)
-    sequence = runner.start(1, capacity=len(ids))
-    prefill = [_timed(sequence, chunk) for chunk in chunks]
-    decode = [_timed(sequence, token) for token in np.split(ids[None, -STEPS:], STEPS, axis=1)]
+    session = runner.start(1, capacity=len(ids))
+    prefill = [_timed(session, chunk) for chunk in chunks]
+    decode = [_timed(session, token) for token in np.split(ids[None, -STEPS:], STEPS, axis=1)]
     return {PREFILL_MS: 1e3 * prefill[-1] / chunks[-1].shape[1], DECODE_MS: 1e3 * median(decode)}
 
 
-def _timed(sequence: Session, ids: Ids) -> float:
+def _timed(session: Session, ids: Ids) -> float:
     start = time.perf_counter()
-    sequence.append(ids)
+    session.append(ids)
     return time.perf_counter() - start

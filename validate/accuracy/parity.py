@@ -21,7 +21,16 @@ from h1export.validate.accuracy.states import StatePair, row_of_batch, state_err
 
 @dataclass(frozen=True)
 class Run:
-    """The artifact's outputs in one case, row by row and without padding; or why the runtime cannot run it."""
+    """The artifact's outputs in one case, row by row and without padding.
+
+    Attributes:
+        case: the case.
+        ids: the token ids [seq] of each row.
+        logits: the logits [positions, vocab] of each row.
+        positions: the columns of the padded batch that have logits.
+        states: the states of each row by StateTensor.key, canonical and without the batch axis.
+        impossible: why the runtime cannot run the case, in which the others are empty; it is empty where it can.
+    """
 
     case: Case
     ids: tuple[Ids, ...]

@@ -15,10 +15,10 @@ from h1export.model.falcon_h1.states import Array, Ids
 from h1export.validate.accuracy.logits import log_softmax
 
 WINDOW = 512  # tokens a window; each starts from empty states with the last token of the one before
-ROWS = 256  # positions whose probabilities are held in float64 at a time
-TAIL = 0.99
-LIKELIEST = 5
-RESAMPLES = 500
+POSITIONS = 256  # positions whose probabilities are held in float64 at a time
+KL_QUANTILE = 0.99  # the share of positions that "kl_p99" covers
+LIKELIEST = 5  # tokens of a prediction that "top5" compares
+RESAMPLES = 500  # of the bootstrap
 
 ScoreWindow = Callable[[Ids], Array]  # ids [seq] -> logits [seq, vocab]
 Figures = npt.NDArray[np.float64]
@@ -57,8 +57,8 @@ class Scored:
         truth = truth[: len(targets)]
         span = float(np.ptp(truth)) or 1.0
         parts = [
-            _scored(found[s : s + ROWS], truth[s : s + ROWS], targets[s : s + ROWS], span=span)
-            for s in range(0, len(targets), ROWS)
+            _scored(found[s : s + POSITIONS], truth[s : s + POSITIONS], targets[s : s + POSITIONS], span=span)
+            for s in range(0, len(targets), POSITIONS)
         ]
         return cls(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -109,7 +109,7 @@ def _figures(kept: list[Scored]) -> dict[str, float]:
     return {
         "ratio": sum(float(window.found.sum()) for window in kept) / sum(float(window.truth.sum()) for window in kept),
         "kl": float(kl.mean()),
-        "kl_p99": float(np.quantile(kl, TAIL)),
+        "kl_p99": float(np.quantile(kl, KL_QUANTILE)),
         "top1": float(np.concatenate([window.same for window in kept]).mean()),
         "top5": float(np.concatenate([window.shared for window in kept]).mean()),
     }

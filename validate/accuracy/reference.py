@@ -1,6 +1,6 @@
 """The reference: transformers' FalconH1ForCausalLM in float32, run on whole sequences, one row at a time.
 
-It runs full forwards, and long rows in pieces of many tokens. transformers' cached decode ignores time_step_limit and
+It runs full forwards, and long rows in chunks of many tokens. transformers' cached decode ignores time_step_limit and
 its padded batches leak into the convolution (both in 5.23). The truth of a padded row is therefore the row run alone,
 and that of a decode step the forward of all tokens so far.
 """
@@ -25,13 +25,14 @@ from h1export.runtime.runner import Limits, Provenance, Session
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference_probes import arrays, watched
 
-# tokens of a long row at a time; a single last token joins the piece before it, because alone it would be a decode step
-PIECE = 512
-CONTINUES = 1e-3  # how far pieces may differ from the whole; with a cache that is not read they differ by far more
+# tokens of a long row at a time; a single last token joins the chunk before it, because alone it would be a decode step
+CHUNK = 512
+# relative error of chunks against the whole row; where transformers does not read the cache, it is far larger
+CHUNK_TOLERANCE = 1e-3
 
 
 class Reference:
-    """The published model on the checkpoint's weights, dequantised where they are integers, or on others."""
+    """transformers' model on the checkpoint's weights, dequantised where they are integers; ``hold`` replaces them."""
 
     def __init__(self, checkpoint: Path) -> None:
         from transformers import FalconH1Config as TransformersConfig
@@ -46,7 +47,7 @@ class Reference:
         self.config = FalconH1Config.load(checkpoint)
         packed = GptqFormat.load(checkpoint) is not None
         try:
-            if packed:  # transformers itself would need kernels for it
+            if packed:  # transformers itself would need kernels for GPTQ
                 config = config_class.from_pretrained(checkpoint, local_files_only=True)
                 del config.quantization_config
                 self._model: Any = model_class(config).float().eval()
@@ -63,7 +64,7 @@ class Reference:
                 self.hold({name: store.rows(name, 0, shape[0])})
 
     def hold(self, weights: Mapping[str, Array]) -> None:
-        """Replace parameters by ``weights``, in place."""
+        """Replace parameters, in place, by ``weights``: checkpoint name -> float32 tensor."""
         parameters = dict(self._model.named_parameters())
         with torch.no_grad():
             for name in weights:
@@ -82,27 +83,27 @@ class Reference:
         """
         return self._forward(ids, None, 0)[:2]
 
-    def in_pieces(self, ids: Ids, tail: int, piece: int = PIECE) -> tuple[Array, dict[str, Array]]:
+    def in_chunks(self, ids: Ids, tail: int, chunk: int = CHUNK) -> tuple[Array, dict[str, Array]]:
         """Return what ``full`` does for the last ``tail`` positions, in memory that grows with the states alone.
 
         Raises:
             H1ExportError: this transformers does not continue correctly from a cache by several tokens.
         """
-        if piece == PIECE:
-            self._check_pieces()
+        if chunk == CHUNK:
+            self._check_chunks()
         cache = None
         start = 0
         kept = np.zeros((0, self._model.config.vocab_size), np.float32)
         while start < len(ids):
-            end = len(ids) if len(ids) - start <= piece + 1 else start + piece
+            end = len(ids) if len(ids) - start <= chunk + 1 else start + chunk
             logits, states, cache = self._forward(ids[start:end], cache, tail)
             start = end
             kept = np.concatenate([kept, logits])[-tail:]
         return kept, states
 
-    def _check_pieces(self) -> None:
+    def _check_chunks(self) -> None:
         ids = np.arange(24) % self._model.config.vocab_size
-        if not relative_error(self.in_pieces(ids, len(ids), piece=16)[0], self.full(ids)[0]) <= CONTINUES:
+        if not relative_error(self.in_chunks(ids, len(ids), chunk=16)[0], self.full(ids)[0]) <= CHUNK_TOLERANCE:
             what = "its Falcon-H1 does not continue a cache by several tokens, so long contexts have no reference"
             raise H1ExportError("transformers", what, "install 5.24 or a later one, or leave out --context")
 

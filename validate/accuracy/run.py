@@ -28,10 +28,10 @@ from h1export.validate.accuracy.greedy_agreement import (
     Continuation,
     continuations,
     greedy_agreement_row,
-    impossible,
     prompts,
+    why_no_texts,
 )
-from h1export.validate.accuracy.latency import PREFILL, measure, tokens_needed
+from h1export.validate.accuracy.latency import PREFILL_TOKENS, measure, tokens_needed
 from h1export.validate.accuracy.long_contexts import context_rows, cost_rows
 from h1export.validate.accuracy.parity import Run, case_rows, run_cases
 from h1export.validate.accuracy.perplexity import WINDOW, Scored, text_figures, windows
@@ -44,17 +44,17 @@ PACKAGES = ("torch", "transformers", "numpy")  # whose versions a report names
 
 @dataclass(frozen=True)
 class ValidateOptions:
-    """What to run.
+    """What to run, and the tolerances that replace defaults.
 
     Attributes:
         tolerances: metric -> tolerance, overriding the defaults of tolerances.py.
-        text_ids: token ids of a text for bits per byte; empty: no text.
-        text_bytes: bytes that ``text_ids[1:]`` stand for.
-        pairs: paired latency runs; 0: no latency.
-        seed: of the random token ids.
-        bisect: name the first layer and op family beyond tolerance.
-        prompts: greedy texts, from places in the text; 0: none.
-        contexts: lengths at which to compare states after a prefill in chunks, and to time tokens.
+        text_ids: token ids of a text for bits per byte; where they are empty, no text is scored.
+        text_bytes: the number of bytes that ``text_ids[1:]`` stand for.
+        pairs: the number of paired latency runs; 0 means that latency is not measured.
+        seed: the seed of the random token ids.
+        bisect: whether to name the first layer and op family beyond tolerance.
+        prompts: the number of greedy texts, which start at places in the text.
+        contexts: the numbers of tokens at which to compare states after a prefill in chunks, and to time tokens.
     """
 
     tolerances: Mapping[str, float] = field(default_factory=dict)
@@ -68,13 +68,13 @@ class ValidateOptions:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The artifact that is validated, and the tolerances for it.
+class Validation:
+    """The runners of one validation, the weights that the reference is to hold, and what to run.
 
     Attributes:
-        runner: the artifact as it ships.
-        exact: the same in float32 arithmetic; ``runner`` itself where it ships so, or cannot.
-        stored: checkpoint name -> float32 tensor, of the weights that are quantised, or scaled for quantisation.
+        runner: runs the artifact as it ships.
+        exact: runs it in float32 arithmetic; it is ``runner`` where that does so, or where the runtime cannot.
+        stored: checkpoint name -> float32 tensor, for the weights that are quantised, or scaled for quantisation.
         tolerances: metric -> tolerance.
         options: what to run.
     """
@@ -104,7 +104,7 @@ def validate(
 ) -> Report:
     """Compare an artifact with the PyTorch reference on ``checkpoint``, which must be what it was built from.
 
-    ``runner`` and ``exact`` are those of Subject.
+    ``runner`` and ``exact`` are those of Validation.
 
     Raises:
         H1ExportError: tolerances for metrics that do not exist, or a checkpoint that cannot be loaded.
@@ -121,8 +121,8 @@ def validate(
         rows.append(_weights_row(artifact, stored, store, tolerances=tolerances))
     scaled = {name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys()}
     held = {**stored, **scaled} if scaled else stored
-    subject = Subject(runner, exact, held, tolerances=tolerances, options=options)
-    rows += _rows(subject, Reference(checkpoint), progress)
+    validation = Validation(runner, exact, held, tolerances=tolerances, options=options)
+    rows += _rows(validation, Reference(checkpoint), progress)
     if options.bisect:
         rows += [integers_row(row) for row in rows if row.kind is CheckKind.STORED_INTEGERS]
     return Report(_described(artifact.manifest) | _shown(runner), _environment(), tuple(rows))
@@ -142,13 +142,13 @@ def judge(
     """
     float32 = runner.provenance.float32
     tolerances = defaults.tolerances_for("none", "rtn", float32, exact=float32, chosen=options.tolerances)
-    subject = Subject(runner, runner, {}, tolerances=tolerances, options=options)
-    return Report(_shown(runner), _environment(), tuple(_rows(subject, Reference(checkpoint), progress)))
+    validation = Validation(runner, runner, {}, tolerances=tolerances, options=options)
+    return Report(_shown(runner), _environment(), tuple(_rows(validation, Reference(checkpoint), progress)))
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """A runner's outputs of every case, and its greedy texts; ``no_texts``: why there are none."""
+    """A runner's outputs in every case, and its greedy texts; ``no_texts`` says why there are none, or is empty."""
 
     runs: list[Run]
     texts: list[Continuation]
@@ -156,9 +156,9 @@ class Outputs:
 
     @classmethod
     def of(cls, runner: Comparable[Any], options: ValidateOptions) -> Outputs:
-        """Run ``runner``."""
+        """Run every case and every prompt with ``runner``."""
         starts = prompts(options.text_ids, options.prompts, options.seed)
-        no_texts = impossible(runner, starts)
+        no_texts = why_no_texts(runner, starts)
         texts = [] if no_texts else list(continuations(runner, starts))
         return cls(list(run_cases(runner, options.seed)), texts, no_texts)
 
@@ -168,19 +168,19 @@ class Outputs:
         return greedy_agreement_row(comparison, self.texts, reference)
 
 
-def _rows(subject: Subject, reference: Reference, progress: Progress) -> list[Row]:
-    """Return all rows but that of the stored integers.
+def _rows(validation: Validation, reference: Reference, progress: Progress) -> list[Row]:
+    """Run all checks, and return their rows; the row of the stored integers is not among them.
 
-    The reference holds the checkpoint's weights first, and the stored ones (``subject.stored``) after that.
+    The reference holds the checkpoint's weights first, and the stored ones (``validation.stored``) after that.
     """
-    runner = subject.runner
-    options = subject.options
-    tolerances = subject.tolerances
+    runner = validation.runner
+    options = validation.options
+    tolerances = validation.tolerances
     progress.stage("artifact")
     shipped = Outputs.of(runner, options)
     judged = {
         comparison: shipped if judged_runner is runner else Outputs.of(judged_runner, options)
-        for comparison, judged_runner in subject.comparisons.items()
+        for comparison, judged_runner in validation.comparisons.items()
     }
     magnitudes = runner.magnitudes() if isinstance(runner, TracksMagnitudes) else {}
     rows = [_fp16_row(magnitudes, tolerances)] if magnitudes else []
@@ -192,9 +192,9 @@ def _rows(subject: Subject, reference: Reference, progress: Progress) -> list[Ro
     rows.append(shipped.greedy(Comparison.SOURCE, reference))
     progress.stage("latency")
     rows += _latency_rows(runner, reference, options, tolerances=tolerances)
-    if subject.stored:
+    if validation.stored:
         progress.stage("reference on the stored weights")
-        reference.hold(subject.stored)
+        reference.hold(validation.stored)
         lowering: list[Row] = []
         for runs in zip(*(outputs.runs for outputs in judged.values()), strict=True):
             compared = dict(zip(judged, runs, strict=True))
@@ -203,13 +203,15 @@ def _rows(subject: Subject, reference: Reference, progress: Progress) -> list[Ro
         rows += [outputs.greedy(comparison, reference) for comparison, outputs in judged.items()]
     if options.contexts:
         progress.stage("long contexts")
-        rows += context_rows(subject.comparisons, reference, options.contexts, tolerances=tolerances, seed=options.seed)
+        rows += context_rows(
+            validation.comparisons, reference, options.contexts, tolerances=tolerances, seed=options.seed
+        )
         rows += cost_rows(runner, options.contexts, seed=options.seed)
     if options.bisect:
         progress.stage("layer by layer")
-        comparison = next(iter(subject.comparisons))
+        comparison = next(iter(validation.comparisons))
         tolerance = tolerances[f"{comparison}.states"]
-        rows += bisect(subject.exact, reference, comparison, tolerance=tolerance, seed=options.seed)
+        rows += bisect(validation.exact, reference, comparison, tolerance=tolerance, seed=options.seed)
     return rows
 
 
@@ -283,7 +285,7 @@ def _latency_rows(
 ) -> list[Row]:
     if reason := _no_latency(runner, options):
         return [Row(CheckKind.LATENCY, Comparison.SOURCE, note=reason)]
-    prompt = np.random.default_rng(options.seed).integers(0, runner.config.vocab_size, PREFILL, dtype=np.int64)
+    prompt = np.random.default_rng(options.seed).integers(0, runner.config.vocab_size, PREFILL_TOKENS, dtype=np.int64)
     note = f"median of {options.pairs} interleaved pairs, PyTorch on {torch.get_num_threads()} threads"
     return [
         Row(

@@ -43,7 +43,7 @@ LATENCY = {f"{LATENCY_PREFIX}.{Phase.PREFILL}": 1.5, f"{LATENCY_PREFIX}.{Phase.D
 
 
 def tolerances_of(manifest: Manifest, float32: bool, exact: bool, *, chosen: Mapping[str, float]) -> dict[str, float]:
-    """Return ``tolerances_for`` the artifact with this ``manifest``.
+    """Return ``tolerances_for`` the artifact with this ``manifest``, with the same other arguments.
 
     The artifact's shortest integers decide, because single tensors may have other precisions than its scheme.
     """
@@ -63,11 +63,11 @@ def tolerances_for(
     """Return metric -> tolerance for artifacts of ``quant`` by ``method``; ``chosen`` overrides the defaults.
 
     Args:
-        quant: the shortest integers.
-        method: how they were chosen.
-        float32: the artifact ships with float32 activations.
-        exact: its lowering is judged in float32 arithmetic.
-        chosen: metric -> tolerance.
+        quant: the precision of the shortest integers.
+        method: the method that chose the integers.
+        float32: whether the artifact ships with float32 activations.
+        exact: whether its lowering is judged in float32 arithmetic.
+        chosen: metric -> tolerance, for --tolerance.
 
     Raises:
         H1ExportError: ``chosen`` names a metric that this artifact has no tolerance for.

@@ -1,4 +1,4 @@
-"""How fast a model is, at every thread count, depth and batch, and how near to the memory limit.
+"""Measure how fast a model is at every thread count, depth and batch, and its share of the memory bandwidth.
 
 All configurations, those of two candidates too, take turns round by round, so that a busy moment of the machine affects
 them all.
@@ -158,8 +158,8 @@ def interleave(jobs: Mapping[K, Callable[[], float]], rounds: int) -> dict[K, li
     return samples
 
 
-def of_artifact(artifact: Artifact, make: Callable[[int], Callable[[], TimedModel]]) -> Candidate:
-    """Return the Candidate of an artifact, which ``make`` makes."""
+def candidate_of(artifact: Artifact, make: Callable[[int], Callable[[], TimedModel]]) -> Candidate:
+    """Return the Candidate of an artifact; ``make`` is that of Candidate."""
     manifest = artifact.manifest
     size = sum(size for _, size in manifest.files.values())
     return Candidate(

@@ -1,4 +1,4 @@
-"""The checks of `h1export gate`: kinds, figures, and the texts by which people know them."""
+"""The checks of `h1export gate`: kinds, figures, and the names that tables show."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ LABELS = {
 
 
 def check_label(check: Check) -> str:
-    """Return the name of a check for a person."""
+    """Return the name of a check, as tables show it."""
     if check.timing is not None:
         return timing_label(check.timing)
     return f"{LABELS[check.kind]} {check.file}".rstrip()
 
 
 def timing_label(timing: Timing) -> str:
-    """Return the name of a timing for a person."""
+    """Return the name of a timing, as tables show it; ``Timing.key`` is the one that baselines keep."""
     text = f"decode at {timing.tokens}" if timing.phase is Phase.DECODE else f"prefill {timing.tokens}"
     return text if timing.batch == 1 else f"{text}, batch {timing.batch}"

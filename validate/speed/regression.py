@@ -1,4 +1,4 @@
-"""Whether an artifact takes more nodes, bytes, memory or time than its baseline."""
+"""Check whether an artifact takes more nodes, bytes, memory or time than its baseline."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class Makers:
     Attributes:
         pair: the artifact and its reference, which are timed side by side.
         alone: the artifact, whose memory is measured.
-        steps: tokens that a timing decodes.
-        kind: of the machine: baselines keep ratios by it.
+        steps: the number of tokens that one timing decodes.
+        kind: the kind of machine, by which a baseline keeps its ratios.
     """
 
     pair: Callable[[], TimedModel]
@@ -133,12 +133,13 @@ def _in_baseline(wanted: Iterable[str], found: Mapping[str, Any]) -> None:
 def memory_of(makers: Makers, gate: Gate) -> int:
     """Return the peak memory in bytes of a worker that does each timing once, see WorkerProcess.finish."""
     worker = WorkerProcess(makers.alone)
-    for limit in _possible(gate, worker, makers.steps):
+    for limit in _checked_limits(gate, worker, makers.steps):
         worker.speed(limit.timing)
     return worker.finish()
 
 
-def _possible(gate: Gate, worker: WorkerProcess, steps: int) -> tuple[Limit, ...]:
+def _checked_limits(gate: Gate, worker: WorkerProcess, steps: int) -> tuple[Limit, ...]:
+    """Return the gate's limits after a check that the worker's model can do all of their timings."""
     for limit in gate.timings:
         if reason := limit.timing.refused(worker.limits, steps):
             raise H1ExportError(
@@ -170,7 +171,7 @@ def measured_checks(makers: Makers, then: Baseline, gate: Gate) -> Iterator[Chec
     ratios = then.ratios[kind]
     _in_baseline([timing.key for timing in timings], ratios)
     worker = WorkerProcess(makers.pair)
-    limits = {limit.timing: limit.slowdown for limit in _possible(gate, worker, makers.steps)}
+    limits = {limit.timing: limit.slowdown for limit in _checked_limits(gate, worker, makers.steps)}
     for timing in limits:
         worker.speed(timing)  # warm-up
     found = decide_all(lambda timing: 1 / worker.speed(timing) / ratios[timing.key].estimate.median, limits, gate.pairs)
@@ -195,7 +196,7 @@ def measured(makers: Makers, now: Baseline, gate: Gate) -> Baseline:
     samples: dict[Timing, list[float]] = {limit.timing: [] for limit in gate.timings}
     for _ in range(PROCESSES if samples else 0):
         worker = WorkerProcess(makers.pair)
-        _possible(gate, worker, makers.steps)
+        _checked_limits(gate, worker, makers.steps)
         for timing in samples:
             worker.speed(timing)  # warm-up
         for _ in range(-(-gate.pairs // PROCESSES)):

@@ -21,7 +21,7 @@ from h1export.report.checks import Phase
 from h1export.runtime.runner import Limits, Provenance, Session
 
 CHUNK = 512  # tokens a call while a sequence is brought to its depth
-DRIFT = 8  # a sequence is decoded until it is deeper than its nominal depth by this part of it
+GROWTH_DIVISOR = 8  # a session is used again until it is deeper than its nominal depth by depth / GROWTH_DIVISOR
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Timing:
 
     @property
     def key(self) -> str:
-        """The name of the timing in baselines and messages; labels.py of this folder has the text of tables."""
+        """The name of the timing in baselines and messages; ``gate_checks.timing_label`` has that of tables."""
         key = f"decode at {self.tokens}" if self.phase is Phase.DECODE else f"prefill {self.tokens}"
         return key if self.batch == 1 else f"{key}, batch {self.batch}"
 
     def refused(self, limits: Limits, steps: int) -> str:
-        """Return why a model of these ``limits`` cannot do it in ``steps`` steps; empty where it can."""
+        """Return why a model of these ``limits`` cannot do the timing in ``steps`` steps; empty where it can."""
         if limits.max_batch is not None and self.batch > limits.max_batch:
             return f"takes {limits.max_batch} sequences at a time"
         room = self.tokens + (steps if self.phase is Phase.DECODE else 0)
@@ -80,14 +80,14 @@ class StartableModel(Protocol):
 class RunnerModel:
     """Times a Runner or a Reference. Tokens are random: time does not depend on them.
 
-    Later timings at a depth continue where earlier ones stopped, until the sequence is deeper by a part of 1 / DRIFT or
-    by one timing; then a new sequence is brought to the depth. At depth 0 each timing starts a new one.
+    Later timings at a depth continue where earlier ones stopped, until the session is deeper by 1 / GROWTH_DIVISOR of
+    the depth or by one timing; then a new session is brought to the depth. At depth 0 each timing starts a new one.
 
     Args:
-        model: what is timed.
-        steps: tokens that a timing decodes.
+        model: the model that is timed.
+        steps: the number of tokens that one timing decodes.
         clock: returns seconds.
-        chunk: tokens of a call while a sequence is brought to its depth.
+        chunk: the number of tokens of a call while a sequence is brought to its depth.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class RunnerModel:
         self._steps = steps
         self._clock = clock
         self._chunk = chunk
-        self._sequences: dict[Timing, tuple[Session, int]] = {}  # and their capacity
+        self._sessions: dict[Timing, tuple[Session, int]] = {}  # decode timing -> session, its capacity
         self._random = np.random.default_rng(0)
 
     @property
@@ -111,26 +111,24 @@ class RunnerModel:
     def speed(self, timing: Timing) -> float:
         if timing.phase is Phase.PREFILL:
             return self._timed(self._model.start(timing.batch, timing.tokens), timing, [timing.tokens])
-        sequences, capacity = self._sequences.pop(timing, (None, 0))
-        if sequences is None or sequences.length + self._steps > capacity:
-            capacity = timing.tokens + max(self._steps, timing.tokens // DRIFT)
+        session, capacity = self._sessions.pop(timing, (None, 0))
+        if session is None or session.length + self._steps > capacity:
+            capacity = timing.tokens + max(self._steps, timing.tokens // GROWTH_DIVISOR)
             capacity = min(capacity, self._model.limits.max_context or capacity)
-            sequences = self._model.start(timing.batch, capacity)
+            session = self._model.start(timing.batch, capacity)
             for start in range(0, timing.tokens, self._chunk):
-                self._append(sequences, timing, min(self._chunk, timing.tokens - start))
-        self._sequences[timing] = sequences, capacity
-        return self._timed(sequences, timing, [1] * self._steps)
+                self._append(session, timing, min(self._chunk, timing.tokens - start))
+        self._sessions[timing] = session, capacity
+        return self._timed(session, timing, [1] * self._steps)
 
-    def _timed(self, sequences: Session, timing: Timing, calls: list[int]) -> float:
+    def _timed(self, session: Session, timing: Timing, calls: list[int]) -> float:
         start = self._clock()
         for tokens in calls:
-            self._append(sequences, timing, tokens)
+            self._append(session, timing, tokens)
         return timing.batch * sum(calls) / (self._clock() - start)
 
-    def _append(self, sequences: Session, timing: Timing, tokens: int) -> None:
-        sequences.append(
-            self._random.integers(0, self._model.config.vocab_size, (timing.batch, tokens), dtype=np.int64)
-        )
+    def _append(self, session: Session, timing: Timing, tokens: int) -> None:
+        session.append(self._random.integers(0, self._model.config.vocab_size, (timing.batch, tokens), dtype=np.int64))
 
 
 def pin(threads: int) -> tuple[int, ...]:

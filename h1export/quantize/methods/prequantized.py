@@ -82,7 +82,7 @@ def need_symmetric(integers: QuantizedWeights, runtime: str, *, next_step: str) 
     """Refuse zero points, for a runtime that has none.
 
     Raises:
-        H1ExportError: ``integers`` have zero points; ``next_step`` tells the user what to do.
+        H1ExportError: ``integers`` have zero points; ``next_step`` is the advice to the user.
     """
     for name, precision in integers.precisions.items():
         if precision.zeros:

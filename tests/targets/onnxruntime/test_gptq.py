@@ -164,8 +164,8 @@ def test_validate_passes_and_finds_no_difference(asymmetric: tuple[Written, Arti
 def test_the_manifest_says_where_the_integers_are_from(asymmetric: tuple[Written, Artifact]) -> None:
     written, artifact = asymmetric
     scheme = artifact.manifest.scheme
-    assert (scheme["quant"], scheme["method"]) == ("int4", "ready")
-    assert scheme["ready"] == {"bits": 4, "group_size": 32, "sym": False, "zero_offset": 1}
+    assert (scheme["quant"], scheme["method"]) == ("int4", "prequantized")
+    assert scheme["prequantized"] == {"bits": 4, "group_size": 32, "sym": False, "zero_offset": 1}
     assert artifact.manifest.source == WeightStore.open(written.folder, artifact.config).fingerprint()
 
 

@@ -18,12 +18,12 @@ from h1export.report.checks import CheckKind, Comparison
 from h1export.report.report import Verdict
 from h1export.validate.accuracy import greedy_agreement, long_contexts
 from h1export.validate.accuracy.greedy_agreement import (
-    PROMPT,
+    PROMPT_TOKENS,
     Continuation,
     continuations,
     greedy_agreement_row,
-    impossible,
     prompts,
+    why_no_texts,
 )
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.long_contexts import context_rows, cost_rows
@@ -44,7 +44,7 @@ def greedy(reference: Reference, prompt: Any, tokens: int) -> Any:
 
 def test_agreement_ends_at_the_first_token_that_differs(make_checkpoint: MakeCheckpoint) -> None:
     reference = Reference(make_checkpoint())
-    prompt = np.arange(PROMPT)
+    prompt = np.arange(PROMPT_TOKENS)
     truth = greedy(reference, prompt, 12)
     assert Continuation(prompt, truth).agreed(reference) == 12
     for place in (0, 5, 11):
@@ -57,7 +57,7 @@ def test_agreement_ends_at_the_first_token_that_differs(make_checkpoint: MakeChe
 def test_greedy_texts_are_the_runners(
     make_checkpoint: MakeCheckpoint, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(greedy_agreement, "LIMIT", 12)
+    monkeypatch.setattr(greedy_agreement, "NEW_TOKENS", 12)
     checkpoint = make_checkpoint()
     reference = Reference(checkpoint)
     starts = prompts(np.arange(200), 3, seed=0)
@@ -76,10 +76,10 @@ def test_prompts_are_stretches_of_the_text_and_come_again(make_checkpoint: MakeC
     ids = np.arange(100)
     found = prompts(ids, 5, seed=3)
     assert len(found) == 5
-    assert all(np.array_equal(prompt, np.arange(prompt[0], prompt[0] + PROMPT)) for prompt in found)
+    assert all(np.array_equal(prompt, np.arange(prompt[0], prompt[0] + PROMPT_TOKENS)) for prompt in found)
     assert np.array_equal(found, prompts(ids, 5, seed=3))
     assert not np.array_equal(found, prompts(ids, 5, seed=4))
-    assert prompts(ids[: PROMPT - 1], 5, seed=3) == []
+    assert prompts(ids[: PROMPT_TOKENS - 1], 5, seed=3) == []
 
 
 @pytest.mark.parametrize("name", ["plain", "dt_limits", "odd_sizes", "norm_before_gate_three_groups"])
@@ -88,7 +88,7 @@ def test_the_reference_in_pieces_is_the_whole(name: str, make_checkpoint: MakeCh
     ids = np.random.default_rng(0).integers(0, 259, 97)
     truth, states = reference.full(ids)
     for chunk in (7, 32, 96):  # of 96, one token is left, which goes with the others
-        found, found_states = reference.in_pieces(ids, 40, chunk)
+        found, found_states = reference.in_chunks(ids, 40, chunk)
         assert relative_error(found, truth[-40:]) < 1e-5
         assert all(relative_error(found_states[key], states[key]) < 1e-5 for key in states)
 
@@ -100,7 +100,7 @@ def test_a_reference_that_forgets_its_past_is_not_used(
     answer = reference._forward
     monkeypatch.setattr(reference, "_forward", lambda ids, cache, tail: answer(ids, None, tail))
     with pytest.raises(H1ExportError, match="does not continue a cache"):
-        reference.in_pieces(np.arange(30), 4)
+        reference.in_chunks(np.arange(30), 4)
 
 
 @pytest.mark.ort
@@ -176,5 +176,5 @@ def test_validate_does_both(spoken_checkpoint: Path, build: Build) -> None:
 @pytest.mark.ort
 def test_texts_that_do_not_fit_are_not_applicable(make_checkpoint: MakeCheckpoint, build: Build) -> None:
     runner = load_runner(build(make_checkpoint(max_position_embeddings=50)))
-    assert "do not fit into 50" in impossible(runner, [np.arange(PROMPT)])
-    assert impossible(load_runner(build(make_checkpoint())), []) == "not requested, or there is no text"
+    assert "do not fit into 50" in why_no_texts(runner, [np.arange(PROMPT_TOKENS)])
+    assert why_no_texts(load_runner(build(make_checkpoint())), []) == "not requested, or there is no text"

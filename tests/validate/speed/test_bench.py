@@ -149,7 +149,7 @@ def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> No
 def test_two_artifacts_are_measured_in_turns(tiny: Path, build: Build) -> None:
     artifacts = [build(tiny, "int4", accuracy_level=4), build(tiny)]
     options = BenchOptions(depths=(0, 16), prefills=(32,), threads=(1,), batches=(1, 2), repeats=2, steps=2)
-    report = bench_artifact(*(artifact.folder for artifact in artifacts), None, options)
+    report = bench_artifact(*(artifact.folder for artifact in artifacts), None, options=options)
     assert [(speed.model, speed.timing.key) for speed in report.speeds] == [
         (subject, what + batch)
         for what in ("decode at 0", "decode at 16", "prefill 32")
@@ -177,7 +177,7 @@ def test_the_reference_is_measured_in_turns(make_checkpoint: Callable[..., Path]
     checkpoint = make_checkpoint()
     artifact = build(checkpoint, "int4")
     options = BenchOptions((0, 8), (16,), (1,), batches=(2,), repeats=2, steps=2)
-    report = bench_artifact(artifact.folder, None, checkpoint, options)
+    report = bench_artifact(artifact.folder, None, checkpoint, options=options)
     ours, reference = report.measured
     assert (ours.target, reference.target, reference.built_as["weights"]) == (
         "ort",
@@ -188,7 +188,7 @@ def test_the_reference_is_measured_in_turns(make_checkpoint: Callable[..., Path]
     assert reference.weight_bytes == pytest.approx(2 * stored, rel=0.05)
     assert [speed.ratio is not None for speed in report.speeds] == [True, False] * 3
     with pytest.raises(H1ExportError, match="was not built from"):
-        bench_artifact(artifact.folder, None, tiny, options)
+        bench_artifact(artifact.folder, None, tiny, options=options)
 
 
 def test_a_reference_times_what_it_is_asked(make_checkpoint: Callable[..., Path]) -> None:

@@ -20,7 +20,7 @@ FLOAT_BYTES = 4  # of a value that is not quantised
 READ_BYTES = 1 << 28  # of the array that read_bandwidth reads: far larger than any last-level cache
 
 
-def step_bytes(manifest: Manifest, config: FalconH1Config, batch: int, *, depth: int) -> int:
+def step_bytes(manifest: Manifest, config: FalconH1Config, batch: int, depth: int) -> int:  # noqa: PLR0917  a callback
     """Return the bytes that one decode step of ``batch`` sequences reads after ``depth`` tokens.
 
     It reads every weight and state once, but of an untied embedding one row a sequence. Activations stay in caches

@@ -21,7 +21,6 @@ from h1export.checkpoint.store import WeightStore
 from h1export.commands.build import QuantScheme, build_artifact
 from h1export.commands.load import load_runner
 from h1export.graphs.verify import LEGAL_OPS
-from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.progress import SILENT
 from h1export.quantize.methods.rtn import quantize_rows
@@ -33,6 +32,7 @@ from h1export.targets.onnxruntime import state_layout
 from h1export.targets.onnxruntime.emit import dequantize_linear, portable
 from h1export.targets.onnxruntime.emit.chunked_scan import LENGTH, Chunks, chunked_scan
 from h1export.targets.onnxruntime.options import OrtOptions
+from h1export.targets.sizes import ScanSizes
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.run import ValidateOptions, validate
 
@@ -154,9 +154,9 @@ def test_the_reference_evaluator_of_onnx_agrees(
 
 
 @pytest.fixture(scope="module")
-def scan_model() -> tuple[FalconH1Config, ort.InferenceSession]:
+def scan_model() -> ort.InferenceSession:
     """The scan alone: 2 groups of 2 heads, d_head 3, d_state 5."""
-    config: Any = type("Sizes", (), {"mamba_n_groups": 2, "mamba_n_heads": 4, "mamba_d_head": 3, "mamba_d_state": 5})
+    sizes = ScanSizes(4, 2, 3, d_state=5)
     b = GraphBuilder({"": 18})
     floats = ir.TensorType(ir.DataType.FLOAT)
     shapes = {
@@ -170,7 +170,7 @@ def scan_model() -> tuple[FalconH1Config, ort.InferenceSession]:
     chunks = Chunks.of(b, b.op("Shape", inputs["decay"], start=1, end=2))
     results = chunked_scan(
         b,
-        config,
+        sizes,
         chunks,
         drive=inputs["drive"],
         log_decay=inputs["decay"],
@@ -182,7 +182,7 @@ def scan_model() -> tuple[FalconH1Config, ort.InferenceSession]:
         value.name = name
         value.type = floats
     model = ir.to_proto(b.model(list(inputs.values()), list(results), "scan"))
-    return config, ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
@@ -190,7 +190,7 @@ def scan_model() -> tuple[FalconH1Config, ort.InferenceSession]:
     seq=st.integers(1, 4 * LENGTH), batch=st.integers(1, 3), rate=st.floats(1e-4, 40.0), seed=st.integers(0, 2**32 - 1)
 )
 def test_the_scan_is_the_recurrence(
-    seq: int, batch: int, rate: float, seed: int, scan_model: tuple[Any, ort.InferenceSession]
+    seq: int, batch: int, rate: float, seed: int, scan_model: ort.InferenceSession
 ) -> None:
     """In float64, one token at a time; from decays that forget nothing to those that forget all at once."""
     rng = np.random.default_rng(seed)
@@ -214,7 +214,7 @@ def test_the_scan_is_the_recurrence(
         size = size * np.exp(log[:, t])[..., None, None] + np.abs(B[:, t, :, :, None] * u[:, t, :, None])
         outputs.append((C[:, t, :, :, None] * S).sum(2))
         sizes.append((np.abs(C[:, t, :, :, None]) * size).sum(2))
-    y, last = scan_model[1].run(None, feeds)
+    y, last = scan_model.run(None, feeds)
     assert (
         np.abs(y - np.stack(outputs, 1)).max() <= 4e-6 * np.stack(sizes, 1).max()
     )  # as if no term cancelled; some dozens of 6e-8

@@ -199,7 +199,8 @@ def test_a_planted_fault_is_found_and_named(
         runner: Runner[Any] = load_runner(one, float32=True)
         reference = Reference(make_checkpoint())
         reference.hold(runner.stored_weights())
-        found[name] = [row for row in bisect(runner, reference, "stored", limit=5e-5, seed=0) if row.verdict == "FAIL"]
+        rows = bisect(runner, reference, Comparison.STORED, tolerance=5e-5, seed=0)
+        found[name] = [row for row in rows if row.verdict == "FAIL"]
     assert found["good"] == []
     assert found["bad"]
     assert place in found["bad"][0].note, found["bad"][0].note

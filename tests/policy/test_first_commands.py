@@ -26,8 +26,11 @@ LEFT_BEHIND = (
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run ruff's import rules as the session `lint` does, in ``folder``, which may be below a .nox that ruff excludes."""
-    everywhere = ("--config", 'exclude = ["no such folder"]')
+    """Run ruff's import rules as the session `lint` does, in ``folder``.
+
+    The folder may be below the .nox of a checkout, which git ignores and ruff would pass over.
+    """
+    everywhere = ("--no-respect-gitignore", "--config", 'exclude = ["no such folder"]')
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--select", "I", *everywhere, "."]
     found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert "No Python files" not in found.stdout + found.stderr

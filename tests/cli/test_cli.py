@@ -387,7 +387,7 @@ def test_bench_against_another_artifact(
     for words_shown in (
         "accuracy_level 4",
         "quant int4",
-        "group size 32",
+        "group_size 32",
         "onnxruntime",
         "decode at 8",
         "of bandwidth",

@@ -147,7 +147,7 @@ def _register(op: Op) -> None:
         getattr(torch.ops.h1, op.space).default, capability_validator=_takes, supports_dynamic_shapes=True
     )
     def converter(
-        context: Any, target: Any, args: Sequence[Any], *, kwargs: Mapping[str, Any], name: str
+        context: Any, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
     ) -> tuple[Any, ...]:
         return convert(context, op, args, name=name)
 

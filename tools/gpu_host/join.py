@@ -2,9 +2,9 @@
 
     python3 join.py PARTS [PARTS ...] --out bundle [--groups core,shape]
 
-Every folder PARTS holds parts that arrived, and index.json. A part is checked, then kept in the folder of the bundle, so
-that parts may come in several transfers: join again after each. A group is unpacked when it has all its parts. The exit
-code is 2 while a wanted group is not complete, and whenever a file is not what the index says.
+Every folder PARTS holds parts that arrived, and index.json. A part is checked, then kept in the folder of the bundle,
+so that parts may come in several transfers: join again after each. A group is unpacked when it has all its parts. The
+exit code is 2 while a wanted group is not complete, and whenever a file is not what the index says.
 """
 
 from __future__ import annotations
@@ -218,22 +218,10 @@ def _take(name: str, group: dict[str, Any], found: dict[str, Path], *, out: Path
         if folder.is_symlink():
             raise JoinError(f"{folder}: is a link; give a new folder as --out")
         folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    missing = []
-    for part in group["parts"]:
-        own = kept / part["name"]
-        if part["name"] in found:
-            own.unlink(missing_ok=True)
-            shutil.copyfile(found[part["name"]], own)
-        if own.exists():
-            try:
-                check(own, part)
-            except JoinError:  # a copy that was interrupted, or a part of another bundle
-                own.unlink()
-        if own.exists():
-            files.append(own)
-        else:
-            missing.append(part["name"])
+    files = [kept / part["name"] for part in group["parts"]]
+    for file, part in zip(files, group["parts"], strict=True):
+        _keep(file, part, found.get(part["name"]))
+    missing = [file.name for file in files if not file.exists()]
     if missing:
         return missing if wanted else []
     whole = hashlib.sha256()
@@ -246,6 +234,18 @@ def _take(name: str, group: dict[str, Any], found: dict[str, Path], *, out: Path
     for file in files:
         file.unlink()
     return []
+
+
+def _keep(file: Path, part: dict[str, Any], source: Path | None) -> None:
+    """Copy a part that arrived to ``file``; remove what an interrupted copy or another bundle left there."""
+    if source is not None:
+        file.unlink(missing_ok=True)
+        shutil.copyfile(source, file)
+    if file.is_symlink() or file.exists():
+        try:
+            check(file, part)
+        except JoinError:
+            file.unlink()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,8 +26,9 @@ def run(host: Host) -> Iterator[Row]:
             yield Row(f"package {name}", False if name in NEEDED else None, detail="not installed")
     for tool in ("nvcc", "cmake", "c++", "ncu", "nsys"):
         yield Row(f"tool {tool}", None, {"path": shutil.which(tool)})
-    import h1export
     import torch
+
+    import h1export
 
     yield Row("h1export", True, {"version": h1export.__version__})
     if host.dry:

@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpu_host import bundle
-from gpu_host.section import Host, Row
 from make_checkpoint import config, write_checkpoint
 
+from gpu_host import bundle
+from gpu_host.section import Host, Row
 from h1export import cli
 
 DATA = "model.onnx.data"

@@ -184,9 +184,9 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, 2 - 1.5625 * step / steps, 0.625 / 0.12 * (1 - step / steps))
 
 
-def show(step: int, steps: int, loss: float, seconds: float) -> None:
+def show(step: int, loss: float, seconds: float) -> None:
     """Print the progress of training."""
-    print(f"step {step}/{steps} loss {loss:.4f} {seconds:.0f} s", flush=True)
+    print(f"step {step} loss {loss:.4f} {seconds:.0f} s", flush=True)
 
 
 def train(
@@ -197,11 +197,11 @@ def train(
     steps: int,
     seed: int,
     checkpoint: Path | None,
-    report: Callable[[int, int, float, float], None] = show,
+    report: Callable[[int, float, float], None] = show,
 ) -> float:
     """Train weights in place, on their device, for a fixed number of steps, resuming from checkpoint.
 
-    ``report`` is called with step, steps, mean loss in nats and seconds, every 20 steps. Returns the seconds.
+    ``report`` is called with step, mean loss in nats and seconds, every 20 steps. Returns the seconds.
     """
     device = next(iter(weights.values())).device
     opts = optimizers(cfg, weights)
@@ -231,7 +231,7 @@ def train(
         losses.append(loss.item())
         seconds = time.time() - start
         if (step + 1) % 20 == 0 or step + 1 == steps:
-            report(step + 1, steps, sum(losses[-20:]) / len(losses[-20:]), seconds)
+            report(step + 1, sum(losses[-20:]) / len(losses[-20:]), seconds)
         if checkpoint and ((step + 1) % 50 == 0 or step + 1 == steps):
             state = {
                 "step": step + 1,

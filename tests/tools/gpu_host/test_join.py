@@ -121,7 +121,7 @@ def link(parts: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(cut, "has 5 bytes and not"), (swap, "damaged"), (extra, "is not in index.json"), (link, "no?t a plain file")],
+    [(cut, "has 5 bytes and not"), (swap, "damaged"), (extra, "is not in index.json"), (link, "is not a plain file")],
 )
 def test_wrong_parts_are_refused_in_one_line(
     parts: Path, tmp_path: Path, damage: Any, message: str, capsys: pytest.CaptureFixture[str]

@@ -9,12 +9,12 @@ Source: Dao and Gu, "Transformers are SSMs" (2024), section 6. A prompt is cut i
 
 Tensors are contiguous, with the shapes of op.py. x, dt, B, C, mask and y share one dtype; A, D, dt_bias, the states and
 every sum are float32. Compiled when called, the kernels also take dt, mask, A, D and dt_bias in any other of these
-dtypes, because they convert them to float32 themselves. The number of tokens has no code of its own: a new length of a
-prompt compiles nothing. Decays are summed tile by tile, from the ends of each tile (Horner's scheme across tiles), so
-that no long sums are subtracted. The tensor cores take operands in x's dtype. The operands of y are rounded to it once,
-because y itself is rounded to it. The state outlives its call, so its terms are more precise: each is split into two
-operands, which leaves an error of the square of a rounding, and is scaled by the largest step of its tile, because the
-steps of slow heads would be subnormal in fp16.
+dtypes, because they convert them to float32 themselves. T, H and G are never compiled in, so that a new length of a
+prompt compiles nothing, and a call runs the code that is compiled ahead of time. Decays are summed tile by tile, from
+the ends of each tile (Horner's scheme across tiles), so that no long sums are subtracted. The tensor cores take
+operands in x's dtype. The operands of y are rounded to it once, because y itself is rounded to it. The state outlives
+its call, so its terms are more precise: each is split into two operands, which leaves an error of the square of a
+rounding, and is scaled by the largest step of its tile, because the steps of slow heads would be subnormal in fp16.
 """
 
 import triton
@@ -59,7 +59,7 @@ def scores(C, B, i, inside, keys_inside, stride, N: tl.constexpr, BT: tl.constex
     return product
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "H", "G"])
 def chunk_state(
     x, dt, A, B, dt_bias, mask, T, H, G, dt_min, dt_max, local, total,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
@@ -127,7 +127,7 @@ def state_passing(local, total, state, chunks, entry, new_state, P: tl.constexpr
     tl.store(new_state + bh * P * N + at, s)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "H", "G"])
 def chunk_scan(
     x, dt, A, B, C, D, dt_bias, mask, entry, T, H, G, dt_min, dt_max, y,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
@@ -188,7 +188,7 @@ def chunk_scan(
         tl.store(y + (first * H + h) * P + channels, acc.to(y.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "G"])
 def decode(
     x, dt, A, B, C, D, dt_bias, state, mask, H, G, dt_min, dt_max, y, new_state,
     P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,

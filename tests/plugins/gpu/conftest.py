@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from gpu_dispatch import MODULES
 
 Inputs = dict[str, Any]
 Array = npt.NDArray[np.float64]
@@ -80,3 +81,34 @@ def recurrence() -> Callable[..., tuple[Array, Array]]:
         return y, S
 
     return run
+
+
+DISPATCH_SIZES: dict[str, Inputs] = {
+    "ssm_scan": {"batch": 2, "groups": 2, "heads_per_group": 2, "d_head": 32, "d_state": 64, "pads": (3,)},
+    "causal_conv": {"batch": 3, "channels": 40, "pads": (2,)},
+}
+
+
+@pytest.fixture
+def make(scan_inputs: Callable[..., Inputs], conv_inputs: Callable[..., Inputs]) -> Callable[..., Inputs]:
+    makers = {"ssm_scan": scan_inputs, "causal_conv": conv_inputs}
+    return lambda op, **sizes: makers[op](**DISPATCH_SIZES[op] | sizes)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """ "kernels" or "reference" for each call so far."""
+    calls: list[str] = []
+    for module in MODULES.values():
+        for owner, name, label in (
+            (module, "reference", "reference"),
+            (module.launch, module.__name__.split(".")[-2], "kernels"),
+        ):
+            real = getattr(owner, name)
+
+            def spy(*args: Any, real: Any = real, label: str = label, **kwargs: Any) -> Any:
+                calls.append(label)
+                return real(*args, **kwargs)
+
+            monkeypatch.setattr(owner, name, spy)
+    return calls

@@ -19,12 +19,14 @@ Array = npt.NDArray[np.float64]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bfloat16() -> Iterator[None]:
-    """Mend bfloat16 in Triton 3.7's interpreter, which holds it as uint16.
+def mended_interpreter() -> Iterator[None]:
+    """Mend bfloat16 in Triton's interpreter, which holds it as uint16, and the ends of loops in that of Triton 3.6.
 
-    Its products multiply the bits as integers, and its casts truncate instead of rounding.
+    Products multiply the bits as integers, and casts truncate instead of rounding. Triton 3.6 reads the end of a loop
+    from an array of one element, which NumPy 2.5 refuses.
     """
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     dot = InterpreterBuilder.create_dot
@@ -41,7 +43,14 @@ def bfloat16() -> Iterator[None]:
         rounded = torch.from_numpy(np.array(source.data)).bfloat16()
         return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", with_index)
         patch.setattr(
             InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
         )

@@ -124,7 +124,7 @@ class Decoder:
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         """Return the graph of `_run`; the calls before it compile the kernels and leave the states as they are."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):

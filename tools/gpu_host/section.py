@@ -71,7 +71,7 @@ class Section:
     module: str
     title: str
     limit_s: int
-    dry_limit_s: int = 120
+    dry_limit_s: int = 300
     on_demand: bool = False
 
 

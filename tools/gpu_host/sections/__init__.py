@@ -1,0 +1,1 @@
+"""The sections of run.py, one module each; section.py says what they are."""

@@ -155,7 +155,7 @@ def case(
 def expected(
     op: Op, launches: Sequence[Launch], gpu: int, *, in_place: bool, parts: Mapping[str, int]
 ) -> Iterator[str]:
-    """Yield the lines that the stand-in writes for the launches; ``parts`` are the addresses of the workspace's parts."""
+    """Yield the lines that the stand-in writes for the launches; ``parts`` has the workspace's parts by address."""
     names = [*op.inputs, "y", "new_state"]
     addresses = {name: PAGE * (i + 1) for i, name in enumerate(names)} | dict(parts)
     if in_place:

@@ -114,7 +114,7 @@ def header() -> str:
         '#include "tensors.h"',
         "",
         "namespace h1 {",
-        f"constexpr uintptr_t kAligned = {ALIGNED};  // bytes; divides every address, and the channels of the convolution",
+        f"constexpr uintptr_t kAligned = {ALIGNED};  // divides addresses, and the channels of the convolution",
         "}  // namespace h1",
         "",
     ]

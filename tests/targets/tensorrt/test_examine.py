@@ -14,8 +14,10 @@ from fake_tensorrt import HOST, FakeGpu, FakeTensorRT
 
 from h1export import cli
 from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import MANIFEST
 from h1export.progress import SILENT
-from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY
+from h1export.targets.tensorrt import sdk
+from h1export.targets.tensorrt.engine.config import ENGINE
 from h1export.targets.tensorrt.engine.finalize import build_engine_here
 from h1export.targets.tensorrt.engine.requirements import Host
 
@@ -91,26 +93,34 @@ def test_a_missing_engine_is_built_where_that_is_asked(unfinished: Path, doctor:
     assert (code, found["engine"][1]) == (0, "was built for this machine")
 
 
-@pytest.mark.parametrize("name", [ENGINE, LIBRARY])
-def test_a_damaged_file_is_named_and_not_loaded(
-    name: str, finished: Path, doctor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = (finished / name).read_bytes()
-    if not data:
-        pytest.fail("the stand-in has no byte that could be damaged")
-    (finished / name).write_bytes(bytes(data[0] ^ 1 for _ in data))
+@pytest.mark.parametrize("name", [ENGINE, "model.onnx.data", "model.onnx"])
+def test_a_damaged_file_is_named_and_not_loaded(name: str, finished: Path, doctor: Callable[..., Any]) -> None:
+    data = bytearray((finished / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (finished / name).chmod(0o600)
+    (finished / name).write_bytes(data)
     code, found = doctor(finished)
     assert code == 1
-    assert found["files"][0] is False
-    assert Path(name).name in found["files"][1]
+    assert found["files"][:2] == (False, f"OUT/{name}: was changed after the build")
+    assert "loading" not in found
+
+
+def test_a_plugin_of_another_build_is_named_and_not_loaded(finished: Path, doctor: Callable[..., Any]) -> None:
+    """The manifest lists the library that is there, and the engine needs another."""
+    manifest = Artifact.open(finished).manifest
+    requirements = {**manifest.requirements, "plugin": "0" * 64}
+    (finished / MANIFEST).write_text(replace(manifest, requirements=requirements).to_json())
+    code, found = doctor(finished)
+    assert code == 1
+    assert found["plugin library"][0] is False
     assert "loading" not in found
 
 
 @pytest.mark.parametrize(
     ("changed", "finding", "said"),
     [
-        ({"gpu_architecture": 120}, "GPU", "sm_120; the artifact is for sm_89"),
-        ({"driver_version": (11, 8)}, "driver", "supports CUDA 11.8; 12.0 or later is needed"),
+        ({"architecture": 120}, "GPU", "sm_120; the artifact is for sm_89"),
+        ({"driver": (11, 8)}, "driver", "supports CUDA 11.8; 12.0 or later is needed"),
         ({"version": "10.16.0"}, "TensorRT", "10.16.0; the engine was built with 10.15.1"),
     ],
 )
@@ -123,16 +133,12 @@ def test_what_does_not_fit_is_named(
     doctor: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here = replace(HOST, architecture=changed.get("gpu_architecture", HOST.architecture))
-    if "version" in changed:
-        from h1export.targets.tensorrt import sdk
-
-        sdk.module("tensorrt", "").__version__ = changed["version"]
-        here = replace(here, versions={"tensorrt": changed["version"]})
-    for name in ("gpu_architecture", "driver_version"):
-        if name in changed:
-            monkeypatch.setattr(f"{REQUIREMENTS}.{name}", lambda: changed[name])
-    monkeypatch.setattr(Host, "here", lambda _config: here)
+    version = changed.get("version", HOST.versions["tensorrt"])
+    architecture = changed.get("architecture", HOST.architecture)
+    sdk.module("tensorrt", "").__version__ = version
+    monkeypatch.setattr(Host, "here", lambda _config: Host({"tensorrt": version}, architecture))
+    monkeypatch.setattr(f"{REQUIREMENTS}.gpu_architecture", lambda: architecture)
+    monkeypatch.setattr(f"{REQUIREMENTS}.driver_version", lambda: changed.get("driver", (13, 0)))
     code, found = doctor(finished)
     assert code == 1
     passed, detail, next_step = found[finding]

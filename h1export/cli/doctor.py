@@ -9,6 +9,7 @@ import click
 import cloup
 
 from h1export.cli.common import answer, common, say
+from h1export.errors import H1ExportError
 
 
 @cloup.command(short_help="Say whether an artifact fits this machine.")
@@ -35,6 +36,8 @@ def doctor(artifact: Path, model: str | None, build: bool, *, out: Path | None, 
     from h1export.cli.tables import ProgressBars
     from h1export.commands.doctor import examine, page
 
+    if out is not None and out.suffix == ".md":
+        raise H1ExportError("--out", f"{out} is where the page goes", "name a .json file")
     with ProgressBars(quiet or as_json) as bars:
         document = examine(artifact, resolve.resolve(model), build=build, progress=bars)
     if out is not None:

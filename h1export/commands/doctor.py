@@ -49,7 +49,10 @@ def examine(out: Path, checkpoint: Path, *, build: bool = False, progress: Progr
     if findings[0].passed:
         progress.stage("machine")
         target = get_target(artifact.manifest.target)
-        findings += target.examine(artifact, build=build, progress=progress)
+        try:
+            findings.extend(target.examine(artifact, build=build, progress=progress))
+        except Exception as error:  # of a runtime or a driver, and what a report is for
+            findings.append(_crash("machine", error))
     results: list[dict[str, Any]] = []
     if any(finding.passed is False for finding in findings):
         findings.append(Finding(VALIDATE, None, "was not run, because something above did not pass"))
@@ -93,6 +96,11 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
+def _crash(name: str, error: Exception) -> Finding:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return Finding(name, False, f"{type(error).__name__}: {first}", "run with --debug, and report it with this file")
+
+
 def _files(artifact: Artifact) -> Finding:
     try:
         artifact.check_hashes()
@@ -107,9 +115,11 @@ def _validated(out: Path, checkpoint: Path, progress: Progress) -> tuple[Finding
     except H1ExportError as error:
         return Finding(VALIDATE, None, f"was not run: the artifact {error.what}", error.next_step), []
     try:
-        report = validate_artifact(out, checkpoint, {}, quick=True, progress=progress)
+        report = validate_artifact(out, checkpoint, {}, quick=True, save=False, progress=progress)
     except H1ExportError as error:
         return Finding.of(VALIDATE, error), []
+    except Exception as error:  # of a runtime, and what a report is for
+        return _crash(VALIDATE, error), []
     rows: list[dict[str, Any]] = json.loads(report.to_json())["rows"]
     detail = f"{len(rows)} rows, {'all within their tolerances' if report.passed else 'some beyond their tolerance'}"
     next_step = "" if report.passed else "run h1export validate --bisect, and report it with this file"

@@ -36,6 +36,7 @@ def validate_artifact(
     prompts: int = 8,
     contexts: Sequence[int] = (),
     quick: bool = False,
+    save: bool = True,
 ) -> Report:
     """Compare the artifact ``out`` with the reference on ``checkpoint`` and write ``out/report.json``.
 
@@ -52,6 +53,7 @@ def validate_artifact(
         bisect, prompts, contexts: as in ValidateOptions.
         quick: whether to run only the few cases that are ``quick``, with no text, greedy texts or latency, whatever
             the other arguments say.
+        save: whether to write the report.
 
     Raises:
         H1ExportError: a damaged artifact, or a checkpoint that is not the one it was built from.
@@ -79,7 +81,8 @@ def validate_artifact(
     if not exact.provenance.float32:  # the runtime has no float32 form of it
         exact = runner
     report = run_validation(artifact, runner, exact, checkpoint=checkpoint, options=options, progress=progress)
-    (out / REPORT).write_text(report.to_json(), encoding="utf-8")
+    if save:
+        (out / REPORT).write_text(report.to_json(), encoding="utf-8")
     return report
 
 

@@ -44,7 +44,7 @@ def _kernels() -> Finding:
 
 def _loaded(artifact: Artifact) -> Finding:
     try:
-        runner = OnnxRuntimeRunner(artifact, 0, False)
+        runner = OnnxRuntimeRunner(artifact, 0, False, kernels="auto")
     except H1ExportError as error:
         return Finding.of("loading", error)
     return Finding("loading", True, runner.provenance.kernels)

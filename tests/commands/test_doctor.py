@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from h1export import cli
-from h1export.artifact.artifact import Artifact
+from h1export.artifact.artifact import REPORT, Artifact
 from h1export.commands.doctor import _cell, _private, _scrub, examine
 from h1export.errors import H1ExportError
 
@@ -21,10 +22,12 @@ def test_an_artifact_that_fits(
 ) -> None:
     checkpoint = make_checkpoint()
     artifact = build(checkpoint, "int4")
+    had_report = (artifact.folder / REPORT).exists()
     assert cli.run(["doctor", str(artifact.folder), str(checkpoint), "--json"]) == 0
     text = capsys.readouterr().out
     document = json.loads(text)
     assert document["fits"] is True
+    assert (artifact.folder / REPORT).exists() is had_report
     assert [f["name"] for f in document["findings"]][-1] == "validate --quick"
     assert all(f["passed"] is not False for f in document["findings"])
     assert {row["case"] for row in document["results"] if row.get("case")} == {"one token", "ragged chunks"}
@@ -56,6 +59,25 @@ def test_kernels_that_do_not_compile_are_no_failure(
     kernels = next(finding for finding in document["findings"] if finding["name"] == "h1export's kernels")
     assert (kernels["passed"], kernels["next_step"]) == (None, "install one")
     assert document["fits"] is True
+
+
+def test_a_runtime_that_raises_is_a_finding(
+    make_checkpoint: Callable[..., Path], build: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of device memory\nat /srv/x/y.cc")
+
+    checkpoint = make_checkpoint()
+    folder = build(checkpoint, "int4").folder
+    monkeypatch.setattr("h1export.commands.doctor.validate_artifact", fails)
+    document = examine(folder, checkpoint)
+    assert document["findings"][-1]["detail"] == "RuntimeError: out of device memory"
+    assert document["fits"] is False
+
+
+def test_the_page_does_not_replace_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["doctor", str(tmp_path), "--out", str(tmp_path / "doctor.md")]) == 2
+    assert "name a .json file" in capsys.readouterr().err
 
 
 def test_another_checkpoint_is_said_and_not_judged(

@@ -168,5 +168,5 @@ def _scrub(value: Any, private: dict[str, str]) -> Any:
         return value
     for word, instead in private.items():
         if word not in ("", "."):
-            value = re.sub(rf"(?<![\w.-]){re.escape(word)}(?![\w-])", lambda _, text=instead: text, value)
+            value = re.sub(rf"(?<![\w.-]){re.escape(word)}(?![\w-])", instead, value)
     return PATH.sub(lambda found: re.split(r"[\\/]", found[0])[-1], value)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.targets.base import Finding
+from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import native_library
 from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL
 from h1export.targets.onnxruntime.options import OrtOptions
@@ -17,20 +18,21 @@ from h1export.targets.onnxruntime.variants import GRAPH_VARIANTS
 def examine(artifact: Artifact) -> Iterator[Finding]:
     """Yield the findings of ``Target.examine``; without our kernels the artifact runs on those of the runtime."""
     try:
-        import onnxruntime as ort
-    except ImportError as error:
-        yield Finding("ONNX Runtime", False, f"cannot be imported ({error})", "pip install 'h1export[ort]'")
+        ort = sdk.onnxruntime()
+    except H1ExportError as error:
+        yield Finding.of("ONNX Runtime", error)
         return
     yield Finding("ONNX Runtime", True, str(ort.__version__))
     provider = GRAPH_VARIANTS[OrtOptions.read(artifact).graph].provider
-    available = list(ort.get_available_providers())
-    has = provider in available
-    next_step = "" if has else f"install the build of ONNX Runtime that has {provider}"
-    yield Finding("execution provider", has, f"{provider} is needed; here are {', '.join(available)}", next_step)
+    try:
+        sdk.check_provider(provider)
+    except H1ExportError as error:
+        yield Finding.of("execution provider", error)
+        return
+    yield Finding("execution provider", True, provider)
     if NATIVE_MODEL in artifact.manifest.files:
         yield _kernels()
-    if has:
-        yield _loaded(artifact)
+    yield _loaded(artifact)
 
 
 def _kernels() -> Finding:

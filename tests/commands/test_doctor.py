@@ -43,7 +43,7 @@ def test_an_execution_provider_that_is_not_here(
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["AnotherProvider"])
     document = examine(build(checkpoint, "int4").folder, checkpoint)
     (wrong,) = [finding for finding in document["findings"] if finding["passed"] is False]
-    assert "CPUExecutionProvider is needed; here are AnotherProvider" in wrong["detail"]
+    assert wrong["detail"] == "CPUExecutionProvider: this onnxruntime does not have it, only AnotherProvider"
     assert (document["fits"], document["results"]) == (False, [])
 
 

@@ -1,1 +1,1 @@
-"""The sections of run.py, one module each; section.py says what they are."""
+"""One module a section of run.py, with a function ``run(host)`` that yields rows."""

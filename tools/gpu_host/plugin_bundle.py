@@ -21,7 +21,6 @@ from h1export.targets.tensorrt.plugin import NAME, compile_all, kernels
 from h1export.targets.tensorrt.plugin import build as build_library
 from h1export.targets.tensorrt.plugin.embed import write_sources
 
-FOLDER = "plugin"  # in a bundle
 ARCHITECTURE = 90  # of the GPU host; Triton compiles for sm_90a
 ELSEWHERE = 120  # a library for this architecture only must be refused on the GPU host
 OTHER = "another architecture"

@@ -16,6 +16,7 @@ import torch
 from roofline import Shape
 
 from gpu_host import plugin_bundle
+from gpu_host.bundle import PLUGIN
 from gpu_host.plugin_driver import (
     CONV,
     SCAN,
@@ -127,10 +128,10 @@ class Call:
 
 def run(host: Host) -> Iterator[Row]:
     """Yield a row for each call with valid arguments, and one for each bad argument."""
-    folder = host.bundle / plugin_bundle.FOLDER
+    folder = host.bundle / PLUGIN
     environment = dict(os.environ)
     if host.dry:
-        folder = host.work / plugin_bundle.FOLDER
+        folder = host.work / PLUGIN
         if not folder.exists():
             plugin_bundle.build(folder, stand_ins)
         environment["LD_LIBRARY_PATH"] = str(folder / STAND_IN)

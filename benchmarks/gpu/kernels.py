@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_host.section import Row
-from roofline import PUBLISHED, Gpu, Shape, Work, conv_work, scan_work
-
 from benchmarks.gpu import clock, contenders, profiling, results
 from benchmarks.gpu.contenders import Contender, Inputs, Makers, Result
+from gpu_host.section import Row
+from roofline import PUBLISHED, Gpu, Shape, Work, conv_work, scan_work
 
 BATCHES = (1, 8, 64)
 TOKENS = (1, 512, 4096, 16384)

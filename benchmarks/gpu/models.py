@@ -1,6 +1,6 @@
 """Time decode and prefill of a whole model: ours, transformers', and ONNX Runtime's artifacts, as shares of the bound.
 
-    PYTHONPATH=.:tools:benchmarks python -m benchmarks.gpu.models [--artifact FOLDER ...] [--budget 50] [--json FILE]
+    PYTHONPATH=.:tools python -m benchmarks.gpu.models [--artifact FOLDER ...] [--budget 50] [--json FILE]
 
 Ours is graphs/model.py in fp16 with the weights of transformers' random model, whose logits it must match first. The
 bound is the time to read the weights, the keys, the values and the states once, or for prefill to multiply, at the
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from benchmarks.gpu import clock, results
 from benchmarks.gpu.kernels import BATCHES, first_line
+from benchmarks.make_checkpoint import config as shape_config
 from gpu_host.section import Row
-from make_checkpoint import config as shape_config
 from roofline import NARROW, WIDE, Gpu
 
 import h1export

@@ -20,10 +20,9 @@ SMALL = Shape("small", 2, 32, d_state=64, groups=1)
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The modules of benchmarks/gpu, which find their neighbours from the root and from benchmarks/."""
+    """The modules of benchmarks/gpu, which are found from the root."""
     root = Path(__file__).parents[3]
-    for folder in (root / "benchmarks", root):
-        monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.syspath_prepend(str(root))
     from benchmarks.gpu import clock, contenders, kernels, models, results, tune
 
     return SimpleNamespace(

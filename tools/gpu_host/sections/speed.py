@@ -19,7 +19,7 @@ def run(host: Host) -> Iterator[Row]:
     if host.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at its import
     tree = Path(__file__).parents[3]
-    for folder in (tree, tree / "tools", tree / "benchmarks"):
+    for folder in (tree, tree / "tools"):  # benchmarks/ has a kernels.py, the name of a package of transformers
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
     from benchmarks.gpu import kernels, models

@@ -24,12 +24,14 @@ class Flag:
         name: the option's name; empty: the field's name with dashes.
         minimum: the least value of an integer.
         default: text for the help where the field's default does not explain itself.
+        later: whether manifests of this format were written before the option; one without it means the default.
     """
 
     help: str
     name: str = ""
     minimum: int | None = None
     default: str = ""
+    later: bool = False
 
 
 # Flags that several targets have: one option of the command line, with the values and the default of each target.
@@ -50,6 +52,7 @@ class OptionField:
         repeated: whether the field is a tuple, and the option may be given several times.
         default: the dataclass's default.
         shown_default: the default in words, for the help.
+        later: whether a manifest without it means the default.
     """
 
     name: str
@@ -62,6 +65,7 @@ class OptionField:
     minimum: int | None
     default: Any
     shown_default: str
+    later: bool
 
     @classmethod
     def of(cls, field: dataclasses.Field[Any], annotation: Any) -> OptionField:
@@ -85,6 +89,7 @@ class OptionField:
             minimum=flag.minimum,
             default=field.default,
             shown_default=flag.default or ("" if field.default in (None, False, ()) else str(field.default)),
+            later=flag.later,
         )
 
     def fault(self, value: Any) -> tuple[str, str] | None:
@@ -134,14 +139,15 @@ class TargetOptions:
         where = artifact.folder / MANIFEST
         stored = artifact.manifest.options
         known = {field.name: field for field in option_fields(cls)}
-        if odd := sorted(stored.keys() ^ known.keys()):
+        needed = {name for name, field in known.items() if not field.later}
+        if odd := sorted((stored.keys() - known.keys()) | (needed - stored.keys())):
             what = "is unknown to" if odd[0] in stored else "is missing, and belongs to"
             raise H1ExportError(
                 where, f"option {odd[0]!r} {what} target {artifact.manifest.target}", "build the artifact again"
             )
         values: dict[str, Any] = {}
         for name, field in known.items():
-            value = stored[name]
+            value = stored.get(name, field.default)
             values[name] = tuple(value) if field.repeated and isinstance(value, list) else value
             if fault := field.fault(values[name]):
                 raise H1ExportError(where, f"option {name!r} {fault[0]}", "build the artifact again")

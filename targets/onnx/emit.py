@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -38,7 +39,7 @@ class Context:
         stored: the quantised weights written so far, for the manifest.
     """
 
-    activations: type[np.float16] | type[np.float32] = np.float32
+    activations: type[Any] = np.float32  # float32, float16 or ml_dtypes.bfloat16
 
     def __init__(  # noqa: PLR0917  subclasses pass the arguments on
         self,
@@ -93,7 +94,11 @@ class Context:
 
     def as_activation(self, value: Value) -> Value:
         """Return a float32 value in the activations' dtype."""
-        return value if self.activations is np.float32 else self.cast(value, ir.DataType.FLOAT16)
+        return (
+            value
+            if self.activations is np.float32
+            else self.cast(value, ir.DataType.from_numpy(np.dtype(self.activations)))
+        )
 
     def as_float32(self, value: Value) -> Value:
         """Return a value of the activations' dtype in float32."""
@@ -102,7 +107,7 @@ class Context:
     @property
     def masked(self) -> float:
         """The number that hides a key when added to its score: finite, so that a row of pads stays finite."""
-        return -float(np.finfo(self.activations).max) / 2
+        return -float(ml_dtypes.finfo(self.activations).max) / 2  # type: ignore[no-untyped-call]
 
     def has(self, node: Node) -> bool:
         """Whether an emitter of an earlier node has made this one's value too."""

@@ -12,6 +12,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, Ids, StateSpec
 from h1export.runtime.runner import check_call
 from h1export.targets.onnx import sdk
+from h1export.targets.onnxruntime.bfloat16 import element_type, in_numpy
 from h1export.targets.onnxruntime.variants import GraphVariant
 
 DEVICE_ID = 0  # the device that the provider takes where its options name none
@@ -39,7 +40,7 @@ class BoundGraph:
     batched_append: bool
     device: str = "cpu"
     longest_call: int | None = None
-    dtypes: dict[str, type[np.generic]] = field(default_factory=dict)
+    dtypes: dict[str, type[Any]] = field(default_factory=dict)
 
 
 class BoundSession:
@@ -63,7 +64,7 @@ class BoundSession:
         self._states: list[tuple[str, str, Any]] = []
         for tensor in graph.states.tensors:
             shape = [sizes[dim] if isinstance(dim, str) else dim for dim in graph.variant.shape(tensor)]
-            zeros = np.zeros(shape, graph.dtypes[tensor.past])
+            zeros = np.zeros(shape, in_numpy(graph.dtypes[tensor.past]))  # bytes, which are bound by address
             self._states.append((tensor.past, tensor.present, value_of(zeros, self._graph.device, DEVICE_ID)))
         self._batch = batch
         self._whole = self._bind(0, batch)
@@ -102,7 +103,7 @@ class BoundSession:
             shape = [rows, *value.shape()[1:]]
             place = value.data_ptr() + first * prod(shape[1:]) * dtype.itemsize
             for bind, name in ((binding.bind_input, past), (binding.bind_output, present)):
-                bind(name, self._graph.device, DEVICE_ID, dtype.type, shape, place)
+                bind(name, self._graph.device, DEVICE_ID, element_type(dtype), shape, place)
         return binding
 
     def _run(self, binding: Any, ids: Ids, mask: Ids) -> Array:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-HALF = ir.DataType.FLOAT16
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOAT = ir.DataType.FLOAT
 
 
 def float32_graph(model: ir.Model) -> ir.Model:
-    """Replace fp16 by float32 in ``model`` and return it: inputs, outputs, casts and initializers."""
+    """Replace fp16 and bf16 by float32 in ``model`` and return it: inputs, outputs, casts and initializers."""
     for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.dtype == HALF:
+        if value.dtype in HALVES:
             value.dtype = FLOAT
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and tensor.dtype == HALF:
+        if tensor is not None and tensor.dtype in HALVES:
             value.const_value = ir.tensor(tensor.numpy().astype(np.float32), name=name)
             value.dtype = FLOAT
     for node in model.graph:
-        if node.op_type == "Cast" and node.attributes["to"].as_int() == HALF:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() in HALVES:
             node.attributes["to"] = ir.AttrInt64("to", FLOAT)
     return model

@@ -10,6 +10,7 @@ from h1export.errors import H1ExportError
 from h1export.targets.options import Flag, TargetOptions
 
 Graph = Literal["cpu", "cuda", "portable"]
+Activations = Literal["fp16", "bf16"]
 
 # The accuracy levels that the products of a graph have, the default first. Those of the portable graph become
 # MatMulNBits in ONNX Runtime on CPUs.
@@ -23,6 +24,8 @@ class OrtOptions(TargetOptions):
 
     Attributes:
         graph: which of the GRAPH_VARIANTS is made.
+        activations: the dtype of activations, keys, values and convolution states in the graph of --graph cuda; the
+            other graphs have float32.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 rounds activations to int8, which is fastest.
     """
 
@@ -33,6 +36,10 @@ class OrtOptions(TargetOptions):
             "for any runtime."
         ),
     ] = "cpu"
+    activations: Annotated[
+        Activations,
+        Flag("Dtype of the activations of --graph cuda; bf16 has the range of float32.", later=True),
+    ] = "fp16"
     accuracy_level: Annotated[
         int,
         Flag(
@@ -50,6 +57,9 @@ class OrtOptions(TargetOptions):
         if self.accuracy_level not in levels:
             what = f"{self.accuracy_level} is not a level that the kernels of --graph {self.graph} have"
             raise H1ExportError("--accuracy-level", what, f"one of {', '.join(map(str, levels))}")
+        if self.activations == "bf16" and self.graph != "cuda":
+            what = f"bf16 is not a dtype that the activations of --graph {self.graph} have"
+            raise H1ExportError("--activations", what, "use --graph cuda, or leave --activations out")
 
 
 Options = OrtOptions

@@ -52,7 +52,7 @@ activations to int8 unless the session option `session.qdq_matmulnbits_accuracy_
 to "{level}", as built.
 """
 CUDA = """
-Keys, values and the convolution state are float16, the recurrent state and the logits float32. Needs the package
+Keys, values and the convolution state are {half}, the recurrent state and the logits float32. Needs the package
 onnxruntime-gpu (or onnxruntime-genai-cuda) and the CUDAExecutionProvider.
 """
 
@@ -68,5 +68,5 @@ def write(folder: Path, options: OrtOptions) -> None:
         notes = PORTABLE.format(level=options.accuracy_level)
     elif options.graph == "cuda":
         runtime = "ONNX Runtime on CUDA"
-        notes = ROW_BY_ROW + CUDA
+        notes = ROW_BY_ROW + CUDA.format(half={"fp16": "float16", "bf16": "bfloat16"}[options.activations])
     (folder / README).write_text(TEXT.format(runtime=runtime, session=session, notes=notes), encoding="utf-8")

@@ -21,12 +21,13 @@ from h1export.targets.onnx import sdk
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
 from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.onnxruntime import native_library, state_layout
+from h1export.targets.onnxruntime.bfloat16 import run
 from h1export.targets.onnxruntime.bound_session import BoundGraph, BoundSession, check_length
 from h1export.targets.onnxruntime.emit.dequantize_linear import TABLE
 from h1export.targets.onnxruntime.emit.matmul_nbits import ROWS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_inference_session
 from h1export.targets.onnxruntime.options import OrtOptions
-from h1export.targets.onnxruntime.variants import CUDA, GRAPH_VARIANTS
+from h1export.targets.onnxruntime.variants import CUDA, variant_of
 from h1export.targets.options import Kernels
 
 # suffixes of the names of initializers from which stored weights are read
@@ -54,7 +55,7 @@ class OnnxRuntimeRunner:
         self._config = artifact.config
         self._states = StateSpec.of(self._config)
         self._options = OrtOptions.read(artifact)
-        self._variant = GRAPH_VARIANTS[self._options.graph]
+        self._variant = variant_of(self._options)
         rounded = bool(self._variant.halves) or (
             bool(artifact.manifest.weights) and self._options.accuracy_level == ROUNDED_LEVEL
         )
@@ -111,8 +112,8 @@ class OnnxRuntimeRunner:
             for t in self._states.tensors
         }
 
-    def _dtype(self, kind: StateKind) -> type[np.generic]:
-        return np.float16 if kind in self._halves else np.float32
+    def _dtype(self, kind: StateKind) -> type[Any]:
+        return self._variant.half if kind in self._halves else np.float32
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         past = self.length(states)
@@ -120,7 +121,7 @@ class OnnxRuntimeRunner:
         check_length(ids, self._longest_call)
         if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._batched_append:
             return self._row_by_row(ids, mask, states)
-        logits, *present = self._session.run(self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
+        logits, *present = run(self._session, self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
         return logits, {tensor.past: state for tensor, state in zip(self._states.tensors, present, strict=True)}
 
     def length(self, states: States) -> int:
@@ -145,7 +146,7 @@ class OnnxRuntimeRunner:
         check_call(ids, mask, self.length(states), vocab_size=self._config.vocab_size)
         names = [output.name for output in self._observed.get_outputs()]
         found = dict(
-            zip(names, self._observed.run(names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states}), strict=True)
+            zip(names, run(self._observed, names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states}), strict=True)
         )
         probes = {
             probe: part

@@ -28,7 +28,7 @@ from h1export.targets.onnxruntime.emit.packing import INT8_BLOCKS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.runner import ROUNDED_LEVEL, OnnxRuntimeRunner
-from h1export.targets.onnxruntime.variants import GRAPH_VARIANTS, GraphVariant
+from h1export.targets.onnxruntime.variants import GraphVariant, variant_of
 from h1export.targets.options import Kernels
 
 DATA = MODEL + ".data"
@@ -53,7 +53,7 @@ class OnnxRuntimeTarget:
         stage: Stage,
         progress: Progress,
     ) -> Lowered:
-        variant = GRAPH_VARIANTS[options.graph]
+        variant = variant_of(options)
         precisions = set(integers.precisions.values())
         align = max([INT8_BLOCKS[0], *(precision.group_size for precision in precisions)])
         program = run_passes(program, variant.fuse(_kind_of(integers), align))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
 
 from h1export.graphs.passes import KindOf, Pass, fusions
 from h1export.graphs.passes.flatten_splits import FlattenSplits
@@ -17,7 +21,7 @@ from h1export.targets.onnxruntime import read_back, state_layout
 from h1export.targets.onnxruntime.emit import cpu, cuda, cuda_kernels, dequantize_linear, portable
 from h1export.targets.onnxruntime.emit import native as emitters
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
-from h1export.targets.onnxruntime.options import Graph
+from h1export.targets.onnxruntime.options import Graph, OrtOptions
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -36,7 +40,8 @@ class GraphVariant:
         provider: ONNX Runtime's name of the execution provider that runs the graph.
         context: the class of the context that the emitters get.
         permutation: kind of state -> the order of its axes in the graph.
-        halves: the kinds of states that are fp16; the others are float32.
+        halves: the kinds of states that have 16 bits; the others are float32.
+        half: the dtype of 16 bits, float16 or ml_dtypes.bfloat16.
         batched_append: whether several rows may take several tokens each after a past.
         bound: whether past and present keys may be one buffer longer than the sequence, as BoundSession needs.
         read_stored: reads the integers of a weight from the initializers.
@@ -51,6 +56,7 @@ class GraphVariant:
     context: type[OrtContext] = OrtContext
     permutation: state_layout.Permutation = field(default_factory=lambda: state_layout.PERMUTATION)
     halves: frozenset[StateKind] = frozenset()
+    half: type[Any] = np.float16
     batched_append: bool = False
     bound: bool = False
     read_stored: ReadStored = read_back.read_stored
@@ -63,7 +69,7 @@ class GraphVariant:
 
     def dtype(self, kind: StateKind) -> str:
         """Return ONNX's name of the dtype of states of this kind."""
-        return "FLOAT16" if kind in self.halves else "FLOAT"
+        return ir.DataType.from_numpy(np.dtype(self.half if kind in self.halves else np.float32)).name
 
 
 def _microsoft(precisions: Collection[Precision]) -> dict[str, int]:
@@ -92,3 +98,11 @@ GRAPH_VARIANTS: Mapping[Graph, GraphVariant] = {
         read_stored=dequantize_linear.read_stored,
     ),
 }
+
+
+def variant_of(options: OrtOptions) -> GraphVariant:
+    """Return the variant of a build's options."""
+    variant = GRAPH_VARIANTS[options.graph]
+    if options.activations == "bf16":
+        return replace(variant, half=ml_dtypes.bfloat16, context=cuda.Bfloat16Context)
+    return variant

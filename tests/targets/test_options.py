@@ -35,6 +35,10 @@ from h1export.targets.tensorrt.options import TensorRTOptions
         (lambda: TensorRTOptions(max_context=True), "--max-context: cannot be True; give a value of type int"),
         (lambda: OrtOptions(graph="gpu"), "--graph: cannot be 'gpu'; give cpu or cuda or portable"),  # type: ignore[arg-type]
         (
+            lambda: OrtOptions(activations="bf16", graph="portable"),
+            "--activations: bf16 is not a dtype that the activations of --graph portable have; use --graph cuda",
+        ),
+        (
             lambda: OrtOptions(accuracy_level=3),
             "--accuracy-level: 3 is not a level that the kernels of --graph cpu have",
         ),
@@ -73,7 +77,7 @@ def test_a_manifest_has_the_options_of_its_target_alone(
 ) -> None:
     found = {target: dict(manifest.options) for target, manifest in manifests(make_checkpoint(), monkeypatch).items()}
     assert found == {
-        "ort": {"logits": "all", "graph": "cpu", "accuracy_level": 4},
+        "ort": {"logits": "all", "graph": "cpu", "activations": "fp16", "accuracy_level": 4},
         "coreml": {"logits": "all", "max_context": 2048, "compute": "fp16", "state_io": False},
         "trt": {
             "logits": "all",

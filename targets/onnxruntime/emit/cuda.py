@@ -1,8 +1,9 @@
-"""The graph of --graph cuda: fp16 activations, keys and values; the scan and its state in float32.
+"""The graph of --graph cuda: fp16 or bf16 activations, keys and values; the scan and its state in float32.
 
 Every operator here has a kernel of these dtypes in ONNX Runtime's CUDA provider: its docs/OperatorKernels.md, repeated
-for what this graph uses in tests/targets/onnxruntime/test_cuda.py. bf16 activations are not offered: MatMulNBits takes
-scales in the activations' dtype, and bf16 cannot hold the fp16 scales.
+for what this graph uses in tests/targets/onnxruntime/test_cuda.py. MatMulNBits and
+GatherBlockQuantized compute in the dtype of their scales, and bf16 cannot hold the fp16 scales: with bf16 activations,
+both compute in float32 between casts, and integers and scales stay those of the rule, bit for bit.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -29,6 +31,7 @@ from h1export.targets.onnxruntime.emit.cuda_kernels import conv_refusal, scan_re
 from h1export.targets.onnxruntime.emit.matmul_nbits import (
     MS,
     OrtContext,
+    float_scales,
     gather_block_quantized,
     matmul_nbits,
     row_multipliers,
@@ -45,14 +48,22 @@ class CudaContext(OrtContext):
     Small weights are stored in float32 and rounded when a session is made; matrices in fp16.
     """
 
-    activations = np.float16
+    activations: type[Any] = np.float16
+    matrices = ir.DataType.FLOAT16
 
     def weight(self, expr: WeightExpr) -> Value:
         return self.build.once((expr, "half"), lambda: self.as_activation(self.exact(expr)))
 
     def matrix(self, expr: WeightExpr) -> Value:
-        """Return ``expr`` in fp16, written once. Raises H1ExportError for values beyond it."""
-        return narrow_matrix(self, expr, ir.DataType.FLOAT16, next_step="use --graph cpu")
+        """Return ``expr`` in the activations' dtype, written once. Raises H1ExportError for values beyond fp16."""
+        return narrow_matrix(self, expr, self.matrices, next_step="use --activations bf16")
+
+
+class Bfloat16Context(CudaContext):
+    """A Context of bf16 activations, and matrices in bf16."""
+
+    activations = ml_dtypes.bfloat16
+    matrices = ir.DataType.BFLOAT16
 
 
 def linear(c: CudaContext, node: Node) -> None:
@@ -64,7 +75,8 @@ def linear(c: CudaContext, node: Node) -> None:
         y = c.build.op("FusedMatMul", x, c.matrix(expr), domain=MS, transB=1)
     else:
         y = matmul_nbits(c, x, expr, precision=precision)
-        multipliers = row_multipliers(c, expr)
+        # with bf16 activations, the float32 scales contain µP
+        multipliers = row_multipliers(c, expr) if c.activations is np.float16 else None
         y = y if multipliers is None else c.build.op("Mul", y, c.as_activation(multipliers))
     common.set_product(c, node, y)
 
@@ -78,10 +90,12 @@ def embedding(c: CudaContext, node: Node) -> None:
         return c.set(node, c.build.op("Gather", c.matrix(expr), ids))
     matrix = write_quantized(c, expr, precision)
     layout = matrix.layout
-    rows = gather_block_quantized(c, ids, expr, matrix=matrix, scales=c.build.initializer(matrix.scales))
+    half = c.activations is np.float16
+    scales = c.build.initializer(matrix.scales) if half else float_scales(c, expr, matrix)
+    rows = gather_block_quantized(c, ids, expr, matrix=matrix, scales=scales)
     if layout.blocks * layout.block_size != layout.columns:
         rows = c.build.op("Slice", rows, c.build.ints(0), c.build.ints(layout.columns), c.build.ints(2))
-    return c.set(node, rows)
+    return c.set(node, rows if half else c.as_activation(rows))
 
 
 def causal_conv(c: CudaContext, node: Node) -> None:

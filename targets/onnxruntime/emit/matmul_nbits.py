@@ -2,7 +2,8 @@
 
 Scales are stored in float16, as QuantizedTensor has them: 32 int4 codes and their scale take 18 bytes. MatMulNBits
 takes scales of its activations' dtype, so nodes cast them to float32 and multiply them by µP. ONNX Runtime computes
-these nodes once, when a session is created.
+these nodes once, when a session is created. Scales for bf16 activations would lose 3 of their 11 significant bits:
+there a product takes its activations in float32, and casts what it gives.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -90,11 +92,14 @@ def _packed_block(layout: NBitsLayout, block: QuantizedBlock) -> tuple[npt.NDArr
 
 
 def matmul_nbits(c: OrtContext, x: Value, expr: WeightExpr, *, precision: Precision) -> Value:
-    """Emit x [.., K] times the transpose of the quantised weight [N, K]; fp16 activations leave µP to the caller."""
+    """Emit x [.., K] times the transpose of the quantised weight [N, K]; fp16 ``x`` leaves µP to the caller."""
+    if c.activations is ml_dtypes.bfloat16:
+        x = c.as_float32(x)  # bf16 cannot hold the scales
     matrix = write_quantized(c, expr, precision)
     scales = c.build.initializer(matrix.scales) if c.activations is np.float16 else float_scales(c, expr, matrix)
     operands = (c.build.initializer(matrix.codes), scales, *matrix.zero_points(c))
-    return c.build.op("MatMulNBits", x, *operands, domain=MS, **product_attributes(c, expr, matrix))
+    y = c.build.op("MatMulNBits", x, *operands, domain=MS, **product_attributes(c, expr, matrix))
+    return c.as_activation(y) if c.activations is ml_dtypes.bfloat16 else y
 
 
 def product_attributes(c: OrtContext, expr: WeightExpr, matrix: QuantizedMatrix) -> dict[str, int]:

@@ -26,7 +26,8 @@ def test_a_dry_run_validates_and_places_every_node(tmp_path: Path, monkeypatch: 
 
 
 def event(name: str, kind: str, provider: str) -> dict[str, object]:
-    return {"name": f"{name}_kernel_time", "args": {"op_name": kind, "provider": provider}}
+    types = {"output_type_shape": [{"int64": [1]}]}
+    return {"name": f"{name}_kernel_time", "args": {"op_name": kind, "provider": provider, **types}}
 
 
 def test_a_node_on_the_cpu_fails_unless_it_computes_shapes() -> None:
@@ -37,3 +38,15 @@ def test_a_node_on_the_cpu_fails_unless_it_computes_shapes() -> None:
     assert not fallen.passed
     assert "GroupQueryAttention" in fallen.detail
     assert not artifacts.placed("x", [], CUDA).passed
+
+
+@pytest.mark.parametrize("kind", sorted(artifacts.SHAPES))
+@pytest.mark.parametrize("dtype", ["int64", "int32", "float", "float16", "bfloat16", ""])
+def test_a_shape_operator_may_be_on_the_cpu_for_integers_alone(kind: str, dtype: str) -> None:
+    """Cast, Concat and Slice compute activations too; a profile without dtypes proves nothing."""
+    sides = {"input_type_shape": [{dtype: [1]}], "output_type_shape": [{"int64": [1]}]} if dtype else {}
+    node = {"name": "n", "args": {"op_name": kind, "provider": CPU, **sides}}
+    row = artifacts.placed("x", [event("a", "MatMulNBits", CUDA), node], CUDA)
+    allowed = dtype in ("int64", "int32") or (kind == "Shape" and dtype != "")
+    assert row.passed == allowed
+    assert (kind in row.detail) == (not allowed)

@@ -31,8 +31,9 @@ from h1export.validate.accuracy.run import ValidateOptions, validate
 
 PASSED = {Verdict.PASS: True, Verdict.FAIL: False}  # rows of neither have no tolerance, or do not apply
 MEMCPY = ("MemcpyFromHost", "MemcpyToHost")
-# ONNX Runtime itself leaves to the CPU what computes shapes from shapes; none of these computes activations alone
+# ONNX Runtime itself leaves to the CPU what computes shapes from shapes, which are integers
 SHAPES = frozenset({"Cast", "Concat", "Gather", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"})
+SHAPE_DTYPES = frozenset({"int32", "int64"})
 
 
 def run(host: Host) -> Iterator[Row]:
@@ -103,12 +104,15 @@ def _placements(name: str, artifact: Artifact, provider: str, *, work: Path) -> 
 def placed(name: str, events: list[Mapping[str, Any]], provider: str) -> Row:
     """Return the row of a profile's events; it fails where a node that computes activations fell back to the CPU."""
     ran: set[tuple[str, str, str]] = set()
+    fell: set[str] = set()
     for event in events:
         where = event.get("args", {})
         if "provider" in where and "op_name" in where:
             ran.add((str(event["name"]), where["op_name"], where["provider"]))
+            if where["provider"] != provider and not _computes_shapes(where):
+                fell.add(where["op_name"])
     count = Counter((kind, at) for _, kind, at in ran)
-    fallen = sorted({kind for kind, at in count if at != provider and kind not in (*SHAPES, *MEMCPY)})
+    fallen = sorted(fell - set(MEMCPY))
     figures: dict[str, Figure] = {
         "nodes": len(ran),
         "nodes_on_provider": sum(number for (_, at), number in count.items() if at == provider),
@@ -117,3 +121,14 @@ def placed(name: str, events: list[Mapping[str, Any]], provider: str) -> Row:
     return Row(
         f"{name} node placements", bool(ran) and not fallen, figures, f"on the CPU: {', '.join(fallen)}" * bool(fallen)
     )
+
+
+def _computes_shapes(node: Mapping[str, Any]) -> bool:
+    """Whether a node of a profile computes shapes: its operator may, and all that goes in or out is integers.
+
+    Shape may look at anything. A node whose dtypes the profile does not tell counts as one that computes activations.
+    """
+    kind = node["op_name"]
+    sides = ("output_type_shape",) if kind == "Shape" else ("input_type_shape", "output_type_shape")
+    dtypes = [set(value) for side in sides for value in node.get(side, ())]
+    return kind in SHAPES and bool(dtypes) and all(found <= SHAPE_DTYPES for found in dtypes)

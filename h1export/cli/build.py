@@ -9,6 +9,7 @@ import cloup
 from h1export.cli.build_request import BuildRequest, build_options
 from h1export.cli.common import answer, common, say
 from h1export.cli.validate import VALIDATE_OPTIONS, run_validation
+from h1export.errors import printable
 
 
 @cloup.command(short_help="Export a checkpoint to one or more targets.")
@@ -28,10 +29,13 @@ def build(request: BuildRequest, force: bool, check: bool, quiet: bool, as_json:
       h1export build ./Falcon-H1-0.5B --target trt --max-context 4096 --out falcon-trt
     """
     from rich.filesize import decimal
+    from rich.text import Text
 
     from h1export.cli.tables import ProgressBars
-    from h1export.commands.build import build_artifact
+    from h1export.commands.build import build_artifact, ignored_in
 
+    for line in () if quiet or as_json else ignored_in(request.checkpoint):
+        say(Text(printable(line)))
     built = []
     code = 0
     for target, place in request.places():

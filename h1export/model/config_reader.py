@@ -19,7 +19,7 @@ FLOAT32 = np.finfo(np.float32)
 MAX_SIZE = 1 << 24  # far above any dimension of a real model; a hostile size must not cause work
 
 
-MOST_SHOWN = 80  # characters of a value in an error
+MOST_SHOWN = 120  # characters of a value in an error
 
 
 def shown(value: object) -> str:

@@ -109,8 +109,7 @@ def model_of(config: FalconH1Config) -> dict[str, Any]:
 def parsed(config: dict[str, Any]) -> FalconH1Config | None:
     try:
         return FalconH1Config.from_config(copy.deepcopy(config))
-    except H1ExportError as error:
-        assert "\n" not in str(error)
+    except H1ExportError:
         return None
 
 

@@ -212,9 +212,15 @@ def test_integers_too_large_for_a_float(key: str, released: dict[str, Any]) -> N
         ({"layers_block_type": ["hybrid", "attention"]}, ("'layers_block_type'", "hybrid")),
         ({"layer_types": ["full_attention"]}, ("'layer_types'", "hybrid")),
         ({"layer_types": "hybrid"}, ("'layer_types'",)),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 2.0}}, ("'attention_factor'", "2.0")),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 2.0}},
+            ("'attention_factor'", "2.0"),
+        ),
         ({"rope_scaling": {"type": "linear", "factor": True}}, ("'type'", "'linear'")),
-        ({"rope_scaling": {"type": "linear", "factor": 1.0, "partial_rotary_factor": 0.5}}, ("'partial_rotary_factor'",)),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 1.0, "partial_rotary_factor": 0.5}},
+            ("'partial_rotary_factor'",),
+        ),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 1.0}}, ("'rope_type'", "'dynamic'")),
         ({"rope_parameters": {"hybrid": {"rope_theta": 5.0}}}, ("'hybrid'", "all layers")),
         ({"is_causal": False}, ("'is_causal'", "ahead", "true")),
@@ -322,7 +328,10 @@ def spec_or_error(config_of: Callable[..., FalconH1Config], changes: dict[str, A
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(
     st.dictionaries(
-        st.sampled_from(sorted(USED_KEYS - {"model_type"} | IGNORED_KEYS.keys() | JUDGED_KEYS)), JSON_VALUES, min_size=1, max_size=3
+        st.sampled_from(sorted(USED_KEYS - {"model_type"} | IGNORED_KEYS.keys() | JUDGED_KEYS)),
+        JSON_VALUES,
+        min_size=1,
+        max_size=3,
     )
 )
 def test_random_values_give_a_spec_or_the_one_error(

@@ -229,7 +229,11 @@ def test_every_released_size_parses(name: str, released: dict[str, Any]) -> None
         ({"mamba_use_mlp": None}, "num_hidden_layers", 36),
         ({"layers_block_type": ["hybrid"] * 36, "layer_types": ["hybrid"] * 36}, "num_hidden_layers", 36),
         ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7}}, "rope_theta", 7.0),
-        ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7}, "rope_scaling": {"type": "default"}}, "rope_theta", 5.0),
+        (
+            {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7}, "rope_scaling": {"type": "default"}},
+            "rope_theta",
+            5.0,
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "rope_theta", 1e11),
         ({"rope_scaling": {}, "attn_layer_indices": [0, 2], "mamba_use_mlp": False}, "rope_theta", 1e11),
         ({"hidden_act": "swish"}, "num_hidden_layers", 36),

@@ -67,6 +67,7 @@ USED_KEYS = frozenset(
     }
 )
 
+
 @dataclass(frozen=True)
 class FalconH1Config:
     """Architecture of a Falcon-H1 model. Sizes are in elements; multipliers are µP scale factors (1.0 = none).

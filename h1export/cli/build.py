@@ -29,13 +29,12 @@ def build(request: BuildRequest, force: bool, check: bool, quiet: bool, as_json:
       h1export build ./Falcon-H1-0.5B --target trt --max-context 4096 --out falcon-trt
     """
     from rich.filesize import decimal
-    from rich.text import Text
 
     from h1export.cli.tables import ProgressBars
     from h1export.commands.build import build_artifact, ignored_in
 
     for line in () if quiet or as_json else ignored_in(request.checkpoint):
-        say(Text(printable(line)))
+        cloup.echo(printable(line), err=True)
     built = []
     code = 0
     for target, place in request.places():

@@ -1,10 +1,10 @@
 """Where things are in a joined bundle, and in the work folder of a run; the standard library only.
 
-    tree/        tests, tools, benchmarks and pyproject.toml of the commit
-    wheels/      what the host's Python lacks
-    artifacts/   built artifacts: embedded-int4, embedded-none, shape-int4, shape-none
-    plugin/      the TensorRT plugin with the machine code of sm_90a, one folder a shape
-    bundle.json  what pack.py was told, and what it made
+tree/        tests, tools, benchmarks and pyproject.toml of the commit
+wheels/      what the host's Python lacks
+artifacts/   built artifacts: embedded-int4, embedded-none, shape-int4, shape-none
+plugin/      the TensorRT plugin with the machine code of sm_90a, one folder a shape
+bundle.json  what pack.py was told, and what it made
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Where things are in a joined bundle, and in the work folder of a run; the standard library only.
 
-tree/        tests, tools, benchmarks and pyproject.toml of the commit
-wheels/      what the host's Python lacks
-artifacts/   built artifacts: embedded-int4, embedded-none, shape-int4, shape-none
-plugin/      the TensorRT plugin with the machine code of sm_90a, one folder a shape
-bundle.json  what pack.py was told, and what it made
+- tree/: tests, tools, benchmarks and pyproject.toml of the commit
+- wheels/: what the host's Python lacks
+- artifacts/: built artifacts: embedded-int4, embedded-none, shape-int4, shape-none
+- plugin/: the TensorRT plugin with machine code of sm_90a, and its test driver, as plugin_bundle.py writes them
+- bundle.json: what pack.py was told, and what it made
 """
 
 from __future__ import annotations
@@ -74,16 +74,4 @@ def checkpoint(host: Host) -> Path:
     folder = host.work / "checkpoint"
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: is not there; run section s first")
-    return folder
-
-
-def plugin(host: Host, model: str) -> Path:
-    """Return the folder with the TensorRT plugin of "embedded" or "shape", fp16.
-
-    Raises:
-        FileNotFoundError: the bundle was made without it.
-    """
-    folder = host.bundle / PLUGIN / model
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: is not there; make the bundle without --no-plugin")
     return folder

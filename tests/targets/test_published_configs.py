@@ -46,6 +46,7 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 @pytest.mark.parametrize("target", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in target_infos()])
 @pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.usefixtures("without_plugin")
 def test_a_published_config_builds_validates_and_generates(
     name: str, target: str, checkpoint_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from h1export import __version__, host
 from h1export.artifact.artifact import Artifact, file_table
 from h1export.artifact.manifest import MANIFEST, Manifest
-from h1export.artifact.staging import Stage, check_place, dry_stage, staged
+from h1export.artifact.stage import Stage, dry_stage
+from h1export.artifact.staging import check_place, staged
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import passes_for, run_passes

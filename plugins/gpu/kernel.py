@@ -15,6 +15,7 @@ from h1export.errors import H1ExportError
 from h1export.plugins.gpu import sdk
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  # Triton's names
+ELEMENTS = {**DTYPES, torch.int32: "i32", torch.int8: "i8"}  # of tensors whose type a kernel states itself
 KERNEL_DTYPE = "*dtype"  # in Kernel.arguments: a pointer to elements of Kernel.dtype
 ALIGNED = 16  # divides every pointer, in bytes, and the integers that Kernel.aligned names
 
@@ -90,7 +91,7 @@ def run(launches: Sequence[Launch], tensors: Mapping[str, torch.Tensor]) -> None
         function: Any = getattr(sdk.kernels(kernel.op), kernel.name)
         values = [tensors[value] if isinstance(value, str) else value for value in launch.values]
         for (name, kind), value in zip(kernel.signature().items(), values, strict=True):
-            if isinstance(value, torch.Tensor) and (kind != f"*{DTYPES.get(value.dtype)}" or not value.is_contiguous()):
+            if isinstance(value, torch.Tensor) and (kind != f"*{ELEMENTS.get(value.dtype)}" or not value.is_contiguous()):
                 what = f"{name} is {value.dtype} with strides {value.stride()}; the kernel takes a contiguous {kind}"
                 raise H1ExportError(kernel.symbol, what, "convert it before the call")
         function[launch.grid](*values, **dict(kernel.constants), num_warps=kernel.warps, num_stages=kernel.stages)

@@ -18,7 +18,7 @@ def round_columns(
 ):  # fmt: skip
     """Round columns order[start : start + count] of BR rows, one after the other; count is at most BC.
 
-    rest fp32 [columns, rows] has the weights in the order of rounding, and scales fp32 [groups, rows]. The kernel
+    rest fp32 [count, rows] has their weights in the order of rounding, and scales are fp32 [groups, rows]. The kernel
     writes codes int8 [columns, rows], in the columns' own order, and errors fp32 [count, rows]. upper fp32 [columns,
     columns] is zero below its diagonal. Grid: (rows / BR rounded up).
     """
@@ -26,9 +26,7 @@ def round_columns(
     known = r < rows
     c = tl.arange(0, BC)
     inside = c < count
-    tile = tl.load(
-        rest + (start + c)[:, None] * rows + r[None, :], mask=inside[:, None] & known[None, :], other=0.0
-    )
+    tile = tl.load(rest + c[:, None] * rows + r[None, :], mask=inside[:, None] & known[None, :], other=0.0)
     for i in range(count):
         weight = tl.sum(tl.where(c[:, None] == i, tile, 0.0), axis=0)
         column = tl.load(order + start + i)

@@ -44,7 +44,7 @@ def round_columns(
     """Round columns ``order[start : start + len(errors)]`` into ``codes``, and write their ``errors``.
 
     Args:
-        rest: float32 [columns, rows], the weights in the order of rounding; it is not changed.
+        rest: float32 [n, rows], the weights of these columns, in the order of rounding; it is not changed.
         order: int32 [columns], the order of rounding.
         upper: float32 [columns, columns], zero below its diagonal.
         start: the place in ``order`` of the first column.
@@ -57,7 +57,7 @@ def round_columns(
     Raises:
         H1ExportError: Triton is not installed, or a tensor is not contiguous or has another dtype.
     """
-    columns, rows = rest.shape
+    columns, rows = len(order), rest.shape[1]
     tensors = {"rest": rest, "order": order, "upper": upper, "scales": scales, "codes": codes, "errors": errors}
     values = {
         "start": start,

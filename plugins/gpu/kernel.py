@@ -91,7 +91,8 @@ def run(launches: Sequence[Launch], tensors: Mapping[str, torch.Tensor]) -> None
         function: Any = getattr(sdk.kernels(kernel.op), kernel.name)
         values = [tensors[value] if isinstance(value, str) else value for value in launch.values]
         for (name, kind), value in zip(kernel.signature().items(), values, strict=True):
-            if isinstance(value, torch.Tensor) and (kind != f"*{ELEMENTS.get(value.dtype)}" or not value.is_contiguous()):
+            fits = not isinstance(value, torch.Tensor) or kind == f"*{ELEMENTS.get(value.dtype)}"
+            if not (fits and (not isinstance(value, torch.Tensor) or value.is_contiguous())):
                 what = f"{name} is {value.dtype} with strides {value.stride()}; the kernel takes a contiguous {kind}"
                 raise H1ExportError(kernel.symbol, what, "convert it before the call")
         function[launch.grid](*values, **dict(kernel.constants), num_warps=kernel.warps, num_stages=kernel.stages)

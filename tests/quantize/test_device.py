@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,15 +51,14 @@ def agreement(one: Integers, other: Integers) -> float:
     return float(np.mean(np.concatenate([(one[name].codes == other[name].codes).ravel() for name in one])))
 
 
-def held_round_columns(*tensors: Any, **named: Any) -> None:
-    """The kernel's launch under Triton's interpreter, on what the pretended GPU holds."""
-    given = [*tensors, *named.values()]
-    assert all(isinstance(value, OnGpu) for value in given if isinstance(value, torch.Tensor)), "not moved"
-    held = [value.held if isinstance(value, OnGpu) else value for value in given]
-    launch(*held[: len(tensors)], **dict(zip(named, held[len(tensors) :], strict=True)))
-
-
-launch = gptq.round_columns
+def held_round_columns(*tensors: Any, start: int, errors: Any, **named: Any) -> None:
+    """The CPU's loop in place of the kernel, on what the pretended GPU holds."""
+    values = [*tensors, errors, *named.values()]
+    assert all(isinstance(value, OnGpu) for value in values if isinstance(value, torch.Tensor)), "not moved"
+    rest, order, upper = (tensor.held for tensor in tensors)
+    held = {name: value.held if isinstance(value, OnGpu) else value for name, value in named.items()}
+    inverse: Any = SimpleNamespace(order=order, upper=upper)
+    errors.held.copy_(gptq._round_columns(rest.clone(), inverse, start, **held))
 
 
 @pytest.fixture
@@ -67,7 +67,6 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> ComputeDevice:
     return PRETENDED
 
 
-@pytest.mark.trt
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_gptq_moves_every_tensor_to_the_device(
     name: str, make_checkpoint: Callable[..., Path], tmp_path: Path, pretended: ComputeDevice
@@ -106,7 +105,7 @@ def test_a_tensor_that_stays_behind_is_noticed() -> None:
 
 @pytest.mark.parametrize("word", ["gpu", "cuda:", "cuda:x", "cuda:-1", "CUDA", "", "mps", "[red]cuda[/red]"])
 def test_words_that_are_no_device(word: str) -> None:
-    with pytest.raises(H1ExportError, match="--device: .* is unknown; give cpu, cuda, or cuda:N"):
+    with pytest.raises(H1ExportError, match=r"--device: .* is unknown; give cpu, cuda, or cuda:N"):
         ComputeDevice.of(word)
 
 
@@ -147,15 +146,19 @@ def test_a_method_that_does_not_run_the_model(
 def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     device = ComputeDevice(torch.device("cpu"), "NVIDIA Tiny")
     with pytest.raises(H1ExportError, match="the memory of the NVIDIA Tiny does not suffice; end what else"):
-        with device.computing():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        _fail(device, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+
+
+def _fail(device: ComputeDevice, error: Exception) -> None:
+    with device.computing():
+        assert torch.get_float32_matmul_precision() == "highest"
+        raise error
 
 
 def test_products_are_exact_and_settings_come_back() -> None:
     torch.set_float32_matmul_precision("high")
-    with pytest.raises(ZeroDivisionError), CPU_DEVICE.computing():
-        assert torch.get_float32_matmul_precision() == "highest"
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        _fail(CPU_DEVICE, ZeroDivisionError())
     assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision("highest")
 

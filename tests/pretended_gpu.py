@@ -24,11 +24,17 @@ class OnGpu(torch.Tensor):
     """A CPU tensor, ``held``, that claims to be on PLACE."""
 
     held: torch.Tensor
+    device = property(lambda _: PLACE)  # type: ignore[assignment]  # torch itself asks for "meta", which needs no driver
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> OnGpu:
         made = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=PLACE
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device="meta",
         )
         made.held = held
         return made

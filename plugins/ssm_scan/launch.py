@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from h1export.errors import H1ExportError
 from h1export.plugins.gpu.kernel import DTYPES, Kernel, Launch, arguments, run
-from h1export.plugins.ssm_scan.tiles import TILES, ScanTiles, Tile
+from h1export.plugins.ssm_scan.tiles import ScanTiles, Tile, tiles_for
 
 OP = "ssm_scan"
 CHUNK_STATE = arguments(
@@ -36,6 +35,7 @@ class Problem:
     """The sizes and limits of one call.
 
     ``dtype`` is Triton's name ("fp16", "bf16", "fp32") of the dtype that x, dt, B, C, mask and y share.
+    ``device_name`` is the GPU whose measured tiles the call takes; None stands for the tiles of every GPU.
     """
 
     batch: int
@@ -47,20 +47,16 @@ class Problem:
     dtype: str
     dt_min: float
     dt_max: float
+    device_name: str | None = None
 
     @property
     def tiles(self) -> ScanTiles:
-        """The tiles for the head dim and state size.
+        """The tiles for the head dim, the state size and the GPU.
 
         Raises:
             H1ExportError: tiles.py has no row for these sizes.
         """
-        tiles = TILES.get((self.d_head, self.d_state))
-        if tiles is None:
-            what = f"no GPU kernel for head dim {self.d_head} and state size {self.d_state}"
-            available = ", ".join(f"{p} x {n}" for p, n in TILES)
-            raise H1ExportError(OP, what, f"available are {available}: add a row to plugins/ssm_scan/tiles.py")
-        return tiles
+        return tiles_for(self.d_head, self.d_state, self.device_name)
 
     @property
     def chunks(self) -> int:
@@ -102,8 +98,8 @@ def launches(problem: Problem) -> tuple[Launch, ...]:
         "dt_min": problem.dt_min,
         "dt_max": problem.dt_max,
     }
-    by_name = {kernel.name: kernel for kernel in kernels(problem.d_head, problem.d_state, problem.dtype)}
     tiles = problem.tiles
+    by_name = {kernel.name: kernel for kernel in _kernels(problem.d_head, problem.d_state, problem.dtype, tiles)}
     if problem.tokens == 1:
         grids = {"decode": (problem.d_head // tiles.decode.rows, rows, 1)}
     else:
@@ -122,13 +118,18 @@ def launches(problem: Problem) -> tuple[Launch, ...]:
     )
 
 
-def kernels(d_head: int, d_state: int, dtype: str) -> tuple[Kernel, ...]:
+def kernels(d_head: int, d_state: int, dtype: str, *, device_name: str | None = None) -> tuple[Kernel, ...]:
     """Return all four kernels for a head dim, a state size and a dtype by Triton's name.
+
+    ``device_name`` is as in Problem.
 
     Raises:
         H1ExportError: tiles.py has no row for the head dim and state size.
     """
-    tiles = Problem(1, 1, 1, groups=1, d_head=d_head, d_state=d_state, dtype=dtype, dt_min=0, dt_max=0).tiles
+    return _kernels(d_head, d_state, dtype, tiles_for(d_head, d_state, device_name))
+
+
+def _kernels(d_head: int, d_state: int, dtype: str, tiles: ScanTiles) -> tuple[Kernel, ...]:
     sizes = (("P", d_head), ("N", d_state))
 
     def kernel(name: str, signature: tuple[tuple[str, str], ...], tile: Tile, *constants: tuple[str, int]) -> Kernel:

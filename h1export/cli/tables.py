@@ -193,7 +193,7 @@ def _lines(values: dict[str, object]) -> list[str]:
 
 def _beside(plan: Plan) -> str:
     """What the time of a plan leaves out, in words."""
-    return f"; beside what {escape(plan.gpu)} computes, which is not estimated" if plan.gpu else ""
+    return f"; beside what {plan.gpu} computes, which is not estimated" if plan.gpu else ""
 
 
 def plan_table(plan: Plan) -> Table:

@@ -35,6 +35,8 @@ def validate_artifact(
     bisect: bool = False,
     prompts: int = 8,
     contexts: Sequence[int] = (),
+    quick: bool = False,
+    save: bool = True,
 ) -> Report:
     """Compare the artifact ``out`` with the reference on ``checkpoint`` and write ``out/report.json``.
 
@@ -49,6 +51,9 @@ def validate_artifact(
         progress: shows the stages.
         kernels: as in ``Target.load``.
         bisect, prompts, contexts: as in ValidateOptions.
+        quick: whether to run only the few cases that are ``quick``, with no text, greedy texts or latency, whatever
+            the other arguments say.
+        save: whether to write the report.
 
     Raises:
         H1ExportError: a damaged artifact, or a checkpoint that is not the one it was built from.
@@ -59,17 +64,25 @@ def validate_artifact(
     check_source(artifact, checkpoint)
     if threads:
         torch.set_num_threads(threads)
-    has_tokenizer = (out / TOKENIZER).is_file()
+    has_tokenizer = (out / TOKENIZER).is_file() and not quick
     ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
     options = ValidateOptions(
-        tolerances, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
+        tolerances,
+        ids,
+        nbytes,
+        pairs=0 if quick else latency_pairs,
+        bisect=bisect,
+        prompts=0 if quick else prompts,
+        contexts=tuple(contexts),
+        quick=quick,
     )
     runner = load_runner(artifact, threads, kernels=kernels)
     exact = runner if runner.provenance.float32 else load_runner(artifact, threads, float32=True, kernels=kernels)
     if not exact.provenance.float32:  # the runtime has no float32 form of it
         exact = runner
     report = run_validation(artifact, runner, exact, checkpoint=checkpoint, options=options, progress=progress)
-    (out / REPORT).write_text(report.to_json(), encoding="utf-8")
+    if save:
+        (out / REPORT).write_text(report.to_json(), encoding="utf-8")
     return report
 
 

@@ -7,10 +7,12 @@ compare the two.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from h1export.plugins.gpu import device
 from h1export.plugins.gpu.kernel import DTYPES, Kernel, Launch, arguments, run
 from h1export.plugins.ssm_scan.tiles import ScanTiles, Tile, tiles_for
 
@@ -28,6 +30,8 @@ DECODE = arguments(
     "x:*dtype dt:*dtype A:*fp32 B:*dtype C:*dtype D:*fp32 dt_bias:*fp32 state:*fp32 mask:*dtype H:i32 G:i32 "
     "dt_min:fp32 dt_max:fp32 y:*dtype new_state:*fp32"
 )
+
+CONVERTED = ("dt", "mask", "A", "D", "dt_bias")  # to float32 by the kernels
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ def launches(problem: Problem) -> tuple[Launch, ...]:
     Raises:
         H1ExportError: tiles.py has no row for the head dim and state size.
     """
+    return _launches(problem, problem.tiles)
+
+
+@lru_cache(maxsize=1024)  # a decode step asks for the same launches again and again
+def _launches(problem: Problem, tiles: ScanTiles) -> tuple[Launch, ...]:
     rows = problem.batch * problem.heads
     state = problem.d_head * problem.d_state
     values = {
@@ -98,7 +107,6 @@ def launches(problem: Problem) -> tuple[Launch, ...]:
         "dt_min": problem.dt_min,
         "dt_max": problem.dt_max,
     }
-    tiles = problem.tiles
     by_name = {kernel.name: kernel for kernel in _kernels(problem.d_head, problem.d_state, problem.dtype, tiles)}
     if problem.tokens == 1:
         grids = {"decode": (problem.d_head // tiles.decode.rows, rows, 1)}
@@ -134,7 +142,14 @@ def _kernels(d_head: int, d_state: int, dtype: str, tiles: ScanTiles) -> tuple[K
 
     def kernel(name: str, signature: tuple[tuple[str, str], ...], tile: Tile, *constants: tuple[str, int]) -> Kernel:
         return Kernel(
-            OP, name, dtype, arguments=signature, constants=(*sizes, *constants), warps=tile.warps, stages=tile.stages
+            OP,
+            name,
+            dtype,
+            arguments=signature,
+            constants=(*sizes, *constants),
+            warps=tile.warps,
+            stages=tile.stages,
+            converted=CONVERTED,
         )
 
     def chunk_constants(tile: Tile) -> tuple[tuple[str, int], ...]:
@@ -165,7 +180,8 @@ def ssm_scan(
 ) -> tuple[Tensor, Tensor]:
     """Run the op of op.py with the GPU kernels.
 
-    The arguments and results are those of the op, except that mask has x's dtype and the chunk is the one of tiles.py.
+    The arguments and results are those of the op, except that the chunk is the one of tiles.py. x, B and C share one
+    dtype; dt, mask, A, D and dt_bias may have any of DTYPES.
     ``new_state`` is the tensor to write the new state to, which may be ``state`` itself; None allocates one.
 
     Raises:
@@ -183,6 +199,7 @@ def ssm_scan(
         dtype=DTYPES[x.dtype],
         dt_min=dt_min,
         dt_max=dt_max,
+        device_name=device.name(x.device),
     )
     y = torch.empty_like(x)
     state_after = torch.empty_like(state) if new_state is None else new_state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -16,12 +16,12 @@ from h1export.graphs.program import Program
 from h1export.model.falcon_h1.states import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL, StateTensor
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Lowered
+from h1export.targets.base import Finding, Lowered
 from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.emit import Emitter, emit, name_probes
 from h1export.targets.onnx.external_data import ExternalData
 from h1export.targets.onnx.op_counts import node_counts
-from h1export.targets.onnxruntime import genai_config, readme, state_layout
+from h1export.targets.onnxruntime import examine, genai_config, readme
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.onnxruntime.emit.native import DOMAIN, NativeContext, covers
 from h1export.targets.onnxruntime.emit.packing import INT8_BLOCKS
@@ -78,6 +78,9 @@ class OnnxRuntimeTarget:
         graphs = [name for name in (MODEL, NATIVE_MODEL) if name in artifact.manifest.files]
         return {name: node_counts(artifact.folder / name) for name in graphs}
 
+    def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
+        return examine.examine(artifact)
+
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
     ) -> OnnxRuntimeRunner:
@@ -115,16 +118,13 @@ def _declare(name: str, dtype: str, dims: Dims) -> Value:
 
 
 def _inputs(program: Program, variant: GraphVariant) -> dict[str, tuple[str, Dims]]:
-    states = {
-        tensor.past: (variant.dtype(tensor.kind), state_layout.shape(tensor, variant.permutation))
-        for tensor in program.states.tensors
-    }
+    states = {tensor.past: (variant.dtype(tensor.kind), variant.shape(tensor)) for tensor in program.states.tensors}
     return {INPUT_IDS: ("INT64", (BATCH, SEQUENCE)), ATTENTION_MASK: ("INT64", (BATCH, TOTAL)), **states}
 
 
 def _outputs(program: Program, options: OrtOptions, variant: GraphVariant) -> dict[str, tuple[str, Dims]]:
     def dims(tensor: StateTensor) -> Dims:
-        return tuple(TOTAL if dim == PAST else dim for dim in state_layout.shape(tensor, variant.permutation))
+        return tuple(TOTAL if dim == PAST else dim for dim in variant.shape(tensor))
 
     logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.config.vocab_size)
     return {

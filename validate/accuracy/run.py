@@ -55,6 +55,7 @@ class ValidateOptions:
         bisect: whether to name the first layer and op family beyond tolerance.
         prompts: the number of greedy texts, which start at places in the text.
         contexts: the numbers of tokens at which to compare states after a prefill in chunks, and to time tokens.
+        quick: whether only the cases that are ``quick`` run.
     """
 
     tolerances: Mapping[str, float] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class ValidateOptions:
     bisect: bool = False
     prompts: int = 8
     contexts: tuple[int, ...] = ()
+    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Outputs:
         starts = prompts(options.text_ids, options.prompts, options.seed)
         no_texts = why_no_texts(runner, starts)
         texts = [] if no_texts else list(continuations(runner, starts))
-        return cls(list(run_cases(runner, options.seed)), texts, no_texts)
+        return cls(list(run_cases(runner, options.seed, options.quick)), texts, no_texts)
 
     def greedy(self, comparison: Comparison, reference: Reference) -> Row:
         if self.no_texts:

@@ -61,7 +61,7 @@ def group_head(inputs: HeadInputs, head: Tensor, multiplier: float, *, jobs: int
         weight_sums += sums
     # index_add_ of a GPU sums in an order of its own
     groups = _cluster(sketches.cpu(), max(1, min(GROUPS, len(head) // ROWS_A_GROUP)), generator)
-    members = torch.nn.functional.one_hot(groups.to(head.device)).float()
+    members = torch.nn.functional.one_hot(groups).float().to(head.device)
     share = members / (weight_sums.clamp_min(torch.finfo(torch.float32).tiny)[:, None] * members.sum(0))
     found = in_order((partial(_group_weights, pair, head, multiplier, share=share) for pair in inputs()), jobs)
     return HeadGroups(groups, torch.stack(list(found)).permute(2, 0, 1).contiguous())

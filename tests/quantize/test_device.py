@@ -46,9 +46,17 @@ def solved(checkpoint: Path, folder: Path, device: ComputeDevice) -> Integers:
     return {name: found.rows(name, 0, rest.store.shape(name)[0]) for name in found.precisions}
 
 
-def agreement(one: Integers, other: Integers) -> float:
-    """The share of equal codes in all tensors together."""
-    return float(np.mean(np.concatenate([(one[name].codes == other[name].codes).ravel() for name in one])))
+def agreement(one: Integers, other: Integers, layer: int | None = None) -> float:
+    """The share of equal codes in all tensors together, or in those of one layer."""
+    names = [name for name in one if layer is None or f".layers.{layer}." in name]
+    return float(np.mean(np.concatenate([(one[name].codes == other[name].codes).ravel() for name in names])))
+
+
+class BatchedCpu(ComputeDevice):
+    """The CPU, which runs as many sequences at a time as a GPU does, so that it sums in the same order."""
+
+    def sequences(self, length: int) -> int:
+        return PRETENDED.sequences(length)
 
 
 def held_round_columns(*tensors: Any, start: int, errors: Any, **named: Any) -> None:
@@ -73,7 +81,9 @@ def test_gptq_moves_every_tensor_to_the_device(
 ) -> None:
     checkpoint = make_checkpoint(name)
     ours = solved(checkpoint, tmp_path / "gpu", pretended)
-    assert agreement(ours, solved(checkpoint, tmp_path / "cpu", CPU_DEVICE)) > 0.98
+    batched = BatchedCpu(CPU_DEVICE.place, CPU_DEVICE.name)
+    assert agreement(ours, solved(checkpoint, tmp_path / "batched", batched)) > 0.98
+    assert agreement(ours, solved(checkpoint, tmp_path / "cpu", CPU_DEVICE), layer=0) > 0.98
 
 
 def test_awq_and_sensitivity_move_every_tensor_to_the_device(make_checkpoint: Callable[..., Path]) -> None:
@@ -167,11 +177,15 @@ def test_products_are_exact_and_settings_come_back() -> None:
 def test_a_gpus_integers_are_deterministic_and_nearly_the_cpus(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Sums in another order decide a few codes otherwise; later layers then see other inputs."""
+    """Sums in another order decide a few codes otherwise, and later layers then see other inputs.
+
+    On this random model and short text, another order of sums alone leaves as little as two thirds of the codes of the
+    second layer equal, on one CPU. So only the first layer is compared with the CPU's.
+    """
     checkpoint = make_checkpoint()
     device = ComputeDevice.of("cuda")
     one, other = (solved(checkpoint, tmp_path / name, device) for name in ("one", "other"))
     for name in one:
         np.testing.assert_array_equal(one[name].codes, other[name].codes)
         np.testing.assert_array_equal(one[name].scales, other[name].scales)
-    assert agreement(one, solved(checkpoint, tmp_path / "cpu", CPU_DEVICE)) > 0.98
+    assert agreement(one, solved(checkpoint, tmp_path / "cpu", CPU_DEVICE), layer=0) > 0.98

@@ -287,7 +287,8 @@ class _Solver:
             moments.add(*inputs(), sequence_weights)
         inverse = _inverse(moments.mixed(unweighted, UNWEIGHTED_SHARE), self._head)
         step = max(1, SOLVE_BYTES // (4 * head.shape[1]))
-        blocks = [head[rows[start : start + step]].cpu().numpy() for start in range(0, len(rows), step)]
+        chosen = torch.from_numpy(rows).to(head.device)
+        blocks = [head[chosen[start : start + step]].cpu().numpy() for start in range(0, len(rows), step)]
         precision = self.integers.precisions[self._head]
         found = [solve_rows(block, precision, inverse, name=self._head) for block in blocks]
         return np.concatenate([block.codes for block in found]), np.concatenate([block.scales for block in found])

@@ -105,24 +105,27 @@ def test_unmixed_inputs_leave_nothing_to_make_up_for() -> None:
 def test_fitted_scales_are_the_least_squares_ones(rows: int, groups: int, seed: int) -> None:
     """Against numpy's solver in float64, on the inputs themselves.
 
-    And no row gets worse, but for the rounding to fp16.
+    And no row whose scales are all fitted gets worse by the damped moments, but for the rounding to fp16.
     """
     weight, moments = problem(rows, 32 * groups, seed)
     inverse = invert(torch.from_numpy(moments), "x")
     start = search_rows(weight, INT4, np.ones(rows, np.float32))
     codes = codes_of(weight, start.scales, INT4, inverse=inverse)
     fitted = scales_of(weight, codes, start.scales, inverse=inverse)
-    root = np.linalg.cholesky(inverse.moments.double().numpy()).T
+    damped = inverse.moments.double().numpy()
+    root = np.linalg.cholesky(damped).T
+    all_fitted = np.zeros(rows, bool)
     for row in range(rows):
         parts = np.stack([root[:, k : k + 32] @ codes[row, k : k + 32] for k in range(0, 32 * groups, 32)], axis=1)
         exact = np.linalg.lstsq(parts, root @ weight[row].astype(np.float64), rcond=None)[0]
         tame = (exact > start.scales[row] / 1.4) & (exact < start.scales[row] * 1.4)
-        if tame.all():
+        all_fitted[row] = tame.all()
+        if all_fitted[row]:
             np.testing.assert_allclose(fitted[row].astype(np.float64), exact, rtol=5e-3)
     before, after = (
-        damage(QuantizedTensor(codes, scales, start.row_scale), weight, moments) for scales in (start.scales, fitted)
+        damage(QuantizedTensor(codes, scales, start.row_scale), weight, damped) for scales in (start.scales, fitted)
     )
-    assert (after <= before * 1.01).mean() >= 0.9
+    assert (after <= before * 1.001)[all_fitted].all()
 
 
 def test_fits_that_say_nothing_leave_the_scales() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import StoredWeight
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.progress import Progress

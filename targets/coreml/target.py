@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from h1export.artifact.artifact import Artifact
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.artifact.weight_file import in_order
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError

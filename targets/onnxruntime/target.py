@@ -8,7 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from h1export.artifact.artifact import Artifact
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.graphs.passes import KindOf, run_passes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.files import sha256_file
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.program import Program

@@ -14,7 +14,7 @@ import torch
 from h1export import host
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import Manifest
-from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.store import WeightStore, weight_files
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import SILENT, Progress
 from h1export.quantize.awq_scales import AwqScales, ScaledStore
@@ -35,6 +35,7 @@ from h1export.validate.accuracy.latency import PREFILL_TOKENS, measure, tokens_n
 from h1export.validate.accuracy.long_contexts import context_rows, cost_rows
 from h1export.validate.accuracy.parity import Run, case_rows, run_cases
 from h1export.validate.accuracy.perplexity import WINDOW, Scored, text_figures, windows
+from h1export.validate.accuracy.published_proofs import published_rows
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.weights import weight_errors
 
@@ -124,7 +125,9 @@ def validate(
     scaled = {name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys()}
     held = {**stored, **scaled} if scaled else stored
     validation = Validation(runner, exact, held, tolerances=tolerances, options=options)
-    rows += _rows(validation, Reference(checkpoint), progress)
+    reference = Reference(checkpoint)
+    rows += published_rows(runner, reference, weight_files(checkpoint, runner.config), tolerances=tolerances)
+    rows += _rows(validation, reference, progress)
     if options.bisect:
         rows += [integers_row(row) for row in rows if row.kind is CheckKind.STORED_INTEGERS]
     return Report(_described(artifact.manifest) | _shown(runner), _environment(), tuple(rows))

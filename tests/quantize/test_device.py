@@ -12,7 +12,7 @@ import pytest
 import torch
 from pretended_gpu import PRETENDED, OnGpu
 
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.cli import run
 from h1export.errors import H1ExportError

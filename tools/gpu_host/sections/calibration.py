@@ -18,7 +18,7 @@ from make_checkpoint import config, write_checkpoint
 from gpu_host import bundle
 from gpu_host.section import Figure, Host, Row
 from h1export import host as machine
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.store import WeightStore
 from h1export.commands.build import build_artifact

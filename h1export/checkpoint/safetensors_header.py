@@ -31,6 +31,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
 }
 LFS_POINTER = b"version "  # the first bytes of a Git LFS pointer file
 DOWNLOAD_AGAIN = "the file is damaged, download it again"

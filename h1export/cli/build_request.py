@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -12,6 +12,7 @@ import click
 import cloup
 from click.core import ParameterSource
 
+from h1export.cli.common import adapter_folders, adapter_option
 from h1export.cli.target_options import chosen_options, target_flags, target_option_groups
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Budget
@@ -19,7 +20,7 @@ from h1export.quantize.choices import BEST, GROUP_SIZES, Method, QuantName
 from h1export.targets import TargetOptions, target_infos
 
 if TYPE_CHECKING:  # help and completion load neither numpy nor a tokenizer
-    from h1export.checkpoint.gptq_format import GptqFormat
+    from h1export.checkpoint.packed_format import PackedFormat
     from h1export.quantize.calibration import Calibration
     from h1export.quantize.scheme import QuantScheme
 
@@ -47,6 +48,7 @@ ARTIFACT = (
         type=click.IntRange(min=0),
         help="Threads that compute weights; 0: one a core.",
     ),
+    adapter_option,
 )
 PRECISION = (
     cloup.option(
@@ -117,6 +119,7 @@ class BuildRequest:
     Attributes:
         options: target -> its options.
         precision: of the weights in words, for the name of a folder.
+        adapters: folders of LoRA adapters to merge, in order.
     """
 
     checkpoint: Path
@@ -126,6 +129,7 @@ class BuildRequest:
     out: Path | None
     jobs: int
     precision: str
+    adapters: tuple[Path, ...] = ()
 
     def places(self) -> Iterator[tuple[str, Path]]:
         """Yield each target and the folder that its artifact gets; the folders of several targets are in OUT."""
@@ -141,15 +145,15 @@ def _budget(precisions: Path | None, bits: float | None, kl: float | None) -> Bu
     return None if bits is None and kl is None else Budget(bits, kl)
 
 
-def prequantized_format(checkpoint: Path) -> GptqFormat | None:
+def prequantized_format(checkpoint: Path) -> PackedFormat | None:
     """The format of a checkpoint that is quantised already; None for any other.
 
     Raises:
         H1ExportError: it is quantised, and an option of the command line would choose its integers again.
     """
-    from h1export.checkpoint.gptq_format import GptqFormat
+    from h1export.checkpoint.packed_formats import load_format
 
-    found = GptqFormat.load(checkpoint)
+    found = load_format(checkpoint)
     source_of = click.get_current_context().get_parameter_source
     for name in INTEGER_PARAMETERS if found is not None else ():
         if source_of(name) is ParameterSource.COMMANDLINE:
@@ -160,14 +164,21 @@ def prequantized_format(checkpoint: Path) -> GptqFormat | None:
 
 
 def within_budget(
-    checkpoint: Path, scheme: QuantScheme, calibration: Calibration, *, budget: Budget, jobs: int, quiet: bool
+    checkpoint: Path,
+    scheme: QuantScheme,
+    calibration: Calibration,
+    *,
+    budget: Budget,
+    jobs: int,
+    quiet: bool,
+    adapters: Sequence[Path],
 ) -> QuantScheme:
     """The ``scheme`` with the most sensitive tensors at int8."""
     from h1export.cli.tables import ProgressBars
     from h1export.commands.sensitivity import measure_sensitivity
 
     with ProgressBars(quiet) as bars:
-        found = measure_sensitivity(checkpoint, scheme, calibration, progress=bars, jobs=jobs)
+        found = measure_sensitivity(checkpoint, scheme, calibration, progress=bars, jobs=jobs, adapters=adapters)
     return replace(scheme, chosen=dict.fromkeys(budget.raised(found), "int8"))
 
 
@@ -190,6 +201,7 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         budget_kl: float | None,
         out: Path | None,
         jobs: int,
+        adapters: tuple[str, ...],
         **others: Any,
     ) -> int:
         from h1export.checkpoint import resolve
@@ -201,6 +213,7 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         others = {name: others[name] for name in others.keys() - {flag.parameter for flag in target_flags()}}
         checkpoint = resolve.resolve(model)
         prequantized = prequantized_format(checkpoint)
+        folders = adapter_folders(adapters)
         quant = "none" if prequantized else quant  # of the tensors that the checkpoint has in floats
         scheme = QuantScheme(
             quant, int(group_size), method or BEST[quant], chosen=read_plan(precisions) if precisions else {}
@@ -213,7 +226,9 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         calibration = Calibration(calibration_file, calibration_samples, calibration_length, seed=calibration_seed)
         if budget is not None:
             quiet = bool(others["quiet"] or others["as_json"])
-            scheme = within_budget(checkpoint, scheme, calibration, budget=budget, jobs=jobs, quiet=quiet)
+            scheme = within_budget(
+                checkpoint, scheme, calibration, budget=budget, jobs=jobs, quiet=quiet, adapters=folders
+            )
         request = BuildRequest(
             checkpoint,
             options,
@@ -222,6 +237,7 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
             out=out,
             jobs=jobs,
             precision=f"int{prequantized.bits}" if prequantized else quant,
+            adapters=folders,
         )
         return command(request, **others)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from h1export import host
@@ -26,6 +27,7 @@ def measure_sensitivity(
     *,
     progress: Progress = SILENT,
     jobs: int = 0,
+    adapters: Sequence[Path] = (),
 ) -> dict[str, Sensitivity]:
     """Measure the sensitivity of every quantised weight, with the integers that the scheme's method gives it.
 
@@ -35,7 +37,7 @@ def measure_sensitivity(
         H1ExportError: a checkpoint, scheme or calibration text that cannot be used.
     """
     config = FalconH1Config.load(checkpoint)
-    store = WeightStore.open(checkpoint, config)
+    store = WeightStore.open(checkpoint, config, adapters=adapters)
     scheme.check(config)
     ids = calibration.ids(checkpoint)
     jobs = jobs or host.cores()

@@ -35,6 +35,7 @@ def validate_artifact(
     bisect: bool = False,
     prompts: int = 8,
     contexts: Sequence[int] = (),
+    adapters: Sequence[Path] = (),
 ) -> Report:
     """Compare the artifact ``out`` with the reference on ``checkpoint`` and write ``out/report.json``.
 
@@ -49,6 +50,7 @@ def validate_artifact(
         progress: shows the stages.
         kernels: as in ``Target.load``.
         bisect, prompts, contexts: as in ValidateOptions.
+        adapters: folders of the adapters that it was built with, in order.
 
     Raises:
         H1ExportError: a damaged artifact, or a checkpoint that is not the one it was built from.
@@ -56,13 +58,20 @@ def validate_artifact(
     artifact = Artifact.open(out)
     progress.stage("hashes")
     artifact.check_hashes()
-    check_source(artifact, checkpoint)
+    check_source(artifact, checkpoint, adapters)
     if threads:
         torch.set_num_threads(threads)
     has_tokenizer = (out / TOKENIZER).is_file()
     ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
     options = ValidateOptions(
-        tolerances, ids, nbytes, pairs=latency_pairs, bisect=bisect, prompts=prompts, contexts=tuple(contexts)
+        tolerances,
+        ids,
+        nbytes,
+        pairs=latency_pairs,
+        bisect=bisect,
+        prompts=prompts,
+        contexts=tuple(contexts),
+        adapters=tuple(adapters),
     )
     runner = load_runner(artifact, threads, kernels=kernels)
     exact = runner if runner.provenance.float32 else load_runner(artifact, threads, float32=True, kernels=kernels)

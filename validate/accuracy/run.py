@@ -55,6 +55,7 @@ class ValidateOptions:
         bisect: whether to name the first layer and op family beyond tolerance.
         prompts: the number of greedy texts, which start at places in the text.
         contexts: the numbers of tokens at which to compare states after a prefill in chunks, and to time tokens.
+        adapters: folders of the adapters that the artifact was built with, in order.
     """
 
     tolerances: Mapping[str, float] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class ValidateOptions:
     bisect: bool = False
     prompts: int = 8
     contexts: tuple[int, ...] = ()
+    adapters: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,14 @@ def validate(
     stored = runner.stored_weights()
     rows = []
     scaling = AwqScales.load(artifact.folder)
-    store = ScaledStore(WeightStore.open(checkpoint, runner.config), scaling, SILENT)
+    store = ScaledStore(WeightStore.open(checkpoint, runner.config, adapters=options.adapters), scaling, SILENT)
     if stored:
         progress.stage("stored weights")
         rows.append(_weights_row(artifact, stored, store, tolerances=tolerances))
     scaled = {name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys()}
     held = {**stored, **scaled} if scaled else stored
     validation = Validation(runner, exact, held, tolerances=tolerances, options=options)
-    rows += _rows(validation, Reference(checkpoint), progress)
+    rows += _rows(validation, Reference(checkpoint, options.adapters), progress)
     if options.bisect:
         rows += [integers_row(row) for row in rows if row.kind is CheckKind.STORED_INTEGERS]
     return Report(_described(artifact.manifest) | _shown(runner), _environment(), tuple(rows))

@@ -84,7 +84,7 @@ IGNORED_KEYS: Mapping[str, str] = {
     "num_logits_to_keep": "the exported graph has its own switch, --logits",
     "output_attentions": "a transformers run-time switch",
     "output_hidden_states": "a transformers run-time switch",
-    "quantization_config": "how weights are stored, which changes nothing in the architecture: packed_formats.py reads it",
+    "quantization_config": "how weights are stored, not what the model is: packed_formats.py reads it",
     "return_dict": "a transformers run-time switch",
     "time_step_floor": "initialisation only",
     "time_step_max": "initialisation only",

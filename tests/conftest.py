@@ -142,6 +142,16 @@ def tiny() -> Path:
     return embedded_model()
 
 
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """The GPU, for tests that are marked gpu; Triton chooses interpreter or compiler once per process."""
+    if not torch.cuda.is_available():
+        pytest.fail("torch cannot use the GPU here: install PyTorch's build for CUDA")
+    if os.environ["TRITON_INTERPRET"] != "0":
+        pytest.fail("Triton's interpreter is on: set TRITON_INTERPRET=0, as nox -s gpu does")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 @pytest.fixture
 def released() -> dict[str, Any]:
     """The released 0.5B config, to be changed at will."""

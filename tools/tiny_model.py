@@ -153,8 +153,8 @@ def attention(cfg: FalconH1Config, w: dict[str, Tensor], x: Tensor, *, cos: Tens
 
 def forward(cfg: FalconH1Config, weights: dict[str, Tensor], ids: Tensor) -> Tensor:
     """Logits [B, T, vocab] of effective-scale weights for ids [B, T], T a multiple of the chunk size."""
-    inv = cfg.rope_parameters["rope_theta"] ** (-torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
-    angle = torch.arange(ids.shape[1])[:, None] * torch.cat([inv, inv])
+    inv = cfg.rope_parameters["rope_theta"] ** (-torch.arange(0, cfg.head_dim, 2, device=ids.device) / cfg.head_dim)
+    angle = torch.arange(ids.shape[1], device=ids.device)[:, None] * torch.cat([inv, inv])
     cos = angle.cos()
     sin = angle.sin()
     h = F.embedding(ids, weights["model.embed_tokens.weight"])

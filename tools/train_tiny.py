@@ -16,7 +16,7 @@ import sysconfig
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -184,16 +184,32 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, 2 - 1.5625 * step / steps, 0.625 / 0.12 * (1 - step / steps))
 
 
+def show(step: int, loss: float, seconds: float) -> None:
+    """Print the progress of training."""
+    print(f"step {step} loss {loss:.4f} {seconds:.0f} s", flush=True)
+
+
 def train(
-    cfg: FalconH1Config, weights: dict[str, Tensor], stream: Tensor, *, steps: int, seed: int, checkpoint: Path | None
+    cfg: FalconH1Config,
+    weights: dict[str, Tensor],
+    stream: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    checkpoint: Path | None,
+    report: Callable[[int, float, float], None] = show,
 ) -> float:
-    """Train weights in place for a fixed number of steps, resuming from checkpoint; return the seconds."""
+    """Train weights in place, on their device, for a fixed number of steps, resuming from checkpoint.
+
+    ``report`` is called with step, mean loss in nats and seconds, every 20 steps. Returns the seconds.
+    """
+    device = next(iter(weights.values())).device
     opts = optimizers(cfg, weights)
     first = 0
     seconds = 0.0
     losses = []
     if checkpoint and checkpoint.exists():
-        saved = torch.load(checkpoint)
+        saved = torch.load(checkpoint, map_location=device)
         first = saved["step"]
         seconds = saved["seconds"]
         for name, p in weights.items():
@@ -206,6 +222,7 @@ def train(
             opt.zero_grad()
             for group in opt.param_groups:
                 group["lr"] = group["peak"] * rate(step, steps)
+        ids = ids.to(device)
         loss = F.cross_entropy(forward(cfg, weights, ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
@@ -213,9 +230,9 @@ def train(
             opt.step()
         losses.append(loss.item())
         seconds = time.time() - start
-        if (step + 1) % 20 == 0:
-            print(f"step {step + 1}/{steps} loss {sum(losses[-20:]) / 20:.4f} {seconds:.0f} s", flush=True)
-        if checkpoint and (step + 1) % 50 == 0:
+        if (step + 1) % 20 == 0 or step + 1 == steps:
+            report(step + 1, sum(losses[-20:]) / len(losses[-20:]), seconds)
+        if checkpoint and ((step + 1) % 50 == 0 or step + 1 == steps):
             state = {
                 "step": step + 1,
                 "seconds": seconds,

@@ -81,15 +81,16 @@ def staged(out: Path, force: bool, key: str) -> Iterator[Path]:
     """
     out = out.absolute()
     stage = out.parent / f".{out.name}.partial-{key[:KEY_LENGTH]}"
+    lock = None
     try:
-        if out.parent.is_dir():
-            _restore_or_remove_aside(out)
-        check_place(out, force)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = _claim(stage, out)
-    except (OSError, ValueError) as error:
-        raise H1ExportError(out, f"cannot be made ({error})", "choose another OUT") from None
-    try:
+        try:
+            if out.parent.is_dir():
+                _restore_or_remove_aside(out)
+            check_place(out, force)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            lock = _claim(stage, out)
+        except (OSError, ValueError) as error:
+            raise H1ExportError(out, f"cannot be made ({error})", "choose another OUT") from None
         _remove_abandoned(out)
         _keep_written(stage)
         yield stage
@@ -97,11 +98,14 @@ def staged(out: Path, force: bool, key: str) -> Iterator[Path]:
         check_place(out, force)
         _rename_into_place(stage, out)
     except BaseException:
-        if _is_at(lock, stage):
+        if lock is None:
+            _remove_unclaimed(stage)
+        elif _is_at(lock, stage):
             shutil.rmtree(stage, ignore_errors=True)
         raise
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def _claim(stage: Path, out: Path) -> int:
@@ -124,16 +128,32 @@ def _claim(stage: Path, out: Path) -> int:
                 raise PermissionError(f"{stage} belongs to another user")
             if _is_at(lock, stage):
                 return lock
-            os.close(lock)
-        except OSError as error:
+        except BaseException as error:  # an interrupt too must release the lock
             os.close(lock)
             if isinstance(error, BlockingIOError):
                 raise H1ExportError(
                     out, "another process builds the same artifact there", "wait for it, or choose another OUT"
                 ) from None
-            with suppress(OSError):
-                stage.rmdir()  # succeeds only on an empty folder, which holds no build's work
             raise
+        os.close(lock)
+
+
+def _remove_unclaimed(stage: Path) -> None:
+    """Remove ``stage`` if it is empty and no process has locked it.
+
+    A claim that failed or was interrupted has made the folder and done no work in it.
+    """
+    with suppress(OSError, ValueError):  # a path that cannot exist was not made
+        handle = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # this file system has no locks
+        finally:
+            os.close(handle)
+        stage.rmdir()
 
 
 def _is_at(handle: int, path: Path) -> bool:

@@ -4,6 +4,8 @@ Source: RoFormer (Su et al. 2021) in the half-split layout of transformers' ``Fa
 attention (Ainslie et al. 2023).
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +31,33 @@ def composed(
     Returns:
         out [batch, seq, heads, dim], and K and V [batch, kv_heads, past + seq, dim]; all three are new tensors.
     """
-    angles = positions[..., None].float() * rope_frequencies(rope_theta, q.shape[3]).to(q.device)
+    frequencies = rope_frequencies(rope_theta, q.shape[3]).to(q.device)
+    return _attend(q, k, v, past_k, past_v, positions, mask, frequencies)
+
+
+def on_cuda(
+    q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, positions: Tensor, mask: Tensor, rope_theta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `composed` does, without a wait of the host for the device; so a CUDA graph can hold the call.
+
+    The frequencies stay those that the CPU computes. A captured graph copies them again at every replay, from memory
+    that is never freed.
+    """
+    frequencies = _pinned_frequencies(rope_theta, q.shape[3]).to(q.device, non_blocking=True)
+    return _attend(q, k, v, past_k, past_v, positions, mask, frequencies)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    frequencies: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    angles = positions[..., None].float() * frequencies
     keys = torch.cat([past_k, _rotate(k, angles).transpose(1, 2)], dim=2)
     values = torch.cat([past_v, v.transpose(1, 2)], dim=2)
     column = torch.arange(keys.shape[2], device=q.device)
@@ -41,6 +69,7 @@ def composed(
 
 
 attention = torch.library.custom_op("h1::attention", mutates_args=())(composed)
+attention.register_kernel("cuda")(on_cuda)
 
 
 @attention.register_fake
@@ -57,6 +86,12 @@ def rope_frequencies(theta: float, dim: int) -> Tensor:
     The expression is transformers' own, because an error in the last bit is 3e-3 rad at position 1e5.
     """
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+
+
+@cache
+def _pinned_frequencies(theta: float, dim: int) -> Tensor:
+    """Return rope_frequencies in memory that a GPU may read while the host goes on."""
+    return rope_frequencies(theta, dim).pin_memory()
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ ONE_TOKEN = Tile(1, 128, 1)
 MANY_TOKENS = Tile(16, 128, 4)
 
 
+@lru_cache(maxsize=1024)
 def kernel(dtype: str, taps: int, bias: bool, *, one_token: bool) -> Kernel:
     """Return the kernel for a dtype, a number of taps, and one token or many.
 

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.library.custom_op("h1::causal_conv", mutates_args=())
-def causal_conv(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def reference(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute y[b, s, c] = silu(bias[c] + sum_i weight[c, 0, i] * xs[b, s + i, c]) with xs = state followed by x.
 
     All tensors share one dtype.
@@ -24,9 +23,16 @@ def causal_conv(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -
         y [batch, seq, channels] and the state after x [batch, channels, taps - 1]; both are new tensors.
     """
     inputs = torch.cat([state, x.transpose(1, 2)], dim=-1)
+    if 0 in x.shape:  # conv1d refuses an input without a single window
+        return torch.empty_like(x, memory_format=torch.contiguous_format), state.clone(
+            memory_format=torch.contiguous_format
+        )
     y = F.silu(F.conv1d(inputs, weight, bias, groups=weight.shape[0]))
     new_state = inputs.narrow(2, x.shape[1], state.shape[2]).clone(memory_format=torch.contiguous_format)
     return y.transpose(1, 2).contiguous(), new_state
+
+
+causal_conv = torch.library.custom_op("h1::causal_conv", mutates_args=())(reference)
 
 
 @causal_conv.register_fake

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from h1export.errors import H1ExportError
-from h1export.plugins.gpu import sdk
+from h1export.plugins.gpu import device, sdk
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  # Triton's names
 KERNEL_DTYPE = "*dtype"  # in Kernel.arguments: a pointer to elements of Kernel.dtype
@@ -32,6 +32,8 @@ class Kernel:
         warps: the warps of one program.
         stages: the stages of Triton's software pipelining.
         aligned: the integer arguments that are multiples of ALIGNED in every call.
+        converted: the tensors that the function converts to float32 itself, so that ``run`` takes them in any of
+            DTYPES; code compiled ahead of time takes the type in ``arguments``.
     """
 
     op: str
@@ -42,6 +44,7 @@ class Kernel:
     warps: int
     stages: int
     aligned: tuple[str, ...] = ()
+    converted: tuple[str, ...] = ()
 
     @property
     def symbol(self) -> str:
@@ -90,7 +93,12 @@ def run(launches: Sequence[Launch], tensors: Mapping[str, torch.Tensor]) -> None
         function: Any = getattr(sdk.kernels(kernel.op), kernel.name)
         values = [tensors[value] if isinstance(value, str) else value for value in launch.values]
         for (name, kind), value in zip(kernel.signature().items(), values, strict=True):
-            if isinstance(value, torch.Tensor) and (kind != f"*{DTYPES.get(value.dtype)}" or not value.is_contiguous()):
+            if not isinstance(value, torch.Tensor):
+                continue
+            dtype = DTYPES.get(value.dtype)
+            right = dtype is not None if name in kernel.converted else kind == f"*{dtype}"
+            if not right or not value.is_contiguous():
                 what = f"{name} is {value.dtype} with strides {value.stride()}; the kernel takes a contiguous {kind}"
                 raise H1ExportError(kernel.symbol, what, "convert it before the call")
-        function[launch.grid](*values, **dict(kernel.constants), num_warps=kernel.warps, num_stages=kernel.stages)
+        with device.current(next(value for value in values if isinstance(value, torch.Tensor))):
+            function[launch.grid](*values, **dict(kernel.constants), num_warps=kernel.warps, num_stages=kernel.stages)

@@ -10,13 +10,18 @@ from typing import Any
 from h1export.errors import H1ExportError
 
 
+def installed() -> bool:
+    """Return whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
 def triton() -> Any:
     """Import and return the module triton.
 
     Raises:
         H1ExportError: Triton is not installed.
     """
-    if find_spec("triton") is None:
+    if not installed():
         raise H1ExportError("triton", "is not installed", "pip install 'h1export[trt]'")
     return import_module("triton")
 

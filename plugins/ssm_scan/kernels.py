@@ -8,11 +8,13 @@ Source: Dao and Gu, "Transformers are SSMs" (2024), section 6. A prompt is cut i
     decode         one program per (channels, head) computes the state and y of a token in one pass over the state
 
 Tensors are contiguous, with the shapes of op.py. x, dt, B, C, mask and y share one dtype; A, D, dt_bias, the states and
-every sum are float32. Decays are summed tile by tile, from the ends of each tile (Horner's scheme across tiles), so
-that no long sums are subtracted. The tensor cores take operands in x's dtype. The operands of y are rounded to it once,
-because y itself is rounded to it. The state outlives its call, so its terms are more precise: each is split into two
-operands, which leaves an error of the square of a rounding, and is scaled by the largest step of its tile, because the
-steps of slow heads would be subnormal in fp16.
+every sum are float32. Compiled when called, the kernels also take dt, mask, A, D and dt_bias in any other of these
+dtypes, because they convert them to float32 themselves. T, H and G are never compiled in, so that a new length of a
+prompt compiles nothing, and a call runs the code that is compiled ahead of time. Decays are summed tile by tile, from
+the ends of each tile (Horner's scheme across tiles), so that no long sums are subtracted. The tensor cores take
+operands in x's dtype. The operands of y are rounded to it once, because y itself is rounded to it. The state outlives
+its call, so its terms are more precise: each is split into two operands, which leaves an error of the square of a
+rounding, and is scaled by the largest step of its tile, because the steps of slow heads would be subnormal in fp16.
 """
 
 import triton
@@ -57,7 +59,7 @@ def scores(C, B, i, inside, keys_inside, stride, N: tl.constexpr, BT: tl.constex
     return product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "G"])
 def chunk_state(
     x, dt, A, B, dt_bias, mask, T, H, G, dt_min, dt_max, local, total,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
@@ -77,8 +79,8 @@ def chunk_state(
     i = tl.arange(0, BT)
     p = tile // (N // BN) * BP + tl.arange(0, BP)
     n = tile % (N // BN) * BN + tl.arange(0, BN)
-    a = tl.load(A + h)
-    bias = tl.load(dt_bias + h)
+    a = tl.load(A + h).to(tl.float32)
+    bias = tl.load(dt_bias + h).to(tl.float32)
     state = tl.zeros([BP, BN], tl.float32)
     decay = 0.0
     unit = 1.0
@@ -105,7 +107,7 @@ def chunk_state(
     tl.store(total + at, decay, mask=tile == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def state_passing(local, total, state, chunks, entry, new_state, P: tl.constexpr, N: tl.constexpr, BS: tl.constexpr):
     """Compute entry and new_state; new_state may share the memory of state.
 
@@ -125,7 +127,7 @@ def state_passing(local, total, state, chunks, entry, new_state, P: tl.constexpr
     tl.store(new_state + bh * P * N + at, s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H", "G"])
 def chunk_scan(
     x, dt, A, B, C, D, dt_bias, mask, entry, T, H, G, dt_min, dt_max, y,
     P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
@@ -145,8 +147,8 @@ def chunk_scan(
     if own < T:
         p = tile % (P // BP) * BP + tl.arange(0, BP)
         i = tl.arange(0, BT)
-        a = tl.load(A + h)
-        bias = tl.load(dt_bias + h)
+        a = tl.load(A + h).to(tl.float32)
+        bias = tl.load(dt_bias + h).to(tl.float32)
         first = row + own
         inside = own + i < T
         every = i < BT
@@ -182,11 +184,11 @@ def chunk_scan(
         w = tl.where(i[:, None] >= i[None, :], w * between, 0.0)
         u = tl.load(x + (first * H + h) * P + channels, mask=inside[:, None], other=0.0)
         acc = tl.dot(w.to(u.dtype), u, acc * tl.exp(since)[:, None], input_precision="ieee")
-        acc += tl.load(D + h) * u.to(tl.float32)
+        acc += tl.load(D + h).to(tl.float32) * u.to(tl.float32)
         tl.store(y + (first * H + h) * P + channels, acc.to(y.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "G"])
 def decode(
     x, dt, A, B, C, D, dt_bias, state, mask, H, G, dt_min, dt_max, y, new_state,
     P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr,
@@ -204,11 +206,13 @@ def decode(
     at = p[:, None] * N + n[None, :]
     row = bh.to(tl.int64) * (P * N)
     s = tl.load(state + row + at)
-    step = step_size(tl.load(dt + bh), tl.load(dt_bias + h), tl.load(mask + b), dt_min=dt_min, dt_max=dt_max)
+    bias = tl.load(dt_bias + h).to(tl.float32)
+    step = step_size(tl.load(dt + bh), bias, tl.load(mask + b), dt_min=dt_min, dt_max=dt_max)
     u = tl.load(x + bh * P + p).to(tl.float32)
     group = (b * G + h // (H // G)) * N + n
-    s = s * tl.exp(step * tl.load(A + h)) + (step * u)[:, None] * tl.load(B + group).to(tl.float32)[None, :]
+    a = tl.load(A + h).to(tl.float32)
+    s = s * tl.exp(step * a) + (step * u)[:, None] * tl.load(B + group).to(tl.float32)[None, :]
     tl.debug_barrier()  # other threads may still read the memory of state
     tl.store(new_state + row + at, s)
-    out = tl.sum(s * tl.load(C + group).to(tl.float32)[None, :], axis=1) + tl.load(D + h) * u
+    out = tl.sum(s * tl.load(C + group).to(tl.float32)[None, :], axis=1) + tl.load(D + h).to(tl.float32) * u
     tl.store(y + bh * P + p, out.to(y.dtype.element_ty))

@@ -7,13 +7,14 @@ compare the two.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from h1export.errors import H1ExportError
+from h1export.plugins.gpu import device
 from h1export.plugins.gpu.kernel import DTYPES, Kernel, Launch, arguments, run
-from h1export.plugins.ssm_scan.tiles import TILES, ScanTiles, Tile
+from h1export.plugins.ssm_scan.tiles import ScanTiles, Tile, tiles_for
 
 OP = "ssm_scan"
 CHUNK_STATE = arguments(
@@ -30,12 +31,15 @@ DECODE = arguments(
     "dt_min:fp32 dt_max:fp32 y:*dtype new_state:*fp32"
 )
 
+CONVERTED = ("dt", "mask", "A", "D", "dt_bias")  # to float32 by the kernels
+
 
 @dataclass(frozen=True)
 class Problem:
     """The sizes and limits of one call.
 
     ``dtype`` is Triton's name ("fp16", "bf16", "fp32") of the dtype that x, dt, B, C, mask and y share.
+    ``device_name`` is the GPU whose measured tiles the call takes; None stands for the tiles of every GPU.
     """
 
     batch: int
@@ -47,20 +51,16 @@ class Problem:
     dtype: str
     dt_min: float
     dt_max: float
+    device_name: str | None = None
 
     @property
     def tiles(self) -> ScanTiles:
-        """The tiles for the head dim and state size.
+        """The tiles for the head dim, the state size and the GPU.
 
         Raises:
             H1ExportError: tiles.py has no row for these sizes.
         """
-        tiles = TILES.get((self.d_head, self.d_state))
-        if tiles is None:
-            what = f"no GPU kernel for head dim {self.d_head} and state size {self.d_state}"
-            available = ", ".join(f"{p} x {n}" for p, n in TILES)
-            raise H1ExportError(OP, what, f"available are {available}: add a row to plugins/ssm_scan/tiles.py")
-        return tiles
+        return tiles_for(self.d_head, self.d_state, self.device_name)
 
     @property
     def chunks(self) -> int:
@@ -93,6 +93,11 @@ def launches(problem: Problem) -> tuple[Launch, ...]:
     Raises:
         H1ExportError: tiles.py has no row for the head dim and state size.
     """
+    return _launches(problem, problem.tiles)
+
+
+@lru_cache(maxsize=1024)  # a decode step asks for the same launches again and again
+def _launches(problem: Problem, tiles: ScanTiles) -> tuple[Launch, ...]:
     rows = problem.batch * problem.heads
     state = problem.d_head * problem.d_state
     values = {
@@ -102,8 +107,7 @@ def launches(problem: Problem) -> tuple[Launch, ...]:
         "dt_min": problem.dt_min,
         "dt_max": problem.dt_max,
     }
-    by_name = {kernel.name: kernel for kernel in kernels(problem.d_head, problem.d_state, problem.dtype)}
-    tiles = problem.tiles
+    by_name = {kernel.name: kernel for kernel in _kernels(problem.d_head, problem.d_state, problem.dtype, tiles)}
     if problem.tokens == 1:
         grids = {"decode": (problem.d_head // tiles.decode.rows, rows, 1)}
     else:
@@ -122,18 +126,30 @@ def launches(problem: Problem) -> tuple[Launch, ...]:
     )
 
 
-def kernels(d_head: int, d_state: int, dtype: str) -> tuple[Kernel, ...]:
+def kernels(d_head: int, d_state: int, dtype: str, *, device_name: str | None = None) -> tuple[Kernel, ...]:
     """Return all four kernels for a head dim, a state size and a dtype by Triton's name.
+
+    ``device_name`` is as in Problem.
 
     Raises:
         H1ExportError: tiles.py has no row for the head dim and state size.
     """
-    tiles = Problem(1, 1, 1, groups=1, d_head=d_head, d_state=d_state, dtype=dtype, dt_min=0, dt_max=0).tiles
+    return _kernels(d_head, d_state, dtype, tiles_for(d_head, d_state, device_name))
+
+
+def _kernels(d_head: int, d_state: int, dtype: str, tiles: ScanTiles) -> tuple[Kernel, ...]:
     sizes = (("P", d_head), ("N", d_state))
 
     def kernel(name: str, signature: tuple[tuple[str, str], ...], tile: Tile, *constants: tuple[str, int]) -> Kernel:
         return Kernel(
-            OP, name, dtype, arguments=signature, constants=(*sizes, *constants), warps=tile.warps, stages=tile.stages
+            OP,
+            name,
+            dtype,
+            arguments=signature,
+            constants=(*sizes, *constants),
+            warps=tile.warps,
+            stages=tile.stages,
+            converted=CONVERTED,
         )
 
     def chunk_constants(tile: Tile) -> tuple[tuple[str, int], ...]:
@@ -164,7 +180,8 @@ def ssm_scan(
 ) -> tuple[Tensor, Tensor]:
     """Run the op of op.py with the GPU kernels.
 
-    The arguments and results are those of the op, except that mask has x's dtype and the chunk is the one of tiles.py.
+    The arguments and results are those of the op, except that the chunk is the one of tiles.py. x, B and C share one
+    dtype; dt, mask, A, D and dt_bias may have any of DTYPES.
     ``new_state`` is the tensor to write the new state to, which may be ``state`` itself; None allocates one.
 
     Raises:
@@ -182,6 +199,7 @@ def ssm_scan(
         dtype=DTYPES[x.dtype],
         dt_min=dt_min,
         dt_max=dt_max,
+        device_name=device.name(x.device),
     )
     y = torch.empty_like(x)
     state_after = torch.empty_like(state) if new_state is None else new_state

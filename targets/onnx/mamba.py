@@ -54,6 +54,8 @@ def conv_taps(c: Context, weight: WeightExpr) -> ir.ExternalTensor:
 def shifted_products(c: Context, conv: Node) -> tuple[Value, Value]:
     """Return the convolution of an h1.causal_conv before its SiLU, by products with shifted inputs, and the new state.
 
+    The convolution is float32, and the state has the activations' dtype.
+
     This takes the place of CausalConvWithState, whose CPU kernel is scalar (4 times slower at 512 tokens), and of Conv
     (20 times slower at one token).
     """
@@ -61,16 +63,17 @@ def shifted_products(c: Context, conv: Node) -> tuple[Value, Value]:
     taps = conv_taps(c, c.expr(weight))
     count, channels = taps.shape.numpy()
     row_bytes = (taps.length or 0) // count
-    inputs = c.build.op("Concat", c.value(state), c.value(x), axis=1)
+    joined = c.build.op("Concat", c.value(state), c.value(x), axis=1)
+    inputs = c.as_float32(joined)
 
-    def window(first: int, end: int) -> Value:
-        return c.build.op("Slice", inputs, c.build.ints(first), c.build.ints(end), c.build.ints(1))
+    def window(values: Value, first: int, end: int) -> Value:
+        return c.build.op("Slice", values, c.build.ints(first), c.build.ints(end), c.build.ints(1))
 
-    total = None if bias is None else c.value(bias)
+    total = None if bias is None else c.exact(c.expr(bias))
     for tap in range(count):
         end = np.iinfo(np.int64).max if tap == count - 1 else tap + 1 - count
         row = c.build.initializer(c.data.alias(f"{taps.name}.{tap}", (channels,), taps, start=tap * row_bytes))
-        product = c.build.op("Mul", window(tap, end), row)
+        product = c.build.op("Mul", window(inputs, tap, end), row)
         total = product if total is None else c.build.op("Add", total, product)
     assert total is not None
-    return total, window(1 - count, np.iinfo(np.int64).max)
+    return total, window(joined, 1 - count, np.iinfo(np.int64).max)

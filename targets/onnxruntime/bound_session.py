@@ -1,7 +1,9 @@
-"""A session whose states are in buffers that ONNX Runtime reads and writes in place."""
+"""A session whose states are in buffers that ONNX Runtime reads and writes in place, on the CPU or on a GPU."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -10,77 +12,110 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, Ids, StateSpec
 from h1export.runtime.runner import check_call
 from h1export.targets.onnx import sdk
-from h1export.targets.onnxruntime import state_layout
+from h1export.targets.onnxruntime.variants import GraphVariant
+
+DEVICE_ID = 0  # the device that the provider takes where its options name none
+
+
+@dataclass(frozen=True)
+class BoundGraph:
+    """An InferenceSession and what a BoundSession has to know about its graph.
+
+    Attributes:
+        session: The InferenceSession.
+        variant: How the graph was built.
+        states: The states of the model.
+        vocab_size: The number of token ids.
+        batched_append: Whether the graph takes several rows when several tokens are appended to a past.
+        device: onnxruntime's name of the device that has the states, "cpu" or "cuda".
+        longest_call: The most tokens of a row in one call; None means that there is no limit.
+        dtypes: The dtype of each state, by the name of its input.
+    """
+
+    session: Any
+    variant: GraphVariant
+    states: StateSpec
+    vocab_size: int
+    batched_append: bool
+    device: str = "cpu"
+    longest_call: int | None = None
+    dtypes: dict[str, type[np.generic]] = field(default_factory=dict)
 
 
 class BoundSession:
     """A session of ``batch`` sequences with room for ``capacity`` tokens, over an InferenceSession.
 
     Every state is an input and an output of the InferenceSession at once. GroupQueryAttention takes a longer buffer
-    than there are keys, and appends in place where past and present are the same buffer.
+    than there are keys, and appends in place where past and present are the same buffer. The scan's kernels and the
+    convolution's read a state before they write it. Token ids, masks and logits are copied by ONNX Runtime.
 
     Args:
-        session: The InferenceSession.
-        states: The states of the model.
-        vocab_size: The number of token ids.
+        graph: The InferenceSession and its graph.
         batch: The number of sequences.
         capacity: The number of tokens that each of them may get.
-        batched_append: Whether the graph takes several rows when several tokens are appended to a past.
     """
 
-    def __init__(
-        self, session: Any, states: StateSpec, vocab_size: int, *, batch: int, capacity: int, batched_append: bool
-    ) -> None:
-        self._session = session
-        self._vocab_size = vocab_size
+    def __init__(self, graph: BoundGraph, batch: int, capacity: int) -> None:
+        self._graph = graph
         self._capacity = capacity
-        self._batched_append = batched_append
+        value_of = sdk.onnxruntime().OrtValue.ortvalue_from_numpy
         sizes = {"batch": batch, PAST: capacity}
-        shapes = {
-            tensor: [sizes[dim] if isinstance(dim, str) else dim for dim in state_layout.shape(tensor)]
-            for tensor in states.tensors
-        }
-        self._states = {tensor: np.zeros(shape, np.float32) for tensor, shape in shapes.items()}
+        self._states: list[tuple[str, str, Any]] = []
+        for tensor in graph.states.tensors:
+            shape = [sizes[dim] if isinstance(dim, str) else dim for dim in graph.variant.shape(tensor)]
+            zeros = np.zeros(shape, graph.dtypes[tensor.past])
+            self._states.append((tensor.past, tensor.present, value_of(zeros, self._graph.device, DEVICE_ID)))
         self._batch = batch
-        self._whole = self._bind(slice(0, batch))
+        self._whole = self._bind(0, batch)
         self.length = 0
 
     def append(self, ids: Ids) -> Array:
         """Extend every row, and return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
 
         Raises:
-            H1ExportError: The ids do not fit the vocabulary, the batch or the capacity.
+            H1ExportError: The ids do not fit the vocabulary, the batch, the capacity or the graph's longest call.
         """
         end = self.length + ids.shape[-1]
         mask = np.ones((len(ids), end), np.int64)
-        check_call(ids, mask, self.length, vocab_size=self._vocab_size)
+        check_call(ids, mask, self.length, vocab_size=self._graph.vocab_size)
+        check_length(ids, self._graph.longest_call)
         if end > self._capacity or len(ids) != self._batch:
             what = f"{len(ids)} rows of {end} tokens"
             raise H1ExportError(
                 "append", what, f"there is room for {self._batch} of {self._capacity}; start with a larger capacity"
             )
-        if self._batch == 1 or not self.length or ids.shape[1] == 1 or self._batched_append:
+        if self._batch == 1 or not self.length or ids.shape[1] == 1 or self._graph.batched_append:
             logits = self._run(self._whole, ids, mask)
         else:
-            rows = [slice(row, row + 1) for row in range(self._batch)]
-            logits = np.concatenate([self._run(self._bind(row), ids[row], mask[row]) for row in rows])
+            rows = range(self._batch)
+            logits = np.concatenate(
+                [self._run(self._bind(row, 1), ids[row : row + 1], mask[row : row + 1]) for row in rows]
+            )
         self.length = end
         return logits
 
-    def _bind(self, rows: slice) -> Any:
-        """Return a binding of ``rows`` of every state, which shares the memory of the arrays."""
-        binding = self._session.io_binding()
-        value_of = sdk.onnxruntime().OrtValue.ortvalue_from_numpy
-        for tensor, state in self._states.items():
-            value = value_of(state[rows])
-            binding.bind_ortvalue_input(tensor.past, value)
-            binding.bind_ortvalue_output(tensor.present, value)
+    def _bind(self, first: int, rows: int) -> Any:
+        """Return a binding of ``rows`` rows of every state from ``first`` on; the batch is the first axis."""
+        binding = self._graph.session.io_binding()
+        for past, present, value in self._states:
+            dtype = np.dtype(self._graph.dtypes[past])
+            shape = [rows, *value.shape()[1:]]
+            place = value.data_ptr() + first * prod(shape[1:]) * dtype.itemsize
+            for bind, name in ((binding.bind_input, past), (binding.bind_output, present)):
+                bind(name, self._graph.device, DEVICE_ID, dtype.type, shape, place)
         return binding
 
     def _run(self, binding: Any, ids: Ids, mask: Ids) -> Array:
         binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids))
         binding.bind_cpu_input(ATTENTION_MASK, mask)
         binding.bind_output(LOGITS)
-        self._session.run_with_iobinding(binding)
+        self._graph.session.run_with_iobinding(binding)
         logits: Array = binding.get_outputs()[-1].numpy()  # outputs are in the order of binding
         return logits
+
+
+def check_length(ids: Ids, longest: int | None) -> None:
+    """Raise H1ExportError where a call has more tokens than the kernels of the graph take."""
+    if longest is not None and ids.shape[1] > longest:
+        what = f"{ids.shape[1]} tokens in one call, and its kernels take {longest}"
+        raise H1ExportError("input_ids", what, "pass them in several calls")

@@ -20,6 +20,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.probes import PREFIX
 from h1export.targets.onnx import sdk
+from h1export.targets.onnxruntime import cuda_libraries
 from h1export.targets.onnxruntime.float32_graph import float32_graph
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CPU, CUDA, FUSED_LEVEL, GraphVariant
@@ -69,6 +70,8 @@ def open_inference_session(
         options.register_custom_ops_library(str(library))
     if not float32:
         sdk.check_provider(provider)
+    if provider == CUDA and CUDA in ort.get_available_providers():
+        cuda_libraries.preload()
     chain = [
         (name, PROVIDER_OPTIONS.get(name, {}))
         for name in dict.fromkeys((provider, CPU))
@@ -85,9 +88,7 @@ def open_inference_session(
         raise H1ExportError(path, f"onnxruntime cannot load it ({error})", "build the artifact again") from None
     if not float32 and provider not in session.get_providers():  # onnxruntime only logs it, and would run on the CPU
         raise H1ExportError(
-            provider,
-            "onnxruntime could not start it",
-            "look at its log for what CUDA misses, or build with --graph cpu",
+            provider, f"onnxruntime could not start it{cuda_libraries.missing()}", cuda_libraries.NEXT_STEP
         )
     return session
 

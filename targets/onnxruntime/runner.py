@@ -21,7 +21,7 @@ from h1export.targets.onnx import sdk
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
 from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.onnxruntime import native_library, state_layout
-from h1export.targets.onnxruntime.bound_session import BoundSession
+from h1export.targets.onnxruntime.bound_session import BoundGraph, BoundSession, check_length
 from h1export.targets.onnxruntime.emit.dequantize_linear import TABLE
 from h1export.targets.onnxruntime.emit.matmul_nbits import ROWS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_inference_session
@@ -59,6 +59,8 @@ class OnnxRuntimeRunner:
             bool(artifact.manifest.weights) and self._options.accuracy_level == ROUNDED_LEVEL
         )
         self._float32 = float32 or not rounded
+        # in float32, attention is computed on the CPU: the CUDA provider has no GroupQueryAttention for it
+        self._device = "cuda" if self._variant.provider == CUDA and not float32 else "cpu"
         self._halves = frozenset() if float32 else self._variant.halves
         self._library, self._fallback = _library(artifact, kernels)
         self._kernels = (
@@ -96,6 +98,11 @@ class OnnxRuntimeRunner:
     def _batched_append(self) -> bool:
         return self._variant.batched_append or self._library is not None
 
+    @property
+    def _longest_call(self) -> int | None:
+        longest = self._variant.longest_call
+        return None if longest is None else longest(self._config.mamba_d_conv)
+
     def initial(self, batch: int) -> States:
         zeros = self._states.zeros(batch)
         permutation = self._variant.permutation
@@ -110,6 +117,7 @@ class OnnxRuntimeRunner:
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         past = self.length(states)
         check_call(ids, mask, past, vocab_size=self._config.vocab_size)
+        check_length(ids, self._longest_call)
         if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._batched_append:
             return self._row_by_row(ids, mask, states)
         logits, *present = self._session.run(self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
@@ -151,14 +159,17 @@ class OnnxRuntimeRunner:
     def start(self, batch: int, capacity: int) -> Session:
         if not self._variant.bound:
             return SteppedSession(self, batch)
-        return BoundSession(
+        graph = BoundGraph(
             self._session,
+            self._variant,
             self._states,
             self._config.vocab_size,
-            batch=batch,
-            capacity=capacity,
-            batched_append=self._batched_append,
+            self._batched_append,
+            device=self._device,
+            longest_call=self._longest_call,
+            dtypes={tensor.past: self._dtype(tensor.kind) for tensor in self._states.tensors},
         )
+        return BoundSession(graph, batch, capacity)
 
     def snapshot(self, states: States) -> dict[str, Array]:
         permutation = self._variant.permutation

@@ -21,7 +21,7 @@ from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.emit import Emitter, emit, name_probes
 from h1export.targets.onnx.external_data import ExternalData
 from h1export.targets.onnx.op_counts import node_counts
-from h1export.targets.onnxruntime import genai_config, readme, state_layout
+from h1export.targets.onnxruntime import genai_config, readme
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.onnxruntime.emit.native import DOMAIN, NativeContext, covers
 from h1export.targets.onnxruntime.emit.packing import INT8_BLOCKS
@@ -115,16 +115,13 @@ def _declare(name: str, dtype: str, dims: Dims) -> Value:
 
 
 def _inputs(program: Program, variant: GraphVariant) -> dict[str, tuple[str, Dims]]:
-    states = {
-        tensor.past: (variant.dtype(tensor.kind), state_layout.shape(tensor, variant.permutation))
-        for tensor in program.states.tensors
-    }
+    states = {tensor.past: (variant.dtype(tensor.kind), variant.shape(tensor)) for tensor in program.states.tensors}
     return {INPUT_IDS: ("INT64", (BATCH, SEQUENCE)), ATTENTION_MASK: ("INT64", (BATCH, TOTAL)), **states}
 
 
 def _outputs(program: Program, options: OrtOptions, variant: GraphVariant) -> dict[str, tuple[str, Dims]]:
     def dims(tensor: StateTensor) -> Dims:
-        return tuple(TOTAL if dim == PAST else dim for dim in state_layout.shape(tensor, variant.permutation))
+        return tuple(TOTAL if dim == PAST else dim for dim in variant.shape(tensor))
 
     logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.config.vocab_size)
     return {

@@ -9,12 +9,12 @@ from typing import Any
 from h1export.graphs.passes import KindOf, Pass, fusions
 from h1export.graphs.passes.flatten_splits import FlattenSplits
 from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
-from h1export.model.falcon_h1.states import StateKind
+from h1export.model.falcon_h1.states import StateKind, StateTensor
 from h1export.quantize.precision import Precision
 from h1export.targets.onnx.emit import Emitter
 from h1export.targets.onnx.read_back import ReadStored
 from h1export.targets.onnxruntime import read_back, state_layout
-from h1export.targets.onnxruntime.emit import cpu, cuda, dequantize_linear, portable
+from h1export.targets.onnxruntime.emit import cpu, cuda, cuda_kernels, dequantize_linear, portable
 from h1export.targets.onnxruntime.emit import native as emitters
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.onnxruntime.options import Graph
@@ -40,6 +40,7 @@ class GraphVariant:
         batched_append: whether several rows may take several tokens each after a past.
         bound: whether past and present keys may be one buffer longer than the sequence, as BoundSession needs.
         read_stored: reads the integers of a weight from the initializers.
+        longest_call: returns the most tokens of a row in one call, by the convolution's taps; None: no limit.
         native: the table of a second graph over the same weights, for our own kernels; None where there is none.
     """
 
@@ -53,7 +54,12 @@ class GraphVariant:
     batched_append: bool = False
     bound: bool = False
     read_stored: ReadStored = read_back.read_stored
+    longest_call: Callable[[int], int] | None = None
     native: Mapping[Any, Emitter[Any]] | None = None
+
+    def shape(self, tensor: StateTensor) -> tuple[int | str, ...]:
+        """Return the dims of a state in this graph."""
+        return state_layout.shape(tensor, self.permutation)
 
     def dtype(self, kind: StateKind) -> str:
         """Return ONNX's name of the dtype of states of this kind."""
@@ -75,6 +81,8 @@ GRAPH_VARIANTS: Mapping[Graph, GraphVariant] = {
         context=cuda.CudaContext,
         permutation=state_layout.CUDA_PERMUTATION,
         halves=frozenset({StateKind.KEY, StateKind.VALUE, StateKind.CONV}),
+        bound=True,
+        longest_call=cuda_kernels.longest_call,
     ),
     "portable": GraphVariant(
         portable.TABLE,

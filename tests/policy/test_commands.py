@@ -84,7 +84,7 @@ def test_commands_exist(texts: Mapping[str, str], known: Mapping[tuple[str, ...]
 def test_options_in_the_running_text_exist(
     root: Path, texts: Mapping[str, str], known: Mapping[tuple[str, ...], click.Command]
 ) -> None:
-    scripts = [file for folder in ("benchmarks", "tools") for file in (root / folder).glob("*.py")]
+    scripts = [file for folder in ("benchmarks", "tools") for file in (root / folder).rglob("*.py")]
     options = {name for command in known.values() for parameter in command.params for name in parameter.opts}
     options |= {name for file in scripts for name in SCRIPT_OPTION.findall(file.read_text(encoding="utf-8"))}
     others = {"--no-deps", "--help", "--h1-artifact", "--h1-checkpoint"}  # of pip, of click, of the pytest plugin

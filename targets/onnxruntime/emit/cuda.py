@@ -21,9 +21,11 @@ from h1export.plugins import h1
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Emitter
-from h1export.targets.onnx.mamba import drive, log_decay, skip, step_sizes
+from h1export.targets.onnx.mamba import drive, log_decay, shifted_products, skip, step_sizes
 from h1export.targets.onnx.narrow import narrow_matrix
+from h1export.targets.onnxruntime.emit.chunked_scan import Chunks, chunked_scan
 from h1export.targets.onnxruntime.emit.cpu import TABLE as CPU_TABLE
+from h1export.targets.onnxruntime.emit.cuda_kernels import conv_refusal, scan_refusal
 from h1export.targets.onnxruntime.emit.matmul_nbits import (
     MS,
     OrtContext,
@@ -32,6 +34,7 @@ from h1export.targets.onnxruntime.emit.matmul_nbits import (
     row_multipliers,
     write_quantized,
 )
+from h1export.targets.sizes import ScanSizes
 
 aten = torch.ops.aten
 
@@ -82,24 +85,41 @@ def embedding(c: CudaContext, node: Node) -> None:
 
 
 def causal_conv(c: CudaContext, node: Node) -> None:
-    """Emit one kernel, SiLU included."""
+    """Emit one kernel, SiLU included; beyond its limits, products with shifted inputs in float32."""
     x, state, weight, bias = args_of(node)
+    channels, _, taps = c.expr(weight).shape(c.store.shape)
+    if conv_refusal(channels, taps):
+        total, carried = shifted_products(c, node)
+        return c.set(node, c.as_activation(c.build.op("QuickGelu", total, domain=MS, alpha=1.0)), carried)
     operands = [c.value(x), c.value(weight), None if bias is None else c.value(bias), c.value(state)]
-    c.set(node, *c.build.ops("CausalConvWithState", 2, *operands, domain=MS, activation="silu", channels_last=1))
+    return c.set(node, *c.build.ops("CausalConvWithState", 2, *operands, domain=MS, activation="silu", channels_last=1))
 
 
 def ssm_scan(c: CudaContext, node: Node) -> None:
     """Emit GatedDeltaNet without the delta: query C, key B, value dt x, log decay dt A, all float32.
 
     Its state is float32 whatever the rest is; LinearAttention's has the activations' dtype and would drift. With fp16
-    inputs it may choose a kernel that rounds inside a chunk.
+    inputs it may choose a kernel that rounds inside a chunk. Beyond its limits, the chunked scan takes its place.
     """
-    x, _dt, A, B, C, D, _dt_bias, state, *_ = args_of(node)
+    x, _dt, A, B, C, D, _dt_bias, state, mask, *_ = args_of(node)
+    sizes = ScanSizes.of(node)
+    b = c.build
     step = step_sizes(c, node)
     exact, query, key = (c.as_float32(c.value(value)) for value in (x, C, B))
-    operands = [query, key, drive(c, exact, step), None, log_decay(c, A, step), None, c.value(state)]
-    y, new_state = c.build.ops("GatedDeltaNet", 2, *operands, domain=MS, update_rule="gated", scale=1.0)
-    c.set(node, c.as_activation(c.build.op("Add", y, skip(c, exact, D))), new_state)
+    driven, decay, before = drive(c, exact, step), log_decay(c, A, step), c.value(state)
+    if scan_refusal(sizes):
+        chunks = b.once((mask, "chunks"), lambda: Chunks.of(b, b.op("Shape", driven, start=1, end=2)))
+        flat = {
+            name: b.op("Reshape", value, b.ints(0, 0, -1))
+            for name, value in (("drive", driven), ("B", key), ("C", query))
+        }
+        start = b.op("Transpose", before, perm=[0, 1, 3, 2])
+        y, last = chunked_scan(b, sizes, chunks, log_decay=decay, state=start, **flat)
+        after = b.op("Transpose", last, perm=[0, 1, 3, 2])
+    else:
+        operands = [query, key, driven, None, decay, None, before]
+        y, after = b.ops("GatedDeltaNet", 2, *operands, domain=MS, update_rule="gated", scale=1.0)
+    c.set(node, c.as_activation(b.op("Add", y, skip(c, exact, D))), after)
 
 
 TABLE: Mapping[Any, Emitter[Any]] = {

@@ -5,7 +5,6 @@ The devices are Triton's interpreter on a CPU, with bfloat16 mended to act as on
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,18 +12,21 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from gpu_dispatch import MODULES
 
 Inputs = dict[str, Any]
 Array = npt.NDArray[np.float64]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def bfloat16() -> Iterator[None]:
-    """Mend bfloat16 in Triton 3.7's interpreter, which holds it as uint16.
+def mended_interpreter() -> Iterator[None]:
+    """Mend bfloat16 in Triton's interpreter, which holds it as uint16, and the ends of loops in that of Triton 3.6.
 
-    Its products multiply the bits as integers, and its casts truncate instead of rounding.
+    Products multiply the bits as integers, and casts truncate instead of rounding. Triton 3.6 reads the end of a loop
+    from an array of one element, which NumPy 2.5 refuses.
     """
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     dot = InterpreterBuilder.create_dot
@@ -41,7 +43,14 @@ def bfloat16() -> Iterator[None]:
         rounded = torch.from_numpy(np.array(source.data)).bfloat16()
         return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang_tensor", with_index)
         patch.setattr(
             InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
         )
@@ -52,14 +61,9 @@ def bfloat16() -> Iterator[None]:
 
 @pytest.fixture(scope="session", params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The device that the kernels run on; Triton chooses interpreter or compiler once per process."""
-    if request.param == "interpreter":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        pytest.fail("torch cannot use the GPU here: install PyTorch's build for CUDA")
-    if os.environ["TRITON_INTERPRET"] != "0":
-        pytest.fail("Triton's interpreter is on: set TRITON_INTERPRET=0, as nox -s gpu does")
-    return torch.device("cuda")
+    """The device that the kernels run on."""
+    device: torch.device = torch.device("cpu") if request.param == "interpreter" else request.getfixturevalue("cuda")
+    return device
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +90,34 @@ def recurrence() -> Callable[..., tuple[Array, Array]]:
         return y, S
 
     return run
+
+
+DISPATCH_SIZES: dict[str, Inputs] = {
+    "ssm_scan": {"batch": 2, "groups": 2, "heads_per_group": 2, "d_head": 32, "d_state": 64, "pads": (3,)},
+    "causal_conv": {"batch": 3, "channels": 40, "pads": (2,)},
+}
+
+
+@pytest.fixture
+def make(scan_inputs: Callable[..., Inputs], conv_inputs: Callable[..., Inputs]) -> Callable[..., Inputs]:
+    makers = {"ssm_scan": scan_inputs, "causal_conv": conv_inputs}
+    return lambda op, **sizes: makers[op](**DISPATCH_SIZES[op] | sizes)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """ "kernels" or "reference" for each call so far."""
+    calls: list[str] = []
+    for module in MODULES.values():
+        for owner, name, label in (
+            (module, "reference", "reference"),
+            (module.launch, module.__name__.split(".")[-2], "kernels"),
+        ):
+            real = getattr(owner, name)
+
+            def spy(*args: Any, real: Any = real, label: str = label, **kwargs: Any) -> Any:
+                calls.append(label)
+                return real(*args, **kwargs)
+
+            monkeypatch.setattr(owner, name, spy)
+    return calls

@@ -1,0 +1,276 @@
+"""Time decode and prefill of a whole model: ours, transformers', and ONNX Runtime's artifacts, as shares of the bound.
+
+    PYTHONPATH=.:tools python -m benchmarks.gpu.models [--artifact FOLDER ...] [--budget 50] [--json FILE]
+
+Ours is graphs/model.py in fp16 with the weights of transformers' random model, whose logits it must match first. The
+bound is the time to read the weights, the keys, the values and the states once, or for prefill to multiply, at the
+ceilings measured on this device. Decode is at a depth of 512 tokens. transformers' cache grows by a token a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks.gpu import clock, results
+from benchmarks.gpu.kernels import BATCHES, first_line
+from benchmarks.make_checkpoint import config as shape_config
+from gpu_host.section import Row
+from roofline import NARROW, WIDE, Gpu
+
+import h1export
+from h1export.graphs.model import FalconH1, layer_states
+from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.states import StateKind, StateSpec
+
+SHAPE, DRY_SHAPE = "0.5B", "tiny-90M"
+DEPTH, DRY_DEPTH = 512, 8
+TOLERANCE = 5e-2  # of the largest logit, between two implementations in fp16
+STEPS, ROUNDS = 16, 5
+COMPILE_S = 45  # torch.compile is left out when fewer seconds are left
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two PyTorch models with the same weights."""
+
+    config: FalconH1Config
+    ours: FalconH1
+    theirs: Any
+    device: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        return self.ours.lm_head.weight.dtype
+
+
+def make(device: str) -> Models:
+    """Return transformers' model with random weights, and ours with the same."""
+    from transformers import FalconH1Config as TheirConfig
+    from transformers import FalconH1ForCausalLM
+
+    dry = device == "cpu"
+    settings = shape_config(DRY_SHAPE if dry else SHAPE, 1 if dry else None)
+    dtype = torch.float32 if dry else torch.float16
+    torch.manual_seed(0)
+    with torch.device(device):
+        theirs = FalconH1ForCausalLM(TheirConfig(**settings)).eval().to(dtype)
+        config = FalconH1Config.from_config(settings, Path("config.json"))
+        ours = FalconH1(config, last_only=True).eval().to(dtype)
+    missing = ours.load_state_dict(theirs.state_dict(), strict=False)
+    if missing.missing_keys:
+        raise RuntimeError(f"transformers' model has no {missing.missing_keys[0]}")
+    for layer in ours.model.layers:  # the kernels take these in float32
+        for name in ("A_log", "D", "dt_bias"):
+            parameter = getattr(layer.mamba, name)
+            parameter.data = parameter.data.float()
+    return Models(config, ours, theirs, device)
+
+
+def zero_states(models: Models, batch: int, past: int) -> list[Any]:
+    """Return the states of every layer after ``past`` tokens of zeros."""
+    tensors = [
+        torch.zeros(
+            tensor.sized(batch, past),
+            device=models.device,
+            dtype=torch.float32 if tensor.kind is StateKind.RECURRENT else models.dtype,
+        )
+        for tensor in StateSpec.of(models.config).tensors
+    ]
+    return layer_states(tensors)
+
+
+def token_ids(models: Models, batch: int, tokens: int) -> torch.Tensor:
+    """Return random token ids, int64 [batch, tokens]."""
+    return torch.randint(0, models.config.vocab_size, (batch, tokens), device=models.device)
+
+
+def decode_bytes(config: FalconH1Config, weights: int, batch: int, *, depth: int) -> int:
+    """Return the bytes that one decode step moves at least: weights, keys and values read, states read and written."""
+    moved = weights
+    for tensor in StateSpec.of(config).tensors:
+        size = int(np.prod(tensor.sized(batch, depth)))
+        if tensor.kind in {StateKind.KEY, StateKind.VALUE}:
+            moved += NARROW * size
+        else:
+            moved += 2 * (WIDE if tensor.kind is StateKind.RECURRENT else NARROW) * size
+    return moved
+
+
+def parameters(models: Models) -> int:
+    """Return the parameters that a token is multiplied by: all but the embedding's rows."""
+    head = models.ours.lm_head.weight  # which may be the embedding itself
+    others = (p for p in models.ours.parameters() if p is not models.ours.model.embed_tokens.weight and p is not head)
+    return head.numel() + sum(p.numel() for p in others)
+
+
+def our_call(models: Models, batch: int, tokens: int, *, past: int) -> Callable[[], Any]:
+    """Return one call of our model on ``tokens`` new tokens after ``past``."""
+    ids = token_ids(models, batch, tokens)
+    mask = torch.ones(batch, past + tokens, device=models.device, dtype=torch.int64)
+    states = zero_states(models, batch, past)
+    return lambda: models.ours(ids, mask, states)
+
+
+def their_prefill(models: Models, batch: int, tokens: int) -> Callable[[], Any]:
+    """Return one call of transformers' model on a prompt."""
+    ids = token_ids(models, batch, tokens)
+    return lambda: models.theirs(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+
+def their_decode(models: Models, batch: int, depth: int, *, forward: Callable[..., Any]) -> Callable[[], Any]:
+    """Return one decode step of transformers' model, whose cache grows by a token with each."""
+    cache = forward(input_ids=token_ids(models, batch, depth), use_cache=True, logits_to_keep=1).past_key_values
+    ids = token_ids(models, batch, 1)
+    return lambda: forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def disagreement(models: Models, tokens: int) -> float:
+    """Return the largest difference of both models' last logits, relative to the largest logit."""
+    ids = token_ids(models, 1, tokens)
+    mask = torch.ones_like(ids)
+    ours = models.ours(ids, mask, zero_states(models, 1, 0))[0]
+    theirs = models.theirs(input_ids=ids, logits_to_keep=1).logits
+    difference = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def stream_timing(step: Callable[[], Any], device: str) -> clock.Timing:
+    """Time a call that no CUDA graph can hold: several steps a sample, launched one by one."""
+
+    def steps() -> None:
+        for _ in range(count):
+            step()
+
+    count = 2 if device == "cpu" else STEPS
+    step()
+    samples = [clock.seconds(steps, device) / count for _ in range(2 if device == "cpu" else ROUNDS)]
+    return clock.summary(samples, "wall clock" if device == "cpu" else "stream")
+
+
+def fast_path() -> str:
+    """Return what transformers says of its own kernels for this model."""
+    from transformers.models.falcon_h1 import modeling_falcon_h1 as module
+
+    flag = getattr(module, "is_fast_path_available", None)
+    return "does not say whether its own kernels loaded" if flag is None else f"its own kernels loaded: {bool(flag)}"
+
+
+def row(name: str, timing: clock.Timing, bound: float, *, device: str, detail: str = "") -> Row:
+    """Return the row of a timing beside its bound in seconds."""
+    figures = timing.figures() | {"bound_us": bound * 1e6, "bound_share": bound / timing.median}
+    return Row(name, None, figures, "dry run: no figure" if device == "cpu" else detail)
+
+
+def torch_rows(models: Models, gpu: Gpu, *, end: float) -> Iterator[Row]:
+    """Yield decode and prefill of both PyTorch models at every batch."""
+    device = models.device
+    depth = DRY_DEPTH if device == "cpu" else DEPTH
+    count = parameters(models)
+    label = DRY_SHAPE if device == "cpu" else SHAPE
+    for batch in BATCHES if device != "cpu" else (1,):
+        name = f"{label} batch {batch} depth {depth}"
+        if time.monotonic() > end:
+            yield Row(f"decode {name}", detail="left out: the budget was over")
+            continue
+        decode_bound = decode_bytes(models.config, NARROW * count, batch, depth=depth) / gpu.bandwidth
+        prefill_bound = max(NARROW * count / gpu.bandwidth, 2 * count * batch * depth / gpu.tensor)
+        ours = {
+            "decode": [our_call(models, batch, 1, past=depth)],
+            "prefill": [our_call(models, batch, depth, past=0)],
+        }
+        times = clock.interleaved(ours, device, rounds=2 if device == "cpu" else 9)
+        for phase, bound in (("decode", decode_bound), ("prefill", prefill_bound)):
+            yield row(f"{phase} {name}: h1export", times[phase], bound, device=device)
+        contender = "transformers eager"
+        step = their_decode(models, batch, depth, forward=models.theirs)
+        yield row(
+            f"decode {name}: {contender}", stream_timing(step, device), decode_bound, device=device, detail=fast_path()
+        )
+        prefill = stream_timing(their_prefill(models, batch, depth), device)
+        yield row(f"prefill {name}: {contender}", prefill, prefill_bound, device=device, detail=fast_path())
+        yield from compiled_rows(models, batch, depth, bound=decode_bound, name=name, end=end)
+
+
+def compiled_rows(models: Models, batch: int, depth: int, *, bound: float, name: str, end: float) -> Iterator[Row]:
+    """Yield the decode of transformers' compiled model, or why there is none."""
+    name = f"decode {name}: transformers compiled"
+    if models.device == "cpu" or end - time.monotonic() < COMPILE_S:
+        yield Row(name, detail="left out: torch.compile takes longer than what was left of the budget")
+        return
+    try:
+        step = their_decode(models, batch, depth, forward=torch.compile(models.theirs, dynamic=True))
+        yield row(name, stream_timing(step, models.device), bound, device=models.device)
+    except Exception as why:  # the compiler may raise anything
+        yield Row(name, detail=f"does not run: {type(why).__name__}: {first_line(why)}")
+
+
+def artifact_rows(folder: Path, gpu: Gpu, device: str) -> Iterator[Row]:
+    """Yield the decode of an artifact at every batch; the bound counts the bytes of its weight file."""
+    runner = h1export.load(folder)
+    depth = DRY_DEPTH if device == "cpu" else DEPTH
+    weights = sum(file.stat().st_size for file in folder.glob("*.data"))
+    rng = np.random.default_rng(0)
+    for batch in BATCHES if device != "cpu" else (1,):
+        if runner.limits.max_batch is not None and batch > runner.limits.max_batch:
+            yield Row(f"decode {folder.name} batch {batch}", detail="left out: the artifact takes fewer rows")
+            continue
+        session = runner.start(batch, depth + 1 + (STEPS + 1) * (ROUNDS + 1))
+        vocab = runner.config.vocab_size
+        session.append(rng.integers(0, vocab, (batch, depth)))
+        ids = rng.integers(0, vocab, (batch, 1))
+        samples = []
+        for _ in range(ROUNDS):
+            start = time.perf_counter()  # append returns the logits on the CPU, so it has finished
+            for _ in range(STEPS):
+                session.append(ids)
+            samples.append((time.perf_counter() - start) / STEPS)
+        bound = decode_bytes(runner.config, weights, batch, depth=depth) / gpu.bandwidth
+        name = f"decode {folder.name} batch {batch} depth {depth}: {runner.provenance.kernels}"
+        yield row(name, clock.summary(samples, "wall clock"), bound, device=device)
+
+
+@torch.inference_mode()
+def run(device: str, artifacts: Sequence[Path] = (), *, budget: float = 50.0, gpu: Gpu | None = None) -> Iterator[Row]:
+    """Yield the rows of every model until ``budget`` seconds are over.
+
+    Args:
+        device: "cuda", or "cpu" for a dry run.
+        artifacts: folders of artifacts for ONNX Runtime.
+        budget: seconds after which no further model begins.
+        gpu: the measured ceilings; None measures them.
+    """
+    end = time.monotonic() + budget
+    gpu = gpu or clock.ceilings(device)
+    for folder in artifacts:
+        try:
+            yield from artifact_rows(folder, gpu, device)
+        except Exception as why:  # a row must not end the section
+            yield Row(f"decode {folder.name}", False, detail=f"does not run: {type(why).__name__}: {first_line(why)}")
+    models = make(device)
+    found = disagreement(models, DRY_DEPTH)
+    yield Row("h1export agrees with transformers", found <= TOLERANCE, {"relative_error": found})
+    if found <= TOLERANCE:
+        yield from torch_rows(models, gpu, end=end)
+
+
+def main() -> None:
+    """Run as a script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--artifact", type=Path, nargs="*", default=[], help="folders built with --graph cuda")
+    parser.add_argument("--budget", type=float, default=50.0, help="seconds after which no further model begins")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    args = parser.parse_args()
+    device = results.device()
+    results.report(run(device, args.artifact, budget=args.budget), device, path=args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Section (d) in a dry run, and what it says of a node that fell back to the CPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from h1export.targets.onnxruntime.variants import CPU, CUDA, GRAPH_VARIANTS
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
+from gpu_host.section import Host
+from gpu_host.sections import artifacts
+
+
+def test_a_dry_run_validates_and_places_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRAPH_VARIANTS, "cuda", GRAPH_VARIANTS["cuda"])  # type: ignore[misc]  restored afterwards
+    rows = list(artifacts.run(Host(tmp_path, tmp_path, "cpu")))
+    assert [row for row in rows if row.passed is False] == []
+    assert any("512 decode steps" in row.name and row.passed for row in rows)
+    last = rows[-1]
+    assert last.name == "embedded-int4 node placements"
+    assert last.passed
+    assert last.figures["nodes"] == last.figures["nodes_on_provider"] > 50
+
+
+def event(name: str, kind: str, provider: str) -> dict[str, object]:
+    return {"name": f"{name}_kernel_time", "args": {"op_name": kind, "provider": provider}}
+
+
+def test_a_node_on_the_cpu_fails_unless_it_computes_shapes() -> None:
+    events = [event("a", "MatMulNBits", CUDA), event("b", "Shape", CPU), event("c", "MemcpyToHost", CUDA)]
+    row = artifacts.placed("x", [*events, *events, {"name": "session"}], CUDA)
+    assert (row.passed, row.figures) == (True, {"nodes": 3, "nodes_on_provider": 2, "memcpy_nodes": 1})
+    fallen = artifacts.placed("x", [*events, event("d", "GroupQueryAttention", CPU)], CUDA)
+    assert not fallen.passed
+    assert "GroupQueryAttention" in fallen.detail
+    assert not artifacts.placed("x", [], CUDA).passed

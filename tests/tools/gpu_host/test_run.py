@@ -1,0 +1,193 @@
+"""run.py: time limits, results, choices; the GPU tests of the repository are those that section b runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpu_host import bundle, pack, page, results, run, wheels
+from gpu_host.section import SECTIONS, TOTAL_S, Host, Row, Section
+from gpu_host.sections import kernel_tests
+from gpu_host.worker import line
+
+ROOT = Path(__file__).parents[3]
+SLOW = Section("z", "slow", "a section that never ends", 1)
+CODE = """
+import subprocess, sys, time
+from gpu_host.section import Row
+def run(host):
+    yield Row("first", True, {"us": 1.5})
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (host.work / "child").write_text(str(child.pid))
+    yield Row("second", False, detail="slow")
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def joined(tmp_path: Path) -> Path:
+    """A bundle with no group."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / bundle.FILE).write_text(json.dumps({"format": bundle.FORMAT, "revision": "abc", "shape": None}))
+    return folder
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_limit_kills_the_children_and_keeps_the_rows(tmp_path: Path, joined: Path) -> None:
+    package = tmp_path / "gpu_host" / "sections"
+    package.mkdir(parents=True)
+    (package / "slow.py").write_text(CODE)
+    start = f"import gpu_host.sections; gpu_host.sections.__path__.append({str(package)!r})"
+    (tmp_path / "sitecustomize.py").write_text(start)
+    environ = run.environment(joined, tmp_path, "cpu")
+    environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "site"), str(ROOT / "tools"), str(tmp_path)])
+    begun = time.monotonic()
+    found = run.run_section(SLOW, joined, tmp_path, device="cpu", environ=environ, limit_s=6)
+    assert time.monotonic() - begun < 30
+    assert found["state"] == "timeout", found["log"]
+    assert [row["name"] for row in found["rows"]] == ["first", "second"]
+    assert found["rows"][0]["figures"] == {"us": 1.5}
+    pid = int((tmp_path / "child").read_text())
+    for _ in range(50):
+        if not alive(pid):
+            break
+        time.sleep(0.1)
+    assert not alive(pid)
+
+
+def test_half_a_line_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_text(line(Row("a", True)) + line(Row("b"))[:20])
+    assert [row["name"] for row in run.read_rows(tmp_path / "rows")] == ["a"]
+
+
+def test_default_sections_end_within_the_limit() -> None:
+    assert sum(section.limit_s for section in SECTIONS if not section.on_demand) <= TOTAL_S
+    assert len({section.letter for section in SECTIONS}) == len(SECTIONS)
+    assert len([section for section in SECTIONS if not section.on_demand]) + 1 <= 8  # files, with results.json
+
+
+def test_only(joined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [section.letter for section in run.chosen("f,a")] == ["a", "f"]
+    assert "g" not in [section.letter for section in run.chosen(None)]
+    common = ["--bundle", str(joined), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert run.main([*common, "--only", "a,y"]) == 2
+    assert capsys.readouterr().err == "run: --only: no section 'y'; one of a, s, b, c, d, e, f, g\n"
+    assert run.main(["--bundle", str(tmp_path), "--device", "cpu"]) == 2
+    assert "is not there or no JSON" in capsys.readouterr().err
+
+
+def section(**changes: Any) -> dict[str, Any]:
+    facts = {"device": "H100", "driver": "580", "cuda": "13.0", "date": "2027-01-02", "revision": "abc"}
+    row = {"name": "scan", "passed": True, "figures": {"median_us": 12.5}, "detail": ""}
+    whole = {"format": 1, "letter": "e", "title": "speed", "state": "done", "seconds": 1.0, "limit_s": 9, "log": ""}
+    return {**whole, "rows": [row], "run": {**facts, "versions": {}, "dry": False}, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"state": "fine"},
+        {"rows": None},
+        {"rows": [{"name": "x"}]},
+        {"rows": [{"name": "x", "passed": "yes", "figures": {}, "detail": ""}]},
+        {"rows": [{"name": "x", "passed": True, "figures": {"a": [1]}, "detail": ""}]},
+        {"run": {}},
+        {"format": 2},
+        {"more": 1},
+    ],
+)
+def test_the_schema_is_checked(changes: dict[str, Any]) -> None:
+    assert results.problems(section()) == []
+    assert results.problems(section(**changes))
+
+
+def test_a_section_passes_only_with_rows_that_do(tmp_path: Path) -> None:
+    failed = {"name": "x", "passed": False, "figures": {}, "detail": "why"}
+    assert results.passed(section())
+    assert not results.passed(section(rows=[]))
+    assert not results.passed(section(state="timeout"))
+    assert not results.passed(section(rows=[failed]))
+    assert "FAILED x: why" in results.table([section(rows=[failed])])
+
+
+def test_the_page_is_what_the_results_say(tmp_path: Path) -> None:
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.filled(text, page.committed(page.RESULTS)) == text
+    (tmp_path / "gpu-1.json").write_text(json.dumps({"format": 1, "sections": [section()]}))
+    filled = page.filled(text, page.committed(tmp_path))
+    assert "| H100 | 580 | 13.0 | 2027-01-02 | abc | passed: 1 of 1 rows |" in filled
+    assert "median\\_us 12.5" in filled
+    assert filled.count("| not run | | | | | not run |") == len(SECTIONS) - 1
+    dry = section(run={**section()["run"], "dry": True})
+    (tmp_path / "gpu-2.json").write_text(json.dumps({"format": 1, "sections": [dry]}))
+    with pytest.raises(SystemExit, match="dry run"):
+        page.committed(tmp_path)
+
+
+def gpu_tests(*paths: str) -> set[str]:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *paths]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {text for text in done.stdout.splitlines() if "::" in text}
+
+
+@pytest.mark.trt
+def test_every_gpu_test_is_run_or_named_with_the_reason() -> None:
+    """Files that import a runtime of another row hold no GPU test, which their text shows."""
+    marked = {
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "tests").rglob("*.py")
+        if "mark.gpu" in file.read_text(encoding="utf-8") and file != Path(__file__)
+    }
+    folders = {name if name.endswith("test_cuda.py") else str(Path(name).parent) for name in marked}
+    everything = gpu_tests(*sorted(folders | {"tests/plugins", "tests/targets/tensorrt"}))
+    ran = gpu_tests(*kernel_tests.files(ROOT))
+    named = {test for test in everything if test.split("::")[0] in kernel_tests.CANNOT}
+    assert ran
+    assert named
+    assert everything - named == ran
+    assert {test.split("::")[0] for test in named} == set(kernel_tests.CANNOT)
+
+
+def test_skips_are_failures_where_a_gpu_is(tmp_path: Path) -> None:
+    report = tmp_path / "junit.xml"
+    cases = '<testcase name="a"><skipped message="no"/></testcase><testcase name="b"><failure message="m">t</failure>'
+    report.write_text(f'<testsuites><testsuite>{cases}</testcase><testcase name="c"/></testsuite></testsuites>')
+    assert [row.passed for row in kernel_tests.rows(report, skips_pass=False)] == [False, False, True]
+    assert [row.passed for row in kernel_tests.rows(report, skips_pass=True)] == [None, False, True]
+
+
+def test_what_a_host_lacks(tmp_path: Path) -> None:
+    file = tmp_path / "host.txt"
+    file.write_text("# the host\ntorch==2.11.0+cu130  # kept\nonnx-ir==1.0.0\nPyYAML==6.0.4\n")
+    host = wheels.host_packages(file)
+    wanted = ["torch>=2.13", "onnx-ir>=1.1", "pyyaml>=6", "cloup>=4", "pywin32; sys_platform == 'win32'"]
+    assert [found.name for found in wheels.missing(wanted, host)] == ["onnx-ir", "cloup"]
+    file.write_text("torch\n")
+    with pytest.raises(SystemExit, match="line 1 is not NAME==VERSION"):
+        wheels.host_packages(file)
+
+
+@pytest.mark.parametrize("wrong", [["--groups", "core,all"], ["--groups", "core,core"], ["--part-mb", "41"]])
+def test_pack_refuses(tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert pack.main([str(tmp_path / "parts"), *wrong]) == 2
+    assert capsys.readouterr().err.startswith("pack: --")
+    assert not (tmp_path / "parts").exists()
+
+
+def test_an_artifact_that_was_not_joined_is_named(joined: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="embedded-int4: is not complete"):
+        bundle.artifact(Host(joined, tmp_path, "cpu"), "embedded", "int4")

@@ -1,0 +1,119 @@
+"""Section (d): the bundle's CUDA artifacts on ONNX Runtime, against transformers, and where their nodes ran."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from gpu_host import bundle
+from gpu_host.section import Figure, Host, Row
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.resolve import embedded_model
+from h1export.commands.build import build_artifact
+from h1export.commands.load import load_runner
+from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, StateSpec
+from h1export.progress import SILENT
+from h1export.quantize.scheme import QuantScheme
+from h1export.report.report import Verdict
+from h1export.targets.onnx import sdk
+from h1export.targets.onnxruntime import cuda_libraries, variants
+from h1export.targets.onnxruntime.inference_session import MODEL, PROVIDER_OPTIONS
+from h1export.targets.onnxruntime.options import OrtOptions
+from h1export.targets.onnxruntime.variants import CPU, CUDA
+from h1export.validate.accuracy.run import ValidateOptions, validate
+
+PASSED = {Verdict.PASS: True, Verdict.FAIL: False}  # rows of neither have no tolerance, or do not apply
+MEMCPY = ("MemcpyFromHost", "MemcpyToHost")
+# ONNX Runtime itself leaves to the CPU what computes shapes from shapes; none of these computes activations alone
+SHAPES = frozenset({"Cast", "Concat", "Gather", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"})
+
+
+def run(host: Host) -> Iterator[Row]:
+    """Yield one row for each comparison of each artifact, and one of where its nodes ran.
+
+    The embedded model is compared: the bundle has its checkpoint. In a dry run its int4 artifact is built here, and the
+    CPU provider runs the graph.
+    """
+    provider = CPU if host.dry else CUDA
+    if host.dry:  # this process has no other use for the CUDA graph
+        stand_in = replace(variants.GRAPH_VARIANTS["cuda"], provider=CPU)
+        variants.GRAPH_VARIANTS["cuda"] = stand_in  # type: ignore[index]  it is a dict
+    quants: tuple[Literal["int4", "none"], ...] = ("int4",) if host.dry else ("int4", "none")
+    for quant in quants:
+        name = f"embedded-{quant}"
+        try:
+            artifact = _built(host, quant) if host.dry else Artifact.open(bundle.artifact(host, "embedded", quant))
+            yield from _validated(name, artifact)
+            yield _placements(name, artifact, provider, work=host.work)
+        except (H1ExportError, FileNotFoundError) as error:
+            yield Row(name, False, detail=str(error))
+
+
+def _built(host: Host, quant: Literal["int4", "none"]) -> Artifact:
+    out = host.work / f"ort-cuda-{quant}"
+    return build_artifact(
+        embedded_model(), "ort", out, scheme=QuantScheme(quant, 32, "rtn"), options=OrtOptions(graph="cuda")
+    )
+
+
+def _validated(name: str, artifact: Artifact) -> Iterator[Row]:
+    """Yield a row for each row of validate's report: all cases, 512 decode steps and states in float32 among them."""
+    report = validate(
+        artifact,
+        load_runner(artifact),
+        load_runner(artifact, float32=True),
+        checkpoint=embedded_model(),
+        options=ValidateOptions(pairs=0),
+        progress=SILENT,
+    )
+    for row in report.rows:
+        figures: dict[str, Figure] = {key: float(value) for key, value in row.figures.items()}
+        what = " ".join(filter(None, (name, str(row.kind), str(row.comparison), row.case)))
+        yield Row(what, PASSED.get(row.verdict), figures, row.note)
+
+
+def _placements(name: str, artifact: Artifact, provider: str, *, work: Path) -> Row:
+    """Run a prefill and a decode step under ONNX Runtime's profiler, and count the nodes by where they ran."""
+    ort = sdk.onnxruntime()
+    if provider == CUDA:
+        cuda_libraries.preload()
+    options = ort.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(work / f"{name}-profile")
+    chain = [(each, PROVIDER_OPTIONS.get(each, {})) for each in dict.fromkeys((provider, CPU))]
+    session = ort.InferenceSession(str(artifact.folder / MODEL), options, providers=chain)
+    tensors = StateSpec.of(artifact.config).tensors
+    states = load_runner(artifact).initial(1)
+    past = 0
+    for tokens in (8, 1):
+        given = {INPUT_IDS: np.ones((1, tokens), np.int64), ATTENTION_MASK: np.ones((1, past + tokens), np.int64)}
+        present = session.run([tensor.present for tensor in tensors], {**given, **states})
+        states = {tensor.past: state for tensor, state in zip(tensors, present, strict=True)}
+        past += tokens
+    return placed(name, json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")), provider)
+
+
+def placed(name: str, events: list[Mapping[str, Any]], provider: str) -> Row:
+    """Return the row of a profile's events; it fails where a node that computes activations fell back to the CPU."""
+    ran: set[tuple[str, str, str]] = set()
+    for event in events:
+        where = event.get("args", {})
+        if "provider" in where and "op_name" in where:
+            ran.add((str(event["name"]), where["op_name"], where["provider"]))
+    count = Counter((kind, at) for _, kind, at in ran)
+    fallen = sorted({kind for kind, at in count if at != provider and kind not in (*SHAPES, *MEMCPY)})
+    figures: dict[str, Figure] = {
+        "nodes": len(ran),
+        "nodes_on_provider": sum(number for (_, at), number in count.items() if at == provider),
+        "memcpy_nodes": sum(number for (kind, _), number in count.items() if kind in MEMCPY),
+    }
+    return Row(
+        f"{name} node placements", bool(ran) and not fallen, figures, f"on the CPU: {', '.join(fallen)}" * bool(fallen)
+    )

@@ -69,10 +69,10 @@ class LowRank:
         else:
             left = self.left.floats(slice(start, stop))
             right = self.right.floats(...)
-        left = np.ascontiguousarray(left.T).astype(np.float64) * self.scaling
+        columns = np.ascontiguousarray(left.T).astype(np.float64) * self.scaling
         total: npt.NDArray[np.float64] = block.astype(np.float64)
         product = np.empty_like(total)
-        for column, row in zip(left, right.astype(np.float64), strict=True):
+        for column, row in zip(columns, right.astype(np.float64), strict=True):
             np.multiply(column[:, None], row, out=product)
             total += product
         with np.errstate(over="ignore"):  # a value that is not finite is refused where a weight is used

@@ -42,7 +42,7 @@ from h1export.validate.speed.regression import (
     measured,
     measured_checks,
 )
-from h1export.validate.speed.worker import RunnerModel, Timing, pin
+from h1export.validate.speed.worker import RunnerModel, Timing
 
 TIMINGS = (Limit(Timing(Phase.DECODE, 0)), Limit(Timing(Phase.PREFILL, 128)))
 FACTOR = 1.3
@@ -51,7 +51,7 @@ LOAD_BYTES = 1 << 26  # copied by the load: beyond caches, so that it takes memo
 
 def play(folder: Path, checkpoint: Path, factor: float) -> ModelPair:
     """The models that a gate's worker process times, with calls of the artifact ``factor`` times as long."""
-    pin(1)
+    host.pin(1)
     runner = timed_runner(Artifact.open(folder), 1, "auto")
     slowed = RunnerModel(Slowed(runner, factor), GATE_STEPS, time.process_time)
     return ModelPair(slowed, reference_model(checkpoint, runner, 1, steps=REFERENCE_STEPS, clock=time.process_time))

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.checkpoint.resolve import embedded_model
-from h1export.checkpoint.store import INDEX, SINGLE
+from h1export.checkpoint.shards import INDEX, SINGLE
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import tensor_shapes
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from h1export import host
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.resolve import embedded_model, resolve
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import scoring_ids

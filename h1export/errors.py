@@ -11,12 +11,12 @@ class H1ExportError(Exception):
     """
 
     def __init__(self, where: object, what: str, next_step: str) -> None:
-        super().__init__(_printable(f"{where}: {what}; {next_step}"))
+        super().__init__(printable(f"{where}: {what}; {next_step}"))
         self.where = str(where)
         self.what = what
         self.next_step = next_step
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Escape unprintable characters, because names from foreign files must not control a terminal or break the line."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

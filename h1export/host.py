@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import resource
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,23 @@ FLAGS = (  # instruction sets by which int8 and float32 kernels are chosen
 
 def cores() -> int:
     """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    process = psutil.Process()
+    # macOS has no affinity
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1
+
+
+def pin(threads: int) -> tuple[int, ...]:
+    """Keep this process on as many cores as it has threads, so that they do not migrate.
+
+    Returns the cores, or none on a system without affinity. They are the last ones, because systems tend to run their
+    own work on the first.
+    """
+    process = psutil.Process()
+    if not hasattr(process, "cpu_affinity"):
+        return ()
+    cores = sorted(process.cpu_affinity())[-threads:]
+    process.cpu_affinity(cores)
+    return tuple(cores)
 
 
 def resident_bytes() -> int:
@@ -39,11 +55,18 @@ def peak_resident_bytes() -> int:
     """Return the largest resident memory that this process has had, in bytes.
 
     Linux reports it as VmHWM, which psutil does not read; ru_maxrss there counts the parent's memory before exec too.
+    Windows reports it as peak_wset.
     """
     if STATUS.exists():
         fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii").splitlines())
         return 1024 * int(fields["VmHWM"].split()[0])
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+    found = psutil.Process().memory_info()
+    if hasattr(found, "peak_wset"):
+        return int(found.peak_wset)
+    if find_spec("resource") is None:
+        return int(found.rss)  # the best that such a system reports
+    usage = import_module("resource")
+    return int(usage.getrusage(usage.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 def anonymous_bytes() -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import StoredWeight
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
+from h1export.errors import H1ExportError
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
 from h1export.runtime.runner import Inspectable
@@ -17,6 +18,28 @@ from h1export.targets.options import Kernels, TargetOptions
 
 if TYPE_CHECKING:  # the command line names targets without loading torch
     from h1export.graphs.program import Program
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that an artifact needs of a machine, or that the machine has.
+
+    Attributes:
+        name: what was looked at, such as "GPU".
+        passed: whether the artifact can run with it; None where that does not depend on it.
+        detail: what was found.
+        next_step: what to do where it did not pass; empty otherwise.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+    next_step: str = ""
+
+    @classmethod
+    def of(cls, name: str, error: H1ExportError) -> Finding:
+        """Return the finding that ``error`` is."""
+        return cls(name, False, f"{error.where}: {error.what}", error.next_step)
 
 
 OptionsT = TypeVar("OptionsT", bound=TargetOptions, contravariant=True)
@@ -73,6 +96,16 @@ class Target(Protocol[OptionsT]):
 
         Raises:
             H1ExportError: a damaged artifact.
+        """
+        ...
+
+    def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
+        """Yield what this machine has of what ``artifact`` needs; nothing that is missing raises.
+
+        Args:
+            artifact: the artifact, whose files were checked.
+            build: whether to build what is missing and can be built here.
+            progress: shows the stages of such a build.
         """
         ...
 

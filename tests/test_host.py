@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +65,15 @@ def test_the_machine_has_the_model_name_of_its_first_core(tmp_path: Path, monkey
     assert facts["cpu"] == "One: 3 GHz"
     assert facts["machine"] == platform.machine()
     assert facts["cores"] == os.cpu_count()
+
+
+def test_a_process_is_pinned_to_as_many_cores_as_threads() -> None:
+    if sys.platform != "linux":
+        assert host.pin(1) == ()
+        return
+    before = os.sched_getaffinity(0)
+    try:
+        assert host.pin(1) == (max(before),) == tuple(os.sched_getaffinity(0))
+        assert host.pin(99) == (max(before),)
+    finally:
+        os.sched_setaffinity(0, before)

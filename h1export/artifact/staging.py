@@ -7,16 +7,16 @@ where a killed build stopped. The journal in the stage lists what is written.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+import portalocker
+from portalocker import LockFlags
 
 from h1export.artifact.files import folders, names
 from h1export.artifact.journal import JOURNAL, SCRATCH, Journal
@@ -24,28 +24,7 @@ from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
 
 KEY_LENGTH = 16  # hex digits of the key in a stage's name
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The folder that a target fills, and how it computes weights.
-
-    Attributes:
-        folder: the folder of the files.
-        jobs: threads that compute weights.
-        dry: the stage of a plan: weight files get their size and no content, and no weight is read.
-    """
-
-    folder: Path
-    jobs: int = 1
-    dry: bool = False
-
-
-@contextmanager
-def dry_stage() -> Iterator[Stage]:
-    """Yield a dry stage in a temporary folder, which is deleted afterwards."""
-    with tempfile.TemporaryDirectory(prefix="h1export-plan-") as folder:
-        yield Stage(Path(folder), dry=True)
+NOW = LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING
 
 
 def check_place(out: Path, force: bool) -> None:
@@ -89,7 +68,7 @@ def staged(out: Path, force: bool, key: str) -> Iterator[Path]:
             check_place(out, force)
             out.parent.mkdir(parents=True, exist_ok=True)
             lock = _claim(stage, out)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, portalocker.LockException) as error:
             raise H1ExportError(out, f"cannot be made ({error})", "choose another OUT") from None
         _remove_abandoned(out)
         _keep_written(stage)
@@ -113,7 +92,8 @@ def _claim(stage: Path, out: Path) -> int:
 
     Raises:
         H1ExportError: another process holds the lock.
-        OSError: the folder belongs to another user, or the file system has no locks.
+        OSError: the folder belongs to another user.
+        portalocker.LockException: the file system has no locks.
     """
     while True:
         with suppress(FileExistsError):
@@ -123,14 +103,14 @@ def _claim(stage: Path, out: Path) -> int:
         except FileNotFoundError:
             continue  # another build has just removed or finished it
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            portalocker.lock(lock, NOW)
             if os.fstat(lock).st_uid != os.geteuid():
                 raise PermissionError(f"{stage} belongs to another user")
             if _is_at(lock, stage):
                 return lock
         except BaseException as error:  # an interrupt too must release the lock
             os.close(lock)
-            if isinstance(error, BlockingIOError):
+            if isinstance(error, portalocker.AlreadyLocked):
                 raise H1ExportError(
                     out, "another process builds the same artifact there", "wait for it, or choose another OUT"
                 ) from None
@@ -146,10 +126,10 @@ def _remove_unclaimed(stage: Path) -> None:
     with suppress(OSError, ValueError):  # a path that cannot exist was not made
         handle = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            portalocker.lock(handle, NOW)
+        except portalocker.AlreadyLocked:
             return
-        except OSError:
+        except portalocker.LockException:
             pass  # this file system has no locks
         finally:
             os.close(handle)
@@ -212,8 +192,8 @@ def _remove_abandoned(out: Path) -> None:
         except OSError:
             continue  # the path is not a folder, or another build has just removed it
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            portalocker.lock(handle, NOW)
+        except portalocker.LockException:
             continue  # the stage belongs to a build that is still running, or to this one
         else:
             if _is_at(handle, stale):
@@ -241,7 +221,9 @@ def _rename_into_place(stage: Path, out: Path) -> None:
     """Rename ``stage`` to ``out``, and delete what was at ``out``."""
     if out.exists():
         old = os.open(out, os.O_RDONLY)
-        fcntl.flock(old, fcntl.LOCK_EX)  # after the exchange it has the stage's name, and no other build may claim it
+        portalocker.lock(
+            old, LockFlags.EXCLUSIVE
+        )  # after the exchange it has the stage's name, and no other build may claim it
         try:
             _exchange(stage, out)
             _sync(out.parent)

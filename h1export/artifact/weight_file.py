@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from h1export.artifact.files import sha256_range
 from h1export.artifact.journal import Extent, Journal
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 
 BLOCK_BYTES = 4 << 20  # float32 bytes that a thread computes at a time, few enough to stay in the caches
 

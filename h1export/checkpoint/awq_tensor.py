@@ -34,6 +34,7 @@ ROWS_A_WORD = len(ROWS_OF_NIBBLES)
 class AwqMatrix(PackedMatrix[AwqFormat]):
     """One weight in AWQ's "gemm" format."""
 
+    all_parts = ("qweight", "qzeros", "scales")
     main_part = "qweight"
     scales_part = "scales"
     zeros_part = "qzeros"

@@ -41,6 +41,7 @@ GROUPS_PART = "weight_g_idx"
 class CompressedMatrix(PackedMatrix[CompressedFormat]):
     """One weight in compressed-tensors' "pack-quantized" format."""
 
+    all_parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", GROUPS_PART)
     main_part = "weight_packed"
     scales_part = "weight_scale"
     zeros_part = "weight_zero_point"

@@ -37,6 +37,7 @@ from h1export.model.falcon_h1.states import Array
 class GptqMatrix(PackedMatrix[GptqFormat]):
     """One weight in GPTQ format."""
 
+    all_parts = ("qweight", "qzeros", "scales", "g_idx")
     main_part = "qweight"
     scales_part = "scales"
     zeros_part = "qzeros"

@@ -128,6 +128,7 @@ class PackedMatrix(ABC, Generic[FormatT]):
         parts: name of a part -> its entry in the safetensors file.
         group_of: int64 [columns], the group of each column.
         order: int64 [columns], the columns sorted by group; columns of one group keep their order.
+        all_parts: of the class: every part that a weight can have.
         main_part: of the class: a weight is packed where the file has this part of it.
         scales_part: of the class: the part that holds the scales.
         zeros_part: of the class: the part that holds the zero points.
@@ -140,6 +141,7 @@ class PackedMatrix(ABC, Generic[FormatT]):
     group_of: Columns
     order: Columns
 
+    all_parts: ClassVar[tuple[str, ...]]
     main_part: ClassVar[str]
     scales_part: ClassVar[str]
     zeros_part: ClassVar[str]

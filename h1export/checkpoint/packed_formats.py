@@ -35,6 +35,7 @@ FORMATS: Mapping[str, _Registered] = {
     "awq": _Registered(AwqFormat, AwqMatrix),
     "compressed-tensors": _Registered(CompressedFormat, CompressedMatrix),
 }
+ALL_PARTS = frozenset(part for registered in FORMATS.values() for part in registered.matrix.all_parts)
 MAIN_PARTS = frozenset(registered.matrix.main_part for registered in FORMATS.values())
 
 # The next step for methods whose checkpoints are not read. A method that is missing here gets UNQUANTISED.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -33,6 +33,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
 }
+OPAQUE = "bytes"  # stands for the dtype of a tensor that nothing reads, whatever it is
 LFS_POINTER = b"version "  # the first bytes of a Git LFS pointer file
 DOWNLOAD_AGAIN = "the file is damaged, download it again"
 
@@ -58,7 +59,7 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor as stored."""
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
+        return prod(self.shape) * (1 if self.dtype == OPAQUE else DTYPES[self.dtype].itemsize)
 
     def values(self) -> npt.NDArray[Any]:
         """Map the tensor into memory, in its stored dtype; bf16 is given as uint16."""
@@ -73,8 +74,10 @@ class TensorEntry:
         return (stored.astype(np.uint32) << 16).view(np.float32) if self.dtype == "BF16" else stored.astype(np.float32)
 
 
-def read_header(file: Path) -> list[TensorEntry]:
+def read_header(file: Path, unread: Callable[[str], bool] = lambda name: False) -> list[TensorEntry]:
     """Return the entry of every tensor of ``file``, sorted by offset.
+
+    Tensors of names that are ``unread`` may have any dtype; their entries are of bytes.
 
     Raises:
         H1ExportError: the file is not a safetensors file, is truncated, or has a header that breaks the format's rules.
@@ -101,12 +104,12 @@ def read_header(file: Path) -> list[TensorEntry]:
             text = stream.read(length)
     except OSError as error:
         raise H1ExportError(file, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
-    entries = _parse(file, text, 8 + length)
+    entries = _parse(file, text, 8 + length, unread=unread)
     _check_ranges(file, entries, 8 + length, size=size)
     return entries
 
 
-def _parse(file: Path, text: bytes, base: int) -> list[TensorEntry]:
+def _parse(file: Path, text: bytes, base: int, *, unread: Callable[[str], bool]) -> list[TensorEntry]:
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
@@ -115,16 +118,19 @@ def _parse(file: Path, text: bytes, base: int) -> list[TensorEntry]:
         raise H1ExportError(file, "header is not a JSON object", DOWNLOAD_AGAIN)
     header.pop("__metadata__", None)
     return sorted(
-        (_entry(file, name, info, base=base) for name, info in header.items()),
+        (_entry(file, name, info, base=base, any_dtype=unread(name)) for name, info in header.items()),
         key=lambda entry: (entry.start, entry.nbytes),
     )
 
 
-def _entry(file: Path, name: str, info: Any, *, base: int) -> TensorEntry:
+def _entry(file: Path, name: str, info: Any, *, base: int, any_dtype: bool) -> TensorEntry:
     where = f'{file}: tensor "{name}"'
     if not isinstance(info, dict):
         raise H1ExportError(where, "has no description", DOWNLOAD_AGAIN)
     dtype = info.get("dtype")
+    if any_dtype and (not isinstance(dtype, str) or dtype not in FLOATS):
+        start, end = (*_counts(info.get("data_offsets"), f"{where} has data_offsets"), 0, 0)[:2]
+        return TensorEntry(file, name, OPAQUE, shape=(max(0, end - start),), start=base + start)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise H1ExportError(where, f"has dtype {dtype!r}", f"only {', '.join(FLOATS)} checkpoints can be exported")
     shape = _counts(info.get("shape"), f"{where} has shape")

@@ -13,19 +13,30 @@ from typing import Any
 import numpy as np
 
 from h1export.checkpoint.lora import LoraAdapter, open_adapters
-from h1export.checkpoint.packed_format import GET_MATCHING_FILES, QUANTIZATION_CONFIG, PackedFormat, PackedMatrix
-from h1export.checkpoint.packed_formats import is_packed, load_format, open_matrix, packed_somehow, part_names
-from h1export.checkpoint.safetensors_header import FLOATS, TensorEntry, read_header
+from h1export.checkpoint.packed_format import (
+    GET_MATCHING_FILES,
+    QUANTIZATION_CONFIG,
+    PackedFormat,
+    PackedMatrix,
+    part_name,
+)
+from h1export.checkpoint.packed_formats import (
+    ALL_PARTS,
+    is_packed,
+    load_format,
+    open_matrix,
+    packed_somehow,
+    part_names,
+)
+from h1export.checkpoint.safetensors_header import FLOATS, TensorEntry
+from h1export.checkpoint.shards import read_entries
+from h1export.checkpoint.tensor_names import missing
 from h1export.errors import H1ExportError
 from h1export.model.config_reader import CONFIG
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, projection_of, tensor_shapes
 from h1export.progress import SILENT, Progress
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class WeightStore:
@@ -36,6 +47,7 @@ class WeightStore:
         packed: the prequantized weights, by the architecture's name of each. ``rows`` reads them like the others, as
             floats.
         adapters: what ``rows`` adds to the weights of the files, in order.
+        ignored: names of tensors of the files that are no part of the model: computed buffers, and other heads.
     """
 
     def __init__(
@@ -46,12 +58,14 @@ class WeightStore:
         *,
         packed: Mapping[str, PackedMatrix[Any]] | None = None,
         adapters: tuple[LoraAdapter, ...] = (),
+        ignored: tuple[str, ...] = (),
     ) -> None:
         self._entries = entries
         self._progress = progress
         self.packed_format = packed_format
         self.packed = packed or {}
         self.adapters = adapters
+        self.ignored = ignored
 
     @classmethod
     def open(
@@ -72,16 +86,8 @@ class WeightStore:
                 another shape, or the checkpoint has a quantisation that cannot be read exactly.
         """
         packed_format = load_format(folder)
-        entries: dict[str, TensorEntry] = {}
-        for file in _shards(folder):
-            for entry in read_header(file):
-                if entry.name in entries:
-                    other = entries[entry.name].file.name
-                    raise H1ExportError(
-                        f'{file}: tensor "{entry.name}"', f"is in {other} too", "remove one of the two shards"
-                    )
-                entries[entry.name] = entry
-        store = cls(entries, progress, packed_format)
+        entries, ignored = read_entries(folder, _used(config))
+        store = cls(entries, progress, packed_format, ignored=ignored)
         store._claim(folder, config)
         store.adapters = open_adapters(adapters, store, tensor_shapes(config))
         return store
@@ -99,14 +105,13 @@ class WeightStore:
                     )
                 continue
             if entry is None:
-                integers = packed_somehow(name, self._entries)
-                what = "is stored in integers, and config.json does not say how" if integers else "is missing"
-                next_step = (
-                    f"copy the content of quantize_config.json into config.json as {QUANTIZATION_CONFIG}"
-                    if integers
-                    else "download the checkpoint again"
-                )
-                raise H1ExportError(f'{folder}: tensor "{name}"', what, next_step)
+                if packed_somehow(name, self._entries):
+                    raise H1ExportError(
+                        f'{folder}: tensor "{name}"',
+                        "is stored in integers, and config.json does not say how",
+                        f"copy the content of quantize_config.json into config.json as {QUANTIZATION_CONFIG}",
+                    )
+                raise missing(folder, name, {*self._entries, *self.ignored})
             if entry.shape != shape:
                 what = f"has shape {list(entry.shape)}, and config.json asks for {list(shape)}"
                 raise H1ExportError(f'{entry.file}: tensor "{name}"', what, GET_MATCHING_FILES)
@@ -236,34 +241,17 @@ class WeightStore:
         return digest.hexdigest()
 
 
-def _shards(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint. A shard's name must not lead out of the folder."""
-    index = folder / INDEX
-    if not index.exists():
-        if (folder / SINGLE).exists():
-            return [folder / SINGLE]
-        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        if pickles:
-            what = f"only pickle weights ({pickles[0]}), which can run code when opened"
-            raise H1ExportError(folder, what, "convert the checkpoint to safetensors where you trust it")
-        raise H1ExportError(folder, f"neither {SINGLE} nor {INDEX}", "give a checkpoint folder in Hugging Face layout")
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise H1ExportError(index, f"not a safetensors index ({error!r})", "download it again") from None
-    for name in names:
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise H1ExportError(
-                index, f"names the shard {name!r}", "a shard is a .safetensors file in the checkpoint's own folder"
-            )
-        if not _is_file(folder / name):
-            raise H1ExportError(folder / name, "no such shard", f"{index.name} lists it; download it again")
-    return [folder / name for name in names]
+def weight_files(folder: Path, config: FalconH1Config) -> tuple[Path, ...]:
+    """Return the safetensors files that hold the tensors of a checkpoint, sorted by name.
+
+    Raises:
+        H1ExportError: there are none, or one is damaged.
+    """
+    entries, _ = read_entries(folder, _used(config))
+    return tuple(sorted({entry.file for entry in entries.values()}))
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # no file system accepts the name
-        return False
+def _used(config: FalconH1Config) -> frozenset[str]:
+    """Return the names of all tensors that the model may use, stored as floats or as integers."""
+    names = tensor_shapes(config).keys()
+    return frozenset({*names, *(part_name(name, part) for name in names for part in ALL_PARTS)})

@@ -1,7 +1,7 @@
 """The command line. Data goes to standard output, everything else to standard error.
 
-Exit codes: 0 done (validate and gate: every check passed); 1 a check failed; 2 bad input, or it could not run; 3 gate
-could not decide.
+Exit codes: 0 done (validate, doctor and gate: every check passed); 1 a check failed; 2 bad input, or it could not run;
+3 gate could not decide.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from h1export.cli.bench import bench
 from h1export.cli.build import build
 from h1export.cli.completion import completion
 from h1export.cli.coreml import coreml
+from h1export.cli.doctor import doctor
 from h1export.cli.evaluate import evaluate
 from h1export.cli.gate import gate
 from h1export.cli.generate import generate
@@ -47,12 +48,13 @@ def cli() -> None:
       h1export validate falcon-int4 ./Falcon-H1-0.5B
       h1export generate falcon-int4 "def fibonacci(n):"
 
-    Exit codes: 0 done, 1 a check of validate or gate failed, 2 bad input or could not run, 3 gate could not decide.
+    Exit codes: 0 done, 1 a check of validate, doctor or gate failed, 2 bad input or could not run, 3 gate could not
+    decide.
     """
 
 
 cli.section("Make an artifact", build, plan, sensitivity)
-cli.section("Judge an artifact", validate, bench, gate, evaluate, report)
+cli.section("Judge an artifact", validate, doctor, bench, gate, evaluate, report)
 cli.section("Use an artifact", generate)
 cli.section("Look inside", inspect, trace)
 cli.section("One target", coreml, trt)

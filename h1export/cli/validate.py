@@ -41,6 +41,7 @@ VALIDATE_OPTIONS = cloup.option_group(
         type=click.IntRange(min=16),
         help="Compare states after N tokens in chunks, and time tokens there. Repeatable.",
     ),
+    cloup.option("--quick", is_flag=True, help="Only a few prefills and decode steps; no text, no latency."),
     cloup.option("--bisect", is_flag=True, help="Name the first layer and op that go wrong."),
     kernels_option,
 )

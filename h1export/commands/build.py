@@ -13,13 +13,15 @@ from typing import Any
 from h1export import __version__, host
 from h1export.artifact.artifact import Artifact, file_table
 from h1export.artifact.manifest import MANIFEST, Manifest
-from h1export.artifact.staging import Stage, check_place, dry_stage, staged
+from h1export.artifact.stage import Stage, dry_stage
+from h1export.artifact.staging import check_place, staged
 from h1export.checkpoint.lora import described
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
 from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.ignored_keys import told
 from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG, special_tokens
 from h1export.model.falcon_h1.states import Ids
 from h1export.progress import SILENT, Progress
@@ -167,6 +169,18 @@ class BuildJob:
         manifest = dataclasses.replace(manifest, **found, files=files)
         (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
+
+
+def ignored_in(checkpoint: Path) -> tuple[str, ...]:
+    """Return a line for the keys and a line for the tensors of ``checkpoint`` that are no part of the model.
+
+    Raises:
+        H1ExportError: a checkpoint that cannot be exported.
+    """
+    config = FalconH1Config.load(checkpoint)
+    found = {"config.json: ignored": FalconH1Config.ignored(checkpoint)}
+    found["weights: ignored"] = WeightStore.open(checkpoint, config).ignored
+    return tuple(f"{place} {told(names)}: no part of the model" for place, names in found.items() if names)
 
 
 def build_artifact(

@@ -45,6 +45,8 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         if store.packed_format is None
         else {**dataclasses.asdict(store.packed_format), "tensors": len(store.packed)},
         "state_bytes": state_bytes(config),
+        "ignored_keys": list(FalconH1Config.ignored(folder)),
+        "ignored_tensors": list(store.ignored),
         "config": dataclasses.asdict(config),
     }
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from h1export import host
 from h1export.artifact.artifact import NO_SHA256, file_table
-from h1export.artifact.staging import dry_stage
+from h1export.artifact.stage import dry_stage
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.store import WeightStore
 from h1export.commands.build import BuildJob

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from h1export import host
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.progress import SILENT, Progress

@@ -36,6 +36,8 @@ def validate_artifact(
     prompts: int = 8,
     contexts: Sequence[int] = (),
     adapters: Sequence[Path] = (),
+    quick: bool = False,
+    save: bool = True,
 ) -> Report:
     """Compare the artifact ``out`` with the reference on ``checkpoint`` and write ``out/report.json``.
 
@@ -51,6 +53,9 @@ def validate_artifact(
         kernels: as in ``Target.load``.
         bisect, prompts, contexts: as in ValidateOptions.
         adapters: folders of the adapters that it was built with, in order.
+        quick: whether to run only the few cases that are ``quick``, with no text, greedy texts or latency, whatever
+            the other arguments say.
+        save: whether to write the report.
 
     Raises:
         H1ExportError: a damaged artifact, or a checkpoint that is not the one it was built from.
@@ -61,16 +66,17 @@ def validate_artifact(
     check_source(artifact, checkpoint, adapters)
     if threads:
         torch.set_num_threads(threads)
-    has_tokenizer = (out / TOKENIZER).is_file()
+    has_tokenizer = (out / TOKENIZER).is_file() and not quick
     ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
     options = ValidateOptions(
         tolerances,
         ids,
         nbytes,
-        pairs=latency_pairs,
+        pairs=0 if quick else latency_pairs,
         bisect=bisect,
-        prompts=prompts,
+        prompts=0 if quick else prompts,
         contexts=tuple(contexts),
+        quick=quick,
         adapters=tuple(adapters),
     )
     runner = load_runner(artifact, threads, kernels=kernels)
@@ -78,7 +84,8 @@ def validate_artifact(
     if not exact.provenance.float32:  # the runtime has no float32 form of it
         exact = runner
     report = run_validation(artifact, runner, exact, checkpoint=checkpoint, options=options, progress=progress)
-    (out / REPORT).write_text(report.to_json(), encoding="utf-8")
+    if save:
+        (out / REPORT).write_text(report.to_json(), encoding="utf-8")
     return report
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from h1export import host
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
@@ -17,7 +18,7 @@ from h1export.targets import Kernels
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.speed.gate_file import Clock
 from h1export.validate.speed.regression import ModelPair
-from h1export.validate.speed.worker import RunnerModel, pin
+from h1export.validate.speed.worker import RunnerModel
 
 # tokens that one timing of a gate decodes: with the artifact, and with the reference, which is slower
 GATE_STEPS = 16
@@ -27,7 +28,7 @@ CLOCKS: Mapping[Clock, Callable[[], float]] = {Clock.CPU: time.process_time, Clo
 
 def artifact_model(folder: Path, threads: int, kernels: Kernels, *, steps: int) -> RunnerModel:
     """Return the artifact in ``folder``, ready to be timed, in this process pinned to as many cores as threads."""
-    pin(threads)
+    host.pin(threads)
     return RunnerModel(timed_runner(Artifact.open(folder), threads, kernels), steps)
 
 
@@ -36,14 +37,14 @@ def reference_model_of(checkpoint: Path, folder: Path, threads: int, *, kernels:
 
     Reading the weights counts in the peak memory of the process.
     """
-    pin(threads)
+    host.pin(threads)
     runner = load_runner(Artifact.open(folder), threads, kernels=kernels)
     return reference_model(checkpoint, runner, threads, steps=steps, clock=time.perf_counter)
 
 
 def model_pair(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, clock: Clock) -> ModelPair:
     """Return the artifact in ``folder`` beside its reference, both for the timings of a gate."""
-    pin(threads)
+    host.pin(threads)
     runner = timed_runner(Artifact.open(folder), threads, kernels)
     ours = RunnerModel(runner, GATE_STEPS, CLOCKS[clock])
     return ModelPair(ours, reference_model(checkpoint, runner, threads, steps=REFERENCE_STEPS, clock=CLOCKS[clock]))

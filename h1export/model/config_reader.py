@@ -19,6 +19,17 @@ FLOAT32 = np.finfo(np.float32)
 MAX_SIZE = 1 << 24  # far above any dimension of a real model; a hostile size must not cause work
 
 
+MOST_SHOWN = 120  # characters of a value in an error
+
+
+def shown(value: object) -> str:
+    """Return the repr of a value for an error, cut where it is long: a file's content is never printed whole."""
+    if isinstance(value, int) and value.bit_length() > 4 * MOST_SHOWN:
+        return f"a whole number of {value.bit_length()} bits"  # Python refuses to print the largest
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
 @dataclass(frozen=True)
 class ConfigReader:
     """Reads ``config`` key by key.
@@ -38,7 +49,7 @@ class ConfigReader:
         if found is not None and (found != value or type(found) is not type(value)):
             raise self.error(
                 key,
-                f"is {found!r}",
+                f"is {shown(found)}",
                 f"only {value!r} can be exported" if value is not None else "only null can be exported",
             )
 
@@ -46,7 +57,7 @@ class ConfigReader:
         """Returns a positive integer of at most ``limit``."""
         value = self.config.get(key, default)
         if type(value) is not int or not 0 < value <= limit:
-            raise self.error(key, f"is {value!r}", f"expected a whole number from 1 to {limit}")
+            raise self.error(key, f"is {shown(value)}", f"expected a whole number from 1 to {limit}")
         return value
 
     def optional_size(self, key: str, default: int | None) -> int | None:
@@ -61,7 +72,7 @@ class ConfigReader:
         if value is None:
             return default
         if type(value) is not bool:
-            raise self.error(key, f"is {value!r}", "expected true or false")
+            raise self.error(key, f"is {shown(value)}", "expected true or false")
         return value
 
     def positive(self, key: str, default: float) -> float:
@@ -75,7 +86,7 @@ class ConfigReader:
         if values is None:
             return (1.0,) * count
         if not isinstance(values, list) or len(values) != count:
-            raise self.error(key, f"is {values!r}", f"expected a list of {count} numbers")
+            raise self.error(key, f"is {shown(values)}", f"expected a list of {count} numbers")
         return tuple(self._finite(key, value, lowest=0.0, open_end=True) for value in values)
 
     def interval(self, key: str, default: tuple[float, float]) -> tuple[float, float]:
@@ -87,12 +98,12 @@ class ConfigReader:
         if values is None:
             return default
         if not isinstance(values, list) or len(values) != 2:
-            raise self.error(key, f"is {values!r}", "expected [low, high]")
+            raise self.error(key, f"is {shown(values)}", "expected [low, high]")
         low = self._finite(key, values[0], lowest=0.0, open_end=False)
         infinite = values[1] in ({"__float__": "Infinity"}, math.inf)
         high = math.inf if infinite else self._finite(key, values[1], lowest=0.0, open_end=True)
         if low >= high:
-            raise self.error(key, f"is {values!r}", "expected low < high")
+            raise self.error(key, f"is {shown(values)}", "expected low < high")
         return low, high
 
     def token_ids(self, key: str, default: int) -> tuple[int, ...]:
@@ -100,24 +111,24 @@ class ConfigReader:
         value = self.config.get(key, default)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if any(type(token) is not int or token < 0 for token in ids):
-            raise self.error(key, f"is {value!r}", "expected a token id or a list of token ids")
+            raise self.error(key, f"is {shown(value)}", "expected a token id or a list of token ids")
         return tuple(ids)
 
     def token_id(self, key: str, default: int) -> int | None:
         """Returns one token id, or None where the key is null."""
         ids = self.token_ids(key, default)
         if isinstance(self.config.get(key), list):
-            raise self.error(key, f"is {self.config[key]!r}", "expected one token id")
+            raise self.error(key, f"is {shown(self.config[key])}", "expected one token id")
         return ids[0] if ids else None
 
     def _finite(self, key: str, value: Any, *, lowest: float, open_end: bool) -> float:
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # an int may be beyond any float
-            raise self.error(key, f"is {value!r}", "expected a finite number")
+            raise self.error(key, f"is {shown(value)}", "expected a finite number")
         if value and not FLOAT32.smallest_normal <= abs(value) <= FLOAT32.max:
-            raise self.error(key, f"is {value!r}", "expected a number that float32 can hold")
+            raise self.error(key, f"is {shown(value)}", "expected a number that float32 can hold")
         if value < lowest or (open_end and value == lowest):
             raise self.error(
-                key, f"is {value!r}", f"expected a number {'above' if open_end else 'of at least'} {lowest:g}"
+                key, f"is {shown(value)}", f"expected a number {'above' if open_end else 'of at least'} {lowest:g}"
             )
         return float(value)
 

@@ -38,6 +38,9 @@ class CheckKind(StrEnum):
     FP16_RANGE = "fp16 range"
     """The largest activation, against the largest finite fp16 number."""
 
+    PUBLISHED = "published"
+    """Logits and tokens that somebody else computed from the same published weights."""
+
     LOADING = "loading"
     """Whether the runtime loads the artifact on ``Row.device``."""
 

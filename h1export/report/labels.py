@@ -18,6 +18,7 @@ CHECKS: Mapping[CheckKind, Callable[[Row], str]] = {
     CheckKind.GREEDY_TEXT: lambda row: "greedy text",
     CheckKind.LATENCY: lambda row: f"{row.phase} latency" if row.phase else "latency",
     CheckKind.FP16_RANGE: lambda row: "fp16 range",
+    CheckKind.PUBLISHED: lambda row: "published",
     CheckKind.LOADING: lambda row: "loading",
 }
 COMPARISONS: Mapping[Comparison, str] = {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from h1export.artifact.artifact import Artifact
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.artifact.weight_file import in_order
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
@@ -19,8 +19,8 @@ from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Lowered
-from h1export.targets.coreml import runner, sdk
+from h1export.targets.base import Finding, Lowered
+from h1export.targets.coreml import examine, runner, sdk
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.mac import golden, readme
 from h1export.targets.coreml.mac.verify_on_mac import Settings
@@ -75,6 +75,9 @@ class CoreMLTarget:
             name: dict(Counter(operation.type for operation in function.block.walk()))
             for name, function in functions.items()
         }
+
+    def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
+        return examine.examine(artifact)
 
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
 
 from h1export.artifact.artifact import Artifact
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.graphs.passes import KindOf, run_passes
@@ -16,12 +16,12 @@ from h1export.graphs.program import Program
 from h1export.model.falcon_h1.states import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL, StateTensor
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Lowered
+from h1export.targets.base import Finding, Lowered
 from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.emit import Emitter, emit, name_probes
 from h1export.targets.onnx.external_data import ExternalData
 from h1export.targets.onnx.op_counts import node_counts
-from h1export.targets.onnxruntime import genai_config, readme
+from h1export.targets.onnxruntime import examine, genai_config, readme
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.onnxruntime.emit.native import DOMAIN, NativeContext, covers
 from h1export.targets.onnxruntime.emit.packing import INT8_BLOCKS
@@ -77,6 +77,9 @@ class OnnxRuntimeTarget:
     def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
         graphs = [name for name in (MODEL, NATIVE_MODEL) if name in artifact.manifest.files]
         return {name: node_counts(artifact.folder / name) for name in graphs}
+
+    def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
+        return examine.examine(artifact)
 
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.files import sha256_file
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.program import Program
 from h1export.plugins.gpu.cubin import ARCHITECTURES
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Lowered
+from h1export.targets.base import Finding, Lowered
 from h1export.targets.onnx.op_counts import node_counts
 from h1export.targets.options import Kernels
-from h1export.targets.tensorrt import plugin, readme, sdk
+from h1export.targets.tensorrt import examine, plugin, readme, sdk
 from h1export.targets.tensorrt.emulator.runner import NetworkRunner
 from h1export.targets.tensorrt.engine import build
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, RECIPE, RTX_ARCHITECTURES, TRTEXEC, EngineConfig
@@ -72,6 +73,9 @@ class TensorRTTarget:
 
     def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
         return {MODEL: node_counts(artifact.folder / MODEL)}
+
+    def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
+        return examine.examine(artifact, build=build, progress=progress)
 
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"

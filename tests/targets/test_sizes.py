@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.graphs.passes import fusions, run_passes
 from h1export.graphs.passes.flatten_splits import FlattenSplits

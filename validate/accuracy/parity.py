@@ -40,11 +40,13 @@ class Run:
     impossible: str = ""
 
 
-def run_cases(runner: Comparable[Any], seed: int) -> Iterator[Run]:
-    """Run every case that the runner's limits allow, on random token ids."""
+def run_cases(runner: Comparable[Any], seed: int, quick: bool = False) -> Iterator[Run]:
+    """Run every case, or those that are ``quick``, that the runner's limits allow, on random token ids."""
     rng = np.random.default_rng(seed)
     states = StateSpec.of(runner.config)
     for case in cases(runner.config):
+        if quick and not case.quick:
+            continue
         batch = len(case.pads)
         ids = rng.integers(0, runner.config.vocab_size, (batch, case.length), dtype=np.int64)
         if impossible := _impossible(case, runner):

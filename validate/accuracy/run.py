@@ -14,7 +14,7 @@ import torch
 from h1export import host
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import Manifest
-from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.store import WeightStore, weight_files
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import SILENT, Progress
 from h1export.quantize.awq_scales import AwqScales, ScaledStore
@@ -35,6 +35,7 @@ from h1export.validate.accuracy.latency import PREFILL_TOKENS, measure, tokens_n
 from h1export.validate.accuracy.long_contexts import context_rows, cost_rows
 from h1export.validate.accuracy.parity import Run, case_rows, run_cases
 from h1export.validate.accuracy.perplexity import WINDOW, Scored, text_figures, windows
+from h1export.validate.accuracy.published_proofs import published_rows
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.weights import weight_errors
 
@@ -56,6 +57,7 @@ class ValidateOptions:
         prompts: the number of greedy texts, which start at places in the text.
         contexts: the numbers of tokens at which to compare states after a prefill in chunks, and to time tokens.
         adapters: folders of the adapters that the artifact was built with, in order.
+        quick: whether only the cases that are ``quick`` run.
     """
 
     tolerances: Mapping[str, float] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class ValidateOptions:
     prompts: int = 8
     contexts: tuple[int, ...] = ()
     adapters: tuple[Path, ...] = ()
+    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ def validate(
     scaled = {name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys()}
     held = {**stored, **scaled} if scaled else stored
     validation = Validation(runner, exact, held, tolerances=tolerances, options=options)
-    rows += _rows(validation, Reference(checkpoint, options.adapters), progress)
+    reference = Reference(checkpoint, options.adapters)
+    rows += published_rows(runner, reference, weight_files(checkpoint, runner.config), tolerances=tolerances)
+    rows += _rows(validation, reference, progress)
     if options.bisect:
         rows += [integers_row(row) for row in rows if row.kind is CheckKind.STORED_INTEGERS]
     return Report(_described(artifact.manifest) | _shown(runner), _environment(), tuple(rows))
@@ -162,7 +167,7 @@ class Outputs:
         starts = prompts(options.text_ids, options.prompts, options.seed)
         no_texts = why_no_texts(runner, starts)
         texts = [] if no_texts else list(continuations(runner, starts))
-        return cls(list(run_cases(runner, options.seed)), texts, no_texts)
+        return cls(list(run_cases(runner, options.seed, options.quick)), texts, no_texts)
 
     def greedy(self, comparison: Comparison, reference: Reference) -> Row:
         if self.no_texts:

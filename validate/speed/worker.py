@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -129,19 +127,6 @@ class RunnerModel:
 
     def _append(self, session: Session, timing: Timing, tokens: int) -> None:
         session.append(self._random.integers(0, self._model.config.vocab_size, (timing.batch, tokens), dtype=np.int64))
-
-
-def pin(threads: int) -> tuple[int, ...]:
-    """Keep this process on as many cores as it has threads, so that they do not migrate.
-
-    Returns the cores, or none outside Linux. They are the last ones, because systems tend to run their own work on
-    the first.
-    """
-    if sys.platform != "linux":
-        return ()
-    cores = sorted(os.sched_getaffinity(0))[-threads:]
-    os.sched_setaffinity(0, cores)
-    return tuple(cores)
 
 
 class WorkerProcess:

@@ -1,21 +1,23 @@
 """FalconH1Config: the architecture of one Falcon-H1 model, read from its config.json.
 
-Defaults are those of transformers' ``FalconH1Config``, and the released models often use the opposite. So that no key
-is overlooked, every key that is read is in ``USED_KEYS``, and every other key must be in ``IGNORED_KEYS``.
+Defaults are those of transformers' ``FalconH1Config``, and the released models often use the opposite. ``USED_KEYS``
+are read. ignored_keys.py judges all other keys: one is refused only where its value makes another model.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from h1export.errors import H1ExportError
-from h1export.model.config_reader import CONFIG, ConfigReader, read_config
+from h1export.model.config_reader import CONFIG, ConfigReader, read_config, shown
+from h1export.model.falcon_h1.ignored_keys import ignored_keys, refuse_other_models
+from h1export.model.falcon_h1.rope import rope_theta
 
 MODEL_TYPE = "falcon_h1"
+SILU = ("silu", "swish")  # transformers' names of one function
 
 USED_KEYS = frozenset(
     {
@@ -49,10 +51,6 @@ USED_KEYS = frozenset(
         "mamba_proj_bias",
         "mamba_rms_norm",
         "mamba_norm_before_gate",
-        "mamba_use_mlp",
-        "attn_layer_indices",
-        "layers_block_type",
-        "layer_types",
         "time_step_limit",
         "embedding_multiplier",
         "lm_head_multiplier",
@@ -63,36 +61,11 @@ USED_KEYS = frozenset(
         "ssm_out_multiplier",
         "ssm_multipliers",
         "mlp_multipliers",
-        "auto_map",
         "bos_token_id",
         "eos_token_id",
         "pad_token_id",
     }
 )
-
-IGNORED_KEYS: Mapping[str, str] = {
-    "_name_or_path": "where the checkpoint was once stored",
-    "_attn_implementation_autoset": "a transformers run-time switch",
-    "architectures": "model_type decides",
-    "attention_dropout": "training only",
-    "dtype": "each tensor says its own dtype",
-    "initializer_range": "training only",
-    "mamba_dt_init_floor": "initialisation only",
-    "mamba_dt_max": "initialisation only",
-    "mamba_dt_min": "initialisation only",
-    "mlp_expansion_factor": "intermediate_size decides",
-    "num_logits_to_keep": "the exported graph has its own switch, --logits",
-    "output_attentions": "a transformers run-time switch",
-    "output_hidden_states": "a transformers run-time switch",
-    "quantization_config": "how weights are stored, not what the model is: packed_formats.py reads it",
-    "return_dict": "a transformers run-time switch",
-    "time_step_floor": "initialisation only",
-    "time_step_max": "initialisation only",
-    "time_step_min": "initialisation only",
-    "torch_dtype": "each tensor says its own dtype",
-    "transformers_version": "information only",
-    "use_cache": "states are always explicit",
-}
 
 
 @dataclass(frozen=True)
@@ -179,6 +152,18 @@ class FalconH1Config:
         path = folder / CONFIG
         return cls.from_config(read_config(path), path)
 
+    @staticmethod
+    def ignored(folder: Path) -> tuple[str, ...]:
+        """Return the names of the keys of ``folder/config.json`` that change nothing and that nobody expects.
+
+        Raises:
+            H1ExportError: there is no such file, or it is not a JSON object.
+        """
+        config = read_config(folder / CONFIG)
+        if not isinstance(config, dict):
+            raise H1ExportError(folder / CONFIG, "not a JSON object", "give a checkpoint folder in Hugging Face layout")
+        return ignored_keys(config, USED_KEYS)
+
     @classmethod
     def from_config(cls, config: Any, where: object = "config.json") -> FalconH1Config:
         """Returns the checked architecture of a parsed config.json; ``where`` names it in errors."""
@@ -187,56 +172,15 @@ class FalconH1Config:
         model_type = config.get("model_type")
         if model_type != MODEL_TYPE:
             raise H1ExportError(
-                where, f"model_type is {model_type!r}, not {MODEL_TYPE!r}", "give a Falcon-H1 checkpoint"
+                where, f"model_type is {shown(model_type)}, not {MODEL_TYPE!r}", "give a Falcon-H1 checkpoint"
             )
-        for key in config:
-            if key not in USED_KEYS and key not in IGNORED_KEYS:
-                raise H1ExportError(
-                    where,
-                    f"unknown key {key!r}",
-                    "remove it if it does not change the model, or report it so that it can be supported",
-                )
         read = ConfigReader(config, where)
-        _refuse_what_is_not_exported(read)
+        refuse_other_models(read)
+        if config.get("hidden_act", SILU[0]) not in SILU and config["hidden_act"] is not None:
+            raise read.error("hidden_act", f"is {shown(config['hidden_act'])}", "only 'silu' can be exported")
         parsed = _parse(read)
         _check_shapes(parsed, read)
         return parsed
-
-
-def _refuse_what_is_not_exported(read: ConfigReader) -> None:
-    read.must_be("hidden_act", "silu")
-    read.must_be("rope_scaling", None)
-    read.must_be("attn_layer_indices", None)
-    read.must_be("mamba_use_mlp", True)
-    if read.config.get("auto_map") is not None:
-        raise read.error(
-            "auto_map", "asks for code from the checkpoint", "h1export never runs remote code; remove the key"
-        )
-    for key in ("layers_block_type", "layer_types"):
-        kinds = read.config.get(key)
-        if kinds is not None and kinds != ["hybrid"] * read.size("num_hidden_layers", 32, limit=1024):
-            raise read.error(
-                key, f"is {str(kinds)[:80]}", "expected 'hybrid' once for every layer; no other kind can be exported"
-            )
-
-
-def _rope_theta(read: ConfigReader) -> float:
-    """Returns RoPE's base, from ``rope_parameters`` (transformers 5) or the top level, or 1e4 where it is absent."""
-    parameters = read.config.get("rope_parameters")
-    if parameters is None:
-        return read.positive("rope_theta", 10000.0)
-    if not isinstance(parameters, dict):
-        raise read.error("rope_parameters", f"is {parameters!r}", "expected an object")
-    inner = ConfigReader(parameters, f"{read.where}: rope_parameters")
-    for key in parameters:
-        if key not in ("rope_type", "type", "rope_theta"):
-            raise inner.error(key, "unknown key", "RoPE scaling is not exported; only rope_type 'default' is")
-    inner.must_be("rope_type", "default")
-    inner.must_be("type", "default")
-    theta = inner.positive("rope_theta", read.positive("rope_theta", 10000.0))
-    if read.positive("rope_theta", theta) != theta:
-        raise read.error("rope_theta", "differs from rope_parameters.rope_theta", "keep one of the two")
-    return theta
 
 
 def _parse(read: ConfigReader) -> FalconH1Config:
@@ -259,7 +203,7 @@ def _parse(read: ConfigReader) -> FalconH1Config:
         head_dim=read.optional_size("head_dim", None) or max(1, hidden // heads),
         rms_norm_eps=read.positive("rms_norm_eps", 1e-5),
         max_position_embeddings=read.size("max_position_embeddings", 8192),
-        rope_theta=_rope_theta(read),
+        rope_theta=rope_theta(read),
         tie_word_embeddings=read.flag("tie_word_embeddings", False),
         attention_bias=read.flag("attention_bias", False),
         mlp_bias=read.flag("mlp_bias", False),

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from h1export.artifact.journal import SCRATCH, Extent
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.artifact.weight_file import Rows, WeightFile, in_order
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.artifact.weight_file import Block, WeightFile
 
 RECORD = 64  # bytes of the header, of a record, and the alignment of everything

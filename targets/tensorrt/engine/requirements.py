@@ -21,6 +21,7 @@ from h1export.targets.tensorrt.options import RuntimeName
 MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 MINOR = 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
 DRIVER = "libcuda.so.1"
+OLDEST_DRIVER = 12  # major version of CUDA that the driver must support for the plugin
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,18 @@ def gpu_architecture() -> int:
     if any(done):
         raise missing
     return 10 * major.value + minor.value
+
+
+def driver_version() -> tuple[int, int]:
+    """Return the version of CUDA that the driver supports, (12, 4) for 12.4; (0, 0) where there is no driver."""
+    version = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return 0, 0
+    if driver.cuDriverGetVersion(ctypes.byref(version)):
+        return 0, 0
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def check(folder: Path, requirements: EngineRequirements, host: Host) -> None:

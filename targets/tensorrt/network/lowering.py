@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 import onnx_ir as ir
 
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.errors import H1ExportError

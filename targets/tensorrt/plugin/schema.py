@@ -12,7 +12,7 @@ from typing import Any
 
 from h1export.plugins import h1
 from h1export.plugins.causal_conv import launch as conv
-from h1export.plugins.gpu.kernel import KERNEL_DTYPE
+from h1export.plugins.gpu.kernel import ALIGNED, KERNEL_DTYPE
 from h1export.plugins.ssm_scan import launch as scan
 
 Arguments = tuple[tuple[str, str], ...]
@@ -112,6 +112,10 @@ def header() -> str:
         "#include <cstdint>",
         "",
         '#include "tensors.h"',
+        "",
+        "namespace h1 {",
+        f"constexpr uintptr_t kAligned = {ALIGNED};  // divides addresses, and the channels of the convolution",
+        "}  // namespace h1",
         "",
     ]
     for op in OPS:

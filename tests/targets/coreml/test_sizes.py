@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.graphs.passes import run_passes
 from h1export.graphs.program import Program

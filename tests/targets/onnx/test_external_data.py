@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h1export.artifact.journal import JOURNAL
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.artifact.weight_file import in_order
 from h1export.targets.onnx.external_data import PAGE, ExternalData
 

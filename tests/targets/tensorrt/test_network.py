@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from h1export.artifact.artifact import Artifact
-from h1export.artifact.staging import Stage
+from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.commands.build import build_artifact
 from h1export.commands.load import load_runner

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from roofline import PUBLISHED, Shape
+from gpu_host.plugin_driver import (
+    CONV,
+    LETTERS,
+    SCAN,
+    SCAN_FIELDS,
+    case,
+    expected,
+    layout,
+    sizes_of,
+    tensors,
+    workspace_start,
+)
+from roofline import PUBLISHED
 
 from h1export.errors import H1ExportError
 from h1export.plugins import h1
 from h1export.plugins.causal_conv import launch as conv
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin
-from h1export.plugins.gpu.kernel import Launch
 from h1export.plugins.ssm_scan import launch as scan
 from h1export.targets.tensorrt.plugin import build, library, write
 from h1export.targets.tensorrt.plugin.embed import digest, write_sources
@@ -24,81 +36,11 @@ from h1export.targets.tensorrt.plugin.schema import OPS, Op, header
 
 Harness = Callable[..., list[list[str]]]
 
-PAGE = 4096  # the harness puts tensor i at PAGE * (i + 1)
-STREAM = 77
-WORKSPACE_ALIGNMENT = 256
-LETTERS = {"fp16": "h", "bf16": "b"}
-SCAN, CONV = OPS
-SCAN_FIELDS = {"chunk_size": "i 128", "dt_min": "f 0.001", "dt_max": "f inf", "state_in_place": "i 0"}
 
-
-def sizes_of(shape: Shape, batch: int, tokens: int) -> dict[str, int]:
-    """Return every size that occurs in the shapes of the plugin's inputs."""
-    sizes = {
-        "batch": batch,
-        "tokens": tokens,
-        "heads": shape.heads,
-        "groups": shape.groups,
-        "d_head": shape.d_head,
-        "d_state": shape.d_state,
-    }
-    return sizes | {"channels": shape.channels, "kept": shape.taps - 1, "taps": shape.taps, "one": 1}
-
-
-def tensors(op: Op, sizes: Mapping[str, int], dtype: str) -> list[str]:
-    """Return the inputs of a case, each in the text form that the harness reads."""
-    found = []
-    for name in op.inputs:
-        dims = [str(sizes[size]) for size in op.shapes[name].split()]
-        found.append(" ".join((LETTERS[dtype] if op.kind(name) == "*dtype" else "f", str(len(dims)), *dims)))
-    return found
-
-
-def case(
-    op: Op,
-    inputs: list[str],
-    fields: Mapping[str, str],
-    *,
-    gpu: int = 80,
-    refused: int = 0,
-    in_place: int = 0,
-    tamper: int = 0,
-) -> str:
-    """Return the line of a case for the harness."""
-    given = " ".join(f"{name} {value}" for name, value in fields.items())
-    return f"{op.name} {gpu} {refused} {in_place} {tamper} {len(fields)} {given} {len(inputs)} {' '.join(inputs)}"
-
-
-def default(op: Op = SCAN, tokens: int = 1, fields: Mapping[str, str] | None = None, **more: int) -> str:
+def default(op: Op = SCAN, tokens: int = 1, fields: Mapping[str, str] | None = None, **more: Any) -> str:
     """Return a valid case of the 0.5B shape, with changes."""
     fields = (SCAN_FIELDS if op is SCAN else {"state_in_place": "i 0"}) if fields is None else fields
     return case(op, tensors(op, sizes_of(PUBLISHED[1], 2, tokens), "fp16"), fields, **more)
-
-
-def expected(
-    op: Op, launches: tuple[Launch, ...], gpu: int, *, in_place: bool, parts: Mapping[str, int]
-) -> Iterator[str]:
-    """Yield the lines that the driver writes for the launches; ``parts`` are the addresses of the workspace's parts."""
-    names = [*op.inputs, "y", "new_state"]
-    addresses = {name: PAGE * (i + 1) for i, name in enumerate(names)} | dict(parts)
-    if in_place:
-        addresses["new_state"] = addresses["state"]
-    for launch in launches:
-        values = [addresses[value] if isinstance(value, str) else value for value in launch.values]
-        texts = [f"{torch.tensor(v).float().item():.9g}" if isinstance(v, float) else str(v) for v in values]
-        grid = " ".join(map(str, launch.grid))
-        where = f"{grid} {launch.kernel.threads} {1000 + gpu} {STREAM}"
-        yield f"launch code of {launch.kernel.symbol} for sm_{gpu} | {where} | {' '.join(texts)} 0 0"
-
-
-def layout(problem: scan.Problem, start: int) -> tuple[dict[str, int], int]:
-    """Return the addresses of the workspace's parts, and its size in bytes."""
-    addresses = {}
-    at = 0
-    for name, (shape, dtype) in problem.workspace().items():
-        addresses[name] = start + at
-        at += -(-math.prod(shape) * dtype.itemsize // WORKSPACE_ALIGNMENT) * WORKSPACE_ALIGNMENT
-    return addresses, at
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -121,7 +63,7 @@ def test_the_scan_packs_what_launch_says(in_place: bool, harness: Harness) -> No
                     dt_min=0.001,
                     dt_max=math.inf,
                 )
-                parts, size = layout(problem, PAGE * (len(SCAN.inputs) + 3))
+                parts, size = layout(problem, workspace_start(SCAN))
                 fields = SCAN_FIELDS | {"state_in_place": f"i {int(in_place)}"}
                 cases.append(
                     case(
@@ -235,11 +177,58 @@ FAULTS = {
         default(tamper=1),
         "was built with plugin library 0{32}, this one is [0-9a-f]{32}; load that one",
     ),
+    "another dtype in the call": (
+        default(
+            called=tensors(SCAN, sizes_of(PUBLISHED[1], 2, 1), "fp16")[:1]
+            + tensors(SCAN, sizes_of(PUBLISHED[1], 2, 1), "bf16")[1:]
+        ),
+        "SSMScan: input dt has another dtype than x",
+    ),
+    "float32 in the call": (
+        default(CONV, called=[t.replace("h", "f") for t in tensors(CONV, sizes_of(PUBLISHED[1], 2, 1), "fp16")]),
+        "CausalConv: input x has another dtype than fp16 or bf16",
+    ),
+    "another shape in the call": (
+        default(
+            called=tensors(SCAN, sizes_of(PUBLISHED[1]._replace(heads=23), 2, 1), "fp16")[:1]
+            + tensors(SCAN, sizes_of(PUBLISHED[1], 2, 1), "fp16")[1:]
+        ),
+        "SSMScan: input dt is .* should be .*heads 23",
+    ),
+    "a size that is not known in the call": (
+        default(
+            CONV, called=[t.replace("3 2 1 ", "3 2 -1 ") for t in tensors(CONV, sizes_of(PUBLISHED[1], 2, 1), "fp16")]
+        ),
+        r"CausalConv: input x is \[2, -1, 1792\], and every size must be known",
+    ),
+    "no memory for the workspace": (
+        default(tokens=2, broken=f"{len(SCAN.inputs) + 2}:null"),
+        "SSMScan: the workspace has no memory",
+    ),
+    "a misaligned workspace": (
+        default(tokens=2, broken=f"{len(SCAN.inputs) + 2}:odd"),
+        "SSMScan: the workspace is not at a multiple of 16 bytes",
+    ),
     "a state that should be in place and is not": (
         default(fields=without("state_in_place", state_in_place="i 1")),
         "the state and its output are not one memory",
     ),
 }
+
+
+for _op in (SCAN, CONV):
+    for _place, _name in enumerate([*(f"input {name}" for name in _op.inputs), "output 0", "output 1"]):
+        for _how, _said in (("null", "has no memory"), ("odd", "is not at a multiple of 16 bytes")):
+            FAULTS[f"{_op.name} {_name} {_how}"] = (
+                default(_op, 2, broken=f"{_place}:{_how}"),
+                f"{_op.name}: {_name} {_said}",
+            )
+    for _tokens, _batch in ((0, 2), (1, 0)):
+        _empty = tensors(_op, sizes_of(PUBLISHED[1], _batch, _tokens), "fp16")
+        FAULTS[f"{_op.name} of {_batch} x {_tokens} tokens"] = (
+            default(_op, called=_empty),
+            f"{_op.name}: input x is .* has no elements",
+        )
 
 
 @pytest.mark.parametrize("fault", FAULTS)

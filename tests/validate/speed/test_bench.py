@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from h1export.validate.accuracy.reference import Reference
 from h1export.validate.speed.bench import BenchOptions, interleave
 from h1export.validate.speed.memory_traffic import READ_BYTES, read_bandwidth, step_bytes
 from h1export.validate.speed.statistics import CONFIDENCE, estimate, ratio
-from h1export.validate.speed.worker import RunnerModel, Timing, WorkerProcess, pin
+from h1export.validate.speed.worker import RunnerModel, Timing, WorkerProcess
 
 Build = Callable[..., Artifact]
 
@@ -214,18 +213,6 @@ def test_a_reference_times_what_it_is_asked(make_checkpoint: Callable[..., Path]
 )
 def test_what_a_runner_cannot_do_is_left_out(limits: Limits, timing: Timing, reason: str) -> None:
     assert timing.refused(limits, steps=32) == reason
-
-
-def test_a_process_is_pinned_to_as_many_cores_as_threads() -> None:
-    if sys.platform != "linux":
-        assert pin(1) == ()
-        return
-    before = os.sched_getaffinity(0)
-    try:
-        assert pin(1) == (max(before),) == tuple(os.sched_getaffinity(0))
-        assert pin(99) == (max(before),)
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def test_a_workers_error_is_its_parents(tmp_path: Path) -> None:

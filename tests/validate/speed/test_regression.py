@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from h1export import host
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
@@ -23,7 +24,7 @@ from h1export.validate.speed.decision import decide_all
 from h1export.validate.speed.gate_checks import check_label
 from h1export.validate.speed.gate_file import Baseline, Gate, Limit
 from h1export.validate.speed.regression import BEST_OF, ModelPair, counted, counted_checks
-from h1export.validate.speed.worker import RunnerModel, Timing, pin
+from h1export.validate.speed.worker import RunnerModel, Timing
 
 Build = Callable[..., Artifact]
 DECODE = Timing(Phase.DECODE, 0)
@@ -128,7 +129,7 @@ def test_a_pair_is_the_best_of_each_in_random_order() -> None:
 @pytest.fixture
 def pinned() -> Iterator[None]:
     before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    pin(1)
+    host.pin(1)
     yield
     if before is not None:
         os.sched_setaffinity(0, before)

@@ -21,7 +21,7 @@ CANNOT: Mapping[str, str] = {  # file -> why its GPU tests cannot run on the GPU
         "it builds engines: the GPU host has no TensorRT, and TensorRT-RTX builds none for compute capability 9.0"
     ),
 }
-DRY = ("tests/plugins/gpu/test_conv_kernel.py",)  # run over Triton's interpreter in a dry run
+DRY = ("tests/plugins/gpu/test_conv_kernel.py::test_pieces_chained_by_their_states_are_the_whole",)
 WORKERS = ("-n", "8", "--dist=load")  # Triton compiles on CPU cores
 
 

@@ -6,8 +6,6 @@
 namespace h1 {
 namespace {
 
-constexpr int64_t kChannels = 16;  // divides what the kernel was compiled for
-
 struct CausalConv {
   using Attributes = causal_conv::Attributes;
   static constexpr char const* kName = causal_conv::kName;
@@ -26,9 +24,9 @@ struct CausalConv {
   static bool plan(Sizes const& sizes, DataType dtype, Attributes const&, int32_t architecture, Plan& plan,
                    std::string& why) {
     int64_t const channels = sizes.at("channels"), taps = sizes.at("taps"), tokens = sizes.at("tokens");
-    if (sizes.at("kept") != taps - 1 || sizes.at("one") != 1 || channels % kChannels != 0) {
+    if (sizes.at("kept") != taps - 1 || sizes.at("one") != 1 || channels % static_cast<int64_t>(kAligned) != 0) {
       why = "a state of " + std::to_string(sizes.at("kept")) + " inputs, " + std::to_string(taps) + " taps and " +
-            std::to_string(channels) + " channels, which should be a multiple of " + std::to_string(kChannels);
+            std::to_string(channels) + " channels, which should be a multiple of " + std::to_string(kAligned);
       return false;
     }
     auto const fits = [&](Cubin const& cubin) {

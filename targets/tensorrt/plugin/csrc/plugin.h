@@ -16,6 +16,7 @@
 #include "cubins.h"
 #include "driver.h"
 #include "log.h"
+#include "ops.h"
 #include "sizes.h"
 
 namespace h1 {
@@ -110,6 +111,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
                   void* workspace, cudaStream_t stream) noexcept override {
     std::string why;
     if (!plan_ && !prepare(in, why)) return failed(why);
+    if (!usable(inputs, outputs, workspace, why)) return failed(why);
     if (in_place_ != 0 && outputs[1] != inputs[Op::kStateInput]) {
       return failed("the state and its output are not one memory");
     }
@@ -130,7 +132,10 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   }
 
  private:
-  static int32_t count() { return static_cast<int32_t>(Op::inputs().size()); }
+  static int32_t count() {
+    static int32_t const inputs = static_cast<int32_t>(Op::inputs().size());
+    return inputs;
+  }
   static int32_t failed(std::string const& why) { return fail(Op::kName, why) ? 0 : kFailed; }
   static bool counted(int32_t inputs) {
     return inputs == count() ||
@@ -139,16 +144,52 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   static bool largest(DynamicPluginTensorDesc const* in, Sizes& most, std::string& why) {
     for (int32_t i = 0; i < count(); ++i) {
-      if (!most.add(Op::inputs()[i], in[i].max, why)) return false;
+      if (!most.add_known(Op::inputs()[i], in[i].max, why)) return false;
     }
     return true;
   }
 
+  // Whether every input has the dtype that the kernels read it in.
+  static bool typed(PluginTensorDesc const* in, std::string& why) {
+    DataType const own = in[0].type;
+    bool const half = own == DataType::kHALF || own == DataType::kBF16;
+    for (int32_t i = 0; i < count(); ++i) {
+      Tensor const tensor = Op::inputs()[i];
+      if (i == 0 ? half : in[i].type == (tensor.own ? own : DataType::kFLOAT)) continue;
+      why = std::string("input ") + tensor.name + " has another dtype than " +
+            (i == 0 ? "fp16 or bf16" : tensor.own ? "x, and should have the same" : "float32");
+      return false;
+    }
+    return true;
+  }
+
+  // Whether the kernels can read and write at the addresses; they were compiled for aligned ones.
+  bool usable(void const* const* inputs, void* const* outputs, void* workspace, std::string& why) const {
+    auto const fits = [](void const* address) {
+      return address != nullptr && reinterpret_cast<uintptr_t>(address) % kAligned == 0;
+    };
+    auto const refuse = [&why](std::string const& what, void const* address) {
+      why = what + (address == nullptr ? " has no memory"
+                                       : " is not at a multiple of " + std::to_string(kAligned) + " bytes");
+      return false;
+    };
+    for (int32_t i = 0; i < count(); ++i) {
+      if (!fits(inputs[i])) return refuse(std::string("input ") + Op::inputs()[i].name, inputs[i]);
+    }
+    for (int32_t i = 0; i < kOutputs; ++i) {
+      if (!fits(outputs[i])) return refuse("output " + std::to_string(i), outputs[i]);
+    }
+    return workspace_ == 0 || fits(workspace) || refuse("the workspace", workspace);
+  }
+
+  // Plans the calls on inputs of these shapes and dtypes. After a failure there is no plan, not even an earlier one.
   bool prepare(PluginTensorDesc const* in, std::string& why) {
+    plan_.reset();
     Sizes sizes;
     for (int32_t i = 0; i < count(); ++i) {
-      if (!sizes.add(Op::inputs()[i], in[i].dims, why)) return false;
+      if (!sizes.add_known(Op::inputs()[i], in[i].dims, why)) return false;
     }
+    if (!typed(in, why)) return false;
     int32_t const architecture = gpu_architecture(why);
     typename Op::Plan plan;
     if (architecture == 0 || !Op::plan(sizes, in[0].type, attributes_, architecture, plan, why)) return false;
@@ -156,12 +197,14 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
       if (!load(*kernel, why)) return false;
     }
     plan_ = plan;
+    workspace_ = Op::workspace(sizes, in[0].type);
     return true;
   }
 
   typename Op::Attributes attributes_;
   int32_t in_place_;
   std::optional<typename Op::Plan> plan_;
+  size_t workspace_ = 0;  // bytes that the planned calls need
   std::vector<PluginField> serialized_;
   PluginFieldCollection collection_{};
 };

@@ -17,11 +17,15 @@ class Sizes {
   int64_t at(char const* name) const { return values_.at(name); }
   bool has(char const* name) const { return values_.count(name) != 0; }
 
-  // Takes the sizes of an input; -1: not known yet. False, and why, where they contradict the op.
+  // Takes the sizes of an input; -1: not known yet. False, and why, where they contradict the op, or one is 0.
   bool add(Tensor const& tensor, Dims const& dims, std::string& why) {
     bool agrees = dims.nbDims == tensor.rank;
     for (int32_t i = 0; agrees && i < tensor.rank; ++i) {
       if (dims.d[i] < 0) continue;
+      if (dims.d[i] == 0) {
+        why = std::string("input ") + tensor.name + " is " + text(dims) + ", which has no elements";
+        return false;
+      }
       auto const [place, fresh] = values_.emplace(tensor.sizes[i], dims.d[i]);
       agrees = place->second == dims.d[i];
     }
@@ -29,6 +33,17 @@ class Sizes {
       why = std::string("input ") + tensor.name + " is " + text(dims) + ", and should be " + expected(tensor);
     }
     return agrees;
+  }
+
+  // Takes the sizes of an input, all of which must be known.
+  bool add_known(Tensor const& tensor, Dims const& dims, std::string& why) {
+    if (!add(tensor, dims, why)) return false;
+    for (int32_t i = 0; i < tensor.rank; ++i) {
+      if (dims.d[i] >= 0) continue;
+      why = std::string("input ") + tensor.name + " is " + text(dims) + ", and every size must be known here";
+      return false;
+    }
+    return true;
   }
 
  private:

@@ -68,7 +68,8 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     kernels = ROOT / "targets" / "onnxruntime" / "csrc"
     plugin = ROOT / "targets" / "tensorrt" / "plugin" / "csrc"
-    sources = [str(file) for folder in (kernels, plugin) for file in sorted(folder.glob("*.[ch]*"))]
+    driver = ROOT / "tools" / "gpu_host" / "driver"
+    sources = [str(file) for folder in (kernels, plugin, driver) for file in sorted(folder.glob("*.[ch]*"))]
     session.run("clang-format", "--dry-run", "--Werror", *sources)
     flags = ("-std=c++20", "-march=native", "-isystem", str(kernels.parent / "include"))
     session.run("clang-tidy", "--quiet", *map(str, sorted(kernels.glob("*.cc"))), "--", *flags, silent=True)

@@ -25,7 +25,8 @@ void print(char kind, void const* argument) {
   int64_t pointer = 0;
   int32_t integer = 0;
   float number = 0;
-  if (kind == 'p') std::memcpy(&pointer, argument, sizeof pointer), std::printf(" %lld", static_cast<long long>(pointer));
+  if (kind == 'p')
+    std::memcpy(&pointer, argument, sizeof pointer), std::printf(" %lld", static_cast<long long>(pointer));
   if (kind == 'i') std::memcpy(&integer, argument, sizeof integer), std::printf(" %d", integer);
   if (kind == 'f') std::memcpy(&number, argument, sizeof number), std::printf(" %.9g", number);
 }
@@ -101,11 +102,12 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
   return attribute == 8 ? 0 : kInvalidValue;
 }
 
-int cuLaunchKernel(void* made, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz, unsigned shared, void* stream,
-                   void** arguments, void** extra) {
+int cuLaunchKernel(void* made, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz,
+                   unsigned shared, void* stream, void** arguments, void** extra) {
   Function const& function = *static_cast<Function*>(made);
   if (by != 1 || bz != 1 || extra != nullptr || static_cast<int>(shared) != function.shared) return kInvalidValue;
-  std::printf("launch %s | %u %u %u %u %u %lld |", function.image, x, y, z, bx, shared, reinterpret_cast<long long>(stream));
+  std::printf("launch %s | %u %u %u %u %u %lld |", function.image, x, y, z, bx, shared,
+              reinterpret_cast<long long>(stream));
   char const* kind = kinds(function.entry.c_str());
   for (; *kind != 0; ++kind, ++arguments) print(*kind, *arguments);
   for (int scratch = 0; scratch < 2; ++scratch) print('p', arguments[scratch]);
@@ -113,6 +115,8 @@ int cuLaunchKernel(void* made, unsigned x, unsigned y, unsigned z, unsigned bx, 
   return 0;
 }
 
-int cuGetErrorString(int code, char const** text) { return *text = code == kInvalidImage ? "invalid image" : "another error", 0; }
+int cuGetErrorString(int code, char const** text) {
+  return *text = code == kInvalidImage ? "invalid image" : "another error", 0;
+}
 
 }  // extern "C"

@@ -26,7 +26,8 @@ class Gpu {
     if (library_ == nullptr) return;
     void* context = nullptr;
     int device = 0;
-    usable_ = good("cuInit", call<int(unsigned)>("cuInit")(0)) && good("cuDeviceGet", call<int(int*, int)>("cuDeviceGet")(&device, 0)) &&
+    usable_ = good("cuInit", call<int(unsigned)>("cuInit")(0)) &&
+              good("cuDeviceGet", call<int(int*, int)>("cuDeviceGet")(&device, 0)) &&
               good("cuDevicePrimaryCtxRetain", call<int(void**, int)>("cuDevicePrimaryCtxRetain")(&context, device)) &&
               good("cuCtxSetCurrent", call<int(void*)>("cuCtxSetCurrent")(context)) &&
               good("cuStreamCreate", call<int(void**, unsigned)>("cuStreamCreate")(&stream_, 0));
@@ -55,13 +56,16 @@ class Gpu {
 
   void write(Buffer& buffer, std::string const& data) const {
     buffer.written = data;
-    good("cuMemcpyHtoD", call<int(uint64_t, void const*, size_t)>("cuMemcpyHtoD_v2")(buffer.address, data.data(), data.size()));
+    good("cuMemcpyHtoD",
+         call<int(uint64_t, void const*, size_t)>("cuMemcpyHtoD_v2")(buffer.address, data.data(), data.size()));
   }
 
   // The tensor; a byte behind it that changed is printed with the name.
   std::string read(Buffer const& buffer, std::string const& name) const {
     std::string all(buffer.bytes + Buffer::kGuard, '\0');
-    if (!good("cuMemcpyDtoH", call<int(void*, uint64_t, size_t)>("cuMemcpyDtoH_v2")(all.data(), buffer.address, all.size()))) return "";
+    if (!good("cuMemcpyDtoH",
+              call<int(void*, uint64_t, size_t)>("cuMemcpyDtoH_v2")(all.data(), buffer.address, all.size())))
+      return "";
     if (all.find_first_not_of('\xff', buffer.bytes) != std::string::npos) std::printf("overrun %s\n", name.c_str());
     all.resize(buffer.bytes);
     return all;

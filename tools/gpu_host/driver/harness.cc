@@ -23,7 +23,9 @@ using namespace nvinfer1;
 namespace {
 
 struct Logger : ILogger {
-  void log(Severity severity, AsciiChar const* text) noexcept override { std::printf("log %d %s\n", static_cast<int>(severity), text); }
+  void log(Severity severity, AsciiChar const* text) noexcept override {
+    std::printf("log %d %s\n", static_cast<int>(severity), text);
+  }
 };
 struct Finder : ILoggerFinder {
   Logger logger;
@@ -50,7 +52,10 @@ std::vector<PluginTensorDesc> tensors(std::istream& in) {
     PluginTensorDesc desc{};
     in >> type >> desc.dims.nbDims;
     for (int32_t d = 0; d < desc.dims.nbDims; ++d) in >> desc.dims.d[d];
-    desc.type = type == 'h' ? DataType::kHALF : type == 'b' ? DataType::kBF16 : type == 'f' ? DataType::kFLOAT : DataType::kINT64;
+    desc.type = type == 'h'   ? DataType::kHALF
+                : type == 'b' ? DataType::kBF16
+                : type == 'f' ? DataType::kFLOAT
+                              : DataType::kINT64;
     desc.format = TensorFormat::kLINEAR;
     all.push_back(desc);
   }
@@ -73,10 +78,13 @@ Case parse(std::string const& line) {
     std::string kind, value;
     in >> c.names[i] >> kind >> value;
     c.ints[i] = c.floats[i] = 0;
-    if (kind == "f") c.floats[i] = std::stof(value);
-    else c.ints[i] = std::stoi(value);
+    if (kind == "f")
+      c.floats[i] = std::stof(value);
+    else
+      c.ints[i] = std::stoi(value);
     void const* const data = kind == "f" ? static_cast<void const*>(&c.floats[i]) : &c.ints[i];
-    c.fields.emplace_back(c.names[i].c_str(), data, kind == "f" ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32, kind == "l" ? 2 : 1);
+    c.fields.emplace_back(c.names[i].c_str(), data, kind == "f" ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32,
+                          kind == "l" ? 2 : 1);
   }
   c.inputs = tensors(in);
   c.called = tensors(in);
@@ -139,11 +147,13 @@ void collect(Case const& c, Gpu const& gpu, std::vector<Buffer> const& buffers, 
   size_t const n = c.inputs.size();
   for (size_t i = 0; i < n; ++i) {
     bool const replaced = c.in_place == 1 && i == alias;
-    if (gpu.read(buffers[i], "input " + std::to_string(i)) != buffers[i].written && !replaced) std::printf("changed %zu\n", i);
+    if (gpu.read(buffers[i], "input " + std::to_string(i)) != buffers[i].written && !replaced)
+      std::printf("changed %zu\n", i);
   }
   for (size_t i = 0; i < 2; ++i) {
     Buffer const& place = i == 1 && c.in_place == 1 ? buffers[alias] : buffers[n + i];
-    std::ofstream(c.data + "/out" + std::to_string(i) + ".bin", std::ios::binary) << gpu.read(place, "output " + std::to_string(i));
+    std::ofstream(c.data + "/out" + std::to_string(i) + ".bin", std::ios::binary)
+        << gpu.read(place, "output " + std::to_string(i));
   }
   gpu.read(buffers[n + 2], "workspace");
 }
@@ -167,7 +177,8 @@ void call(IPluginV3OneRuntime* step, Case const& c, Gpu& gpu, size_t workspace) 
     std::vector<void*> const at = places(c, buffers, alias);
     std::vector<void const*> const inputs(at.begin(), at.begin() + n);
     void* results[] = {at[n], at[n + 1]};
-    int const code = step->enqueue(called.data(), outputs, inputs.data(), results, at[n + 2], static_cast<cudaStream_t>(gpu.stream()));
+    int const code = step->enqueue(called.data(), outputs, inputs.data(), results, at[n + 2],
+                                   static_cast<cudaStream_t>(gpu.stream()));
     std::printf("enqueued %d\n", code);
     if (gpu.finish() && code == 0 && c.data != "-") collect(c, gpu, buffers, alias);
   }
@@ -179,13 +190,15 @@ void run(IPluginCreatorV3One* creator, Case const& c, Gpu& gpu) {
   size_t workspace = 0;
   IPluginV3* const plugin = build(creator, c, workspace);
   if (plugin == nullptr) return;
-  auto const* const stored = capability<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
+  auto const* const stored =
+      capability<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
   std::vector<PluginField> fields(stored->fields, stored->fields + stored->nbFields);
   if (c.tamper) fields.back().data = "00000000000000000000000000000000";
   PluginFieldCollection const engine{stored->nbFields, fields.data()};
   IPluginV3* const loaded = creator->createPlugin("layer", &engine, TensorRTPhase::kRUNTIME);
   if (loaded == nullptr) return;
-  IPluginV3* const attached = capability<IPluginV3OneRuntime>(loaded, PluginCapabilityType::kRUNTIME)->attachToContext(nullptr);
+  IPluginV3* const attached =
+      capability<IPluginV3OneRuntime>(loaded, PluginCapabilityType::kRUNTIME)->attachToContext(nullptr);
   call(capability<IPluginV3OneRuntime>(attached, PluginCapabilityType::kRUNTIME), c, gpu, workspace);
 }
 

@@ -157,7 +157,9 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
       Tensor const tensor = Op::inputs()[i];
       if (i == 0 ? half : in[i].type == (tensor.own ? own : DataType::kFLOAT)) continue;
       why = std::string("input ") + tensor.name + " has another dtype than " +
-            (i == 0 ? "fp16 or bf16" : tensor.own ? "x, and should have the same" : "float32");
+            (i == 0       ? "fp16 or bf16"
+             : tensor.own ? "x, and should have the same"
+                          : "float32");
       return false;
     }
     return true;
@@ -169,8 +171,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
       return address != nullptr && reinterpret_cast<uintptr_t>(address) % kAligned == 0;
     };
     auto const refuse = [&why](std::string const& what, void const* address) {
-      why = what + (address == nullptr ? " has no memory"
-                                       : " is not at a multiple of " + std::to_string(kAligned) + " bytes");
+      why = what +
+            (address == nullptr ? " has no memory" : " is not at a multiple of " + std::to_string(kAligned) + " bytes");
       return false;
     };
     for (int32_t i = 0; i < count(); ++i) {

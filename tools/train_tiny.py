@@ -132,12 +132,12 @@ def token_stream(train: dict[str, str], tok: PreTrainedTokenizerFast, seed: int)
     return torch.tensor(ids)
 
 
-def batches(stream: Tensor, seed: int) -> Iterator[Tensor]:
-    """Endless [BATCH, SEQ + 1] windows: each epoch tiles the stream from a new offset in a new order."""
+def batches(stream: Tensor, seed: int, seq: int = SEQ) -> Iterator[Tensor]:
+    """Endless [BATCH, seq + 1] windows: each epoch tiles the stream from a new offset in a new order."""
     gen = torch.Generator().manual_seed(seed)
     while True:
-        offset = int(torch.randint(SEQ, (1,), generator=gen))
-        tiles = stream[offset:].unfold(0, SEQ + 1, SEQ)
+        offset = int(torch.randint(seq, (1,), generator=gen))
+        tiles = stream[offset:].unfold(0, seq + 1, seq)
         order = torch.randperm(len(tiles), generator=gen)
         yield from (tiles[rows] for rows in order.split(BATCH) if len(rows) == BATCH)
 
@@ -196,6 +196,7 @@ def train(
     *,
     steps: int,
     seed: int,
+    seq: int = SEQ,
     checkpoint: Path | None,
     report: Callable[[int, float, float], None] = show,
 ) -> float:
@@ -217,7 +218,7 @@ def train(
         for opt, state in zip(opts, saved["optimizers"], strict=True):
             opt.load_state_dict(state)
     start = time.time() - seconds
-    for step, ids in zip(range(first, steps), itertools.islice(batches(stream, seed), first, None), strict=False):
+    for step, ids in zip(range(first, steps), itertools.islice(batches(stream, seed, seq), first, None), strict=False):
         for opt in opts:
             opt.zero_grad()
             for group in opt.param_groups:

@@ -21,6 +21,7 @@ import torch
 from benchmarks.gpu import clock, results
 from benchmarks.gpu.kernels import BATCHES, first_line
 from benchmarks.make_checkpoint import config as shape_config
+from gpu_host import dry
 from gpu_host.section import Row
 from roofline import NARROW, WIDE, Gpu
 
@@ -216,22 +217,23 @@ def artifact_rows(folder: Path, gpu: Gpu, device: str) -> Iterator[Row]:
     """Yield the decode of an artifact at every batch; the bound counts the bytes of its weight file."""
     runner = h1export.load(folder)
     depth = DRY_DEPTH if device == "cpu" else DEPTH
+    steps, rounds = (1, 2) if device == "cpu" else (STEPS, ROUNDS)
     weights = sum(file.stat().st_size for file in folder.glob("*.data"))
     rng = np.random.default_rng(0)
     for batch in BATCHES if device != "cpu" else (1,):
         if runner.limits.max_batch is not None and batch > runner.limits.max_batch:
             yield Row(f"decode {folder.name} batch {batch}", detail="left out: the artifact takes fewer rows")
             continue
-        session = runner.start(batch, depth + 1 + (STEPS + 1) * (ROUNDS + 1))
+        session = runner.start(batch, depth + 1 + (steps + 1) * (rounds + 1))
         vocab = runner.config.vocab_size
         session.append(rng.integers(0, vocab, (batch, depth)))
         ids = rng.integers(0, vocab, (batch, 1))
         samples = []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             start = time.perf_counter()  # append returns the logits on the CPU, so it has finished
-            for _ in range(STEPS):
+            for _ in range(steps):
                 session.append(ids)
-            samples.append((time.perf_counter() - start) / STEPS)
+            samples.append((time.perf_counter() - start) / steps)
         bound = decode_bytes(runner.config, weights, batch, depth=depth) / gpu.bandwidth
         name = f"decode {folder.name} batch {batch} depth {depth}: {runner.provenance.kernels}"
         yield row(name, clock.summary(samples, "wall clock"), bound, device=device)
@@ -253,7 +255,8 @@ def run(device: str, artifacts: Sequence[Path] = (), *, budget: float = 50.0, gp
         try:
             yield from artifact_rows(folder, gpu, device)
         except Exception as why:  # a row must not end the section
-            yield Row(f"decode {folder.name}", False, detail=f"does not run: {type(why).__name__}: {first_line(why)}")
+            passed = None if device == "cpu" and dry.has_no_kernel(why) else False
+            yield Row(f"decode {folder.name}", passed, detail=f"does not run: {type(why).__name__}: {first_line(why)}")
     models = make(device)
     found = disagreement(models, DRY_DEPTH)
     yield Row("h1export agrees with transformers", found <= TOLERANCE, {"relative_error": found})

@@ -16,7 +16,7 @@ from h1export.cli.common import adapter_folders, adapter_option
 from h1export.cli.target_options import chosen_options, target_flags, target_option_groups
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Budget
-from h1export.quantize.choices import BEST, GROUP_SIZES, Method, QuantName
+from h1export.quantize.choices import BEST, CPU, GROUP_SIZES, Method, QuantName
 from h1export.targets import TargetOptions, target_infos
 
 if TYPE_CHECKING:  # help and completion load neither numpy nor a tokenizer
@@ -25,7 +25,14 @@ if TYPE_CHECKING:  # help and completion load neither numpy nor a tokenizer
     from h1export.quantize.scheme import QuantScheme
 
 GROUPS = [str(size) for size in GROUP_SIZES]
-INTEGER_PARAMETERS = ("quant", "method", "calibration_file", "budget_bits", "budget_kl")  # refused for integers at hand
+INTEGER_PARAMETERS = (
+    "quant",
+    "method",
+    "calibration_file",
+    "budget_bits",
+    "budget_kl",
+    "device",
+)  # refused for integers at hand
 
 ARTIFACT = (
     cloup.option(
@@ -49,6 +56,13 @@ ARTIFACT = (
         help="Threads that compute weights; 0: one a core.",
     ),
     adapter_option,
+)
+DEVICE = cloup.option(
+    "--device",
+    default=CPU,
+    show_default=True,
+    metavar="cpu|cuda|cuda:N",
+    help="What runs the model for awq, gptq and budgets.",
 )
 PRECISION = (
     cloup.option(
@@ -109,6 +123,7 @@ CALIBRATION = (
     cloup.option(
         "--calibration-seed", default=0, show_default=True, help="Seed of the places where the sequences begin."
     ),
+    DEVICE,
 )
 
 
@@ -196,6 +211,7 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         calibration_samples: int,
         calibration_length: int,
         calibration_seed: int,
+        device: str,
         precisions: Path | None,
         budget_bits: float | None,
         budget_kl: float | None,
@@ -206,11 +222,13 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
     ) -> int:
         from h1export.checkpoint import resolve
         from h1export.quantize.calibration import Calibration
+        from h1export.quantize.device import ComputeDevice
         from h1export.quantize.precision_plan import read_plan
         from h1export.quantize.scheme import QuantScheme
 
         options = chosen_options(click.get_current_context(), tuple(dict.fromkeys(targets)))
         others = {name: others[name] for name in others.keys() - {flag.parameter for flag in target_flags()}}
+        ComputeDevice.of(device)  # refuses one that is not here before a checkpoint is fetched
         checkpoint = resolve.resolve(model)
         prequantized = prequantized_format(checkpoint)
         folders = adapter_folders(adapters)
@@ -223,7 +241,11 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
             raise H1ExportError(
                 "--calibration", f"{scheme.method} looks at no text", "leave it out, or use --method gptq"
             )
-        calibration = Calibration(calibration_file, calibration_samples, calibration_length, seed=calibration_seed)
+        if device != CPU and not scheme.calibrated and budget is None:
+            raise H1ExportError("--device", f"{scheme.method} does not run the model", "leave it out")
+        calibration = Calibration(
+            calibration_file, calibration_samples, calibration_length, seed=calibration_seed, device=device
+        )
         if budget is not None:
             quiet = bool(others["quiet"] or others["as_json"])
             scheme = within_budget(

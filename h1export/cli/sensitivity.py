@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import cloup
 
+from h1export.cli.build_request import DEVICE
 from h1export.cli.common import answer, common, say
 from h1export.quantize.budget import Budget
 from h1export.quantize.choices import BEST, GROUP_SIZES
@@ -35,6 +36,7 @@ from h1export.quantize.choices import BEST, GROUP_SIZES
     type=click.Path(path_type=Path, dir_okay=False),
     help="File for the plan, to be edited and given to build --precisions.",
 )
+@DEVICE
 @click.option("--jobs", default=0, show_default=True, type=click.IntRange(min=0), help="Threads; 0: one a core.")
 @common
 def sensitivity(
@@ -44,6 +46,7 @@ def sensitivity(
     budget_bits: float | None,
     budget_kl: float | None,
     out: Path | None,
+    device: str,
     jobs: int,
     quiet: bool,
     as_json: bool,
@@ -71,7 +74,7 @@ def sensitivity(
         found = measure_sensitivity(
             resolve.resolve(model),
             QuantScheme("int4", int(group_size), BEST["int4"]),
-            Calibration(calibration),
+            Calibration(calibration, device=device),
             progress=bars,
             jobs=jobs,
         )

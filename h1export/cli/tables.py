@@ -191,6 +191,11 @@ def _lines(values: dict[str, object]) -> list[str]:
     return shown if len(shown) == len(values) else [*shown, f"and the same for every layer: {len(values)} in all"]
 
 
+def _beside(plan: Plan) -> str:
+    """What the time of a plan leaves out, in words."""
+    return f"; beside what {plan.gpu} computes, which is not estimated" if plan.gpu else ""
+
+
 def plan_table(plan: Plan) -> Table:
     """Return a table of a plan, sizes first."""
     fits = "enough" if plan.disk_free > plan.artifact_bytes + plan.scratch_bytes else "NOT ENOUGH"
@@ -201,7 +206,7 @@ def plan_table(plan: Plan) -> Table:
         ("artifact", f"{decimal(plan.artifact_bytes)} from {decimal(plan.source_bytes)}"),
         ("disk", f"{decimal(plan.disk_free)} free: {fits}{scratch}"),
         ("peak memory", decimal(plan.peak_bytes)),
-        ("time", f"about {plan.seconds:.0f} s, from lowering it and samples of the work here"),
+        ("time", f"about {plan.seconds:.0f} s, from lowering it and samples of the work here{_beside(plan)}"),
         *((f"states at {context} tokens", decimal(size)) for context, size in plan.state_bytes.items()),
         *((precision, f"{count} tensors") for precision, count in plan.by_precision().items()),
     ]

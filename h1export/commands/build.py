@@ -26,6 +26,7 @@ from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG, special_t
 from h1export.model.falcon_h1.states import Ids
 from h1export.progress import SILENT, Progress
 from h1export.quantize.calibration import Calibration
+from h1export.quantize.device import ComputeDevice
 from h1export.quantize.methods.select import integers_of, uncalibrated_integers
 from h1export.quantize.scheme import ADAPTERS, PREQUANTIZED, QuantScheme
 from h1export.quantize.source import QuantizedWeights
@@ -60,6 +61,7 @@ class BuildJob:
         store: the checkpoint's tensors.
         integers: the integers without calibration; for a method that calibrates, only their precisions are final.
         ids: calibration tokens [samples, length]; None for a method that does not calibrate.
+        device: where a method that calibrates runs the model.
     """
 
     checkpoint: Path
@@ -71,6 +73,7 @@ class BuildJob:
     store: WeightStore
     integers: QuantizedWeights
     ids: Ids | None
+    device: ComputeDevice
 
     @classmethod
     def open(
@@ -89,8 +92,9 @@ class BuildJob:
         ``adapters`` are folders of LoRA adapters to merge, in order.
 
         Raises:
-            H1ExportError: a checkpoint, scheme, option or calibration text that cannot be exported.
+            H1ExportError: a checkpoint, scheme, option, calibration text or device that cannot be used.
         """
+        device = ComputeDevice.of(calibration.device)
         progress.stage("checkpoint")
         own = options_class(target)
         options = own() if options is None else options
@@ -111,6 +115,7 @@ class BuildJob:
             store=store,
             integers=uncalibrated_integers(store, config, scheme),
             ids=calibration.ids(checkpoint) if scheme.calibrated else None,
+            device=device,
         )
 
     def manifest(self, source: str) -> Manifest:
@@ -142,7 +147,9 @@ class BuildJob:
                 "method": PREQUANTIZED,
                 PREQUANTIZED: packed_format,
             }
-        return scheme | ({} if self.ids is None else {"calibration": self.calibration.described(self.ids)})
+        return scheme | (
+            {} if self.ids is None else {"calibration": self.calibration.described(self.ids, self.device.name)}
+        )
 
     def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:
         """Write every file of the artifact into ``stage``, the ``manifest`` last; return it complete."""
@@ -159,7 +166,7 @@ class BuildJob:
                 )
                 target.lower(program, store, integers, options=self.options, stage=dry, progress=SILENT)
         store, integers = integers_of(
-            self.store, self.config, self.scheme, ids=self.ids, stage=stage, progress=progress
+            self.store, self.config, self.scheme, ids=self.ids, stage=stage, progress=progress, device=self.device
         )
         lowered = target.lower(program, store, integers, options=self.options, stage=stage, progress=progress)
         progress.stage("hashes")

@@ -47,7 +47,8 @@ class Plan:
         files: name -> bytes. Exact: the graph was lowered, only no weight was read.
         peak_bytes: anonymous memory of the build at its peak.
         seconds: of the build: the time that tracing and lowering took, and an estimate from samples of the work on this
-            machine.
+            machine. Nothing of what a GPU computes is in it, because no GPU has been timed yet.
+        gpu: the GPU that computes integers, by its name; empty where the CPU does.
         source_bytes: of the checkpoint's tensors.
         disk_free: bytes that the disk of ``out`` has left; the build needs room for ``files`` and ``scratch_bytes``.
         scratch_bytes: what the method keeps on that disk until the build is done.
@@ -65,6 +66,7 @@ class Plan:
     scratch_bytes: int
     state_bytes: Mapping[int, int]
     precisions: Mapping[str, str]
+    gpu: str = ""
 
     @property
     def artifact_bytes(self) -> int:
@@ -117,7 +119,7 @@ def plan_build(
     if job.ids is not None:
         cost = cost_of(scheme.method, job.store, job.config, tensors=scheme.precisions(job.config), ids=job.ids)
         peak += cost.peak_bytes(jobs)
-        time_needed += cost.seconds(jobs)
+        time_needed += cost.seconds(jobs) if job.device.is_cpu else 0.0
         scratch = cost.disk_bytes
     return Plan(
         target,
@@ -130,6 +132,7 @@ def plan_build(
         scratch_bytes=scratch,
         state_bytes={context: StateSpec.of(job.config).nbytes(1, context) for context in contexts},
         precisions=precisions(job.integers, job.config),
+        gpu="" if job.device.is_cpu else job.device.name,
     )
 
 

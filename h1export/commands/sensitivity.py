@@ -13,6 +13,7 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.progress import SILENT, Progress
 from h1export.quantize.budget import Sensitivity
 from h1export.quantize.calibration import Calibration
+from h1export.quantize.device import ComputeDevice
 from h1export.quantize.methods.select import integers_of
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.sensitivity import sensitivities
@@ -36,6 +37,7 @@ def measure_sensitivity(
     Raises:
         H1ExportError: a checkpoint, scheme or calibration text that cannot be used.
     """
+    device = ComputeDevice.of(calibration.device)
     config = FalconH1Config.load(checkpoint)
     store = WeightStore.open(checkpoint, config, adapters=adapters)
     scheme.check(config)
@@ -43,5 +45,5 @@ def measure_sensitivity(
     jobs = jobs or host.cores()
     with tempfile.TemporaryDirectory(prefix="h1export-sensitivity-") as folder:
         stage = Stage(Path(folder), jobs)
-        store, integers = integers_of(store, config, scheme, ids=ids, stage=stage, progress=progress)
-        return sensitivities(store, config, integers, ids=ids[:SAMPLES], jobs=jobs, progress=progress)
+        store, integers = integers_of(store, config, scheme, ids=ids, stage=stage, progress=progress, device=device)
+        return sensitivities(store, config, integers, ids=ids[:SAMPLES], jobs=jobs, progress=progress, device=device)

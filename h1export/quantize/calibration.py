@@ -14,13 +14,14 @@ from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.tokenizer import TOKENIZER, load_tokenizer
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Ids
+from h1export.quantize.choices import CPU
 
 SHIPPED = "calibration.txt"  # a file in the embedded model's folder
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text for calibration, and how much of it is used.
+    """The text for calibration, how much of it is used, and on which device.
 
     Attributes:
         file: .txt, or .jsonl with a "text" a line; None: the excerpt of CPython's library that ships with the embedded
@@ -28,12 +29,14 @@ class Calibration:
         samples: number of sequences, which are taken at random places of the text and do not overlap.
         length: tokens in a sequence.
         seed: the seed of the places.
+        device: what runs the model and solves for integers: cpu, cuda, or cuda:N for one of several GPUs.
     """
 
     file: Path | None = None
     samples: int = 40
     length: int = 512
     seed: int = 0
+    device: str = CPU
 
     def ids(self, checkpoint: Path) -> Ids:
         """Returns token ids [samples, length] by the checkpoint's tokenizer.
@@ -57,10 +60,10 @@ class Calibration:
         chosen = np.random.default_rng(self.seed).permutation(places)[: self.samples]
         return np.stack([tokens[place * self.length : (place + 1) * self.length] for place in sorted(chosen)])
 
-    def described(self, ids: Ids) -> dict[str, Any]:
-        """Returns the settings for the manifest, with the sha256 of the ids in place of the file's name."""
+    def described(self, ids: Ids, device: str = CPU) -> dict[str, Any]:
+        """Returns the settings for the manifest: the sha256 of the ids in place of the file, ``device`` by its name."""
         digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
-        return {"ids": digest, "samples": self.samples, "length": self.length, "seed": self.seed}
+        return {"ids": digest, "samples": self.samples, "length": self.length, "seed": self.seed, "device": device}
 
 
 def _texts(file: Path) -> list[str]:

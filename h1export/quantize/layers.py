@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -17,19 +16,9 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.projections import FINAL_NORM, INPUT_GROUPS
 from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, layer_prefix
+from h1export.quantize.device import CPU_DEVICE, ComputeDevice
 
 ReadWeight = Callable[[str], Array]  # checkpoint name -> the whole tensor, float32
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Make torch compute on the calling thread alone: how many threads share a product changes its last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def head_tensor(config: FalconH1Config) -> str:
@@ -53,60 +42,72 @@ def embed(store: WeightStore, config: FalconH1Config, ids: Ids) -> Array:
     return result
 
 
-def final_norm(store: WeightStore, config: FalconH1Config, hidden: Array) -> Tensor:
-    """Returns the head's input, float32 [seq, hidden], for the last layer's output ``hidden``."""
-    weight = torch.from_numpy(store.rows(FINAL_NORM, 0, config.hidden_size))
-    return torch.nn.functional.rms_norm(torch.from_numpy(hidden), weight.shape, weight, config.rms_norm_eps)
+def final_norm(
+    store: WeightStore, config: FalconH1Config, hidden: Array, *, device: ComputeDevice = CPU_DEVICE
+) -> Tensor:
+    """Returns the head's input, float32 [seq, hidden] on ``device``, for the last layer's output ``hidden``."""
+    weight = torch.from_numpy(store.rows(FINAL_NORM, 0, config.hidden_size)).to(device.place)
+    values = torch.from_numpy(hidden).to(device.place)
+    return torch.nn.functional.rms_norm(values, weight.shape, weight, config.rms_norm_eps)
 
 
-def logits(store: WeightStore, config: FalconH1Config, hidden: Array, *, head: Array) -> Array:
+def logits(
+    store: WeightStore, config: FalconH1Config, hidden: Array, *, head: Tensor, device: ComputeDevice = CPU_DEVICE
+) -> Tensor:
     """Returns logits [seq, vocab] for the last layer's output ``hidden`` [seq, hidden].
 
-    ``head`` is the head's weight.
+    ``head`` is the head's weight, on ``device`` as the result is.
     """
-    found: Array = scaled(
-        final_norm(store, config, hidden) @ torch.from_numpy(head).T, config.lm_head_multiplier
-    ).numpy()
-    return found
+    return scaled(final_norm(store, config, hidden, device=device) @ head.T, config.lm_head_multiplier)
 
 
 class LoadedLayer:
     """One layer in float32, run on whole sequences from empty states."""
 
-    def __init__(self, store: WeightStore, config: FalconH1Config, layer: int, *, read: ReadWeight) -> None:
-        """``read`` gives a tensor of the layer by its checkpoint name."""
+    def __init__(
+        self,
+        store: WeightStore,
+        config: FalconH1Config,
+        layer: int,
+        *,
+        read: ReadWeight,
+        device: ComputeDevice = CPU_DEVICE,
+    ) -> None:
+        """``read`` gives a tensor of the layer by its checkpoint name; the layer runs on ``device``."""
+        self._place = device.place
         with torch.device("meta"):
             self._layer = Layer(config)
         names = dict(self._layer.named_parameters())
         self._layer.load_state_dict(
-            {name: torch.from_numpy(read(layer_prefix(layer) + name)) for name in names}, assign=True
+            {name: torch.from_numpy(read(layer_prefix(layer) + name)).to(self._place) for name in names}, assign=True
         )
-        self._layer.mamba.mup = mup_vector(config)
-        empty = StateSpec.of(config).of_layer(0)
-        (self._states,) = layer_states([torch.zeros(tensor.sized(1, 0)) for tensor in empty])
+        self._layer.mamba.mup = mup_vector(config).to(self._place)
+        self._empty = StateSpec.of(config).of_layer(0)
         self._thread = threading.local()
         for name in INPUT_GROUPS:
             self._layer.get_submodule(name).register_forward_pre_hook(partial(self._record, name))
 
     def output(self, hidden: Array) -> Array:
-        """Returns the layer's output [seq, hidden] for ``hidden`` [seq, hidden]. Called on any thread."""
+        """Returns the layer's output for ``hidden``, both [seq, hidden] or [n, seq, hidden]. Called on any thread."""
         return self.run(hidden)[0]
 
     def run(self, hidden: Array) -> tuple[Array, Mapping[str, Tensor]]:
-        """Returns the layer's output, and the inputs of its projections [seq, columns] by INPUT_GROUPS' names.
+        """Returns the layer's output for one sequence or n, and the inputs of its projections by INPUT_GROUPS' names.
 
-        Called on any thread.
+        ``hidden`` and the output are [seq, hidden] or [n, seq, hidden]. The inputs stay on the device, as
+        [seq, columns] or [n * seq, columns]. Called on any thread.
         """
-        seq = len(hidden)
+        values = torch.from_numpy(hidden.reshape(-1, *hidden.shape[-2:])).to(self._place)
+        count, seq = values.shape[:2]
         inputs = dict[str, Tensor]()
         self._thread.inputs = inputs
-        ones = torch.ones(1, seq)
+        ones = torch.ones(count, seq, device=self._place)
+        positions = torch.arange(seq, device=self._place).expand(count, seq)
+        (states,) = layer_states([torch.zeros(state.sized(count, 0), device=self._place) for state in self._empty])
         with torch.no_grad():
-            result, _ = self._layer(
-                torch.from_numpy(hidden)[None], torch.arange(seq)[None], ones.long(), ones, self._states
-            )
-        output: Array = result[0].numpy()
+            result, _ = self._layer(values, positions, ones.long(), ones, states)
+        output: Array = result.reshape(hidden.shape).cpu().numpy()
         return output, inputs
 
     def _record(self, name: str, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._thread.inputs[name] = arguments[0][0]
+        self._thread.inputs[name] = arguments[0].flatten(0, 1)

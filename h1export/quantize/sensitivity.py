@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from h1export.artifact.weight_file import in_order
 from h1export.checkpoint.store import WeightStore
@@ -13,7 +14,8 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import Progress
 from h1export.quantize.budget import Sensitivity
-from h1export.quantize.layers import LoadedLayer, embed, head_tensor, logits, one_thread_each, weights_by_input
+from h1export.quantize.device import CPU_DEVICE, ComputeDevice
+from h1export.quantize.layers import LoadedLayer, embed, head_tensor, logits, weights_by_input
 from h1export.quantize.source import QuantizedWeights
 
 ROWS = 128  # positions whose predictions are held in float64 at a time
@@ -22,24 +24,40 @@ HiddenStates = list[Array]  # hidden states [length, hidden], one array a sample
 
 
 def sensitivities(
-    store: WeightStore, config: FalconH1Config, integers: QuantizedWeights, *, ids: Ids, jobs: int, progress: Progress
+    store: WeightStore,
+    config: FalconH1Config,
+    integers: QuantizedWeights,
+    *,
+    ids: Ids,
+    jobs: int,
+    progress: Progress,
+    device: ComputeDevice = CPU_DEVICE,
 ) -> dict[str, Sensitivity]:
     """Returns the sensitivity of every tensor among the precisions of ``integers``, on ``ids`` [samples, length].
 
     Memory holds a layer, the head, and the sequences once for each projection of a layer. No digit depends on ``jobs``,
     the number of threads.
     """
-    with one_thread_each():
-        return dict(_Measurement(store, config, integers, jobs=jobs).run(ids, progress))
+    with device.computing():
+        return dict(_Measurement(store, config, integers, jobs=device.threads(jobs), device=device).run(ids, progress))
 
 
 class _Measurement:
-    def __init__(self, store: WeightStore, config: FalconH1Config, integers: QuantizedWeights, *, jobs: int) -> None:
+    def __init__(
+        self,
+        store: WeightStore,
+        config: FalconH1Config,
+        integers: QuantizedWeights,
+        *,
+        jobs: int,
+        device: ComputeDevice,
+    ) -> None:
         self._store = store
         self._config = config
         self._integers = integers
         self._jobs = jobs
-        self._head = self._read("", head_tensor(config))
+        self._device = device
+        self._head = self._on_device(self._read("", head_tensor(config)))
 
     def run(self, ids: Ids, progress: Progress) -> Iterator[tuple[str, Sensitivity]]:
         layers = self._config.num_hidden_layers
@@ -63,7 +81,10 @@ class _Measurement:
         head = head_tensor(self._config)
         if head in self._integers.precisions:
             progress.stage("sensitivity, head")
-            yield head, self._result(head, exact[-1], exact[-1], head=self._read(head, head))
+            yield head, self._result(head, exact[-1], exact[-1], head=self._on_device(self._read(head, head)))
+
+    def _on_device(self, weight: Array) -> Tensor:
+        return torch.from_numpy(weight).to(self._device.place)
 
     def _read(self, rounded: str, tensor: str) -> Array:
         """Returns ``tensor`` as the checkpoint has it, or dequantised where it is the one that is ``rounded``."""
@@ -78,17 +99,17 @@ class _Measurement:
 
     def _run_layer_on_all(self, layer: int, hidden: list[HiddenStates], rounded: str = "") -> list[HiddenStates]:
         """Returns a layer's output for several lots of sequences, for which it is loaded once."""
-        loaded = LoadedLayer(self._store, self._config, layer, read=partial(self._read, rounded))
+        loaded = LoadedLayer(self._store, self._config, layer, read=partial(self._read, rounded), device=self._device)
         found = in_order((partial(loaded.output, sample) for sequences in hidden for sample in sequences), self._jobs)
         return [[next(found) for _ in sequences] for sequences in hidden]
 
-    def _result(self, tensor: str, truth: HiddenStates, found: HiddenStates, *, head: Array) -> Sensitivity:
+    def _result(self, tensor: str, truth: HiddenStates, found: HiddenStates, *, head: Tensor) -> Sensitivity:
         pairs = zip(truth, found, strict=True)
         sums = in_order((partial(self._divergence, *pair, head=head) for pair in pairs), self._jobs)
         rows, columns = self._store.shape(tensor)
         return Sensitivity((rows, columns), self._integers.precisions[tensor], sum(sums) / sum(map(len, truth)))
 
-    def _divergence(self, truth: Array, found: Array, *, head: Array) -> float:
+    def _divergence(self, truth: Array, found: Array, *, head: Tensor) -> float:
         """Returns the sum of KL(truth || found) over the positions of a sequence, in nats.
 
         ``head`` is the weight for ``found``.
@@ -98,7 +119,7 @@ class _Measurement:
             rows = slice(start, start + ROWS)
             a, b = (
                 torch.log_softmax(
-                    torch.from_numpy(logits(self._store, self._config, hidden[rows], head=weight)).double(), -1
+                    logits(self._store, self._config, hidden[rows], head=weight, device=self._device).double(), -1
                 )
                 for hidden, weight in ((found, head), (truth, self._head))
             )

@@ -15,6 +15,7 @@ from h1export.errors import H1ExportError
 from h1export.plugins.gpu import device, sdk
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}  # Triton's names
+ELEMENTS = {**DTYPES, torch.int32: "i32", torch.int8: "i8"}  # of tensors whose type a kernel states itself
 KERNEL_DTYPE = "*dtype"  # in Kernel.arguments: a pointer to elements of Kernel.dtype
 ALIGNED = 16  # divides every pointer, in bytes, and the integers that Kernel.aligned names
 
@@ -95,8 +96,7 @@ def run(launches: Sequence[Launch], tensors: Mapping[str, torch.Tensor]) -> None
         for (name, kind), value in zip(kernel.signature().items(), values, strict=True):
             if not isinstance(value, torch.Tensor):
                 continue
-            dtype = DTYPES.get(value.dtype)
-            right = dtype is not None if name in kernel.converted else kind == f"*{dtype}"
+            right = value.dtype in DTYPES if name in kernel.converted else kind == f"*{ELEMENTS.get(value.dtype)}"
             if not right or not value.is_contiguous():
                 what = f"{name} is {value.dtype} with strides {value.stride()}; the kernel takes a contiguous {kind}"
                 raise H1ExportError(kernel.symbol, what, "convert it before the call")

@@ -105,7 +105,7 @@ def test_the_manifest_says_on_what_integers_were_chosen(spoken_checkpoint: Path,
         "group_size": 32,
         "method": "gptq",
         "chosen": {},
-        "calibration": {"samples": 2, "length": 100, "seed": 5},
+        "calibration": {"samples": 2, "length": 100, "seed": 5, "device": "cpu"},
     }
     chosen = Calibration(text, 2, 100, seed=5)
     assert ids == chosen.described(chosen.ids(spoken_checkpoint))["ids"]

@@ -25,6 +25,7 @@ CHOICES = (
     ["--budget-bits", "5"],
     ["--budget-kl", "0.1"],
     ["--calibration", "x.txt"],
+    ["--device", "cpu"],
 )
 
 

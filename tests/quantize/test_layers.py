@@ -27,7 +27,7 @@ def test_logits_are_those_of_transformers(checkpoint: Path) -> None:
     hidden = embed(store, config, ids)
     for layer in range(config.num_hidden_layers):
         hidden = LoadedLayer(store, config, layer, read=whole(store)).output(hidden)
-    found = logits(store, config, hidden, head=whole(store)(head_tensor(config)))
+    found = logits(store, config, hidden, head=torch.from_numpy(whole(store)(head_tensor(config)))).numpy()
     assert relative_error(found, Reference(checkpoint).full(ids)[0]) < 1e-5
 
 

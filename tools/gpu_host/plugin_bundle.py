@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,25 +43,30 @@ def shapes() -> dict[str, Shape]:
     return {shape.model: shape for shape in (embedded, PUBLISHED[1])}
 
 
-def build(folder: Path, compile_kernels: Compile = compile_all) -> None:
-    """Write a library for each of ``shapes``, one for another architecture, and the harness into the new ``folder``.
+def build(folder: Path, compile_kernels: Compile = compile_all, models: Sequence[str] | None = None) -> None:
+    """Write a library for each of ``models``, one for another architecture, and the harness into the new ``folder``.
 
     Args:
         folder: the folder; it must not exist.
         compile_kernels: makes machine code; a dry run gives stand-ins.
+        models: names of ``shapes``; None for all.
 
     Raises:
         H1ExportError: Triton, CMake or a compiler is missing or fails.
     """
-    made = {name: _kernels(shape, DTYPES) for name, shape in shapes().items()}
+    made = {name: _kernels(shape, DTYPES) for name, shape in shapes().items() if models is None or name in models}
     made[OTHER] = [kernel for kernel in _kernels(shapes()["embedded"], DTYPES[:1]) if kernel.name == "decode"]
     with TemporaryDirectory() as scratch:
+        sources = {}
         for name, wanted in made.items():
             cubins = compile_kernels(wanted, (ELSEWHERE if name == OTHER else ARCHITECTURE,))
-            source = write_sources(Path(scratch) / name / "source", cubins)
-            (folder / name).mkdir(parents=True)
-            shutil.copyfile(build_library(source, Path(scratch) / name / "build"), folder / name / NAME)
-        compile_programs(folder, source)
+            sources[name] = write_sources(Path(scratch) / name / "source", cubins)
+        with ThreadPoolExecutor() as pool:  # each compiler is one process
+            libraries = pool.map(lambda name: build_library(sources[name], Path(scratch) / name / "build"), made)
+            for name, library in zip(made, libraries, strict=True):
+                (folder / name).mkdir(parents=True)
+                shutil.copyfile(library, folder / name / NAME)
+        compile_programs(folder, sources[OTHER])
 
 
 def _kernels(shape: Shape, dtypes: Sequence[str]) -> list[Kernel]:

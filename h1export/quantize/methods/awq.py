@@ -25,7 +25,8 @@ from h1export.model.falcon_h1.states import Array, Ids
 from h1export.model.falcon_h1.tensors import LM_HEAD, layer_prefix, tensor_shapes
 from h1export.progress import Progress
 from h1export.quantize.awq_scales import AwqScales
-from h1export.quantize.layers import LoadedLayer, embed, final_norm, one_thread_each, weights_by_input
+from h1export.quantize.device import CPU_DEVICE, ComputeDevice
+from h1export.quantize.layers import LoadedLayer, embed, final_norm, weights_by_input
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
 
@@ -52,14 +53,15 @@ def search_scales(
     ids: Ids,
     jobs: int,
     progress: Progress,
+    device: ComputeDevice = CPU_DEVICE,
 ) -> AwqScales:
     """Returns the factors that leave the least error in products rounded to ``precisions``.
 
     ``ids`` [samples, length] are calibration tokens. Memory holds a layer and the sequences that go into it. No digit
-    depends on ``jobs``, the number of threads.
+    depends on ``jobs``, the number of threads. Layers run on ``device``, and products of moments are computed there.
     """
-    with one_thread_each():
-        return _Search(store, config, precisions, jobs=jobs).run(ids, progress)
+    with device.computing():
+        return _Search(store, config, precisions, jobs=jobs, device=device).run(ids, progress)
 
 
 def unit_scales(store: WeightStore, config: FalconH1Config, precisions: Mapping[str, Precision]) -> AwqScales:
@@ -69,12 +71,19 @@ def unit_scales(store: WeightStore, config: FalconH1Config, precisions: Mapping[
 
 class _Search:
     def __init__(
-        self, store: WeightStore, config: FalconH1Config, precisions: Mapping[str, Precision], *, jobs: int
+        self,
+        store: WeightStore,
+        config: FalconH1Config,
+        precisions: Mapping[str, Precision],
+        *,
+        jobs: int,
+        device: ComputeDevice = CPU_DEVICE,
     ) -> None:
         self._store = store
         self._config = config
         self._precisions = precisions
         self._jobs = jobs
+        self._device = device
         self._columns: dict[str, Array] = {}
         self._rows: dict[str, Array] = {}
 
@@ -87,10 +96,11 @@ class _Search:
                 self._config,
                 layer,
                 read=lambda name: self._store.rows(name, 0, self._store.shape(name)[0]),
+                device=self._device,
             )
             scaled = self._scaled_inputs(layer)
             moments = dict[str, Tensor]()
-            runs = in_order((partial(loaded.run, sample) for sample in hidden), self._jobs)
+            runs = in_order((partial(loaded.run, sample) for sample in hidden), self._device.threads(self._jobs))
             for place, (output, inputs) in enumerate(runs):
                 hidden[place] = output
                 for name in scaled:
@@ -98,8 +108,8 @@ class _Search:
             for name, scaled_input in scaled.items():
                 self._keep(scaled_input, self._best(scaled_input, moments[name]))
         if LM_HEAD in self._precisions:
-            inputs_of_head = [final_norm(self._store, self._config, sample) for sample in hidden]
-            total = sum((inputs.T @ inputs for inputs in inputs_of_head), torch.zeros(()))
+            inputs_of_head = [final_norm(self._store, self._config, sample, device=self._device) for sample in hidden]
+            total = sum((inputs.T @ inputs for inputs in inputs_of_head), torch.zeros((), device=self._device.place))
             self._keep(HEAD_SCALED, self._best(HEAD_SCALED, total))
         return AwqScales(self._columns, self._rows)
 
@@ -122,8 +132,9 @@ class _Search:
         return found
 
     def _keep(self, scaled: ScaledInput, factors: Tensor) -> None:
-        self._rows |= dict.fromkeys(scaled.produced_by, factors.numpy())
-        self._columns |= dict.fromkeys(scaled.tensors, factors.numpy())
+        found = factors.cpu().numpy()
+        self._rows |= dict.fromkeys(scaled.produced_by, found)
+        self._columns |= dict.fromkeys(scaled.tensors, found)
 
     def _best(self, scaled: ScaledInput, moments: Tensor) -> Tensor:
         """Returns the best factors [columns] for an input with these second moments [columns, columns]."""
@@ -146,9 +157,9 @@ class _Search:
 
     def _rows_error(self, tensor: str, start: int, stop: int, *, factors: Tensor, moments: Tensor) -> float:
         weight = self._store.rows(tensor, start, stop)
-        scale = factors.numpy()
+        scale = factors.cpu().numpy()
         rounded = quantize_rows(
             weight * scale, self._precisions[tensor], np.ones(len(weight), np.float32), name=tensor
         ).unfolded()
-        error = torch.from_numpy(rounded / scale - weight)
+        error = torch.from_numpy(rounded / scale - weight).to(moments.device)
         return float(((error @ moments) * error).sum(dtype=torch.float64))

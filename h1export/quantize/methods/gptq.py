@@ -9,7 +9,9 @@ act-order, lazy blocks, and the inverse by Cholesky. Three things differ:
   outputs nearest to the checkpoint's on the float model's inputs (the aim of Li et al., "GPTAQ", 2025, here by least
   squares before the rounding).
 
-It runs on CPUs, by torch's linear algebra.
+It runs where the moments are. On a CPU a loop rounds the columns, and on a GPU one kernel a block of columns
+(plugins/gptq_rounding); the scales of a whole weight are searched there at once. An H100 has half of float32's speed in
+float64, so that inverses are float64 on both.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from torch import Tensor
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
-from h1export.quantize.methods.scale_search import searched_scales
+from h1export.plugins.gptq_rounding.launch import COLUMNS, round_columns
+from h1export.quantize.methods.scale_search import searched_scales, searched_scales_on_gpu
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 
@@ -31,9 +34,8 @@ DAMPING = 0.01  # the share of the mean second moment that is added to the diago
 ROUNDS = 2  # fits of scales, each followed by a rounding; more rounds change no measurable figure
 OLD_SCALE_WEIGHT = 1e-4  # relative weight of the old scales in a fit
 MAX_SCALE_CHANGE = 1.5  # largest factor by which a fit may change a scale
-LAZY_COLUMNS = 128  # columns whose corrections are applied to all later ones together, as one matrix product
+LAZY_COLUMNS = COLUMNS  # 128: columns whose corrections are applied to all later ones together, as one matrix product
 
-Codes = npt.NDArray[np.int8]
 Scales = npt.NDArray[np.float16]
 
 
@@ -52,7 +54,7 @@ class Inverse:
 
     order: Tensor
     upper: Tensor
-    importance: Array
+    importance: Tensor
     moments: Tensor
     correction: Tensor | None
 
@@ -79,11 +81,13 @@ def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
     damped.diagonal().add_(damping)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)
+    if not upper.is_cpu:
+        upper = upper.contiguous()  # the kernel reads its rows
     importance = (diagonal + damping).float()
     own = moments.float()
     own.diagonal().copy_(importance)
     correction = None if drift is None else (drift[:, order] @ inverse).float()[:, torch.argsort(order)].contiguous()
-    return Inverse(order, upper.float(), importance.numpy(), moments=own, correction=correction)
+    return Inverse(order, upper.float(), importance, moments=own, correction=correction)
 
 
 def solve_rows(weight: Array, precision: Precision, inverse: Inverse, *, name: str) -> QuantizedTensor:
@@ -97,18 +101,23 @@ def solve_rows(weight: Array, precision: Precision, inverse: Inverse, *, name: s
     """
     rows, columns = weight.shape
     width = precision.columns_per_group(columns)
+    wanted = torch.from_numpy(weight).to(inverse.upper.device)
     if inverse.correction is not None:
-        weight = weight + (torch.from_numpy(weight) @ inverse.correction).numpy()
-    groups = weight.reshape(rows, -1, width)
-    scales = searched_scales(groups, precision, inverse.importance.reshape(-1, width), name=name)
-    codes = round_rows(weight, scales, precision, inverse=inverse)
+        wanted = wanted + wanted @ inverse.correction
+    groups, importance = wanted.reshape(rows, -1, width), inverse.importance.reshape(-1, width)
+    if wanted.is_cpu:
+        scales = searched_scales(groups.numpy(), precision, importance.numpy(), name=name)
+    else:
+        scales = searched_scales_on_gpu(groups, precision, importance, name=name)
+    codes = round_rows(wanted, scales, precision, inverse=inverse)
     for _ in range(ROUNDS):
-        scales = fitted_scales(weight, codes, scales, inverse=inverse)
-        codes = round_rows(weight, scales, precision, inverse=inverse)
-    return QuantizedTensor(codes, fitted_scales(weight, codes, scales, inverse=inverse), np.ones(rows, np.float32))
+        scales = fitted_scales(wanted, codes, scales, inverse=inverse)
+        codes = round_rows(wanted, scales, precision, inverse=inverse)
+    scales = fitted_scales(wanted, codes, scales, inverse=inverse)
+    return QuantizedTensor(codes.cpu().numpy(), scales, np.ones(rows, np.float32))
 
 
-def fitted_scales(weight: Array, codes: Codes, scales: Scales, *, inverse: Inverse) -> Scales:
+def fitted_scales(weight: Tensor, codes: Tensor, scales: Scales, *, inverse: Inverse) -> Scales:
     """Returns the scales [rows, groups] that leave the least error in the outputs for these codes.
 
     They minimise ||(w - sum over groups g of s_g codes_g) x||^2 over s, summed over inputs x, for every row w by
@@ -116,38 +125,39 @@ def fitted_scales(weight: Array, codes: Codes, scales: Scales, *, inverse: Inver
     would change by more than the factor MAX_SCALE_CHANGE stays as it is.
     """
     rows, groups = scales.shape
-    q = torch.from_numpy(codes).float()
-    before = torch.from_numpy(scales.astype(np.float64))
+    q = codes.float()
+    before = torch.from_numpy(scales.astype(np.float64)).to(q.device)
     width = q.shape[1] // groups
-    products = torch.empty((rows, groups, groups))
+    products = torch.empty((rows, groups, groups), device=q.device)
     for group in range(groups):
         columns = slice(group * width, (group + 1) * width)
         products[:, group] = (q * (q[:, columns] @ inverse.moments[columns])).reshape(rows, groups, width).sum(2)
     normal = products.double()
-    wanted = (q * (torch.from_numpy(weight) @ inverse.moments)).reshape(rows, groups, width).sum(2).double()
+    wanted = (q * (weight @ inverse.moments)).reshape(rows, groups, width).sum(2).double()
     damping = OLD_SCALE_WEIGHT * normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
     normal.diagonal(dim1=1, dim2=2).add_(damping)
     fitted = torch.linalg.solve(normal, wanted + damping * before)
     accepted = (fitted > before / MAX_SCALE_CHANGE) & (fitted < before * MAX_SCALE_CHANGE)
-    found: Scales = np.clip(torch.where(accepted, fitted, before).numpy(), MIN_SCALE, MAX_SCALE).astype(np.float16)
+    chosen = torch.where(accepted, fitted, before).cpu().numpy()
+    found: Scales = np.clip(chosen, MIN_SCALE, MAX_SCALE).astype(np.float16)
     return found
 
 
-def round_rows(weight: Array, scales: Scales, precision: Precision, *, inverse: Inverse) -> Codes:
+def round_rows(weight: Tensor, scales: Scales, precision: Precision, *, inverse: Inverse) -> Tensor:
     """Returns int8 codes [rows, columns] for ``scales`` [rows, groups] by GPTQ."""
     rows, columns = weight.shape
-    by_column = torch.from_numpy(scales.astype(np.float32).T.copy())  # [groups, rows]
-    codes = torch.empty((columns, rows), dtype=torch.int8)
-    rest = torch.from_numpy(weight).T[inverse.order].contiguous()  # [columns, rows], in the order of rounding
+    by_column = torch.from_numpy(scales.astype(np.float32).T.copy()).to(weight.device)  # [groups, rows]
+    codes = torch.empty((columns, rows), dtype=torch.int8, device=weight.device)
+    rest = weight.T[inverse.order].contiguous()  # [columns, rows], in the order of rounding
+    round_block = _round_columns if weight.is_cpu else _round_columns_on_gpu
     width = columns // len(by_column)
     for start in range(0, columns, LAZY_COLUMNS):
         stop = min(start + LAZY_COLUMNS, columns)
-        errors = _round_columns(
+        errors = round_block(
             rest[start:stop], inverse, start, scales=by_column, width=width, top=precision.top, codes=codes
         )
         rest[stop:] -= inverse.upper[start:stop, stop:].T @ errors
-    found: Codes = codes.T.contiguous().numpy()
-    return found
+    return codes.T.contiguous()
 
 
 def _round_columns(
@@ -167,4 +177,23 @@ def _round_columns(
         codes[column] = code.to(torch.int8)
         errors[i] = (rest[i] - code * scale) / row[i]
         rest[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
+    return errors
+
+
+def _round_columns_on_gpu(
+    rest: Tensor, inverse: Inverse, start: int, *, scales: Tensor, width: int, top: int, codes: Tensor
+) -> Tensor:
+    """Does what ``_round_columns`` does, by one kernel; ``rest`` is not changed."""
+    errors = torch.empty_like(rest)
+    round_columns(
+        rest,
+        inverse.order.int(),
+        inverse.upper.contiguous(),
+        start=start,
+        scales=scales,
+        width=width,
+        top=top,
+        codes=codes,
+        errors=errors,
+    )
     return errors

@@ -39,7 +39,8 @@ from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import Progress
-from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, one_thread_each, weights_by_input
+from h1export.quantize.device import CPU_DEVICE, ComputeDevice
+from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, weights_by_input
 from h1export.quantize.methods.gptq import Inverse, invert, solve_rows
 from h1export.quantize.methods.head_groups import InputPair, group_head
 from h1export.quantize.methods.stored import StoredIntegers, StoredMatrix
@@ -85,9 +86,9 @@ class Moments:
     drift: Tensor
 
     @classmethod
-    def zero(cls, columns: int) -> Moments:
-        """Returns sums over no positions."""
-        own, drift = (torch.zeros(columns, columns, dtype=torch.float64) for _ in range(2))
+    def zero(cls, columns: int, device: ComputeDevice = CPU_DEVICE) -> Moments:
+        """Returns sums over no positions, on ``device``."""
+        own, drift = (torch.zeros(columns, columns, dtype=torch.float64, device=device.place) for _ in range(2))
         return cls(own, drift)
 
     def add(self, float_input: Tensor, quantised_input: Tensor, weights: Tensor | None = None) -> None:
@@ -107,7 +108,14 @@ class Moments:
 
 
 def solve_model(
-    store: WeightStore, config: FalconH1Config, rest: QuantizedWeights, *, ids: Ids, stage: Stage, progress: Progress
+    store: WeightStore,
+    config: FalconH1Config,
+    rest: QuantizedWeights,
+    *,
+    ids: Ids,
+    stage: Stage,
+    progress: Progress,
+    device: ComputeDevice = CPU_DEVICE,
 ) -> StoredIntegers:
     """Returns integers by GPTQ for every projection and the head, as far as ``rest`` has precisions for them.
 
@@ -118,13 +126,15 @@ def solve_model(
         ids: calibration tokens [samples, length].
         stage: the place of the scratch file. What an earlier build with the same arguments left there is used.
         progress: receives the name of each layer that is solved.
+        device: where layers run and integers are solved. An earlier build must have had the same.
 
     Raises:
         H1ExportError: weights or inputs that are not finite, or too large for fp16 scales.
     """
+    stage = replace(stage, jobs=device.threads(stage.jobs))
     (stage.folder / SCRATCH).mkdir(exist_ok=True)
-    with one_thread_each(), WeightFile(stage, WORK) as file:
-        solver = _Solver(store, config, rest, ids=ids, stage=stage, file=file)
+    with device.computing(), WeightFile(stage, WORK) as file:
+        solver = _Solver(store, config, rest, ids=ids, stage=stage, file=file, device=device)
         solver.run(progress)
     return solver.integers
 
@@ -145,11 +155,15 @@ class _Solver:
         ids: Ids,
         stage: Stage,
         file: WeightFile,
+        device: ComputeDevice,
     ) -> None:
         self._store = store
         self._config = config
         self._ids = ids
         self._stage = stage
+        self._device = device
+        self._batch = device.sequences(ids.shape[1])
+        self._normed: list[InputPair] = []  # the head's inputs, on a GPU
         self._file = file
         self._head = head_tensor(config)
         layers = range(config.num_hidden_layers)
@@ -191,17 +205,17 @@ class _Solver:
         """Solve the projections in ``groups``, and write both inputs of the next layer."""
         (float_input, quantised_input) = self._inputs(layer + 1)
         moments = dict[str, Moments]()
-        loaded = LoadedLayer(self._store, self._config, layer, read=self._float_weight)
+        loaded = LoadedLayer(self._store, self._config, layer, read=self._float_weight, device=self._device)
         outputs = self._float_outputs(loaded.run, layer, groups, moments=moments)
         if groups and self._file.holds(float_input):  # an earlier build was killed after it had written this
             deque(outputs, maxlen=0)
         else:
             self._file.write([float_input], (partial(_one_block, output) for output in outputs))
         self._solve_groups(groups, moments)
-        quantised = LoadedLayer(self._store, self._config, layer, read=self._quantised_weight)
+        quantised = LoadedLayer(self._store, self._config, layer, read=self._quantised_weight, device=self._device)
         self._file.write(
             [quantised_input],
-            (partial(_layer_output, quantised.output, sequence) for _, sequence in self._sequences(layer)),
+            (partial(_layer_output, quantised.output, sequence) for _, sequence in self._sequences(layer, self._batch)),
         )
 
     def _float_outputs(
@@ -213,12 +227,12 @@ class _Solver:
         """
         runs = (
             partial(_run_on_both, run, float_input, quantised_input if groups else None)
-            for float_input, quantised_input in self._sequences(layer)
+            for float_input, quantised_input in self._sequences(layer, self._batch)
         )
         for found in in_order(runs, self._stage.jobs):
             for name in groups:
                 if name not in moments:
-                    moments[name] = Moments.zero(found.quantised_inputs[name].shape[1])
+                    moments[name] = Moments.zero(found.quantised_inputs[name].shape[1], self._device)
                 moments[name].add(found.float_inputs[name], found.quantised_inputs[name])
             yield found.output
 
@@ -246,10 +260,10 @@ class _Solver:
 
     def _solve_head(self) -> None:
         """Solve and write the head: each group of rows on its own weighted moments, mixed with the unweighted ones."""
-        head = torch.from_numpy(self._float_weight(self._head))
+        head = torch.from_numpy(self._float_weight(self._head)).to(self._device.place)
         found = group_head(self._head_inputs, head, self._config.lm_head_multiplier, jobs=self._stage.jobs)
         stored = self.integers.matrices[self._head]
-        unweighted = Moments.zero(head.shape[1])
+        unweighted = Moments.zero(head.shape[1], self._device)
         for float_input, quantised_input in in_order(self._head_inputs(), self._stage.jobs):
             unweighted.add(float_input, quantised_input)
         codes = np.empty(stored.shape, np.int8)
@@ -268,20 +282,26 @@ class _Solver:
 
         ``weights`` [samples, length] are those of the positions.
         """
-        moments = Moments.zero(head.shape[1])
+        moments = Moments.zero(head.shape[1], self._device)
         for sequence_weights, inputs in zip(weights, self._head_inputs(), strict=True):
             moments.add(*inputs(), sequence_weights)
         inverse = _inverse(moments.mixed(unweighted, UNWEIGHTED_SHARE), self._head)
         step = max(1, SOLVE_BYTES // (4 * head.shape[1]))
-        blocks = [head[rows[start : start + step]].numpy() for start in range(0, len(rows), step)]
+        chosen = torch.from_numpy(rows).to(head.device)
+        blocks = [head[chosen[start : start + step]].cpu().numpy() for start in range(0, len(rows), step)]
         precision = self.integers.precisions[self._head]
         found = [solve_rows(block, precision, inverse, name=self._head) for block in blocks]
         return np.concatenate([block.codes for block in found]), np.concatenate([block.scales for block in found])
 
     def _head_inputs(self) -> Iterator[Callable[[], InputPair]]:
         """Yield a call for every sequence, which returns the float and the quantised input of the head."""
-        norm = partial(final_norm, self._store, self._config)
-        return (partial(_normed_pair, norm, *pair) for pair in self._sequences(self._config.num_hidden_layers))
+        norm = partial(final_norm, self._store, self._config, device=self._device)
+        calls = (partial(_normed_pair, norm, *pair) for pair in self._sequences(self._config.num_hidden_layers))
+        if self._device.is_cpu:
+            return calls
+        if not self._normed:  # every group of rows reads them, and a GPU would wait for the copies
+            self._normed = [call() for call in calls]
+        return (partial(_same_pair, pair) for pair in self._normed)
 
     def _unsolved(self, groups: InputGroups) -> InputGroups:
         """Returns the part of ``groups`` that is to be solved and is not in the file."""
@@ -304,13 +324,20 @@ class _Solver:
             replace(quantised_input, tensor=f"quantised input of layer {layer}"),
         )
 
-    def _sequences(self, layer: int) -> Iterator[tuple[Array, Array]]:
-        """Yield the float and the quantised input [length, hidden] of every sequence, mapped from the file."""
+    def _sequences(self, layer: int, count: int = 1) -> Iterator[tuple[Array, Array]]:
+        """Yield the float and the quantised input of every sequence, mapped from the file.
+
+        They are [length, hidden], or [at most count, length, hidden] for a ``count`` of sequences above 1.
+        """
         maps = (
             np.memmap(self._stage.folder / extent.file, np.float32, "r", extent.offset, self._activations_shape)
             for extent in self._inputs(layer)
         )
-        return zip(*maps, strict=True)
+        if count == 1:
+            return zip(*maps, strict=True)
+        floats, quantised = maps
+        starts = range(0, len(self._ids), count)
+        return ((floats[start : start + count], quantised[start : start + count]) for start in starts)
 
     def _float_weight(self, tensor: str) -> Array:
         """Returns a tensor as the checkpoint has it."""
@@ -352,6 +379,11 @@ def _layer_output(output_of: Callable[[Array], Array], sequence: Array) -> tuple
 def _normed_pair(norm: Callable[[Array], Tensor], float_output: Array, quantised_output: Array) -> InputPair:
     """Returns the head's two inputs for the last layer's two outputs."""
     return norm(np.array(float_output)), norm(np.array(quantised_output))
+
+
+def _same_pair(pair: InputPair) -> InputPair:
+    """Returns the head's two inputs, which are computed already."""
+    return pair
 
 
 def _one_block(block: Array) -> tuple[Array]:

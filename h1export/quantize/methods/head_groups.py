@@ -37,8 +37,9 @@ class HeadGroups:
     """The groups of the head's rows, and what each group makes of the positions of the calibration text.
 
     Attributes:
-        groups: int64 [vocab], the group of each row.
-        weights: float32 [groups, samples, length], the weight of each position; the weights of a group sum to one.
+        groups: int64 [vocab] on the CPU, the group of each row.
+        weights: float32 [groups, samples, length] where the head is, the weight of each position; the weights of a
+            group sum to one.
     """
 
     groups: Tensor
@@ -51,15 +52,16 @@ def group_head(inputs: HeadInputs, head: Tensor, multiplier: float, *, jobs: int
     No digit depends on ``jobs``, the number of threads.
     """
     generator = torch.Generator().manual_seed(SEED)
-    projection = torch.randn(head.shape[1], SKETCH, generator=generator)
-    sketches = torch.zeros(len(head), SKETCH)
-    weight_sums = torch.zeros(len(head))
+    projection = torch.randn(head.shape[1], SKETCH, generator=generator).to(head.device)
+    sketches = torch.zeros(len(head), SKETCH, device=head.device)
+    weight_sums = torch.zeros(len(head), device=head.device)
     calls = (partial(_sketch, pair, head, multiplier, projection=projection) for pair in inputs())
     for sketch, sums in in_order(calls, jobs):
         sketches += sketch
         weight_sums += sums
-    groups = _cluster(sketches, max(1, min(GROUPS, len(head) // ROWS_A_GROUP)), generator)
-    members = torch.nn.functional.one_hot(groups).float()
+    # index_add_ of a GPU sums in an order of its own
+    groups = _cluster(sketches.cpu(), max(1, min(GROUPS, len(head) // ROWS_A_GROUP)), generator)
+    members = torch.nn.functional.one_hot(groups).float().to(head.device)
     share = members / (weight_sums.clamp_min(torch.finfo(torch.float32).tiny)[:, None] * members.sum(0))
     found = in_order((partial(_group_weights, pair, head, multiplier, share=share) for pair in inputs()), jobs)
     return HeadGroups(groups, torch.stack(list(found)).permute(2, 0, 1).contiguous())
@@ -73,8 +75,8 @@ def _sketch(
     They are the weighted projected inputs [vocab, SKETCH], and the weights [vocab].
     """
     float_input, quantised_input = pair()
-    sketch = torch.zeros(len(head), SKETCH)
-    sums = torch.zeros(len(head))
+    sketch = torch.zeros(len(head), SKETCH, device=head.device)
+    sums = torch.zeros(len(head), device=head.device)
     for start in range(0, len(quantised_input), POSITIONS):
         weights = _variances(float_input[start : start + POSITIONS], head, multiplier)
         sketch += weights.T @ (quantised_input[start : start + POSITIONS] @ projection)

@@ -32,7 +32,15 @@ def unclipped_scales(groups: Array, precision: Precision, name: str) -> npt.NDAr
     Raises:
         H1ExportError: as quantize_rows does.
     """
-    absmax = np.abs(groups).max(axis=2)
+    return scales_of_largest(np.abs(groups).max(axis=2), precision, name)
+
+
+def scales_of_largest(absmax: Array, precision: Precision, name: str) -> npt.NDArray[np.float16]:
+    """Returns the scales [rows, groups] of groups whose largest magnitudes are ``absmax`` [rows, groups].
+
+    Raises:
+        H1ExportError: as quantize_rows does.
+    """
     if not np.isfinite(absmax).all():
         raise H1ExportError(
             f'tensor "{name}"', "holds values that are not finite", "the checkpoint is damaged, download it again"

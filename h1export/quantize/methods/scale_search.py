@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from h1export.model.falcon_h1.states import Array
-from h1export.quantize.methods.rtn import nearest_codes, unclipped_scales
+from h1export.quantize.methods.rtn import nearest_codes, scales_of_largest, unclipped_scales
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MIN_SCALE, QuantizedTensor
 
@@ -49,3 +51,25 @@ def searched_scales(groups: Array, precision: Precision, importance: Array, *, n
         best = np.where(loss < least, scales, best)
         least = np.minimum(loss, least)
     return best
+
+
+def searched_scales_on_gpu(
+    groups: Tensor, precision: Precision, importance: Tensor, *, name: str
+) -> npt.NDArray[np.float16]:
+    """Returns what ``searched_scales`` does, computed where ``groups`` are; sums may differ in their last bits.
+
+    Raises:
+        H1ExportError: as quantize_rows does.
+    """
+    plain = torch.from_numpy(scales_of_largest(groups.abs().amax(2).cpu().numpy(), precision, name)).to(groups.device)
+    best = plain
+    least = torch.full(plain.shape, float("inf"), device=groups.device)
+    for share in SHARES:
+        scales = (plain.float() * share).clamp_min(MIN_SCALE).half()
+        step = scales.float()[..., None]
+        error = torch.round(groups / step).clamp_(-precision.top, precision.top) * step - groups
+        loss = (error.square() * importance).sum(2)
+        best = torch.where(loss < least, scales, best)
+        least = torch.minimum(loss, least)
+    found: npt.NDArray[np.float16] = best.cpu().numpy()
+    return found

@@ -12,6 +12,7 @@ from h1export.model.falcon_h1.states import Ids
 from h1export.progress import Progress
 from h1export.quantize.awq_scales import AwqScales, ScaledStore
 from h1export.quantize.choices import Method
+from h1export.quantize.device import CPU_DEVICE, ComputeDevice
 from h1export.quantize.methods.awq import search_scales, unit_scales
 from h1export.quantize.methods.gptq_model import solve_model
 from h1export.quantize.methods.prequantized import Prequantized
@@ -56,28 +57,38 @@ def integers_of(
     ids: Ids | None,
     stage: Stage,
     progress: Progress,
+    device: ComputeDevice = CPU_DEVICE,
 ) -> tuple[WeightStore, QuantizedWeights]:
     """Returns the checkpoint's tensors as the artifact will have them, and their integers.
 
     ``ids`` [samples, length] are calibration tokens, for a method that needs some. In a dry ``stage`` only shapes are
-    right.
+    right. A method that needs a text runs the model on ``device``.
 
     Raises:
         H1ExportError: weights, or inputs of projections, that are not finite or too large.
     """
     if scheme.method == "awq" and ids is not None:
-        factors = _awq_scales(store, config, scheme, ids=ids, stage=stage, progress=progress)
+        factors = _awq_scales(store, config, scheme, ids=ids, stage=stage, progress=progress, device=device)
         factors.save(stage.folder)
         store = ScaledStore(store, factors, progress)
     integers = uncalibrated_integers(store, config, scheme)
     if scheme.method == "gptq" and ids is not None and not stage.dry:
-        integers = solve_model(store, config, integers, ids=ids, stage=stage, progress=progress)
+        integers = solve_model(store, config, integers, ids=ids, stage=stage, progress=progress, device=device)
     return store, integers
 
 
 def _awq_scales(
-    store: WeightStore, config: FalconH1Config, scheme: QuantScheme, *, ids: Ids, stage: Stage, progress: Progress
+    store: WeightStore,
+    config: FalconH1Config,
+    scheme: QuantScheme,
+    *,
+    ids: Ids,
+    stage: Stage,
+    progress: Progress,
+    device: ComputeDevice,
 ) -> AwqScales:
     if stage.dry:
         return unit_scales(store, config, scheme.precisions(config))
-    return search_scales(store, config, scheme.precisions(config), ids=ids, jobs=stage.jobs, progress=progress)
+    return search_scales(
+        store, config, scheme.precisions(config), ids=ids, jobs=stage.jobs, progress=progress, device=device
+    )

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from gpu_dispatch import MODULES
+from gpu_host import dry
 
 Inputs = dict[str, Any]
 Array = npt.NDArray[np.float64]
@@ -20,42 +21,8 @@ Array = npt.NDArray[np.float64]
 
 @pytest.fixture(scope="session", autouse=True)
 def mended_interpreter() -> Iterator[None]:
-    """Mend bfloat16 in Triton's interpreter, which holds it as uint16, and the ends of loops in that of Triton 3.6.
-
-    Products multiply the bits as integers, and casts truncate instead of rounding. Triton 3.6 reads the end of a loop
-    from an array of one element, which NumPy 2.5 refuses.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    dot = InterpreterBuilder.create_dot
-    cast = InterpreterBuilder.cast_impl
-
-    def widened(handle: Any) -> Any:
-        if handle.dtype.scalar != tl.bfloat16:
-            return handle
-        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def rounding_cast(self: Any, source: Any, to: Any) -> Any:
-        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
-            return cast(self, source, to)
-        rounded = torch.from_numpy(np.array(source.data)).bfloat16()
-        return TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def with_index(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang_tensor", with_index)
-        patch.setattr(
-            InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-        )
-        patch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
-        patch.setattr(InterpreterBuilder, "create_fp_trunc", rounding_cast)
+    """Mend Triton's interpreter, as a dry run on a CPU does."""
+    with dry.mended_interpreter():
         yield
 
 

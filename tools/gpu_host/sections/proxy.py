@@ -17,8 +17,8 @@ from train_tiny import SEQ, make_tokenizer, modules, released, token_stream, tra
 from gpu_host.section import Host, Row
 
 STEPS = 2200
-DRY_STEPS = 2
-DRY_MODULES = 12
+DRY_STEPS = 1
+DRY_MODULES = 4
 SEED = 0
 
 
@@ -34,7 +34,7 @@ def run(host: Host) -> Iterator[Row]:
 
     out = host.work / "proxy"
     out.mkdir(exist_ok=True)
-    steps = DRY_STEPS if host.dry else STEPS
+    steps, seq = (DRY_STEPS, cfg.mamba_chunk_size) if host.dry else (STEPS, SEQ)
     weights = {
         name: weight.detach().to(host.device).requires_grad_() for name, weight in init_weights(cfg, SEED).items()
     }
@@ -46,7 +46,7 @@ def run(host: Host) -> Iterator[Row]:
         curve_file.write_text(json.dumps(curve), encoding="utf-8")
 
     checkpoint = out / "training.pt"
-    seconds = train(cfg, weights, stream, steps=steps, seed=SEED, checkpoint=checkpoint, report=report)
+    seconds = train(cfg, weights, stream, steps=steps, seed=SEED, seq=seq, checkpoint=checkpoint, report=report)
     first, last = curve[0]["loss_nats"], curve[-1]["loss_nats"]
     fell = math.isfinite(last) and (host.dry or last < 0.5 * math.log(cfg.vocab_size))
     yield Row("training", fell, {"steps": steps, "first_nats": first, "last_nats": last, "seconds": seconds})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
-from gpu_host import bundle
+from gpu_host import bundle, dry
 from gpu_host.section import Host, Row
 
 KERNELS_S = 55  # seconds of the section's limit after which no further case begins
@@ -18,13 +19,15 @@ def run(host: Host) -> Iterator[Row]:
     """Yield the rows of benchmarks/gpu: kernels first, then models."""
     if host.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at its import
+        dry.use_cpu_provider()
     tree = Path(__file__).parents[3]
     for folder in (tree, tree / "tools"):  # benchmarks/ has a kernels.py, the name of a package of transformers
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
     from benchmarks.gpu import kernels, models
 
-    yield from kernels.run(host.device, budget=KERNELS_S)
+    with dry.mended_interpreter() if host.dry else nullcontext():
+        yield from kernels.run(host.device, budget=KERNELS_S)
     artifacts = []
     for quant in bundle.QUANTS:
         try:

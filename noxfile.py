@@ -26,6 +26,8 @@ INFOS = sys.modules[SPEC.name].discover([ROOT / "targets"])
 TARGETS = {"core": "", **{name: info.install for name, info in INFOS.items()}}  # row of tests -> extras it installs
 SDKS = [module for info in INFOS.values() for module in (*info.shared_sdk_modules, *info.sdk_modules)]
 
+TESTED_WITH = ("pytest", "pytest-xdist", "hypothesis", "ruff", "peft", "compressed-tensors")
+
 nox.options.default_venv_backend = (
     "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
 )
@@ -93,7 +95,7 @@ def tests(session: nox.Session, target: str) -> None:
 
     Tests that need a browser, a GPU or macOS are left out, and no other may skip.
     """
-    session.install("-e", f".{TARGETS[target]}", *dev("pytest", "pytest-xdist", "hypothesis", "ruff"), "--no-compile")
+    session.install("-e", f".{TARGETS[target]}", *dev(*TESTED_WITH), "--no-compile")
     others = {name: info for name, info in INFOS.items() if name != target}
     markers = " and ".join(
         (*([target] if target in INFOS else []), *(f"not {name}" for name in ("chromium", "gpu", "mac", *others)))

@@ -32,6 +32,7 @@ class Gptq:
         head: whether lm_head is packed too.
         seed: seed of the codes, zero points and scales.
         keys: keys of quantization_config besides those that follow from the other attributes.
+        layout: a key of LAYOUTS.
     """
 
     bits: int = 4
@@ -43,6 +44,7 @@ class Gptq:
     head: bool = False
     seed: int = 0
     keys: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = "gptq"
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,9 @@ class Written:
 
 
 def pack(values: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.int32]:
-    """Pack [n, m] to words [n * bits / 32, m]; the first value of a word is stored in its lowest bits."""
+    """Pack [n, m] to words [n * bits / 32, m], filled up with zeros; a word's first value is in its lowest bits."""
     each = 32 // bits
+    values = np.pad(values, ((0, -len(values) % each), (0, 0)))
     words = np.zeros((len(values) // each, values.shape[1]), np.uint64)
     for place in range(each):
         words |= values[place::each].astype(np.uint64) << np.uint64(bits * place)
@@ -83,17 +86,7 @@ def write(source: Path, out: Path, how: Gptq) -> Written:
     }
     written = write_tensors(tensors, out, how)
     config = json.loads((out / "config.json").read_text())
-    method = {
-        "quant_method": "gptq",
-        "bits": how.bits,
-        "group_size": how.group,
-        "sym": how.sym,
-        "desc_act": how.act_order,
-    }
-    method["checkpoint_format"] = "gptq_v2" if how.v2 else "gptq"
-    config["quantization_config"] = (
-        method | {"damp_percent": 0.1, "lm_head": how.head, "meta": {"quantizer": ["x:1"]}} | dict(how.keys)
-    )
+    config["quantization_config"] = LAYOUTS[how.layout][0](how) | dict(how.keys)
     (out / "config.json").write_text(json.dumps(config))
     return written
 
@@ -132,6 +125,24 @@ def _packed(name: str, weight: Any, how: Gptq, *, written: Written, rng: np.rand
     written.zeros[name] = zeros
     written.scales[name] = scales
     written.g_idx[name] = g_idx
+    return LAYOUTS[how.layout][1](name, how, codes, zeros, scales, g_idx)
+
+
+def _gptq_config(how: Gptq) -> dict[str, Any]:
+    return {
+        "quant_method": "gptq",
+        "bits": how.bits,
+        "group_size": how.group,
+        "sym": how.sym,
+        "desc_act": how.act_order,
+        "checkpoint_format": "gptq_v2" if how.v2 else "gptq",
+        "damp_percent": 0.1,
+        "lm_head": how.head,
+        "meta": {"quantizer": ["x:1"]},
+    }
+
+
+def _gptq_tensors(name: str, how: Gptq, codes: Any, zeros: Any, scales: Any, g_idx: Any) -> dict[str, Any]:
     stored = pack(zeros, how.bits).view(np.uint32)  # [rows * bits / 32, groups]
     if not how.v2:  # from all of a word at once, as GPTQModel does: a 0 borrows from its neighbour
         stored = stored - np.uint32(0x11111111 if how.bits == 4 else 0x01010101)
@@ -142,6 +153,70 @@ def _packed(name: str, weight: Any, how: Gptq, *, written: Written, rng: np.rand
         f"{stem}scales": scales.T,
         f"{stem}g_idx": g_idx,
     }
+
+
+def _awq_config(how: Gptq) -> dict[str, Any]:
+    return {
+        "quant_method": "awq",
+        "bits": how.bits,
+        "group_size": how.group,
+        "zero_point": not how.sym,
+        "version": "gemm",
+        "modules_to_not_convert": ["lm_head"],
+        "do_fuse": False,
+    }
+
+
+def _awq_tensors(name: str, how: Gptq, codes: Any, zeros: Any, scales: Any, g_idx: Any) -> dict[str, Any]:
+    places = np.arange(len(codes)).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].ravel()
+    stem = name.removesuffix("weight")
+    return {
+        f"{stem}qweight": pack(codes[places], 4).T,
+        f"{stem}qzeros": pack(zeros[places], 4).T,
+        f"{stem}scales": scales.T,
+    }
+
+
+def _compressed_config(how: Gptq) -> dict[str, Any]:
+    weights = {
+        "num_bits": how.bits,
+        "type": "int",
+        "symmetric": how.sym,
+        "strategy": "channel" if how.group == -1 else "group",
+        "group_size": None if how.group == -1 else how.group,
+        "dynamic": False,
+        "actorder": "group" if how.act_order else None,
+        "observer": "minmax",
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "quantization_status": "compressed",
+        "version": "0.12.2",
+    }
+
+
+def _compressed_tensors(name: str, how: Gptq, codes: Any, zeros: Any, scales: Any, g_idx: Any) -> dict[str, Any]:
+    stem = name.removesuffix("weight")
+    found = {
+        f"{stem}weight_packed": pack(codes.T, how.bits).T,
+        f"{stem}weight_scale": scales,
+        f"{stem}weight_shape": np.array(codes.shape, np.int64),
+    }
+    if not how.sym:
+        found[f"{stem}weight_zero_point"] = pack(zeros, how.bits)
+    return found | ({f"{stem}weight_g_idx": g_idx} if how.act_order else {})
+
+
+LAYOUTS: Mapping[str, tuple[Callable[[Gptq], dict[str, Any]], Callable[..., dict[str, Any]]]] = {
+    "gptq": (_gptq_config, _gptq_tensors),
+    "awq": (_awq_config, _awq_tensors),
+    "compressed": (_compressed_config, _compressed_tensors),
+}
 
 
 def edit(folder: Path, change: Callable[[Tensors], object]) -> None:

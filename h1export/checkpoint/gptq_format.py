@@ -1,26 +1,24 @@
 """GptqFormat: how a prequantized checkpoint stores its weights, read from ``quantization_config`` in its config.json.
 
 Source: transformers' ``GPTQConfig``, and what AutoGPTQ, optimum and GPTQModel write. ``USED_KEYS`` lists every key that
-is read; every other key must be in ``IGNORED_KEYS``.
+is read; every other key must be in ``IGNORED_KEYS``,
+or be one that ``check_keys`` lets pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from h1export.errors import H1ExportError
-from h1export.model.config_reader import CONFIG, ConfigReader, read_config
+from h1export.checkpoint.packed_format import PackedFormat, check_dynamic, check_keys, read_bits, read_group_size
+from h1export.model.config_reader import ConfigReader
 
-QUANTIZATION_CONFIG = "quantization_config"  # the key of config.json
 ZERO_OFFSETS: Mapping[str, int] = {"gptq": 1, "gptq_v2": 0}  # checkpoint_format -> zero point minus its stored value
-UNQUANTISED = "give the unquantised checkpoint, or one in GPTQ format with 4 or 8 bits"
 
 USED_KEYS = frozenset(
     {
         "quant_method",
+        "method",
         "bits",
         "group_size",
         "sym",
@@ -31,16 +29,29 @@ USED_KEYS = frozenset(
         "dynamic",
         "adapter",
         "rotation",
+        "data_type",
+        "act_bits",
+        "super_bits",
+        "super_group_size",
+        "extra_config",
     }
 )
+UNQUANTISED_BITS = 16  # bits from which on a writer means "not quantised"
 
 # Why a key may be ignored.
 _RECIPE = "how the integers were found"
 _KERNELS = "a run-time switch of other kernels"
 _FILE = "the safetensors file shows which tensors are packed"
+_ACTIVATIONS = "activations are quantised where act_bits says so"
 _ORIGIN = "where the checkpoint was stored before"
 IGNORED_KEYS: Mapping[str, str] = {
+    "act_data_type": _ACTIVATIONS,
+    "act_dynamic": _ACTIVATIONS,
     "act_group_aware": _RECIPE,
+    "act_group_size": _ACTIVATIONS,
+    "act_sym": _ACTIVATIONS,
+    "activation": _RECIPE,
+    "amp": _RECIPE,
     "backend": _KERNELS,
     "batch_size": _RECIPE,
     "block_name_to_quantize": _FILE,
@@ -50,11 +61,24 @@ IGNORED_KEYS: Mapping[str, str] = {
     "dataset": _RECIPE,
     "desc_act": "the g_idx of each tensor gives the order of its columns",
     "disable_exllama": _KERNELS,
+    "enable_minmax_tuning": _RECIPE,
+    "enable_norm_bias_tuning": _RECIPE,
+    "enable_quanted_input": _RECIPE,
     "exllama_config": _KERNELS,
+    "failsafe": _RECIPE,
+    "fallback": _RECIPE,
+    "foem": _RECIPE,
+    "gptaq": _RECIPE,
+    "gradient_accumulate_steps": _RECIPE,
     "hyb_act": _RECIPE,
+    "iters": _RECIPE,
     "lm_head": _FILE,
+    "low_gpu_mem_usage": _RECIPE,
+    "lr": _RECIPE,
+    "lr_scheduler": _RECIPE,
     "max_input_length": _KERNELS,
     "meta": "information only",
+    "minmax_lr": _RECIPE,
     "model_file_base_name": _ORIGIN,
     "model_name_or_path": _ORIGIN,
     "model_seqlen": _RECIPE,
@@ -62,9 +86,17 @@ IGNORED_KEYS: Mapping[str, str] = {
     "modules_in_block_to_quantize": _FILE,
     "modules_to_not_convert": _FILE,
     "mse": _RECIPE,
+    "not_use_best_mse": _RECIPE,
+    "nsamples": _RECIPE,
+    "packing_format": _FILE,
     "pad_token_id": _RECIPE,
+    "quant_block_list": _FILE,
     "quantizer": "information only",
+    "sampler": _RECIPE,
+    "scale_dtype": _FILE,
+    "seqlen": _RECIPE,
     "static_groups": _RECIPE,
+    "to_quant_block_names": _FILE,
     "tokenizer": _RECIPE,
     "true_sequential": _RECIPE,
     "use_cuda_fp16": _KERNELS,
@@ -73,73 +105,32 @@ IGNORED_KEYS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class GptqFormat:
-    """The storage format that all packed tensors of a checkpoint share.
+class GptqFormat(PackedFormat):
+    """The storage format of a checkpoint in GPTQ format; groups are in the order in which GPTQ rounded the columns.
 
     Attributes:
-        bits: bits of a code, 4 or 8.
-        group_size: columns that share a scale and a zero point, in the order in which GPTQ rounded them; -1: all
-            columns of a row.
-        sym: whether every zero point is the middle of the range of codes.
         zero_offset: zero point minus its stored value: 1 in checkpoint_format "gptq", 0 in "gptq_v2".
     """
 
-    bits: int
-    group_size: int
-    sym: bool
     zero_offset: int
 
-    @property
-    def middle(self) -> int:
-        """The zero point of symmetric codes: 8 for 4 bits, 128 for 8 bits."""
-        return 1 << (self.bits - 1)
-
-    def groups(self, columns: int) -> int:
-        """Return the number of groups in a row of ``columns`` columns."""
-        return 1 if self.group_size == -1 else -(-columns // self.group_size)
-
     @classmethod
-    def load(cls, folder: Path) -> GptqFormat | None:
-        """Return the format of the checkpoint in ``folder``, or None where its config.json names no quantisation.
+    def read(cls, read: ConfigReader) -> GptqFormat:
+        """Check the keys of a quantization_config and return its format.
 
         Raises:
-            H1ExportError: the checkpoint has a quantisation that cannot be exported exactly.
+            H1ExportError: a key is unknown, or has a value that cannot be exported exactly.
         """
-        path = folder / CONFIG
-        config = read_config(path) if path.exists() else None
-        found = config.get(QUANTIZATION_CONFIG) if isinstance(config, dict) else None
-        return None if found is None else cls.from_config(found, f"{path}: {QUANTIZATION_CONFIG}")
-
-    @classmethod
-    def from_config(cls, config: Any, where: object = QUANTIZATION_CONFIG) -> GptqFormat:
-        """Check a parsed quantization_config and return its format.
-
-        Raises:
-            H1ExportError: a key is unknown, or has a value that cannot be exported exactly; the error names ``where``.
-        """
-        if not isinstance(config, dict):
-            raise H1ExportError(where, "not a JSON object", "download the checkpoint again")
-        read = ConfigReader(config, where)
-        if config.get("quant_method") != "gptq":
-            raise read.error(
-                "quant_method", f"is {str(config.get('quant_method'))[:80]!r}, and only 'gptq' is read", UNQUANTISED
-            )
-        for key in config:
-            if key not in USED_KEYS and key not in IGNORED_KEYS:
-                raise read.error(
-                    key,
-                    "is unknown",
-                    "remove it if it does not change the weights, or report it so that it can be supported",
-                )
-        bits = read.size("bits", 0, limit=32)
-        if bits not in (4, 8):
-            raise read.error("bits", f"is {bits}, and runtimes have kernels for 4 and 8", UNQUANTISED)
-        group_size = -1 if config.get("group_size", 128) == -1 else read.size("group_size", 128)
+        check_keys(read, USED_KEYS, IGNORED_KEYS)
+        read.must_be("method", "gptq")  # GPTQModel writes it beside quant_method
+        bits = read_bits(read, "bits")
+        group_size = read_group_size(read, "group_size")
         read.must_be("pack_dtype", "int32")
         read.must_be("is_marlin_format", False)
         for key in ("adapter", "rotation"):
             read.must_be(key, None)
-        _check_dynamic(read)
+        check_dynamic(read)
+        _check_autoround(read)
         return cls(bits, group_size, read.flag("sym", True), zero_offset=ZERO_OFFSETS[_format(read)])
 
 
@@ -158,13 +149,24 @@ def _format(read: ConfigReader) -> str:
     return str(read.config[named[0]]) if named else "gptq"
 
 
-def _check_dynamic(read: ConfigReader) -> None:
-    """Refuse rules that give tensors bits or groups of their own.
-
-    Rules of exclusion ("-:...") need no check, because the file shows which tensors are packed.
-    """
-    rules = read.config.get("dynamic")
-    if rules and not (isinstance(rules, dict) and all(str(rule).startswith("-:") for rule in rules)):
+def _check_autoround(read: ConfigReader) -> None:
+    """Refuse what AutoRound can write and a plain GPTQ file cannot say: other integers, and quantised activations."""
+    read.must_be("data_type", "int")
+    for key in ("super_bits", "super_group_size"):
+        read.must_be(key, None)
+    if read.config.get("act_bits") is not None and read.size("act_bits", 16, limit=64) < UNQUANTISED_BITS:
         raise read.error(
-            "dynamic", "gives tensors bits or groups of their own", "give a checkpoint with the same for all"
+            "act_bits", "quantises activations, and only weights are exported so", "give another checkpoint"
         )
+    own = read.config.get("extra_config")
+    if own in (None, {}):
+        return
+    for module, settings in own.items() if isinstance(own, dict) else [("", None)]:
+        if not isinstance(settings, dict):
+            raise read.error("extra_config", "has an entry that is no object", "download the checkpoint again")
+        if type(settings.get("bits")) is int and settings["bits"] >= UNQUANTISED_BITS:
+            continue  # the file shows it
+        names = ("bits", "group_size", "sym", "data_type")
+        if any(settings.get(name) not in (None, read.config.get(name)) for name in names):
+            what = f"gives {str(module)[:80]!r} bits or groups of its own"
+            raise read.error("extra_config", what, "give a checkpoint with the same for all")

@@ -5,7 +5,9 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from h1export.checkpoint.lora import check_is_model
 from h1export.errors import H1ExportError
+from h1export.model.config_reader import CONFIG
 
 EMBEDDED = "tiny"
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")  # no code and no pickles
@@ -20,10 +22,21 @@ def resolve(model: str | None) -> Path:
     """Return the checkpoint folder of ``model``, a folder or a Hub id; None stands for the embedded model.
 
     Raises:
-        H1ExportError: ``model`` is neither a folder nor a Hub id that is cached or can be downloaded.
+        H1ExportError: ``model`` is neither a folder nor a Hub id that is cached or can be downloaded, or is an adapter.
     """
     if model is None:
         return embedded_model()
+    folder = resolve_folder(model)
+    check_is_model(folder, CONFIG)
+    return folder
+
+
+def resolve_folder(model: str) -> Path:
+    """Return the folder of a model or an adapter; ``model`` is a folder or a Hub id.
+
+    Raises:
+        H1ExportError: ``model`` is neither a folder nor a Hub id that is cached or can be downloaded.
+    """
     folder = Path(model)
     if folder.is_dir():
         return folder

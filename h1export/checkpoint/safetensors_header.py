@@ -31,6 +31,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
     "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
 }
 OPAQUE = "bytes"  # stands for the dtype of a tensor that nothing reads, whatever it is
 LFS_POINTER = b"version "  # the first bytes of a Git LFS pointer file

@@ -8,11 +8,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from h1export.checkpoint.gptq_format import QUANTIZATION_CONFIG, GptqFormat
-from h1export.checkpoint.gptq_tensor import GET_MATCHING_FILES, PARTS, PackedMatrix, part_name
+from h1export.checkpoint.lora import LoraAdapter, open_adapters
+from h1export.checkpoint.packed_format import (
+    GET_MATCHING_FILES,
+    QUANTIZATION_CONFIG,
+    PackedFormat,
+    PackedMatrix,
+    part_name,
+)
+from h1export.checkpoint.packed_formats import (
+    ALL_PARTS,
+    is_packed,
+    load_format,
+    open_matrix,
+    packed_somehow,
+    part_names,
+)
 from h1export.checkpoint.safetensors_header import FLOATS, TensorEntry
 from h1export.checkpoint.shards import read_entries
 from h1export.checkpoint.tensor_names import missing
@@ -28,9 +43,10 @@ class WeightStore:
     """The tensors of one checkpoint folder. Rows are read from the files only when they are requested.
 
     Attributes:
-        gptq_format: the storage format of a prequantized checkpoint; None where all weights are floats.
+        packed_format: the storage format of a prequantized checkpoint; None where all weights are floats.
         packed: the prequantized weights, by the architecture's name of each. ``rows`` reads them like the others, as
             floats.
+        adapters: what ``rows`` adds to the weights of the files, in order.
         ignored: names of tensors of the files that are no part of the model: computed buffers, and other heads.
     """
 
@@ -38,31 +54,42 @@ class WeightStore:
         self,
         entries: dict[str, TensorEntry],
         progress: Progress,
-        gptq_format: GptqFormat | None = None,
+        packed_format: PackedFormat | None = None,
         *,
-        packed: Mapping[str, PackedMatrix] | None = None,
+        packed: Mapping[str, PackedMatrix[Any]] | None = None,
+        adapters: tuple[LoraAdapter, ...] = (),
         ignored: tuple[str, ...] = (),
     ) -> None:
         self._entries = entries
         self._progress = progress
-        self.gptq_format = gptq_format
+        self.packed_format = packed_format
         self.packed = packed or {}
+        self.adapters = adapters
         self.ignored = ignored
 
     @classmethod
-    def open(cls, folder: Path, config: FalconH1Config, progress: Progress = SILENT) -> WeightStore:
+    def open(
+        cls,
+        folder: Path,
+        config: FalconH1Config,
+        progress: Progress = SILENT,
+        *,
+        adapters: Sequence[Path] = (),
+    ) -> WeightStore:
         """Open the safetensors file or shards of ``folder`` and check their tensors against ``config``.
 
-        ``progress`` receives the bytes that are read from then on.
+        ``progress`` receives the bytes that are read from then on. ``adapters`` are folders of LoRA adapters, which
+        are merged into the rows in this order.
 
         Raises:
             H1ExportError: there is no safetensors file or a file is damaged, a tensor is missing, unknown or has
                 another shape, or the checkpoint has a quantisation that cannot be read exactly.
         """
-        gptq_format = GptqFormat.load(folder)
+        packed_format = load_format(folder)
         entries, ignored = read_entries(folder, _used(config))
-        store = cls(entries, progress, gptq_format, ignored=ignored)
+        store = cls(entries, progress, packed_format, ignored=ignored)
         store._claim(folder, config)
+        store.adapters = open_adapters(adapters, store, tensor_shapes(config))
         return store
 
     def _claim(self, folder: Path, config: FalconH1Config) -> None:
@@ -78,7 +105,7 @@ class WeightStore:
                     )
                 continue
             if entry is None:
-                if part_name(name, PARTS[0]) in self._entries:
+                if packed_somehow(name, self._entries):
                     raise H1ExportError(
                         f'{folder}: tensor "{name}"',
                         "is stored in integers, and config.json does not say how",
@@ -92,7 +119,7 @@ class WeightStore:
                 what = f"has dtype {entry.dtype!r}"
                 wanted = f"only {', '.join(FLOATS)} checkpoints can be exported"
                 raise H1ExportError(f'{entry.file}: tensor "{name}"', what, wanted)
-        claimed = shapes.keys() | {part_name(name, part) for name in self.packed for part in PARTS}
+        claimed = shapes.keys() | {part for matrix in self.packed.values() for part in part_names(matrix)}
         for name, entry in self._entries.items():
             if name not in claimed and not self._repeats(name):
                 what = "has no place in the architecture that config.json describes"
@@ -100,20 +127,18 @@ class WeightStore:
                     what = "is not the embedding, and config.json ties the two (tie_word_embeddings)"
                 raise H1ExportError(f'{entry.file}: tensor "{name}"', what, GET_MATCHING_FILES)
 
-    def _claim_packed(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, PackedMatrix]:
+    def _claim_packed(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, PackedMatrix[Any]]:
         """Return the packed weights. Only weights of linear layers may be packed; an embedding is a table of floats."""
-        if self.gptq_format is None:
+        if self.packed_format is None:
             return {}
         products = {
             name: shape for name, shape in shapes.items() if projection_of(name) is not None and name != EMBEDDING
         }
-        packed = [name for name in products if part_name(name, PARTS[0]) in self._entries]
+        packed = [name for name in products if is_packed(name, self.packed_format, self._entries)]
         if not packed:
             what = f"has {QUANTIZATION_CONFIG}, and no tensor is stored in integers"
             raise H1ExportError(folder / CONFIG, what, "remove the key, or download the checkpoint again")
-        return {
-            name: PackedMatrix.open(name, products[name], self.gptq_format, entries=self._entries) for name in packed
-        }
+        return {name: open_matrix(name, products[name], self.packed_format, entries=self._entries) for name in packed}
 
     def _repeats(self, name: str) -> bool:
         """Return whether a tensor outside the architecture is redundant.
@@ -170,6 +195,8 @@ class WeightStore:
         entry = self._entries[name]
         found = entry.floats(slice(start, stop))
         self._progress.advance(entry.nbytes * len(found) // max(1, entry.shape[0]))
+        for adapter in self.adapters:
+            found = adapter.applied(name, found, start)
         return found
 
     def order_name(self, name: str) -> str:
@@ -203,7 +230,7 @@ class WeightStore:
 
         A manifest records it as the source of a build.
         """
-        digest = hashlib.sha256(b"" if self.gptq_format is None else json.dumps(asdict(self.gptq_format)).encode())
+        digest = hashlib.sha256(b"" if self.packed_format is None else json.dumps(asdict(self.packed_format)).encode())
         for name in sorted(self._entries):
             entry = self._entries[name]
             digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
@@ -227,4 +254,4 @@ def weight_files(folder: Path, config: FalconH1Config) -> tuple[Path, ...]:
 def _used(config: FalconH1Config) -> frozenset[str]:
     """Return the names of all tensors that the model may use, stored as floats or as integers."""
     names = tensor_shapes(config).keys()
-    return frozenset({*names, *(part_name(name, part) for name in names for part in PARTS)})
+    return frozenset({*names, *(part_name(name, part) for name in names for part in ALL_PARTS)})

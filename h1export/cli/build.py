@@ -49,13 +49,16 @@ def build(request: BuildRequest, force: bool, check: bool, quiet: bool, as_json:
                 progress=bars,
                 jobs=request.jobs,
                 calibration=request.calibration,
+                adapters=request.adapters,
             )
         sizes = {name: size for name, (_, size) in artifact.manifest.files.items()}
         total = sum(sizes.values())
         say(f"built {place}  {decimal(total)}  source sha256 {artifact.manifest.source[:12]}", quiet or as_json)
         built.append({"target": target, "out": str(place), "bytes": total, "files": sizes})
         if check:
-            report = run_validation(place, request.checkpoint, quiet, as_json=as_json, **checks)
+            report = run_validation(
+                place, request.checkpoint, quiet, as_json=as_json, adapters=request.adapters, **checks
+            )
             built[-1]["report"] = report
             code = max(code, 0 if report["passed"] else 1)
     if as_json:

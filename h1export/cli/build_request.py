@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -12,6 +12,7 @@ import click
 import cloup
 from click.core import ParameterSource
 
+from h1export.cli.common import adapter_folders, adapter_option
 from h1export.cli.target_options import chosen_options, target_flags, target_option_groups
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Budget
@@ -19,7 +20,7 @@ from h1export.quantize.choices import BEST, CPU, GROUP_SIZES, Method, QuantName
 from h1export.targets import TargetOptions, target_infos
 
 if TYPE_CHECKING:  # help and completion load neither numpy nor a tokenizer
-    from h1export.checkpoint.gptq_format import GptqFormat
+    from h1export.checkpoint.packed_format import PackedFormat
     from h1export.quantize.calibration import Calibration
     from h1export.quantize.scheme import QuantScheme
 
@@ -54,6 +55,7 @@ ARTIFACT = (
         type=click.IntRange(min=0),
         help="Threads that compute weights; 0: one a core.",
     ),
+    adapter_option,
 )
 DEVICE = cloup.option(
     "--device",
@@ -132,6 +134,7 @@ class BuildRequest:
     Attributes:
         options: target -> its options.
         precision: of the weights in words, for the name of a folder.
+        adapters: folders of LoRA adapters to merge, in order.
     """
 
     checkpoint: Path
@@ -141,6 +144,7 @@ class BuildRequest:
     out: Path | None
     jobs: int
     precision: str
+    adapters: tuple[Path, ...] = ()
 
     def places(self) -> Iterator[tuple[str, Path]]:
         """Yield each target and the folder that its artifact gets; the folders of several targets are in OUT."""
@@ -156,15 +160,15 @@ def _budget(precisions: Path | None, bits: float | None, kl: float | None) -> Bu
     return None if bits is None and kl is None else Budget(bits, kl)
 
 
-def prequantized_format(checkpoint: Path) -> GptqFormat | None:
+def prequantized_format(checkpoint: Path) -> PackedFormat | None:
     """The format of a checkpoint that is quantised already; None for any other.
 
     Raises:
         H1ExportError: it is quantised, and an option of the command line would choose its integers again.
     """
-    from h1export.checkpoint.gptq_format import GptqFormat
+    from h1export.checkpoint.packed_formats import load_format
 
-    found = GptqFormat.load(checkpoint)
+    found = load_format(checkpoint)
     source_of = click.get_current_context().get_parameter_source
     for name in INTEGER_PARAMETERS if found is not None else ():
         if source_of(name) is ParameterSource.COMMANDLINE:
@@ -175,14 +179,21 @@ def prequantized_format(checkpoint: Path) -> GptqFormat | None:
 
 
 def within_budget(
-    checkpoint: Path, scheme: QuantScheme, calibration: Calibration, *, budget: Budget, jobs: int, quiet: bool
+    checkpoint: Path,
+    scheme: QuantScheme,
+    calibration: Calibration,
+    *,
+    budget: Budget,
+    jobs: int,
+    quiet: bool,
+    adapters: Sequence[Path],
 ) -> QuantScheme:
     """The ``scheme`` with the most sensitive tensors at int8."""
     from h1export.cli.tables import ProgressBars
     from h1export.commands.sensitivity import measure_sensitivity
 
     with ProgressBars(quiet) as bars:
-        found = measure_sensitivity(checkpoint, scheme, calibration, progress=bars, jobs=jobs)
+        found = measure_sensitivity(checkpoint, scheme, calibration, progress=bars, jobs=jobs, adapters=adapters)
     return replace(scheme, chosen=dict.fromkeys(budget.raised(found), "int8"))
 
 
@@ -206,6 +217,7 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         budget_kl: float | None,
         out: Path | None,
         jobs: int,
+        adapters: tuple[str, ...],
         **others: Any,
     ) -> int:
         from h1export.checkpoint import resolve
@@ -219,6 +231,7 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         ComputeDevice.of(device)  # refuses one that is not here before a checkpoint is fetched
         checkpoint = resolve.resolve(model)
         prequantized = prequantized_format(checkpoint)
+        folders = adapter_folders(adapters)
         quant = "none" if prequantized else quant  # of the tensors that the checkpoint has in floats
         scheme = QuantScheme(
             quant, int(group_size), method or BEST[quant], chosen=read_plan(precisions) if precisions else {}
@@ -235,7 +248,9 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         )
         if budget is not None:
             quiet = bool(others["quiet"] or others["as_json"])
-            scheme = within_budget(checkpoint, scheme, calibration, budget=budget, jobs=jobs, quiet=quiet)
+            scheme = within_budget(
+                checkpoint, scheme, calibration, budget=budget, jobs=jobs, quiet=quiet, adapters=folders
+            )
         request = BuildRequest(
             checkpoint,
             options,
@@ -244,6 +259,7 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
             out=out,
             jobs=jobs,
             precision=f"int{prequantized.bits}" if prequantized else quant,
+            adapters=folders,
         )
         return command(request, **others)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
@@ -43,3 +44,19 @@ def say(message: object, quiet: bool = False) -> None:
 def answer(data: Any) -> None:
     """Print JSON to standard output."""
     click.echo(json.dumps(data, indent=1))
+
+
+adapter_option = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="DIR",
+    help="LoRA adapter in PEFT's layout to merge into the weights: a folder or a Hub id. Repeatable, in order.",
+)
+
+
+def adapter_folders(adapters: Sequence[str]) -> tuple[Path, ...]:
+    """Return the folders of --adapter arguments; raise H1ExportError for one that is neither a folder nor a Hub id."""
+    from h1export.checkpoint.resolve import resolve_folder
+
+    return tuple(resolve_folder(adapter) for adapter in adapters)

@@ -49,6 +49,7 @@ def plan(request: BuildRequest, contexts: tuple[int, ...], quiet: bool, as_json:
                 progress=bars,
                 jobs=request.jobs,
                 calibration=request.calibration,
+                adapters=request.adapters,
             )
         plans.append(found)
         say(plan_table(found), quiet or as_json)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import cloup
 
-from h1export.cli.common import answer, common, kernels_option, say
+from h1export.cli.common import adapter_folders, adapter_option, answer, common, kernels_option, say
 from h1export.errors import H1ExportError
 
 VALIDATE_OPTIONS = cloup.option_group(
@@ -51,8 +51,9 @@ VALIDATE_OPTIONS = cloup.option_group(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("model", required=False)
 @VALIDATE_OPTIONS
+@adapter_option
 @common
-def validate(out: Path, model: str | None, quiet: bool, as_json: bool, **checks: Any) -> int:
+def validate(out: Path, model: str | None, adapters: tuple[str, ...], quiet: bool, as_json: bool, **checks: Any) -> int:
     """Compare the artifact OUT with PyTorch on MODEL, the checkpoint it was built from; write OUT/report.json.
 
     \b
@@ -62,7 +63,8 @@ def validate(out: Path, model: str | None, quiet: bool, as_json: bool, **checks:
     """
     from h1export.checkpoint import resolve
 
-    report = run_validation(out, resolve.resolve(model), quiet, as_json=as_json, **checks)
+    folders = adapter_folders(adapters)
+    report = run_validation(out, resolve.resolve(model), quiet, as_json=as_json, adapters=folders, **checks)
     if as_json:
         answer(report)
     return 0 if report["passed"] else 1

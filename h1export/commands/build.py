@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from h1export.artifact.artifact import Artifact, file_table
 from h1export.artifact.manifest import MANIFEST, Manifest
 from h1export.artifact.stage import Stage, dry_stage
 from h1export.artifact.staging import check_place, staged
+from h1export.checkpoint.lora import described
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import passes_for, run_passes
@@ -26,7 +28,7 @@ from h1export.progress import SILENT, Progress
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.device import ComputeDevice
 from h1export.quantize.methods.select import integers_of, uncalibrated_integers
-from h1export.quantize.scheme import PREQUANTIZED, QuantScheme
+from h1export.quantize.scheme import ADAPTERS, PREQUANTIZED, QuantScheme
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets import TargetOptions, get_target, options_class
 
@@ -83,8 +85,11 @@ class BuildJob:
         options: TargetOptions | None,
         calibration: Calibration,
         progress: Progress = SILENT,
+        adapters: Sequence[Path] = (),
     ) -> BuildJob:
         """Check all that can be checked before a weight is read; ``options`` None: the target's defaults.
+
+        ``adapters`` are folders of LoRA adapters to merge, in order.
 
         Raises:
             H1ExportError: a checkpoint, scheme, option, calibration text or device that cannot be used.
@@ -97,7 +102,7 @@ class BuildJob:
             what = f"{type(options).__name__} are not the options of target {target}"
             raise H1ExportError("options", what, f"give {own.__name__}")
         config = FalconH1Config.load(checkpoint)
-        store = WeightStore.open(checkpoint, config, progress)
+        store = WeightStore.open(checkpoint, config, progress, adapters=adapters)
         scheme.check(config)
         special_tokens(checkpoint, config)  # refuses wrong ones now rather than when a text is generated
         return cls(
@@ -133,12 +138,14 @@ class BuildJob:
     def _scheme(self) -> dict[str, Any]:
         """Return the manifest's record of what decides the integers."""
         scheme = dataclasses.asdict(self.scheme)
-        if self.store.gptq_format is not None:
-            gptq_format = dataclasses.asdict(self.store.gptq_format)
+        if self.store.adapters:
+            scheme[ADAPTERS] = described(self.store.adapters)
+        if self.store.packed_format is not None:
+            packed_format = dataclasses.asdict(self.store.packed_format)
             return scheme | {
-                "quant": f"int{self.store.gptq_format.bits}",
+                "quant": f"int{self.store.packed_format.bits}",
                 "method": PREQUANTIZED,
-                PREQUANTIZED: gptq_format,
+                PREQUANTIZED: packed_format,
             }
         return scheme | (
             {} if self.ids is None else {"calibration": self.calibration.described(self.ids, self.device.name)}
@@ -194,6 +201,7 @@ def build_artifact(
     progress: Progress = SILENT,
     jobs: int = 0,
     calibration: Calibration = Calibration(),  # noqa: B008  frozen
+    adapters: Sequence[Path] = (),
 ) -> Artifact:
     """Export ``checkpoint`` to ``target`` as the folder ``out``, which appears complete or not at all.
 
@@ -209,12 +217,21 @@ def build_artifact(
         progress: receives the stages of the build.
         jobs: threads that compute weights; 0: one a core.
         calibration: the calibration text, for a method that needs one.
+        adapters: folders of LoRA adapters, which are merged into the weights in this order.
 
     Raises:
         H1ExportError: a checkpoint, scheme or option that cannot be exported, or an ``out`` that is taken.
     """
     check_place(out, force)
-    job = BuildJob.open(checkpoint, target, scheme=scheme, options=options, calibration=calibration, progress=progress)
+    job = BuildJob.open(
+        checkpoint,
+        target,
+        scheme=scheme,
+        options=options,
+        calibration=calibration,
+        progress=progress,
+        adapters=adapters,
+    )
     progress.stage("fingerprint", job.store.nbytes)
     manifest = job.manifest(job.store.fingerprint())
     with staged(out, force, manifest.key) as folder:

@@ -42,8 +42,8 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "parameters": sum(prod(shape) for shape in tensor_shapes(config).values()),
         "bytes_by_dtype": dict(by_dtype),
         "quantised": None
-        if store.gptq_format is None
-        else {**dataclasses.asdict(store.gptq_format), "tensors": len(store.packed)},
+        if store.packed_format is None
+        else {**dataclasses.asdict(store.packed_format), "tensors": len(store.packed)},
         "state_bytes": state_bytes(config),
         "ignored_keys": list(FalconH1Config.ignored(folder)),
         "ignored_tensors": list(store.ignored),

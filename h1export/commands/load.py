@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import MANIFEST
+from h1export.checkpoint.lora import described
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.quantize.scheme import ADAPTERS
 from h1export.runtime.runner import Inspectable
 from h1export.targets import Kernels, TargetOptions, get_target, options_class, target_infos
 
@@ -55,10 +58,15 @@ def load_folder(
     return load_runner(Artifact.open(Path(out)), threads, float32, kernels=kernels)
 
 
-def check_source(artifact: Artifact, checkpoint: Path) -> None:
-    """Check that ``artifact`` was built from ``checkpoint``; raise H1ExportError where it was not."""
+def check_source(artifact: Artifact, checkpoint: Path, adapters: Sequence[Path] = ()) -> None:
+    """Check that ``artifact`` was built from ``checkpoint`` with ``adapters``; raise H1ExportError where it was not."""
     config = FalconH1Config.load(checkpoint)
-    if WeightStore.open(checkpoint, config).fingerprint() != artifact.manifest.source or config != artifact.config:
+    store = WeightStore.open(checkpoint, config, adapters=adapters)
+    if store.fingerprint() != artifact.manifest.source or config != artifact.config:
         raise H1ExportError(
             artifact.folder, f"was not built from {checkpoint}", "give the checkpoint it was built from as MODEL"
         )
+    merged = artifact.manifest.scheme.get(ADAPTERS, [])
+    if merged != described(store.adapters):
+        what = f"has {len(merged)} adapters merged, and they are not the {len(store.adapters)} given"
+        raise H1ExportError(artifact.folder, what, "give those it was built with to `validate --adapter`, in order")

@@ -88,6 +88,7 @@ def plan_build(
     progress: Progress = SILENT,
     jobs: int = 0,
     calibration: Calibration = Calibration(),  # noqa: B008  frozen
+    adapters: Sequence[Path] = (),
 ) -> Plan:
     """Plan what ``build_artifact`` with these arguments would do.
 
@@ -96,7 +97,15 @@ def plan_build(
     Raises:
         H1ExportError: a checkpoint, scheme or option that cannot be exported.
     """
-    job = BuildJob.open(checkpoint, target, scheme=scheme, options=options, calibration=calibration, progress=progress)
+    job = BuildJob.open(
+        checkpoint,
+        target,
+        scheme=scheme,
+        options=options,
+        calibration=calibration,
+        progress=progress,
+        adapters=adapters,
+    )
     jobs = jobs or host.cores()
     start = time.perf_counter()
     with dry_stage() as stage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from h1export import host
@@ -27,6 +28,7 @@ def measure_sensitivity(
     *,
     progress: Progress = SILENT,
     jobs: int = 0,
+    adapters: Sequence[Path] = (),
 ) -> dict[str, Sensitivity]:
     """Measure the sensitivity of every quantised weight, with the integers that the scheme's method gives it.
 
@@ -37,7 +39,7 @@ def measure_sensitivity(
     """
     device = ComputeDevice.of(calibration.device)
     config = FalconH1Config.load(checkpoint)
-    store = WeightStore.open(checkpoint, config)
+    store = WeightStore.open(checkpoint, config, adapters=adapters)
     scheme.check(config)
     ids = calibration.ids(checkpoint)
     jobs = jobs or host.cores()

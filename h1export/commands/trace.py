@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from h1export.checkpoint.gptq_format import GptqFormat
+from h1export.checkpoint.packed_formats import load_format
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import passes_for, run_passes
@@ -26,7 +26,7 @@ def traced(checkpoint: Path, after: str | None = None) -> Program:
         H1ExportError: a checkpoint that cannot be exported, or an unknown pass.
     """
     config = FalconH1Config.load(checkpoint)
-    if GptqFormat.load(checkpoint) is None:
+    if load_format(checkpoint) is None:
         passes = passes_for(lambda _: "")
     else:
         passes = passes_for(WeightStore.open(checkpoint, config).order_name)

@@ -35,6 +35,7 @@ def validate_artifact(
     bisect: bool = False,
     prompts: int = 8,
     contexts: Sequence[int] = (),
+    adapters: Sequence[Path] = (),
     quick: bool = False,
     save: bool = True,
 ) -> Report:
@@ -51,6 +52,7 @@ def validate_artifact(
         progress: shows the stages.
         kernels: as in ``Target.load``.
         bisect, prompts, contexts: as in ValidateOptions.
+        adapters: folders of the adapters that it was built with, in order.
         quick: whether to run only the few cases that are ``quick``, with no text, greedy texts or latency, whatever
             the other arguments say.
         save: whether to write the report.
@@ -61,7 +63,7 @@ def validate_artifact(
     artifact = Artifact.open(out)
     progress.stage("hashes")
     artifact.check_hashes()
-    check_source(artifact, checkpoint)
+    check_source(artifact, checkpoint, adapters)
     if threads:
         torch.set_num_threads(threads)
     has_tokenizer = (out / TOKENIZER).is_file() and not quick
@@ -75,6 +77,7 @@ def validate_artifact(
         prompts=0 if quick else prompts,
         contexts=tuple(contexts),
         quick=quick,
+        adapters=tuple(adapters),
     )
     runner = load_runner(artifact, threads, kernels=kernels)
     exact = runner if runner.provenance.float32 else load_runner(artifact, threads, float32=True, kernels=kernels)

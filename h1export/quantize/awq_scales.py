@@ -84,7 +84,7 @@ class ScaledStore(WeightStore):
 
     def __init__(self, store: WeightStore, factors: AwqScales, progress: Progress) -> None:
         entries = {entry.name: entry for entry in store.entries}
-        super().__init__(entries, progress, store.gptq_format, packed=store.packed)
+        super().__init__(entries, progress, store.packed_format, packed=store.packed, adapters=store.adapters)
         self._factors = factors
 
     def rows(self, name: str, start: int, stop: int) -> Array:

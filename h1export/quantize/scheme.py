@@ -12,6 +12,7 @@ from h1export.model.falcon_h1.tensors import EMBEDDING, projection_of, tensor_sh
 from h1export.quantize.choices import GROUP_SIZES, Method, QuantName
 from h1export.quantize.precision import INT8, Precision
 
+ADAPTERS = "adapters"  # the key of a manifest's scheme that lists the adapters that were merged
 PREQUANTIZED = "prequantized"  # the method that a manifest records where the checkpoint had integers already
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.artifact.artifact import Artifact
-from h1export.checkpoint.gptq_tensor import ORDER
+from h1export.checkpoint.packed_format import ORDER
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from h1export.checkpoint.gptq_format import GptqFormat
+from h1export.checkpoint.packed_formats import format_from_config, load_format
 from h1export.errors import H1ExportError
 
 # as GPTQModel, AutoGPTQ and transformers write it
@@ -61,23 +62,49 @@ TRANSFORMERS = {
 }
 
 
+AUTOROUND = {
+    "amp": True,
+    "autoround_version": "0.9.1",
+    "batch_size": 8,
+    "bits": 4,
+    "block_name_to_quantize": "model.layers",
+    "damp_percent": 0.01,
+    "data_type": "int",
+    "desc_act": False,
+    "enable_quanted_input": True,
+    "extra_config": {"lm_head": {"bits": 16, "data_type": "float"}, "x": {"bits": 4}},
+    "group_size": 128,
+    "iters": 200,
+    "lm_head": False,
+    "low_gpu_mem_usage": True,
+    "nsamples": 512,
+    "provider": "auto-round",
+    "quant_method": "gptq",
+    "seqlen": 2048,
+    "sym": True,
+    "true_sequential": False,
+}
+GPTQMODEL_7 = GPTQMODEL | {"method": "gptq", "format": "gptq", "activation": None, "rotation": None}
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
         (GPTQMODEL, GptqFormat(4, 128, True, zero_offset=1)),
+        (GPTQMODEL_7, GptqFormat(4, 128, True, zero_offset=1)),
+        (AUTOROUND, GptqFormat(4, 128, True, zero_offset=1)),
         (AUTOGPTQ, GptqFormat(8, -1, False, zero_offset=1)),
         (TRANSFORMERS, GptqFormat(4, 128, True, zero_offset=0)),
     ],
-    ids=["gptqmodel", "autogptq", "transformers"],
+    ids=["gptqmodel", "gptqmodel 7", "autoround", "autogptq", "transformers"],
 )
 def test_what_writers_write(config: dict[str, Any], expected: GptqFormat) -> None:
-    assert GptqFormat.from_config(config) == expected
+    assert format_from_config(config) == expected
 
 
 @pytest.mark.parametrize(
     ("change", "mentioned"),
     [
-        ({"quant_method": "awq"}, ("'quant_method'", "'awq'", "unquantised")),
         ({"quant_method": "bitsandbytes"}, ("'bitsandbytes'", "unquantised")),
         ({"quant_method": None}, ("'None'",)),
         ({"bits": 2}, ("'bits'", "2", "4 or 8")),
@@ -98,13 +125,18 @@ def test_what_writers_write(config: dict[str, Any], expected: GptqFormat) -> Non
         ({"dynamic": ["-:x"]}, ("'dynamic'",)),
         ({"adapter": {"rank": 8}}, ("'adapter'",)),
         ({"rotation": "hadamard"}, ("'rotation'",)),
+        ({"method": "awq"}, ("'method'", "'awq'")),
+        ({"act_bits": 8}, ("'act_bits'",)),
+        ({"super_bits": 6}, ("'super_bits'",)),
+        ({"data_type": "mx_fp"}, ("'data_type'",)),
+        ({"extra_config": {"x": {"bits": 8}}}, ("'extra_config'", "'x'")),
         ({"sparsity": 0.5}, ("'sparsity'", "unknown")),
     ],
     ids=str,
 )
 def test_what_is_refused(change: dict[str, Any], mentioned: tuple[str, ...]) -> None:
     with pytest.raises(H1ExportError) as caught:
-        GptqFormat.from_config(GPTQMODEL | change, "config.json: quantization_config")
+        format_from_config(GPTQMODEL | change, "config.json: quantization_config")
     assert str(caught.value).startswith("config.json: quantization_config")
     assert all(text in str(caught.value) for text in mentioned), caught.value
     assert caught.value.next_step
@@ -114,10 +146,10 @@ def test_what_is_refused(change: dict[str, Any], mentioned: tuple[str, ...]) -> 
 def test_what_is_no_description(config: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     with pytest.raises(H1ExportError, match="quantization_config"):
-        GptqFormat.load(tmp_path)
+        load_format(tmp_path)
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}], ids=str)
 def test_a_checkpoint_in_floats(config: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert GptqFormat.load(tmp_path) is None
+    assert load_format(tmp_path) is None

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h1export.checkpoint.gptq_format import GptqFormat
-from h1export.checkpoint.gptq_tensor import PackedMatrix
+from h1export.checkpoint.gptq_tensor import GptqMatrix
 from h1export.checkpoint.safetensors_header import read_header
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
@@ -41,9 +41,9 @@ HOWS = st.builds(
 )
 
 
-def opened(written: Written, how: Gptq, shape: tuple[int, int]) -> PackedMatrix:
+def opened(written: Written, how: Gptq, shape: tuple[int, int]) -> GptqMatrix:
     entries = {entry.name: entry for entry in read_header(written.folder / "model.safetensors")}
-    return PackedMatrix.open(
+    return GptqMatrix.open(
         NAME, shape, GptqFormat(how.bits, how.group, how.sym, zero_offset=0 if how.v2 else 1), entries=entries
     )
 

@@ -32,7 +32,8 @@ def hub_cache(home: Path, checkpoint: Path) -> None:
 
 def inspect(home: Path) -> subprocess.CompletedProcess[str]:
     """Run `h1export inspect some-org/some-model` without a network."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    cache = {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}  # libraries that tests import may set either
+    environment = {**os.environ, **cache, "HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, "-c", INSPECT], capture_output=True, text=True, env=environment, check=False)
 
 

@@ -124,7 +124,7 @@ def change_first(**changes: object) -> Callable[[dict[str, Any]], object]:
     ("change", "mentioned"),
     [
         (change_first(dtype="F64"), ("dtype 'F64'", "F32, F16, BF16")),
-        (change_first(dtype="I64"), ("dtype 'I64'", "F32, F16, BF16")),
+        (change_first(dtype="U64"), ("dtype 'U64'", "F32, F16, BF16")),
         (change_first(dtype="F8_E4M3"), ("dtype 'F8_E4M3'",)),
         (change_first(dtype="bf16"), ("dtype 'bf16'",)),
         (change_first(dtype=None), ("dtype None",)),

@@ -92,7 +92,7 @@ def test_another_checkpoint_is_said_and_not_judged(
     ("text", "kept"),
     [
         ("/srv/models/x: broken", "x: broken"),
-        ("cannot open '/opt/a/lib.so.1'", "cannot open 'lib.so.1'"),
+        ("cannot open '/srv/a/lib.so.1'", "cannot open 'lib.so.1'"),
         (r"D:\models\model.onnx is missing", "model.onnx is missing"),
         ("12 tokens/s and 1/2", "12 tokens/s and 1/2"),
         ("an artifact at /data/my out/model.engine", "an artifact at OUT/model.engine"),

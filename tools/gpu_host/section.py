@@ -83,7 +83,7 @@ SECTIONS = (
     Section("b", "kernel_tests", "pytest -m gpu of the kernels and ops", 90),
     Section("c", "plugin_launches", "the TensorRT plugin's launches on the real driver", 30),
     Section("d", "artifacts", "validate of the CUDA artifacts, and 512 decode steps", 70, dry_limit_s=300),
-    Section("e", "speed", "kernels and models beside their peers and the roofline", 120),
-    Section("f", "calibration", "GPTQ of the 0.5B shape on the GPU", 60),
+    Section("e", "speed", "kernels and models beside their peers and the roofline", 105),
+    Section("f", "calibration", "GPTQ of the 0.5B shape on the GPU", 75),
     Section("g", "proxy", "training of the quality proxy", 600, on_demand=True),
 )

@@ -7,7 +7,7 @@ and that of a decode step the forward of all tokens so far.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from h1export.checkpoint.gptq_format import GptqFormat
+from h1export.checkpoint.packed_formats import load_format
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
@@ -34,7 +34,7 @@ CHUNK_TOLERANCE = 1e-3
 class Reference:
     """transformers' model on the checkpoint's weights, dequantised where they are integers; ``hold`` replaces them."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, adapters: Sequence[Path] = ()) -> None:
         from transformers import FalconH1Config as TransformersConfig
         from transformers import FalconH1ForCausalLM
         from transformers.utils import logging
@@ -45,7 +45,7 @@ class Reference:
         log.set_verbosity_error()
         log.disable_progress_bar()
         self.config = FalconH1Config.load(checkpoint)
-        packed = GptqFormat.load(checkpoint) is not None
+        packed = load_format(checkpoint) is not None
         try:
             if packed:  # transformers itself would need kernels for GPTQ
                 config = config_class.from_pretrained(checkpoint, local_files_only=True)
@@ -57,9 +57,9 @@ class Reference:
             raise H1ExportError(
                 checkpoint, f"transformers cannot load it ({error})", "compare it with the published checkpoint"
             ) from None
-        if packed:
+        if packed or adapters:
             model_config = FalconH1Config.load(checkpoint)
-            store = WeightStore.open(checkpoint, model_config)
+            store = WeightStore.open(checkpoint, model_config, adapters=adapters)
             for name, shape in tensor_shapes(model_config).items():
                 self.hold({name: store.rows(name, 0, shape[0])})
 

@@ -56,6 +56,7 @@ class ValidateOptions:
         bisect: whether to name the first layer and op family beyond tolerance.
         prompts: the number of greedy texts, which start at places in the text.
         contexts: the numbers of tokens at which to compare states after a prefill in chunks, and to time tokens.
+        adapters: folders of the adapters that the artifact was built with, in order.
         quick: whether only the cases that are ``quick`` run.
     """
 
@@ -67,6 +68,7 @@ class ValidateOptions:
     bisect: bool = False
     prompts: int = 8
     contexts: tuple[int, ...] = ()
+    adapters: tuple[Path, ...] = ()
     quick: bool = False
 
 
@@ -118,14 +120,14 @@ def validate(
     stored = runner.stored_weights()
     rows = []
     scaling = AwqScales.load(artifact.folder)
-    store = ScaledStore(WeightStore.open(checkpoint, runner.config), scaling, SILENT)
+    store = ScaledStore(WeightStore.open(checkpoint, runner.config, adapters=options.adapters), scaling, SILENT)
     if stored:
         progress.stage("stored weights")
         rows.append(_weights_row(artifact, stored, store, tolerances=tolerances))
     scaled = {name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys()}
     held = {**stored, **scaled} if scaled else stored
     validation = Validation(runner, exact, held, tolerances=tolerances, options=options)
-    reference = Reference(checkpoint)
+    reference = Reference(checkpoint, options.adapters)
     rows += published_rows(runner, reference, weight_files(checkpoint, runner.config), tolerances=tolerances)
     rows += _rows(validation, reference, progress)
     if options.bisect:

@@ -32,7 +32,7 @@ IGNORED_KEYS: Mapping[str, str] = {
     "output_attentions": "a transformers run-time switch",
     "output_hidden_states": "a transformers run-time switch",
     "problem_type": "for classifiers only",
-    "quantization_config": "how weights are stored, which changes nothing in the architecture: GptqFormat reads it",
+    "quantization_config": "how weights are stored, which changes nothing in the model: packed_formats.py reads it",
     "return_dict": "a transformers run-time switch",
     "time_step_floor": "initialisation only",
     "time_step_max": "initialisation only",

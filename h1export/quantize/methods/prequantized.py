@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from h1export.checkpoint.gptq_tensor import PackedMatrix
+from h1export.checkpoint.packed_format import PackedMatrix
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.quantize.choices import GROUP_SIZES
@@ -54,7 +55,7 @@ class Prequantized:
         return QuantizedTensor(codes, scales, np.ones(len(codes), np.float32), zeros=zeros if precision.zeros else None)
 
 
-def precision_of(matrix: PackedMatrix) -> Precision:
+def precision_of(matrix: PackedMatrix[Any]) -> Precision:
     """Returns the precision of ``matrix``, with the largest group size that divides its groups.
 
     An int8 matrix with a single group has a scale per row.
@@ -63,12 +64,12 @@ def precision_of(matrix: PackedMatrix) -> Precision:
         H1ExportError: groups that no size of GROUP_SIZES divides.
     """
     sizes = np.unique(matrix.group_of, return_counts=True)[1]
-    gptq_format = matrix.gptq_format
-    if gptq_format.bits == 8 and len(sizes) == 1:
-        return Precision(8, 0, not gptq_format.sym)
+    packed_format = matrix.packed_format
+    if packed_format.bits == 8 and len(sizes) == 1:
+        return Precision(8, 0, not packed_format.sym)
     for group_size in reversed(GROUP_SIZES):
         if not (sizes % group_size).any():
-            return Precision(gptq_format.bits, group_size, not gptq_format.sym)
+            return Precision(packed_format.bits, group_size, not packed_format.sym)
     found = ", ".join(map(str, sorted(set(sizes.tolist()))))
     what = f"has groups of {found} columns, which no group size of {GROUP_SIZES} divides"
     raise H1ExportError(

@@ -39,10 +39,10 @@ def uncalibrated_integers(store: WeightStore, config: FalconH1Config, scheme: Qu
         H1ExportError: integers that no runtime takes, or a scheme for weights that are in integers already.
     """
     found = Rounded(store, scheme.precisions(config), ROUNDINGS[scheme.method])
-    if store.gptq_format is None:
+    if store.packed_format is None:
         return found
     for name in found.precisions.keys() & store.packed.keys():
-        what = f"is in int{store.gptq_format.bits} already, and its own integers are exported"
+        what = f"is in int{store.packed_format.bits} already, and its own integers are exported"
         raise H1ExportError(
             f'tensor "{name}"', what, "leave it out of --quant and --precisions, or give the unquantised checkpoint"
         )

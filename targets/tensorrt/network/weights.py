@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
-from h1export.checkpoint.gptq_tensor import ORDER
+from h1export.checkpoint.packed_format import ORDER
 from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor

@@ -23,6 +23,8 @@ IDS = np.random.default_rng(0).integers(0, 264, 70, dtype=np.int64)  # a prefill
 HOWS: list[dict[str, Any]] = [
     {"sym": False, "act_order": True, "group": 96, "head": True, "like": {"self_attn.o_proj": "mamba.in_proj"}},
     {"bits": 8, "sym": False, "group": -1, "v2": True},
+    {"layout": "awq", "sym": False},
+    {"layout": "compressed", "act_order": True, "sym": False},
 ]
 
 

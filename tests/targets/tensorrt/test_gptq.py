@@ -31,8 +31,12 @@ def made(written: Written, out: Path) -> Artifact:
     )
 
 
-@pytest.mark.parametrize(("group", "head"), [(96, True), (-1, False)])
+@pytest.mark.parametrize(
+    ("layout", "group", "head"),
+    [("gptq", 96, True), ("gptq", -1, False), ("awq", 32, False), ("compressed", 32, False)],
+)
 def test_the_network_computes_what_the_integers_mean(
+    layout: str,
     group: int,
     head: bool,
     make_gptq: Callable[..., Written],
@@ -41,7 +45,12 @@ def test_the_network_computes_what_the_integers_mean(
     tmp_path: Path,
 ) -> None:
     written = make_gptq(
-        tmp_path / "in", act_order=True, group=group, head=head, like={"self_attn.o_proj": "mamba.in_proj"}
+        tmp_path / "in",
+        layout=layout,
+        act_order=layout != "awq",
+        group=group,
+        head=head,
+        like={"self_attn.o_proj": "mamba.in_proj"},
     )
     artifact = made(written, tmp_path / "out")
     truth = gptq_logits(written, IDS)

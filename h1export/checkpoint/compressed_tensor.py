@@ -1,0 +1,101 @@
+"""CompressedMatrix: a weight of a checkpoint in compressed-tensors' "pack-quantized" format.
+
+For a linear layer X with a weight [rows, columns] = [out_features, in_features] the file holds
+
+    X.weight_packed      int32 [rows, columns * bits / 32]     codes, packed along the columns
+    X.weight_scale       float [rows, groups]
+    X.weight_shape       int64 [2]                             [rows, columns]
+    X.weight_zero_point  int32 [rows * bits / 32, groups]      zero points, packed along the rows; if asymmetric
+    X.weight_g_idx       int32 [columns]                       the group of each column; -1 everywhere: neighbours
+
+Numbers of words are rounded up. Codes and zero points are stored as unsigned numbers, the middle of their range added.
+The first code of a 32-bit word is stored in its lowest bits.
+
+Source: compressed-tensors, ``PackedQuantizationCompressor``, ``pack_to_int32`` and ``dequantize``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from h1export.checkpoint.compressed_format import CompressedFormat
+from h1export.checkpoint.packed_format import (
+    DOWNLOAD_AGAIN,
+    GET_MATCHING_FILES,
+    INTEGERS,
+    SCALE_DTYPES,
+    Columns,
+    PackedMatrix,
+    Unsigned,
+    checked_groups,
+)
+from h1export.checkpoint.safetensors_header import TensorEntry
+from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.states import Array
+
+GROUPS_PART = "weight_g_idx"
+
+
+class CompressedMatrix(PackedMatrix[CompressedFormat]):
+    """One weight in compressed-tensors' "pack-quantized" format."""
+
+    all_parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", GROUPS_PART)
+    main_part = "weight_packed"
+    scales_part = "weight_scale"
+    zeros_part = "weight_zero_point"
+
+    @classmethod
+    def expected(
+        cls, shape: tuple[int, int], packed_format: CompressedFormat, *, where: str
+    ) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        rows, columns = shape
+        groups = packed_format.groups(columns)
+        if groups * packed_format.group_size not in (-1, columns):
+            what = f"has {columns} columns, which groups of {packed_format.group_size} do not divide"
+            raise H1ExportError(where, what, GET_MATCHING_FILES)
+        parts = {
+            "weight_packed": ((rows, packed_format.words(columns)), INTEGERS),
+            "weight_scale": ((rows, groups), SCALE_DTYPES),
+            "weight_shape": ((2,), ("I64", "I32")),
+            GROUPS_PART: ((columns,), INTEGERS),
+        }
+        return parts if packed_format.sym else parts | {cls.zeros_part: ((packed_format.words(rows), groups), INTEGERS)}
+
+    @classmethod
+    def optional_parts(cls) -> frozenset[str]:
+        return frozenset({GROUPS_PART})
+
+    @classmethod
+    def column_groups(
+        cls, shape: tuple[int, int], packed_format: CompressedFormat, *, parts: Mapping[str, TensorEntry]
+    ) -> Columns:
+        stored = parts["weight_shape"]
+        if tuple(stored.values().tolist()) != shape:
+            what = f"is {stored.values().tolist()}, and config.json asks for {list(shape)}"
+            raise H1ExportError(f'{stored.file}: tensor "{stored.name}"', what, GET_MATCHING_FILES)
+        entry = parts.get(GROUPS_PART)
+        if entry is None or (entry.values() == -1).all():
+            return super().column_groups(shape, packed_format, parts=parts)
+        groups = packed_format.groups(shape[1])
+        group_of = checked_groups(entry, groups)
+        # The library divides the sorted columns into equal groups, whatever the numbers are.
+        if len(set(np.bincount(group_of, minlength=groups).tolist())) > 1:
+            raise H1ExportError(f'{entry.file}: tensor "{entry.name}"', "has groups of different sizes", DOWNLOAD_AGAIN)
+        return group_of
+
+    def unsigned_codes(self, start: int, stop: int) -> Unsigned:
+        return self.unpacked(self.parts["weight_packed"].values()[start:stop], self.shape[1])
+
+    def unsigned_zeros(self, start: int, stop: int) -> Unsigned:
+        rows = min(stop, self.shape[0]) - start
+        if self.packed_format.sym:
+            groups = self.packed_format.groups(self.shape[1])
+            return np.full((rows, groups), self.packed_format.middle, np.uint8)
+        first, end, begin = self.word_range(start, stop)
+        words = self.parts[self.zeros_part].values()[first:end].T
+        return self.unpacked(words, stop - begin)[:, start - begin :].T
+
+    def stored_scales(self, start: int, stop: int) -> Array:
+        return self.parts["weight_scale"].floats(slice(start, stop))

@@ -1,0 +1,144 @@
+"""LoraConfig: what decides an adapter's products, read from PEFT's adapter_config.json.
+
+The names of the adapted modules (``target_modules`` and its like) are not read: the tensors of the file decide.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from h1export.errors import H1ExportError
+from h1export.model.config_reader import ConfigReader, read_config
+
+ADAPTER_CONFIG = "adapter_config.json"
+MERGE = "merge it with PEFT's merge_and_unload, and give the merged model"
+MAX_RANK = 1 << 14
+MAX_PATTERN = 200  # characters of a module pattern
+
+USED_KEYS = frozenset(
+    {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"}
+)
+_TENSORS = "the tensors of the file decide"
+_TRAINING = "used in training only"
+IGNORED_KEYS: Mapping[str, str] = {
+    "auto_mapping": "information only",
+    "base_model_name_or_path": "information only",
+    "ensure_weight_tying": _TRAINING,
+    "eva_config": _TRAINING,
+    "exclude_modules": _TENSORS,
+    "fan_in_fan_out": "every adapted module of this model is a linear layer, for which PEFT ignores it",
+    "inference_mode": _TRAINING,
+    "layers_pattern": _TENSORS,
+    "layers_to_transform": _TENSORS,
+    "lora_dropout": _TRAINING,
+    "megatron_core": "the name of a module that is used only where megatron_config is set, which is refused",
+    "modules_to_save": _TENSORS,
+    "peft_version": "information only",
+    "qalora_group_size": "of use_qalora, which is refused",
+    "revision": "information only",
+    "target_modules": _TENSORS,
+    "task_type": "information only",
+    "velora_config": _TRAINING,
+}
+# Values of init_lora_weights that leave the base model's weights as they are.
+KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The ranks and scaling factors of an adapter's modules.
+
+    Attributes:
+        r: the rank of modules that no pattern names.
+        alpha: the alpha of modules that no pattern names.
+        rank_stabilised: whether a product is scaled by alpha / sqrt(rank) and not by alpha / rank.
+        ranks: pattern of a module's name -> its rank; the first pattern that matches counts.
+        alphas: pattern of a module's name -> its alpha.
+    """
+
+    r: int
+    alpha: float
+    rank_stabilised: bool
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+
+    @classmethod
+    def load(cls, folder: Path) -> LoraConfig:
+        """Read the adapter_config.json of ``folder``.
+
+        Raises:
+            H1ExportError: there is none, or it describes more than low-rank products that are added to weights.
+        """
+        path = folder / ADAPTER_CONFIG
+        if not path.is_file():
+            raise H1ExportError(folder, f"has no {ADAPTER_CONFIG}", "give the folder that PEFT's save_pretrained wrote")
+        config = read_config(path)
+        if not isinstance(config, dict):
+            raise H1ExportError(path, "not a JSON object", "save the adapter again")
+        read = ConfigReader(config, path)
+        if config.get("peft_type") != "LORA":
+            found = str(config.get("peft_type"))[:40]
+            raise read.error("peft_type", f"is {found!r}, and only 'LORA' is merged", MERGE)
+        for key, value in config.items():
+            if key not in USED_KEYS and key not in IGNORED_KEYS and value not in (None, False, [], {}):
+                raise read.error(str(key)[:80], "is set, and only plain LoRA is merged", MERGE)
+        if config.get("bias") not in (None, "none"):
+            raise read.error("bias", f"is {str(config['bias'])[:40]!r}, and only 'none' is merged", MERGE)
+        start = config.get("init_lora_weights")
+        if not any(start is value or (isinstance(start, str) and start == value) for value in KEEPS_BASE):
+            what = f"is {str(start)[:40]!r}, which changes the base model's weights"
+            raise read.error("init_lora_weights", what, "convert it to plain LoRA with PEFT, or " + MERGE)
+        ranks = {pattern: _rank(read, "rank_pattern", value) for pattern, value in _patterns(read, "rank_pattern")}
+        alphas = {pattern: _alpha(read, "alpha_pattern", value) for pattern, value in _patterns(read, "alpha_pattern")}
+        return cls(
+            _rank(read, "r", config.get("r", 8)),
+            _alpha(read, "lora_alpha", config.get("lora_alpha", 8)),
+            read.flag("use_rslora", False),
+            ranks=ranks,
+            alphas=alphas,
+        )
+
+    def rank(self, module: str) -> int:
+        """Return the rank of ``module``."""
+        return next((rank for pattern, rank in self.ranks.items() if _matches(pattern, module)), self.r)
+
+    def scaling(self, module: str) -> float:
+        """Return the factor of the product of ``module``."""
+        alpha = next((alpha for pattern, alpha in self.alphas.items() if _matches(pattern, module)), self.alpha)
+        rank = self.rank(module)
+        return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
+
+
+def _matches(pattern: str, module: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _patterns(read: ConfigReader, key: str) -> list[tuple[str, Any]]:
+    found = read.config.get(key) or {}
+    if not isinstance(found, dict):
+        raise read.error(key, "is no JSON object", "save the adapter again")
+    for pattern in found:
+        try:
+            re.compile(rf"(.*\.)?({pattern})$")
+        except (re.error, RecursionError, OverflowError):
+            raise read.error(key, f"has the pattern {pattern[:40]!r}, which does not parse", MERGE) from None
+        if len(pattern) > MAX_PATTERN:
+            raise read.error(key, f"has a pattern of {len(pattern)} characters", MERGE)
+    return list(found.items())
+
+
+def _rank(read: ConfigReader, key: str, value: Any) -> int:
+    if type(value) is not int or not 0 < value <= MAX_RANK:
+        raise read.error(key, f"is {str(value)[:40]}", f"expected whole numbers from 1 to {MAX_RANK}")
+    return value
+
+
+def _alpha(read: ConfigReader, key: str, value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) < 1e9:
+        raise read.error(key, f"is {str(value)[:40]}", "expected finite numbers")
+    return float(value)

@@ -59,7 +59,12 @@ def run(host: Host) -> Iterator[Row]:
 def _built(host: Host, quant: Literal["int4", "none"]) -> Artifact:
     out = host.work / f"ort-cuda-{quant}"
     return build_artifact(
-        embedded_model(), "ort", out, scheme=QuantScheme(quant, 32, "rtn"), options=OrtOptions(graph="cuda")
+        embedded_model(),
+        "ort",
+        out,
+        scheme=QuantScheme(quant, 32, "rtn"),
+        options=OrtOptions(graph="cuda"),
+        force=True,  # an earlier dry run in the same folder has left its own
     )
 
 

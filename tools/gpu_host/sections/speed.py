@@ -11,8 +11,8 @@ from pathlib import Path
 from gpu_host import bundle, dry
 from gpu_host.section import Host, Row
 
-KERNELS_S = 55  # seconds of the section's limit after which no further case begins
-MODELS_S = 40
+KERNELS_S = 50  # seconds of the section's limit after which no further case begins
+MODELS_S = 35
 
 
 def run(host: Host) -> Iterator[Row]:

@@ -207,7 +207,7 @@ def test_shard_names_may_not_leave_the_folder(name: object, plain: Path) -> None
 def test_shard_names_may_not_be_absolute(plain: Path) -> None:
     outside = shutil.copyfile(plain / SINGLE, plain.parent / "outside.safetensors")
     write_index(plain, {"weight_map": {"model.embed_tokens.weight": str(outside)}})
-    refused(plain, INDEX, str(outside), "own folder")
+    refused(plain, INDEX, "names the shard", str(outside)[:20], "own folder")
 
 
 @pytest.mark.parametrize("name", ["..\\outside.safetensors", "C:\\x.safetensors", "a\0b.safetensors"], ids=repr)

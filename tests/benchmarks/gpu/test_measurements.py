@@ -14,6 +14,8 @@ from roofline import Gpu, Shape, scan_work
 
 from h1export.plugins.ssm_scan.tiles import MEASURED, TILES, tiles_for
 
+pytestmark = pytest.mark.trt
+
 GPU = Gpu("test", 90, 1e9, tensor=1e12)
 SMALL = Shape("small", 2, 32, d_state=64, groups=1)
 

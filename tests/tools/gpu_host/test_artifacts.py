@@ -14,6 +14,7 @@ from gpu_host.section import Host
 from gpu_host.sections import artifacts
 
 
+@pytest.mark.ort
 def test_a_dry_run_validates_and_places_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRAPH_VARIANTS, "cuda", GRAPH_VARIANTS["cuda"])  # type: ignore[misc]  restored afterwards
     rows = list(artifacts.run(Host(tmp_path, tmp_path, "cpu")))

@@ -21,6 +21,8 @@ from h1export.validate.accuracy import published_proofs
 from h1export.validate.accuracy.published_proofs import proofs, proofs_of, published_rows
 from h1export.validate.accuracy.reference import Reference
 
+pytestmark = pytest.mark.ort
+
 PROMPT = [3, 1, 4, 1, 5]
 EXACT = {"source.logits": 5e-5}
 

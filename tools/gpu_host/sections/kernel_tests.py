@@ -15,7 +15,14 @@ from xml.etree import ElementTree
 from gpu_host import bundle
 from gpu_host.section import Host, Row
 
-RUN = ("tests/plugins", "tests/graphs/test_on_device.py", "tests/targets/onnxruntime/test_cuda.py")
+RUN = (
+    "tests/plugins",
+    "tests/graphs/test_on_device.py",
+    "tests/quantize/test_device.py",
+    "tests/targets/onnxruntime/test_cuda.py",
+    "tests/targets/onnxruntime/test_cuda_bf16.py",
+    "tests/targets/onnxruntime/test_cuda_kernels.py",
+)
 CANNOT: Mapping[str, str] = {  # file -> why its GPU tests cannot run on the GPU host
     "tests/targets/tensorrt/test_gpu.py": (
         "it builds engines: the GPU host has no TensorRT, and TensorRT-RTX builds none for compute capability 9.0"

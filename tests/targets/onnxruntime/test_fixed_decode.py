@@ -128,15 +128,17 @@ def test_nothing_goes_between_cpu_and_device(quant: str, activations: str, tiny:
     assert copies(load(built(build, tiny, quant, activations=activations))) == []
 
 
-def test_so_it_is_for_every_switch_and_every_fallback(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_so_it_is_for_every_switch(checkpoint: Path, build: Build) -> None:
+    assert copies(load(built(build, checkpoint))) == []
+
+
+@pytest.mark.parametrize("refused", ["scan_refusal", "conv_refusal"])
+def test_so_it_is_beyond_the_kernels_limits(
+    refused: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number, refused in enumerate(("", "scan_refusal", "conv_refusal")):
-        with monkeypatch.context() as patch:
-            if refused:
-                patch.setattr(cuda, refused, lambda *_: "refused")
-            artifact = build_artifact(checkpoint, "ort", tmp_path / str(number), options=OrtOptions(graph="cuda"))
-        assert copies(load(artifact)) == []
+    monkeypatch.setattr(cuda, refused, lambda *_: "refused")
+    artifact = build_artifact(tiny, "ort", tmp_path / "out", options=OrtOptions(graph="cuda"))
+    assert copies(load(artifact)) == []
 
 
 def test_lengths_from_the_cpu_are_noticed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

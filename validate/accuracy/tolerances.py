@@ -24,7 +24,7 @@ ROUNDED: Mapping[str, float] = {"logits": 0.08, "states": 0.25, "kl": 0.05, "top
 # fp16 activations on fp16 weights: 4 layers differ by 5e-4 and 1.2e-3, and 36 layers add up to three times that
 HALF: Mapping[str, float] = {"logits": 5e-3, "states": 1e-2, "kl": 1e-4, "top1": 0.9}
 # bf16 activations, which are rounded 8 times as far: 8 times HALF, but for KL, which grows with the square
-BRAIN: Mapping[str, float] = {"logits": 4e-2, "states": 8e-2, "kl": 6e-3, "top1": 0.75}
+BRAIN: Mapping[str, float] = {"logits": 4e-2, "states": 8e-2, "kl": 6e-3, "top1": 0.85}
 STEPS_METRIC = "weights.steps"
 GROUP_METRIC = "weights.group"
 TEXT_METRIC = "text.ratio"
@@ -51,8 +51,9 @@ def tolerances_of(manifest: Manifest, float32: bool, exact: bool, *, chosen: Map
 
     An artifact whose options name bf16 has the tolerances BRAIN where others have HALF. bf16 has 8 bits of precision
     and fp16 has 11, so that a rounding is 8 times as large, on a GPU as here: a GPU adds up products in float32, and
-    rounds where the CPU's stand-in does. The stand-in for the CUDA graph, which rounds every activation to bf16, leaves
-    the figures that tests/validate/accuracy/test_harness.py repeats. No GPU has run it.
+    rounds where the CPU's stand-in does. That stand-in for the CUDA graph, which rounds every activation to bf16, is up
+    to 8e-3 (logits), 1.2e-2 (states) and 1.1e-4 (KL) from the reference on 4 layers, and 36 layers add up to three
+    times that (tests/targets/onnxruntime/test_cuda_bf16.py). No GPU has run it.
     """
     bits = min((weight.bits for weight in manifest.weights), default=0)
     quant: QuantName = next((name for name in get_args(QuantName) if name == f"int{bits}"), "none")

@@ -20,6 +20,7 @@ from h1export.cli import run
 AUTO = ("Config", "Model", "ModelForCausalLM", "Tokenizer", "Processor", "GenerationConfig", "ImageProcessor")
 MODULES = ("configuration_planted", "modeling_planted", "tokenization_planted", "tokenizer", "generation_planted")
 CLASSES = ("Planted", "PlantedFast", "PlantedConfig", "PlantedForCausalLM", "Tokenizer", "generate")
+QUICK = ("--latency-pairs", "0", "--text-bytes", "500", "--prompts", "0")
 ESCAPES = (
     "{{ cycler.__init__.__globals__.os.system('MARK') }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -150,7 +151,7 @@ COMMANDS: dict[str, Callable[[str, str, str], list[str]]] = {
     "plan": lambda model, out, tasks: ["plan", model, "--target", "ort"],
     "inspect": lambda model, out, tasks: ["inspect", out],
     "inspect_checkpoint": lambda model, out, tasks: ["trace", model],
-    "validate": lambda model, out, tasks: ["validate", out, model, "--quick"],
+    "validate": lambda model, out, tasks: ["validate", out, model, *QUICK],
     "generate": lambda model, out, tasks: ["generate", out, "import os", "--max-tokens", "2"],
     "generate_chat": lambda model, out, tasks: ["generate", out, "hi", "--chat", "--max-tokens", "2"],
     "generate_system": lambda model, out, tasks: ["generate", out, "hi", "--system", "Be.", "--max-tokens", "2"],

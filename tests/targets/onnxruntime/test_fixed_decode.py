@@ -33,7 +33,10 @@ CALLS = [(0, 11), *((at, at + 1) for at in range(11, 30)), (30, 34), *((at, at +
 
 
 def built(build: Build, checkpoint: Path, quant: str = "int4", **options: Any) -> Artifact:
-    return build(checkpoint, quant, graph="cuda", captured_decode=True, **options)
+    """Return an artifact as if it were built with --captured-decode, whose files are those of other tests."""
+    artifact = build(checkpoint, quant, graph="cuda", **options)
+    switches = {**artifact.manifest.options, "captured_decode": True}
+    return replace(artifact, manifest=replace(artifact.manifest, options=switches))
 
 
 def deviation(runner: Any, batch: int, *, append: Callable[..., Any] | None = None, capacity: int = CAPACITY) -> float:
@@ -174,11 +177,17 @@ def test_sessions_capture_under_numbers_of_their_own_and_all_other_runs_under_no
     assert numbers.count("-1") == 2 * (len(CALLS) + len(CALLS) - steps)
 
 
+def test_the_switch_changes_no_file_but_the_manifest(tiny: Path, build: Build) -> None:
+    plain, captured = (build(tiny, "int4", graph="cuda", captured_decode=switch) for switch in (False, True))
+    assert plain.manifest.files == captured.manifest.files
+    assert OrtOptions.read(captured) == replace(OrtOptions.read(plain), captured_decode=True)
+
+
 @pytest.mark.parametrize("captured", [False, True])
 def test_the_provider_is_told_to_capture(
     captured: bool, tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    artifact = build(tiny, "int4", graph="cuda", captured_decode=captured)
+    artifact = built(build, tiny) if captured else build(tiny, "int4", graph="cuda")
     ort = sdk.onnxruntime()
     given: list[Any] = []
 

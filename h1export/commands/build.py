@@ -17,6 +17,7 @@ from h1export.artifact.stage import Stage, dry_stage
 from h1export.artifact.staging import check_place, staged
 from h1export.checkpoint.lora import described
 from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.unchanged import SourceFiles
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
@@ -220,9 +221,11 @@ def build_artifact(
         adapters: folders of LoRA adapters, which are merged into the weights in this order.
 
     Raises:
-        H1ExportError: a checkpoint, scheme or option that cannot be exported, or an ``out`` that is taken.
+        H1ExportError: a checkpoint, scheme or option that cannot be exported, a checkpoint that changes meanwhile, or
+            an ``out`` that is taken.
     """
     check_place(out, force)
+    sources = SourceFiles.of((checkpoint, *adapters))
     job = BuildJob.open(
         checkpoint,
         target,
@@ -236,4 +239,5 @@ def build_artifact(
     manifest = job.manifest(job.store.fingerprint())
     with staged(out, force, manifest.key) as folder:
         job.write(manifest, Stage(folder, jobs or host.cores()), progress)
+        sources.check()
     return Artifact.open(out)

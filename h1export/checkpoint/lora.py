@@ -214,7 +214,7 @@ def _sha256(products: Mapping[str, tuple[LowRank, ...]]) -> str:
                 described = [name, product.table, product.scaling, entry.dtype, entry.shape]
                 digest.update(json.dumps(described).encode())
                 for block in entry.blocks():
-                    digest.update(block)
+                    digest.update(block.data)
     return digest.hexdigest()
 
 

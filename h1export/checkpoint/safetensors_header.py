@@ -99,7 +99,7 @@ class TensorEntry:
         try:
             with open(self.file, "rb", buffering=0) as stream:
                 for start, array in places:
-                    left = memoryview(array).cast("B") if array.size else memoryview(b"")
+                    left = array.data.cast("B") if array.size else memoryview(b"")
                     stream.seek(start)
                     while left:
                         count = stream.readinto(left)

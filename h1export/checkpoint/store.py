@@ -233,7 +233,7 @@ class WeightStore:
             entry = self._entries[name]
             digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
             for block in entry.blocks():
-                digest.update(block)
+                digest.update(block.data)
                 self._progress.advance(len(block))
         return digest.hexdigest()
 

@@ -51,7 +51,7 @@ class SourceFiles:
 
 
 def _identities(folders: Iterable[Path]) -> dict[Path, Identity]:
-    found = {}
+    found: dict[Path, Identity] = {}
     for folder in folders:
         try:
             names = os.listdir(folder)

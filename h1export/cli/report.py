@@ -7,9 +7,8 @@ from pathlib import Path
 import click
 import cloup
 
+from h1export.artifact.artifact import PAGE
 from h1export.cli.common import answer, common, say
-
-PAGE = "report.html"
 
 
 @cloup.command(short_help="Make an HTML page of validation results.")

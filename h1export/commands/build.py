@@ -13,6 +13,7 @@ from typing import Any
 from h1export import __version__, host
 from h1export.artifact.artifact import Artifact, file_table
 from h1export.artifact.manifest import MANIFEST, Manifest
+from h1export.artifact.sbom import SBOM, sbom
 from h1export.artifact.stage import Stage, dry_stage
 from h1export.artifact.staging import check_place, staged
 from h1export.checkpoint.chat_template import template_files
@@ -170,6 +171,7 @@ class BuildJob:
             self.store, self.config, self.scheme, ids=self.ids, stage=stage, progress=progress, device=self.device
         )
         lowered = target.lower(program, store, integers, options=self.options, stage=stage, progress=progress)
+        (stage.folder / SBOM).write_text(sbom(manifest), encoding="utf-8")
         progress.stage("hashes")
         files = file_table(stage.folder, sizes_only=stage.dry)
         names = ("inputs", "outputs", "weights", "weights_file", "requirements")

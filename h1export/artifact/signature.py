@@ -7,7 +7,6 @@ A signature is 64 bytes in ``manifest.json.sig``, as ``openssl pkeyutl -verify -
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -23,8 +22,6 @@ SIGNATURE = f"{MANIFEST}.sig"
 SIGNATURE_BYTES = 64
 UNSIGNED = frozenset({MANIFEST, SIGNATURE, REPORT, PAGE})  # nothing is decided by the last two
 MAKE_KEY = "give a key that `openssl genpkey -algorithm ed25519` has made"
-
-KeyT = TypeVar("KeyT", Ed25519PrivateKey, Ed25519PublicKey)
 
 
 def sign(folder: Path, key: Path) -> None:
@@ -79,7 +76,9 @@ def _private(file: Path) -> Ed25519PrivateKey:
         raise H1ExportError(file, "is encrypted", "decrypt it with `openssl pkey` first") from None
     except (ValueError, UnsupportedAlgorithm):
         raise H1ExportError(file, "holds no private key", MAKE_KEY) from None
-    return _of_kind(found, Ed25519PrivateKey, file)
+    if not isinstance(found, Ed25519PrivateKey):
+        raise _other_kind(file)
+    return found
 
 
 def _public(file: Path) -> Ed25519PublicKey:
@@ -91,10 +90,10 @@ def _public(file: Path) -> Ed25519PublicKey:
         found = load(text)
     except (ValueError, UnsupportedAlgorithm):
         raise H1ExportError(file, "holds no public key", "make one with `openssl pkey -pubout`") from None
-    return _of_kind(found, Ed25519PublicKey, file)
-
-
-def _of_kind(found: object, kind: type[KeyT], file: Path) -> KeyT:
-    if not isinstance(found, kind):
-        raise H1ExportError(file, "is a key of another algorithm than Ed25519", MAKE_KEY)
+    if not isinstance(found, Ed25519PublicKey):
+        raise _other_kind(file)
     return found
+
+
+def _other_kind(file: Path) -> H1ExportError:
+    return H1ExportError(file, "is a key of another algorithm than Ed25519", MAKE_KEY)

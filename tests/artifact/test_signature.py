@@ -48,8 +48,7 @@ def test_keys_of_openssh(artifact: Artifact, tmp_path: Path) -> None:
     private.write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, PLAIN))
     public = tmp_path / "id_ed25519.pub"
     public.write_bytes(
-        key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-        + b" me\n"
+        key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b" me\n"
     )
     sign(artifact.folder, private)
     verify(artifact.folder, public)

@@ -13,7 +13,6 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import tensor_shapes
 
 NO_SHA256 = 64 * "0"
-PAGE = "report.html"  # `h1export report` writes it there
 REPORT = "report.json"  # `h1export validate` writes it into a finished artifact, so the manifest does not list it
 
 

@@ -14,6 +14,7 @@ from secrets import token_hex
 
 from h1export.errors import H1ExportError
 
+PAGE = "report.html"  # `h1export report` writes it into a finished artifact
 NOT_PLAIN = -1
 READ_BYTES = 1 << 20
 

@@ -13,8 +13,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from h1export import forms
-from h1export.artifact.artifact import PAGE, REPORT, Artifact
-from h1export.artifact.files import names, write_into
+from h1export.artifact.artifact import REPORT, Artifact
+from h1export.artifact.files import PAGE, names, write_into
 from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import cloup
 
-from h1export.artifact.artifact import PAGE
+from h1export.artifact.files import PAGE
 from h1export.cli.common import answer, common, say
 
 

@@ -1,4 +1,4 @@
-"""An artifact for ONNX Runtime's CUDA provider as if it were built with --captured-decode: its files are the same."""
+"""An artifact for ONNX Runtime's CUDA provider as if it were built with --captured-decode: its graph and weights are the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An artifact for ONNX Runtime's CUDA provider as if it were built with --captured-decode: its graph and weights are the same."""
+"""An artifact for the CUDA provider as if built with --captured-decode, which changes neither its graph nor weights."""
 
 from __future__ import annotations
 

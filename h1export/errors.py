@@ -88,6 +88,8 @@ def reason(error: BaseException) -> str:
         return f"it is not UTF-8 at byte {error.start}"
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}: line {error.lineno}, column {error.colno}"
+    if isinstance(error, KeyError):
+        return f"no {shortened(str(error), MOST_REASON)}"
     mark = getattr(error, "problem_mark", None)  # of a YAML error
     if mark is not None:
         return f"line {mark.line + 1}, column {mark.column + 1}"

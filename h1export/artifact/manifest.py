@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from h1export.checkpoint.weight_expr import Multiplier
-from h1export.errors import H1ExportError
+from h1export.errors import H1ExportError, reason
 
 MANIFEST = "manifest.json"
 FORMAT = 5
@@ -144,7 +144,11 @@ class Manifest:
             data["requirements"] = {**data.get("requirements", {})}
             return cls(**data)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            raise H1ExportError(where, f"not a manifest of h1export ({error!r})", "build the artifact again") from None
+            raise H1ExportError(
+                where,
+                f"not a manifest of h1export ({type(error).__name__}: {reason(error)})",
+                "build the artifact again",
+            ) from None
 
 
 def _jsonable(value: Any) -> Any:

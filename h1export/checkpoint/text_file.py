@@ -16,18 +16,21 @@ OTHER_MARKS = {  # the longest first, because UTF-32's begins as UTF-16's does
 SAVE_AS_UTF8 = "save it as UTF-8"
 
 
-def read_text(file: Path, option: str) -> str:
-    """Return the text of ``file``, which ``option`` names.
+def read_text(file: Path, option: str, nbytes: int = 0) -> str:
+    """Return the text of ``file``, which ``option`` names: its first ``nbytes``, or all of it for 0.
+
+    A character that the end cuts is left out.
 
     Raises:
         H1ExportError: the file cannot be read, or is not text.
     """
     try:
-        data = file.read_bytes()
+        with file.open("rb") as stream:
+            data = stream.read(nbytes or -1)
     except (OSError, ValueError) as error:  # a ValueError for a name that has a NUL
         what = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise H1ExportError(file, what, f"give another {option}") from None
-    return decode(data, file)
+    return decode(data, file, cut=len(data) == nbytes)
 
 
 def decode(data: bytes, where: object, *, cut: bool = False) -> str:

@@ -114,7 +114,9 @@ def check_encoding(arguments: list[str]) -> None:
             argument.encode("utf-8", "surrogateescape").decode("utf-8")
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
             unit = "byte" if isinstance(error, UnicodeDecodeError) else "character"
-            raise H1ExportError(f"argument {number}", f"is not UTF-8 at {unit} {error.start}", "give it in UTF-8") from None
+            raise H1ExportError(
+                f"argument {number}", f"is not UTF-8 at {unit} {error.start}", "give it in UTF-8"
+            ) from None
 
 
 def _show_usage_error(error: click.ClickException) -> None:

@@ -10,12 +10,13 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from h1export.cli.streams import Stream, guarded
 from h1export.errors import printable, printable_text
 
 
@@ -47,19 +48,18 @@ def cell_lines(values: Iterable[object]) -> Text:
 def say(message: str | Sheet, quiet: bool = False) -> None:
     """Print a line or a table to standard error, unless ``quiet``."""
     if not quiet:
-        _print(message, sys.stderr)
+        _print(message, _messages())
 
 
 def say_text(text: str, quiet: bool = False) -> None:
     """Print a text of several lines to standard error, unless ``quiet``."""
     if not quiet:
-        sys.stderr.write(f"{printable_text(text)}\n")
-        sys.stderr.flush()
+        _write(f"{printable_text(text)}\n", _messages())
 
 
 def show(message: str | Sheet) -> None:
     """Print a line or a table that is the command's result to standard output."""
-    _print(message, sys.stdout)
+    _print(message, _output())
 
 
 def show_text(text: str, end: str = "\n") -> None:
@@ -67,26 +67,36 @@ def show_text(text: str, end: str = "\n") -> None:
 
     Newlines and tabs stay; other control characters are escaped.
     """
-    sys.stdout.write(printable_text(text) + end)
-    sys.stdout.flush()
+    _write(printable_text(text) + end, _output())
 
 
 def answer(data: Any) -> None:
     """Print JSON to standard output, in ASCII."""
-    sys.stdout.write(f"{json.dumps(data, indent=1)}\n")
-    sys.stdout.flush()
+    _write(f"{json.dumps(data, indent=1)}\n", _output())
 
 
-def _print(message: str | Sheet, stream: TextIO) -> None:
-    if isinstance(message, str):
-        stream.write(f"{printable(message)}\n")
-    else:
-        lines = [message.title] if message.title else []
-        stream.writelines(f"{printable(line)}\n" for line in lines)
-        console = Console(file=stream, markup=False, emoji=False, highlight=False)
-        console.print(message.table, width=_width(console, message.table), crop=False)
-        stream.writelines(f"  {printable(line)}\n" for line in message.notes)
+def _output() -> Stream:
+    return guarded(sys.stdout)
+
+
+def _messages() -> Stream:
+    return guarded(sys.stderr, False, "standard error")
+
+
+def _write(text: str, stream: Stream) -> None:
+    stream.write(text)
     stream.flush()
+
+
+def _print(message: str | Sheet, stream: Stream) -> None:
+    if isinstance(message, str):
+        _write(f"{printable(message)}\n", stream)
+        return
+    if message.title:
+        stream.write(f"{printable(message.title)}\n")
+    console = Console(file=stream, markup=False, emoji=False, highlight=False)
+    console.print(message.table, width=_width(console, message.table), crop=False)
+    _write("".join(f"  {printable(note)}\n" for note in message.notes), stream)
 
 
 def _width(console: Console, table: Table) -> int:
@@ -94,6 +104,5 @@ def _width(console: Console, table: Table) -> int:
 
     Elsewhere no cell is wrapped, so that every row is a line, and a path in it can be found and copied.
     """
-    unbounded = console.options.update(max_width=sys.maxsize)
-    needed = console.measure(table, options=unbounded)
+    needed = console.measure(table, options=console.options.update(max_width=sys.maxsize))
     return max(console.width, needed.minimum) if console.is_terminal else needed.maximum

@@ -112,13 +112,17 @@ def encodable(text: str, encoding: str) -> str:
     return text
 
 
+def guarded(stream: TextIO, vital: bool = True, name: str = "standard output") -> Stream:
+    """Return ``stream``, over which a Stream is put where it is none."""
+    return stream if isinstance(stream, Stream) else Stream(stream, vital, name)
+
+
 @contextmanager
 def guarded_streams() -> Iterator[tuple[Stream, Stream]]:
     """Put a Stream over standard output and one over standard error, and yield them."""
     open_closed_streams()
     kept = sys.stdout, sys.stderr
-    output = Stream(kept[0], True, "standard output")
-    messages = Stream(kept[1], False, "standard error")
+    output, messages = guarded(kept[0]), guarded(kept[1], False, "standard error")
     sys.stdout, sys.stderr = cast("TextIO", output), cast("TextIO", messages)
     try:
         yield output, messages

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from h1export.cli.output import Sheet, cell, cell_lines
+from h1export.cli.streams import guarded
 from h1export.errors import printable
 from h1export.report import labels
 from h1export.report.report import OUTPUT_FIGURES, Report, Row, Verdict
@@ -40,7 +41,7 @@ class ProgressBars:
     """A Progress that rich draws: the stage, its bytes, the time."""
 
     def __init__(self, quiet: bool) -> None:
-        console = Console(file=sys.stderr)
+        console = Console(file=guarded(sys.stderr, False))
         columns = (
             SpinnerColumn("line" if console.options.ascii_only else "dots"),
             TextColumn("{task.description}", markup=False),

@@ -17,6 +17,7 @@ from h1export.artifact.stage import Stage, dry_stage
 from h1export.artifact.staging import check_place, staged
 from h1export.checkpoint.lora import described
 from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.vocabulary import check_vocabulary
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
@@ -104,6 +105,7 @@ class BuildJob:
         config = FalconH1Config.load(checkpoint)
         store = WeightStore.open(checkpoint, config, progress, adapters=adapters)
         scheme.check(config)
+        check_vocabulary(checkpoint, config.vocab_size)
         special_tokens(checkpoint, config)  # refuses wrong ones now rather than when a text is generated
         return cls(
             checkpoint=checkpoint,

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from h1export.errors import H1ExportError
+from h1export.errors import H1ExportError, reason
 from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.histogram import Histogram
 
@@ -132,7 +132,7 @@ class Report:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise H1ExportError(where, f"is not JSON ({error})", AGAIN) from None
+            raise H1ExportError(where, f"is not JSON ({reason(error)})", AGAIN) from None
         try:
             table = _table(data, REPORT_KEYS)
             if not isinstance(table["rows"], list):
@@ -140,7 +140,7 @@ class Report:
             rows = tuple(_row(row) for row in table["rows"])
             return cls(_table(table["subject"]), _table(table["environment"]), rows)
         except ValueError as error:
-            raise H1ExportError(where, f"has another form than this h1export writes: {error}", AGAIN) from None
+            raise H1ExportError(where, f"has another form than this h1export writes: {reason(error)}", AGAIN) from None
 
 
 REPORT_KEYS = frozenset(field.name for field in fields(Report)) | {"passed"}

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from h1export.errors import H1ExportError
+from h1export.errors import H1ExportError, reason
 from h1export.model.falcon_h1.states import BATCH, SEQUENCE
 from h1export.targets.tensorrt.network.layout import MODEL, Ports, Profile, profiles
 from h1export.targets.tensorrt.options import RuntimeName, TensorRTOptions
@@ -121,7 +121,7 @@ class EngineConfig:
                 path, f"cannot be read ({error.strerror})", "give an artifact of --target trt"
             ) from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            what = f"does not describe an engine build ({error!r})"
+            what = f"does not describe an engine build ({type(error).__name__}: {reason(error)})"
             raise H1ExportError(path, what, "build the artifact again") from None
 
     def trtexec(self) -> str:

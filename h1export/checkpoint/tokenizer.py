@@ -15,7 +15,7 @@ from h1export.model.falcon_h1.states import Ids
 
 TOKENIZER = "tokenizer.json"
 REPLACEMENT = "\ufffd"  # which decoders give in the place of bytes that are no character yet, or never
-NEIGHBOURS = 8  # ids that are decoded with a new one
+NEIGHBOURS = 8  # characters, or what a token has of them, that are decoded with a new one
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -75,6 +75,7 @@ def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """
     held: list[int] = []  # the last ids, with some before them, because decoders look at neighbours
     given = ""  # the text of ``held`` that was yielded
+    ends: list[int] = []  # where in ``held`` a character ended
     for token in ids:
         held.append(token)
         text = tokenizer.decode(held)
@@ -82,8 +83,12 @@ def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
             continue
         if piece := _after(given, text):
             yield piece
-        held = held[-NEIGHBOURS:] if len(held) > 2 * NEIGHBOURS else held
-        given = tokenizer.decode(held)
+        ends.append(len(held))
+        if len(ends) > 2 * NEIGHBOURS:  # begin at a whole character
+            start = ends[NEIGHBOURS]
+            held, ends = held[start:], [end - start for end in ends[NEIGHBOURS + 1 :]]
+            text = tokenizer.decode(held)
+        given = text
     if rest := _after(given, tokenizer.decode(held)):
         yield rest
 

@@ -80,9 +80,7 @@ def parsed(parse: Callable[[str], object], text: str) -> str:
         (lambda text: text.encode("latin-1").decode(), f"{SECRET} é {SECRET}", "not UTF-8 at byte 7"),
     ],
 )
-def test_a_parsers_error_gives_the_place_and_not_the_text(
-    parse: Callable[[str], object], text: str, says: str
-) -> None:
+def test_a_parsers_error_gives_the_place_and_not_the_text(parse: Callable[[str], object], text: str, says: str) -> None:
     found = parsed(parse, text)
     assert says in found
     assert SECRET not in found

@@ -11,6 +11,7 @@ import cloup
 from h1export.cli.common import answer, common, kernels_option, say
 from h1export.cli.output import show_text
 from h1export.cli.prompt import read_prompt
+from h1export.errors import as_utf8
 from h1export.targets import Kernels
 
 
@@ -26,6 +27,7 @@ from h1export.targets import Kernels
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--chat", is_flag=True, help="PROMPT is a user's turn, framed by the chat template.")
+@click.option("--system", metavar="TEXT", help="System message of the chat; implies --chat.")
 @click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
 @kernels_option
 @common
@@ -39,6 +41,7 @@ def generate(
     top_p: float,
     seed: int,
     chat: bool,
+    system: str | None,
     threads: int,
     kernels: Kernels,
     quiet: bool,
@@ -67,7 +70,8 @@ def generate(
         prompt,
         max_tokens,
         sampling=sampling,
-        chat=chat,
+        chat=chat or system is not None,
+        system=None if system is None else as_utf8(system),
         threads=threads,
         kernels=kernels,
         report=partial(say, quiet=quiet),

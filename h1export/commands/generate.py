@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from h1export.artifact.artifact import Artifact
-from h1export.checkpoint.tokenizer import chat_prompt, load_tokenizer, stream
+from h1export.checkpoint.chat_template import ChatTemplate, conversation
+from h1export.checkpoint.tokenizer import load_tokenizer, stream
 from h1export.checkpoint.vocabulary import prompt_ids
 from h1export.commands.load import load_runner
 from h1export.model.falcon_h1.special_tokens import special_tokens
@@ -21,11 +22,14 @@ def generate_text(
     *,
     sampling: Sampling,
     chat: bool = False,
+    system: str | None = None,
     threads: int = 0,
     kernels: Kernels = "auto",
     report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[str]:
     """Stream the continuation of ``prompt`` by the artifact ``out``; with ``chat``, the prompt is a user's turn.
+
+    ``system`` is the system message of such a chat, or None.
 
     ``report`` is called with the reason where the artifact runs slower here than it could.
 
@@ -34,7 +38,7 @@ def generate_text(
     """
     artifact = Artifact.open(out)
     tokenizer = load_tokenizer(out)
-    text = chat_prompt(out, prompt) if chat else prompt
+    text = ChatTemplate.read(out).render(conversation(prompt, system)) if chat else prompt
     # a chat template writes the special tokens itself
     ids = prompt_ids(tokenizer, text, artifact.config, add_special_tokens=not chat)
     runner = load_runner(artifact, threads, kernels=kernels)

@@ -69,7 +69,7 @@ class Calibration:
 
 def _texts(file: Path) -> list[str]:
     try:
-        text = read_text(file, "--calibration")
+        text = read_text(file, "--calibration", kind="calibration text")
         return [_text_of(line) for line in text.splitlines() if line.strip()] if file.suffix == ".jsonl" else [text]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise H1ExportError(

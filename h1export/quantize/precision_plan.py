@@ -45,7 +45,7 @@ def read_plan(file: Path) -> dict[str, QuantName]:
         H1ExportError: the file is not a plan. QuantScheme.check finds tensors that the model does not have.
     """
     try:
-        data: Any = yaml.safe_load(read_text(file, "--precisions"))
+        data: Any = yaml.safe_load(read_text(file, "--precisions", kind="a plan of precisions"))
         tensors = data["tensors"]
         plan = {str(name): _quant_name(value) for name, value in tensors.items()}
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

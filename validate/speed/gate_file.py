@@ -117,7 +117,7 @@ def read_gates(path: Path) -> tuple[tuple[Gate, ...], Path]:
         H1ExportError: no such file, not TOML, unknown or missing keys, values of a wrong type or out of range.
     """
     try:
-        data = tomllib.loads(read_text(path, "--gates"))
+        data = tomllib.loads(read_text(path, "--gates", kind="TOML"))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise H1ExportError(path, f"is not TOML ({reason(error)})", "correct it") from None
     keys = _known(path, "", data, types={"baseline": str, "gate": list})

@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 MOST_SHOWN = 300  # characters of an error beside the path of the file at fault, which is never cut
 LEAST_SHOWN = 60  # characters that are left of each part of an error that is too long
+LONGEST_PATH = 4096  # of Linux
 MOST_REASON = 120  # characters of another library's error
 UNSHOWN = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of characters, ends of lines
 # marks that reorder what stands beside them, and the mark of a file's byte order
@@ -37,7 +38,7 @@ class H1ExportError(Exception):
 
 def _fitted(where: object, what: str, next_step: str) -> tuple[str, str]:
     """Return both halves of a message of MOST_SHOWN characters; a path comes on top of them."""
-    place = printable(str(where))
+    place = printable(shortened(str(where), LONGEST_PATH))
     room = MOST_SHOWN
     if isinstance(where, PurePath):
         room += max(0, len(place) - LEAST_SHOWN)

@@ -46,10 +46,10 @@ def resolve_folder(model: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise H1ExportError(model, "is a file", "give the checkpoint's folder")
+        raise H1ExportError(folder, "is a file", "give the checkpoint's folder")
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
         raise H1ExportError(
-            model, "no such folder", "give a checkpoint folder, or a Hub id such as tiiuae/Falcon-H1-0.5B-Instruct"
+            folder, "no such folder", "give a checkpoint folder, or a Hub id such as tiiuae/Falcon-H1-0.5B-Instruct"
         )
     return _from_hub(model)
 

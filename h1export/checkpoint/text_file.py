@@ -57,6 +57,5 @@ def decode(data: bytes, where: object, *, cut: bool = False, kind: str = "text")
     except UnicodeDecodeError as error:
         if cut and error.reason == "unexpected end of data":
             return data[start : start + error.start].decode("utf-8")
-        raise H1ExportError(
-            where, f"is not {kind}: it is not UTF-8 at byte {start + error.start}", SAVE_AS_UTF8
-        ) from None
+        what = f"is not {kind}: it is not UTF-8 at byte {start + error.start}"
+        raise H1ExportError(where, what, SAVE_AS_UTF8) from None

@@ -6,11 +6,13 @@ Exit codes: 0 done (validate, doctor and gate: every check passed); 1 a check fa
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 import warnings
 from io import StringIO
+from typing import Any
 
 import click
 import cloup
@@ -39,7 +41,21 @@ FAILED = 2
 NO_SPACE = "free some space or choose another place, and run again"
 
 
-@cloup.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(cloup.Group):
+    """The commands, with an error for a broken pipe inside their work.
+
+    click takes every broken pipe for that of standard output, and would exit with 1.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            what = "a process or a connection that the command needs has ended"
+            raise H1ExportError("internal error", what, "run again with --debug and report it") from None
+
+
+@cloup.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def cli() -> None:
@@ -92,10 +108,6 @@ def _run(arguments: list[str], debug: bool) -> int:
         return code
     except ReaderGoneError:
         return READER_GONE
-    except SystemExit as left:
-        if not isinstance(left.__context__, BrokenPipeError):
-            raise
-        say(f"h1export: {_message(left.__context__)}")  # of a process or a socket; click takes it for the output's
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as error:
@@ -136,6 +148,8 @@ def _message(error: BaseException) -> str:
     if isinstance(error, OSError):
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "disk"
         what = shortened(error.strerror or str(error), MOST_SHOWN - len(NO_SPACE))
+        if error.errno == errno.ENAMETOOLONG:
+            return f"{shortened(where, MOST_SHOWN // 2)}: {what}; give a shorter one"
         return f"{where}: {what}; {NO_SPACE}"
     if isinstance(error, MemoryError):
         return "memory: not enough of it; close other programs or export a smaller model"

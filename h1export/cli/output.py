@@ -95,7 +95,8 @@ def _print(message: str | Sheet, stream: Stream) -> None:
     if message.title:
         stream.write(f"{printable(message.title)}\n")
     console = Console(file=stream, markup=False, emoji=False, highlight=False)
-    console.print(message.table, width=_width(console, message.table), crop=False)
+    console.width = _width(console, message.table)
+    console.print(message.table)
     _write("".join(f"  {printable(note)}\n" for note in message.notes), stream)
 
 

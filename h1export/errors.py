@@ -33,7 +33,7 @@ class H1ExportError(Exception):
         self.where = str(where)
         self.what = shortened(what, MOST_SHOWN)
         self.next_step = next_step
-        super().__init__("; ".join(_fitted(where, printable(self.what), printable(next_step))))
+        super().__init__("; ".join(_fitted(where, printable(self.what), printable(shortened(next_step, MOST_SHOWN)))))
 
 
 def _fitted(where: object, what: str, next_step: str) -> tuple[str, str]:

@@ -47,7 +47,7 @@ def test_undecoded_bytes_are_shown_as_utf_8_or_as_escapes(raw: bytes) -> None:
     assert as_utf8(kept) == raw.decode("utf-8", "backslashreplace")
 
 
-@given(st.text(), st.text(), st.text(), st.integers(1, 2000))
+@given(st.text(), st.text(), st.text(), st.integers(1, 500))
 def test_a_message_is_short_whatever_is_in_it(where: str, what: str, next_step: str, times: int) -> None:
     assert len(str(H1ExportError(where * times, what * times, next_step * times))) <= MOST_SHOWN
     path = Path("/" + "folder/" * times)

@@ -19,6 +19,8 @@ from rich.text import Text
 from h1export.cli.streams import Stream, guarded
 from h1export.errors import printable, printable_text
 
+UNBOUNDED = 1 << 24  # columns, more than any cell has
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -28,11 +30,13 @@ class Sheet:
         table: its cells are texts that ``cell`` has made.
         title: the line above it, if any.
         notes: the lines below it.
+        prose: whether a terminal may wrap the cells at spaces.
     """
 
     table: Table
     title: str = ""
     notes: tuple[str, ...] = ()
+    prose: bool = False
 
 
 def cell(value: object, style: str = "") -> Text:
@@ -95,15 +99,18 @@ def _print(message: str | Sheet, stream: Stream) -> None:
     if message.title:
         stream.write(f"{printable(message.title)}\n")
     console = Console(file=stream, markup=False, emoji=False, highlight=False)
-    console.width = _width(console, message.table)
+    console.width = _width(console, message)
     console.print(message.table)
     _write("".join(f"  {printable(note)}\n" for note in message.notes), stream)
 
 
-def _width(console: Console, table: Table) -> int:
-    """Return the columns that ``table`` gets: in a terminal its width, but never so few that a word is broken.
+def _width(console: Console, sheet: Sheet) -> int:
+    """Return the columns that a table gets: all it needs, so that every row is a line, and a path can be copied.
 
-    Elsewhere no cell is wrapped, so that every row is a line, and a path in it can be found and copied.
+    For prose they are those of the terminal, but never so few that a word is broken.
     """
-    needed = console.measure(table, options=console.options.update(max_width=sys.maxsize))
-    return max(console.width, needed.minimum) if console.is_terminal else needed.maximum
+    table = sheet.table
+    if not table.rows:
+        return console.width
+    needed = console.measure(table, options=console.options.update(max_width=UNBOUNDED))
+    return max(console.width, needed.minimum) if sheet.prose and console.is_terminal else needed.maximum

@@ -93,7 +93,7 @@ def report_tables(report: Report) -> list[Sheet]:
             )
             lines = [figures] if shown else []
             others.add_row(check, cell_lines([*lines, cell(row.note, "dim")] if row.note else lines), verdict)
-    return [Sheet(cases, notes=(_tolerances(report.rows),)), Sheet(others)]
+    return [Sheet(cases, notes=(_tolerances(report.rows),), prose=True), Sheet(others, prose=True)]
 
 
 def _figure(row: Row, name: str) -> Text:
@@ -152,7 +152,7 @@ def _speeds_table(report: BenchReport) -> Sheet:
         f"{estimate.median / 1e9:.1f} GB/s with threads {threads}" for threads, estimate in report.bandwidth.items()
     )
     lines = [f"medians of {report.options.repeats} interleaved rounds", f"measured read bandwidth {bandwidth}"]
-    return Sheet(table, notes=(*lines, *(f"left out: {reason}" for reason in report.left_out)))
+    return Sheet(table, notes=(*lines, *(f"left out: {reason}" for reason in report.left_out)), prose=True)
 
 
 def _estimate(value: Estimate) -> list[str]:
@@ -166,7 +166,8 @@ def gate_table(report: GateReport) -> Sheet:
         verdict = cell(check.verdict, STYLES[check.verdict])
         cells = (gate_checks.check_label(check), *_figures(check))
         table.add_row(*map(cell, cells), verdict, cell(check.note))
-    return Sheet(table, notes=(f"{report.verdict}: {report.artifact}, timings relative to the baseline",))
+    note = f"{report.verdict}: {report.artifact}, timings relative to the baseline"
+    return Sheet(table, notes=(note,), prose=True)
 
 
 def _figures(check: gate_checks.Check) -> list[str]:
@@ -179,7 +180,7 @@ def _figures(check: gate_checks.Check) -> list[str]:
 
 def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Sheet:
     """Return a table of names and values; no value is wrapped."""
-    table = Table(Column(style="bold", no_wrap=True), Column(no_wrap=True), show_header=False)
+    table = Table(Column(style="bold"), Column(), show_header=False)
     for name, value in rows:
         table.add_row(cell(name), cell_lines(_lines(value)) if isinstance(value, dict) else cell(value))
     return Sheet(table, title)

@@ -127,7 +127,7 @@ def test_messages_that_nobody_reads_do_not_stop_the_work(
     number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", Broken(number))
-    monkeypatch.setattr("h1export.cli.inspect.show", say)
+    monkeypatch.setattr(sys.modules["h1export.cli.inspect"], "show", say)
     assert run(["inspect"]) == code
     assert run(["inspect", str(tmp_path / "none")]) == 2
 

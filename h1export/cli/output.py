@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -112,5 +113,9 @@ def _width(console: Console, sheet: Sheet) -> int:
     table = sheet.table
     if not table.rows:
         return console.width
+    if sheet.prose:
+        for column in table.columns:  # rich would shrink the widest one below its longest word
+            words = " ".join(map(str, (column.header, *column.cells))).split()
+            column.min_width = max(map(cell_len, words), default=0)
     needed = console.measure(table, options=console.options.update(max_width=UNBOUNDED))
     return max(console.width, needed.minimum) if sheet.prose and console.is_terminal else needed.maximum

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO, cast
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -99,7 +99,7 @@ def _print(message: str | Sheet, stream: Stream) -> None:
         return
     if message.title:
         stream.write(f"{printable(message.title)}\n")
-    console = Console(file=stream, markup=False, emoji=False, highlight=False)
+    console = Console(file=cast("TextIO", stream), markup=False, emoji=False, highlight=False)
     console.width = _width(console, message)
     console.print(message.table)
     _write("".join(f"  {printable(note)}\n" for note in message.notes), stream)

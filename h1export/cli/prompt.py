@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -41,10 +42,11 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 def _standard_input() -> bytes:
     try:
-        return click.get_binary_stream("stdin").read()
+        data: Any = getattr(sys.stdin, "buffer", sys.stdin).read()
     except OSError as error:
         what = f"cannot be read ({error.strerror or error})"
         raise H1ExportError(STDIN, what, "give the prompt as an argument, or by --file") from None
+    return data if isinstance(data, bytes) else str(data).encode()
 
 
 def _without_line_end(text: str) -> str:

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -41,7 +41,7 @@ class ProgressBars:
     """A Progress that rich draws: the stage, its bytes, the time."""
 
     def __init__(self, quiet: bool) -> None:
-        console = Console(file=guarded(sys.stderr, False))
+        console = Console(file=cast("TextIO", guarded(sys.stderr, False)))
         columns = (
             SpinnerColumn("line" if console.options.ascii_only else "dots"),
             TextColumn("{task.description}", markup=False),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from h1export.artifact.artifact import REPORT, Artifact
-from h1export.checkpoint.text_file import read_text
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.tensors import projection_of, tensor_shapes
 from h1export.quantize.precision import Precision
@@ -38,7 +37,7 @@ class JudgedArtifact:
         path = folder / REPORT
         if not path.is_file():
             raise H1ExportError(folder, f"has no {REPORT}", "run `h1export validate` on it first")
-        return cls(artifact, Report.from_json(read_text(path, "OUT"), path))
+        return cls(artifact, Report.read(path))
 
     @property
     def name(self) -> str:

@@ -40,9 +40,10 @@ def _fitted(where: object, what: str, next_step: str) -> tuple[str, str]:
     """Return both halves of a message of MOST_SHOWN characters; a path comes on top of them."""
     place = printable(shortened(str(where), LONGEST_PATH))
     room = MOST_SHOWN
-    if isinstance(where, PurePath):
-        room += max(0, len(place) - LEAST_SHOWN)
-    else:
+    path = place if isinstance(where, PurePath) else place.partition(": ")[0]  # before a tensor's name, for example
+    if isinstance(where, PurePath) or (path.startswith("/") and path != place):
+        room += max(0, len(path) - LEAST_SHOWN)
+    if not isinstance(where, PurePath):
         place = shortened(place, max(LEAST_SHOWN, room - len(what) - len(next_step) - 4))
     next_step = shortened(next_step, max(LEAST_SHOWN, room - len(place) - len(what) - 4))
     return f"{place}: {shortened(what, max(LEAST_SHOWN, room - len(place) - len(next_step) - 4))}", next_step

@@ -59,7 +59,7 @@ def sample(number: int) -> Sample:
         "mamba_proj_bias": biases,
         "tie_word_embeddings": one(False, True),
         "initializer_range": one(0.02, 0.05, 0.08, 0.15),
-        "lm_head_multiplier": one(0.05, 0.39, 1.0),
+        "lm_head_multiplier": one(0.05, 0.39, 1.5),
     }
     quant, level = QUANTS[int(rng.choice(len(QUANTS), p=WEIGHTS))]
     attended = config["num_attention_heads"] * head_dim

@@ -15,6 +15,7 @@ from h1export.artifact.artifact import Artifact, file_table
 from h1export.artifact.manifest import MANIFEST, Manifest
 from h1export.artifact.stage import Stage, dry_stage
 from h1export.artifact.staging import check_place, staged
+from h1export.checkpoint.chat_template import template_files
 from h1export.checkpoint.lora import described
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
@@ -42,8 +43,7 @@ CARRIED = (  # files of a checkpoint that an artifact carries as they are
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    "chat_template.json",  # beside it, every file of chat templates
 )
 
 
@@ -154,9 +154,9 @@ class BuildJob:
     def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:
         """Write every file of the artifact into ``stage``, the ``manifest`` last; return it complete."""
         target = get_target(self.target)
-        for name in CARRIED:
-            if (self.checkpoint / name).is_file():
-                shutil.copyfile(self.checkpoint / name, stage.folder / name)
+        for name in carried(self.checkpoint):
+            (stage.folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.checkpoint / name, stage.folder / name)
         progress.stage("trace")
         program = run_passes(trace(self.config, self.options.last_logits), passes_for(self.store.order_name))
         if self.ids is not None and not stage.dry:
@@ -176,6 +176,11 @@ class BuildJob:
         manifest = dataclasses.replace(manifest, **found, files=files)
         (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
+
+
+def carried(checkpoint: Path) -> tuple[str, ...]:
+    """Return the names of the files of ``checkpoint`` that an artifact carries as they are."""
+    return (*(name for name in CARRIED if (checkpoint / name).is_file()), *template_files(checkpoint))
 
 
 def ignored_in(checkpoint: Path) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import lm_eval
 import numpy as np
 from lm_eval.api.model import TemplateLM
@@ -21,7 +20,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
-from h1export.checkpoint.tokenizer import load_tokenizer
+from h1export.checkpoint.chat_template import ChatTemplate, template_files
+from h1export.checkpoint.tokenizer import load_tokenizer, plain_tokenizer
 from h1export.commands.load import load_folder
 from h1export.errors import H1ExportError
 from h1export.integrations.lm_eval_options import WHERE, Options, model_options, read_options
@@ -31,7 +31,7 @@ from h1export.runtime.generation import generate
 from h1export.targets import Kernels
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation), as lm-eval passes them
-PROMPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # they make a prompt of a task's text
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @register_model("h1export")
@@ -71,10 +71,8 @@ class ArtifactLM(TemplateLM):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of transformers, as in lm-eval's `hf`."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+        """A tokenizer of transformers, as in lm-eval's `hf`; it runs no code of the artifact's."""
+        return plain_tokenizer(self._folder)
 
     @property
     def eot_token_id(self) -> int:
@@ -205,7 +203,7 @@ class ArtifactLM(TemplateLM):
     def tokenizer_name(self) -> str:
         """A name for the cache of requests, which holds prompts: another tokenizer or chat template has another one."""
         digest = hashlib.sha256()
-        for name in PROMPT_FILES:
+        for name in (*TOKENIZER_FILES, *template_files(self._folder)):
             path = self._folder / name
             digest.update(path.read_bytes() if path.is_file() else b"")
             digest.update(name.encode())
@@ -214,31 +212,32 @@ class ArtifactLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return the prompt of a conversation, by the artifact's chat template.
 
-        A system turn that the template refuses is left out, as in lm-eval's `hf`.
+        A system turn with which the template fails is left out, as in lm-eval's `hf`.
 
         Raises:
-            H1ExportError: The template refuses the other turns too, or there is none.
+            H1ExportError: The template fails without it too, or there is none.
         """
-        turns = [chat_history, [turn for turn in chat_history if turn["role"] != "system"]]
-        error: Exception | None = None
-        for history in turns:
+        others = [turn for turn in chat_history if turn["role"] != "system"]
+        try:
+            return self._rendered(chat_history, add_generation_prompt)
+        except H1ExportError as error:
+            if len(others) == len(chat_history):
+                raise
             try:
-                return self._rendered(history, add_generation_prompt)
-            except jinja2.TemplateError as refused:
-                error = error or refused
-        raise H1ExportError(self._folder, f"its chat template fails: {error!s:.200}", "leave out --chat")
+                return self._rendered(others, add_generation_prompt)
+            except H1ExportError:
+                raise error from None
 
-    def _rendered(self, history: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise H1ExportError(self._folder, "no chat template", "leave out --chat, or build an instruct checkpoint")
-        return str(
-            self.tokenizer.apply_chat_template(
-                history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+    def _rendered(self, turns: list[dict[str, str]], reply: bool) -> str:
+        return self._template.render(turns, reply=reply, continued=not reply)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the text of the template, which lm-eval notes in its results."""
+        return self._template.chosen() if chat_template else None
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate.read(self._folder)
 
 
 class Stops:

@@ -270,6 +270,8 @@ def evaluate(
     limit: int | None,
     chat: bool,
     unsafe_code: bool,
+    system: str | None = None,
+    options: str | None = None,
 ) -> dict[str, Any]:
     """Return lm-eval's results of ``tasks``, which are its own or those whose YAML files are in the folder ``include``.
 
@@ -281,9 +283,11 @@ def evaluate(
         limit: The number of documents of each task; None means all.
         chat: Whether prompts are framed by the chat template.
         unsafe_code: Whether tasks may run the code that the model wrote.
+        system: The system message before every prompt.
+        options: "KEY=VALUE,..." of the generation_kwargs, which replace those of the tasks.
 
     Raises:
-        H1ExportError: A task does not exist.
+        H1ExportError: A task does not exist, or asks for what the model does not do.
     """
     manager = TaskManager(include_path=include, include_defaults=False)
     if not {*tasks} <= {*manager.all_tasks}:  # reading all of lm-eval's takes seconds
@@ -300,6 +304,8 @@ def evaluate(
         num_fewshot=fewshot,
         limit=limit,
         apply_chat_template=chat,
+        system_instruction=system,
+        gen_kwargs=options,
         confirm_run_unsafe_code=unsafe_code,
         task_manager=manager,
         log_samples=False,

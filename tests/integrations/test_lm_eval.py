@@ -234,6 +234,24 @@ def test_the_command_runs_local_tasks(
     assert 0 <= found["heldout_continue"]["exact_match,none"] <= 1
 
 
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--gen-kwargs", "num_beams=1,repetition_penalty=1.0,seed=3"], 0, ""),
+        (["--chat", "--system", "You complete programs.", "--gen-kwargs", "max_gen_toks=2"], 0, ""),
+        (["--gen-kwargs", "num_beams=2"], 2, "num_beams: 2 would give another text"),
+    ],
+    ids=["neutral", "system", "beams"],
+)
+def test_the_command_takes_options_of_generation(
+    options: list[str], code: int, said: str, artifact: Artifact, tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(artifact.folder), "--tasks", "heldout_continue", "--include", str(tasks), "--limit", "1"]
+    assert run([*words, "--quiet", *options]) == code
+    assert said in capsys.readouterr().err
+
+
 def test_an_unknown_task_is_refused(
     artifact: Artifact, tasks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

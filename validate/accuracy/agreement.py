@@ -9,6 +9,7 @@ The use of confidence or fiducial limits illustrated in the case of the binomial
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,6 @@ def least_successes(trials: int, share: float) -> int:
     if not 0 < share < 1:
         return trials if share >= 1 else 0
     counts = torch.arange(trials + 1, dtype=torch.float64)
-    law = torch.distributions.Binomial(trials, probs=torch.tensor(share, dtype=torch.float64))
+    law: Any = torch.distributions.Binomial(trials, probs=torch.tensor(share, dtype=torch.float64))
     chances = law.log_prob(counts).exp().cumsum(0)
     return int(torch.searchsorted(chances, ERROR))

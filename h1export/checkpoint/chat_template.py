@@ -40,12 +40,6 @@ NEXT = {
 Message = Mapping[str, Any]  # "role" and "content", and what else the template reads; JSON values
 
 
-def conversation(message: str, system: str | None = None) -> list[Message]:
-    """Return the messages of a conversation that a user begins with ``message``, after a system message if any."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": message}]
-
-
 class TemplateRefusalError(H1ExportError):
     """The template called raise_exception: it does not take this conversation."""
 

@@ -15,7 +15,7 @@ import pytest
 from chat_templates import CONVERSATIONS, TEMPLATES, TOOLS
 from transformers import AutoTokenizer
 
-from h1export.checkpoint.chat_template import ChatTemplate, TemplateRefusalError, conversation, template_files
+from h1export.checkpoint.chat_template import ChatTemplate, TemplateRefusalError, template_files
 from h1export.checkpoint.template_process import TemplateProcess
 from h1export.errors import H1ExportError
 
@@ -115,7 +115,7 @@ def test_a_message_of_parts_to_continue(folder: Folder, process: TemplateProcess
         with pytest.raises(H1ExportError, match="has no text to continue"):
             ChatTemplate.read(where).render(messages, continued=True)
     with pytest.raises(H1ExportError, match="leaves out the message to continue"):
-        ChatTemplate(where, {"default": "x"}, {}, process).render(conversation("hi"), continued=True)
+        ChatTemplate(where, {"default": "x"}, {}, process).render(CONVERSATIONS["question"], continued=True)
 
 
 def test_variables_reach_the_template(folder: Folder, process: TemplateProcess) -> None:
@@ -212,7 +212,7 @@ def test_what_cannot_be_rendered_is_one_line(
 ) -> None:
     where = folder(files, chat_template=key)
     with pytest.raises(H1ExportError, match=line) as caught:
-        ours(where, process).render(conversation("hi"))
+        ours(where, process).render(CONVERSATIONS["question"])
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) - len(str(where)) < 400
 

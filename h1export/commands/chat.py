@@ -100,10 +100,8 @@ class Chat:
         """
         messages = [*self.messages, {"role": USER, "content": text}]
         prompt = self._ids(messages, reply=True)
-        # the next turn may agree up to here only, where the beginning of a reply is not what the template writes then
-        border = _common(prompt, self._ids(messages, reply=False))
         try:
-            logits = self.sequence.become(prompt, [border], stop)
+            logits = self.sequence.become(prompt, [self._border(messages, prompt)], stop)
         except StoppedError:
             return
         said = ""
@@ -120,6 +118,13 @@ class Chat:
                 yield piece
         finally:
             self.messages = [*messages, {"role": ASSISTANT, "content": said}]
+
+    def _border(self, messages: list[dict[str, Any]], prompt: list[int]) -> int:
+        """Return up to where ``prompt`` stays as it is when a reply follows: some templates open replies otherwise."""
+        try:
+            return _common(prompt, self._ids([*messages, {"role": ASSISTANT, "content": "x"}], reply=False))
+        except H1ExportError:
+            return 0
 
     def _ids(self, messages: list[dict[str, Any]], reply: bool) -> list[int]:
         # a chat template writes the special tokens itself

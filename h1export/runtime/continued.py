@@ -79,14 +79,14 @@ class ContinuedSequence:
             raise H1ExportError("prompt", f"has {len(ids)} tokens, and the context is {self.context}", "shorten it")
         self._rewind(self._agreed(ids))
         session = self._reserve(len(ids) + 1)
-        borders = sorted({point for point in points if len(self.ids) < point < len(ids)} | {len(ids)})
+        saved = {point for point in points if len(self.ids) < point <= len(ids)}
         logits: Array | None = None
-        for border in borders:
+        for border in sorted(saved | {len(ids)}):
             for part in _parts(ids[len(self.ids) : border]):
                 if stop():
                     raise StoppedError
                 logits = self._append(session, part)
-            if border != len(ids):
+            if border in saved:
                 self._save_point(session)
         assert logits is not None
         return logits

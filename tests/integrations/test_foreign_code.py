@@ -40,7 +40,8 @@ class Silent(io.StringIO):
         self.asked = True
         return "y\n"
 
-    read = readline
+    def read(self, size: int | None = -1, /) -> str:
+        return self.readline() if size else ""
 
 
 @pytest.fixture(scope="module")

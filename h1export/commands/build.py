@@ -13,11 +13,13 @@ from typing import Any
 from h1export import __version__, host
 from h1export.artifact.artifact import Artifact, file_table
 from h1export.artifact.manifest import MANIFEST, Manifest
+from h1export.artifact.sbom import SBOM, sbom
 from h1export.artifact.stage import Stage, dry_stage
 from h1export.artifact.staging import check_place, staged
 from h1export.checkpoint.chat_template import template_files
 from h1export.checkpoint.lora import described
 from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.unchanged import SourceFiles
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
@@ -169,6 +171,7 @@ class BuildJob:
             self.store, self.config, self.scheme, ids=self.ids, stage=stage, progress=progress, device=self.device
         )
         lowered = target.lower(program, store, integers, options=self.options, stage=stage, progress=progress)
+        (stage.folder / SBOM).write_text(sbom(manifest), encoding="utf-8")
         progress.stage("hashes")
         files = file_table(stage.folder, sizes_only=stage.dry)
         names = ("inputs", "outputs", "weights", "weights_file", "requirements")
@@ -225,9 +228,11 @@ def build_artifact(
         adapters: folders of LoRA adapters, which are merged into the weights in this order.
 
     Raises:
-        H1ExportError: a checkpoint, scheme or option that cannot be exported, or an ``out`` that is taken.
+        H1ExportError: a checkpoint, scheme or option that cannot be exported, a checkpoint that changes meanwhile, or
+            an ``out`` that is taken.
     """
     check_place(out, force)
+    sources = SourceFiles.of((checkpoint, *adapters))
     job = BuildJob.open(
         checkpoint,
         target,
@@ -241,4 +246,5 @@ def build_artifact(
     manifest = job.manifest(job.store.fingerprint())
     with staged(out, force, manifest.key) as folder:
         job.write(manifest, Stage(folder, jobs or host.cores()), progress)
+        sources.check()
     return Artifact.open(out)

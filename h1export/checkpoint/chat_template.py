@@ -129,6 +129,10 @@ class ChatTemplate:
             text = self.process.render(template, values)
         except RenderError as error:
             raise self._error(error) from None
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a pair of surrogates, which no tokenizer takes
+            raise self._error(RenderError("failed", "its text is not Unicode")) from None
         return self._until_mark(text) if continued else text
 
     def _error(self, error: RenderError) -> H1ExportError:

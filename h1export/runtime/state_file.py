@@ -8,6 +8,7 @@ import os
 import stat
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,6 @@ class StateFile:
         Raises:
             H1ExportError: ``path`` is something else, or cannot be written.
         """
-        if path.exists() and not _is_state_file(path):
-            raise H1ExportError(path, "exists, and is no saved chat", "choose another name")
         arrays = {IDS: np.array(self.sequence.ids, np.int64), **self.sequence.states.arrays}
         text = json.dumps(list(self.messages))
         metadata = {
@@ -61,13 +60,16 @@ class StateFile:
         }
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
+            if os.path.lexists(path) and not _is_state_file(path):
+                raise H1ExportError(path, "exists, and is no saved chat", "choose another name")
             save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, metadata)
             os.replace(partial, path)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:  # ValueError: a name that no file can have
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             raise H1ExportError(path, f"cannot be written ({reason})", "choose another place") from None
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError, ValueError):
+                partial.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path, artifact: str, config: FalconH1Config) -> StateFile:

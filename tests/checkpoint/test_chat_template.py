@@ -200,6 +200,8 @@ def test_which_template_counts(folder: Folder, process: TemplateProcess, files: 
         ({}, "{% for", "does not parse, line 1: "),
         ({}, "{{ messages[9].content.x }}", "fails: UndefinedError"),
         ({}, "{{ '' + 1 }}", "fails: TypeError"),
+        ({}, "{{ '\\ud800' }}", "fails: its text is not Unicode"),
+        ({}, "\ud800", "fails: "),
         ({}, "{{ raise_exception('Only user\nand assistant') }}", "take this conversation: Only user and assistant; "),
         ({}, "{{ raise_exception('x' * 9999) }}", r"xxx\.\.\.; change"),
         ({}, "x" * (1 << 20) + "y", "more than 1048576 characters"),

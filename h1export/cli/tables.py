@@ -107,13 +107,16 @@ def _tolerance(row: Row, name: str) -> str:
 
 def _tolerances(rows: Iterable[Row]) -> str:
     """Return the tolerances of logits and states, each once, by the names that --tolerance takes."""
-    found = {
-        f"{row.comparison}.{name} {row.tolerances[name]:.3g}": None
-        for row in rows
-        for name in OUTPUT_FIGURES
-        if name in row.tolerances
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name in OUTPUT_FIGURES:
+            if name in row.tolerances:
+                found.setdefault(f"{row.comparison}.{name}", []).append(row.tolerances[name])
+    # that of top1 depends on the number of tokens
+    spans = {
+        metric: dict.fromkeys(f"{value:.3g}" for value in (min(each), max(each))) for metric, each in found.items()
     }
-    return "tolerances  " + "  ".join(found)
+    return "tolerances  " + "  ".join(f"{metric} {' to '.join(span)}" for metric, span in spans.items())
 
 
 def bench_tables(report: BenchReport) -> list[Table]:

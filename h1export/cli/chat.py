@@ -15,7 +15,8 @@ import click
 import cloup
 
 from h1export.cli.common import common, kernels_option, say
-from h1export.errors import H1ExportError
+from h1export.cli.output import say_text, show_text
+from h1export.errors import H1ExportError, as_utf8
 from h1export.targets import Kernels
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def chat(
     report = partial(say, quiet=quiet)
     talk = Chat(out, max_tokens, sampling=sampling, threads=threads, kernels=kernels, report=report, state=state)
     if system is not None:
-        talk.system = system
+        talk.system = as_utf8(system)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     for line in _typed() if terminal else _piped():
         try:
@@ -104,16 +105,16 @@ def _turn(talk: Chat, line: str, *, as_json: bool) -> bool:
             for piece in talk.reply(text, stopped):
                 said += piece
                 if not as_json:
-                    click.echo(piece, nl=False)
+                    show_text(piece, end="")
         found = {"prompt": text, "text": said, "computed_tokens": talk.sequence.computed - before}
-        click.echo(json.dumps(found) if as_json else "")
+        show_text(json.dumps(found) if as_json else "")
     return True
 
 
 def _command(talk: Chat, word: str, rest: str) -> bool:
     commands: dict[str, Callable[[], Any]] = {
         "/reset": talk.reset,
-        "/help": lambda: click.echo(HELP, err=True),
+        "/help": lambda: say_text(HELP),
         "/system": lambda: setattr(talk, "system", rest or None),
         "/save": lambda: _save(talk, rest),
         "/quit": lambda: None,
@@ -142,9 +143,9 @@ def _typed() -> Iterator[str]:
         try:
             yield input(PROMPT)
         except KeyboardInterrupt:
-            click.echo(err=True)
+            say("")
         except EOFError:
-            click.echo(err=True)
+            say("")
             return
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 import cloup
 
-from h1export.cli.common import answer, common, kernels_option, say
+from h1export.cli.common import answer, common, kernels_option
+from h1export.cli.output import say_text
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
@@ -91,5 +92,5 @@ def evaluate(
         answer({part: found[part] for part in ANSWERED if part in found})
     for part in ("results", "groups"):
         if found.get(part):
-            say(make_table(found, part), quiet or as_json)
+            say_text(make_table(found, part), quiet or as_json)
     return 0

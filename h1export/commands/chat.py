@@ -11,6 +11,7 @@ import numpy as np
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.chat_template import ChatTemplate
 from h1export.checkpoint.tokenizer import load_tokenizer, stream
+from h1export.checkpoint.vocabulary import prompt_ids
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.special_tokens import special_tokens
@@ -127,8 +128,9 @@ class Chat:
             return 0
 
     def _ids(self, messages: list[dict[str, Any]], reply: bool) -> list[int]:
+        text = self._template.render(messages, reply=reply)
         # a chat template writes the special tokens itself
-        return list(self._tokenizer.encode(self._template.render(messages, reply=reply), add_special_tokens=False).ids)
+        return prompt_ids(self._tokenizer, text, self._runner.config, add_special_tokens=False).tolist()
 
     def save(self, path: Path) -> None:
         """Write the conversation and its states to ``path``.

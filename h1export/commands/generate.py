@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.tokenizer import load_tokenizer, stream
+from h1export.checkpoint.vocabulary import prompt_ids
 from h1export.commands.chat import Chat
 from h1export.commands.load import load_runner
 from h1export.model.falcon_h1.special_tokens import special_tokens
@@ -47,7 +46,7 @@ def generate_text(
         return
     artifact = Artifact.open(out)
     tokenizer = load_tokenizer(out)
-    ids = np.array(tokenizer.encode(prompt).ids, np.int64)
+    ids = prompt_ids(tokenizer, prompt, artifact.config, add_special_tokens=True)
     runner = load_runner(artifact, threads, kernels=kernels)
     if runner.provenance.fallback:
         report(runner.provenance.fallback)

@@ -141,7 +141,7 @@ def _typed() -> Iterator[str]:
         import readline  # noqa: F401  input() uses it
     while True:
         try:
-            yield input(PROMPT)
+            yield as_utf8(input(PROMPT))
         except KeyboardInterrupt:
             say("")
         except EOFError:

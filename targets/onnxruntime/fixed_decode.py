@@ -73,7 +73,7 @@ class FixedDecode:
             ids: int64 [batch, 1].
             length: The tokens so far, at least 1 and less than the capacity.
         """
-        self._columns[:, :length] = 1
+        self._columns[:, :-1] = np.arange(self._columns.shape[1] - 1) < length  # restored states may have fewer tokens
         self._ids.update_inplace(np.ascontiguousarray(ids))
         self._mask.update_inplace(self._columns)
         if not getattr(self._here, "captured", False):

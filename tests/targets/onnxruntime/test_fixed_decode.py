@@ -92,6 +92,18 @@ def test_a_thread_of_its_own_captures_again(tiny: Path, build: Build) -> None:
     assert deviation(runner, 2, append=append) <= EXACT
 
 
+def test_a_session_that_goes_back_to_saved_states(tiny: Path, build: Build) -> None:
+    runner = load_runner(built(build, tiny), float32=True)
+    ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (1, 20))
+    session = runner.start(1, CAPACITY)
+    session.append(ids[:, :8])
+    saved = session.save()
+    first = [session.append(ids[:, at : at + 1]) for at in range(8, 20)]
+    session.restore(saved)
+    again = [session.append(ids[:, at : at + 1]) for at in range(8, 20)]
+    assert np.array_equal(np.concatenate(first), np.concatenate(again))
+
+
 @pytest.mark.parametrize("fault", ["stale mask", "stale ids", "states not put back", "new token not in the mask"])
 def test_planted_faults_exceed_the_tolerance(
     fault: str, tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch

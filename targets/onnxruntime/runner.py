@@ -16,6 +16,7 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateKind, StateSpec
 from h1export.runtime.runner import Limits, Provenance, Session, check_call
+from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import SteppedSession
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
@@ -70,7 +71,7 @@ class OnnxRuntimeRunner:
         self._open = partial(
             open_inference_session, artifact, self._variant, threads, float32=float32, library=self._library
         )
-        self._session = self._open()
+        self._session = self._open(captured=self._options.captured_decode and not float32)
         self._past = next(tensor.past for tensor in self._states.tensors if tensor.kind.grows)
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
 
@@ -168,6 +169,7 @@ class OnnxRuntimeRunner:
             self._batched_append,
             device=self._device,
             longest_call=self._longest_call,
+            fixed_decode=self._options.captured_decode,
             dtypes={tensor.past: self._dtype(tensor.kind) for tensor in self._states.tensors},
         )
         return BoundSession(graph, batch, capacity)
@@ -176,6 +178,15 @@ class OnnxRuntimeRunner:
         permutation = self._variant.permutation
         return {
             t.key: state_layout.permute(t.kind, states[t.past].astype(np.float32), permutation)
+            for t in self._states.tensors
+        }
+
+    def restored(self, saved: SavedStates, batch: int) -> States:
+        permutation = self._variant.permutation
+        return {
+            t.past: state_layout.permute(t.kind, np.repeat(saved.arrays[t.key], batch, axis=0), permutation).astype(
+                self._dtype(t.kind)
+            )
             for t in self._states.tensors
         }
 

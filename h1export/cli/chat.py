@@ -152,12 +152,13 @@ def _typed() -> Iterator[str]:
 
 def _piped() -> Iterator[str]:
     stream: Any = getattr(sys.stdin, "buffer", sys.stdin)
-    number = 0
+    read = 0
     try:
-        for number, line in enumerate(stream, 1):
+        for line in stream:
+            read += 1
             yield (line.decode("utf-8") if isinstance(line, bytes) else str(line)).rstrip("\r\n")
     except UnicodeDecodeError:
-        raise H1ExportError(f"{STDIN}, line {number}", "is not UTF-8 text", "give it in UTF-8") from None
+        raise H1ExportError(f"{STDIN}, line {read}", "is not UTF-8 text", "give it in UTF-8") from None
     except OSError as error:
         raise H1ExportError(STDIN, f"cannot be read ({error.strerror or error})", "give it lines of text") from None
 

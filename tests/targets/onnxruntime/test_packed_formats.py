@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from gptq_files import Written
+from packed_by_gptqmodel import KINDS, Truth, truth_of
 from safetensors.torch import save_file
 
+from h1export.checkpoint.store import WeightStore
 from h1export.cli import run
 from h1export.commands.build import build_artifact
 from h1export.commands.load import load_runner
@@ -49,6 +51,33 @@ def test_integers_and_logits_are_the_writers(
     for name in written.codes:
         np.testing.assert_array_equal(stored[name], written.weight(name))
     assert artifact.manifest.scheme["prequantized"]["bits"] == how.get("bits", 4)
+
+
+@pytest.mark.parametrize("graph", ["cpu", "portable"])
+@pytest.mark.parametrize("folder", KINDS, ids=lambda folder: folder.name)
+def test_an_artifact_holds_gptqmodels_integers(folder: Path, graph: Any, tmp_path: Path) -> None:
+    """The file is GPTQModel's; the truth is what its own kernel made of it."""
+    artifact = build_artifact(
+        folder, "ort", tmp_path / "out", scheme=QuantScheme("none"), options=OrtOptions(graph=graph)
+    )
+    stored: Any = load_runner(artifact, float32=True).stored_weights()
+    packed = WeightStore.open(folder, FalconH1Config.load(folder)).packed
+    truth = truth_of(folder)
+    assert set(truth) == set(packed)
+    for name, expected in truth.items():
+        found = stored.quantized(name)
+        matrix = packed[name]
+        middle = matrix.packed_format.middle
+        codes = np.empty_like(found.codes)
+        codes[:, matrix.order] = found.codes
+        blocks = found.scales.shape[1]
+        groups = matrix.group_of[matrix.order][:: len(matrix.order) // blocks]  # the group of each block
+        zeros = np.zeros((len(codes), blocks), np.int8)
+        zeros[:, groups] = 0 if found.zeros is None else found.zeros
+        zeros = zeros[:, : matrix.packed_format.groups(len(matrix.order))]
+        assert expected == Truth.of(
+            dense=stored[name], codes=codes.astype(int) + middle, zeros=zeros.astype(int) + middle
+        )
 
 
 @pytest.fixture(scope="module")

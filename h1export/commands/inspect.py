@@ -10,6 +10,7 @@ from typing import Any
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import MANIFEST
+from h1export.checkpoint.packed_formats import ignored_packed_keys
 from h1export.checkpoint.store import WeightStore
 from h1export.commands.load import read_options
 from h1export.model.falcon_h1.config import FalconH1Config
@@ -43,7 +44,11 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "bytes_by_dtype": dict(by_dtype),
         "quantised": None
         if store.packed_format is None
-        else {**dataclasses.asdict(store.packed_format), "tensors": len(store.packed)},
+        else {
+            **dataclasses.asdict(store.packed_format),
+            "tensors": len(store.packed),
+            "ignored_keys": list(ignored_packed_keys(folder)),
+        },
         "state_bytes": state_bytes(config),
         "ignored_keys": list(FalconH1Config.ignored(folder)),
         "ignored_tensors": list(store.ignored),

@@ -105,11 +105,11 @@ def ignored_keys(config: Mapping[str, Any], used: frozenset[str]) -> tuple[str, 
     return tuple(sorted(names))
 
 
-def told(names: tuple[str, ...]) -> str:
-    """Return ``names`` as one short text; foreign names are neither long nor many."""
+def told(names: tuple[str, ...], most: int = MOST_NAMES) -> str:
+    """Return ``names`` as one short text, of at most ``most`` names; foreign names are neither long nor many."""
     shortened = [name if len(name) <= MOST_CHARACTERS else f"{name[:MOST_CHARACTERS]}..." for name in names]
-    rest = len(names) - MOST_NAMES
-    return ", ".join(shortened[:MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - most
+    return ", ".join(shortened[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _layers(read: ConfigReader) -> int:

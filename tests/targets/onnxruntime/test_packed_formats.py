@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from gptq_files import Written
+from lora_files import write_adapter
 from packed_by_gptqmodel import KINDS, Truth, truth_of
-from safetensors.torch import save_file
 
 from h1export.checkpoint.store import WeightStore
 from h1export.cli import run
@@ -82,21 +81,7 @@ def test_an_artifact_holds_gptqmodels_integers(folder: Path, graph: Any, tmp_pat
 
 @pytest.fixture(scope="module")
 def adapter(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of in_proj and lm_head, written without PEFT."""
-    folder = tmp_path_factory.mktemp("adapter")
-    config = FalconH1Config.load(make_checkpoint())
-    torch.manual_seed(0)
-    shapes = {
-        "model.layers.0.mamba.in_proj": (sum(config.in_proj_parts), config.hidden_size),
-        "lm_head": (config.vocab_size, config.hidden_size),
-    }
-    tensors = {}
-    for module, (rows, columns) in shapes.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = 0.2 * torch.randn(4, columns)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = 0.2 * torch.randn(rows, 4)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
-    return folder
+    return write_adapter(make_checkpoint(), tmp_path_factory.mktemp("adapter"))
 
 
 def test_an_adapter_on_the_command_line(

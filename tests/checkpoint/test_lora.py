@@ -213,6 +213,22 @@ def test_folders_that_are_no_adapter(adapter: Path, make_checkpoint: Callable[..
         open_store(make_checkpoint(), adapter)
 
 
+def test_an_adapter_in_the_models_folder(adapter: Path, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers' Auto classes load both, so the model alone is another one."""
+    checkpoint = make_checkpoint()
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "both"))
+    shutil.copyfile(adapter / "adapter_config.json", folder / "adapter_config.json")
+    assert open_store(folder).fingerprint() == open_store(checkpoint).fingerprint()  # there is no adapter yet
+    shutil.copyfile(adapter / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    for given in ([], [adapter]):
+        with pytest.raises(H1ExportError, match=r"holds an adapter beside the model.*; give the folder with --adapter"):
+            open_store(folder, *given)
+    (tmp_path / "link").symlink_to(folder)
+    for given in (folder, tmp_path / "link"):
+        found = open_store(folder, given).adapters[0]
+        assert found.sha256 == open_store(checkpoint, adapter).adapters[0].sha256
+
+
 def test_an_adapter_on_integers(adapter: Path, make_gptq: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(H1ExportError, match="quantised already"):
         open_store(make_gptq(tmp_path / "in").folder, adapter)

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from h1export.checkpoint.lora_config import ADAPTER_CONFIG, LoraConfig
 from h1export.checkpoint.safetensors_header import FLOATS, TensorEntry, read_header
+from h1export.checkpoint.tensor_names import plain_name
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, TensorShapes, projection_of
@@ -176,6 +177,10 @@ def _product(
         if table:
             raise H1ExportError(where, "is an embedding's, and the module is a product", NOT_DAMAGED)
     elif projection_of(name) is None or name not in shapes:
+        plain = plain_name(name)
+        if plain != name and plain in shapes:
+            what = f'belongs to "{plain}" under another name, which a wrapper of the model gave it'
+            raise H1ExportError(where, what, "save the adapter of the model itself, or rename its tensors")
         raise H1ExportError(where, "belongs to no projection of this model", NOT_DAMAGED)
     elif table != (name == EMBEDDING):
         raise H1ExportError(where, "is of another kind than the module it names", NOT_DAMAGED)

@@ -157,6 +157,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"unsloth_version": "2026.1", "library_name": "peft", "peft_version": "0.20.0"},
+        {"runtime_config": {"ephemeral_gpu_offload": True}},
+        {"a_key_of_tomorrow": None, "another": {}, "merge_weights": False},
+        {"target_modules": None, "exclude_modules": ["x"], "lora_dropout": 0.5, "task_type": None},
+    ],
+    ids=str,
+)
+def test_keys_that_change_nothing(keys: dict[str, Any], adapter: Path, make_checkpoint: Callable[..., Path]) -> None:
+    before = open_store(make_checkpoint(), adapter).adapters[0].sha256
+    change(adapter, **keys)
+    assert open_store(make_checkpoint(), adapter).adapters[0].sha256 == before
+
+
 @pytest.mark.parametrize(("keys", "mentioned"), REFUSED, ids=str)
 def test_what_is_refused(
     keys: dict[str, Any], mentioned: str | None, adapter: Path, make_checkpoint: Callable[..., Path]
@@ -186,6 +202,13 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "no projection",
     ),
     "dora": (lambda t: t.update({f"{STEM}.lora_magnitude_vector.weight": torch.ones(4)}), "no matrix of LoRA"),
+    **{
+        f"the prefix {prefix}": (
+            lambda t, prefix=prefix: t.update({f"{prefix}{name}": t.pop(name) for name in list(t)}),  # type: ignore[misc]
+            'belongs to "model.layers.0.self_attn.q_proj.weight" under another name',
+        )
+        for prefix in ("module.", "_orig_mod.", "base_model.model.", "module._orig_mod.")
+    },
     "a whole weight": (
         lambda t: t.update({"base_model.model.model.final_layernorm.weight": torch.full((128,), 3.0)}),
         "modules_to_save",

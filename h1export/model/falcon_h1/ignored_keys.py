@@ -19,6 +19,7 @@ IGNORED_KEYS: Mapping[str, str] = {
     "_attn_implementation_autoset": "a transformers run-time switch",
     "architectures": "model_type decides",
     "chunk_size_feed_forward": "FalconH1 never reads it",
+    "compression_config": "an older name of quantization_config",
     "is_encoder_decoder": "FalconH1 has no encoder, and never reads it",
     "label2id": "for classifiers only",
     "mamba_dt_init_floor": "initialisation only",

@@ -54,8 +54,9 @@ class CompressedMatrix(PackedMatrix[CompressedFormat]):
         cls, name: str, shape: tuple[int, ...], packed_format: CompressedFormat, *, entries: Mapping[str, TensorEntry]
     ) -> PackedMatrix[CompressedFormat]:
         zeros = entries.get(part_name(name, cls.zeros_part))
-        kind = SignedZeros if zeros is not None and zeros.dtype == SIGNED else cls
-        return super(CompressedMatrix, kind).open(name, shape, packed_format, entries=entries)
+        if cls is CompressedMatrix and zeros is not None and zeros.dtype == SIGNED:
+            return SignedZeros.open(name, shape, packed_format, entries=entries)
+        return super().open(name, shape, packed_format, entries=entries)
 
     @classmethod
     def expected(

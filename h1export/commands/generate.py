@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.chat_template import ChatTemplate, conversation
 from h1export.checkpoint.tokenizer import load_tokenizer, stream
+from h1export.checkpoint.vocabulary import prompt_ids
 from h1export.commands.load import load_runner
 from h1export.model.falcon_h1.special_tokens import special_tokens
 from h1export.runtime.generation import Sampling, generate
@@ -41,7 +40,7 @@ def generate_text(
     tokenizer = load_tokenizer(out)
     text = ChatTemplate.read(out).render(conversation(prompt, system)) if chat else prompt
     # a chat template writes the special tokens itself
-    ids = np.array(tokenizer.encode(text, add_special_tokens=not chat).ids, np.int64)
+    ids = prompt_ids(tokenizer, text, artifact.config, add_special_tokens=not chat)
     runner = load_runner(artifact, threads, kernels=kernels)
     if runner.provenance.fallback:
         report(runner.provenance.fallback)

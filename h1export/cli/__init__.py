@@ -20,6 +20,7 @@ import cloup
 from h1export import __version__
 from h1export.cli.bench import bench
 from h1export.cli.build import build
+from h1export.cli.chat import chat
 from h1export.cli.completion import completion
 from h1export.cli.coreml import coreml
 from h1export.cli.doctor import doctor
@@ -80,7 +81,7 @@ def cli() -> None:
 cli.section("Make an artifact", build, plan, sensitivity)
 cli.section("Judge an artifact", validate, doctor, bench, gate, evaluate, report)
 cli.section("Trust an artifact", sign, verify)
-cli.section("Use an artifact", generate)
+cli.section("Use an artifact", generate, chat)
 cli.section("Look inside", inspect, trace)
 cli.section("One target", coreml, trt)
 cli.section("The shell", completion)

@@ -28,6 +28,7 @@ from h1export.targets import Kernels
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--chat", is_flag=True, help="PROMPT is a user's turn, framed by the chat template.")
 @click.option("--system", metavar="TEXT", help="System message of the chat; implies --chat.")
+@click.option("--state", type=click.Path(path_type=Path), help="PROMPT is the next turn of a chat that /save wrote.")
 @click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
 @kernels_option
 @common
@@ -42,6 +43,7 @@ def generate(
     seed: int,
     chat: bool,
     system: str | None,
+    state: Path | None,
     threads: int,
     kernels: Kernels,
     quiet: bool,
@@ -70,8 +72,9 @@ def generate(
         prompt,
         max_tokens,
         sampling=sampling,
-        chat=chat or system is not None,
+        chat=chat,
         system=None if system is None else as_utf8(system),
+        state=state,
         threads=threads,
         kernels=kernels,
         report=partial(say, quiet=quiet),

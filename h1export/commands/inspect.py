@@ -46,13 +46,10 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "bytes_by_dtype": dict(by_dtype),
         "quantised": None
         if store.packed_format is None
-        else {
-            **dataclasses.asdict(store.packed_format),
-            "tensors": len(store.packed),
-            "ignored_keys": list(ignored_packed_keys(folder)),
-        },
+        else {**dataclasses.asdict(store.packed_format), "tensors": len(store.packed)},
         "state_bytes": state_bytes(config),
         "ignored_keys": list(FalconH1Config.ignored(folder)),
+        "ignored_quantization_keys": list(ignored_packed_keys(folder)),
         "ignored_tensors": list(store.ignored),
         "tokens_without_rows": _tokens_without_rows(folder, config),
         "config": dataclasses.asdict(config),

@@ -233,9 +233,8 @@ def umask(request: pytest.FixtureRequest) -> Iterator[None]:
     os.umask(before)
 
 
-@pytest.mark.usefixtures("umask")
 @pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077, 0o777], ids=oct, indirect=True)
-def test_folders_are_private_whatever_the_umask(home: Path, compiler: Compiler) -> None:
+def test_folders_are_private_whatever_the_umask(home: Path, compiler: Compiler, umask: None) -> None:
     library = get(compiler)
     for folder in (home, *home.rglob("*")):
         assert stat.S_IMODE(folder.stat().st_mode) == (0o700 if folder.is_dir() else 0o600), folder

@@ -65,7 +65,7 @@ def open_inference_session(
     for name, value in SETTINGS[path.name].items():
         setattr(options, name, value)
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors are exceptions too
+    options.log_severity_level = 4  # errors are exceptions, whose one line is enough
     options.add_session_config_entry(FUSED_LEVEL, str(0 if float32 else OrtOptions.read(artifact).accuracy_level))
     if library is not None:
         with refused(library, "onnxruntime cannot load our kernels"):

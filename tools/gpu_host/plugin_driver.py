@@ -63,7 +63,17 @@ def compile_programs(folder: Path, source: Path, flags: Sequence[str] = ()) -> N
         ("harness", HARNESS, ["-ldl"]),
     )
     for name, made, more in programs:
-        command = [compiler, *FLAGS, *(() if flags else STATIC), *flags, *include, str(DRIVER / f"{name}.cc"), "-o", str(folder / made), *more]
+        command = [
+            compiler,
+            *FLAGS,
+            *(() if flags else STATIC),
+            *flags,
+            *include,
+            str(DRIVER / f"{name}.cc"),
+            "-o",
+            str(folder / made),
+            *more,
+        ]
         subprocess.run(command, check=True)
 
 

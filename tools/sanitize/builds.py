@@ -21,7 +21,7 @@ INCLUDE = native_library.FOLDER / "include"
 # what a sanitizer does at its first report; 23 is an exit code that nothing else gives
 REPORT = 23
 ENVIRONMENT = {
-    "ASAN_OPTIONS": f"exitcode={REPORT}:detect_stack_use_after_return=1:strict_init_order=1:allocator_may_return_null=1",
+    "ASAN_OPTIONS": f"exitcode={REPORT}:detect_stack_use_after_return=1:allocator_may_return_null=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": f"exitcode={REPORT}:halt_on_error=1",
     "LSAN_OPTIONS": f"exitcode={REPORT}",
@@ -55,7 +55,16 @@ class Build:
         objects = folder / self.name
         objects.mkdir(parents=True, exist_ok=True)
         csrc = native_library.FOLDER / "csrc"
-        command = [compiler(), *COMMON, *self.flags, *more, "-isystem", str(INCLUDE), f"-I{csrc}", f"-I{hosts[0].parent}"]
+        command = [
+            compiler(),
+            *COMMON,
+            *self.flags,
+            *more,
+            "-isystem",
+            str(INCLUDE),
+            f"-I{csrc}",
+            f"-I{hosts[0].parent}",
+        ]
 
         def one(source: Path) -> str:
             made = objects / f"{source.stem}.o"

@@ -8,6 +8,7 @@
 //   threads.
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "gemm.h"
 #include "ort.h"

@@ -4,16 +4,17 @@
 // in an error.
 #pragma once
 
+#include <algorithm>
 #include <climits>
 #include <cmath>
 #include <cstdint>
 #include <exception>
+#include <initializer_list>
 #include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <vector>
 
 #include "onnxruntime_c_api.h"
 #include "parallel.h"
@@ -67,7 +68,40 @@ class Attributes {
   const OrtKernelInfo* info_;
 };
 
-using Shape = std::vector<Size>;
+constexpr size_t kMostRank = 8;  // of a tensor that an op takes
+
+// The sizes of a tensor, without an allocation: every input of every node of every token has one.
+class Shape {
+ public:
+  Shape() = default;
+  Shape(std::initializer_list<Size> sizes) : Shape(sizes.begin(), sizes.size()) {}
+  template <class Number>
+  Shape(const Number* sizes, size_t rank) : rank_(rank) {
+    require(rank <= kMostRank, "a tensor has too many dimensions");
+    std::copy_n(sizes, rank, sizes_);
+  }
+
+  size_t rank() const { return rank_; }
+  Size operator[](size_t i) const { return sizes_[checked(i)]; }
+  Size& back() { return sizes_[checked(rank_ - 1)]; }
+  Size product(size_t dimensions) const {
+    Size result = 1;
+    for (size_t i = 0; i < dimensions; ++i) result = result * (*this)[i];
+    return result;
+  }
+  friend bool operator==(const Shape& a, const Shape& b) {
+    return std::equal(a.sizes_, a.sizes_ + a.rank_, b.sizes_, b.sizes_ + b.rank_);
+  }
+
+ private:
+  size_t checked(size_t i) const {
+    require(i < rank_, "a tensor has too few dimensions");
+    return i;
+  }
+
+  Size sizes_[kMostRank];
+  size_t rank_ = 0;
+};
 
 // A contiguous tensor; not `given`: an optional input that is absent. Without elements `data` may be null.
 template <class T>
@@ -77,17 +111,10 @@ struct Tensor {
   bool given = false;
 
   explicit operator bool() const { return given; }
-  Size size() const { return product(shape.size()); }
-  Size last() const { return shape.at(shape.size() - 1); }  // width of a row
-  Size rows() const { return product(shape.size() - 1); }   // all dimensions but the last, flattened; the rank is not 0
-  T* from(Size offset) const { return data + offset.value(); }  // of columns that lie within a row
-
- private:
-  Size product(size_t dimensions) const {
-    Size result = 1;
-    for (size_t i = 0; i < dimensions; ++i) result = result * shape.at(i);
-    return result;
-  }
+  Size size() const { return shape.product(shape.rank()); }
+  Size last() const { return shape[shape.rank() - 1]; }          // width of a row
+  Size rows() const { return shape.product(shape.rank() - 1); }  // all dimensions but the last; the rank is not 0
+  T* from(Size offset) const { return data + offset.value(); }   // of columns that lie within a row
 };
 
 // An input or an output as the op declares it; rank 0: any but 0.
@@ -145,12 +172,12 @@ class Call {
 
   template <class T>
   Tensor<T> output(size_t index, const Shape& shape) const {
-    std::vector<int64_t> sizes;
-    for (const Size size : shape) sizes.push_back(size.value());
+    int64_t sizes[kMostRank];
+    for (size_t i = 0; i < shape.rank(); ++i) sizes[i] = shape[i].value();
     Tensor<T> tensor{.data = nullptr, .shape = shape, .given = true};
     const bool empty = tensor.size() * Size{sizeof(T)} == Size{0};
     OrtValue* value = nullptr;
-    check(api->KernelContext_GetOutput(context_, index, sizes.data(), sizes.size(), &value));
+    check(api->KernelContext_GetOutput(context_, index, sizes, shape.rank(), &value));
     require(value != nullptr, "an output is missing");
     void* data = nullptr;
     check(api->GetTensorMutableData(value, &data));
@@ -172,22 +199,19 @@ class Call {
     check(api->GetTensorTypeAndShape(value, &info));
     ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     size_t rank = 0;
-    std::vector<int64_t> sizes;
+    int64_t sizes[kMostRank];
     OrtStatus* status = api->GetTensorElementType(info, &type);
     if (status == nullptr) status = api->GetDimensionsCount(info, &rank);
-    if (status == nullptr) {
-      sizes.resize(rank);
-      status = api->GetDimensions(info, sizes.data(), rank);
-    }
+    if (status == nullptr && rank <= kMostRank) status = api->GetDimensions(info, sizes, rank);
     api->ReleaseTensorTypeAndShapeInfo(info);
     check(status);
     const Port& port = ports_[index];
     if (type != port.type || !reads<T>(type)) refuse(index, "has another dtype than the op takes");
-    if (rank == 0 || (port.rank != 0 && rank != port.rank)) {
+    if (rank == 0 || rank > kMostRank || (port.rank != 0 && rank != port.rank)) {
       refuse(index, "has rank " + std::to_string(rank) + ", and must have " +
-                        (port.rank == 0 ? "at least 1" : std::to_string(port.rank)));
+                        (port.rank == 0 ? "1 to 8" : std::to_string(port.rank)));
     }
-    return {sizes.begin(), sizes.end()};
+    return {sizes, rank};
   }
 
   // No exception may leave a thread of the pool: the first one is thrown again where the loop was started.

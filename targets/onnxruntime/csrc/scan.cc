@@ -5,6 +5,7 @@
 //   new_state may be the memory of state.
 //   Source: Dao and Gu, "Transformers are SSMs" (2024); several tokens take the chunked form of their section 6.
 #include <cmath>
+#include <vector>
 
 #include "gemm.h"
 #include "ort.h"

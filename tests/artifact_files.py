@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from released_config import RELEASED
 
 from h1export.artifact.artifact import Artifact, file_table
 from h1export.artifact.manifest import MANIFEST, Manifest, StoredPart, StoredWeight
@@ -16,9 +17,10 @@ from h1export.artifact.staging import staged
 from h1export.checkpoint.weight_expr import Multiplier
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.tensors import tensor_shapes
 
 FILES = {
-    "config.json": b"{}",
+    "config.json": json.dumps(dict(RELEASED)).encode(),
     "model.mlpackage/Data/weights/weight.bin": bytes(reversed(range(256))),
     "model.mlpackage/Manifest.json": b"[]",
     "model.onnx": b"graph",
@@ -29,8 +31,11 @@ NESTED = "model.mlpackage/Data/weights/weight.bin"
 
 def manifest_of(folder: Path, config: FalconH1Config) -> Manifest:
     """A manifest as a build would write it, without building anything."""
-    in_proj = StoredPart("model.layers.0.mamba.in_proj.weight", 422, Multiplier(((192, 0.44), (230, 0.3125))))
-    head = StoredPart("lm_head.weight", 259, Multiplier.scalar(0.39))
+    shapes = tensor_shapes(config)
+    name = "model.layers.0.mamba.in_proj.weight"
+    rows = shapes[name][0]
+    in_proj = StoredPart(name, rows, Multiplier(((192, 0.44), (rows - 192, 0.3125))))
+    head = StoredPart("lm_head.weight", shapes["lm_head.weight"][1], Multiplier.scalar(0.39))
     return Manifest(
         target="onnxruntime",
         source="0" * 64,

@@ -10,6 +10,7 @@ from h1export.artifact.journal import JOURNAL, SCRATCH
 from h1export.artifact.manifest import MANIFEST, Manifest
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.tensors import tensor_shapes
 
 NO_SHA256 = 64 * "0"
 REPORT = "report.json"  # `h1export validate` writes it into a finished artifact, so the manifest does not list it
@@ -27,17 +28,13 @@ class Artifact:
         """Read the manifest in ``folder`` and check the size of every file that it lists. Other files are ignored.
 
         Raises:
-            H1ExportError: ``folder`` is not an artifact, or a listed file is missing, has another size, or is a
-                symbolic link.
+            H1ExportError: ``folder`` is not an artifact, a listed file is missing, has another size or is a symbolic
+                link, or the manifest lists weights that the model of config.json does not have.
         """
         path = folder / MANIFEST
         if not path.is_file():
             raise H1ExportError(folder, f"no {MANIFEST}", "give a folder that h1export build has made")
-        try:
-            text = path.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise H1ExportError(path, f"cannot be read ({error.strerror})", "check its permissions") from None
-        manifest = Manifest.parse(text, path)
+        manifest = Manifest.read(path)
         for name, (_, size) in manifest.files.items():
             found = plain_size(folder, name)
             if found == NOT_PLAIN:
@@ -47,7 +44,10 @@ class Artifact:
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes, and the manifest says {size}"
                 raise H1ExportError(folder / name, what, "build the artifact again")
-        return cls(folder, manifest)
+        artifact = cls(folder, manifest)
+        if manifest.weights:
+            manifest.check_weights(path, tensor_shapes(artifact.config))
+        return artifact
 
     def check_hashes(self) -> None:
         """Compare the sha256 of every listed file with the manifest.

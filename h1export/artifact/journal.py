@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from h1export import forms
 from h1export.artifact.files import sha256_range
+from h1export.forms import Count, Sha256
 
 # A file and a folder that exist in a stage only; an artifact never holds them.
 JOURNAL = ".journal"
@@ -32,8 +34,15 @@ class Extent:
 
     file: str
     tensor: str
-    offset: int
-    length: int
+    offset: Count
+    length: Count
+
+
+@dataclass(frozen=True)
+class Line(Extent):
+    """An Extent with the sha256 of its bytes, as the journal notes it."""
+
+    sha256: Sha256
 
 
 class Journal:
@@ -71,14 +80,12 @@ def _read(path: Path) -> Mapping[Extent, str]:
     whole = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
         try:
-            data = json.loads(line)
-            sha256 = data.pop("sha256")
-            extent = Extent(**data)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            noted = forms.fill(Line, forms.from_json(line))
+        except forms.FormError:
             break
         if not line.endswith(b"\n"):
             break
-        written[extent] = sha256
+        written[Extent(noted.file, noted.tensor, noted.offset, noted.length)] = noted.sha256
         whole += len(line)
     if path.is_file():
         os.truncate(path, whole)

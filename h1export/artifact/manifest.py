@@ -13,13 +13,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from h1export import forms
 from h1export.checkpoint.weight_expr import Multiplier
 from h1export.errors import H1ExportError
+from h1export.forms import Count, FileName, Sha256
+from h1export.model.config_reader import shown
 
 MANIFEST = "manifest.json"
 FORMAT = 5
+AGAIN = "build the artifact again"
+
+Port = tuple[str, tuple[Count | str, ...]]  # dtype, and dimensions: a size, or the name of one that varies
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class StoredPart:
     """
 
     tensor: str
-    size: int
+    size: Count
     multiplier: Multiplier
     order: str = ""
 
@@ -53,9 +61,9 @@ class StoredWeight:
     """
 
     initializer: str
-    bits: int
-    group_size: int
-    axis: int
+    bits: Annotated[int, Meta(ge=1, le=8)]
+    group_size: Count
+    axis: Annotated[int, Meta(ge=0, le=1)]
     parts: tuple[StoredPart, ...]
 
 
@@ -80,16 +88,16 @@ class Manifest:
     """
 
     target: str
-    source: str
+    source: Sha256
     config: Mapping[str, Any]
     scheme: Mapping[str, Any]
     options: Mapping[str, Any]
     toolchain: Mapping[str, str]
-    inputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
-    outputs: Mapping[str, tuple[str, tuple[int | str, ...]]]
+    inputs: Mapping[str, Port]
+    outputs: Mapping[str, Port]
     weights: tuple[StoredWeight, ...]
     weights_file: str
-    files: Mapping[str, tuple[str, int]]
+    files: Mapping[FileName, tuple[Sha256, Count]]
     requirements: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -116,35 +124,63 @@ class Manifest:
         return json.dumps({"format": FORMAT, **_jsonable(data)}, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
     @classmethod
-    def parse(cls, text: str, where: Path) -> Manifest:
+    def read(cls, path: Path) -> Manifest:
+        """Read the manifest at ``path``.
+
+        Raises:
+            H1ExportError: it cannot be read, or is not a manifest of this format version.
+        """
+        return cls.parse(forms.content(path, AGAIN), path)
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: Path) -> Manifest:
         """Read what ``to_json`` wrote.
 
         Raises:
             H1ExportError: ``text`` is not a manifest, or is of another format version; the error names ``where``.
         """
         try:
-            data = json.loads(text)
+            data = forms.from_json(text)
+            if not isinstance(data, dict) or "format" not in data:
+                raise forms.FormError("it has no format")
             version = data.pop("format")
             if type(version) is not int or version != FORMAT:
-                raise H1ExportError(
-                    where,
-                    f"the manifest has format {version!r}, and this h1export reads format {FORMAT}",
-                    "build the artifact again",
-                )
-            data["weights"] = tuple(_stored_weight(item) for item in data["weights"])
-            for side in ("inputs", "outputs"):
-                data[side] = {name: (str(dtype), tuple(dims)) for name, (dtype, dims) in data[side].items()}
-            data["files"] = {str(name): (_text(digest), _count(size)) for name, (digest, size) in data["files"].items()}
-            for name in ("target", "source", "weights_file"):
-                data[name] = _text(data[name])
-            if data["weights_file"] not in data["files"]:
-                raise ValueError(f"the weights' file {data['weights_file']!r} is not among the files")
-            for name in ("config", "scheme", "options", "toolchain"):
-                data[name] = {**data[name]}
-            data["requirements"] = {**data.get("requirements", {})}
-            return cls(**data)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
-            raise H1ExportError(where, f"not a manifest of h1export ({error!r})", "build the artifact again") from None
+                what = f"the manifest has format {shown(version)}, and this h1export reads format {FORMAT}"
+                raise H1ExportError(where, what, AGAIN)
+            manifest = forms.fill(cls, data)
+            if manifest.weights_file not in manifest.files:
+                raise forms.FormError(f"weights_file {shown(manifest.weights_file)} is not among the files")
+            return manifest
+        except forms.FormError as error:
+            raise H1ExportError(where, f"not a manifest of h1export ({error})", AGAIN) from None
+
+    def check_weights(self, where: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Check that the weights hold tensors of a model, each once and whole.
+
+        Args:
+            where: the manifest, for the error.
+            shapes: the shapes of the model's tensors by name.
+
+        Raises:
+            H1ExportError: they do not.
+        """
+        seen: set[str] = set()
+        for index, weight in enumerate(self.weights):
+            for part in weight.parts:
+                shape = shapes.get(part.tensor, ())
+                if len(shape) != 2 or part.tensor in seen:
+                    what = "a tensor twice" if part.tensor in seen else "a tensor that the model of config.json lacks"
+                    raise H1ExportError(where, f"weight {index} holds {what}", AGAIN)
+                seen.add(part.tensor)
+                if part.size != shape[weight.axis]:
+                    what = f"weight {index} holds {part.size} of {shape[weight.axis]} rows or columns of a tensor"
+                    raise H1ExportError(where, what, AGAIN)
+                if weight.group_size and shape[1] % weight.group_size:
+                    what = f"weight {index} has groups of {weight.group_size} in {shape[1]} columns"
+                    raise H1ExportError(where, what, AGAIN)
+                rows = sum(count for count, _ in part.multiplier.runs)
+                if not part.multiplier.is_scalar and rows != shape[0]:
+                    raise H1ExportError(where, f"weight {index} has factors of {rows} of {shape[0]} rows", AGAIN)
 
 
 def _jsonable(value: Any) -> Any:
@@ -154,30 +190,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]
     return {"__float__": "Infinity"} if isinstance(value, float) and math.isinf(value) else value
-
-
-def _text(value: Any) -> str:
-    if type(value) is not str:
-        raise ValueError(f"{str(value)[:80]} is not a text")
-    return value
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{str(value)[:80]} is not a count")
-    return value
-
-
-def _stored_weight(data: Mapping[str, Any]) -> StoredWeight:
-    parts = tuple(
-        StoredPart(
-            _text(part["tensor"]), _count(part["size"]), _multiplier(part["multiplier"]), order=_text(part["order"])
-        )
-        for part in data["parts"]
-    )
-    bits, group_size, axis = (_count(data[name]) for name in ("bits", "group_size", "axis"))
-    return StoredWeight(_text(data["initializer"]), bits, group_size, axis=axis, parts=parts)
-
-
-def _multiplier(data: Mapping[str, Any]) -> Multiplier:
-    return Multiplier(tuple((_count(rows), float(factor)) for rows, factor in data["runs"]))

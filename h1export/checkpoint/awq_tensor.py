@@ -62,12 +62,12 @@ class AwqMatrix(PackedMatrix[AwqFormat]):
         return self._rows("qzeros", start, stop)
 
     def stored_scales(self, start: int, stop: int) -> Array:
-        return self.parts["scales"].floats((slice(None), slice(start, stop))).T
+        return self.parts["scales"].floats(columns=slice(start, stop)).T
 
     def _rows(self, part: str, start: int, stop: int) -> Unsigned:
         """Return rows [start, stop) of a part that is packed along the rows, uint8 [rows, length of the part]."""
         first, end, begin = self.word_range(start, stop)
-        words = self.parts[part].values()[:, first:end]
+        words = self.parts[part].values(columns=slice(first, end))
         nibbles = self.unpacked(words, (end - first) * ROWS_A_WORD).reshape(len(words), -1, ROWS_A_WORD)
         rows = nibbles[:, :, NIBBLES_OF_ROWS].reshape(len(words), -1)
         return rows[:, start - begin : stop - begin].T

@@ -86,7 +86,7 @@ class CompressedMatrix(PackedMatrix[CompressedFormat]):
         return group_of
 
     def unsigned_codes(self, start: int, stop: int) -> Unsigned:
-        return self.unpacked(self.parts["weight_packed"].values()[start:stop], self.shape[1])
+        return self.unpacked(self.parts["weight_packed"].values(slice(start, stop)), self.shape[1])
 
     def unsigned_zeros(self, start: int, stop: int) -> Unsigned:
         rows = min(stop, self.shape[0]) - start
@@ -94,7 +94,7 @@ class CompressedMatrix(PackedMatrix[CompressedFormat]):
             groups = self.packed_format.groups(self.shape[1])
             return np.full((rows, groups), self.packed_format.middle, np.uint8)
         first, end, begin = self.word_range(start, stop)
-        words = self.parts[self.zeros_part].values()[first:end].T
+        words = self.parts[self.zeros_part].values(slice(first, end)).T
         return self.unpacked(words, stop - begin)[:, start - begin :].T
 
     def stored_scales(self, start: int, stop: int) -> Array:

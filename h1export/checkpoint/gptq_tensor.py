@@ -62,15 +62,15 @@ class GptqMatrix(PackedMatrix[GptqFormat]):
         return checked_groups(parts["g_idx"], packed_format.groups(shape[1]))
 
     def unsigned_codes(self, start: int, stop: int) -> Unsigned:
-        return self.unpacked(self.parts["qweight"].values()[:, start:stop].T, self.shape[1])
+        return self.unpacked(self.parts["qweight"].values(columns=slice(start, stop)).T, self.shape[1])
 
     def unsigned_zeros(self, start: int, stop: int) -> Unsigned:
         first, end, begin = self.word_range(start, stop)
-        words = np.ascontiguousarray(self.parts["qzeros"].values()[:, first:end]).view(np.uint32)
+        words = self.parts["qzeros"].values(columns=slice(first, end)).view(np.uint32)
         ones = (2**WORD - 1) // (2**self.packed_format.bits - 1)  # the value 1 in each code of a word
         # A borrow moves to higher codes only, so the rest of the last word cannot change the codes below it.
         restored = words + np.uint32(self.packed_format.zero_offset * ones)
         return self.unpacked(restored, stop - begin)[:, start - begin :].T
 
     def stored_scales(self, start: int, stop: int) -> Array:
-        return self.parts["scales"].floats((slice(None), slice(start, stop))).T
+        return self.parts["scales"].floats(columns=slice(start, stop)).T

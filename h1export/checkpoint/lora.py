@@ -64,11 +64,11 @@ class LowRank:
         """
         stop = start + len(block)
         if self.table:
-            left = self.left.floats((slice(None), slice(start, stop))).T
-            right = self.right.floats(...).T
+            left = self.left.floats(columns=slice(start, stop)).T
+            right = self.right.floats().T
         else:
             left = self.left.floats(slice(start, stop))
-            right = self.right.floats(...)
+            right = self.right.floats()
         columns = np.ascontiguousarray(left.T).astype(np.float64) * self.scaling
         total: npt.NDArray[np.float64] = block.astype(np.float64)
         product = np.empty_like(total)
@@ -213,7 +213,8 @@ def _sha256(products: Mapping[str, tuple[LowRank, ...]]) -> str:
             for entry in (product.left, product.right):
                 described = [name, product.table, product.scaling, entry.dtype, entry.shape]
                 digest.update(json.dumps(described).encode())
-                digest.update(np.ascontiguousarray(entry.values()).view(np.uint8).data)
+                for block in entry.blocks():
+                    digest.update(block.data)
     return digest.hexdigest()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import stat
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -36,6 +36,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 OPAQUE = "bytes"  # stands for the dtype of a tensor that nothing reads, whatever it is
 LFS_POINTER = b"version "  # the first bytes of a Git LFS pointer file
 DOWNLOAD_AGAIN = "the file is damaged, download it again"
+WRITTEN = "let nothing write to the checkpoint, and run the command again"
+ALL = slice(None)
+BLOCK = 1 << 24  # bytes that are read at a time where a whole tensor is
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,57 @@ class TensorEntry:
         """Bytes of the tensor as stored."""
         return prod(self.shape) * (1 if self.dtype == OPAQUE else DTYPES[self.dtype].itemsize)
 
-    def values(self) -> npt.NDArray[Any]:
-        """Map the tensor into memory, in its stored dtype; bf16 is given as uint16."""
-        return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.start, shape=self.shape)
+    def values(self, rows: slice = ALL, columns: slice = ALL) -> npt.NDArray[Any]:
+        """Read the tensor, or rows of it, or columns of rows of a matrix, in its stored dtype; bf16 is given as uint16.
 
-    def floats(self, place: Any) -> Array:
-        """Return the part of a tensor that the numpy index ``place`` selects, as float32.
+        The file is read and never mapped: where it is cut meanwhile, a page that is gone would kill the process.
+
+        Raises:
+            H1ExportError: the file cannot be read, or has become shorter.
+        """
+        dtype = DTYPES[self.dtype]
+        height, width = (*self.shape, 1, 1)[:2]
+        first, last, _ = rows.indices(height)
+        left, right, _ = columns.indices(width)
+        rest = self.shape[2:]
+        line = width * prod(rest)
+        shape = (max(0, last - first), line if columns is ALL else max(0, right - left))
+        found = np.empty(shape, dtype)
+        start = self.start + first * line * dtype.itemsize
+        if columns is ALL:
+            self._read([(start, found.reshape(-1))])
+            return found.reshape((shape[0], *self.shape[1:]) if self.shape else ())
+        self._read((start + (row * line + left) * dtype.itemsize, found[row]) for row in range(shape[0]))
+        return found
+
+    def blocks(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """Yield the tensor's bytes as stored, at most ``BLOCK`` at a time; raise H1ExportError like ``values``."""
+        for start in range(0, self.nbytes, BLOCK):
+            block = np.empty(min(BLOCK, self.nbytes - start), np.uint8)
+            self._read([(self.start + start, block)])
+            yield block
+
+    def _read(self, places: Iterable[tuple[int, npt.NDArray[Any]]]) -> None:
+        """Fill arrays from where they begin in the file."""
+        try:
+            with open(self.file, "rb", buffering=0) as stream:
+                for start, array in places:
+                    left = array.data.cast("B") if array.size else memoryview(b"")
+                    stream.seek(start)
+                    while left:
+                        count = stream.readinto(left)
+                        if not count:
+                            raise H1ExportError(self.file, "became shorter while it was read", WRITTEN)
+                        left = left[count:]
+        except OSError as error:
+            raise H1ExportError(self.file, f"cannot be read ({error.strerror})", WRITTEN) from None
+
+    def floats(self, rows: slice = ALL, columns: slice = ALL) -> Array:
+        """Return the same part as ``values``, as float32.
 
         The conversion is exact for every dtype in FLOATS, the only dtypes that are allowed here.
         """
-        stored = np.asarray(self.values()[place])
+        stored = self.values(rows, columns)
         return (stored.astype(np.uint32) << 16).view(np.float32) if self.dtype == "BF16" else stored.astype(np.float32)
 
 

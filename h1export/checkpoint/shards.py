@@ -22,7 +22,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 KEEP_ONE = "delete the one that is out of date"
-BLOCK = 1 << 24  # bytes that are compared at a time
 
 Entries = dict[str, TensorEntry]
 
@@ -89,16 +88,7 @@ def _refuse_other_bytes(
 def _same(one: TensorEntry, two: TensorEntry) -> bool:
     if (one.dtype, one.shape) != (two.dtype, two.shape):
         return False
-    first, second = (
-        np.memmap(entry.file, np.uint8, mode="r", offset=entry.start, shape=(entry.nbytes,))
-        if entry.nbytes
-        else np.zeros(0, np.uint8)
-        for entry in (one, two)
-    )
-    return all(
-        np.array_equal(first[start : start + BLOCK], second[start : start + BLOCK])
-        for start in range(0, one.nbytes, BLOCK)
-    )
+    return all(np.array_equal(first, second) for first, second in zip(one.blocks(), two.blocks(), strict=True))
 
 
 def _no_weights(folder: Path) -> H1ExportError:

@@ -150,9 +150,7 @@ class WeightStore:
             return EMBEDDING in self._entries and self._repeats_embedding()
         entry = self._entries[name]
         return (
-            f"{name.removesuffix('bias')}weight" in self.packed
-            and entry.dtype in FLOATS
-            and not entry.floats(...).any()
+            f"{name.removesuffix('bias')}weight" in self.packed and entry.dtype in FLOATS and not entry.floats().any()
         )
 
     def _repeats_embedding(self) -> bool:
@@ -234,10 +232,9 @@ class WeightStore:
         for name in sorted(self._entries):
             entry = self._entries[name]
             digest.update(json.dumps([name, entry.dtype, entry.shape]).encode())
-            data = np.memmap(entry.file, np.uint8, mode="r", offset=entry.start, shape=(entry.nbytes,))
-            for start in range(0, entry.nbytes, 1 << 24):
-                digest.update(data[start : start + (1 << 24)].data)
-                self._progress.advance(min(1 << 24, entry.nbytes - start))
+            for block in entry.blocks():
+                digest.update(block.data)
+                self._progress.advance(len(block))
         return digest.hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from h1export.errors import H1ExportError
+from h1export.model.config_reader import shown
 from h1export.model.falcon_h1.states import Ids
 
 TOKENIZER = "tokenizer.json"
@@ -46,24 +46,24 @@ def scoring_ids(folder: Path, text: str) -> tuple[Ids, int]:
     return np.array(encoding.ids, np.int64), len(text.encode()) - first
 
 
-def chat_prompt(folder: Path, message: str) -> str:
-    """Return the prompt of a chat in which the user says ``message``, made by the checkpoint's chat template.
+def plain_tokenizer(folder: Path) -> Any:
+    """Return transformers' tokenizer over the tokenizer.json of ``folder``, for hosts that want one.
+
+    Its class is always the same: AutoTokenizer would run the code that ``auto_map`` names, or ask whether to run it.
 
     Raises:
-        H1ExportError: the folder has no chat template.
+        H1ExportError: the folder has no tokenizer, or transformers cannot load it.
     """
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    if not ((folder / "chat_template.jinja").is_file() or "chat_template" in _tokenizer_config(folder)):
-        raise H1ExportError(folder, "no chat template", "leave out --chat, or build from an instruct checkpoint")
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    turns = [{"role": "user", "content": message}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    load_tokenizer(folder)  # the clearer errors
+    kind: Any = PreTrainedTokenizerFast
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of any library below transformers
+        raise H1ExportError(
+            folder, f"transformers cannot load the tokenizer ({shown(str(error))})", "compare it with the published one"
+        ) from None
 
 
 def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

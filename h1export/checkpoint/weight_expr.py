@@ -39,8 +39,8 @@ class Multiplier:
     runs: tuple[tuple[int, float], ...] = ((0, 1.0),)
 
     def __post_init__(self) -> None:
-        if len(self.runs) > 1 and any(rows == 0 for rows, _ in self.runs):
-            raise ValueError(f"a run of no rows among {self.runs}")
+        if not self.runs or (len(self.runs) > 1 and any(rows == 0 for rows, _ in self.runs)):
+            raise ValueError("a multiplier without runs, or with a run of no rows")
 
     @classmethod
     def scalar(cls, factor: float) -> Multiplier:

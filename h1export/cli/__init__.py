@@ -26,6 +26,7 @@ from h1export.cli.inspect import inspect
 from h1export.cli.plan import plan
 from h1export.cli.report import report
 from h1export.cli.sensitivity import sensitivity
+from h1export.cli.signature import sign, verify
 from h1export.cli.trace import trace
 from h1export.cli.trt import trt
 from h1export.cli.validate import validate
@@ -55,6 +56,7 @@ def cli() -> None:
 
 cli.section("Make an artifact", build, plan, sensitivity)
 cli.section("Judge an artifact", validate, doctor, bench, gate, evaluate, report)
+cli.section("Trust an artifact", sign, verify)
 cli.section("Use an artifact", generate)
 cli.section("Look inside", inspect, trace)
 cli.section("One target", coreml, trt)

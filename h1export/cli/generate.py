@@ -23,6 +23,7 @@ from h1export.targets import Kernels
 )
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--chat", is_flag=True, help="PROMPT is a user's turn, framed by the chat template.")
+@click.option("--system", metavar="TEXT", help="System message of the chat; implies --chat.")
 @click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
 @kernels_option
 @common
@@ -35,6 +36,7 @@ def generate(
     top_p: float,
     seed: int,
     chat: bool,
+    system: str | None,
     threads: int,
     kernels: Kernels,
     quiet: bool,
@@ -57,7 +59,8 @@ def generate(
         prompt,
         max_tokens,
         sampling=sampling,
-        chat=chat,
+        chat=chat or system is not None,
+        system=system,
         threads=threads,
         kernels=kernels,
         report=partial(say, quiet=quiet),

@@ -7,9 +7,8 @@ from pathlib import Path
 import click
 import cloup
 
+from h1export.artifact.files import PAGE
 from h1export.cli.common import answer, common, say
-
-PAGE = "report.html"
 
 
 @cloup.command(short_help="Make an HTML page of validation results.")
@@ -28,11 +27,15 @@ def report(outs: tuple[Path, ...], to: Path | None, quiet: bool, as_json: bool) 
       h1export report falcon-int4
       h1export report falcon-int4 falcon-int8 --to falcon.html
     """
+    from h1export.artifact.files import write_into
     from h1export.report.page import page
 
     text = page(outs)
     place = to or (outs[0] / PAGE if len(outs) == 1 else Path(PAGE))
-    place.write_text(text, encoding="utf-8")
+    if to is None:
+        write_into(place.parent, PAGE, text.encode())
+    else:
+        place.write_text(text, encoding="utf-8")
     say(f"wrote {place}", quiet or as_json)
     if as_json:
         answer({"page": str(place)})

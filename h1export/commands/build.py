@@ -13,10 +13,13 @@ from typing import Any
 from h1export import __version__, host
 from h1export.artifact.artifact import Artifact, file_table
 from h1export.artifact.manifest import MANIFEST, Manifest
+from h1export.artifact.sbom import SBOM, sbom
 from h1export.artifact.stage import Stage, dry_stage
 from h1export.artifact.staging import check_place, staged
+from h1export.checkpoint.chat_template import template_files
 from h1export.checkpoint.lora import described
 from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.unchanged import SourceFiles
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
@@ -42,8 +45,7 @@ CARRIED = (  # files of a checkpoint that an artifact carries as they are
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    "chat_template.json",  # beside it, every file of chat templates
 )
 
 
@@ -154,9 +156,9 @@ class BuildJob:
     def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:
         """Write every file of the artifact into ``stage``, the ``manifest`` last; return it complete."""
         target = get_target(self.target)
-        for name in CARRIED:
-            if (self.checkpoint / name).is_file():
-                shutil.copyfile(self.checkpoint / name, stage.folder / name)
+        for name in carried(self.checkpoint):
+            (stage.folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(self.checkpoint / name, stage.folder / name)
         progress.stage("trace")
         program = run_passes(trace(self.config, self.options.last_logits), passes_for(self.store.order_name))
         if self.ids is not None and not stage.dry:
@@ -169,6 +171,7 @@ class BuildJob:
             self.store, self.config, self.scheme, ids=self.ids, stage=stage, progress=progress, device=self.device
         )
         lowered = target.lower(program, store, integers, options=self.options, stage=stage, progress=progress)
+        (stage.folder / SBOM).write_text(sbom(manifest), encoding="utf-8")
         progress.stage("hashes")
         files = file_table(stage.folder, sizes_only=stage.dry)
         names = ("inputs", "outputs", "weights", "weights_file", "requirements")
@@ -176,6 +179,11 @@ class BuildJob:
         manifest = dataclasses.replace(manifest, **found, files=files)
         (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest
+
+
+def carried(checkpoint: Path) -> tuple[str, ...]:
+    """Return the names of the files of ``checkpoint`` that an artifact carries as they are."""
+    return (*(name for name in CARRIED if (checkpoint / name).is_file()), *template_files(checkpoint))
 
 
 def ignored_in(checkpoint: Path) -> tuple[str, ...]:
@@ -220,9 +228,11 @@ def build_artifact(
         adapters: folders of LoRA adapters, which are merged into the weights in this order.
 
     Raises:
-        H1ExportError: a checkpoint, scheme or option that cannot be exported, or an ``out`` that is taken.
+        H1ExportError: a checkpoint, scheme or option that cannot be exported, a checkpoint that changes meanwhile, or
+            an ``out`` that is taken.
     """
     check_place(out, force)
+    sources = SourceFiles.of((checkpoint, *adapters))
     job = BuildJob.open(
         checkpoint,
         target,
@@ -236,4 +246,5 @@ def build_artifact(
     manifest = job.manifest(job.store.fingerprint())
     with staged(out, force, manifest.key) as folder:
         job.write(manifest, Stage(folder, jobs or host.cores()), progress)
+        sources.check()
     return Artifact.open(out)

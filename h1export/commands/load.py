@@ -46,16 +46,35 @@ def load_runner(
 
 
 def load_folder(
-    out: str | Path, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
+    out: str | Path,
+    threads: int = 0,
+    float32: bool = False,
+    *,
+    kernels: Kernels = "auto",
+    verify: str | Path | None = None,
 ) -> Inspectable[Any]:
     """Return a Runner over the artifact in the folder ``out``; this is ``h1export.load``.
 
-    The other arguments are those of ``Target.load``.
+    ``verify`` is a file with the public key of whoever must have signed it, see ``h1export verify``. The other
+    arguments are those of ``Target.load``.
 
     Raises:
-        H1ExportError: a damaged artifact, or one that does not run here.
+        H1ExportError: a damaged artifact, one that is not signed by this key, or one that does not run here.
     """
-    return load_runner(Artifact.open(Path(out)), threads, float32, kernels=kernels)
+    return load_runner(open_artifact(Path(out), verify), threads, float32, kernels=kernels)
+
+
+def open_artifact(out: Path, verify: str | Path | None = None) -> Artifact:
+    """Return the artifact in ``out``; ``verify`` is the file of the key that must have signed it, or None.
+
+    Raises:
+        H1ExportError: a damaged artifact, or one that is not signed by this key.
+    """
+    if verify is None:
+        return Artifact.open(out)
+    from h1export.artifact import signature  # the library of its algorithms is loaded where it is used
+
+    return signature.verify(out, Path(verify))
 
 
 def check_source(artifact: Artifact, checkpoint: Path, adapters: Sequence[Path] = ()) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from h1export.artifact.artifact import REPORT, Artifact
+from h1export.artifact.files import write_into
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.tokenizer import TOKENIZER, scoring_ids
 from h1export.commands.load import check_source, load_runner
@@ -85,7 +86,7 @@ def validate_artifact(
         exact = runner
     report = run_validation(artifact, runner, exact, checkpoint=checkpoint, options=options, progress=progress)
     if save:
-        (out / REPORT).write_text(report.to_json(), encoding="utf-8")
+        write_into(out, REPORT, report.to_json().encode())
     return report
 
 

@@ -17,7 +17,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from h1export.checkpoint.tokenizer import load_tokenizer, stream
+from h1export.checkpoint.chat_template import ChatTemplate
+from h1export.checkpoint.tokenizer import load_tokenizer, plain_tokenizer, stream
 from h1export.commands.load import load_folder
 from h1export.errors import H1ExportError
 from h1export.integrations.lm_eval_scoring import Prefix
@@ -163,10 +164,8 @@ class ArtifactLM(TemplateLM):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of transformers, which applies chat templates."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+        """A tokenizer of transformers, which runs no code of the artifact's."""
+        return plain_tokenizer(self._folder)
 
     @property
     def tokenizer_name(self) -> str:
@@ -174,11 +173,15 @@ class ArtifactLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return the prompt of a conversation, by the artifact's chat template."""
-        turns: dict[str, bool] = {
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": not add_generation_prompt,
-        }
-        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **turns))
+        return self._template.render(chat_history, reply=add_generation_prompt, continued=not add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the text of the template, which lm-eval notes in its results."""
+        return self._template.chosen() if chat_template else None
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate.read(self._folder)
 
 
 def evaluate(

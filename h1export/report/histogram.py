@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
+
+from h1export.forms import Count
 
 PER_DECADE = 4
 LEAST = -12 * PER_DECADE  # smaller values, zeros too, count in the first bin
+MOST = 310 * PER_DECADE  # beyond every float64
 
 
 @dataclass(frozen=True)
 class Histogram:
     """``counts[i]`` values are at least 10 ** ((first + i) / PER_DECADE) and below the edge of the next bin."""
 
-    first: int
-    counts: tuple[int, ...]
+    first: Annotated[int, Meta(ge=LEAST, le=MOST)]
+    counts: Annotated[tuple[Count, ...], Meta(max_length=MOST - LEAST)]
 
     @classmethod
     def of(cls, values: npt.NDArray[np.floating]) -> Histogram:

@@ -7,9 +7,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from enum import StrEnum
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal
 
-from h1export.errors import H1ExportError
+from h1export import forms
+from h1export.forms import Count
 from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.histogram import Histogram
 
@@ -23,10 +25,8 @@ PREFILL_MS = "prefill_ms"
 DECODE_MS = "decode_ms"
 OUTPUT_FIGURES = ("logits", "states", "kl", "top1")  # of every row that compares logits and states
 OUTPUT_KINDS = frozenset({CheckKind.CASE, CheckKind.CONTEXT})  # the kinds of those rows
-NOT_FINITE = frozenset({"nan", "inf", "-inf"})  # strings in report.json: JSON has no such numbers
+Number = int | float | Literal["nan", "inf", "-inf"]  # in report.json: JSON has no such numbers
 AGAIN = "run `h1export validate` again"
-
-E = TypeVar("E", bound=StrEnum)
 
 
 class Verdict(StrEnum):
@@ -116,36 +116,71 @@ class Report:
     def to_json(self) -> str:
         """Return the text of report.json.
 
-        ``passed`` and each row's ``verdict`` are for readers; ``from_json`` derives them again.
+        ``passed`` and each row's ``verdict`` are for readers; they are derived again from the rows of the form.
         """
         rows = [{**asdict(row), "verdict": row.verdict} for row in self.rows]
         data = {"passed": self.passed, "subject": self.subject, "environment": self.environment, "rows": rows}
         return json.dumps(_spelled(data), indent=1, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: object) -> Report:
+    def read(cls, path: Path) -> Report:
+        """Return the report at ``path``.
+
+        Raises:
+            H1ExportError: it cannot be read, or is of another form than ``to_json`` writes.
+        """
+        return cls.from_json(forms.content(path, AGAIN), path)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: object) -> Report:
         """Return the report that ``to_json`` wrote as ``text``; ``where`` names the file in messages.
 
         Raises:
             H1ExportError: not JSON, or of another form than ``to_json`` writes.
         """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise H1ExportError(where, f"is not JSON ({error})", AGAIN) from None
-        try:
-            table = _table(data, REPORT_KEYS)
-            if not isinstance(table["rows"], list):
-                raise ValueError("rows is no list")
-            rows = tuple(_row(row) for row in table["rows"])
-            return cls(_table(table["subject"]), _table(table["environment"]), rows)
-        except ValueError as error:
-            raise H1ExportError(where, f"has another form than this h1export writes: {error}", AGAIN) from None
+        form = forms.parse(text, StoredReport, where=where, what="a report of this h1export", next_step=AGAIN)
+        return cls(form.subject, form.environment, tuple(stored.row for stored in form.rows))
 
 
-REPORT_KEYS = frozenset(field.name for field in fields(Report)) | {"passed"}
-ROW_KEYS = frozenset(field.name for field in fields(Row)) | {"verdict"}
-HISTOGRAM_KEYS = frozenset(field.name for field in fields(Histogram))
+@dataclass(frozen=True)
+class StoredRow:
+    """A Row as report.json has it."""
+
+    kind: CheckKind
+    comparison: Comparison
+    case: str
+    phase: Phase | None
+    length: Count | None
+    device: str
+    figures: Mapping[str, Number]
+    tolerances: Mapping[str, Number]
+    note: str
+    details: Mapping[str, Number]
+    histograms: Mapping[str, Histogram]
+    verdict: Verdict  # for readers
+
+    def __post_init__(self) -> None:
+        if odd := self.tolerances.keys() - self.figures.keys():
+            raise ValueError(f"{len(odd)} tolerances are of no figure")
+
+    @property
+    def row(self) -> Row:
+        given = {field.name: getattr(self, field.name) for field in fields(Row)}
+        numbers = {
+            name: {key: float(value) if isinstance(value, str) else value for key, value in given[name].items()}
+            for name in ("figures", "tolerances", "details")
+        }
+        return Row(given.pop("kind"), given.pop("comparison"), **{**given, **numbers})
+
+
+@dataclass(frozen=True)
+class StoredReport:
+    """A Report as report.json has it."""
+
+    passed: bool  # for readers
+    subject: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    rows: tuple[StoredRow, ...]
 
 
 def _spelled(value: Any) -> Any:
@@ -155,64 +190,3 @@ def _spelled(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_spelled(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _table(value: Any, keys: frozenset[str] | None = None) -> dict[str, Any]:
-    """Return a JSON object after a check that it is one, with exactly ``keys`` where they are given."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{value!r:.40} is no object")
-    if keys is not None and value.keys() != keys:
-        raise ValueError(f"its keys are {', '.join(value)}, expected {', '.join(sorted(keys))}")
-    return value
-
-
-def _row(value: Any) -> Row:
-    table = _table(value, ROW_KEYS)
-    return Row(
-        _member(CheckKind, table["kind"]),
-        _member(Comparison, table["comparison"]),
-        case=_text(table["case"]),
-        phase=None if table["phase"] is None else _member(Phase, table["phase"]),
-        length=None if table["length"] is None else _count(table["length"]),
-        device=_text(table["device"]),
-        figures=_numbers(table["figures"]),
-        tolerances=_numbers(table["tolerances"]),
-        note=_text(table["note"]),
-        details=_numbers(table["details"]),
-        histograms={name: _histogram(one) for name, one in _table(table["histograms"]).items()},
-    )
-
-
-def _member(kinds: type[E], value: Any) -> E:
-    return kinds(_text(value))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r:.40} is no text")
-    return value
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{value!r:.40} is no whole number")
-    return value
-
-
-def _numbers(value: Any) -> dict[str, float]:
-    return {name: _number(item) for name, item in _table(value).items()}
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, str) and value in NOT_FINITE:
-        return float(value)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ValueError(f"{value!r:.40} is no number")
-    return value
-
-
-def _histogram(value: Any) -> Histogram:
-    table = _table(value, HISTOGRAM_KEYS)
-    if not isinstance(table["counts"], list):
-        raise ValueError("the counts of a histogram are no list")
-    return Histogram(_count(table["first"]), tuple(_count(count) for count in table["counts"]))

@@ -37,7 +37,7 @@ class JudgedArtifact:
         path = folder / REPORT
         if not path.is_file():
             raise H1ExportError(folder, f"has no {REPORT}", "run `h1export validate` on it first")
-        return cls(artifact, Report.from_json(path.read_text(encoding="utf-8"), path))
+        return cls(artifact, Report.read(path))
 
     @property
     def name(self) -> str:

@@ -30,6 +30,7 @@ class StoredWeights(Mapping[str, Array]):
 
     def __init__(self, artifact: Artifact, model: str, key: Key, *, read_stored: ReadStored) -> None:
         self._read_stored = read_stored
+        self._model = artifact.folder / model
         self._columns = {name: shape[-1] for name, shape in tensor_shapes(artifact.config).items()}
         self._tensors = external_arrays(artifact, model, key)
         self._weights = {part.tensor: weight for weight in artifact.manifest.weights for part in weight.parts}
@@ -37,7 +38,11 @@ class StoredWeights(Mapping[str, Array]):
 
     def quantized(self, name: str) -> QuantizedTensor:
         """Return the integers of checkpoint tensor ``name``, which are the same on every target."""
-        return dict(self._read_stored(self._weights[name], self._tensors, self._columns.__getitem__))[name]
+        try:
+            return dict(self._read_stored(self._weights[name], self._tensors, self._columns.__getitem__))[name]
+        except (LookupError, ValueError, TypeError) as error:
+            what = f'holds tensor "{name}" in another form than the manifest says ({type(error).__name__})'
+            raise H1ExportError(self._model, what, "build the artifact again") from None
 
     def __getitem__(self, name: str) -> Array:
         order = self._orders[name]

@@ -11,6 +11,7 @@ import pytest
 from artifact_files import FILES, NESTED, build, refused, rewrite
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from released_config import RELEASED
 
 from h1export.artifact.artifact import Artifact, file_table
 from h1export.artifact.manifest import MANIFEST
@@ -132,11 +133,11 @@ def test_listed_names_may_not_be_absolute(artifact: Artifact) -> None:
 
 @pytest.mark.parametrize("name", ["a\0b", "none", "model.mlpackage", "model.mlpackage/none", "\ud800"], ids=ascii)
 def test_listed_names_that_are_no_file(name: str, artifact: Artifact) -> None:
-    refused(rewrite(artifact, lambda data: data["files"].update({name: ["0", 0]})), "is missing")
+    refused(rewrite(artifact, lambda data: data["files"].update({name: [64 * "0", 0]})), "is missing")
 
 
 def test_a_listed_name_too_long_for_the_file_system(artifact: Artifact) -> None:
-    refused(rewrite(artifact, lambda data: data["files"].update({"x" * 300: ["0", 0]})), "xxx", "is missing")
+    refused(rewrite(artifact, lambda data: data["files"].update({"x" * 300: [64 * "0", 0]})), "xxx", "is missing")
 
 
 def test_hashes_of_an_untouched_artifact_hold(artifact: Artifact) -> None:
@@ -147,12 +148,13 @@ def test_hashes_of_an_untouched_artifact_hold(artifact: Artifact) -> None:
 @given(name=st.sampled_from(sorted(FILES)), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_hashes_see_one_bit(tmp_path_factory: pytest.TempPathFactory, name: str, place: float, bit: int) -> None:
     """The size is right, so open() does not see it; check_hashes() names the file."""
-    artifact = build(tmp_path_factory.mktemp("flip") / "out", FalconH1Config.from_config({"model_type": "falcon_h1"}))
+    artifact = build(tmp_path_factory.mktemp("flip") / "out", FalconH1Config.from_config(dict(RELEASED)))
+    opened = Artifact.open(artifact.folder)
     content = bytearray(FILES[name])
     content[int(place * len(content))] ^= 1 << bit
     (artifact.folder / name).write_bytes(content)
     with pytest.raises(H1ExportError, match=f"{name}: was changed after the build; build the artifact again"):
-        Artifact.open(artifact.folder).check_hashes()
+        opened.check_hashes()
 
 
 def test_reports_may_be_added(artifact: Artifact) -> None:

@@ -56,7 +56,7 @@ WEIGHTS = st.builds(
 def test_any_weights_and_options_survive(weights: tuple[StoredWeight, ...], options: dict[str, Any]) -> None:
     manifest = Manifest(
         "t",
-        "s",
+        64 * "5",
         {"limit": (0.0, math.inf)},
         scheme={},
         options=options,
@@ -65,7 +65,7 @@ def test_any_weights_and_options_survive(weights: tuple[StoredWeight, ...], opti
         outputs={},
         weights=weights,
         weights_file="a",
-        files={"a": ("d", 1)},
+        files={"a": (64 * "d", 1)},
     )
     text = manifest.to_json()
     again = Manifest.parse(text, Path("x"))

@@ -188,7 +188,7 @@ def test_the_command(
 
 @pytest.mark.parametrize(
     ("report", "said"),
-    [(None, "has no report.json"), ("{", "is not JSON"), ('{"passed": true}', "another form"), ("[]", "another form")],
+    [(None, "has no report.json"), ("{", "not JSON at line 1"), ('{"passed": true}', "missing"), ("[]", "got `array`")],
 )
 def test_what_is_no_report_is_refused(
     report: str | None, said: str, judged: Judge, capsys: pytest.CaptureFixture[str]

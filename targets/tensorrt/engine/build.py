@@ -5,7 +5,6 @@ The worker process is ``build_process.py``. It prints one JSON object per line, 
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -13,13 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
+from h1export import forms
 from h1export.errors import H1ExportError
+from h1export.forms import Count
 from h1export.progress import Progress
 from h1export.targets.tensorrt import sdk
 from h1export.targets.tensorrt.engine import build_process
-from h1export.targets.tensorrt.engine.config import EngineConfig
+from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, EngineConfig
+from h1export.targets.tensorrt.network.layout import MODEL
 
 AGAIN = "build the artifact again"
 PLUGIN_STAGE = build_process.LOAD_PLUGIN
@@ -45,6 +46,17 @@ KNOWN: Sequence[tuple[str, str, str]] = (  # pattern in the log -> what it means
 )
 
 
+@dataclass(frozen=True)
+class Facts:
+    """One line of the worker process: an error of TensorRT, or what is new in the BuildLog."""
+
+    error: str | None = None
+    stage: str | None = None
+    version: str | None = None
+    plugins: Count | None = None
+    profiles: Count | None = None
+
+
 @dataclass
 class BuildLog:
     """What the worker process has reported so far.
@@ -66,13 +78,15 @@ class BuildLog:
     def add(self, line: str) -> None:
         """Add a line of the worker process; a line that is not a JSON object was printed by a library."""
         try:
-            facts: dict[str, Any] = json.loads(line)
-            if error := facts.pop("error", None):
-                self.errors.append(str(error))
-            for name, value in facts.items():
-                setattr(self, name, value)
-        except (ValueError, AttributeError):
+            facts = forms.fill(Facts, forms.from_json(line))
+        except forms.FormError:
             self.errors.append(line.strip())
+            return
+        if facts.error is not None:
+            self.errors.append(facts.error)
+        for name in ("stage", "version", "plugins", "profiles"):
+            if (value := getattr(facts, name)) is not None:
+                setattr(self, name, value)
 
 
 def build(folder: Path, progress: Progress) -> BuildLog:
@@ -98,7 +112,7 @@ def build(folder: Path, progress: Progress) -> BuildLog:
                 if build_log.stage != stage:
                     progress.stage(build_log.stage)
         if process.returncode != 0:
-            (folder / config.engine).unlink(missing_ok=True)
+            (folder / ENGINE).unlink(missing_ok=True)
             errors.seek(0)
             printed = [line for line in errors.read().splitlines() if line.strip()]
             raise _error(folder, config, build_log, code=process.returncode, printed=printed)
@@ -115,7 +129,7 @@ def _error(
     """
     name = f"{sdk.NAMES[config.runtime]} {build_log.version}".strip()
     text = " | ".join([*build_log.errors, *printed])
-    where = folder / (config.plugin if build_log.stage == PLUGIN_STAGE else config.network)
+    where = folder / (LIBRARY if build_log.stage == PLUGIN_STAGE else MODEL)
     if ours := OURS.search(text):
         return H1ExportError(where, f"{name} could not {build_log.stage}: {ours[0].split(' | ')[0]}", AGAIN)
     reason = next(iter(build_log.errors), printed[-1] if printed else "it gives no reason")

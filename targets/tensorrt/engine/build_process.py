@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from h1export.artifact.files import write_into
 from h1export.targets.tensorrt import sdk
-from h1export.targets.tensorrt.engine.config import EngineConfig
+from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, RECIPE, EngineConfig
+from h1export.targets.tensorrt.network.layout import MODEL
 
 LOAD_PLUGIN = "load the plugin"
 
@@ -30,13 +32,13 @@ def build(folder: Path) -> bool:
     logger = sdk.logger(trt, lambda error: report(error=error))
     builder = trt.Builder(logger)
     report(stage=LOAD_PLUGIN)
-    if builder.get_plugin_registry().load_library(str(folder / config.plugin)) is None:
+    if builder.get_plugin_registry().load_library(str(folder / LIBRARY)) is None:
         return False
     report(stage="parse the network")
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # TensorRT 11 has only such networks
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(folder / config.network)):
+    if not parser.parse_from_file(str(folder / MODEL)):
         for index in range(parser.num_errors):
             error = parser.get_error(index)
             report(error=f"{error.desc()} (node {error.node_name()!r}, {error.node_operator()})")
@@ -44,15 +46,16 @@ def build(folder: Path) -> bool:
     kinds = [network.get_layer(index).type for index in range(network.num_layers)]
     report(plugins=kinds.count(trt.LayerType.PLUGIN_V3))
     report(stage="build the engine")
-    engine = builder.build_serialized_network(network, _builder_config(trt, builder, network, config=config))
+    settings = _builder_config(trt, builder, network, config=config)
+    engine = None if settings is None else builder.build_serialized_network(network, settings)
     if engine is None:
         return False
-    (folder / config.engine).write_bytes(engine)
+    write_into(folder, ENGINE, engine)
     return True
 
 
 def _builder_config(trt: Any, builder: Any, network: Any, *, config: EngineConfig) -> Any:
-    """Return TensorRT's IBuilderConfig with the settings of ``config``."""
+    """Return TensorRT's IBuilderConfig with the settings of ``config``; None where they do not fit the network."""
     made = builder.create_builder_config()
     for feature in config.preview_features:
         made.set_preview_feature(getattr(trt.PreviewFeature, feature), True)
@@ -67,6 +70,9 @@ def _builder_config(trt: Any, builder: Any, network: Any, *, config: EngineConfi
     for shapes in config.profiles:
         profile = builder.create_optimization_profile()
         for tensor in dynamic:
+            if tensor.name not in shapes.inputs:
+                report(error=f"{RECIPE} has no shapes of input {tensor.name} in profile {shapes.name}")
+                return None
             profile.set_shape(tensor.name, *shapes.inputs[tensor.name])
         made.add_optimization_profile(profile)
     report(profiles=made.num_optimization_profiles)

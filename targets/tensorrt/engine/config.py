@@ -10,26 +10,30 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Final, Literal
 
-from h1export.errors import H1ExportError
+from msgspec import Meta
+
+from h1export import forms
+from h1export.forms import Sha256
 from h1export.model.falcon_h1.states import BATCH, SEQUENCE
-from h1export.targets.tensorrt.network.layout import MODEL, Ports, Profile, profiles
+from h1export.targets.tensorrt.network.layout import DECODE, MODEL, PREFILL, Ports, Profile, profiles
 from h1export.targets.tensorrt.options import RuntimeName, TensorRTOptions
 
 RECIPE = "recipe.json"
 ENGINE = "model.engine"
 TRTEXEC = "trtexec.sh"
 LIBRARY = "plugin/libh1export_plugin.so"
-ALIASED = "ALIASED_PLUGIN_IO_10_03"  # preview feature: plugins update states in place
-RECORDABLE = "REQUIRE_USER_ALLOCATION"  # builder flag of TensorRT-RTX: calls can be recorded as CUDA graphs
+ALIASED: Final = "ALIASED_PLUGIN_IO_10_03"  # preview feature: plugins update states in place
+RECORDABLE: Final = "REQUIRE_USER_ALLOCATION"  # builder flag of TensorRT-RTX: calls can be recorded as CUDA graphs
 TRTEXEC_NAMES = {ALIASED: "aliasedPluginIO1003"}
 # TensorRT 10.15 is the first version with TensorScatter and RotaryEmbedding.
 VERSIONS: Mapping[RuntimeName, str] = {"rtx": ">=1.7,<2", "tensorrt": ">=10.15,<12"}
 # The default compute capabilities. TensorRT-RTX also supports 75 and 121, and neither 90 nor 100.
 RTX_ARCHITECTURES = (80, 86, 89, 120)
 
-Shape = tuple[int, ...]
+Shape = Annotated[tuple[Annotated[int, Meta(ge=0, lt=1 << 31)], ...], Meta(max_length=8)]
+Capability = Annotated[int, Meta(ge=10, le=999)]
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,11 @@ class EngineConfig:
 
     runtime: RuntimeName
     versions: str
-    architectures: tuple[int, ...]
+    architectures: tuple[Capability, ...]
     profiles: tuple[Shapes, ...]
-    hashes: Mapping[str, str]
-    preview_features: tuple[str, ...] = (ALIASED,)
-    builder_flags: tuple[str, ...] = ()
+    hashes: Mapping[str, Sha256]
+    preview_features: tuple[Literal["ALIASED_PLUGIN_IO_10_03"], ...] = (ALIASED,)
+    builder_flags: tuple[Literal["REQUIRE_USER_ALLOCATION"], ...] = ()
     network: str = MODEL
     plugin: str = LIBRARY
     engine: str = ENGINE
@@ -95,6 +99,14 @@ class EngineConfig:
             builder_flags=(RECORDABLE,) if of_rtx else (),
         )
 
+    def __post_init__(self) -> None:
+        if (self.network, self.plugin, self.engine) != (MODEL, LIBRARY, ENGINE):
+            raise ValueError("it names other files than those of an artifact")
+        if self.versions != VERSIONS[self.runtime]:
+            raise ValueError("it is for other versions of the runtime than this h1export")
+        if {profile.name for profile in self.profiles} != {DECODE, PREFILL} or len(self.profiles) != 2:
+            raise ValueError("its profiles are not one for decode and one for prefill")
+
     def to_json(self) -> str:
         """Return the content of recipe.json, with sorted keys."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
@@ -106,23 +118,8 @@ class EngineConfig:
         Raises:
             H1ExportError: the file is missing or holds something else.
         """
-        path = folder / RECIPE
-        try:
-            data: Any = json.loads(path.read_text(encoding="utf-8"))
-            data["profiles"] = tuple(
-                Shapes(str(one["name"]), {str(name): _three(shapes) for name, shapes in one["inputs"].items()})
-                for one in data["profiles"]
-            )
-            for name in ("architectures", "preview_features", "builder_flags"):
-                data[name] = tuple(data[name])
-            return cls(**data)
-        except OSError as error:
-            raise H1ExportError(
-                path, f"cannot be read ({error.strerror})", "give an artifact of --target trt"
-            ) from None
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            what = f"does not describe an engine build ({error!r})"
-            raise H1ExportError(path, what, "build the artifact again") from None
+        what = "a description of an engine build"
+        return forms.read(folder / RECIPE, cls, what=what, next_step="build the artifact again with --target trt")
 
     def trtexec(self) -> str:
         """Return the command line of TensorRT's trtexec that builds the engine, to be run in the artifact's folder."""
@@ -156,8 +153,3 @@ def _shapes(profile: Profile, inputs: Ports) -> Shapes:
         return smallest, optimal, shape(dims, profile.batch, profile.tokens)
 
     return Shapes(profile.name, {name: shapes(dims) for name, (_, dims) in inputs.items()})
-
-
-def _three(shapes: Any) -> tuple[Shape, Shape, Shape]:
-    least, best, most = (tuple(map(int, shape)) for shape in shapes)
-    return least, best, most

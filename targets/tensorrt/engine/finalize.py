@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
 from h1export.artifact.artifact import Artifact, file_table
+from h1export.artifact.files import write_into
 from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
 from h1export.progress import Progress
@@ -51,7 +51,5 @@ def _build(
     manifest = dataclasses.replace(
         artifact.manifest, files={**artifact.manifest.files, ENGINE: entry}, requirements=made.to_json()
     )
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(manifest.to_json(), encoding="utf-8")
-    os.replace(partial, folder / MANIFEST)
+    write_into(folder, MANIFEST, manifest.to_json().encode())
     return made

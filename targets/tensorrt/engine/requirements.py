@@ -9,11 +9,15 @@ import ctypes
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from h1export import forms
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.files import sha256_file
 from h1export.errors import H1ExportError
+from h1export.forms import Count, Sha256
 from h1export.targets.tensorrt import sdk
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, EngineConfig
 from h1export.targets.tensorrt.options import RuntimeName
@@ -39,10 +43,10 @@ class EngineRequirements:
 
     runtime: RuntimeName
     version: str
-    architectures: tuple[int, ...]
-    plugin: str
-    engine: str
-    kernels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    architectures: tuple[Count, ...]
+    plugin: Sha256
+    engine: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
+    kernels: Mapping[str, Mapping[str, Count]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the requirements as JSON values, for the manifest."""
@@ -55,11 +59,10 @@ class EngineRequirements:
         Raises:
             H1ExportError: the manifest has no requirements of an engine.
         """
-        data: Mapping[str, Any] = artifact.manifest.requirements
         try:
-            return cls(**{**data, "architectures": tuple(data["architectures"])})
-        except (TypeError, KeyError):
-            what = "has no engine requirements in its manifest"
+            return forms.fill(cls, artifact.manifest.requirements)
+        except forms.FormError as error:
+            what = f"has no requirements of an engine in its manifest ({error})"
             raise H1ExportError(artifact.folder, what, "give an artifact of --target trt") from None
 
 

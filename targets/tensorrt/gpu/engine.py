@@ -11,7 +11,7 @@ import torch
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.targets.tensorrt import sdk
-from h1export.targets.tensorrt.engine.config import EngineConfig
+from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, EngineConfig
 from h1export.targets.tensorrt.engine.requirements import EngineRequirements, Host, check
 from h1export.targets.tensorrt.gpu.device import Gpu
 from h1export.targets.tensorrt.network.layout import DECODE, PREFILL
@@ -74,7 +74,7 @@ class LoadedEngine:
         self.all_logits = not TensorRTOptions.read(artifact).last_logits
         self.gpu_name = f"sm_{host.architecture}"
         self._profiles = {profile.name: index for index, profile in enumerate(config.profiles)}
-        path = artifact.folder / config.engine
+        path = artifact.folder / ENGINE
         self._log = TrtLogger(path, f"{sdk.NAMES[config.runtime]} {requirements.version} on {self.gpu_name}")
         self._trt = sdk.module(config.runtime, config.versions)
         try:
@@ -82,7 +82,7 @@ class LoadedEngine:
             self._runtime = self._trt.Runtime(sdk.logger(self._trt, self._log.add))
         except TypeError:  # TensorRT's binding raises it where the runtime cannot be created
             raise self._log.error("does not start") from None
-        if self._runtime.get_plugin_registry().load_library(str(artifact.folder / config.plugin)) is None:
+        if self._runtime.get_plugin_registry().load_library(str(artifact.folder / LIBRARY)) is None:
             raise self._log.error("cannot load the plugin")
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -185,5 +186,31 @@ def test_without_rtx_the_error_says_so(checkpoint: Path, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("text", ["", "[]", '{"runtime": "rtx"}', '{"profiles": [{}]}'])
 def test_another_recipe_json_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / RECIPE).write_text(text)
-    with pytest.raises(H1ExportError, match=r"recipe.json: does not describe an engine build"):
+    with pytest.raises(H1ExportError, match=r"recipe.json: is not a description of an engine build"):
         EngineConfig.read(tmp_path)
+
+
+EDITS: dict[str, tuple[str, object]] = {
+    "engine elsewhere": ("engine", "../../elsewhere"),
+    "absolute plugin": ("plugin", "/usr/lib/libcrypt.so"),
+    "network of another name": ("network", "other.onnx"),
+    "unknown feature": ("preview_features", ["__class__"]),
+    "unknown flag": ("builder_flags", ["__init__"]),
+    "other versions": ("versions", ">=0"),
+    "no profiles": ("profiles", []),
+    "huge architecture": ("architectures", [1 << 62]),
+    "another runtime": ("runtime", "sh"),
+    "a hash that is none": ("hashes", {"a": "b"}),
+    "an unknown key": ("command", "rm"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_recipe_that_another_has_edited_is_refused_before_anything_is_written(edit: str, folder: Path) -> None:
+    before = sorted(folder.parent.rglob("*"))
+    data = json.loads((folder / RECIPE).read_text())
+    name, value = EDITS[edit]
+    (folder / RECIPE).write_text(json.dumps(data | {name: value}))
+    with pytest.raises(H1ExportError, match=r"recipe.json: is not a description of an engine build \(.{1,250}$"):
+        build.build(folder, SILENT)
+    assert sorted(folder.parent.rglob("*")) == before

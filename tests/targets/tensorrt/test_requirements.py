@@ -101,5 +101,5 @@ def test_a_manifest_without_requirements_is_read_and_names_no_engine(unfinished:
     text = replace(manifest, requirements={}).to_json()
     assert "requirements" not in text
     assert Manifest.parse(text, unfinished) == replace(manifest, requirements={})
-    with pytest.raises(H1ExportError, match="has no engine requirements"):
+    with pytest.raises(H1ExportError, match="has no requirements of an engine"):
         EngineRequirements.of(Artifact(unfinished, replace(manifest, requirements={})))

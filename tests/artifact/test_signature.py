@@ -1,0 +1,140 @@
+"""A signature holds for the key and the files that were signed, and for nothing else; openssl agrees."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+
+from h1export.artifact.artifact import Artifact
+from h1export.artifact.manifest import MANIFEST
+from h1export.artifact.signature import SIGNATURE, sign, verify
+from h1export.cli import run
+from h1export.errors import H1ExportError
+
+Private = ed25519.Ed25519PrivateKey | ec.EllipticCurvePrivateKey
+PEM = serialization.Encoding.PEM
+PLAIN = serialization.NoEncryption()
+
+
+def write_keys(folder: Path, key: Private, name: str = "key") -> tuple[Path, Path]:
+    private = folder / f"{name}.pem"
+    public = folder / f"{name}.pub.pem"
+    private.write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, PLAIN))
+    public.write_bytes(key.public_key().public_bytes(PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    return write_keys(tmp_path, ed25519.Ed25519PrivateKey.generate())
+
+
+def test_what_was_signed_is_verified_by_either_half_of_the_key(artifact: Artifact, keys: tuple[Path, Path]) -> None:
+    sign(artifact.folder, keys[0])
+    for key in keys:
+        assert verify(artifact.folder, key).manifest == artifact.manifest
+
+
+def test_keys_of_openssh(artifact: Artifact, tmp_path: Path) -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    private = tmp_path / "id_ed25519"
+    private.write_bytes(key.private_bytes(PEM, serialization.PrivateFormat.OpenSSH, PLAIN))
+    public = tmp_path / "id_ed25519.pub"
+    public.write_bytes(
+        key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH) + b" me\n"
+    )
+    sign(artifact.folder, private)
+    verify(artifact.folder, public)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the command openssl")
+def test_openssl_verifies_the_signature(artifact: Artifact, keys: tuple[Path, Path]) -> None:
+    sign(artifact.folder, keys[0])
+    command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", str(keys[1]), "-rawin"]
+    done = subprocess.run(
+        [*command, "-in", str(artifact.folder / MANIFEST), "-sigfile", str(artifact.folder / SIGNATURE)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Signature Verified Successfully" in done.stdout
+
+
+def edit_manifest(folder: Path) -> None:
+    data = json.loads((folder / MANIFEST).read_text())
+    data["options"]["accuracy_level"] = 0
+    (folder / MANIFEST).write_text(json.dumps(data))
+
+
+def edit_file(folder: Path) -> None:
+    (folder / "model.onnx").write_bytes(b"grapH")
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "manifest": (edit_manifest, "is not this key's signature"),
+    "format": (lambda folder: (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes() + b"\n"), "is not this"),
+    "file": (edit_file, r"model\.onnx: was changed after the build"),
+    "no signature": (lambda folder: (folder / SIGNATURE).unlink(), "is not signed"),
+    "cut signature": (lambda folder: (folder / SIGNATURE).write_bytes(b"x" * 63), "is not this key's"),
+    "empty signature": (lambda folder: (folder / SIGNATURE).write_bytes(b""), "is not this key's"),
+    "another file": (lambda folder: (folder / "chat_template.jinja").write_text("{{ x }}"), "no file of the signed"),
+    "a link": (lambda folder: (folder / "tokenizer.json").symlink_to("/etc/passwd"), "no file of the signed"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_changed_after_it_was_signed(change: str, artifact: Artifact, keys: tuple[Path, Path]) -> None:
+    sign(artifact.folder, keys[0])
+    edit, said = CHANGES[change]
+    edit(artifact.folder)
+    with pytest.raises(H1ExportError, match=said):
+        verify(artifact.folder, keys[1])
+
+
+def test_another_key(artifact: Artifact, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    sign(artifact.folder, keys[0])
+    _, other = write_keys(tmp_path, ed25519.Ed25519PrivateKey.generate(), "other")
+    with pytest.raises(H1ExportError, match="is not this key's signature"):
+        verify(artifact.folder, other)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, b"-----BEGIN PRIVATE KEY-----\nx\n", b"ssh-ed25519 AAAA"])
+def test_a_file_without_a_key(content: bytes, artifact: Artifact, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    sign(artifact.folder, keys[0])
+    place = tmp_path / "none.pem"
+    place.write_bytes(content)
+    for act in (sign, verify):
+        with pytest.raises(H1ExportError, match=r"none\.pem: holds no (private|public) key"):
+            act(artifact.folder, place)
+
+
+def test_keys_that_do_not_fit(artifact: Artifact, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    curve, _ = write_keys(tmp_path, ec.generate_private_key(ec.SECP256R1()), "curve")
+    with pytest.raises(H1ExportError, match="another algorithm than Ed25519"):
+        sign(artifact.folder, curve)
+    locked = tmp_path / "locked.pem"
+    secret = serialization.BestAvailableEncryption(b"x")
+    locked.write_bytes(
+        ed25519.Ed25519PrivateKey.generate().private_bytes(PEM, serialization.PrivateFormat.PKCS8, secret)
+    )
+    with pytest.raises(H1ExportError, match="is encrypted; decrypt it"):
+        sign(artifact.folder, locked)
+    with pytest.raises(H1ExportError, match="holds no private key"):
+        sign(artifact.folder, keys[1])
+
+
+def test_the_command_line(artifact: Artifact, keys: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sign", str(artifact.folder), "--key", str(keys[0])]) == 0
+    assert run(["verify", str(artifact.folder), "--key", str(keys[1]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"signed": True, "files": sorted(artifact.manifest.files)}
+    edit_file(artifact.folder)
+    assert run(["verify", str(artifact.folder), "--key", str(keys[1])]) == 2
+    assert run(["sign", str(artifact.folder), "--key", str(keys[0])]) == 2  # nobody signs a damaged artifact
+    assert capsys.readouterr().err.count("was changed after the build") == 2

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from h1export.errors import H1ExportError
-from h1export.targets.code_cache import cached
+from h1export.runtime.code_cache import cached
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(sorted((FOLDER / "csrc").glob("*.cc")))
@@ -47,7 +47,7 @@ def library(extra_flags: Sequence[str] = ()) -> Path:
 
     Raises:
         H1ExportError: There is no compiler, the compiler failed, or the cache cannot be written or trusted
-            (targets/code_cache.py).
+            (h1export/runtime/code_cache.py).
     """
     command = [*_compiler(), *FLAGS, *extra_flags]
 

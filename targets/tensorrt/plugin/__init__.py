@@ -19,7 +19,7 @@ from h1export.plugins.causal_conv import launch as conv
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin, check_limits, compile_kernel
 from h1export.plugins.gpu.kernel import Kernel
 from h1export.plugins.ssm_scan import launch as scan
-from h1export.targets.code_cache import CacheRefusedError, cached
+from h1export.runtime.code_cache import CacheRefusedError, cached
 from h1export.targets.tensorrt.plugin.embed import digest, write_sources
 
 NAME = "libh1export_plugin.so"
@@ -69,7 +69,7 @@ def library(cubins: Sequence[Cubin], tensorrt_include: Path | None = None) -> Pa
             h1export has.
 
     Raises:
-        CacheRefusedError: The cache cannot be written or trusted (targets/code_cache.py).
+        CacheRefusedError: The cache cannot be written or trusted (h1export/runtime/code_cache.py).
         H1ExportError: CMake or a compiler is missing or fails.
     """
 

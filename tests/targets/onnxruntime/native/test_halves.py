@@ -12,20 +12,20 @@ from h1export.targets.onnxruntime.emit.packing import NBitsLayout
 
 RunOp = Callable[..., list[Any]]
 BLOCKS = 4  # of a row: the places that a scale may have in a vector
-EVERY = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(-1, BLOCKS)
-SEEDS = {"in order": EVERY, "shuffled": np.random.default_rng(0).permutation(EVERY.ravel()).reshape(EVERY.shape)}
+# every half in one of the places, beside halves of other kinds
+EVERY = np.random.default_rng(0).permutation(np.arange(1 << 16, dtype=np.uint16)).view(np.float16).reshape(-1, BLOCKS)
 
 
-@pytest.mark.parametrize("scales", SEEDS.values(), ids=list(SEEDS))
 @pytest.mark.parametrize("level", [0, 4])
 @pytest.mark.parametrize("repeats", [1, 3], ids=["few tokens", "many tokens"])
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize("block", [16, 32, 64])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_every_half(run_op: RunOp, bits: int, block: int, repeats: int, *, level: int, scales: Any) -> None:
+def test_every_half(run_op: RunOp, bits: int, block: int, repeats: int, *, level: int) -> None:
     """Token i has ones in block i alone, and every code is 1: its product is the scale of that block times ``block``.
 
     A product with an infinite or NaN scale is no finite number; it does not reach another row.
     """
+    scales = EVERY
     layout = NBitsLayout(bits, block, BLOCKS * block)
     codes = layout.pack(np.ones((len(scales), layout.columns), np.int8))
     x = np.tile(np.repeat(np.eye(BLOCKS, dtype=np.float32), block, axis=1), (repeats, 1))

@@ -18,11 +18,18 @@ from sanitize import artifacts
 from h1export import cli
 from h1export.artifact.artifact import Artifact
 from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL
+from h1export.targets.onnxruntime.native_library import library
 
 RunOp = Callable[..., list[Any]]
 Build = Callable[..., Artifact]
 WRAPPING = (2**61, 2**62, 2**63 - 1, 2**63 - 16, -(2**63), -1)  # products and sums with them leave 64 bits
 SIZES = (*WRAPPING, 0, 2**31, 2**32 + 8)
+
+
+@pytest.fixture(scope="session")
+def native_library() -> str:
+    """One library: checks come before kernels, whose variants differ."""
+    return str(library())
 
 
 def floats(*shape: int) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from h1export.errors import H1ExportError
-from h1export.targets.code_cache import DIGEST_SUFFIX, CacheRefusedError, cached, is_whole
+from h1export.runtime.code_cache import DIGEST_SUFFIX, CacheRefusedError, cached, is_whole
 
 NAME = "lib.so"
 KEY = "0123"
@@ -303,7 +303,7 @@ def test_processes_that_heal_one_entry_at_once_agree(home: Path, compiler: Compi
     library.write_bytes(EVIL)
     program = (
         "import pathlib\n"
-        "from h1export.targets.code_cache import cached\n"
+        "from h1export.runtime.code_cache import cached\n"
         "def make(folder):\n"
         "    (folder / 'made').write_bytes(b'compiled here')\n"
         "    return folder / 'made'\n"

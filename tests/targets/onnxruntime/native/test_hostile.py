@@ -233,7 +233,7 @@ def test_mutated_graphs_end_in_one_line_or_in_logits(artifact: Artifact, tmp_pat
         ("Attention", "q_offset", 2**63 - 16),
         ("SSMScan", "d_head", 2**62),
         ("QMatMul", "N", 7),
-        ("CausalConv", "offset", 9),
+        ("CausalConv", "offset", 2**31 - 1),
     ],
 )
 def test_the_command_ends_in_one_line(

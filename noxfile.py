@@ -26,7 +26,7 @@ INFOS = sys.modules[SPEC.name].discover([ROOT / "targets"])
 TARGETS = {"core": "", **{name: info.install for name, info in INFOS.items()}}  # row of tests -> extras it installs
 SDKS = [module for info in INFOS.values() for module in (*info.shared_sdk_modules, *info.sdk_modules)]
 
-TESTED_WITH = ("pytest", "pytest-xdist", "hypothesis", "ruff", "peft", "compressed-tensors")
+TESTED_WITH = ("pytest", "pytest-xdist", "hypothesis", "ruff", "peft", "compressed-tensors", "accelerate")
 
 nox.options.default_venv_backend = (
     "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
@@ -99,7 +99,10 @@ def tests(session: nox.Session, target: str) -> None:
     session.install("-e", f".{TARGETS[target]}", *dev(*TESTED_WITH), "--no-compile")
     others = {name: info for name, info in INFOS.items() if name != target}
     markers = " and ".join(
-        (*([target] if target in INFOS else []), *(f"not {name}" for name in ("chromium", "gpu", "mac", *others)))
+        (
+            *([target] if target in INFOS else []),
+            *(f"not {name}" for name in ("chromium", "gpu", "mac", "slow", *others)),
+        )
     )
     results = Path(session.create_tmp()) / "results.xml"
     # not by a marker: to see one, pytest would have to import the file
@@ -236,6 +239,16 @@ def sanitize(session: nox.Session) -> None:
     )
     with session.chdir(ROOT / "tools"):
         session.run("python", "-m", "sanitize.run", str(artifact), *session.posargs)
+
+
+@nox.session
+def selftest(session: nox.Session) -> None:
+    """The self-test of `validate`: thirty right artifacts of random models pass, and each fails with a fault.
+
+    It is not part of CI, because it takes long.
+    """
+    session.install("-e", ".[ort]", *dev("pytest", "hypothesis"))
+    session.run("pytest", "-q", "tests/validate/accuracy/test_right_artifacts.py", *session.posargs)
 
 
 @nox.session

@@ -1,8 +1,27 @@
-"""H1ExportError: the exception for everything that the user can put right."""
+"""H1ExportError: the exception for everything that the user can put right; and how foreign text is shown in a line."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from pathlib import PurePath
+
+MOST_SHOWN = 300  # characters of an error beside the path of the file at fault, which is never cut
+LEAST_SHOWN = 60  # characters that are left of each part of an error that is too long
+LONGEST_PATH = 4096  # of Linux
+MOST_REASON = 120  # characters of another library's error
+UNSHOWN = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of characters, ends of lines
+# marks that reorder what stands beside them, and the mark of a file's byte order
+BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
+PLACE = re.compile(r"line \d+,? column \d+|end of document")
 
 
 class H1ExportError(Exception):
     """Bad input or an impossible request. The command line prints it without a traceback and exits with code 2.
+
+    The message is one line, and its parts are cut in the middle where they are long: a file's content is never printed
+    whole.
 
     Args:
         where: the file, config key, tensor or option at fault.
@@ -11,12 +30,80 @@ class H1ExportError(Exception):
     """
 
     def __init__(self, where: object, what: str, next_step: str) -> None:
-        super().__init__(printable(f"{where}: {what}; {next_step}"))
         self.where = str(where)
-        self.what = what
+        self.what = shortened(what, MOST_SHOWN)
         self.next_step = next_step
+        super().__init__("; ".join(_fitted(where, printable(self.what), printable(shortened(next_step, MOST_SHOWN)))))
+
+
+def _fitted(where: object, what: str, next_step: str) -> tuple[str, str]:
+    """Return both halves of a message of MOST_SHOWN characters; a path comes on top of them."""
+    place = printable(shortened(str(where), LONGEST_PATH))
+    room = MOST_SHOWN
+    path = place if isinstance(where, PurePath) else place.partition(": ")[0]  # before a tensor's name, for example
+    if isinstance(where, PurePath) or (path.startswith("/") and path != place):
+        room += max(0, len(path) - LEAST_SHOWN)
+    if not isinstance(where, PurePath):
+        place = shortened(place, max(LEAST_SHOWN, room - len(what) - len(next_step) - 4))
+    next_step = shortened(next_step, max(LEAST_SHOWN, room - len(place) - len(what) - 4))
+    return f"{place}: {shortened(what, max(LEAST_SHOWN, room - len(place) - len(next_step) - 4))}", next_step
+
+
+def shortened(text: str, most: int) -> str:
+    """Return ``text`` with dots in the place of its middle, where it has more than ``most`` characters."""
+    if len(text) <= most:
+        return text
+    kept = most - 3
+    return f"{text[: kept - kept // 3]}...{text[len(text) - kept // 3 :]}"
 
 
 def printable(text: str) -> str:
-    """Escape unprintable characters, because names from foreign files must not control a terminal or break the line."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """Escape what controls a terminal or breaks the line, because names from foreign files must do neither.
+
+    These are control characters, marks that reverse the direction of text, and line ends other than a newline too.
+    Bytes that Python could not decode are shown as UTF-8, or as escapes.
+    """
+    if text.isprintable():
+        return text
+    return "".join(_escaped(char) if _controls(char) else char for char in as_utf8(text))
+
+
+def printable_text(text: str) -> str:
+    """Escape as ``printable`` does, but leave newlines and tabs as they are."""
+    return re.sub(r"[^\n\t]+", lambda part: printable(part[0]), text)
+
+
+def as_utf8(text: str) -> str:
+    """Return a text of the command line or the file system with the bytes that Python has kept undecoded as UTF-8.
+
+    Bytes that are not UTF-8 become escapes such as \\xff.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a half of a character that no byte stands for
+        return text
+
+
+def reason(error: BaseException) -> str:
+    """Return what is wrong with a text that could not be read, with the place and without the text itself."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 at byte {error.start}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}: line {error.lineno}, column {error.colno}"
+    if isinstance(error, KeyError):
+        return f"no {shortened(str(error), MOST_REASON)}"
+    mark = getattr(error, "problem_mark", None)  # of a YAML error
+    if mark is not None:
+        return f"line {mark.line + 1}, column {mark.column + 1}"
+    place = PLACE.search(str(error))
+    if place is not None:
+        return place[0]
+    return shortened(" ".join(str(error).split()) or type(error).__name__, MOST_REASON)
+
+
+def _controls(char: str) -> bool:
+    return char in BIDIRECTIONAL or unicodedata.category(char) in UNSHOWN
+
+
+def _escaped(char: str) -> str:
+    return char.encode("unicode_escape").decode()

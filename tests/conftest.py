@@ -166,13 +166,16 @@ def config_of() -> Callable[..., FalconH1Config]:
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_checkpoint("tied", **config) -> folder of a random bf16 model, made once; treat it as read-only."""
+    """make_checkpoint("tied", **config) -> folder of a random bf16 model, made once; treat it as read-only.
+
+    ``seed`` is that of the weights.
+    """
     made: dict[str, Path] = {}
 
-    def make(name: str = "plain", **config: Any) -> Path:
-        key = f"{name} {sorted(config.items(), key=str)}"
+    def make(name: str = "plain", seed: int = 0, **config: Any) -> Path:
+        key = f"{name} {seed} {sorted(config.items(), key=str)}"
         if key not in made:
-            made[key] = _save(tmp_path_factory.mktemp(name), BASE | SWITCHES[name] | config)
+            made[key] = _save(tmp_path_factory.mktemp(name), BASE | SWITCHES[name] | config, seed)
         return made[key]
 
     return make
@@ -280,13 +283,13 @@ def without_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("h1export.targets.tensorrt.plugin.write", write)
 
 
-def _save(folder: Path, config: dict[str, Any]) -> Path:
+def _save(folder: Path, config: dict[str, Any], seed: int) -> Path:
     from transformers import FalconH1Config as TransformersConfig
     from transformers import FalconH1ForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would stand in what tests of the command line capture
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = FalconH1ForCausalLM(TransformersConfig(**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,11 @@ class Artifact:
         for name, (digest, _) in self.manifest.files.items():
             if sha256_file(self.folder / name) != digest:
                 raise H1ExportError(self.folder / name, "was changed after the build", "build the artifact again")
+
+    @property
+    def identity(self) -> str:
+        """The sha256 of the manifest: the same for artifacts whose files are the same, byte for byte."""
+        return hashlib.sha256(self.manifest.to_json().encode()).hexdigest()
 
     @property
     def config(self) -> FalconH1Config:

@@ -40,12 +40,6 @@ NEXT = {
 Message = Mapping[str, Any]  # "role" and "content", and what else the template reads; JSON values
 
 
-def conversation(message: str, system: str | None = None) -> list[Message]:
-    """Return the messages of a conversation that a user begins with ``message``, after a system message if any."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": message}]
-
-
 class TemplateRefusalError(H1ExportError):
     """The template called raise_exception: it does not take this conversation."""
 
@@ -135,6 +129,10 @@ class ChatTemplate:
             text = self.process.render(template, values)
         except RenderError as error:
             raise self._error(error) from None
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a pair of surrogates, which no tokenizer takes
+            raise self._error(RenderError("failed", "its text is not Unicode")) from None
         return self._until_mark(text) if continued else text
 
     def _error(self, error: RenderError) -> H1ExportError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from h1export.errors import H1ExportError
 from h1export.model.config_reader import CONFIG
 
 EMBEDDED = "tiny"
+SNAPSHOTS = "snapshots"  # the folder of a model in a Hub cache that has one folder a commit
+COMMIT = re.compile(r"[0-9a-f]{40}")
+CACHED = re.compile(r"models--(?=.)")  # before owner and name in a Hub cache
+UNNAMED = "model"  # the name of a model in the root folder
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")  # no code and no pickles
 
 
@@ -41,12 +46,23 @@ def resolve_folder(model: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise H1ExportError(model, "is a file", "give the checkpoint's folder")
+        raise H1ExportError(folder, "is a file", "give the checkpoint's folder")
     if model.count("/") != 1 or model.startswith(("/", ".", "~")):
         raise H1ExportError(
-            model, "no such folder", "give a checkpoint folder, or a Hub id such as tiiuae/Falcon-H1-0.5B-Instruct"
+            folder, "no such folder", "give a checkpoint folder, or a Hub id such as tiiuae/Falcon-H1-0.5B-Instruct"
         )
     return _from_hub(model)
+
+
+def model_name(folder: Path) -> str:
+    """Return the name of the model in ``folder``: the folder's own, or the model's where it is in a Hub cache.
+
+    A cache keeps a model in ``models--OWNER--NAME/snapshots/COMMIT``; links are followed.
+    """
+    place = folder.resolve()
+    if place.parent.name == SNAPSHOTS and (COMMIT.fullmatch(place.name) or CACHED.match(place.parent.parent.name)):
+        place = place.parent.parent
+    return CACHED.sub("", place.name).rpartition("--")[2] if CACHED.match(place.name) else place.name or UNNAMED
 
 
 def _from_hub(model: str) -> Path:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from h1export.errors import H1ExportError
-from h1export.model.config_reader import without_duplicates
+from h1export.errors import H1ExportError, reason
+from h1export.model.config_reader import shown, without_duplicates
 from h1export.model.falcon_h1.states import Array
 
 MAX_HEADER_BYTES = 100_000_000
@@ -157,7 +157,7 @@ def _parse(file: Path, text: bytes, base: int, *, unread: Callable[[str], bool])
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise H1ExportError(file, f"header is not valid JSON ({error})", DOWNLOAD_AGAIN) from None
+        raise H1ExportError(file, f"header is not valid JSON ({reason(error)})", DOWNLOAD_AGAIN) from None
     if not isinstance(header, dict):
         raise H1ExportError(file, "header is not a JSON object", DOWNLOAD_AGAIN)
     header.pop("__metadata__", None)
@@ -176,7 +176,7 @@ def _entry(file: Path, name: str, info: Any, *, base: int, any_dtype: bool) -> T
         start, end = (*_counts(info.get("data_offsets"), f"{where} has data_offsets"), 0, 0)[:2]
         return TensorEntry(file, name, OPAQUE, shape=(max(0, end - start),), start=base + start)
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise H1ExportError(where, f"has dtype {dtype!r}", f"only {', '.join(FLOATS)} checkpoints can be exported")
+        raise H1ExportError(where, f"has dtype {shown(dtype)}", f"only {', '.join(FLOATS)} checkpoints can be exported")
     shape = _counts(info.get("shape"), f"{where} has shape")
     offsets = _counts(info.get("data_offsets"), f"{where} has data_offsets")
     if len(offsets) != 2 or offsets[1] - offsets[0] != prod(shape) * DTYPES[dtype].itemsize:

@@ -53,8 +53,9 @@ class Renderer:
 
     def __init__(self, characters: int) -> None:
         from jinja2 import TemplateError, TemplateSyntaxError, nodes
+        from jinja2.exceptions import SecurityError
         from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
         from jinja2.utils import Namespace
 
         class RefusalError(TemplateError):

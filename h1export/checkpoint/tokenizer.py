@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from h1export.errors import H1ExportError
+from h1export.errors import H1ExportError, reason
 from h1export.model.config_reader import shown
 from h1export.model.falcon_h1.states import Ids
 
 TOKENIZER = "tokenizer.json"
+REPLACEMENT = "\ufffd"  # which decoders give in the place of bytes that are no character yet, or never
+NEIGHBOURS = 8  # characters, or what a token has of them, that are decoded with a new one
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -27,9 +28,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise H1ExportError(folder, f"no {TOKENIZER}", "build from a checkpoint that has its tokenizer")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
-        raise H1ExportError(path, f"not a tokenizer ({error})", "download it again") from None
+        raise H1ExportError(path, f"not a tokenizer ({reason(error)})", "download it again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -67,9 +68,32 @@ def plain_tokenizer(folder: Path) -> Any:
 
 
 def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yield text as ids arrive; a character that consists of several tokens is given with its last token."""
-    decoder = DecodeStream(skip_special_tokens=True)
+    """Yield text as ids arrive; a character that consists of several tokens is given with its last token.
+
+    Bytes that never become a character are given as U+FFFD, at the latest when the ids end. tokenizers' DecodeStream
+    leaves them out, and raises for decoders that look at more than one token.
+    """
+    held: list[int] = []  # the last ids, with some before them, because decoders look at neighbours
+    given = ""  # the text of ``held`` that was yielded
+    ends: list[int] = []  # where in ``held`` a character ended
     for token in ids:
-        text = decoder.step(tokenizer, token)
-        if text:
-            yield text
+        held.append(token)
+        text = tokenizer.decode(held)
+        if text.endswith(REPLACEMENT):
+            continue
+        if piece := _after(given, text):
+            yield piece
+        ends.append(len(held))
+        if len(ends) > 2 * NEIGHBOURS:  # begin at a whole character
+            start = ends[NEIGHBOURS]
+            held, ends = held[start:], [end - start for end in ends[NEIGHBOURS + 1 :]]
+            text = tokenizer.decode(held)
+        given = text
+    if rest := _after(given, tokenizer.decode(held)):
+        yield rest
+
+
+def _after(given: str, text: str) -> str:
+    """Return what ``text`` has after ``given``, which it begins with unless the decoder has changed its mind."""
+    same = next((place for place, (old, new) in enumerate(zip(given, text, strict=False)) if old != new), len(given))
+    return text[same:]

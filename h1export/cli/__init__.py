@@ -1,14 +1,18 @@
 """The command line. Data goes to standard output, everything else to standard error.
 
 Exit codes: 0 done (validate, doctor and gate: every check passed); 1 a check failed; 2 bad input, or it could not run;
-3 gate could not decide.
+3 gate could not decide; 141 nobody read the rest of standard output.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import traceback
 import warnings
+from io import StringIO
+from typing import Any
 
 import click
 import cloup
@@ -16,6 +20,7 @@ import cloup
 from h1export import __version__
 from h1export.cli.bench import bench
 from h1export.cli.build import build
+from h1export.cli.chat import chat
 from h1export.cli.completion import completion
 from h1export.cli.coreml import coreml
 from h1export.cli.doctor import doctor
@@ -23,17 +28,36 @@ from h1export.cli.evaluate import evaluate
 from h1export.cli.gate import gate
 from h1export.cli.generate import generate
 from h1export.cli.inspect import inspect
+from h1export.cli.output import say
 from h1export.cli.plan import plan
 from h1export.cli.report import report
 from h1export.cli.sensitivity import sensitivity
 from h1export.cli.signature import sign, verify
+from h1export.cli.streams import READER_GONE, ReaderGoneError, guarded_streams
 from h1export.cli.trace import trace
 from h1export.cli.trt import trt
 from h1export.cli.validate import validate
-from h1export.errors import H1ExportError
+from h1export.errors import MOST_SHOWN, H1ExportError, shortened
+
+FAILED = 2
+NO_SPACE = "free some space or choose another place, and run again"
 
 
-@cloup.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(cloup.Group):
+    """The commands, with an error for a broken pipe inside their work.
+
+    click takes every broken pipe for that of standard output, and would exit with 1.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            what = "a process or a connection that the command needs has ended"
+            raise H1ExportError("internal error", what, "run again with --debug and report it") from None
+
+
+@cloup.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 def cli() -> None:
@@ -57,7 +81,7 @@ def cli() -> None:
 cli.section("Make an artifact", build, plan, sensitivity)
 cli.section("Judge an artifact", validate, doctor, bench, gate, evaluate, report)
 cli.section("Trust an artifact", sign, verify)
-cli.section("Use an artifact", generate)
+cli.section("Use an artifact", generate, chat)
 cli.section("Look inside", inspect, trace)
 cli.section("One target", coreml, trt)
 cli.section("The shell", completion)
@@ -73,19 +97,49 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     if not debug:
         warnings.simplefilter("ignore")  # libraries' warnings are for developers
+    with guarded_streams() as streams:
+        code = _run(arguments, debug)
+        sys.stderr.flush()
+    return FAILED if code == 0 and any(stream.lost for stream in streams) else code
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     try:
-        return int(cli.main(arguments, "h1export", standalone_mode=False) or 0)
+        check_encoding(arguments)
+        code = int(cli.main(arguments, "h1export", standalone_mode=False) or 0)
+        sys.stdout.flush()
+        return code
+    except ReaderGoneError:
+        return READER_GONE
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as error:
-        error.show()
-    except BrokenPipeError:
-        sys.stdout = None  # the reader is gone, and the interpreter must not flush the rest to it
+        _show_usage_error(error)
     except (Exception, click.Abort) as error:
         if debug:
             traceback.print_exc()
-        click.echo(f"h1export: {_message(error)}", err=True)
-    return 2
+        say(f"h1export: {_message(error)}")
+    return FAILED
+
+
+def check_encoding(arguments: list[str]) -> None:
+    """Check that the command line is text; raise H1ExportError for an argument that is not in UTF-8."""
+    for number, argument in enumerate(arguments, 1):
+        try:
+            argument.encode("utf-8", "surrogateescape").decode("utf-8")
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            unit = "byte" if isinstance(error, UnicodeDecodeError) else "character"
+            raise H1ExportError(
+                f"argument {number}", f"is not UTF-8 at {unit} {error.start}", "give it in UTF-8"
+            ) from None
+
+
+def _show_usage_error(error: click.ClickException) -> None:
+    """Print a mistake in the command line as click does, with what the user typed as it is."""
+    shown = StringIO()
+    error.show(file=shown)
+    for line in shown.getvalue().splitlines():
+        say(shortened(line, MOST_SHOWN))
 
 
 def _message(error: BaseException) -> str:
@@ -95,8 +149,12 @@ def _message(error: BaseException) -> str:
     if isinstance(error, click.Abort):
         return "interrupted"
     if isinstance(error, OSError):
-        where = error.filename or "disk"
-        return f"{where}: {error.strerror or error}; free some space or choose another place, and run again"
+        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "disk"
+        what = shortened(error.strerror or str(error), MOST_SHOWN - len(NO_SPACE))
+        if error.errno == errno.ENAMETOOLONG:
+            return f"{shortened(where, MOST_SHOWN // 2)}: {what}; give a shorter one"
+        return f"{where}: {what}; {NO_SPACE}"
     if isinstance(error, MemoryError):
         return "memory: not enough of it; close other programs or export a smaller model"
-    return f"internal error: {type(error).__name__}: {error}; run again with --debug and report it"
+    what = shortened(" ".join(str(error).split()), MOST_SHOWN // 2)
+    return f"internal error: {type(error).__name__}: {what}; run again with --debug and report it"

@@ -9,7 +9,6 @@ import cloup
 from h1export.cli.build_request import BuildRequest, build_options
 from h1export.cli.common import answer, common, say
 from h1export.cli.validate import VALIDATE_OPTIONS, run_validation
-from h1export.errors import printable
 
 
 @cloup.command(short_help="Export a checkpoint to one or more targets.")
@@ -34,7 +33,7 @@ def build(request: BuildRequest, force: bool, check: bool, quiet: bool, as_json:
     from h1export.commands.build import build_artifact, ignored_in
 
     for line in () if quiet or as_json else ignored_in(request.checkpoint):
-        cloup.echo(printable(line), err=True)
+        say(line)
     built = []
     code = 0
     for target, place in request.places():

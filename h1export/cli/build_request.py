@@ -148,8 +148,10 @@ class BuildRequest:
 
     def places(self) -> Iterator[tuple[str, Path]]:
         """Yield each target and the folder that its artifact gets; the folders of several targets are in OUT."""
+        from h1export.checkpoint.resolve import model_name
+
         for target in self.options:
-            named = self.out or Path(f"{self.checkpoint.resolve().name}-{target}-{self.precision}")
+            named = self.out or Path(f"{model_name(self.checkpoint)}-{target}-{self.precision}")
             yield target, named / target if self.out and len(self.options) > 1 else named
 
 

@@ -1,16 +1,18 @@
-"""The options that commands share, and the functions with which they print."""
+"""The options that commands share; what they print with is in output.py."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
-from rich.console import Console
 
+from h1export.cli.output import answer, say
 from h1export.targets import Kernels
+
+__all__ = ["adapter_folders", "adapter_option", "answer", "common", "kernels_option", "say"]
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,17 +35,6 @@ kernels_option = click.option(
     show_default=True,
     help="native: h1export's own, compiled when first used; stock: the runtime's; auto: native where they compile.",
 )
-
-
-def say(message: object, quiet: bool = False) -> None:
-    """Print to standard error, unless ``quiet``."""
-    if not quiet:
-        Console(stderr=True).print(message, highlight=False)
-
-
-def answer(data: Any) -> None:
-    """Print JSON to standard output."""
-    click.echo(json.dumps(data, indent=1))
 
 
 adapter_option = click.option(

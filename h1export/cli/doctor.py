@@ -9,6 +9,7 @@ import click
 import cloup
 
 from h1export.cli.common import answer, common, say
+from h1export.cli.output import show_text
 from h1export.errors import H1ExportError
 
 
@@ -47,5 +48,5 @@ def doctor(artifact: Path, model: str | None, build: bool, *, out: Path | None, 
     if as_json:
         answer(document)
     elif not quiet:
-        click.echo(page(document))
+        show_text(page(document))
     return 0 if document["fits"] else 1

@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 import cloup
 
-from h1export.cli.common import answer, common, kernels_option, say
+from h1export.cli.common import answer, common, kernels_option
+from h1export.cli.output import say_text
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
@@ -28,6 +29,10 @@ ANSWERED = ("results", "groups", "n-shot", "n-samples", "versions")  # parts of 
 @click.option("--fewshot", type=click.IntRange(min=0), help="Examples before each question [default: the task's].")
 @click.option("--limit", type=click.IntRange(min=1), help="Documents of each task [default: all].")
 @click.option("--chat", is_flag=True, help="Frame prompts by the chat template.")
+@click.option("--system", metavar="TEXT", help="System message before every prompt.")
+@click.option(
+    "--gen-kwargs", metavar="KEY=VALUE,...", help="Options of generation, which replace the task's, such as top_k=5."
+)
 @click.option(
     "--max-length",
     default=0,
@@ -46,6 +51,8 @@ def evaluate(
     fewshot: int | None,
     limit: int | None,
     chat: bool,
+    system: str | None,
+    gen_kwargs: str | None,
     max_length: int,
     unsafe_code: bool,
     threads: int,
@@ -70,10 +77,20 @@ def evaluate(
     model = ArtifactLM(out, threads, kernels, max_length=max_length)
     names = [name for name in tasks.split(",") if name]
     with redirect_stderr(StringIO()) if quiet or as_json else nullcontext():  # its progress bars
-        found = run(model, names, include, fewshot=fewshot, limit=limit, chat=chat, unsafe_code=unsafe_code)
+        found = run(
+            model,
+            names,
+            include,
+            fewshot=fewshot,
+            limit=limit,
+            chat=chat,
+            unsafe_code=unsafe_code,
+            system=system,
+            options=gen_kwargs,
+        )
     if as_json:
         answer({part: found[part] for part in ANSWERED if part in found})
     for part in ("results", "groups"):
         if found.get(part):
-            say(make_table(found, part), quiet or as_json)
+            say_text(make_table(found, part), quiet or as_json)
     return 0

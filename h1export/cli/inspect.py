@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 import cloup
-from rich.console import Console
 
 from h1export.cli.common import answer, common
+from h1export.cli.output import show
 
 
 @cloup.command(short_help="Describe a checkpoint or an artifact.")
@@ -24,7 +24,6 @@ def inspect(folder: str | None, quiet: bool, as_json: bool) -> int:
         answer(found)
     elif not quiet:
         config = found.pop("config")
-        console = Console()
-        console.print(pairs_table(f"{found.pop('kind')} {path}", found.items()))
-        console.print(pairs_table("architecture", config.items()))
+        show(pairs_table(f"{found.pop('kind')} {path}", found.items()))
+        show(pairs_table("architecture", config.items()))
     return 0

@@ -33,9 +33,9 @@ def report(outs: tuple[Path, ...], to: Path | None, quiet: bool, as_json: bool) 
     text = page(outs)
     place = to or (outs[0] / PAGE if len(outs) == 1 else Path(PAGE))
     if to is None:
-        write_into(place.parent, PAGE, text.encode())
+        write_into(place.parent, PAGE, text.encode(errors="backslashreplace"))  # of names that are no UTF-8
     else:
-        place.write_text(text, encoding="utf-8")
+        place.write_text(text, encoding="utf-8", errors="backslashreplace")
     say(f"wrote {place}", quiet or as_json)
     if as_json:
         answer({"page": str(place)})

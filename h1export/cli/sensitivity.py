@@ -8,7 +8,8 @@ import click
 import cloup
 
 from h1export.cli.build_request import DEVICE
-from h1export.cli.common import answer, common, say
+from h1export.cli.common import answer, common
+from h1export.cli.output import say_text
 from h1export.quantize.budget import Budget
 from h1export.quantize.choices import BEST, GROUP_SIZES
 
@@ -87,5 +88,5 @@ def sensitivity(
             {name: {"kl": tensor.kl, "shape": tensor.shape, "int8": name in raised} for name, tensor in found.items()}
         )
     else:
-        say(text.rstrip(), quiet)
+        say_text(text.rstrip(), quiet)
     return 0

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO, cast
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
+from h1export.cli.output import Sheet, cell, cell_lines
+from h1export.cli.streams import guarded
+from h1export.errors import printable
 from h1export.report import labels
 from h1export.report.report import OUTPUT_FIGURES, Report, Row, Verdict
 from h1export.validate.speed import gate_checks
@@ -36,14 +41,14 @@ class ProgressBars:
     """A Progress that rich draws: the stage, its bytes, the time."""
 
     def __init__(self, quiet: bool) -> None:
+        console = Console(file=cast("TextIO", guarded(sys.stderr, False)))
         columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
+            SpinnerColumn("line" if console.options.ascii_only else "dots"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TimeElapsedColumn(),
         )
-        console = Console(stderr=True)
         self._progress = Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True)
         self._task: TaskID | None = None
 
@@ -59,7 +64,7 @@ class ProgressBars:
     def stage(self, name: str, total_bytes: int = 0) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(name, total=total_bytes or None)
+        self._task = self._progress.add_task(printable(name), total=total_bytes or None)
 
     def advance(self, nbytes: int) -> None:
         if self._task is not None:
@@ -70,53 +75,55 @@ FINE = ("artifact", "reference", "ratio", "top1", "top5")  # figures that are sh
 STANDARD_ERROR = "_se"  # the suffix of figures that are standard errors, see perplexity.text_figures
 
 
-def report_tables(report: Report) -> list[Table]:
+def report_tables(report: Report) -> list[Sheet]:
     """Return a table of the rows that compare logits and states, and one of all others."""
     cases = Table("case", "against", *OUTPUT_FIGURES, "verdict", box=SIMPLE)
-    cases.caption = _tolerances(report.rows)
-    cases.caption_justify = "left"
     others = Table("check", "figures", "verdict", box=SIMPLE)
     for row in report.rows:
-        verdict = f"[{STYLES[row.verdict]}]{row.verdict}[/]"
-        check = labels.check_label(row)
+        verdict = cell(row.verdict, STYLES[row.verdict])
+        check = cell(labels.check_label(row))
         if row.compares_outputs:
-            cells = (_cell(row, name) for name in OUTPUT_FIGURES)
-            cases.add_row(check, labels.comparison_label(row), *cells, verdict)
+            cells = (_figure(row, name) for name in OUTPUT_FIGURES)
+            cases.add_row(check, cell(labels.comparison_label(row)), *cells, verdict)
         else:
             shown = [name for name in row.figures if not name.endswith(STANDARD_ERROR)]
-            figures = "  ".join(
-                f"{name} {_cell(row, name)}{_error(row, name)}{_tolerance(row, name)}" for name in shown
+            figures = Text("  ").join(
+                Text.assemble(cell(name), " ", _figure(row, name), _error(row, name), _tolerance(row, name))
+                for name in shown
             )
-            note = f"[dim]{row.note}[/]" if row.note else ""
-            others.add_row(check, "\n".join(filter(None, (figures, note))), verdict)
-    return [cases, others]
+            lines = [figures] if shown else []
+            others.add_row(check, cell_lines([*lines, cell(row.note, "dim")] if row.note else lines), verdict)
+    return [Sheet(cases, notes=(_tolerances(report.rows),), prose=True), Sheet(others, prose=True)]
 
 
-def _cell(row: Row, name: str) -> str:
+def _figure(row: Row, name: str) -> Text:
     value = f"{row.figures[name]:.4g}" if name in FINE else f"{row.figures[name]:.3g}"
-    return value if row.keeps(name) else f"[bold red]{value}[/]"
+    return cell(value, "" if row.keeps(name) else "bold red")
 
 
 def _error(row: Row, name: str) -> str:
     return f" ± {row.figures[name + STANDARD_ERROR]:.2g}" if name + STANDARD_ERROR in row.figures else ""
 
 
-def _tolerance(row: Row, name: str) -> str:
-    return f" [dim](tolerance {row.tolerances[name]:.4g})[/]" if name in row.tolerances else ""
+def _tolerance(row: Row, name: str) -> Text:
+    return cell(f" (tolerance {row.tolerances[name]:.4g})", "dim") if name in row.tolerances else Text()
 
 
 def _tolerances(rows: Iterable[Row]) -> str:
     """Return the tolerances of logits and states, each once, by the names that --tolerance takes."""
-    found = {
-        f"{row.comparison}.{name} {row.tolerances[name]:.3g}": None
-        for row in rows
-        for name in OUTPUT_FIGURES
-        if name in row.tolerances
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name in OUTPUT_FIGURES:
+            if name in row.tolerances:
+                found.setdefault(f"{row.comparison}.{name}", []).append(row.tolerances[name])
+    # that of top1 depends on the number of tokens
+    spans = {
+        metric: dict.fromkeys(f"{value:.3g}" for value in (min(each), max(each))) for metric, each in found.items()
     }
-    return "tolerances  " + "  ".join(found)
+    return "tolerances  " + "  ".join(f"{metric} {' to '.join(span)}" for metric, span in spans.items())
 
 
-def bench_tables(report: BenchReport) -> list[Table]:
+def bench_tables(report: BenchReport) -> list[Sheet]:
     """Return a table for each model that was measured, and one of the speeds of all."""
     tables = []
     for measured in report.measured:
@@ -132,7 +139,7 @@ def bench_tables(report: BenchReport) -> list[Table]:
     return [*tables, _speeds_table(report)]
 
 
-def _speeds_table(report: BenchReport) -> Table:
+def _speeds_table(report: BenchReport) -> Sheet:
     paired = len(report.measured) == 2
     columns = ("threads", "timing", "tokens/s", "interval", "read a step", "of bandwidth")
     table = Table(*(["of"] if paired else []), *columns, *(["ratio", "interval"] if paired else []), box=SIMPLE)
@@ -142,29 +149,28 @@ def _speeds_table(report: BenchReport) -> Table:
         timing = gate_checks.timing_label(speed.timing)
         cells = [str(speed.threads), timing, *_estimate(speed.tokens_per_second), *read]
         first = [f"{speed.model + 1}"] if paired else []
-        table.add_row(*first, *cells, *(_estimate(speed.ratio) if speed.ratio else []))
+        ratio = _estimate(speed.ratio) if speed.ratio else []
+        table.add_row(*(cell(value) for value in (*first, *cells, *ratio)))
     bandwidth = ", ".join(
         f"{estimate.median / 1e9:.1f} GB/s with threads {threads}" for threads, estimate in report.bandwidth.items()
     )
     lines = [f"medians of {report.options.repeats} interleaved rounds", f"measured read bandwidth {bandwidth}"]
-    table.caption = "\n".join((*lines, *(f"left out: {reason}" for reason in report.left_out)))
-    table.caption_justify = "left"
-    return table
+    return Sheet(table, notes=(*lines, *(f"left out: {reason}" for reason in report.left_out)), prose=True)
 
 
 def _estimate(value: Estimate) -> list[str]:
     return [f"{value.median:.4g}", f"{value.low:.4g} to {value.high:.4g}"]
 
 
-def gate_table(report: GateReport) -> Table:
+def gate_table(report: GateReport) -> Sheet:
     """Return a table of every check, with the verdict of all."""
     table = Table("check", "figure", "interval", "limit", "verdict", "note", box=SIMPLE)
     for check in report.checks:
-        verdict = f"[{STYLES[check.verdict]}]{check.verdict}[/]"
-        table.add_row(gate_checks.check_label(check), *_figures(check), verdict, check.note)
-    table.caption = f"{report.verdict}: {report.artifact}, timings relative to the baseline"
-    table.caption_justify = "left"
-    return table
+        verdict = cell(check.verdict, STYLES[check.verdict])
+        cells = (gate_checks.check_label(check), *_figures(check))
+        table.add_row(*map(cell, cells), verdict, cell(check.note))
+    note = f"{report.verdict}: {report.artifact}, timings relative to the baseline"
+    return Sheet(table, notes=(note,), prose=True)
 
 
 def _figures(check: gate_checks.Check) -> list[str]:
@@ -175,14 +181,12 @@ def _figures(check: gate_checks.Check) -> list[str]:
     return [f"{check.figure:,.0f}", "", f"{check.limit:,.0f}"]
 
 
-def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
-    """Return a table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
+def pairs_table(title: str, rows: Iterable[tuple[str, object]]) -> Sheet:
+    """Return a table of names and values; no value is wrapped."""
+    table = Table(Column(style="bold"), Column(), show_header=False)
     for name, value in rows:
-        table.add_row(name, "\n".join(_lines(value)) if isinstance(value, dict) else str(value))
-    return table
+        table.add_row(cell(name), cell_lines(_lines(value)) if isinstance(value, dict) else cell(value))
+    return Sheet(table, title)
 
 
 def _lines(values: dict[str, object]) -> list[str]:
@@ -196,7 +200,7 @@ def _beside(plan: Plan) -> str:
     return f"; beside what {plan.gpu} computes, which is not estimated" if plan.gpu else ""
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Plan) -> Sheet:
     """Return a table of a plan, sizes first."""
     fits = "enough" if plan.disk_free > plan.artifact_bytes + plan.scratch_bytes else "NOT ENOUGH"
     scratch = (

@@ -8,6 +8,7 @@ import click
 import cloup
 
 from h1export.cli.common import answer, common
+from h1export.cli.output import show_text
 
 
 @cloup.command(short_help="Print the graph that targets receive.")
@@ -36,5 +37,5 @@ def trace(model: str | None, after: str | None, all_layers: bool, quiet: bool, a
     if as_json:
         answer(dataclasses.asdict(listing))
     elif not quiet:
-        click.echo(listing.text(all_layers))
+        show_text(listing.text(all_layers))
     return 0

@@ -20,6 +20,7 @@ from h1export.checkpoint.chat_template import template_files
 from h1export.checkpoint.lora import described
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.unchanged import SourceFiles
+from h1export.checkpoint.vocabulary import check_vocabulary
 from h1export.errors import H1ExportError
 from h1export.graphs.passes import passes_for, run_passes
 from h1export.graphs.trace import trace
@@ -106,6 +107,7 @@ class BuildJob:
         config = FalconH1Config.load(checkpoint)
         store = WeightStore.open(checkpoint, config, progress, adapters=adapters)
         scheme.check(config)
+        check_vocabulary(checkpoint, config.vocab_size)
         special_tokens(checkpoint, config)  # refuses wrong ones now rather than when a text is generated
         return cls(
             checkpoint=checkpoint,

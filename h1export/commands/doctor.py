@@ -16,7 +16,7 @@ from h1export import host
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import check_source, read_options
 from h1export.commands.validate import validate_artifact
-from h1export.errors import H1ExportError
+from h1export.errors import MOST_SHOWN, H1ExportError, printable, shortened
 from h1export.progress import SILENT, Progress
 from h1export.targets import get_target
 from h1export.targets.base import Finding
@@ -93,11 +93,11 @@ def page(document: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return printable(" ".join(text.split())).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _crash(name: str, error: Exception) -> Finding:
-    first = (str(error).strip() or "no message").splitlines()[0]
+    first = shortened((str(error).strip() or "no message").splitlines()[0], MOST_SHOWN)
     return Finding(name, False, f"{type(error).__name__}: {first}", "run with --debug, and report it with this file")
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-
 from h1export.artifact.artifact import Artifact
-from h1export.checkpoint.chat_template import ChatTemplate, conversation
 from h1export.checkpoint.tokenizer import load_tokenizer, stream
+from h1export.checkpoint.vocabulary import prompt_ids
+from h1export.commands.chat import Chat
 from h1export.commands.load import load_runner
 from h1export.model.falcon_h1.special_tokens import special_tokens
 from h1export.runtime.generation import Sampling, generate
@@ -24,24 +23,30 @@ def generate_text(
     sampling: Sampling,
     chat: bool = False,
     system: str | None = None,
+    state: Path | None = None,
     threads: int = 0,
     kernels: Kernels = "auto",
     report: Callable[[str], None] = lambda _: None,
 ) -> Iterator[str]:
     """Stream the continuation of ``prompt`` by the artifact ``out``; with ``chat``, the prompt is a user's turn.
 
-    ``system`` is the system message of such a chat, or None.
+    ``system`` is the system message of such a chat, or None. ``state`` is a file in which `h1export chat` has saved the
+    turns before this one. Either makes it a chat.
 
     ``report`` is called with the reason where the artifact runs slower here than it could.
 
     Raises:
         H1ExportError: a damaged artifact, no tokenizer or chat template, a prompt that does not fit.
     """
+    if chat or system is not None or state is not None:
+        talk = Chat(out, max_tokens, sampling=sampling, threads=threads, kernels=kernels, report=report, state=state)
+        if system is not None:
+            talk.system = system
+        yield from talk.reply(prompt)
+        return
     artifact = Artifact.open(out)
     tokenizer = load_tokenizer(out)
-    text = ChatTemplate.read(out).render(conversation(prompt, system)) if chat else prompt
-    # a chat template writes the special tokens itself
-    ids = np.array(tokenizer.encode(text, add_special_tokens=not chat).ids, np.int64)
+    ids = prompt_ids(tokenizer, prompt, artifact.config, add_special_tokens=True)
     runner = load_runner(artifact, threads, kernels=kernels)
     if runner.provenance.fallback:
         report(runner.provenance.fallback)

@@ -11,6 +11,8 @@ from typing import Any
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import MANIFEST
 from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.tokenizer import TOKENIZER, load_tokenizer
+from h1export.checkpoint.vocabulary import tokens_without_rows
 from h1export.commands.load import read_options
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
@@ -47,8 +49,16 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "state_bytes": state_bytes(config),
         "ignored_keys": list(FalconH1Config.ignored(folder)),
         "ignored_tensors": list(store.ignored),
+        "tokens_without_rows": _tokens_without_rows(folder, config),
         "config": dataclasses.asdict(config),
     }
+
+
+def _tokens_without_rows(folder: Path, config: FalconH1Config) -> dict[str, int]:
+    """Return token -> id of those that `build` refuses; none where there is no tokenizer."""
+    if not (folder / TOKENIZER).is_file():
+        return {}
+    return tokens_without_rows(load_tokenizer(folder), config.vocab_size)
 
 
 def _artifact(folder: Path) -> dict[str, Any]:

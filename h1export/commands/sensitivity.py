@@ -9,6 +9,7 @@ from pathlib import Path
 from h1export import host
 from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.vocabulary import check_vocabulary
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.progress import SILENT, Progress
 from h1export.quantize.budget import Sensitivity
@@ -41,6 +42,7 @@ def measure_sensitivity(
     config = FalconH1Config.load(checkpoint)
     store = WeightStore.open(checkpoint, config, adapters=adapters)
     scheme.check(config)
+    check_vocabulary(checkpoint, config.vocab_size)
     ids = calibration.ids(checkpoint)
     jobs = jobs or host.cores()
     with tempfile.TemporaryDirectory(prefix="h1export-sensitivity-") as folder:

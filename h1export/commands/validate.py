@@ -11,6 +11,7 @@ import torch
 from h1export.artifact.artifact import REPORT, Artifact
 from h1export.artifact.files import write_into
 from h1export.checkpoint.resolve import embedded_model
+from h1export.checkpoint.text_file import read_text
 from h1export.checkpoint.tokenizer import TOKENIZER, scoring_ids
 from h1export.commands.load import check_source, load_runner
 from h1export.progress import SILENT, Progress
@@ -91,5 +92,5 @@ def validate_artifact(
 
 
 def _text(path: Path | None, nbytes: int) -> str:
-    data = (path or embedded_model() / HELDOUT).read_bytes()
-    return data[: nbytes or None].decode("utf-8", errors="ignore")
+    """Return the first ``nbytes`` of the text in ``path``, or all of it for 0, without a character cut in two."""
+    return read_text(path or embedded_model() / HELDOUT, "--text", nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
@@ -12,23 +13,25 @@ import lm_eval
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
-from h1export.checkpoint.chat_template import ChatTemplate
-from h1export.checkpoint.tokenizer import load_tokenizer, plain_tokenizer, stream
+from h1export.checkpoint.chat_template import ChatTemplate, template_files
+from h1export.checkpoint.tokenizer import load_tokenizer, plain_tokenizer
 from h1export.commands.load import load_folder
 from h1export.errors import H1ExportError
-from h1export.integrations.lm_eval_scoring import Prefix
+from h1export.integrations.lm_eval_options import WHERE, Options, model_options, read_options
+from h1export.integrations.lm_eval_scoring import NOTHING, Prefix
 from h1export.model.falcon_h1.special_tokens import special_tokens
-from h1export.runtime.generation import Sampling, generate
+from h1export.runtime.generation import generate
 from h1export.targets import Kernels
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation), as lm-eval passes them
-MAX_NEW_TOKENS = 256  # for a task that sets no limit, as in lm-eval's own models
-SAMPLING = ("temperature", "top_k", "top_p")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 @register_model("h1export")
@@ -66,28 +69,69 @@ class ArtifactLM(TemplateLM):
         rooms = (self.runner.config.max_position_embeddings, self.runner.limits.max_context, max_length)
         self.max_length = min(room for room in rooms if room)
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """A tokenizer of transformers, as in lm-eval's `hf`; it runs no code of the artifact's."""
+        return plain_tokenizer(self._folder)
+
     @property
     def eot_token_id(self) -> int:
-        if not self._special.eos:
+        """The end token: the tokenizer's, or else the model's."""
+        ends = self._rows(self.tokenizer.eos_token_id, *self._special.eos)
+        if not ends:
             raise H1ExportError(self._folder, "the model has no end token", "build from a checkpoint that has one")
-        return self._special.eos[0]
+        return ends[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has no context."""
-        return self.eot_token_id if self._special.bos is None else self._special.bos
+        """The token before a text that has no context: the tokenizer's begin token, or else the end token.
+
+        It is not that of config.json, which names another token in published checkpoints.
+        """
+        begins = self._rows(self.tokenizer.bos_token_id)
+        return begins[0] if begins else self.eot_token_id
+
+    def _rows(self, *tokens: int | None) -> list[int]:
+        """Return those tokens that the model has: transformers gives a new id to one that tokenizer.json lacks."""
+        return [token for token in tokens if token is not None and token < self.runner.config.vocab_size]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the ids of ``string``, with special tokens unless it begins with one, or they are not requested."""
-        if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(string, self._tokenizer.id_to_token(self.prefix_token_id))
-        return list(self._tokenizer.encode(string, add_special_tokens=add_special_tokens).ids)
+        return self._encode(string, self.tokenizer.decode(self.prefix_token_id), add_special_tokens)
+
+    def _encode(self, string: str, begin: str | None, special: bool | None = None) -> list[int]:
+        if special is None:
+            special = not has_bos_prefix(string, begin)
+        return list(self.tokenizer.encode(string, add_special_tokens=special))
+
+    def _tokens(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the ids of both by the rules of lm-eval; a context of spaces alone, which its `hf` refuses, is none.
+
+        A continuation that disappears in the last token of its context has no ids of its own.
+        """
+        if context:
+            before, after = self._encode_pair(context, continuation)
+            return before or [self.prefix_token_id], after
+        after = self.tok_encode(continuation, add_special_tokens=False)
+        prefixed = after[:1] == [self.prefix_token_id]
+        return (after[:1], after[1:]) if prefixed else ([self.prefix_token_id], after)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return the log likelihood of each continuation, and whether it is the greedy one.
+
+        A continuation without tokens is certain: 0.0 and True.
+        """
+        pairs: list[Request] = [(request.args, *self._tokens(*request.args)) for request in requests]
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        answers = {index: NOTHING for index, (_, _, continuation) in enumerate(requests) if not continuation}
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
+            if index in answers:
+                continue
             if len(continuation) > self.max_length:
                 raise H1ExportError(
                     "request",
@@ -96,7 +140,6 @@ class ArtifactLM(TemplateLM):
                 )
             room = self.max_length + 1 - len(continuation)  # the last token is scored and not seen
             groups[tuple(context[-room:])].append(index)
-        answers: dict[int, tuple[float, bool]] = {}
         for context_ids, indices in tqdm(groups.items(), disable=disable_tqdm, desc="contexts"):
             prefix = Prefix(self.runner, np.array(context_ids, np.int64))
             for index in indices:
@@ -123,57 +166,70 @@ class ArtifactLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return continuations, which are greedy unless a task samples; the seed of sampling is the request's index."""
+        """Return continuations, which are greedy unless a task samples; every request samples by a seed of its own."""
         answers = []
+        model = {**model_options(self._folder), "eos_token_id": list(self._special.eos)}
         for seed, (context, options) in enumerate(
             tqdm([request.args for request in requests], disable=disable_tqdm, desc="prompts")
         ):
-            answers.append(self._continue(context, dict(options), seed))
+            answers.append(self._continue(context, read_options(options, model, seed)))
             self.cache_hook.add_partial("generate_until", (context, options), answers[-1])
         return answers
 
-    def _continue(self, context: str, options: dict[str, Any], seed: int) -> str:
-        chosen: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
-        until = [term for term in chosen.pop("until") if term]
-        new = chosen.pop("max_gen_toks")
-        sampled = chosen.pop("do_sample")
-        how = {name: chosen.pop(name) for name in SAMPLING if name in chosen}
-        if chosen:
+    def _continue(self, context: str, options: Options) -> str:
+        if options.new >= self.max_length:
             raise H1ExportError(
-                "generate_until", f"no such way to choose tokens: {', '.join(chosen)}", f"know {', '.join(SAMPLING)}"
+                WHERE, f"{options.new} new tokens, and there is room for {self.max_length}", "ask for fewer"
             )
-        if new >= self.max_length:
-            raise H1ExportError(
-                "generate_until", f"{new} new tokens, and there is room for {self.max_length}", "ask for fewer"
-            )
-        ends = {token for term in until if (token := self._tokenizer.token_to_id(term)) is not None}
-        ids = np.array(self.tok_encode(context)[new - self.max_length :], np.int64)
-        tokens = generate(
-            self.runner,
-            ids,
-            new,
-            sampling=Sampling(**how, seed=seed) if sampled else Sampling(),
-            eos=frozenset({*self._special.eos, *ends}),
-        )
-        text = ""
-        for piece in stream(self._tokenizer, tokens):
-            text += piece
-            if any(term in text for term in until):
+        prompt = self._encode(context, self.tokenizer.bos_token) or [self.prefix_token_id]
+        ids = np.array(prompt[options.new - self.max_length :], np.int64)
+        new = options.new
+        if options.total is not None:
+            new = min(options.total, self.max_length) - len(ids)
+        if new < 0 or (options.total is not None and not new):
+            what = f"max_length: {options.total} leaves no room after a prompt of {len(ids)} tokens"
+            raise H1ExportError(WHERE, what, "give max_gen_toks instead, the number of new tokens")
+        until = [*options.until, self.tokenizer.decode(self.eot_token_id)]
+        stops = Stops(self._tokenizer, until)
+        tokens: list[int] = []
+        for token in generate(self.runner, ids, new, sampling=options.sampling, eos=frozenset()):
+            tokens.append(token)
+            if token in self._special.eos or stops.reached(token):
                 break
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return str(postprocess_generated_text(text, until, None))
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """A tokenizer of transformers, which runs no code of the artifact's."""
-        return plain_tokenizer(self._folder)
 
     @property
     def tokenizer_name(self) -> str:
-        return self._folder.resolve().name
+        """A name for the cache of requests, which holds prompts: another tokenizer or chat template has another one."""
+        digest = hashlib.sha256()
+        for name in (*TOKENIZER_FILES, *template_files(self._folder)):
+            path = self._folder / name
+            digest.update(path.read_bytes() if path.is_file() else b"")
+            digest.update(name.encode())
+        return f"{self._folder.resolve().name}-{digest.hexdigest()[:12]}"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return the prompt of a conversation, by the artifact's chat template."""
-        return self._template.render(chat_history, reply=add_generation_prompt, continued=not add_generation_prompt)
+        """Return the prompt of a conversation, by the artifact's chat template.
+
+        A system turn with which the template fails is left out, as in lm-eval's `hf`.
+
+        Raises:
+            H1ExportError: The template fails without it too, or there is none.
+        """
+        others = [turn for turn in chat_history if turn["role"] != "system"]
+        try:
+            return self._rendered(chat_history, add_generation_prompt)
+        except H1ExportError as error:
+            if len(others) == len(chat_history):
+                raise
+            try:
+                return self._rendered(others, add_generation_prompt)
+            except H1ExportError:
+                raise error from None
+
+    def _rendered(self, turns: list[dict[str, str]], reply: bool) -> str:
+        return self._template.render(turns, reply=reply, continued=not reply)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the text of the template, which lm-eval notes in its results."""
@@ -182,6 +238,27 @@ class ArtifactLM(TemplateLM):
     @cached_property
     def _template(self) -> ChatTemplate:
         return ChatTemplate.read(self._folder)
+
+
+class Stops:
+    """Texts that end a continuation, found in its text, with special tokens, as it grows.
+
+    A stop string may span tokens, and is never found in some of a character's bytes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, terms: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._terms = terms
+        self._decoder = DecodeStream(skip_special_tokens=False)
+        self._tail = ""  # as much as can belong to a stop string that is not complete
+
+    def reached(self, token: int) -> bool:
+        """Return whether there is a stop string in the text that ``token`` continues."""
+        self._tail += self._decoder.step(self._tokenizer, token) or ""
+        found = any(term in self._tail for term in self._terms)
+        kept = max(map(len, self._terms)) - 1
+        self._tail = self._tail[len(self._tail) - kept :] if kept < len(self._tail) else self._tail
+        return found
 
 
 def evaluate(
@@ -193,6 +270,8 @@ def evaluate(
     limit: int | None,
     chat: bool,
     unsafe_code: bool,
+    system: str | None = None,
+    options: str | None = None,
 ) -> dict[str, Any]:
     """Return lm-eval's results of ``tasks``, which are its own or those whose YAML files are in the folder ``include``.
 
@@ -204,9 +283,11 @@ def evaluate(
         limit: The number of documents of each task; None means all.
         chat: Whether prompts are framed by the chat template.
         unsafe_code: Whether tasks may run the code that the model wrote.
+        system: The system message before every prompt.
+        options: "KEY=VALUE,..." of the generation_kwargs, which replace those of the tasks.
 
     Raises:
-        H1ExportError: A task does not exist.
+        H1ExportError: A task does not exist, or asks for what the model does not do.
     """
     manager = TaskManager(include_path=include, include_defaults=False)
     if not {*tasks} <= {*manager.all_tasks}:  # reading all of lm-eval's takes seconds
@@ -223,6 +304,8 @@ def evaluate(
         num_fewshot=fewshot,
         limit=limit,
         apply_chat_template=chat,
+        system_instruction=system,
+        gen_kwargs=options,
         confirm_run_unsafe_code=unsafe_code,
         task_manager=manager,
         log_samples=False,

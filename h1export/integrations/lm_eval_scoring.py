@@ -17,6 +17,8 @@ from h1export.runtime.generation import PREFILL_CHUNK
 from h1export.runtime.runner import Runner
 from h1export.validate.accuracy.logits import log_softmax
 
+NOTHING = (0.0, True)  # log likelihood and greediness of no tokens
+
 
 @dataclass(frozen=True)
 class Score:

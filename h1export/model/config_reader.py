@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from h1export.errors import H1ExportError
+from h1export.errors import H1ExportError, reason
 
 CONFIG = "config.json"
 FLOAT32 = np.finfo(np.float32)
@@ -155,4 +155,4 @@ def read_config(path: Path) -> Any:
     except OSError as error:
         raise H1ExportError(path, f"cannot be read ({error.strerror})", "check the path and its permissions") from None
     except (ValueError, RecursionError) as error:
-        raise H1ExportError(path, f"not readable as JSON ({error})", "download the checkpoint again") from None
+        raise H1ExportError(path, f"not readable as JSON ({reason(error)})", "download the checkpoint again") from None

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from h1export.checkpoint.resolve import embedded_model
+from h1export.checkpoint.text_file import read_text
 from h1export.checkpoint.tokenizer import TOKENIZER, load_tokenizer
-from h1export.errors import H1ExportError
+from h1export.errors import H1ExportError, reason
 from h1export.model.falcon_h1.states import Ids
 from h1export.quantize.choices import CPU
 
@@ -68,13 +69,11 @@ class Calibration:
 
 def _texts(file: Path) -> list[str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file, "--calibration", kind="calibration text")
         return [_text_of(line) for line in text.splitlines() if line.strip()] if file.suffix == ".jsonl" else [text]
-    except OSError as error:
-        raise H1ExportError(file, f"cannot be read ({error.strerror})", "give another --calibration") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise H1ExportError(
-            file, f"is not calibration text ({error!r})", 'give UTF-8 text, or .jsonl lines with a "text"'
+            file, f"is not calibration text ({reason(error)})", 'give UTF-8 text, or .jsonl lines with a "text"'
         ) from None
 
 

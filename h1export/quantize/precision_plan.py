@@ -8,7 +8,9 @@ from typing import Any, get_args
 
 import yaml
 
-from h1export.errors import H1ExportError
+from h1export.checkpoint.text_file import read_text
+from h1export.errors import H1ExportError, reason
+from h1export.model.config_reader import shown
 from h1export.quantize.budget import Sensitivity, bits_per_weight
 from h1export.quantize.choices import QuantName
 from h1export.quantize.precision import Precision
@@ -43,18 +45,16 @@ def read_plan(file: Path) -> dict[str, QuantName]:
         H1ExportError: the file is not a plan. QuantScheme.check finds tensors that the model does not have.
     """
     try:
-        data: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data: Any = yaml.safe_load(read_text(file, "--precisions", kind="a plan of precisions"))
         tensors = data["tensors"]
         plan = {str(name): _quant_name(value) for name, value in tensors.items()}
-    except OSError as error:
-        raise H1ExportError(file, f"cannot be read ({error.strerror})", "give another --precisions") from None
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise H1ExportError(file, f"is not a plan of precisions ({' '.join(str(error).split())})", NEXT_STEP) from None
+        raise H1ExportError(file, f"is not a plan of precisions ({reason(error)})", NEXT_STEP) from None
     return plan
 
 
 def _quant_name(value: object) -> QuantName:
     found: QuantName | None = next((name for name in get_args(QuantName) if name == value), None)
     if found is None:
-        raise ValueError(f"{value!r} is no precision")
+        raise ValueError(f"{shown(value)} is no precision")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,31 @@ def generate(
     session = runner.start(1, capacity=min(len(prompt) + max_tokens, context))
     for start in range(0, len(prompt), PREFILL_CHUNK):
         logits = session.append(prompt[None, start : start + PREFILL_CHUNK])
-    for left in reversed(range(min(max_tokens, context - len(prompt)))):
-        token = sampling.choose(logits[0, -1], rng)
+    yield from new_tokens(
+        logits[0, -1],
+        lambda token: session.append(np.array([[token]]))[0, -1],
+        min(max_tokens, context - len(prompt)),
+        choose=lambda after: sampling.choose(after, rng),
+        eos=eos,
+    )
+
+
+def new_tokens(
+    logits: Array,
+    append: Callable[[int], Array],
+    most: int,
+    *,
+    choose: Callable[[Array], int],
+    eos: frozenset[int],
+) -> Iterator[int]:
+    """Yield at most ``most`` tokens, up to an end token: the first by ``logits`` [vocab], the next by ``append``'s.
+
+    ``append`` extends the sequence by a token. The last token is yielded, and not appended.
+    """
+    for left in reversed(range(most)):
+        token = choose(logits)
         if token in eos:
             return
         yield token
         if left:
-            logits = session.append(np.array([[token]]))
+            logits = append(token)

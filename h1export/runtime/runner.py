@@ -11,6 +11,7 @@ import numpy as np
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
+from h1export.runtime.saved_states import SavedStates
 
 States = TypeVar("States")
 
@@ -69,6 +70,22 @@ class Session(Protocol):
         """
         ...
 
+    def save(self, row: int = 0, start: int = 0) -> SavedStates:
+        """Return a copy of the states of one row, with keys and values of the tokens from ``start`` on.
+
+        Raises:
+            H1ExportError: There is no such row or token, or the session has pads.
+        """
+        ...
+
+    def restore(self, saved: SavedStates) -> None:
+        """Let every row go on from ``saved``, whatever it had before: what follows is what followed it there.
+
+        Raises:
+            H1ExportError: The states are of another model, are not whole, or do not fit the capacity.
+        """
+        ...
+
 
 class Runner(Protocol[States]):
     """A loaded artifact. ``States`` is the runtime's own form of the states, and opaque to callers."""
@@ -122,7 +139,16 @@ class Comparable(Runner[States], Protocol[States]):
         ...
 
 
-class Inspectable(Comparable[States], Protocol[States]):
+@runtime_checkable
+class Restorable(Comparable[States], Protocol[States]):
+    """A Runner whose sequences can go on from saved states."""
+
+    def restored(self, saved: SavedStates, batch: int) -> States:
+        """Return the states of ``batch`` sequences that go on from ``saved``, which were checked."""
+        ...
+
+
+class Inspectable(Restorable[States], Protocol[States]):
     """A Runner over an artifact of h1export: a judge can read the weights that the artifact stores, too."""
 
     def stored_weights(self) -> Mapping[str, Array]:

@@ -11,9 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import Array, Ids
+from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.runtime.generation import PREFILL_CHUNK
-from h1export.runtime.runner import Runner, Session, check_call
+from h1export.runtime.runner import Restorable, Runner, Session, check_call
+from h1export.runtime.saved_states import SavedStates, check_part
 
 
 class BatchSession(Session, Protocol):
@@ -75,6 +76,13 @@ class InPlaceSession:
         self.length = self._session.length
         return _last(answers, keep)
 
+    def save(self, row: int = 0, start: int = 0) -> SavedStates:
+        return self._session.save(row, start)
+
+    def restore(self, saved: SavedStates) -> None:
+        self._session.restore(saved)
+        self.length = self._session.length
+
 
 class SteppedSession:
     """A session over ``Runner.step``, for rows with pads, and for a runtime that has no states in place."""
@@ -83,6 +91,7 @@ class SteppedSession:
         self._runner = runner
         self._states = runner.initial(rows)
         self._rows = rows
+        self._padded = False
         self.length = 0
 
     def append(self, ids: Ids, mask: Ids | None = None, keep: int | None = None) -> Array:
@@ -93,6 +102,7 @@ class SteppedSession:
         else:
             check_call(ids, mask, self.length, vocab_size=self._runner.config.vocab_size)
             pads = int((mask == 0).sum(1).max())
+            self._padded = self._padded or pads > 0
         answers = []
         # the first call reaches the first real token of every row
         for start, end in _calls(ids.shape[-1], keep, pads + 1 - self.length):
@@ -101,6 +111,16 @@ class SteppedSession:
             answers.append(logits)
             self.length = seen.shape[1]
         return _last(answers, keep)
+
+    def save(self, row: int = 0, start: int = 0) -> SavedStates:
+        if self._padded:
+            raise H1ExportError("save", "the rows have pads", "save the states of a session without pads")
+        return _saved(self._runner, self._states, row, start=start)
+
+    def restore(self, saved: SavedStates) -> None:
+        self._states = _restored(self._runner, saved, self._rows)
+        self._padded = False
+        self.length = saved.length
 
 
 class RowByRowSession:
@@ -149,9 +169,33 @@ class RowByRowSession:
             answers.append(logits)
         return _last(answers, keep)[0], (past + ids.shape[1], states)
 
+    def save(self, row: int = 0, start: int = 0) -> SavedStates:
+        check_part(row, len(self._rows), start, length=self._rows[row][0] if row < len(self._rows) else 0)
+        return _saved(self._runner, self._rows[row][1], 0, start=start)
+
+    def restore(self, saved: SavedStates) -> None:
+        self._rows = [(saved.length, _restored(self._runner, saved, 1))] * len(self._rows)
+        self.length = saved.length
+
     def reorder(self, rows: Sequence[int]) -> None:
         """Let row i go on from where row ``rows[i]`` is."""
         self._rows = [self._rows[row] for row in rows]
+
+
+def _saved(runner: Runner[Any], states: Any, row: int, *, start: int) -> SavedStates:
+    found = _restorable(runner).snapshot(states)
+    return SavedStates.of(StateSpec.of(runner.config), found, row, start=start, length=runner.length(states))
+
+
+def _restored(runner: Runner[Any], saved: SavedStates, rows: int) -> Any:
+    saved.check(StateSpec.of(runner.config), runner.limits.max_context)
+    return _restorable(runner).restored(saved, rows)
+
+
+def _restorable(runner: Runner[Any]) -> Restorable[Any]:
+    if not isinstance(runner, Restorable):
+        raise H1ExportError("states", "this Runner cannot save them", "compute the whole sequence again")
+    return runner
 
 
 def _check_logits(all_logits: bool, ids: Ids, keep: int | None) -> None:

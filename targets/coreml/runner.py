@@ -18,6 +18,7 @@ from h1export.model.falcon_h1.probes import probe_names
 from h1export.model.falcon_h1.states import Array, Ids, StateKind, StateSpec
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.runtime.runner import Limits, Provenance, check_call
+from h1export.runtime.saved_states import SavedStates
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.execution import Evaluated, Executor, Held, OnMac, advance, observe
 from h1export.targets.coreml.options import CoreMLOptions
@@ -105,8 +106,7 @@ class CoreMLRunner:
 
     def start(self, batch: int, capacity: int) -> CoreMLSession:
         self._check_room("start", capacity)
-        held = self._executor.hold(self.initial(batch).arrays)
-        return CoreMLSession(self._advance, held, vocab_size=self._config.vocab_size, capacity=capacity)
+        return CoreMLSession(self, self._executor, self._advance, states=self.initial(batch), capacity=capacity)
 
     def snapshot(self, states: States) -> dict[str, Array]:
         found = {}
@@ -117,6 +117,17 @@ class CoreMLRunner:
                 state = state + states.arrays[name + LOW].astype(np.float32) / np.float32(LOW_SCALE)
             found[tensor.key] = layout.canonical(tensor, state, states.length)
         return found
+
+    def restored(self, saved: SavedStates, batch: int) -> States:
+        arrays = self.initial(batch).arrays
+        for tensor in self._states.tensors:
+            name = state_name(tensor)
+            state = layout.stored(tensor, saved.arrays[tensor.key], self._max_context)
+            arrays[name] = state.astype(arrays[name].dtype)
+            if name + LOW in arrays:  # the rest of a recurrent state, as program/states.py splits it
+                rest = (state - arrays[name].astype(np.float32)) * np.float32(LOW_SCALE)
+                arrays[name + LOW] = rest.astype(arrays[name + LOW].dtype)
+        return States(saved.length, arrays)
 
     def stored_weights(self) -> StoredWeights:
         return StoredWeights(self._artifact)
@@ -156,16 +167,25 @@ def load(artifact: Artifact) -> CoreMLRunner:
 class CoreMLSession:
     """A session of one sequence, whose states stay in the executor's own form."""
 
-    def __init__(self, advance: Callable[..., Array], held: Held, *, vocab_size: int, capacity: int) -> None:
+    def __init__(
+        self,
+        runner: CoreMLRunner,
+        executor: Executor,
+        advance: Callable[..., Array],
+        *,
+        states: States,
+        capacity: int,
+    ) -> None:
+        self._runner = runner
+        self._executor = executor
         self._advance = advance
-        self._held = held
-        self._vocab_size = vocab_size
         self._capacity = capacity
-        self.length = 0
+        self._held = executor.hold(states.arrays)
+        self.length = states.length
 
     def append(self, ids: Ids) -> Array:
         end = self.length + ids.shape[-1]
-        check_call(ids, np.ones((len(ids), end), np.int64), self.length, vocab_size=self._vocab_size)
+        check_call(ids, np.ones((len(ids), end), np.int64), self.length, vocab_size=self._runner.config.vocab_size)
         if end > self._capacity or len(ids) != 1:
             what = f"{len(ids)} rows of {end} tokens"
             raise H1ExportError(
@@ -174,6 +194,15 @@ class CoreMLSession:
         logits = self._advance(self._held, ids, position=self.length)
         self.length = end
         return logits
+
+    def save(self, row: int = 0, start: int = 0) -> SavedStates:
+        found = self._runner.snapshot(States(self.length, self._executor.fetch(self._held)))
+        return SavedStates.of(StateSpec.of(self._runner.config), found, row, start=start, length=self.length)
+
+    def restore(self, saved: SavedStates) -> None:
+        saved.check(StateSpec.of(self._runner.config), self._capacity)
+        self._held = self._executor.hold(self._runner.restored(saved, 1).arrays)
+        self.length = saved.length
 
 
 class StoredWeights(Mapping[str, Array]):

@@ -11,7 +11,9 @@ import numpy as np
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, Ids, StateSpec
 from h1export.runtime.runner import check_call
+from h1export.runtime.saved_states import SavedStates, check_part
 from h1export.targets.onnx import sdk
+from h1export.targets.onnxruntime import state_layout
 from h1export.targets.onnxruntime.bfloat16 import element_type, in_numpy
 from h1export.targets.onnxruntime.calls import refused
 from h1export.targets.onnxruntime.variants import GraphVariant
@@ -95,6 +97,27 @@ class BoundSession:
             )
         self.length = end
         return logits
+
+    def save(self, row: int = 0, start: int = 0) -> SavedStates:
+        check_part(row, self._batch, start, length=self.length)
+        permutation = self._graph.variant.permutation
+        found = {}
+        for tensor, (past, _, value) in zip(self._graph.states.tensors, self._states, strict=True):
+            state = value.numpy()[row : row + 1].view(self._graph.dtypes[past])  # a copy, from the device if need be
+            found[tensor.key] = state_layout.permute(tensor.kind, state.astype(np.float32), permutation)
+        return SavedStates.of(self._graph.states, found, 0, start=start, length=self.length)
+
+    def restore(self, saved: SavedStates) -> None:
+        saved.check(self._graph.states, self._capacity)
+        permutation = self._graph.variant.permutation
+        for tensor, (past, _, value) in zip(self._graph.states.tensors, self._states, strict=True):
+            state = state_layout.permute(tensor.kind, saved.arrays[tensor.key], permutation)
+            dtype = np.dtype(self._graph.dtypes[past])
+            whole = np.ascontiguousarray(value.numpy())
+            place = np.s_[:, :, : saved.length] if tensor.kind.grows else np.s_[:]
+            whole[place] = state.astype(dtype).view(whole.dtype)
+            value.update_inplace(whole)
+        self.length = saved.length
 
     def _bind(self, first: int, rows: int) -> Any:
         """Return a binding of ``rows`` rows of every state from ``first`` on; the batch is the first axis."""

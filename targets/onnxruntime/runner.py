@@ -16,6 +16,7 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateKind, StateSpec
 from h1export.runtime.runner import Limits, Provenance, Session, check_call
+from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import SteppedSession
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
@@ -178,6 +179,15 @@ class OnnxRuntimeRunner:
         permutation = self._variant.permutation
         return {
             t.key: state_layout.permute(t.kind, states[t.past].astype(np.float32), permutation)
+            for t in self._states.tensors
+        }
+
+    def restored(self, saved: SavedStates, batch: int) -> States:
+        permutation = self._variant.permutation
+        return {
+            t.past: state_layout.permute(t.kind, np.repeat(saved.arrays[t.key], batch, axis=0), permutation).astype(
+                self._dtype(t.kind)
+            )
             for t in self._states.tensors
         }
 

@@ -15,7 +15,7 @@ import pytest
 from chat_templates import CONVERSATIONS, TEMPLATES, TOOLS
 from transformers import AutoTokenizer
 
-from h1export.checkpoint.chat_template import ChatTemplate, TemplateRefusalError, conversation, template_files
+from h1export.checkpoint.chat_template import ChatTemplate, TemplateRefusalError, template_files
 from h1export.checkpoint.template_process import TemplateProcess
 from h1export.errors import H1ExportError
 
@@ -115,7 +115,7 @@ def test_a_message_of_parts_to_continue(folder: Folder, process: TemplateProcess
         with pytest.raises(H1ExportError, match="has no text to continue"):
             ChatTemplate.read(where).render(messages, continued=True)
     with pytest.raises(H1ExportError, match="leaves out the message to continue"):
-        ChatTemplate(where, {"default": "x"}, {}, process).render(conversation("hi"), continued=True)
+        ChatTemplate(where, {"default": "x"}, {}, process).render(CONVERSATIONS["question"], continued=True)
 
 
 def test_variables_reach_the_template(folder: Folder, process: TemplateProcess) -> None:
@@ -200,6 +200,8 @@ def test_which_template_counts(folder: Folder, process: TemplateProcess, files: 
         ({}, "{% for", "does not parse, line 1: "),
         ({}, "{{ messages[9].content.x }}", "fails: UndefinedError"),
         ({}, "{{ '' + 1 }}", "fails: TypeError"),
+        ({}, "{{ '\\ud800' }}", "fails: its text is not Unicode"),
+        ({}, "\ud800", "fails: "),
         ({}, "{{ raise_exception('Only user\nand assistant') }}", "take this conversation: Only user and assistant; "),
         ({}, "{{ raise_exception('x' * 9999) }}", r"xxx\.\.\.; change"),
         ({}, "x" * (1 << 20) + "y", "more than 1048576 characters"),
@@ -212,7 +214,7 @@ def test_what_cannot_be_rendered_is_one_line(
 ) -> None:
     where = folder(files, chat_template=key)
     with pytest.raises(H1ExportError, match=line) as caught:
-        ours(where, process).render(conversation("hi"))
+        ours(where, process).render(CONVERSATIONS["question"])
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) - len(str(where)) < 400
 

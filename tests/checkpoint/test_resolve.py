@@ -8,11 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from h1export.checkpoint.resolve import embedded_model, resolve
+from h1export.checkpoint.resolve import embedded_model, model_name, resolve
+from h1export.cli.build_request import BuildRequest
 from h1export.errors import H1ExportError
+from h1export.quantize.calibration import Calibration
+from h1export.quantize.scheme import QuantScheme
 
 INSPECT = "import sys; from h1export.cli import run; sys.exit(run(['inspect', 'some-org/some-model', '--json']))"
 
@@ -63,3 +67,46 @@ def test_what_is_no_model_is_refused(model: str, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     with pytest.raises(H1ExportError):
         resolve(model)
+
+
+NAMES = {  # folder -> the name of the model in it
+    "falcon": "falcon",
+    "a/b [x]": "b [x]",
+    f"hub/models--tiiuae--Falcon-H1-0.5B-Base/snapshots/{'0a' * 20}": "Falcon-H1-0.5B-Base",
+    f"hub/models--gpt2/snapshots/{'b' * 40}": "gpt2",
+    "hub/models--a--b-c.d/snapshots/main": "b-c.d",
+    f"copied/Falcon/snapshots/{'c' * 40}": "Falcon",
+    "hub/models--a--b": "b",
+    "snapshots/falcon": "falcon",
+    f"x/{'d' * 40}": "d" * 40,
+}
+
+
+@pytest.mark.parametrize("folder", NAMES)
+@pytest.mark.parametrize("spelling", ["{}", "{}/", "{}/.", "{}/x/..", "{}/../../{}", "link", "link/", "./link/."])
+def test_a_folder_is_named_after_its_model(
+    folder: str, spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / folder
+    (place / "x").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(place)
+    monkeypatch.chdir(tmp_path)
+    depth = "/.." * len(Path(folder).parts)
+    spelled = f"{folder}{depth}/{folder}" if "../../" in spelling else spelling.format(folder)
+    assert model_name(Path(spelled)) == NAMES[folder]
+    monkeypatch.chdir(place)
+    assert model_name(Path()) == model_name(Path("x/..")) == NAMES[folder]
+    monkeypatch.chdir(place / "x")
+    assert model_name(Path("..")) == NAMES[folder]
+
+
+def test_the_root_folder_has_a_name_too() -> None:
+    assert model_name(Path("/")) == "model"
+
+
+def test_a_build_of_a_cached_model_is_named_after_it(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--some-org--some-model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    options: Any = {"ort": None, "trt": None}
+    request = BuildRequest(snapshot, options, QuantScheme(), calibration=Calibration(), out=None, jobs=1, precision="x")
+    assert list(request.places()) == [("ort", Path("some-model-ort-x")), ("trt", Path("some-model-trt-x"))]

@@ -30,7 +30,9 @@ ESCAPES = (
 
 
 class Silent(io.StringIO):
-    """A standard input that answers yes to everything, and knows whether it was asked."""
+    """A standard input that answers yes to everything, and knows whether it was asked; `chat` reads its bytes."""
+
+    buffer = io.BytesIO(b"hi\n")
 
     asked = False
 
@@ -38,7 +40,8 @@ class Silent(io.StringIO):
         self.asked = True
         return "y\n"
 
-    read = readline
+    def read(self, size: int | None = -1, /) -> str:
+        return self.readline() if size else ""
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +158,7 @@ COMMANDS: dict[str, Callable[[str, str, str], list[str]]] = {
     "generate": lambda model, out, tasks: ["generate", out, "import os", "--max-tokens", "2"],
     "generate_chat": lambda model, out, tasks: ["generate", out, "hi", "--chat", "--max-tokens", "2"],
     "generate_system": lambda model, out, tasks: ["generate", out, "hi", "--system", "Be.", "--max-tokens", "2"],
+    "chat": lambda model, out, tasks: ["chat", out, "--max-tokens", "2"],
     "eval": lambda model, out, tasks: ["eval", out, "--tasks", "planted_task", "--include", tasks],
     "eval_chat": lambda model, out, tasks: ["eval", out, "--tasks", "planted_task", "--include", tasks, "--chat"],
     "doctor": lambda model, out, tasks: ["doctor", out],

@@ -165,7 +165,7 @@ def test_chat_template(model: ArtifactLM) -> None:
     assert "hello" in prompt
     assert prompt.endswith("assistant\n")
     assert model.chat_template(True)
-    assert model.tokenizer_name == model._folder.name
+    assert model.tokenizer_name.startswith(f"{model._folder.name}-")
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +232,24 @@ def test_the_command_runs_local_tasks(
     assert found["heldout_rolling"]["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / nbytes)
     assert found["heldout_choice"]["acc,none"] == 1.0  # a line's end against the same backwards
     assert 0 <= found["heldout_continue"]["exact_match,none"] <= 1
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (["--gen-kwargs", "num_beams=1,repetition_penalty=1.0,seed=3"], 0, ""),
+        (["--chat", "--system", "You complete programs.", "--gen-kwargs", "max_gen_toks=2"], 0, ""),
+        (["--gen-kwargs", "num_beams=2"], 2, "num_beams: 2 would give another text"),
+    ],
+    ids=["neutral", "system", "beams"],
+)
+def test_the_command_takes_options_of_generation(
+    options: list[str], code: int, said: str, artifact: Artifact, tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(artifact.folder), "--tasks", "heldout_continue", "--include", str(tasks), "--limit", "1"]
+    assert run([*words, "--quiet", *options]) == code
+    assert said in capsys.readouterr().err
 
 
 def test_an_unknown_task_is_refused(

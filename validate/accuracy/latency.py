@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -14,18 +14,33 @@ from h1export.model.falcon_h1.states import Ids
 from h1export.report.checks import Phase
 from h1export.runtime.runner import Runner, Session
 from h1export.validate.accuracy.reference import Reference
+from h1export.validate.speed.decision import median_interval
 
 PREFILL_TOKENS = 128  # of one timed prefill
 DECODE_STEPS = 16  # of one timed run of decode
 
 
+ERROR = 0.05  # probability that the interval of the ratio misses it
+
+
 @dataclass(frozen=True)
 class Latency:
-    """Medians over pairs: seconds of artifact and reference, and their ratio (below 1: the artifact is faster)."""
+    """Medians over pairs: seconds of artifact and reference, and their ratio (below 1: the artifact is faster).
+
+    ``low`` is the lower end of the ratio's interval, which misses the true median with at most probability ERROR; it is
+    0 where there are too few pairs for one.
+    """
 
     artifact: float
     reference: float
     ratio: float
+    low: float
+
+    def exceeds(self, limit: float) -> bool | None:
+        """Return whether the ratio is above ``limit``; None where the timings scatter too much to say that it is."""
+        if self.ratio <= limit:
+            return False
+        return True if self.low > limit else None
 
 
 def paired(artifact: Callable[[], None], reference: Callable[[], None], pairs: int) -> Latency:
@@ -39,7 +54,17 @@ def paired(artifact: Callable[[], None], reference: Callable[[], None], pairs: i
             start = time.perf_counter()
             run()
             times.append(time.perf_counter() - start)
-    return Latency(median(ours), median(theirs), median(a / b for a, b in zip(ours, theirs, strict=True)))
+    return of_times(ours, theirs)
+
+
+def of_times(ours: Sequence[float], theirs: Sequence[float]) -> Latency:
+    """Return the latency of pairs of timings in seconds, in the order in which they were measured."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    try:
+        low = median_interval(ratios, ERROR).low
+    except ValueError:  # too few pairs
+        low = 0.0
+    return Latency(median(ours), median(theirs), median(ratios), low=low)
 
 
 def tokens_needed(pairs: int) -> int:

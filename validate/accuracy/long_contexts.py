@@ -14,6 +14,7 @@ from h1export.report.checks import CheckKind, Comparison
 from h1export.report.histogram import Histogram
 from h1export.report.report import DECODE_MS, LOGIT_ERROR, PREFILL_MS, Row
 from h1export.runtime.runner import Comparable, Runner, Session
+from h1export.validate.accuracy.agreement import judged
 from h1export.validate.accuracy.logits import logit_figures, position_errors
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.states import row_of_batch, state_errors
@@ -48,7 +49,7 @@ def context_rows(
             worst = max(errors, key=errors.__getitem__)
             pairs = [(logits, truth[-len(logits) :])]
             figures = logit_figures(pairs) | {"states": errors[worst]}
-            chosen = {name: tolerances[metric] for name in figures if (metric := f"{comparison}.{name}") in tolerances}
+            chosen = judged(figures, pairs, comparison, tolerances=tolerances)
             histograms = {LOGIT_ERROR: Histogram.of(position_errors(pairs))}
             rows.append(
                 Row(

@@ -13,6 +13,7 @@ from h1export.report.checks import CheckKind, Comparison
 from h1export.report.histogram import Histogram
 from h1export.report.report import LOGIT_ERROR, Row
 from h1export.runtime.runner import Comparable, Runner
+from h1export.validate.accuracy.agreement import judged
 from h1export.validate.accuracy.cases import Case, cases
 from h1export.validate.accuracy.logits import logit_figures, position_errors
 from h1export.validate.accuracy.reference import Reference
@@ -106,7 +107,7 @@ def case_rows(
         errors = state_errors(state_pairs, states)
         worst = max(errors, key=errors.__getitem__)
         figures = logit_figures(logit_pairs) | {"states": errors[worst]}
-        chosen = {name: tolerances[metric] for name in figures if (metric := f"{comparison}.{name}") in tolerances}
+        chosen = judged(figures, logit_pairs, comparison, tolerances=tolerances)
         histograms = {LOGIT_ERROR: Histogram.of(position_errors(logit_pairs))}
         rows.append(
             Row(

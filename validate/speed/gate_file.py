@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from h1export.artifact.manifest import Manifest
-from h1export.errors import H1ExportError
+from h1export.checkpoint.text_file import read_text
+from h1export.errors import H1ExportError, reason
+from h1export.model.config_reader import shown
 from h1export.quantize.choices import QuantName
 from h1export.report.checks import Phase
 from h1export.validate.speed.decision import FIRST
@@ -115,11 +117,9 @@ def read_gates(path: Path) -> tuple[tuple[Gate, ...], Path]:
         H1ExportError: no such file, not TOML, unknown or missing keys, values of a wrong type or out of range.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise H1ExportError(path, f"cannot be read ({error.strerror})", "write one as docs/gates.md says") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise H1ExportError(path, f"is not TOML ({error})", "correct it") from None
+        data = tomllib.loads(read_text(path, "--gates", kind="TOML"))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise H1ExportError(path, f"is not TOML ({reason(error)})", "correct it") from None
     keys = _known(path, "", data, types={"baseline": str, "gate": list})
     gates = tuple(_gate(path, number, table) for number, table in enumerate(keys.get("gate", []), 1))
     named = [(gate.target, gate.quant) for gate in gates]
@@ -179,10 +179,10 @@ def _known(path: Path, where: str, table: Any, *, types: Mapping[str, type]) -> 
         raise H1ExportError(path, f"{where} is no table", "write [[gate]] and [[gate.timing]]")
     for name, value in table.items():
         if name not in types:
-            raise H1ExportError(path, f"{prefix}unknown key {name!r}", f"one of {', '.join(types)}")
+            raise H1ExportError(path, f"{prefix}unknown key {shown(name)}", f"one of {', '.join(types)}")
         expected = (int, float) if types[name] is float else types[name]
         if not isinstance(value, expected) or isinstance(value, bool):
-            raise H1ExportError(path, f"{prefix}{name} is {value!r}", f"expected {types[name].__name__}")
+            raise H1ExportError(path, f"{prefix}{name} is {shown(value)}", f"expected {types[name].__name__}")
     return dict(table)
 
 
@@ -199,8 +199,8 @@ def read_baselines(path: Path) -> dict[str, Baseline]:
         if data.pop("format") != FORMAT:
             raise ValueError("another format")
         return {name: _baseline(item) for name, item in data["gates"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        what = f"is no baseline of this h1export ({error!r})"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        what = f"is no baseline of this h1export ({type(error).__name__}: {reason(error)})"
         raise H1ExportError(path, what, "remove it and run h1export gate --write-baseline") from None
 
 

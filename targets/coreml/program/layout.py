@@ -74,3 +74,14 @@ def canonical(tensor: StateTensor, state: Array, length: int) -> Array:
     if tensor.kind is StateKind.CONV:
         return np.ascontiguousarray(state.transpose(0, 2, 1))
     return np.ascontiguousarray(state[:, :, :length]) if tensor.kind.grows else state
+
+
+def stored(tensor: StateTensor, saved: Array, max_context: int) -> Array:
+    """Return a state in StateSpec's layout as the package stores it: the inverse of ``canonical``."""
+    if tensor.kind is StateKind.CONV:
+        return np.ascontiguousarray(saved.transpose(0, 2, 1))
+    if not tensor.kind.grows:
+        return saved
+    wide = np.zeros(shape(tensor, max_context), np.float32)
+    wide[:, :, : saved.shape[2]] = saved
+    return wide

@@ -14,6 +14,7 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probe_names
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateSpec
 from h1export.runtime.runner import Limits, Provenance, check_call
+from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import SteppedSession
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.read_back import StoredWeights
@@ -137,6 +138,15 @@ class NetworkRunner:
         return {
             tensor.key: array[:, :, : states.length] if tensor.kind.grows else array for tensor, array in arrays.items()
         }
+
+    def restored(self, saved: SavedStates, batch: int) -> States:
+        self._limits.check_rows("restore", batch)
+        arrays = {}
+        for tensor in self._states.tensors:
+            grows = tensor.kind.grows
+            array = saved.columns(tensor.key, self._limits.max_context) if grows else saved.arrays[tensor.key]
+            arrays[tensor.past] = np.repeat(array, batch, axis=0)
+        return States(saved.length, arrays)
 
     def magnitudes(self) -> Mapping[str, float]:
         return self._execution.magnitudes()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import Array, Ids, StateSpec
+from h1export.model.falcon_h1.states import Array, Ids
 from h1export.runtime.runner import Limits, Provenance
+from h1export.runtime.saved_states import SavedStates
 from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.tensorrt.gpu.device import Gpu
 from h1export.targets.tensorrt.gpu.engine import LoadedEngine
@@ -67,14 +66,12 @@ class EngineRunner:
         return EngineSession.new(self._engine, batch).warmed()
 
     def snapshot(self, states: EngineSession) -> dict[str, Array]:
-        with self._gpu.current():
-            found = {
-                tensor: states.states[tensor.past].to("cpu", torch.float32, copy=True).numpy()
-                for tensor in StateSpec.of(self.config).tensors
-            }
-        return {
-            tensor.key: array[:, :, : states.length] if tensor.kind.grows else array for tensor, array in found.items()
-        }
+        return states.snapshot()
+
+    def restored(self, saved: SavedStates, batch: int) -> EngineSession:
+        made = EngineSession.new(self._engine, batch)
+        made.restore(saved)
+        return made
 
     def stored_weights(self) -> StoredWeights:
         return StoredWeights(self._artifact, MODEL, key, read_stored=read_stored)

@@ -12,6 +12,7 @@ import torch
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateSpec, StateTensor
 from h1export.runtime.runner import check_call
+from h1export.runtime.saved_states import SavedStates
 from h1export.targets.tensorrt.gpu.engine import LoadedEngine
 from h1export.targets.tensorrt.network.layout import DECODE, OWN, TORCH, WRITE_INDICES, dtype
 from h1export.targets.tensorrt.network.limits import calls
@@ -27,6 +28,8 @@ class EngineSession:
     def __init__(self, engine: LoadedEngine, states: Tensors) -> None:
         self.states = states
         self.length = 0
+        self._padded = False
+        self._spec = StateSpec.of(engine.artifact.config)
         self._engine = engine
         self._batch = next(iter(states.values())).shape[0]
         self._mask = self._zeros(self._batch, engine.limits.max_context)
@@ -52,6 +55,7 @@ class EngineSession:
             made = EngineSession(self._engine, {name: state.clone() for name, state in self.states.items()})
             made._mask.copy_(self._mask)
         made.length = self.length
+        made._padded = self._padded
         return made
 
     def append(self, ids: Ids) -> Array:
@@ -87,10 +91,39 @@ class EngineSession:
     def advance(self, ids: Ids, mask: Ids) -> Array:
         """Append ``ids`` with pads: mask [batch, length + new] is 1 for real tokens, 0 for pads on the left."""
         self._check(ids, mask)
+        self._padded = not mask.all()
         with self._engine.gpu.current():
             self._mask[:, : mask.shape[1]] = self._on_gpu(mask)
             found = [self._call(self._on_gpu(ids[:, part])) for part in calls(ids.shape[1])]
         return np.concatenate(found, axis=1) if self._engine.all_logits else found[-1]
+
+    def snapshot(self) -> dict[str, Array]:
+        """Return the states by ``StateTensor.key``, float32 in StateSpec's layouts."""
+        with self._engine.gpu.current():
+            found = {
+                tensor: self.states[tensor.past].to("cpu", torch.float32, copy=True).numpy()
+                for tensor in self._spec.tensors
+            }
+        return {
+            tensor.key: array[:, :, : self.length] if tensor.kind.grows else array for tensor, array in found.items()
+        }
+
+    def save(self, row: int = 0, start: int = 0) -> SavedStates:
+        if self._padded:
+            raise H1ExportError("save", "the rows have pads", "save the states of a session without pads")
+        return SavedStates.of(self._spec, self.snapshot(), row, start=start, length=self.length)
+
+    def restore(self, saved: SavedStates) -> None:
+        saved.check(self._spec, self._engine.limits.max_context)
+        with self._engine.gpu.current():
+            for tensor in self._spec.tensors:
+                state = self.states[tensor.past]
+                place = state[:, :, : saved.length] if tensor.kind.grows else state
+                place.copy_(torch.from_numpy(saved.arrays[tensor.key]).to(state.device))
+            self._mask.zero_()
+            self._mask[:, : saved.length] = 1
+        self._padded = False
+        self.length = saved.length
 
     def _check(self, ids: Ids, mask: Ids) -> None:
         check_call(ids, mask, self.length, vocab_size=self._engine.artifact.config.vocab_size)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_tensorrt import HOST, FakeGpu, FakeTensorRT
+from saved_sessions import check_save_and_restore, check_saved_is_a_copy
 
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import load_runner
@@ -88,6 +89,18 @@ def test_calls_are_those_of_the_network(
         for key, state in runner.snapshot(ours).items():
             np.testing.assert_array_equal(state, states[key])
     assert FakeGpu.recorded == 0
+
+
+def test_saved_states_of_an_engine(finished: Artifact, tensorrt: FakeTensorRT) -> None:
+    runner = load_runner(finished, kernels="native")
+    check_save_and_restore(runner, 1)
+    check_saved_is_a_copy(runner)
+    padded = runner.initial(2)
+    mask = np.ones((2, 5), np.int64)
+    mask[1, :2] = 0
+    _, after = runner.step(ids_of(runner, 2, 5), mask, padded)
+    with pytest.raises(H1ExportError, match="the rows have pads"):
+        after.save()
 
 
 @pytest.mark.parametrize("compute", ["fp16"], indirect=True)

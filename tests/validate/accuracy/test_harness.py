@@ -19,9 +19,10 @@ from h1export.errors import H1ExportError
 from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.report import Report, Row, Verdict
 from h1export.validate.accuracy import tolerances
-from h1export.validate.accuracy.latency import paired
+from h1export.validate.accuracy.latency import of_times, paired
 from h1export.validate.accuracy.logits import logit_figures, relative_error
 from h1export.validate.accuracy.perplexity import WINDOW, Scored, text_figures, windows
+from h1export.validate.accuracy.run import _latency_row
 
 Build = Callable[..., Artifact]
 
@@ -241,3 +242,33 @@ def test_pairs_interleave_and_swap_their_order() -> None:
     latency = paired(lambda: calls.append("a"), lambda: calls.append("r"), pairs=3)
     assert "".join(calls) == "ar" + "ra" + "ar" + "ra"
     assert latency.ratio > 0
+
+
+@pytest.mark.parametrize(
+    ("ratios", "exceeds"),
+    [
+        ([0.5] * 7, False),
+        ([1.2] * 7, True),
+        ([0.9, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2], None),  # one pair of seven is below
+        ([0.9, *[1.2] * 11], True),  # one of twelve is not enough
+        ([1.2], None),
+        ([1.2] * 5, None),
+        ([1.2] * 6, True),
+        ([0.9, 0.9, 0.9, 0.9, 5.0, 5.0, 5.0], False),
+    ],
+    ids=str,
+)
+def test_a_latency_fails_only_where_the_pairs_agree(ratios: list[float], exceeds: bool | None) -> None:
+    latency = of_times(ratios, [1.0] * len(ratios))
+    assert latency.exceeds(1.0) is exceeds
+    row = _latency_row(Phase.DECODE, latency, 1.0, note="pairs")
+    assert row.verdict is {False: Verdict.PASS, True: Verdict.FAIL, None: Verdict.INFO}[exceeds]
+    assert ("not judged" in row.note) is (exceeds is None)
+
+
+def test_noise_seldom_fails_a_latency_at_its_limit() -> None:
+    """The true ratio is the limit itself; a busy machine's noise is independent from pair to pair."""
+    rng = np.random.default_rng(0)
+    noisy = [np.exp(rng.normal(0, 0.4, 7)).tolist() for _ in range(2000)]
+    failed = np.mean([of_times(ours, [1.0] * 7).exceeds(1.0) is True for ours in noisy])
+    assert 0 < failed < 0.5**7 + 4 * np.sqrt(0.5**7 / 2000)

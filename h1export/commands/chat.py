@@ -1,0 +1,158 @@
+"""Chat: a conversation with an artifact, whose states go on from turn to turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.chat_template import ChatTemplate
+from h1export.checkpoint.tokenizer import load_tokenizer, stream
+from h1export.checkpoint.vocabulary import prompt_ids
+from h1export.commands.load import load_runner
+from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.special_tokens import special_tokens
+from h1export.runtime.continued import ContinuedSequence, StoppedError
+from h1export.runtime.generation import Sampling, new_tokens
+from h1export.runtime.state_file import StateFile
+from h1export.targets import Kernels
+
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+
+
+class Chat:
+    """A conversation with an artifact.
+
+    Each turn renders the whole conversation by the chat template, and computes only the tokens that the states have not
+    seen; so a template may change what it wrote for earlier turns. Not for several threads at once.
+
+    Attributes:
+        messages: The conversation so far.
+        sequence: The tokens and states.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        max_tokens: int,
+        *,
+        sampling: Sampling,
+        threads: int = 0,
+        kernels: Kernels = "auto",
+        report: Callable[[str], None] = lambda _: None,
+        state: Path | None = None,
+    ) -> None:
+        """Load the artifact ``out``, and the conversation in the file ``state``.
+
+        Args:
+            out: The artifact's folder.
+            max_tokens: The most tokens of a reply.
+            sampling: How tokens are chosen; its seed is that of the whole conversation.
+            threads: The argument of ``h1export.load``.
+            kernels: The argument of ``h1export.load``.
+            report: Is called with the reason where the artifact runs slower here than it could.
+            state: A file that ``save`` wrote.
+
+        Raises:
+            H1ExportError: A damaged artifact, no tokenizer or chat template, or a file of another artifact.
+        """
+        artifact = Artifact.open(out)
+        self._identity = artifact.identity
+        self._tokenizer = load_tokenizer(out)
+        self._template = ChatTemplate.read(out)
+        self._template.chosen()  # says now that there is none
+        read = None if state is None else StateFile.read(state, self._identity, artifact.config)
+        self._runner = load_runner(artifact, threads, kernels=kernels)
+        if self._runner.provenance.fallback:
+            report(self._runner.provenance.fallback)
+        self._end = frozenset(special_tokens(out, self._runner.config).eos)
+        self._max_tokens = max_tokens
+        self._sampling = sampling
+        self._random = np.random.default_rng(sampling.seed)
+        self.messages: list[dict[str, Any]] = [] if read is None else [dict(message) for message in read.messages]
+        self.sequence = ContinuedSequence(self._runner, None if read is None else read.sequence)
+
+    @property
+    def system(self) -> str | None:
+        """The system message, with which the conversation begins; None where it has none."""
+        has_one = bool(self.messages) and self.messages[0]["role"] == SYSTEM
+        return str(self.messages[0]["content"]) if has_one else None
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        others = self.messages if self.system is None else self.messages[1:]
+        self.messages = others if text is None else [{"role": SYSTEM, "content": text}, *others]
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = self.messages[: 0 if self.system is None else 1]
+
+    def reply(self, text: str, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """Add a user's turn, and yield the model's reply piece by piece; then both are in the conversation.
+
+        Where the reply ends early, because ``stop`` says so or the caller closes the iterator, what was yielded is the
+        reply. Where it does not begin, because of an error or of ``stop``, the turn is as if it had never been.
+
+        Raises:
+            H1ExportError: The template does not take the turn, or the conversation does not fit the context.
+        """
+        messages = [*self.messages, {"role": USER, "content": text}]
+        prompt = self._ids(messages, reply=True)
+        try:
+            logits = self.sequence.become(prompt, [self._border(messages, prompt)], stop)
+        except StoppedError:
+            return
+        said = ""
+        tokens = new_tokens(
+            logits,
+            self.sequence.append,
+            min(self._max_tokens, self.sequence.context - len(prompt)),
+            choose=lambda after: self._sampling.choose(after, self._random),
+            eos=self._end,
+        )
+        try:
+            for piece in stream(self._tokenizer, _until(tokens, stop)):
+                said += piece
+                yield piece
+        finally:
+            self.messages = [*messages, {"role": ASSISTANT, "content": said}]
+
+    def _border(self, messages: list[dict[str, Any]], prompt: list[int]) -> int:
+        """Return up to where ``prompt`` stays as it is when a reply follows: some templates open replies otherwise."""
+        try:
+            return _common(prompt, self._ids([*messages, {"role": ASSISTANT, "content": "x"}], reply=False))
+        except H1ExportError:
+            return 0
+
+    def _ids(self, messages: list[dict[str, Any]], reply: bool) -> list[int]:
+        text = self._template.render(messages, reply=reply)
+        # a chat template writes the special tokens itself
+        return prompt_ids(self._tokenizer, text, self._runner.config, add_special_tokens=False).tolist()
+
+    def save(self, path: Path) -> None:
+        """Write the conversation and its states to ``path``.
+
+        Raises:
+            H1ExportError: There is nothing to save yet, or it cannot be written there.
+        """
+        if not any(message["role"] == ASSISTANT for message in self.messages):
+            raise H1ExportError("save", "there is no reply yet", "save after a reply")
+        StateFile(self._identity, self.messages, self.sequence.save()).write(path)
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Return how many tokens the two begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _until(tokens: Iterator[int], stop: Callable[[], bool]) -> Iterator[int]:
+    """Yield the tokens until ``stop`` says so; it is asked before each one is computed."""
+    while not stop():
+        try:
+            yield next(tokens)
+        except StopIteration:
+            return

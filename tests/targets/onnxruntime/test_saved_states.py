@@ -1,0 +1,59 @@
+"""Saved states of ONNX Runtime's sessions: states in place, and those of a graph that returns new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from saved_sessions import CHECKS, check_save_and_restore, random_ids
+
+from h1export.artifact.artifact import Artifact
+from h1export.commands.load import load_runner
+from h1export.runtime.runner import Runner
+from h1export.targets.onnxruntime.bound_session import BoundSession
+
+Build = Callable[..., Artifact]
+GRAPHS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "native": ({}, {"kernels": "native"}),
+    "stock": ({}, {"kernels": "stock"}),
+    "portable": ({"graph": "portable"}, {}),
+    "last_logits": ({"logits": "last"}, {"kernels": "stock"}),
+}
+
+
+@pytest.fixture(params=GRAPHS)
+def runner(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], build: Build) -> Runner[Any]:
+    options, how = GRAPHS[request.param]
+    return load_runner(build(make_checkpoint(), **options), **how)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_save_and_restore(runner: Runner[Any], rows: int) -> None:
+    check_save_and_restore(runner, rows)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_sessions(runner: Runner[Any], check: str) -> None:
+    CHECKS[check](runner)
+
+
+@pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
+def test_states_of_16_bits(half: type[Any], make_checkpoint: Callable[..., Path], build: Build) -> None:
+    """What is in buffers of 16 bits comes back bit for bit; a CPU's graph has none, so only buffers are looked at."""
+    runner: Any = load_runner(build(make_checkpoint()), kernels="stock")
+    session = runner.start(2, 20)
+    assert isinstance(session, BoundSession)
+    session.append(random_ids(runner, 2, 6))
+    saved = session.save(1)
+    graph = session._graph
+    narrow = BoundSession(replace(graph, dtypes=dict.fromkeys(graph.dtypes, half)), 2, 20)
+    narrow.restore(saved)
+    found = narrow.save(0)
+    assert found.length == 6
+    for key, array in saved.arrays.items():
+        assert np.array_equal(found.arrays[key], array.astype(half).astype(np.float32))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import TensorProto
 
@@ -17,8 +18,8 @@ from h1export.validate.accuracy.run import ValidateOptions, validate
 
 EXACT = 1e-5  # of the range; float32 leaves 3e-6 on these depths
 
-FLOAT, HALF, BF16, INT32, INT64, UINT8 = (
-    getattr(TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64", "UINT8")
+FLOAT, HALF, BF16, INT32, INT64, UINT8, BOOL = (
+    getattr(TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "INT32", "INT64", "UINT8", "BOOL")
 )
 REAL = frozenset({FLOAT, HALF, BF16})
 INTEGERS = frozenset({INT32, INT64})
@@ -29,14 +30,18 @@ MS = "com.microsoft"
 # onnxruntime-gpu 1.31.
 KERNELS: Mapping[tuple[str, str], frozenset[int]] = {
     ("Add", ""): REAL | INTEGERS,
-    ("Cast", ""): REAL | INTEGERS,
+    ("And", ""): frozenset({BOOL}),
+    ("Cast", ""): REAL | INTEGERS | {BOOL},
     ("Clip", ""): (REAL | INTEGERS) - {BF16},
     ("Concat", ""): REAL | INTEGERS,
     ("Cos", ""): REAL - {BF16},
     ("CumSum", ""): (REAL | INTEGERS) - {BF16},
+    ("Equal", ""): REAL | INTEGERS | {BOOL},
     ("Expand", ""): REAL | INTEGERS,
     ("Gather", ""): REAL | INTEGERS,
     ("Mul", ""): REAL | INTEGERS,
+    ("Or", ""): frozenset({BOOL}),
+    ("Range", ""): INTEGERS,
     ("RMSNormalization", ""): REAL,
     ("Reshape", ""): REAL | INTEGERS,
     ("RotaryEmbedding", ""): REAL,
@@ -48,6 +53,7 @@ KERNELS: Mapping[tuple[str, str], frozenset[int]] = {
     ("Squeeze", ""): REAL | INTEGERS,
     ("Sub", ""): REAL | INTEGERS,
     ("Unsqueeze", ""): REAL | INTEGERS,
+    ("Where", ""): frozenset({BOOL}),
     ("CausalConvWithState", MS): REAL,
     ("FusedMatMul", MS): REAL,
     ("GatedDeltaNet", MS): REAL,
@@ -69,6 +75,10 @@ def dtypes(model: onnx.ModelProto) -> dict[str, int]:
             given = next(attribute.i for attribute in node.attribute if attribute.name == "to")
         elif node.op_type == "Shape":
             given = INT64
+        elif node.op_type == "Equal":
+            given = BOOL
+        elif node.op_type == "Where":
+            given = known[node.input[1]]
         elif node.op_type == "GatherBlockQuantized":
             given = known[node.input[2]]
         for place, name in enumerate(node.output):
@@ -108,3 +118,51 @@ def rows(artifact: Artifact, checkpoint: Path, shipped: Any, against: str) -> li
 
 def worst(found: list[Row]) -> float:
     return max(max(row.figures["logits"], row.figures["states"]) for row in found)
+
+
+# operator -> the inputs that its CUDA kernel reads on the CPU. Source: InputMemoryType in the kernels' registrations,
+# onnxruntime/core/providers/cuda/ and contrib_ops/cuda/. Shape is the one kernel here whose output is on the CPU.
+READ_ON_CPU: Mapping[str, frozenset[int]] = {
+    "Clip": frozenset({1, 2}),
+    "CumSum": frozenset({1}),
+    "Expand": frozenset({1}),
+    "GroupQueryAttention": frozenset({6}),
+    "Pad": frozenset({1, 2, 3}),
+    "Range": frozenset({0, 1, 2}),
+    "Reshape": frozenset({1}),
+    "Slice": frozenset({1, 2, 3, 4}),
+    "Split": frozenset({1}),
+    "Squeeze": frozenset({1}),
+    "Unsqueeze": frozenset({1}),
+}
+SMALL = 100  # elements of an initializer that a node on the CPU may have
+
+
+def copies(model: onnx.ModelProto) -> list[str]:
+    """Return the values that go between the CPU and the device, each of which keeps ONNX Runtime from capturing.
+
+    A node goes to the CPU where all it reads is on the CPU, or small and constant, or an input of the graph, and it is
+    not one whose CUDA kernel reads just that on the CPU. Source: GetCpuPreferredNodes in
+    onnxruntime/core/framework/fallback_cpu_capability.cc.
+    """
+    constant = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input}
+    found = dtypes(model)
+    on_cpu: set[str] = set()
+    copied = []
+    for node in model.graph.node:
+        read = READ_ON_CPU.get(node.op_type, frozenset())
+        names = {place: name for place, name in enumerate(node.input) if name}
+
+        def may_move(place: int, name: str, read: frozenset[int] = read) -> bool:
+            if found.get(name) in (HALF, BF16):
+                return False
+            return constant.get(name, SMALL + 1) <= SMALL or name in inputs or (name in on_cpu and place not in read)
+
+        moved = bool(on_cpu & set(names.values())) and all(may_move(*named) for named in names.items())
+        for place, name in names.items():
+            if name not in constant and (name in on_cpu) != (moved or place in read):
+                copied.append(f"{node.op_type} {name}")
+        if moved or node.op_type == "Shape":
+            on_cpu.update(node.output)
+    return copied

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from h1export.targets.onnx import sdk
+from h1export.targets.onnxruntime.run_options import run_options
 
 BFLOAT16 = int(ir.DataType.BFLOAT16)
 
@@ -33,9 +34,9 @@ def element_type(dtype: np.dtype[Any]) -> Any:
 def run(session: Any, outputs: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
     """Run an InferenceSession whose inputs and outputs are on the CPU, bf16 among them where a feed has it."""
     if not any(array.dtype == ml_dtypes.bfloat16 for array in feeds.values()):
-        found: list[npt.NDArray[Any]] = session.run(outputs, dict(feeds))
+        found: list[npt.NDArray[Any]] = session.run(outputs, dict(feeds), run_options())
         return found
-    values = session.run_with_ort_values(outputs, {name: _value(array) for name, array in feeds.items()})
+    values = session.run_with_ort_values(outputs, {name: _value(array) for name, array in feeds.items()}, run_options())
     return [_array(value) for value in values]
 
 

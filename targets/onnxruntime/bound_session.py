@@ -16,6 +16,8 @@ from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import state_layout
 from h1export.targets.onnxruntime.bfloat16 import element_type, in_numpy
 from h1export.targets.onnxruntime.calls import refused
+from h1export.targets.onnxruntime.fixed_decode import FixedDecode
+from h1export.targets.onnxruntime.run_options import run_options
 from h1export.targets.onnxruntime.variants import GraphVariant
 
 DEVICE_ID = 0  # the device that the provider takes where its options name none
@@ -33,6 +35,7 @@ class BoundGraph:
         batched_append: Whether the graph takes several rows when several tokens are appended to a past.
         device: onnxruntime's name of the device that has the states, "cpu" or "cuda".
         longest_call: The most tokens of a row in one call; None means that there is no limit.
+        fixed_decode: Whether a call of one token after others runs at fixed shapes, so that it can be captured.
         dtypes: The dtype of each state, by the name of its input.
     """
 
@@ -43,6 +46,7 @@ class BoundGraph:
     batched_append: bool
     device: str = "cpu"
     longest_call: int | None = None
+    fixed_decode: bool = False
     dtypes: dict[str, type[Any]] = field(default_factory=dict)
 
 
@@ -71,6 +75,7 @@ class BoundSession:
             self._states.append((tensor.past, tensor.present, value_of(zeros, self._graph.device, DEVICE_ID)))
         self._batch = batch
         self._whole = self._bind(0, batch)
+        self._fixed = self._fixed_decode() if graph.fixed_decode else None
         self.length = 0
 
     def append(self, ids: Ids) -> Array:
@@ -88,7 +93,9 @@ class BoundSession:
             raise H1ExportError(
                 "append", what, f"there is room for {self._batch} of {self._capacity}; start with a larger capacity"
             )
-        if self._batch == 1 or not self.length or ids.shape[1] == 1 or self._graph.batched_append:
+        if self._fixed is not None and self.length and ids.shape[1] == 1:
+            logits = self._fixed.step(ids, self.length)
+        elif self._batch == 1 or not self.length or ids.shape[1] == 1 or self._graph.batched_append:
             logits = self._run(self._whole, ids, mask)
         else:
             rows = range(self._batch)
@@ -97,6 +104,18 @@ class BoundSession:
             )
         self.length = end
         return logits
+
+    def _fixed_decode(self) -> FixedDecode:
+        values = {past: value for past, _, value in self._states}
+        return FixedDecode(
+            self._graph.session,
+            self._bind(0, self._batch),
+            [values[tensor.past] for tensor in self._graph.states.tensors if not tensor.kind.grows],
+            device=self._graph.device,
+            batch=self._batch,
+            capacity=self._capacity,
+            vocab_size=self._graph.vocab_size,
+        )
 
     def save(self, row: int = 0, start: int = 0) -> SavedStates:
         check_part(row, self._batch, start, length=self.length)
@@ -135,7 +154,7 @@ class BoundSession:
         binding.bind_cpu_input(ATTENTION_MASK, mask)
         binding.bind_output(LOGITS)
         with refused("onnxruntime", "cannot compute the graph of this artifact"):
-            self._graph.session.run_with_iobinding(binding)
+            self._graph.session.run_with_iobinding(binding, run_options())
         logits: Array = binding.get_outputs()[-1].numpy()  # outputs are in the order of binding
         return logits
 

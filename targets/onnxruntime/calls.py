@@ -11,7 +11,7 @@ SHOWN = 200  # characters of its message, which may quote a graph at any length
 
 
 @contextmanager
-def refused(where: object, what: str) -> Iterator[None]:
+def refused(where: object, what: str, next_step: str = "build the artifact again") -> Iterator[None]:
     """Turn any exception of ONNX Runtime, whose types share no base class, into one about ``where``.
 
     Raises:
@@ -24,4 +24,4 @@ def refused(where: object, what: str) -> Iterator[None]:
     except Exception as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
-        raise H1ExportError(where, f"{what} ({shown})", "build the artifact again") from None
+        raise H1ExportError(where, f"{what} ({shown})", next_step) from None

@@ -33,6 +33,7 @@ SETTINGS = {  # genai_config.json has the same for onnxruntime-genai
     NATIVE_MODEL: {"enable_cpu_mem_arena": False, "enable_mem_pattern": False},
 }
 PROVIDER_OPTIONS = {CUDA: {"use_tf32": "0"}}  # products in float32 are not rounded to TF32
+CAPTURE = {"enable_cuda_graph": "1"}
 
 
 def open_inference_session(
@@ -42,6 +43,7 @@ def open_inference_session(
     *,
     float32: bool,
     library: Path | None,
+    captured: bool = False,
     observed: bool = False,
 ) -> Any:
     """Open an InferenceSession on the provider that the graph is for.
@@ -53,6 +55,7 @@ def open_inference_session(
         float32: Whether to compute in float32 where the graph rounds activations, on a CPU where there is no such
             provider.
         library: The library of our own kernels, for model.native.onnx; None opens model.onnx.
+        captured: Whether runs can be captured as CUDA graphs, which run_options.py then chooses for each run.
         observed: Whether the values of model/falcon_h1/probes.py are outputs too.
 
     Raises:
@@ -75,11 +78,12 @@ def open_inference_session(
     if provider == CUDA and CUDA in ort.get_available_providers():
         cuda_libraries.preload()
     chain = [
-        (name, PROVIDER_OPTIONS.get(name, {}))
+        (name, PROVIDER_OPTIONS.get(name, {}) | (CAPTURE if captured and name == CUDA else {}))
         for name in dict.fromkeys((provider, CPU))
         if name in ort.get_available_providers()
     ]
-    with refused(path, "onnxruntime cannot load it"):
+    again = "build the artifact again" + " without --captured-decode" * captured
+    with refused(path, "onnxruntime cannot load it", again):
         model = (
             _changed(path, variant, options, float32=float32, observed=observed) if float32 or observed else str(path)
         )

@@ -26,6 +26,7 @@ class OrtOptions(TargetOptions):
         graph: which of the GRAPH_VARIANTS is made.
         activations: the dtype of activations, keys, values and convolution states in the graph of --graph cuda; the
             other graphs have float32.
+        captured_decode: whether sessions of the graph of --graph cuda replay a CUDA graph for a call of one token.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 rounds activations to int8, which is fastest.
     """
 
@@ -40,6 +41,10 @@ class OrtOptions(TargetOptions):
         Activations,
         Flag("Dtype of the activations of --graph cuda; bf16 has the range of float32.", later=True),
     ] = "fp16"
+    captured_decode: Annotated[
+        bool,
+        Flag("With --graph cuda, capture a call of one token as a CUDA graph and replay it.", later=True),
+    ] = False
     accuracy_level: Annotated[
         int,
         Flag(
@@ -60,6 +65,9 @@ class OrtOptions(TargetOptions):
         if self.activations == "bf16" and self.graph != "cuda":
             what = f"bf16 is not a dtype that the activations of --graph {self.graph} have"
             raise H1ExportError("--activations", what, "use --graph cuda, or leave --activations out")
+        if self.captured_decode and self.graph != "cuda":
+            what = f"--graph {self.graph} has no CUDA graph to capture"
+            raise H1ExportError("--captured-decode", what, "use --graph cuda, or leave --captured-decode out")
 
 
 Options = OrtOptions

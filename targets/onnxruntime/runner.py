@@ -72,7 +72,7 @@ class OnnxRuntimeRunner:
         self._open = partial(
             open_inference_session, artifact, self._variant, threads, float32=float32, library=self._library
         )
-        self._session = self._open()
+        self._session = self._open(captured=self._options.captured_decode and not float32)
         self._past = next(tensor.past for tensor in self._states.tensors if tensor.kind.grows)
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
 
@@ -171,6 +171,7 @@ class OnnxRuntimeRunner:
             self._batched_append,
             device=self._device,
             longest_call=self._longest_call,
+            fixed_decode=self._options.captured_decode,
             dtypes={tensor.past: self._dtype(tensor.kind) for tensor in self._states.tensors},
         )
         return BoundSession(graph, batch, capacity)

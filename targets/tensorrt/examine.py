@@ -41,9 +41,8 @@ def _gpu(requirements: EngineRequirements) -> Iterator[Finding]:
         yield Finding.of("GPU", error)
         return
     fits = found in requirements.architectures
-    yield Finding(
-        "GPU", fits, f"sm_{found}; the artifact is for {built}", "" if fits else f"build it with --sm {found}"
-    )
+    here = ", ".join(filter(None, (machine.gpu_name(), f"sm_{found}")))
+    yield Finding("GPU", fits, f"{here}; the artifact is for {built}", "" if fits else f"build it with --sm {found}")
     major, minor = machine.driver_version()
     new = major >= OLDEST_DRIVER
     detail = f"supports CUDA {major}.{minor}; {OLDEST_DRIVER}.0 or later is needed"

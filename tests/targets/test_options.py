@@ -77,7 +77,13 @@ def test_a_manifest_has_the_options_of_its_target_alone(
 ) -> None:
     found = {target: dict(manifest.options) for target, manifest in manifests(make_checkpoint(), monkeypatch).items()}
     assert found == {
-        "ort": {"logits": "all", "graph": "cpu", "activations": "fp16", "accuracy_level": 4},
+        "ort": {
+            "logits": "all",
+            "graph": "cpu",
+            "activations": "fp16",
+            "captured_decode": False,
+            "accuracy_level": 4,
+        },
         "coreml": {"logits": "all", "max_context": 2048, "compute": "fp16", "state_io": False},
         "trt": {
             "logits": "all",

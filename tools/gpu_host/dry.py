@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,6 +18,22 @@ NO_KERNEL = "NOT_IMPLEMENTED"  # ONNX Runtime's status when the provider has no 
 def has_no_kernel(error: Exception) -> bool:
     """Return whether ONNX Runtime refused a graph because its provider has no kernel for a node."""
     return NO_KERNEL in str(error)
+
+
+@contextmanager
+def hidden(*packages: str) -> Iterator[None]:
+    """Let imports of ``packages`` fail meanwhile, whether or not they were imported before.
+
+    transformers takes mamba-ssm's kernels when it finds them, and calls them on tensors of the CPU too.
+    """
+    before = {name: sys.modules[name] for name in packages if name in sys.modules}
+    sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]  None lets an import fail
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def use_cpu_provider() -> None:

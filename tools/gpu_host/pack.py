@@ -115,6 +115,7 @@ def pack(args: argparse.Namespace, groups: Sequence[str], out: Path) -> None:
             "groups": list(groups),
             "shape": {"name": args.model, "layers": args.layers, "seed": args.seed} if "shape" in groups else None,
             "shape_data": args.shape,
+            "host": {name: version for name, (version, _) in wheels.host_packages(args.host).items()},
             "wheels": sorted(Path(name).name for name in (*own, *runtime)),
         }
         file = scratch / bundle.FILE

@@ -22,6 +22,7 @@ FLA = "0.6.0"
 EINOPS = "0.8.2"  # MIT; both peers import it
 WHEELS = (f"fla-core=={FLA}", f"einops=={EINOPS}")
 LICENCES = {"mamba-ssm": "Apache-2.0", "fla-core": "MIT", "einops": "MIT"}
+TOOLS = "build-tools"  # a folder beside mamba-ssm's source
 KEPT = ("mamba_ssm/ops/triton/", "mamba_ssm/utils/torch.py", "mamba_ssm/utils/determinism.py")
 
 
@@ -34,24 +35,40 @@ def build(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     pip("--only-binary", ":all:", *WHEELS, to=folder)
     with tempfile.TemporaryDirectory() as scratch:
+        build_tools(Path(scratch) / TOOLS)
         pip("--no-binary", "mamba-ssm", "--no-build-isolation", f"mamba-ssm=={MAMBA}", to=Path(scratch))
         (source,) = Path(scratch).glob("mamba_ssm-*.tar.gz")
         mamba = repack(source, folder)
     return sorted([*folder.glob("fla_core-*.whl"), *folder.glob("einops-*.whl"), mamba])
 
 
+def build_tools(folder: Path) -> None:
+    """Install what mamba-ssm's setup.py imports for its metadata, besides torch, into ``folder``."""
+    run_pip("install", "--target", str(folder), "--no-deps", "setuptools", "wheel", "packaging")
+
+
 def pip(*words: str, to: Path) -> None:
     """Download packages without their dependencies."""
+    run_pip("download", "--no-deps", "-d", str(to), *words, path=to / TOOLS)
+
+
+def run_pip(*words: str, path: Path | None = None) -> None:
+    """Run pip quietly, with the packages in ``path`` before all others.
+
+    Raises:
+        SystemExit: pip fails.
+    """
     # mamba-ssm's setup.py runs for its metadata, and would look for nvcc
     settings = os.environ | {"MAMBA_SKIP_CUDA_BUILD": "TRUE"}
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(to), *words]
+    if path is not None:
+        settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(path), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "pip", words[0], "-q", *words[1:]]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "rror" in line]
         why = lines[-1].strip() if lines else f"exit code {done.returncode}"
         raise SystemExit(
-            f"gpu_host: {words[-1]}: pip cannot get it ({why}); "
-            "mamba-ssm's setup.py needs setuptools, wheel and torch installed"
+            f"gpu_host: {words[-1]}: pip cannot get it ({why}); mamba-ssm's setup.py needs torch installed"
         )
 
 

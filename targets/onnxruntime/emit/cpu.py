@@ -5,7 +5,7 @@ com.microsoft is ONNX Runtime's own domain; its ops are described in the project
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -124,11 +124,19 @@ def attention(c: Context, node: Node) -> None:
 
     Every row has the same physical length, so seqlens_k never tells pads apart: the bias does.
     """
+    grouped_attention(c, node, _attention_mask)
+
+
+def grouped_attention(c: Context, node: Node, make_mask: Callable[[Context, Any, Any], tuple[Value, ...]]) -> None:
+    """Emit an h1.attention; ``make_mask`` returns the bias, seqlens_k and total_sequence_length, once for all layers.
+
+    Its arguments are the context, and the nodes of the attention mask and of the positions.
+    """
     q, k, v, past_k, past_v, positions, mask, _theta = args_of(node)
     sizes = AttentionSizes.of(node)
     b = c.build
     cos, sin = rotary_tables(c, node)
-    bias, seqlens, total = b.once((mask, positions), lambda: _attention_mask(c, mask, positions))
+    bias, seqlens, total = b.once((mask, positions), lambda: make_mask(c, mask, positions))
     rotated = [
         b.op("RotaryEmbedding", _flat(c, x), cos, sin, num_heads=heads)
         for x, heads in ((q, sizes.heads), (k, sizes.kv_heads))

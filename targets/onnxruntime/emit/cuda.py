@@ -22,11 +22,12 @@ from h1export.graphs.program import args_of
 from h1export.plugins import h1
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.emit import Emitter
+from h1export.targets.onnx.emit import Context, Emitter
 from h1export.targets.onnx.mamba import drive, log_decay, shifted_products, skip, step_sizes
 from h1export.targets.onnx.narrow import narrow_matrix
 from h1export.targets.onnxruntime.emit.chunked_scan import Chunks, chunked_scan
 from h1export.targets.onnxruntime.emit.cpu import TABLE as CPU_TABLE
+from h1export.targets.onnxruntime.emit.cpu import grouped_attention
 from h1export.targets.onnxruntime.emit.cuda_kernels import conv_refusal, scan_refusal
 from h1export.targets.onnxruntime.emit.matmul_nbits import (
     MS,
@@ -136,10 +137,47 @@ def ssm_scan(c: CudaContext, node: Node) -> None:
     c.set(node, c.as_activation(b.op("Add", y, skip(c, exact, D))), after)
 
 
+def attention(c: CudaContext, node: Node) -> None:
+    """Emit attention as for the CPU, over a cache whose columns behind the tokens so far may be unused."""
+    grouped_attention(c, node, fixed_length_mask)
+
+
+def fixed_length_mask(c: Context, mask: Any, positions: Any) -> tuple[Value, ...]:
+    """Return the bias [batch, 1, seq, total] that hides pads, and GroupQueryAttention's two lengths.
+
+    A call of one token may have a mask of more columns than tokens: 1 for the tokens so far, 0 for unused columns, and
+    1 in the last column for the new token, which then goes to the first unused column. So one length of the mask serves
+    all steps, as a CUDA graph needs. Such rows have no pads: a row that begins with a pad has no unused columns.
+
+    What differs from step to step is computed from the mask on the device. The CPU gets nothing but shapes, and no
+    value goes from one to the other, which ONNX Runtime refuses in a captured graph.
+    """
+    b = c.build
+    seq = b.op("Shape", c.value(positions), start=1, end=2)
+    total = b.op("Shape", c.value(mask), start=1, end=2)
+    past = b.op("Sub", total, seq)
+    column = b.op("Range", b.constant(0, np.int64), b.op("Squeeze", total), b.constant(1, np.int64))
+    before = b.op("Slice", column, past, b.op("Add", past, b.ints(1)))
+    last = b.op("Slice", column, b.ints(-1), b.ints(np.iinfo(np.int64).max))
+    starts = b.op("Cast", b.op("Slice", c.value(mask), b.ints(0), b.ints(1), b.ints(1)), to=int(ir.DataType.BOOL))
+    position = b.op("Slice", c.value(positions), b.ints(0), b.ints(1), b.ints(1))
+    written = b.op("Where", starts, position, before)  # the column of the call's first token, [batch, 1]
+
+    own = b.op("And", b.op("Equal", column, written), starts)
+    visible = b.op("Or", own, b.op("Cast", c.value(mask), to=int(ir.DataType.BOOL)))
+    pads = b.op("Sub", b.constant(1.0, np.float32), c.cast(visible, ir.DataType.FLOAT))
+    rows = b.op("Unsqueeze", c.as_activation(b.op("Mul", pads, b.constant(c.masked, np.float32))), b.ints(1, 2))
+    bias = b.op("Expand", rows, b.op("Concat", b.ints(1, 1), seq, b.ints(1), axis=0))
+    end = b.op("Add", written, b.op("Sub", last, before))
+    seqlens = b.op("Squeeze", c.cast(end, ir.DataType.INT32), b.ints(1))
+    return bias, seqlens, b.op("Squeeze", c.cast(total, ir.DataType.INT32))
+
+
 TABLE: Mapping[Any, Emitter[Any]] = {
     **CPU_TABLE,
     h1.ssm_scan.default: ssm_scan,
     h1.causal_conv.default: causal_conv,
+    h1.attention.default: attention,
     aten.linear.default: linear,
     aten.embedding.default: embedding,
 }

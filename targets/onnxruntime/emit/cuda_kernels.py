@@ -11,8 +11,11 @@ the sizes are from onnxruntime/contrib_ops/cuda/bert/ of microsoft/onnxruntime.
   of its inputs, and is read whole before it is written. A block of a prefill holds the tokens of a call in shared
   memory, and channels are an axis of the grid.
 - GroupQueryAttention (group_query_attention.cc): fp16, bf16; past and present may be one buffer; several rows may not
-  take several tokens after a past. total_sequence_length is read on the CPU, so that a captured CUDA graph would repeat
-  one length for ever: enable_cuda_graph is not set.
+  take several tokens after a past. total_sequence_length is read on the CPU, so that a captured CUDA graph repeats it;
+  seqlens_k is read on the device, by row, and says where a new key goes and which keys are read (fixed_decode.py).
+  A call with attention_bias takes the unfused kernels.
+- Split and Concat copy sizes and addresses from the CPU; since 1.31 a captured graph keeps what it copies
+  (pull request 32121).
 """
 
 from __future__ import annotations

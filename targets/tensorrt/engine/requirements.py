@@ -24,6 +24,7 @@ from h1export.targets.tensorrt.options import RuntimeName
 
 MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 MINOR = 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+NAME_BYTES = 256  # of a GPU's name, more than any has
 DRIVER = "libcuda.so.1"
 OLDEST_DRIVER = 12  # major version of CUDA that the driver must support for the plugin
 
@@ -113,6 +114,21 @@ def gpu_architecture() -> int:
     if any(done):
         raise missing
     return 10 * major.value + minor.value
+
+
+def gpu_name() -> str:
+    """Return the product name of the first GPU as its driver gives it; it is empty where there is none."""
+    text = ctypes.create_string_buffer(NAME_BYTES)
+    device = ctypes.c_int()
+    try:
+        driver = ctypes.CDLL(DRIVER)
+    except OSError:
+        return ""
+    if any((driver.cuInit(0), driver.cuDeviceGet(ctypes.byref(device), 0))):
+        return ""
+    if driver.cuDeviceGetName(text, NAME_BYTES, device):
+        return ""
+    return text.value.decode("utf-8", "replace")
 
 
 def driver_version() -> tuple[int, int]:

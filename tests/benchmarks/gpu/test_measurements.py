@@ -130,7 +130,7 @@ def test_whole_models_agree_and_are_timed(gpu: SimpleNamespace, tmp_path: Path) 
     rows = {row["name"]: row for row in read["rows"]}
     assert rows["h1export agrees with transformers"]["passed"] is True
     timed = [row for row in rows.values() if "median_us" in row["figures"]]
-    assert len(timed) == 4
+    assert len(timed) == 6  # a decode step and prompts of two lengths, of two models
     assert all(row["detail"] == "dry run: no figure" for row in timed)
 
 

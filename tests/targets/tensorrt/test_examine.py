@@ -17,6 +17,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import MANIFEST
 from h1export.progress import SILENT
 from h1export.targets.tensorrt import sdk
+from h1export.targets.tensorrt.engine import requirements
 from h1export.targets.tensorrt.engine.config import ENGINE
 from h1export.targets.tensorrt.engine.finalize import build_engine_here
 from h1export.targets.tensorrt.engine.requirements import Host
@@ -146,6 +147,39 @@ def test_what_does_not_fit_is_named(
     assert next_step
     assert "loading" not in found
     assert found["rows"] == []
+
+
+class Driver:
+    """A driver whose calls succeed up to ``fails``."""
+
+    def __init__(self, fails: str) -> None:
+        self._fails = fails
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*args: Any) -> int:
+            if name == "cuDeviceGetName" and name != self._fails:
+                args[0].value = b"NVIDIA L4"
+            return int(name == self._fails)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("fails", "name"), [("", "NVIDIA L4"), *((call, "") for call in ("cuInit", "cuDeviceGet", "cuDeviceGetName"))]
+)
+def test_the_gpu_is_named_by_its_driver(fails: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda _: Driver(fails))
+    assert requirements.gpu_name() == name
+
+
+def test_the_page_names_the_gpu(finished: Path, doctor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, said in (
+        ("NVIDIA L4", "NVIDIA L4, sm_89; the artifact is for sm_89"),
+        ("", "sm_89; the artifact is for sm_89"),
+    ):
+        monkeypatch.setattr(f"{REQUIREMENTS}.gpu_name", lambda name=name: name)
+        _, found = doctor(finished)
+        assert found["GPU"] == (True, said, "")
 
 
 def test_a_machine_without_a_gpu(finished: Path, doctor: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

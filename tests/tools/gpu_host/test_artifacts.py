@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from h1export.artifact.artifact import Artifact
+from h1export.targets.onnxruntime.fixed_decode import FixedDecode
+from h1export.targets.onnxruntime.runner import OnnxRuntimeRunner
 from h1export.targets.onnxruntime.variants import CPU, CUDA, GRAPH_VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
@@ -20,10 +27,41 @@ def test_a_dry_run_validates_and_places_every_node(tmp_path: Path, monkeypatch: 
     rows = list(artifacts.run(Host(tmp_path, tmp_path, "cpu")))
     assert [row for row in rows if row.passed is False] == []
     assert any("ragged chunks" in row.name and row.passed for row in rows)
+    assert [row.passed for row in rows if row.name == "embedded-int4 captured decode"] == [True]
     last = rows[-1]
     assert last.name == "embedded-int4 node placements"
     assert last.passed
     assert last.figures["nodes"] == last.figures["nodes_on_provider"] > 50
+
+
+@pytest.fixture
+def int4(tiny: Path, build: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> Artifact:
+    """An artifact of the CUDA graph, which the CPU provider runs."""
+    stand_in = replace(GRAPH_VARIANTS["cuda"], provider=CPU)
+    monkeypatch.setitem(GRAPH_VARIANTS, "cuda", stand_in)  # type: ignore[misc]  it is a dict
+    return build(tiny, "int4", graph="cuda")
+
+
+@pytest.mark.ort
+def test_an_artifact_beside_its_graph_in_float32(int4: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(artifacts.drift("x", int4))
+    assert [row.name for row in rows] == ["x case drift one token", "x case drift ragged chunks"]
+    assert all(row.passed and 0 < float(row.figures["logits"] or 0) < 1e-2 for row in rows)
+    step = OnnxRuntimeRunner.step
+
+    def without_states(self: Any, ids: Any, mask: Any, states: Any) -> Any:
+        zeros = {name: np.zeros_like(state) for name, state in states.items()}
+        return step(self, ids, mask, states if self.provenance.float32 else zeros)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "step", without_states)
+    assert [row.passed for row in artifacts.drift("x", int4)] == [True, False]
+
+
+@pytest.mark.ort
+def test_captured_decode_that_is_wrong_fails(int4: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert artifacts.captured_decode("x", int4, steps=3).passed
+    monkeypatch.setattr(FixedDecode, "_capture", FixedDecode._run)  # which does not put the states back
+    assert not artifacts.captured_decode("x", int4, steps=3).passed
 
 
 def event(name: str, kind: str, provider: str) -> dict[str, object]:

@@ -3,32 +3,47 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from gpu_host import bundle, dry
+from gpu_host.captured import captured
 from gpu_host.section import Figure, Host, Row
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.resolve import embedded_model
 from h1export.commands.build import build_artifact
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, StateSpec
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, Array, Ids, StateSpec
 from h1export.progress import SILENT
 from h1export.quantize.scheme import QuantScheme
-from h1export.report.report import Verdict
+from h1export.report import report
+from h1export.report.checks import Comparison
+from h1export.runtime.runner import Comparable
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import cuda_libraries
 from h1export.targets.onnxruntime.inference_session import MODEL, PROVIDER_OPTIONS
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CPU, CUDA
+from h1export.validate.accuracy.parity import case_rows, run_cases
+from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.run import ValidateOptions, validate
+from h1export.validate.accuracy.states import row_of_batch
+from h1export.validate.accuracy.tolerances import tolerances_of
 
-PASSED = {Verdict.PASS: True, Verdict.FAIL: False}  # rows of neither have no tolerance, or do not apply
+STEPS, DRY_STEPS = 128, 4  # of captured decode
+PROMPT, CAPTURED_BATCH = 8, 2
+# of the largest logit; two fp16 computations of one step, whose attention may add in another order. The faults that
+# tests/targets/onnxruntime/test_fixed_decode.py plants exceed it.
+CAPTURED_ERROR = 1e-2
+SHAPE_BEGINS_S = 40  # seconds of the section after which the 0.5B shape does not begin
+PASSED = {report.Verdict.PASS: True, report.Verdict.FAIL: False}  # rows of neither have no tolerance, or do not apply
 MEMCPY = ("MemcpyFromHost", "MemcpyToHost")
 # ONNX Runtime itself leaves to the CPU what computes shapes from shapes, which are integers
 SHAPES = frozenset({"Cast", "Concat", "Gather", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"})
@@ -36,11 +51,13 @@ SHAPE_DTYPES = frozenset({"int32", "int64"})
 
 
 def run(host: Host) -> Iterator[Row]:
-    """Yield one row for each comparison of each artifact, and one of where its nodes ran.
+    """Yield one row for each comparison of each artifact, one of captured decode, and one of where its nodes ran.
 
-    The embedded model is compared: the bundle has its checkpoint. In a dry run its int4 artifact is built here, and the
-    CPU provider runs the graph.
+    The embedded model's artifacts are validated: the bundle has its checkpoint. PyTorch's reference of the 0.5B shape
+    would take the section's time, so its int4 artifact is compared with the same graph in float32 on the CPU, in the
+    quick cases. In a dry run the embedded int4 artifact is built here, and the CPU provider runs the graph.
     """
+    start = time.monotonic()
     provider = CPU if host.dry else CUDA
     if host.dry:
         dry.use_cpu_provider()
@@ -50,10 +67,30 @@ def run(host: Host) -> Iterator[Row]:
         try:
             artifact = _built(host, quant) if host.dry else Artifact.open(bundle.artifact(host, "embedded", quant))
             yield from _validated(name, artifact, quick=host.dry)
+            yield captured_decode(name, artifact, steps=DRY_STEPS if host.dry else STEPS)
             yield _placements(name, artifact, provider, work=host.work)
         except (H1ExportError, FileNotFoundError) as error:
             lacking = host.dry and dry.has_no_kernel(error)  # of the CUDA graph, which the CPU provider need not run
             yield Row(name, None if lacking else False, detail=str(error))
+    if not host.dry:
+        yield from _shape(host, start)
+
+
+def _shape(host: Host, start: float) -> Iterator[Row]:
+    """Yield the rows of the 0.5B shape's int4 artifact, or why there are none."""
+    name = "shape-int4"
+    if bundle.facts(host.bundle)["shape"] is None:
+        yield Row(name, None, detail="the bundle was made without the group shape")
+        return
+    if (spent := time.monotonic() - start) > SHAPE_BEGINS_S:
+        yield Row(name, None, detail=f"left out: {spent:.0f} s had gone, and it may take the rest of the section")
+        return
+    try:
+        artifact = Artifact.open(bundle.artifact(host, "shape", "int4"))
+        yield captured_decode(name, artifact, steps=STEPS)
+        yield from drift(name, artifact)
+    except (H1ExportError, FileNotFoundError) as error:
+        yield Row(name, False, detail=str(error))
 
 
 def _built(host: Host, quant: Literal["int4", "none"]) -> Artifact:
@@ -70,7 +107,7 @@ def _built(host: Host, quant: Literal["int4", "none"]) -> Artifact:
 
 def _validated(name: str, artifact: Artifact, *, quick: bool) -> Iterator[Row]:
     """Yield a row for each row of validate's report: all cases, 512 decode steps and states in float32 among them."""
-    report = validate(
+    found = validate(
         artifact,
         load_runner(artifact),
         load_runner(artifact, float32=True),
@@ -78,10 +115,55 @@ def _validated(name: str, artifact: Artifact, *, quick: bool) -> Iterator[Row]:
         options=ValidateOptions(pairs=0, quick=quick),
         progress=SILENT,
     )
-    for row in report.rows:
+    yield from _reported(name, found.rows)
+
+
+def _reported(name: str, rows: Iterable[report.Row]) -> Iterator[Row]:
+    for row in rows:
         figures: dict[str, Figure] = {key: float(value) for key, value in row.figures.items()}
         what = " ".join(filter(None, (name, str(row.kind), str(row.comparison), row.case)))
         yield Row(what, PASSED.get(row.verdict), figures, row.note)
+
+
+@dataclass(frozen=True)
+class InFloat32:
+    """The same graph in float32 on the CPU, where `case_rows` takes the PyTorch reference."""
+
+    runner: Comparable[Any]
+
+    def full(self, ids: Ids) -> tuple[Array, dict[str, Array]]:
+        """Return the logits [seq, vocab] and the states of one call with ids int64 [seq]."""
+        runner = self.runner
+        logits, states = runner.step(ids[None], np.ones((1, len(ids)), np.int64), runner.initial(1))
+        return logits[0], row_of_batch(runner.snapshot(states), StateSpec.of(runner.config), 0, pad=0)
+
+
+def drift(name: str, artifact: Artifact) -> Iterator[Row]:
+    """Yield a row for each quick case: the artifact as it ships beside its graph in float32 on the CPU."""
+    runner, exact = load_runner(artifact), load_runner(artifact, float32=True)
+    shipped, reference = runner.provenance.float32, cast("Reference", InFloat32(exact))
+    limits = tolerances_of(artifact.manifest, shipped, True, chosen={})
+    for made in run_cases(runner, seed=0, quick=True):
+        yield from _reported(name, case_rows({Comparison.DRIFT: made}, reference, runner, tolerances=limits))
+
+
+def captured_decode(name: str, artifact: Artifact, *, steps: int) -> Row:
+    """Return the row of a session's decode in a captured CUDA graph beside one whose kernels are launched one by one.
+
+    Both get the same tokens. On the CPU provider the first has the same fixed shapes, and nothing is captured.
+    """
+    runner = load_runner(captured(artifact))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, runner.config.vocab_size, (CAPTURED_BATCH, PROMPT + steps))
+    sessions = [each.start(*ids.shape) for each in (runner, load_runner(artifact))]
+    for session in sessions:
+        session.append(ids[:, :PROMPT])
+    worst = 0.0
+    for at in range(PROMPT, ids.shape[1]):
+        ours, launched = (session.append(ids[:, at : at + 1]) for session in sessions)
+        worst = max(worst, float(np.abs(ours - launched).max() / np.abs(launched).max()))
+    figures: dict[str, Figure] = {"steps": steps, "batch": CAPTURED_BATCH, "relative_error": worst}
+    return Row(f"{name} captured decode", worst <= CAPTURED_ERROR, figures)
 
 
 def _placements(name: str, artifact: Artifact, provider: str, *, work: Path) -> Row:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from importlib import metadata
 
+from gpu_host import bundle
 from gpu_host.section import Host, Row
 
 NEEDED = ("torch", "triton", "transformers", "onnx", "onnx-ir", "safetensors", "tokenizers", "cloup", "pytest")
@@ -20,12 +21,14 @@ def run(host: Host) -> Iterator[Row]:
     cores = len(os.sched_getaffinity(0))
     yield Row("machine", None, {"cores": cores, "memory_gb": round(memory / 1e9, 1), "system": platform.platform()})
     for name in NEEDED + OPTIONAL:
-        try:
-            yield Row(f"package {name}", True, {"version": metadata.version(name)})
-        except metadata.PackageNotFoundError:
+        version = _version(name)
+        if version is not None:
+            yield Row(f"package {name}", True, {"version": version})
+        else:
             yield Row(f"package {name}", False if name in NEEDED else None, detail="not installed")
     for tool in ("nvcc", "cmake", "c++", "ncu", "nsys"):
         yield Row(f"tool {tool}", None, {"path": shutil.which(tool)})
+    yield listed(host)
     import torch
 
     import h1export
@@ -35,6 +38,29 @@ def run(host: Host) -> Iterator[Row]:
         yield Row("torch on the CPU", bool(torch.ones(2).sum() == 2), {"version": torch.__version__})
         return
     yield from _gpu()
+
+
+def listed(host: Host) -> Row:
+    """Return the row of the packages of pack.py's list of the host, which this Python has to have.
+
+    One that is missing fails. Another version is shown: the bundle may bring it itself, or h1export may take it too.
+    A dry run is no such host, and judges nothing.
+    """
+    wanted: dict[str, str] = bundle.facts(host.bundle)["host"]
+    found = {name: _version(name) for name in wanted}
+    missing = sorted(name for name, version in found.items() if version is None)
+    other = {name: version for name, version in found.items() if version not in (None, wanted[name])}
+    detail = [f"not installed: {', '.join(missing)}"] if missing else []
+    detail += [f"{name} {version} instead of {wanted[name]}" for name, version in sorted(other.items())]
+    figures = {"listed": len(wanted), "missing": len(missing), "other_version": len(other)}
+    return Row("packages of the list", None if host.dry else not missing, figures, "; ".join(detail))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _gpu() -> Iterator[Row]:

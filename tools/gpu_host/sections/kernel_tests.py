@@ -22,6 +22,7 @@ RUN = (
     "tests/targets/onnxruntime/test_cuda.py",
     "tests/targets/onnxruntime/test_cuda_bf16.py",
     "tests/targets/onnxruntime/test_cuda_kernels.py",
+    "tests/targets/onnxruntime/test_fixed_decode.py",
 )
 CANNOT: Mapping[str, str] = {  # file -> why its GPU tests cannot run on the GPU host
     "tests/targets/tensorrt/test_gpu.py": (

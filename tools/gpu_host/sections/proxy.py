@@ -42,6 +42,8 @@ def run(host: Host) -> Iterator[Row]:
     curve = json.loads(curve_file.read_text(encoding="utf-8")) if curve_file.exists() else []
 
     def report(step: int, loss: float, seconds: float) -> None:
+        # a training that was killed goes on from its last checkpoint, and computes the steps since then again
+        curve[:] = [point for point in curve if point["step"] < step]
         curve.append({"step": step, "loss_nats": loss, "seconds": seconds})
         curve_file.write_text(json.dumps(curve), encoding="utf-8")
 

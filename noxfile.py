@@ -242,6 +242,24 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def published(session: nox.Session) -> None:
+    """The published configs at their full size, with random weights: a build in int4, a quick validation, and a text.
+
+    It is not part of CI, because it takes long and some GB of memory and disk. Positional arguments choose configs.
+    """
+    session.install("-e", ".[ort]")
+    for config in sorted((ROOT / "tests" / "published").glob("*.json")):
+        if session.posargs and config.stem not in session.posargs:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint, artifact = f"{folder}/checkpoint", f"{folder}/artifact"
+            session.run("python", "benchmarks/make_checkpoint.py", "--config", str(config), "--shards", "2", checkpoint)
+            session.run("h1export", "build", checkpoint, "--target", "ort", "--method", "rtn", "--out", artifact)
+            session.run("h1export", "validate", artifact, checkpoint, "--quick")
+            session.run("h1export", "generate", artifact, "The sea", "--max-tokens", "16")
+
+
+@nox.session
 def selftest(session: nox.Session) -> None:
     """The self-test of `validate`: thirty right artifacts of random models pass, and each fails with a fault.
 

@@ -196,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write it; must not exist")
     parser.add_argument("--shape", choices=list(SHAPES), default="0.5B")
+    parser.add_argument("--config", type=Path, help="a config.json to take whole, instead of a shape")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--context", type=int, help="another max_position_embeddings than the shape's")
     parser.add_argument("--shards", type=int, default=1, help="safetensors files")
@@ -210,13 +211,15 @@ def main() -> None:
         parser.error(f"--shards {args.shards}: give 1 or more")
     write_checkpoint(
         args.folder,
-        config(args.shape, args.layers, args.context),
+        config(args.shape, args.layers, args.context)
+        if args.config is None
+        else json.loads(args.config.read_text(encoding="utf-8")),
         args.shards,
         seed=args.seed,
         real_shards=args.real_shards,
     )
     size = sum(file.stat().st_size for file in args.folder.glob("*.safetensors"))
-    print(f"{args.folder}: {args.shape}, {size / 1e6:.0f} MB")
+    print(f"{args.folder}: {args.config or args.shape}, {size / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

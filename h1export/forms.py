@@ -20,12 +20,11 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from h1export.errors import H1ExportError
+from h1export.errors import MOST_REASON, H1ExportError, reason, shortened
 
 FormT = TypeVar("FormT")
 
 MOST_BYTES = 8 << 20  # of a file that is a form; far above the manifest of the largest published model
-MOST_SHOWN = 120  # characters of a reason
 LARGEST = 1 << 53  # JSON's whole numbers are exact up to here
 
 Count = Annotated[int, Meta(ge=0, le=LARGEST)]
@@ -34,7 +33,7 @@ FileName = Annotated[str, Meta(max_length=1024)]
 
 
 class FormError(ValueError):
-    """A text is not what its form says; the message is one line of at most ``MOST_SHOWN`` characters."""
+    """A text is not what its form says; the message is one line of at most ``MOST_REASON`` characters and a place."""
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
@@ -73,7 +72,7 @@ def from_json(text: str | bytes) -> Any:
     except RecursionError:
         raise FormError("it is nested too deeply") from None
     except ValueError as error:  # a number of too many digits
-        raise FormError(_short(str(error))) from None
+        raise FormError(reason(error)) from None
 
 
 def from_toml(text: str | bytes) -> Any:
@@ -89,7 +88,7 @@ def from_toml(text: str | bytes) -> Any:
     except RecursionError:
         raise FormError("it is nested too deeply") from None
     except ValueError as error:
-        raise FormError(_short(f"not TOML: {error}")) from None
+        raise FormError(reason(error)) from None
 
 
 def fill(form: type[FormT], value: object) -> FormT:
@@ -105,7 +104,7 @@ def fill(form: type[FormT], value: object) -> FormT:
     except FormError:
         raise
     except (ValueError, OverflowError, RecursionError) as error:
-        raise FormError(_short(str(error))) from None
+        raise FormError(reason(error)) from None
     return filled
 
 
@@ -181,15 +180,11 @@ def _unknown(value: object, known: object, place: str) -> str:
     if isinstance(value, Mapping) and isinstance(known, Mapping):
         for name, item in value.items():
             if name not in known:
-                return f"{place}.{_short(name)}"
-            if odd := _unknown(item, known[name], f"{place}.{_short(name)}"):
+                return f"{place}.{shortened(name, MOST_REASON)}"
+            if odd := _unknown(item, known[name], f"{place}.{shortened(name, MOST_REASON)}"):
                 return odd
     elif isinstance(value, list | tuple) and isinstance(known, list | tuple):
         for index, (item, same) in enumerate(zip(value, known, strict=True)):
             if odd := _unknown(item, same, f"{place}[{index}]"):
                 return odd
     return ""
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."

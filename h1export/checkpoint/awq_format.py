@@ -6,6 +6,7 @@ Source: AutoAWQ's ``AwqConfig``, transformers' ``AwqConfig``, and what GPTQModel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from h1export.checkpoint.packed_format import (
     UNQUANTISED,
@@ -64,6 +65,8 @@ class AwqFormat(PackedFormat):
     """
 
     quant_method: str = "awq"
+
+    used_keys: ClassVar = USED_KEYS
 
     @classmethod
     def read(cls, read: ConfigReader) -> AwqFormat:

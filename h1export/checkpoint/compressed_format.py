@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from h1export.checkpoint.packed_format import UNQUANTISED, PackedFormat, check_keys, read_bits
+from h1export.checkpoint.packed_format import UNQUANTISED, PackedFormat, check_keys, ignored_in, read_bits
 from h1export.model.config_reader import ConfigReader
 
 PACKED = "pack-quantized"
@@ -46,6 +46,8 @@ class CompressedFormat(PackedFormat):
 
     quant_method: str = "compressed-tensors"
 
+    used_keys: ClassVar = USED_KEYS
+
     @classmethod
     def read(cls, read: ConfigReader) -> CompressedFormat:
         """Check the keys of a quantization_config and return its format.
@@ -74,6 +76,13 @@ class CompressedFormat(PackedFormat):
                 "config_groups", "gives tensors bits or groups of their own", "give a checkpoint with the same for all"
             )
         return found_formats.pop()
+
+    @classmethod
+    def ignored_keys(cls, config: Mapping[str, Any]) -> list[str]:
+        found = super().ignored_keys(config)
+        for name, group in config["config_groups"].items():
+            found += [f"config_groups.{name}.weights.{key}" for key in ignored_in(group["weights"], WEIGHT_KEYS)]
+        return found
 
     @classmethod
     def _group(cls, group: Any, where: str) -> CompressedFormat:

@@ -6,6 +6,7 @@ For a linear layer X with a weight [rows, columns] = [out_features, in_features]
     X.weight_scale       float [rows, groups]
     X.weight_shape       int64 [2]                             [rows, columns]
     X.weight_zero_point  int32 [rows * bits / 32, groups]      zero points, packed along the rows; if asymmetric
+    X.weight_zero_point  int8 [rows, groups]                   as older releases wrote it: signed, and not packed
     X.weight_g_idx       int32 [columns]                       the group of each column; -1 everywhere: neighbours
 
 Numbers of words are rounded up. Codes and zero points are stored as unsigned numbers, the middle of their range added.
@@ -30,12 +31,14 @@ from h1export.checkpoint.packed_format import (
     PackedMatrix,
     Unsigned,
     checked_groups,
+    part_name,
 )
 from h1export.checkpoint.safetensors_header import TensorEntry
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 
 GROUPS_PART = "weight_g_idx"
+SIGNED = "I8"
 
 
 class CompressedMatrix(PackedMatrix[CompressedFormat]):
@@ -45,6 +48,15 @@ class CompressedMatrix(PackedMatrix[CompressedFormat]):
     main_part = "weight_packed"
     scales_part = "weight_scale"
     zeros_part = "weight_zero_point"
+
+    @classmethod
+    def open(
+        cls, name: str, shape: tuple[int, ...], packed_format: CompressedFormat, *, entries: Mapping[str, TensorEntry]
+    ) -> PackedMatrix[CompressedFormat]:
+        zeros = entries.get(part_name(name, cls.zeros_part))
+        if cls is CompressedMatrix and zeros is not None and zeros.dtype == SIGNED:
+            return SignedZeros.open(name, shape, packed_format, entries=entries)
+        return super().open(name, shape, packed_format, entries=entries)
 
     @classmethod
     def expected(
@@ -99,3 +111,22 @@ class CompressedMatrix(PackedMatrix[CompressedFormat]):
 
     def stored_scales(self, start: int, stop: int) -> Array:
         return self.parts["weight_scale"].floats(slice(start, stop))
+
+
+class SignedZeros(CompressedMatrix):
+    """A weight whose zero points are int8 [rows, groups], not packed; symmetric weights may have them too, as zeros."""
+
+    @classmethod
+    def expected(
+        cls, shape: tuple[int, int], packed_format: CompressedFormat, *, where: str
+    ) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+        zeros = ((shape[0], packed_format.groups(shape[1])), (SIGNED,))
+        return super().expected(shape, packed_format, where=where) | {cls.zeros_part: zeros}
+
+    def unsigned_zeros(self, start: int, stop: int) -> Unsigned:
+        middle = self.packed_format.middle
+        zeros = self.parts[self.zeros_part].values()[start:stop].astype(np.int64) + middle
+        if zeros.size and (zeros.min() < 0 or zeros.max() >= 2 * middle):
+            what = f"holds zero points from {zeros.min() - middle} to {zeros.max() - middle}"
+            raise self.error(self.zeros_part, what, f"{self.packed_format.bits} bits hold {-middle} to {middle - 1}")
+        return zeros.astype(np.uint8)

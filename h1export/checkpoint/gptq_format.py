@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from h1export.checkpoint.packed_format import PackedFormat, check_dynamic, check_keys, read_bits, read_group_size
 from h1export.model.config_reader import ConfigReader
@@ -113,6 +114,8 @@ class GptqFormat(PackedFormat):
     """
 
     zero_offset: int
+
+    used_keys: ClassVar = USED_KEYS
 
     @classmethod
     def read(cls, read: ConfigReader) -> GptqFormat:

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from h1export.checkpoint.lora_config import ADAPTER_CONFIG, LoraConfig
 from h1export.checkpoint.safetensors_header import FLOATS, TensorEntry, read_header
+from h1export.checkpoint.tensor_names import plain_name
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, TensorShapes, projection_of
@@ -35,6 +36,7 @@ if TYPE_CHECKING:  # the store reads through adapters
     from h1export.checkpoint.store import WeightStore
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 # the name of a factor: that of its module, then which factor it is; an adapter's own name may come in between
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<table>embedding_)?(?P<side>[AB])(\.[^.]+)??(?P<weight>\.weight)?")
@@ -134,8 +136,8 @@ def _weights_file(folder: Path) -> Path:
     file = folder / ADAPTER_WEIGHTS
     if file.is_file():
         return file
-    if (folder / "adapter_model.bin").exists():
-        what = "only pickle weights (adapter_model.bin), which can run code when opened"
+    if (folder / ADAPTER_PICKLE).exists():
+        what = f"only pickle weights ({ADAPTER_PICKLE}), which can run code when opened"
         raise H1ExportError(folder, what, "convert the adapter to safetensors where you trust it")
     raise H1ExportError(folder, f"has no {ADAPTER_WEIGHTS}", "give the folder that PEFT's save_pretrained wrote")
 
@@ -175,6 +177,10 @@ def _product(
         if table:
             raise H1ExportError(where, "is an embedding's, and the module is a product", NOT_DAMAGED)
     elif projection_of(name) is None or name not in shapes:
+        plain = plain_name(name)
+        if plain != name and plain in shapes:
+            what = f'belongs to "{plain}" under another name, which a wrapper of the model gave it'
+            raise H1ExportError(where, what, "save the adapter of the model itself, or rename its tensors")
         raise H1ExportError(where, "belongs to no projection of this model", NOT_DAMAGED)
     elif table != (name == EMBEDDING):
         raise H1ExportError(where, "is of another kind than the module it names", NOT_DAMAGED)
@@ -236,6 +242,23 @@ def check_is_model(folder: Path, config_file: str) -> None:
         pass
     what = "is an adapter and not a model"
     raise H1ExportError(folder, what, f"give {base} as MODEL, and this folder with --adapter")
+
+
+def check_no_other(folder: Path, adapters: Sequence[Path]) -> None:
+    """Refuse a model whose folder holds an adapter that is none of ``adapters``: transformers loads both together.
+
+    Raises:
+        H1ExportError: there is such an adapter.
+    """
+    held = any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE))
+    if (
+        not held
+        or not (folder / ADAPTER_CONFIG).is_file()
+        or any(given.exists() and folder.samefile(given) for given in adapters)
+    ):
+        return
+    what = "holds an adapter beside the model, and transformers loads the two together"
+    raise H1ExportError(folder, what, "give the folder with --adapter too, or move the adapter out of it")
 
 
 def described(adapters: Sequence[LoraAdapter]) -> list[dict[str, Any]]:

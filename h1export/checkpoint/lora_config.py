@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from h1export.checkpoint.packed_format import INFORMATION
 from h1export.errors import H1ExportError
 from h1export.model.config_reader import ConfigReader, read_config
 
@@ -32,6 +33,7 @@ IGNORED_KEYS: Mapping[str, str] = {
     "eva_config": _TRAINING,
     "exclude_modules": _TENSORS,
     "fan_in_fan_out": "every adapted module of this model is a linear layer, for which PEFT ignores it",
+    "library_name": "information only",
     "inference_mode": _TRAINING,
     "layers_pattern": _TENSORS,
     "layers_to_transform": _TENSORS,
@@ -43,6 +45,7 @@ IGNORED_KEYS: Mapping[str, str] = {
     "revision": "information only",
     "target_modules": _TENSORS,
     "task_type": "information only",
+    "runtime_config": "a run-time switch",
     "velora_config": _TRAINING,
 }
 # Values of init_lora_weights that leave the base model's weights as they are.
@@ -85,7 +88,8 @@ class LoraConfig:
             found = str(config.get("peft_type"))[:40]
             raise read.error("peft_type", f"is {found!r}, and only 'LORA' is merged", MERGE)
         for key, value in config.items():
-            if key not in USED_KEYS and key not in IGNORED_KEYS and value not in (None, False, [], {}):
+            information = INFORMATION.fullmatch(key) and isinstance(value, (str, int, float))
+            if key not in USED_KEYS | IGNORED_KEYS.keys() and not information and value not in (None, False, [], {}):
                 raise read.error(str(key)[:80], "is set, and only plain LoRA is merged", MERGE)
         if config.get("bias") not in (None, "none"):
             raise read.error("bias", f"is {str(config['bias'])[:40]!r}, and only 'none' is merged", MERGE)

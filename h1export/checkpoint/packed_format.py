@@ -46,11 +46,19 @@ class PackedFormat:
         bits: bits of a code, 4 or 8.
         group_size: columns that share a scale and a zero point; -1: all columns of a row.
         sym: whether every zero point is the middle of the range of codes.
+        used_keys: of the class: the keys of quantization_config that are read.
     """
 
     bits: int
     group_size: int
     sym: bool
+
+    used_keys: ClassVar[frozenset[str]]
+
+    @classmethod
+    def ignored_keys(cls, config: Mapping[str, Any]) -> list[str]:
+        """Return the keys of a quantization_config that was read and that decide nothing."""
+        return ignored_in(config, cls.used_keys)
 
     @property
     def middle(self) -> int:
@@ -89,7 +97,7 @@ def check_keys(read: ConfigReader, used: frozenset[str], ignored: Mapping[str, s
         H1ExportError: any other key.
     """
     for key, value in read.config.items():
-        if key in used or key in ignored or value is None or value in ([], {}):
+        if key in used or key in ignored or says_nothing(value):
             continue
         if INFORMATION.fullmatch(key) and isinstance(value, (str, int, float)):
             continue
@@ -98,6 +106,16 @@ def check_keys(read: ConfigReader, used: frozenset[str], ignored: Mapping[str, s
             "is unknown",
             "remove it if it does not change the weights, or report it so that it can be supported",
         )
+
+
+def says_nothing(value: object) -> bool:
+    """Return whether a value of quantization_config is null, an empty list or an empty object."""
+    return value is None or value in ([], {})
+
+
+def ignored_in(config: Mapping[str, Any], used: frozenset[str]) -> list[str]:
+    """Return the keys of ``config`` that say something and are not ``used``."""
+    return [key for key, value in config.items() if key not in used and not says_nothing(value)]
 
 
 def check_dynamic(read: ConfigReader) -> None:

@@ -50,7 +50,23 @@ def load_format(folder: Path) -> PackedFormat | None:
     Raises:
         H1ExportError: the checkpoint has a quantisation that cannot be exported exactly.
     """
-    path = folder / CONFIG
+    found = _quantization_config(folder / CONFIG)
+    return None if found is None else format_from_config(found, f"{folder / CONFIG}: {QUANTIZATION_CONFIG}")
+
+
+def ignored_packed_keys(folder: Path) -> tuple[str, ...]:
+    """Return the names of the keys of ``folder``'s quantization_config that decide no integer, sorted.
+
+    Raises:
+        H1ExportError: as ``load_format``.
+    """
+    packed_format = load_format(folder)
+    config = _quantization_config(folder / CONFIG)
+    return () if packed_format is None else tuple(sorted(packed_format.ignored_keys(config)))
+
+
+def _quantization_config(path: Path) -> Any:
+    """Return the parsed quantization_config in the file ``path``; None where there is none."""
     config = read_config(path) if path.exists() else None
     if not isinstance(config, dict):
         return None
@@ -59,7 +75,7 @@ def load_format(folder: Path) -> PackedFormat | None:
         found = config.get("compression_config")  # as older releases of compressed-tensors call it
     if found is None and isinstance(config.get("quantization"), dict):
         raise H1ExportError(path, "has a key 'quantization', as MLX writes it", UNQUANTISED)
-    return None if found is None else format_from_config(found, f"{path}: {QUANTIZATION_CONFIG}")
+    return found
 
 
 def format_from_config(config: Any, where: object = QUANTIZATION_CONFIG) -> PackedFormat:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from h1export.checkpoint.lora import LoraAdapter, open_adapters
+from h1export.checkpoint.lora import LoraAdapter, check_no_other, open_adapters
 from h1export.checkpoint.packed_format import (
     GET_MATCHING_FILES,
     QUANTIZATION_CONFIG,
@@ -30,7 +30,7 @@ from h1export.checkpoint.packed_formats import (
 )
 from h1export.checkpoint.safetensors_header import FLOATS, TensorEntry
 from h1export.checkpoint.shards import read_entries
-from h1export.checkpoint.tensor_names import missing
+from h1export.checkpoint.tensor_names import missing, second_copy
 from h1export.errors import H1ExportError
 from h1export.model.config_reader import CONFIG
 from h1export.model.falcon_h1.config import FalconH1Config
@@ -85,6 +85,7 @@ class WeightStore:
             H1ExportError: there is no safetensors file or a file is damaged, a tensor is missing, unknown or has
                 another shape, or the checkpoint has a quantisation that cannot be read exactly.
         """
+        check_no_other(folder, adapters)
         packed_format = load_format(folder)
         entries, ignored = read_entries(folder, _used(config))
         store = cls(entries, progress, packed_format, ignored=ignored)
@@ -122,6 +123,8 @@ class WeightStore:
         claimed = shapes.keys() | {part for matrix in self.packed.values() for part in part_names(matrix)}
         for name, entry in self._entries.items():
             if name not in claimed and not self._repeats(name):
+                if (error := second_copy(entry.file, name, shapes)) is not None:
+                    raise error
                 what = "has no place in the architecture that config.json describes"
                 if name == LM_HEAD:
                     what = "is not the embedding, and config.json ties the two (tie_word_embeddings)"

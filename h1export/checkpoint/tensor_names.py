@@ -13,6 +13,8 @@ _HEADS = re.compile(
     r"^(model\.)?(score|classifier|classification_head|regression_head|reward_head|rm_head|v_head|value_head"
     r"|qa_outputs|summary|mtp\w*|medusa\w*|eagle\w*)(\.|$)"
 )
+# Matrices that PEFT adds to a model's own.
+_ADAPTER = re.compile(r"\.(lora_(embedding_)?[AB]|lora_magnitude_vector|vera_lambda_[bd]|ia3_l|hada_w\w+)(\.|$)")
 # Components of names that wrappers add: DataParallel and DDP, torch.compile, PEFT, FSDP, activation checkpointing.
 _WRAPPERS = frozenset(
     {
@@ -63,8 +65,21 @@ def missing(where: object, name: str, found: Collection[str]) -> H1ExportError:
     return H1ExportError(title, "is missing", "download the checkpoint again")
 
 
+def second_copy(where: object, name: str, used: Collection[str]) -> H1ExportError | None:
+    """Return the error for the tensor ``name`` beside a model's tensors ``used``; None where the name says nothing."""
+    title = f'{where}: tensor "{name}"'
+    plain = plain_name(name)
+    if _ADAPTER.search(name):
+        what = "is a matrix of an adapter that is not merged"
+        return H1ExportError(title, what, "call merge_and_unload() in PEFT and save the result")
+    if plain != name and plain in used:
+        what = f'is "{plain}" under another name ({_change(plain, name)}), and the checkpoint has both'
+        return H1ExportError(title, what, "remove the one that is out of date")
+    return None
+
+
 def _change(name: str, other: str) -> str:
-    if other.endswith(name):
+    if other.endswith(f".{name}"):
         return f'the prefix "{other.removesuffix(name)}" is in front'
     if name == f"{MODEL}.{other}":
         return f'the prefix "{MODEL}." is missing'

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import cloup
 
-from h1export.cli.common import answer, common, kernels_option, say
+from h1export.cli.common import adapter_folders, adapter_option, answer, common, kernels_option, say
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
@@ -56,6 +56,7 @@ REFERENCE = "reference"
     "--repeats", default=5, show_default=True, type=COUNT, help="Rounds over all configurations; their medians count."
 )
 @kernels_option
+@adapter_option
 @common
 def bench(
     out: Path,
@@ -67,13 +68,14 @@ def bench(
     batches: tuple[int, ...],
     repeats: int,
     kernels: Kernels,
+    adapters: tuple[str, ...],
     quiet: bool,
     as_json: bool,
 ) -> int:
     """Measure the artifact OUT: tokens per second, memory, and how near decode comes to what memory bandwidth allows.
 
     MODEL is the checkpoint that OUT was built from. It is for --against reference, which measures transformers' model
-    with the weights that OUT stores.
+    with the weights that OUT stores; with --adapter, give what OUT was built with.
 
     \b
     Examples:
@@ -94,10 +96,20 @@ def bench(
     reference = against == REFERENCE
     if model is not None and not reference:
         raise H1ExportError(model, "is not needed here", f"MODEL is for --against {REFERENCE}")
+    if adapters and not reference:
+        raise H1ExportError("--adapter", "is not needed here", f"it is for --against {REFERENCE}")
     checkpoint = resolve.resolve(model) if reference else None
     other = None if reference or against is None else Path(against)
     with ProgressBars(quiet or as_json) as bars:
-        report = bench_artifact(out, other, checkpoint, options=options, progress=bars, kernels=kernels)
+        report = bench_artifact(
+            out,
+            other,
+            checkpoint,
+            options=options,
+            progress=bars,
+            kernels=kernels,
+            adapters=adapter_folders(adapters),
+        )
     for table in bench_tables(report):
         say(table, quiet or as_json)
     if as_json:

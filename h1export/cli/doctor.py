@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import cloup
 
-from h1export.cli.common import answer, common, say
+from h1export.cli.common import adapter_folders, adapter_option, answer, common, say
 from h1export.cli.output import show_text
 from h1export.errors import H1ExportError
 
@@ -22,8 +22,18 @@ from h1export.errors import H1ExportError
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write what was found to this .json file, and the same as a page to a .md file beside it.",
 )
+@adapter_option
 @common
-def doctor(artifact: Path, model: str | None, build: bool, *, out: Path | None, quiet: bool, as_json: bool) -> int:
+def doctor(
+    artifact: Path,
+    model: str | None,
+    build: bool,
+    *,
+    out: Path | None,
+    adapters: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+) -> int:
     """Say whether the artifact OUT fits this machine, and check it quickly on MODEL, the checkpoint it was built from.
 
     What is written has no paths and no names of the user or the machine, so that it can be attached to a report.
@@ -40,7 +50,9 @@ def doctor(artifact: Path, model: str | None, build: bool, *, out: Path | None, 
     if out is not None and out.suffix == ".md":
         raise H1ExportError("--out", f"{out} is where the page goes", "name a .json file")
     with ProgressBars(quiet or as_json) as bars:
-        document = examine(artifact, resolve.resolve(model), build=build, progress=bars)
+        document = examine(
+            artifact, resolve.resolve(model), build=build, progress=bars, adapters=adapter_folders(adapters)
+        )
     if out is not None:
         out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         out.with_suffix(".md").write_text(page(document), encoding="utf-8")

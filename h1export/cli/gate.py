@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import cloup
 
-from h1export.cli.common import answer, common, kernels_option, say
+from h1export.cli.common import adapter_folders, adapter_option, answer, common, kernels_option, say
 from h1export.targets import Kernels
 
 CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}  # name of a verdict -> exit code
@@ -27,6 +27,7 @@ CODES = {"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3}  # name of a verdict -> exit c
 @click.option("--write-baseline", is_flag=True, help="Make OUT the baseline of its gate instead.")
 @click.option("--junit", type=click.Path(dir_okay=False, path_type=Path), help="Write the checks as JUnit XML too.")
 @kernels_option
+@adapter_option
 @common
 def gate(
     out: Path,
@@ -35,6 +36,7 @@ def gate(
     write_baseline: bool,
     junit: Path | None,
     kernels: Kernels,
+    adapters: tuple[str, ...],
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -57,15 +59,16 @@ def gate(
     from h1export.commands.gate import write_baseline as make_baseline
 
     checkpoint = resolve.resolve(model)
+    folders = adapter_folders(adapters)
     if write_baseline:
         with ProgressBars(quiet or as_json) as bars:
-            place = make_baseline(out, checkpoint, gates, progress=bars, kernels=kernels)
+            place = make_baseline(out, checkpoint, gates, progress=bars, kernels=kernels, adapters=folders)
         say(f"wrote {place}", quiet or as_json)
         if as_json:
             answer({"baseline": str(place)})
         return 0
     with ProgressBars(quiet or as_json) as bars:
-        report = gate_artifact(out, checkpoint, gates, progress=bars, kernels=kernels)
+        report = gate_artifact(out, checkpoint, gates, progress=bars, kernels=kernels, adapters=folders)
     if junit is not None:
         junit.write_text(to_junit(report), encoding="utf-8")
     say(gate_table(report), quiet or as_json)

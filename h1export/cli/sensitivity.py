@@ -8,7 +8,7 @@ import click
 import cloup
 
 from h1export.cli.build_request import DEVICE
-from h1export.cli.common import answer, common
+from h1export.cli.common import adapter_folders, adapter_option, answer, common
 from h1export.cli.output import say_text
 from h1export.quantize.budget import Budget
 from h1export.quantize.choices import BEST, GROUP_SIZES
@@ -39,6 +39,7 @@ from h1export.quantize.choices import BEST, GROUP_SIZES
 )
 @DEVICE
 @click.option("--jobs", default=0, show_default=True, type=click.IntRange(min=0), help="Threads; 0: one a core.")
+@adapter_option
 @common
 def sensitivity(
     model: str | None,
@@ -49,6 +50,7 @@ def sensitivity(
     out: Path | None,
     device: str,
     jobs: int,
+    adapters: tuple[str, ...],
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -78,6 +80,7 @@ def sensitivity(
             Calibration(calibration, device=device),
             progress=bars,
             jobs=jobs,
+            adapters=adapter_folders(adapters),
         )
     raised = {} if budget_bits is None and budget_kl is None else budget.raised(found)
     text = plan_text(found, raised)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,8 +24,11 @@ def bench_artifact(
     options: BenchOptions,
     progress: Progress = SILENT,
     kernels: Kernels = "auto",
+    adapters: Sequence[Path] = (),
 ) -> BenchReport:
     """Measure the artifact ``out``, in turns with the artifact ``against`` or with the reference on ``checkpoint``.
+
+    ``adapters`` are the folders of the adapters that ``out`` was built with; the reference has them merged.
 
     Raises:
         H1ExportError: a damaged artifact, one that does not run here, or a checkpoint that it was not built from.
@@ -37,18 +40,22 @@ def bench_artifact(
         candidate_of(artifact, _make_artifact(artifact.folder, kernels, options.steps)) for artifact in artifacts
     ]
     if checkpoint is not None:
-        candidates.append(_reference(artifacts[0], checkpoint, kernels, steps=options.steps))
+        candidates.append(_reference(artifacts[0], checkpoint, kernels, steps=options.steps, adapters=adapters))
     return bench(candidates, options, progress)
 
 
-def _reference(artifact: Artifact, checkpoint: Path, kernels: Kernels, *, steps: int) -> Candidate:
+def _reference(
+    artifact: Artifact, checkpoint: Path, kernels: Kernels, *, steps: int, adapters: Sequence[Path]
+) -> Candidate:
     """Return the Candidate of transformers' model in float32, on the weights that ``artifact`` stores."""
-    check_source(artifact, checkpoint)
+    check_source(artifact, checkpoint, adapters)
     config = artifact.config
     weights = "the artifact's, dequantised" if artifact.manifest.weights else "the checkpoint's"
 
     def make(threads: int) -> Callable[[], RunnerModel]:
-        return partial(reference_model_of, checkpoint, artifact.folder, threads, kernels=kernels, steps=steps)
+        return partial(
+            reference_model_of, checkpoint, artifact.folder, threads, kernels=kernels, steps=steps, adapters=adapters
+        )
 
     return Candidate(
         str(checkpoint),

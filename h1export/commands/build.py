@@ -18,6 +18,7 @@ from h1export.artifact.stage import Stage, dry_stage
 from h1export.artifact.staging import check_place, staged
 from h1export.checkpoint.chat_template import template_files
 from h1export.checkpoint.lora import described
+from h1export.checkpoint.packed_formats import ignored_packed_keys
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.unchanged import SourceFiles
 from h1export.checkpoint.vocabulary import check_vocabulary
@@ -48,6 +49,8 @@ CARRIED = (  # files of a checkpoint that an artifact carries as they are
     "merges.txt",
     "chat_template.json",  # beside it, every file of chat templates
 )
+
+MOST_PACKED = 32  # keys of quantization_config that are named: writers describe their whole recipe there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +192,7 @@ def carried(checkpoint: Path) -> tuple[str, ...]:
 
 
 def ignored_in(checkpoint: Path) -> tuple[str, ...]:
-    """Return a line for the keys and a line for the tensors of ``checkpoint`` that are no part of the model.
+    """Return a line each for keys, tensors and keys of the quantisation that change nothing in ``checkpoint``.
 
     Raises:
         H1ExportError: a checkpoint that cannot be exported.
@@ -197,7 +200,12 @@ def ignored_in(checkpoint: Path) -> tuple[str, ...]:
     config = FalconH1Config.load(checkpoint)
     found = {"config.json: ignored": FalconH1Config.ignored(checkpoint)}
     found["weights: ignored"] = WeightStore.open(checkpoint, config).ignored
-    return tuple(f"{place} {told(names)}: no part of the model" for place, names in found.items() if names)
+    lines = [f"{place} {told(names)}: no part of the model" for place, names in found.items() if names]
+    if names := ignored_packed_keys(checkpoint):
+        lines.append(
+            f"config.json: quantization_config: ignored {told(names, MOST_PACKED)}: no integer depends on them"
+        )
+    return tuple(lines)
 
 
 def build_artifact(

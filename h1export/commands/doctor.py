@@ -7,6 +7,7 @@ import getpass
 import json
 import platform
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +27,14 @@ PATH = re.compile(r"(?<![\w.~])(?:[A-Za-z]:)?(?:[\\/][^\s\\/:;,'\"()\[\]]+){2,}"
 VALIDATE = "validate --quick"
 
 
-def examine(out: Path, checkpoint: Path, *, build: bool = False, progress: Progress = SILENT) -> dict[str, Any]:
+def examine(
+    out: Path,
+    checkpoint: Path,
+    *,
+    build: bool = False,
+    progress: Progress = SILENT,
+    adapters: Sequence[Path] = (),
+) -> dict[str, Any]:
     """Examine the artifact ``out`` on this machine; nothing that is missing or wrong here raises.
 
     Args:
@@ -34,6 +42,7 @@ def examine(out: Path, checkpoint: Path, *, build: bool = False, progress: Progr
         checkpoint: the checkpoint that it was built from.
         build: whether to build what is missing, such as an engine.
         progress: shows the stages.
+        adapters: folders of the adapters that it was built with, in order.
 
     Returns:
         JSON values: "fits", "artifact", "machine", "findings" and "results", without paths, or names of the user or the
@@ -57,7 +66,7 @@ def examine(out: Path, checkpoint: Path, *, build: bool = False, progress: Progr
     if any(finding.passed is False for finding in findings):
         findings.append(Finding(VALIDATE, None, "was not run, because something above did not pass"))
     else:
-        finding, results = _validated(out, checkpoint, progress)
+        finding, results = _validated(out, checkpoint, progress, adapters=adapters)
         findings.append(finding)
     document = {
         "fits": not any(finding.passed is False for finding in findings),
@@ -66,7 +75,7 @@ def examine(out: Path, checkpoint: Path, *, build: bool = False, progress: Progr
         "findings": [dataclasses.asdict(finding) for finding in findings],
         "results": results,
     }
-    scrubbed: dict[str, Any] = _scrub(document, _private(out, checkpoint))
+    scrubbed: dict[str, Any] = _scrub(document, _private(out, checkpoint, adapters))
     return scrubbed
 
 
@@ -109,13 +118,15 @@ def _files(artifact: Artifact) -> Finding:
     return Finding("files", True, f"{len(artifact.manifest.files)} have the sha256 of the manifest")
 
 
-def _validated(out: Path, checkpoint: Path, progress: Progress) -> tuple[Finding, list[dict[str, Any]]]:
+def _validated(
+    out: Path, checkpoint: Path, progress: Progress, *, adapters: Sequence[Path]
+) -> tuple[Finding, list[dict[str, Any]]]:
     try:
-        check_source(Artifact.open(out), checkpoint)
+        check_source(Artifact.open(out), checkpoint, adapters)
     except H1ExportError as error:
         return Finding(VALIDATE, None, f"was not run: the artifact {error.what}", error.next_step), []
     try:
-        report = validate_artifact(out, checkpoint, {}, quick=True, save=False, progress=progress)
+        report = validate_artifact(out, checkpoint, {}, quick=True, save=False, progress=progress, adapters=adapters)
     except H1ExportError as error:
         return Finding.of(VALIDATE, error), []
     except Exception as error:  # of a runtime, and what a report is for
@@ -148,12 +159,18 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _private(out: Path, checkpoint: Path) -> dict[str, str]:
+def _private(out: Path, checkpoint: Path, adapters: Sequence[Path] = ()) -> dict[str, str]:
     """Return what must not be in the document -> what stands for it, the longest first."""
     named = {platform.node(): "HOST"}
     with suppress(OSError, KeyError, ImportError):
         named[getpass.getuser()] = "USER"
-    for path, instead in ((out, "OUT"), (checkpoint, "MODEL"), (Path.home(), "~")):
+    named_paths = (
+        (out, "OUT"),
+        (checkpoint, "MODEL"),
+        *((folder, "ADAPTER") for folder in adapters),
+        (Path.home(), "~"),
+    )
+    for path, instead in named_paths:
         named |= dict.fromkeys(map(str, (path, path.absolute(), path.resolve())), instead)
     return dict(sorted(named.items(), key=lambda pair: -len(pair[0])))
 

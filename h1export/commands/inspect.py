@@ -10,6 +10,7 @@ from typing import Any
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import MANIFEST
+from h1export.checkpoint.packed_formats import ignored_packed_keys
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import TOKENIZER, load_tokenizer
 from h1export.checkpoint.vocabulary import tokens_without_rows
@@ -48,6 +49,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         else {**dataclasses.asdict(store.packed_format), "tensors": len(store.packed)},
         "state_bytes": state_bytes(config),
         "ignored_keys": list(FalconH1Config.ignored(folder)),
+        "ignored_quantization_keys": list(ignored_packed_keys(folder)),
         "ignored_tensors": list(store.ignored),
         "tokens_without_rows": _tokens_without_rows(folder, config),
         "config": dataclasses.asdict(config),

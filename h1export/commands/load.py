@@ -88,4 +88,4 @@ def check_source(artifact: Artifact, checkpoint: Path, adapters: Sequence[Path] 
     merged = artifact.manifest.scheme.get(ADAPTERS, [])
     if merged != described(store.adapters):
         what = f"has {len(merged)} adapters merged, and they are not the {len(store.adapters)} given"
-        raise H1ExportError(artifact.folder, what, "give those it was built with to `validate --adapter`, in order")
+        raise H1ExportError(artifact.folder, what, "give those it was built with by --adapter, in order")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +32,43 @@ def artifact_model(folder: Path, threads: int, kernels: Kernels, *, steps: int) 
     return RunnerModel(timed_runner(Artifact.open(folder), threads, kernels), steps)
 
 
-def reference_model_of(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, steps: int) -> RunnerModel:
+def reference_model_of(
+    checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, steps: int, adapters: Sequence[Path] = ()
+) -> RunnerModel:
     """Return the reference on the weights of the artifact in ``folder``.
 
     Reading the weights counts in the peak memory of the process.
     """
     host.pin(threads)
     runner = load_runner(Artifact.open(folder), threads, kernels=kernels)
-    return reference_model(checkpoint, runner, threads, steps=steps, clock=time.perf_counter)
+    return reference_model(checkpoint, runner, threads, steps=steps, clock=time.perf_counter, adapters=adapters)
 
 
-def model_pair(checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, clock: Clock) -> ModelPair:
+def model_pair(
+    checkpoint: Path, folder: Path, threads: int, *, kernels: Kernels, clock: Clock, adapters: Sequence[Path] = ()
+) -> ModelPair:
     """Return the artifact in ``folder`` beside its reference, both for the timings of a gate."""
     host.pin(threads)
     runner = timed_runner(Artifact.open(folder), threads, kernels)
     ours = RunnerModel(runner, GATE_STEPS, CLOCKS[clock])
-    return ModelPair(ours, reference_model(checkpoint, runner, threads, steps=REFERENCE_STEPS, clock=CLOCKS[clock]))
+    reference = reference_model(
+        checkpoint, runner, threads, steps=REFERENCE_STEPS, clock=CLOCKS[clock], adapters=adapters
+    )
+    return ModelPair(ours, reference)
 
 
 def reference_model(
-    checkpoint: Path, runner: Inspectable[Any], threads: int, *, steps: int, clock: Callable[[], float]
+    checkpoint: Path,
+    runner: Inspectable[Any],
+    threads: int,
+    *,
+    steps: int,
+    clock: Callable[[], float],
+    adapters: Sequence[Path] = (),
 ) -> RunnerModel:
     """Return transformers' model on the weights that ``runner`` stores, ready to be timed."""
     torch.set_num_threads(threads)
-    reference = Reference(checkpoint)
+    reference = Reference(checkpoint, adapters)
     reference.hold(runner.stored_weights())
     return RunnerModel(reference, steps, clock, chunk=reference.config.max_position_embeddings)
 

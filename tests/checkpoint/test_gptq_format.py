@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from h1export.checkpoint.gptq_format import GptqFormat
-from h1export.checkpoint.packed_formats import format_from_config, load_format
+from h1export.checkpoint.packed_formats import format_from_config, ignored_packed_keys, load_format
 from h1export.errors import H1ExportError
 
 # as GPTQModel, AutoGPTQ and transformers write it
@@ -84,6 +84,13 @@ AUTOROUND = {
     "sym": True,
     "true_sequential": False,
 }
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "observer": "minmax"}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": WEIGHTS}},
+}
 GPTQMODEL_7 = GPTQMODEL | {"method": "gptq", "format": "gptq", "activation": None, "rotation": None}
 
 
@@ -100,6 +107,35 @@ GPTQMODEL_7 = GPTQMODEL | {"method": "gptq", "format": "gptq", "activation": Non
 )
 def test_what_writers_write(config: dict[str, Any], expected: GptqFormat) -> None:
     assert format_from_config(config) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "ignored"),
+    [
+        (GPTQMODEL, "desc_act hyb_act lm_head meta"),
+        (GPTQMODEL_7, "desc_act hyb_act lm_head meta"),
+        (
+            AUTOROUND,
+            "amp autoround_version batch_size block_name_to_quantize damp_percent desc_act enable_quanted_input iters "
+            "lm_head low_gpu_mem_usage nsamples provider seqlen true_sequential",
+        ),
+        (TRANSFORMERS, "backend batch_size cache_block_outputs damp_percent"),
+        (
+            AWQ | {"modules_to_not_convert": ["x"], "autoround_version": "0.9"},
+            "autoround_version modules_to_not_convert",
+        ),
+        (
+            COMPRESSED | {"ignore": ["lm_head"], "version": "0.13"},
+            "config_groups.group_0.weights.observer ignore version",
+        ),
+    ],
+    ids=["gptqmodel", "gptqmodel 7", "autoround", "transformers", "awq", "compressed-tensors"],
+)
+def test_what_is_ignored_is_named(config: dict[str, Any], ignored: str, tmp_path: Path) -> None:
+    """Keys that are read, and values that say nothing, are not named."""
+    config = config | {"a_new_key": None, "another": {}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    assert ignored_packed_keys(tmp_path) == tuple(ignored.split())
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,22 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"unsloth_version": "2026.1", "library_name": "peft", "peft_version": "0.20.0"},
+        {"runtime_config": {"ephemeral_gpu_offload": True}},
+        {"a_key_of_tomorrow": None, "another": {}, "merge_weights": False},
+        {"target_modules": None, "exclude_modules": ["x"], "lora_dropout": 0.5, "task_type": None},
+    ],
+    ids=str,
+)
+def test_keys_that_change_nothing(keys: dict[str, Any], adapter: Path, make_checkpoint: Callable[..., Path]) -> None:
+    before = open_store(make_checkpoint(), adapter).adapters[0].sha256
+    change(adapter, **keys)
+    assert open_store(make_checkpoint(), adapter).adapters[0].sha256 == before
+
+
 @pytest.mark.parametrize(("keys", "mentioned"), REFUSED, ids=str)
 def test_what_is_refused(
     keys: dict[str, Any], mentioned: str | None, adapter: Path, make_checkpoint: Callable[..., Path]
@@ -186,6 +202,13 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "no projection",
     ),
     "dora": (lambda t: t.update({f"{STEM}.lora_magnitude_vector.weight": torch.ones(4)}), "no matrix of LoRA"),
+    **{
+        f"the prefix {prefix}": (
+            lambda t, prefix=prefix: t.update({f"{prefix}{name}": t.pop(name) for name in list(t)}),  # type: ignore[misc]
+            'belongs to "model.layers.0.self_attn.q_proj.weight" under another name',
+        )
+        for prefix in ("module.", "_orig_mod.", "base_model.model.", "module._orig_mod.")
+    },
     "a whole weight": (
         lambda t: t.update({"base_model.model.model.final_layernorm.weight": torch.full((128,), 3.0)}),
         "modules_to_save",
@@ -211,6 +234,22 @@ def test_folders_that_are_no_adapter(adapter: Path, make_checkpoint: Callable[..
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(H1ExportError, match="pickle"):
         open_store(make_checkpoint(), adapter)
+
+
+def test_an_adapter_in_the_models_folder(adapter: Path, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers' Auto classes load both, so the model alone is another one."""
+    checkpoint = make_checkpoint()
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "both"))
+    shutil.copyfile(adapter / "adapter_config.json", folder / "adapter_config.json")
+    assert open_store(folder).fingerprint() == open_store(checkpoint).fingerprint()  # there is no adapter yet
+    shutil.copyfile(adapter / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    for given in ([], [adapter]):
+        with pytest.raises(H1ExportError, match=r"holds an adapter beside the model.*; give the folder with --adapter"):
+            open_store(folder, *given)
+    (tmp_path / "link").symlink_to(folder)
+    for given in (folder, tmp_path / "link"):
+        found = open_store(folder, given).adapters[0]
+        assert found.sha256 == open_store(checkpoint, adapter).adapters[0].sha256
 
 
 def test_an_adapter_on_integers(adapter: Path, make_gptq: Callable[..., Any], tmp_path: Path) -> None:

@@ -115,6 +115,28 @@ def test_compressed_tensors_own_compressor(
     assert (matrix.packed_format.bits, matrix.packed_format.sym) == (bits, symmetric)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group", [32, -1])
+def test_signed_zero_points_that_are_not_packed(bits: int, sym: bool, group: int, tmp_path: Path) -> None:
+    """As older releases of compressed-tensors wrote them, zeros of symmetric weights included."""
+    how = Gptq(bits=bits, group=group, sym=sym, layout="compressed")
+    written = write_tensors({NAME: np.random.default_rng(0).standard_normal((11, 64))}, tmp_path, how)
+    middle = 1 << (bits - 1)
+    signed = (written.zeros[NAME] - middle).astype(np.int8)
+    edit(tmp_path, lambda tensors: tensors.update({"x.weight_zero_point": signed}))
+    config = LAYOUTS["compressed"][0](how)
+    matrix = opened(tmp_path, (11, 64), config)
+    np.testing.assert_array_equal(matrix.zeros(3, 9), signed[3:9])
+    np.testing.assert_array_equal(matrix.dense(0, 11), written.weight(NAME))
+    wrong = np.full_like(signed, 1 if sym else -9)
+    edit(tmp_path, lambda tensors: tensors.update({"x.weight_zero_point": wrong}))
+    if sym or bits == 4:
+        with pytest.raises(H1ExportError, match="zero points") as caught:
+            opened(tmp_path, (11, 64), config).dense(0, 11)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("zero_points", [True, False])
 def test_autoawqs_own_dequantisation(zero_points: bool) -> None:
     """AutoAWQ wrote the file, and has dequantised it in float32."""

@@ -64,6 +64,11 @@ def test_a_missing_prefix_is_named(renamed: Callable[..., Path]) -> None:
     [
         (lambda name: name.replace("model.", "module.", 1), r'its prefix is "module\." instead of "model\."'),
         (lambda name: name.replace("model.", "base_model.model.", 1), r'the prefix "base_model\." is in front'),
+        (
+            lambda name: name.replace("model.", "model.language_model.", 1),
+            r'its prefix is "model\.language_model\." instead of "model\."',
+        ),
+        (lambda name: f"module.{name}" if "embed" in name else name, r'the prefix "module\." is in front'),
         (lambda name: name.replace("_tokens", "_tokens.base_layer"), r'added "base_layer" inside.*merge_and_unload'),
         (lambda name: name.replace("layers.0", "layers.0._orig_mod"), r'added "_orig_mod" inside'),
     ],
@@ -71,6 +76,22 @@ def test_a_missing_prefix_is_named(renamed: Callable[..., Path]) -> None:
 def test_other_changes_are_named(change: Callable[[str], str], shown: str, renamed: Callable[..., Path]) -> None:
     with pytest.raises(H1ExportError, match=shown):
         opened(renamed(change))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "base_model.model.", "language_model."])
+def test_a_checkpoint_with_both_names_says_so(prefix: str, renamed: Callable[..., Path]) -> None:
+    name = "model.embed_tokens.weight"
+    folder = renamed(lambda name: name, {f"{prefix}{name}": torch.zeros(3)})
+    with pytest.raises(H1ExportError, match=f'is "{name}" under another name .*"{prefix}".*both; remove') as caught:
+        opened(folder)
+    assert "download" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.default.weight", "lora_magnitude_vector", "ia3_l"])
+def test_an_adapter_inside_the_model_is_named(part: str, renamed: Callable[..., Path]) -> None:
+    folder = renamed(lambda name: name, {f"model.layers.0.mamba.in_proj.{part}": torch.zeros(3)})
+    with pytest.raises(H1ExportError, match=r"adapter that is not merged; call merge_and_unload"):
+        opened(folder)
 
 
 def test_a_name_without_a_wrapper_is_plain(small: Path) -> None:

@@ -45,6 +45,7 @@ def test_inspect_tells_how_it_is_quantised(folder: Path, capfd: pytest.CaptureFi
     assert run(["inspect", str(folder), "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["quantised"] == {"bits": 4, "group_size": 32, "sym": False, "zero_offset": 1, "tensors": 9}
+    assert found["ignored_quantization_keys"] == ["damp_percent", "desc_act", "lm_head", "meta"]
     assert found["bytes_by_dtype"].keys() == {"F16", "F32", "I32"}
 
 

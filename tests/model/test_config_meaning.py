@@ -14,12 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_configs import PUBLISHED
+from safetensors.torch import save_file
 from transformers import FalconH1Config as TransformersConfig
 from transformers import FalconH1ForCausalLM
 
 from h1export.errors import H1ExportError
+from h1export.graphs.model import FalconH1
+from h1export.graphs.on_device import empty_states
 from h1export.model.falcon_h1.config import USED_KEYS, FalconH1Config
-from h1export.model.falcon_h1.ignored_keys import ignored_keys, told
+from h1export.model.falcon_h1.ignored_keys import DTYPES, KINDS, ignored_keys, told
 
 SMALL: dict[str, Any] = {
     "model_type": "falcon_h1",
@@ -40,6 +43,7 @@ SMALL: dict[str, Any] = {
     "rope_theta": 50.0,
 }
 IDS = torch.arange(18)[None]
+SAME = 2e-5  # logits of about 1; float32 in another order of additions
 # Fields of the report only: a context length, the ids of special tokens, and the chunk, which is carried.
 NOT_THE_MODEL = {"max_position_embeddings", "bos_token_id", "eos_token_ids", "pad_token_id", "mamba_chunk_size"}
 ROPE = [
@@ -48,11 +52,19 @@ ROPE = [
     {"rope_type": "linear", "factor": 1.0},
     {"rope_type": "linear", "factor": 2.0},
     {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 8192},
+    {"rope_type": "proportional"},
+    {"rope_type": "proportional", "factor": 2.0},
+    {"rope_type": "proportional", "partial_rotary_factor": 0.4},
+    *(
+        {"rope_type": "longrope", "factor": 1.0, "short_factor": [short] * 3, "long_factor": [1.0] * 3}
+        for short in (1.0, 2.0)
+    ),
     {"rope_type": "default", "rope_theta": 7.0},
     {"rope_type": "default", "partial_rotary_factor": 0.5},
     {"hybrid": {"rope_type": "default", "rope_theta": 7.0}},
 ]
 SAYS = [None, {}, True, False, 1.0, "auto", "silu", "swish", "default", ["hybrid"] * 2, [0, 1], *ROPE]
+NO_KIND = ["x", "4", 4, -1, 0, 4.5, [], ["x"], [[]], {"a": 1}, {"0": "x"}, "float32", "float8_e4m3fn", "zeros"]
 OTHERS = {
     "rope_scaling": ROPE,
     "rope_parameters": ROPE,
@@ -61,8 +73,9 @@ OTHERS = {
     "attn_layer_indices": [[0, 1], [0]],
     "layers_block_type": [["hybrid"] * 2],
     "sliding_window": [4, 4096],
-    "per_layer_config": [{"0": {"rms_norm_eps": 0.1}}],
+    "per_layer_config": [{"0": {"rms_norm_eps": 0.1}}, {"0": {}, "1": {}}, {"1": {"rms_norm_eps": 1e-5}}],
     "hidden_act": ["gelu"],
+    "auto_map": [{"AutoTokenizer": ["x", None]}],
     "no_such_key": [1],
 }
 
@@ -76,7 +89,8 @@ def drawn() -> dict[str, list[Any]]:
             found.setdefault(key, []).append(value)
     for field in dataclasses.fields(TransformersConfig):
         found.setdefault(field.name, []).append(None)
-    del found["model_type"]
+    for key in ("model_type", "dtype", "torch_dtype"):  # another model; and what only from_pretrained reads, below
+        del found[key]
     return found
 
 
@@ -84,10 +98,18 @@ DRAWN = drawn()
 
 
 @pytest.fixture(scope="module")
-def logits() -> Callable[[dict[str, Any]], torch.Tensor | None]:
-    """logits(config) -> transformers' logits on the small model's weights; None where transformers refuses it."""
+def weights() -> dict[str, torch.Tensor]:
+    """The small model's."""
     torch.manual_seed(0)
-    weights = FalconH1ForCausalLM(TransformersConfig.from_dict(copy.deepcopy(SMALL))).state_dict()
+    found: dict[str, torch.Tensor] = FalconH1ForCausalLM(
+        TransformersConfig.from_dict(copy.deepcopy(SMALL))
+    ).state_dict()
+    return found
+
+
+@pytest.fixture(scope="module")
+def logits(weights: dict[str, torch.Tensor]) -> Callable[[dict[str, Any]], torch.Tensor | None]:
+    """logits(config) -> transformers' logits on the small model's weights; None where transformers refuses it."""
 
     def run(config: dict[str, Any]) -> torch.Tensor | None:
         try:
@@ -97,6 +119,24 @@ def logits() -> Callable[[dict[str, Any]], torch.Tensor | None]:
                 return model(IDS, return_dict=True).logits
         except Exception:  # it raises a dozen kinds
             return None
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def our_logits(weights: dict[str, torch.Tensor]) -> Callable[[FalconH1Config], torch.Tensor]:
+    """our_logits(config) -> the logits of graphs/model.py, which every target's graph is traced from."""
+    made: dict[FalconH1Config, torch.Tensor] = {}
+
+    def run(config: FalconH1Config) -> torch.Tensor:
+        if config not in made:
+            cpu = torch.device("cpu")
+            model = FalconH1(config).eval()
+            model.load_state_dict(weights)
+            states = empty_states(config, 1, cpu, dtype=torch.float32)
+            with torch.no_grad():
+                made[config], _ = model(IDS, torch.ones_like(IDS), states)
+        return made[config]
 
     return run
 
@@ -121,9 +161,13 @@ CHANGES = st.sampled_from(sorted(DRAWN)).flatmap(
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(change=CHANGES)
 def test_a_key_counts_exactly_where_transformers_computes_something_else(
-    logits: Callable[[dict[str, Any]], torch.Tensor | None], change: tuple[str, Any]
+    logits: Callable[[dict[str, Any]], torch.Tensor | None],
+    our_logits: Callable[[FalconH1Config], torch.Tensor],
+    change: tuple[str, Any],
 ) -> None:
     """Equal logits: accepted as the same model. Others: refused, or read as a model that is another in our config too.
+
+    Whatever is accepted and runs in transformers, ours computes the same logits with it.
 
     What transformers cannot load at all may only be accepted where it says nothing: as null, or as the same model.
     """
@@ -134,6 +178,8 @@ def test_a_key_counts_exactly_where_transformers_computes_something_else(
     found = logits(config)
     ours = parsed(config)
     base = FalconH1Config.from_config(SMALL)
+    if found is not None and ours is not None:
+        torch.testing.assert_close(our_logits(ours), found, rtol=0, atol=SAME, msg=f"{key} = {value!r}")
     if found is not None and torch.equal(found, reference):
         assert ours is not None, f"{key} = {value!r} changes nothing, and is refused"
         if key in ("tie_word_embeddings", "mamba_norm_before_gate"):  # switches without a use in this model
@@ -144,8 +190,47 @@ def test_a_key_counts_exactly_where_transformers_computes_something_else(
         same = torch.allclose(found, reference, atol=1e-5)
         assert (model_of(ours) == model_of(base)) == same, f"{key} = {value!r}"
     elif found is None and ours is not None and value is not None:
-        # the tensors of such a model have other shapes, which WeightStore refuses, or the key says nothing
-        assert model_of(ours) == model_of(base) or key in USED_KEYS
+        # the tensors of such a model have other shapes, which WeightStore refuses, or the value says nothing
+        assert key in USED_KEYS or value in ({}, [], ["hybrid"] * SMALL["num_hidden_layers"])
+
+
+@pytest.fixture(scope="module")
+def loads(weights: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], bool]:
+    """loads(config) -> whether transformers' from_pretrained makes a model of it that runs, with its own defaults."""
+    folder = tmp_path_factory.mktemp("loads")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    def run(config: dict[str, Any]) -> bool:
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        try:
+            model: Any = FalconH1ForCausalLM.from_pretrained(folder)
+            with torch.no_grad():
+                model(IDS)
+        except Exception:  # it raises a dozen kinds
+            return False
+        return True
+
+    return run
+
+
+@pytest.mark.parametrize("key", [*sorted(KINDS), "mamba_expand"])
+def test_values_that_transformers_cannot_use_are_refused(key: str, loads: Callable[[Any], bool]) -> None:
+    """A whole number in the place of another number is none of them: only the newest transformers minds it."""
+    for value in NO_KIND:
+        number = type(value) is int and key in ("attention_dropout", "initializer_range")
+        assert number or loads(SMALL | {key: value}) == (parsed(SMALL | {key: value}) is not None), value
+    with pytest.raises(H1ExportError, match=f"key '{key}' is .*; expected") as caught:
+        FalconH1Config.from_config(SMALL | {key: ["x"]}, "config.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(DTYPES))
+def test_names_of_dtypes_are_torchs(name: str, loads: Callable[[Any], bool]) -> None:
+    for key in ("dtype", "torch_dtype"):
+        assert loads(SMALL | {key: name})
+        assert parsed(SMALL | {key: name}) is not None
+    assert loads(SMALL | {"dtype": name, "torch_dtype": "x"})
+    assert parsed(SMALL | {"dtype": name, "torch_dtype": "x"}) is not None
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -9,24 +9,22 @@ import dataclasses
 import hashlib
 import json
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
+from h1export import forms
 from h1export.artifact.manifest import Manifest
-from h1export.checkpoint.text_file import read_text
-from h1export.errors import H1ExportError, reason
+from h1export.errors import H1ExportError
+from h1export.forms import Count
 from h1export.model.config_reader import shown
 from h1export.quantize.choices import QuantName
 from h1export.report.checks import Phase
 from h1export.validate.speed.decision import FIRST
 from h1export.validate.speed.statistics import Estimate
 from h1export.validate.speed.worker import Timing
-
-FORMAT = 1
 
 
 class Clock(StrEnum):
@@ -95,12 +93,20 @@ class Baseline:
     """
 
     model: str
-    nodes: Mapping[str, Mapping[str, int]]
-    files: Mapping[str, int]
-    step_bytes: Mapping[str, int]
-    peak_bytes: int = 0
+    nodes: Mapping[str, Mapping[str, Count]]
+    files: Mapping[str, Count]
+    step_bytes: Mapping[str, Count]
+    peak_bytes: Count = 0
     ratios: Mapping[str, Mapping[str, Ratio]] = field(default_factory=dict)
-    spills: Mapping[str, int] = field(default_factory=dict)
+    spills: Mapping[str, Count] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredBaselines:
+    """The file of baselines: "target quant" -> the figures."""
+
+    format: Literal[1]
+    gates: Mapping[str, Baseline]
 
 
 def model_of(manifest: Manifest) -> str:
@@ -117,9 +123,9 @@ def read_gates(path: Path) -> tuple[tuple[Gate, ...], Path]:
         H1ExportError: no such file, not TOML, unknown or missing keys, values of a wrong type or out of range.
     """
     try:
-        data = tomllib.loads(read_text(path, "--gates", kind="TOML"))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise H1ExportError(path, f"is not TOML ({reason(error)})", "correct it") from None
+        data = forms.from_toml(forms.content(path, "write one as docs/gates.md says"))
+    except forms.FormError as error:
+        raise H1ExportError(path, f"is not TOML ({error})", "correct it") from None
     keys = _known(path, "", data, types={"baseline": str, "gate": list})
     gates = tuple(_gate(path, number, table) for number, table in enumerate(keys.get("gate", []), 1))
     named = [(gate.target, gate.quant) for gate in gates]
@@ -194,27 +200,13 @@ def read_baselines(path: Path) -> dict[str, Baseline]:
     """
     if not path.exists():
         return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.pop("format") != FORMAT:
-            raise ValueError("another format")
-        return {name: _baseline(item) for name, item in data["gates"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        what = f"is no baseline of this h1export ({type(error).__name__}: {reason(error)})"
-        raise H1ExportError(path, what, "remove it and run h1export gate --write-baseline") from None
-
-
-def _baseline(data: Mapping[str, Any]) -> Baseline:
-    ratios = {
-        cpu: {timing: Ratio(Estimate(**item["estimate"]), item["pairs"]) for timing, item in found.items()}
-        for cpu, found in data["ratios"].items()
-    }
-    return Baseline(**{**data, "ratios": ratios})
+    next_step = "remove it and run h1export gate --write-baseline"
+    return dict(forms.read(path, StoredBaselines, what="a baseline of this h1export", next_step=next_step).gates)
 
 
 def write_baselines(path: Path, baselines: Mapping[str, Baseline]) -> None:
     """Write all baselines, completely or not at all."""
     gates = {name: dataclasses.asdict(baselines[name]) for name in sorted(baselines)}
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps({"format": FORMAT, "gates": gates}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps({"format": 1, "gates": gates}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(beside, path)

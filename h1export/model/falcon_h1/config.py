@@ -189,6 +189,8 @@ def _parse(read: ConfigReader) -> FalconH1Config:
     d_ssm = read.optional_size("mamba_d_ssm", 1024)
     if d_ssm is None:
         d_ssm = read.size("mamba_expand", 2) * hidden
+    elif read.config.get("mamba_expand") is not None and type(read.config["mamba_expand"]) is not int:
+        raise read.error("mamba_expand", f"is {shown(read.config['mamba_expand'])}", "expected a whole number")
     n_heads = read.size("mamba_n_heads", 128)
     d_head = None if read.config.get("mamba_d_head", "auto") == "auto" else read.optional_size("mamba_d_head", None)
     ssm = read.positives("ssm_multipliers", 5)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from gptq_files import Written
-from safetensors.torch import save_file
+from lora_files import write_adapter
+from packed_by_gptqmodel import KINDS, Truth, truth_of
 
+from h1export.checkpoint.store import WeightStore
 from h1export.cli import run
 from h1export.commands.build import build_artifact
 from h1export.commands.load import load_runner
@@ -51,23 +52,36 @@ def test_integers_and_logits_are_the_writers(
     assert artifact.manifest.scheme["prequantized"]["bits"] == how.get("bits", 4)
 
 
+@pytest.mark.parametrize("graph", ["cpu", "portable"])
+@pytest.mark.parametrize("folder", KINDS, ids=lambda folder: folder.name)
+def test_an_artifact_holds_gptqmodels_integers(folder: Path, graph: Any, tmp_path: Path) -> None:
+    """The file is GPTQModel's; the truth is what its own kernel made of it."""
+    artifact = build_artifact(
+        folder, "ort", tmp_path / "out", scheme=QuantScheme("none"), options=OrtOptions(graph=graph)
+    )
+    stored: Any = load_runner(artifact, float32=True).stored_weights()
+    packed = WeightStore.open(folder, FalconH1Config.load(folder)).packed
+    truth = truth_of(folder)
+    assert set(truth) == set(packed)
+    for name, expected in truth.items():
+        found = stored.quantized(name)
+        matrix = packed[name]
+        middle = matrix.packed_format.middle
+        codes = np.empty_like(found.codes)
+        codes[:, matrix.order] = found.codes
+        blocks = found.scales.shape[1]
+        groups = matrix.group_of[matrix.order][:: len(matrix.order) // blocks]  # the group of each block
+        zeros = np.zeros((len(codes), blocks), np.int8)
+        zeros[:, groups] = 0 if found.zeros is None else found.zeros
+        zeros = zeros[:, : matrix.packed_format.groups(len(matrix.order))]
+        assert expected == Truth.of(
+            dense=stored[name], codes=codes.astype(int) + middle, zeros=zeros.astype(int) + middle
+        )
+
+
 @pytest.fixture(scope="module")
 def adapter(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter of in_proj and lm_head, written without PEFT."""
-    folder = tmp_path_factory.mktemp("adapter")
-    config = FalconH1Config.load(make_checkpoint())
-    torch.manual_seed(0)
-    shapes = {
-        "model.layers.0.mamba.in_proj": (sum(config.in_proj_parts), config.hidden_size),
-        "lm_head": (config.vocab_size, config.hidden_size),
-    }
-    tensors = {}
-    for module, (rows, columns) in shapes.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = 0.2 * torch.randn(4, columns)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = 0.2 * torch.randn(rows, 4)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
-    return folder
+    return write_adapter(make_checkpoint(), tmp_path_factory.mktemp("adapter"))
 
 
 def test_an_adapter_on_the_command_line(

@@ -123,5 +123,5 @@ def test_a_baseline_comes_back_as_written(tmp_path: Path) -> None:
 )
 def test_another_file_is_no_baseline(tmp_path: Path, text: str) -> None:
     (tmp_path / "b.json").write_text(text)
-    with pytest.raises(H1ExportError, match=r"is no baseline .*--write-baseline"):
+    with pytest.raises(H1ExportError, match=r"is not a baseline .*--write-baseline"):
         read_baselines(tmp_path / "b.json")

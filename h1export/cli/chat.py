@@ -16,6 +16,7 @@ import cloup
 
 from h1export.cli.common import common, kernels_option, say
 from h1export.cli.output import say_text, show_text
+from h1export.cli.prompt import STDIN
 from h1export.errors import H1ExportError, as_utf8
 from h1export.targets import Kernels
 
@@ -150,11 +151,16 @@ def _typed() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
-    for number, line in enumerate(click.get_binary_stream("stdin"), 1):
-        try:
-            yield line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise H1ExportError(f"standard input, line {number}", "is not UTF-8 text", "give it in UTF-8") from None
+    stream: Any = getattr(sys.stdin, "buffer", sys.stdin)
+    read = 0
+    try:
+        for line in stream:
+            read += 1
+            yield (line.decode("utf-8") if isinstance(line, bytes) else str(line)).rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise H1ExportError(f"{STDIN}, line {read}", "is not UTF-8 text", "give it in UTF-8") from None
+    except OSError as error:
+        raise H1ExportError(STDIN, f"cannot be read ({error.strerror or error})", "give it lines of text") from None
 
 
 @contextmanager

@@ -130,7 +130,8 @@ class Chat:
     def _ids(self, messages: list[dict[str, Any]], reply: bool) -> list[int]:
         text = self._template.render(messages, reply=reply)
         # a chat template writes the special tokens itself
-        return prompt_ids(self._tokenizer, text, self._runner.config, add_special_tokens=False).tolist()
+        ids = prompt_ids(self._tokenizer, text, self._runner.config, add_special_tokens=False)
+        return [int(token) for token in ids]
 
     def save(self, path: Path) -> None:
         """Write the conversation and its states to ``path``.

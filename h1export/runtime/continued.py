@@ -11,7 +11,7 @@ import numpy as np
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.runtime.generation import PREFILL_CHUNK
-from h1export.runtime.runner import Runner, Session
+from h1export.runtime.runner import RestorableSession, Runner
 from h1export.runtime.saved_states import SavedStates
 
 MOST_POINTS = (
@@ -46,7 +46,7 @@ class ContinuedSequence:
         self._runner = runner
         self._spec = StateSpec.of(runner.config)
         self._points: list[SavedStates] = []  # consecutive parts; the states at the end of each can be restored
-        self._session: Session | None = None
+        self._session: RestorableSession | None = None
         self._capacity = 0
         self.ids: list[int] = []
         self.computed = 0
@@ -107,7 +107,7 @@ class ContinuedSequence:
             raise H1ExportError("save", "there are no tokens yet", "save after a reply")
         return Continued(tuple(self.ids), self._session.save())
 
-    def _append(self, session: Session, ids: Ids) -> Array:
+    def _append(self, session: RestorableSession, ids: Ids) -> Array:
         try:
             logits = session.append(ids)
         except BaseException:  # the states may be those after the tokens, or in between
@@ -145,7 +145,7 @@ class ContinuedSequence:
         self._points = []
         self.ids = []
 
-    def _reserve(self, tokens: int) -> Session:
+    def _reserve(self, tokens: int) -> RestorableSession:
         """Return the session, with room for ``tokens``; a longer one takes over where it must."""
         before = self._session
         if before is None or tokens > self._capacity:
@@ -156,7 +156,7 @@ class ContinuedSequence:
         assert self._session is not None
         return self._session
 
-    def _save_point(self, session: Session) -> None:
+    def _save_point(self, session: RestorableSession) -> None:
         self._points.append(session.save(start=self._points[-1].length if self._points else 0))
         if len(self._points) > MOST_POINTS:  # the first is the one to come back to when all else has changed
             self._points[1:3] = [SavedStates.joined(self._spec, self._points[1:3])]

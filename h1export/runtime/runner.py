@@ -70,6 +70,10 @@ class Session(Protocol):
         """
         ...
 
+
+class RestorableSession(Session, Protocol):
+    """A Session whose sequences can be saved, and go on from saved states."""
+
     def save(self, row: int = 0, start: int = 0) -> SavedStates:
         """Return a copy of the states of one row, with keys and values of the tokens from ``start`` on.
 
@@ -126,7 +130,7 @@ class Runner(Protocol[States]):
         """Return how many tokens, pads counted, each sequence in ``states`` has."""
         ...
 
-    def start(self, batch: int, capacity: int) -> Session:
+    def start(self, batch: int, capacity: int) -> RestorableSession:
         """Open ``batch`` new sequences with room for ``capacity`` tokens each: the fast way to generate."""
         ...
 

@@ -1,6 +1,6 @@
 """Sessions over any Runner: one that steps, one with states in place, and one that extends row by row.
 
-All of them are ``BatchSession``s. A runtime that has states in place implements ``Session`` beside its own Runner.
+All of them are ``BatchSession``s. A runtime that has states in place implements ``RestorableSession``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.runtime.generation import PREFILL_CHUNK
-from h1export.runtime.runner import Restorable, Runner, Session, check_call
+from h1export.runtime.runner import Restorable, RestorableSession, Runner, check_call
 from h1export.runtime.saved_states import SavedStates, check_part
 
 
-class BatchSession(Session, Protocol):
+class BatchSession(RestorableSession, Protocol):
     """A Session that also takes rows padded on the left, and returns as many logits as a caller wants.
 
     Attributes:

@@ -50,7 +50,10 @@ class StateFile:
         Raises:
             H1ExportError: ``path`` is something else, or cannot be written.
         """
-        arrays = {IDS: np.array(self.sequence.ids, np.int64), **self.sequence.states.arrays}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            IDS: np.array(self.sequence.ids, np.int64),
+            **self.sequence.states.arrays,
+        }
         text = json.dumps(list(self.messages))
         metadata = {
             "format": FORMAT,
@@ -165,5 +168,5 @@ def _digest(arrays: Mapping[str, npt.NDArray[Any]], messages: str) -> str:
     """Return the sha256 of the messages and of the arrays' bytes in the order of their names."""
     found = hashlib.sha256(messages.encode())
     for name in sorted(arrays):
-        found.update(np.ascontiguousarray(arrays[name]))
+        found.update(np.ascontiguousarray(arrays[name]).data)
     return found.hexdigest()

@@ -15,7 +15,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateKind, StateSpec
-from h1export.runtime.runner import Limits, Provenance, Session, check_call
+from h1export.runtime.runner import Limits, Provenance, RestorableSession, check_call
 from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import SteppedSession
 from h1export.targets.onnx import sdk
@@ -160,7 +160,7 @@ class OnnxRuntimeRunner:
         after = {tensor.past: found[tensor.present] for tensor in self._states.tensors}
         return found[LOGITS], after, probes
 
-    def start(self, batch: int, capacity: int) -> Session:
+    def start(self, batch: int, capacity: int) -> RestorableSession:
         if not self._variant.bound:
             return SteppedSession(self, batch)
         graph = BoundGraph(

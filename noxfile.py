@@ -69,7 +69,8 @@ def lint(session: nox.Session) -> None:
     kernels = ROOT / "targets" / "onnxruntime" / "csrc"
     plugin = ROOT / "targets" / "tensorrt" / "plugin" / "csrc"
     driver = ROOT / "tools" / "gpu_host" / "driver"
-    sources = [str(file) for folder in (kernels, plugin, driver) for file in sorted(folder.glob("*.[ch]*"))]
+    host = ROOT / "tools" / "sanitize" / "csrc"
+    sources = [str(file) for folder in (kernels, plugin, driver, host) for file in sorted(folder.glob("*.[ch]*"))]
     session.run("clang-format", "--dry-run", "--Werror", *sources)
     flags = ("-std=c++20", "-march=native", "-isystem", str(kernels.parent / "include"))
     session.run("clang-tidy", "--quiet", *map(str, sorted(kernels.glob("*.cc"))), "--", *flags, silent=True)
@@ -208,6 +209,36 @@ def gate(session: nox.Session) -> None:
         artifact = f"{folder}/artifact"
         session.run("h1export", "build", "--target", "ort", "--quant", "int4", "--out", artifact)
         session.run("python", "benchmarks/gate_selftest.py", artifact, *session.posargs)
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Our C++ under the address, undefined behaviour and thread sanitizers, on hostile nodes, calls and artifacts.
+
+    It needs clang (on Debian, apt-get install clang) and g++, and takes some minutes; docs/security.md has its figures.
+    """
+    if shutil.which("clang++") is None:
+        session.error(
+            "no clang++ here: install clang (on Debian, apt-get install clang) and run `nox -s sanitize` again"
+        )
+    session.install("-e", ".[ort,trt]", "--no-compile")
+    artifact = Path(session.create_tmp()).resolve() / "artifact"
+    shutil.rmtree(artifact, ignore_errors=True)
+    session.run(
+        "h1export",
+        "build",
+        "--target",
+        "ort",
+        "--quant",
+        "int4",
+        "--method",
+        "rtn",
+        "--out",
+        str(artifact),
+        silent=True,
+    )
+    with session.chdir(ROOT / "tools"):
+        session.run("python", "-m", "sanitize.run", str(artifact), *session.posargs)
 
 
 @nox.session

@@ -15,6 +15,7 @@ from h1export.runtime.saved_states import SavedStates, check_part
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import state_layout
 from h1export.targets.onnxruntime.bfloat16 import element_type, in_numpy
+from h1export.targets.onnxruntime.calls import refused
 from h1export.targets.onnxruntime.fixed_decode import FixedDecode
 from h1export.targets.onnxruntime.run_options import run_options
 from h1export.targets.onnxruntime.variants import GraphVariant
@@ -152,7 +153,8 @@ class BoundSession:
         binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids))
         binding.bind_cpu_input(ATTENTION_MASK, mask)
         binding.bind_output(LOGITS)
-        self._graph.session.run_with_iobinding(binding, run_options())
+        with refused("onnxruntime", "cannot compute the graph of this artifact"):
+            self._graph.session.run_with_iobinding(binding, run_options())
         logits: Array = binding.get_outputs()[-1].numpy()  # outputs are in the order of binding
         return logits
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids
 from h1export.targets.onnx import sdk
+from h1export.targets.onnxruntime.calls import refused
 from h1export.targets.onnxruntime.run_options import run_options
 
 _NUMBERS = itertools.count(1)  # of captured graphs; no two sessions share one, because their buffers differ
@@ -90,4 +91,5 @@ class FixedDecode:
         self._here.captured = True
 
     def _run(self) -> None:
-        self._session.run_with_iobinding(self._binding, self._options)
+        with refused("onnxruntime", "cannot compute the graph of this artifact"):
+            self._session.run_with_iobinding(self._binding, self._options)

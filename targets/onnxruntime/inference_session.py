@@ -21,6 +21,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.probes import PREFIX
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import cuda_libraries
+from h1export.targets.onnxruntime.calls import refused
 from h1export.targets.onnxruntime.float32_graph import float32_graph
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CPU, CUDA, FUSED_LEVEL, GraphVariant
@@ -67,10 +68,11 @@ def open_inference_session(
     for name, value in SETTINGS[path.name].items():
         setattr(options, name, value)
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors are exceptions too
+    options.log_severity_level = 4  # errors are exceptions, whose one line is enough
     options.add_session_config_entry(FUSED_LEVEL, str(0 if float32 else OrtOptions.read(artifact).accuracy_level))
     if library is not None:
-        options.register_custom_ops_library(str(library))
+        with refused(library, "onnxruntime cannot load our kernels"):
+            options.register_custom_ops_library(str(library))
     if not float32:
         sdk.check_provider(provider)
     if provider == CUDA and CUDA in ort.get_available_providers():
@@ -80,16 +82,12 @@ def open_inference_session(
         for name in dict.fromkeys((provider, CPU))
         if name in ort.get_available_providers()
     ]
-    try:
+    again = "build the artifact again" + " without --captured-decode" * captured
+    with refused(path, "onnxruntime cannot load it", again):
         model = (
             _changed(path, variant, options, float32=float32, observed=observed) if float32 or observed else str(path)
         )
         session = ort.InferenceSession(model, options, providers=chain)
-    except H1ExportError:
-        raise
-    except Exception as error:  # onnxruntime's exception types share no base class
-        again = "build the artifact again" + " without --captured-decode" * captured
-        raise H1ExportError(path, f"onnxruntime cannot load it ({error})", again) from None
     if not float32 and provider not in session.get_providers():  # onnxruntime only logs it, and would run on the CPU
         raise H1ExportError(
             provider, f"onnxruntime could not start it{cuda_libraries.missing()}", cuda_libraries.NEXT_STEP

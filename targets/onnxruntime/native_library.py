@@ -11,11 +11,11 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from h1export.errors import H1ExportError
+from h1export.runtime.code_cache import cached
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(sorted((FOLDER / "csrc").glob("*.cc")))
@@ -33,6 +33,7 @@ FLAGS = (
     "-fvisibility=hidden",
     f"-I{FOLDER / 'include'}",
 )
+UMASK = 0o077  # of compilers: one that takes the owner's bits away would keep them from their own temporary files
 SHOWN_LINES = 5  # the last lines of a failing compiler's messages, which the error quotes
 NEXT_STEP = "install a C++20 compiler such as g++, or name one in CXX"
 
@@ -45,13 +46,16 @@ def library(extra_flags: Sequence[str] = ()) -> Path:
     without the library catches the error, and must show it.
 
     Raises:
-        H1ExportError: There is no compiler, the compiler failed, or the cache cannot be written.
+        H1ExportError: There is no compiler, the compiler failed, or the cache cannot be written or trusted
+            (h1export/runtime/code_cache.py).
     """
     command = [*_compiler(), *FLAGS, *extra_flags]
-    path = _cache() / _key(command) / NAME
-    if not path.exists():
-        _compile(command, path)
-    return path
+
+    def make(folder: Path) -> Path:
+        _run([*command, *map(str, SOURCES), "-o", str(folder / NAME)])
+        return folder / NAME
+
+    return cached("native", _key(command), NAME, make=make)
 
 
 def _compiler() -> list[str]:
@@ -64,11 +68,6 @@ def _compiler() -> list[str]:
     raise H1ExportError("native kernels", f"no C++ compiler found ({', '.join(COMPILERS)})", NEXT_STEP)
 
 
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "h1export" / "native"
-
-
 def _key(command: list[str]) -> str:
     digest = hashlib.sha256(" ".join(command).encode())
     digest.update(_run([*command, "-E", "-dM", "-x", "c++", os.devnull]))
@@ -77,23 +76,9 @@ def _key(command: list[str]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _compile(command: list[str], path: Path) -> None:
-    """Compile into a temporary folder, then rename: other processes may do the same, and see nothing or all of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / NAME
-            _run([*command, *map(str, SOURCES), "-o", str(made)])
-            made.replace(path)
-    except OSError as error:
-        raise H1ExportError(
-            path.parent, f"the native kernels cannot be written ({error.strerror})", "set XDG_CACHE_HOME"
-        ) from None
-
-
 def _run(command: list[str]) -> bytes:
     try:
-        return subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL).stdout
+        return subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, umask=UMASK).stdout
     except OSError as error:
         raise H1ExportError(command[0], f"cannot run this C++ compiler ({error.strerror})", NEXT_STEP) from None
     except subprocess.CalledProcessError as error:

@@ -24,6 +24,7 @@ from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.onnxruntime import native_library, state_layout
 from h1export.targets.onnxruntime.bfloat16 import run
 from h1export.targets.onnxruntime.bound_session import BoundGraph, BoundSession, check_length
+from h1export.targets.onnxruntime.calls import refused
 from h1export.targets.onnxruntime.emit.dequantize_linear import TABLE
 from h1export.targets.onnxruntime.emit.matmul_nbits import ROWS
 from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_inference_session
@@ -122,7 +123,8 @@ class OnnxRuntimeRunner:
         check_length(ids, self._longest_call)
         if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._batched_append:
             return self._row_by_row(ids, mask, states)
-        logits, *present = run(self._session, self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
+        with refused(self._artifact.folder, "onnxruntime cannot compute its graph"):
+            logits, *present = run(self._session, self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
         return logits, {tensor.past: state for tensor, state in zip(self._states.tensors, present, strict=True)}
 
     def length(self, states: States) -> int:
@@ -146,9 +148,9 @@ class OnnxRuntimeRunner:
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
         check_call(ids, mask, self.length(states), vocab_size=self._config.vocab_size)
         names = [output.name for output in self._observed.get_outputs()]
-        found = dict(
-            zip(names, run(self._observed, names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states}), strict=True)
-        )
+        with refused(self._artifact.folder, "onnxruntime cannot compute its graph"):
+            values = run(self._observed, names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
+        found = dict(zip(names, values, strict=True))
         probes = {
             probe: part
             for name, value in found.items()

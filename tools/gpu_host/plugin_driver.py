@@ -49,8 +49,11 @@ def stand_ins(kernels: Iterable[Kernel], architectures: Sequence[int]) -> list[C
     ]
 
 
-def compile_programs(folder: Path, source: Path) -> None:
-    """Compile the harness and the stand-in for the driver into ``folder``; ``source`` is a plugin's source folder."""
+def compile_programs(folder: Path, source: Path, flags: Sequence[str] = ()) -> None:
+    """Compile the harness and the stand-in for the driver into ``folder``; ``source`` is a plugin's source folder.
+
+    ``flags`` are more flags for the compiler, such as a sanitizer's.
+    """
     (folder / STAND_IN).mkdir(parents=True)
     (folder / "kinds.h").write_text(kinds(), encoding="utf-8")
     include = [f"-I{folder}", "-isystem", str(source / "include"), "-isystem", str(source / "cuda")]
@@ -60,7 +63,17 @@ def compile_programs(folder: Path, source: Path) -> None:
         ("harness", HARNESS, ["-ldl"]),
     )
     for name, made, more in programs:
-        command = [compiler, *FLAGS, *STATIC, *include, str(DRIVER / f"{name}.cc"), "-o", str(folder / made), *more]
+        command = [
+            compiler,
+            *FLAGS,
+            *(() if flags else STATIC),
+            *flags,
+            *include,
+            str(DRIVER / f"{name}.cc"),
+            "-o",
+            str(folder / made),
+            *more,
+        ]
         subprocess.run(command, check=True)
 
 

@@ -8,6 +8,7 @@
 //   threads.
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "gemm.h"
 #include "ort.h"
@@ -296,20 +297,19 @@ void attention(const Parallel& parallel, const Attention& a) {
 class AttentionOp {
  public:
   static constexpr const char* name = "Attention";
-  static constexpr Port inputs[] = {kFloat, kFloat, kFloat, kInt64, kFloat, kFloat};
-  static constexpr Port outputs[] = {kFloat, kFloat, kFloat};
+  static constexpr Port inputs[] = {floats(3), floats(3), floats(3), integers(2), floats(4), floats(4)};
+  static constexpr Port outputs[] = {floats(3), floats(4), floats(4)};
 
   explicit AttentionOp(const Attributes& attributes)
-      : heads_(attributes.integer("num_heads")),
-        kv_heads_(attributes.integer("kv_heads")),
-        dim_(attributes.integer("head_dim")),
-        q_offset_(attributes.integer("q_offset")),
-        k_offset_(attributes.integer("k_offset")),
-        v_offset_(attributes.integer("v_offset")),
-        scale_(attributes.real("scale")) {
-    require(heads_ > 0 && kv_heads_ > 0 && heads_ % kv_heads_ == 0, "kv_heads must divide num_heads");
-    require(dim_ > 0 && dim_ % int64_t(kLanes) == 0, "head_dim must be a multiple of 8");
-    require(q_offset_ >= 0 && k_offset_ >= 0 && v_offset_ >= 0, "offsets must not be negative");
+      : heads_(attributes.size("num_heads", kMostHeads)),
+        kv_heads_(attributes.size("kv_heads", kMostHeads)),
+        dim_(attributes.size("head_dim", kMostHeads)),
+        q_offset_(attributes.offset("q_offset")),
+        k_offset_(attributes.offset("k_offset")),
+        v_offset_(attributes.offset("v_offset")),
+        scale_(attributes.finite("scale")) {
+    require(divides(kv_heads_, heads_), "kv_heads must divide num_heads");
+    require(divides(kLanes, dim_), "head_dim must be a multiple of 8");
   }
 
   void compute(const Call& call) const {
@@ -319,13 +319,12 @@ class AttentionOp {
     const auto mask = call.input<int64_t>(3);
     const auto past_k = call.input<float>(4);
     const auto past_v = call.input<float>(5);
-    require(qkv.shape.size() == 3 && mask.shape.size() == 2 && past_k.shape.size() == 4,
-            "qkv, mask or past_k has another rank");
-    const int64_t batch = qkv.shape[0], tokens = qkv.shape[1], total = mask.shape[1], past_rows = past_k.shape[2];
-    require(q_offset_ + heads_ * dim_ <= qkv.last(), "the columns of q lie outside qkv");
-    require(std::max(k_offset_, v_offset_) + kv_heads_ * dim_ <= qkv.last(), "the columns of k or v lie outside qkv");
+    const Size batch = qkv.shape[0], tokens = qkv.shape[1], total = mask.shape[1], past_rows = past_k.shape[2];
+    require(lies_within(qkv.last(), q_offset_, heads_ * dim_), "the columns of q lie outside qkv");
+    require(lies_within(qkv.last(), std::max(k_offset_, v_offset_), kv_heads_ * dim_),
+            "the columns of k or v lie outside qkv");
     for (const auto* table : {&cos, &sin}) {
-      require(table->shape == Shape{batch, tokens, dim_ / 2}, "cos and sin must be [batch, tokens, dim / 2]");
+      require(table->shape == Shape{batch, tokens, dim_.value() / 2}, "cos and sin must be [batch, tokens, dim / 2]");
     }
     for (const auto* past : {&past_k, &past_v}) {
       require(past->shape == Shape{batch, kv_heads_, past_rows, dim_},
@@ -337,20 +336,22 @@ class AttentionOp {
     const Shape grown{batch, kv_heads_, std::max(past_rows, total), dim_};
     const auto out = call.output<float>(0, {batch, tokens, heads_ * dim_});
     const auto keys = call.output<float>(1, grown), values = call.output<float>(2, grown);
+    if (keys.size() == Size{0}) return;  // no batch, or neither a past nor tokens
+    const auto columns = [&qkv](Size offset) { return qkv.data == nullptr ? nullptr : qkv.from(offset); };
     const Attention arguments{
-        .batch = as_size(batch),
-        .tokens = as_size(tokens),
-        .total = as_size(total),
-        .heads = as_size(heads_),
-        .kv_heads = as_size(kv_heads_),
-        .dim = as_size(dim_),
-        .width = as_size(qkv.last()),
-        .past_rows = as_size(past_rows),
-        .rows = as_size(grown[2]),
+        .batch = batch.count(),
+        .tokens = tokens.count(),
+        .total = total.count(),
+        .heads = heads_.count(),
+        .kv_heads = kv_heads_.count(),
+        .dim = dim_.count(),
+        .width = qkv.last().count(),
+        .past_rows = past_rows.count(),
+        .rows = grown[2].count(),
         .scale = scale_,
-        .q = qkv.data + q_offset_,
-        .k = qkv.data + k_offset_,
-        .v = qkv.data + v_offset_,
+        .q = columns(q_offset_),
+        .k = columns(k_offset_),
+        .v = columns(v_offset_),
         .cos = cos.data,
         .sin = sin.data,
         .mask = mask.data,
@@ -364,7 +365,7 @@ class AttentionOp {
   }
 
  private:
-  int64_t heads_, kv_heads_, dim_, q_offset_, k_offset_, v_offset_;
+  Size heads_, kv_heads_, dim_, q_offset_, k_offset_, v_offset_;
   float scale_;
 };
 

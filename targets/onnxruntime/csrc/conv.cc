@@ -64,12 +64,10 @@ void causal_conv(const Parallel& parallel, size_t batch, Conv conv) {
 class CausalConv {
  public:
   static constexpr const char* name = "CausalConv";
-  static constexpr Port inputs[] = {kFloat, kFloat, kFloat, kOptionalFloat, kOptionalFloat};
-  static constexpr Port outputs[] = {kFloat, kFloat};
+  static constexpr Port inputs[] = {floats(3), floats(3), floats(2), optional_floats(1), optional_floats(2)};
+  static constexpr Port outputs[] = {floats(3), floats(3)};
 
-  explicit CausalConv(const Attributes& attributes) : offset_(attributes.integer("offset")) {
-    require(offset_ >= 0, "offset must not be negative");
-  }
+  explicit CausalConv(const Attributes& attributes) : offset_(attributes.offset("offset")) {}
 
   void compute(const Call& call) const {
     const auto x = call.input<float>(0);
@@ -77,22 +75,22 @@ class CausalConv {
     const auto weight = call.input<float>(2);
     const auto bias = call.input<float>(3);
     const auto mask = call.input<float>(4);
-    require(x.shape.size() == 3 && state.shape.size() == 3 && weight.shape.size() == 2,
-            "x and state have three dimensions, weight two");
-    const int64_t batch = x.shape[0], tokens = x.shape[1], taps = weight.shape[0], channels = weight.shape[1];
-    require(0 < taps && taps <= int64_t(kMostTaps), "weight has 1 to 8 taps");
+    const Size batch = x.shape[0], tokens = x.shape[1], taps = weight.shape[0], channels = weight.shape[1];
+    require(Size{1} <= taps && taps <= Size{kMostTaps}, "weight must have 1 to 8 taps");
+    require(channels > Size{0}, "there must be channels");
     require(state.shape == Shape{batch, taps - 1, channels}, "state must be [batch, taps - 1, channels]");
-    require(offset_ + channels <= x.last(), "columns lie outside x");
+    require(lies_within(x.last(), offset_, channels), "columns lie outside x");
     require(!bias || bias.shape == Shape{channels}, "bias must be [channels]");
     require(!mask || mask.shape == Shape{batch, tokens}, "mask must be [batch, tokens]");
     const auto y = call.output<float>(0, {batch, tokens, channels});
     const auto new_state = call.output<float>(1, state.shape);
+    if (y.size() + new_state.size() == Size{0}) return;
     const Conv arguments{
-        .tokens = as_size(tokens),
-        .channels = as_size(channels),
-        .taps = as_size(taps),
-        .x_width = as_size(x.last()),
-        .x = x.data + offset_,
+        .tokens = tokens.count(),
+        .channels = channels.count(),
+        .taps = taps.count(),
+        .x_width = x.last().count(),
+        .x = x.data == nullptr ? nullptr : x.from(offset_),
         .state = state.data,
         .weight = weight.data,
         .bias = bias.data,
@@ -101,11 +99,11 @@ class CausalConv {
         .new_state = new_state.data,
         .zeros = nullptr,
     };
-    causal_conv(call.parallel, as_size(batch), arguments);
+    causal_conv(call.parallel, batch.count(), arguments);
   }
 
  private:
-  int64_t offset_;
+  Size offset_;
 };
 
 }  // namespace

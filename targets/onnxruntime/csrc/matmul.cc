@@ -56,9 +56,9 @@ struct Factor {
 
 // Returns x with the rows of `like`, each computed by make(row, to), in memory of the calling thread.
 template <class Make>
-Factor made(const Call& call, const Tensor<const float>& like, int64_t columns, const Make& make) {
+Factor made(const Call& call, const Tensor<const float>& like, Size columns, const Make& make) {
   static thread_local Scratch<float> memory;
-  const auto width = static_cast<size_t>(columns), rows = static_cast<size_t>(like.rows());
+  const size_t width = columns.count(), rows = like.rows().count();
   float* const x = memory.get(rows * width);
   parallel_ranges(call.parallel, rows, std::max<size_t>(1, kGrain / width), [&](size_t begin, size_t end) {
     for (size_t row = begin; row < end; ++row) make(row, x + row * width);
@@ -79,39 +79,41 @@ float sum_of_squares(const float* x, size_t count) {
 
 struct Plain {
   static constexpr const char* name = "QMatMul";
-  static constexpr Port inputs[] = {kFloat, kUInt8, kHalf, kOptionalFloat, kOptionalFloat};
-  static constexpr Port outputs[] = {kFloat};
+  static constexpr Port inputs[] = {floats(), bytes(3), halves(2), optional_floats(1), optional_floats(1)};
+  static constexpr Port outputs[] = {floats()};
   static constexpr size_t kWeights = 1;  // the input where W... begins
 
   explicit Plain(const Attributes&) {}
 
-  Factor operator()(const Call& call, int64_t columns) const {
+  Factor operator()(const Call& call, Size columns) const {
     const auto x = call.input<float>(0);
-    require(!x.shape.empty() && x.last() == columns, "x must have K columns");
+    require(x.last() == columns, "x must have K columns");
     return {.x = x.data, .shape = x.shape};
   }
 };
 
 struct Norm {
   static constexpr const char* name = "NormQMatMul";
-  static constexpr Port inputs[] = {kFloat, kFloat, kFloat, kUInt8, kHalf, kOptionalFloat, kOptionalFloat};
-  static constexpr Port outputs[] = {kFloat, kFloat};
+  static constexpr Port inputs[] = {floats(),  floats(),           floats(1),         bytes(3),
+                                    halves(2), optional_floats(1), optional_floats(1)};
+  static constexpr Port outputs[] = {floats(), floats()};
   static constexpr size_t kWeights = 3;
 
-  explicit Norm(const Attributes& attributes) : epsilon(attributes.real("epsilon")) {}
+  explicit Norm(const Attributes& attributes) : epsilon(attributes.finite("epsilon")) {
+    require(epsilon >= 0, "epsilon must not be negative");
+  }
 
-  Factor operator()(const Call& call, int64_t columns) const {
+  Factor operator()(const Call& call, Size columns) const {
     const auto a = call.input<float>(0), b = call.input<float>(1), norm = call.input<float>(2);
-    require(!a.shape.empty() && a.last() == columns && a.shape == b.shape,
-            "a and b must have K columns, and the same rows");
+    require(a.last() == columns && a.shape == b.shape, "a and b must have K columns, and the same rows");
     require(norm.shape == Shape{columns}, "norm must be [K]");
     float* const sums = call.output<float>(1, a.shape).data;
-    const auto width = static_cast<size_t>(columns);
+    const size_t width = columns.count();
     return made(call, a, columns, [&](size_t row, float* x) {
       const float *left = a.data + row * width, *right = b.data + row * width;
       float* const added = sums + row * width;
       map(added, width, [&](size_t i, auto read) { return read(left + i) + read(right + i); });
-      const float scale = 1 / std::sqrt(sum_of_squares(added, width) / static_cast<float>(columns) + epsilon);
+      const float scale = 1 / std::sqrt(sum_of_squares(added, width) / static_cast<float>(width) + epsilon);
       map(x, width, [&](size_t i, auto read) { return scale * read(added + i) * read(norm.data + i); });
     });
   }
@@ -121,18 +123,19 @@ struct Norm {
 
 struct Pair {
   static constexpr const char* name = "PairQMatMul";
-  static constexpr Port inputs[] = {kFloat, kFloat, kUInt8, kHalf, kOptionalFloat, kOptionalFloat};
-  static constexpr Port outputs[] = {kFloat};
+  static constexpr Port inputs[] = {floats(), floats(), bytes(3), halves(2), optional_floats(1), optional_floats(1)};
+  static constexpr Port outputs[] = {floats()};
   static constexpr size_t kWeights = 2;
 
   explicit Pair(const Attributes& attributes)
-      : a_factor(attributes.real("a_factor")), b_factor(attributes.real("b_factor")) {}
+      : a_factor(attributes.finite("a_factor")), b_factor(attributes.finite("b_factor")) {}
 
-  Factor operator()(const Call& call, int64_t columns) const {
+  Factor operator()(const Call& call, Size columns) const {
     const auto a = call.input<float>(0), b = call.input<float>(1);
-    require(!a.shape.empty() && !b.shape.empty() && a.rows() == b.rows(), "a and b must have the same rows");
-    require(a.last() + b.last() == columns, "a and b must have K columns together");
-    const auto left = static_cast<size_t>(a.last()), right = static_cast<size_t>(b.last());
+    require(a.rows() == b.rows(), "a and b must have the same rows");
+    require(a.last() > Size{0} && b.last() > Size{0} && a.last() + b.last() == columns,
+            "a and b must have K columns together");
+    const size_t left = a.last().count(), right = b.last().count();
     return made(call, a, columns, [&](size_t row, float* x) {
       map(x, left, [&](size_t i, auto read) { return a_factor * read(a.data + row * left + i); });
       map(x + left, right, [&](size_t i, auto read) { return b_factor * read(b.data + row * right + i); });
@@ -144,26 +147,26 @@ struct Pair {
 
 struct Silu {
   static constexpr const char* name = "SiluQMatMul";
-  static constexpr Port inputs[] = {kFloat, kFloat, kUInt8, kHalf, kOptionalFloat, kOptionalFloat};
-  static constexpr Port outputs[] = {kFloat};
+  static constexpr Port inputs[] = {floats(), floats(), bytes(3), halves(2), optional_floats(1), optional_floats(1)};
+  static constexpr Port outputs[] = {floats()};
   static constexpr size_t kWeights = 2;
 
   explicit Silu(const Attributes& attributes)
-      : a_offset(attributes.integer("a_offset")), gate_offset(attributes.integer("gate_offset")) {
-    require(a_offset >= 0 && gate_offset >= 0, "offsets must not be negative");
-  }
+      : a_offset(attributes.offset("a_offset")), gate_offset(attributes.offset("gate_offset")) {}
 
-  Factor operator()(const Call& call, int64_t columns) const {
+  Factor operator()(const Call& call, Size columns) const {
     const auto a = call.input<float>(0), gate = call.input<float>(1);
-    require(!a.shape.empty() && !gate.shape.empty() && a.rows() == gate.rows(), "a and gate must have the same rows");
-    require(a_offset + columns <= a.last() && gate_offset + columns <= gate.last(), "columns lie outside the tensor");
+    require(a.rows() == gate.rows(), "a and gate must have the same rows");
+    require(lies_within(a.last(), a_offset, columns) && lies_within(gate.last(), gate_offset, columns),
+            "columns lie outside the tensor");
+    const size_t a_width = a.last().count(), gate_width = gate.last().count();
     return made(call, a, columns, [&](size_t row, float* x) {
-      const float *from = a.data + row * a.last() + a_offset, *by = gate.data + row * gate.last() + gate_offset;
-      map(x, static_cast<size_t>(columns), [&](size_t i, auto read) { return read(from + i) * silu(read(by + i)); });
+      const float *from = a.from(a_offset) + row * a_width, *by = gate.from(gate_offset) + row * gate_width;
+      map(x, columns.count(), [&](size_t i, auto read) { return read(from + i) * silu(read(by + i)); });
     });
   }
 
-  int64_t a_offset, gate_offset;
+  Size a_offset, gate_offset;
 };
 
 template <class Before>
@@ -175,12 +178,11 @@ class Product {
 
   explicit Product(const Attributes& attributes)
       : before_(attributes),
-        columns_(attributes.integer("K")),
-        rows_(attributes.integer("N")),
+        columns_(attributes.size("K")),
+        rows_(attributes.size("N")),
         bits_(attributes.integer("bits")),
         block_size_(attributes.integer("block_size")) {
     const int64_t level = attributes.integer("accuracy_level");
-    require(columns_ > 0 && rows_ > 0, "K and N must be positive");
     require(bits_ == 4 || bits_ == 8, "bits must be 4 or 8");
     require(level == 0 || level == kRounded, "accuracy_level must be 0 or 4");
     multiply_ = bits_ == 4 ? of_block<4>(block_size_, level) : of_block<8>(block_size_, level);
@@ -191,10 +193,11 @@ class Product {
     const auto codes = call.input<uint8_t>(Before::kWeights);
     const auto scales = call.input<Half>(Before::kWeights + 1);
     const auto factors = call.input<float>(Before::kWeights + 2), bias = call.input<float>(Before::kWeights + 3);
-    const int64_t blocks = (columns_ + block_size_ - 1) / block_size_, row_bytes = blocks * block_size_ * bits_ / 8;
-    require(codes.size() == rows_ * row_bytes && scales.size() == rows_ * blocks,
-            "codes and scales must be [N, blocks, ...]");
-    require((!factors || factors.size() == rows_) && (!bias || bias.size() == rows_), "factors and bias must be [N]");
+    const Size blocks = ceil_div(columns_, block_size_), block_bytes = block_size_ * bits_ / 8;
+    require(codes.shape == Shape{rows_, blocks, block_bytes} && scales.shape == Shape{rows_, blocks},
+            "codes and scales must be [N, blocks, bytes of a block] and [N, blocks]");
+    require((!factors || factors.shape == Shape{rows_}) && (!bias || bias.shape == Shape{rows_}),
+            "factors and bias must be [N]");
     factor.shape.back() = rows_;
     const auto y = call.output<float>(0, factor.shape);
     const Weights weights{
@@ -202,17 +205,18 @@ class Product {
         .scales = scales.data,
         .factors = factors.data,
         .bias = bias.data,
-        .rows = as_size(rows_),
-        .columns = as_size(columns_),
-        .blocks = as_size(blocks),
-        .row_bytes = as_size(row_bytes),
+        .rows = rows_.count(),
+        .columns = columns_.count(),
+        .blocks = blocks.count(),
+        .row_bytes = (blocks * block_bytes).count(),
     };
-    multiply_(weights, factor.x, as_size(y.rows()), y.data, call.parallel);
+    multiply_(weights, factor.x, y.rows().count(), y.data, call.parallel);
   }
 
  private:
   Before before_;
-  int64_t columns_, rows_, bits_, block_size_;
+  Size columns_, rows_;
+  int64_t bits_, block_size_;
   Multiply multiply_;
 };
 

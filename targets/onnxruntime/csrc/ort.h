@@ -1,15 +1,24 @@
 // The little of ONNX Runtime's C API that ops need: attributes, tensors, its thread pool, and Op<Kernel>, which turns a
-// class into an OrtCustomOp. Compute kernels do not include this file: they are functions over raw pointers.
+// class into an OrtCustomOp. Compute kernels do not include this file: they are functions over raw pointers. A graph is
+// not believed: attributes have bounds, and every input has the dtype and rank that its op declares, or the call ends
+// in an error.
 #pragma once
 
+#include <algorithm>
 #include <climits>
+#include <cmath>
 #include <cstdint>
+#include <exception>
+#include <initializer_list>
+#include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
-#include <vector>
+#include <type_traits>
 
 #include "onnxruntime_c_api.h"
 #include "parallel.h"
+#include "sizes.h"
 
 namespace h1 {
 
@@ -24,11 +33,6 @@ inline void check(OrtStatus* status) {
   throw std::runtime_error(message);
 }
 
-// For conditions on shapes and attributes: the message reaches the user as ONNX Runtime's exception.
-inline void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
 // A node's attributes.
 class Attributes {
  public:
@@ -40,9 +44,23 @@ class Attributes {
     return value;
   }
 
+  // 1 to `most`.
+  Size size(const char* name, int64_t most = kMostWidth) const { return bounded(name, integer(name), 1, most); }
+
+  // The first column that is read, from 0.
+  Size offset(const char* name) const { return bounded(name, integer(name), 0, kMostWidth); }
+
+  // A number; it may be infinite.
   float real(const char* name) const {
     float value = 0;
     check(api->KernelInfoGetAttribute_float(info_, name, &value));
+    if (std::isnan(value)) throw std::invalid_argument(std::string("attribute ") + name + " is not a number");
+    return value;
+  }
+
+  float finite(const char* name) const {
+    const float value = real(name);
+    if (std::isinf(value)) throw std::invalid_argument(std::string("attribute ") + name + " is infinite");
     return value;
   }
 
@@ -50,36 +68,85 @@ class Attributes {
   const OrtKernelInfo* info_;
 };
 
-using Shape = std::vector<int64_t>;
+constexpr size_t kMostRank = 8;  // of a tensor that an op takes
 
-// Returns a size of ONNX Runtime, which is not negative, as kernels take it.
-inline size_t as_size(int64_t size) { return static_cast<size_t>(size); }
+// The sizes of a tensor, without an allocation: every input of every node of every token has one.
+class Shape {
+ public:
+  Shape() = default;
+  Shape(std::initializer_list<Size> sizes) : Shape(sizes.begin(), sizes.size()) {}
+  template <class Number>
+  Shape(const Number* sizes, size_t rank) : rank_(rank) {
+    require(rank <= kMostRank, "a tensor has too many dimensions");
+    std::copy_n(sizes, rank, sizes_);
+  }
 
-// A contiguous tensor; `data` is null when an optional input is absent.
+  size_t rank() const { return rank_; }
+  Size operator[](size_t i) const { return sizes_[checked(i)]; }
+  Size& back() { return sizes_[checked(rank_ - 1)]; }
+  Size product(size_t dimensions) const {
+    Size result = 1;
+    for (size_t i = 0; i < dimensions; ++i) result = result * (*this)[i];
+    return result;
+  }
+  friend bool operator==(const Shape& a, const Shape& b) {
+    return std::equal(a.sizes_, a.sizes_ + a.rank_, b.sizes_, b.sizes_ + b.rank_);
+  }
+
+ private:
+  size_t checked(size_t i) const {
+    require(i < rank_, "a tensor has too few dimensions");
+    return i;
+  }
+
+  Size sizes_[kMostRank];
+  size_t rank_ = 0;
+};
+
+// A contiguous tensor; not `given`: an optional input that is absent. Without elements `data` may be null.
 template <class T>
 struct Tensor {
   T* data = nullptr;
   Shape shape;
+  bool given = false;
 
-  explicit operator bool() const { return data != nullptr; }
-  int64_t size() const { return product(0); }
-  int64_t last() const { return shape.back(); }   // width of a row
-  int64_t rows() const { return product(0, 1); }  // all dimensions but the last, flattened
-
- private:
-  int64_t product(size_t from, size_t without = 0) const {
-    int64_t result = 1;
-    for (size_t i = from; i + without < shape.size(); ++i) result *= shape[i];
-    return result;
-  }
+  explicit operator bool() const { return given; }
+  Size size() const { return shape.product(shape.rank()); }
+  Size last() const { return shape[shape.rank() - 1]; }          // width of a row
+  Size rows() const { return shape.product(shape.rank() - 1); }  // all dimensions but the last; the rank is not 0
+  T* from(Size offset) const { return data + offset.value(); }   // of columns that lie within a row
 };
 
-// One call of a node.
+// An input or an output as the op declares it; rank 0: any but 0.
+struct Port {
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  size_t rank = 0;
+  bool optional = false;
+};
+constexpr Port floats(size_t rank = 0) { return {.rank = rank}; }
+constexpr Port optional_floats(size_t rank) { return {.rank = rank, .optional = true}; }
+constexpr Port halves(size_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, .rank = rank}; }
+constexpr Port bytes(size_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, .rank = rank}; }
+constexpr Port integers(size_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, .rank = rank}; }
+
+// What a kernel reads an input as.
+template <class T>
+constexpr bool reads(ONNXTensorElementDataType type) {
+  constexpr bool kFloat = std::is_same_v<T, float>, kInteger = std::is_same_v<T, int64_t>;
+  constexpr bool kByte = std::is_same_v<T, uint8_t>;
+  return type == (kFloat     ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
+                  : kInteger ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
+                  : kByte    ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
+                             : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
+}
+
+// One call of a node, whose inputs are declared by `ports`.
 class Call {
  public:
-  explicit Call(OrtKernelContext* context)
+  Call(OrtKernelContext* context, const Port* ports)
       : parallel([context](size_t count, const std::function<void(size_t)>& body) { run(context, count, body); }),
-        context_(context) {}
+        context_(context),
+        ports_(ports) {}
 
   template <class T>
   Tensor<const T> input(size_t index) const {
@@ -87,57 +154,94 @@ class Call {
     check(api->KernelContext_GetInputCount(context_, &count));
     const OrtValue* value = nullptr;
     if (index < count) check(api->KernelContext_GetInput(context_, index, &value));
-    if (value == nullptr) return {};
+    if (value == nullptr) {
+      if (!ports_[index].optional) refuse(index, "is missing");
+      return {};
+    }
+    Tensor<const T> tensor{.data = nullptr, .shape = checked_shape<T>(value, index), .given = true};
     void* data = nullptr;
     // the C API has no const accessor; T is const
     check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-    return {static_cast<const T*>(data), shape_of(value)};
+    const bool empty = tensor.size() == Size{0};
+    if (!empty && data == nullptr) refuse(index, "has no memory");
+    // external data may begin at any byte of its file
+    if (!empty && reinterpret_cast<uintptr_t>(data) % alignof(T) != 0) refuse(index, "is not aligned in its file");
+    tensor.data = empty ? nullptr : static_cast<const T*>(data);
+    return tensor;
   }
 
   template <class T>
   Tensor<T> output(size_t index, const Shape& shape) const {
+    int64_t sizes[kMostRank];
+    for (size_t i = 0; i < shape.rank(); ++i) sizes[i] = shape[i].value();
+    Tensor<T> tensor{.data = nullptr, .shape = shape, .given = true};
+    const bool empty = tensor.size() * Size{sizeof(T)} == Size{0};
     OrtValue* value = nullptr;
-    check(api->KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
+    check(api->KernelContext_GetOutput(context_, index, sizes, shape.rank(), &value));
+    require(value != nullptr, "an output is missing");
     void* data = nullptr;
     check(api->GetTensorMutableData(value, &data));
-    return {static_cast<T*>(data), shape};
+    require(empty || data != nullptr, "an output has no memory");
+    tensor.data = empty ? nullptr : static_cast<T*>(data);
+    return tensor;
   }
 
   const Parallel parallel;  // over the session's own thread pool
 
  private:
-  static Shape shape_of(const OrtValue* value) {
+  [[noreturn]] static void refuse(size_t index, const std::string& why) {
+    throw std::invalid_argument("input " + std::to_string(index) + " " + why);
+  }
+
+  template <class T>
+  Shape checked_shape(const OrtValue* value, size_t index) const {
     OrtTensorTypeAndShapeInfo* info = nullptr;
     check(api->GetTensorTypeAndShape(value, &info));
+    ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     size_t rank = 0;
-    OrtStatus* status = api->GetDimensionsCount(info, &rank);
-    Shape shape(rank);
-    if (status == nullptr) status = api->GetDimensions(info, shape.data(), rank);
+    int64_t sizes[kMostRank];
+    OrtStatus* status = api->GetTensorElementType(info, &type);
+    if (status == nullptr) status = api->GetDimensionsCount(info, &rank);
+    if (status == nullptr && rank <= kMostRank) status = api->GetDimensions(info, sizes, rank);
     api->ReleaseTensorTypeAndShapeInfo(info);
     check(status);
-    return shape;
+    const Port& port = ports_[index];
+    if (type != port.type || !reads<T>(type)) refuse(index, "has another dtype than the op takes");
+    if (rank == 0 || rank > kMostRank || (port.rank != 0 && rank != port.rank)) {
+      refuse(index, "has rank " + std::to_string(rank) + ", and must have " +
+                        (port.rank == 0 ? "1 to 8" : std::to_string(port.rank)));
+    }
+    return {sizes, rank};
   }
 
+  // No exception may leave a thread of the pool: the first one is thrown again where the loop was started.
   static void run(const OrtKernelContext* context, size_t count, const std::function<void(size_t)>& body) {
+    if (count == 0) return;
     if (count == 1) return body(0);
-    const auto call = [](void* user, size_t index) { (*static_cast<const std::function<void(size_t)>*>(user))(index); };
-    void* user = const_cast<std::function<void(size_t)>*>(&body);
-    check(api->KernelContext_ParallelFor(context, call, count, 0, user));  // 0 batches: items are handed out one by one
+    Loop loop{.body = body};
+    const auto call = [](void* user, size_t index) { static_cast<Loop*>(user)->item(index); };
+    check(api->KernelContext_ParallelFor(context, call, count, 0, &loop));  // 0 batches: items go out one by one
+    if (loop.error) std::rethrow_exception(loop.error);
   }
+
+  struct Loop {
+    const std::function<void(size_t)>& body;
+    std::mutex mutex = {};
+    std::exception_ptr error = nullptr;
+
+    void item(size_t index) noexcept {
+      try {
+        body(index);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        if (!error) error = std::current_exception();
+      }
+    }
+  };
 
   OrtKernelContext* context_;
+  const Port* ports_;
 };
-
-// An input or an output as the op declares it.
-struct Port {
-  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  bool optional = false;
-};
-inline constexpr Port kFloat{};
-inline constexpr Port kOptionalFloat{.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, .optional = true};
-inline constexpr Port kHalf{.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16};
-inline constexpr Port kUInt8{.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8};
-inline constexpr Port kInt64{.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64};
 
 // The OrtCustomOp of a class with `name`, `inputs`, `outputs` (arrays of Port), a constructor from Attributes and
 // `void compute(const Call&) const`, which may run in several threads at once.
@@ -160,7 +264,7 @@ struct Op : OrtCustomOp {
       return guarded([&] { *kernel = new Kernel(Attributes(info)); });
     };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-      return guarded([&] { static_cast<const Kernel*>(kernel)->compute(Call(context)); });
+      return guarded([&] { static_cast<const Kernel*>(kernel)->compute(Call(context, Kernel::inputs)); });
     };
     KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   }
@@ -172,12 +276,22 @@ struct Op : OrtCustomOp {
 
   // No exception may cross the C interface.
   template <class Body>
-  static OrtStatus* guarded(const Body& body) {
+  static OrtStatus* guarded(const Body& body) noexcept {
     try {
       body();
       return nullptr;
+    } catch (const std::bad_alloc&) {
+      return failed("there is not enough memory");
     } catch (const std::exception& error) {
-      return api->CreateStatus(ORT_FAIL, (std::string(Kernel::name) + ": " + error.what()).c_str());
+      return failed(error.what());
+    }
+  }
+
+  static OrtStatus* failed(const char* what) noexcept {
+    try {
+      return api->CreateStatus(ORT_FAIL, (std::string(Kernel::name) + ": " + what).c_str());
+    } catch (const std::exception&) {  // no memory even for the message
+      return api->CreateStatus(ORT_FAIL, Kernel::name);
     }
   }
 };

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <new>
 
@@ -29,9 +30,10 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { release(); }
 
-  // At least `count` elements, with whatever values the last use left.
+  // At least `count` elements, with whatever values the last use left. Throws std::bad_alloc where there is no room.
   T* get(size_t count) {
-    if (count > count_) {
+    if (kExact || count > count_) {
+      if (count > SIZE_MAX / 2 / sizeof(T)) throw std::bad_alloc();
       release();
       data_ = static_cast<T*>(::operator new(count * sizeof(T), kAlignment));
       count_ = count;
@@ -41,6 +43,11 @@ class Scratch {
 
  private:
   static constexpr std::align_val_t kAlignment{64};
+#if defined(H1_EXACT_SCRATCH)  // for a sanitizer, which sees what is read behind the last element
+  static constexpr bool kExact = true;
+#else
+  static constexpr bool kExact = false;
+#endif
 
   void release() {
     ::operator delete(data_, kAlignment);

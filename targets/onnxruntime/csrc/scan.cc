@@ -5,6 +5,7 @@
 //   new_state may be the memory of state.
 //   Source: Dao and Gu, "Transformers are SSMs" (2024); several tokens take the chunked form of their section 6.
 #include <cmath>
+#include <vector>
 
 #include "gemm.h"
 #include "ort.h"
@@ -236,21 +237,21 @@ void ssm_scan(const Parallel& parallel, const Scan& s) {
 class SSMScan {
  public:
   static constexpr const char* name = "SSMScan";
-  static constexpr Port inputs[] = {kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kFloat, kOptionalFloat};
-  static constexpr Port outputs[] = {kFloat, kFloat};
+  static constexpr Port inputs[] = {floats(3), floats(3), floats(1), floats(1),
+                                    floats(1), floats(4), floats(2), optional_floats(3)};
+  static constexpr Port outputs[] = {floats(3), floats(4)};
 
   explicit SSMScan(const Attributes& attributes)
-      : heads_(attributes.integer("heads")),
-        groups_(attributes.integer("groups")),
-        d_head_(attributes.integer("d_head")),
-        d_state_(attributes.integer("d_state")),
-        dt_offset_(attributes.integer("dt_offset")),
-        gate_offset_(attributes.integer("gate_offset")),
+      : heads_(attributes.size("heads", kMostHeads)),
+        groups_(attributes.size("groups", kMostHeads)),
+        d_head_(attributes.size("d_head", kMostHeads)),
+        d_state_(attributes.size("d_state", kMostHeads)),
+        dt_offset_(attributes.offset("dt_offset")),
+        gate_offset_(attributes.offset("gate_offset")),
         dt_min_(attributes.real("dt_min")),
         dt_max_(attributes.real("dt_max")) {
-    require(heads_ > 0 && groups_ > 0 && heads_ % groups_ == 0, "groups must divide heads");
-    require(d_head_ > 0 && d_state_ > 0 && dt_offset_ >= 0 && gate_offset_ >= 0,
-            "sizes must be positive, offsets not negative");
+    require(divides(groups_, heads_), "groups must divide heads");
+    require(0 <= dt_min_ && dt_min_ <= dt_max_, "dt_min must not be negative, nor above dt_max");
   }
 
   void compute(const Call& call) const {
@@ -262,13 +263,12 @@ class SSMScan {
     const auto state = call.input<float>(5);
     const auto mask = call.input<float>(6);
     const auto gate = call.input<float>(7);
-    require(xbc.shape.size() == 3, "xbc must be [batch, tokens, channels]");
-    const int64_t batch = xbc.shape[0], tokens = xbc.shape[1], inner = heads_ * d_head_;
-    require(xbc.last() == inner + 2 * groups_ * d_state_, "xbc must hold heads * d_head + 2 groups * d_state channels");
-    require(dt.rows() == batch * tokens && dt_offset_ + heads_ <= dt.last(),
+    const Size batch = xbc.shape[0], tokens = xbc.shape[1], inner = heads_ * d_head_;
+    require(xbc.last() == inner + groups_ * d_state_ * 2, "xbc must hold heads * d_head + 2 groups * d_state channels");
+    require(dt.shape == Shape{batch, tokens, dt.last()} && lies_within(dt.last(), dt_offset_, heads_),
             "columns lie outside dt, or its rows differ");
-    require(!gate || gate.rows() == batch * tokens, "gate must have the same rows as xbc");
-    require(!gate || gate_offset_ + inner <= gate.last(), "columns lie outside gate");
+    require(!gate || gate.shape == Shape{batch, tokens, gate.last()}, "gate must have the same rows as xbc");
+    require(!gate || lies_within(gate.last(), gate_offset_, inner), "columns lie outside gate");
     for (const auto* vector : {&A, &D, &dt_bias}) {
       require(vector->shape == Shape{heads_}, "A, D and dt_bias must be [heads]");
     }
@@ -276,25 +276,27 @@ class SSMScan {
     require(mask.shape == Shape{batch, tokens}, "mask must be [batch, tokens]");
     const auto y = call.output<float>(0, {batch, tokens, inner});
     const auto new_state = call.output<float>(1, state.shape);
+    if (batch == Size{0}) return;
+    const bool some = tokens > Size{0};
     const Scan arguments{
-        .batch = as_size(batch),
-        .tokens = as_size(tokens),
-        .heads = as_size(heads_),
-        .groups = as_size(groups_),
-        .d_head = as_size(d_head_),
-        .d_state = as_size(d_state_),
-        .dt_width = as_size(dt.last()),
-        .gate_width = gate ? as_size(gate.last()) : 0,
+        .batch = batch.count(),
+        .tokens = tokens.count(),
+        .heads = heads_.count(),
+        .groups = groups_.count(),
+        .d_head = d_head_.count(),
+        .d_state = d_state_.count(),
+        .dt_width = dt.last().count(),
+        .gate_width = gate ? gate.last().count() : 0,
         .dt_min = dt_min_,
         .dt_max = dt_max_,
         .xbc = xbc.data,
-        .dt = dt.data + dt_offset_,
+        .dt = some ? dt.from(dt_offset_) : nullptr,
         .A = A.data,
         .D = D.data,
         .dt_bias = dt_bias.data,
         .state = state.data,
         .mask = mask.data,
-        .gate = gate ? gate.data + gate_offset_ : nullptr,
+        .gate = gate && some ? gate.from(gate_offset_) : nullptr,
         .y = y.data,
         .new_state = new_state.data,
     };
@@ -302,7 +304,7 @@ class SSMScan {
   }
 
  private:
-  int64_t heads_, groups_, d_head_, d_state_, dt_offset_, gate_offset_;
+  Size heads_, groups_, d_head_, d_state_, dt_offset_, gate_offset_;
   float dt_min_, dt_max_;
 };
 

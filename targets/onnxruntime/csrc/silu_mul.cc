@@ -18,33 +18,35 @@ void silu_mul_row(const float* a, const float* gate, float* y, size_t width) {
 class SiluMul {
  public:
   static constexpr const char* name = "SiluMul";
-  static constexpr Port inputs[] = {kFloat, kFloat};
-  static constexpr Port outputs[] = {kFloat};
+  static constexpr Port inputs[] = {floats(), floats()};
+  static constexpr Port outputs[] = {floats()};
 
   explicit SiluMul(const Attributes& attributes)
-      : a_offset_(attributes.integer("a_offset")),
-        gate_offset_(attributes.integer("gate_offset")),
-        width_(attributes.integer("width")) {
-    require(a_offset_ >= 0 && gate_offset_ >= 0 && width_ > 0, "offsets and width must be positive");
-  }
+      : a_offset_(attributes.offset("a_offset")),
+        gate_offset_(attributes.offset("gate_offset")),
+        width_(attributes.size("width")) {}
 
   void compute(const Call& call) const {
     const auto a = call.input<float>(0), gate = call.input<float>(1);
     require(a.rows() == gate.rows(), "a and gate must have the same rows");
-    require(a_offset_ + width_ <= a.last() && gate_offset_ + width_ <= gate.last(), "columns lie outside the tensor");
+    require(lies_within(a.last(), a_offset_, width_) && lies_within(gate.last(), gate_offset_, width_),
+            "columns lie outside the tensor");
     Shape shape = a.shape;
     shape.back() = width_;
     const auto y = call.output<float>(0, shape);
-    parallel_ranges(call.parallel, a.rows(), std::max<size_t>(1, kGrain / width_), [&](size_t begin, size_t end) {
+    const size_t rows = a.rows().count(), width = width_.count();
+    const size_t a_width = a.last().count(), gate_width = gate.last().count();
+    if (rows == 0) return;
+    const float *left = a.from(a_offset_), *right = gate.from(gate_offset_);
+    parallel_ranges(call.parallel, rows, std::max<size_t>(1, kGrain / width), [&](size_t begin, size_t end) {
       for (size_t row = begin; row < end; ++row) {
-        silu_mul_row(a.data + row * a.last() + a_offset_, gate.data + row * gate.last() + gate_offset_,
-                     y.data + row * width_, width_);
+        silu_mul_row(left + row * a_width, right + row * gate_width, y.data + row * width, width);
       }
     });
   }
 
  private:
-  int64_t a_offset_, gate_offset_, width_;
+  Size a_offset_, gate_offset_, width_;
 };
 
 }  // namespace

@@ -102,47 +102,58 @@ inline f32x8 exp(f32x8 x) {
 
 inline f32x8 silu(f32x8 x) { return x / (1.0f + exp(-x)); }
 
-// A float16 that is positive and normal, as scales are (h1export/quantize/quantized_tensor.py): an exponent's bias and
-// three places from a float.
+// A float16. Scales of our own are positive and normal; ready-made integers may have any, and each is read as IEEE 754
+// says: subnormals and zeros exactly, signs kept, infinities and NaN as what they are in float32.
 struct Half {
   uint16_t bits;
 };
-constexpr int kHalfShift = 13, kHalfBias = (127 - 15) << 23;
+
+#if defined(H1_AVX2) && defined(__F16C__)
+#define H1_F16C 1  // one instruction, which does not treat subnormals as zeros whatever the thread's mode
+#endif
 
 inline float to_float(Half half) {
-  const int32_t bits = (half.bits << kHalfShift) + kHalfBias;
+#if defined(H1_F16C)
+  return _cvtsh_ss(half.bits);
+#else
+  constexpr int32_t kNormal = 1 << 10, kInfinite = 31 << 10;  // the smallest of their kinds
+  constexpr int32_t kBias = (127 - 15) << 23, kInfiniteBias = (255 - 31) << 23;
+  const int32_t magnitude = half.bits & 0x7fff;
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;  // normal in float32
+  int32_t small;
+  std::memcpy(&small, &subnormal, sizeof small);
+  const int32_t normal = (magnitude << 13) + (magnitude < kInfinite ? kBias : kInfiniteBias);
+  const uint32_t sign = (half.bits & 0x8000u) << 16;
+  const uint32_t bits = static_cast<uint32_t>(magnitude < kNormal ? small : normal) | sign;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+#endif
 }
 
 // The halves at s, each repeated: 8 / kDistinct times. Written out where compilers go through memory.
 template <int kDistinct>
 f32x8 repeat(const Half* s) {
   static_assert(kDistinct == 1 || kDistinct == 2 || kDistinct == 4);
-  if constexpr (kDistinct == 1) return splat(to_float(s[0]));
-#if defined(H1_AVX2)
-  // two bytes into the middle of each lane, eight places from where a float has them
-  constexpr char kNone = -128;
-  __m256i halves, places;
-  if constexpr (kDistinct == 2) {
+#if defined(H1_F16C)
+  if constexpr (kDistinct == 1) {
+    return (f32x8)_mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(s->bits)));
+  } else if constexpr (kDistinct == 2) {
     int32_t two;
     std::memcpy(&two, s, sizeof two);
-    halves = _mm256_set1_epi32(two);
-    places = _mm256_setr_epi8(kNone, 0, 1, kNone, kNone, 0, 1, kNone, kNone, 0, 1, kNone, kNone, 0, 1, kNone,  //
-                              kNone, 2, 3, kNone, kNone, 2, 3, kNone, kNone, 2, 3, kNone, kNone, 2, 3, kNone);
+    const __m128i places = _mm_setr_epi8(0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3, 2, 3);
+    return (f32x8)_mm256_cvtph_ps(_mm_shuffle_epi8(_mm_cvtsi32_si128(two), places));
   } else {
     int64_t four;
     std::memcpy(&four, s, sizeof four);
-    halves = _mm256_set1_epi64x(four);
-    places = _mm256_setr_epi8(kNone, 0, 1, kNone, kNone, 0, 1, kNone, kNone, 2, 3, kNone, kNone, 2, 3, kNone,  //
-                              kNone, 4, 5, kNone, kNone, 4, 5, kNone, kNone, 6, 7, kNone, kNone, 6, 7, kNone);
+    const __m128i halves = _mm_cvtsi64_si128(four);
+    return (f32x8)_mm256_cvtph_ps(_mm_unpacklo_epi16(halves, halves));
   }
-  const __m256i shifted = _mm256_slli_epi32(_mm256_shuffle_epi8(halves, places), kHalfShift - 8);
-  return (f32x8)_mm256_add_epi32(shifted, _mm256_set1_epi32(kHalfBias));
 #else
+  float distinct[kDistinct];
+  for (size_t i = 0; i < kDistinct; ++i) distinct[i] = to_float(s[i]);
   f32x8 result;
-  for (size_t i = 0; i < kLanes; ++i) result[i] = to_float(s[i * kDistinct / kLanes]);
+  for (size_t i = 0; i < kLanes; ++i) result[i] = distinct[i * kDistinct / kLanes];
   return result;
 #endif
 }

@@ -19,9 +19,11 @@ from h1export.plugins.causal_conv import launch as conv
 from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin, check_limits, compile_kernel
 from h1export.plugins.gpu.kernel import Kernel
 from h1export.plugins.ssm_scan import launch as scan
+from h1export.runtime.code_cache import CacheRefusedError, cached
 from h1export.targets.tensorrt.plugin.embed import digest, write_sources
 
 NAME = "libh1export_plugin.so"
+UMASK = 0o077  # of compilers, whatever this process has
 SHOWN_LINES = 5  # lines of a failing compiler's output that an error shows
 NEXT_STEP = "install the extra trt, which has CMake, a C++17 compiler and make"
 
@@ -67,24 +69,20 @@ def library(cubins: Sequence[Cubin], tensorrt_include: Path | None = None) -> Pa
             h1export has.
 
     Raises:
-        H1ExportError: CMake or a compiler is missing or fails, or the cache cannot be written.
+        CacheRefusedError: The cache cannot be written or trusted (h1export/runtime/code_cache.py).
+        H1ExportError: CMake or a compiler is missing or fails.
     """
-    path = _cache() / digest(cubins, str(tensorrt_include or "")) / NAME
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = build(write_sources(Path(folder) / "source", cubins), Path(folder) / "build", tensorrt_include)
-            made.replace(path)  # one step: another process sees the whole library or none
-    except OSError as error:
-        what = f"the plugin cannot be written ({error.strerror})"
-        raise H1ExportError(path.parent, what, "set XDG_CACHE_HOME to a folder that can be written") from None
-    return path
+
+    def make(folder: Path) -> Path:
+        return build(write_sources(folder / "source", cubins), folder / "build", tensorrt_include)
+
+    return cached("tensorrt", digest(cubins, str(tensorrt_include or "")), NAME, make=make)
 
 
 def write(folder: Path, wanted: Iterable[Kernel], architectures: Sequence[int]) -> dict[str, dict[str, int]]:
     """Write the plugin into ``folder``: its sources with the machine code, for CMake, and its library.
+
+    Where the cache cannot be written or trusted, the library is built in ``folder``.
 
     Returns kernel symbol and architecture -> registers per thread, spilled bytes and bytes of shared memory.
 
@@ -94,7 +92,11 @@ def write(folder: Path, wanted: Iterable[Kernel], architectures: Sequence[int]) 
     cubins = compile_all(wanted, architectures)
     folder.mkdir(exist_ok=True)
     write_sources(folder / "source", cubins)
-    shutil.copyfile(library(cubins), folder / NAME)
+    try:
+        shutil.copyfile(library(cubins), folder / NAME)
+    except CacheRefusedError:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            shutil.copyfile(build(folder / "source", Path(scratch)), folder / NAME)
     return {
         f"{cubin.kernel.symbol} sm_{cubin.architecture}": {
             "registers": cubin.registers,
@@ -123,13 +125,10 @@ def build(source: Path, folder: Path, tensorrt_include: Path | None = None) -> P
     return folder / NAME
 
 
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "h1export" / "tensorrt"
-
-
 def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, text=True, errors="replace")
+    done = subprocess.run(
+        command, capture_output=True, stdin=subprocess.DEVNULL, text=True, errors="replace", umask=UMASK
+    )
     if done.returncode != 0:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         shown = " | ".join([line for line in lines if "rror" in line][:SHOWN_LINES] or lines[-SHOWN_LINES:])

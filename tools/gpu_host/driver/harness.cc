@@ -4,9 +4,12 @@
 // BROKEN: "-", or PLACE:null or PLACE:odd for what is wrong with an address; places are the inputs, the outputs, the workspace.
 // DATA: "-", or a folder with 0.bin, 1.bin, ... of the inputs, where out0.bin and out1.bin are written to.
 // CALLED: the inputs of the call, where they differ from those that the layer was built for; the call follows a good onShapeChange.
-// l: an attribute of two values; d: int64, which nothing takes.
+// TAMPER: what is wrong with the library's name that an engine holds: 0 nothing, 1 another name, 2 no memory, 3 a negative
+// length, 4 another type, 5 no name of its own.
+// l: an attribute of two values; d: int64, which nothing takes. RANK may be one that no tensor has.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <fstream>
 #include <iostream>
@@ -21,6 +24,8 @@
 using namespace nvinfer1;
 
 namespace {
+
+constexpr size_t kMostBytes = size_t{1} << 33;
 
 struct Logger : ILogger {
   void log(Severity severity, AsciiChar const* text) noexcept override {
@@ -51,7 +56,11 @@ std::vector<PluginTensorDesc> tensors(std::istream& in) {
     char type = 0;
     PluginTensorDesc desc{};
     in >> type >> desc.dims.nbDims;
-    for (int32_t d = 0; d < desc.dims.nbDims; ++d) in >> desc.dims.d[d];
+    for (int32_t d = 0; d < desc.dims.nbDims; ++d) {
+      int64_t size = 0;
+      in >> size;
+      if (d < Dims::MAX_DIMS) desc.dims.d[d] = size;
+    }
     desc.type = type == 'h'   ? DataType::kHALF
                 : type == 'b' ? DataType::kBF16
                 : type == 'f' ? DataType::kFLOAT
@@ -62,9 +71,14 @@ std::vector<PluginTensorDesc> tensors(std::istream& in) {
   return all;
 }
 
+// At most kMostBytes: what is larger is never allocated, because nothing may touch it.
 size_t bytes(PluginTensorDesc const& desc) {
   size_t all = desc.type == DataType::kFLOAT ? 4 : desc.type == DataType::kINT64 ? 8 : 2;
-  for (int32_t d = 0; d < desc.dims.nbDims; ++d) all *= desc.dims.d[d] < 0 ? 0 : desc.dims.d[d];
+  for (int32_t d = 0; d < std::min<int32_t>(desc.dims.nbDims, Dims::MAX_DIMS); ++d) {
+    size_t const size = desc.dims.d[d] < 0 ? 0 : desc.dims.d[d];
+    if (size != 0 && all > kMostBytes / size) return kMostBytes;
+    all *= size;
+  }
   return all;
 }
 
@@ -193,7 +207,12 @@ void run(IPluginCreatorV3One* creator, Case const& c, Gpu& gpu) {
   auto const* const stored =
       capability<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME)->getFieldsToSerialize();
   std::vector<PluginField> fields(stored->fields, stored->fields + stored->nbFields);
-  if (c.tamper) fields.back().data = "00000000000000000000000000000000";
+  PluginField& library = fields.back();
+  if (c.tamper == 1) library.data = "00000000000000000000000000000000";
+  if (c.tamper == 2) library.data = nullptr;
+  if (c.tamper == 3) library.length = -1;
+  if (c.tamper == 4) library.type = PluginFieldType::kINT32;
+  if (c.tamper == 5) library.name = nullptr;
   PluginFieldCollection const engine{stored->nbFields, fields.data()};
   IPluginV3* const loaded = creator->createPlugin("layer", &engine, TensorRTPhase::kRUNTIME);
   if (loaded == nullptr) return;

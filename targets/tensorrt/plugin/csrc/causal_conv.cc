@@ -34,10 +34,12 @@ struct CausalConv {
     };
     Cubin const* const cubin = find("causal_conv", dtype, architecture, std::to_string(taps) + " taps", fits, why);
     if (cubin == nullptr) return false;
-    auto const tiles = [](int64_t count, int64_t tile) { return static_cast<uint32_t>((count + tile - 1) / tile); };
+    auto const tiles = [](int64_t count, int64_t tile) { return (count + tile - 1) / tile; };
     plan.kernels = {cubin};
-    plan.grid = {tiles(channels, cubin->at("BC")), tiles(tokens, cubin->at("BT")),
-                 static_cast<uint32_t>(sizes.at("batch"))};
+    if (!make_grid({tiles(channels, cubin->at("BC")), tiles(tokens, cubin->at("BT")), sizes.at("batch")}, plan.grid,
+                   why)) {
+      return false;
+    }
     plan.call.T = static_cast<int32_t>(tokens);
     plan.call.channels = static_cast<int32_t>(channels);
     return true;

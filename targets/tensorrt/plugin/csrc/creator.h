@@ -28,11 +28,20 @@ class Creator final : public IPluginCreatorV3One {
     typename Op::Attributes attributes;
     int32_t in_place = 0;
     std::string why;
+    if (given == nullptr || given->nbFields < 0 || (given->nbFields > 0 && given->fields == nullptr)) {
+      fail(Op::kName, "there are no attributes");
+      return nullptr;
+    }
     bool ok = known(*given, why);
     for (Field const& field : Op::fields()) {
       ok = ok && read(*given, field.name, field.type, reinterpret_cast<char*>(&attributes) + field.offset, why);
     }
-    ok = ok && read(*given, kInPlace, PluginFieldType::kINT32, &in_place, why) && Op::check(attributes, why);
+    ok = ok && read(*given, kInPlace, PluginFieldType::kINT32, &in_place, why);
+    if (ok && in_place != 0 && in_place != 1) {
+      ok = false;
+      why = std::string("attribute ") + kInPlace + " is " + std::to_string(in_place) + ", and must be 0 or 1";
+    }
+    ok = ok && Op::check(attributes, why);
     if (ok && phase == TensorRTPhase::kRUNTIME) ok = built_by_us(*given, why);
     if (ok) return new Plugin<Op>(attributes, in_place);
     fail(Op::kName, std::string("layer ") + (layer == nullptr ? "" : layer) + ": " + why);
@@ -42,13 +51,17 @@ class Creator final : public IPluginCreatorV3One {
  private:
   static PluginField const* find(PluginFieldCollection const& given, char const* name) {
     for (PluginField const* field = given.fields; field != given.fields + given.nbFields; ++field) {
-      if (std::strcmp(field->name, name) == 0) return field;
+      if (field->name != nullptr && std::strcmp(field->name, name) == 0) return field;
     }
     return nullptr;
   }
 
   bool known(PluginFieldCollection const& given, std::string& why) const {
     for (PluginField const* field = given.fields; field != given.fields + given.nbFields; ++field) {
+      if (field->name == nullptr) {
+        why = "an attribute has no name";
+        return false;
+      }
       if (std::strcmp(field->name, kBuiltBy) != 0 && find(collection_, field->name) == nullptr) {
         why = std::string("there is no attribute ") + field->name;
         return false;
@@ -73,8 +86,10 @@ class Creator final : public IPluginCreatorV3One {
 
   static bool built_by_us(PluginFieldCollection const& given, std::string& why) {
     PluginField const* const field = find(given, kBuiltBy);
-    std::string const by =
-        field == nullptr ? "unknown" : std::string(static_cast<char const*>(field->data), field->length);
+    auto const length = static_cast<int32_t>(std::strlen(kLibrary));  // both are hashes
+    bool const text =
+        field != nullptr && field->data != nullptr && field->type == PluginFieldType::kCHAR && field->length == length;
+    std::string const by = text ? std::string(static_cast<char const*>(field->data), field->length) : "unknown";
     if (by == kLibrary) return true;
     why = "the engine was built with plugin library " + by + ", this one is " + kLibrary +
           "; load that one, or build the engine again";

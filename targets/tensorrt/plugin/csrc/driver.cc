@@ -107,6 +107,18 @@ int32_t gpu_architecture(std::string& why) {
   return ok ? 10 * major + minor : 0;
 }
 
+bool make_grid(std::array<int64_t, 3> const& programs, Grid& grid, std::string& why) {
+  for (size_t i = 0; i < grid.size(); ++i) {
+    if (programs[i] < 1 || programs[i] > kMostGrid[i]) {
+      why = "a grid of " + std::to_string(programs[0]) + " x " + std::to_string(programs[1]) + " x " +
+            std::to_string(programs[2]) + " programs is more than a GPU takes; use a smaller batch or shorter calls";
+      return false;
+    }
+    grid[i] = static_cast<uint32_t>(programs[i]);
+  }
+  return true;
+}
+
 bool load(Cubin const& cubin, std::string& why) { return function(cubin, why) != nullptr; }
 
 bool launch(Cubin const& cubin, Grid const& grid, std::vector<void*> arguments, cudaStream_t stream, std::string& why) {

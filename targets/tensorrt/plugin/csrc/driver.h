@@ -12,6 +12,12 @@ namespace h1 {
 
 using Grid = std::array<uint32_t, 3>;
 
+// The most programs along each dimension of a grid (CUDA C++ Programming Guide, "Technical Specifications").
+constexpr int64_t kMostGrid[] = {2147483647, 65535, 65535};
+
+// Makes a grid of three numbers that are not negative. False, and why, where a GPU takes no such grid.
+bool make_grid(std::array<int64_t, 3> const& programs, Grid& grid, std::string& why);
+
 // The architecture of the current context's GPU, such as 80; 0, and why, where there is none.
 int32_t gpu_architecture(std::string& why);
 

@@ -55,17 +55,17 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return in_place_ != 0 && output == 1 ? Op::kStateInput : -1;
   }
 
-  int32_t getOutputDataTypes(DataType* outputs, int32_t, DataType const* inputs,
+  int32_t getOutputDataTypes(DataType* outputs, int32_t wanted, DataType const* inputs,
                              int32_t count) const noexcept override {
-    if (!counted(count)) return kFailed;
+    if (!counted(count) || wanted != kOutputs) return kFailed;
     outputs[0] = inputs[0];
     outputs[1] = inputs[Op::kStateInput];
     return 0;
   }
 
   int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs,
-                          int32_t, IExprBuilder&) noexcept override {
-    if (!counted(count)) return kFailed;
+                          int32_t wanted, IExprBuilder&) noexcept override {
+    if (!counted(count) || wanted != kOutputs) return kFailed;
     outputs[0] = inputs[0];
     outputs[1] = inputs[Op::kStateInput];
     return 0;
@@ -73,7 +73,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   bool supportsFormatCombination(int32_t at, DynamicPluginTensorDesc const* io, int32_t inputs,
                                  int32_t) noexcept override {
-    if (inputs != count() || io[at].desc.format != TensorFormat::kLINEAR) return false;
+    if (inputs != count() || at < 0 || at >= inputs + kOutputs || io[at].desc.format != TensorFormat::kLINEAR)
+      return false;
     DataType const own = io[0].desc.type, type = io[at].desc.type;
     if (at == 0) return own == DataType::kHALF || own == DataType::kBF16;
     int32_t const input = at < inputs ? at : at == inputs ? 0 : Op::kStateInput;
@@ -94,11 +95,11 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
     return Op::plan(most, in[0].desc.type, attributes_, 0, plan, why) ? 0 : failed(why);
   }
 
-  size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t, DynamicPluginTensorDesc const*,
+  size_t getWorkspaceSize(DynamicPluginTensorDesc const* in, int32_t count, DynamicPluginTensorDesc const*,
                           int32_t) const noexcept override {
     Sizes most;
     std::string why;
-    return largest(in, most, why) ? Op::workspace(most, in[0].desc.type) : 0;
+    return counted(count) && largest(in, most, why) ? Op::workspace(most, in[0].desc.type) : 0;
   }
 
   int32_t onShapeChange(PluginTensorDesc const* in, int32_t count, PluginTensorDesc const*, int32_t) noexcept override {

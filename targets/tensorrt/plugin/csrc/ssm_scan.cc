@@ -9,7 +9,6 @@ namespace {
 constexpr size_t kAlignment = 256;  // bytes, of each part of the workspace
 
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-uint32_t whole(int64_t count) { return static_cast<uint32_t>(count); }
 
 struct SsmScan {
   using Attributes = ssm_scan::Attributes;
@@ -22,10 +21,12 @@ struct SsmScan {
     ssm_scan::Call call;
     int64_t rows, state, chunks;        // batch * heads; d_head * d_state
     std::vector<Cubin const*> kernels;  // decode; or chunk_state, state_passing, chunk_scan
+    std::vector<Grid> grids;            // of each
     bool decode() const { return kernels.size() == 1; }
   };
 
   static bool check(Attributes const& attributes, std::string& why) {
+    // NaN is refused too
     if (attributes.dt_min >= 0 && attributes.dt_min <= attributes.dt_max) return true;
     why = "attributes dt_min and dt_max are " + std::to_string(attributes.dt_min) + " and " +
           std::to_string(attributes.dt_max);
@@ -46,9 +47,14 @@ struct SsmScan {
       if (cubin == nullptr) return false;
       plan.kernels.push_back(cubin);
     }
-    plan.rows = sizes.at("batch") * heads;
-    plan.state = sizes.at("d_head") * sizes.at("d_state");
+    plan.rows = product({sizes.at("batch"), heads});
+    plan.state = product({sizes.at("d_head"), sizes.at("d_state")});
     plan.chunks = one ? 0 : chunks(sizes, *plan.kernels[0]);
+    plan.grids.clear();
+    for (std::array<int64_t, 3> const& programs : grids(plan)) {
+      plan.grids.emplace_back();
+      if (!make_grid(programs, plan.grids.back(), why)) return false;
+    }
     plan.call.T = static_cast<int32_t>(sizes.at("tokens"));
     plan.call.H = heads;
     plan.call.G = groups;
@@ -60,8 +66,10 @@ struct SsmScan {
     std::string why;
     Cubin const* const cubin = kernel_for("chunk_state", sizes, dtype, 0, why);
     if (cubin == nullptr || sizes.at("tokens") == 1) return 0;
-    size_t const rows = sizes.at("batch") * sizes.at("heads") * chunks(sizes, *cubin);
-    size_t const state = sizes.at("d_head") * sizes.at("d_state");
+    int64_t const rows = product({sizes.at("batch"), sizes.at("heads"), chunks(sizes, *cubin)});
+    int64_t const state = product({sizes.at("d_head"), sizes.at("d_state")});
+    // twice the largest part; `plan` refuses every size for which it is too large
+    if (product({rows, state, 2 * sizeof(float)}) == kMostBytes) return 0;
     return aligned(rows * state * sizeof(float)) + aligned(rows * sizeof(float)) +
            aligned(rows * state * sizeof(uint16_t));
   }
@@ -70,28 +78,33 @@ struct SsmScan {
                       void* workspace, cudaStream_t stream, std::string& why) {
     ssm_scan::Call call = plan.call;
     ssm_scan::bind(call, inputs, outputs, attributes);
-    uint32_t const rows = whole(plan.rows);
-    if (plan.decode()) {
-      Cubin const& decode = *plan.kernels[0];
-      return launch(decode, {whole(decode.at("P") / decode.at("BP")), rows, 1}, ssm_scan::decode_arguments(call),
-                    stream, why);
-    }
+    auto const& grids = plan.grids;
+    if (plan.decode()) return launch(*plan.kernels[0], grids[0], ssm_scan::decode_arguments(call), stream, why);
     Cubin const &state = *plan.kernels[0], &passing = *plan.kernels[1], &scan = *plan.kernels[2];
     char* const local = static_cast<char*>(workspace);
     size_t const entering = plan.rows * plan.chunks;
     call.local = local;
     call.total = local + aligned(entering * plan.state * sizeof(float));
     call.entry = static_cast<char const*>(call.total) + aligned(entering * sizeof(float));
-    uint32_t const state_tiles = whole(state.at("P") / state.at("BP") * (state.at("N") / state.at("BN")));
-    uint32_t const scan_tiles = whole(scan.at("Q") / scan.at("BT") * (scan.at("P") / scan.at("BP")));
-    uint32_t const chunks = whole(plan.chunks);
-    return launch(state, {state_tiles, chunks, rows}, ssm_scan::chunk_state_arguments(call), stream, why) &&
-           launch(passing, {whole(plan.state / passing.at("BS")), rows, 1}, ssm_scan::state_passing_arguments(call),
-                  stream, why) &&
-           launch(scan, {scan_tiles, chunks, rows}, ssm_scan::chunk_scan_arguments(call), stream, why);
+    return launch(state, grids[0], ssm_scan::chunk_state_arguments(call), stream, why) &&
+           launch(passing, grids[1], ssm_scan::state_passing_arguments(call), stream, why) &&
+           launch(scan, grids[2], ssm_scan::chunk_scan_arguments(call), stream, why);
   }
 
  private:
+  static std::vector<std::array<int64_t, 3>> grids(Plan const& plan) {
+    if (plan.decode()) {
+      Cubin const& decode = *plan.kernels[0];
+      return {{decode.at("P") / decode.at("BP"), plan.rows, 1}};
+    }
+    Cubin const &state = *plan.kernels[0], &passing = *plan.kernels[1], &scan = *plan.kernels[2];
+    int64_t const state_tiles = state.at("P") / state.at("BP") * (state.at("N") / state.at("BN"));
+    int64_t const scan_tiles = scan.at("Q") / scan.at("BT") * (scan.at("P") / scan.at("BP"));
+    return {{state_tiles, plan.chunks, plan.rows},
+            {plan.state / passing.at("BS"), plan.rows, 1},
+            {scan_tiles, plan.chunks, plan.rows}};
+  }
+
   static int64_t chunks(Sizes const& sizes, Cubin const& cubin) {
     return (sizes.at("tokens") + cubin.at("Q") - 1) / cubin.at("Q");
   }

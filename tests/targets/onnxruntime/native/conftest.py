@@ -1,7 +1,8 @@
-"""One node of ours at a time, on the library as compiled for this machine, as for one with VNNI, and in plain C++."""
+"""One node of ours at a time, on the library as compiled for this machine, as for others, and in plain C++."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,9 @@ STATES = {
     "SSMScan": ("state",),
     "Attention": ("past_k", "past_v"),
 }  # op -> inputs that outputs replace
-VARIANTS = {"native": (), "vnni": ("-DH1_DOT4",), "portable": ("-DH1_PORTABLE",)}
+VARIANTS: dict[str, tuple[str, ...]] = {"native": (), "vnni": ("-DH1_DOT4",), "portable": ("-DH1_PORTABLE",)}
+if platform.machine() in ("x86_64", "AMD64"):
+    VARIANTS["avx2"] = ("-march=haswell",)  # without the instructions that newer CPUs have
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 

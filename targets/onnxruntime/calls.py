@@ -1,0 +1,27 @@
+"""What ONNX Runtime says when it cannot load or compute a graph, as this project's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from h1export.errors import H1ExportError
+
+SHOWN = 200  # characters of its message, which may quote a graph at any length
+
+
+@contextmanager
+def refused(where: object, what: str, next_step: str = "build the artifact again") -> Iterator[None]:
+    """Turn any exception of ONNX Runtime, whose types share no base class, into one about ``where``.
+
+    Raises:
+        H1ExportError: ONNX Runtime raised; the start of the last line of its message is quoted.
+    """
+    try:
+        yield
+    except H1ExportError:
+        raise
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+        raise H1ExportError(where, f"{what} ({shown})", next_step) from None

@@ -242,6 +242,13 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """20,000 changes of every file that h1export reads itself: each is read, or refused in one line."""
+    session.install("-e", ".", *dev("pytest", "pytest-xdist", "hypothesis"), "--no-compile")
+    session.run("pytest", "-q", "-n", "auto", "tests/fuzz", *session.posargs, env={"MUTATIONS": "20000"})
+
+
+@nox.session
 def published(session: nox.Session) -> None:
     """The published configs at their full size, with random weights: a build in int4, a quick validation, and a text.
 

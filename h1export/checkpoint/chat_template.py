@@ -197,20 +197,20 @@ def _named(where: Path, value: Any) -> dict[str, str]:
     if value is None:
         return {}
     if isinstance(value, str):
-        found: dict[Any, Any] = {DEFAULT: value}
+        found: list[tuple[Any, Any]] = [(DEFAULT, value)]
     elif isinstance(value, dict):
-        found = value
+        found = list(value.items())
     elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        found = {item.get("name"): item.get("template") for item in value}
+        found = [(item.get("name"), item.get("template")) for item in value]
     else:
-        found = {None: None}
-    if not all(isinstance(name, str) and isinstance(text, str) for name, text in found.items()):
+        found = [(None, None)]
+    if not all(isinstance(name, str) and isinstance(text, str) for name, text in found):
         raise H1ExportError(
             where, f"key {KEY!r} is neither a text nor a list of named texts", f"save the template as {TEMPLATE_FILE}"
         )
-    if any(len(text) > MOST_TEMPLATE for text in found.values()):
+    if any(len(text) > MOST_TEMPLATE for _, text in found):
         raise H1ExportError(where, f"a chat template has more than {MOST_TEMPLATE} characters", "shorten it")
-    return found
+    return dict(found)
 
 
 def _tokens(values: Mapping[str, Any]) -> Sequence[tuple[str, str]]:

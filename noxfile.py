@@ -26,7 +26,16 @@ INFOS = sys.modules[SPEC.name].discover([ROOT / "targets"])
 TARGETS = {"core": "", **{name: info.install for name, info in INFOS.items()}}  # row of tests -> extras it installs
 SDKS = [module for info in INFOS.values() for module in (*info.shared_sdk_modules, *info.sdk_modules)]
 
-TESTED_WITH = ("pytest", "pytest-xdist", "hypothesis", "ruff", "peft", "compressed-tensors", "accelerate")
+TESTED_WITH = (
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "peft",
+    "compressed-tensors",
+    "accelerate",
+    "cyclonedx-python-lib",
+)
 
 nox.options.default_venv_backend = (
     "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch

@@ -8,7 +8,8 @@ import unicodedata
 from pathlib import PurePath
 
 MOST_SHOWN = 300  # characters of an error beside the path of the file at fault, which is never cut
-LEAST_SHOWN = 60  # characters that are left of each part of an error that is too long
+LEAST_SHOWN = 60  # characters that are left of the next step in an error that is too long
+MOST_PART = 160  # characters of what is at fault inside a file, or without one
 LONGEST_PATH = 4096  # of Linux
 MOST_REASON = 120  # characters of another library's error
 UNSHOWN = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of characters, ends of lines
@@ -37,16 +38,15 @@ class H1ExportError(Exception):
 
 
 def _fitted(where: object, what: str, next_step: str) -> tuple[str, str]:
-    """Return both halves of a message of MOST_SHOWN characters; a path comes on top of them."""
+    """Return both halves of a message of MOST_SHOWN characters; a path comes on top of them, and is not cut."""
     place = printable(shortened(str(where), LONGEST_PATH))
-    room = MOST_SHOWN
     path = place if isinstance(where, PurePath) else place.partition(": ")[0]  # before a tensor's name, for example
-    if isinstance(where, PurePath) or (path.startswith("/") and path != place):
-        room += max(0, len(path) - LEAST_SHOWN)
-    if not isinstance(where, PurePath):
-        place = shortened(place, max(LEAST_SHOWN, room - len(what) - len(next_step) - 4))
-    next_step = shortened(next_step, max(LEAST_SHOWN, room - len(place) - len(what) - 4))
-    return f"{place}: {shortened(what, max(LEAST_SHOWN, room - len(place) - len(next_step) - 4))}", next_step
+    if not isinstance(where, PurePath) and (path == place or not path.startswith("/")):
+        path = ""
+    part = shortened(place[len(path) :], MOST_PART)
+    room = MOST_SHOWN - len(part) - len(": ; ")
+    next_step = shortened(next_step, max(LEAST_SHOWN, room - len(what)))
+    return f"{path}{part}: {shortened(what, room - len(next_step))}", next_step
 
 
 def shortened(text: str, most: int) -> str:

@@ -49,7 +49,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 )
 def test_what_is_not_a_plan(content: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(content, encoding="utf-8")
-    with pytest.raises(H1ExportError, match=r"is not a plan of precisions .*; lines are"):
+    with pytest.raises(H1ExportError, match=r"is not a plan of precisions(: byte 1 is NUL| .*; lines are)"):
         read_plan(tmp_path / "plan.yaml")
 
 

@@ -192,10 +192,10 @@ def _model_file(path: Path) -> Path:
         raise H1ExportError(file, f"names no root model ({type(error).__name__}: {error})", COPY_AGAIN) from error
     if not isinstance(entry, str):
         raise H1ExportError(file, f"has {entry!r} as the root model's path", COPY_AGAIN)
-    return _inside(path, path / DATA / entry, str(file))
+    return _inside(path, path / DATA / entry, file)
 
 
-def _inside(folder: Path, path: Path, where: str) -> Path:
+def _inside(folder: Path, path: Path, where: object) -> Path:
     """Return ``path``, or raise H1ExportError unless it is a file inside ``folder``."""
     try:
         inside = path.resolve().is_relative_to(folder.resolve())

@@ -133,7 +133,9 @@ def _command(talk: Chat, word: str, rest: str) -> bool:
 def _save(talk: Chat, name: str) -> None:
     if not name:
         raise H1ExportError("/save", "has no file name", "give one, such as /save talk.safetensors")
-    talk.save(Path(name).expanduser())
+    place = Path(name).expanduser()
+    talk.save(place)
+    say(f"saved to {place}")
 
 
 def _typed() -> Iterator[str]:

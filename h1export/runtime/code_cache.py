@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import pwd
 import shutil
 import stat
 import tempfile
@@ -85,13 +84,20 @@ def _home() -> Path:
     """Return the folder of the caches of this user.
 
     Raises:
-        CacheRefusedError: Neither the environment nor the user database has an absolute path.
+        CacheRefusedError: Neither the environment nor the user database has an absolute path, or this system has no
+            owners of files to check.
     """
+    if not hasattr(os, "geteuid"):
+        raise CacheRefusedError(
+            "compiled code", "is not loaded where files have no POSIX owners", "use --kernels stock"
+        )
     named = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(named):
         return Path(named)
     home = os.environ.get("HOME", "")
     if not os.path.isabs(home):
+        import pwd  # POSIX only, as the check above has made sure
+
         try:
             home = pwd.getpwuid(os.geteuid()).pw_dir
         except KeyError:

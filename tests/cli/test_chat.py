@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import sys
 import time
@@ -129,19 +130,44 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, "-c", "from h1export.cli import main; main()", *words])
         self.seen = ""
 
-    def until(self, text: str, seconds: float = 120) -> None:
-        """Read until ``text`` has been seen again."""
+    def sees(self, text: str, seconds: float) -> bool:
+        """Read until ``text`` has been seen again; return False where it has not been within ``seconds``."""
         end = time.monotonic() + seconds
-        while text not in self.seen:
-            assert time.monotonic() < end, self.seen
-            try:
-                self.seen += os.read(self.descriptor, 4096).decode(errors="replace")
-            except OSError:
-                assert text in self.seen, self.seen
+        while text not in self.seen and (left := end - time.monotonic()) > 0:
+            if select.select([self.descriptor], [], [], left)[0]:
+                try:
+                    self.seen += os.read(self.descriptor, 4096).decode(errors="replace")
+                except OSError:  # the process has ended
+                    break
+        if text not in self.seen:
+            return False
         self.seen = self.seen.split(text, 1)[1]
+        return True
+
+    def until(self, text: str) -> None:
+        assert self.sees(text, 120), self.seen
 
     def type(self, text: str) -> None:
         os.write(self.descriptor, text.encode())
+
+    def ask(self, line: str, says: str) -> None:
+        """Type a line until its answer is seen: what is typed just after Ctrl-C may be thrown away by the terminal."""
+        for _ in range(12):
+            self.type(f"{line}\n")
+            if self.sees(says, 10):
+                return
+        raise AssertionError(f"{line}: {self.seen}")
+
+    def quit(self) -> int:
+        """End the chat, and return its exit code."""
+        for _ in range(120):
+            with suppress(OSError):  # it has just ended
+                self.type("/quit\n")
+            self.sees("no such text", 1)  # reads, because a full terminal would hold the process up
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+        raise AssertionError(self.seen)
 
 
 def test_a_terminal(built: str, tmp_path: Path) -> None:
@@ -161,11 +187,8 @@ def test_a_terminal(built: str, tmp_path: Path) -> None:
         terminal.until("e")  # a reply of many lines has begun
         terminal.type("\x03")
         terminal.until("> ")
-        terminal.type(f"/save {tmp_path / 'talk'}\n")
-        terminal.until("> ")
-        terminal.type("/quit\n")  # typed ahead, it waits for the prompt; Ctrl-D might not
-        _, status = os.waitpid(terminal.pid, 0)
-        assert os.waitstatus_to_exitcode(status) == 0
+        terminal.ask(f"/save {tmp_path / 'talk'}", "saved to")
+        assert terminal.quit() == 0
     finally:
         with suppress(ProcessLookupError):
             os.kill(terminal.pid, signal.SIGKILL)

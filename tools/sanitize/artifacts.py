@@ -85,7 +85,7 @@ def _mutate_weight(tensor: TensorProto, kind: str, rng: random.Random) -> None:
 def write(source: Path, folder: Path, model: onnx.ModelProto) -> None:
     """Write the artifact with another graph over our kernels, and a manifest that agrees with it."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source, folder, copy_function=_link)
+    shutil.copytree(source, folder)
     data = model.SerializeToString()
     (folder / NATIVE_MODEL).unlink()
     (folder / NATIVE_MODEL).write_bytes(data)
@@ -93,10 +93,6 @@ def write(source: Path, folder: Path, model: onnx.ModelProto) -> None:
     manifest["files"][NATIVE_MODEL] = [hashlib.sha256(data).hexdigest(), len(data)]
     (folder / MANIFEST).unlink()
     (folder / MANIFEST).write_text(json.dumps(manifest), "utf-8")
-
-
-def _link(source: str, target: str) -> None:
-    Path(target).hardlink_to(source)
 
 
 def use(folder: Path) -> str:

@@ -120,14 +120,14 @@ struct Tensor {
 // An input or an output as the op declares it; rank 0: any but 0.
 struct Port {
   ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  size_t rank = 0;
+  uint32_t rank = 0;
   bool optional = false;
 };
-constexpr Port floats(size_t rank = 0) { return {.rank = rank}; }
-constexpr Port optional_floats(size_t rank) { return {.rank = rank, .optional = true}; }
-constexpr Port halves(size_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, .rank = rank}; }
-constexpr Port bytes(size_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, .rank = rank}; }
-constexpr Port integers(size_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, .rank = rank}; }
+constexpr Port floats(uint32_t rank = 0) { return {.rank = rank}; }
+constexpr Port optional_floats(uint32_t rank) { return {.rank = rank, .optional = true}; }
+constexpr Port halves(uint32_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, .rank = rank}; }
+constexpr Port bytes(uint32_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, .rank = rank}; }
+constexpr Port integers(uint32_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, .rank = rank}; }
 
 // What a kernel reads an input as.
 template <class T>

@@ -130,7 +130,7 @@ def test_states_in_place_need_their_preview_feature(folder: Path) -> None:
     config = EngineConfig.read(folder)
     (folder / RECIPE).write_text(replace(config, preview_features=()).to_json())
     with pytest.raises(
-        H1ExportError, match=r"updates states in place, which recipe.json does not allow.*preview_features"
+        H1ExportError, match=r"updates states in place, which recipe.json does not allow.* of recipe.json"
     ):
         build.build(folder, SILENT)
     assert not (folder / ENGINE).exists()

@@ -82,7 +82,8 @@ class TemplateProcess:
         """
         request = json.dumps({"template": template, "variables": variables}).encode() + b"\n"
         with self._lock:
-            if self._worker is None:
+            if self._worker is None or self._worker.has_ended:
+                self._close()
                 self._worker = _Worker(self._limits)
             try:
                 answer = self._worker.ask(request, self._limits.seconds)
@@ -127,6 +128,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={name: os.environ[name] for name in KEPT if name in os.environ},
+            start_new_session=True,  # Ctrl-C in a terminal is for this process alone
         )
         self.close = weakref.finalize(self, _end, self._process)
         self._lines: Queue[bytes] = Queue()
@@ -139,6 +141,11 @@ class _Worker:
             raise H1ExportError(
                 "chat template", f"the process that renders it does not start ({error})", "check the installation"
             ) from None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process is no more; something else may have ended it since its last answer."""
+        return self._process.poll() is not None
 
     def ask(self, request: bytes, seconds: float) -> dict[str, str]:
         """Return the worker's answer to ``request``; raise RenderError where it has none after ``seconds``."""

@@ -86,10 +86,11 @@ def chat(
         try:
             if not _turn(talk, line, as_json=as_json):
                 break
-        except H1ExportError as error:
+        except (H1ExportError, KeyboardInterrupt) as error:
             if not terminal:
                 raise
-            say(f"h1export: {error}")
+            # Ctrl-C just before or after a reply ends nothing either
+            say("" if isinstance(error, KeyboardInterrupt) else f"h1export: {error}")
     return 0
 
 

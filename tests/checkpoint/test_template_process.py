@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -199,6 +200,17 @@ def test_an_interrupt_leaves_it_usable(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(KeyboardInterrupt):
             process.render("late", {})
     assert process.render("next", {}) == "next"
+    process.close()
+
+
+def test_ctrl_c_in_a_terminal_is_not_for_the_process_and_one_that_was_ended_is_started_again() -> None:
+    process = TemplateProcess()
+    assert process.render("a", {}) == "a"
+    (worker,) = (child for child in psutil.Process().children() if "template_worker" in " ".join(child.cmdline()))
+    assert os.getsid(worker.pid) != os.getsid(0)  # a terminal signals the processes of its session's group
+    worker.kill()
+    psutil.wait_procs([worker], timeout=10)
+    assert process.render("b", {}) == "b"
     process.close()
 
 

@@ -234,15 +234,7 @@ def sanitize(session: nox.Session) -> None:
     artifact = Path(session.create_tmp()).resolve() / "artifact"
     shutil.rmtree(artifact, ignore_errors=True)
     session.run(
-        "h1export",
-        "build",
-        "--target",
-        "ort",
-        "--quant",
-        "int4",
-        "--method",
-        "rtn",
-        "--out",
+        *["h1export", "build", "--target", "ort", "--quant", "int4", "--method", "rtn", "--out"],
         str(artifact),
         silent=True,
     )

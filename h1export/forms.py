@@ -64,7 +64,7 @@ def from_json(text: str | bytes) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refused, parse_float=_finite)
+        return json.loads(text, object_pairs_hook=without_duplicates, parse_constant=_refused, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise FormError(f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from None
     except UnicodeDecodeError as error:
@@ -145,21 +145,26 @@ def read(path: Path, form: type[FormT], *, what: str, next_step: str) -> FormT:
     return parse(content(path, next_step), form, where=path, what=what, next_step=next_step)
 
 
-def content(path: Path, next_step: str) -> bytes:
+def content(path: Path, next_step: str, most: int = MOST_BYTES) -> bytes:
     """Return what ``read_bytes`` returns.
 
     Raises:
         H1ExportError: the file cannot be read, is not regular, or is too large.
     """
     try:
-        return read_bytes(path)
+        return read_bytes(path, most)
     except FormError as error:
         raise H1ExportError(path, f"cannot be read ({error})", next_step) from None
     except OSError as error:
         raise H1ExportError(path, f"cannot be read ({error.strerror})", next_step) from None
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON; this is json's object_pairs_hook.
+
+    Raises:
+        FormError: a key is given twice: readers would differ on which one counts.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         raise FormError("a key is given twice")

@@ -22,6 +22,7 @@ from h1export.artifact.files import folders, names
 from h1export.artifact.journal import JOURNAL, SCRATCH, Journal
 from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
+from h1export.forms import read_bytes
 
 KEY_LENGTH = 16  # hex digits of the key in a stage's name
 NOW = LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING
@@ -161,7 +162,7 @@ def _keep_written(stage: Path) -> None:
 def _is_artifact(folder: Path) -> bool:
     """Return whether ``folder`` holds a manifest of h1export; other programs also write a file named manifest.json."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_bytes(folder / MANIFEST))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and {"format", "target", "files"} <= manifest.keys()

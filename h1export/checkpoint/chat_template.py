@@ -7,7 +7,6 @@ tokenizer is loaded, so nothing in the folder can name code to run, and template
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from h1export.checkpoint.template_process import RenderError, TemplateProcess
 from h1export.errors import H1ExportError
+from h1export.forms import content
 from h1export.model.config_reader import shown
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -26,6 +26,7 @@ DEFAULT = "default"
 FOR_TOOLS = "tool_use"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same field; templates read the first
 CONTINUED = "H1EXPORT-CONTINUES-HERE "  # the space shows whether a template removes spaces at the end of a message
+AGAIN = "download it again"
 MOST_JSON = 64 << 20  # bytes of a file
 MOST_TEMPLATE = 1 << 20
 NEXT = {
@@ -233,20 +234,13 @@ def _object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise H1ExportError(path, "not a JSON object", "download it again")
+        raise H1ExportError(path, "not a JSON object", AGAIN)
     return value
 
 
 def _text(path: Path, most: int) -> str:
     """Return the text of a regular file of at most ``most`` bytes."""
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise H1ExportError(path, "not a regular file", "download it again")
-        if found.st_size > most:
-            raise H1ExportError(path, f"has {found.st_size} bytes, and at most {most} are read", "download it again")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise H1ExportError(path, f"cannot be read ({error.strerror})", "check its permissions") from None
+        return content(path, AGAIN, most).decode("utf-8")
     except UnicodeDecodeError:
-        raise H1ExportError(path, "is not UTF-8 text", "download it again") from None
+        raise H1ExportError(path, "is not UTF-8 text", AGAIN) from None

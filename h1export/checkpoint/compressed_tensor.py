@@ -125,7 +125,7 @@ class SignedZeros(CompressedMatrix):
 
     def unsigned_zeros(self, start: int, stop: int) -> Unsigned:
         middle = self.packed_format.middle
-        zeros = self.parts[self.zeros_part].values()[start:stop].astype(np.int64) + middle
+        zeros = self.parts[self.zeros_part].values(slice(start, stop)).astype(np.int64) + middle
         if zeros.size and (zeros.min() < 0 or zeros.max() >= 2 * middle):
             what = f"holds zero points from {zeros.min() - middle} to {zeros.max() - middle}"
             raise self.error(self.zeros_part, what, f"{self.packed_format.bits} bits hold {-middle} to {middle - 1}")

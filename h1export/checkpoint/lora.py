@@ -29,6 +29,7 @@ from h1export.checkpoint.lora_config import ADAPTER_CONFIG, LoraConfig
 from h1export.checkpoint.safetensors_header import FLOATS, TensorEntry, read_header
 from h1export.checkpoint.tensor_names import plain_name
 from h1export.errors import H1ExportError
+from h1export.forms import read_bytes
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, TensorShapes, projection_of
 
@@ -235,7 +236,7 @@ def check_is_model(folder: Path, config_file: str) -> None:
         return
     base = "its base model"
     try:
-        found = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        found = json.loads(read_bytes(folder / ADAPTER_CONFIG))["base_model_name_or_path"]
         if isinstance(found, str) and re.fullmatch(r"[A-Za-z0-9._/-]{1,100}", found):
             base = f"its base model, {found},"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

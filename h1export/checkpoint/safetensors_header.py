@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.errors import H1ExportError, reason
-from h1export.model.config_reader import shown, without_duplicates
+from h1export.forms import without_duplicates
+from h1export.model.config_reader import shown
 from h1export.model.falcon_h1.states import Array
 
 MAX_HEADER_BYTES = 100_000_000

@@ -16,6 +16,7 @@ import numpy as np
 from h1export.checkpoint.safetensors_header import TensorEntry, read_header
 from h1export.checkpoint.tensor_names import is_extra
 from h1export.errors import H1ExportError
+from h1export.forms import read_bytes
 from h1export.model.config_reader import shown
 
 INDEX = "model.safetensors.index.json"
@@ -110,7 +111,7 @@ def _no_weights(folder: Path) -> H1ExportError:
 def _weight_map(index: Path) -> Mapping[str, str]:
     """Return tensor -> shard. A shard's name must not lead out of the folder."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_bytes(index))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"not a safetensors index ({type(error).__name__})"

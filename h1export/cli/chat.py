@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from h1export.cli.common import common, kernels_option, say
+from h1export.cli.common import common, kernels_option, sampling_options, say
 from h1export.cli.output import say_text, show_text
 from h1export.cli.prompt import STDIN
 from h1export.errors import H1ExportError, as_utf8
@@ -22,6 +22,7 @@ from h1export.targets import Kernels
 
 if TYPE_CHECKING:
     from h1export.commands.chat import Chat
+    from h1export.runtime.generation import Sampling
 
 PROMPT = "> "
 HELP = """\
@@ -38,12 +39,7 @@ A line that begins with // is a turn that begins with /. Ctrl-C stops a reply.""
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--state", type=click.Path(path_type=Path), help="Go on from what /save has written to this file.")
 @click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens of a reply.")
-@click.option("--temperature", default=0.0, show_default=True, help="0: greedy.")
-@click.option("--top-k", default=0, show_default=True, help="Sample among the k likeliest tokens; 0: all.")
-@click.option(
-    "--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens up to this probability."
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
+@sampling_options
 @click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
 @kernels_option
 @common
@@ -52,10 +48,7 @@ def chat(
     system: str | None,
     state: Path | None,
     max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
+    sampling: Sampling,
     threads: int,
     kernels: Kernels,
     quiet: bool,
@@ -74,9 +67,7 @@ def chat(
       printf '%s\\n' "Who are you?" "Since when?" | h1export chat falcon-int4 --json
     """
     from h1export.commands.chat import Chat
-    from h1export.runtime.generation import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p, seed=seed)
     report = partial(say, quiet=quiet)
     talk = Chat(out, max_tokens, sampling=sampling, threads=threads, kernels=kernels, report=report, state=state)
     if system is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -11,7 +12,7 @@ import click
 from h1export.cli.output import answer, say
 from h1export.targets import Kernels
 
-__all__ = ["adapter_folders", "adapter_option", "answer", "common", "kernels_option", "say"]
+__all__ = ["adapter_folders", "adapter_option", "answer", "common", "kernels_option", "sampling_options", "say"]
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,6 +36,28 @@ kernels_option = click.option(
     show_default=True,
     help="native: h1export's own, compiled when first used; stock: the runtime's; auto: native where they compile.",
 )
+
+
+def sampling_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Add --temperature, --top-k, --top-p and --seed to ``command``, which gets them as its argument ``sampling``."""
+
+    @wraps(command)
+    def with_sampling(*arguments: Any, temperature: float, top_k: int, top_p: float, seed: int, **others: Any) -> int:
+        from h1export.runtime.generation import Sampling
+
+        return command(*arguments, sampling=Sampling(temperature, top_k, top_p, seed=seed), **others)
+
+    wrapped: Callable[..., int] = with_sampling
+    for option in (
+        click.option("--seed", default=0, show_default=True, help="Seed of the sampling."),
+        click.option(
+            "--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens up to this probability."
+        ),
+        click.option("--top-k", default=0, show_default=True, help="Sample among the k likeliest tokens; 0: all."),
+        click.option("--temperature", default=0.0, show_default=True, help="0: greedy."),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 adapter_option = click.option(

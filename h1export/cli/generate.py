@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import cloup
 
-from h1export.cli.common import answer, common, kernels_option, say
+from h1export.cli.common import answer, common, kernels_option, sampling_options, say
 from h1export.cli.output import show_text
 from h1export.cli.prompt import read_prompt
 from h1export.errors import as_utf8
 from h1export.targets import Kernels
+
+if TYPE_CHECKING:
+    from h1export.runtime.generation import Sampling
 
 
 @cloup.command(short_help="Continue a text with an artifact.")
@@ -20,12 +24,7 @@ from h1export.targets import Kernels
 @click.argument("prompt", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="Read the prompt from this file; -: standard input.")
 @click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="New tokens at most.")
-@click.option("--temperature", default=0.0, show_default=True, help="0: greedy.")
-@click.option("--top-k", default=0, show_default=True, help="Sample among the k likeliest tokens; 0: all.")
-@click.option(
-    "--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens up to this probability."
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
+@sampling_options
 @click.option("--chat", is_flag=True, help="PROMPT is a user's turn, framed by the chat template.")
 @click.option("--system", metavar="TEXT", help="System message of the chat; implies --chat.")
 @click.option("--state", type=click.Path(path_type=Path), help="PROMPT is the next turn of a chat that /save wrote.")
@@ -37,10 +36,7 @@ def generate(
     prompt: str | None,
     file: Path | None,
     max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
+    sampling: Sampling,
     chat: bool,
     system: str | None,
     state: Path | None,
@@ -62,9 +58,7 @@ def generate(
       h1export generate falcon-int4 "Who are you?" --chat --temperature 0.7 --top-p 0.9 --seed 1
     """
     from h1export.commands.generate import generate_text
-    from h1export.runtime.generation import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p, seed=seed)
     prompt = read_prompt(prompt, file)
     text = ""
     for piece in generate_text(

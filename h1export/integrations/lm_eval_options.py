@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from h1export.errors import H1ExportError
+from h1export.model.config_reader import shown
 from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG
 from h1export.runtime.generation import Sampling
 
@@ -252,4 +253,4 @@ def _whole(options: Mapping[str, Any], name: str, default: int, *, least: int | 
 
 
 def _shown(name: str, value: Any) -> str:
-    return f"{name}: {value!r:.60}"
+    return f"{name}: {shown(value)}"

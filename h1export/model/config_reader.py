@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from h1export.errors import H1ExportError, reason
+from h1export.forms import read_bytes, without_duplicates
 
 CONFIG = "config.json"
 FLOAT32 = np.finfo(np.float32)
@@ -133,23 +134,10 @@ class ConfigReader:
         return float(value)
 
 
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """json's object_pairs_hook.
-
-    Raises ValueError where a name appears twice: readers would differ on which one counts.
-    """
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the name {name!r} appears twice")
-        found[name] = value
-    return found
-
-
 def read_config(path: Path) -> Any:
     """Returns a checkpoint's config.json, parsed. Raises H1ExportError where there is none, or it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+        return json.loads(read_bytes(path).decode("utf-8"), object_pairs_hook=without_duplicates)
     except FileNotFoundError:
         raise H1ExportError(path, "no such file", "give a checkpoint folder in Hugging Face layout") from None
     except OSError as error:

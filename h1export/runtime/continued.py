@@ -14,9 +14,8 @@ from h1export.runtime.generation import PREFILL_CHUNK
 from h1export.runtime.runner import RestorableSession, Runner
 from h1export.runtime.saved_states import SavedStates
 
-MOST_POINTS = (
-    8  # each has the states of the convolutions and scans, and all of them together one set of keys and values
-)
+# Each has the states of the convolutions and scans, and all of them together one set of keys and values.
+MOST_POINTS = 8
 LEAST_CAPACITY = 256
 
 

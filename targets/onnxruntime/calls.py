@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from h1export.errors import H1ExportError
+from h1export.errors import H1ExportError, shortened
 
 SHOWN = 200  # characters of its message, which may quote a graph at any length
 
@@ -15,7 +15,7 @@ def refused(where: object, what: str, next_step: str = "build the artifact again
     """Turn any exception of ONNX Runtime, whose types share no base class, into one about ``where``.
 
     Raises:
-        H1ExportError: ONNX Runtime raised; the start of the last line of its message is quoted.
+        H1ExportError: ONNX Runtime raised; the last line of its message is quoted.
     """
     try:
         yield
@@ -23,5 +23,4 @@ def refused(where: object, what: str, next_step: str = "build the artifact again
         raise
     except Exception as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
-        raise H1ExportError(where, f"{what} ({shown})", next_step) from None
+        raise H1ExportError(where, f"{what} ({shortened(text, SHOWN)})", next_step) from None

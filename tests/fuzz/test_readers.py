@@ -9,9 +9,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import struct
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,26 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder
 
     return prepare
+
+
+@pytest.mark.parametrize("name", sorted(READERS.keys() - {"precisions"}))  # plans may come through a pipe
+def test_a_pipe_in_the_place_of_a_file_is_never_waited_for(name: str, prepared: Callable[[str], Path]) -> None:
+    folder = prepared(name)
+    file = folder / READERS[name].file
+    file.unlink()
+    os.mkfifo(file)
+
+    def waited(*_: object) -> None:
+        raise AssertionError("waits for a pipe")
+
+    before = signal.signal(signal.SIGALRM, waited)
+    signal.alarm(20)
+    try:
+        with suppress(H1ExportError):  # what reads an optional file may do without it
+            READERS[name].read(folder)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -206,7 +206,7 @@ def read_baselines(path: Path) -> dict[str, Baseline]:
 
 def write_baselines(path: Path, baselines: Mapping[str, Baseline]) -> None:
     """Write all baselines, completely or not at all."""
-    gates = {name: dataclasses.asdict(baselines[name]) for name in sorted(baselines)}
+    stored = dataclasses.asdict(StoredBaselines(1, {name: baselines[name] for name in sorted(baselines)}))
     beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps({"format": 1, "gates": gates}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(beside, path)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from h1export.errors import H1ExportError
+from h1export.forms import read_bytes
 from h1export.model.config_reader import ConfigReader
 from h1export.model.falcon_h1.config import FalconH1Config
 
@@ -32,7 +33,7 @@ def special_tokens(folder: Path, model_config: FalconH1Config) -> SpecialTokens:
     if not path.is_file():
         return SpecialTokens(model_config.bos_token_id, model_config.eos_token_ids, model_config.pad_token_id)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_bytes(path))
     except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):

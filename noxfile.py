@@ -233,11 +233,8 @@ def sanitize(session: nox.Session) -> None:
     session.install("-e", ".[ort,trt]", "--no-compile")
     artifact = Path(session.create_tmp()).resolve() / "artifact"
     shutil.rmtree(artifact, ignore_errors=True)
-    session.run(
-        *["h1export", "build", "--target", "ort", "--quant", "int4", "--method", "rtn", "--out"],
-        str(artifact),
-        silent=True,
-    )
+    options = ("--target", "ort", "--quant", "int4", "--method", "rtn", "--out", str(artifact))
+    session.run("h1export", "build", *options, silent=True)
     with session.chdir(ROOT / "tools"):
         session.run("python", "-m", "sanitize.run", str(artifact), *session.posargs)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import cloup
 
-from h1export.cli.common import common, kernels_option, sampling_options, say
+from h1export.cli.common import common, kernels_option, sampling_options, say, verify_option
 from h1export.cli.output import say_text, show_text
 from h1export.cli.prompt import STDIN
 from h1export.errors import H1ExportError, as_utf8
@@ -42,6 +42,7 @@ A line that begins with // is a turn that begins with /. Ctrl-C stops a reply.""
 @sampling_options
 @click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
 @kernels_option
+@verify_option
 @common
 def chat(
     out: Path,
@@ -51,6 +52,7 @@ def chat(
     sampling: Sampling,
     threads: int,
     kernels: Kernels,
+    verify: Path | None,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -69,7 +71,9 @@ def chat(
     from h1export.commands.chat import Chat
 
     report = partial(say, quiet=quiet)
-    talk = Chat(out, max_tokens, sampling=sampling, threads=threads, kernels=kernels, report=report, state=state)
+    talk = Chat(
+        out, max_tokens, sampling=sampling, threads=threads, kernels=kernels, report=report, state=state, verify=verify
+    )
     if system is not None:
         talk.system = as_utf8(system)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

@@ -12,7 +12,16 @@ import click
 from h1export.cli.output import answer, say
 from h1export.targets import Kernels
 
-__all__ = ["adapter_folders", "adapter_option", "answer", "common", "kernels_option", "sampling_options", "say"]
+__all__ = [
+    "adapter_folders",
+    "adapter_option",
+    "answer",
+    "common",
+    "kernels_option",
+    "sampling_options",
+    "say",
+    "verify_option",
+]
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -58,6 +67,14 @@ def sampling_options(command: Callable[..., int]) -> Callable[..., int]:
     ):
         wrapped = option(wrapped)
     return wrapped
+
+
+verify_option = click.option(
+    "--verify",
+    type=click.Path(path_type=Path),
+    metavar="KEY",
+    help="File with the public key that must have signed OUT, see `h1export sign`.",
+)
 
 
 adapter_option = click.option(

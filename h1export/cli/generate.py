@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 import cloup
 
-from h1export.cli.common import answer, common, kernels_option, sampling_options, say
+from h1export.cli.common import answer, common, kernels_option, sampling_options, say, verify_option
 from h1export.cli.output import show_text
 from h1export.cli.prompt import read_prompt
 from h1export.errors import as_utf8
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--state", type=click.Path(path_type=Path), help="PROMPT is the next turn of a chat that /save wrote.")
 @click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
 @kernels_option
+@verify_option
 @common
 def generate(
     out: Path,
@@ -42,6 +43,7 @@ def generate(
     state: Path | None,
     threads: int,
     kernels: Kernels,
+    verify: Path | None,
     quiet: bool,
     as_json: bool,
 ) -> int:
@@ -71,6 +73,7 @@ def generate(
         state=state,
         threads=threads,
         kernels=kernels,
+        verify=verify,
         report=partial(say, quiet=quiet),
     ):
         text += piece

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.chat_template import ChatTemplate
 from h1export.checkpoint.tokenizer import load_tokenizer, stream
 from h1export.checkpoint.vocabulary import prompt_ids
-from h1export.commands.load import load_runner
+from h1export.commands.load import load_runner, open_artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.special_tokens import special_tokens
 from h1export.runtime.continued import ContinuedSequence, StoppedError
@@ -44,6 +43,7 @@ class Chat:
         kernels: Kernels = "auto",
         report: Callable[[str], None] = lambda _: None,
         state: Path | None = None,
+        verify: Path | None = None,
     ) -> None:
         """Load the artifact ``out``, and the conversation in the file ``state``.
 
@@ -55,11 +55,13 @@ class Chat:
             kernels: The argument of ``h1export.load``.
             report: Is called with the reason where the artifact runs slower here than it could.
             state: A file that ``save`` wrote.
+            verify: The file of the public key that must have signed the artifact, or None.
 
         Raises:
-            H1ExportError: A damaged artifact, no tokenizer or chat template, or a file of another artifact.
+            H1ExportError: A damaged artifact, one that is not signed by this key, no tokenizer or chat template, or a
+                file of another artifact.
         """
-        artifact = Artifact.open(out)
+        artifact = open_artifact(out, verify)
         self._identity = artifact.identity
         self._tokenizer = load_tokenizer(out)
         self._template = ChatTemplate.read(out)

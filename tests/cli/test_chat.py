@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import sys
 import time
@@ -16,6 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from h1export.artifact.artifact import Artifact
 from h1export.cli import run
@@ -188,3 +191,26 @@ def test_a_terminal(built: str, tmp_path: Path) -> None:
             os.kill(terminal.pid, signal.SIGKILL)
         os.close(terminal.descriptor)
     assert (tmp_path / "talk").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "words", [("generate", "OUT", "a"), ("generate", "OUT", "a", "--chat"), ("chat", "OUT")], ids=len
+)
+def test_only_what_the_key_has_signed_runs(
+    words: tuple[str, ...], chat: Callable[..., SimpleNamespace], built: str, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(built, tmp_path / "out"))
+    key = tmp_path / "key.pem"
+    key.write_bytes(
+        Ed25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    command = (*(str(out) if word == "OUT" else word for word in words), "--verify", str(key))
+    assert "is not signed" in chat("a", command=command).err
+    assert run(["sign", str(out), "--key", str(key)]) == 0
+    assert chat("a", command=command).code == 0
+    (out / "tokenizer.json").write_text((out / "tokenizer.json").read_text() + " ")
+    refused = chat("a", command=command)
+    assert (refused.code, refused.out) == (2, "")
+    assert "tokenizer.json: has" in refused.err

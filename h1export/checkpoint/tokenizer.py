@@ -67,29 +67,55 @@ def plain_tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Yield text as ids arrive; a character that consists of several tokens is given with its last token.
+class TokenDecoder:
+    """Text of tokens that come one by one; a character that consists of several is given with its last token.
 
-    Bytes that never become a character are given as U+FFFD, at the latest when the ids end. tokenizers' DecodeStream
+    Bytes that never become a character are given as U+FFFD, at the latest when the tokens end. tokenizers' DecodeStream
     leaves them out, and raises for decoders that look at more than one token.
+
+    Args:
+        tokenizer: The tokenizer.
+        skip_special_tokens: Whether special tokens have no text.
     """
-    held: list[int] = []  # the last ids, with some before them, because decoders look at neighbours
-    given = ""  # the text of ``held`` that was yielded
-    ends: list[int] = []  # where in ``held`` a character ended
-    for token in ids:
-        held.append(token)
-        text = tokenizer.decode(held)
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._held: list[int] = []  # the last tokens, with some before them, because decoders look at neighbours
+        self._given = ""  # the text of ``_held`` that was given
+        self._ends: list[int] = []  # where in ``_held`` a character ended
+
+    def step(self, token: int) -> str:
+        """Return the text that is whole with ``token``, which may be none."""
+        self._held.append(token)
+        text = self._text()
         if text.endswith(REPLACEMENT):
-            continue
-        if piece := _after(given, text):
+            return ""
+        piece = _after(self._given, text)
+        self._ends.append(len(self._held))
+        if len(self._ends) > 2 * NEIGHBOURS:  # begin at a whole character
+            start = self._ends[NEIGHBOURS]
+            del self._held[:start]
+            self._ends = [end - start for end in self._ends[NEIGHBOURS + 1 :]]
+            text = self._text()
+        self._given = text
+        return piece
+
+    def rest(self) -> str:
+        """Return what is left after the last token: bytes that no other will make a character of."""
+        return _after(self._given, self._text())
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._held, skip_special_tokens=self._skip))
+
+
+def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Yield text without special tokens as ids arrive, as TokenDecoder gives it."""
+    decoder = TokenDecoder(tokenizer)
+    for token in ids:
+        if piece := decoder.step(token):
             yield piece
-        ends.append(len(held))
-        if len(ends) > 2 * NEIGHBOURS:  # begin at a whole character
-            start = ends[NEIGHBOURS]
-            held, ends = held[start:], [end - start for end in ends[NEIGHBOURS + 1 :]]
-            text = tokenizer.decode(held)
-        given = text
-    if rest := _after(given, tokenizer.decode(held)):
+    if rest := decoder.rest():
         yield rest
 
 

@@ -17,11 +17,10 @@ from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from tqdm import tqdm
 
 from h1export.checkpoint.chat_template import ChatTemplate, template_files
-from h1export.checkpoint.tokenizer import load_tokenizer, plain_tokenizer
+from h1export.checkpoint.tokenizer import TokenDecoder, load_tokenizer, plain_tokenizer
 from h1export.commands.load import load_folder
 from h1export.errors import H1ExportError
 from h1export.integrations.lm_eval_options import WHERE, Options, model_options, read_options
@@ -247,14 +246,13 @@ class Stops:
     """
 
     def __init__(self, tokenizer: Tokenizer, terms: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
         self._terms = terms
-        self._decoder = DecodeStream(skip_special_tokens=False)
+        self._decoder = TokenDecoder(tokenizer, skip_special_tokens=False)
         self._tail = ""  # as much as can belong to a stop string that is not complete
 
     def reached(self, token: int) -> bool:
         """Return whether there is a stop string in the text that ``token`` continues."""
-        self._tail += self._decoder.step(self._tokenizer, token) or ""
+        self._tail += self._decoder.step(token)
         found = any(term in self._tail for term in self._terms)
         kept = max(map(len, self._terms)) - 1
         self._tail = self._tail[len(self._tail) - kept :] if kept < len(self._tail) else self._tail

@@ -129,6 +129,8 @@ class Terminal:
     def __init__(self, *words: str) -> None:
         self.pid, self.descriptor = pty.fork()
         if not self.pid:
+            # a shell lets what it starts in the background ignore Ctrl-C, and so a background run of these tests
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.environ.update(TERM="dumb", OMP_NUM_THREADS="1")
             os.execv(sys.executable, [sys.executable, "-c", "from h1export.cli import main; main()", *words])
         self.seen = ""

@@ -43,7 +43,7 @@ def plain(text: str) -> bool:
     return not text.startswith("\ufeff") and not text.endswith("\r")
 
 
-@given(st.text(st.characters(exclude_characters="\0")).filter(plain))
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")).filter(plain))
 def test_a_piped_text_is_the_argument_without_its_last_line_end(text: str) -> None:
     kept = sys.stdin
     try:

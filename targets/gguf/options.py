@@ -1,0 +1,38 @@
+"""Options of the target "gguf"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from h1export.targets.options import Flag, TargetOptions
+
+Chosen = Literal["auto", "q4_0", "q6_k", "q8_0", "f16", "bf16", "f32"]
+Floats = Literal["f32", "f16", "bf16"]
+Vocabulary = Literal["auto", "whole", "ids"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufOptions(TargetOptions):
+    """What a build for llama.cpp can choose.
+
+    Attributes:
+        head: the type of the head's tensor, and of the embedding where the two are tied. "auto" is Q6_K for a head that
+            the build has in int4, because 4 bits of the head cost more than those of any other tensor (docs/gguf.md),
+            and the build's own precision otherwise.
+        embedding: the type of an embedding that is not tied; "auto" is the build's own precision.
+        floats: the type of matrices that the build does not store in integers.
+        vocabulary: whether the file has the tokenizer: "whole", or "ids" for token ids alone. "auto" is "whole" where
+            llama.cpp splits text as the tokenizer does.
+    """
+
+    head: Annotated[Chosen, Flag("Type of the head's tensor, and of a tied embedding.", default="auto")] = "auto"
+    embedding: Annotated[Chosen, Flag("Type of an embedding that is not tied.", default="auto")] = "auto"
+    floats: Annotated[Floats, Flag("Type of matrices that are not in integers.")] = "f32"
+    vocabulary: Annotated[
+        Vocabulary,
+        Flag("Whether the file has the tokenizer, or takes token ids alone; auto: whole where llama.cpp can split so."),
+    ] = "auto"
+
+
+Options = GgufOptions

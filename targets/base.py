@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
 from h1export.runtime.runner import Inspectable
@@ -124,5 +125,18 @@ class Target(Protocol[OptionsT]):
 
         Raises:
             H1ExportError: The runtime is not installed, or the requested kernels are not available.
+        """
+        ...
+
+
+@runtime_checkable
+class SelectiveTarget(Protocol):
+    """A Target whose runtime cannot take every model, or computes some of them wrongly."""
+
+    def check(self, config: FalconH1Config, options: Any) -> None:
+        """Refuse a model or options before anything of the checkpoint but its config is used.
+
+        Raises:
+            H1ExportError: the runtime cannot take the model as it is; the error names the key of the config.
         """
         ...

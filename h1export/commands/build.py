@@ -36,6 +36,7 @@ from h1export.quantize.methods.select import integers_of, uncalibrated_integers
 from h1export.quantize.scheme import ADAPTERS, PREQUANTIZED, QuantScheme
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets import TargetOptions, get_target, options_class
+from h1export.targets.base import SelectiveTarget
 
 CARRIED = (  # files of a checkpoint that an artifact carries as they are
     "config.json",
@@ -108,6 +109,9 @@ class BuildJob:
             what = f"{type(options).__name__} are not the options of target {target}"
             raise H1ExportError("options", what, f"give {own.__name__}")
         config = FalconH1Config.load(checkpoint)
+        runtime = get_target(target)
+        if isinstance(runtime, SelectiveTarget):
+            runtime.check(config, options)
         store = WeightStore.open(checkpoint, config, progress, adapters=adapters)
         scheme.check(config)
         check_vocabulary(checkpoint, config.vocab_size)

@@ -186,14 +186,14 @@ FUNCTIONS: Mapping[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_state_seq_get_data": (c.c_size_t, (Pointer, Pointer, c.c_size_t, c.c_int32)),
     "llama_state_seq_set_data": (c.c_size_t, (Pointer, Pointer, c.c_size_t, c.c_int32)),
 }
-LAST_LINES: list[str] = []  # what llama.cpp has logged as an error since a call began
+LOGGED: list[str] = []  # what llama.cpp has logged as an error since a call began
 ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
 @c.CFUNCTYPE(None, c.c_int, c.c_char_p, Pointer)
 def _log(level: int, text: bytes | None, _: Any) -> None:
     if level == ERROR and text:
-        LAST_LINES.append(text.decode(errors="replace").strip())
+        LOGGED.append(text.decode(errors="replace").strip())
 
 
 @cache
@@ -230,12 +230,12 @@ def _check(found: c.Structure, path: Path) -> None:
 
 @contextmanager
 def _errors(path: Path, what: str) -> Iterator[None]:
-    """Turn a RuntimeError of the block into one that has llama.cpp's own last line."""
-    LAST_LINES.clear()
+    """Turn a RuntimeError of the block into one that has the first error that llama.cpp has logged."""
+    LOGGED.clear()
     try:
         yield
     except RuntimeError as error:
-        said = f": {LAST_LINES[-1]}" if LAST_LINES else ""
+        said = f": {LOGGED[0]}" if LOGGED else ""
         raise H1ExportError(path, f"llama.cpp {what} ({error}{said})", "build the artifact again") from None
 
 
@@ -289,7 +289,7 @@ class Context:
         self._api = api()
         self._model = model  # outlives the context
         params = self._api.llama_context_default_params()
-        params.n_ctx = tokens
+        params.n_ctx = max(tokens, MOST_AT_ONCE)  # llama.cpp makes calls no longer than the context
         params.n_batch = params.n_ubatch = params.n_outputs_max_per_seq = MOST_AT_ONCE
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = GGML_F32

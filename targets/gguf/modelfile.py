@@ -19,6 +19,7 @@ from h1export.targets.gguf.writer import MODEL
 MODELFILE = "Modelfile"
 MARK = "H1EXPORT MESSAGE"  # stands for a content, and no template has it
 ROLES = ("system", "user", "assistant")
+TRIED = ' "quoted" \n<b>&</b> <think>x</think> \\ {} '  # contents that a template may change, beside plain ones
 GO = """{{- range .Messages }}
 {{- if eq .Role "system" }}SYSTEM
 {{- else if eq .Role "user" }}USER
@@ -58,16 +59,21 @@ def message_pieces(template: ChatTemplate) -> Mapping[str, tuple[str, str]] | No
         )
     except (H1ExportError, ValueError):
         return None
-    chat = [_message(role, f"{MARK} {number}") for number, role in enumerate([*ROLES, "user"])]
-    joined = "".join(found[str(m["role"])][0] + str(m["content"]) + found[str(m["role"])][1] for m in chat)
-    try:
-        if _render(template, chat, reply=True) != joined + opening:
-            return None
-    except H1ExportError:
+    if not all(_joins(template, found, opening, content=content) for content in (MARK, TRIED)):
         return None
     pieces = {**found, "": ("", opening)}
     safe = all("{{" not in part and '"""' not in part for pair in pieces.values() for part in pair)
     return pieces if safe else None
+
+
+def _joins(template: ChatTemplate, found: Mapping[str, tuple[str, str]], opening: str, *, content: str) -> bool:
+    """Return whether a conversation is its messages, one after the other."""
+    chat = [_message(role, content) for role in [*ROLES, "user"]]
+    joined = "".join(f"{found[role][0]}{content}{found[role][1]}" for role in [*ROLES, "user"])
+    try:
+        return _render(template, chat, reply=True) == joined + opening
+    except H1ExportError:
+        return False
 
 
 def _around(template: ChatTemplate, role: str) -> tuple[str, str]:

@@ -83,6 +83,7 @@ def _takes_bytes(data: Mapping[str, Any]) -> bool:
     steps = _steps(data["pre_tokenizer"])
     return (
         data["model"]["type"] == "BPE"
+        and bool(data["model"]["merges"])  # llama.cpp refuses a file without any
         and not data["model"].get("byte_fallback")
         and not data["normalizer"]
         and bool(steps)

@@ -83,6 +83,11 @@ class GgufFile:
         """Return the scales of a tensor of Q4_0 or Q8_0, µP included."""
         return PARTS[self.kind(name)](self.rows(name))[1]
 
+    def strings(self, key: str) -> tuple[str, ...]:
+        """Return the texts of a key of the file; none where it does not have it."""
+        field = self._reader.fields.get(key)
+        return () if field is None else tuple(map(str, field.contents()))
+
     def coarse(self) -> dict[str, float]:
         """Return tensor -> the share of its scales that are too small for the whole precision of fp16."""
         found = {}
@@ -133,6 +138,11 @@ class StoredWeights(Mapping[str, Array]):
     def __init__(self, artifact: Artifact) -> None:
         self._path = artifact.folder / MODEL
         self._weights = {weight.parts[0].tensor: weight for weight in artifact.manifest.weights}
+
+    @property
+    def weights(self) -> tuple[StoredWeight, ...]:
+        """The manifest's entries of the tensors."""
+        return tuple(self._weights.values())
 
     @cached_property
     def file(self) -> GgufFile:

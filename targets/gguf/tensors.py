@@ -44,6 +44,9 @@ FLOATS: dict[TensorType, Any] = {
 }
 
 
+FP16_MAX = float(np.finfo(np.float16).max)
+
+
 class Source(Enum):
     """Where the bytes of a tensor come from."""
 
@@ -119,7 +122,7 @@ class GgufTensor:
 
     def _floats(self, values: Array) -> npt.NDArray[Any]:
         largest = float(np.abs(values).max(initial=0.0))
-        if self.kind is TensorType.F16 and largest > np.finfo(np.float16).max:
+        if self.kind is TensorType.F16 and largest > FP16_MAX:
             raise self._error(f"holds {largest:g}, too large for fp16")
         return np.asarray(values.astype(FLOATS[self.kind])).view(np.uint8 if values.ndim else None)
 

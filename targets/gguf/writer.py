@@ -1,4 +1,4 @@
-"""Write the file: gguf's own writer makes the header, and the tensors follow in blocks of rows, resumed after a kill."""
+"""Write the file: gguf's own writer makes the header, and the tensors follow by rows; a killed build goes on."""
 
 from __future__ import annotations
 

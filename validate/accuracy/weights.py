@@ -16,6 +16,9 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MIN_SCALE
 
 ROW_BYTES = 1 << 24  # float32 rows compared at a time
+# Half of fp16's smallest relative step, and float32's rounding: a runtime that keeps µP inside the scales rounds them
+# once more. A code that is off by one is ten times as far, and a scale that is off by one step is beyond it too.
+ROUNDED_AGAIN = 2.0**-11 + 2.0**-20
 
 
 def weight_errors(
@@ -25,7 +28,7 @@ def weight_errors(
 
     A step is the group's largest weight over 7 (int4) or 127 (int8). The figure ``steps`` is the error of one weight;
     rounding to nearest leaves half a step at most. The figure ``group`` is the root of a group's mean squared error. A
-    prequantized weight is not rounded, so any difference counts as infinite.
+    prequantized weight is not rounded, so any difference beyond ROUNDED_AGAIN counts as infinite.
 
     Args:
         stored: checkpoint tensor -> its dequantised integers without µP, float32 [rows, columns].
@@ -59,7 +62,8 @@ def _errors(found: Array, name: str, weight: StoredWeight, *, store: WeightStore
 def _equal(found: Array, name: str, store: WeightStore) -> bool:
     start = 0
     for truth in store.blocks(name, ROW_BYTES):
-        if not np.array_equal(found[start : start + len(truth)], truth):
+        part = found[start : start + len(truth)]
+        if part.shape != truth.shape or not np.allclose(part, truth, rtol=ROUNDED_AGAIN, atol=0):
             return False
         start += len(truth)
     return start == len(found)

@@ -29,7 +29,7 @@ def scales_with_multiplier(tensor: QuantizedTensor) -> Scales:
     Raises:
         OverflowError: one is too large for fp16, or too small.
     """
-    rows, columns = tensor.codes.shape
+    columns = tensor.codes.shape[1]
     exact = tensor.scales.astype(np.float64) * tensor.row_scale.astype(np.float64)[:, None]
     with np.errstate(over="ignore", under="ignore"):
         rounded = exact.astype(np.float16)

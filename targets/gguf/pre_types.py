@@ -1,7 +1,7 @@
 r"""How llama.cpp splits text before it merges bytes: the kinds that ``tokenizer.ggml.pre`` can name.
 
-A kind is a chain of regular expressions in llama.cpp's sources (src/llama-vocab.cpp). Which one a tokenizer has is found
-by its results: both split the same texts, and every id must be the same.
+A kind is a chain of regular expressions in llama.cpp's sources (src/llama-vocab.cpp). Which one a tokenizer has is
+found by its results: both split the same texts, and every id must be the same.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ PRE_TYPES: Mapping[str, PreType] = {
 # llama.cpp's own converter knows tokenizers by the sha256 of the ids of this text, and these four are published ones of
 # this family: 0.5B and Tiny, 1.5B and 3B, 7B, 34B (get_vocab_base_pre of its convert_hf_to_gguf.py).
 CONVERTERS_TEXT = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 33 333 "
-    "3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на "
-    "Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make "
-    "it, 'D you like some tea? We'Ve a'lL"
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 3 "
+    "33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 "
+    "?我想在apple工作1314151天～ ------======= нещо на Български "
+    "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not "
+    "sure I'll make it, 'D you like some tea? We'Ve a'lL"
 )
 PUBLISHED = frozenset(
     {

@@ -21,6 +21,8 @@ from h1export.targets.gguf.writer import MODEL
 
 AGAIN = "build the artifact again"
 ROW_BYTES = 16 << 20  # float32 bytes that are dequantised at a time
+HALF_STEP = 2.0**-11  # the largest relative error of rounding to a normal fp16
+HALF_SUBNORMAL = 2.0**-25  # the largest error of rounding to a subnormal one
 PARTS: Mapping[TensorType, Callable[[blocks.Bytes], tuple[blocks.Codes, blocks.Scales]]] = {
     TensorType.Q4_0: blocks.q4_0_parts,
     TensorType.Q8_0: blocks.q8_0_parts,
@@ -95,6 +97,11 @@ class GgufFile:
             if kind in PARTS and (share := float((self.scales(name) < np.float16(MIN_SCALE)).mean())) > 0:
                 found[name] = share
         return found
+
+    def scale_rounding(self) -> float:
+        """Return the largest relative error of a scale by its rounding to fp16 with µP in it; 0 where there is none."""
+        smallest = [float(self.scales(name).min()) for name, kind in self.kinds.items() if kind in PARTS]
+        return max((HALF_STEP, *(HALF_SUBNORMAL / scale for scale in smallest))) if smallest else 0.0
 
     def write_float32(self, path: Path) -> None:
         """Write a copy to ``path`` whose tensors are all in float32, which llama.cpp computes without rounding."""

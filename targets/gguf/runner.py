@@ -82,12 +82,20 @@ class LlamaRunner:
 
     @property
     def provenance(self) -> Provenance:
-        return Provenance(kernels=f"llama.cpp in xllamacpp {sdk.version()}", float32=self._float32)
+        return Provenance(
+            kernels=f"llama.cpp in xllamacpp {sdk.version()}",
+            float32=self._float32,
+            scale_rounding=self._scale_rounding,
+        )
 
     @property
     def notes(self) -> tuple[str, ...]:
         vocabulary = str(self._artifact.manifest.requirements.get(VOCABULARY, ""))
         return (NO_PADS, CACHE, *([f"vocabulary: {vocabulary}"] if vocabulary else []), *self._coarse)
+
+    @cached_property
+    def _scale_rounding(self) -> float:
+        return self._file.scale_rounding()
 
     @cached_property
     def _coarse(self) -> tuple[str, ...]:

@@ -56,7 +56,7 @@ class GgufTarget:
     ) -> Lowered:
         self.check(program.config, options)
         need_symmetric(integers, "GGUF", next_step=ZERO_POINTS)
-        tensors = tensors_of(program, store, integers, options)
+        tensors = tensors_of(program, store, integers, options=options)
         vocabulary = vocabulary_of(stage.folder, program.config, options.vocabulary)
         progress.stage("weights", store.nbytes)
 

@@ -132,17 +132,18 @@ class GgufTensor:
 
 
 def tensors_of(
-    program: Program, store: WeightStore, integers: QuantizedWeights, options: GgufOptions
+    program: Program, store: WeightStore, integers: QuantizedWeights, *, options: GgufOptions
 ) -> tuple[GgufTensor, ...]:
     """Return the tensors of the file, in its order.
 
     Raises:
         H1ExportError: integers that GGUF has no place for, or a type that does not fit a tensor.
     """
-    found = []
     layers = program.config.num_hidden_layers
-    for expr in map(partial(_with_multiplier, program.config), program.weights.values()):
-        found.append(_tensor(expr, program.config, store, integers=integers, options=options))
+    found = [
+        _tensor(_with_multiplier(program.config, expr), program.config, store, integers=integers, options=options)
+        for expr in program.weights.values()
+    ]
     if not program.config.mamba_conv_bias:
         places = [names.place_of(names.conv_bias(layer)) for layer in range(layers)]
         shape = (program.config.conv_dim,)

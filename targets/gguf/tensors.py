@@ -124,7 +124,8 @@ class GgufTensor:
         largest = float(np.abs(values).max(initial=0.0))
         if self.kind is TensorType.F16 and largest > FP16_MAX:
             raise self._error(f"holds {largest:g}, too large for fp16")
-        return np.asarray(values.astype(FLOATS[self.kind])).view(np.uint8 if values.ndim else None)
+        found: npt.NDArray[Any] = values.astype(FLOATS[self.kind])
+        return found
 
     def _error(self, what: str) -> H1ExportError:
         assert self.expr is not None

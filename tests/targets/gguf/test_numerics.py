@@ -34,7 +34,7 @@ TAKEN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", list(TAKEN))
-@pytest.mark.parametrize("quant", ["none", "int4", "int8"])
+@pytest.mark.parametrize("quant", ["none", "int4"])
 def test_models_are_exact(
     name: str, quant: str, make_checkpoint: Callable[..., Path], build: Build, worst: Worst
 ) -> None:

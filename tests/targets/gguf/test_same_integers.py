@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from h1export.quantize.calibration import Calibration
 from h1export.quantize.scheme import QuantScheme
 from h1export.targets.gguf.read_back import GgufFile, StoredWeights
 from h1export.targets.gguf.target import OWN_INTEGERS
+from h1export.targets.gguf.tensors import GgufTensor
 from h1export.targets.gguf.writer import MODEL
 
 Build = Callable[..., Artifact]
@@ -90,3 +91,36 @@ def test_a_plan_has_the_size_of_the_build(tiny: Path, build: Build) -> None:
         planned = job.write(job.manifest("0" * 64), stage, SILENT)
     built = build(tiny, "int4", target="gguf").manifest
     assert {n: s for n, (_, s) in planned.files.items()} == {n: s for n, (_, s) in built.files.items()}
+
+
+def test_a_build_that_stopped_goes_on(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensors that were written before the stop are not computed again, and the bytes are those of one go."""
+    checkpoint = make_checkpoint()
+    whole = build_artifact(checkpoint, "gguf", tmp_path / "whole", scheme=QuantScheme("int8"))
+    blocks = GgufTensor.blocks
+    seen: list[str] = []
+
+    def stopping(tensor: GgufTensor, *args: Any) -> Iterator[Any]:
+        seen.append(tensor.name)
+        if len(seen) == 20:
+            raise KeyboardInterrupt
+        return blocks(tensor, *args)
+
+    def counting(tensor: GgufTensor, *args: Any) -> Iterator[Any]:
+        for block in blocks(tensor, *args):
+            seen.append(tensor.name)
+            yield block
+
+    monkeypatch.setattr(GgufTensor, "blocks", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        build_artifact(checkpoint, "gguf", tmp_path / "out", scheme=QuantScheme("int8"))
+    assert not (tmp_path / "out").exists()
+    first = seen[:19]
+    seen.clear()
+    monkeypatch.setattr(GgufTensor, "blocks", counting)
+    again = build_artifact(checkpoint, "gguf", tmp_path / "out", scheme=QuantScheme("int8"))
+    assert again.manifest.files == whole.manifest.files
+    assert seen
+    assert not set(seen) & set(first)

@@ -22,6 +22,7 @@ from h1export.targets.gguf import pre_types
 from h1export.targets.gguf.llama import Model
 from h1export.targets.gguf.options import GgufOptions
 from h1export.targets.gguf.pre_types import FALCON_H1, PRE_TYPES, PreType, pre_type_of
+from h1export.targets.gguf.read_back import GgufFile
 from h1export.targets.gguf.vocabulary import VOCABULARY
 from h1export.targets.gguf.writer import MODEL
 
@@ -109,8 +110,9 @@ def test_keys_of_the_tokenizer(bos: bool, with_tokenizer: Callable[[Tokenizer], 
     assert (found["padding_token_id"], found["bos_token_id"]) == (PAD, BOS)
     assert (found["add_bos_token"], found["add_eos_token"]) == (bos, False)
     assert fields["tokenizer.chat_template"].contents() == TEMPLATES["chatml"]
-    model = Model(artifact.folder / MODEL, vocab_only=True)
-    assert model.tokenize(TEXTS[0]) == tokenizer.encode(TEXTS[0]).ids
+    GgufFile(artifact.folder / MODEL).write_float32(tmp_path / "float32.gguf")
+    for path in (artifact.folder / MODEL, tmp_path / "float32.gguf"):
+        assert Model(path, vocab_only=True).tokenize(TEXTS[0]) == tokenizer.encode(TEXTS[0]).ids
     assert artifact.manifest.requirements[VOCABULARY] == "whole"
 
 

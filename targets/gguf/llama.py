@@ -190,10 +190,12 @@ LOGGED: list[str] = []  # what llama.cpp has logged as an error since a call beg
 ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
-@c.CFUNCTYPE(None, c.c_int, c.c_char_p, Pointer)
 def _log(level: int, text: bytes | None, _: Any) -> None:
     if level == ERROR and text:
         LOGGED.append(text.decode(errors="replace").strip())
+
+
+LOG = c.CFUNCTYPE(None, c.c_int, c.c_char_p, Pointer)(_log)  # kept: llama.cpp calls it as long as it is loaded
 
 
 @cache
@@ -214,7 +216,7 @@ def api() -> Any:
         raise H1ExportError(path, f"cannot be used ({error})", sdk.INSTALL) from None
     _check(library.llama_model_default_params(), path)
     _check(library.llama_context_default_params(), path)
-    library.llama_log_set(c.cast(_log, Pointer), None)
+    library.llama_log_set(c.cast(LOG, Pointer), None)
     library.llama_backend_init()
     return library
 

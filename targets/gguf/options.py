@@ -17,10 +17,10 @@ class GgufOptions(TargetOptions):
     """What a build for llama.cpp can choose.
 
     Attributes:
-        head: the type of the head's tensor, and of the embedding where the two are tied. "auto" is Q6_K for a head that
-            the build has in int4, because 4 bits of the head cost more than those of any other tensor (docs/gguf.md),
-            and the build's own precision otherwise.
-        embedding: the type of an embedding that is not tied; "auto" is the build's own precision.
+        head: the type of the head's tensor, and of the embedding where the two are tied.
+        embedding: the type of an embedding that is not tied. In a build with an int4 head, "auto" is Q6_K for both:
+            at the bytes of the build's own int4 and int8 the two lose a third less (docs/gguf.md). In other builds,
+            and where blocks of 256 columns do not fit, it is the build's own precision.
         floats: the type of matrices that the build does not store in integers.
         vocabulary: whether the file has the tokenizer: "whole", or "ids" for token ids alone. "auto" is "whole" where
             llama.cpp splits text as the tokenizer does.

@@ -35,7 +35,7 @@ class _Reader:
 
     def number(self, form: str) -> int:
         size = struct.calcsize(form)
-        (value,) = struct.unpack_from(f"<{form}", self._data, self._at)
+        (value,) = struct.unpack_from(f"<{form}", self._data.data, self._at)
         self._at += size
         return int(value)
 

@@ -181,8 +181,10 @@ def _tensor(
         what = "has its columns in an order of its own (desc_act), and GGUF has no place for one"
         raise H1ExportError(f'tensor "{tensor}"', what, "give the unquantised checkpoint, or build for --target ort")
     precision = integers.precisions.get(tensor)
-    own = tensor in store.packed
-    kind = _kind(tensor, shape[-1], precision, config=config, options=options, packed=own)
+    own = tensor in store.packed  # integers that the checkpoint brings are kept
+    head = integers.precisions.get(EMBEDDING if config.tie_word_embeddings else LM_HEAD)
+    four_bits = head is not None and head.bits == 4 and not own
+    kind = _kind(tensor, shape[-1], precision, config=config, options=options, four_bits=four_bits)
     if precision is not None and kind is integer_type(precision):
         return GgufTensor(place.name, expr, kind, shape, source=Source.BUILD, precision=precision)
     if kind.integers:
@@ -197,20 +199,26 @@ def _kind(
     *,
     config: FalconH1Config,
     options: GgufOptions,
-    packed: bool,
+    four_bits: bool,
 ) -> TensorType:
-    """Return the type of a matrix. Raises H1ExportError where its blocks do not divide the columns."""
+    """Return the type of a matrix; ``four_bits``: the build has its head in int4, and a better type may replace it.
+
+    Raises:
+        H1ExportError: the type's blocks do not divide the columns.
+    """
     chosen: Chosen = "auto"
     flag = "--quant"
     is_head = tensor == LM_HEAD or (tensor == EMBEDDING and config.tie_word_embeddings)
-    if is_head or tensor == EMBEDDING:
+    is_table = is_head or tensor == EMBEDDING
+    if is_table:
         chosen = options.head if is_head else options.embedding
         flag = "--head" if is_head else "--embedding"
-    if chosen == "auto":
-        kind = TensorType(options.floats) if precision is None else integer_type(precision)
-        better = is_head and kind is TensorType.Q4_0 and not packed
-        return TensorType.Q6_K if better and columns % blocks.SUPER == 0 else _fitting(tensor, columns, kind, flag=flag)
-    return _fitting(tensor, columns, TensorType(chosen), flag=flag)
+    if chosen != "auto":
+        return _fitting(tensor, columns, TensorType(chosen), flag=flag)
+    if is_table and precision is not None and four_bits and columns % blocks.SUPER == 0:
+        return TensorType.Q6_K
+    kind = TensorType(options.floats) if precision is None else integer_type(precision)
+    return _fitting(tensor, columns, kind, flag=flag)
 
 
 def _fitting(tensor: str, columns: int, kind: TensorType, *, flag: str) -> TensorType:

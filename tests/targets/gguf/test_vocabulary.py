@@ -116,8 +116,11 @@ def test_keys_of_the_tokenizer(bos: bool, with_tokenizer: Callable[[Tokenizer], 
     assert artifact.manifest.requirements[VOCABULARY] == "whole"
 
 
-def test_the_modelfile(with_tokenizer: Callable[[Tokenizer], Path], tmp_path: Path) -> None:
-    artifact = built(with_tokenizer(trained(PRE_TYPES[FALCON_H1])), tmp_path / "out")
+@pytest.mark.parametrize("name", ["chatml", "thinking"])
+def test_the_modelfile(name: str, with_tokenizer: Callable[[Tokenizer], Path], tmp_path: Path) -> None:
+    checkpoint = with_tokenizer(trained(PRE_TYPES[FALCON_H1]))
+    (checkpoint / "chat_template.jinja").write_text(TEMPLATES[name])
+    artifact = built(checkpoint, tmp_path / "out")
     text = (artifact.folder / "Modelfile").read_text()
     first, *stops = text.splitlines()[:3]
     assert first == "FROM ./model.gguf"
@@ -127,7 +130,7 @@ def test_the_modelfile(with_tokenizer: Callable[[Tokenizer], Path], tmp_path: Pa
     assert text.count('"""') == 2
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in ("chatml", "tools")])
+@pytest.mark.parametrize("name", ["headers", "no_system", "blocks"])
 def test_a_template_that_is_no_chain_of_messages_is_left_to_ollama(
     name: str, with_tokenizer: Callable[[Tokenizer], Path], tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """The command line. Data goes to standard output, everything else to standard error.
 
-Exit codes: 0 done (validate, compare, doctor and gate: every check passed); 1 a check failed; 2 bad input, or it could not run;
-3 gate could not decide; 141 nobody read the rest of standard output.
+Exit codes: 0 done (validate, compare, doctor and gate: every check passed); 1 a check failed; 2 bad input, or it could
+not run; 3 gate could not decide; 141 nobody read the rest of standard output.
 """
 
 from __future__ import annotations

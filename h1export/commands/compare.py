@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import check_source, load_runner
 from h1export.commands.scored_text import scored_text
-from h1export.commands.worker_models import artifact_model
+from h1export.commands.worker_models import artifact_maker
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT, Progress
 from h1export.report.checks import CheckKind, Comparison
@@ -107,12 +106,7 @@ def _speed_rows(
         return [[] for _ in artifacts]
     timed = [place for place, emulation in enumerate(emulated) if not emulation]
     candidates = [
-        candidate_of(
-            artifacts[place],
-            lambda threads, folder=artifacts[place].folder: partial(
-                artifact_model, folder, threads, kernels, steps=options.steps
-            ),
-        )
+        candidate_of(artifacts[place], artifact_maker(artifacts[place].folder, kernels, options.steps))
         for place in timed
     ]
     report = bench(candidates, options, progress) if candidates else None

@@ -63,4 +63,4 @@ def _digest(tensor: QuantizedTensor) -> bytes:
     if tensor.zeros is not None:
         groups = codes.reshape(len(codes), tensor.zeros.shape[1], -1)
         codes = (groups - tensor.zeros[..., None]).reshape(codes.shape)
-    return hashlib.sha256(np.ascontiguousarray(codes)).digest()
+    return hashlib.sha256(codes.tobytes()).digest()

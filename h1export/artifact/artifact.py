@@ -58,7 +58,9 @@ class Artifact:
         """
         for name, (digest, _) in self.manifest.files.items():
             if sha256_file(self.folder / name) != digest:
-                raise H1ExportError(listed(self.folder, name), "was changed after the build", "build the artifact again")
+                raise H1ExportError(
+                    listed(self.folder, name), "was changed after the build", "build the artifact again"
+                )
 
     @property
     def identity(self) -> str:

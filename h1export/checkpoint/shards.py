@@ -122,7 +122,9 @@ def _weight_map(index: Path) -> Mapping[str, str]:
                 index, f"names the shard {shown(name)}", "a shard is a .safetensors file in the checkpoint's own folder"
             )
         if not is_file(index.parent / name):
-            raise H1ExportError(listed(index.parent, name), "no such shard", f"{index.name} lists it; download it again")
+            raise H1ExportError(
+                listed(index.parent, name), "no such shard", f"{index.name} lists it; download it again"
+            )
     return dict(weight_map)
 
 

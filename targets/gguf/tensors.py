@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -89,7 +89,7 @@ class GgufTensor:
         stored = StoredPart(part.tensor, self.shape[0], part.multiplier)
         return StoredWeight(self.name, self.precision.bits, self.precision.group_size, axis=0, parts=(stored,))
 
-    def blocks(self, store: WeightStore, integers: QuantizedWeights) -> Iterator[Block]:
+    def row_blocks(self, store: WeightStore, integers: QuantizedWeights) -> Iterator[Block]:
         """Yield functions that compute the next rows of the file's bytes."""
         if self.expr is None:
             yield lambda: (np.zeros(self.nbytes, np.uint8),)
@@ -231,4 +231,4 @@ def _fitting(tensor: str, columns: int, kind: TensorType, *, flag: str) -> Tenso
 
 def _pack(kind: TensorType, tensor: QuantizedTensor) -> blocks.Bytes:
     """Pack integers as blocks. Raises OverflowError where a scale with its multiplier does not fit fp16."""
-    return cast(blocks.Bytes, PACK[kind](tensor.codes, blocks.scales_with_multiplier(tensor)))
+    return PACK[kind](tensor.codes, blocks.scales_with_multiplier(tensor))

@@ -35,7 +35,7 @@ def write(
         file.write([file.reserve("header", len(head), 1)], [lambda: (np.frombuffer(head, np.uint8),)])
         for tensor in tensors:
             extent = file.reserve(tensor.name, tensor.nbytes, align)
-            file.write([extent], tensor.blocks(store, integers))
+            file.write([extent], tensor.row_blocks(store, integers))
         file.reserve("end", 0, align)  # the last tensor is padded, as all are
 
 

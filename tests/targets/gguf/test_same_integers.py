@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
+from h1export.artifact import staging
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.stage import dry_stage
 from h1export.commands.build import BuildJob, build_artifact
@@ -93,18 +94,19 @@ def test_a_plan_has_the_size_of_the_build(tiny: Path, build: Build) -> None:
     assert {n: s for n, (_, s) in planned.files.items()} == {n: s for n, (_, s) in built.files.items()}
 
 
-def test_a_build_that_stopped_goes_on(
+def test_a_killed_build_goes_on(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tensors that were written before the stop are not computed again, and the bytes are those of one go."""
+    """The tensors that were written before the kill are not computed again, and the bytes are those of one go."""
     checkpoint = make_checkpoint()
     whole = build_artifact(checkpoint, "gguf", tmp_path / "whole", scheme=QuantScheme("int8"))
-    blocks = GgufTensor.blocks
+    blocks = GgufTensor.row_blocks
     seen: list[str] = []
 
     def stopping(tensor: GgufTensor, *args: Any) -> Iterator[Any]:
         seen.append(tensor.name)
         if len(seen) == 20:
+            monkeypatch.setattr(staging, "_is_at", lambda *_: False)  # nothing is cleaned up, as after a kill
             raise KeyboardInterrupt
         return blocks(tensor, *args)
 
@@ -113,13 +115,14 @@ def test_a_build_that_stopped_goes_on(
             seen.append(tensor.name)
             yield block
 
-    monkeypatch.setattr(GgufTensor, "blocks", stopping)
+    monkeypatch.setattr(GgufTensor, "row_blocks", stopping)
     with pytest.raises(KeyboardInterrupt):
         build_artifact(checkpoint, "gguf", tmp_path / "out", scheme=QuantScheme("int8"))
     assert not (tmp_path / "out").exists()
     first = seen[:19]
     seen.clear()
-    monkeypatch.setattr(GgufTensor, "blocks", counting)
+    monkeypatch.undo()
+    monkeypatch.setattr(GgufTensor, "row_blocks", counting)
     again = build_artifact(checkpoint, "gguf", tmp_path / "out", scheme=QuantScheme("int8"))
     assert again.manifest.files == whole.manifest.files
     assert seen

@@ -12,10 +12,15 @@ import numpy as np
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import StoredWeight
+from h1export.checkpoint.weight_expr import Multiplier
 from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.projections import EMBED_TOKENS, Projection
 from h1export.model.falcon_h1.states import Array
+from h1export.model.falcon_h1.tensors import projection_of, tensor_shapes
 from h1export.quantize.quantized_tensor import MIN_SCALE, QuantizedTensor
 from h1export.targets.gguf import blocks, sdk
+from h1export.targets.gguf.names import place_of
 from h1export.targets.gguf.types import BLOCKS, TensorType
 from h1export.targets.gguf.writer import MODEL
 
@@ -139,11 +144,13 @@ class GgufFile:
 class StoredWeights(Mapping[str, Array]):
     """Checkpoint tensor -> what the file stores of it, without µP, float32 [rows, columns]; nothing is kept.
 
-    µP is in the scales of the file, and each value is divided by it, so it is exact to the last bits of float32.
+    These are the tensors in integers and, beside them, matrices in fp16 and bf16, with which the float32 form computes
+    too. µP is in the scales of the file, and each value is divided by it, so it is exact to the last bits of float32.
     """
 
     def __init__(self, artifact: Artifact) -> None:
         self._path = artifact.folder / MODEL
+        self._config = artifact.config
         self._weights = {weight.parts[0].tensor: weight for weight in artifact.manifest.weights}
 
     @property
@@ -162,17 +169,35 @@ class StoredWeights(Mapping[str, Array]):
         return QuantizedTensor(codes, scales, np.ones(len(codes), np.float32))
 
     def __getitem__(self, name: str) -> Array:
-        weight: StoredWeight = self._weights[name]
-        values = self.file.floats(self._name(name))
-        factors = weight.parts[0].multiplier.rows(len(values))
-        found: Array = values / factors[:, None]
+        place, multiplier = self._places[name]
+        values = self.file.floats(place)
+        found: Array = values / multiplier.rows(len(values))[:, None]
+        return found
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, Multiplier]]:
+        """Checkpoint tensor -> its name in the file, and its µP."""
+        found = {name: (weight.initializer, weight.parts[0].multiplier) for name, weight in self._weights.items()}
+        for tensor in tensor_shapes(self._config) if found else ():
+            projection = projection_of(tensor)
+            if tensor not in found and projection is not None:
+                name = place_of(tensor).name
+                if self.file.kind(name) is not TensorType.F32:
+                    found[tensor] = (name, _multiplier(projection, self._config))
         return found
 
     def _name(self, tensor: str) -> str:
         return self._weights[tensor].initializer
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._weights)
+        return len(self._places)
+
+
+def _multiplier(projection: Projection, config: FalconH1Config) -> Multiplier:
+    if projection is EMBED_TOKENS:
+        return Multiplier.scalar(config.embedding_multiplier)
+    output = Multiplier(tuple(projection.output_multiplier(config)))
+    return output.times(Multiplier.scalar(projection.input_multiplier(config)))

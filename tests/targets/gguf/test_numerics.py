@@ -51,7 +51,15 @@ def test_the_embedded_model_in_floats(floats: str, tiny: Path, build: Build, wor
     assert load_runner(artifact).provenance.float32 == (floats == "f32")
 
 
-@pytest.mark.parametrize("chosen", [{}, {"head": "q4_0", "embedding": "q6_k"}, {"head": "q8_0", "embedding": "q4_0"}])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"head": "q4_0", "embedding": "q6_k"},
+        {"head": "q8_0", "embedding": "q4_0"},
+        {"head": "f16", "embedding": "bf16"},
+    ],
+)
 def test_types_of_head_and_embedding(chosen: dict[str, Any], tiny: Path, build: Build, worst: Worst) -> None:
     artifact = build(tiny, "int4", target="gguf", **chosen)
     assert max(worst(artifact, tiny)) <= EXACT

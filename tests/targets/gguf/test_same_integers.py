@@ -15,9 +15,11 @@ from h1export.artifact.artifact import Artifact
 from h1export.artifact.stage import dry_stage
 from h1export.commands.build import BuildJob, build_artifact
 from h1export.commands.load import load_runner
+from h1export.model.falcon_h1.tensors import projection_of
 from h1export.progress import SILENT
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.scheme import QuantScheme
+from h1export.targets.gguf import read_back
 from h1export.targets.gguf.read_back import GgufFile, StoredWeights
 from h1export.targets.gguf.target import OWN_INTEGERS
 from h1export.targets.gguf.tensors import GgufTensor
@@ -73,6 +75,19 @@ def test_the_default_names_the_integers_of_its_own(tiny: Path, build: Build) -> 
         name = weight.parts[0].tensor
         if weight.initializer not in own:
             np.testing.assert_array_equal(ours.quantized(name).codes, theirs.quantized(name).codes)
+
+
+@pytest.mark.parametrize("name", ["plain", "tied", "expand"])
+def test_multipliers_of_floats_are_those_of_the_passes(
+    name: str, make_checkpoint: Callable[..., Path], build: Build
+) -> None:
+    artifact = build(make_checkpoint(name), "int4", target="gguf")
+    for weight in artifact.manifest.weights:
+        (part,) = weight.parts
+        projection = projection_of(part.tensor)
+        assert projection is not None
+        found = read_back._multiplier(projection, artifact.config).rows(part.size)
+        np.testing.assert_allclose(found, part.multiplier.rows(part.size), rtol=1e-6, err_msg=part.tensor)
 
 
 def test_two_builds_have_the_same_bytes_and_gguf_reads_them(tiny: Path, build: Build, tmp_path: Path) -> None:

@@ -72,7 +72,6 @@ def plant(folder: Path, marker: Path) -> None:
         "custom_generate": str(folder),
         "attn_implementation": "planted/kernel",
         "experts_implementation": "planted/kernel",
-        "configuration_files": ["config.1.0.json"],
     }
     for name in ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
         path = folder / name

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from h1export.artifact.artifact import REPORT, Artifact
-from h1export.artifact.files import write_into
 from h1export.checkpoint.resolve import embedded_model
 from h1export.checkpoint.text_file import read_text
 from h1export.checkpoint.tokenizer import TOKENIZER, scoring_ids
@@ -19,6 +18,7 @@ from h1export.report.report import Report
 from h1export.targets import Kernels
 from h1export.validate.accuracy.run import ValidateOptions
 from h1export.validate.accuracy.run import validate as run_validation
+from h1export.writing import write_into
 
 HELDOUT = "heldout.txt"  # in the embedded model's folder
 

@@ -81,7 +81,7 @@ def test_only_a_state_file_is_replaced(saved: StateFile, path: Path, config: Fal
 def test_what_cannot_be_written_leaves_nothing(
     saved: StateFile, path: Path, tmp_path: Path, config: FalconH1Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("missing/talk", "x" * 300, "x" * 250, "nul\0", "talk.safetensors/talk"):
+    for name in ("missing/talk", "x" * 300, "nul\0", "talk.safetensors/talk"):
         with pytest.raises(H1ExportError, match="cannot be written"):
             saved.write(tmp_path / name)
 

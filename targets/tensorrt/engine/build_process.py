@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from h1export.artifact.files import write_into
 from h1export.targets.tensorrt import sdk
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, RECIPE, EngineConfig
 from h1export.targets.tensorrt.network.layout import MODEL
+from h1export.writing import write_into
 
 LOAD_PLUGIN = "load the plugin"
 

@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 
 from h1export.artifact.artifact import Artifact, file_table
-from h1export.artifact.files import write_into
 from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
 from h1export.progress import Progress
 from h1export.targets.tensorrt.engine import build
 from h1export.targets.tensorrt.engine.config import ENGINE, EngineConfig
 from h1export.targets.tensorrt.engine.requirements import EngineRequirements, Host, check
+from h1export.writing import write_into
 
 
 def build_engine_here(folder: Path, progress: Progress) -> EngineRequirements:

@@ -10,6 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO
@@ -85,19 +86,25 @@ def replacing(path: Path, keep_mode: bool = False) -> Iterator[BinaryIO]:
         ValueError: ``path`` is no name of a file.
     """
     _remove_left(path)
-    with _new_beside(path) as stream:
-        beside = Path(stream.name)
-        try:
-            if keep_mode and path.is_file():
-                shutil.copymode(path, beside)
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.replace(beside, path)
-        except BaseException:
+    stream = _new_beside(path)
+    beside = Path(stream.name)
+    lock = os.dup(stream.fileno())  # a close may report that the disk is full, and the lock has to last longer
+    try:
+        if keep_mode and path.is_file():
+            shutil.copymode(path, beside)
+        yield stream
+        stream.flush()
+        os.fsync(lock)
+        stream.close()
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+    finally:
+        for close in (stream.close, partial(os.close, lock)):
             with suppress(OSError):
-                beside.unlink(missing_ok=True)
-            raise
+                close()
 
 
 def unwritten(path: Path, error: Exception) -> H1ExportError:

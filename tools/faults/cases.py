@@ -6,12 +6,13 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from faults import model
-from faults.forked import Ended, ran
+from faults.forked import Ended, Work, command, ran
 from h1export.artifact.artifact import REPORT
 from h1export.artifact.files import PAGE
 from h1export.artifact.signature import SIGNATURE
@@ -47,6 +48,8 @@ class Case:
         before: puts into a place what is there before.
         stdin: what is typed.
         stable: whether each run writes the same bytes; reports hold times.
+        does: what is done in the place of a command line.
+        may_finish: whether an error may leave the whole result, such as an entry of a cache.
     """
 
     name: str
@@ -54,6 +57,14 @@ class Case:
     before: Callable[[Path], None] = nothing
     stdin: str = ""
     stable: bool = True
+    does: Callable[[Path], int] | None = None
+    may_finish: bool = False
+
+    def work(self, place: Path) -> Work:
+        """Return what is done at a place."""
+        if self.does is not None:
+            return partial(self.does, place)
+        return command(self.words(place))
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ def build(inputs: Inputs, target: str, *more: str, force: bool = False) -> Case:
                 *QUICK,
                 *BUILDS[target],
                 "--quant",
-                "int8",
+                "none",
                 "--out",
                 str(old),
             ),

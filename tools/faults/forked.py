@@ -10,8 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from h1export.errors import H1ExportError
+
 MOST_LINE = 300  # characters of an error beside the path of the file at fault
 TIMEOUT = 60.0  # seconds
+
+
+Work = Callable[[], int]
 
 
 @dataclass(frozen=True)
@@ -42,19 +47,20 @@ class Ended:
 
 
 class Process:
-    """A fork of this process that runs the command line with ``words``."""
+    """A fork of this process that does some work."""
 
-    def __init__(
-        self, words: Sequence[str], scratch: Path, name: str = "error", *, stdin: str = "", start: float = 0.0
-    ) -> None:
-        """Start it, ``start`` seconds from now; ``scratch`` is a folder for its messages, ``name`` a file there."""
+    def __init__(self, work: Work, scratch: Path, name: str = "error", *, stdin: str = "", start: float = 0.0) -> None:
+        """Start it, ``start`` seconds from now; ``scratch`` is a folder for its messages, ``name`` a file there.
+
+        ``work`` returns its exit code, and may raise H1ExportError.
+        """
         self._error = scratch / name
         typed = scratch / f"{name}.stdin"
         typed.write_text(stdin, "utf-8")
         self._begun = time.monotonic()
         self.number = os.fork()
         if self.number == 0:
-            _be_child(lambda: _command_line(words, start), typed, self._error)
+            _be_child(lambda: _late(work, start), typed, self._error)
 
     def wait(self) -> Ended:
         """Wait for its end, and return how it ended; a process that takes longer than TIMEOUT is killed."""
@@ -73,19 +79,32 @@ class Process:
         os.kill(self.number, signal.SIGKILL)
 
 
-def ran(words: Sequence[str], scratch: Path, stdin: str = "") -> Ended:
+def command(words: Sequence[str]) -> Work:
+    """Return the work of the command line with ``words``."""
+
+    def work() -> int:
+        from h1export.cli import run
+
+        return run(list(words))
+
+    return work
+
+
+def ran(words: Sequence[str], scratch: Path) -> Ended:
     """Run the command line with ``words`` in a fork, and return how it ended."""
-    return Process(words, scratch, stdin=stdin).wait()
+    return Process(command(words), scratch).wait()
 
 
-def _command_line(words: Sequence[str], start: float) -> int:
-    from h1export.cli import run
-
+def _late(work: Work, start: float) -> int:
     time.sleep(start)
-    return run(list(words))
+    try:
+        return work()
+    except H1ExportError as error:
+        sys.stderr.write(f"h1export: {error}\n")
+        return 2
 
 
-def _be_child(work: Callable[[], int], stdin: Path, error: Path) -> None:
+def _be_child(work: Work, stdin: Path, error: Path) -> None:
     """Run ``work`` and end this process, which is a fork, with its result."""
     code = 99
     try:

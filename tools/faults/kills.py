@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from faults.cases import OUT, Case
-from faults.forked import Process
+from faults.forked import Process, Work, command
 from faults.library import KILL, Fault, Faults
 from faults.places import Snapshot, difference, snapshot
 from faults.writes import Room, _sampled
@@ -75,7 +75,7 @@ def at_random(case: Case, room: Room, *, count: int, seed: int) -> Deaths:
     deaths = Deaths()
 
     def killed() -> bool:
-        process = Process(case.words(room.place), room.scratch)
+        process = Process(case.work(room.place), room.scratch)
         time.sleep(numbers.uniform(0, ends.seconds))
         process.kill()
         return process.wait().code < 0
@@ -125,6 +125,8 @@ def _one(ends: Ends, room: Room, deaths: Deaths, *, what: str, killed: Callable[
     deaths.left += bool(left)
     if len(left) > 1:
         deaths.faults.append(f"{what}: it leaves {sorted(left)}")
+    if at_out == _at_out(ends.after) and ends.case.does is not None:
+        return
     again = Process(_forced(ends.case, room), room.scratch).wait()
     if again.code != 0:
         deaths.faults.append(f"{what}: the next build ends with {again.code}: {again.error}")
@@ -132,10 +134,12 @@ def _one(ends: Ends, room: Room, deaths: Deaths, *, what: str, killed: Callable[
         deaths.faults.append(f"{what}: the next build makes {changed}")
 
 
-def _forced(case: Case, room: Room) -> list[str]:
-    """Return the words of a build that replaces what the killed one may have finished."""
+def _forced(case: Case, room: Room) -> Work:
+    """Return a build that replaces what the killed one may have finished."""
+    if case.does is not None:
+        return case.work(room.place)
     words = list(case.words(room.place))
-    return words if "--force" in words else [*words, "--force"]
+    return command(words if "--force" in words else [*words, "--force"])
 
 
 def _at_out(found: Snapshot) -> Snapshot:

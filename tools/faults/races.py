@@ -52,7 +52,7 @@ def run(first: Case, second: Case, room: Room, *, count: int, seed: int) -> Race
         late = numbers.choice((0.0, 0.02, 0.2, seconds / 2))
         delays = [0.0, late] if number % 2 else [late, 0.0]
         pair = [
-            Process(case.words(room.place), room.scratch, name, start=delay)
+            Process(case.work(room.place), room.scratch, name, start=delay)
             for case, name, delay in zip((first, second), ("first", "second"), delays, strict=True)
         ]
         victim = numbers.randrange(2) if number % 3 == 2 else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from faults.cases import OUT, Case, Inputs
-from faults.forked import Ended, Process
+from faults.forked import Ended, Process, command
 from faults.places import difference, snapshot
 from faults.writes import FAILED, Room
 
@@ -113,7 +113,7 @@ def _judge(spots: Spots, what: str, ended: Ended, *, changed: str) -> None:
 
 def _built(case: Case, room: Room, out: Path, *, force: bool) -> Ended:
     words = [str(out) if word == str(room.place / OUT) else word for word in case.words(room.place)]
-    return Process([*words, *(("--force",) if force else ())], room.scratch).wait()
+    return Process(command([*words, *(("--force",) if force else ())]), room.scratch).wait()
 
 
 def can_mount(scratch: Path) -> bool:
@@ -140,7 +140,7 @@ def full_temporary(inputs: Inputs, room: Room) -> Spots:
         except OSError:
             os.close(filling)
         words = ("plan", str(inputs.checkpoint), "--target", "ort", "--method", "rtn", "--json")
-        ended = Process(words, room.scratch).wait()
+        ended = Process(command(words), room.scratch).wait()
         if ended.code == 0:  # another folder of the system took its place
             spots.refused += 1
         else:

@@ -51,5 +51,9 @@ def _build(
     manifest = dataclasses.replace(
         artifact.manifest, files={**artifact.manifest.files, ENGINE: entry}, requirements=made.to_json()
     )
-    write_into(folder, MANIFEST, manifest.to_json().encode())
+    try:
+        write_into(folder, MANIFEST, manifest.to_json().encode())
+    except H1ExportError:
+        (folder / ENGINE).unlink(missing_ok=True)  # the manifest that stays does not list it
+        raise
     return made

@@ -110,11 +110,11 @@ def compiled(folder: Path) -> Path:
     return made
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """Return the variables with which a process loads the library; its control is made in ``folder``."""
+def environment(folder: Path, made: Path) -> dict[str, str]:
+    """Return the variables with which a process loads the library ``made``; its control is made in ``folder``."""
     place = folder / "control"
     place.write_bytes(bytes(SIZE))
-    return {"LD_PRELOAD": str(compiled(folder)), VARIABLE: str(place)}
+    return {"LD_PRELOAD": str(made), VARIABLE: str(place)}
 
 
 def control() -> Faults:
@@ -129,5 +129,7 @@ def kinds_of(calls: list[Call]) -> str:
 
 def started_with(module: str, words: list[str], folder: Path) -> int:
     """Run a module of Python in a process that has loaded the library, and return its exit code."""
-    variables = os.environ | environment(folder) | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    variables = (
+        os.environ | environment(folder, compiled(folder)) | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    )
     return subprocess.run([sys.executable, "-m", module, *words], env=variables).returncode

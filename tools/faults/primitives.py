@@ -14,7 +14,7 @@ from faults.cases import OUT, Case
 from h1export.artifact.manifest import MANIFEST
 from h1export.artifact.stage import Stage
 from h1export.artifact.staging import staged
-from h1export.artifact.weight_file import WeightFile
+from h1export.artifact.weight_file import Block, Columns, Rows, WeightFile
 from h1export.runtime.code_cache import CacheRefusedError, cached
 from h1export.writing import write_file, write_into
 
@@ -27,15 +27,24 @@ def no_words(_: Path) -> Sequence[str]:
     return ()
 
 
+def _blocks(rows: Rows, by_columns: bool) -> list[Block]:
+    """Return two halves of a tensor, of its rows or of its columns."""
+    if by_columns:
+        half = rows.shape[1] // 2
+        parts = [Columns(rows[:, :half], 0), Columns(rows[:, half:], half * rows.itemsize)]
+        return [partial(list, [part]) for part in parts]
+    return [partial(list, [part]) for part in (rows[:2], rows[2:])]
+
+
 def build(place: Path, force: bool, what: str = "new") -> int:
     """Write a folder with a small weight file and as much of a manifest as makes it an artifact."""
     with staged(place / OUT, force, KEYS[what]) as folder:
         (folder / "package" / "data").mkdir(parents=True, exist_ok=True)
         with WeightFile(Stage(folder), "package/data/weights") as file:
             for number in range(TENSORS):
-                rows = np.full((4, 8), number + len(what), np.float32)
+                rows = np.arange(32, dtype=np.float32).reshape(4, 8) + (8 if what == "old" else number)
                 extent = file.reserve(str(number), rows.nbytes, 64)
-                file.write([extent], [partial(lambda rows: [rows[:2]], rows), partial(lambda rows: [rows[2:]], rows)])
+                file.write([extent], _blocks(rows, by_columns=number == 0))
         (folder / MANIFEST).write_text(json.dumps({"format": 1, "target": what, "files": {}}), "utf-8")
     return 0
 

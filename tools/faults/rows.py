@@ -28,6 +28,8 @@ IMPORTED = (
     "h1export.commands.sensitivity",
     "h1export.commands.validate",
     "h1export.report.page",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
     "transformers.models.falcon_h1.modeling_falcon_h1",
 )
 

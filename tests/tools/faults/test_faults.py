@@ -30,9 +30,18 @@ print(run(Case("careless", no_words, written, does=careless), Room(scratch), lib
 """
 
 
-def variables(folder: Path) -> dict[str, str]:
-    folder.mkdir()
-    return os.environ | library.environment(folder) | {"PYTHONPATH": str(TOOLS), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, compiled."""
+    return library.compiled(tmp_path_factory.mktemp("library"))
+
+
+@pytest.fixture
+def variables(made: Path, tmp_path: Path) -> dict[str, str]:
+    """The variables of a process that loads the library."""
+    (tmp_path / "control").mkdir()
+    loading = library.environment(tmp_path / "control", made)
+    return os.environ | loading | {"PYTHONPATH": str(TOOLS), "OMP_NUM_THREADS": "1"}
 
 
 pytestmark = pytest.mark.skipif(
@@ -42,17 +51,17 @@ pytestmark = pytest.mark.skipif(
 
 def test_every_write_of_the_writers_fails_in_one_line_and_leaves_what_was_there() -> None:
     """Every call of a staged build, a file and the cache; and kills before every call of a staged build."""
-    words = [sys.executable, "-m", "faults.run", "--targets", "", "--most", "8"]
+    words = [sys.executable, "-m", "faults.run", "--targets", "", "--most", "4"]
     ran = subprocess.run(words, cwd=TOOLS, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.count(", 0 faults") + ran.stdout.count("; 0 faults") == 7, ran.stdout
     assert ran.stdout.endswith("\n0 faults\n")
 
 
-def test_a_careless_writer_is_seen(tmp_path: Path) -> None:
+def test_a_careless_writer_is_seen(variables: dict[str, str], tmp_path: Path) -> None:
     """The check itself: a file that is written in place loses what it had."""
     words = [sys.executable, "-c", WITHOUT_ATOMICITY, str(tmp_path)]
-    ran = subprocess.run(words, env=variables(tmp_path / "control"), capture_output=True, text=True, check=True)
+    ran = subprocess.run(words, env=variables, capture_output=True, text=True, check=True)
     assert "full from write 1 (a)" in ran.stdout
     assert "*place/a" in ran.stdout
 
@@ -62,7 +71,7 @@ CALLS = {
     "write": ("os.write(handle, b'12345678')", "write"),
     "pwrite": ("os.pwrite(handle, b'12345678', 4)", "write"),
     "writev": ("os.writev(handle, [b'1234', b'5678'])", "write"),
-    "buffered": ("open(place + '/b', 'wb').write(b'12345678')", "write"),
+    "buffered": ("__import__('pathlib').Path('b').write_bytes(b'12345678')", "write"),
     "truncate": ("os.ftruncate(handle, 100)", "truncate"),
     "by name": ("os.truncate(place + '/a', 100)", "truncate"),
     "allocate": ("os.posix_fallocate(handle, 0, 100)", "fallocate"),
@@ -79,13 +88,12 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_is_counted_and_fails(name: str, tmp_path: Path) -> None:
+def test_a_call_is_counted_and_fails(name: str, variables: dict[str, str], tmp_path: Path) -> None:
     """A call that the library does not see would make every other check worthless."""
     call, kind = CALLS[name]
-    environment = variables(tmp_path / "control")
     place = tmp_path / "place"
     place.mkdir()
-    control = library.Faults(Path(environment[library.VARIABLE]))
+    control = library.Faults(Path(variables[library.VARIABLE]))
     text = f"import os\nplace = {str(place)!r}\nhandle = os.open('a', os.O_RDWR)\n{call}\n"
     everything = CHANGES + KINDS["close"]
 
@@ -93,7 +101,7 @@ def test_a_call_is_counted_and_fails(name: str, tmp_path: Path) -> None:
         (place / "a").write_bytes(b"87654321")
         control.arm(fault, place)
         words = [sys.executable, "-I", "-S", "-c", text]
-        ran = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, check=False)
+        ran = subprocess.run(words, cwd=place, env=variables, capture_output=True, text=True, check=False)
         control.disarm()
         return ran
 

@@ -57,7 +57,7 @@ def run(first: Case, second: Case, room: Room, *, count: int, seed: int) -> Race
         ]
         victim = numbers.randrange(2) if number % 3 == 2 else None
         if victim is not None:
-            time.sleep(numbers.uniform(0.2, 2) * seconds)
+            time.sleep(numbers.uniform(0.1, 1) * seconds)
             pair[victim].kill()
         _judge([process.wait() for process in pair], room, races, allowed=[before, *(snap for snap, _ in made)])
     return races

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
@@ -66,8 +66,8 @@ class StateFile:
                 raise H1ExportError(path, "exists, and is no saved chat", "choose another name")
             contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
             with replacing(path) as stream:
-                save_file(contiguous, Path(stream.name), metadata)
-        except (OSError, SafetensorError, ValueError) as error:  # ValueError: a name that no file can have
+                stream.write(save(contiguous, metadata))
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise unwritten(path, error) from None
 
     @classmethod

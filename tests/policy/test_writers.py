@@ -84,3 +84,10 @@ def test_commands_write_in_place_nowhere(root: Path) -> None:
         for line in writes(file.read_text(encoding="utf-8"))
     ]
     assert found == []
+
+
+def test_nobody_lets_safetensors_write_a_file(root: Path) -> None:
+    """It writes another file first, which a kill leaves behind, flushes nothing, and has errors of its own."""
+    folders = ("h1export", "graphs", "targets", "validate", "plugins")
+    files = [file for folder in folders for file in (root / folder).rglob("*.py")]
+    assert [file for file in files if "save_file(" in file.read_text(encoding="utf-8")] == []

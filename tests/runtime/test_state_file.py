@@ -85,11 +85,10 @@ def test_what_cannot_be_written_leaves_nothing(
         with pytest.raises(H1ExportError, match="cannot be written"):
             saved.write(tmp_path / name)
 
-    def fail(arrays: Any, file: Path, metadata: Any) -> None:
-        file.write_bytes(b"half")
+    def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state_file, "save_file", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     for target in (path, tmp_path / "new.safetensors"):
         with pytest.raises(H1ExportError, match="cannot be written \\(No space left on device\\)"):
             saved.write(target)

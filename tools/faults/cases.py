@@ -112,26 +112,27 @@ def build(inputs: Inputs, target: str, *more: str, force: bool = False) -> Case:
     """Return the case of a build for ``target``; with ``force``, over an artifact of another precision."""
     words = ("build", str(inputs.checkpoint), "--target", target, *QUICK, *BUILDS[target], *more)
     old = inputs.scratch / f"old-{target}"
-    if force and not old.exists():
-        must(
-            (
-                "build",
-                str(inputs.checkpoint),
-                "--target",
-                target,
-                *QUICK,
-                *BUILDS[target],
-                "--quant",
-                "none",
-                "--out",
-                str(old),
-            ),
-            inputs.scratch,
-        )
 
     def before(place: Path) -> None:
-        if force:
-            shutil.copytree(old, place / OUT)
+        if not force:
+            return
+        if not old.exists():
+            must(
+                (
+                    "build",
+                    str(inputs.checkpoint),
+                    "--target",
+                    target,
+                    *QUICK,
+                    *BUILDS[target],
+                    "--quant",
+                    "none",
+                    "--out",
+                    str(old),
+                ),
+                inputs.scratch,
+            )
+        shutil.copytree(old, place / OUT)
 
     return Case(
         f"build {target}{' ' + ' '.join(more) if more else ''}{' --force' if force else ''}",

@@ -16,6 +16,9 @@ from h1export.artifact.stage import Stage
 from h1export.artifact.staging import staged
 from h1export.artifact.weight_file import Block, Columns, Rows, WeightFile
 from h1export.runtime.code_cache import CacheRefusedError, cached
+from h1export.runtime.continued import Continued
+from h1export.runtime.saved_states import SavedStates
+from h1export.runtime.state_file import StateFile
 from h1export.writing import write_file, write_into
 
 KEYS = {"old": "0123456789abcdef", "new": "fedcba9876543210"}
@@ -78,6 +81,15 @@ def named(place: Path) -> int:
     return 0
 
 
+def saved(place: Path) -> int:
+    """Save the states of a chat; safetensors serialises them."""
+    arrays = {"state": np.arange(1 << 16, dtype=np.float32)}
+    StateFile("artifact", [{"role": "user", "content": "hello"}], Continued((1, 2), SavedStates(0, 2, arrays))).write(
+        place / "talk.safetensors"
+    )
+    return 0
+
+
 def compiled(place: Path) -> int:
     """Ask the cache for a library that it does not have."""
 
@@ -100,5 +112,6 @@ def all_cases() -> list[Case]:
         Case("a staged folder, replaced", no_words, built, does=partial(build, force=True)),
         Case("a file of a folder", no_words, written, does=into),
         Case("a named file", no_words, written, does=named),
+        Case("a saved chat", no_words, does=saved),
         Case("compiled code", no_words, homed, does=compiled, may_finish=True),
     ]

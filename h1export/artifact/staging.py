@@ -39,7 +39,8 @@ def check_place(out: Path, force: bool) -> None:
     """
     try:
         taken = out.exists() or out.is_symlink()
-        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        place = out.absolute()
+        parent = next((folder for folder in place.parents if folder.exists()), place)  # the root has no parents
         if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
             raise PermissionError(f"nothing can be written into {parent}")
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ import pytest
 
 from h1export.artifact import staging
 from h1export.artifact.manifest import MANIFEST
-from h1export.artifact.staging import staged
+from h1export.artifact.staging import check_place, staged
 from h1export.errors import H1ExportError
 
 KEY = "0123456789abcdef"
@@ -204,6 +204,12 @@ def test_two_replacements_at_once_lock_what_is_at_out(out: Path, monkeypatch: py
     assert at == [True, True]
     assert content(out) == "second"
     assert left_in(out) == ["out"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_root_is_no_place_of_a_build(force: bool) -> None:
+    with pytest.raises(H1ExportError, match="/: is not an artifact" if force else "/: exists"):
+        check_place(Path("/"), force)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.__getitem__)

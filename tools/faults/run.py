@@ -33,6 +33,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "control").mkdir()
             os.environ["TMPDIR"] = f"{folder}/scratch/tmp"
+            Path(os.environ["TMPDIR"]).mkdir(parents=True)  # otherwise the system's own folder is taken
             return library.started_with("faults.run", sys.argv[1:], Path(folder) / "control")
     from faults.rows import rows
 

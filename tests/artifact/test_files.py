@@ -109,3 +109,11 @@ def test_the_sha256_of_a_file_and_of_a_range_of_it(tmp_path: Path) -> None:
 def test_a_file_without_a_sha256_is_named(tmp_path: Path) -> None:
     with pytest.raises(H1ExportError, match=r"none: cannot be read \(No such file.*\); check its permissions"):
         sha256_file(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "name", ["C:evil", "a:b", "C:/x", "a\\b", "../a", "a/../b", "/a", "a//b", "a/", "./a", "", "."]
+)
+def test_names_that_lead_elsewhere_on_some_system(name: str, folder: Path) -> None:
+    assert not is_name(name)
+    assert plain_size(folder, name) == NOT_PLAIN

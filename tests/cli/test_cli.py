@@ -397,8 +397,3 @@ def test_bench_against_another_artifact(
         assert words_shown in err
     assert run(["bench", str(Path(built).parent)]) == 2
     assert "no manifest.json" in capfd.readouterr().err
-
-
-def test_a_copy_to_a_full_disk_names_the_copy() -> None:
-    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/source", None, "/b/copy")
-    assert cli._message(error).startswith("/b/copy: No space left on device; free some space")

@@ -44,6 +44,8 @@ class Provenance:
         float32: Whether activations are float32 throughout; otherwise they are rounded somewhere, and results drift by
             design.
         fallback: What computes slower here than it could, why, and the next step; it is empty where nothing does.
+        scale_rounding: The largest relative error of a stored weight beside that of its integers, where µP is inside
+            scales of half precision; 0 where scales are exact.
     """
 
     kernels: str
@@ -51,6 +53,7 @@ class Provenance:
     emulated: bool = False
     float32: bool = True
     fallback: str = ""
+    scale_rounding: float = 0.0
 
 
 class Session(Protocol):

@@ -12,17 +12,18 @@ README = "README.md"
 
 TEXT = """# Falcon-H1 in GPTQ's layout
 
-Made by h1export; `manifest.json` says from what and how. {packed} µP multipliers stay in config.json, and engines apply
-them themselves.
+Made by h1export; `manifest.json` says from what and how. {packed}
+µP multipliers stay in config.json, and engines apply them themselves.
 
 ## Engines
 
 | engine | what h1export's authors have done with a folder of this layout |
 |---|---|
-| h1export (`h1export validate`, `generate`, `h1export build` from this folder) | run; every integer is read back bit for bit |
+| h1export (`validate`, `generate`, and `build` from this folder) | run; every integer is read back bit for bit |
 | GPTQModel {tried}, on a CPU | run; `tools/check_gptq_folder.py` compares its logits and integers |
 | transformers with GPTQModel | not run |
-| vLLM, SGLang | not run, read only: vLLM has no integer head (`--unpacked head`), SGLang no integer Mamba projections (`--unpacked mamba`) |
+| vLLM | not run, its code was read: it has no integer head (build with `--unpacked head`) |
+| SGLang | not run, its code was read: it has no integer Mamba projections (build with `--unpacked mamba`) |
 
 ```python
 import torch

@@ -28,8 +28,7 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets.hf_folder.floats import exact_dtype, float_blocks
 from h1export.targets.hf_folder.shards import Stored, TensorSpec
-
-Words = npt.NDArray[np.uint32]
+from h1export.targets.hf_folder.words import packed
 
 
 def float_tensor(store: WeightStore, name: str) -> Stored:
@@ -77,15 +76,6 @@ def _block(
         Columns(zero_words, start * bits // 8),
         Columns(found.scales.T, start * found.scales.itemsize),
     )
-
-
-def packed(codes: npt.NDArray[np.int8], bits: int) -> Words:
-    """Pack signed codes [n, m] along the second axis, moved to start at 0, uint32 [n, m * bits / 32]."""
-    moved = np.ascontiguousarray(codes).view(np.uint8) + np.uint8(1 << (bits - 1))
-    if bits == 4:
-        moved = (moved[:, 0::2] & np.uint8(15)) | (moved[:, 1::2] << np.uint8(4))
-    words: Words = np.ascontiguousarray(moved).view("<u4")
-    return words
 
 
 def _groups(store: WeightStore, name: str, precision: Precision) -> tuple[npt.NDArray[Any]]:

@@ -60,7 +60,7 @@ class Stored:
 
 
 def write_shards(
-    stage: Stage, tensors: Sequence[Stored], metadata: Mapping[str, str], shard_bytes: int = SHARD_BYTES
+    stage: Stage, tensors: Sequence[Stored], metadata: Mapping[str, str], *, shard_bytes: int = SHARD_BYTES
 ) -> str:
     """Write every tensor into ``stage.folder`` and the index after them; return the name of the first shard.
 

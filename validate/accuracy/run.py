@@ -115,7 +115,11 @@ def validate(
         H1ExportError: tolerances for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
     tolerances = defaults.tolerances_of(
-        artifact.manifest, runner.provenance.float32, exact.provenance.float32, chosen=options.tolerances
+        artifact.manifest,
+        runner.provenance.float32,
+        exact.provenance.float32,
+        scale_rounding=runner.provenance.scale_rounding,
+        chosen=options.tolerances,
     )
     stored = runner.stored_weights()
     rows = []

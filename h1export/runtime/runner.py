@@ -161,7 +161,8 @@ class Inspectable(Restorable[States], Protocol[States]):
     def stored_weights(self) -> Mapping[str, Array]:
         """Return every quantised tensor by its checkpoint name, dequantised from what the artifact stores.
 
-        The tensors are float32 and unfolded. The mapping is lazy, and empty where nothing is quantised.
+        The tensors are float32 and unfolded. Beside them are others that the artifact rounds, where its float32 form
+        computes with them. The mapping is lazy, and empty where nothing is quantised.
         """
         ...
 

@@ -15,6 +15,8 @@ STORAGE_KEYS = frozenset({"quantization_config", "compression_config", "quantiza
 
 def write_config(folder: Path, changes: Mapping[str, Any], dropped: Collection[str] = STORAGE_KEYS) -> None:
     """Replace ``folder/config.json`` by itself without the keys ``dropped``, and with those of ``changes``."""
-    config = {key: value for key, value in read_config(folder / CONFIG).items() if key not in dropped}
+    path = folder / CONFIG
+    before = read_config(path) if path.exists() else {}  # the lowering before a calibration has an empty folder
+    config = {key: value for key, value in before.items() if key not in dropped}
     text = json.dumps({**config, **changes}, indent=2, sort_keys=True)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")

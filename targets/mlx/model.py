@@ -29,23 +29,26 @@ class States:
 
 
 class MlxModel:
-    """The model of the folder of ``artifact``, loaded by mlx-lm.
+    """The model of the folder of ``artifact``, loaded by mlx-lm; with ``float32`` its floats are cast after that.
 
     Raises:
         H1ExportError: mlx-lm is not installed, or cannot load the folder.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, float32: bool = False) -> None:
         self.config: FalconH1Config = artifact.config
         self.spec = StateSpec.of(self.config)
         options = MlxOptions.read(artifact)
-        self.float32 = options.compute == "fp32"
+        compute = "fp32" if float32 else options.compute
+        self.float32 = compute == "fp32"
         self.last_logits = options.last_logits
         self._folder = artifact.folder
         self._mx = sdk.core()
-        self._dtype = {"fp16": self._mx.float16, "fp32": self._mx.float32, "bf16": self._mx.bfloat16}[options.compute]
+        self._dtype = {"fp16": self._mx.float16, "fp32": self._mx.float32, "bf16": self._mx.bfloat16}[compute]
         with sdk.refused(artifact.folder, "mlx-lm cannot load it"):
             self._model, _ = sdk.utils().load_model(artifact.folder)
+            if float32:
+                self._model.set_dtype(self._mx.float32)
 
     def check(self, ids: Ids, mask: Ids, past: int) -> None:
         """Check a call. Raises H1ExportError for ids, masks or batches that are not taken."""

@@ -20,11 +20,11 @@ SCALE_ROUNDING = {"fp16": 2.0**-11, "fp32": 0.0, "bf16": 2.0**-8}
 
 
 class MlxRunner:
-    """A Runner over mlx-lm's model. There is no float32 form of a folder in half precision: its floats are rounded."""
+    """A Runner over mlx-lm's model; with ``float32`` it computes in float32, with the floats that the folder has."""
 
-    def __init__(self, artifact: Artifact) -> None:
+    def __init__(self, artifact: Artifact, float32: bool) -> None:
         self._artifact = artifact
-        self._model = MlxModel(artifact)
+        self._model = MlxModel(artifact, float32)
         self._scale_rounding = SCALE_ROUNDING[MlxOptions.read(artifact).compute]
 
     @property

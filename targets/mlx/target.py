@@ -73,7 +73,7 @@ class MlxTarget:
     ) -> MlxRunner:
         if kernels == "native":
             raise H1ExportError(artifact.folder, "MLX has no kernels of h1export's own", "leave out --kernels native")
-        return MlxRunner(artifact)
+        return MlxRunner(artifact, float32)
 
 
 target = MlxTarget()

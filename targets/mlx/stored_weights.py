@@ -70,7 +70,7 @@ class StoredWeights(Mapping[str, Array]):
             found: Array = (value / factors.reshape(-1, *[1] * (value.ndim - 1))).astype(np.float32)
         return found
 
-    def _read(self, name: str, weight: StoredWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    def _read(self, name: str, weight: StoredWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return codes int8 [rows, columns], and scales without µP float64 and zero points [rows, groups] of MLX."""
         stem = name.removesuffix("weight")
         middle = 1 << (weight.bits - 1)

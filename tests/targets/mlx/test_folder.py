@@ -148,7 +148,7 @@ def test_mlx_lm_generates_the_text_of_our_generate(spoken: Path, build: Build) -
 
     artifact = build(spoken, "int4", target="mlx")
     prompt = np.arange(40, 60)
-    mine = list(generate(load_runner(artifact), prompt.tolist(), 12, sampling=Sampling(), eos=frozenset()))
+    mine = list(generate(load_runner(artifact), prompt, 12, sampling=Sampling(), eos=frozenset()))
     mx = sdk.core()
     model, _ = sdk.utils().load_model(artifact.folder)
     theirs = [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=12)]

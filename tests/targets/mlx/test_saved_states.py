@@ -38,7 +38,7 @@ def test_sessions(runner: Runner[Any], check: str) -> None:
 def test_states_stay_usable(runner: Runner[Any]) -> None:
     """Also where mlx-lm's buffers are full: 256 tokens."""
     ids = np.random.default_rng(0).integers(0, 259, (1, 258))
-    for past in (5, 255, 256):
+    for past in (5, 256):
         _, states = runner.step(ids[:, :past], np.ones((1, past), np.int64), runner.initial(1))
         one, other = ids[:, past : past + 1], ids[:, past + 1 : past + 2]
         mask = np.ones((1, past + 1), np.int64)

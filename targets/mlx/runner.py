@@ -13,7 +13,7 @@ from h1export.runtime.saved_states import SavedStates
 from h1export.targets.mlx import sdk
 from h1export.targets.mlx.model import NO_PADS, MlxModel, States
 from h1export.targets.mlx.options import MlxOptions
-from h1export.targets.mlx.stored_weights import StoredWeights
+from h1export.targets.mlx.stored_weights import StoredFloats, StoredWeights
 
 # Half a unit in the last place, relative: what folding µP into scales of this dtype may change of a weight.
 SCALE_ROUNDING = {"fp16": 2.0**-11, "fp32": 0.0, "bf16": 2.0**-8}
@@ -76,6 +76,9 @@ class MlxRunner:
 
     def stored_weights(self) -> StoredWeights:
         return StoredWeights(self._artifact)
+
+    def stored_floats(self) -> StoredFloats:
+        return StoredFloats(self._artifact)
 
 
 class MlxSession:

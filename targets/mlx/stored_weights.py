@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
+import numpy.typing as npt
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import StoredWeight
@@ -21,29 +22,43 @@ from h1export.targets.mlx.options import MlxOptions
 from h1export.targets.mlx.weights import DTYPES
 
 
-class StoredWeights(Mapping[str, Array]):
-    """Checkpoint tensor -> its value without µP, read when it is asked for, float32 in the checkpoint's shape.
-
-    Where the folder has integers, these are the quantised tensors, and in half precision all others too, because those
-    are rounded as well: a judge that holds them sees what is left, which is arithmetic. Without integers it is empty.
-    """
+class _Shards:
+    """The tensors of the folder of ``artifact``."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self._artifact = artifact
-        self._config = artifact.config
-        self._dtype = DTYPES[MlxOptions.read(artifact).compute]
-        self._entries = stored_entries(artifact)
+        self.config = artifact.config
+        self._folder = artifact.folder
+        self.dtype = DTYPES[MlxOptions.read(artifact).compute]
+        self.entries = stored_entries(artifact)
+
+    def floats(self, name: str) -> Array:
+        """Return a tensor of floats as float32."""
+        return unrounded(self.entries[name].values(), self.dtype)
+
+    def factors(self, name: str, rows: int) -> npt.NDArray[np.float64]:
+        """Return the factor of each of ``rows`` rows of a checkpoint tensor."""
+        return multiplier_of(name, self.config).rows(rows).astype(np.float64)
+
+    @contextmanager
+    def as_the_manifest_says(self, name: str) -> Iterator[None]:
+        """Turn what a tensor of another form raises into an error about the folder."""
+        try:
+            yield
+        except (LookupError, ValueError, TypeError) as error:
+            what = f'holds tensor "{name}" in another form than the manifest says ({type(error).__name__})'
+            raise H1ExportError(self._folder, what, "build the artifact again") from None
+
+
+class StoredWeights(Mapping[str, Array]):
+    """Checkpoint tensor -> its integers, dequantised without µP when they are read, float32 [rows, columns]."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._shards = _Shards(artifact)
         self._weights = {weight.parts[0].tensor: weight for weight in artifact.manifest.weights}
-        everything = bool(self._weights) and self._dtype != "F32"
-        self._names = list(tensor_shapes(self._config) if everything else self._weights)
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self._names:
-            raise KeyError(name)
-        weight = self._weights.get(name)
-        if weight is None:
-            return self._float(name)
-        if self._dtype == "F32":  # such a scale determines the fp16 scale of the integers
+        weight = self._weights[name]
+        if self._shards.dtype == "F32":  # such a scale determines the fp16 scale of the integers
             return self.quantized(name).unfolded()
         codes, scales, zeros = self._read(name, weight)
         groups = codes.reshape(len(codes), scales.shape[1], -1) - zeros[..., None]
@@ -62,37 +77,47 @@ class StoredWeights(Mapping[str, Array]):
             zeros=zeros[:, ::each].astype(np.int8) if zeros.any() else None,
         )
 
-    def _float(self, name: str) -> Array:
-        with self._as_the_manifest_says(name):
-            value = unrounded(self._entries[name].values(), self._dtype).astype(np.float64)
-            value = value.swapaxes(1, 2) if name.endswith(CONVOLUTION) else value
-            factors = multiplier_of(name, self._config).rows(len(value))
-            found: Array = (value / factors.reshape(-1, *[1] * (value.ndim - 1))).astype(np.float32)
-        return found
-
-    def _read(self, name: str, weight: StoredWeight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return codes int8 [rows, columns], and scales without µP float64 and zero points [rows, groups] of MLX."""
+    def _read(
+        self, name: str, weight: StoredWeight
+    ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return codes [rows, columns], and scales without µP and zero points [rows, groups of MLX]."""
         stem = name.removesuffix("weight")
         middle = 1 << (weight.bits - 1)
-        with self._as_the_manifest_says(name):
-            codes = unpacked(self._entries[name].values(), weight.bits)
-            scales = unrounded(self._entries[f"{stem}scales"].values(), self._dtype).astype(np.float64)
-            biases = unrounded(self._entries[f"{stem}biases"].values(), self._dtype)
+        with self._shards.as_the_manifest_says(name):
+            codes = unpacked(self._shards.entries[name].values(), weight.bits)
+            scales = self._shards.floats(f"{stem}scales").astype(np.float64)
+            biases = self._shards.floats(f"{stem}biases")
             with np.errstate(all="ignore"):
                 zeros = np.rint(-biases / scales) - middle
-            factors = multiplier_of(name, self._config).rows(len(codes))
+            scales = scales / self._shards.factors(name, len(codes))[:, None]
             codes.reshape(len(codes), scales.shape[1], -1)
-            scales = scales / factors[:, None]
         return codes, scales, zeros
 
-    @contextmanager
-    def _as_the_manifest_says(self, name: str) -> Iterator[None]:
-        """Turn what a tensor of another form raises into an error about the folder."""
-        try:
-            yield
-        except (LookupError, ValueError, TypeError) as error:
-            what = f'holds tensor "{name}" in another form than the manifest says ({type(error).__name__})'
-            raise H1ExportError(self._artifact.folder, what, "build the artifact again") from None
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+class StoredFloats(Mapping[str, Array]):
+    """Checkpoint tensor that is no integers -> its value without µP, float32 in the checkpoint's shape; none in fp32."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._shards = _Shards(artifact)
+        packed = {part.tensor for weight in artifact.manifest.weights for part in weight.parts}
+        rounded = self._shards.dtype != "F32"
+        self._names = [name for name in tensor_shapes(self._shards.config) if rounded and name not in packed]
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._names:
+            raise KeyError(name)
+        with self._shards.as_the_manifest_says(name):
+            value = self._shards.floats(name).astype(np.float64)
+            value = value.swapaxes(1, 2) if name.endswith(CONVOLUTION) else value
+            factors = self._shards.factors(name, len(value)).reshape(-1, *[1] * (value.ndim - 1))
+            found: Array = (value / factors).astype(np.float32)
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

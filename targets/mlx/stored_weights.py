@@ -101,7 +101,7 @@ class StoredWeights(Mapping[str, Array]):
 
 
 class StoredFloats(Mapping[str, Array]):
-    """Checkpoint tensor that without integers -> its float32 value without µP in the checkpoint's shape; none in fp32."""
+    """Checkpoint tensor without integers -> its float32 value without µP, in the checkpoint's shape; none in fp32."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._shards = _Shards(artifact)

@@ -150,7 +150,7 @@ def build(session: nox.Session) -> None:
                 session.run(
                     f"{clean}/bin/python",
                     "-c",
-                    f"import {runtime}; print({runtime}.__name__, {runtime}.__version__)",
+                    f"import {runtime}; print({runtime}.__name__, getattr({runtime}, '__version__', ''))",
                     external=True,
                 )
 

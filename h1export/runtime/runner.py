@@ -161,8 +161,19 @@ class Inspectable(Restorable[States], Protocol[States]):
     def stored_weights(self) -> Mapping[str, Array]:
         """Return every quantised tensor by its checkpoint name, dequantised from what the artifact stores.
 
-        The tensors are float32 and unfolded. Beside them are others that the artifact rounds, where its float32 form
-        computes with them. The mapping is lazy, and empty where nothing is quantised.
+        The tensors are float32 and unfolded. The mapping is lazy, and empty where nothing is quantised.
+        """
+        ...
+
+
+@runtime_checkable
+class StoresRoundedFloats(Protocol):
+    """A Runner over an artifact whose floats are rounded, and with which its float32 form computes too."""
+
+    def stored_floats(self) -> Mapping[str, Array]:
+        """Return every tensor that is no integers by its checkpoint name, float32 and unfolded; lazy.
+
+        The mapping is empty where no float is rounded.
         """
         ...
 

@@ -68,6 +68,23 @@ def q8_0_parts(rows: Bytes) -> tuple[Codes, Scales]:
     return codes.reshape(len(rows), -1).view(np.int8), scales
 
 
+def q6_k_parts(rows: Bytes) -> tuple[Codes, Scales]:
+    """Return the codes of Q6_K with the signs of their scales, and the scales of 16 columns, rounded to fp16."""
+    parts = rows.reshape(len(rows), -1, 210)
+    lows, highs = parts[:, :, :128].reshape(*parts.shape[:2], 2, 2, 32), parts[:, :, 128:192]
+    highs = highs.reshape(*parts.shape[:2], 2, 32)
+    low = np.concatenate([lows & 15, lows >> 4], axis=3)
+    high = np.stack([(highs >> shift) & 3 for shift in (0, 2, 4, 6)], axis=3)
+    codes = (low | (high << 4)).view(np.int8).reshape(len(rows), -1, SUB) + np.int8(LOWEST)
+    signed = np.ascontiguousarray(parts[:, :, 192:208]).view(np.int8).reshape(len(rows), -1)
+    d = np.ascontiguousarray(parts[:, :, 208:]).view(np.float16)[:, :, 0]
+    scales = (np.abs(signed.astype(np.float32)) * np.repeat(d.astype(np.float32), SUPER // SUB, axis=1)).astype(
+        np.float16
+    )
+    codes = (codes * np.sign(signed)[..., None]).reshape(len(rows), -1)
+    return codes, np.maximum(scales, np.finfo(np.float16).smallest_subnormal)
+
+
 def _joined(scales: Scales, packed: Bytes) -> Bytes:
     halves = np.ascontiguousarray(scales).view(np.uint8).reshape(*scales.shape, 2)
     return np.concatenate([halves, packed], axis=2).reshape(len(scales), -1)

@@ -32,6 +32,7 @@ PARTS: Mapping[TensorType, Callable[[blocks.Bytes], tuple[blocks.Codes, blocks.S
     TensorType.Q4_0: blocks.q4_0_parts,
     TensorType.Q8_0: blocks.q8_0_parts,
 }
+ALL_PARTS = {**PARTS, TensorType.Q6_K: blocks.q6_k_parts}
 
 
 class GgufFile:
@@ -141,11 +142,10 @@ class GgufFile:
         return self._tensors[name]
 
 
-class StoredWeights(Mapping[str, Array]):
+class _Stored(Mapping[str, Array]):
     """Checkpoint tensor -> what the file stores of it, without µP, float32 [rows, columns]; nothing is kept.
 
-    These are the tensors in integers and, beside them, matrices in fp16 and bf16, with which the float32 form computes
-    too. µP is in the scales of the file, and each value is divided by it, so it is exact to the last bits of float32.
+    µP is in the values of the file, and each is divided by it, so it is exact to the last bits of float32.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -153,20 +153,15 @@ class StoredWeights(Mapping[str, Array]):
         self._config = artifact.config
         self._weights = {weight.parts[0].tensor: weight for weight in artifact.manifest.weights}
 
-    @property
-    def weights(self) -> tuple[StoredWeight, ...]:
-        """The manifest's entries of the tensors."""
-        return tuple(self._weights.values())
-
     @cached_property
     def file(self) -> GgufFile:
         """The file, opened at the first access."""
         return GgufFile(self._path)
 
-    def quantized(self, name: str) -> QuantizedTensor:
-        """Return the codes of the tensor ``name`` in Q4_0 or Q8_0, and its scales, µP included."""
-        codes, scales = PARTS[self.file.kind(self._weights[name].initializer)](self.file.rows(self._name(name)))
-        return QuantizedTensor(codes, scales, np.ones(len(codes), np.float32))
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, Multiplier]]:
+        """Checkpoint tensor -> its name in the file, and its µP."""
+        raise NotImplementedError
 
     def __getitem__(self, name: str) -> Array:
         place, multiplier = self._places[name]
@@ -174,26 +169,45 @@ class StoredWeights(Mapping[str, Array]):
         found: Array = values / multiplier.rows(len(values))[:, None]
         return found
 
-    @cached_property
-    def _places(self) -> dict[str, tuple[str, Multiplier]]:
-        """Checkpoint tensor -> its name in the file, and its µP."""
-        found = {name: (weight.initializer, weight.parts[0].multiplier) for name, weight in self._weights.items()}
-        for tensor in tensor_shapes(self._config) if found else ():
-            projection = projection_of(tensor)
-            if tensor not in found and projection is not None:
-                name = place_of(tensor).name
-                if self.file.kind(name) is not TensorType.F32:
-                    found[tensor] = (name, _multiplier(projection, self._config))
-        return found
-
-    def _name(self, tensor: str) -> str:
-        return self._weights[tensor].initializer
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+class StoredWeights(_Stored):
+    """The tensors in integers."""
+
+    @property
+    def weights(self) -> tuple[StoredWeight, ...]:
+        """The manifest's entries of the tensors."""
+        return tuple(self._weights.values())
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """Return the codes of the tensor ``name``, and its scales, µP included."""
+        place = self._places[name][0]
+        codes, scales = ALL_PARTS[self.file.kind(place)](self.file.rows(place))
+        return QuantizedTensor(codes, scales, np.ones(len(codes), np.float32))
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, Multiplier]]:
+        return {name: (weight.initializer, weight.parts[0].multiplier) for name, weight in self._weights.items()}
+
+
+class StoredFloats(_Stored):
+    """The matrices in fp16 and bf16, with which the float32 form computes too."""
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[str, Multiplier]]:
+        found = {}
+        for tensor in tensor_shapes(self._config):
+            projection = projection_of(tensor)
+            if tensor not in self._weights and projection is not None:
+                name = place_of(tensor).name
+                if self.file.kind(name) is not TensorType.F32:
+                    found[tensor] = (name, _multiplier(projection, self._config))
+        return found
 
 
 def _multiplier(projection: Projection, config: FalconH1Config) -> Multiplier:

@@ -19,7 +19,7 @@ from h1export.runtime.saved_states import SavedStates
 from h1export.targets.gguf import sdk, state_bytes
 from h1export.targets.gguf.llama import SEQUENCE, Context, Model
 from h1export.targets.gguf.options import GgufOptions
-from h1export.targets.gguf.read_back import GgufFile, StoredWeights
+from h1export.targets.gguf.read_back import GgufFile, StoredFloats, StoredWeights
 from h1export.targets.gguf.types import TensorType
 from h1export.targets.gguf.vocabulary import VOCABULARY
 from h1export.targets.gguf.writer import MODEL
@@ -159,6 +159,9 @@ class LlamaRunner:
 
     def stored_weights(self) -> StoredWeights:
         return StoredWeights(self._artifact)
+
+    def stored_floats(self) -> StoredFloats:
+        return StoredFloats(self._artifact)
 
 
 class LlamaSession:

@@ -137,6 +137,8 @@ def test_the_existing_targets(root: Path) -> None:
     assert {name: info.folder for name, info in infos.items()} == {
         "coreml": "coreml",
         "gguf": "gguf",
+        "gptq": "gptq",
+        "mlx": "mlx",
         "ort": "onnxruntime",
         "trt": "tensorrt",
     }

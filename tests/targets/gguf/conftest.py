@@ -28,9 +28,9 @@ def worst() -> Worst:
     """
 
     def measure(artifact: Artifact, checkpoint: Path, float32: bool = True) -> tuple[float, float]:
-        runner = load_runner(artifact, 1, float32)
+        runner: Any = load_runner(artifact, 1, float32)
         reference = Reference(checkpoint)
-        reference.hold(runner.stored_weights())
+        reference.hold({**runner.stored_weights(), **runner.stored_floats()})
         ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (1, sum(CALLS)), dtype=np.int64)
         states: Any = runner.initial(1)
         logits = []

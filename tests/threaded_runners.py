@@ -1,4 +1,4 @@
-"""Checks of any target's Runner: results of many threads are those of one, sessions take one call, forks are refused."""
+"""Checks of any target's Runner: many threads get what one gets, sessions take one call, forks are refused."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def by_generation(runner: Runner[Any], seed: int) -> list[Any]:
     return [np.array(list(generate(runner, prompt, 8, sampling=sampling, eos=frozenset())))]
 
 
-def check_threads(runner: Runner[Any], threads: int = 6, ways: tuple[Callable[..., list[Any]], ...] = ()) -> None:
+def check_threads(runner: Runner[Any], threads: int = 4, ways: tuple[Callable[..., list[Any]], ...] = ()) -> None:
     """Every thread computes sequences of its own, and each gets bit for bit what a single thread gets."""
     ways = ways or (by_session, by_steps, by_generation)
     truth = [[way(runner, seed) for way in ways] for seed in range(threads)]

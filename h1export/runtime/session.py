@@ -18,7 +18,6 @@ from h1export.runtime.runner import Restorable, RestorableSession, Runner, check
 from h1export.runtime.saved_states import SavedStates, check_part
 from h1export.runtime.sharing import OneCall, one_call
 
-
 WHAT = "session"  # in errors
 
 

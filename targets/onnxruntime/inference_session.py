@@ -64,9 +64,10 @@ def open_inference_session(
     """
     ort = sdk.onnxruntime()
     provider = variant.provider
-    level = 0 if float32 else OrtOptions.read(artifact).accuracy_level
+    built = OrtOptions.read(artifact)
+    level = 0 if float32 else built.accuracy_level
     if library is None and (float32 or provider == CPU):
-        product_limits.check(artifact, level)
+        product_limits.check(artifact, built.graph, level)
     path = artifact.folder / (MODEL if library is None else NATIVE_MODEL)
     options = ort.SessionOptions()
     for name, value in SETTINGS[path.name].items():

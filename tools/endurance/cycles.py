@@ -23,7 +23,7 @@ WARM_UP = 50  # cycles, of a thousand
 MESSAGES = [{"role": "user", "content": "How does it go?"}]
 
 
-def loads(artifact: Path, kernels: Any, count: int, *, threads: int = 2) -> Cycles:
+def loads(artifact: Path, kernels: Any, *, count: int, threads: int = 2) -> Cycles:
     """Load, prefill, decode, step and let go; every result must be the first one's."""
     ids = np.arange(1, 20)[None]
     first: list[Any] = []
@@ -52,12 +52,12 @@ def templates(artifact: Path, count: int) -> Cycles:
     return repeat(work, count, min(WARM_UP, count // 4))
 
 
-def main(what: str, artifact: str, count: str, kernels: str = "auto") -> int:
+def main(what: str, artifact: str, count: str, *kernels: str) -> int:
     """Print what was held, and return the exit code."""
     do: Callable[[], Cycles] = (
         (lambda: templates(Path(artifact), int(count)))
         if what == "template"
-        else (lambda: loads(Path(artifact), kernels, int(count)))
+        else (lambda: loads(Path(artifact), *(kernels or ("auto",)), count=int(count)))
     )
     found = do()
     print(found)

@@ -57,7 +57,7 @@ class Watch(BaseStreamer):
 
     def put(self, value: Any) -> None:
         """Take the prompt, or the next token."""
-        if len(value) != 1:
+        if np.size(value) != 1:
             return
         self.tokens.append(int(value[0]))
         if len(self.tokens) % self.block == 0:
@@ -82,17 +82,42 @@ class Watch(BaseStreamer):
         return float(spent[last].mean() / (start + max(slope, 0) * last).mean())
 
 
-def session_tokens(artifact: Path, count: int, watch: Watch) -> Any:
-    """Generate with h1export's loop, and return the Runner."""
-    runner: Any = h1export.load(artifact, 1)
+class Recorded:
+    """A Runner whose session's last logits are kept."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.last: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def start(self, batch: int, capacity: int) -> Any:
+        """Open a session that notes its logits."""
+        session = self._runner.start(batch, capacity)
+        append = session.append
+
+        def noted(ids: Any) -> Any:
+            found = append(ids)
+            self.last = found[0, -1]
+            return found
+
+        session.append = noted
+        return session
+
+
+def session_tokens(artifact: Path, count: int, watch: Watch) -> Recorded:
+    """Generate with h1export's loop."""
+    runner: Any = Recorded(h1export.load(artifact, 1))
     for token in generate(runner, PROMPT, count, sampling=Sampling(), eos=frozenset()):
         watch.put([token])
     return runner
 
 
-def hf_tokens(artifact: Path, count: int, watch: Watch) -> Any:
-    """Generate with transformers' loop, and return the Runner."""
+def hf_tokens(artifact: Path, count: int, watch: Watch) -> Recorded:
+    """Generate with transformers' loop."""
     model: Any = h1export.hf.load(artifact, 1)
+    model.runner = Recorded(model.runner)
     model.generation_config.eos_token_id = None
     prompt = torch.from_numpy(PROMPT)[None]
     out = model.generate(prompt, streamer=watch, max_new_tokens=count, do_sample=False)
@@ -100,23 +125,15 @@ def hf_tokens(artifact: Path, count: int, watch: Watch) -> Any:
     return model.runner
 
 
-def last_logits(runner: Any, ids: Any, prefill: int) -> Any:
-    """Return the logits after the last of ``ids``, of which the first ``prefill`` are computed in long calls."""
-    session = open_session(runner, 1, len(ids))
-    found = session.append(ids[None, :prefill], keep=1)
-    for place in range(prefill, len(ids)):
-        found = session.append(ids[None, place : place + 1])
-    return found[0, -1]
-
-
 def run(artifact: Path, how: str, count: int) -> tuple[str, bool]:
     """Return what was found, and whether it is right."""
     watch = Watch(count // BLOCKS)
     runner = (hf_tokens if how == "hf" else session_tokens)(artifact, count, watch)
+    last = runner.last
     ids = np.concatenate([PROMPT, watch.tokens])[:-1]
-    step, fresh = (last_logits(runner, ids, prefill) for prefill in (len(PROMPT), len(ids)))
-    difference = float(np.abs(step - fresh).max() / np.ptp(fresh))
-    assert int(step.argmax()) == watch.tokens[-1]
+    fresh = open_session(runner, 1, len(ids)).append(ids[None], keep=1)[0, -1]
+    difference = float(np.abs(last - fresh).max() / np.ptp(fresh))
+    assert int(last.argmax()) == watch.tokens[-1]
     spent = np.diff(watch.times) / watch.block * 1e3
     text = (
         f"{count} tokens by {how}: memory {watch.memory[1] / MIB:.0f} to {watch.memory[-1] / MIB:.0f} MiB "

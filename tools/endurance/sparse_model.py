@@ -20,7 +20,7 @@ import numpy.typing as npt
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import tensor_shapes
 
-VOCABULARY, HIDDEN = 262_160, 8_224  # 2,156,003,840 elements, 8,520,192 more than 2^31; 257 groups of 32 in a row
+VOCABULARY, HIDDEN = 262_160, 8_224  # 8,520,192 elements more than 2^31; 257 groups of 32 in a row
 BORDER = 2**31 // HIDDEN  # the row that element 2^31 is in
 RUN = 32  # consecutive rows
 ROWS = np.concatenate(
@@ -78,14 +78,12 @@ Bits = npt.NDArray[np.uint16]
 def write(large: Path, small: Path) -> None:
     """Make both checkpoints in the folders, which must not exist yet."""
     rng = np.random.default_rng(20261127)
-    config = dict(CONFIG)
-    shapes = tensor_shapes(FalconH1Config.from_config(config))
+    shapes = tensor_shapes(FalconH1Config.from_config(dict(CONFIG)))
     tensors = {
         name: _values(name, (len(ROWS), HIDDEN) if name in LARGE else shape, rng) for name, shape in shapes.items()
     }
-    _write(large, config, shapes, tensors)
-    config = {**config, "vocab_size": len(ROWS)}
-    _write(small, config, tensor_shapes(FalconH1Config.from_config(config)), tensors)
+    _write(large, CONFIG, tensors)
+    _write(small, {**CONFIG, "vocab_size": len(ROWS)}, tensors)
 
 
 def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Bits:
@@ -104,11 +102,10 @@ def _values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Bits
     return (normal.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def _write(
-    folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Bits]
-) -> None:
+def _write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Bits]) -> None:
     """Write config.json and model.safetensors; a tensor with fewer rows than its shape has gets them at ``ROWS``."""
     folder.mkdir(parents=True)
+    shapes = tensor_shapes(FalconH1Config.from_config(dict(config)))
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     header: dict[str, Any] = {}
     end = 0

@@ -18,7 +18,9 @@ from h1export.targets.tensorrt.network.weights import key, read_stored
 
 
 class EngineRunner:
-    """A Runner over model.engine, whose states are EngineSessions. Threads may share it; their calls wait for each other.
+    """A Runner over model.engine, whose states are EngineSessions.
+
+    Threads may share it; their calls wait for each other.
 
     Raises:
         H1ExportError: There is no GPU, or the engine is not for it, see LoadedEngine.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,6 @@ def test_sharing(runner: Any, check: str) -> None:
 
 def test_sessions_share_no_buffer(make_checkpoint: Callable[..., Path], build: Build) -> None:
     runner: Any = load_runner(build(make_checkpoint()))
-    places = [value.data_ptr() for _ in range(3) for value in _buffers(runner)]
     sessions = [runner.start(1, ROOM) for _ in range(3)]
     places = [value.data_ptr() for session in sessions for _, _, value in session._states]
     assert len(set(places)) == len(places)
@@ -90,9 +91,6 @@ def test_captured_sessions_run_one_call_at_a_time() -> None:
         run_with_iobinding = run_with_ort_values = run
         name = "x"
 
-    from concurrent.futures import ThreadPoolExecutor
-    from threading import Event
-
     barrier = Event()  # never set: its wait lets other threads run
     session: Any = Session()
     serial = Serial(session)
@@ -108,28 +106,27 @@ def test_products_beyond_what_onnxruntime_counts(
     tied: bool, make_checkpoint: Callable[..., Path], build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A weight of int8 that its products in float32 cannot count is refused, where it is multiplied with by them."""
-    checkpoint = make_checkpoint("tied" if tied else "plain")
-    config = build(checkpoint, "int8").config
-    head = config.vocab_size * config.hidden_size
+    checkpoint = make_checkpoint("tied" if tied else "plain", num_hidden_layers=1, vocab_size=900)
+    exact = build(checkpoint, "int8")
+    rounded = build(checkpoint, "int8", accuracy_level=4)
+    head = exact.config.vocab_size * exact.config.hidden_size  # the largest
     monkeypatch.setattr(product_limits, "MOST_ELEMENTS", head - 1)
-    exact, rounded, int4 = build(checkpoint, "int8"), build(checkpoint, "int8", accuracy_level=4), build(checkpoint)
     for artifact, how in ((exact, {}), (rounded, {"float32": True})):
-        with pytest.raises(H1ExportError, match=rf"has \d+ elements, .* take {head - 1}; run h1export's own kernels"):
+        with pytest.raises(
+            H1ExportError, match=rf"has \d+ elements, and onnxruntime takes {head - 1} .*; run h1export"
+        ):
             load_runner(artifact, kernels="stock", **how)
-    for artifact, kernels in ((exact, "native"), (rounded, "stock"), (int4, "stock")):
+    for artifact, kernels in ((exact, "native"), (rounded, "stock"), (build(checkpoint, "none"), "stock")):
         ids = random_ids(runner := load_runner(artifact, kernels=kernels), 4, 0)  # type: ignore[arg-type]
         assert np.isfinite(runner.start(1, ROOM).append(ids)).all()
     monkeypatch.setattr(product_limits, "MOST_ELEMENTS", head)
-    wide = max(head, *(rows * columns for rows, columns in _products(config)))
-    if wide == head:
-        load_runner(exact, kernels="stock")
+    load_runner(exact, kernels="stock")
 
 
-def _products(config: Any) -> list[tuple[int, int]]:
-    from h1export.model.falcon_h1.tensors import tensor_shapes
-
-    return [shape for name, shape in tensor_shapes(config).items() if len(shape) == 2]  # type: ignore[misc]
-
-
-def _buffers(runner: Any) -> list[Any]:
-    return [value for _, _, value in runner.start(1, ROOM)._states]
+def test_portable_products_beyond_what_onnxruntime_makes(
+    make_checkpoint: Callable[..., Path], build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = build(make_checkpoint(), "int4", graph="portable")
+    monkeypatch.setattr(product_limits, "MOST_ELEMENTS", 259 * 128 - 1)
+    with pytest.raises(H1ExportError, match=r"in such a product; use --graph cpu"):
+        load_runner(artifact)

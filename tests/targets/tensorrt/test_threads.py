@@ -27,7 +27,7 @@ def test_sharing(artifact: Artifact, check: str) -> None:
 
 def test_magnitudes_are_those_of_one_thread(artifact: Artifact) -> None:
     alone: Any = load_runner(artifact, kernels="stock")
-    for seed in range(6):
+    for seed in range(4):
         by_session(alone, seed)
     runner: Any = load_runner(artifact, kernels="stock")
     check_threads(runner, ways=(by_session,))

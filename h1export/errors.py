@@ -11,6 +11,7 @@ MOST_SHOWN = 300  # characters of an error beside the path of the file at fault,
 LEAST_SHOWN = 60  # characters that are left of the next step in an error that is too long
 MOST_PART = 160  # characters of what is at fault inside a file, or without one
 LONGEST_PATH = 4096  # of Linux
+MOST_NAME = 120  # characters of a file's name that comes from another file
 MOST_REASON = 120  # characters of another library's error
 UNSHOWN = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of characters, ends of lines
 # marks that reorder what stands beside them, and the mark of a file's byte order
@@ -47,6 +48,11 @@ def _fitted(where: object, what: str, next_step: str) -> tuple[str, str]:
     room = MOST_SHOWN - len(part) - len(": ; ")
     next_step = shortened(next_step, max(LEAST_SHOWN, room - len(what)))
     return f"{path}{part}: {shortened(what, room - len(next_step))}", next_step
+
+
+def listed(folder: PurePath, name: str) -> PurePath:
+    """Return the path, for a message, of a file of ``folder`` that a file of others names: a long name is cut."""
+    return folder / shortened(name, MOST_NAME)
 
 
 def shortened(text: str, most: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from h1export.artifact.files import NOT_PLAIN, names, plain_size, sha256_file
 from h1export.artifact.journal import JOURNAL, SCRATCH
 from h1export.artifact.manifest import MANIFEST, Manifest
-from h1export.errors import H1ExportError
+from h1export.errors import H1ExportError, listed
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import tensor_shapes
 
@@ -44,7 +44,7 @@ class Artifact:
                 )
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes, and the manifest says {size}"
-                raise H1ExportError(folder / name, what, "build the artifact again")
+                raise H1ExportError(listed(folder, name), what, "build the artifact again")
         artifact = cls(folder, manifest)
         if manifest.weights:
             manifest.check_weights(path, tensor_shapes(artifact.config))
@@ -58,7 +58,9 @@ class Artifact:
         """
         for name, (digest, _) in self.manifest.files.items():
             if sha256_file(self.folder / name) != digest:
-                raise H1ExportError(self.folder / name, "was changed after the build", "build the artifact again")
+                raise H1ExportError(
+                    listed(self.folder, name), "was changed after the build", "build the artifact again"
+                )
 
     @property
     def identity(self) -> str:

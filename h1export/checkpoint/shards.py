@@ -15,7 +15,7 @@ import numpy as np
 
 from h1export.checkpoint.safetensors_header import TensorEntry, read_header
 from h1export.checkpoint.tensor_names import is_extra
-from h1export.errors import H1ExportError
+from h1export.errors import H1ExportError, listed
 from h1export.forms import read_bytes
 from h1export.model.config_reader import shown
 
@@ -122,7 +122,9 @@ def _weight_map(index: Path) -> Mapping[str, str]:
                 index, f"names the shard {shown(name)}", "a shard is a .safetensors file in the checkpoint's own folder"
             )
         if not is_file(index.parent / name):
-            raise H1ExportError(index.parent / name, "no such shard", f"{index.name} lists it; download it again")
+            raise H1ExportError(
+                listed(index.parent, name), "no such shard", f"{index.name} lists it; download it again"
+            )
     return dict(weight_map)
 
 

@@ -1,7 +1,7 @@
 """The command line. Data goes to standard output, everything else to standard error.
 
-Exit codes: 0 done (validate, doctor and gate: every check passed); 1 a check failed; 2 bad input, or it could not run;
-3 gate could not decide; 141 nobody read the rest of standard output.
+Exit codes: 0 done (validate, compare, doctor and gate: every check passed); 1 a check failed; 2 bad input, or it could
+not run; 3 gate could not decide; 141 nobody read the rest of standard output.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from h1export import __version__
 from h1export.cli.bench import bench
 from h1export.cli.build import build
 from h1export.cli.chat import chat
+from h1export.cli.compare import compare
 from h1export.cli.completion import completion
 from h1export.cli.coreml import coreml
 from h1export.cli.doctor import doctor
@@ -73,13 +74,13 @@ def cli() -> None:
       h1export validate falcon-int4 ./Falcon-H1-0.5B
       h1export generate falcon-int4 "def fibonacci(n):"
 
-    Exit codes: 0 done, 1 a check of validate, doctor or gate failed, 2 bad input or could not run, 3 gate could not
-    decide.
+    Exit codes: 0 done, 1 a check of validate, compare, doctor or gate failed, 2 bad input or could not run, 3 gate
+    could not decide.
     """
 
 
 cli.section("Make an artifact", build, plan, sensitivity)
-cli.section("Judge an artifact", validate, doctor, bench, gate, evaluate, report)
+cli.section("Judge an artifact", validate, doctor, compare, bench, gate, evaluate, report)
 cli.section("Trust an artifact", sign, verify)
 cli.section("Use an artifact", generate, chat)
 cli.section("Look inside", inspect, trace)

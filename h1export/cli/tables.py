@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO, cast
 
@@ -19,11 +20,13 @@ from h1export.cli.output import Sheet, cell, cell_lines
 from h1export.cli.streams import guarded
 from h1export.errors import printable
 from h1export.report import labels
-from h1export.report.report import OUTPUT_FIGURES, Report, Row, Verdict
+from h1export.report.checks import CheckKind, Comparison, Phase
+from h1export.report.report import AS_FIRST, KL, OUTPUT_FIGURES, SPEED, TENSORS, Report, Row, Verdict
 from h1export.validate.speed import gate_checks
 
 if TYPE_CHECKING:  # tables are drawn without loading what measures
     from h1export.commands.plan import Plan
+    from h1export.report.stored_report import JudgedArtifact
     from h1export.validate.speed.bench import BenchReport
     from h1export.validate.speed.regression import GateReport
     from h1export.validate.speed.statistics import Estimate
@@ -121,6 +124,63 @@ def _tolerances(rows: Iterable[Row]) -> str:
         metric: dict.fromkeys(f"{value:.3g}" for value in (min(each), max(each))) for metric, each in found.items()
     }
     return "tolerances  " + "  ".join(f"{metric} {' to '.join(span)}" for metric, span in spans.items())
+
+
+def comparison_tables(subjects: Sequence[JudgedArtifact]) -> list[Sheet]:
+    """Return a table with a row for each artifact, and one of what keeps a figure from being there."""
+    columns = (
+        "",
+        "artifact",
+        "target",
+        "weights",
+        "bytes",
+        "logits",
+        "kl",
+        "bits/byte",
+        "top1",
+        "decode/s",
+        "prefill/s",
+    )
+    table = Table(*columns, "integers as 1", "verdict", box=SIMPLE)
+    for number, one in enumerate(subjects, 1):
+        scored = partial(one.figure, CheckKind.TEXT)
+        timed = partial(one.figure, CheckKind.SPEED, SPEED, comparison=Comparison.ALONE)
+        counted = partial(one.figure, CheckKind.SHARED_INTEGERS, comparison=Comparison.ALONE)
+        figures = (
+            decimal(one.nbytes),
+            _short(one.worst(Comparison.SOURCE, "logits")),
+            _short(scored(KL), scored(KL + STANDARD_ERROR)),
+            _short(scored("artifact"), fine=True),
+            _short(scored("top1"), fine=True),
+            *(_short(timed(phase=phase), fine=True) for phase in (Phase.DECODE, Phase.PREFILL)),
+            _count(counted(AS_FIRST), counted(TENSORS)),
+        )
+        manifest = one.artifact.manifest
+        known = (number, one.artifact.folder, manifest.target, manifest.scheme["quant"])
+        verdict = Verdict.PASS if one.report.passed else Verdict.FAIL
+        table.add_row(*map(cell, (*known, *figures)), cell(verdict, STYLES[verdict]))
+    reasons = dict.fromkeys(
+        f"{number}, {labels.check_label(row)}: {row.note}"
+        for number, one in enumerate(subjects, 1)
+        for row in one.rows
+        if row.verdict in {Verdict.NOT_APPLICABLE, Verdict.FAIL}
+    )
+    bits = subjects[0].figure(CheckKind.TEXT, "reference")
+    notes = [f"bits per byte of PyTorch {bits:.4g}"] if bits is not None else []
+    return [Sheet(table, notes=(*notes, *reasons), prose=True)]
+
+
+def _short(value: float | None, error: float | None = None, *, fine: bool = False) -> str:
+    if value is None:
+        return "n/a"
+    shown = f"{value:.4g}" if fine else f"{value:.3g}"
+    return shown if error is None else f"{shown} ± {error:.1g}"
+
+
+def _count(shared: float | None, tensors: float | None) -> str:
+    if not tensors:
+        return "none"
+    return f"{tensors:.0f}" if shared is None else f"{shared:.0f} of {tensors:.0f}"
 
 
 def bench_tables(report: BenchReport) -> list[Sheet]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import check_source, read_options
-from h1export.commands.worker_models import artifact_model, reference_model_of
+from h1export.commands.worker_models import artifact_maker, reference_model_of
 from h1export.progress import SILENT, Progress
 from h1export.targets import Kernels
 from h1export.validate.speed.bench import BenchOptions, BenchReport, Candidate, bench, candidate_of
@@ -37,7 +37,7 @@ def bench_artifact(
     for artifact in artifacts:
         read_options(artifact)  # raises for wrong options before a worker process starts
     candidates = [
-        candidate_of(artifact, _make_artifact(artifact.folder, kernels, options.steps)) for artifact in artifacts
+        candidate_of(artifact, artifact_maker(artifact.folder, kernels, options.steps)) for artifact in artifacts
     ]
     if checkpoint is not None:
         candidates.append(_reference(artifacts[0], checkpoint, kernels, steps=options.steps, adapters=adapters))
@@ -65,12 +65,3 @@ def _reference(
         step_bytes=partial(float_step_bytes, config),
         make=make,
     )
-
-
-def _make_artifact(folder: Path, kernels: Kernels, steps: int) -> Callable[[int], Callable[[], RunnerModel]]:
-    """Return ``Candidate.make`` of the artifact in ``folder``."""
-
-    def make(threads: int) -> Callable[[], RunnerModel]:
-        return partial(artifact_model, folder, threads, kernels, steps=steps)
-
-    return make

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from h1export.artifact.artifact import REPORT, Artifact
 from h1export.artifact.files import write_into
-from h1export.checkpoint.resolve import embedded_model
-from h1export.checkpoint.text_file import read_text
-from h1export.checkpoint.tokenizer import TOKENIZER, scoring_ids
 from h1export.commands.load import check_source, load_runner
+from h1export.commands.scored_text import scored_text
 from h1export.progress import SILENT, Progress
 from h1export.report.report import Report
 from h1export.targets import Kernels
 from h1export.validate.accuracy.run import ValidateOptions
 from h1export.validate.accuracy.run import validate as run_validation
-
-HELDOUT = "heldout.txt"  # in the embedded model's folder
+from h1export.validate.accuracy.text_rows import NOT_REQUESTED
 
 
 def validate_artifact(
@@ -68,12 +64,9 @@ def validate_artifact(
     check_source(artifact, checkpoint, adapters)
     if threads:
         torch.set_num_threads(threads)
-    has_tokenizer = (out / TOKENIZER).is_file() and not quick
-    ids, nbytes = scoring_ids(out, _text(text, text_bytes)) if has_tokenizer else (np.zeros(0, np.int64), 0)
     options = ValidateOptions(
         tolerances,
-        ids,
-        nbytes,
+        NOT_REQUESTED if quick else scored_text(out, text, text_bytes),
         pairs=0 if quick else latency_pairs,
         bisect=bisect,
         prompts=0 if quick else prompts,
@@ -89,8 +82,3 @@ def validate_artifact(
     if save:
         write_into(out, REPORT, report.to_json().encode())
     return report
-
-
-def _text(path: Path | None, nbytes: int) -> str:
-    """Return the first ``nbytes`` of the text in ``path``, or all of it for 0, without a character cut in two."""
-    return read_text(path or embedded_model() / HELDOUT, "--text", nbytes)

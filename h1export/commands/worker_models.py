@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ def artifact_model(folder: Path, threads: int, kernels: Kernels, *, steps: int) 
     """Return the artifact in ``folder``, ready to be timed, in this process pinned to as many cores as threads."""
     host.pin(threads)
     return RunnerModel(timed_runner(Artifact.open(folder), threads, kernels), steps)
+
+
+def artifact_maker(folder: Path, kernels: Kernels, steps: int) -> Callable[[int], Callable[[], RunnerModel]]:
+    """Return ``Candidate.make`` of the artifact in ``folder``."""
+
+    def make(threads: int) -> Callable[[], RunnerModel]:
+        return partial(artifact_model, folder, threads, kernels, steps=steps)
+
+    return make
 
 
 def reference_model_of(

@@ -35,6 +35,12 @@ class CheckKind(StrEnum):
     LATENCY = "latency"
     """The time of ``Row.phase``, relative to that of the reference where there is one."""
 
+    SPEED = "speed"
+    """Tokens a second in ``Row.phase``: a prompt of ``Row.length`` tokens, or decode after so many."""
+
+    SHARED_INTEGERS = "shared integers"
+    """How many tensors have the same integers as in other artifacts of the checkpoint."""
+
     FP16_RANGE = "fp16 range"
     """The largest activation, against the largest finite fp16 number."""
 

@@ -17,6 +17,8 @@ CHECKS: Mapping[CheckKind, Callable[[Row], str]] = {
     CheckKind.TEXT: lambda row: "bits per byte",
     CheckKind.GREEDY_TEXT: lambda row: "greedy text",
     CheckKind.LATENCY: lambda row: f"{row.phase} latency" if row.phase else "latency",
+    CheckKind.SPEED: lambda row: f"{row.phase} speed at {row.length}" if row.phase else "speed",
+    CheckKind.SHARED_INTEGERS: lambda row: "shared integers",
     CheckKind.FP16_RANGE: lambda row: "fp16 range",
     CheckKind.PUBLISHED: lambda row: "published",
     CheckKind.LOADING: lambda row: "loading",

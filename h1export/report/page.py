@@ -17,7 +17,7 @@ from h1export.model.falcon_h1.states import StateKind
 from h1export.report import charts, labels
 from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.histogram import Histogram
-from h1export.report.report import DECODE_MS, KL, LOGIT_ERROR, PREFILL_MS, Row, Verdict
+from h1export.report.report import AS_FIRST, DECODE_MS, KL, LOGIT_ERROR, PREFILL_MS, SPEED, TENSORS, Row, Verdict
 from h1export.report.stored_report import OTHERS, JudgedArtifact
 
 TEMPLATE = "report.html.jinja"
@@ -27,16 +27,16 @@ CLASSES = {Verdict.PASS: "pass", Verdict.FAIL: "fail", Verdict.INFO: "info", Ver
 
 @dataclass(frozen=True)
 class SummaryLine:
-    """A line of the summary table: a figure of the first row of this kind and phase against the source."""
+    """A line of the summary table: a figure of the first row of this kind, phase and comparison."""
 
     label: str
     kind: CheckKind
     figure: str
     phase: Phase | None = None
+    comparison: Comparison = Comparison.SOURCE
 
     def cell(self, subject: JudgedArtifact) -> float | None:
-        rows = subject.rows_of(self.kind, Comparison.SOURCE, self.phase)
-        return rows[0].figures.get(self.figure) if rows else None
+        return subject.figure(self.kind, self.figure, self.phase, comparison=self.comparison)
 
 
 SUMMARY = (
@@ -51,15 +51,29 @@ SUMMARY = (
     SummaryLine("prefill, time relative to PyTorch", CheckKind.LATENCY, "ratio", phase=Phase.PREFILL),
     SummaryLine("decode, time relative to PyTorch", CheckKind.LATENCY, "ratio", phase=Phase.DECODE),
 )
+# lines of what only `compare` measures
+COMPARED = (
+    *(SummaryLine(f"{phase}, tokens per second", CheckKind.SPEED, SPEED, phase, Comparison.ALONE) for phase in Phase),
+    SummaryLine("tensors with integers", CheckKind.SHARED_INTEGERS, TENSORS, comparison=Comparison.ALONE),
+    SummaryLine("of them as in the first", CheckKind.SHARED_INTEGERS, AS_FIRST, comparison=Comparison.ALONE),
+)
 
 
 def page(folders: Sequence[Path]) -> str:
-    """Return the HTML of one page about the artifacts in ``folders``. Every text of an artifact or a report is escaped.
+    """Return the HTML of one page about the artifacts in ``folders`` and the reports that are stored there.
 
     Raises:
         H1ExportError: as JudgedArtifact.open does, or matplotlib is not installed.
     """
-    subjects = [JudgedArtifact.open(folder) for folder in folders]
+    return page_of([JudgedArtifact.open(folder) for folder in folders])
+
+
+def page_of(subjects: Sequence[JudgedArtifact]) -> str:
+    """Return the HTML of one page about ``subjects``. Every text of an artifact or a report is escaped.
+
+    Raises:
+        H1ExportError: matplotlib is not installed.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {
         "exact": _exact,
@@ -100,7 +114,12 @@ def _summary(subjects: Sequence[JudgedArtifact]) -> list[dict[str, Any]]:
         line("lowering: worst state", lambda subject: subject.worst(subject.lowering, "states")),
         line("rounded activations: worst logit", lambda subject: subject.worst(Comparison.DRIFT, "logits")),
     ]
-    return found + [line(one.label, one.cell) for one in SUMMARY]
+    found += [
+        line("as shipped: worst logit", lambda subject: subject.worst(Comparison.SOURCE, "logits")),
+        *(line(one.label, one.cell) for one in SUMMARY),
+    ]
+    compared = [line(one.label, one.cell) for one in COMPARED]
+    return found + [each for each in compared if any(cell is not None for cell in each["cells"])]
 
 
 def _sections(subjects: Sequence[JudgedArtifact]) -> list[dict[str, Any]]:

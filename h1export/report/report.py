@@ -23,6 +23,11 @@ AT_LEAST = frozenset({"top1", "top5"})
 # figures of a CONTEXT_COST: milliseconds of a token
 PREFILL_MS = "prefill_ms"
 DECODE_MS = "decode_ms"
+# of a SPEED: tokens of all sequences a second; its interval is "low" and "high"
+SPEED = "tokens_per_second"
+# of a SHARED_INTEGERS: tensors with integers, and how many of them have the integers of the first artifact
+TENSORS = "tensors"
+AS_FIRST = "as in 1"
 OUTPUT_FIGURES = ("logits", "states", "kl", "top1")  # of every row that compares logits and states
 OUTPUT_KINDS = frozenset({CheckKind.CASE, CheckKind.CONTEXT})  # the kinds of those rows
 Number = int | float | Literal["nan", "inf", "-inf"]  # in report.json: JSON has no such numbers

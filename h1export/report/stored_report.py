@@ -71,6 +71,13 @@ class JudgedArtifact:
         """Return the rows of this kind, comparison and phase."""
         return [row for row in self.rows if (row.kind, row.comparison, row.phase) == (kind, comparison, phase)]
 
+    def figure(
+        self, kind: CheckKind, figure: str, phase: Phase | None = None, *, comparison: Comparison = Comparison.SOURCE
+    ) -> float | None:
+        """Return a figure of the first row of this kind, phase and comparison; None where there is none."""
+        rows = self.rows_of(kind, comparison, phase)
+        return rows[0].figures.get(figure) if rows else None
+
     def outputs(self, comparison: Comparison) -> list[Row]:
         """Return the rows of ``comparison`` that compare logits and states: cases and contexts."""
         return [row for row in self.rows if row.comparison is comparison and row.compares_outputs]

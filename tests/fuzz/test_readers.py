@@ -187,7 +187,7 @@ def test_a_mutated_file_is_read_or_refused_in_one_line(name: str, prepared: Call
         variant = mutated(content, chance)
         file.write_bytes(variant)
         (folder.parent / "variant").write_bytes(variant)  # what failed, for whoever looks
-        began = time.perf_counter()
+        began = time.process_time()  # which other work on the machine does not lengthen
         try:
             reader.read(folder)
         except H1ExportError as error:
@@ -195,7 +195,7 @@ def test_a_mutated_file_is_read_or_refused_in_one_line(name: str, prepared: Call
             message = str(error)
         else:
             message = ""
-        assert time.perf_counter() - began < SECONDS, f"variant {number}"
+        assert time.process_time() - began < SECONDS, f"variant {number}"
         assert "\n" not in message
         assert len(message) <= MOST_SHOWN + len(str(file)), f"variant {number}: {message}"
         assert MARK * 20 not in message, f"variant {number}: {message}"

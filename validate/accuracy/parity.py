@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.report.checks import CheckKind, Comparison
 from h1export.report.histogram import Histogram
@@ -84,42 +85,44 @@ def _impossible(case: Case, runner: Runner[Any]) -> str:
     return ""
 
 
-def case_rows(
-    runs: Mapping[Comparison, Run], reference: Reference, runner: Runner[Any], *, tolerances: Mapping[str, float]
-) -> list[Row]:
-    """Return a row for each comparison in which the same case was run; the reference runs once."""
-    first = next(iter(runs.values()))
-    states = StateSpec.of(runner.config)
-    case = first.case
-    if first.impossible:
-        return [
-            Row(CheckKind.CASE, comparison, case=case.name, length=case.length, note=first.impossible)
-            for comparison in runs
-        ]
-    truths = [reference.full(ids) for ids in first.ids]
-    rows = []
-    for comparison, run in runs.items():
-        logit_pairs: list[tuple[Array, Array]] = []
-        state_pairs: list[StatePair] = []
-        for logits, found, pad, (truth, truth_states) in zip(run.logits, run.states, case.pads, truths, strict=True):
-            logit_pairs.append((logits, truth[[p - pad for p in run.positions if p >= pad]]))
-            state_pairs.append((found, truth_states))
-        errors = state_errors(state_pairs, states)
-        worst = max(errors, key=errors.__getitem__)
-        figures = logit_figures(logit_pairs) | {"states": errors[worst]}
-        chosen = judged(figures, logit_pairs, comparison, tolerances=tolerances)
-        histograms = {LOGIT_ERROR: Histogram.of(position_errors(logit_pairs))}
-        rows.append(
-            Row(
-                CheckKind.CASE,
-                comparison,
-                case=case.name,
-                length=case.length,
-                figures=figures,
-                tolerances=chosen,
-                note=f"worst state {worst}",
-                details=errors,
-                histograms=histograms,
-            )
-        )
-    return rows
+@dataclass(frozen=True)
+class JudgedRun:
+    """A Run of one case, what it is compared with, and metric -> tolerance."""
+
+    comparison: Comparison
+    run: Run
+    tolerances: Mapping[str, float]
+
+
+def case_rows(judged_runs: Sequence[JudgedRun], reference: Reference, config: FalconH1Config) -> list[Row]:
+    """Return a row for each run of the same case, in order; the reference runs once."""
+    possible = [judged_run.run for judged_run in judged_runs if not judged_run.run.impossible]
+    truths = [reference.full(ids) for ids in possible[0].ids] if possible else []
+    return [_case_row(judged_run, truths, StateSpec.of(config)) for judged_run in judged_runs]
+
+
+def _case_row(judged_run: JudgedRun, truths: Sequence[tuple[Array, dict[str, Array]]], states: StateSpec) -> Row:
+    comparison = judged_run.comparison
+    run = judged_run.run
+    case = run.case
+    if run.impossible:
+        return Row(CheckKind.CASE, comparison, case=case.name, length=case.length, note=run.impossible)
+    logit_pairs: list[tuple[Array, Array]] = []
+    state_pairs: list[StatePair] = []
+    for logits, found, pad, (truth, truth_states) in zip(run.logits, run.states, case.pads, truths, strict=True):
+        logit_pairs.append((logits, truth[[p - pad for p in run.positions if p >= pad]]))
+        state_pairs.append((found, truth_states))
+    errors = state_errors(state_pairs, states)
+    worst = max(errors, key=errors.__getitem__)
+    figures = logit_figures(logit_pairs) | {"states": errors[worst]}
+    return Row(
+        CheckKind.CASE,
+        comparison,
+        case=case.name,
+        length=case.length,
+        figures=figures,
+        tolerances=judged(figures, logit_pairs, comparison, tolerances=judged_run.tolerances),
+        note=f"worst state {worst}",
+        details=errors,
+        histograms={LOGIT_ERROR: Histogram.of(position_errors(logit_pairs))},
+    )

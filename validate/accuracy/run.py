@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from h1export import host
 from h1export.artifact.artifact import Artifact
-from h1export.artifact.manifest import Manifest
 from h1export.checkpoint.store import WeightStore, weight_files
-from h1export.model.falcon_h1.states import Array, Ids
+from h1export.model.falcon_h1.states import Array
 from h1export.progress import SILENT, Progress
 from h1export.quantize.awq_scales import AwqScales, ScaledStore
 from h1export.report.checks import CheckKind, Comparison, Phase
-from h1export.report.histogram import Histogram
-from h1export.report.report import KL, LOGIT_ERROR, Report, Row
+from h1export.report.report import Report, Row
 from h1export.runtime.runner import Comparable, Inspectable, Runner, TracksMagnitudes
 from h1export.validate.accuracy import tolerances as defaults
 from h1export.validate.accuracy.bisect import bisect, integers_row
+from h1export.validate.accuracy.facts import environment_facts, runner_facts, subject_facts
 from h1export.validate.accuracy.greedy_agreement import (
     Continuation,
     continuations,
@@ -33,14 +30,13 @@ from h1export.validate.accuracy.greedy_agreement import (
 )
 from h1export.validate.accuracy.latency import PREFILL_TOKENS, Latency, measure, tokens_needed
 from h1export.validate.accuracy.long_contexts import context_rows, cost_rows
-from h1export.validate.accuracy.parity import Run, case_rows, run_cases
-from h1export.validate.accuracy.perplexity import WINDOW, Scored, text_figures, windows
+from h1export.validate.accuracy.parity import JudgedRun, Run, case_rows, run_cases
 from h1export.validate.accuracy.published_proofs import published_rows
 from h1export.validate.accuracy.reference import Reference
+from h1export.validate.accuracy.text_rows import NOT_REQUESTED, Text, text_rows
 from h1export.validate.accuracy.weights import weight_errors
 
 FP16_MAX = float(np.finfo(np.float16).max)
-PACKAGES = ("torch", "transformers", "numpy")  # whose versions a report names
 
 
 @dataclass(frozen=True)
@@ -49,8 +45,7 @@ class ValidateOptions:
 
     Attributes:
         tolerances: metric -> tolerance, overriding the defaults of tolerances.py.
-        text_ids: token ids of a text for bits per byte; where they are empty, no text is scored.
-        text_bytes: the number of bytes that ``text_ids[1:]`` stand for.
+        text: the text for bits per byte and greedy texts.
         pairs: the number of paired latency runs; 0 means that latency is not measured.
         seed: the seed of the random token ids.
         bisect: whether to name the first layer and op family beyond tolerance.
@@ -61,8 +56,7 @@ class ValidateOptions:
     """
 
     tolerances: Mapping[str, float] = field(default_factory=dict)
-    text_ids: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
-    text_bytes: int = 0
+    text: Text = NOT_REQUESTED
     pairs: int = 7
     seed: int = 0
     bisect: bool = False
@@ -132,7 +126,7 @@ def validate(
     rows += _rows(validation, reference, progress)
     if options.bisect:
         rows += [integers_row(row) for row in rows if row.kind is CheckKind.STORED_INTEGERS]
-    return Report(_described(artifact.manifest) | _shown(runner), _environment(), tuple(rows))
+    return Report(subject_facts(artifact.manifest, runner), environment_facts(), tuple(rows))
 
 
 def judge(
@@ -150,7 +144,7 @@ def judge(
     float32 = runner.provenance.float32
     tolerances = defaults.tolerances_for("none", "rtn", float32, exact=float32, chosen=options.tolerances)
     validation = Validation(runner, runner, {}, tolerances=tolerances, options=options)
-    return Report(_shown(runner), _environment(), tuple(_rows(validation, Reference(checkpoint), progress)))
+    return Report(runner_facts(runner), environment_facts(), tuple(_rows(validation, Reference(checkpoint), progress)))
 
 
 @dataclass(frozen=True)
@@ -164,7 +158,7 @@ class Outputs:
     @classmethod
     def of(cls, runner: Comparable[Any], options: ValidateOptions) -> Outputs:
         """Run every case and every prompt with ``runner``."""
-        starts = prompts(options.text_ids, options.prompts, options.seed)
+        starts = prompts(options.text.ids, options.prompts, options.seed)
         no_texts = why_no_texts(runner, starts)
         texts = [] if no_texts else list(continuations(runner, starts))
         return cls(list(run_cases(runner, options.seed, options.quick)), texts, no_texts)
@@ -193,9 +187,9 @@ def _rows(validation: Validation, reference: Reference, progress: Progress) -> l
     rows = [_fp16_row(magnitudes, tolerances)] if magnitudes else []
     progress.stage("reference")
     for run in shipped.runs:
-        rows += case_rows({Comparison.SOURCE: run}, reference, runner, tolerances=tolerances)
+        rows += case_rows([JudgedRun(Comparison.SOURCE, run, tolerances)], reference, runner.config)
     progress.stage("text")
-    rows.append(_text_row(runner, reference, options, tolerances=tolerances))
+    rows += text_rows([runner], reference, options.text, tolerances=[tolerances])
     rows.append(shipped.greedy(Comparison.SOURCE, reference))
     progress.stage("latency")
     rows += _latency_rows(runner, reference, options, tolerances=tolerances)
@@ -204,8 +198,8 @@ def _rows(validation: Validation, reference: Reference, progress: Progress) -> l
         reference.hold(validation.stored)
         lowering: list[Row] = []
         for runs in zip(*(outputs.runs for outputs in judged.values()), strict=True):
-            compared = dict(zip(judged, runs, strict=True))
-            lowering += case_rows(compared, reference, runner, tolerances=tolerances)
+            compared = [JudgedRun(comparison, run, tolerances) for comparison, run in zip(judged, runs, strict=True)]
+            lowering += case_rows(compared, reference, runner.config)
         rows = [*sorted(lowering, key=lambda row: row.comparison is not Comparison.STORED), *rows]
         rows += [outputs.greedy(comparison, reference) for comparison, outputs in judged.items()]
     if options.contexts:
@@ -254,39 +248,6 @@ def _fp16_row(magnitudes: Mapping[str, float], tolerances: Mapping[str, float]) 
     )
 
 
-def _text_row(
-    runner: Runner[Any], reference: Reference, options: ValidateOptions, *, tolerances: Mapping[str, float]
-) -> Row:
-    if reason := _no_text(runner, options):
-        return Row(CheckKind.TEXT, Comparison.SOURCE, note=reason)
-
-    def score(window: Ids) -> Array:
-        logits: Array = runner.step(window[None, :-1], np.ones((1, len(window) - 1), np.int64), runner.initial(1))[0][0]
-        return logits
-
-    scored = [Scored.of(score(window), reference.full(window[:-1])[0], window) for window in windows(options.text_ids)]
-    spread = {KL: [window.kl for window in scored], LOGIT_ERROR: [window.error for window in scored]}
-    return Row(
-        CheckKind.TEXT,
-        Comparison.SOURCE,
-        figures=text_figures(scored, options.text_bytes),
-        tolerances={"ratio": tolerances[defaults.TEXT_METRIC]},
-        note=f"{options.text_bytes} bytes, {len(options.text_ids)} tokens",
-        histograms={name: Histogram.of(np.concatenate(parts)) for name, parts in spread.items()},
-    )
-
-
-def _no_text(runner: Runner[Any], options: ValidateOptions) -> str:
-    """Return why no text can be scored; empty where it can."""
-    if len(options.text_ids) < 2:
-        return "the checkpoint has no tokenizer, or the text is empty"
-    if not runner.limits.all_logits:
-        return "the artifact gives the last position's logits only"
-    if (room := runner.limits.max_context) is not None and room < WINDOW:
-        return f"windows of {WINDOW} tokens do not fit into {room}"
-    return ""
-
-
 def _latency_rows(
     runner: Runner[Any], reference: Reference, options: ValidateOptions, *, tolerances: Mapping[str, float]
 ) -> list[Row]:
@@ -326,21 +287,3 @@ def _no_latency(runner: Runner[Any], options: ValidateOptions) -> str:
     if (room := runner.limits.max_context) is not None and room < (needed := tokens_needed(options.pairs)):
         return f"{needed} tokens do not fit into {room}"
     return ""
-
-
-def _described(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "target": manifest.target,
-        "scheme": dict(manifest.scheme),
-        "options": dict(manifest.options),
-        "source": manifest.source,
-    }
-
-
-def _shown(runner: Runner[Any]) -> dict[str, Any]:
-    computed = runner.provenance
-    return {"kernels": computed.kernels, "notes": [*runner.notes, *filter(None, [computed.fallback])]}
-
-
-def _environment() -> dict[str, Any]:
-    return host.machine_facts() | {"packages": {name: metadata.version(name) for name in PACKAGES}}

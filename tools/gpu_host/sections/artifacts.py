@@ -31,7 +31,7 @@ from h1export.targets.onnxruntime import cuda_libraries
 from h1export.targets.onnxruntime.inference_session import MODEL, PROVIDER_OPTIONS
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CPU, CUDA
-from h1export.validate.accuracy.parity import case_rows, run_cases
+from h1export.validate.accuracy.parity import JudgedRun, case_rows, run_cases
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.run import ValidateOptions, validate
 from h1export.validate.accuracy.states import row_of_batch
@@ -144,7 +144,7 @@ def drift(name: str, artifact: Artifact) -> Iterator[Row]:
     shipped, reference = runner.provenance.float32, cast("Reference", InFloat32(exact))
     limits = tolerances_of(artifact.manifest, shipped, True, chosen={})
     for made in run_cases(runner, seed=0, quick=True):
-        yield from _reported(name, case_rows({Comparison.DRIFT: made}, reference, runner, tolerances=limits))
+        yield from _reported(name, case_rows([JudgedRun(Comparison.DRIFT, made, limits)], reference, runner.config))
 
 
 def captured_decode(name: str, artifact: Artifact, *, steps: int) -> Row:

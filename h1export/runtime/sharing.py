@@ -82,7 +82,7 @@ def one_call(method: Callable[Concatenate[Self, P], R]) -> Callable[Concatenate[
     """Let ``method`` run only while no other such method of the same object does."""
 
     @wraps(method)
-    def guarded(self: Self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def guarded(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self._one_call:
             return method(self, *args, **kwargs)
 

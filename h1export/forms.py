@@ -1,4 +1,4 @@
-"""Forms: typed readers of small JSON and TOML files, which may come from a stranger.
+"""Forms: typed readers of small JSON, TOML and YAML files, which may come from a stranger.
 
 A form is a dataclass; its annotations say what a file may hold, with msgspec's constraints where a type is not enough.
 A value of another type, a key that is missing, unknown or given twice, and a number out of range are refused with one
@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Callable, Mapping
@@ -25,6 +26,8 @@ from h1export.errors import MOST_REASON, H1ExportError, reason, shortened
 FormT = TypeVar("FormT")
 
 MOST_BYTES = 8 << 20  # of a file that is a form; far above the manifest of the largest published model
+ENUM_VALUE = re.compile(r"(?<=^Invalid enum value) .*?(?= - at |$)")  # msgspec quotes it
+DEEPEST = 32  # levels of a YAML document
 LARGEST = 1 << 53  # JSON's whole numbers are exact up to here
 
 Count = Annotated[int, Meta(ge=0, le=LARGEST)]
@@ -43,6 +46,8 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
         FormError: ``path`` is no regular file, or is larger.
         OSError: it cannot be read.
     """
+    if "\0" in str(path):
+        raise FormError("its name has a NUL")
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(handle, "rb") as stream:
         found = os.fstat(handle)
@@ -91,6 +96,47 @@ def from_toml(text: str | bytes) -> Any:
         raise FormError(reason(error)) from None
 
 
+def from_yaml(text: str | bytes) -> Any:
+    """Return the value of a YAML text of mappings, lists and plain values, at most ``DEEPEST`` levels deep.
+
+    Raises:
+        FormError: it is not YAML, has anchors, aliases or tags, which can make much of a short text, or gives a key
+            twice.
+    """
+    import yaml
+
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    depth = 0
+    try:
+        for event in yaml.parse(text, Loader=loader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise FormError("it is nested too deeply")
+            if getattr(event, "anchor", None) or getattr(event, "tag", None):
+                raise FormError(f"an anchor, an alias or a tag at line {event.start_mark.line + 1}")
+        node = yaml.compose(text, Loader=loader)
+        _check_keys(node)
+        return yaml.load(text, Loader=loader)
+    except FormError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FormError(reason(error)) from None
+
+
+def _check_keys(node: Any) -> None:
+    """Check that the mappings of a YAML document have each key once, and texts as keys."""
+    if node is None or isinstance(node.value, str):
+        return
+    pairs = node.value if node.id == "mapping" else [(None, item) for item in node.value]
+    keys = [key.value for key, _ in pairs if key is not None]
+    if any(not isinstance(key, str) for key in keys):
+        raise FormError(f"a key at line {node.start_mark.line + 1} is no text")
+    if len(set(keys)) != len(keys):
+        raise FormError(f"a key is given twice below line {node.start_mark.line + 1}")
+    for _, item in pairs:
+        _check_keys(item)
+
+
 def fill(form: type[FormT], value: object) -> FormT:
     """Return ``value``, of JSON or TOML, as ``form``.
 
@@ -104,7 +150,7 @@ def fill(form: type[FormT], value: object) -> FormT:
     except FormError:
         raise
     except (ValueError, OverflowError, RecursionError) as error:
-        raise FormError(reason(error)) from None
+        raise FormError(ENUM_VALUE.sub("", reason(error))) from None
     return filled
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tracemalloc
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Meta
+from odd_files import bounded
 
 from h1export import forms
 from h1export.errors import MOST_REASON, H1ExportError
@@ -172,3 +175,51 @@ def test_a_pipe_a_folder_and_a_sparse_file_are_not_read(tmp_path: Path) -> None:
     tracemalloc.stop()
     with pytest.raises(H1ExportError, match="No such file"):
         forms.content(tmp_path / "none", "next")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghij")
+)
+MERGES = "a: &a {k: v}\n" + "".join(
+    f"{name}: &{name}\n  <<: [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghij")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (BOMB, "an anchor, an alias or a tag at line 1"),
+        (MERGES, "an anchor, an alias or a tag at line 1"),
+        ("a: &x 1", "an anchor, an alias or a tag at line 1"),
+        ("a: !!python/object/apply:os.system [ls]", "an anchor, an alias or a tag at line 1"),
+        ("a: !!binary aGk=", "an anchor, an alias or a tag"),
+        ("[" * 100_000, "line 1, column 1001"),
+        ("".join(f"{' ' * level}a:\n" for level in range(100)), "nested too deeply"),
+        ("[" * 100 + "]" * 100, "nested too deeply"),
+        ("{a: " * 100_000, "nested too deeply"),
+        ("- " * 50_000, "nested too deeply"),
+        ("a: 1\na: 2", "a key is given twice"),
+        ("a:\n  b: 1\n  c: 2\n  b: 3", "a key is given twice below line 2"),
+        ("? [1, 2]\n: 3", "a key at line 1 is no text"),
+        ("a: 1\n---\nb: 2", "line 2"),
+        ("a: [", "line"),
+        ("a: 2001-99-99", "month must be in 1..12"),
+        ("a: \x00", "unacceptable character"),
+    ],
+    ids=lambda value: value[:20].encode("unicode_escape").decode(),
+)
+def test_yaml_is_plain(text: str, said: str) -> None:
+    with bounded(), pytest.raises(FormError, match=re.escape(said)) as caught:
+        forms.from_yaml(text)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) <= MOST_REASON
+
+
+def test_yaml_is_read() -> None:
+    assert forms.from_yaml("# x\na: {b: [1, '2', none], c: 1.5}\n") == {"a": {"b": [1, "2", "none"], "c": 1.5}}
+    assert forms.from_yaml("") is None
+
+
+def test_a_file_whose_name_has_a_nul() -> None:
+    with pytest.raises(H1ExportError, match="its name has a NUL"):
+        forms.content(Path("a\0b"), "give another")

@@ -44,8 +44,8 @@ def folders(folder: Path) -> Iterator[Path]:
 
 
 def is_name(name: str) -> bool:
-    """Return whether ``name`` is relative and has no '..', '.', empty part or backslash, as on every system."""
-    return "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+    """Return whether ``name`` is relative on every system: it has no '..', '.', empty part, backslash or colon."""
+    return not {"\\", ":"} & set(name) and not {"", ".", ".."} & set(name.split("/"))
 
 
 def plain_size(folder: Path, name: str) -> int | None:

@@ -78,7 +78,7 @@ def _read(path: Path) -> Mapping[Extent, str]:
     """Return the whole lines from the top, and cut the file after them, because a kill may leave half a line."""
     written: dict[Extent, str] = {}
     whole = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+    for line in _lines(path):
         try:
             noted = forms.fill(Line, forms.from_json(line))
         except forms.FormError:
@@ -90,6 +90,14 @@ def _read(path: Path) -> Mapping[Extent, str]:
     if path.is_file():
         os.truncate(path, whole)
     return written
+
+
+def _lines(path: Path) -> list[bytes]:
+    """Return the lines of the journal, with their ends; none where there is no file that a build can have written."""
+    try:
+        return forms.read_bytes(path).splitlines(keepends=True)
+    except (OSError, forms.FormError):
+        return []
 
 
 def _sha256(file: Path, extent: Extent) -> str:

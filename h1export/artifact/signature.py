@@ -20,6 +20,7 @@ from h1export.errors import H1ExportError
 
 SIGNATURE = f"{MANIFEST}.sig"
 SIGNATURE_BYTES = 64
+MOST_KEY = 4096  # bytes; a key of Ed25519 has some hundred, and what is longer is of another algorithm
 UNSIGNED = frozenset({MANIFEST, SIGNATURE, REPORT, PAGE})  # nothing is decided by the last two
 MAKE_KEY = "give a key that `openssl genpkey -algorithm ed25519` has made"
 
@@ -50,7 +51,7 @@ def verify(folder: Path, key: Path) -> Artifact:
     where = folder / SIGNATURE
     if not where.is_file():
         raise H1ExportError(folder, "is not signed", f"sign it with `h1export sign`, which writes {SIGNATURE}")
-    signature = forms.content(where, "sign the artifact again")
+    signature = forms.content(where, "sign the artifact again", SIGNATURE_BYTES)
     signed = forms.content(folder / MANIFEST, "build the artifact again")
     try:
         public.verify(signature, signed)
@@ -58,7 +59,7 @@ def verify(folder: Path, key: Path) -> Artifact:
         what = "is not this key's signature of manifest.json"
         raise H1ExportError(where, what, "give the signer's key; if it is, the artifact was changed") from None
     artifact = Artifact.open(folder)
-    if (folder / MANIFEST).read_bytes() != signed:
+    if forms.content(folder / MANIFEST, "build the artifact again") != signed:
         raise H1ExportError(folder / MANIFEST, "was changed while it was verified", "let nothing write to the artifact")
     artifact.check_hashes()
     for name in names(folder):
@@ -68,7 +69,7 @@ def verify(folder: Path, key: Path) -> Artifact:
 
 
 def _private(file: Path) -> Ed25519PrivateKey:
-    text = forms.content(file, MAKE_KEY)
+    text = forms.content(file, MAKE_KEY, MOST_KEY)
     load = serialization.load_ssh_private_key if b"OPENSSH" in text else serialization.load_pem_private_key
     try:
         found = load(text, password=None)
@@ -82,7 +83,7 @@ def _private(file: Path) -> Ed25519PrivateKey:
 
 
 def _public(file: Path) -> Ed25519PublicKey:
-    text = forms.content(file, MAKE_KEY)
+    text = forms.content(file, MAKE_KEY, MOST_KEY)
     if b"PRIVATE KEY" in text:
         return _private(file).public_key()
     load = serialization.load_ssh_public_key if text.startswith(b"ssh-") else serialization.load_pem_public_key

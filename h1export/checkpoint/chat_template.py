@@ -7,17 +7,18 @@ tokenizer is loaded, so nothing in the folder can name code to run, and template
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from h1export.checkpoint.template_process import RenderError, TemplateProcess
+from h1export.checkpoint.tokenizer import TOKENIZER_CONFIG
 from h1export.errors import H1ExportError
 from h1export.forms import content
 from h1export.model.config_reader import shown
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"  # it and the files in the folder come before the key of tokenizer_config.json
 TEMPLATE_FOLDER = "additional_chat_templates"
@@ -227,7 +228,7 @@ def _tokens(values: Mapping[str, Any]) -> Sequence[tuple[str, str]]:
 
 def _object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, which is empty where there is no file."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
         value = json.loads(_text(path, MOST_JSON))

@@ -9,11 +9,15 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from h1export import forms
 from h1export.errors import H1ExportError, reason
 from h1export.model.config_reader import shown
 from h1export.model.falcon_h1.states import Ids
 
 TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+MOST_BYTES = 64 << 20  # of the file; those of vocabularies of 262,144 tokens have 20 MB
+AGAIN = "download it again"
 REPLACEMENT = "\ufffd"  # which decoders give in the place of bytes that are no character yet, or never
 NEIGHBOURS = 8  # characters, or what a token has of them, that are decoded with a new one
 
@@ -27,10 +31,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / TOKENIZER
     if not path.is_file():
         raise H1ExportError(folder, f"no {TOKENIZER}", "build from a checkpoint that has its tokenizer")
+    text = forms.content(path, AGAIN, MOST_BYTES)
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(text.decode("utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
-        raise H1ExportError(path, f"not a tokenizer ({reason(error)})", "download it again") from None
+        raise H1ExportError(path, f"not a tokenizer ({reason(error)})", AGAIN) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -53,18 +58,24 @@ def plain_tokenizer(folder: Path) -> Any:
     Its class is always the same: AutoTokenizer would run the code that ``auto_map`` names, or ask whether to run it.
 
     Raises:
-        H1ExportError: the folder has no tokenizer, or transformers cannot load it.
+        H1ExportError: the folder has no tokenizer, transformers cannot load it, or would load another one.
     """
     from transformers import PreTrainedTokenizerFast
 
-    load_tokenizer(folder)  # the clearer errors
+    own = load_tokenizer(folder)  # the clearer errors
     kind: Any = PreTrainedTokenizerFast
     try:
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found.encode("a")  # uses what the files have set
+        same = found.backend_tokenizer.get_vocab(False) == own.get_vocab(False)
     except Exception as error:  # of any library below transformers
         raise H1ExportError(
             folder, f"transformers cannot load the tokenizer ({shown(str(error))})", "compare it with the published one"
         ) from None
+    if not same:
+        what = f"names another tokenizer than {TOKENIZER}"
+        raise H1ExportError(folder / TOKENIZER_CONFIG, what, "remove the key fast_tokenizer_files")
+    return found
 
 
 class TokenDecoder:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from h1export.checkpoint.chat_template import TEMPLATE_FOLDER
 from h1export.checkpoint.safetensors_header import WRITTEN
 from h1export.errors import H1ExportError
 
@@ -52,7 +53,8 @@ class SourceFiles:
 
 def _identities(folders: Iterable[Path]) -> dict[Path, Identity]:
     found: dict[Path, Identity] = {}
-    for folder in folders:
+    places = list(folders)
+    for folder in (*places, *(place / TEMPLATE_FOLDER for place in places if (place / TEMPLATE_FOLDER).is_dir())):
         try:
             names = os.listdir(folder)
         except OSError as error:

@@ -10,11 +10,12 @@ import click
 import cloup
 
 from h1export.cli.common import adapter_folders, adapter_option, answer, common, kernels_option, say
+from h1export.cli.ranges import MOST_THREADS, Whole, count
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
-COUNT = click.IntRange(min=1)
-DEPTH = click.IntRange(min=0)
+COUNT = count(1)
+DEPTH = count()
 REFERENCE = "reference"
 
 
@@ -42,7 +43,12 @@ REFERENCE = "reference"
     show_default=True,
     help="Prompt of N tokens. Repeatable.",
 )
-@click.option("--threads", multiple=True, type=COUNT, help="Thread count [default: the machine's cores]. Repeatable.")
+@click.option(
+    "--threads",
+    multiple=True,
+    type=Whole(1, MOST_THREADS),
+    help="Thread count [default: the machine's cores]. Repeatable.",
+)
 @click.option(
     "--batch",
     "batches",

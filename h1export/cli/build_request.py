@@ -13,6 +13,7 @@ import cloup
 from click.core import ParameterSource
 
 from h1export.cli.common import adapter_folders, adapter_option
+from h1export.cli.ranges import SEED, THREADS, count
 from h1export.cli.target_options import chosen_options, target_flags, target_option_groups
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Budget
@@ -52,7 +53,7 @@ ARTIFACT = (
         "--jobs",
         default=0,
         show_default=True,
-        type=click.IntRange(min=0),
+        type=THREADS,
         help="Threads that compute weights; 0: one a core.",
     ),
     adapter_option,
@@ -110,18 +111,22 @@ CALIBRATION = (
         "--calibration-samples",
         default=40,
         show_default=True,
-        type=click.IntRange(min=1),
+        type=count(1),
         help="Sequences of the text.",
     ),
     cloup.option(
         "--calibration-length",
         default=512,
         show_default=True,
-        type=click.IntRange(min=1),
+        type=count(1),
         help="Tokens of each sequence.",
     ),
     cloup.option(
-        "--calibration-seed", default=0, show_default=True, help="Seed of the places where the sequences begin."
+        "--calibration-seed",
+        default=0,
+        show_default=True,
+        type=SEED,
+        help="Seed of the places where the sequences begin.",
     ),
     DEVICE,
 )

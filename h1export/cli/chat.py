@@ -17,6 +17,7 @@ import cloup
 from h1export.cli.common import common, kernels_option, sampling_options, say, verify_option
 from h1export.cli.output import say_text, show_text
 from h1export.cli.prompt import STDIN
+from h1export.cli.ranges import THREADS, count
 from h1export.errors import H1ExportError, as_utf8
 from h1export.targets import Kernels
 
@@ -38,9 +39,9 @@ A line that begins with // is a turn that begins with /. Ctrl-C stops a reply.""
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--state", type=click.Path(path_type=Path), help="Go on from what /save has written to this file.")
-@click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens of a reply.")
+@click.option("--max-tokens", default=512, show_default=True, type=count(1), help="Tokens of a reply.")
 @sampling_options
-@click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
+@click.option("--threads", default=0, show_default=True, type=THREADS, help="0: the runtime's choice.")
 @kernels_option
 @verify_option
 @common

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 import click
 
 from h1export.cli.output import answer, say
+from h1export.cli.ranges import SEED, count
 from h1export.targets import Kernels
 
 __all__ = [
@@ -58,11 +59,13 @@ def sampling_options(command: Callable[..., int]) -> Callable[..., int]:
 
     wrapped: Callable[..., int] = with_sampling
     for option in (
-        click.option("--seed", default=0, show_default=True, help="Seed of the sampling."),
+        click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the sampling."),
         click.option(
             "--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens up to this probability."
         ),
-        click.option("--top-k", default=0, show_default=True, help="Sample among the k likeliest tokens; 0: all."),
+        click.option(
+            "--top-k", default=0, show_default=True, type=count(), help="Sample among the k likeliest tokens; 0: all."
+        ),
         click.option("--temperature", default=0.0, show_default=True, help="0: greedy."),
     ):
         wrapped = option(wrapped)

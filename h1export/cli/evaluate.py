@@ -12,6 +12,7 @@ import cloup
 
 from h1export.cli.common import answer, common, kernels_option
 from h1export.cli.output import say_text
+from h1export.cli.ranges import THREADS, count
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
@@ -26,8 +27,8 @@ ANSWERED = ("results", "groups", "n-shot", "n-samples", "versions")  # parts of 
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with YAML files of further tasks.",
 )
-@click.option("--fewshot", type=click.IntRange(min=0), help="Examples before each question [default: the task's].")
-@click.option("--limit", type=click.IntRange(min=1), help="Documents of each task [default: all].")
+@click.option("--fewshot", type=count(), help="Examples before each question [default: the task's].")
+@click.option("--limit", type=count(1), help="Documents of each task [default: all].")
 @click.option("--chat", is_flag=True, help="Frame prompts by the chat template.")
 @click.option("--system", metavar="TEXT", help="System message before every prompt.")
 @click.option(
@@ -37,11 +38,11 @@ ANSWERED = ("results", "groups", "n-shot", "n-samples", "versions")  # parts of 
     "--max-length",
     default=0,
     show_default=True,
-    type=click.IntRange(min=0),
+    type=count(),
     help="Tokens of a sequence; 0: the model's context.",
 )
 @click.option("--unsafe-code", is_flag=True, help="Allow tasks that run what the model wrote, such as humaneval.")
-@click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
+@click.option("--threads", default=0, show_default=True, type=THREADS, help="0: the runtime's choice.")
 @kernels_option
 @common
 def evaluate(

@@ -12,6 +12,7 @@ import cloup
 from h1export.cli.common import answer, common, kernels_option, sampling_options, say, verify_option
 from h1export.cli.output import show_text
 from h1export.cli.prompt import read_prompt
+from h1export.cli.ranges import THREADS, count
 from h1export.errors import as_utf8
 from h1export.targets import Kernels
 
@@ -23,12 +24,12 @@ if TYPE_CHECKING:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @click.option("--file", type=click.Path(path_type=Path), help="Read the prompt from this file; -: standard input.")
-@click.option("--max-tokens", default=128, show_default=True, type=click.IntRange(min=1), help="New tokens at most.")
+@click.option("--max-tokens", default=128, show_default=True, type=count(1), help="New tokens at most.")
 @sampling_options
 @click.option("--chat", is_flag=True, help="PROMPT is a user's turn, framed by the chat template.")
 @click.option("--system", metavar="TEXT", help="System message of the chat; implies --chat.")
 @click.option("--state", type=click.Path(path_type=Path), help="PROMPT is the next turn of a chat that /save wrote.")
-@click.option("--threads", default=0, show_default=True, help="0: the runtime's choice.")
+@click.option("--threads", default=0, show_default=True, type=THREADS, help="0: the runtime's choice.")
 @kernels_option
 @verify_option
 @common

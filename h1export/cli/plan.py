@@ -9,6 +9,7 @@ import cloup
 
 from h1export.cli.build_request import BuildRequest, build_options
 from h1export.cli.common import answer, common, say
+from h1export.cli.ranges import count
 
 
 @cloup.command(short_help="Predict what a build makes and needs.")
@@ -17,7 +18,7 @@ from h1export.cli.common import answer, common, say
     "--context",
     "contexts",
     multiple=True,
-    type=click.IntRange(min=0),
+    type=count(),
     default=(2048, 32768),
     show_default=True,
     help="Tokens at which to give the size of the states. Repeatable.",

@@ -10,6 +10,7 @@ import cloup
 from h1export.cli.build_request import DEVICE
 from h1export.cli.common import adapter_folders, adapter_option, answer, common
 from h1export.cli.output import say_text
+from h1export.cli.ranges import THREADS
 from h1export.quantize.budget import Budget
 from h1export.quantize.choices import BEST, GROUP_SIZES
 
@@ -38,7 +39,7 @@ from h1export.quantize.choices import BEST, GROUP_SIZES
     help="File for the plan, to be edited and given to build --precisions.",
 )
 @DEVICE
-@click.option("--jobs", default=0, show_default=True, type=click.IntRange(min=0), help="Threads; 0: one a core.")
+@click.option("--jobs", default=0, show_default=True, type=THREADS, help="Threads; 0: one a core.")
 @adapter_option
 @common
 def sensitivity(

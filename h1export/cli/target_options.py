@@ -10,6 +10,7 @@ import click
 import cloup
 from click.core import ParameterSource
 
+from h1export.cli.ranges import count
 from h1export.errors import H1ExportError
 from h1export.targets import TargetOptions, options_class, target_infos
 from h1export.targets.options import OptionField, option_fields
@@ -45,7 +46,7 @@ class TargetFlag:
         """The option for click; its value is None or False, or empty, where it is not given."""
         fields = list(self.owners.values())
         first = fields[0]
-        kind: Any = click.IntRange(min=first.minimum) if first.minimum is not None else first.kind
+        kind: Any = count(first.minimum or 0) if first.kind is int else first.kind
         if first.choices:
             kind = click.Choice(list(dict.fromkeys(choice for field in fields for choice in field.choices)))
         if first.kind is bool:

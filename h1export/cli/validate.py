@@ -10,6 +10,7 @@ import click
 import cloup
 
 from h1export.cli.common import adapter_folders, adapter_option, answer, common, kernels_option, say
+from h1export.cli.ranges import THREADS, count
 from h1export.errors import H1ExportError
 
 VALIDATE_OPTIONS = cloup.option_group(
@@ -26,19 +27,25 @@ VALIDATE_OPTIONS = cloup.option_group(
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         help="Text for bits per byte [default: shipped].",
     ),
-    cloup.option("--text-bytes", default=32768, show_default=True, help="How much of the text; 0: all of it."),
-    cloup.option("--latency-pairs", default=7, show_default=True, help="Paired runs for latency; 0: none."),
     cloup.option(
-        "--threads", default=0, show_default=True, help="Threads for artifact and reference; 0: their own choice."
+        "--text-bytes", default=32768, show_default=True, type=count(), help="How much of the text; 0: all of it."
     ),
     cloup.option(
-        "--prompts", default=8, show_default=True, type=click.IntRange(min=0), help="Greedy texts to compare; 0: none."
+        "--latency-pairs", default=7, show_default=True, type=count(), help="Paired runs for latency; 0: none."
     ),
+    cloup.option(
+        "--threads",
+        default=0,
+        show_default=True,
+        type=THREADS,
+        help="Threads for artifact and reference; 0: their own choice.",
+    ),
+    cloup.option("--prompts", default=8, show_default=True, type=count(), help="Greedy texts to compare; 0: none."),
     cloup.option(
         "--context",
         "contexts",
         multiple=True,
-        type=click.IntRange(min=16),
+        type=count(16),
         help="Compare states after N tokens in chunks, and time tokens there. Repeatable.",
     ),
     cloup.option("--quick", is_flag=True, help="Only a few prefills and decode steps; no text, no latency."),

@@ -37,6 +37,7 @@ from h1export.quantize.scheme import ADAPTERS, PREQUANTIZED, QuantScheme
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets import TargetOptions, get_target, options_class
 
+MOST_CARRIED = 64 << 20  # bytes of a file
 CARRIED = (  # files of a checkpoint that an artifact carries as they are
     "config.json",
     GENERATION_CONFIG,
@@ -111,6 +112,7 @@ class BuildJob:
         store = WeightStore.open(checkpoint, config, progress, adapters=adapters)
         scheme.check(config)
         check_vocabulary(checkpoint, config.vocab_size)
+        _check_carried(checkpoint)
         special_tokens(checkpoint, config)  # refuses wrong ones now rather than when a text is generated
         return cls(
             checkpoint=checkpoint,
@@ -189,6 +191,19 @@ class BuildJob:
 def carried(checkpoint: Path) -> tuple[str, ...]:
     """Return the names of the files of ``checkpoint`` that an artifact carries as they are."""
     return (*(name for name in CARRIED if (checkpoint / name).is_file()), *template_files(checkpoint))
+
+
+def _check_carried(checkpoint: Path) -> None:
+    """Check that the files which an artifact carries are small, before hours of work.
+
+    Raises:
+        H1ExportError: one is not.
+    """
+    for name in carried(checkpoint):
+        size = (checkpoint / name).stat().st_size
+        if size > MOST_CARRIED:
+            what = f"has {size} bytes, and an artifact carries at most {MOST_CARRIED} of it"
+            raise H1ExportError(checkpoint / name, what, "download it again")
 
 
 def ignored_in(checkpoint: Path) -> tuple[str, ...]:

@@ -19,13 +19,14 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from h1export.artifact.files import sha256_file
 from h1export.checkpoint.chat_template import ChatTemplate, template_files
 from h1export.checkpoint.tokenizer import TokenDecoder, load_tokenizer, plain_tokenizer
 from h1export.commands.load import load_folder
 from h1export.errors import H1ExportError
-from h1export.integrations.lm_eval_options import WHERE, Options, model_options, read_options
+from h1export.integrations.lm_eval_options import WHERE, Options, read_options
 from h1export.integrations.lm_eval_scoring import NOTHING, Prefix
-from h1export.model.falcon_h1.special_tokens import special_tokens
+from h1export.model.falcon_h1.special_tokens import generation_config, special_tokens
 from h1export.runtime.generation import generate
 from h1export.runtime.sharing import OneCall, one_call
 from h1export.targets import Kernels
@@ -174,7 +175,7 @@ class ArtifactLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return continuations, which are greedy unless a task samples; every request samples by a seed of its own."""
         answers = []
-        model = {**model_options(self._folder), "eos_token_id": list(self._special.eos)}
+        model = {**generation_config(self._folder), "eos_token_id": list(self._special.eos)}
         for seed, (context, options) in enumerate(
             tqdm([request.args for request in requests], disable=disable_tqdm, desc="prompts")
         ):
@@ -211,7 +212,7 @@ class ArtifactLM(TemplateLM):
         digest = hashlib.sha256()
         for name in (*TOKENIZER_FILES, *template_files(self._folder)):
             path = self._folder / name
-            digest.update(path.read_bytes() if path.is_file() else b"")
+            digest.update(sha256_file(path).encode() if path.is_file() else b"")
             digest.update(name.encode())
         return f"{self._folder.resolve().name}-{digest.hexdigest()[:12]}"
 

@@ -6,11 +6,9 @@ value that would give another text is refused by name.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from h1export.errors import H1ExportError
@@ -152,12 +150,6 @@ def read_options(asked: Mapping[str, Any], model: Mapping[str, Any], seed: int) 
             )
     found = _sampling({**inherited, **given}, seed) if sampled else Sampling()
     return Options(_new_tokens(given), _total(given), _until(given.get("until")), sampling=found)
-
-
-def model_options(folder: Path) -> dict[str, Any]:
-    """Return generation_config.json in ``folder``; empty where there is none. It has been checked to be an object."""
-    path = folder / GENERATION_CONFIG
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def _neutral(name: str, value: Any, sampled: bool) -> bool:

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import FalconH1Config, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import FalconH1Config, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.transformers_config import plain_config, plain_generation_config
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.special_tokens import GENERATION_CONFIG
 from h1export.model.falcon_h1.states import Ids
 from h1export.runtime.runner import Runner
 from h1export.runtime.session import BatchSession, RowByRowSession, open_session
@@ -36,13 +36,11 @@ def load(out: str | Path, threads: int = 0, kernels: Kernels = "auto") -> Falcon
         H1ExportError: The artifact is damaged, or does not run here.
     """
     artifact = Artifact.open(Path(out))
-    config: Any = FalconH1Config
-    model = FalconH1ForCausalLM(
-        config.from_pretrained(artifact.folder, local_files_only=True),
-        load_runner(artifact, threads, kernels=kernels),
-    )
-    if (artifact.folder / GENERATION_CONFIG).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(str(artifact.folder), local_files_only=True)
+    config = plain_config(artifact.folder)
+    generation = plain_generation_config(artifact.folder)
+    model = FalconH1ForCausalLM(config, load_runner(artifact, threads, kernels=kernels))
+    if generation is not None:
+        model.generation_config = generation
     return model
 
 

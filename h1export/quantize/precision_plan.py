@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
 
-import yaml
-
+from h1export import forms
 from h1export.checkpoint.text_file import read_text
-from h1export.errors import H1ExportError, reason
-from h1export.model.config_reader import shown
 from h1export.quantize.budget import Sensitivity, bits_per_weight
 from h1export.quantize.choices import QuantName
 from h1export.quantize.precision import Precision
 
 NEXT_STEP = 'lines are "tensor: int4", int8 or none, below "tensors:"'
+KIND = "a plan of precisions"
+MOST_BYTES = 1 << 20  # far above the plan of the largest published model
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """The file: checkpoint tensor -> precision."""
+
+    tensors: Mapping[str, QuantName]
 
 
 def plan_text(found: Mapping[str, Sensitivity], raised: Mapping[str, Precision]) -> str:
@@ -44,17 +50,6 @@ def read_plan(file: Path) -> dict[str, QuantName]:
     Raises:
         H1ExportError: the file is not a plan. QuantScheme.check finds tensors that the model does not have.
     """
-    try:
-        data: Any = yaml.safe_load(read_text(file, "--precisions", kind="a plan of precisions"))
-        tensors = data["tensors"]
-        plan = {str(name): _quant_name(value) for name, value in tensors.items()}
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise H1ExportError(file, f"is not a plan of precisions ({reason(error)})", NEXT_STEP) from None
-    return plan
-
-
-def _quant_name(value: object) -> QuantName:
-    found: QuantName | None = next((name for name in get_args(QuantName) if name == value), None)
-    if found is None:
-        raise ValueError(f"{shown(value)} is no precision")
-    return found
+    text = read_text(file, "--precisions", kind=KIND, most=MOST_BYTES)
+    found = forms.parse(text, StoredPlan, where=file, what=KIND, next_step=NEXT_STEP, language=forms.from_yaml)
+    return dict(found.tensors)

@@ -20,6 +20,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.probes import PREFIX
 from h1export.targets.onnx import sdk
+from h1export.targets.onnx.graph_file import read_graph
 from h1export.targets.onnxruntime import cuda_libraries, product_limits
 from h1export.targets.onnxruntime.calls import Serial, refused
 from h1export.targets.onnxruntime.float32_graph import float32_graph
@@ -88,6 +89,7 @@ def open_inference_session(
         if name in ort.get_available_providers()
     ]
     again = "build the artifact again" + " without --captured-decode" * captured
+    read_graph(path, artifact.manifest.files)
     with refused(path, "onnxruntime cannot load it", again):
         model = (
             _changed(path, variant, options, float32=float32, observed=observed) if float32 or observed else str(path)

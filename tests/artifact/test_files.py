@@ -138,3 +138,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         write_into(tmp_path, "a", b"new")
     assert (tmp_path / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "name", ["C:evil", "a:b", "C:/x", "a\\b", "../a", "a/../b", "/a", "a//b", "a/", "./a", "", "."]
+)
+def test_names_that_lead_elsewhere_on_some_system(name: str, folder: Path) -> None:
+    assert not is_name(name)
+    assert plain_size(folder, name) == NOT_PLAIN

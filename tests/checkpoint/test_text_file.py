@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from odd_files import ODD, bounded
 
 from h1export.checkpoint.text_file import decode, read_text
 from h1export.errors import H1ExportError
@@ -54,3 +58,49 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(H1ExportError, match="cannot be read") as caught:
             read_text(file, "--file")
         assert "give another --file" in str(caught.value)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_no_text_is_neither_waited_for_nor_loaded(odd: str, tmp_path: Path) -> None:
+    ODD[odd](tmp_path / "text.txt")
+    with bounded(), pytest.raises(H1ExportError, match=r"text\.txt: "):
+        read_text(tmp_path / "text.txt", "--text")
+
+
+def test_a_text_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"a" * 100)
+    assert read_text(tmp_path / "text.txt", "--text", most=100) == "a" * 100
+    assert read_text(tmp_path / "text.txt", "--text", 7, most=10) == "a" * 7
+    with pytest.raises(
+        H1ExportError, match="has more than the 99 bytes that are read of a plan; give a shorter --text"
+    ):
+        read_text(tmp_path / "text.txt", "--text", kind="a plan", most=99)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3])
+@pytest.mark.parametrize("nbytes", [0, 3])
+def test_a_pipe_is_read_to_its_end(delay: float, nbytes: int, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    text = "é日 " * 100_000
+
+    def write() -> None:
+        with suppress(BrokenPipeError):  # the reader had enough
+            pipe.write_text(text, encoding="utf-8")
+
+    writer = threading.Timer(delay, write)
+    writer.start()
+    found = read_text(pipe, "--text", nbytes)
+    writer.join()
+    assert found == (text.encode()[:nbytes].decode("utf-8", "ignore") if nbytes else text)
+
+
+def test_a_pipe_of_the_shell_may_take_its_time(tmp_path: Path) -> None:
+    """Process substitution names a pipe that has a writer from the beginning."""
+    reading, writing = os.pipe()
+    place = Path(f"/dev/fd/{reading}")
+    writer = threading.Timer(1.3, lambda: (os.write(writing, b"text"), os.close(writing)))
+    writer.start()
+    assert read_text(place, "--text") == "text"
+    writer.join()
+    os.close(reading)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from odd_files import ODD, bounded
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from h1export.checkpoint.tokenizer import load_tokenizer, stream
+from h1export.checkpoint.tokenizer import load_tokenizer, plain_tokenizer, stream
 from h1export.errors import H1ExportError
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -76,3 +77,31 @@ def test_a_file_that_is_no_tokenizer_is_one_line_without_its_content(text: str, 
     with pytest.raises(H1ExportError, match="not a tokenizer") as caught:
         load_tokenizer(tmp_path)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_no_tokenizer_is_neither_waited_for_nor_loaded(odd: str, tmp_path: Path) -> None:
+    ODD[odd](tmp_path / "tokenizer.json")
+    with bounded(), pytest.raises(H1ExportError):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ('{"fast_tokenizer_files": ["tokenizer.1.0.json"]}', "names another tokenizer than tokenizer.json"),
+        ('{"model_max_length": "long"}', "transformers cannot load the tokenizer"),
+        ('{"decode": 3}', "transformers cannot load the tokenizer"),
+        ('{"added_tokens_decoder": {"x": {}}}', "transformers cannot load the tokenizer"),
+        ('{"tokenizer_file": "/etc/passwd", "vocab_file": "/etc/passwd", "gguf_file": "x"}', ""),
+    ],
+)
+def test_the_tokenizer_of_transformers_is_the_same_one(config: str, said: str, tmp_path: Path) -> None:
+    LEVEL.save(str(tmp_path / "tokenizer.json"))
+    FALLBACK.save(str(tmp_path / "tokenizer.1.0.json"))
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    if said:
+        with pytest.raises(H1ExportError, match=said):
+            plain_tokenizer(tmp_path)
+    else:
+        assert plain_tokenizer(tmp_path).encode("é") == load_tokenizer(tmp_path).encode("é").ids

@@ -73,6 +73,18 @@ def test_an_added_index_is_seen_and_a_log_is_not(source: Path) -> None:
         files.check()
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_templates_in_their_folder_are_watched(change: str, source: Path) -> None:
+    folder = source / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("{{ messages }}")
+    files = SourceFiles.of((source,))
+    files.check()
+    CHANGES[change](folder / "tool_use.jinja")
+    with pytest.raises(H1ExportError, match=r"tool_use\.jinja: was \w+ while the checkpoint was read"):
+        files.check()
+
+
 def test_what_a_link_leads_to_is_watched(source: Path, tmp_path: Path) -> None:
     """As in the cache of the Hub."""
     (source / "model.safetensors").rename(tmp_path / "blob")
@@ -120,4 +132,45 @@ def test_a_build_whose_checkpoint_changes_leaves_nothing(
     monkeypatch.setattr(building.BuildJob, "write", write)
     with pytest.raises(H1ExportError, match=rf"{name}: was changed while the checkpoint was read"):
         build_artifact(source, "ort", tmp_path / "out", scheme=QuantScheme("int8"))
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+class At:
+    """A Progress that calls ``act`` when stage ``name`` begins first."""
+
+    def __init__(self, name: str, act: Callable[[], object]) -> None:
+        self._name = name
+        self._act = act
+        self.stages: list[str] = []
+
+    def stage(self, name: str, total_bytes: int = 0) -> None:
+        self.stages.append(name)
+        if name == self._name and self.stages.count(name) == 1:
+            self._act()
+
+    def advance(self, nbytes: int) -> None:
+        pass
+
+
+STAGES = ("checkpoint", "fingerprint", "trace", "weights", "hashes")  # of a build
+MOMENTS = [  # every stage with half the files, and every change with some
+    (stage, name, list(CHANGES)[(number + 2 * other) % len(CHANGES)])
+    for number, stage in enumerate(STAGES)
+    for other, name in enumerate((*FILES, "generation_config.json"))
+    if (number + other) % 2
+]
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize(("stage", "name", "change"), MOMENTS)
+def test_a_change_at_any_moment_of_a_build_is_one_line(
+    stage: str, name: str, change: str, source: Path, *, tmp_path: Path
+) -> None:
+    (source / "generation_config.json").write_text('{"temperature": 0.5}')
+    progress = At(stage, lambda: CHANGES[change](source / name))
+    with pytest.raises(H1ExportError) as caught:
+        build_artifact(source, "ort", tmp_path / "out", scheme=QuantScheme("int8"), progress=progress)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert stage in progress.stages
     assert {path.name for path in tmp_path.iterdir()} == {"source"}

@@ -70,6 +70,8 @@ def plant(folder: Path, marker: Path) -> None:
         "custom_code": True,
         "trust_remote_code": True,
         "custom_generate": str(folder),
+        "attn_implementation": "planted/kernel",
+        "experts_implementation": "planted/kernel",
     }
     for name in ("config.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
         path = folder / name

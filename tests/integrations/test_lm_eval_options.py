@@ -22,9 +22,9 @@ from h1export.integrations.lm_eval_options import (
     SAMPLED,
     TOP_K,
     Options,
-    model_options,
     read_options,
 )
+from h1export.model.falcon_h1.special_tokens import generation_config
 from h1export.runtime.generation import Sampling
 
 GREEDY = Sampling()
@@ -235,9 +235,9 @@ def test_the_models_own_options_hold_where_the_task_says_nothing(tmp_path: Path)
         read_options({}, {"repetition_penalty": 1.2}, 0)
     assert read_options({"repetition_penalty": 1.0}, {"repetition_penalty": 1.2}, 0) == read()
     assert read_options({"eos_token_id": 3}, {"eos_token_id": [3]}, 0) == read()
-    assert model_options(tmp_path) == {}
+    assert generation_config(tmp_path) == {}
     (tmp_path / "generation_config.json").write_text('{"top_k": 3}')
-    assert model_options(tmp_path) == {"top_k": 3}
+    assert generation_config(tmp_path) == {"top_k": 3}
 
 
 class Yaml(yaml.CSafeLoader):

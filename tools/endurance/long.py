@@ -57,9 +57,9 @@ class Watch(BaseStreamer):
 
     def put(self, value: Any) -> None:
         """Take the prompt, or the next token."""
-        if np.size(value) != 1:
+        if np.asarray(value).size != 1:
             return
-        self.tokens.append(int(value[0]))
+        self.tokens.append(int(np.asarray(value).item()))
         if len(self.tokens) % self.block == 0:
             self.times.append(time.process_time())
             self.memory.append(Held.now().memory)

@@ -17,6 +17,7 @@ import torch
 
 from h1export.checkpoint.packed_formats import load_format
 from h1export.checkpoint.store import WeightStore
+from h1export.checkpoint.transformers_config import plain_config
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids, StateKind
@@ -35,24 +36,22 @@ class Reference:
     """transformers' model on the checkpoint's weights, dequantised where they are integers; ``hold`` replaces them."""
 
     def __init__(self, checkpoint: Path, adapters: Sequence[Path] = ()) -> None:
-        from transformers import FalconH1Config as TransformersConfig
         from transformers import FalconH1ForCausalLM
         from transformers.utils import logging
 
         model_class: Any = FalconH1ForCausalLM  # untyped
-        config_class: Any = TransformersConfig
         log: Any = logging
         log.set_verbosity_error()
         log.disable_progress_bar()
         self.config = FalconH1Config.load(checkpoint)
         packed = load_format(checkpoint) is not None
+        config = plain_config(checkpoint)
         try:
             if packed:  # transformers itself would need kernels for GPTQ
-                config = config_class.from_pretrained(checkpoint, local_files_only=True)
-                del config.quantization_config
                 self._model: Any = model_class(config).float().eval()
             else:
-                self._model = model_class.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).eval()
+                plain = {"config": config, "use_safetensors": True, "local_files_only": True}
+                self._model = model_class.from_pretrained(checkpoint, dtype=torch.float32, **plain).eval()
         except (OSError, ValueError, RuntimeError) as error:
             raise H1ExportError(
                 checkpoint, f"transformers cannot load it ({error})", "compare it with the published checkpoint"

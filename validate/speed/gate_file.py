@@ -13,18 +13,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from h1export import forms
 from h1export.artifact.manifest import Manifest
 from h1export.errors import H1ExportError
 from h1export.forms import Count
-from h1export.model.config_reader import shown
 from h1export.quantize.choices import QuantName
 from h1export.report.checks import Phase
 from h1export.validate.speed.decision import FIRST
 from h1export.validate.speed.statistics import Estimate
 from h1export.validate.speed.worker import Timing
+
+KIND = "a file of gates"
+AS_DOCS = "write one as docs/gates.md says"
+MOST_FACTOR = 1e6
 
 
 class Clock(StrEnum):
@@ -109,6 +114,44 @@ class StoredBaselines:
     gates: Mapping[str, Baseline]
 
 
+Factor = Annotated[float, Meta(ge=1, le=MOST_FACTOR)]
+MOST_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class StoredTiming:
+    """A timing of gates.toml: either ``decode``, the depth, or ``prefill``, the number of tokens."""
+
+    decode: Annotated[int, Meta(ge=0, le=MOST_TOKENS)] | None = None
+    prefill: Annotated[int, Meta(ge=1, le=MOST_TOKENS)] | None = None
+    batch: Annotated[int, Meta(ge=1, le=1 << 16)] = 1
+    slowdown: Annotated[float, Meta(gt=1, le=MOST_FACTOR)] = Limit.slowdown
+
+
+@dataclass(frozen=True)
+class StoredGate:
+    """A gate of gates.toml; the names are those of ``Gate``."""
+
+    target: Annotated[str, Meta(max_length=64)]
+    quant: QuantName
+    timing: tuple[StoredTiming, ...] = ()
+    threads: Annotated[int, Meta(ge=1, le=1 << 12)] = 1
+    clock: Clock | None = None
+    pairs: Annotated[int, Meta(ge=FIRST, le=1 << 20)] = Gate.pairs
+    bytes: Factor = Gate.bytes
+    step_bytes: Factor = Gate.step_bytes
+    nodes: Factor = Gate.nodes
+    memory: Factor = Gate.memory
+
+
+@dataclass(frozen=True)
+class StoredGates:
+    """The file gates.toml; ``baseline`` is the path of the baseline from the file's folder."""
+
+    gate: tuple[StoredGate, ...] = ()
+    baseline: Annotated[str, Meta(min_length=1, max_length=1024, pattern="^[^\\x00]*$")] | None = None
+
+
 def model_of(manifest: Manifest) -> str:
     """Return a hash; artifacts with the same one differ in nothing but the values of weights."""
     return hashlib.sha256(
@@ -122,74 +165,40 @@ def read_gates(path: Path) -> tuple[tuple[Gate, ...], Path]:
     Raises:
         H1ExportError: no such file, not TOML, unknown or missing keys, values of a wrong type or out of range.
     """
-    try:
-        data = forms.from_toml(forms.content(path, "write one as docs/gates.md says"))
-    except forms.FormError as error:
-        raise H1ExportError(path, f"is not TOML ({error})", "correct it") from None
-    keys = _known(path, "", data, types={"baseline": str, "gate": list})
-    gates = tuple(_gate(path, number, table) for number, table in enumerate(keys.get("gate", []), 1))
+    text = forms.content(path, AS_DOCS)
+    found = forms.parse(text, StoredGates, where=path, what=KIND, next_step="correct it", language=forms.from_toml)
+    gates = tuple(_gate(path, number, stored) for number, stored in enumerate(found.gate, 1))
     named = [(gate.target, gate.quant) for gate in gates]
-    for name in named:
+    for name in dict.fromkeys(named):
         if named.count(name) > 1:
             raise H1ExportError(
                 path, f"has two gates for {' '.join(name)}", "keep one; another model has a file of its own"
             )
-    return gates, path.parent / keys.get("baseline", f"{path.stem}.baseline.json")
+    return gates, path.parent / (found.baseline or f"{path.stem}.baseline.json")
 
 
-def _gate(path: Path, number: int, table: Any) -> Gate:
-    where = f"gate {number}"
-    types = {"target": str, "quant": str, "threads": int, "clock": str, "pairs": int, "timing": list}
-    keys = _known(path, where, table, types=types | dict.fromkeys(("bytes", "step_bytes", "nodes", "memory"), float))
-    for name, choices in (("quant", get_args(QuantName)), ("clock", tuple(Clock))):
-        if keys.get(name, choices[0]) not in choices:
-            raise H1ExportError(path, f"{where}: {name} is {keys[name]!r}", f"one of {', '.join(choices)}")
-    for name, least in (
-        ("threads", 1),
-        ("pairs", FIRST),
-        ("bytes", 1.0),
-        ("step_bytes", 1.0),
-        ("nodes", 1.0),
-        ("memory", 1.0),
-    ):
-        if not keys.get(name, least) >= least:  # NaN is neither
-            raise H1ExportError(path, f"{where}: {name} is {keys[name]}", f"at least {least}")
-    if missing := {"target", "quant"} - keys.keys():
-        raise H1ExportError(
-            path, f"{where} has no {' and no '.join(sorted(missing))}", "name the artifacts that it is for"
-        )
-    timings = tuple(_limit(path, f"{where}, timing {i}", item) for i, item in enumerate(keys.pop("timing", []), 1))
-    clock = Clock(keys.pop("clock", Clock.CPU if keys.get("threads", 1) == 1 else Clock.WALL))
-    return Gate(**keys, timings=timings, clock=clock)
+def _gate(path: Path, number: int, stored: StoredGate) -> Gate:
+    timings = tuple(_limit(path, f"gate {number}, timing {i}", item) for i, item in enumerate(stored.timing, 1))
+    return Gate(
+        stored.target,
+        stored.quant,
+        timings,
+        threads=stored.threads,
+        clock=stored.clock or (Clock.CPU if stored.threads == 1 else Clock.WALL),
+        pairs=stored.pairs,
+        bytes=stored.bytes,
+        step_bytes=stored.step_bytes,
+        nodes=stored.nodes,
+        memory=stored.memory,
+    )
 
 
-def _limit(path: Path, where: str, table: Any) -> Limit:
-    """Read ``decode = 512`` or ``prefill = 128``, and ``batch`` and ``slowdown``."""
-    keys = _known(path, where, table, types={Phase.DECODE: int, Phase.PREFILL: int, "batch": int, "slowdown": float})
-    phases = [phase for phase in Phase if phase in keys]
+def _limit(path: Path, where: str, stored: StoredTiming) -> Limit:
+    given = {Phase.DECODE: stored.decode, Phase.PREFILL: stored.prefill}
+    phases = [(phase, tokens) for phase, tokens in given.items() if tokens is not None]
     if len(phases) != 1:
         raise H1ExportError(path, f"{where} has {len(phases)} of decode and prefill", "give it one, with its tokens")
-    batch = keys.get("batch", 1)
-    slowdown = keys.get("slowdown", Limit.slowdown)
-    tokens = keys[phases[0]]
-    if batch < 1 or not slowdown > 1 or tokens < (phases[0] is Phase.PREFILL):
-        what = f"{where}: {phases[0]} {tokens}, batch {batch}, slowdown {slowdown}"
-        raise H1ExportError(path, what, "tokens and batch are counts, and slowdown is more than 1")
-    return Limit(Timing(phases[0], tokens, batch), slowdown)
-
-
-def _known(path: Path, where: str, table: Any, *, types: Mapping[str, type]) -> dict[str, Any]:
-    """Return ``table`` after a check that every key is known and of its type; a whole number may stand for a float."""
-    prefix = f"{where}: " if where else ""
-    if not isinstance(table, dict):
-        raise H1ExportError(path, f"{where} is no table", "write [[gate]] and [[gate.timing]]")
-    for name, value in table.items():
-        if name not in types:
-            raise H1ExportError(path, f"{prefix}unknown key {shown(name)}", f"one of {', '.join(types)}")
-        expected = (int, float) if types[name] is float else types[name]
-        if not isinstance(value, expected) or isinstance(value, bool):
-            raise H1ExportError(path, f"{prefix}{name} is {shown(value)}", f"expected {types[name].__name__}")
-    return dict(table)
+    return Limit(Timing(*phases[0], stored.batch), stored.slowdown)
 
 
 def read_baselines(path: Path) -> dict[str, Baseline]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -18,6 +20,7 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.report.checks import Phase
 from h1export.runtime.runner import Limits, Provenance, Session
 
+SAFE_PATH = "PYTHONSAFEPATH"  # of the environment
 CHUNK = 512  # tokens a call while a sequence is brought to its depth
 GROWTH_DIVISOR = 8  # a session is used again until it is deeper than its nominal depth by depth / GROWTH_DIVISOR
 
@@ -140,7 +143,8 @@ class WorkerProcess:
         context = get_context("spawn")
         self._pipe, remote = context.Pipe()
         self._process = context.Process(target=_serve, args=(make, remote), daemon=True)
-        self._process.start()
+        with _safe_path():
+            self._process.start()
         remote.close()
         self.limits: Limits = self._receive()
         self.provenance: Provenance = self._receive()
@@ -170,6 +174,20 @@ class WorkerProcess:
         if isinstance(reply, _Failure):
             raise H1ExportError(reply.where, reply.what, reply.next_step)
         return reply
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Let Python processes that are started now import nothing from the working folder, which may be a stranger's."""
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH]
+        else:
+            os.environ[SAFE_PATH] = before
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from h1export.errors import H1ExportError
 from h1export.forms import read_bytes
@@ -30,14 +32,9 @@ def special_tokens(folder: Path, model_config: FalconH1Config) -> SpecialTokens:
         H1ExportError: a generation_config.json that is not an object, or whose token ids are not ids.
     """
     path = folder / GENERATION_CONFIG
-    if not path.is_file():
+    if not os.path.lexists(path):
         return SpecialTokens(model_config.bos_token_id, model_config.eos_token_ids, model_config.pad_token_id)
-    try:
-        config = json.loads(read_bytes(path))
-    except (OSError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise H1ExportError(path, "not a JSON object", "download it again, or delete it")
+    config = generation_config(folder)
     read = ConfigReader({key: value for key, value in config.items() if value is not None}, path)
 
     def one(key: str, default: int | None) -> int | None:
@@ -47,3 +44,21 @@ def special_tokens(folder: Path, model_config: FalconH1Config) -> SpecialTokens:
     return SpecialTokens(
         one("bos_token_id", model_config.bos_token_id), eos, one("pad_token_id", model_config.pad_token_id)
     )
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """Return generation_config.json of ``folder``; empty where there is none.
+
+    Raises:
+        H1ExportError: the file cannot be read, or is no object.
+    """
+    path = folder / GENERATION_CONFIG
+    if not os.path.lexists(path):
+        return {}
+    try:
+        config = json.loads(read_bytes(path))
+    except (OSError, ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise H1ExportError(path, "not a JSON object", "download it again, or delete it")
+    return config

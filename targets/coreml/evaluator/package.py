@@ -5,12 +5,13 @@ It is read from the file formats alone; the converter of coremltools is not used
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
+from h1export import forms
 from h1export.errors import H1ExportError
+from h1export.model.config_reader import shown
 from h1export.targets.coreml import sdk
 from h1export.targets.coreml.evaluator.blob import COPY_AGAIN, BlobFile
 from h1export.targets.coreml.evaluator.dtypes import Array, DType
@@ -22,6 +23,7 @@ DATA = "Data"  # the folder that the manifest's paths start from
 MODEL_PATH = "@model_path/"  # how a program writes the folder of its own file
 SPECIFICATION = 9
 OPSET = "CoreML8"
+MOST_MODEL = 256 << 20  # bytes of a model without its weights
 REBUILD = "build it for iOS 18 as an mlProgram"
 
 
@@ -52,15 +54,13 @@ class Package:
                 mlProgram; or coremltools is not installed.
         """
         path = Path(path)
-        file = _model_file(path)
+        file = model_file(path)
         proto = sdk.proto()
         model = proto.Model_pb2.Model()
         try:
-            model.ParseFromString(file.read_bytes())
+            model.ParseFromString(forms.content(file, COPY_AGAIN, MOST_MODEL))
         except proto.DecodeError as error:
             raise H1ExportError(file, f"is not a Core ML model ({error})", COPY_AGAIN) from error
-        except OSError as error:
-            raise H1ExportError(file, f"cannot be read ({error.strerror})", COPY_AGAIN) from error
         if (kind := model.WhichOneof("Type")) != "mlProgram":
             raise H1ExportError(
                 path, f"holds {'no model' if kind is None else f'a model of type {kind}'}, not an mlProgram", REBUILD
@@ -177,21 +177,23 @@ def stored_values(operation: Operation, block: Block) -> dict[str, Value]:
     return values
 
 
-def _model_file(path: Path) -> Path:
-    """Return the model file that the manifest names."""
+def model_file(path: Path) -> Path:
+    """Return the model file that the manifest of the package at ``path`` names.
+
+    Raises:
+        H1ExportError: the manifest cannot be read, or names no file inside the package.
+    """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_bytes())
-    except OSError as error:
-        raise H1ExportError(file, f"cannot be read ({error.strerror})", "give the folder of an .mlpackage") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-        raise H1ExportError(file, f"is not JSON ({type(error).__name__})", COPY_AGAIN) from error
-    try:
+        manifest = forms.from_json(forms.content(file, "give the folder of an .mlpackage"))
+    except forms.FormError as error:
+        raise H1ExportError(file, f"is not JSON ({error})", COPY_AGAIN) from None
+    try:  # other programs write further keys
         entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
     except (KeyError, TypeError, IndexError) as error:
         raise H1ExportError(file, f"names no root model ({type(error).__name__}: {error})", COPY_AGAIN) from error
     if not isinstance(entry, str):
-        raise H1ExportError(file, f"has {entry!r} as the root model's path", COPY_AGAIN)
+        raise H1ExportError(file, f"has {shown(entry)} as the root model's path", COPY_AGAIN)
     return _inside(path, path / DATA / entry, file)
 
 

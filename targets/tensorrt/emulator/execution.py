@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import torch
 from onnx import NodeProto, TensorProto, helper
 
 from h1export.errors import H1ExportError
 from h1export.targets.onnx import sdk
+from h1export.targets.onnx.graph_file import Files, read_graph
 from h1export.targets.tensorrt.emulator.partition import Partitioner, Subgraph
 from h1export.targets.tensorrt.network.layout import MODEL, TORCH
 from h1export.targets.tensorrt.plugin.schema import OPS
@@ -38,12 +38,12 @@ class Execution:
     """
 
     def __init__(
-        self, folder: Path, files: Collection[str], rounded: bool, *, threads: int = 0, shown: Collection[str] = ()
+        self, folder: Path, files: Files, rounded: bool, *, threads: int = 0, shown: Collection[str] = ()
     ) -> None:
         self._folder = folder
         self._threads = threads
         self._rounded = rounded
-        network = _read(folder, files)
+        network = read_graph(folder / MODEL, files)
         self._partitioner = Partitioner(network, rounded, shown)
         self._shown = tuple(shown)
         self._outputs = [output.name for output in network.graph.output]
@@ -123,23 +123,3 @@ class Execution:
         if self._partitioner.half == TensorProto.FLOAT16:
             self._note(op, float(result.abs().max()))
         return result.to(TORCH[self._partitioner.half]).float()
-
-
-def _read(folder: Path, files: Collection[str]) -> onnx.ModelProto:
-    """Read the network without its external data.
-
-    Raises:
-        H1ExportError: the file is not a model, or refers to data outside ``files``.
-    """
-    path = folder / MODEL
-    try:
-        network = onnx.load(path, load_external_data=False)
-    except Exception as error:  # onnx does not document which exceptions protobuf raises
-        raise H1ExportError(path, f"cannot be read ({type(error).__name__})", "build the artifact again") from None
-    for tensor in network.graph.initializer:
-        places = {entry.key: entry.value for entry in tensor.external_data}
-        if places and places["location"] not in files:
-            raise H1ExportError(
-                path, f"points to {places['location']!r}, outside the artifact", "build the artifact again"
-            )
-    return network

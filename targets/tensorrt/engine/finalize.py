@@ -10,9 +10,11 @@ from h1export.artifact.files import write_into
 from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
 from h1export.progress import Progress
+from h1export.targets.onnx.graph_file import read_graph
 from h1export.targets.tensorrt.engine import build
 from h1export.targets.tensorrt.engine.config import ENGINE, EngineConfig
 from h1export.targets.tensorrt.engine.requirements import EngineRequirements, Host, check
+from h1export.targets.tensorrt.network.layout import MODEL
 
 
 def build_engine_here(folder: Path, progress: Progress) -> EngineRequirements:
@@ -29,6 +31,7 @@ def build_engine_here(folder: Path, progress: Progress) -> EngineRequirements:
     host = Host.here(EngineConfig.read(folder))
     artifact.check_hashes()
     if not requirements.engine:
+        read_graph(folder / MODEL, artifact.manifest.files)
         if host.architecture not in requirements.architectures:
             built = ", ".join(f"sm_{architecture}" for architecture in requirements.architectures)
             what = f"its kernels are compiled for {built}, and this GPU is sm_{host.architecture}"

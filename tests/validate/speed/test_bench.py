@@ -223,3 +223,17 @@ def test_a_workers_error_is_its_parents(tmp_path: Path) -> None:
     for message, make in makes.items():
         with pytest.raises(H1ExportError, match=message):
             WorkerProcess(make)
+
+
+def test_a_worker_imports_nothing_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of a stranger may have modules of the names that a new process imports first."""
+    for name in ("multiprocessing", "encodings", "json", "numpy", "h1export", "sitecustomize"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)")
+    monkeypatch.chdir(tmp_path)
+    for before in ("", "1"):
+        monkeypatch.setenv("PYTHONSAFEPATH", before)
+        with pytest.raises(H1ExportError, match=r"no manifest\.json"):
+            WorkerProcess(partial(Artifact.open, tmp_path))
+        assert not (tmp_path / "ran").exists()
+        assert os.environ["PYTHONSAFEPATH"] == before

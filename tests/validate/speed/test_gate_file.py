@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from h1export.errors import H1ExportError
+from h1export.errors import MOST_SHOWN, H1ExportError
 from h1export.report.checks import Phase
 from h1export.validate.speed.gate_file import (
     Baseline,
@@ -64,33 +64,39 @@ def test_every_key(gates: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[gate]", "is not TOML"),
-        ("gates = 1", "unknown key 'gates'; one of baseline, gate"),
-        (HEAD + "slowdwon = 1.2", "gate 1: unknown key 'slowdwon'"),
-        (HEAD + "[[gate.timing]]\ndecode = 1\nlimit = 1.2", "gate 1, timing 1: unknown key 'limit'"),
+        ("[[gate]", "is not a file of gates"),
+        ("gates = 1", "unknown key at $.gates"),
+        (HEAD + "slowdwon = 1.2", "unknown key at $.gate[0].slowdwon"),
+        (HEAD + "[[gate.timing]]\ndecode = 1\nlimit = 1.2", "unknown key at $.gate[0].timing[0].limit"),
         (HEAD + "[[gate.timing]]\nbatch = 1", "0 of decode and prefill"),
         (HEAD + "timing = [{ decode = 1, prefill = 1 }]", "2 of decode and prefill"),
-        (HEAD + "timing = [{ prefill = 0 }]", "prefill 0"),
-        (HEAD + "timing = [{ decode = -1 }]", "decode -1"),
-        (HEAD + "timing = [{ decode = 1, slowdown = 1 }]", "slowdown is more than 1"),
-        (HEAD + "timing = [3]", "is no table"),
-        (HEAD + 'memory = "much"', "memory is 'much'; expected float"),
-        (HEAD + "threads = true", "threads is True; expected int"),
-        (HEAD + "threads = 0", "threads is 0; at least 1"),
-        (HEAD + "pairs = 3", "pairs is 3; at least 12"),
-        (HEAD + "nodes = 0.9", "nodes is 0.9; at least 1"),
-        (HEAD + "memory = nan", "memory is nan; at least 1"),
-        (HEAD + "timing = [{ decode = 1, slowdown = nan }]", "slowdown nan"),
-        (HEAD + 'clock = "sun"', "clock is 'sun'; one of cpu, wall"),
-        ('[[gate]]\ntarget = "ort"\nquant = "int5"', "quant is 'int5'; one of"),
-        ('[[gate]]\ntarget = "ort"', "gate 1 has no quant"),
+        (HEAD + "timing = [{ prefill = 0 }]", ">= 1 - at `$.gate[0].timing[0].prefill`"),
+        (HEAD + "timing = [{ decode = -1 }]", ">= 0 - at `$.gate[0].timing[0].decode`"),
+        (HEAD + "timing = [{ decode = 1, slowdown = 1 }]", "> 1.0 - at `$.gate[0].timing[0].slowdown`"),
+        (HEAD + "timing = [{ decode = 1, batch = 4611686018427387904 }]", "$.gate[0].timing[0].batch"),
+        (HEAD + "timing = [3]", "got `int` - at `$.gate[0].timing[0]`"),
+        (HEAD + 'memory = "much"', "Expected `float`, got `str` - at `$.gate[0].memory`"),
+        (HEAD + "threads = true", "Expected `int`, got `bool` - at `$.gate[0].threads`"),
+        (HEAD + "threads = 0", ">= 1 - at `$.gate[0].threads`"),
+        (HEAD + f"threads = 0x{'f' * 8000}", "$.gate[0].threads"),  # more digits than Python prints
+        (HEAD + "pairs = 3", ">= 12 - at `$.gate[0].pairs`"),
+        (HEAD + "nodes = 0.9", ">= 1.0 - at `$.gate[0].nodes`"),
+        (HEAD + "memory = nan", "$.gate[0].memory"),
+        (HEAD + "memory = inf", "$.gate[0].memory"),
+        (HEAD + "memory = 1979-05-27", "$.gate[0].memory"),
+        (HEAD + "timing = [{ decode = 1, slowdown = nan }]", "$.gate[0].timing[0].slowdown"),
+        (HEAD + 'clock = "sun"', "Invalid enum value - at `$.gate[0].clock`"),
+        ('[[gate]]\ntarget = "ort"\nquant = "int5"', "Invalid enum value - at `$.gate[0].quant`"),
+        ('[[gate]]\ntarget = "ort"', "missing required field `quant` - at `$.gate[0]`"),
+        ('baseline = "a\\u0000b"', "$.baseline"),
         (HEAD + HEAD, "has two gates for ort int4"),
     ],
 )
 def test_what_is_wrong_is_named(gates: Path, text: str, message: str) -> None:
     gates.write_text(text)
-    with pytest.raises(H1ExportError, match=re.escape(message)):
+    with pytest.raises(H1ExportError, match=re.escape(message)) as caught:
         read_gates(gates)
+    assert len(str(caught.value)) <= MOST_SHOWN + len(str(gates))
 
 
 def test_no_file(gates: Path) -> None:

@@ -58,7 +58,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "half a manifest": (
         write("Manifest.json", b'{"itemInfoEntries":'),
-        r"Manifest.json: is not JSON \(JSONDecodeError\)",
+        r"Manifest.json: is not JSON \(not JSON at line",
     ),
     "not text": (write("Manifest.json", b"\xff\xfe\x00"), "Manifest.json: is not JSON"),
     "deep nesting": (write("Manifest.json", b"[" * 200_000), "Manifest.json: is not JSON"),

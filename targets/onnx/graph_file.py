@@ -1,0 +1,90 @@
+"""The graph of an artifact as it is in its file; a runtime reads it once it names files of the artifact only.
+
+Source: ``TensorProto.external_data`` of onnx.proto.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from h1export import forms
+from h1export.errors import H1ExportError
+from h1export.model.config_reader import shown
+
+AGAIN = "build the artifact again"
+MOST_BYTES = 256 << 20  # of a graph without its weights; that of the largest published model has a few MB
+MOST_NESTED = 16  # graphs within graphs
+
+Files = Mapping[str, tuple[str, int]]  # of the manifest: name -> (sha256, bytes)
+
+
+def read_graph(path: Path, files: Files) -> onnx.ModelProto:
+    """Return the model at ``path`` without its external data.
+
+    Raises:
+        H1ExportError: the file cannot be read, is too large or no model, or has data outside ``files``.
+    """
+    try:
+        model = onnx.load_model_from_string(forms.content(path, AGAIN, MOST_BYTES))
+    except H1ExportError:
+        raise
+    except Exception as error:  # onnx does not document which exceptions protobuf raises
+        raise H1ExportError(path, f"cannot be read ({type(error).__name__})", AGAIN) from None
+    for tensor in _tensors_of(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            _check(tensor, path, files)
+    return model
+
+
+def _check(tensor: onnx.TensorProto, path: Path, files: Files) -> None:
+    places = {entry.key: entry.value for entry in tensor.external_data}
+    location = places.get("location", "")
+    if location not in files:
+        raise H1ExportError(path, f"points to {shown(location)}, which is no file of the artifact", AGAIN)
+    sizes = [places.get(key, "0") for key in ("offset", "length")]
+    fits = all(text.isascii() and text.isdigit() and len(text) < 20 for text in sizes)
+    if not fits or sum(map(int, sizes)) > files[location][1]:
+        raise H1ExportError(path, f"has a tensor that is not inside {shown(location)}", AGAIN)
+
+
+def _tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from _tensors(model.graph, 0)
+    for training in model.training_info:
+        for graph in (training.initialization, training.algorithm):
+            yield from _tensors(graph, 0)
+    for function in model.functions:
+        yield from _attributes(function.node, 0)
+        for attribute in function.attribute_proto:
+            yield from _values(attribute, 0)
+
+
+def _tensors(graph: onnx.GraphProto, depth: int) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _attributes(graph.node, depth)
+
+
+def _attributes(nodes: Any, depth: int) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from _values(attribute, depth)
+
+
+def _values(attribute: onnx.AttributeProto, depth: int) -> Iterator[onnx.TensorProto]:
+    """Yield the tensors of an attribute, whatever it says its type is; deeper graphs than any of ours are not read."""
+    if attribute.HasField("t"):
+        yield attribute.t
+    yield from attribute.tensors
+    sparse = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+    for item in (*sparse, *attribute.sparse_tensors):
+        yield from (item.values, item.indices)
+    graphs = [attribute.g] if attribute.HasField("g") else []
+    for graph in (*graphs, *attribute.graphs):
+        if depth == MOST_NESTED:
+            raise H1ExportError("graph", f"has graphs {depth} levels deep", AGAIN)
+        yield from _tensors(graph, depth + 1)

@@ -78,8 +78,8 @@ def lint(session: nox.Session) -> None:
     kernels = ROOT / "targets" / "onnxruntime" / "csrc"
     plugin = ROOT / "targets" / "tensorrt" / "plugin" / "csrc"
     driver = ROOT / "tools" / "gpu_host" / "driver"
-    host = ROOT / "tools" / "sanitize" / "csrc"
-    sources = [str(file) for folder in (kernels, plugin, driver, host) for file in sorted(folder.glob("*.[ch]*"))]
+    hosts = [ROOT / "tools" / name / "csrc" for name in ("sanitize", "faults")]
+    sources = [str(file) for folder in (kernels, plugin, driver, *hosts) for file in sorted(folder.glob("*.[ch]*"))]
     session.run("clang-format", "--dry-run", "--Werror", *sources)
     flags = ("-std=c++20", "-march=native", "-isystem", str(kernels.parent / "include"))
     session.run("clang-tidy", "--quiet", *map(str, sorted(kernels.glob("*.cc"))), "--", *flags, silent=True)
@@ -150,7 +150,7 @@ def build(session: nox.Session) -> None:
                 session.run(
                     f"{clean}/bin/python",
                     "-c",
-                    f"import {runtime}; print({runtime}.__name__, {runtime}.__version__)",
+                    f"import {runtime}; print({runtime}.__name__, getattr({runtime}, '__version__', ''))",
                     external=True,
                 )
 
@@ -237,6 +237,18 @@ def sanitize(session: nox.Session) -> None:
     session.run("h1export", "build", *options, silent=True)
     with session.chdir(ROOT / "tools"):
         session.run("python", "-m", "sanitize.run", str(artifact), *session.posargs)
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Full disks, kills and races: each write of each command fails once, builds are killed, two build at one OUT.
+
+    It needs Linux and a C compiler, and takes an hour; docs/security.md has its figures. Positional arguments are those
+    of tools/faults/run.py, such as --targets ort --only kills.
+    """
+    session.install("-e", ".[ort,coreml,trt,report]", "--no-compile")
+    with session.chdir(ROOT / "tools"):
+        session.run("python", "-m", "faults.run", *session.posargs)
 
 
 @nox.session

@@ -182,14 +182,28 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 
 @pytest.fixture(scope="session")
-def spoken_checkpoint(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_spoken(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_spoken(**config) -> the plain random model with a tokenizer of a token a byte, made once; read-only."""
+    made: dict[str, Path] = {}
+
+    def make(**config: Any) -> Path:
+        key = str(sorted(config.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("spoken") / "checkpoint"
+            made[key] = Path(shutil.copytree(make_checkpoint(**config), folder))
+            letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+            tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.save(str(folder / "tokenizer.json"))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def spoken_checkpoint(make_spoken: Callable[..., Path]) -> Path:
     """The plain random model with a tokenizer of a token a byte, for calibration; treat it as read-only."""
-    folder = Path(shutil.copytree(make_checkpoint(), tmp_path_factory.mktemp("spoken") / "checkpoint"))
-    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return make_spoken()
 
 
 PACKABLE = {

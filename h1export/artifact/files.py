@@ -10,7 +10,6 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from secrets import token_hex
 
 from h1export.errors import H1ExportError
 
@@ -66,32 +65,6 @@ def plain_size(folder: Path, name: str) -> int | None:
         if stat.S_ISLNK(found.st_mode):
             return NOT_PLAIN
     return found.st_size if stat.S_ISREG(found.st_mode) else None
-
-
-def write_into(folder: Path, name: str, data: bytes) -> None:
-    """Write the file ``name`` of ``folder``, which may come from a stranger, completely or not at all.
-
-    A link that stands in its place is replaced, and never followed.
-
-    Args:
-        folder: a folder that exists.
-        name: a name without slashes.
-        data: the content.
-
-    Raises:
-        H1ExportError: the file cannot be written.
-    """
-    beside = folder / f".{name}.{token_hex(8)}.partial"
-    try:
-        with open(beside, "xb") as stream:  # "x" follows no link and takes nobody's file
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, folder / name)
-    except OSError as error:
-        raise H1ExportError(folder / name, f"cannot be written ({error.strerror})", "check the folder") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def sha256_file(file: Path) -> str:

@@ -14,9 +14,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from h1export import forms
 from h1export.artifact.artifact import REPORT, Artifact
-from h1export.artifact.files import PAGE, names, write_into
+from h1export.artifact.files import PAGE, names
 from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
+from h1export.writing import write_into
 
 SIGNATURE = f"{MANIFEST}.sig"
 SIGNATURE_BYTES = 64

@@ -7,11 +7,12 @@ where a killed build stopped. The journal in the stage lists what is written.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from h1export.artifact.journal import JOURNAL, SCRATCH, Journal
 from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
 from h1export.forms import read_bytes
+from h1export.writing import FREE_SPACE, FULL, unwritten
 
 KEY_LENGTH = 16  # hex digits of the key in a stage's name
+TAKEN = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR})  # what a rename reports of a folder that exists
 NOW = LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING
 
 
@@ -36,17 +39,22 @@ def check_place(out: Path, force: bool) -> None:
     """
     try:
         taken = out.exists() or out.is_symlink()
-        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        place = out.absolute()
+        parent = next((folder for folder in place.parents if folder.exists()), place)  # the root has no parents
         if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
             raise PermissionError(f"nothing can be written into {parent}")
     except (OSError, ValueError) as error:
         raise H1ExportError(out, f"cannot be made ({error})", "choose another OUT") from None
     if taken and not force:
-        raise H1ExportError(out, "exists", "choose another OUT, or replace it with --force")
+        raise _taken(out)
     if taken and not (out.is_dir() and not out.is_symlink() and (_is_artifact(out) or not any(out.iterdir()))):
         raise H1ExportError(
             out, "is not an artifact of h1export", "--force replaces artifacts only; choose another OUT"
         )
+
+
+def _taken(out: Path) -> H1ExportError:
+    return H1ExportError(out, "exists", "choose another OUT, or replace it with --force")
 
 
 @contextmanager
@@ -57,7 +65,8 @@ def staged(out: Path, force: bool, key: str) -> Iterator[Path]:
     the files that the journal names; a build with another key removes it.
 
     Raises:
-        H1ExportError: ``check_place`` refuses ``out``, or another process builds the same artifact there.
+        H1ExportError: ``check_place`` refuses ``out``, another process builds the same artifact there, or a file of the
+            folder cannot be written.
     """
     out = out.absolute()
     stage = out.parent / f".{out.name}.partial-{key[:KEY_LENGTH]}"
@@ -70,13 +79,17 @@ def staged(out: Path, force: bool, key: str) -> Iterator[Path]:
             out.parent.mkdir(parents=True, exist_ok=True)
             lock = _claim(stage, out)
         except (OSError, ValueError, portalocker.LockException) as error:
-            raise H1ExportError(out, f"cannot be made ({error})", "choose another OUT") from None
-        _remove_abandoned(out)
-        _keep_written(stage)
-        yield stage
-        _seal(stage)
-        check_place(out, force)
-        _rename_into_place(stage, out)
+            full = isinstance(error, OSError) and error.errno in FULL
+            raise H1ExportError(
+                out, f"cannot be made ({error})", FREE_SPACE if full else "choose another OUT"
+            ) from None
+        with _named_errors(out, stage):
+            _remove_abandoned(out)
+            _keep_written(stage)
+            yield stage
+            _seal(stage)
+            check_place(out, force)
+            _rename_into_place(stage, out, force)
     except BaseException:
         if lock is None:
             _remove_unclaimed(stage)
@@ -86,6 +99,18 @@ def staged(out: Path, force: bool, key: str) -> Iterator[Path]:
     finally:
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def _named_errors(out: Path, stage: Path) -> Iterator[None]:
+    """Turn an OSError of a file below ``stage``, or of a file whose name is not known, into an error of ``out``."""
+    try:
+        yield
+    except OSError as error:
+        named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        if named and not any(name.is_relative_to(folder) for name in named for folder in (stage, out)):
+            raise
+        raise unwritten(out, error) from error
 
 
 def _claim(stage: Path, out: Path) -> int:
@@ -213,27 +238,87 @@ def _seal(stage: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk; a file system may be unable to do that with a folder."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        os.close(handle)
 
 
-def _rename_into_place(stage: Path, out: Path) -> None:
-    """Rename ``stage`` to ``out``, and delete what was at ``out``."""
-    if out.exists():
-        old = os.open(out, os.O_RDONLY)
-        portalocker.lock(
-            old, LockFlags.EXCLUSIVE
-        )  # after the exchange it has the stage's name, and no other build may claim it
+def _rename_into_place(stage: Path, out: Path, force: bool) -> None:
+    """Rename ``stage`` to ``out``, and delete what was at ``out``. A rename that is not sure to last is undone.
+
+    Raises:
+        H1ExportError: another build has finished at ``out`` meanwhile, and ``force`` is not given.
+    """
+    while True:
+        old = _lock_old(out) if force else None
+        if old is not None:
+            try:
+                _exchange(stage, out)
+                _sync_or_undo(out, lambda: _exchange(stage, out))
+                shutil.rmtree(stage, ignore_errors=True)
+            finally:
+                os.close(old)
+            return None
         try:
-            _exchange(stage, out)
-            _sync(out.parent)
-            shutil.rmtree(stage, ignore_errors=True)
-        finally:
+            stage.rename(out)
+        except OSError as error:
+            if error.errno not in TAKEN:
+                raise
+            if not force:
+                raise _taken(out) from None
+        else:
+            return _sync_or_undo(out, lambda: _take_back(out, stage))
+
+
+def _lock_old(out: Path) -> int | None:
+    """Return a handle that locks the folder ``out``, or None where there is none.
+
+    After an exchange that folder has the stage's name, and while it is locked no other build may claim it.
+    """
+    while True:
+        try:
+            old = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return None
+        try:
+            portalocker.lock(old, LockFlags.EXCLUSIVE)
+            if _is_at(old, out):  # otherwise another build has just replaced it
+                return old
+        except BaseException:  # an interrupt too must release the lock
             os.close(old)
-    else:
-        stage.rename(out)
+            raise
+        os.close(old)
+
+
+def _sync_or_undo(out: Path, undo: Callable[[], object]) -> None:
+    """Flush the folder that holds ``out``; call ``undo`` where that fails.
+
+    Raises:
+        H1ExportError: the folder cannot be flushed.
+    """
+    try:
         _sync(out.parent)
+    except OSError as error:
+        try:
+            undo()
+        except OSError:  # the old artifact stays beside the new one until the next build
+            what = f"is complete, but may be lost if the machine stops now ({error.strerror})"
+            raise H1ExportError(out, what, FREE_SPACE) from None
+        raise unwritten(out, error) from None
+
+
+def _take_back(out: Path, stage: Path) -> None:
+    """Rename ``out`` to ``stage``, or remove it: a disk on which no name can be changed still lets files go."""
+    try:
+        out.rename(stage)
+    except OSError:
+        shutil.rmtree(out)
 
 
 def _exchange(a: Path, b: Path) -> None:
@@ -245,9 +330,13 @@ def _exchange(a: Path, b: Path) -> None:
         return
     aside = b.with_name(_aside_name(b))
     b.rename(aside)
+    done = [(aside, b)]
     try:
         a.rename(b)
+        done.append((b, a))
+        aside.rename(a)
     except OSError:
-        aside.rename(b)
+        with suppress(OSError):
+            for now, before in reversed(done):
+                now.rename(before)
         raise
-    aside.rename(a)

@@ -6,7 +6,6 @@ and the file is written in order, so its bytes do not depend on the number of th
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections import deque
@@ -135,11 +134,16 @@ class _Writer:
         if self._digest is None:
             raise ValueError(f"{self.extent.tensor}: rows after columns")
         self._digest.update(data)
-        while data:
-            written = os.pwrite(self._handle, data, self._next)
-            self._next += written
-            data = data[written:]
+        self._write_at(self._next, data)
+        self._next += len(data)
         return None
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
+        """Write all of ``data``; one call of the system may write less."""
+        while data:
+            written = os.pwrite(self._handle, data, offset)
+            offset += written
+            data = data[written:]
 
     def _write_columns(self, columns: Columns) -> None:
         data = np.ascontiguousarray(columns.values).view(np.uint8)
@@ -147,8 +151,7 @@ class _Writer:
         if self._next + data.nbytes > self._end or columns.start + data.shape[1] > row_bytes:
             raise ValueError(f"{self.extent.tensor}: more bytes than its shape says")
         for row, line in enumerate(data):
-            if os.pwrite(self._handle, line, self.extent.offset + row * row_bytes + columns.start) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.extent.file)
+            self._write_at(self.extent.offset + row * row_bytes + columns.start, memoryview(line))
         self._next += data.nbytes
         self._digest = None  # columns do not arrive in the order of the file's bytes
 

@@ -35,6 +35,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "I8": np.dtype("i1"),
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
+    "U32": np.dtype("<u4"),  # of no checkpoint that is read, but of folders for MLX
 }
 OPAQUE = "bytes"  # stands for the dtype of a tensor that nothing reads, whatever it is
 LFS_POINTER = b"version "  # the first bytes of a Git LFS pointer file

@@ -39,6 +39,7 @@ from h1export.cli.trace import trace
 from h1export.cli.trt import trt
 from h1export.cli.validate import validate
 from h1export.errors import MOST_SHOWN, H1ExportError, shortened
+from h1export.writing import FULL
 
 FAILED = 2
 NO_SPACE = "free some space or choose another place, and run again"
@@ -150,7 +151,9 @@ def _message(error: BaseException) -> str:
     if isinstance(error, click.Abort):
         return "interrupted"
     if isinstance(error, OSError):
-        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "disk"
+        copied = error.errno in FULL and error.filename2 is not None  # the second name is where a copy goes
+        name = error.filename2 if copied else error.filename
+        where = os.fsdecode(name) if isinstance(name, str | bytes) else "disk"
         what = shortened(error.strerror or str(error), MOST_SHOWN - len(NO_SPACE))
         if error.errno == errno.ENAMETOOLONG:
             return f"{shortened(where, MOST_SHOWN // 2)}: {what}; give a shorter one"

@@ -10,7 +10,7 @@ import click
 import cloup
 
 from h1export.cli.common import adapter_folders, adapter_option, answer, common, kernels_option, say
-from h1export.cli.ranges import MOST_THREADS, Whole, count
+from h1export.cli.ranges import MOST_THREADS, count
 from h1export.errors import H1ExportError
 from h1export.targets import Kernels
 
@@ -46,7 +46,7 @@ REFERENCE = "reference"
 @click.option(
     "--threads",
     multiple=True,
-    type=Whole(1, MOST_THREADS),
+    type=click.IntRange(1, MOST_THREADS),
     help="Thread count [default: the machine's cores]. Repeatable.",
 )
 @click.option(

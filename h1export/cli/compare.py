@@ -10,9 +10,10 @@ import click
 import cloup
 
 from h1export.cli.common import adapter_folders, adapter_option, answer, common, kernels_option, say
+from h1export.cli.ranges import count
 from h1export.targets import Kernels
 
-COUNT = click.IntRange(min=1)
+COUNT = count(1)
 
 
 @cloup.command(short_help="Compare artifacts of one checkpoint side by side.")
@@ -23,14 +24,14 @@ COUNT = click.IntRange(min=1)
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text for KL and bits per byte [default: shipped].",
 )
-@click.option("--text-bytes", default=32768, show_default=True, help="How much of the text; 0: all of it.")
+@click.option(
+    "--text-bytes", default=32768, show_default=True, type=count(), help="How much of the text; 0: all of it."
+)
 @click.option("--quick", is_flag=True, help="Only a few prefills and decode steps; no text.")
-@click.option("--depth", default=0, show_default=True, type=click.IntRange(min=0), help="Time decode after N tokens.")
+@click.option("--depth", default=0, show_default=True, type=count(), help="Time decode after N tokens.")
 @click.option("--prefill", default=128, show_default=True, type=COUNT, help="Time a prompt of N tokens.")
 @click.option("--threads", type=COUNT, help="Thread count [default: the machine's cores].")
-@click.option(
-    "--repeats", default=5, show_default=True, type=click.IntRange(min=0), help="Rounds of timings; 0: no speed."
-)
+@click.option("--repeats", default=5, show_default=True, type=count(), help="Rounds of timings; 0: no speed.")
 @click.option("--to", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page; needs extra report.")
 @kernels_option
 @adapter_option
@@ -66,6 +67,7 @@ def compare(
     from h1export.commands.compare import compare_artifacts
     from h1export.report.page import page_of
     from h1export.validate.speed.bench import BenchOptions
+    from h1export.writing import write_file
 
     speed = BenchOptions((depth,), (prefill,), (threads or os.cpu_count() or 1,), repeats=repeats) if repeats else None
     with ProgressBars(quiet or as_json) as bars:
@@ -83,7 +85,7 @@ def compare(
     for table in comparison_tables(subjects):
         say(table, quiet or as_json)
     if to is not None:
-        to.write_text(page_of(subjects), encoding="utf-8", errors="backslashreplace")
+        write_file(to, page_of(subjects).encode(errors="backslashreplace"))  # of names that are no UTF-8
         say(f"wrote {to}", quiet or as_json)
     if as_json:
         found = [

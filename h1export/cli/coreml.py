@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def run(
 
     from h1export.cli.tables import pairs_table
     from h1export.targets.coreml.evaluator import Evaluator
+    from h1export.writing import write_file
 
     evaluator = Evaluator(_open(package), function)
     held = evaluator.initial_states()
@@ -126,7 +128,9 @@ def run(
         held = {name: given[name] for name in held if name in given}
     outputs = evaluator.run(_arrays(inputs), held)
     if out is not None:
-        np.savez(out, **outputs, **held)  # type: ignore[arg-type]
+        content = BytesIO()
+        np.savez(content, **outputs, **held)  # type: ignore[arg-type]
+        write_file(out if out.suffix == ".npz" else out.with_name(f"{out.name}.npz"), content.getvalue())
     described = {
         name: f"{array.dtype} {list(array.shape)}, {array.min():g} to {array.max():g}"
         for name, array in outputs.items()

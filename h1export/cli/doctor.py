@@ -46,6 +46,7 @@ def doctor(
     from h1export.checkpoint import resolve
     from h1export.cli.tables import ProgressBars
     from h1export.commands.doctor import examine, page
+    from h1export.writing import write_file
 
     if out is not None and out.suffix == ".md":
         raise H1ExportError("--out", f"{out} is where the page goes", "name a .json file")
@@ -54,8 +55,8 @@ def doctor(
             artifact, resolve.resolve(model), build=build, progress=bars, adapters=adapter_folders(adapters)
         )
     if out is not None:
-        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        out.with_suffix(".md").write_text(page(document), encoding="utf-8")
+        write_file(out.with_suffix(".md"), page(document).encode())
+        write_file(out, (json.dumps(document, indent=1) + "\n").encode())
         say(f"written: {out} and {out.with_suffix('.md').name}", quiet or as_json)
     if as_json:
         answer(document)

@@ -57,6 +57,7 @@ def gate(
     from h1export.cli.tables import ProgressBars, gate_table
     from h1export.commands.gate import gate_artifact
     from h1export.commands.gate import write_baseline as make_baseline
+    from h1export.writing import write_file
 
     checkpoint = resolve.resolve(model)
     folders = adapter_folders(adapters)
@@ -70,7 +71,7 @@ def gate(
     with ProgressBars(quiet or as_json) as bars:
         report = gate_artifact(out, checkpoint, gates, progress=bars, kernels=kernels, adapters=folders)
     if junit is not None:
-        junit.write_text(to_junit(report), encoding="utf-8")
+        write_file(junit, to_junit(report).encode())
     say(gate_table(report), quiet or as_json)
     if as_json:
         answer(json.loads(report.to_json()))

@@ -7,19 +7,10 @@ import click
 MOST_COUNT = 1 << 24  # tokens, bytes, sequences or rounds
 MOST_THREADS = 1024
 MOST_SEED = (1 << 63) - 1
+THREADS = click.IntRange(0, MOST_THREADS)  # 0: the runtime's own choice
+SEED = click.IntRange(0, MOST_SEED)
 
 
-class Whole(click.IntRange):
-    """Whole numbers from ``min`` to ``max``, whose upper end is far off and not worth a place in the help."""
-
-    def _describe_range(self) -> str:
-        return f"x>={self.min}" if self.min else ""
-
-
-THREADS = Whole(0, MOST_THREADS)  # 0: the runtime's own choice
-SEED = Whole(0, MOST_SEED)
-
-
-def count(least: int = 0) -> Whole:
+def count(least: int = 0) -> click.IntRange:
     """Return the range from ``least`` to ``MOST_COUNT``."""
-    return Whole(least, MOST_COUNT)
+    return click.IntRange(least, MOST_COUNT)

@@ -27,15 +27,15 @@ def report(outs: tuple[Path, ...], to: Path | None, quiet: bool, as_json: bool) 
       h1export report falcon-int4
       h1export report falcon-int4 falcon-int8 --to falcon.html
     """
-    from h1export.artifact.files import write_into
     from h1export.report.page import page
+    from h1export.writing import write_file, write_into
 
-    text = page(outs)
+    text = page(outs).encode(errors="backslashreplace")  # of names that are no UTF-8
     place = to or (outs[0] / PAGE if len(outs) == 1 else Path(PAGE))
     if to is None:
-        write_into(place.parent, PAGE, text.encode(errors="backslashreplace"))  # of names that are no UTF-8
+        write_into(place.parent, PAGE, text)
     else:
-        place.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_file(place, text)
     say(f"wrote {place}", quiet or as_json)
     if as_json:
         answer({"page": str(place)})

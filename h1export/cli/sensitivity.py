@@ -70,6 +70,7 @@ def sensitivity(
     from h1export.quantize.calibration import Calibration
     from h1export.quantize.precision_plan import plan_text
     from h1export.quantize.scheme import QuantScheme
+    from h1export.writing import write_file
 
     if budget_bits is not None and budget_kl is not None:
         raise click.UsageError("give one of --budget-bits and --budget-kl")
@@ -86,7 +87,7 @@ def sensitivity(
     raised = {} if budget_bits is None and budget_kl is None else budget.raised(found)
     text = plan_text(found, raised)
     if out is not None:
-        out.write_text(text, encoding="utf-8")
+        write_file(out, text.encode())
     if as_json:
         answer(
             {name: {"kl": tensor.kl, "shape": tensor.shape, "int8": name in raised} for name, tensor in found.items()}

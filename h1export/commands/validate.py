@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from h1export.artifact.artifact import REPORT, Artifact
-from h1export.artifact.files import write_into
 from h1export.commands.load import check_source, load_runner
 from h1export.commands.scored_text import scored_text
 from h1export.progress import SILENT, Progress
@@ -17,6 +16,7 @@ from h1export.targets import Kernels
 from h1export.validate.accuracy.run import ValidateOptions
 from h1export.validate.accuracy.run import validate as run_validation
 from h1export.validate.accuracy.text_rows import NOT_REQUESTED
+from h1export.writing import write_into
 
 
 def validate_artifact(

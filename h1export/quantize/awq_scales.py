@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
@@ -57,7 +57,8 @@ class AwqScales:
     def save(self, folder: Path) -> None:
         """Write the file that ``load`` reads."""
         named = {COLUMNS + name: factors for name, factors in self.columns.items()}
-        save_file(named | {ROWS + name: factors for name, factors in self.rows.items()}, folder / SCALING)
+        # not save_file, whose errors are none of the system's
+        (folder / SCALING).write_bytes(save(named | {ROWS + name: factors for name, factors in self.rows.items()}))
 
     @property
     def tensors(self) -> frozenset[str]:

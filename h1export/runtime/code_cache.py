@@ -19,10 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import portalocker
+from portalocker import LockFlags
+
 from h1export.errors import H1ExportError
 
 DIGEST_SUFFIX = ".sha256"  # of the file beside a library, in the format of sha256sum
 PROJECT = "h1export"
+WORK = ".work-"
 ROOT = 0
 PRIVATE_FOLDER = 0o700
 PRIVATE_FILE = 0o600
@@ -164,13 +168,51 @@ def _check_folder(folder: Path, *, may_be_shared: bool) -> None:
 
 @contextmanager
 def _work_folder(folder: Path) -> Iterator[Path]:
-    """Give a private folder beside the entries, on their file system, and remove it."""
-    work = Path(tempfile.mkdtemp(prefix=".work-", dir=folder))
+    """Give a private folder beside the entries, on their file system, and remove it.
+
+    It is locked while it is in use; those of killed processes are not, and are removed too.
+    """
+    for left in folder.glob(f"{WORK}*"):
+        with suppress(portalocker.LockException):  # this file system has no locks
+            if (lock := _locked(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+    lock = None
+    while lock is None:  # another process may take a new folder for a left one before it is locked
+        work = Path(tempfile.mkdtemp(prefix=WORK, dir=folder))
+        try:
+            lock = _locked(work)
+        except portalocker.LockException:
+            lock = os.open(work, os.O_RDONLY)
     try:
         work.chmod(PRIVATE_FOLDER)
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(work: Path) -> int | None:
+    """Return a handle that locks the folder ``work``, or None where another process holds or has removed it.
+
+    Raises:
+        portalocker.LockException: the file system has no locks.
+    """
+    try:
+        handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        portalocker.lock(handle, LockFlags.EXCLUSIVE | LockFlags.NON_BLOCKING)
+        if work.exists():
+            return handle
+    except portalocker.AlreadyLocked:
+        pass
+    except BaseException:
+        os.close(handle)
+        raise
+    os.close(handle)
+    return None
 
 
 def _staged(work: Path, made: Path, name: str) -> Path:

@@ -44,6 +44,8 @@ class Provenance:
         float32: Whether activations are float32 throughout; otherwise they are rounded somewhere, and results drift by
             design.
         fallback: What computes slower here than it could, why, and the next step; it is empty where nothing does.
+        scale_rounding: The largest relative error of a stored weight beside that of its integers, where µP is inside
+            scales of half precision; 0 where scales are exact.
     """
 
     kernels: str
@@ -51,6 +53,7 @@ class Provenance:
     emulated: bool = False
     float32: bool = True
     fallback: str = ""
+    scale_rounding: float = 0.0
 
 
 class Session(Protocol):
@@ -170,6 +173,18 @@ class Inspectable(Restorable[States], Protocol[States]):
         """Return every quantised tensor by its checkpoint name, dequantised from what the artifact stores.
 
         The tensors are float32 and unfolded. The mapping is lazy, and empty where nothing is quantised.
+        """
+        ...
+
+
+@runtime_checkable
+class StoresRoundedFloats(Protocol):
+    """A Runner over an artifact whose floats are rounded, and with which its float32 form computes too."""
+
+    def stored_floats(self) -> Mapping[str, Array]:
+        """Return every tensor that is no integers by its checkpoint name, float32 and unfolded; lazy.
+
+        The mapping is empty where no float is rounded.
         """
         ...
 

@@ -8,7 +8,6 @@ import os
 import stat
 import struct
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.runtime.continued import Continued
 from h1export.runtime.saved_states import SavedStates
+from h1export.writing import replacing, unwritten
 
 FORMAT = "h1export-states-1"
 IDS = "ids"
@@ -61,18 +61,14 @@ class StateFile:
             "messages": text,
             "sha256": _digest(arrays, text),
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             if os.path.lexists(path) and not _is_state_file(path):
                 raise H1ExportError(path, "exists, and is no saved chat", "choose another name")
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, metadata)
-            os.replace(partial, path)
-        except (OSError, SafetensorError, ValueError) as error:  # ValueError: a name that no file can have
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise H1ExportError(path, f"cannot be written ({reason})", "choose another place") from None
-        finally:
-            with suppress(OSError, ValueError):
-                partial.unlink(missing_ok=True)
+            contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            with replacing(path) as stream:
+                stream.write(save(contiguous, metadata))
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise unwritten(path, error) from None
 
     @classmethod
     def read(cls, path: Path, artifact: str, config: FalconH1Config) -> StateFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from pathlib import Path
@@ -20,7 +19,6 @@ from h1export.artifact.files import (
     plain_size,
     sha256_file,
     sha256_range,
-    write_into,
 )
 from h1export.errors import H1ExportError
 
@@ -111,33 +109,6 @@ def test_the_sha256_of_a_file_and_of_a_range_of_it(tmp_path: Path) -> None:
 def test_a_file_without_a_sha256_is_named(tmp_path: Path) -> None:
     with pytest.raises(H1ExportError, match=r"none: cannot be read \(No such file.*\); check its permissions"):
         sha256_file(tmp_path / "none")
-
-
-def test_what_is_written_into_a_folder_replaces_a_link_and_never_follows_it(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    victim = tmp_path / "victim"
-    victim.write_text("mine")
-    for place in ("report.json", "broken.json"):
-        (tmp_path / "out" / place).symlink_to(victim if place == "report.json" else tmp_path / "nowhere")
-        write_into(tmp_path / "out", place, b"new")
-        assert (tmp_path / "out" / place).read_bytes() == b"new"
-        assert not (tmp_path / "out" / place).is_symlink()
-    assert victim.read_text() == "mine"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["broken.json", "report.json"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "victim"]
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").write_text("old")
-
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(H1ExportError, match=r"a: cannot be written \(No space left on device\)"):
-        write_into(tmp_path, "a", b"new")
-    assert (tmp_path / "a").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(

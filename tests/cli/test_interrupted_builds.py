@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from h1export import cli
 from h1export.artifact.artifact import Artifact
 
 BUILD = "import sys; from h1export.cli import run; sys.exit(run(sys.argv[1:]))"
@@ -94,3 +97,8 @@ def test_a_read_only_place_is_one_line(tiny: Path) -> None:
     assert process.returncode == 2
     assert err.startswith("h1export: /proc")
     assert "Traceback" not in err
+
+
+def test_a_copy_to_a_full_disk_names_the_copy() -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/source", None, "/b/copy")
+    assert cli._message(error).startswith("/b/copy: No space left on device; free some space")

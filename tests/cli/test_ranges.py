@@ -46,4 +46,5 @@ def test_what_is_outside_is_refused_by_name(name: str, value: str, capsys: pytes
     said = capsys.readouterr()
     assert said.out == ""
     assert "internal error" not in said.err
+    assert "is not in the range ." not in said.err
     assert all(len(line) <= 300 for line in said.err.splitlines())

@@ -22,7 +22,9 @@ TRITON = re.compile(
     r"h1export\.plugins\.\w+\.kernels"
 )  # modules that are written in Triton, and so need it to be imported
 HEAVY = ("numpy", "torch", "onnx", "onnx_ir", "transformers", "triton", *RUNTIMES)
-SHARED_BY_TARGETS = tuple(f"h1export.targets.{name}" for name in ("base", "info", "onnx", "options", "sizes"))
+SHARED_BY_TARGETS = tuple(
+    f"h1export.targets.{name}" for name in ("base", "hf_folder", "info", "onnx", "options", "sizes")
+)
 HOSTED = "h1export.integrations"  # its modules import what only extras install
 
 Floors = list[tuple[set[str], bool]]  # from the top: (packages, whether they may import each other)

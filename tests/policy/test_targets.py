@@ -71,9 +71,9 @@ run(["build", "--help"])
 run(["build", "--target", "ort", "--colour", "blue"])
 """
     first, *shown = in_python(planted, code, root).splitlines()
-    assert first == "coreml|fake|ort|trt|the fake target|red"
+    assert first == "coreml|fake|gptq|mlx|ort|trt|the fake target|red"
     text = " ".join(" ".join(shown).split())
-    assert "--target [coreml|fake|ort|trt]" in text
+    assert "--target [coreml|fake|gptq|mlx|ort|trt]" in text
     assert "fake options: --colour TEXT Colour of the fake. [default: red]" in text
     assert "coreml and fake and trt options: --max-context" in text
     assert "[default: coreml: 2048, fake: 512, trt: 2048]" in text
@@ -135,6 +135,8 @@ def test_the_existing_targets(root: Path) -> None:
     assert infos == target_infos()
     assert {name: info.folder for name, info in infos.items()} == {
         "coreml": "coreml",
+        "gptq": "gptq",
+        "mlx": "mlx",
         "ort": "onnxruntime",
         "trt": "tensorrt",
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from h1export.errors import H1ExportError
+from h1export.runtime import code_cache
 from h1export.runtime.code_cache import DIGEST_SUFFIX, CacheRefusedError, cached, is_whole
 
 NAME = "lib.so"
@@ -312,3 +313,46 @@ def test_processes_that_heal_one_entry_at_once_agree(home: Path, compiler: Compi
     running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(4)]
     assert [process.communicate()[0] for process in running] == [GOOD + b"\n"] * 4
     assert [path.name for path in library.parent.parent.iterdir()] == [KEY]
+
+
+DIES = """
+import os, pathlib, signal
+from h1export.runtime.code_cache import cached
+def make(folder):
+    (folder / "half").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+cached("kind", "0123", "lib.so", make=make)
+"""
+
+
+def test_what_a_killed_process_left_is_removed(home: Path, compiler: Compiler) -> None:
+    subprocess.run([sys.executable, "-c", DIES], check=False)
+    kind = home / "h1export" / "kind"
+    (left,) = kind.iterdir()
+    assert list(left.rglob("half"))
+    library = get(compiler)
+    assert library.read_bytes() == GOOD
+    assert [path.name for path in kind.iterdir()] == [KEY]
+
+
+def test_what_a_running_process_makes_is_left_alone(home: Path, compiler: Compiler) -> None:
+    def slow(folder: Path) -> Path:
+        cached("kind", "other", NAME, make=compiler)
+        return compiler(folder)
+
+    assert cached("kind", KEY, NAME, make=slow).read_bytes() == GOOD
+    assert sorted(path.name for path in (home / "h1export" / "kind").iterdir()) == [KEY, "other"]
+
+
+def test_a_file_system_without_locks_compiles_too(
+    home: Path, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise code_cache.portalocker.LockException("no locks")
+
+    (home / "h1export" / "kind" / ".work-left").mkdir(parents=True, mode=0o700)
+    for folder in (home, home / "h1export", home / "h1export" / "kind"):
+        folder.chmod(0o700)
+    monkeypatch.setattr(code_cache.portalocker, "lock", none)
+    assert get(compiler).read_bytes() == GOOD
+    assert sorted(path.name for path in (home / "h1export" / "kind").iterdir()) == [".work-left", KEY]

@@ -85,6 +85,8 @@ def test_a_manifest_has_the_options_of_its_target_alone(
             "accuracy_level": 4,
         },
         "coreml": {"logits": "all", "max_context": 2048, "compute": "fp16", "state_io": False},
+        "gptq": {"logits": "all", "unpacked": ()},
+        "mlx": {"logits": "all", "compute": "fp16"},
         "trt": {
             "logits": "all",
             "max_context": 2048,
@@ -129,7 +131,7 @@ def test_options_read_back_are_those_of_the_build(target: str, tmp_path: Path) -
 def other_value(field: Any) -> Any:
     """A value that is not the default."""
     if field.repeated:
-        return (89, 90)
+        return field.choices[:2] or (89, 90)
     if field.choices:
         return next(choice for choice in field.choices if choice != field.default)
     return {bool: True, int: 7 if field.minimum else 0}[field.kind]

@@ -17,7 +17,7 @@ from h1export.progress import SILENT, Progress
 from h1export.quantize.awq_scales import AwqScales, ScaledStore
 from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.report import Report, Row
-from h1export.runtime.runner import Comparable, Inspectable, Runner, TracksMagnitudes
+from h1export.runtime.runner import Comparable, Inspectable, Runner, StoresRoundedFloats, TracksMagnitudes
 from h1export.validate.accuracy import tolerances as defaults
 from h1export.validate.accuracy.bisect import bisect, integers_row
 from h1export.validate.accuracy.facts import environment_facts, runner_facts, subject_facts
@@ -109,7 +109,11 @@ def validate(
         H1ExportError: tolerances for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
     tolerances = defaults.tolerances_of(
-        artifact.manifest, runner.provenance.float32, exact.provenance.float32, chosen=options.tolerances
+        artifact.manifest,
+        runner.provenance.float32,
+        exact.provenance.float32,
+        scale_rounding=runner.provenance.scale_rounding,
+        chosen=options.tolerances,
     )
     stored = runner.stored_weights()
     rows = []
@@ -118,8 +122,11 @@ def validate(
     if stored:
         progress.stage("stored weights")
         rows.append(_weights_row(artifact, stored, store, tolerances=tolerances))
-    scaled = {name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys()}
-    held = {**stored, **scaled} if scaled else stored
+    floats = runner.stored_floats() if stored and isinstance(runner, StoresRoundedFloats) else {}
+    scaled = {
+        name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys() - floats.keys()
+    }
+    held = {**stored, **floats, **scaled} if floats or scaled else stored
     validation = Validation(runner, exact, held, tolerances=tolerances, options=options)
     reference = Reference(checkpoint, options.adapters)
     rows += published_rows(runner, reference, weight_files(checkpoint, runner.config), tolerances=tolerances)

@@ -14,6 +14,7 @@ from typing import get_args
 from h1export.artifact.manifest import Manifest
 from h1export.errors import H1ExportError
 from h1export.quantize.choices import Method, QuantName
+from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import PREQUANTIZED
 from h1export.report.checks import Comparison, Phase
 
@@ -44,10 +45,14 @@ LATENCY_PREFIX = "latency"
 LATENCY = {f"{LATENCY_PREFIX}.{Phase.PREFILL}": 1.5, f"{LATENCY_PREFIX}.{Phase.DECODE}": 1.0}
 
 
-def tolerances_of(manifest: Manifest, float32: bool, exact: bool, *, chosen: Mapping[str, float]) -> dict[str, float]:
+def tolerances_of(
+    manifest: Manifest, float32: bool, exact: bool, *, scale_rounding: float = 0.0, chosen: Mapping[str, float]
+) -> dict[str, float]:
     """Return ``tolerances_for`` the artifact with this ``manifest``, with the same other arguments.
 
-    The artifact's shortest integers decide, because single tensors may have other precisions than its scheme.
+    The artifact's shortest integers decide, because single tensors may have other precisions than its scheme. A scale
+    that is rounded by ``scale_rounding`` (see ``Provenance``) moves the largest code by that share of itself, in steps
+    of its longest integers.
 
     An artifact whose options name bf16 has the tolerances BRAIN where others have HALF. bf16 has 8 bits of precision
     and fp16 has 11, so that a rounding is 8 times as large, on a GPU as here: a GPU adds up products in float32, and
@@ -63,7 +68,9 @@ def tolerances_of(manifest: Manifest, float32: bool, exact: bool, *, chosen: Map
         "rtn" if chosen_by == PREQUANTIZED else next(name for name in get_args(Method) if name == chosen_by)
     )
     brain = "bf16" in manifest.options.values()
-    return tolerances_for(quant, method, float32, exact=exact, brain=brain, chosen=chosen)
+    longest = max((weight.bits for weight in manifest.weights), default=0)
+    moved = Precision(longest, 0).top * scale_rounding if longest else 0.0
+    return tolerances_for(quant, method, float32, exact=exact, brain=brain, moved=moved, chosen=chosen)
 
 
 def tolerances_for(
@@ -73,6 +80,7 @@ def tolerances_for(
     *,
     exact: bool,
     brain: bool = False,
+    moved: float = 0.0,
     chosen: Mapping[str, float],
 ) -> dict[str, float]:
     """Return metric -> tolerance for artifacts of ``quant`` by ``method``; ``chosen`` overrides the defaults.
@@ -83,6 +91,7 @@ def tolerances_for(
         float32: whether the artifact ships with float32 activations.
         exact: whether its lowering is judged in float32 arithmetic.
         brain: whether activations are bf16.
+        moved: the steps by which the rounding of scales that contain µP moves a weight.
         chosen: metric -> tolerance, for --tolerance.
 
     Raises:
@@ -99,7 +108,7 @@ def tolerances_for(
     if quant == "none":
         table |= {TEXT_METRIC: 1.001 if rounded else 1.0001}
     else:
-        table |= {STEPS_METRIC: STEPS} if method == "rtn" else {GROUP_METRIC: GROUP}
+        table |= {STEPS_METRIC: STEPS + moved} if method == "rtn" else {GROUP_METRIC: GROUP}
         table |= QUANTIZED[quant]
     known = table.keys() | {f"{Comparison.SOURCE}.{figure}" for figure in EXACT}
     for metric in chosen:

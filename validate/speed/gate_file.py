@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,6 +25,7 @@ from h1export.report.checks import Phase
 from h1export.validate.speed.decision import FIRST
 from h1export.validate.speed.statistics import Estimate
 from h1export.validate.speed.worker import Timing
+from h1export.writing import write_file
 
 KIND = "a file of gates"
 AS_DOCS = "write one as docs/gates.md says"
@@ -216,6 +216,4 @@ def read_baselines(path: Path) -> dict[str, Baseline]:
 def write_baselines(path: Path, baselines: Mapping[str, Baseline]) -> None:
     """Write all baselines, completely or not at all."""
     stored = dataclasses.asdict(StoredBaselines(1, {name: baselines[name] for name in sorted(baselines)}))
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_file(path, (json.dumps(stored, indent=1, sort_keys=True) + "\n").encode())

@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from h1export.artifact.files import write_into
+from h1export.errors import H1ExportError
 from h1export.targets.tensorrt import sdk
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, RECIPE, EngineConfig
 from h1export.targets.tensorrt.network.layout import MODEL
+from h1export.writing import write_into
 
 LOAD_PLUGIN = "load the plugin"
 
@@ -50,7 +51,12 @@ def build(folder: Path) -> bool:
     engine = None if settings is None else builder.build_serialized_network(network, settings)
     if engine is None:
         return False
-    write_into(folder, ENGINE, engine)
+    report(stage="write the engine")
+    try:
+        write_into(folder, ENGINE, engine)
+    except H1ExportError as error:
+        report(error=error.what)
+        return False
     return True
 
 

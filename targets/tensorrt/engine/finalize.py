@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from h1export.artifact.artifact import Artifact, file_table
-from h1export.artifact.files import write_into
 from h1export.artifact.manifest import MANIFEST
 from h1export.errors import H1ExportError
 from h1export.progress import Progress
@@ -15,6 +14,7 @@ from h1export.targets.tensorrt.engine import build
 from h1export.targets.tensorrt.engine.config import ENGINE, EngineConfig
 from h1export.targets.tensorrt.engine.requirements import EngineRequirements, Host, check
 from h1export.targets.tensorrt.network.layout import MODEL
+from h1export.writing import write_into
 
 
 def build_engine_here(folder: Path, progress: Progress) -> EngineRequirements:
@@ -54,5 +54,9 @@ def _build(
     manifest = dataclasses.replace(
         artifact.manifest, files={**artifact.manifest.files, ENGINE: entry}, requirements=made.to_json()
     )
-    write_into(folder, MANIFEST, manifest.to_json().encode())
+    try:
+        write_into(folder, MANIFEST, manifest.to_json().encode())
+    except H1ExportError:
+        (folder / ENGINE).unlink(missing_ok=True)  # the manifest that stays does not list it
+        raise
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import onnx
 import pytest
+from faults import library
 
 from h1export import cli
 from h1export.artifact.artifact import Artifact
@@ -141,6 +143,18 @@ def test_a_corrupted_network(folder: Path) -> None:
     with pytest.raises(H1ExportError, match=rf"{MODEL}: "):
         build.build(folder, SILENT)
     assert not (folder / ENGINE).exists()
+
+
+def test_a_full_disk_leaves_no_engine(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker process has computed the engine, and cannot write it."""
+    before = sorted(path.name for path in folder.iterdir())
+    (tmp_path / "control").mkdir()
+    for name, value in library.environment(tmp_path / "control", library.compiled(tmp_path)).items():
+        monkeypatch.setenv(name, value)
+    library.control().arm(library.Fault(0, library.FOREVER, errno.ENOSPC), folder)
+    with pytest.raises(H1ExportError, match=r"could not write the engine: cannot be written \(No space left on device"):
+        build.build(folder, SILENT)
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def test_a_corrupted_plugin_ends_the_build_with_code_2_and_nothing_left(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +14,7 @@ from fake_tensorrt import HOST
 
 from h1export import cli
 from h1export.artifact.artifact import Artifact
-from h1export.artifact.manifest import Manifest
+from h1export.artifact.manifest import MANIFEST, Manifest
 from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY
@@ -48,6 +50,24 @@ def test_the_engine_is_built_and_recorded_in_the_manifest(unfinished: Path, gpu_
     (unfinished / ENGINE).chmod(0o400)
     assert build_engine_here(unfinished, SILENT) == requirements  # the second call keeps the engine
     assert [path.name for path in unfinished.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_manifest_that_cannot_be_written_leaves_no_engine(
+    unfinished: Path, gpu_host: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(path.name for path in unfinished.iterdir())
+    replace_file = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target.name == MANIFEST:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(H1ExportError, match=r"manifest\.json: cannot be written"):
+        build_engine_here(unfinished, SILENT)
+    assert sorted(path.name for path in unfinished.iterdir()) == before
+    Artifact.open(unfinished).check_hashes()
 
 
 def test_a_machine_without_a_gpu(

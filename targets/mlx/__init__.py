@@ -1,0 +1,1 @@
+"""A folder that mlx-lm runs as it is: start reading in target.py."""

@@ -259,6 +259,22 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session
+def endurance(session: nox.Session) -> None:
+    """Weights beyond 2^31 elements, 20,000 tokens, and a thousand loads in one process; docs/security.md has figures.
+
+    It is not part of CI, because it takes an hour, 9 GB of disk and 5 GB of memory.
+    """
+    session.install("-e", ".[ort,trt,coreml]", "--no-compile")
+    folder = Path(session.create_tmp()).resolve() / "endurance"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with session.chdir(ROOT / "tools"):
+            session.run("python", "-m", "endurance.run", str(folder), *session.posargs)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@nox.session
 def published(session: nox.Session) -> None:
     """The published configs at their full size, with random weights: a build in int4, a quick validation, and a text.
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum, IntEnum
 from math import prod
 from pathlib import Path
+from threading import RLock
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,8 +60,13 @@ class FakeGpu:
     recorded = 0
     _open: list[Callable[[], None]] | None = None
 
-    def current(self) -> Any:
-        return nullcontext()
+    def __init__(self) -> None:
+        self._turn = RLock()
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        with self._turn:
+            yield
 
     def record(self, launch: Callable[[], None]) -> Callable[[], None]:
         FakeGpu.recorded += 1

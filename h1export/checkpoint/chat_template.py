@@ -48,7 +48,7 @@ class TemplateRefusalError(H1ExportError):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The chat templates of a folder. Threads may share it; one renders at a time.
+    """The chat templates of a folder. Threads may share it; one renders at a time. A forked process reads its own.
 
     Attributes:
         folder: The checkpoint or artifact.

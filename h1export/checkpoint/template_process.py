@@ -25,6 +25,7 @@ from typing import IO, Any
 import psutil
 
 from h1export.errors import H1ExportError
+from h1export.runtime.sharing import Home
 
 WORKER = Path(__file__).with_name("template_worker.py")
 DEPENDENCIES = ("jinja2", "markupsafe")
@@ -65,11 +66,12 @@ class RenderError(Exception):
 class TemplateProcess:
     """Renders templates in a process that starts when first needed, and again after it had to be ended.
 
-    Threads may share it: one renders at a time.
+    Threads may share it: one renders at a time. A process that was forked from this one cannot use it.
     """
 
     def __init__(self, limits: RenderLimits = RenderLimits()) -> None:
         self._limits = limits
+        self._home = Home("chat template")
         self._lock = Lock()
         self._worker: _Worker | None = None
 
@@ -78,8 +80,9 @@ class TemplateProcess:
 
         Raises:
             RenderError: The template cannot be rendered, or not within the limits.
-            H1ExportError: No process can be started.
+            H1ExportError: No process can be started, or this one is a fork.
         """
+        self._home.check()
         request = json.dumps({"template": template, "variables": variables}).encode() + b"\n"
         with self._lock:
             if self._worker is None or self._worker.has_ended:
@@ -97,7 +100,9 @@ class TemplateProcess:
         return answer["text"]
 
     def close(self) -> None:
-        """End the process."""
+        """End the process. In a fork it is left to the process that started it."""
+        if not self._home.is_here:
+            return
         with self._lock:
             self._close()
 
@@ -130,7 +135,7 @@ class _Worker:
             env={name: os.environ[name] for name in KEPT if name in os.environ},
             start_new_session=True,  # Ctrl-C in a terminal is for this process alone
         )
-        self.close = weakref.finalize(self, _end, self._process)
+        self.close = weakref.finalize(self, _end, self._process, os.getpid())
         self._lines: Queue[bytes] = Queue()
         longest = 6 * limits.characters + 1024  # JSON may write a character as six
         Thread(target=_read, args=(self._process.stdout, self._lines, longest), daemon=True).start()
@@ -198,7 +203,9 @@ def _read(stream: IO[bytes], lines: Queue[bytes], longest: int) -> None:
         lines.put(line)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: subprocess.Popen[bytes], parent: int) -> None:
+    if os.getpid() != parent:  # a fork, which ends before the process that needs the worker
+        return
     process.kill()
     process.wait()
     for stream in (process.stdin, process.stdout):

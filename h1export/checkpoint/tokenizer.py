@@ -23,7 +23,7 @@ NEIGHBOURS = 8  # characters, or what a token has of them, that are decoded with
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of ``folder``, with truncation and padding switched off.
+    """Load the tokenizer of ``folder``, with truncation and padding switched off. Threads may share it.
 
     Raises:
         H1ExportError: the folder has no tokenizer.json, or it cannot be read.
@@ -80,6 +80,8 @@ def plain_tokenizer(folder: Path) -> Any:
 
 class TokenDecoder:
     """Text of tokens that come one by one; a character that consists of several is given with its last token.
+
+    It belongs to one sequence, and so to one thread at a time.
 
     Bytes that never become a character are given as U+FFFD, at the latest when the tokens end. tokenizers' DecodeStream
     leaves them out, and raises for decoders that look at more than one token.

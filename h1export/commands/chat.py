@@ -16,6 +16,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.special_tokens import special_tokens
 from h1export.runtime.continued import ContinuedSequence, StoppedError
 from h1export.runtime.generation import Sampling, new_tokens
+from h1export.runtime.sharing import OneCall, OneReader, one_call
 from h1export.runtime.state_file import StateFile
 from h1export.targets import Kernels
 
@@ -26,7 +27,8 @@ class Chat:
     """A conversation with an artifact.
 
     Each turn renders the whole conversation by the chat template, and computes only the tokens that the states have not
-    seen; so a template may change what it wrote for earlier turns. Not for several threads at once.
+    seen; so a template may change what it wrote for earlier turns. It takes one call at a time, and a reply is a call
+    until its iterator ends or is closed: another reply, a save or a change meanwhile raises H1ExportError.
 
     Attributes:
         messages: The conversation so far.
@@ -63,6 +65,7 @@ class Chat:
         """
         artifact = open_artifact(out, verify)
         self._identity = artifact.identity
+        self._one_call = OneCall("conversation")
         self._tokenizer = load_tokenizer(out)
         self._template = ChatTemplate.read(out)
         self._template.chosen()  # says now that there is none
@@ -84,23 +87,33 @@ class Chat:
         return str(self.messages[0]["content"]) if has_one else None
 
     @system.setter
+    @one_call
     def system(self, text: str | None) -> None:
         others = self.messages if self.system is None else self.messages[1:]
         self.messages = others if text is None else [{"role": SYSTEM, "content": text}, *others]
 
+    @one_call
     def reset(self) -> None:
         """Forget everything but the system message."""
         self.messages = self.messages[: 0 if self.system is None else 1]
 
     def reply(self, text: str, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """Add a user's turn, and yield the model's reply piece by piece; then both are in the conversation.
+        """Add a user's turn, and return the model's reply piece by piece; then both are in the conversation.
 
         Where the reply ends early, because ``stop`` says so or the caller closes the iterator, what was yielded is the
         reply. Where it does not begin, because of an error or of ``stop``, the turn is as if it had never been.
 
         Raises:
-            H1ExportError: The template does not take the turn, or the conversation does not fit the context.
+            H1ExportError: The template does not take the turn, the conversation does not fit the context, or another
+                reply is being read.
         """
+        return OneReader(self._reply(text, stop), "reply")
+
+    def _reply(self, text: str, stop: Callable[[], bool]) -> Iterator[str]:
+        with self._one_call:
+            yield from self._replied(text, stop)
+
+    def _replied(self, text: str, stop: Callable[[], bool]) -> Iterator[str]:
         messages = [*self.messages, {"role": USER, "content": text}]
         prompt = self._ids(messages, reply=True)
         try:
@@ -135,6 +148,7 @@ class Chat:
         ids = prompt_ids(self._tokenizer, text, self._runner.config, add_special_tokens=False)
         return [int(token) for token in ids]
 
+    @one_call
     def save(self, path: Path) -> None:
         """Write the conversation and its states to ``path``.
 

@@ -53,7 +53,7 @@ def load_folder(
     kernels: Kernels = "auto",
     verify: str | Path | None = None,
 ) -> Inspectable[Any]:
-    """Return a Runner over the artifact in the folder ``out``; this is ``h1export.load``.
+    """Return a Runner over the artifact in the folder ``out``; this is ``h1export.load``. Threads may share it.
 
     ``verify`` is a file with the public key of whoever must have signed it, see ``h1export verify``. The other
     arguments are those of ``Target.load``.

@@ -28,6 +28,7 @@ from h1export.integrations.lm_eval_options import WHERE, Options, read_options
 from h1export.integrations.lm_eval_scoring import NOTHING, Prefix
 from h1export.model.falcon_h1.special_tokens import generation_config, special_tokens
 from h1export.runtime.generation import generate
+from h1export.runtime.sharing import OneCall, one_call
 from h1export.targets import Kernels
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # (texts, context, continuation), as lm-eval passes them
@@ -38,7 +39,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 class ArtifactLM(TemplateLM):
     """A model of lm-eval over the artifact ``out``.
 
-    It computes one row at a time; the continuations of one context share its states.
+    It computes one row at a time; the continuations of one context share its states. It takes one list of requests at a
+    time: another one at the same moment raises H1ExportError, because transformers' tokenizers are not for several
+    threads.
 
     Args:
         out: The artifact's folder.
@@ -63,6 +66,7 @@ class ArtifactLM(TemplateLM):
     ) -> None:
         super().__init__()
         self._folder = Path(out)
+        self._one_call = OneCall("model of lm-eval")
         self._tokenizer = load_tokenizer(Path(out))
         self.runner = load_folder(out, threads, kernels=kernels)
         self._special = special_tokens(self._folder, self.runner.config)
@@ -116,6 +120,7 @@ class ArtifactLM(TemplateLM):
         prefixed = after[:1] == [self.prefix_token_id]
         return (after[:1], after[1:]) if prefixed else ([self.prefix_token_id], after)
 
+    @one_call
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return the log likelihood of each continuation, and whether it is the greedy one.
 
@@ -150,6 +155,7 @@ class ArtifactLM(TemplateLM):
                     self.cache_hook.add_partial("loglikelihood", texts, answers[index])
         return [answers[index] for index in range(len(requests))]
 
+    @one_call
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log likelihood of whole texts, in windows of ``max_length`` tokens.
 
@@ -165,6 +171,7 @@ class ArtifactLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
         return totals
 
+    @one_call
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return continuations, which are greedy unless a task samples; every request samples by a seed of its own."""
         answers = []

@@ -52,7 +52,7 @@ class Logits(ModelOutput):
 
 
 class State:
-    """The session that `generate` carries from step to step."""
+    """The session that `generate` carries from step to step, for one call at a time."""
 
     def __init__(self, session: BatchSession) -> None:
         self.session = session
@@ -67,7 +67,8 @@ class State:
 class FalconH1ForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """The interface of transformers over a Runner.
 
-    It has no parameters. Pipelines recognise a model by the name of its class.
+    It has no parameters. Pipelines recognise a model by the name of its class. Threads may share it: each call of
+    ``generate`` or ``forward`` has a session of its own, unless two are given the same ``state``, which raises.
     """
 
     config_class = FalconH1Config

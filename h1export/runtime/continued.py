@@ -13,6 +13,7 @@ from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.runtime.generation import PREFILL_CHUNK
 from h1export.runtime.runner import RestorableSession, Runner
 from h1export.runtime.saved_states import SavedStates
+from h1export.runtime.sharing import OneCall, one_call
 
 # Each has the states of the convolutions and scans, and all of them together one set of keys and values.
 MOST_POINTS = 8
@@ -34,7 +35,7 @@ class Continued:
 class ContinuedSequence:
     """One sequence over ``runner``, which goes on from where it agrees with the tokens that are asked for.
 
-    Not for several threads at once.
+    It takes one call at a time; another one at the same moment raises H1ExportError.
 
     Attributes:
         ids: The tokens that the states have seen.
@@ -47,6 +48,7 @@ class ContinuedSequence:
         self._points: list[SavedStates] = []  # consecutive parts; the states at the end of each can be restored
         self._session: RestorableSession | None = None
         self._capacity = 0
+        self._one_call = OneCall("sequence")
         self.ids: list[int] = []
         self.computed = 0
         if saved is not None:
@@ -60,6 +62,7 @@ class ContinuedSequence:
         longest = self._runner.config.max_position_embeddings
         return longest if limit is None else min(limit, longest)
 
+    @one_call
     def become(self, ids: Sequence[int], points: Sequence[int] = (), stop: Callable[[], bool] = lambda: False) -> Array:
         """Let the sequence be ``ids``, and return the logits after its last token, float32 [vocab].
 
@@ -90,6 +93,7 @@ class ContinuedSequence:
         assert logits is not None
         return logits
 
+    @one_call
     def append(self, token: int) -> Array:
         """Extend the sequence by a token, and return the logits after it, float32 [vocab].
 
@@ -100,6 +104,7 @@ class ContinuedSequence:
             raise H1ExportError("append", f"the context of {self.context} tokens is full", "begin a new sequence")
         return self._append(self._reserve(len(self.ids) + 1), np.array([[token]], np.int64))
 
+    @one_call
     def save(self) -> Continued:
         """Return a copy of the sequence so far. Raises H1ExportError where it has no tokens."""
         if self._session is None or not self.ids:

@@ -11,6 +11,7 @@ import numpy as np
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.runtime.runner import Runner
+from h1export.runtime.sharing import OneReader
 
 PREFILL_CHUNK = 512  # tokens of the prompt in one call, so that the logits of long prompts do not fill the memory
 
@@ -52,13 +53,22 @@ class Sampling:
 def generate(
     runner: Runner[Any], prompt: Ids, max_tokens: int, *, sampling: Sampling, eos: frozenset[int]
 ) -> Iterator[int]:
-    """Yield new tokens after ``prompt`` [seq].
+    """Return an iterator over new tokens after ``prompt`` [seq].
+
+    Each iterator has a session of its own, so those of one Runner may be read in any order and by several threads; one
+    iterator is read by one caller at a time.
 
     The text ends before an end token in ``eos``, after ``max_tokens`` tokens or where the model's context is full.
 
     Raises:
         H1ExportError: The prompt is empty, or fills the context.
     """
+    return OneReader(_tokens(runner, prompt, max_tokens, sampling=sampling, eos=eos), "generation")
+
+
+def _tokens(
+    runner: Runner[Any], prompt: Ids, max_tokens: int, *, sampling: Sampling, eos: frozenset[int]
+) -> Iterator[int]:
     context = runner.config.max_position_embeddings
     if not len(prompt):
         raise H1ExportError("prompt", "has no tokens", "give at least one")

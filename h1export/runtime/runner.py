@@ -59,6 +59,9 @@ class Provenance:
 class Session(Protocol):
     """A batch of sequences that are being extended; their states are updated in place.
 
+    A session takes one call at a time: while one runs, another one, of any thread, raises H1ExportError at once and
+    changes nothing. Threads that take turns may share it. Sessions of one Runner share nothing that a call changes.
+
     Attributes:
         length: The number of tokens so far, which is the same for every row.
     """
@@ -69,7 +72,8 @@ class Session(Protocol):
         """Extend every row, and return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
 
         Raises:
-            H1ExportError: The ids do not fit the vocabulary, the batch or the capacity.
+            H1ExportError: The ids do not fit the vocabulary, the batch or the capacity, another call is running, or
+                this process is a fork of the one that opened the session.
         """
         ...
 
@@ -95,7 +99,14 @@ class RestorableSession(Session, Protocol):
 
 
 class Runner(Protocol[States]):
-    """A loaded artifact. ``States`` is the runtime's own form of the states, and opaque to callers."""
+    """A loaded artifact. ``States`` is the runtime's own form of the states, and opaque to callers.
+
+    Any number of threads may call one Runner at once. Every call is independent, because ``step`` leaves the states
+    that it is given as they are, and results are those of the same calls one after the other. Some runtimes compute
+    one call at a time, and let the others wait. A process that was forked from the one that loaded the artifact cannot
+    use it: ``step`` and ``start`` raise H1ExportError there. Such a process has to end with ``os._exit``, as those of
+    multiprocessing do, because onnxruntime cannot end in it.
+    """
 
     @property
     def config(self) -> FalconH1Config:

@@ -1,6 +1,7 @@
 """Sessions over any Runner: one that steps, one with states in place, and one that extends row by row.
 
-All of them are ``BatchSession``s. A runtime that has states in place implements ``RestorableSession``.
+All of them are ``BatchSession``s, and take one call at a time. A runtime that has states in place implements
+``RestorableSession``.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.runtime.generation import PREFILL_CHUNK
 from h1export.runtime.runner import Restorable, RestorableSession, Runner, check_call
 from h1export.runtime.saved_states import SavedStates, check_part
+from h1export.runtime.sharing import OneCall, one_call
+
+WHAT = "session"  # in errors
 
 
 class BatchSession(RestorableSession, Protocol):
     """A Session that also takes rows padded on the left, and returns as many logits as a caller wants.
+
+    Like every Session it takes one call at a time; another one at the same moment raises.
 
     Attributes:
         length: The number of tokens and pads so far, which is the same for every row.
@@ -64,8 +70,10 @@ class InPlaceSession:
     def __init__(self, runner: Runner[Any], rows: int, capacity: int) -> None:
         self._all_logits = runner.limits.all_logits
         self._session = runner.start(rows, capacity)
+        self._one_call = OneCall(WHAT)
         self.length = 0
 
+    @one_call
     def append(self, ids: Ids, mask: Ids | None = None, keep: int | None = None) -> Array:
         _check_logits(self._all_logits, ids, keep)
         if mask is not None and not mask.all():
@@ -76,9 +84,11 @@ class InPlaceSession:
         self.length = self._session.length
         return _last(answers, keep)
 
+    @one_call
     def save(self, row: int = 0, start: int = 0) -> SavedStates:
         return self._session.save(row, start)
 
+    @one_call
     def restore(self, saved: SavedStates) -> None:
         self._session.restore(saved)
         self.length = self._session.length
@@ -92,8 +102,10 @@ class SteppedSession:
         self._states = runner.initial(rows)
         self._rows = rows
         self._padded = False
+        self._one_call = OneCall(WHAT)
         self.length = 0
 
+    @one_call
     def append(self, ids: Ids, mask: Ids | None = None, keep: int | None = None) -> Array:
         _check_logits(self._runner.limits.all_logits, ids, keep)
         pads = 0
@@ -112,11 +124,13 @@ class SteppedSession:
             self.length = seen.shape[1]
         return _last(answers, keep)
 
+    @one_call
     def save(self, row: int = 0, start: int = 0) -> SavedStates:
         if self._padded:
             raise H1ExportError("save", "the rows have pads", "save the states of a session without pads")
         return _saved(self._runner, self._states, row, start=start)
 
+    @one_call
     def restore(self, saved: SavedStates) -> None:
         self._states = _restored(self._runner, saved, self._rows)
         self._padded = False
@@ -131,9 +145,11 @@ class RowByRowSession:
 
     def __init__(self, runner: Runner[Any], rows: int) -> None:
         self._runner = runner
+        self._one_call = OneCall(WHAT)
         self.length = 0
         self._rows: list[tuple[int, Any]] = [(0, runner.initial(1))] * rows  # tokens so far without pads, states
 
+    @one_call
     def append(self, ids: Ids, mask: Ids | None = None, keep: int | None = None) -> Array:
         _check_logits(self._runner.limits.all_logits, ids, keep)
         if mask is None:
@@ -169,14 +185,17 @@ class RowByRowSession:
             answers.append(logits)
         return _last(answers, keep)[0], (past + ids.shape[1], states)
 
+    @one_call
     def save(self, row: int = 0, start: int = 0) -> SavedStates:
         check_part(row, len(self._rows), start, length=self._rows[row][0] if row < len(self._rows) else 0)
         return _saved(self._runner, self._rows[row][1], 0, start=start)
 
+    @one_call
     def restore(self, saved: SavedStates) -> None:
         self._rows = [(saved.length, _restored(self._runner, saved, 1))] * len(self._rows)
         self.length = saved.length
 
+    @one_call
     def reorder(self, rows: Sequence[int]) -> None:
         """Let row i go on from where row ``rows[i]`` is."""
         self._rows = [self._rows[row] for row in rows]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +24,7 @@ Held = Any  # states in an executor's own form
 
 
 class Executor(Protocol):
-    """An executor of the functions of a package.
+    """An executor of the functions of a package, which threads may share: it runs one function at a time.
 
     Attributes:
         name: What computes, for the report.
@@ -82,7 +83,10 @@ class Evaluated:
 
 
 class OnMac:
-    """Core ML, which needs macOS 15; we have not run it. ``passed`` is as ``Evaluated`` takes it."""
+    """Core ML, which needs macOS 15; we have not run it. ``passed`` is as ``Evaluated`` takes it.
+
+    Apple's documentation of MLModel asks for one thread at a time on a model.
+    """
 
     name = "Core ML"
     emulated = False
@@ -91,6 +95,7 @@ class OnMac:
         ct = sdk.coremltools()
         units = ct.ComputeUnit.CPU_AND_GPU  # the Neural Engine has no blocks of int4
         self._passed = passed
+        self._lock = Lock()
         self._models: dict[str, Any] = {
             call.name: ct.models.MLModel(str(package), function_name=call.name, compute_units=units) for call in CALLS
         }
@@ -98,22 +103,25 @@ class OnMac:
     def hold(self, states: Mapping[str, npt.NDArray[Any]]) -> Held:
         if self._passed:
             return dict(states)
-        state = self._models[DECODE.name].make_state()
-        for name, array in states.items():
-            state.write_state(name, array)
+        with self._lock:
+            state = self._models[DECODE.name].make_state()
+            for name, array in states.items():
+                state.write_state(name, array)
         return state, tuple(states)
 
     def run(self, function: str, inputs: Arrays, held: Held) -> Arrays:
         model = self._models[function]
-        if self._passed:
-            return _passed_on(dict(model.predict(inputs | held)), held, self._passed)
-        return dict(model.predict(inputs, state=held[0]))
+        with self._lock:
+            if self._passed:
+                return _passed_on(dict(model.predict(inputs | held)), held, self._passed)
+            return dict(model.predict(inputs, state=held[0]))
 
     def fetch(self, held: Held) -> Arrays:
         if self._passed:
             return dict(held)
         state, names = held
-        return {name: np.array(state.read_state(name)) for name in names}
+        with self._lock:
+            return {name: np.array(state.read_state(name)) for name in names}
 
 
 def _passed_on(outputs: Arrays, held: Held, passed: Mapping[str, str]) -> Arrays:

@@ -19,6 +19,8 @@ from h1export.model.falcon_h1.states import Array, Ids, StateKind, StateSpec
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.runtime.runner import Limits, Provenance, check_call
 from h1export.runtime.saved_states import SavedStates
+from h1export.runtime.session import WHAT
+from h1export.runtime.sharing import Home, OneCall, one_call
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.execution import Evaluated, Executor, Held, OnMac, advance, observe
 from h1export.targets.coreml.options import CoreMLOptions
@@ -41,11 +43,13 @@ class States:
 class CoreMLRunner:
     """A Runner over model.mlpackage, which ``executor`` executes.
 
-    Any number of tokens becomes padded prefills and decodes.
+    Any number of tokens becomes padded prefills and decodes. Threads may share it; the executor computes one call at a
+    time, and the others wait.
     """
 
     def __init__(self, artifact: Artifact, executor: Executor) -> None:
         self._artifact = artifact
+        self._home = Home(str(artifact.folder))
         self._config = artifact.config
         self._states = StateSpec.of(self._config)
         options = CoreMLOptions.read(artifact)
@@ -90,6 +94,7 @@ class CoreMLRunner:
 
     def _hold(self, ids: Ids, mask: Ids, states: States) -> Held:
         """Return ``states`` in the executor's form. Raises H1ExportError for a call that CoreML does not take."""
+        self._home.check()
         check_call(ids, mask, states.length, vocab_size=self._config.vocab_size)
         if len(ids) != 1 or not mask.all():
             raise H1ExportError("step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", f"CoreML takes {NO_PADS}")
@@ -105,6 +110,7 @@ class CoreMLRunner:
             raise H1ExportError(where, what, f"build it with --max-context {tokens}")
 
     def start(self, batch: int, capacity: int) -> CoreMLSession:
+        self._home.check()
         self._check_room("start", capacity)
         return CoreMLSession(self, self._executor, self._advance, states=self.initial(batch), capacity=capacity)
 
@@ -165,7 +171,7 @@ def load(artifact: Artifact) -> CoreMLRunner:
 
 
 class CoreMLSession:
-    """A session of one sequence, whose states stay in the executor's own form."""
+    """A session of one sequence, whose states stay in the executor's own form. It takes one call at a time."""
 
     def __init__(
         self,
@@ -181,8 +187,10 @@ class CoreMLSession:
         self._advance = advance
         self._capacity = capacity
         self._held = executor.hold(states.arrays)
+        self._one_call = OneCall(WHAT)
         self.length = states.length
 
+    @one_call
     def append(self, ids: Ids) -> Array:
         end = self.length + ids.shape[-1]
         check_call(ids, np.ones((len(ids), end), np.int64), self.length, vocab_size=self._runner.config.vocab_size)
@@ -195,10 +203,12 @@ class CoreMLSession:
         self.length = end
         return logits
 
+    @one_call
     def save(self, row: int = 0, start: int = 0) -> SavedStates:
         found = self._runner.snapshot(States(self.length, self._executor.fetch(self._held)))
         return SavedStates.of(StateSpec.of(self._runner.config), found, row, start=start, length=self.length)
 
+    @one_call
     def restore(self, saved: SavedStates) -> None:
         saved.check(StateSpec.of(self._runner.config), self._capacity)
         self._held = self._executor.hold(self._runner.restored(saved, 1).arrays)

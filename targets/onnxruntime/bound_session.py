@@ -12,6 +12,8 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, Ids, StateSpec
 from h1export.runtime.runner import check_call
 from h1export.runtime.saved_states import SavedStates, check_part
+from h1export.runtime.session import WHAT
+from h1export.runtime.sharing import OneCall, one_call
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import state_layout
 from h1export.targets.onnxruntime.bfloat16 import element_type, in_numpy
@@ -55,7 +57,8 @@ class BoundSession:
 
     Every state is an input and an output of the InferenceSession at once. GroupQueryAttention takes a longer buffer
     than there are keys, and appends in place where past and present are the same buffer. The scan's kernels and the
-    convolution's read a state before they write it. Token ids, masks and logits are copied by ONNX Runtime.
+    convolution's read a state before they write it. Token ids, masks and logits are copied by ONNX Runtime. The buffers
+    are this session's alone, and it takes one call at a time.
 
     Args:
         graph: The InferenceSession and its graph.
@@ -74,10 +77,12 @@ class BoundSession:
             zeros = np.zeros(shape, in_numpy(graph.dtypes[tensor.past]))  # bytes, which are bound by address
             self._states.append((tensor.past, tensor.present, value_of(zeros, self._graph.device, DEVICE_ID)))
         self._batch = batch
+        self._one_call = OneCall(WHAT)
         self._whole = self._bind(0, batch)
         self._fixed = self._fixed_decode() if graph.fixed_decode else None
         self.length = 0
 
+    @one_call
     def append(self, ids: Ids) -> Array:
         """Extend every row, and return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
 
@@ -117,6 +122,7 @@ class BoundSession:
             vocab_size=self._graph.vocab_size,
         )
 
+    @one_call
     def save(self, row: int = 0, start: int = 0) -> SavedStates:
         check_part(row, self._batch, start, length=self.length)
         permutation = self._graph.variant.permutation
@@ -126,6 +132,7 @@ class BoundSession:
             found[tensor.key] = state_layout.permute(tensor.kind, state.astype(np.float32), permutation)
         return SavedStates.of(self._graph.states, found, 0, start=start, length=self.length)
 
+    @one_call
     def restore(self, saved: SavedStates) -> None:
         saved.check(self._graph.states, self._capacity)
         permutation = self._graph.variant.permutation

@@ -21,8 +21,8 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.probes import PREFIX
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.graph_file import read_graph
-from h1export.targets.onnxruntime import cuda_libraries
-from h1export.targets.onnxruntime.calls import refused
+from h1export.targets.onnxruntime import cuda_libraries, product_limits
+from h1export.targets.onnxruntime.calls import Serial, refused
 from h1export.targets.onnxruntime.float32_graph import float32_graph
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CPU, CUDA, FUSED_LEVEL, GraphVariant
@@ -60,17 +60,22 @@ def open_inference_session(
         observed: Whether the values of model/falcon_h1/probes.py are outputs too.
 
     Raises:
-        H1ExportError: onnxruntime cannot load the graph, or does not have or start the provider.
+        H1ExportError: onnxruntime cannot load the graph, or does not have or start the provider, or a weight is too
+            large for its kernels.
     """
     ort = sdk.onnxruntime()
     provider = variant.provider
+    built = OrtOptions.read(artifact)
+    level = 0 if float32 else built.accuracy_level
+    if library is None and (float32 or provider == CPU):
+        product_limits.check(artifact, built.graph, level)
     path = artifact.folder / (MODEL if library is None else NATIVE_MODEL)
     options = ort.SessionOptions()
     for name, value in SETTINGS[path.name].items():
         setattr(options, name, value)
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are exceptions, whose one line is enough
-    options.add_session_config_entry(FUSED_LEVEL, str(0 if float32 else OrtOptions.read(artifact).accuracy_level))
+    options.add_session_config_entry(FUSED_LEVEL, str(level))
     if library is not None:
         with refused(library, "onnxruntime cannot load our kernels"):
             options.register_custom_ops_library(str(library))
@@ -94,7 +99,7 @@ def open_inference_session(
         raise H1ExportError(
             provider, f"onnxruntime could not start it{cuda_libraries.missing()}", cuda_libraries.NEXT_STEP
         )
-    return session
+    return Serial(session) if captured else session
 
 
 def _changed(path: Path, variant: GraphVariant, options: Any, *, float32: bool, observed: bool) -> bytes:

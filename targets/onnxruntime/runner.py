@@ -18,6 +18,7 @@ from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, A
 from h1export.runtime.runner import Limits, Provenance, RestorableSession, check_call
 from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import SteppedSession
+from h1export.runtime.sharing import Home
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
 from h1export.targets.onnx.read_back import StoredWeights
@@ -45,6 +46,9 @@ States = dict[str, npt.NDArray[Any]]
 class OnnxRuntimeRunner:
     """A Runner over model.onnx or model.native.onnx. Its states are arrays by input name, in the graph's own layouts.
 
+    Threads may share it: they run in one InferenceSession at the same time, except where calls are captured as CUDA
+    graphs, which ONNX Runtime allows one call at a time; then they wait for each other.
+
     Args:
         artifact: What the target has written.
         threads: The number of threads; 0 leaves it to onnxruntime.
@@ -54,6 +58,7 @@ class OnnxRuntimeRunner:
 
     def __init__(self, artifact: Artifact, threads: int, float32: bool, *, kernels: Kernels) -> None:
         self._artifact = artifact
+        self._home = Home(str(artifact.folder))
         self._config = artifact.config
         self._states = StateSpec.of(self._config)
         self._options = OrtOptions.read(artifact)
@@ -118,6 +123,7 @@ class OnnxRuntimeRunner:
         return self._variant.half if kind in self._halves else np.float32
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
+        self._home.check()
         past = self.length(states)
         check_call(ids, mask, past, vocab_size=self._config.vocab_size)
         check_length(ids, self._longest_call)
@@ -147,6 +153,7 @@ class OnnxRuntimeRunner:
 
     def observe(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States, dict[str, Array]]:
         check_call(ids, mask, self.length(states), vocab_size=self._config.vocab_size)
+        self._home.check()
         names = [output.name for output in self._observed.get_outputs()]
         with refused(self._artifact.folder, "onnxruntime cannot compute its graph"):
             values = run(self._observed, names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
@@ -161,6 +168,7 @@ class OnnxRuntimeRunner:
         return found[LOGITS], after, probes
 
     def start(self, batch: int, capacity: int) -> RestorableSession:
+        self._home.check()
         if not self._variant.bound:
             return SteppedSession(self, batch)
         graph = BoundGraph(

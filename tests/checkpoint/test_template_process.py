@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from threaded_runners import in_fork
 
 from h1export.checkpoint import template_process
 from h1export.checkpoint.template_process import RenderError, RenderLimits, TemplateProcess
@@ -252,3 +255,42 @@ def test_what_a_template_can_reach(process: TemplateProcess, tmp_path: Path) -> 
         found = attempt(process, "{{ " + way.replace("{}", f"touch {marker}") + " }}", {"messages": []})
         assert found.kind == "failed" if isinstance(found, RenderError) else found.strip() in HARMLESS, way
     assert not marker.exists()
+
+
+def test_a_fork_is_refused_and_leaves_the_worker_alone() -> None:
+    """A forked process ends, with all its finalizers, and the parent's worker still answers."""
+    process = TemplateProcess()
+    assert process.render("{{ a }}", {"a": "x"}) == "x"
+    worker = process._worker
+
+    def work() -> None:
+        with pytest.raises(H1ExportError, match="chat template: was made in process"):
+            process.render("{{ a }}", {"a": "y"})
+        process.close()
+        assert worker is not None
+        worker.close()
+
+    in_fork(work)
+    assert process.render("{{ a }}", {"a": "z"}) == "z"
+    assert process._worker is worker
+    process.close()
+
+
+def test_nothing_is_left_of_many_processes() -> None:
+    """Neither zombies nor descriptors nor threads, whether a process is closed or let go."""
+
+    def held() -> tuple[int, int, int]:
+        gc.collect()
+        return len(os.listdir("/dev/fd")), threading.active_count(), len(psutil.Process().children())
+
+    before = held()
+    for number in range(12):
+        process = TemplateProcess()
+        assert process.render("{{ a }}", {"a": number}) == str(number)
+        if number % 2:
+            process.close()
+        del process
+    end = time.monotonic() + 10  # readers end when their pipe does
+    while held() != before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert held() == before

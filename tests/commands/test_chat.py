@@ -246,3 +246,27 @@ def test_an_artifact_without_a_template(out: Callable[..., Path]) -> None:
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(H1ExportError, match="no chat template"):
         talk_to(folder)
+
+
+def test_one_reply_is_read_at_a_time(out: Callable[..., Path]) -> None:
+    """Two replies in turns would mix: the second one raises until the first has ended or is closed."""
+    talk, alone = (Chat(out(), 6, sampling=Sampling()) for _ in range(2))
+    truth = "".join(alone.reply(TURNS[0]))
+    first: Any = talk.reply(TURNS[0])
+    said = next(first)
+    for other in (
+        lambda: next(talk.reply(TURNS[1])),
+        talk.reset,
+        lambda: talk.save(Path("nowhere")),
+        lambda: setattr(talk, "system", "Be brief."),
+    ):
+        with pytest.raises(H1ExportError, match="conversation: is in use by another call"):
+            other()
+    assert said + "".join(first) == truth
+    assert talk.messages == alone.messages
+    second: Any = talk.reply(TURNS[1])
+    next(second)
+    second.close()
+    assert len(talk.messages) == 4
+    talk.reset()
+    assert "".join(talk.reply(TURNS[0])) == truth

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from threading import Lock
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ class Evaluator:
 
     Ops compute in float32; an fp16 result is rounded once, at the op's output. A device may round intermediate results
     elsewhere, so its bits may differ. Declared types, shapes and bounds are checked in every run.
+
+    Threads may share it. All evaluators of a process take turns, because each limits torch's threads while it runs.
 
     Args:
         package: the package.
@@ -67,18 +71,18 @@ class Evaluator:
         where = f"{self._package.path}: function {self.function.name!r}"
         _check(self.function.inputs, inputs, f"{where}, input")
         _check(self.function.states, states or {}, f"{where}, state")
-        frame = Frame(list(self._values), dict(states or {}), self._unchanged_states(states or {}))
-        for name, slot in self._input_slots.items():
-            frame.values[slot] = widen(np.asarray(inputs[name]))
         with np.errstate(all="ignore"), _one_thread():  # infinities and NaN are results, which ``maxima`` shows
+            frame = Frame(list(self._values), dict(states or {}), self._unchanged_states(states or {}))
+            for name, slot in self._input_slots.items():
+                frame.values[slot] = widen(np.asarray(inputs[name]))
             for step in self._steps:
                 step(frame)
             declared = zip(self.function.outputs.items(), self._output_slots, strict=True)
             outputs = {name: narrow(frame.values[slot], kind.dtype) for (name, kind), slot in declared}
+            if states is not None:
+                states.update(frame.states)
+                self._written = {name: (states[name], array) for name, array in frame.widened.items()}
         outputs |= {output.name: frame.values[output.slot] for output in self._op_outputs if output.name in watch}
-        if states is not None:
-            states.update(frame.states)
-            self._written = {name: (states[name], array) for name, array in frame.widened.items()}
         return outputs
 
     def _unchanged_states(self, states: Mapping[str, Array]) -> dict[str, Array]:
@@ -110,18 +114,32 @@ class Evaluator:
         return found
 
 
+_turn = Lock()  # of all evaluators: the number of torch's threads is the process's
+
+
+def _renew() -> None:
+    """Make a new lock in a forked process, which may not have the thread that holds the old one."""
+    global _turn
+    _turn = Lock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_renew)
+
+
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread.
+    """Limit torch to one thread, and let one evaluator run at a time.
 
     It only does small conversions here, which can take a hundred times as long with a second thread to wait for.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with _turn:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _shape_and_dtype(kind: TensorType) -> tuple[tuple[int, ...], np.dtype[np.generic]]:

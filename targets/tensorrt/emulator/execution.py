@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ Values = dict[str, npt.NDArray[Any]]
 
 
 class Execution:
-    """The network of the artifact in ``folder``, ready to run.
+    """The network of the artifact in ``folder``, ready to run, in several threads at once too.
 
     Args:
         folder: the artifact's folder.
@@ -47,6 +48,7 @@ class Execution:
         self._shown = tuple(shown)
         self._outputs = [output.name for output in network.graph.output]
         self._peaks: dict[str, float] = {}
+        self._noting = Lock()
         self._constants: Values = {}
         self._open(self._partitioner.constants())(self._constants)
         self._steps = [
@@ -65,7 +67,8 @@ class Execution:
 
     def magnitudes(self) -> Mapping[str, float]:
         """Return kind of op -> the largest magnitude of its results before they were rounded to fp16, over all runs."""
-        return self._peaks
+        with self._noting:
+            return dict(self._peaks)
 
     def _open(self, subgraph: Subgraph) -> Callable[[Values], None]:
         """Return the step that runs ``subgraph`` with ONNX Runtime and adds its outputs to the values."""
@@ -96,7 +99,8 @@ class Execution:
         return step
 
     def _note(self, op: str, magnitude: float) -> None:
-        self._peaks[op] = float(np.maximum(self._peaks.get(op, 0.0), magnitude))  # unlike max, this keeps NaN
+        with self._noting:
+            self._peaks[op] = float(np.maximum(self._peaks.get(op, 0.0), magnitude))  # unlike max, this keeps NaN
 
     def _plugin(self, node: NodeProto) -> Callable[[Values], None]:
         """Return the step that runs the op's reference in float32, with arguments by the names of its schema."""

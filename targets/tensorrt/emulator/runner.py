@@ -16,6 +16,7 @@ from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, A
 from h1export.runtime.runner import Limits, Provenance, check_call
 from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import SteppedSession
+from h1export.runtime.sharing import Home
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.tensorrt.emulator.execution import Execution, Values
@@ -35,7 +36,7 @@ class States:
 
 
 class NetworkRunner:
-    """A Runner over model.onnx, the file that TensorRT's builder reads.
+    """A Runner over model.onnx, the file that TensorRT's builder reads. Threads may share it.
 
     Args:
         artifact: What the target has written.
@@ -50,6 +51,7 @@ class NetworkRunner:
 
     def __init__(self, artifact: Artifact, threads: int, float32: bool, *, why: str = "") -> None:
         self._artifact = artifact
+        self._home = Home(str(artifact.folder))
         self._config = artifact.config
         self._float32 = float32
         self._why = why
@@ -109,6 +111,7 @@ class NetworkRunner:
         self, execution: Execution, ids: Ids, mask: Ids, *, states: States
     ) -> tuple[Array, States, dict[str, Array]]:
         """Make calls that fit the profiles, one after the other; return logits, the new states and the probes."""
+        self._home.check()
         check_call(ids, mask, states.length, vocab_size=self._config.vocab_size)
         self._limits.check_room("step", states.length + ids.shape[1])
         found: list[Values] = []
@@ -130,6 +133,7 @@ class NetworkRunner:
         return {INPUT_IDS: np.ascontiguousarray(ids), ATTENTION_MASK: columns, WRITE_INDICES: indices, **states.arrays}
 
     def start(self, batch: int, capacity: int) -> SteppedSession:
+        self._home.check()
         self._limits.check_room("start", capacity)
         return SteppedSession(self, batch)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import RLock
 
 import torch
 
@@ -26,6 +27,7 @@ class Gpu:
                 "torch", "cannot use a GPU here", "install PyTorch's build for CUDA, and a driver that it supports"
             )
         self.device = torch.device("cuda", 0)
+        self._turn = RLock()
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     @property
@@ -33,9 +35,15 @@ class Gpu:
         """The stream's CUDA handle."""
         return int(self._stream.cuda_stream)
 
-    def current(self) -> AbstractContextManager[None]:
-        """Return a context manager inside of which torch uses the stream too."""
-        return torch.cuda.stream(self._stream)
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Return a context manager inside of which torch uses the stream too, and no other thread does.
+
+        What a call binds, launches and copies has to be done in one such context: contexts and working memory of an
+        engine are shared by its sessions.
+        """
+        with self._turn, torch.cuda.stream(self._stream):
+            yield
 
     def record(self, launch: Callable[[], None]) -> Callable[[], None]:
         """Record what ``launch`` enqueues as a CUDA graph, and return the function that replays it.

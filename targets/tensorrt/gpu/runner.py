@@ -8,6 +8,7 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.runtime.runner import Limits, Provenance
 from h1export.runtime.saved_states import SavedStates
+from h1export.runtime.sharing import Home
 from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.tensorrt.gpu.device import Gpu
 from h1export.targets.tensorrt.gpu.engine import LoadedEngine
@@ -19,12 +20,15 @@ from h1export.targets.tensorrt.network.weights import key, read_stored
 class EngineRunner:
     """A Runner over model.engine, whose states are EngineSessions.
 
+    Threads may share it; their calls wait for each other.
+
     Raises:
         H1ExportError: There is no GPU, or the engine is not for it, see LoadedEngine.
     """
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
+        self._home = Home(str(artifact.folder))
         self._gpu = Gpu()
         try:
             with self._gpu.current():
@@ -52,9 +56,11 @@ class EngineRunner:
         return (self._engine.limits.note,)
 
     def initial(self, batch: int) -> EngineSession:
+        self._home.check()
         return EngineSession.new(self._engine, batch)
 
     def step(self, ids: Ids, mask: Ids, states: EngineSession) -> tuple[Array, EngineSession]:
+        self._home.check()
         after = states.copy()
         return after.advance(ids, mask), after
 
@@ -62,6 +68,7 @@ class EngineRunner:
         return states.length
 
     def start(self, batch: int, capacity: int) -> EngineSession:
+        self._home.check()
         self._engine.limits.check_room("start", capacity)
         return EngineSession.new(self._engine, batch).warmed()
 

@@ -13,6 +13,8 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateSpec, StateTensor
 from h1export.runtime.runner import check_call
 from h1export.runtime.saved_states import SavedStates
+from h1export.runtime.session import WHAT
+from h1export.runtime.sharing import OneCall, one_call
 from h1export.targets.tensorrt.gpu.engine import LoadedEngine
 from h1export.targets.tensorrt.network.layout import DECODE, OWN, TORCH, WRITE_INDICES, dtype
 from h1export.targets.tensorrt.network.limits import calls
@@ -23,11 +25,16 @@ WARM_UP = 2  # calls of one token: launched, and recorded
 
 
 class EngineSession:
-    """A session of sequences of ``length`` tokens each, with their ``states`` on the GPU by input name."""
+    """A session of sequences of ``length`` tokens each, with their ``states`` on the GPU by input name.
+
+    It takes one call at a time. As the states of ``EngineRunner.step`` it is only read, which any number of threads may
+    do.
+    """
 
     def __init__(self, engine: LoadedEngine, states: Tensors) -> None:
         self.states = states
         self.length = 0
+        self._one_call = OneCall(WHAT)
         self._padded = False
         self._spec = StateSpec.of(engine.artifact.config)
         self._engine = engine
@@ -58,6 +65,7 @@ class EngineSession:
         made._padded = self._padded
         return made
 
+    @one_call
     def append(self, ids: Ids) -> Array:
         """Return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
 
@@ -108,11 +116,13 @@ class EngineSession:
             tensor.key: array[:, :, : self.length] if tensor.kind.grows else array for tensor, array in found.items()
         }
 
+    @one_call
     def save(self, row: int = 0, start: int = 0) -> SavedStates:
         if self._padded:
             raise H1ExportError("save", "the rows have pads", "save the states of a session without pads")
         return SavedStates.of(self._spec, self.snapshot(), row, start=start, length=self.length)
 
+    @one_call
     def restore(self, saved: SavedStates) -> None:
         saved.check(self._spec, self._engine.limits.max_context)
         with self._engine.gpu.current():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fake_tensorrt import HOST, FakeGpu, FakeTensorRT
 from saved_sessions import check_save_and_restore, check_saved_is_a_copy
+from threaded_runners import CHECKS
 
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import load_runner
@@ -255,3 +256,11 @@ def test_what_has_no_room_is_not_timed(
         finished, runner, exact, checkpoint=make_checkpoint(), options=ValidateOptions(pairs=4), progress=SILENT
     )
     assert "208 tokens do not fit into 192" in {row.note for row in report.rows}
+
+
+@pytest.mark.parametrize("compute", ["fp16"], indirect=True)
+def test_threads_and_forks(finished: Artifact, tensorrt: FakeTensorRT) -> None:
+    """Contexts are shared by sessions, so what a call binds is what it launches, whatever other threads do."""
+    runner = load_runner(finished, kernels="native")
+    for check in CHECKS.values():
+        check(runner)

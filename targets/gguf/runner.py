@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.runtime.runner import Limits, Provenance, check_call
 from h1export.runtime.saved_states import SavedStates
+from h1export.runtime.session import WHAT
+from h1export.runtime.sharing import Home, OneCall, one_call
 from h1export.targets.gguf import sdk, state_bytes
 from h1export.targets.gguf.llama import SEQUENCE, Context, Model
 from h1export.targets.gguf.options import GgufOptions
@@ -52,6 +55,7 @@ class LlamaRunner:
 
     def __init__(self, artifact: Artifact, threads: int, float32: bool) -> None:
         self._artifact = artifact
+        self._home = Home(str(artifact.folder))
         self._config = artifact.config
         self._options = GgufOptions.read(artifact)
         self._threads = threads or host.cores()
@@ -65,6 +69,7 @@ class LlamaRunner:
             raise H1ExportError(self._path, what, "build the artifact again")
         self._context: Context | None = None
         self._held: States | None = None  # what the context goes on from
+        self._lock = Lock()  # of both: threads may share a Runner
 
     def _load_float32(self) -> Model:
         with tempfile.TemporaryDirectory(prefix="h1export-gguf-") as folder:
@@ -110,17 +115,20 @@ class LlamaRunner:
         return states.length
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
+        self._home.check()
         check_call(ids, mask, states.length, vocab_size=self._config.vocab_size)
         if len(ids) != 1 or not mask.all():
             raise H1ExportError("step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", f"llama.cpp takes {NO_PADS}")
         end = states.length + ids.shape[1]
-        context = self._with_room(end)
-        if states is not self._held:
-            self.resume(context, states)
-        self._held = None  # until the call has succeeded
-        logits = context.decode(ids[0], states.length, every=self.limits.all_logits)
-        self._held = States(end, context.state())
-        return logits[None], self._held
+        with self._lock:
+            context = self._with_room(end)
+            if states is not self._held:
+                self.resume(context, states)
+            self._held = None  # until the call has succeeded
+            logits = context.decode(ids[0], states.length, every=self.limits.all_logits)
+            after = States(end, context.state())
+            self._held = after
+        return logits[None], after
 
     def resume(self, context: Context, states: States) -> None:
         """Let ``context`` go on from ``states``."""
@@ -140,6 +148,7 @@ class LlamaRunner:
         return Context(self._model, tokens, self._threads)
 
     def start(self, batch: int, capacity: int) -> LlamaSession:
+        self._home.check()
         self.initial(batch)
         return LlamaSession(self, capacity, self.limits.all_logits)
 
@@ -165,15 +174,17 @@ class LlamaRunner:
 
 
 class LlamaSession:
-    """A session of one sequence, whose states stay in llama.cpp."""
+    """A session of one sequence, whose states stay in llama.cpp. It takes one call at a time."""
 
     def __init__(self, runner: LlamaRunner, capacity: int, every: bool) -> None:
         self._runner = runner
         self._capacity = capacity
         self._every = every
         self._context = runner.open(capacity)
+        self._one_call = OneCall(WHAT)
         self.length = 0
 
+    @one_call
     def append(self, ids: Ids) -> Array:
         end = self.length + ids.shape[-1]
         check_call(ids, np.ones((len(ids), end), np.int64), self.length, vocab_size=self._runner.config.vocab_size)
@@ -185,11 +196,13 @@ class LlamaSession:
         self.length = end
         return logits[None]
 
+    @one_call
     def save(self, row: int = 0, start: int = 0) -> SavedStates:
         data = self._context.state() if self.length else np.zeros(0, np.uint8)
         found = self._runner.snapshot(States(self.length, data))
         return SavedStates.of(StateSpec.of(self._runner.config), found, row, start=start, length=self.length)
 
+    @one_call
     def restore(self, saved: SavedStates) -> None:
         saved.check(StateSpec.of(self._runner.config), self._capacity)
         self._runner.resume(self._context, self._runner.restored(saved, 1))

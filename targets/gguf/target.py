@@ -38,7 +38,6 @@ class GgufTarget:
 
     def check(self, config: FalconH1Config, options: GgufOptions) -> None:
         """See SelectiveTarget."""
-        sdk.gguf()
         refuse.check_model(config)
         if config.tie_word_embeddings and options.embedding != "auto":
             what = "is for an embedding of its own, and this model's is its head"
@@ -54,6 +53,7 @@ class GgufTarget:
         stage: Stage,
         progress: Progress,
     ) -> Lowered:
+        sdk.gguf()
         self.check(program.config, options)
         need_symmetric(integers, "GGUF", next_step=ZERO_POINTS)
         tensors = tensors_of(program, store, integers, options=options)

@@ -23,7 +23,8 @@ assert SPEC.loader is not None
 sys.modules[SPEC.name] = module_from_spec(SPEC)
 SPEC.loader.exec_module(sys.modules[SPEC.name])
 INFOS = sys.modules[SPEC.name].discover([ROOT / "targets"])
-TARGETS = {"core": "", **{name: info.install for name, info in INFOS.items()}}  # row of tests -> extras it installs
+# row of tests -> the targets whose tests it runs
+TARGETS = {"core": [], **{info.row: [one for one in INFOS.values() if one.row == info.row] for info in INFOS.values()}}
 SDKS = [module for info in INFOS.values() for module in (*info.shared_sdk_modules, *info.sdk_modules)]
 
 TESTED_WITH = (
@@ -101,21 +102,20 @@ def types(session: nox.Session) -> None:
 @nox.session(python=PYTHONS)
 @nox.parametrize("target", list(TARGETS))
 def tests(session: nox.Session, target: str) -> None:
-    """Row "core": every test that needs no runtime; another row: the tests that need its runtime.
+    """Row "core": every test that needs no runtime; another row: the tests that need the runtimes of its targets.
 
     Tests that need a browser, a GPU or macOS are left out, and no other may skip.
     """
-    session.install("-e", f".{TARGETS[target]}", *dev(*TESTED_WITH), "--no-compile")
-    others = {name: info for name, info in INFOS.items() if name != target}
-    markers = " and ".join(
-        (
-            *([target] if target in INFOS else []),
-            *(f"not {name}" for name in ("chromium", "gpu", "mac", "slow", *others)),
-        )
-    )
+    own = TARGETS[target]
+    extras = ",".join(dict.fromkeys(extra for info in own for extra in info.test_extras))
+    session.install("-e", f".[{extras}]" if extras else ".", *dev(*TESTED_WITH), "--no-compile")
+    others = [info for info in INFOS.values() if info.row != target]
+    left_out = ("chromium", "gpu", "mac", "slow", *(info.name for info in others))
+    wanted = [f"({' or '.join(info.name for info in own)})"] if own else []
+    markers = " and ".join((*wanted, *(f"not {name}" for name in left_out)))
     results = Path(session.create_tmp()) / "results.xml"
     # not by a marker: to see one, pytest would have to import the file
-    ignored = [f"--ignore={folder}" for info in others.values() for folder in info.test_folders]
+    ignored = [f"--ignore={folder}" for info in others for folder in info.test_folders]
     # a worker for each core, with one thread each: small models leave a second thread idle
     workers = ("-n", "auto", "--maxprocesses=4", "--dist=loadscope")
     threads = {"OMP_NUM_THREADS": "1"}

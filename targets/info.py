@@ -20,14 +20,15 @@ class TargetInfo:
     """A target.
 
     Attributes:
-        name: what --target takes. It is also pytest's marker of the tests that need the target's runtime, and the row
-            of nox that runs them.
+        name: what --target takes. It is also pytest's marker of the tests that need the target's runtime.
         title: the runtime's name in texts.
         extra: the extra of h1export that installs the runtime.
         sdk_modules: modules of the runtime, which only the target's own folder may import.
         shared_sdk_modules: modules of the runtime that other targets use too, through targets/onnx.
         needs: what tests with the marker need, for `pytest --markers`.
-        test_extras: extras that the row of nox installs.
+        row: the row of nox that runs these tests, the target's name unless target.toml says otherwise: an environment
+            for each target would cost CI a minute, and small runtimes share one.
+        test_extras: extras that the tests need.
         test_folders: folders of tests, from the root of the checkout, that all need the runtime.
         folder: the target's folder, and so its package in h1export.targets.
     """
@@ -38,23 +39,19 @@ class TargetInfo:
     sdk_modules: tuple[str, ...]
     shared_sdk_modules: tuple[str, ...]
     needs: str
+    row: str
     test_extras: tuple[str, ...]
     test_folders: tuple[str, ...]
     folder: str
 
     @classmethod
     def read(cls, file: Path) -> TargetInfo:
-        """Read a target.toml. Raises TypeError for a key too many or too few."""
+        """Read a target.toml, in which ``row`` may be absent. Raises TypeError for a key too many or too few."""
         data = tomllib.loads(file.read_text(encoding="utf-8"))
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
-        return cls(**values, folder=file.parent.name)
-
-    @property
-    def install(self) -> str:
-        """The extras of ``test_extras`` as pip takes them, such as "[trt,ort]"."""
-        return f"[{','.join(self.test_extras)}]"
+        return cls(**{"row": data["name"], **values}, folder=file.parent.name)
 
     @property
     def marker_line(self) -> str:

@@ -207,7 +207,7 @@ def cut_config(folder: Path) -> None:
 
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, "truncated, download it again"),
-    "oversized header": (oversize_header, "the format allows"),
+    "oversized header": (oversize_header, "and at most 4194304 are read"),
     "overlapping offsets": (overlap, "starts at byte"),
     "wrong shapes": (lambda folder: edit_config(folder, intermediate_size=256), "config.json asks for"),
     "extra layers": (lambda folder: edit_config(folder, num_hidden_layers=1), "has no place"),

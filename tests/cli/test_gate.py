@@ -146,7 +146,7 @@ def test_bad_input_is_one_line(
     for text, model, message in (
         (COUNTED.replace("int4", "int8"), checkpoint, "has no gate for target ort, quant int4"),
         (TIMED, str(tiny), "was not built from"),
-        (COUNTED + "x = 1", checkpoint, "unknown key 'x'"),
+        (COUNTED + "x = 1", checkpoint, "unknown key at $.gate[0].x"),
     ):
         gates.write_text(text)
         assert run(["gate", out, model, "--gates", str(gates)]) == 2

@@ -132,12 +132,21 @@ def test_a_model_that_points_outside_its_folder_is_refused(tiny: Path, build: Bu
         dict(load_runner(Artifact.open(folder)).stored_weights())
 
 
-def test_a_broken_model_is_an_error_of_ours(tiny: Path, build: Build, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda data: bytes(len(data) // 2) + data[len(data) // 2 :], "cannot be read"),
+        (lambda data: data.replace(b"MatMul", b"MatNul"), "onnxruntime cannot load it"),
+    ],
+    ids=["no graph", "no such operator"],
+)
+def test_a_broken_model_is_an_error_of_ours(
+    broken: Callable[[bytes], bytes], message: str, tiny: Path, build: Build, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(build(tiny).folder, tmp_path / "copy"))
-    data = bytearray((folder / "model.onnx").read_bytes())
-    data[: len(data) // 2] = bytes(len(data) // 2)
-    (folder / "model.onnx").write_bytes(bytes(data))
-    with pytest.raises(H1ExportError, match="onnxruntime cannot load it"):
+    file = folder / "model.onnx"
+    file.write_bytes(broken(file.read_bytes()))
+    with pytest.raises(H1ExportError, match=message):
         load_runner(Artifact.open(folder), kernels="stock")
 
 

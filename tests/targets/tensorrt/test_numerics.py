@@ -252,5 +252,5 @@ def test_a_value_without_a_dtype_is_refused(
 def test_data_outside_the_folder_is_refused(
     make_checkpoint: Callable[..., Path], network: Build, tmp_path: Path
 ) -> None:
-    with pytest.raises(H1ExportError, match=r"points to '../secret', outside the artifact"):
+    with pytest.raises(H1ExportError, match=r"points to '../secret', which is no file of the artifact"):
         load_runner(damaged(network(make_checkpoint()), tmp_path, point_outside))

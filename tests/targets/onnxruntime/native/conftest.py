@@ -33,24 +33,34 @@ def native_library(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def run_op(native_library: str) -> Callable[..., list[Any]]:
+def run_on() -> Callable[[str], Callable[..., list[Any]]]:
+    """run_on(library) -> run_op."""
+
+    def on(path: str) -> Callable[..., list[Any]]:
+        def run(
+            op: str,
+            inputs: Mapping[str, Any],
+            outputs: int = 1,
+            threads: int = 2,
+            constants: Arrays | None = None,
+            **attributes: Any,
+        ) -> Any:
+            made, fed = session(path, op, inputs, outputs, threads, constants or {}, attributes)
+            return made.run(None, fed)
+
+        return run
+
+    return on
+
+
+@pytest.fixture(scope="session")
+def run_op(native_library: str, run_on: Callable[[str], Callable[..., list[Any]]]) -> Callable[..., list[Any]]:
     """run_op("SiluMul", {"a": array, "gate": None}, outputs=1, threads=2, **attributes) -> outputs.
 
-    None: an absent input.
+    None: an absent input. A module that needs another library overrides this fixture, and not ``native_library``:
+    pytest would keep this one with the library that the other module gave it.
     """
-
-    def run(
-        op: str,
-        inputs: Mapping[str, Any],
-        outputs: int = 1,
-        threads: int = 2,
-        constants: Arrays | None = None,
-        **attributes: Any,
-    ) -> Any:
-        made, fed = session(native_library, op, inputs, outputs, threads, constants or {}, attributes)
-        return made.run(None, fed)
-
-    return run
+    return run_on(native_library)
 
 
 @pytest.fixture(scope="session")

@@ -26,10 +26,10 @@ WRAPPING = (2**61, 2**62, 2**63 - 1, 2**63 - 16, -(2**63), -1)  # products and s
 SIZES = (*WRAPPING, 0, 2**31, 2**32 + 8)
 
 
-@pytest.fixture(scope="session")
-def native_library() -> str:
+@pytest.fixture(scope="module")
+def run_op(run_on: Callable[[str], RunOp]) -> RunOp:
     """One library: checks come before kernels, whose variants differ."""
-    return str(library())
+    return run_on(str(library()))
 
 
 def floats(*shape: int) -> Any:

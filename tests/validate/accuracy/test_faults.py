@@ -46,7 +46,10 @@ MULTIPLIERS: dict[Any, str] = {
 MLP = "gate_proj, up_proj or down_proj"  # of integers, one kernel of ours computes what follows gate_proj and up_proj
 
 
-def judge(artifact: Artifact, checkpoint: Path, runner: Any = None, kernels: Kernels = "auto") -> Report:
+def judge(
+    artifact: Artifact, checkpoint: Path, runner: Any = None, kernels: Kernels = "auto", *, quick: bool = False
+) -> Report:
+    """``quick``: for faults of weights, which any case shows."""
     exact = runner or load_runner(artifact, float32=True, kernels=kernels)
     shipped = runner or load_runner(artifact, kernels=kernels)
     return validate(
@@ -54,7 +57,7 @@ def judge(artifact: Artifact, checkpoint: Path, runner: Any = None, kernels: Ker
         shipped,
         exact,
         checkpoint=checkpoint,
-        options=ValidateOptions(pairs=0, bisect=True),
+        options=ValidateOptions(pairs=0, bisect=True, quick=quick),
         progress=SILENT,
     )
 
@@ -113,7 +116,7 @@ def test_a_dropped_multiplier_fails(
     truth = make_checkpoint()
     artifact = build(edited_config(truth, tmp_path, drop), quant, accuracy_level=level)
     comparison = Comparison.SOURCE if quant == "none" else Comparison.STORED
-    report = judge(artifact, truth)
+    report = judge(artifact, truth, quick=True)
     assert any(row.comparison is comparison for row in failed(report))
     fused = quant == "int4" and key[0] == "mlp_multipliers"
     assert named(report) == (f"layer 0, {MLP} (at 0.output)" if fused else MULTIPLIERS[key])
@@ -311,7 +314,7 @@ def test_one_wrong_block_fails(
     """32 wrong codes, which a comparison with the stored weights does not see: the integers are checked too."""
     truth = spoken_checkpoint
     artifact = build(truth, quant, method=method)
-    assert judge(artifact, truth).passed
+    assert judge(artifact, truth, quick=True).passed
     copy = Path(shutil.copytree(artifact.folder, tmp_path / "copy"))
     name = "model.layers.1.mamba.out_proj.weight|model.layers.1.self_attn.o_proj.weight.codes"
     model = onnx.load(copy / "model.onnx", load_external_data=False)
@@ -321,7 +324,7 @@ def test_one_wrong_block_fails(
     data = bytearray((copy / "model.onnx.data").read_bytes())
     data[offset : offset + 16] = bytes(byte ^ 0x88 for byte in data[offset : offset + 16])
     (copy / "model.onnx.data").write_bytes(bytes(data))
-    report = judge(Artifact.open(copy), truth)
+    report = judge(Artifact.open(copy), truth, quick=True)
     rows = failed(report)
     assert [row.kind for row in rows if "group" in row.figures] == [CheckKind.STORED_INTEGERS]
     assert rows[0].note.endswith("model.layers.1.self_attn.o_proj.weight")

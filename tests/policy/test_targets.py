@@ -126,8 +126,12 @@ def test_nox_has_its_row(planted: Path, root: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "nox", FakeNox("nox"))
     namespace: dict[str, Any] = {"__file__": str(planted.parent / "noxfile.py"), "__name__": "noxfile"}
     exec(compile((planted.parent / "noxfile.py").read_text(), "noxfile.py", "exec"), namespace)
-    assert namespace["TARGETS"]["fake"] == "[fake,ort]"
-    assert namespace["TARGETS"].keys() == {"core", "fake", *target_infos()}
+    (fake,) = namespace["TARGETS"]["fake"]
+    assert (fake.name, fake.test_extras) == ("fake", ("fake", "ort"))
+    assert sorted(info.name for row in namespace["TARGETS"].values() for info in row) == sorted(
+        [*target_infos(), "fake"]
+    )
+    assert namespace["TARGETS"].keys() == {"core", "fake", *(info.row for info in target_infos().values())}
     assert "fake_runtime" in namespace["SDKS"]
 
 

@@ -10,12 +10,12 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from h1export.errors import H1ExportError
 from h1export.runtime.code_cache import cached
+from h1export.runtime.compilers import CompilerFailedError, run_compiler
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(sorted((FOLDER / "csrc").glob("*.cc")))
@@ -33,8 +33,6 @@ FLAGS = (
     "-fvisibility=hidden",
     f"-I{FOLDER / 'include'}",
 )
-UMASK = 0o077  # of compilers: one that takes the owner's bits away would keep them from their own temporary files
-SHOWN_LINES = 5  # the last lines of a failing compiler's messages, which the error quotes
 NEXT_STEP = "install a C++20 compiler such as g++, or name one in CXX"
 
 
@@ -78,11 +76,8 @@ def _key(command: list[str]) -> str:
 
 def _run(command: list[str]) -> bytes:
     try:
-        return subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, umask=UMASK).stdout
+        return run_compiler(command)
     except OSError as error:
         raise H1ExportError(command[0], f"cannot run this C++ compiler ({error.strerror})", NEXT_STEP) from None
-    except subprocess.CalledProcessError as error:
-        messages = " | ".join(error.stderr.decode(errors="replace").strip().splitlines()[-SHOWN_LINES:])
-        raise H1ExportError(
-            command[0], f"the native kernels do not compile (exit code {error.returncode}: {messages})", NEXT_STEP
-        ) from None
+    except CompilerFailedError as error:
+        raise H1ExportError(command[0], f"the native kernels do not compile ({error})", NEXT_STEP) from None

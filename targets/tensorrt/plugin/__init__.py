@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -20,11 +19,10 @@ from h1export.plugins.gpu.cubin import ARCHITECTURES, Cubin, check_limits, compi
 from h1export.plugins.gpu.kernel import Kernel
 from h1export.plugins.ssm_scan import launch as scan
 from h1export.runtime.code_cache import CacheRefusedError, cached
+from h1export.runtime.compilers import CompilerFailedError, run_compiler
 from h1export.targets.tensorrt.plugin.embed import digest, write_sources
 
 NAME = "libh1export_plugin.so"
-UMASK = 0o077  # of compilers, whatever this process has
-SHOWN_LINES = 5  # lines of a failing compiler's output that an error shows
 NEXT_STEP = "install the extra trt, which has CMake, a C++17 compiler and make"
 
 
@@ -126,10 +124,7 @@ def build(source: Path, folder: Path, tensorrt_include: Path | None = None) -> P
 
 
 def _run(command: list[str]) -> None:
-    done = subprocess.run(
-        command, capture_output=True, stdin=subprocess.DEVNULL, text=True, errors="replace", umask=UMASK
-    )
-    if done.returncode != 0:
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        shown = " | ".join([line for line in lines if "rror" in line][:SHOWN_LINES] or lines[-SHOWN_LINES:])
-        raise H1ExportError("TensorRT plugin", f"cmake failed with exit code {done.returncode}: {shown}", NEXT_STEP)
+    try:
+        run_compiler(command)
+    except CompilerFailedError as error:
+        raise H1ExportError("TensorRT plugin", f"cmake failed with {error}", NEXT_STEP) from None

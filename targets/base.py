@@ -21,6 +21,14 @@ if TYPE_CHECKING:  # the command line names targets without loading torch
     from h1export.graphs.program import Program
 
 
+def refuse_native(artifact: Artifact, kernels: Kernels, runtime: str) -> None:
+    """Raise H1ExportError where h1export's own kernels are asked for, of a ``runtime`` for which there are none."""
+    if kernels == "native":
+        raise H1ExportError(
+            artifact.folder, f"{runtime} has no kernels of h1export's own", "leave out --kernels native"
+        )
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that an artifact needs of a machine, or that the machine has.

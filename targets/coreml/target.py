@@ -19,7 +19,7 @@ from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Finding, Lowered
+from h1export.targets.base import Finding, Lowered, refuse_native
 from h1export.targets.coreml import examine, runner, sdk
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.mac import golden, readme
@@ -82,10 +82,7 @@ class CoreMLTarget:
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
     ) -> runner.CoreMLRunner:
-        if kernels == "native":
-            raise H1ExportError(
-                artifact.folder, "CoreML has no kernels of h1export's own", "leave out --kernels native"
-            )
+        refuse_native(artifact, kernels, "CoreML")
         return runner.load(artifact)
 
 

@@ -16,7 +16,7 @@ from h1export.model.falcon_h1.states import INPUT_IDS, LOGITS, SEQUENCE
 from h1export.progress import Progress
 from h1export.quantize.methods.prequantized import need_symmetric
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Finding, Lowered
+from h1export.targets.base import Finding, Lowered, refuse_native
 from h1export.targets.gguf import examine, metadata, modelfile, readme, refuse, sdk
 from h1export.targets.gguf.options import GgufOptions
 from h1export.targets.gguf.read_back import GgufFile
@@ -93,10 +93,7 @@ class GgufTarget:
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
     ) -> LlamaRunner:
-        if kernels == "native":
-            raise H1ExportError(
-                artifact.folder, "llama.cpp has no kernels of h1export's own", "leave out --kernels native"
-            )
+        refuse_native(artifact, kernels, "llama.cpp")
         return LlamaRunner(artifact, threads, float32)
 
 

@@ -10,12 +10,11 @@ from h1export.artifact.stage import Stage
 from h1export.checkpoint.packed_format import QUANTIZATION_CONFIG
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import Multiplier
-from h1export.errors import H1ExportError
 from h1export.graphs.program import Program
 from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Finding, Lowered
+from h1export.targets.base import Finding, Lowered, refuse_native
 from h1export.targets.gptq import examine, readme
 from h1export.targets.gptq.options import GptqOptions
 from h1export.targets.gptq.packed_set import PackedSet
@@ -68,10 +67,7 @@ class GptqTarget:
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
     ) -> GptqRunner:
-        if kernels == "native":
-            raise H1ExportError(
-                artifact.folder, "has no graph for h1export's own kernels", "leave out --kernels native"
-            )
+        refuse_native(artifact, kernels, "h1export's graph of a GPTQ folder")
         return GptqRunner(artifact)
 
 

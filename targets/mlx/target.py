@@ -8,12 +8,11 @@ from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import StoredPart, StoredWeight
 from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
-from h1export.errors import H1ExportError
 from h1export.graphs.program import Program
 from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Finding, Lowered
+from h1export.targets.base import Finding, Lowered, refuse_native
 from h1export.targets.hf_folder.ports import INPUTS, outputs
 from h1export.targets.hf_folder.shards import dtype_counts, write_shards
 from h1export.targets.mlx import config_json, examine, readme
@@ -71,8 +70,7 @@ class MlxTarget:
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
     ) -> MlxRunner:
-        if kernels == "native":
-            raise H1ExportError(artifact.folder, "MLX has no kernels of h1export's own", "leave out --kernels native")
+        refuse_native(artifact, kernels, "MLX")
         return MlxRunner(artifact, float32)
 
 

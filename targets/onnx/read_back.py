@@ -15,6 +15,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.quantize.quantized_tensor import QuantizedTensor
+from h1export.targets.onnx.graph_file import read_graph
 
 # An initializer's name -> the key of its array; None: it is not read.
 Key = Callable[[str], str | None]
@@ -62,16 +63,13 @@ def external_arrays(artifact: Artifact, model: str, key: Key) -> dict[str, Any]:
         H1ExportError: data outside the artifact's files.
     """
     arrays: dict[str, Any] = {}
-    for name, value in ir.load(artifact.folder / model).graph.initializers.items():
+    graph = ir.serde.deserialize_model(read_graph(artifact.folder / model, artifact.manifest.files)).graph
+    for name, value in graph.initializers.items():
         tensor = value.const_value
         kept = key(name)
         if not isinstance(tensor, ir.ExternalTensor) or kept is None:
             continue
         location = str(tensor.location)
-        if location not in artifact.manifest.files:
-            raise H1ExportError(
-                artifact.folder / model, f"points to {location!r}, outside the artifact", "build the artifact again"
-            )
         shape = tensor.shape.numpy()
         dtype = tensor.dtype.numpy()
         if tensor.dtype == ir.DataType.INT4:  # two to a byte

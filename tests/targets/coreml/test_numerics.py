@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runner_errors
 
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import StateSpec
 from h1export.progress import SILENT
 from h1export.report.checks import CheckKind, Comparison
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.run import ValidateOptions, validate
-from h1export.validate.accuracy.states import state_errors
 
 # of the range
 HALF = 3e-3
@@ -34,18 +33,7 @@ def worst(artifact: Artifact, checkpoint: Path) -> tuple[float, float]:
     runner = load_runner(artifact)
     reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
-    ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (1, sum(CALLS)), dtype=np.int64)
-    states = runner.initial(1)
-    logits = []
-    end = 0
-    for tokens in CALLS:
-        end += tokens
-        answer, states = runner.step(ids[:, end - tokens : end], np.ones((1, end), np.int64), states)
-        logits.append(answer[0])
-    truth, true_states = reference.full(ids[0])
-    found = {key: state[0] for key, state in runner.snapshot(states).items()}
-    errors = state_errors([(found, true_states)], StateSpec.of(runner.config))
-    return relative_error(np.concatenate(logits), truth), max(errors.values())
+    return runner_errors.worst(runner, reference, CALLS)
 
 
 @pytest.mark.parametrize("quant", ["int4", "int8", "none"])

@@ -6,22 +6,19 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from runner_errors import worst
 from safetensors.torch import load_file, save_file
 
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import load_runner
-from h1export.model.falcon_h1.states import StateSpec
 from h1export.progress import SILENT
-from h1export.runtime.runner import Runner
 from h1export.targets.mlx import sdk
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.run import ValidateOptions, validate
-from h1export.validate.accuracy.states import state_errors
 
 Build = Callable[..., Artifact]
 # switches of conftest.py, but for those that test_folder.py finds refused
@@ -31,27 +28,11 @@ EXACT = 1e-5
 CALLS = (40, 1, 1, 17, 300, 1)  # prefills, one of them longer than a step of mlx-lm's scan, and decodes between them
 
 
-def worst(runner: Runner[Any], reference: Reference) -> tuple[float, float]:
-    """Return the errors of logits and states over CALLS, relative to their ranges."""
-    ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (1, sum(CALLS)), dtype=np.int64)
-    states = runner.initial(1)
-    logits = []
-    end = 0
-    for tokens in CALLS:
-        end += tokens
-        answer, states = runner.step(ids[:, end - tokens : end], np.ones((1, end), np.int64), states)
-        logits.append(answer[0])
-    truth, true_states = reference.full(ids[0])
-    found = {key: state[0] for key, state in runner.snapshot(states).items()}  # type: ignore[attr-defined]
-    errors = state_errors([(found, true_states)], StateSpec.of(runner.config))
-    return relative_error(np.concatenate(logits), truth), max(errors.values())
-
-
 def errors_of(artifact: Artifact, checkpoint: Path) -> tuple[float, float]:
     runner = load_runner(artifact)
     reference = Reference(checkpoint)
     reference.hold(runner.stored_weights())
-    return worst(runner, reference)
+    return worst(runner, reference, CALLS)
 
 
 @pytest.mark.parametrize("name", COMPUTED)
@@ -85,8 +66,8 @@ def test_half_precision(
     assert (runner.provenance.float32, exact.provenance.float32) == (False, True)
     reference = Reference(checkpoint)
     reference.hold({**runner.stored_weights(), **runner.stored_floats()})  # type: ignore[attr-defined]
-    assert EXACT < max(worst(runner, reference)) <= bound
-    assert max(worst(exact, reference)) <= EXACT
+    assert EXACT < max(worst(runner, reference, CALLS)) <= bound
+    assert max(worst(exact, reference, CALLS)) <= EXACT
 
 
 @pytest.mark.parametrize(("quant", "compute"), [("int8", "fp16"), ("int4", "bf16"), ("none", "fp16")])

@@ -121,7 +121,8 @@ def validate(
     store = ScaledStore(WeightStore.open(checkpoint, runner.config, adapters=options.adapters), scaling, SILENT)
     if stored:
         progress.stage("stored weights")
-        rows.append(_weights_row(artifact, stored, store, tolerances=tolerances))
+        rounding = runner.provenance.scale_rounding
+        rows.append(_weights_row(artifact, stored, store, rounding=rounding, tolerances=tolerances))
     floats = runner.stored_floats() if stored and isinstance(runner, StoresRoundedFloats) else {}
     scaled = {
         name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys() - floats.keys()
@@ -224,9 +225,14 @@ def _rows(validation: Validation, reference: Reference, progress: Progress) -> l
 
 
 def _weights_row(
-    artifact: Artifact, stored: Mapping[str, Array], store: WeightStore, *, tolerances: Mapping[str, float]
+    artifact: Artifact,
+    stored: Mapping[str, Array],
+    store: WeightStore,
+    *,
+    rounding: float,
+    tolerances: Mapping[str, float],
 ) -> Row:
-    errors = weight_errors(stored, artifact.manifest.weights, store)
+    errors = weight_errors(stored, artifact.manifest.weights, store, rounding=rounding)
     metrics = {"steps": defaults.STEPS_METRIC, "group": defaults.GROUP_METRIC}
     chosen = {name: tolerances[metric] for name, metric in metrics.items() if metric in tolerances}
     (judged,) = chosen

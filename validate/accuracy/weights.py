@@ -16,35 +16,34 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MIN_SCALE
 
 ROW_BYTES = 1 << 24  # float32 rows compared at a time
-# Half of fp16's smallest relative step, and float32's rounding: a runtime that keeps µP inside the scales rounds them
-# once more. A code that is off by one is ten times as far, and a scale that is off by one step is beyond it too.
-ROUNDED_AGAIN = 2.0**-11 + 2.0**-20
+FLOAT32 = 2.0**-22  # relative rounding of a few float32 operations, where a runtime rounds at all
 
 
 def weight_errors(
-    stored: Mapping[str, Array], weights: tuple[StoredWeight, ...], store: WeightStore
+    stored: Mapping[str, Array], weights: tuple[StoredWeight, ...], store: WeightStore, *, rounding: float = 0.0
 ) -> dict[str, dict[str, float]]:
     """Return checkpoint tensor -> figure -> its largest error, in quantisation steps of the group that it is in.
 
     A step is the group's largest weight over 7 (int4) or 127 (int8). The figure ``steps`` is the error of one weight;
     rounding to nearest leaves half a step at most. The figure ``group`` is the root of a group's mean squared error. A
-    prequantized weight is not rounded, so any difference beyond ROUNDED_AGAIN counts as infinite.
+    prequantized weight is not rounded, so any difference counts as infinite, beyond the ``rounding`` of its scales.
 
     Args:
         stored: checkpoint tensor -> its dequantised integers without µP, float32 [rows, columns].
         weights: the manifest's entries of these tensors.
         store: the checkpoint that the artifact was built from.
+        rounding: ``Provenance.scale_rounding`` of the runtime; 0 means that stored weights are exact.
     """
     return {
-        part.tensor: _errors(stored[part.tensor], part.tensor, weight, store=store)
+        part.tensor: _errors(stored[part.tensor], part.tensor, weight, store=store, rounding=rounding)
         for weight in weights
         for part in weight.parts
     }
 
 
-def _errors(found: Array, name: str, weight: StoredWeight, *, store: WeightStore) -> dict[str, float]:
+def _errors(found: Array, name: str, weight: StoredWeight, *, store: WeightStore, rounding: float) -> dict[str, float]:
     if name in store.packed:
-        error = 0.0 if _equal(found, name, store) else float("inf")
+        error = 0.0 if _equal(found, name, store, rounding=rounding) else float("inf")
         return {"steps": error, "group": error}
     top = Precision(weight.bits, weight.group_size).top
     worst = {"steps": 0.0, "group": 0.0}
@@ -59,11 +58,12 @@ def _errors(found: Array, name: str, weight: StoredWeight, *, store: WeightStore
     return worst
 
 
-def _equal(found: Array, name: str, store: WeightStore) -> bool:
+def _equal(found: Array, name: str, store: WeightStore, *, rounding: float) -> bool:
+    tolerance = rounding + FLOAT32 if rounding else 0.0
     start = 0
     for truth in store.blocks(name, ROW_BYTES):
         part = found[start : start + len(truth)]
-        if part.shape != truth.shape or not np.allclose(part, truth, rtol=ROUNDED_AGAIN, atol=0):
+        if part.shape != truth.shape or not np.allclose(part, truth, rtol=tolerance, atol=0):
             return False
         start += len(truth)
     return start == len(found)

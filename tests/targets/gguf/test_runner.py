@@ -107,9 +107,12 @@ def test_a_prequantized_checkpoint_keeps_its_codes(
     written = make_gptq(tmp_path / "gptq")
     artifact = build(written.folder, target="gguf")
     assert max(worst(artifact, written.folder)) <= 1e-5
-    stored: Any = load_runner(artifact, 1).stored_weights()
+    runner = load_runner(artifact, 1)
+    stored: Any = runner.stored_weights()
     store = WeightStore.open(written.folder, FalconH1Config.load(written.folder))
-    errors = weight_errors(stored, artifact.manifest.weights, store)
+    rounding = runner.provenance.scale_rounding
+    assert 0 < rounding <= 2.0**-11
+    errors = weight_errors(stored, artifact.manifest.weights, store, rounding=rounding)
     assert {errors[name]["steps"] for name in written.codes} == {0.0}
     for name, codes in written.codes.items():
         np.testing.assert_array_equal(stored.quantized(name).codes, codes - 8, err_msg=name)

@@ -180,6 +180,26 @@ def test_one_changed_code_is_seen(asymmetric: tuple[Written, Artifact]) -> None:
     assert errors[name]["steps"] == float("inf")
 
 
+@pytest.mark.parametrize(
+    ("factor", "rounding", "seen"),
+    [
+        (1 + 2.0**-23, 0.0, True),
+        (1.0, 0.0, False),
+        (1 + 2.0**-11, 2.0**-11, False),  # µP inside scales of fp16 rounds them once more
+        (1 + 2.0**-10, 2.0**-11, True),  # a scale that is off by a step
+    ],
+)
+def test_integers_of_others_are_exact_but_for_the_rounding_of_a_runtime(
+    factor: float, rounding: float, seen: bool, asymmetric: tuple[Written, Artifact]
+) -> None:
+    written, artifact = asymmetric
+    stored: Any = load_runner(artifact).stored_weights()
+    found = {name: stored[name] * np.float32(factor) for name in stored}
+    store = WeightStore.open(written.folder, artifact.config)
+    errors = weight_errors(found, artifact.manifest.weights, store, rounding=rounding)
+    assert all((errors[name]["steps"] == float("inf")) is seen for name in store.packed)
+
+
 def test_another_reading_of_zero_points_is_seen(
     asymmetric: tuple[Written, Artifact], gptq_logits: Logits, tmp_path: Path
 ) -> None:

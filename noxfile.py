@@ -241,7 +241,7 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Full disks, kills and races: each write of each command fails once, builds are killed, two build at one OUT.
+    """Full disks, kills and races: writes of commands fail one by one, builds are killed, two build at one OUT.
 
     It needs Linux and a C compiler, and takes an hour; docs/security.md has its figures. Positional arguments are those
     of tools/faults/run.py, such as --targets ort --only kills.

@@ -78,8 +78,7 @@ def replacing(path: Path, keep_mode: bool = False) -> Iterator[BinaryIO]:
     """Yield a new file beside ``path`` to fill; it replaces ``path`` on success and is removed on failure.
 
     Its name is the stream's ``name``. A killed process leaves its file behind, unlocked, and the next call for the same
-    ``path`` removes it. With ``keep_mode``
-    it gets the permissions of a file that it replaces.
+    ``path`` removes it. With ``keep_mode`` it gets the permissions of a file that it replaces.
 
     Raises:
         OSError: the file cannot be written.

@@ -13,6 +13,7 @@ from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.progress import Progress
+from h1export.quantize.grid import OwnTensor
 from h1export.quantize.source import QuantizedWeights
 from h1export.runtime.runner import Inspectable
 from h1export.targets.options import Kernels, TargetOptions
@@ -146,5 +147,20 @@ class SelectiveTarget(Protocol):
 
         Raises:
             H1ExportError: the runtime cannot take the model as it is; the error names the key of the config.
+        """
+        ...
+
+
+@runtime_checkable
+class HasOwnFormats(Protocol):
+    """A Target that can store tensors in formats that no other target has, and whose integers are its own."""
+
+    def own_tensors(
+        self, program: Program, store: WeightStore, integers: QuantizedWeights, *, options: Any
+    ) -> Mapping[str, OwnTensor]:
+        """Return checkpoint tensor -> its own format, for the tensors that a method may solve for it.
+
+        Raises:
+            H1ExportError: as ``Target.lower`` does.
         """
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -32,11 +32,12 @@ from h1export.model.falcon_h1.states import Ids
 from h1export.progress import SILENT, Progress
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.device import ComputeDevice
+from h1export.quantize.grid import OwnTensor
 from h1export.quantize.methods.select import integers_of, uncalibrated_integers
 from h1export.quantize.scheme import ADAPTERS, PREQUANTIZED, QuantScheme
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets import TargetOptions, get_target, options_class
-from h1export.targets.base import SelectiveTarget
+from h1export.targets.base import HasOwnFormats, SelectiveTarget
 
 MOST_CARRIED = 64 << 20  # bytes of a file
 CARRIED = (  # files of a checkpoint that an artifact carries as they are
@@ -172,6 +173,9 @@ class BuildJob:
             shutil.copyfile(self.checkpoint / name, stage.folder / name)
         progress.stage("trace")
         program = run_passes(trace(self.config, self.options.last_logits), passes_for(self.store.order_name))
+        own: Mapping[str, OwnTensor] = {}
+        if isinstance(target, HasOwnFormats):
+            own = target.own_tensors(program, self.store, self.integers, options=self.options)
         if self.ids is not None and not stage.dry:
             with dry_stage() as dry:  # a target that refuses the model does so before the long calibration
                 store, integers = integers_of(
@@ -179,7 +183,7 @@ class BuildJob:
                 )
                 target.lower(program, store, integers, options=self.options, stage=dry, progress=SILENT)
         store, integers = integers_of(
-            self.store, self.config, self.scheme, ids=self.ids, stage=stage, progress=progress, device=self.device
+            self.store, self.config, self.scheme, ids=self.ids, stage=stage, progress=progress, device=self.device, own=own
         )
         lowered = target.lower(program, store, integers, options=self.options, stage=stage, progress=progress)
         (stage.folder / SBOM).write_text(sbom(manifest), encoding="utf-8")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr, WeightPart
 from h1export.model.falcon_h1.states import Array
+from h1export.quantize.grid import PackedRows
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 
@@ -41,6 +42,18 @@ class QuantizedWeights(Protocol):
 
     def rows(self, tensor: str, start: int, stop: int) -> QuantizedTensor:
         """Returns the integers of rows [start, stop) of one of these tensors, with row scales of 1.
+
+        It may be called on any thread.
+        """
+        ...
+
+
+@runtime_checkable
+class HasPackedRows(Protocol):
+    """QuantizedWeights that a method has solved, some tensors in a target's own format."""
+
+    def packed_rows(self, tensor: str, start: int, stop: int) -> PackedRows | None:
+        """Returns rows [start, stop) as the target stores them, µP included; None: the method has not solved it so.
 
         It may be called on any thread.
         """

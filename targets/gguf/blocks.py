@@ -68,21 +68,16 @@ def q8_0_parts(rows: Bytes) -> tuple[Codes, Scales]:
     return codes.reshape(len(rows), -1).view(np.int8), scales
 
 
-def q6_k_parts(rows: Bytes) -> tuple[Codes, Scales]:
-    """Return the codes of Q6_K with the signs of their scales, and the scales of 16 columns, rounded to fp16."""
+def q6_k_fields(rows: Bytes) -> tuple[Codes, Codes, Scales]:
+    """Return what ``packed_q6_k`` has packed: codes, the integers of 16 columns, and d."""
     parts = rows.reshape(len(rows), -1, 210)
     lows, highs = parts[:, :, :128].reshape(*parts.shape[:2], 2, 2, 32), parts[:, :, 128:192]
     highs = highs.reshape(*parts.shape[:2], 2, 32)
     low = np.concatenate([lows & 15, lows >> 4], axis=3)
     high = np.stack([(highs >> shift) & 3 for shift in (0, 2, 4, 6)], axis=3)
-    codes = (low | (high << 4)).view(np.int8).reshape(len(rows), -1, SUB) + np.int8(LOWEST)
-    signed = np.ascontiguousarray(parts[:, :, 192:208]).view(np.int8).reshape(len(rows), -1)
-    d = np.ascontiguousarray(parts[:, :, 208:]).view(np.float16)[:, :, 0]
-    scales = (np.abs(signed.astype(np.float32)) * np.repeat(d.astype(np.float32), SUPER // SUB, axis=1)).astype(
-        np.float16
-    )
-    codes = (codes * np.sign(signed)[..., None]).reshape(len(rows), -1)
-    return codes, np.maximum(scales, np.finfo(np.float16).smallest_subnormal)
+    codes = (low | (high << 4)).view(np.int8).reshape(*parts.shape[:2], SUPER) + np.int8(LOWEST)
+    units = np.ascontiguousarray(parts[:, :, 192:208]).view(np.int8)
+    return codes, units, np.ascontiguousarray(parts[:, :, 208:]).view(np.float16)[:, :, 0]
 
 
 def _joined(scales: Scales, packed: Bytes) -> Bytes:
@@ -115,7 +110,7 @@ def q6_k(weight: Array) -> Bytes:
     scale = sign * np.minimum(np.ceil(step / unit * (1 - 1e-12)), MOST)
     found = groups / np.where(scale == 0, 1.0, scale * unit)[..., None]
     codes = np.where(scale[..., None] == 0, 0, np.clip(np.rint(found), LOWEST, HIGHEST)).astype(np.int8)
-    return _packed_q6_k(codes.reshape(*codes.shape[:2], SUPER), scale.astype(np.int8), d)
+    return packed_q6_k(codes.reshape(*codes.shape[:2], SUPER), scale.astype(np.int8), d)
 
 
 def _rounded_up(values: npt.NDArray[np.float64]) -> Scales:
@@ -127,7 +122,7 @@ def _rounded_up(values: npt.NDArray[np.float64]) -> Scales:
     return np.where(found.astype(np.float64) < values, np.nextafter(found, np.float16(np.inf)), found)
 
 
-def _packed_q6_k(codes: Codes, scales: Codes, d: Scales) -> Bytes:
+def packed_q6_k(codes: Codes, scales: Codes, d: Scales) -> Bytes:
     """Pack codes [rows, blocks, 256], scales [rows, blocks, 16] and d [rows, blocks].
 
     The low 4 bits of column 128 h + 32 q + i are in byte 64 h + 32 (q mod 2) + i, in the half q / 2; its high 2 bits

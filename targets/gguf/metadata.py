@@ -16,6 +16,7 @@ OWN_INTEGERS = "h1export.own_integers"
 FILE_TYPES = {TensorType.F32: "ALL_F32"} | {
     kind: f"MOSTLY_{kind.upper()}" for kind in TensorType if kind is not TensorType.F32
 }
+FILE_TYPES |= {TensorType.Q4_K: "MOSTLY_Q4_K_M", TensorType.Q5_K: "MOSTLY_Q5_K_M"}
 
 
 def add_keys(writer: Any, config: FalconH1Config, tensors: Iterable[GgufTensor]) -> None:
@@ -57,4 +58,4 @@ def main_type(tensors: Iterable[GgufTensor]) -> TensorType:
 
 def own_integers(tensors: Iterable[GgufTensor]) -> tuple[str, ...]:
     """Return the names of the tensors whose integers are this target's own, and not those of other targets."""
-    return tuple(tensor.name for tensor in tensors if tensor.source is Source.OWN)
+    return tuple(tensor.name for tensor in tensors if tensor.source in (Source.OWN, Source.SOLVED))

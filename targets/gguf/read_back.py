@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import projection_of, tensor_shapes
 from h1export.quantize.quantized_tensor import MIN_SCALE, QuantizedTensor
 from h1export.targets.gguf import blocks, sdk
+from h1export.targets.gguf.grids import FORMATS, parts_of
 from h1export.targets.gguf.names import place_of
 from h1export.targets.gguf.types import BLOCKS, TensorType
 from h1export.targets.gguf.writer import MODEL
@@ -32,7 +33,7 @@ PARTS: Mapping[TensorType, Callable[[blocks.Bytes], tuple[blocks.Codes, blocks.S
     TensorType.Q4_0: blocks.q4_0_parts,
     TensorType.Q8_0: blocks.q8_0_parts,
 }
-ALL_PARTS = {**PARTS, TensorType.Q6_K: blocks.q6_k_parts}
+ALL_PARTS = {**PARTS, **{kind: partial(parts_of, kind) for kind in FORMATS}}
 
 
 class GgufFile:

@@ -14,6 +14,7 @@ from h1export.graphs.program import Program
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import INPUT_IDS, LOGITS, SEQUENCE
 from h1export.progress import Progress
+from h1export.quantize.grid import OwnTensor
 from h1export.quantize.methods.prequantized import need_symmetric
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets.base import Finding, Lowered, refuse_native
@@ -42,6 +43,15 @@ class GgufTarget:
         if config.tie_word_embeddings and options.embedding != "auto":
             what = "is for an embedding of its own, and this model's is its head"
             raise H1ExportError("--embedding", what, f"use --head {options.embedding}")
+
+    def own_tensors(
+        self, program: Program, store: WeightStore, integers: QuantizedWeights, *, options: GgufOptions
+    ) -> Mapping[str, OwnTensor]:
+        """See HasOwnFormats."""
+        sdk.gguf()
+        need_symmetric(integers, "GGUF", next_step=ZERO_POINTS)
+        tensors = tensors_of(program, store, integers, options=options)
+        return {t.expr.only.tensor: own for t in tensors if t.expr is not None and (own := t.own(store)) is not None}
 
     def lower(
         self,

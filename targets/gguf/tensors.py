@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
@@ -23,16 +23,27 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.projections import FINAL_NORM
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, projection_of
+from h1export.quantize.grid import OwnTensor, PackedRows
+from h1export.quantize.methods.grid_search import round_own_rows
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
-from h1export.quantize.source import QuantizedBlock, QuantizedWeights, quantized_blocks
+from h1export.quantize.source import HasPackedRows, QuantizedBlock, QuantizedWeights, quantized_blocks
 from h1export.targets.gguf import blocks, names
+from h1export.targets.gguf.grids import FORMATS
+from h1export.targets.gguf.mix import SHARED, mixed
 from h1export.targets.gguf.options import Chosen, GgufOptions
 from h1export.targets.gguf.types import TensorType, integer_type
 
 # Integers that this target rounds itself, where an option asks for a type that the build does not have.
-OWN = {TensorType.Q4_0: Precision(4, 32), TensorType.Q8_0: Precision(8, 32), TensorType.Q6_K: Precision(6, 256)}
+OWN = {
+    TensorType.Q4_0: Precision(4, 32),
+    TensorType.Q4_K: Precision(4, 32),
+    TensorType.Q5_0: Precision(5, 32),
+    TensorType.Q5_K: Precision(5, 32),
+    TensorType.Q6_K: Precision(6, 256),
+    TensorType.Q8_0: Precision(8, 32),
+}
 PACK: dict[TensorType, Callable[[blocks.Codes, blocks.Scales], blocks.Bytes]] = {
     TensorType.Q4_0: blocks.q4_0,
     TensorType.Q8_0: blocks.q8_0,
@@ -52,6 +63,7 @@ class Source(Enum):
 
     BUILD = auto()  # the integers that every target stores
     OWN = auto()  # integers that this target rounds from the floats
+    SOLVED = auto()  # integers of a format of this target's own that a method may solve in; else it rounds them
     FLOATS = auto()
     ZEROS = auto()  # a bias that the model does not have, and llama.cpp adds unasked
 
@@ -96,6 +108,10 @@ class GgufTensor:
         elif self.source is Source.BUILD:
             for block in quantized_blocks(self.expr, store, integers, max_bytes=BLOCK_BYTES):
                 yield partial(self._packed, block)
+        elif self.source is Source.SOLVED:
+            tensor = self.expr.only.tensor
+            for start, stop in store.row_ranges([tensor], BLOCK_BYTES):
+                yield partial(self._solved, store, integers, (start, stop))
         else:
             for rows in self.expr.lazy_blocks(store, BLOCK_BYTES):
                 yield partial(self._rounded, rows)
@@ -103,6 +119,20 @@ class GgufTensor:
     def _packed(self, block: QuantizedBlock) -> tuple[blocks.Bytes]:
         (tensor,) = block()
         return (self._checked(lambda: _pack(self.kind, tensor)),)
+
+    def own(self, store: WeightStore) -> OwnTensor | None:
+        """Return the format that a method may solve it in; None where it has no such format."""
+        if self.source is not Source.SOLVED or self.expr is None:
+            return None
+        return OwnTensor(FORMATS[self.kind], self.expr.only.factors(store))
+
+    def _solved(self, store: WeightStore, integers: QuantizedWeights, rows: tuple[int, int]) -> tuple[PackedRows]:
+        assert self.expr is not None
+        part = self.expr.only
+        found = integers.packed_rows(part.tensor, *rows) if isinstance(integers, HasPackedRows) else None
+        if found is None:
+            found = round_own_rows(part.rows(store, *rows), FORMATS[self.kind], name=part.tensor)
+        return (found,)
 
     def _rounded(self, rows: Callable[[], Array]) -> tuple[npt.NDArray[Any]]:
         values = rows()
@@ -141,8 +171,11 @@ def tensors_of(
         H1ExportError: integers that GGUF has no place for, or a type that does not fit a tensor.
     """
     layers = program.config.num_hidden_layers
+    mix = _mix(program.config, store, integers, options=options)
     found = [
-        _tensor(_with_multiplier(program.config, expr), program.config, store, integers=integers, options=options)
+        _tensor(
+            _with_multiplier(program.config, expr), program.config, store, integers=integers, options=options, mix=mix
+        )
         for expr in program.weights.values()
     ]
     if not program.config.mamba_conv_bias:
@@ -150,6 +183,28 @@ def tensors_of(
         shape = (program.config.conv_dim,)
         found += [GgufTensor(place.name, None, TensorType.F32, shape, source=Source.ZEROS) for place in places]
     return tuple(found)
+
+
+def _mix(
+    config: FalconH1Config, store: WeightStore, integers: QuantizedWeights, *, options: GgufOptions
+) -> Mapping[str, TensorType]:
+    """Return the types that a mix of llama.cpp's types chooses.
+
+    A tensor that is not in int4, because of a plan of precisions, keeps what it has; an embedding has int8 in any case.
+
+    Raises:
+        H1ExportError: a build that is not in int4, or a checkpoint that brings its own integers.
+    """
+    if options.mix == SHARED:
+        return {}
+    flag = f"--mix {options.mix}"
+    if store.packed_format is not None:
+        raise H1ExportError(flag, "rounds weights, and this checkpoint has integers of its own", "leave it out")
+    in_int4 = [tensor for tensor, precision in integers.precisions.items() if precision.bits == 4]
+    if not in_int4:
+        raise H1ExportError(flag, "chooses types of 4 to 6 bits, and the build is not in int4", "use --quant int4")
+    replaced = {*in_int4, *(integers.precisions.keys() & {EMBEDDING})}
+    return {tensor: kind for tensor, kind in mixed(options.mix, config).items() if tensor in replaced}
 
 
 def _with_multiplier(config: FalconH1Config, expr: WeightExpr) -> WeightExpr:
@@ -171,6 +226,7 @@ def _tensor(
     *,
     integers: QuantizedWeights,
     options: GgufOptions,
+    mix: Mapping[str, TensorType],
 ) -> GgufTensor:
     tensor = expr.only.tensor
     place = names.place_of(tensor)
@@ -184,9 +240,11 @@ def _tensor(
     own = tensor in store.packed  # integers that the checkpoint brings are kept
     head = integers.precisions.get(EMBEDDING if config.tie_word_embeddings else LM_HEAD)
     four_bits = head is not None and head.bits == 4 and not own
-    kind = _kind(tensor, shape[-1], precision, config=config, options=options, four_bits=four_bits)
+    kind = _kind(tensor, shape[-1], precision, config=config, options=options, four_bits=four_bits, mix=mix)
     if precision is not None and kind is integer_type(precision):
         return GgufTensor(place.name, expr, kind, shape, source=Source.BUILD, precision=precision)
+    if kind in FORMATS and (mix or kind is not TensorType.Q6_K):
+        return GgufTensor(place.name, expr, kind, shape, source=Source.SOLVED, precision=OWN[kind])
     if kind.integers:
         return GgufTensor(place.name, expr, kind, shape, source=Source.OWN, precision=OWN[kind])
     return GgufTensor(place.name, expr, kind, shape, source=Source.FLOATS)
@@ -200,8 +258,11 @@ def _kind(
     config: FalconH1Config,
     options: GgufOptions,
     four_bits: bool,
+    mix: Mapping[str, TensorType],
 ) -> TensorType:
-    """Return the type of a matrix; ``four_bits``: the build has its head in int4, and a better type may replace it.
+    """Return the type of a matrix.
+
+    ``four_bits``: the build has its head in int4, and a better type may replace it. ``mix`` has the types of a mix.
 
     Raises:
         H1ExportError: the type's blocks do not divide the columns.
@@ -215,6 +276,8 @@ def _kind(
         flag = "--head" if is_head else "--embedding"
     if chosen != "auto":
         return _fitting(tensor, columns, TensorType(chosen), flag=flag)
+    if tensor in mix:
+        return _fitting(tensor, columns, mix[tensor], flag="--mix")
     if is_table and precision is not None and four_bits and columns % blocks.SUPER == 0:
         return TensorType.Q6_K
     kind = TensorType(options.floats) if precision is None else integer_type(precision)

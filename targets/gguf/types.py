@@ -15,6 +15,9 @@ class TensorType(StrEnum):
     F16 = "f16"
     BF16 = "bf16"
     Q4_0 = "q4_0"
+    Q4_K = "q4_k"
+    Q5_0 = "q5_0"
+    Q5_K = "q5_k"
     Q6_K = "q6_k"
     Q8_0 = "q8_0"
 
@@ -47,6 +50,9 @@ BLOCKS = {
     TensorType.F16: Block(1, 2),
     TensorType.BF16: Block(1, 2),
     TensorType.Q4_0: Block(32, 18),
+    TensorType.Q4_K: Block(256, 144),
+    TensorType.Q5_0: Block(32, 22),
+    TensorType.Q5_K: Block(256, 176),
     TensorType.Q6_K: Block(256, 210),
     TensorType.Q8_0: Block(32, 34),
 }

@@ -16,7 +16,9 @@ float64, so that inverses are float64 on both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +39,7 @@ MAX_SCALE_CHANGE = 1.5  # largest factor by which a fit may change a scale
 LAZY_COLUMNS = COLUMNS  # 128: columns whose corrections are applied to all later ones together, as one matrix product
 
 Scales = npt.NDArray[np.float16]
+RoundBlock = Callable[..., Tensor]  # the rounding of some columns, for ``feed_back``
 
 
 @dataclass(frozen=True)
@@ -148,16 +151,42 @@ def round_rows(weight: Tensor, scales: Scales, precision: Precision, *, inverse:
     rows, columns = weight.shape
     by_column = torch.from_numpy(scales.astype(np.float32).T.copy()).to(weight.device)  # [groups, rows]
     codes = torch.empty((columns, rows), dtype=torch.int8, device=weight.device)
-    rest = weight.T[inverse.order].contiguous()  # [columns, rows], in the order of rounding
-    round_block = _round_columns if weight.is_cpu else _round_columns_on_gpu
     width = columns // len(by_column)
+    function = _round_columns if weight.is_cpu else _round_columns_on_gpu
+    feed_back(
+        weight,
+        inverse,
+        partial(function, inverse=inverse, scales=by_column, width=width, top=precision.top, codes=codes),
+    )
+    return codes.T.contiguous()
+
+
+def feed_back(weight: Tensor, inverse: Inverse, round_block: RoundBlock) -> None:
+    """Round the columns of ``weight`` [rows, columns] in the order of ``inverse``, and move later ones by the errors.
+
+    ``round_block(weights, start=...)`` rounds the next columns, whose weights it gets as [n, rows] and may change, and
+    returns their errors [n, rows], as ``column_by_column`` does; ``start`` is the place of the first in the order.
+    """
+    rest = weight.T[inverse.order].contiguous()  # [columns, rows], in the order of rounding
+    columns = len(rest)
     for start in range(0, columns, LAZY_COLUMNS):
         stop = min(start + LAZY_COLUMNS, columns)
-        errors = round_block(
-            rest[start:stop], inverse, start, scales=by_column, width=width, top=precision.top, codes=codes
-        )
+        errors = round_block(rest[start:stop], start=start)
         rest[stop:] -= inverse.upper[start:stop, stop:].T @ errors
-    return codes.T.contiguous()
+
+
+def column_by_column(rest: Tensor, inverse: Inverse, start: int, *, nearest: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Round some columns one after the other, and return their errors [n, rows] for later columns.
+
+    ``rest`` [n, rows], n at most LAZY_COLUMNS, has the weights of columns ``inverse.order[start : start + n]`` and is
+    changed. ``nearest(column, weights [rows])`` chooses a column's codes, and returns what they stand for.
+    """
+    errors = torch.empty_like(rest)
+    for i in range(len(rest)):
+        row = inverse.upper[start + i, start : start + len(rest)]
+        errors[i] = (rest[i] - nearest(int(inverse.order[start + i]), rest[i])) / row[i]
+        rest[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
+    return errors
 
 
 def _round_columns(
@@ -168,16 +197,14 @@ def _round_columns(
     ``rest`` [n, rows], n at most LAZY_COLUMNS, has the weights of columns ``inverse.order[start : start + n]`` and is
     changed. ``scales`` are [groups, rows], ``width`` is the columns of a group, and ``top`` the largest code.
     """
-    errors = torch.empty_like(rest)
-    for i in range(len(rest)):
-        column = int(inverse.order[start + i])
-        row = inverse.upper[start + i, start : start + len(rest)]
+
+    def nearest(column: int, wanted: Tensor) -> Tensor:
         scale = scales[column // width]
-        code = torch.round(rest[i] / scale).clamp_(-top, top)
+        code = torch.round(wanted / scale).clamp_(-top, top)
         codes[column] = code.to(torch.int8)
-        errors[i] = (rest[i] - code * scale) / row[i]
-        rest[i + 1 :].addr_(row[i + 1 :], errors[i], alpha=-1)
-    return errors
+        return code * scale
+
+    return column_by_column(rest, inverse, start, nearest=nearest)
 
 
 def _round_columns_on_gpu(

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import prod
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -40,10 +41,13 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import Progress
 from h1export.quantize.device import CPU_DEVICE, ComputeDevice
+from h1export.quantize.grid import OwnTensor
 from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, weights_by_input
 from h1export.quantize.methods.gptq import Inverse, invert, solve_rows
+from h1export.quantize.methods.gptq_grid import solve_own_rows
 from h1export.quantize.methods.head_groups import InputPair, group_head
-from h1export.quantize.methods.stored import StoredIntegers, StoredMatrix
+from h1export.quantize.methods.moments import Moments
+from h1export.quantize.methods.stored import StoredBlocks, StoredIntegers, StoredMatrix
 from h1export.quantize.source import QuantizedWeights
 
 WORK = f"{SCRATCH}/gptq"  # the file of integers and activations, relative to the stage
@@ -73,40 +77,6 @@ class LayerRuns(NamedTuple):
     quantised_inputs: Inputs
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Sums over positions of a projection's quantised inputs x and float inputs t: float64 [columns, columns].
-
-    Attributes:
-        own: the sum of x x^T.
-        drift: the sum of (t - x) x^T.
-    """
-
-    own: Tensor
-    drift: Tensor
-
-    @classmethod
-    def zero(cls, columns: int, device: ComputeDevice = CPU_DEVICE) -> Moments:
-        """Returns sums over no positions, on ``device``."""
-        own, drift = (torch.zeros(columns, columns, dtype=torch.float64, device=device.place) for _ in range(2))
-        return cls(own, drift)
-
-    def add(self, float_input: Tensor, quantised_input: Tensor, weights: Tensor | None = None) -> None:
-        """Add the positions of a sequence [length, columns], each multiplied by its weight in ``weights`` [length]."""
-        weighted = quantised_input if weights is None else quantised_input * weights[:, None]
-        self.own.add_(quantised_input.T @ weighted)
-        self.drift.add_((float_input - quantised_input).T @ weighted)
-
-    def mixed(self, other: Moments, share: float) -> Moments:
-        """Returns these moments plus ``share`` of ``other``, after both are scaled to a mean diagonal of one."""
-        size = float(self.own.diagonal().mean()) or 1.0
-        other_size = float(other.own.diagonal().mean()) or 1.0
-        return Moments(
-            own=self.own / size + share / other_size * other.own,
-            drift=self.drift / size + share / other_size * other.drift,
-        )
-
-
 def solve_model(
     store: WeightStore,
     config: FalconH1Config,
@@ -116,6 +86,7 @@ def solve_model(
     stage: Stage,
     progress: Progress,
     device: ComputeDevice = CPU_DEVICE,
+    own: Mapping[str, OwnTensor] = MappingProxyType({}),
 ) -> StoredIntegers:
     """Returns integers by GPTQ for every projection and the head, as far as ``rest`` has precisions for them.
 
@@ -127,6 +98,7 @@ def solve_model(
         stage: the place of the scratch file. What an earlier build with the same arguments left there is used.
         progress: receives the name of each layer that is solved.
         device: where layers run and integers are solved. An earlier build must have had the same.
+        own: tensors that the target stores in a format of its own, which is what they are solved in.
 
     Raises:
         H1ExportError: weights or inputs that are not finite, or too large for fp16 scales.
@@ -134,7 +106,7 @@ def solve_model(
     stage = replace(stage, jobs=device.threads(stage.jobs))
     (stage.folder / SCRATCH).mkdir(exist_ok=True)
     with device.computing(), WeightFile(stage, WORK) as file:
-        solver = _Solver(store, config, rest, ids=ids, stage=stage, file=file, device=device)
+        solver = _Solver(store, config, rest, ids=ids, stage=stage, file=file, device=device, own=own)
         solver.run(progress)
     return solver.integers
 
@@ -156,6 +128,7 @@ class _Solver:
         stage: Stage,
         file: WeightFile,
         device: ComputeDevice,
+        own: Mapping[str, OwnTensor],
     ) -> None:
         self._store = store
         self._config = config
@@ -169,7 +142,9 @@ class _Solver:
         layers = range(config.num_hidden_layers)
         projections = [tensor for layer in layers for group in weights_by_input(layer).values() for tensor in group]
         tensors = [tensor for tensor in (*projections, self._head) if tensor in rest.precisions]
-        self.integers = StoredIntegers(stage.folder, {tensor: self._reserve(tensor, rest) for tensor in tensors}, rest)
+        shared = {tensor: self._reserve(tensor, rest) for tensor in tensors if tensor not in own}
+        blocks = {tensor: self._reserve_own(tensor, own[tensor]) for tensor in tensors if tensor in own}
+        self.integers = StoredIntegers(stage.folder, shared, rest, blocks)
         self._activations_shape = (*ids.shape, config.hidden_size)
         self._activations = [file.reserve("between", 4 * prod(self._activations_shape), ALIGN) for _ in range(4)]
 
@@ -179,6 +154,19 @@ class _Solver:
         scales = rows * columns // rest.precisions[tensor].columns_per_group(columns)
         codes = self._file.reserve(f"{tensor}.codes", rows * columns, ALIGN)
         return StoredMatrix((rows, columns), codes, self._file.reserve(f"{tensor}.scales", 2 * scales, ALIGN))
+
+    def _reserve_own(self, tensor: str, own: OwnTensor) -> StoredBlocks:
+        """Reserve space in the file for a tensor in its own format."""
+        rows, columns = self._store.shape(tensor)
+        shape = (rows, own.format.row_bytes(columns))
+        return StoredBlocks(own, shape, self._file.reserve(f"{tensor}.{own.format.name}", prod(shape), ALIGN))
+
+    def _extents(self, tensor: str) -> list[Extent]:
+        """Returns where the integers of ``tensor`` are in the file; nowhere where it is not solved."""
+        if (blocks := self.integers.blocks.get(tensor)) is not None:
+            return [blocks.packed]
+        stored = self.integers.matrices.get(tensor)
+        return [] if stored is None else [stored.codes, stored.scales]
 
     def run(self, progress: Progress) -> None:
         """Solve what is not in the file yet.
@@ -246,39 +234,44 @@ class _Solver:
         )
         for inverse, group in zip(inverses, groups.values(), strict=True):
             for tensor in group:
-                stored = self.integers.matrices[tensor]
                 ranges = self._store.row_ranges([tensor], SOLVE_BYTES)
                 self._file.write(
-                    [stored.codes, stored.scales],
-                    (partial(self._solved_rows, tensor, inverse, rows) for rows in ranges),
+                    self._extents(tensor), (partial(self._solved_rows, tensor, inverse, rows) for rows in ranges)
                 )
 
-    def _solved_rows(self, tensor: str, inverse: Inverse, rows: tuple[int, int]) -> tuple[Rows, Rows]:
-        """Returns the codes and scales of ``rows``, [start, stop), of a projection."""
-        found = solve_rows(self._store.rows(tensor, *rows), self.integers.precisions[tensor], inverse, name=tensor)
+    def _solved_rows(self, tensor: str, inverse: Inverse, rows: tuple[int, int]) -> tuple[Rows, ...]:
+        """Returns the integers of ``rows``, [start, stop), of a projection."""
+        return self._solved(tensor, self._store.rows(tensor, *rows), np.arange(*rows), inverse=inverse)
+
+    def _solved(self, tensor: str, weight: Array, rows: Ids, *, inverse: Inverse) -> tuple[Rows, ...]:
+        """Returns an array for each extent of ``tensor``, for its ``rows``, whose weights are given."""
+        blocks = self.integers.blocks.get(tensor)
+        if blocks is not None:
+            return (solve_own_rows(weight * blocks.own.factors[rows, None], blocks.own.format, inverse, name=tensor),)
+        found = solve_rows(weight, self.integers.precisions[tensor], inverse, name=tensor)
         return found.codes, found.scales
 
     def _solve_head(self) -> None:
         """Solve and write the head: each group of rows on its own weighted moments, mixed with the unweighted ones."""
         head = torch.from_numpy(self._float_weight(self._head)).to(self._device.place)
         found = group_head(self._head_inputs, head, self._config.lm_head_multiplier, jobs=self._stage.jobs)
-        stored = self.integers.matrices[self._head]
         unweighted = Moments.zero(head.shape[1], self._device)
         for float_input, quantised_input in in_order(self._head_inputs(), self._stage.jobs):
             unweighted.add(float_input, quantised_input)
-        codes = np.empty(stored.shape, np.int8)
-        scales = np.empty((stored.shape[0], stored.scales.length // 2 // stored.shape[0]), np.float16)
         rows_of_groups = [torch.nonzero(found.groups == group)[:, 0].numpy() for group in range(len(found.weights))]
         calls = (
             partial(self._solve_head_rows, head, rows, weights, unweighted=unweighted)
             for rows, weights in zip(rows_of_groups, found.weights, strict=True)
         )
-        for rows, found_integers in zip(rows_of_groups, in_order(calls, self._stage.jobs), strict=True):
-            codes[rows], scales[rows] = found_integers
-        self._file.write([stored.codes, stored.scales], [partial(_two_blocks, codes, scales)])
+        extents = self._extents(self._head)
+        whole = [np.empty((len(head), extent.length // len(head)), np.uint8) for extent in extents]
+        for rows, parts in zip(rows_of_groups, in_order(calls, self._stage.jobs), strict=True):
+            for array, part in zip(whole, parts, strict=True):
+                array[rows] = np.ascontiguousarray(part).view(np.uint8)
+        self._file.write(extents, [partial(tuple, whole)])
 
-    def _solve_head_rows(self, head: Tensor, rows: Ids, weights: Tensor, *, unweighted: Moments) -> tuple[Rows, Rows]:
-        """Returns the codes and scales of ``rows`` of the head.
+    def _solve_head_rows(self, head: Tensor, rows: Ids, weights: Tensor, *, unweighted: Moments) -> tuple[Rows, ...]:
+        """Returns the integers of ``rows`` of the head, an array for each of its extents.
 
         ``weights`` [samples, length] are those of the positions.
         """
@@ -287,11 +280,14 @@ class _Solver:
             moments.add(*inputs(), sequence_weights)
         inverse = _inverse(moments.mixed(unweighted, UNWEIGHTED_SHARE), self._head)
         step = max(1, SOLVE_BYTES // (4 * head.shape[1]))
-        chosen = torch.from_numpy(rows).to(head.device)
-        blocks = [head[chosen[start : start + step]].cpu().numpy() for start in range(0, len(rows), step)]
-        precision = self.integers.precisions[self._head]
-        found = [solve_rows(block, precision, inverse, name=self._head) for block in blocks]
-        return np.concatenate([block.codes for block in found]), np.concatenate([block.scales for block in found])
+        parts = [rows[start : start + step] for start in range(0, len(rows), step)]
+        found = [
+            self._solved(
+                self._head, head[torch.from_numpy(part).to(head.device)].cpu().numpy(), part, inverse=inverse
+            )
+            for part in parts
+        ]
+        return tuple(np.concatenate(arrays) for arrays in zip(*found, strict=True))
 
     def _head_inputs(self) -> Iterator[Callable[[], InputPair]]:
         """Yield a call for every sequence, which returns the float and the quantised input of the head."""
@@ -309,8 +305,7 @@ class _Solver:
         return {name: group for name, group in left.items() if group}
 
     def _is_unsolved(self, tensor: str) -> bool:
-        stored = self.integers.matrices.get(tensor)
-        return stored is not None and not (self._file.holds(stored.codes) and self._file.holds(stored.scales))
+        return not all(map(self._file.holds, self._extents(tensor)))
 
     def _inputs(self, layer: int) -> tuple[Extent, Extent]:
         """Returns where the float and the quantised input of ``layer`` are; the number of layers means the head.
@@ -345,9 +340,8 @@ class _Solver:
 
     def _quantised_weight(self, tensor: str) -> Array:
         """Returns a tensor as the artifact will have it, dequantised where it is stored in integers."""
-        if tensor not in self.integers.matrices:
-            return self._float_weight(tensor)
-        return self.integers.rows(tensor, 0, self._store.shape(tensor)[0]).unfolded()
+        found = self.integers.unfolded(tensor)
+        return self._float_weight(tensor) if found is None else found
 
 
 def _inverse(moments: Moments, name: str) -> Inverse:
@@ -389,8 +383,3 @@ def _same_pair(pair: InputPair) -> InputPair:
 def _one_block(block: Array) -> tuple[Array]:
     """Returns a block that is computed already, for one extent."""
     return (block,)
-
-
-def _two_blocks(codes: Rows, scales: Rows) -> tuple[Rows, Rows]:
-    """Returns blocks that are computed already, for the extents of codes and scales."""
-    return codes, scales

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
@@ -13,6 +14,7 @@ from h1export.progress import Progress
 from h1export.quantize.awq_scales import AwqScales, ScaledStore
 from h1export.quantize.choices import Method
 from h1export.quantize.device import CPU_DEVICE, ComputeDevice
+from h1export.quantize.grid import OwnTensor
 from h1export.quantize.methods.awq import search_scales, unit_scales
 from h1export.quantize.methods.gptq_model import solve_model
 from h1export.quantize.methods.prequantized import Prequantized
@@ -58,11 +60,13 @@ def integers_of(
     stage: Stage,
     progress: Progress,
     device: ComputeDevice = CPU_DEVICE,
+    own: Mapping[str, OwnTensor] = MappingProxyType({}),
 ) -> tuple[WeightStore, QuantizedWeights]:
     """Returns the checkpoint's tensors as the artifact will have them, and their integers.
 
     ``ids`` [samples, length] are calibration tokens, for a method that needs some. In a dry ``stage`` only shapes are
-    right. A method that needs a text runs the model on ``device``.
+    right. A method that needs a text runs the model on ``device``. GPTQ solves the tensors in ``own`` in formats that
+    the target alone has; the other methods leave these to the target.
 
     Raises:
         H1ExportError: weights, or inputs of projections, that are not finite or too large.
@@ -73,7 +77,7 @@ def integers_of(
         store = ScaledStore(store, factors, progress)
     integers = uncalibrated_integers(store, config, scheme)
     if scheme.method == "gptq" and ids is not None and not stage.dry:
-        integers = solve_model(store, config, integers, ids=ids, stage=stage, progress=progress, device=device)
+        integers = solve_model(store, config, integers, ids=ids, stage=stage, progress=progress, device=device, own=own)
     return store, integers
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.artifact.journal import Extent
+from h1export.model.falcon_h1.states import Array
+from h1export.quantize.grid import OwnTensor, PackedRows
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedWeights
@@ -26,6 +28,15 @@ class StoredMatrix:
 
 
 @dataclass(frozen=True)
+class StoredBlocks:
+    """Where a tensor in a target's own format is stored: packed rows, [rows, bytes of a row]."""
+
+    own: OwnTensor
+    shape: tuple[int, int]
+    packed: Extent
+
+
+@dataclass(frozen=True)
 class StoredIntegers:
     """QuantizedWeights that reads some tensors from files.
 
@@ -33,11 +44,13 @@ class StoredIntegers:
         folder: the folder of the files.
         matrices: where each tensor is stored.
         rest: gives the integers of all other tensors, and the precisions of all tensors.
+        blocks: where tensors are stored that a target has in a format of its own.
     """
 
     folder: Path
     matrices: Mapping[str, StoredMatrix]
     rest: QuantizedWeights
+    blocks: Mapping[str, StoredBlocks] = field(default_factory=dict)
 
     @property
     def precisions(self) -> Mapping[str, Precision]:
@@ -55,6 +68,22 @@ class StoredIntegers:
             self._mapped(stored.scales, np.float16, (rows, groups))[start:stop].copy(),
             np.ones(min(stop, rows) - start, np.float32),
         )
+
+    def packed_rows(self, tensor: str, start: int, stop: int) -> PackedRows | None:
+        """Returns rows [start, stop) of a tensor in its own format; see HasPackedRows."""
+        stored = self.blocks.get(tensor)
+        if stored is None:
+            return None
+        found: PackedRows = self._mapped(stored.packed, np.uint8, stored.shape)[start:stop].copy()
+        return found
+
+    def unfolded(self, tensor: str) -> Array | None:
+        """Returns a whole tensor, dequantised and without µP; None where it is not stored here."""
+        if (stored := self.blocks.get(tensor)) is not None:
+            return stored.own.unfolded(self._mapped(stored.packed, np.uint8, stored.shape))
+        if (matrix := self.matrices.get(tensor)) is not None:
+            return self.rows(tensor, 0, matrix.shape[0]).unfolded()
+        return None
 
     def _mapped(self, extent: Extent, dtype: type[np.generic], shape: tuple[int, int]) -> npt.NDArray[Any]:
         return np.asarray(np.memmap(self.folder / extent.file, dtype, "r", extent.offset, shape))

@@ -6,6 +6,11 @@ Every method rounds the same tensors, the projections and the head, and transfor
 in float32; so this measures the rounding alone, without that of a runtime. The table has h1export's methods, torchao's
 asymmetric int4 in groups of 32, GGUF's Q4_0 as the gguf package rounds it, and with ``--ggml``, llama.cpp's library,
 its Q4_K without an importance matrix. The script needs the extra `bench`. Without CHECKPOINT, the embedded model.
+
+    python benchmarks/quality.py [CHECKPOINT] --inside llama.cpp
+
+compares GGUF files inside llama.cpp instead: ours beside llama.cpp's own Q4_0, IQ4_NL, Q4_K_M and Q5_K_M, each with and
+without an importance matrix of the same calibration text (quality_llama.py). It needs the extra `gguf`.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -198,12 +204,21 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=Calibration().samples, help="of the calibration text")
     parser.add_argument("--ggml", type=Path, help="llama.cpp's libggml-base.so, for Q4_K")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--inside", choices=["torch", "llama.cpp"], default="torch", help="what computes")
+    parser.add_argument("--threads", type=int, default=host.cores(), help="of llama.cpp")
     args = parser.parse_args()
     checkpoint = resolve(args.checkpoint)
     text = (embedded_model() / "heldout.txt").read_text(encoding="utf-8")
     if args.windows:
         text = text[: 1700 * args.windows]  # about 512 tokens of the embedded model's
     ids, nbytes = scoring_ids(checkpoint, text)
+    if args.inside == "llama.cpp":
+        import quality_llama
+
+        files = list(quality_llama.measure(checkpoint, ids, nbytes, samples=args.samples, threads=args.threads))
+        Console().print(quality_llama.table(files, len(ids)))
+        save(args.json, files)
+        return
     judge = Judge(checkpoint, ids, nbytes)
     found = []
     for method, bits, make in (*own_methods(checkpoint, args.samples), *peer_methods(checkpoint, args.ggml)):
@@ -213,8 +228,13 @@ def main() -> None:
         found.append(Quality(method, bits, seconds, judge.figures(weights)))
         print(method, found[-1].figures, file=sys.stderr, flush=True)
     Console().print(table(found, len(ids)))
-    if args.json:
-        args.json.write_text(json.dumps([asdict(quality) for quality in found], indent=1) + "\n", encoding="utf-8")
+    save(args.json, found)
+
+
+def save(file: Path | None, found: list[Any]) -> None:
+    """Write what was found to ``file``, where one is given."""
+    if file is not None:
+        file.write_text(json.dumps([asdict(quality) for quality in found], indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -183,7 +183,14 @@ class BuildJob:
                 )
                 target.lower(program, store, integers, options=self.options, stage=dry, progress=SILENT)
         store, integers = integers_of(
-            self.store, self.config, self.scheme, ids=self.ids, stage=stage, progress=progress, device=self.device, own=own
+            self.store,
+            self.config,
+            self.scheme,
+            ids=self.ids,
+            stage=stage,
+            progress=progress,
+            device=self.device,
+            own=own,
         )
         lowered = target.lower(program, store, integers, options=self.options, stage=stage, progress=progress)
         (stage.folder / SBOM).write_text(sbom(manifest), encoding="utf-8")

@@ -189,7 +189,7 @@ FORMATS: Mapping[TensorType, GridFormat] = {
 
 
 def parts_of(kind: TensorType, rows: PackedRows) -> tuple[Codes, npt.NDArray[np.float16]]:
-    """Return codes with the signs of their steps, and steps rounded to positive numbers of fp16; offsets are left out."""
+    """Return codes with the signs of their steps, and steps rounded to positive fp16; offsets are left out."""
     scales, codes = FORMATS[kind].unpack(rows)
     steps = scales.steps.numpy()
     signed = codes.reshape(*steps.shape, -1) * np.sign(steps).astype(np.int8)[..., None]

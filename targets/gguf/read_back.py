@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,23 @@ class GgufFile:
 
     def write_float32(self, path: Path) -> None:
         """Write a copy to ``path`` whose tensors are all in float32, which llama.cpp computes without rounding."""
+
+        def blocks_of(name: str) -> Iterator[blocks.Bytes]:
+            shape = self.shape(name)
+            step = max(1, ROW_BYTES // (4 * shape[-1]))
+            for start in range(0, int(np.prod(shape[:-1])), step):
+                yield self.floats(name, start, start + step).view(np.uint8)
+
+        self.write_copy(path, dict.fromkeys(self._tensors, "F32"), blocks_of)
+
+    def write_copy(
+        self, path: Path, kinds: Mapping[str, str], blocks_of: Callable[[str], Iterable[blocks.Bytes]]
+    ) -> None:
+        """Write a copy to ``path`` with the same keys, and with tensors of other types.
+
+        ``kinds`` has the type of every tensor, by its name in gguf's GGMLQuantizationType. ``blocks_of`` gives the
+        bytes of a tensor in that type, from its first row to its last.
+        """
         gguf = sdk.gguf()
         (architecture,) = [field for name, field in self._reader.fields.items() if name == "general.architecture"]
         writer = gguf.GGUFWriter(path, architecture.contents())
@@ -122,7 +139,10 @@ class GgufFile:
                 writer.add_key_value(name, field.contents(), kind, sub_type=inner)
         for name in self._tensors:
             shape = self.shape(name)
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * int(np.prod(shape)))
+            raw = gguf.GGMLQuantizationType[kinds[name]]
+            columns, nbytes = gguf.GGML_QUANT_SIZES[raw]
+            size = int(np.prod(shape)) // columns * nbytes
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -131,10 +151,8 @@ class GgufFile:
         with path.open("ab") as stream:
             for name in self._tensors:
                 stream.write(bytes(-stream.tell() % align))
-                shape = self.shape(name)
-                step = max(1, ROW_BYTES // (4 * shape[-1]))
-                for start in range(0, int(np.prod(shape[:-1])), step):
-                    stream.write(self.floats(name, start, start + step).tobytes())
+                for block in blocks_of(name):
+                    stream.write(block.tobytes())
             stream.write(bytes(-stream.tell() % align))
 
     def _tensor(self, name: str) -> Any:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from h1export.model.falcon_h1.states import Array
 from h1export.quantize.grid import BlockScales, GridFormat, PackedRows, in_fp16
-from h1export.quantize.methods.gptq import MAX_SCALE_CHANGE, OLD_SCALE_WEIGHT, ROUNDS, Inverse, column_by_column, feed_back
+from h1export.quantize.methods.gptq import (
+    MAX_SCALE_CHANGE,
+    OLD_SCALE_WEIGHT,
+    ROUNDS,
+    Inverse,
+    column_by_column,
+    feed_back,
+)
 from h1export.quantize.methods.grid_search import searched
 
 SEARCH_BYTES = 2 << 20  # float32 bytes of the rows whose scales are searched at a time

@@ -282,9 +282,7 @@ class _Solver:
         step = max(1, SOLVE_BYTES // (4 * head.shape[1]))
         parts = [rows[start : start + step] for start in range(0, len(rows), step)]
         found = [
-            self._solved(
-                self._head, head[torch.from_numpy(part).to(head.device)].cpu().numpy(), part, inverse=inverse
-            )
+            self._solved(self._head, head[torch.from_numpy(part).to(head.device)].cpu().numpy(), part, inverse=inverse)
             for part in parts
         ]
         return tuple(np.concatenate(arrays) for arrays in zip(*found, strict=True))

@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--inside", choices=["torch", "llama.cpp"], default="torch", help="what computes")
     parser.add_argument("--threads", type=int, default=host.cores(), help="of llama.cpp")
+    parser.add_argument("--artifact", type=Path, nargs="*", default=[], help="ours for llama.cpp, instead of building")
     args = parser.parse_args()
     checkpoint = resolve(args.checkpoint)
     text = (embedded_model() / "heldout.txt").read_text(encoding="utf-8")
@@ -215,7 +216,11 @@ def main() -> None:
     if args.inside == "llama.cpp":
         import quality_llama
 
-        files = list(quality_llama.measure(checkpoint, ids, nbytes, samples=args.samples, threads=args.threads))
+        files = list(
+            quality_llama.measure(
+                checkpoint, ids, nbytes, samples=args.samples, threads=args.threads, built=args.artifact
+            )
+        )
         Console().print(quality_llama.table(files, len(ids)))
         save(args.json, files)
         return

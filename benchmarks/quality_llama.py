@@ -7,10 +7,11 @@ same windows for both.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
+from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.store import WeightStore
 from h1export.commands.build import build_artifact
 from h1export.model.falcon_h1.config import FalconH1Config
@@ -32,16 +34,8 @@ from h1export.targets.gguf.read_back import GgufFile
 from h1export.targets.gguf.writer import MODEL
 from h1export.validate.accuracy.perplexity import RESAMPLES, WINDOW, Scored, text_figures, windows
 
-OURS: Mapping[str, GgufOptions] = {
-    "h1export, shared integers, head q4_0, embedding q8_0": GgufOptions(head="q4_0", embedding="q8_0"),
-    "h1export, shared integers (default)": GgufOptions(),
-    "h1export --mix q4_k_m": GgufOptions(mix="q4_k_m"),
-    "h1export --mix q5_k_m": GgufOptions(mix="q5_k_m"),
-}
-RIVALS = {  # ours -> the file of llama.cpp that it is compared with
-    "h1export --mix q4_k_m": "llama.cpp q4_k_m, importance matrix",
-    "h1export --mix q5_k_m": "llama.cpp q5_k_m, importance matrix",
-}
+OURS = tuple(GgufOptions(mix=mix) for mix in ("shared", "q4_k_m", "q5_k_m"))
+RIVALS = {"shared": "q4_k_m"}  # mix -> the file type that it is compared with; another mix: its own name
 
 
 @dataclass(frozen=True)
@@ -55,8 +49,22 @@ class FileQuality:
     difference: dict[str, float]
 
 
-def measure(checkpoint: Path, ids: Ids, nbytes: int, *, samples: int, threads: int) -> Iterator[FileQuality]:
-    """Yield the quality of every file; ``nbytes`` are those of the text ``ids``."""
+@dataclass(frozen=True)
+class Contender:
+    """A file, and the name of the one that it is compared with; empty: none."""
+
+    name: str
+    file: Path
+    rival: str = ""
+
+
+def measure(
+    checkpoint: Path, ids: Ids, nbytes: int, *, samples: int, threads: int, built: Sequence[Path]
+) -> Iterator[FileQuality]:
+    """Yield the quality of every file; ``nbytes`` are those of the text ``ids``.
+
+    ``built`` are artifacts of ours; none: three are built.
+    """
     parts = windows(ids)
     config = FalconH1Config.load(checkpoint)
     scored: dict[str, list[Scored]] = {}
@@ -64,34 +72,45 @@ def measure(checkpoint: Path, ids: Ids, nbytes: int, *, samples: int, threads: i
         work = Path(folder)
         full = build_artifact(checkpoint, "gguf", work / "full", scheme=QuantScheme("none")).folder / MODEL
         truths = run(full, parts, threads)
-        for name, file in _files(checkpoint, config, full, work=work, samples=samples):
-            found = run(file, parts, threads)
+        calibration = Calibration(samples=samples)
+        rivals = _llama_files(checkpoint, config, full, path=work / MODEL, calibration=calibration)
+        ours = _ours(checkpoint, work, calibration, built=built)
+        for contender in itertools.chain(rivals, ours):
+            name, rival = contender.name, contender.rival
+            found = run(contender.file, parts, threads)
             scored[name] = [Scored.of(*each) for each in zip(found, truths, parts, strict=True)]
-            rival = RIVALS.get(name, "")
             difference = paired(scored[name], scored[rival], nbytes) if rival else {}
-            yield FileQuality(name, file.stat().st_size, text_figures(scored[name], nbytes), rival, difference)
-            print(name, file=sys.stderr, flush=True)
-            file.unlink()
+            figures = text_figures(scored[name], nbytes)
+            print(name, figures, difference, file=sys.stderr, flush=True)
+            yield FileQuality(name, contender.file.stat().st_size, figures, rival, difference)
 
 
-def _files(
-    checkpoint: Path, config: FalconH1Config, full: Path, *, work: Path, samples: int
-) -> Iterator[tuple[str, Path]]:
-    """Yield a name and a file of each kind, llama.cpp's first."""
-    calibration = Calibration(samples=samples)
-    importance = llama_quantizer.importance_matrix(
-        WeightStore.open(checkpoint, config), config, calibration.ids(checkpoint)
-    )
+def _llama_files(
+    checkpoint: Path, config: FalconH1Config, full: Path, *, path: Path, calibration: Calibration
+) -> Iterator[Contender]:
+    """Yield llama.cpp's files, each at ``path``."""
+    store = WeightStore.open(checkpoint, config)
+    importance = llama_quantizer.importance_matrix(store, config, calibration.ids(checkpoint))
     for file_type in BASE:
         for suffix, matrix in (("", {}), (", importance matrix", importance)):
-            path = work / MODEL
             llama_quantizer.write(GgufFile(full), path, file_type, config=config, importance=matrix)
-            yield f"llama.cpp {file_type}{suffix}", path
-    for number, (name, options) in enumerate(OURS.items()):
-        scheme = QuantScheme("int4", 32, "gptq")
-        out = work / f"ours-{number}"
-        artifact = build_artifact(checkpoint, "gguf", out, scheme=scheme, options=options, calibration=calibration)
-        yield name, artifact.folder / MODEL
+            yield Contender(f"llama.cpp {file_type}{suffix}", path)
+
+
+def _ours(checkpoint: Path, work: Path, calibration: Calibration, *, built: Sequence[Path]) -> Iterator[Contender]:
+    """Yield our files: those of ``built``, or one for each of OURS."""
+    artifacts = (Artifact.open(folder) for folder in built) if built else _built(checkpoint, work, calibration)
+    for artifact in artifacts:
+        mix = GgufOptions.read(artifact).mix
+        rival = f"llama.cpp {RIVALS.get(mix, mix)}, importance matrix"
+        yield Contender(f"h1export --mix {mix}", artifact.folder / MODEL, rival)
+
+
+def _built(checkpoint: Path, work: Path, calibration: Calibration) -> Iterator[Artifact]:
+    scheme = QuantScheme("int4", 32, "gptq")
+    for options in OURS:
+        out = work / options.mix
+        yield build_artifact(checkpoint, "gguf", out, scheme=scheme, options=options, calibration=calibration)
 
 
 def run(file: Path, parts: list[Ids], threads: int) -> list[Array]:

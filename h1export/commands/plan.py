@@ -14,6 +14,7 @@ import numpy as np
 
 from h1export import host
 from h1export.artifact.artifact import NO_SHA256, file_table
+from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.stage import dry_stage
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.store import WeightStore
@@ -109,7 +110,7 @@ def plan_build(
     jobs = jobs or host.cores()
     start = time.perf_counter()
     with dry_stage() as stage:
-        job.write(job.manifest(NO_SHA256), stage, progress)
+        manifest = job.write(job.manifest(NO_SHA256), stage, progress)
         files = file_table(stage.folder, sizes_only=True)
     lowering = time.perf_counter() - start
     sizes = {name: size for name, (_, size) in files.items()}
@@ -131,14 +132,20 @@ def plan_build(
         disk_free=disk_free(out),
         scratch_bytes=scratch,
         state_bytes={context: StateSpec.of(job.config).nbytes(1, context) for context in contexts},
-        precisions=precisions(job.integers, job.config),
+        precisions=precisions(job.integers, job.config, manifest.weights),
         gpu="" if job.device.is_cpu else job.device.name,
     )
 
 
-def precisions(integers: QuantizedWeights, config: FalconH1Config) -> dict[str, str]:
-    """Tensor of the architecture -> its precision in words."""
-    return {name: _words(integers.precisions.get(name)) for name in tensor_shapes(config)}
+def precisions(integers: QuantizedWeights, config: FalconH1Config, stored: Sequence[StoredWeight]) -> dict[str, str]:
+    """Tensor of the architecture -> its precision in words; ``stored`` has what a target stores in another one."""
+    found = dict(integers.precisions)
+    for weight in stored:
+        for part in weight.parts:
+            shared = found.get(part.tensor)
+            if shared is None or shared.bits != weight.bits:
+                found[part.tensor] = Precision(weight.bits, weight.group_size)
+    return {name: _words(found.get(name)) for name in tensor_shapes(config)}
 
 
 def _words(precision: Precision | None) -> str:

@@ -20,7 +20,7 @@ NARROW = (TensorType.Q4_0, TensorType.Q5_0)  # where blocks of 256 columns do no
 BITS = {TensorType.Q4_0: 4, TensorType.Q4_K: 4, TensorType.Q5_0: 5, TensorType.Q5_K: 5, TensorType.Q6_K: 6}
 
 # KL divergence in nats a million weights, where a matrix of the embedded model alone is in 4 bits. Those of attention
-# and of the MLP fall towards the first layers, to 1/FALL in front of the first.
+# and of the MLP fall towards the first layers, to 1/FALL before the first: there they fall further, by more than 30.
 SENSITIVITY: Mapping[str, float] = {
     HEAD: 4e-3,
     EMBEDDING: 1.2e-3,
@@ -34,7 +34,7 @@ SENSITIVITY: Mapping[str, float] = {
     "ffn_up.weight": 1.5e-3,
     "ffn_down.weight": 4e-3,
 }
-FALL = 64.0
+FALL = 16.0
 FALLING = ("attn_", "ffn_")
 
 
@@ -44,17 +44,22 @@ def mixed(file_type: str, config: FalconH1Config) -> dict[str, TensorType]:
     Raises:
         H1ExportError: a matrix whose rows 32 does not divide.
     """
-    found: dict[Matrix, int] = {}
+    found: dict[Matrix, int] = {}  # the place of its type among those that fit
     for matrix in matrices(config):
         if matrix.columns % NARROW[0].block.columns:
             what = f"has {matrix.columns} columns, which blocks of 32 do not divide"
             raise H1ExportError(f'tensor "{matrix.tensor}"', what, "leave out --mix, and use --quant none --floats f16")
         found[matrix] = 0
     left = file_bytes(file_type, config) - sum(_nbytes(matrix, _types(matrix)[0]) for matrix in found)
-    while steps := [matrix for matrix, place in found.items() if 0 < _cost(matrix, place) <= left]:
-        best = max(steps, key=lambda matrix: _gain(matrix, found[matrix], config) / _cost(matrix, found[matrix]))
-        left -= _cost(best, found[best])
-        found[best] += 1
+    steps = [(matrix, place) for matrix in found for place in range(len(_types(matrix)) - 1)]
+    steps.sort(
+        key=lambda step: -_gain(*step, config) / _cost(*step)
+    )  # a matrix's second step gains less than its first
+    for matrix, place in steps:
+        cost = _cost(matrix, place)
+        if found[matrix] == place and cost <= left:
+            left -= cost
+            found[matrix] += 1
     return {matrix.tensor: _types(matrix)[place] for matrix, place in found.items()}
 
 
@@ -67,19 +72,20 @@ def _nbytes(matrix: Matrix, kind: TensorType) -> int:
 
 
 def _cost(matrix: Matrix, place: int) -> int:
-    """Return the bytes that the next type takes more; 0 where there is none."""
-    types = _types(matrix)
-    if place + 1 == len(types):
-        return 0
-    return _nbytes(matrix, types[place + 1]) - _nbytes(matrix, types[place])
+    """Return the bytes that the next type takes more."""
+    before, after = _types(matrix)[place : place + 2]
+    return _nbytes(matrix, after) - _nbytes(matrix, before)
 
 
 def _gain(matrix: Matrix, place: int, config: FalconH1Config) -> float:
     """Return the expected divergence that the next type takes away."""
     kind = matrix.name if matrix.layer is None else matrix.name.split(".", 2)[2]
-    weight = SENSITIVITY[kind] * matrix.rows * matrix.columns
+    sensitivity = SENSITIVITY[kind]
+    if kind == EMBEDDING and config.tie_word_embeddings:
+        sensitivity += SENSITIVITY[HEAD]
     if matrix.layer is not None and kind.startswith(FALLING):
-        weight *= FALL ** ((matrix.layer + 1) / config.num_hidden_layers - 1)
+        sensitivity *= FALL ** ((matrix.layer + 1) / config.num_hidden_layers - 1)
+    weight = sensitivity * matrix.rows * matrix.columns
     types = _types(matrix)
     before, after = (4.0 ** -BITS[kind] for kind in types[place : place + 2])
     return weight * (before - after)

@@ -15,6 +15,7 @@ from h1export.quantize.grid import BlockScales, GridFormat, PackedRows, in_fp16
 
 # Shares of the step that clips no weight.
 SHARES = (1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
+REFINEMENTS = 2  # choices of codes for the best step and offset so far, after the shares
 TINY = float(torch.finfo(torch.float32).tiny)
 
 
@@ -58,9 +59,10 @@ def _with_offsets(groups: Tensor, importance: Tensor, format_: GridFormat) -> tu
     sum_ww = (groups.square() * importance).sum(2)
     best_steps, best_offsets = plain, -lowest
     least = torch.full_like(plain, torch.inf)
-    for share in SHARES:
-        step = (plain * share).clamp_min(TINY)[..., None]
-        codes = torch.round((groups - lowest[..., None]) / step).clamp_(format_.lowest, format_.highest)
+    for share in (*SHARES, *[None] * REFINEMENTS):
+        step, start = (best_steps, best_offsets) if share is None else (plain * share, -lowest)
+        codes = torch.round((groups + start[..., None]) / step.clamp_min(TINY)[..., None])
+        codes = codes.clamp_(format_.lowest, format_.highest)
         weighted = codes * importance
         sum_q, sum_qq, sum_qw = weighted.sum(2), (weighted * codes).sum(2), (weighted * groups).sum(2)
         determinant = total * sum_qq - sum_q.square()

@@ -125,7 +125,8 @@ class OwnTensor:
     def unfolded(self, packed: PackedRows) -> Array:
         """Return the weights of the whole tensor without the factors; a row whose factor is 0 is 0."""
         factors = self.factors[:, None]
-        return self.format.values(packed) / np.where(factors == 0, np.float32(1), factors)
+        found: Array = self.format.values(packed) / np.where(factors == 0, np.ones_like(factors), factors)
+        return found
 
 
 def in_fp16(values: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ def matrices(config: FalconH1Config) -> tuple[Matrix, ...]:
         if projection_of(tensor) is not None:
             name = place_of(tensor).name
             layer = int(name.split(".")[1]) if name.startswith("blk.") else None
-            found.append(Matrix(name, tensor, *shape, layer=layer))
+            rows, columns = shape
+            found.append(Matrix(name, tensor, rows, columns=columns, layer=layer))
     return tuple(found)
 
 

@@ -22,6 +22,8 @@ Codes = npt.NDArray[np.int8]
 GROUPS = SUPER // BLOCK  # groups of a block of Q4_K and Q5_K
 HEADER = 16  # bytes of d, of the minimum, and of the groups' integers before their codes
 LOW6 = 63  # the largest integer of a group
+FOUR = np.uint8(4)
+LOW4 = np.uint8(15)
 
 
 def _pack_q4_k(scales: BlockScales, codes: Codes) -> PackedRows:
@@ -38,30 +40,30 @@ def _pack_q5_k(scales: BlockScales, codes: Codes) -> PackedRows:
     raised = codes.view(np.uint8).reshape(len(codes), -1, GROUPS, BLOCK)
     fifth = np.zeros((*raised.shape[:2], BLOCK), np.uint8)
     for group in range(GROUPS):
-        fifth |= (raised[:, :, group] >> 4) << np.uint8(group)
-    return _joined(_header(scales), fifth, _nibbles(raised & 15))
+        fifth |= (raised[:, :, group] >> FOUR) << np.uint8(group)
+    return _joined(_header(scales), fifth, _nibbles(raised & LOW4))
 
 
 def _unpack_q5_k(rows: PackedRows) -> tuple[BlockScales, Codes]:
     parts = rows.reshape(len(rows), -1, BLOCKS[TensorType.Q5_K].nbytes)
     low = _of_nibbles(parts[:, :, HEADER + BLOCK :])
-    fifth = parts[:, :, HEADER : HEADER + BLOCK, None] >> np.arange(GROUPS, dtype=np.uint8) & 1
-    return _scales(parts), _codes(low | (fifth.transpose(0, 1, 3, 2).reshape(low.shape) << 4))
+    fifth = parts[:, :, HEADER : HEADER + BLOCK, None] >> np.arange(GROUPS, dtype=np.uint8) & np.uint8(1)
+    return _scales(parts), _codes(low | (fifth.transpose(0, 1, 3, 2).reshape(low.shape) << FOUR))
 
 
 def _pack_q5_0(scales: BlockScales, codes: Codes) -> PackedRows:
     """A block is d, the fifth bits of its columns in order, and nibbles as in Q4_0."""
     raised = (codes + np.int8(16)).view(np.uint8).reshape(len(codes), -1, BLOCK)
-    fifth = np.packbits(raised >> 4, axis=2, bitorder="little")
-    low = raised & 15
-    return _joined(_halves(scales.scale), fifth, low[:, :, :HALF] | (low[:, :, HALF:] << np.uint8(4)))
+    fifth = np.packbits(raised >> FOUR, axis=2, bitorder="little")
+    low = raised & LOW4
+    return _joined(_halves(scales.scale), fifth, low[:, :, :HALF] | (low[:, :, HALF:] << FOUR))
 
 
 def _unpack_q5_0(rows: PackedRows) -> tuple[BlockScales, Codes]:
     parts = rows.reshape(len(rows), -1, BLOCKS[TensorType.Q5_0].nbytes)
     fifth = np.unpackbits(parts[:, :, 2:6], axis=2, bitorder="little")
     nibbles = parts[:, :, 6:]
-    codes = _codes(np.concatenate([nibbles & 15, nibbles >> 4], axis=2) | (fifth << 4)) - np.int8(16)
+    codes = _codes(np.concatenate([nibbles & LOW4, nibbles >> FOUR], axis=2) | (fifth << FOUR)) - np.int8(16)
     d = _floats(parts[:, :, :2])
     return BlockScales(d, torch.ones_like(d), torch.zeros_like(d), torch.zeros_like(d)), codes
 
@@ -102,13 +104,13 @@ def _floats(halves: PackedRows) -> Tensor:
 def _nibbles(raised: npt.NDArray[np.uint8]) -> PackedRows:
     """Return 128 bytes a block: byte 32 q + i has column 64 q + i in its low half, and column 64 q + 32 + i above."""
     pairs = raised.reshape(len(raised), -1, GROUPS // 2, 2, BLOCK)
-    packed = pairs[:, :, :, 0] | (pairs[:, :, :, 1] << np.uint8(4))
+    packed = pairs[:, :, :, 0] | (pairs[:, :, :, 1] << FOUR)
     return packed.reshape(*packed.shape[:2], -1)
 
 
 def _of_nibbles(packed: PackedRows) -> npt.NDArray[np.uint8]:
     halves = packed.reshape(*packed.shape[:2], GROUPS // 2, 1, BLOCK)
-    return np.concatenate([halves & 15, halves >> 4], axis=3).reshape(*packed.shape[:2], SUPER)
+    return np.concatenate([halves & LOW4, halves >> FOUR], axis=3).reshape(*packed.shape[:2], SUPER)
 
 
 def _header(scales: BlockScales) -> PackedRows:
@@ -121,16 +123,16 @@ def _header(scales: BlockScales) -> PackedRows:
         values.numpy().astype(np.uint8).reshape(len(values), -1, GROUPS)
         for values in (scales.units, scales.minimum_units)
     )
-    first = units[:, :, :4] | (units[:, :, 4:] >> 4) << np.uint8(6)
-    second = minimums[:, :, :4] | (minimums[:, :, 4:] >> 4) << np.uint8(6)
-    third = (units[:, :, 4:] & 15) | (minimums[:, :, 4:] & 15) << np.uint8(4)
+    first = units[:, :, :4] | (units[:, :, 4:] >> FOUR) << np.uint8(6)
+    second = minimums[:, :, :4] | (minimums[:, :, 4:] >> FOUR) << np.uint8(6)
+    third = (units[:, :, 4:] & LOW4) | (minimums[:, :, 4:] & LOW4) << FOUR
     return np.concatenate([_halves(scales.scale), _halves(scales.minimum), first, second, third], axis=2)
 
 
 def _scales(parts: PackedRows) -> BlockScales:
     first, second, third = (parts[:, :, start : start + 4] for start in (4, 8, 12))
-    units = np.concatenate([first & LOW6, (third & 15) | (first >> 6) << 4], axis=2)
-    minimums = np.concatenate([second & LOW6, (third >> 4) | (second >> 6) << 4], axis=2)
+    units = np.concatenate([first & LOW6, (third & LOW4) | (first >> 6) << FOUR], axis=2)
+    minimums = np.concatenate([second & LOW6, (third >> FOUR) | (second >> 6) << FOUR], axis=2)
     of_groups = (torch.from_numpy(values.astype(np.float32)).reshape(len(parts), -1) for values in (units, minimums))
     steps, offsets = of_groups
     return BlockScales(_floats(parts[:, :, :2]), steps, _floats(parts[:, :, 2:4]), offsets)

@@ -53,7 +53,7 @@ def mixed(file_type: str, config: FalconH1Config) -> dict[str, TensorType]:
     left = file_bytes(file_type, config) - sum(_nbytes(matrix, _types(matrix)[0]) for matrix in found)
     steps = [(matrix, place) for matrix in found for place in range(len(_types(matrix)) - 1)]
     steps.sort(
-        key=lambda step: -_gain(*step, config) / _cost(*step)
+        key=lambda step: -_gain(step[0], step[1], config) / _cost(*step)
     )  # a matrix's second step gains less than its first
     for matrix, place in steps:
         cost = _cost(matrix, place)

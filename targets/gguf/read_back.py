@@ -29,11 +29,12 @@ AGAIN = "build the artifact again"
 ROW_BYTES = 16 << 20  # float32 bytes that are dequantised at a time
 HALF_STEP = 2.0**-11  # the largest relative error of rounding to a normal fp16
 HALF_SUBNORMAL = 2.0**-25  # the largest error of rounding to a subnormal one
-PARTS: Mapping[TensorType, Callable[[blocks.Bytes], tuple[blocks.Codes, blocks.Scales]]] = {
+Parts = Callable[[blocks.Bytes], tuple[blocks.Codes, blocks.Scales]]
+PARTS: Mapping[TensorType, Parts] = {
     TensorType.Q4_0: blocks.q4_0_parts,
     TensorType.Q8_0: blocks.q8_0_parts,
 }
-ALL_PARTS = {**PARTS, **{kind: partial(parts_of, kind) for kind in FORMATS}}
+ALL_PARTS: Mapping[TensorType, Parts] = {**PARTS, **{kind: partial(parts_of, kind) for kind in FORMATS}}
 
 
 class GgufFile:

@@ -36,7 +36,8 @@ def solve_own_rows(weight: Array, format_: GridFormat, inverse: Inverse, *, name
     if inverse.correction is not None:
         wanted = wanted + wanted @ inverse.correction
     step = max(1, SEARCH_BYTES // (4 * weight.shape[1]))
-    parts = [searched(part, inverse.importance, format_, name=name) for part in wanted.split(step)]
+    blocks = (wanted[start : start + step] for start in range(0, len(wanted), step))
+    parts = [searched(block, inverse.importance, format_, name=name) for block in blocks]
     scales = BlockScales(*(torch.cat(column) for column in zip(*map(_fields, parts), strict=True)))
     codes = round_on_grid(wanted, scales, format_, inverse=inverse)
     for _ in range(ROUNDS):

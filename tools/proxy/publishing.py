@@ -90,7 +90,10 @@ Agreement (Python). The weights carry this project's licence.
 
 def record_of(work: Path) -> dict[str, Any]:
     """Return what ``prepare`` has written of the text of ``work``."""
-    return json.loads((work / "text" / "text.json").read_text())
+    path = work / "text" / "text.json"
+    if not path.is_file():
+        raise SystemExit(f"train_proxy: {path}: not there; run `text` first")
+    return json.loads(path.read_text())
 
 
 def card_of(run: training.Run, record: dict[str, Any], **figures: float) -> str:

@@ -89,6 +89,8 @@ class Run:
 
     def load(self, path: Path) -> None:
         """Take up the state of ``path``; its seed and text must be those of this run."""
+        if not path.is_file():
+            raise SystemExit(f"train_proxy: {path}: no such state; `train` keeps one every --keep tokens a parameter")
         state = torch.load(path, map_location="cpu", weights_only=True)
         for name in ("seed", "text"):
             if state[name] != getattr(self, name):

@@ -1,4 +1,4 @@
-"""Train the proxy: a Falcon-H1 of 1.4 million parameters that has seen many tokens a parameter, so that 4 bits hurt it.
+"""Train the proxy: a Falcon-H1 of 1.45 million parameters that has seen many tokens each, so that 4 bits hurt it.
 
     python tools/train_proxy.py text WORK                  # tokenizer and token ids of the installed packages' sources
     python tools/train_proxy.py train WORK --stop 100      # to 100 tokens a parameter; the same command resumes

@@ -58,12 +58,6 @@ def config() -> FalconH1Config:
     )
 
 
-def in_proj_rows(cfg: FalconH1Config) -> list[int]:
-    """Return the row counts of the z, x, B, C and dt parts of in_proj."""
-    bc = cfg.mamba_n_groups * cfg.mamba_d_state
-    return [cfg.mamba_d_ssm, cfg.mamba_d_ssm, bc, bc, cfg.mamba_n_heads]
-
-
 def init_weights(cfg: FalconH1Config, seed: int) -> dict[str, Tensor]:
     """Return float32 weights at effective scale under their transformers names, without the tied head.
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny_model import multipliers
 from torch import Tensor
 from train_tiny import bits_per_byte
 from transformers import AutoTokenizer, FalconH1Config, FalconH1ForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from proxy import training
 from proxy.corpus import MIN_BLOCK
-from proxy.model import config, forward, in_proj_rows
+from proxy.model import config, forward
 
 SIZE_LIMIT = 12_000_000
 HELD_OUT_BYTES = 120_000  # of the text that goes with the checkpoint
@@ -25,18 +26,7 @@ GAP = 1e-3  # largest difference of a float32 logit
 
 def stored(cfg: FalconH1Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights divided by their multipliers, which is exact but for rounding, with the tied head."""
-    rows = torch.tensor(cfg.ssm_multipliers).repeat_interleave(torch.tensor(in_proj_rows(cfg)))
-    (gate, down) = cfg.mlp_multipliers
-    by = {
-        "in_proj": rows[:, None] * cfg.ssm_in_multiplier,
-        "out_proj": cfg.ssm_out_multiplier,
-        "q_proj": cfg.attention_in_multiplier,
-        "k_proj": cfg.attention_in_multiplier * cfg.key_multiplier,
-        "v_proj": cfg.attention_in_multiplier,
-        "o_proj": cfg.attention_out_multiplier,
-        "gate_proj": gate,
-        "down_proj": down,
-    }
+    by = multipliers(cfg) | {"embed_tokens": 1.0}  # the tied table is trained as it is stored
     out = {name: p.detach().cpu() / by.get(name.split(".")[-2], 1.0) for name, p in weights.items()}
     return out | {"lm_head.weight": out["model.embed_tokens.weight"]}
 

@@ -102,7 +102,7 @@ class GridFormat:
         """Return the nearest codes for ``weight`` [rows, columns], int8."""
         steps = scales.steps[..., None]
         groups = weight.reshape(*scales.units.shape, -1) + scales.offsets[..., None]
-        codes = torch.round(groups / torch.where(steps == 0, 1.0, steps)).clamp_(self.lowest, self.highest)
+        codes = torch.round(groups / steps.masked_fill(steps == 0, 1.0)).clamp_(self.lowest, self.highest)
         return codes.to(torch.int8).reshape(weight.shape)
 
 
@@ -124,8 +124,8 @@ class OwnTensor:
 
     def unfolded(self, packed: PackedRows) -> Array:
         """Return the weights of the whole tensor without the factors; a row whose factor is 0 is 0."""
-        factors = self.factors[:, None]
-        found: Array = self.format.values(packed) / np.where(factors == 0, np.ones_like(factors), factors)
+        divisors: Array = np.where(self.factors == 0, 1, self.factors).astype(np.float32)
+        found: Array = self.format.values(packed) / divisors[:, None]
         return found
 
 

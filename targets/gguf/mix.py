@@ -35,6 +35,8 @@ SENSITIVITY: Mapping[str, float] = {
     "ffn_down.weight": 4e-3,
 }
 FALL = 16.0
+LENGTH_BYTES = 8  # before each text of a GGUF file
+KEY_BYTES = 128  # for the key of the list, and what alignment may add
 FALLING = ("attn_", "ffn_")
 
 
@@ -51,6 +53,7 @@ def mixed(file_type: str, config: FalconH1Config) -> dict[str, TensorType]:
             raise H1ExportError(f'tensor "{matrix.tensor}"', what, "leave out --mix, and use --quant none --floats f16")
         found[matrix] = 0
     left = file_bytes(file_type, config) - sum(_nbytes(matrix, _types(matrix)[0]) for matrix in found)
+    left -= KEY_BYTES + sum(len(matrix.name) + LENGTH_BYTES for matrix in found)  # the list of own integers
     steps = [(matrix, place) for matrix in found for place in range(len(_types(matrix)) - 1)]
     steps.sort(
         key=lambda step: -_gain(step[0], step[1], config) / _cost(*step)

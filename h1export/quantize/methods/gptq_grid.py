@@ -56,7 +56,7 @@ def round_on_grid(weight: Tensor, scales: BlockScales, format_: GridFormat, *, i
     """Return int8 codes [rows, columns] for ``scales`` by GPTQ."""
     rows, columns = weight.shape
     steps = scales.steps.T.contiguous()  # [groups, rows]
-    divisors = torch.where(steps == 0, 1.0, steps)
+    divisors = steps.masked_fill(steps == 0, 1.0)
     offsets = scales.offsets.T.contiguous()
     codes = torch.empty((columns, rows), dtype=torch.int8, device=weight.device)
 
@@ -108,7 +108,7 @@ def _least_squares(weight: Tensor, bases: list[Tensor], before: Tensor, *, block
     wanted += damping * old
     normal.diagonal(dim1=1, dim2=2).add_(damping)
     found = torch.linalg.solve(normal, wanted)
-    ratio = found / torch.where(old == 0, 1.0, old)
+    ratio = found / old.masked_fill(old == 0, 1.0)
     accepted = (ratio > 1 / MAX_SCALE_CHANGE) & (ratio < MAX_SCALE_CHANGE) & (old != 0)
     return in_fp16(torch.where(accepted, found, old).float())
 

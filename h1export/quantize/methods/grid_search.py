@@ -67,8 +67,8 @@ def _with_offsets(groups: Tensor, importance: Tensor, format_: GridFormat) -> tu
         sum_q, sum_qq, sum_qw = weighted.sum(2), (weighted * codes).sum(2), (weighted * groups).sum(2)
         determinant = total * sum_qq - sum_q.square()
         free = determinant > 1e-6 * total * sum_qq
-        divisor = torch.where(free, determinant, 1.0)
-        offset = torch.where(free, (sum_q * sum_qw - sum_qq * sum_w) / divisor, 0.0).clamp_min(0.0)
+        divisor = determinant.masked_fill(~free, 1.0)
+        offset = ((sum_q * sum_qw - sum_qq * sum_w) / divisor).masked_fill(~free, 0.0).clamp_min(0.0)
         fitted = (sum_qw + offset * sum_q) / sum_qq.clamp_min(TINY)
         loss = fitted.square() * sum_qq + offset.square() * total + sum_ww
         loss += 2 * (offset * sum_w - fitted * sum_qw - fitted * offset * sum_q)
@@ -106,6 +106,6 @@ def _in_units(of_groups: Tensor, format_: GridFormat) -> tuple[Tensor, Tensor]:
         return in_fp16(of_groups), torch.ones_like(of_groups)
     blocks = of_groups.reshape(len(of_groups), -1, format_.groups)
     scale = in_fp16(blocks.abs().amax(2) / format_.most)
-    divisor = torch.where(scale == 0, 1.0, scale)[..., None]
+    divisor = scale.masked_fill(scale == 0, 1.0)[..., None]
     units = torch.round(blocks / divisor).clamp_(-format_.most, format_.most)
     return scale, units.reshape(of_groups.shape)

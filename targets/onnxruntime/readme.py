@@ -57,6 +57,53 @@ onnxruntime-gpu (or onnxruntime-genai-cuda) and the CUDAExecutionProvider.
 """
 
 
+TRANSFORMERS_JS = """# Falcon-H1 for transformers.js
+
+Made by h1export; `manifest.json` says from what and how. The folder is what transformers.js 4 loads as it is, in Node
+and in browsers; `config.json` tells it the name of the precision ({dtype}) and that the weights are in a file of their
+own.
+
+```js
+{script}```
+
+- A batch is padded on the left; the tokenizer of this folder does so.
+- The recurrent states hold no history: a cache (`past_key_values`) can be continued, and not cut back.
+{notes}- In a browser the file of the weights is read whole. In WebAssembly it has to fit into 4 GB together with what
+  the session makes of it.
+"""
+
+WITH_TOKENIZER = """import {{ AutoModelForCausalLM, AutoTokenizer, env }} from "@huggingface/transformers";
+
+env.localModelPath = "/path/to/the/folder/above/";
+env.allowRemoteModels = false;
+const tokenizer = await AutoTokenizer.from_pretrained("{name}");
+const model = await AutoModelForCausalLM.from_pretrained("{name}");
+const inputs = tokenizer("def main():");
+const output = await model.generate({{ ...inputs, max_new_tokens: 32, do_sample: false }});
+console.log(tokenizer.decode(output.tolist()[0]));
+"""
+
+IDS_ONLY = """import {{ AutoModelForCausalLM, Tensor, env }} from "@huggingface/transformers";
+
+// the checkpoint has no tokenizer.json: the folder takes token ids
+env.localModelPath = "/path/to/the/folder/above/";
+env.allowRemoteModels = false;
+const model = await AutoModelForCausalLM.from_pretrained("{name}");
+const input_ids = new Tensor("int64", [1n, 2n, 3n], [1, 3]);
+const attention_mask = new Tensor("int64", [1n, 1n, 1n], [1, 3]);
+const output = await model.generate({{ input_ids, attention_mask, max_new_tokens: 32, do_sample: false }});
+console.log(output.tolist()[0]);
+"""
+
+
+def write_transformers_js(folder: Path, options: OrtOptions, *, dtype: str, has_tokenizer: bool) -> None:
+    """Write the README.md of a folder for transformers.js into ``folder``."""
+    script = (WITH_TOKENIZER if has_tokenizer else IDS_ONLY).format(name="this-folder")
+    notes = "" if options.graph == "portable" else f"- {ROW_BY_ROW}"
+    text = TRANSFORMERS_JS.format(dtype=dtype, script=script, notes=notes)
+    (folder / README).write_text(text, encoding="utf-8")
+
+
 def write(folder: Path, options: OrtOptions) -> None:
     """Write README.md into ``folder``."""
     runtime = "ONNX Runtime on CPUs"

@@ -82,6 +82,7 @@ def test_a_manifest_has_the_options_of_its_target_alone(
             "graph": "cpu",
             "activations": "fp16",
             "captured_decode": False,
+            "layout": "genai",
             "accuracy_level": 4,
         },
         "coreml": {"logits": "all", "max_context": 2048, "compute": "fp16", "state_io": False},

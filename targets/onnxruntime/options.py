@@ -9,13 +9,13 @@ from typing import Annotated, Literal
 from h1export.errors import H1ExportError
 from h1export.targets.options import Flag, TargetOptions
 
-Graph = Literal["cpu", "cuda", "portable"]
+Graph = Literal["cpu", "cuda", "portable", "wasm"]
 Activations = Literal["fp16", "bf16"]
 LayoutName = Literal["genai", "transformers.js"]
 
 # The accuracy levels that the products of a graph have, the default first. Those of the portable graph become
 # MatMulNBits in ONNX Runtime on CPUs.
-LEVELS: Mapping[Graph, tuple[int, ...]] = {"cpu": (4, 0, 1), "cuda": (0,), "portable": (4, 0, 1)}
+LEVELS: Mapping[Graph, tuple[int, ...]] = {"cpu": (4, 0, 1), "cuda": (0,), "portable": (4, 0, 1), "wasm": (0,)}
 DEFAULT_LEVEL = -1  # stands for the graph's own default until the options are made
 
 
@@ -36,7 +36,7 @@ class OrtOptions(TargetOptions):
         Graph,
         Flag(
             "What runs the graph: cpu and cuda use ONNX Runtime's own operators, portable only those of ONNX, "
-            "for any runtime."
+            "for any runtime; wasm unpacks integers once, for browsers."
         ),
     ] = "cpu"
     activations: Annotated[
@@ -76,7 +76,7 @@ class OrtOptions(TargetOptions):
             raise H1ExportError("--captured-decode", what, "use --graph cuda, or leave --captured-decode out")
         if self.layout == "transformers.js" and self.graph == "cuda":
             what = "transformers.js runs on CPUs, in WebAssembly and on WebGPU, and --graph cuda on none of them"
-            raise H1ExportError("--layout", what, "use --graph cpu or portable, or leave --layout out")
+            raise H1ExportError("--layout", what, "use --graph cpu, wasm or portable, or leave --layout out")
 
 
 Options = OrtOptions

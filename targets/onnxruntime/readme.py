@@ -113,6 +113,8 @@ def write(folder: Path, options: OrtOptions) -> None:
         runtime = "any ONNX runtime"
         session = "onnxruntime, or another runtime"
         notes = PORTABLE.format(level=options.accuracy_level)
+    elif options.graph == "wasm":
+        runtime = "ONNX Runtime in WebAssembly"
     elif options.graph == "cuda":
         runtime = "ONNX Runtime on CUDA"
         notes = ROW_BY_ROW + CUDA.format(half={"fp16": "float16", "bf16": "bfloat16"}[options.activations])

@@ -13,6 +13,7 @@ from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.graphs.passes import KindOf, run_passes
 from h1export.graphs.program import Program
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
@@ -22,6 +23,7 @@ from h1export.targets.onnx.emit import Emitter, emit, name_probes
 from h1export.targets.onnx.external_data import ExternalData
 from h1export.targets.onnx.op_counts import node_counts
 from h1export.targets.onnxruntime import examine, genai_config, readme, transformers_js
+from h1export.targets.onnxruntime.emit import wasm
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.onnxruntime.emit.native import DOMAIN, NativeContext, covers
 from h1export.targets.onnxruntime.emit.packing import INT8_BLOCKS
@@ -41,6 +43,11 @@ class OnnxRuntimeTarget:
 
     name = "ort"
     packages = ("numpy", "onnx-ir", "torch")
+
+    def check(self, config: FalconH1Config, options: OrtOptions) -> None:
+        """See SelectiveTarget."""
+        if options.graph == "wasm":
+            wasm.check(config)
 
     def lower(
         self,

@@ -72,6 +72,11 @@ own.
   the session makes of it.
 """
 
+FUSED = """- ONNX Runtime turns the integer products into a kernel that rounds activations to int8. The build's accuracy level
+  is {level}: to have it whatever it is, give `from_pretrained`
+  `session_options: {{ extra: {{ session: {{ qdq_matmulnbits_accuracy_level: "{level}" }} }} }}`.
+"""
+
 WITH_TOKENIZER = """import {{ AutoModelForCausalLM, AutoTokenizer, env }} from "@huggingface/transformers";
 
 env.localModelPath = "/path/to/the/folder/above/";
@@ -99,7 +104,7 @@ console.log(output.tolist()[0]);
 def write_transformers_js(folder: Path, options: OrtOptions, *, dtype: str, has_tokenizer: bool) -> None:
     """Write the README.md of a folder for transformers.js into ``folder``."""
     script = (WITH_TOKENIZER if has_tokenizer else IDS_ONLY).format(name="this-folder")
-    notes = "" if options.graph == "portable" else f"- {ROW_BY_ROW}"
+    notes = FUSED.format(level=options.accuracy_level) if options.graph == "portable" else f"- {ROW_BY_ROW}"
     text = TRANSFORMERS_JS.format(dtype=dtype, script=script, notes=notes)
     (folder / README).write_text(text, encoding="utf-8")
 

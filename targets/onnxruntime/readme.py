@@ -72,8 +72,8 @@ own.
   the session makes of it.
 """
 
-FUSED = """- ONNX Runtime turns the integer products into a kernel that rounds activations to int8. The build's accuracy level
-  is {level}: to have it whatever it is, give `from_pretrained`
+FUSED = """- On CPUs, ONNX Runtime turns the integer products into a kernel that rounds activations to int8. The build's
+  accuracy level is {level}: to have that one, give `from_pretrained`
   `session_options: {{ extra: {{ session: {{ qdq_matmulnbits_accuracy_level: "{level}" }} }} }}`.
 """
 

@@ -113,8 +113,8 @@ def _kind_of(integers: QuantizedWeights) -> KindOf:
 def _model(context: OrtContext, table: Mapping[Any, Emitter[Any]], inputs: Ports, *, outputs: Ports) -> ir.Model:
     """Emit the context's program by the emitters of ``table``, and name the values that probes read."""
     graph_inputs = [_declare(name, dtype, dims) for name, (dtype, dims) in inputs.items()]
-    states = (tensor.past for tensor in context.program.states.tensors)
-    by_name = dict(zip((INPUT_IDS, ATTENTION_MASK, *states), graph_inputs, strict=True))
+    names = (INPUT_IDS, ATTENTION_MASK, *(tensor.past for tensor in context.program.states.tensors))
+    by_name = dict(zip(names, graph_inputs, strict=True))
     for node in context.program.graph.nodes:
         if node.op == "placeholder" and node.name in context.program.inputs:
             context.set(node, by_name[context.program.inputs[node.name]])

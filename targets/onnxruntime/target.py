@@ -73,6 +73,7 @@ class OnnxRuntimeTarget:
         with ExternalData(stage, weights) as data:
             context = variant.context(program, store, integers, GraphBuilder(variant.opsets(precisions)), data)
             context.accuracy_level = options.accuracy_level
+            context.halves = layout.halves
             ir.save(_model(context, variant.table, inputs, outputs=outputs), stage.folder / graph)
             if layout.native and variant.native is not None and covers(program):
                 native = NativeContext(

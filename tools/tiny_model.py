@@ -58,6 +58,25 @@ def in_proj_rows(cfg: FalconH1Config) -> list[int]:
     return [cfg.mamba_d_ssm, cfg.mamba_d_ssm, bc, bc, cfg.mamba_n_heads]
 
 
+def multipliers(cfg: FalconH1Config) -> dict[str, float | Tensor]:
+    """What a weight at effective scale is divided by, by the last part of its module's name; absent means 1."""
+    rows = torch.tensor(cfg.ssm_multipliers).repeat_interleave(torch.tensor(in_proj_rows(cfg)))
+    attention_in = cfg.attention_in_multiplier
+    (gate, down) = cfg.mlp_multipliers
+    return {
+        "embed_tokens": cfg.embedding_multiplier,
+        "lm_head": cfg.lm_head_multiplier,
+        "in_proj": rows[:, None] * cfg.ssm_in_multiplier,
+        "out_proj": cfg.ssm_out_multiplier,
+        "q_proj": attention_in,
+        "k_proj": attention_in * cfg.key_multiplier,
+        "v_proj": attention_in,
+        "o_proj": cfg.attention_out_multiplier,
+        "gate_proj": gate,
+        "down_proj": down,
+    }
+
+
 def init_weights(cfg: FalconH1Config, seed: int) -> dict[str, Tensor]:
     """Effective-scale fp32 weights under their transformers names; outputs that join the residual start smaller."""
     with torch.device("meta"):

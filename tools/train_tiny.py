@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tiny_model import config, forward, in_proj_rows, init_weights
+from tiny_model import config, forward, in_proj_rows, init_weights, multipliers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -248,21 +248,7 @@ def train(
 @torch.no_grad()
 def released(cfg: FalconH1Config, weights: dict[str, Tensor], probe: Tensor) -> FalconH1ForCausalLM:
     """The transformers model with weights divided by their multipliers, checked on probe [B, T] in fp32, in bf16."""
-    rows = torch.tensor(cfg.ssm_multipliers).repeat_interleave(torch.tensor(in_proj_rows(cfg)))
-    attention_in = cfg.attention_in_multiplier
-    (gate, down) = cfg.mlp_multipliers
-    by = {
-        "embed_tokens": cfg.embedding_multiplier,
-        "lm_head": cfg.lm_head_multiplier,
-        "in_proj": rows[:, None] * cfg.ssm_in_multiplier,
-        "out_proj": cfg.ssm_out_multiplier,
-        "q_proj": attention_in,
-        "k_proj": attention_in * cfg.key_multiplier,
-        "v_proj": attention_in,
-        "o_proj": cfg.attention_out_multiplier,
-        "gate_proj": gate,
-        "down_proj": down,
-    }
+    by = multipliers(cfg)
     model = FalconH1ForCausalLM(cfg).eval()
     model.load_state_dict({name: p / by.get(name.split(".")[-2], 1.0) for name, p in weights.items()})
     gap = (model(probe).logits - forward(cfg, weights, probe)).abs().max().item()

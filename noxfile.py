@@ -302,16 +302,32 @@ def selftest(session: nox.Session) -> None:
     session.run("pytest", "-q", "tests/validate/accuracy/test_right_artifacts.py", *session.posargs)
 
 
+def need_chromium(session: nox.Session) -> None:
+    """Fail where there is no browser."""
+    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        session.error(
+            f"no Chromium here: install it (on Debian, apt-get install chromium) and run `nox -s {session.name}`"
+        )
+
+
+@nox.session
+def browser(session: nox.Session) -> None:
+    """The page of examples/browser in headless Chromium, with packages from npm as the lock file says.
+
+    It needs Node.js 20 with npm and a Chromium. The examples in Node run in the row `ort` of the tests.
+    """
+    need_chromium(session)
+    session.install("-e", ".[ort]", *dev("pytest", "hypothesis", "peft", "compressed-tensors"), "--no-compile")
+    session.run("pytest", "-q", "-m", "chromium", "tests/examples", *session.posargs)
+
+
 @nox.session
 def report(session: nox.Session) -> None:
     """The page of `h1export report` in headless Chromium, as wide as a phone and as a desktop.
 
     Screenshots stay in the session's folder.
     """
-    if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
-        session.error(
-            "no Chromium here: install it (on Debian, apt-get install chromium) and run `nox -s report` again"
-        )
+    need_chromium(session)
     session.install("-e", ".[ort,report]", *dev("pytest", "hypothesis"))
     screenshots = {"H1EXPORT_SCREENSHOTS": session.create_tmp()}
     session.run("pytest", "-q", "-m", "chromium", "tests/report", *session.posargs, env=screenshots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from pathlib import PurePosixPath
 
 import onnx_ir as ir
 
@@ -16,7 +17,7 @@ PAGE = 4096
 
 
 class ExternalData(WeightFile):
-    """A WeightFile of initializers."""
+    """A WeightFile of initializers, beside the graph that they belong to, whatever folder the two are in."""
 
     def place(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.ExternalTensor:
         """Reserve the next bytes of the file for a tensor."""
@@ -43,6 +44,6 @@ class ExternalData(WeightFile):
     def _external(
         self, name: str, dtype: ir.DataType, shape: tuple[int, ...], *, offset: int, nbytes: int
     ) -> ir.ExternalTensor:
-        return ir.ExternalTensor(
-            self._name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=self._stage.folder
-        )
+        path = PurePosixPath(self._name)
+        place = self._stage.folder / path.parent
+        return ir.ExternalTensor(path.name, offset, nbytes, dtype, shape=ir.Shape(shape), name=name, base_dir=place)

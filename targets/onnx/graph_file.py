@@ -22,8 +22,10 @@ MOST_NESTED = 16  # graphs within graphs
 Files = Mapping[str, tuple[str, int]]  # of the manifest: name -> (sha256, bytes)
 
 
-def read_graph(path: Path, files: Files) -> onnx.ModelProto:
+def read_graph(path: Path, files: Files, inside: str = "") -> onnx.ModelProto:
     """Return the model at ``path`` without its external data.
+
+    ``inside`` is the folder of the artifact that the graph and its data are in, with a slash; empty: its own.
 
     Raises:
         H1ExportError: the file cannot be read, is too large or no model, or has data outside ``files``.
@@ -36,18 +38,19 @@ def read_graph(path: Path, files: Files) -> onnx.ModelProto:
         raise H1ExportError(path, f"cannot be read ({type(error).__name__})", AGAIN) from None
     for tensor in _tensors_of(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-            _check(tensor, path, files)
+            _check(tensor, path, files, inside=inside)
     return model
 
 
-def _check(tensor: onnx.TensorProto, path: Path, files: Files) -> None:
+def _check(tensor: onnx.TensorProto, path: Path, files: Files, *, inside: str) -> None:
     places = {entry.key: entry.value for entry in tensor.external_data}
     location = places.get("location", "")
-    if location not in files:
+    name = inside + location
+    if name not in files:
         raise H1ExportError(path, f"points to {shown(location)}, which is no file of the artifact", AGAIN)
     sizes = [places.get(key, "0") for key in ("offset", "length")]
     fits = all(text.isascii() and text.isdigit() and len(text) < 20 for text in sizes)
-    if not fits or sum(map(int, sizes)) > files[location][1]:
+    if not fits or sum(map(int, sizes)) > files[name][1]:
         raise H1ExportError(path, f"has a tensor that is not inside {shown(location)}", AGAIN)
 
 

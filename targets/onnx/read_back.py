@@ -63,13 +63,14 @@ def external_arrays(artifact: Artifact, model: str, key: Key) -> dict[str, Any]:
         H1ExportError: data outside the artifact's files.
     """
     arrays: dict[str, Any] = {}
-    graph = ir.serde.deserialize_model(read_graph(artifact.folder / model, artifact.manifest.files)).graph
+    inside = model[: model.rfind("/") + 1]
+    graph = ir.serde.deserialize_model(read_graph(artifact.folder / model, artifact.manifest.files, inside)).graph
     for name, value in graph.initializers.items():
         tensor = value.const_value
         kept = key(name)
         if not isinstance(tensor, ir.ExternalTensor) or kept is None:
             continue
-        location = str(tensor.location)
+        location = inside + str(tensor.location)
         shape = tensor.shape.numpy()
         dtype = tensor.dtype.numpy()
         if tensor.dtype == ir.DataType.INT4:  # two to a byte

@@ -12,7 +12,8 @@ from typing import Any
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.special_tokens import SpecialTokens, special_tokens
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateTensor
-from h1export.targets.onnxruntime.inference_session import MODEL, SETTINGS
+from h1export.targets.onnxruntime.inference_session import SETTINGS
+from h1export.targets.onnxruntime.layouts import MODEL
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import FUSED_LEVEL
 

@@ -24,10 +24,10 @@ from h1export.targets.onnx.graph_file import read_graph
 from h1export.targets.onnxruntime import cuda_libraries, product_limits
 from h1export.targets.onnxruntime.calls import Serial, refused
 from h1export.targets.onnxruntime.float32_graph import float32_graph
+from h1export.targets.onnxruntime.layouts import LAYOUTS, MODEL
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CPU, CUDA, FUSED_LEVEL, GraphVariant
 
-MODEL = "model.onnx"
 NATIVE_MODEL = "model.native.onnx"  # the same model over our own kernels
 SETTINGS = {  # genai_config.json has the same for onnxruntime-genai
     MODEL: {"enable_cpu_mem_arena": True, "enable_mem_pattern": False},
@@ -55,7 +55,7 @@ def open_inference_session(
         threads: The number of threads; 0 leaves it to onnxruntime.
         float32: Whether to compute in float32 where the graph rounds activations, on a CPU where there is no such
             provider.
-        library: The library of our own kernels, for model.native.onnx; None opens model.onnx.
+        library: The library of our own kernels, for model.native.onnx; None opens the layout's graph.
         captured: Whether runs can be captured as CUDA graphs, which run_options.py then chooses for each run.
         observed: Whether the values of model/falcon_h1/probes.py are outputs too.
 
@@ -69,9 +69,10 @@ def open_inference_session(
     level = 0 if float32 else built.accuracy_level
     if library is None and (float32 or provider == CPU):
         product_limits.check(artifact, built.graph, level)
-    path = artifact.folder / (MODEL if library is None else NATIVE_MODEL)
+    graph = LAYOUTS[built.layout].graph_of(artifact) if library is None else NATIVE_MODEL
+    path = artifact.folder / graph
     options = ort.SessionOptions()
-    for name, value in SETTINGS[path.name].items():
+    for name, value in SETTINGS[MODEL if library is None else NATIVE_MODEL].items():
         setattr(options, name, value)
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are exceptions, whose one line is enough
@@ -89,7 +90,7 @@ def open_inference_session(
         if name in ort.get_available_providers()
     ]
     again = "build the artifact again" + " without --captured-decode" * captured
-    read_graph(path, artifact.manifest.files)
+    read_graph(path, artifact.manifest.files, graph.removesuffix(path.name))
     with refused(path, "onnxruntime cannot load it", again):
         model = (
             _changed(path, variant, options, float32=float32, observed=observed) if float32 or observed else str(path)

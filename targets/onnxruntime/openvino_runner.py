@@ -16,7 +16,6 @@ from h1export.model.falcon_h1.probes import PREFIX
 from h1export.targets.onnx.graph_file import Files, read_graph
 from h1export.targets.onnxruntime import openvino_sdk
 from h1export.targets.onnxruntime.calls import refused
-from h1export.targets.onnxruntime.inference_session import MODEL
 from h1export.targets.onnxruntime.options import Graph
 from h1export.targets.onnxruntime.runner import OnnxRuntimeRunner
 from h1export.targets.options import Kernels
@@ -30,7 +29,7 @@ MODES = {False: {"EXECUTION_MODE_HINT": "PERFORMANCE"}, True: {"EXECUTION_MODE_H
 
 
 class OpenVinoRunner(OnnxRuntimeRunner):
-    """A Runner over model.onnx of --graph portable in OpenVINO, with the states of OnnxRuntimeRunner.
+    """A Runner over the graph of --graph portable in OpenVINO, with the states of OnnxRuntimeRunner.
 
     An artifact of accuracy level 0 is computed in float32. Otherwise OpenVINO rounds what it rounds by itself.
     Arguments and errors are those of OnnxRuntimeRunner; a graph with operators that are not ONNX's own is refused.
@@ -42,8 +41,8 @@ class OpenVinoRunner(OnnxRuntimeRunner):
             raise H1ExportError(self._artifact.folder, what, f"build it with --graph {GRAPH}, or leave out --kernels")
         self._library, self._fallback = None, ""
         self._kernels = f"{openvino_sdk.NAME} {openvino_sdk.version()}"
-        files = self._artifact.manifest.files
-        self._open = partial(_open, self._artifact.folder / MODEL, files, threads, float32=self._float32)
+        path = self._artifact.folder / self._layout.graph_of(self._artifact)
+        self._open = partial(_open, path, self._artifact.manifest.files, threads, float32=self._float32)
 
     def _run(self, session: Any, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         with refused(self._artifact.folder, f"{self._kernels} cannot compute its graph"):

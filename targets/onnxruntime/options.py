@@ -9,12 +9,13 @@ from typing import Annotated, Literal
 from h1export.errors import H1ExportError
 from h1export.targets.options import Flag, TargetOptions
 
-Graph = Literal["cpu", "cuda", "portable"]
+Graph = Literal["cpu", "cuda", "portable", "wasm"]
 Activations = Literal["fp16", "bf16"]
+LayoutName = Literal["genai", "transformers.js"]
 
 # The accuracy levels that the products of a graph have, the default first. Those of the portable graph become
 # MatMulNBits in ONNX Runtime on CPUs.
-LEVELS: Mapping[Graph, tuple[int, ...]] = {"cpu": (4, 0, 1), "cuda": (0,), "portable": (4, 0, 1)}
+LEVELS: Mapping[Graph, tuple[int, ...]] = {"cpu": (4, 0, 1), "cuda": (0,), "portable": (4, 0, 1), "wasm": (0,)}
 DEFAULT_LEVEL = -1  # stands for the graph's own default until the options are made
 
 
@@ -27,6 +28,7 @@ class OrtOptions(TargetOptions):
         activations: the dtype of activations, keys, values and convolution states in the graph of --graph cuda; the
             other graphs have float32.
         captured_decode: whether sessions of the graph of --graph cuda replay a CUDA graph for a call of one token.
+        layout: which of the LAYOUTS names the files, inputs and outputs.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 rounds activations to int8, which is fastest.
     """
 
@@ -34,7 +36,7 @@ class OrtOptions(TargetOptions):
         Graph,
         Flag(
             "What runs the graph: cpu and cuda use ONNX Runtime's own operators, portable only those of ONNX, "
-            "for any runtime."
+            "for any runtime; wasm unpacks integers once, for browsers."
         ),
     ] = "cpu"
     activations: Annotated[
@@ -45,6 +47,10 @@ class OrtOptions(TargetOptions):
         bool,
         Flag("With --graph cuda, capture a call of one token as a CUDA graph and replay it.", later=True),
     ] = False
+    layout: Annotated[
+        LayoutName,
+        Flag("The client whose names of files, inputs and outputs the artifact has.", later=True),
+    ] = "genai"
     accuracy_level: Annotated[
         int,
         Flag(
@@ -68,6 +74,9 @@ class OrtOptions(TargetOptions):
         if self.captured_decode and self.graph != "cuda":
             what = f"--graph {self.graph} has no CUDA graph to capture"
             raise H1ExportError("--captured-decode", what, "use --graph cuda, or leave --captured-decode out")
+        if self.layout == "transformers.js" and self.graph == "cuda":
+            what = "transformers.js runs on CPUs, in WebAssembly and on WebGPU, and --graph cuda on none of them"
+            raise H1ExportError("--layout", what, "use --graph cpu, wasm or portable, or leave --layout out")
 
 
 Options = OrtOptions

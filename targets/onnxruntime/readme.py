@@ -57,6 +57,58 @@ onnxruntime-gpu (or onnxruntime-genai-cuda) and the CUDAExecutionProvider.
 """
 
 
+TRANSFORMERS_JS = """# Falcon-H1 for transformers.js
+
+Made by h1export; `manifest.json` says from what and how. The folder is what transformers.js 4 loads as it is, in Node
+and in browsers; `config.json` tells it the name of the precision ({dtype}) and that the weights are in a file of their
+own.
+
+```js
+{script}```
+
+- A batch is padded on the left; the tokenizer of this folder does so.
+- The recurrent states hold no history: a cache (`past_key_values`) can be continued, and not cut back.
+{notes}- In a browser the file of the weights is read whole. In WebAssembly it has to fit into 4 GB together with what
+  the session makes of it.
+"""
+
+FUSED = """- On CPUs, ONNX Runtime turns the integer products into a kernel that rounds activations to int8. The build's
+  accuracy level is {level}: to have that one, give `from_pretrained`
+  `session_options: {{ extra: {{ session: {{ qdq_matmulnbits_accuracy_level: "{level}" }} }} }}`.
+"""
+
+WITH_TOKENIZER = """import {{ AutoModelForCausalLM, AutoTokenizer, env }} from "@huggingface/transformers";
+
+env.localModelPath = "/path/to/the/folder/above/";
+env.allowRemoteModels = false;
+const tokenizer = await AutoTokenizer.from_pretrained("{name}");
+const model = await AutoModelForCausalLM.from_pretrained("{name}");
+const inputs = tokenizer("def main():");
+const output = await model.generate({{ ...inputs, max_new_tokens: 32, do_sample: false }});
+console.log(tokenizer.decode(output.tolist()[0]));
+"""
+
+IDS_ONLY = """import {{ AutoModelForCausalLM, Tensor, env }} from "@huggingface/transformers";
+
+// the checkpoint has no tokenizer.json: the folder takes token ids
+env.localModelPath = "/path/to/the/folder/above/";
+env.allowRemoteModels = false;
+const model = await AutoModelForCausalLM.from_pretrained("{name}");
+const input_ids = new Tensor("int64", [1n, 2n, 3n], [1, 3]);
+const attention_mask = new Tensor("int64", [1n, 1n, 1n], [1, 3]);
+const output = await model.generate({{ input_ids, attention_mask, max_new_tokens: 32, do_sample: false }});
+console.log(output.tolist()[0]);
+"""
+
+
+def write_transformers_js(folder: Path, options: OrtOptions, *, dtype: str, has_tokenizer: bool) -> None:
+    """Write the README.md of a folder for transformers.js into ``folder``."""
+    script = (WITH_TOKENIZER if has_tokenizer else IDS_ONLY).format(name="this-folder")
+    notes = FUSED.format(level=options.accuracy_level) if options.graph == "portable" else f"- {ROW_BY_ROW}"
+    text = TRANSFORMERS_JS.format(dtype=dtype, script=script, notes=notes)
+    (folder / README).write_text(text, encoding="utf-8")
+
+
 def write(folder: Path, options: OrtOptions) -> None:
     """Write README.md into ``folder``."""
     runtime = "ONNX Runtime on CPUs"
@@ -66,6 +118,8 @@ def write(folder: Path, options: OrtOptions) -> None:
         runtime = "any ONNX runtime"
         session = "onnxruntime, or another runtime"
         notes = PORTABLE.format(level=options.accuracy_level)
+    elif options.graph == "wasm":
+        runtime = "ONNX Runtime in WebAssembly"
     elif options.graph == "cuda":
         runtime = "ONNX Runtime on CUDA"
         notes = ROW_BY_ROW + CUDA.format(half={"fp16": "float16", "bf16": "bfloat16"}[options.activations])

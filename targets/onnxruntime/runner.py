@@ -15,7 +15,7 @@ from h1export.checkpoint.packed_format import ORDER
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateKind, StateSpec
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateKind
 from h1export.runtime.runner import Limits, Provenance, RestorableSession, check_call
 from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import SteppedSession
@@ -29,7 +29,8 @@ from h1export.targets.onnxruntime.bound_session import BoundGraph, BoundSession,
 from h1export.targets.onnxruntime.calls import refused
 from h1export.targets.onnxruntime.emit.dequantize_linear import TABLE
 from h1export.targets.onnxruntime.emit.matmul_nbits import ROWS
-from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL, open_inference_session
+from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL, open_inference_session
+from h1export.targets.onnxruntime.layouts import LAYOUTS
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CUDA, variant_of
 from h1export.targets.options import Kernels
@@ -45,7 +46,7 @@ States = dict[str, npt.NDArray[Any]]
 
 
 class OnnxRuntimeRunner:
-    """A Runner over model.onnx or model.native.onnx. Its states are arrays by input name, in the graph's own layouts.
+    """A Runner over the layout's graph or model.native.onnx. Its states are arrays by input name, in its layouts.
 
     Threads may share it: they run in one InferenceSession at the same time, except where calls are captured as CUDA
     graphs, which ONNX Runtime allows one call at a time; then they wait for each other.
@@ -61,8 +62,9 @@ class OnnxRuntimeRunner:
         self._artifact = artifact
         self._home = Home(str(artifact.folder))
         self._config = artifact.config
-        self._states = StateSpec.of(self._config)
         self._options = OrtOptions.read(artifact)
+        self._layout = LAYOUTS[self._options.layout]
+        self._states = self._layout.states(self._config)
         self._variant = variant_of(self._options)
         rounded = bool(self._variant.halves) or (
             bool(artifact.manifest.weights) and self._options.accuracy_level == ROUNDED_LEVEL
@@ -215,7 +217,8 @@ class OnnxRuntimeRunner:
         }
 
     def stored_weights(self) -> StoredWeights:
-        return StoredWeights(self._artifact, MODEL, _key, read_stored=self._variant.read_stored)
+        graph = self._layout.graph_of(self._artifact)
+        return StoredWeights(self._artifact, graph, _key, read_stored=self._variant.read_stored)
 
 
 def _key(name: str) -> str | None:

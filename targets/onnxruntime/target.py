@@ -13,7 +13,8 @@ from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.graphs.passes import KindOf, run_passes
 from h1export.graphs.program import Program
-from h1export.model.falcon_h1.states import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL, StateTensor
+from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.states import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets.base import Finding, Lowered
@@ -21,18 +22,18 @@ from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.emit import Emitter, emit, name_probes
 from h1export.targets.onnx.external_data import ExternalData
 from h1export.targets.onnx.op_counts import node_counts
-from h1export.targets.onnxruntime import examine, genai_config, openvino_sdk, readme
+from h1export.targets.onnxruntime import examine, genai_config, openvino_sdk, readme, transformers_js
+from h1export.targets.onnxruntime.emit import wasm
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.onnxruntime.emit.native import DOMAIN, NativeContext, covers
 from h1export.targets.onnxruntime.emit.packing import INT8_BLOCKS
-from h1export.targets.onnxruntime.inference_session import MODEL, NATIVE_MODEL
+from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL
+from h1export.targets.onnxruntime.layouts import LAYOUTS, Layout
 from h1export.targets.onnxruntime.openvino_runner import OpenVinoRunner
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.runner import ROUNDED_LEVEL, OnnxRuntimeRunner
 from h1export.targets.onnxruntime.variants import GraphVariant, variant_of
 from h1export.targets.options import Kernels
-
-DATA = MODEL + ".data"
 
 Dims = tuple[int | str, ...]
 Ports = Mapping[str, tuple[str, Dims]]  # input or output of the graph -> (ONNX name of its dtype, dims)
@@ -43,6 +44,11 @@ class OnnxRuntimeTarget:
 
     name = "ort"
     packages = ("numpy", "onnx-ir", "torch")
+
+    def check(self, config: FalconH1Config, options: OrtOptions) -> None:
+        """See SelectiveTarget."""
+        if options.graph == "wasm":
+            wasm.check(config)
 
     def lower(
         self,
@@ -59,24 +65,32 @@ class OnnxRuntimeTarget:
         align = max([INT8_BLOCKS[0], *(precision.group_size for precision in precisions)])
         program = run_passes(program, variant.fuse(_kind_of(integers), align))
         progress.stage("weights", store.nbytes)
-        inputs = _inputs(program, variant)
-        outputs = _outputs(program, options, variant)
-        with ExternalData(stage, DATA) as data:
+        layout = LAYOUTS[options.layout]
+        inputs = _inputs(program, variant, layout)
+        outputs = _outputs(program, options, variant, layout=layout)
+        graph, dtype = layout.graph(precisions)
+        weights = graph + layout.data
+        (stage.folder / graph).parent.mkdir(exist_ok=True)
+        with ExternalData(stage, weights) as data:
             context = variant.context(program, store, integers, GraphBuilder(variant.opsets(precisions)), data)
             context.accuracy_level = options.accuracy_level
-            ir.save(_model(context, variant.table, inputs, outputs=outputs), stage.folder / MODEL)
-            if variant.native is not None and covers(program):
+            ir.save(_model(context, variant.table, inputs, outputs=outputs), stage.folder / graph)
+            if layout.native and variant.native is not None and covers(program):
                 native = NativeContext(
                     program, store, integers, GraphBuilder({**variant.opsets(precisions), DOMAIN: 1}), data
                 )
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
                 ir.save(_model(native, variant.native, inputs, outputs=outputs), stage.folder / NATIVE_MODEL)
-        genai_config.write_config(program.config, stage.folder, options)
-        readme.write(stage.folder, options)
-        return Lowered(inputs, outputs, tuple(context.stored), weights_file=DATA)
+        if options.layout == "genai":
+            genai_config.write_config(program.config, stage.folder, options)
+            readme.write(stage.folder, options)
+        else:
+            transformers_js.write(stage.folder, program.config, options, dtype=dtype)
+        return Lowered(inputs, outputs, tuple(context.stored), weights_file=weights)
 
     def operations(self, artifact: Artifact) -> dict[str, dict[str, int]]:
-        graphs = [name for name in (MODEL, NATIVE_MODEL) if name in artifact.manifest.files]
+        graph = LAYOUTS[OrtOptions.read(artifact).layout].graph_of(artifact)
+        graphs = [graph, *(name for name in (NATIVE_MODEL,) if name in artifact.manifest.files)]
         return {name: node_counts(artifact.folder / name) for name in graphs}
 
     def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
@@ -101,7 +115,8 @@ def _kind_of(integers: QuantizedWeights) -> KindOf:
 def _model(context: OrtContext, table: Mapping[Any, Emitter[Any]], inputs: Ports, *, outputs: Ports) -> ir.Model:
     """Emit the context's program by the emitters of ``table``, and name the values that probes read."""
     graph_inputs = [_declare(name, dtype, dims) for name, (dtype, dims) in inputs.items()]
-    by_name = {value.name: value for value in graph_inputs}
+    names = (INPUT_IDS, ATTENTION_MASK, *(tensor.past for tensor in context.program.states.tensors))
+    by_name = dict(zip(names, graph_inputs, strict=True))
     for node in context.program.graph.nodes:
         if node.op == "placeholder" and node.name in context.program.inputs:
             context.set(node, by_name[context.program.inputs[node.name]])
@@ -119,20 +134,27 @@ def _declare(name: str, dtype: str, dims: Dims) -> Value:
     return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(ir.DataType[dtype]))
 
 
-def _inputs(program: Program, variant: GraphVariant) -> dict[str, tuple[str, Dims]]:
-    states = {tensor.past: (variant.dtype(tensor.kind), variant.shape(tensor)) for tensor in program.states.tensors}
-    return {INPUT_IDS: ("INT64", (BATCH, SEQUENCE)), ATTENTION_MASK: ("INT64", (BATCH, TOTAL)), **states}
-
-
-def _outputs(program: Program, options: OrtOptions, variant: GraphVariant) -> dict[str, tuple[str, Dims]]:
-    def dims(tensor: StateTensor) -> Dims:
-        return tuple(TOTAL if dim == PAST else dim for dim in variant.shape(tensor))
-
-    logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.config.vocab_size)
-    return {
-        LOGITS: ("FLOAT", logits),
-        **{tensor.present: (variant.dtype(tensor.kind), dims(tensor)) for tensor in program.states.tensors},
+def _inputs(program: Program, variant: GraphVariant, layout: Layout) -> dict[str, tuple[str, Dims]]:
+    """Return the inputs of the graph in the order of the program's."""
+    ports: dict[str, tuple[str, Dims]] = {
+        INPUT_IDS: ("INT64", (BATCH, SEQUENCE)),
+        ATTENTION_MASK: ("INT64", (BATCH, TOTAL)),
     }
+    for tensor in layout.states(program.config).tensors:
+        ports[tensor.past] = (variant.dtype(tensor.kind), variant.shape(tensor))
+    return {name: (dtype, layout.dims(dims)) for name, (dtype, dims) in ports.items()}
+
+
+def _outputs(
+    program: Program, options: OrtOptions, variant: GraphVariant, *, layout: Layout
+) -> dict[str, tuple[str, Dims]]:
+    """Return the outputs of the graph in the order of the program's."""
+    logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.config.vocab_size)
+    ports: dict[str, tuple[str, Dims]] = {LOGITS: ("FLOAT", logits)}
+    for tensor in layout.states(program.config).tensors:
+        dims = tuple(TOTAL if dim == PAST else dim for dim in variant.shape(tensor))
+        ports[tensor.present] = (variant.dtype(tensor.kind), dims)
+    return {name: (dtype, layout.dims(dims)) for name, (dtype, dims) in ports.items()}
 
 
 target = OnnxRuntimeTarget()

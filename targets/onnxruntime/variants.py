@@ -18,7 +18,7 @@ from h1export.quantize.precision import Precision
 from h1export.targets.onnx.emit import Emitter
 from h1export.targets.onnx.read_back import ReadStored
 from h1export.targets.onnxruntime import read_back, state_layout
-from h1export.targets.onnxruntime.emit import cpu, cuda, cuda_kernels, dequantize_linear, portable
+from h1export.targets.onnxruntime.emit import cpu, cuda, cuda_kernels, dequantize_linear, portable, wasm
 from h1export.targets.onnxruntime.emit import native as emitters
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.onnxruntime.options import Graph, OrtOptions
@@ -97,6 +97,7 @@ GRAPH_VARIANTS: Mapping[Graph, GraphVariant] = {
         batched_append=True,
         read_stored=dequantize_linear.read_stored,
     ),
+    "wasm": GraphVariant(wasm.TABLE, _microsoft, fusions, bound=True),
 }
 
 

@@ -19,11 +19,13 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     cfg = FalconH1Config(**model.config().to_dict() | small | {"vocab_size": 300, "mamba_d_state": 8})
     for module in (train_proxy, publishing):
         monkeypatch.setattr(module, "config", lambda: cfg)
-    for name, value in {"SEQ": 64, "BATCH": 2, "SHOW_STEPS": 4, "WARM_UP": 2}.items():
+    for name, value in {"SEQ": 64, "BATCH": 2, "SHOW_STEPS": 4, "WARM_UP": 2, "EVAL_WINDOWS": 2}.items():
         monkeypatch.setattr(training, name, value)
     monkeypatch.setattr(training.Run, "parameters", 2000)
-    for name, value in {"PACKAGES": ("click",), "HELD_OUT_PACKAGES": ("jinja2",), "STDLIB": "none"}.items():
+    for name, value in {"PACKAGES": ("click",), "HELD_OUT_PACKAGES": ("jinja2",)}.items():
         monkeypatch.setattr(corpus, name, value)
+    files_of = corpus.files_of
+    monkeypatch.setattr(corpus, "files_of", lambda package: [] if package == corpus.STDLIB else files_of(package))
     monkeypatch.setattr(corpus, "HELD_OUT", ("cmd",))
     monkeypatch.setattr(corpus, "PACKAGE_BYTES", 20_000)
     monkeypatch.setattr(publishing, "HELD_OUT_BYTES", 900)
@@ -62,6 +64,7 @@ def test_what_is_missing_is_named(
     work: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], message: str
 ) -> None:
     if arguments[0] == "decay":
-        call(monkeypatch, "text", work)
+        (work / "text").mkdir(parents=True)
+        (work / "text" / "text.json").write_text('{"train": {"sha256": "none"}}')
     with pytest.raises(SystemExit, match=message):
         call(monkeypatch, arguments[0], work, *arguments[1:])

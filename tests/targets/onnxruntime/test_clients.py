@@ -19,7 +19,8 @@ from h1export.errors import H1ExportError
 from h1export.runtime.generation import Sampling, generate
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime.genai_config import CONFIG
-from h1export.targets.onnxruntime.inference_session import MODEL, SETTINGS
+from h1export.targets.onnxruntime.inference_session import SETTINGS
+from h1export.targets.onnxruntime.layouts import MODEL
 from h1export.validate.accuracy.logits import log_softmax
 from h1export.validate.accuracy.reference import Reference
 

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from h1export.errors import H1ExportError
 from h1export.progress import SILENT
 from h1export.targets import all_kernels, get_target, options_class, target_infos
 from h1export.targets.onnxruntime import openvino_runner, openvino_sdk
+from h1export.targets.onnxruntime.options import Graph
 from h1export.targets.options import KERNELS
 from h1export.validate.accuracy.reference import Reference
 from h1export.validate.accuracy.run import ValidateOptions, validate
@@ -168,12 +169,20 @@ def test_results_are_the_callers_own(runner: Any) -> None:
     assert np.array_equal(first, before)
 
 
+def test_names_of_another_layout(make_checkpoint: Callable[..., Path], build: Build, runner: Any) -> None:
+    artifact = build(make_checkpoint(), "int4", graph="portable", layout="transformers.js")
+    found: Any = load_runner(artifact, 1, kernels=OPENVINO)
+    ids = np.arange(7)[None]
+    mask = np.ones((1, 7), np.int64)
+    assert np.array_equal(*(one.step(ids, mask, one.initial(1))[0] for one in (found, runner)))
+
+
 def test_load_takes_its_name(tiny: Path, build: Build) -> None:
     found = h1export.load(build(tiny, "int4", graph="portable").folder, 1, runtime=OPENVINO)
     assert found.provenance.kernels == f"openvino {openvino_sdk.version()}"
 
 
-@pytest.mark.parametrize("graph", ["cpu", "cuda"])
+@pytest.mark.parametrize("graph", [graph for graph in get_args(Graph) if graph != openvino_runner.GRAPH])
 def test_a_graph_with_other_operators_is_refused_by_name(graph: str, tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int4", graph=graph)
     with pytest.raises(H1ExportError, match=rf"--graph {graph} has operators of ONNX Runtime's own.*--graph portable"):

@@ -27,6 +27,7 @@ def test_a_resumed_training_repeats_no_point_of_the_curve(tmp_path: Path, monkey
         raise KeyboardInterrupt  # killed at the time limit
 
     monkeypatch.setattr(proxy, "train", train)
+    monkeypatch.setattr(proxy, "modules", lambda: ({"abc": "def a(b):\n    return b\n" * 20}, {}))
     for steps in ([20, 40, 60, 80], [20, 40, 60, 80, 100]):
         with pytest.raises(KeyboardInterrupt):
             list(proxy.run(Host(tmp_path, tmp_path, "cpu")))

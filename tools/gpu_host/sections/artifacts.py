@@ -28,7 +28,8 @@ from h1export.report.checks import Comparison
 from h1export.runtime.runner import Comparable
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import cuda_libraries
-from h1export.targets.onnxruntime.inference_session import MODEL, PROVIDER_OPTIONS
+from h1export.targets.onnxruntime.inference_session import PROVIDER_OPTIONS
+from h1export.targets.onnxruntime.layouts import MODEL
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CPU, CUDA
 from h1export.validate.accuracy.parity import JudgedRun, case_rows, run_cases

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
 import numpy.typing as npt
 
+from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.probes import PREFIX
-from h1export.targets.onnx.graph_file import Files, read_graph
+from h1export.targets.onnx.graph_file import read_graph
 from h1export.targets.onnxruntime import openvino_sdk
 from h1export.targets.onnxruntime.calls import refused
 from h1export.targets.onnxruntime.options import Graph
@@ -41,8 +41,8 @@ class OpenVinoRunner(OnnxRuntimeRunner):
             raise H1ExportError(self._artifact.folder, what, f"build it with --graph {GRAPH}, or leave out --kernels")
         self._library, self._fallback = None, ""
         self._kernels = f"{openvino_sdk.NAME} {openvino_sdk.version()}"
-        path = self._artifact.folder / self._layout.graph_of(self._artifact)
-        self._open = partial(_open, path, self._artifact.manifest.files, threads, float32=self._float32)
+        graph = self._layout.graph_of(self._artifact)
+        self._open = partial(_open, self._artifact, graph, threads, float32=self._float32)
 
     def _run(self, session: Any, names: Sequence[str], feeds: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
         with refused(self._artifact.folder, f"{self._kernels} cannot compute its graph"):
@@ -77,14 +77,15 @@ class CompiledModel:
 
 
 def _open(
-    path: Path, files: Files, threads: int, *, float32: bool, captured: bool = False, observed: bool = False
+    artifact: Artifact, graph: str, threads: int, *, float32: bool, captured: bool = False, observed: bool = False
 ) -> CompiledModel:
-    """Compile the graph at ``path``; the arguments are those of ``open_inference_session``."""
+    """Compile the graph of this path in ``artifact``; the other arguments are those of ``open_inference_session``."""
     core = openvino_sdk.openvino().Core()
     settings = MODES[float32] | ({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})
-    graph = read_graph(path, files).graph
+    path = artifact.folder / graph
+    nodes = read_graph(path, artifact.manifest.files, graph.removesuffix(path.name)).graph.node
     with refused(path, "OpenVINO cannot load it"):
         model = core.read_model(path)
         if observed:
-            model.add_outputs([name for node in graph.node for name in node.output if name.startswith(PREFIX)])
+            model.add_outputs([name for node in nodes for name in node.output if name.startswith(PREFIX)])
         return CompiledModel(core.compile_model(model, DEVICE, settings))

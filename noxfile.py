@@ -243,10 +243,10 @@ def sanitize(session: nox.Session) -> None:
 def faults(session: nox.Session) -> None:
     """Full disks, kills and races: writes of commands fail one by one, builds are killed, two build at one OUT.
 
-    It needs Linux and a C compiler, and takes an hour; docs/security.md has its figures. Positional arguments are those
-    of tools/faults/run.py, such as --targets ort --only kills.
+    It needs Linux and a C compiler, and takes some hours; docs/security.md has its figures. Positional arguments are
+    those of tools/faults/run.py, such as --targets ort --only kills.
     """
-    session.install("-e", ".[ort,coreml,trt,report]", "--no-compile")
+    session.install("-e", ".[ort,coreml,trt,report,gguf,mlx]", "--no-compile")
     with session.chdir(ROOT / "tools"):
         session.run("python", "-m", "faults.run", *session.posargs)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import PurePath
 
 MOST_SHOWN = 300  # characters of an error beside the path of the file at fault, which is never cut
@@ -105,6 +107,21 @@ def reason(error: BaseException) -> str:
     if place is not None:
         return place[0]
     return shortened(" ".join(str(error).split()) or type(error).__name__, MOST_REASON)
+
+
+@contextmanager
+def native_error(where: object, what: str, next_step: str) -> Iterator[None]:
+    """Make an H1ExportError of every error of a library below, panics of Rust among them, which are no Exception.
+
+    Raises:
+        H1ExportError: the library has raised; ``what`` is followed by its reason.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, H1ExportError):
+        raise
+    except BaseException as error:
+        raise H1ExportError(where, f"{what} ({reason(error)})", next_step) from None
 
 
 def _controls(char: str) -> bool:

@@ -124,9 +124,34 @@ def write_package(path: Path) -> None:
     path.write_text(json.dumps({"rootModelIdentifier": "a", "itemInfoEntries": entries}))
 
 
-def write_key(path: Path) -> None:
-    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    path.write_bytes(Ed25519PrivateKey.generate().private_bytes(*form))
+KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+
+
+def write_key(path: Path, form: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8) -> None:
+    path.write_bytes(KEY.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+
+
+def write_public_key(path: Path) -> None:
+    form = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    path.write_bytes(KEY.public_key().public_bytes(*form))
+
+
+def with_public_key(folder: Path) -> Artifact:
+    """Verify what ``write_key``'s key has signed."""
+    if not (folder / SIGNATURE).exists():
+        write_signature(folder / SIGNATURE)
+    return verify(folder, folder.parent / "key.pub")
+
+
+def steps_of(folder: Path) -> None:
+    """Load a tokenizer, and take it both ways: some files fail there alone."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.decode([0, *tokenizer.encode("a b\n\u00e9 12").ids])
+
+
+def matches_of(folder: Path) -> None:
+    """Read an adapter's config, and match a name."""
+    LoraConfig.load(folder).scaling("base_model.model.model.layers.0.self_attn.q_proj")
 
 
 def write_signature(path: Path) -> None:
@@ -140,7 +165,27 @@ ADAPTER = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "rank_pattern": {"q_pr
 TEMPLATES = [{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": "x"}]
 TOKENIZER_CONFIG = {"chat_template": TEMPLATES, "bos_token": {"content": "<s>"}, "eos_token": "</s>"}
 GATES = '[[gate]]\ntarget = "ort"\nquant = "int4"\nmemory = 1.2\n[[gate.timing]]\ndecode = 8\n'
-TOKENIZER = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [],
+    "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend", "prepend": "a"}]},
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": " ?\\w+|\\s+"}, "behavior": "Isolated", "invert": False},
+            BYTE_LEVEL,
+        ],
+    },
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "a", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"a": {"id": "a", "ids": [0], "tokens": ["a"]}},
+    },
+    "decoder": BYTE_LEVEL,
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "\u0120": 3}, "merges": [["a", "b"]], "unk_token": "a"},
+}
 INDEX = "model.safetensors.index.json"
 CONFIG = json.dumps(dict(RELEASED))
 
@@ -162,6 +207,12 @@ READERS = {
     ),
     "package": Reader("Manifest.json", write_package, model_file),
     "key": Reader("key.pem", write_key, lambda folder: sign(folder, folder / "key.pem")),
+    "OpenSSH's key": Reader(
+        "key.ssh",
+        lambda path: write_key(path, serialization.PrivateFormat.OpenSSH),
+        lambda folder: sign(folder, folder / "key.ssh"),
+    ),
+    "public key": Reader("../key.pub", write_public_key, with_public_key),
     "signature": Reader(SIGNATURE, write_signature, lambda folder: verify(folder, folder.parent / "key.pem")),
     "calibration": Reader(
         "text.jsonl",
@@ -174,14 +225,14 @@ READERS = {
         lambda folder: special_tokens(folder, FalconH1Config.from_config(dict(RELEASED))),
     ),
     "chat template": Reader("tokenizer_config.json", text(json.dumps(TOKENIZER_CONFIG)), ChatTemplate.read),
-    "tokenizer": Reader("tokenizer.json", text(json.dumps(TOKENIZER)), load_tokenizer),
+    "tokenizer": Reader("tokenizer.json", text(json.dumps(TOKENIZER)), steps_of),
     "index": Reader(
         INDEX,
         text('{"metadata": {"total_size": 32}, "weight_map": {"lm_head.weight": "a.safetensors"}}'),
         lambda folder: read_entries(folder, frozenset({"lm_head.weight"})),
     ),
     "weights": Reader("model.safetensors", write_weights, lambda folder: read_header(folder / "model.safetensors")),
-    "adapter": Reader("adapter_config.json", text(json.dumps(ADAPTER)), LoraConfig.load),
+    "adapter": Reader("adapter_config.json", text(json.dumps(ADAPTER)), matches_of),
     "gates": Reader("gates.toml", text(GATES), lambda folder: read_gates(folder / "gates.toml")),
     "baseline": Reader("b.json", write_baseline, lambda folder: read_baselines(folder / "b.json")),
     "precisions": Reader(

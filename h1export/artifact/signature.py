@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InternalError, InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
@@ -23,6 +23,7 @@ SIGNATURE = f"{MANIFEST}.sig"
 SIGNATURE_BYTES = 64
 MOST_KEY = 4096  # bytes; a key of Ed25519 has some hundred, and what is longer is of another algorithm
 UNSIGNED = frozenset({MANIFEST, SIGNATURE, REPORT, PAGE})  # nothing is decided by the last two
+UNREADABLE = (ValueError, UnsupportedAlgorithm, InternalError)  # the last of OpenSSL, for a key of zero bytes for one
 MAKE_KEY = "give a key that `openssl genpkey -algorithm ed25519` has made"
 
 
@@ -76,7 +77,7 @@ def _private(file: Path) -> Ed25519PrivateKey:
         found = load(text, password=None)
     except TypeError:
         raise H1ExportError(file, "is encrypted", "decrypt it with `openssl pkey` first") from None
-    except (ValueError, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise H1ExportError(file, "holds no private key", MAKE_KEY) from None
     if not isinstance(found, Ed25519PrivateKey):
         raise _other_kind(file)
@@ -90,7 +91,7 @@ def _public(file: Path) -> Ed25519PublicKey:
     load = serialization.load_ssh_public_key if text.startswith(b"ssh-") else serialization.load_pem_public_key
     try:
         found = load(text)
-    except (ValueError, UnsupportedAlgorithm):
+    except UNREADABLE:
         raise H1ExportError(file, "holds no public key", "make one with `openssl pkey -pubout`") from None
     if not isinstance(found, Ed25519PublicKey):
         raise _other_kind(file)

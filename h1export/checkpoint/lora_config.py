@@ -6,11 +6,12 @@ The names of the adapted modules (``target_modules`` and its like) are not read:
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import re2
 
 from h1export.checkpoint.packed_format import INFORMATION
 from h1export.errors import H1ExportError
@@ -52,6 +53,13 @@ IGNORED_KEYS: Mapping[str, str] = {
 KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
+class Pattern(Protocol):
+    """A compiled pattern."""
+
+    def match(self, text: str, /) -> object:
+        """Return a match, or None."""
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """The ranks and scaling factors of an adapter's modules.
@@ -60,15 +68,15 @@ class LoraConfig:
         r: the rank of modules that no pattern names.
         alpha: the alpha of modules that no pattern names.
         rank_stabilised: whether a product is scaled by alpha / sqrt(rank) and not by alpha / rank.
-        ranks: pattern of a module's name -> its rank; the first pattern that matches counts.
-        alphas: pattern of a module's name -> its alpha.
+        ranks: patterns of a module's name with its rank; the first pattern that matches counts.
+        alphas: patterns of a module's name with its alpha.
     """
 
     r: int
     alpha: float
     rank_stabilised: bool
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
+    ranks: Sequence[tuple[Pattern, int]]
+    alphas: Sequence[tuple[Pattern, float]]
 
     @classmethod
     def load(cls, folder: Path) -> LoraConfig:
@@ -97,8 +105,10 @@ class LoraConfig:
         if not any(start is value or (isinstance(start, str) and start == value) for value in KEEPS_BASE):
             what = f"is {str(start)[:40]!r}, which changes the base model's weights"
             raise read.error("init_lora_weights", what, "convert it to plain LoRA with PEFT, or " + MERGE)
-        ranks = {pattern: _rank(read, "rank_pattern", value) for pattern, value in _patterns(read, "rank_pattern")}
-        alphas = {pattern: _alpha(read, "alpha_pattern", value) for pattern, value in _patterns(read, "alpha_pattern")}
+        ranks = [(pattern, _rank(read, "rank_pattern", value)) for pattern, value in _patterns(read, "rank_pattern")]
+        alphas = [
+            (pattern, _alpha(read, "alpha_pattern", value)) for pattern, value in _patterns(read, "alpha_pattern")
+        ]
         return cls(
             _rank(read, "r", config.get("r", 8)),
             _alpha(read, "lora_alpha", config.get("lora_alpha", 8)),
@@ -109,31 +119,37 @@ class LoraConfig:
 
     def rank(self, module: str) -> int:
         """Return the rank of ``module``."""
-        return next((rank for pattern, rank in self.ranks.items() if _matches(pattern, module)), self.r)
+        return next((rank for pattern, rank in self.ranks if pattern.match(module)), self.r)
 
     def scaling(self, module: str) -> float:
         """Return the factor of the product of ``module``."""
-        alpha = next((alpha for pattern, alpha in self.alphas.items() if _matches(pattern, module)), self.alpha)
+        alpha = next((alpha for pattern, alpha in self.alphas if pattern.match(module)), self.alpha)
         rank = self.rank(module)
         return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
 
 
-def _matches(pattern: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
-def _patterns(read: ConfigReader, key: str) -> list[tuple[str, Any]]:
+def _patterns(read: ConfigReader, key: str) -> list[tuple[Pattern, Any]]:
     found = read.config.get(key) or {}
     if not isinstance(found, dict):
         raise read.error(key, "is no JSON object", "save the adapter again")
-    for pattern in found:
-        try:
-            re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, RecursionError, OverflowError):
-            raise read.error(key, f"has the pattern {pattern[:40]!r}, which does not parse", MERGE) from None
-        if len(pattern) > MAX_PATTERN:
-            raise read.error(key, f"has a pattern of {len(pattern)} characters", MERGE)
-    return list(found.items())
+    return [(_compiled(read, key, text), value) for text, value in found.items()]
+
+
+def _compiled(read: ConfigReader, key: str, text: str) -> Pattern:
+    """Return a pattern as PEFT reads it: of a whole name, or of what follows a dot.
+
+    RE2 takes time in proportion to the name, and bounded memory, whatever the pattern is; Python's own library would
+    take hours for some.
+    """
+    if len(text) > MAX_PATTERN:
+        raise read.error(key, f"has a pattern of {len(text)} characters", MERGE)
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(rf"(.*\.)?({text})$", options)
+    except (re2.error, UnicodeEncodeError):
+        what = f"has the pattern {text[:40]!r}, which RE2 does not take"
+        raise read.error(key, what, MERGE) from None
 
 
 def _rank(read: ConfigReader, key: str, value: Any) -> int:

@@ -2,43 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding
+from tokenizers import Tokenizer as LibraryTokenizer
 
 from h1export import forms
-from h1export.errors import H1ExportError, reason
-from h1export.model.config_reader import shown
+from h1export.checkpoint.tokenizer_growth import check_growth
+from h1export.errors import H1ExportError, native_error
 from h1export.model.falcon_h1.states import Ids
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 MOST_BYTES = 64 << 20  # of the file; those of vocabularies of 262,144 tokens have 20 MB
 AGAIN = "download it again"
+COMPARE = "compare it with the published one"
+CANNOT_ENCODE = "cannot encode this text"
 REPLACEMENT = "\ufffd"  # which decoders give in the place of bytes that are no character yet, or never
 NEIGHBOURS = 8  # characters, or what a token has of them, that are decoded with a new one
 
 
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer.json in memory. Threads may share it.
+
+    What the library cannot do with the file is an error that names the file: a file of somebody else may have steps
+    that fail, or end in a panic of Rust, which is no Exception, with some texts only.
+
+    Attributes:
+        path: the file.
+        library: the library's object, for what is not below.
+    """
+
+    path: Path
+    library: LibraryTokenizer
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
+        """Return ids and offsets of ``text``. Raises H1ExportError where the file cannot encode it."""
+        with native_error(self.path, CANNOT_ENCODE, COMPARE):
+            return self.library.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of every text, without special tokens. Raises H1ExportError as ``encode``."""
+        with native_error(self.path, CANNOT_ENCODE, COMPARE):
+            found = self.library.encode_batch(list(texts), add_special_tokens=False)
+        return [list(encoding.ids) for encoding in found]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of ``ids``. Raises H1ExportError where the file cannot decode them."""
+        with native_error(self.path, "cannot decode these tokens", COMPARE):
+            return str(self.library.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return token -> id, with the added tokens."""
+        return dict(self.library.get_vocab())
+
+    def id_to_token(self, token: int) -> str | None:
+        """Return the token with the id ``token``, or None."""
+        return self.library.id_to_token(token)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of ``folder``, with truncation and padding switched off. Threads may share it.
+    """Load the tokenizer of ``folder``, with truncation and padding switched off.
 
     Raises:
-        H1ExportError: the folder has no tokenizer.json, or it cannot be read.
+        H1ExportError: the folder has no tokenizer.json, it cannot be read, or it makes a text far longer.
     """
     path = folder / TOKENIZER
     if not path.is_file():
         raise H1ExportError(folder, f"no {TOKENIZER}", "build from a checkpoint that has its tokenizer")
-    text = forms.content(path, AGAIN, MOST_BYTES)
-    try:
-        tokenizer = Tokenizer.from_str(text.decode("utf-8"))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise H1ExportError(path, f"not a tokenizer ({reason(error)})", AGAIN) from None
+    content = forms.content(path, AGAIN, MOST_BYTES)
+    with native_error(path, "not a tokenizer", AGAIN):
+        tokenizer = LibraryTokenizer.from_str(content.decode("utf-8"))
+        check_growth(path, tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return tokenizer
+    return Tokenizer(path, tokenizer)
 
 
 def scoring_ids(folder: Path, text: str) -> tuple[Ids, int]:
@@ -64,14 +107,10 @@ def plain_tokenizer(folder: Path) -> Any:
 
     own = load_tokenizer(folder)  # the clearer errors
     kind: Any = PreTrainedTokenizerFast
-    try:
+    with native_error(folder, "transformers cannot load the tokenizer", COMPARE):
         found = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         found.encode("a")  # uses what the files have set
-        same = found.backend_tokenizer.get_vocab(False) == own.get_vocab(False)
-    except Exception as error:  # of any library below transformers
-        raise H1ExportError(
-            folder, f"transformers cannot load the tokenizer ({shown(str(error))})", "compare it with the published one"
-        ) from None
+        same = found.backend_tokenizer.get_vocab(False) == own.library.get_vocab(False)
     if not same:
         what = f"names another tokenizer than {TOKENIZER}"
         raise H1ExportError(folder / TOKENIZER_CONFIG, what, "remove the key fast_tokenizer_files")
@@ -119,7 +158,7 @@ class TokenDecoder:
         return _after(self._given, self._text())
 
     def _text(self) -> str:
-        return str(self._tokenizer.decode(self._held, skip_special_tokens=self._skip))
+        return self._tokenizer.decode(self._held, skip_special_tokens=self._skip)
 
 
 def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from h1export.checkpoint.tokenizer import TOKENIZER, load_tokenizer
+from h1export.checkpoint.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from h1export.errors import H1ExportError
 from h1export.model.config_reader import shown
 from h1export.model.falcon_h1.config import FalconH1Config
@@ -20,7 +19,7 @@ NEXT_STEP = "give the tokenizer that the model was trained with, or resize the m
 
 def tokens_without_rows(tokenizer: Tokenizer, vocab_size: int) -> dict[str, int]:
     """Return the tokens whose ids are beyond the ``vocab_size`` rows of the embedding, in the order of their ids."""
-    found = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocab_size}
+    found = {token: number for token, number in tokenizer.vocabulary().items() if number >= vocab_size}
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 

@@ -117,7 +117,9 @@ def _run(arguments: list[str], debug: bool) -> int:
         return done.exit_code
     except click.ClickException as error:
         _show_usage_error(error)
-    except (Exception, click.Abort) as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # panics of libraries in Rust are no Exception
         if debug:
             traceback.print_exc()
         say(f"h1export: {_message(error)}")
@@ -148,7 +150,7 @@ def _message(error: BaseException) -> str:
     """Return the line that the user reads: where, what is wrong, and the next step."""
     if isinstance(error, H1ExportError):
         return str(error)
-    if isinstance(error, click.Abort):
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return "interrupted"
     if isinstance(error, OSError):
         copied = error.errno in FULL and error.filename2 is not None  # the second name is where a copy goes

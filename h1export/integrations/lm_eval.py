@@ -16,12 +16,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from h1export.artifact.files import sha256_file
 from h1export.checkpoint.chat_template import ChatTemplate, template_files
-from h1export.checkpoint.tokenizer import TokenDecoder, load_tokenizer, plain_tokenizer
+from h1export.checkpoint.tokenizer import TokenDecoder, Tokenizer, load_tokenizer, plain_tokenizer
 from h1export.commands.load import load_folder
 from h1export.errors import H1ExportError
 from h1export.integrations.lm_eval_options import WHERE, Options, read_options

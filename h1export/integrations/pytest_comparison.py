@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from h1export.artifact.artifact import Artifact
-from h1export.checkpoint.tokenizer import load_tokenizer
+from h1export.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from h1export.commands.load import check_source, load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array, Ids

@@ -16,7 +16,8 @@ from h1export.errors import H1ExportError, reason
 from h1export.forms import read_bytes, without_duplicates
 
 CONFIG = "config.json"
-FLOAT32 = np.finfo(np.float32)
+LEAST_FLOAT32 = float(np.finfo(np.float32).smallest_normal)
+MOST_FLOAT32 = float(np.finfo(np.float32).max)  # Python's numbers: a comparison with numpy's would overflow
 MAX_SIZE = 1 << 24  # far above any dimension of a real model; a hostile size must not cause work
 
 
@@ -125,7 +126,7 @@ class ConfigReader:
     def _finite(self, key: str, value: Any, *, lowest: float, open_end: bool) -> float:
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # an int may be beyond any float
             raise self.error(key, f"is {shown(value)}", "expected a finite number")
-        if value and not FLOAT32.smallest_normal <= abs(value) <= FLOAT32.max:
+        if value and not LEAST_FLOAT32 <= abs(value) <= MOST_FLOAT32:
             raise self.error(key, f"is {shown(value)}", "expected a number that float32 can hold")
         if value < lowest or (open_end and value == lowest):
             raise self.error(

@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from tokenizers import Tokenizer
-
 from h1export.checkpoint.chat_template import ChatTemplate, Message
+from h1export.checkpoint.tokenizer import Tokenizer
 from h1export.errors import H1ExportError
 from h1export.targets.gguf.vocabulary import WholeVocabulary
 from h1export.targets.gguf.writer import MODEL

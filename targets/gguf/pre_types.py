@@ -11,9 +11,12 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as LibraryTokenizer
+
+from h1export.checkpoint.tokenizer import Tokenizer
 
 WORDS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,13 +70,13 @@ PIECES = ("a", "Wé", "中", "ก็", "1", "2026", "٣", ".", "_-", "$", "`", "
 
 def pre_type_of(tokenizer: Tokenizer) -> str | None:
     """Return the kind by which llama.cpp splits text as ``tokenizer`` does; None: it has none."""
-    data = json.loads(tokenizer.to_str())
+    data = json.loads(tokenizer.library.to_str())
     if not _takes_bytes(data):
         return None
     texts = list(_texts())
-    expected = _ids(tokenizer, texts)
+    expected = tokenizer.encode_all(texts)
     for name, kind in PRE_TYPES.items():
-        if _ids(_with(kind, data), texts) == expected:
+        if _with(kind, data, tokenizer.path).encode_all(texts) == expected:
             return name
     digest = hashlib.sha256(str(tokenizer.encode(CONVERTERS_TEXT).ids).encode()).hexdigest()
     return FALCON_H1 if digest in PUBLISHED else None
@@ -99,7 +102,7 @@ def _steps(pre_tokenizer: Any) -> list[Any]:
     return list(pre_tokenizer.get("pretokenizers", [pre_tokenizer]))
 
 
-def _with(kind: PreType, data: Mapping[str, Any]) -> Tokenizer:
+def _with(kind: PreType, data: Mapping[str, Any], path: Path) -> Tokenizer:
     """Return the tokenizer with llama.cpp's way to split."""
     splits = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -108,13 +111,9 @@ def _with(kind: PreType, data: Mapping[str, Any]) -> Tokenizer:
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     model = {**data["model"], "ignore_merges": kind.ignore_merges}
     changed = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, to_bytes]}, "model": model}
-    return Tokenizer.from_str(json.dumps({**data, **changed}))
+    return Tokenizer(path, LibraryTokenizer.from_str(json.dumps({**data, **changed})))
 
 
 def _texts() -> Iterator[str]:
     yield CONVERTERS_TEXT
     yield from map("".join, product(PIECES, repeat=3))
-
-
-def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    return [list(found.ids) for found in tokenizer.encode_batch(texts, add_special_tokens=False)]

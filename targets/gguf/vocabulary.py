@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from h1export.checkpoint.chat_template import DEFAULT, ChatTemplate
-from h1export.checkpoint.tokenizer import TOKENIZER, load_tokenizer
+from h1export.checkpoint.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.special_tokens import SpecialTokens, special_tokens
@@ -41,7 +39,7 @@ class WholeVocabulary:
 
     def add_keys(self, writer: Any, vocab_size: int) -> None:
         """Add the tokenizer's keys to gguf's ``writer``."""
-        data = json.loads(self.tokenizer.to_str())
+        data = json.loads(self.tokenizer.library.to_str())
         tokens, types = _tokens(data, vocab_size)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(self.pre_type)

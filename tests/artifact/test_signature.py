@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -149,6 +150,17 @@ def test_a_file_without_a_key(content: bytes, artifact: Artifact, keys: tuple[Pa
     for act in (sign, verify):
         with pytest.raises(H1ExportError, match=r"none\.pem: holds no (private|public) key"):
             act(artifact.folder, place)
+
+
+@pytest.mark.parametrize("last", [byte for byte in range(128) if byte not in (110, 112)])
+def test_a_key_that_says_it_is_another_algorithms(last: int, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    """Keys of 32 bytes under the identifiers 1.3.101.0 to 127: OpenSSL fails in its own way where 57 are expected."""
+    content = base64.b64decode("".join(keys[0].read_text().splitlines()[1:-1]))
+    body = base64.b64encode(content.replace(b"\x2b\x65\x70", bytes([0x2B, 0x65, last]))).decode()
+    place = tmp_path / "other.pem"
+    place.write_text(f"-----BEGIN PRIVATE KEY-----\n{body}\n-----END PRIVATE KEY-----\n")
+    with pytest.raises(H1ExportError, match=r"other\.pem: holds no private key"):
+        sign(tmp_path, place)
 
 
 @pytest.mark.parametrize("odd", ODD)

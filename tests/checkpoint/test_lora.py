@@ -12,9 +12,11 @@ import numpy as np
 import peft
 import pytest
 import torch
+from odd_files import bounded
 from safetensors.torch import load_file, save_file
 
 from h1export.checkpoint import resolve
+from h1export.checkpoint.lora_config import LoraConfig
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
@@ -150,11 +152,27 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"r": 0}, "'r'"),
     ({"r": 5}, "shape"),
     ({"rank_pattern": {"q_proj": 2}}, "shape"),
-    ({"rank_pattern": {"(": 2}}, "does not parse"),
+    ({"rank_pattern": {"(": 2}}, "RE2 does not take"),
+    ({"rank_pattern": {"(((a{1000}){1000}){1000})": 2}}, "RE2 does not take"),  # memory that grows with the product
+    ({"alpha_pattern": {r"(a)\1": 2}}, "RE2 does not take"),
+    ({"rank_pattern": {"\ud800": 2}}, "RE2 does not take"),
+    ({"rank_pattern": {"a" * 201: 2}}, "201 characters"),
     ({"rank_pattern": []}, None),  # type: ignore[list-item]
     ({"lora_alpha": "x"}, "lora_alpha"),
     ({"lora_alpha": float("nan")}, "lora_alpha"),
 ]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["((.*)*)*z", r"(.*)*(.*)*(.*)*z", r"((\w|\.)*)*z", "(a|a?)+z", "(?:_?){200}_{200}"]
+)
+def test_no_pattern_takes_long(pattern: str, tmp_path: Path) -> None:
+    """Python's own library needs longer than anybody waits for some of these."""
+    keys = {"peft_type": "LORA", "rank_pattern": {pattern: 2}, "alpha_pattern": {pattern: 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(keys))
+    with bounded():
+        config = LoraConfig.load(tmp_path)
+        assert config.rank("model.layers.0.mamba.in_proj" * 9) == 8
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as LibraryTokenizer
 
-from h1export.checkpoint.tokenizer import load_tokenizer
+from h1export.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from h1export.checkpoint.vocabulary import check_vocabulary, prompt_ids, tokens_without_rows
 from h1export.cli import run
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 
-Edit = Callable[[Tokenizer], Any]
+Edit = Callable[[LibraryTokenizer], Any]
 EDITS: dict[str, tuple[Edit, int]] = {  # what is added to the 256 tokens, and how many ids are beyond 259
     "none": (lambda t: None, 0),
     "up to the last row": (lambda t: t.add_tokens(["a1", "a2", "a3"]), 0),
@@ -34,8 +35,8 @@ def folder(spoken_checkpoint: Path, tmp_path: Path) -> Path:
 
 def edited(folder: Path, edit: Edit) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
-    edit(tokenizer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    edit(tokenizer.library)
+    tokenizer.library.save(str(folder / "tokenizer.json"))
     return tokenizer
 
 

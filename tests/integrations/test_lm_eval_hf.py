@@ -163,7 +163,7 @@ def test_what_hf_cannot_score_has_an_answer(ours: ArtifactLM) -> None:
     """A continuation without tokens is certain, and a context of spaces is none."""
     merged = next(
         (token[:-1], token[-1])
-        for token in ours._tokenizer.get_vocab()
+        for token in ours._tokenizer.vocabulary()
         if token.isascii() and len(ours.tok_encode(token)) == len(ours.tok_encode(token[:-1])) == 1
     )
     certain = (0.0, True)

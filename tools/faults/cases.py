@@ -23,6 +23,9 @@ BUILDS = {
     "ort": (),
     "coreml": (),
     "trt": ("--runtime", "tensorrt", "--sm", "89"),
+    "gguf": (),
+    "gptq": ("--group-size", "32"),
+    "mlx": ("--group-size", "32"),
 }
 GATES = """
 baseline = "gates.baseline.json"

@@ -21,6 +21,7 @@ SMALLER = {
     "mamba_n_heads": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
+    "mamba_n_groups": 1,  # MLX takes no more
 }
 OTHERS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 

@@ -45,7 +45,7 @@ def rows(scratch: Path, given: argparse.Namespace) -> Iterator[Row]:
         yield f"writes: {case.name}", partial(writes.run, case, room, control, most=given.most)
     for case in primitives.all_cases()[:2]:
         yield f"kills: {case.name}", partial(kills.at_calls, case, room, control, most=given.most)
-    targets = [name for name in given.targets.split(",") if name]
+    targets = list(BUILDS) if given.targets == "all" else [name for name in given.targets.split(",") if name]
     if targets:
         yield from _of_targets(targets, room, control, given=given)
 

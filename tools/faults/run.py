@@ -22,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="rows whose name has this text")
     parser.add_argument("--skip", default="", help="leave out rows whose name has this text")
-    parser.add_argument("--targets", default="ort,coreml,trt", help="targets to build, with commas between them")
+    parser.add_argument("--targets", default="all", help="targets to build, with commas between them")
     parser.add_argument("--most", type=int, default=400, help="runs of each way to fail")
     parser.add_argument("--kills", type=int, default=100, help="kills of each target's build")
     parser.add_argument("--pairs", type=int, default=24, help="pairs of builders of each kind")

@@ -12,9 +12,11 @@ from typing import Any
 import gguf
 import pytest
 from chat_templates import TEMPLATES
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as LibraryTokenizer
 
 from h1export.artifact.artifact import Artifact
+from h1export.checkpoint.tokenizer import Tokenizer
 from h1export.commands.build import build_artifact
 from h1export.errors import H1ExportError
 from h1export.quantize.scheme import QuantScheme
@@ -36,10 +38,10 @@ SPECIAL = ("<|pad|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>", "<|bos|>"
 PAD, END, _, TURN_END, BOS = range(5)
 
 
-def trained(kind: PreType, *, bos: bool = False) -> Tokenizer:
+def trained(kind: PreType, *, bos: bool = False) -> LibraryTokenizer:
     """Return a tokenizer of 400 tokens that splits as ``kind`` does."""
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns]
-    tokenizer = Tokenizer(models.BPE(ignore_merges=kind.ignore_merges))
+    tokenizer = LibraryTokenizer(models.BPE(ignore_merges=kind.ignore_merges))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
     trainer = trainers.BpeTrainer(
@@ -56,10 +58,10 @@ def trained(kind: PreType, *, bos: bool = False) -> Tokenizer:
 
 
 @pytest.fixture
-def with_tokenizer(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[[Tokenizer], Path]:
+def with_tokenizer(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[[LibraryTokenizer], Path]:
     """with_tokenizer(tokenizer) -> an instruct checkpoint that has it, with two tokens that end a text."""
 
-    def make(tokenizer: Tokenizer) -> Path:
+    def make(tokenizer: LibraryTokenizer) -> Path:
         folder = Path(shutil.copytree(make_checkpoint(vocab_size=410), tmp_path / "checkpoint"))
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "chat_template.jinja").write_text(TEMPLATES["chatml"])
@@ -76,7 +78,7 @@ def built(checkpoint: Path, out: Path, **chosen: Any) -> Artifact:
 
 @pytest.mark.parametrize("name", list(PRE_TYPES))
 def test_llama_cpp_gives_the_same_ids(
-    name: str, with_tokenizer: Callable[[Tokenizer], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, with_tokenizer: Callable[[LibraryTokenizer], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every kind of the table, in llama.cpp's own words."""
     tokenizer = trained(PRE_TYPES[name])
@@ -91,7 +93,7 @@ def test_llama_cpp_gives_the_same_ids(
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_keys_of_the_tokenizer(bos: bool, with_tokenizer: Callable[[Tokenizer], Path], tmp_path: Path) -> None:
+def test_keys_of_the_tokenizer(bos: bool, with_tokenizer: Callable[[LibraryTokenizer], Path], tmp_path: Path) -> None:
     tokenizer = trained(PRE_TYPES[FALCON_H1], bos=bos)
     artifact = built(with_tokenizer(tokenizer), tmp_path / "out")
     fields = gguf.GGUFReader(artifact.folder / MODEL).fields
@@ -117,7 +119,7 @@ def test_keys_of_the_tokenizer(bos: bool, with_tokenizer: Callable[[Tokenizer], 
 
 
 @pytest.mark.parametrize("name", ["chatml", "thinking"])
-def test_the_modelfile(name: str, with_tokenizer: Callable[[Tokenizer], Path], tmp_path: Path) -> None:
+def test_the_modelfile(name: str, with_tokenizer: Callable[[LibraryTokenizer], Path], tmp_path: Path) -> None:
     checkpoint = with_tokenizer(trained(PRE_TYPES[FALCON_H1]))
     (checkpoint / "chat_template.jinja").write_text(TEMPLATES[name])
     artifact = built(checkpoint, tmp_path / "out")
@@ -132,7 +134,7 @@ def test_the_modelfile(name: str, with_tokenizer: Callable[[Tokenizer], Path], t
 
 @pytest.mark.parametrize("name", ["headers", "no_system", "blocks"])
 def test_a_template_that_is_no_chain_of_messages_is_left_to_ollama(
-    name: str, with_tokenizer: Callable[[Tokenizer], Path], tmp_path: Path
+    name: str, with_tokenizer: Callable[[LibraryTokenizer], Path], tmp_path: Path
 ) -> None:
     checkpoint = with_tokenizer(trained(PRE_TYPES[FALCON_H1]))
     (checkpoint / "chat_template.jinja").write_text(TEMPLATES[name])
@@ -142,7 +144,7 @@ def test_a_template_that_is_no_chain_of_messages_is_left_to_ollama(
 
 def test_a_published_tokenizer_is_known_by_its_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     """llama.cpp's converter takes it for falcon-h1, whatever else it splits."""
-    tokenizer = trained(PreType((r"\w", r"\s{3}")))
+    tokenizer = Tokenizer(Path("tokenizer.json"), trained(PreType((r"\w", r"\s{3}"))))
     assert pre_type_of(tokenizer) is None
     ids = tokenizer.encode(pre_types.CONVERTERS_TEXT).ids
     monkeypatch.setattr(pre_types, "PUBLISHED", frozenset({hashlib.sha256(str(ids).encode()).hexdigest()}))
@@ -161,7 +163,7 @@ def test_a_tokenizer_that_llama_cpp_cannot_have(tiny: Path, build: Callable[...,
     assert not (tmp_path / "out").exists()
 
 
-def test_ids_as_asked_for(with_tokenizer: Callable[[Tokenizer], Path], tmp_path: Path) -> None:
+def test_ids_as_asked_for(with_tokenizer: Callable[[LibraryTokenizer], Path], tmp_path: Path) -> None:
     artifact = built(with_tokenizer(trained(PRE_TYPES[FALCON_H1])), tmp_path / "out", vocabulary="ids")
     assert Model(artifact.folder / MODEL).vocab_size == 410
     assert artifact.manifest.requirements[VOCABULARY] == "token ids only: as asked for: --vocabulary ids"

@@ -317,7 +317,7 @@ def browser(session: nox.Session) -> None:
     It needs Node.js 20 with npm and a Chromium. The examples in Node run in the row `ort` of the tests.
     """
     need_chromium(session)
-    session.install("-e", ".[ort]", *dev("pytest", "hypothesis", "peft", "compressed-tensors"), "--no-compile")
+    session.install("-e", ".[ort]", *dev("pytest", "hypothesis"))
     session.run("pytest", "-q", "-m", "chromium", "tests/examples", *session.posargs)
 
 

@@ -10,18 +10,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 from h1export.targets.info import TargetInfo, discover
-from h1export.targets.options import Kernels, TargetOptions
+from h1export.targets.options import KERNELS, Kernels, TargetOptions
 
 if TYPE_CHECKING:  # the command line names targets without loading numpy
     from h1export.targets.base import Target
 
-__all__ = ["Kernels", "TargetInfo", "TargetOptions", "get_target", "options_class", "target_infos"]
+__all__ = [
+    "Kernels",
+    "TargetInfo",
+    "TargetOptions",
+    "all_kernels",
+    "get_target",
+    "options_class",
+    "target_infos",
+]
 
 
 @cache
 def target_infos() -> dict[str, TargetInfo]:
     """Return name -> the facts of target.toml, without importing a target."""
     return discover(__path__)
+
+
+@cache
+def all_kernels() -> tuple[str, ...]:
+    """Return every value of --kernels."""
+    return (*KERNELS, *sorted({name for info in target_infos().values() for name in info.other_runtimes}))
 
 
 def get_target(name: str) -> Target[Any]:

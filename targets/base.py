@@ -130,7 +130,8 @@ class Target(Protocol[OptionsT]):
             float32: whether to compute in float32 even where the artifact rounds activations, so that a lowering error
                 cannot hide behind the rounding.
             kernels: "native" means h1export's own, "stock" means the runtime's, and "auto" means native where they
-                are available; where they are not, ``Provenance.fallback`` says why.
+                are available; where they are not, ``Provenance.fallback`` says why. A target with ``other_runtimes``
+                gets their names too, and computes in that one.
 
         Raises:
             H1ExportError: The runtime is not installed, or the requested kernels are not available.

@@ -26,6 +26,8 @@ class TargetInfo:
         sdk_modules: modules of the runtime, which only the target's own folder may import.
         shared_sdk_modules: modules of the runtime that other targets use too, through targets/onnx.
         needs: what tests with the marker need, for `pytest --markers`.
+        other_runtimes: runtimes beside the target's own that run some of its artifacts, by the names that --kernels
+            takes.
         row: the row of nox that runs these tests, the target's name unless target.toml says otherwise: an environment
             for each target would cost CI a minute, and small runtimes share one.
         test_extras: extras that the tests need.
@@ -39,6 +41,7 @@ class TargetInfo:
     sdk_modules: tuple[str, ...]
     shared_sdk_modules: tuple[str, ...]
     needs: str
+    other_runtimes: tuple[str, ...]
     row: str
     test_extras: tuple[str, ...]
     test_folders: tuple[str, ...]
@@ -46,12 +49,15 @@ class TargetInfo:
 
     @classmethod
     def read(cls, file: Path) -> TargetInfo:
-        """Read a target.toml, in which ``row`` may be absent. Raises TypeError for a key too many or too few."""
+        """Read a target.toml, in which ``row`` and ``other_runtimes`` may be absent.
+
+        Raises TypeError for a key too many or too few.
+        """
         data = tomllib.loads(file.read_text(encoding="utf-8"))
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
-        return cls(**{"row": data["name"], **values}, folder=file.parent.name)
+        return cls(**{"row": data["name"], "other_runtimes": (), **values}, folder=file.parent.name)
 
     @property
     def marker_line(self) -> str:

@@ -12,7 +12,8 @@ from h1export.errors import H1ExportError
 if TYPE_CHECKING:  # the command line reads options without loading numpy
     from h1export.artifact.artifact import Artifact
 
-Kernels = Literal["auto", "native", "stock"]
+KERNELS = ("auto", "native", "stock")
+Kernels = str  # one of KERNELS, or of a target's other_runtimes
 
 
 @dataclass(frozen=True)

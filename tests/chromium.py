@@ -20,13 +20,21 @@ FLAGS = (
     "--no-first-run",
     "--remote-debugging-pipe",
 )
+# a WebGPU adapter in software, for machines without a GPU: it has no float16 in shaders
+SOFTWARE_GPU = (
+    "--enable-unsafe-webgpu",
+    "--use-webgpu-adapter=swiftshader",
+    "--enable-features=Vulkan",
+    "--use-vulkan=swiftshader",
+    "--ignore-gpu-blocklist",
+)
 LOAD_SECONDS = 60.0
 
 
 class Browser:
     """Chromium reads messages from its file descriptor 3 and writes them to 4, each ended by a zero byte."""
 
-    def __init__(self, profile: Path) -> None:
+    def __init__(self, profile: Path, flags: tuple[str, ...] = FLAGS) -> None:
         program = next(filter(None, map(shutil.which, NAMES)), None)
         assert program is not None, f"no browser: none of {', '.join(NAMES)}; on Debian, apt-get install chromium"
         to_read, self._write = os.pipe()
@@ -37,7 +45,7 @@ class Browser:
             f'exec "$@" 3<&{to_read} 4>&{to_write}',
             "bash",
             program,
-            *FLAGS,
+            *flags,
             f"--user-data-dir={profile}",
             "about:blank",
         ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import click
 
 from h1export.cli.output import answer, say
 from h1export.cli.ranges import SEED, count
-from h1export.targets import Kernels
+from h1export.targets import all_kernels
 
 __all__ = [
     "adapter_folders",
@@ -41,10 +41,11 @@ def common(command: F) -> F:
 
 kernels_option = click.option(
     "--kernels",
-    type=click.Choice(get_args(Kernels)),
+    type=click.Choice(all_kernels()),
     default="auto",
     show_default=True,
-    help="native: h1export's own, compiled when first used; stock: the runtime's; auto: native where they compile.",
+    help="native: h1export's own, compiled when first used; stock: the runtime's; auto: native where they compile; "
+    "another name: that runtime's, for artifacts that run in it too.",
 )
 
 

@@ -14,7 +14,8 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.scheme import ADAPTERS
 from h1export.runtime.runner import Inspectable
-from h1export.targets import Kernels, TargetOptions, get_target, options_class, target_infos
+from h1export.targets import Kernels, TargetOptions, all_kernels, get_target, options_class, target_infos
+from h1export.targets.options import KERNELS
 
 
 def read_options(artifact: Artifact) -> TargetOptions:
@@ -39,9 +40,14 @@ def load_runner(
     """Return a Runner over ``artifact`` from its target; the other arguments are those of ``Target.load``.
 
     Raises:
-        H1ExportError: an unknown target or option, or an artifact that does not run here.
+        H1ExportError: an unknown target or option, or an artifact that does not run here or in the named runtime.
     """
     read_options(artifact)
+    others = target_infos()[artifact.manifest.target].other_runtimes
+    if kernels not in (*KERNELS, *others):
+        known = kernels in all_kernels()
+        what = f"an artifact of --target {artifact.manifest.target} does not run in it" if known else "is unknown"
+        raise H1ExportError(f"kernels {kernels}", what, f"one of {', '.join((*KERNELS, *others))}")
     return get_target(artifact.manifest.target).load(artifact, threads, float32, kernels=kernels)
 
 
@@ -51,17 +57,19 @@ def load_folder(
     float32: bool = False,
     *,
     kernels: Kernels = "auto",
+    runtime: str | None = None,
     verify: str | Path | None = None,
 ) -> Inspectable[Any]:
     """Return a Runner over the artifact in the folder ``out``; this is ``h1export.load``. Threads may share it.
 
+    ``runtime`` is a runtime beside the target's own, such as "openvino", which ``kernels`` could name as well.
     ``verify`` is a file with the public key of whoever must have signed it, see ``h1export verify``. The other
     arguments are those of ``Target.load``.
 
     Raises:
         H1ExportError: a damaged artifact, one that is not signed by this key, or one that does not run here.
     """
-    return load_runner(open_artifact(Path(out), verify), threads, float32, kernels=kernels)
+    return load_runner(open_artifact(Path(out), verify), threads, float32, kernels=runtime or kernels)
 
 
 def open_artifact(out: Path, verify: str | Path | None = None) -> Artifact:

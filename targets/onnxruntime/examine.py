@@ -8,7 +8,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.targets.base import Finding
 from h1export.targets.onnx import sdk
-from h1export.targets.onnxruntime import native_library
+from h1export.targets.onnxruntime import native_library, openvino_runner, openvino_sdk
 from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.runner import OnnxRuntimeRunner
@@ -32,7 +32,17 @@ def examine(artifact: Artifact) -> Iterator[Finding]:
     yield Finding("execution provider", True, provider)
     if NATIVE_MODEL in artifact.manifest.files:
         yield _kernels()
+    if OrtOptions.read(artifact).graph == openvino_runner.GRAPH:
+        yield _openvino()
     yield _loaded(artifact)
+
+
+def _openvino() -> Finding:
+    name = "OpenVINO"
+    try:
+        return Finding(name, True, f"{openvino_sdk.version()}: --kernels {openvino_sdk.NAME} runs the artifact in it")
+    except H1ExportError as error:
+        return Finding(name, None, error.what, error.next_step)
 
 
 def _kernels() -> Finding:

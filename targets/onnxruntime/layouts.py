@@ -46,6 +46,7 @@ class Layout:
         data: what the name of the weights' file adds to that of the graph.
         batch: the symbol of the batch in shapes.
         state: the class of a state, which names its input and its output.
+        halves: whether the clients of this layout can compute with float16 wherever they run.
         native: whether a second graph over the same weights is for h1export's own kernels.
     """
 
@@ -53,6 +54,7 @@ class Layout:
     data: str
     batch: str = BATCH
     state: type[StateTensor] = StateTensor
+    halves: bool = True
     native: bool = True
 
     def graph(self, precisions: Collection[Precision]) -> tuple[str, str]:
@@ -92,6 +94,7 @@ LAYOUTS: Mapping[LayoutName, Layout] = {
         "_data",
         batch="batch_size",
         state=TransformersJsState,
+        halves=False,
         native=False,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -72,16 +73,30 @@ class OnnxRuntimeRunner:
         # in float32, attention is computed on the CPU: the CUDA provider has no GroupQueryAttention for it
         self._device = "cuda" if self._variant.provider == CUDA and not float32 else "cpu"
         self._halves = frozenset() if float32 else self._variant.halves
-        self._library, self._fallback = _library(artifact, kernels)
+        self._choose(threads, float32, kernels)
+        self._session = self._open(captured=self._options.captured_decode and not float32)
+        self._past = next(tensor.past for tensor in self._states.tensors if tensor.kind.grows)
+        self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
+
+    def _choose(self, threads: int, float32: bool, kernels: Kernels) -> None:
+        """Set who computes the graph, and how a session with it is opened; arguments and errors are the class's."""
+        self._library, self._fallback = _library(self._artifact, kernels)
         self._kernels = (
             f"{'onnxruntime' if self._library is None else 'h1export in onnxruntime'} {sdk.onnxruntime().__version__}"
         )
         self._open = partial(
-            open_inference_session, artifact, self._variant, threads, float32=float32, library=self._library
+            open_inference_session,
+            self._artifact,
+            self._variant,
+            threads,
+            float32=float32,
+            library=self._library,
         )
-        self._session = self._open(captured=self._options.captured_decode and not float32)
-        self._past = next(tensor.past for tensor in self._states.tensors if tensor.kind.grows)
-        self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
+
+    def _run(self, session: Any, names: Sequence[str], feeds: States) -> list[npt.NDArray[Any]]:
+        """Return the outputs of these names; whoever computes raises exceptions of its own."""
+        with refused(self._artifact.folder, f"{self._kernels} cannot compute its graph"):
+            return run(session, names, feeds)
 
     @property
     def config(self) -> FalconH1Config:
@@ -131,8 +146,8 @@ class OnnxRuntimeRunner:
         check_length(ids, self._longest_call)
         if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._batched_append:
             return self._row_by_row(ids, mask, states)
-        with refused(self._artifact.folder, "onnxruntime cannot compute its graph"):
-            logits, *present = run(self._session, self._outputs, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
+        feeds = {INPUT_IDS: ids, ATTENTION_MASK: mask, **states}
+        logits, *present = self._run(self._session, self._outputs, feeds)
         return logits, {tensor.past: state for tensor, state in zip(self._states.tensors, present, strict=True)}
 
     def length(self, states: States) -> int:
@@ -157,8 +172,7 @@ class OnnxRuntimeRunner:
         check_call(ids, mask, self.length(states), vocab_size=self._config.vocab_size)
         self._home.check()
         names = [output.name for output in self._observed.get_outputs()]
-        with refused(self._artifact.folder, "onnxruntime cannot compute its graph"):
-            values = run(self._observed, names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
+        values = self._run(self._observed, names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
         found = dict(zip(names, values, strict=True))
         probes = {
             probe: part

@@ -22,13 +22,14 @@ from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.emit import Emitter, emit, name_probes
 from h1export.targets.onnx.external_data import ExternalData
 from h1export.targets.onnx.op_counts import node_counts
-from h1export.targets.onnxruntime import examine, genai_config, readme, transformers_js
+from h1export.targets.onnxruntime import examine, genai_config, openvino_sdk, readme, transformers_js
 from h1export.targets.onnxruntime.emit import wasm
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.onnxruntime.emit.native import DOMAIN, NativeContext, covers
 from h1export.targets.onnxruntime.emit.packing import INT8_BLOCKS
 from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL
 from h1export.targets.onnxruntime.layouts import LAYOUTS, Layout
+from h1export.targets.onnxruntime.openvino_runner import OpenVinoRunner
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.runner import ROUNDED_LEVEL, OnnxRuntimeRunner
 from h1export.targets.onnxruntime.variants import GraphVariant, variant_of
@@ -73,6 +74,7 @@ class OnnxRuntimeTarget:
         with ExternalData(stage, weights) as data:
             context = variant.context(program, store, integers, GraphBuilder(variant.opsets(precisions)), data)
             context.accuracy_level = options.accuracy_level
+            context.halves = layout.halves
             ir.save(_model(context, variant.table, inputs, outputs=outputs), stage.folder / graph)
             if layout.native and variant.native is not None and covers(program):
                 native = NativeContext(
@@ -98,7 +100,8 @@ class OnnxRuntimeTarget:
     def load(
         self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
     ) -> OnnxRuntimeRunner:
-        return OnnxRuntimeRunner(artifact, threads, float32, kernels=kernels)
+        chosen = OpenVinoRunner if kernels == openvino_sdk.NAME else OnnxRuntimeRunner
+        return chosen(artifact, threads, float32, kernels=kernels)
 
 
 def _kind_of(integers: QuantizedWeights) -> KindOf:

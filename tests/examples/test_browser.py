@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import Browser
+from chromium import FLAGS, SOFTWARE_GPU, Browser
 
 from h1export.artifact.artifact import Artifact
 from h1export.commands.generate import generate_text
@@ -61,13 +61,13 @@ def served(node: Callable[..., str], tmp_path: Path) -> Iterator[Callable[[Artif
         server.shutdown()
 
 
-def generated(browser: Browser, address: str, device: str) -> dict[str, str]:
+def generated(browser: Browser, address: str, device: str, *, tokens: int = TOKENS) -> dict[str, str]:
     """Press the page's button on ``device``, and return what it shows and measures."""
     browser.open(f"{address}?device={device}")
     states = json.dumps(["ready", "failed"])
     assert browser.value(UNTIL.format(states=states)).startswith("ready"), browser.events
     browser.value(f"document.getElementById('prompt').value = {json.dumps(PROMPT)}")
-    browser.value(f"document.getElementById('tokens').value = {TOKENS}")
+    browser.value(f"document.getElementById('tokens').value = {tokens}")
     browser.value("document.querySelector('button').click()")
     states = json.dumps(["done", "failed"])
     assert browser.value(UNTIL.format(states=states)).startswith("done"), browser.events
@@ -91,3 +91,18 @@ def test_the_text_is_that_of_generate_and_unpacked_weights_are_faster(
         assert found[graph]["text"] == PROMPT + truth, graph
         print(graph, {name: value for name, value in found[graph].items() if name != "text"})
     assert float(found["cpu"]["fastest"]) > 2 * float(found["wasm"]["fastest"])
+
+
+def test_webgpu_without_float16_has_the_text_of_generate(
+    tiny: Path, build: Build, served: Callable[[Artifact, str], str], tmp_path: Path
+) -> None:
+    """The adapter is software (SwiftShader); a token takes it long, so there are few."""
+    artifact = build(tiny, "int4", graph="wasm", layout="transformers.js")
+    browser = Browser(tmp_path / "profile", (*(flag for flag in FLAGS if flag != "--disable-gpu"), *SOFTWARE_GPU))
+    try:
+        found = generated(browser, served(artifact, "webgpu"), "webgpu", tokens=20)
+    finally:
+        browser.close()
+    assert found["adapter"] == "true"
+    truth = "".join(generate_text(artifact.folder, PROMPT, 20, sampling=Sampling(), kernels="stock"))
+    assert found["text"] == PROMPT + truth

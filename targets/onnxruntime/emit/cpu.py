@@ -40,7 +40,7 @@ def linear(c: OrtContext, node: Node) -> None:
     common.set_product(c, node, y)
 
 
-def embedding(c: Context, node: Node) -> None:
+def embedding(c: OrtContext, node: Node) -> None:
     """Emit a gather of rows, dequantised where the embedding is stored in integers."""
     expr = c.expr(args_of(node)[0])
     ids = c.value(args_of(node)[1])

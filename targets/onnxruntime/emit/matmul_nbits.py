@@ -37,9 +37,11 @@ class OrtContext(Context):
     Attributes:
         accuracy_level: the level at which products with integers compute: 0 in float32, 4 with activations rounded to
             int8.
+        halves: whether the session may compute with float16, which some GPUs cannot in browsers.
     """
 
     accuracy_level: int = 0
+    halves: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _float_scales(c: Context, expr: WeightExpr, matrix: QuantizedMatrix) -> Valu
     return scales if multipliers is None else b.op("Mul", scales, b.op("Unsqueeze", multipliers, b.ints(1)))
 
 
-def embed_quantized(c: Context, ids: Value, expr: WeightExpr, *, precision: Precision) -> Value:
+def embed_quantized(c: OrtContext, ids: Value, expr: WeightExpr, *, precision: Precision) -> Value:
     """Emit rows ``ids`` of the quantised embedding in float32; a tied head reads the same bytes."""
     matrix = write_quantized(c, expr, precision)
     b = c.build
@@ -147,9 +149,17 @@ def embed_quantized(c: Context, ids: Value, expr: WeightExpr, *, precision: Prec
     gathered = b.op("Gather", embedding_table(c, expr, matrix), ids)
     signed = b.op("Sub", b.op("Cast", gathered, to=FLOAT), b.constant(layout.zero_point, np.float32))
     values = b.op("Slice", signed, b.ints(0), b.ints(layout.columns), b.ints(2))
-    # one scale a row: the first block's, in float32 once it is gathered, or a session would hold them all in float32
-    scale = b.op("Slice", b.op("Gather", b.initializer(matrix.scales), ids), b.ints(0), b.ints(1), b.ints(2))
-    return b.op("Mul", values, b.op("Cast", scale, to=FLOAT))
+    return b.op("Mul", values, _row_scales(c, ids, matrix))
+
+
+def _row_scales(c: OrtContext, ids: Value, matrix: QuantizedMatrix) -> Value:
+    """Return the scales [.., 1] of rows ``ids`` in float32: one a row, of which the file has a copy for each block."""
+    b = c.build
+    scales = b.initializer(matrix.scales)
+    if c.halves:  # in float32 once they are gathered, or a session would hold them all in float32
+        gathered = b.op("Slice", b.op("Gather", scales, ids), b.ints(0), b.ints(1), b.ints(2))
+        return b.op("Cast", gathered, to=FLOAT)
+    return b.op("Gather", b.op("Cast", b.op("Slice", scales, b.ints(0), b.ints(1), b.ints(1)), to=FLOAT), ids)
 
 
 def gather_block_quantized(

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from h1export.artifact.artifact import Artifact
@@ -196,6 +197,21 @@ def test_a_manifest_whose_weights_belong_to_no_graph_is_refused(tiny: Path, buil
     (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(H1ExportError, match=r"belong to no graph of its layout; build the artifact again"):
         load_runner(Artifact.open(folder))
+
+
+@pytest.mark.parametrize("graph", ["cpu", "wasm", "portable"])
+def test_no_kernel_computes_with_float16(graph: str, tiny: Path, build: Build, tmp_path: Path) -> None:
+    """Some GPUs cannot, in browsers; scales in float16 are cast when a session is made, and never after."""
+    artifact = build(tiny, "int4", graph=graph, layout=JS)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "folded.onnx")
+    options.log_severity_level = 3
+    path = artifact.folder / "onnx" / "model_q4.onnx"
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    left = onnx.load(tmp_path / "folded.onnx", load_external_data=False).graph
+    half = {one.name for one in left.initializer if one.data_type == onnx.TensorProto.FLOAT16}
+    assert not half & {name for node in left.node for name in node.input}
+    assert len(left.initializer) > 40
 
 
 def test_every_layout_has_a_name_for_every_precision() -> None:

@@ -86,7 +86,14 @@ def test_a_manifest_has_the_options_of_its_target_alone(
             "accuracy_level": 4,
         },
         "coreml": {"logits": "all", "max_context": 2048, "compute": "fp16", "state_io": False},
-        "gguf": {"logits": "all", "head": "auto", "embedding": "auto", "floats": "f32", "vocabulary": "auto"},
+        "gguf": {
+            "logits": "all",
+            "head": "auto",
+            "embedding": "auto",
+            "mix": "shared",
+            "floats": "f32",
+            "vocabulary": "auto",
+        },
         "gptq": {"logits": "all", "unpacked": ()},
         "mlx": {"logits": "all", "compute": "fp16"},
         "trt": {

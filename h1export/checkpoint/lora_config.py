@@ -146,10 +146,11 @@ def _compiled(read: ConfigReader, key: str, text: str) -> Pattern:
     options = re2.Options()
     options.log_errors = False
     try:
-        return re2.compile(rf"(.*\.)?({text})$", options)
+        compiled: Pattern = re2.compile(rf"(.*\.)?({text})$", options)
     except (re2.error, UnicodeEncodeError):
         what = f"has the pattern {text[:40]!r}, which RE2 does not take"
         raise read.error(key, what, MERGE) from None
+    return compiled
 
 
 def _rank(read: ConfigReader, key: str, value: Any) -> int:

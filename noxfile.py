@@ -262,7 +262,7 @@ def fuzz(session: nox.Session) -> None:
 def endurance(session: nox.Session) -> None:
     """Weights beyond 2^31 elements, 20,000 tokens, and a thousand loads in one process; docs/security.md has figures.
 
-    It is not part of CI, because it takes an hour, 9 GB of disk and 5 GB of memory.
+    It is not part of CI, because it takes an hour to two, 9 GB of disk and 6 GB of memory.
     """
     session.install("-e", ".[ort,trt,coreml]", "--no-compile")
     folder = Path(session.create_tmp()).resolve() / "endurance"

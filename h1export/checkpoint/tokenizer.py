@@ -22,6 +22,7 @@ MOST_BYTES = 64 << 20  # of the file; those of vocabularies of 262,144 tokens ha
 AGAIN = "download it again"
 COMPARE = "compare it with the published one"
 CANNOT_ENCODE = "cannot encode this text"
+CANNOT_DECODE = "cannot decode these tokens"
 REPLACEMENT = "\ufffd"  # which decoders give in the place of bytes that are no character yet, or never
 NEIGHBOURS = 8  # characters, or what a token has of them, that are decoded with a new one
 
@@ -54,7 +55,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``. Raises H1ExportError where the file cannot decode them."""
-        with native_error(self.path, "cannot decode these tokens", COMPARE):
+        with native_error(self.path, CANNOT_DECODE, COMPARE):
             return str(self.library.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def vocabulary(self) -> dict[str, int]:

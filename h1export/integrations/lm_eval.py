@@ -20,9 +20,18 @@ from tqdm import tqdm
 
 from h1export.artifact.files import sha256_file
 from h1export.checkpoint.chat_template import ChatTemplate, template_files
-from h1export.checkpoint.tokenizer import TokenDecoder, Tokenizer, load_tokenizer, plain_tokenizer
+from h1export.checkpoint.tokenizer import (
+    CANNOT_DECODE,
+    CANNOT_ENCODE,
+    COMPARE,
+    TOKENIZER,
+    TokenDecoder,
+    Tokenizer,
+    load_tokenizer,
+    plain_tokenizer,
+)
 from h1export.commands.load import load_folder
-from h1export.errors import H1ExportError
+from h1export.errors import H1ExportError, native_error
 from h1export.integrations.lm_eval_options import WHERE, Options, read_options
 from h1export.integrations.lm_eval_scoring import NOTHING, Prefix
 from h1export.model.falcon_h1.special_tokens import generation_config, special_tokens
@@ -100,12 +109,17 @@ class ArtifactLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return the ids of ``string``, with special tokens unless it begins with one, or they are not requested."""
-        return self._encode(string, self.tokenizer.decode(self.prefix_token_id), add_special_tokens)
+        return self._encode(string, self._decode(self.prefix_token_id), add_special_tokens)
 
     def _encode(self, string: str, begin: str | None, special: bool | None = None) -> list[int]:
         if special is None:
             special = not has_bos_prefix(string, begin)
-        return list(self.tokenizer.encode(string, add_special_tokens=special))
+        with native_error(self._folder / TOKENIZER, CANNOT_ENCODE, COMPARE):
+            return list(self.tokenizer.encode(string, add_special_tokens=special))
+
+    def _decode(self, tokens: int | list[int], **options: bool) -> str:
+        with native_error(self._folder / TOKENIZER, CANNOT_DECODE, COMPARE):
+            return str(self.tokenizer.decode(tokens, **options))
 
     def _tokens(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Return the ids of both by the rules of lm-eval; a context of spaces alone, which its `hf` refuses, is none.
@@ -195,14 +209,14 @@ class ArtifactLM(TemplateLM):
         if new < 0 or (options.total is not None and not new):
             what = f"max_length: {options.total} leaves no room after a prompt of {len(ids)} tokens"
             raise H1ExportError(WHERE, what, "give max_gen_toks instead, the number of new tokens")
-        until = [*options.until, self.tokenizer.decode(self.eot_token_id)]
+        until = [*options.until, self._decode(self.eot_token_id)]
         stops = Stops(self._tokenizer, until)
         tokens: list[int] = []
         for token in generate(self.runner, ids, new, sampling=options.sampling, eos=frozenset()):
             tokens.append(token)
             if token in self._special.eos or stops.reached(token):
                 break
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self._decode(tokens, skip_special_tokens=True)
         return str(postprocess_generated_text(text, until, None))
 
     @property

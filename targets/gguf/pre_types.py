@@ -16,7 +16,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as LibraryTokenizer
 
-from h1export.checkpoint.tokenizer import Tokenizer
+from h1export.checkpoint.tokenizer import COMPARE, Tokenizer
+from h1export.errors import native_error
 
 WORDS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -111,7 +112,8 @@ def _with(kind: PreType, data: Mapping[str, Any], path: Path) -> Tokenizer:
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     model = {**data["model"], "ignore_merges": kind.ignore_merges}
     changed = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [*splits, to_bytes]}, "model": model}
-    return Tokenizer(path, LibraryTokenizer.from_str(json.dumps({**data, **changed})))
+    with native_error(path, "cannot be split as llama.cpp splits", COMPARE):
+        return Tokenizer(path, LibraryTokenizer.from_str(json.dumps({**data, **changed})))
 
 
 def _texts() -> Iterator[str]:

@@ -147,6 +147,11 @@ def test_steps_that_fail_are_errors_of_the_file(edit: Edit, tmp_path: Path) -> N
             encode("x" * 40)
 
 
+def test_a_panic_inside_transformers_is_one_line_too(tmp_path: Path) -> None:
+    with pytest.raises(H1ExportError, match="transformers cannot load the tokenizer"):
+        plain_tokenizer(saved(part("normalizer", normalizers.Replace("", "x")), tmp_path))
+
+
 REPEATED = {
     "normalizer": normalizers.Sequence([normalizers.Replace("a", "aa")] * 11),
     "a normalizer in a normalizer": normalizers.Sequence(

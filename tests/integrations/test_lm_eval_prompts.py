@@ -34,7 +34,7 @@ def test_the_prefix_token_is_the_tokenizers(
     mine = ArtifactLM(folder, max_length=64)
     other = hf(network, folder, max_length=64)
     assert (mine.prefix_token_id, mine.eot_token_id) == (other.prefix_token_id, other.eot_token_id)
-    assert mine.prefix_token_id == mine._tokenizer.token_to_id(prefix)
+    assert mine.prefix_token_id == mine._tokenizer.library.token_to_id(prefix)
     pairs = [("", "import sys"), ("import", " sys"), ("<|turn|>import", " sys"), ("", "<|turn|>user")]
     for answer, expected in zip(likelihoods(mine, *pairs), likelihoods(other, *pairs), strict=True):
         assert answer == (pytest.approx(expected[0], abs=ROUNDING), expected[1])

@@ -35,7 +35,7 @@ def spoken(ours: ArtifactLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[
 def byte_tokens(model: ArtifactLM, text: str) -> list[int]:
     """A token for each byte of ``text``."""
     letters: dict[int, str] = bytes_to_unicode()
-    ids = [model._tokenizer.token_to_id(letters[byte]) for byte in text.encode()]
+    ids = [model._tokenizer.library.token_to_id(letters[byte]) for byte in text.encode()]
     assert None not in ids
     return [one for one in ids if one is not None]
 

@@ -48,6 +48,13 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Path:
     return build(folder, "int4").folder
 
 
+@pytest.fixture
+def few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at the memory eight times: each look takes a second in a process with this much in it."""
+    monkeypatch.setattr(long, "BLOCKS", 8)
+
+
+@pytest.mark.usefixtures("few_looks")
 @pytest.mark.parametrize("how", ["session", "hf"])
 def test_long_texts(how: str, artifact: Path) -> None:
     """What 40 tokens end with is what a fresh run ends with; times are not judged here."""
@@ -56,6 +63,7 @@ def test_long_texts(how: str, artifact: Path) -> None:
     assert float(text.split(" of the range")[0].split()[-1]) <= long.TOLERANCE
 
 
+@pytest.mark.usefixtures("few_looks")
 def test_a_state_that_is_lost_on_the_way_is_found(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = BoundSession._run
 

@@ -36,6 +36,8 @@ def read_graph(path: Path, files: Files, inside: str = "") -> onnx.ModelProto:
         raise
     except Exception as error:  # onnx does not document which exceptions protobuf raises
         raise H1ExportError(path, f"cannot be read ({type(error).__name__})", AGAIN) from None
+    if any(isinstance(text, bytes) for text in _texts_of(model)):
+        raise H1ExportError(path, "has a text that is not UTF-8", AGAIN)
     for tensor in _tensors_of(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             _check(tensor, path, files, inside=inside)
@@ -52,6 +54,16 @@ def _check(tensor: onnx.TensorProto, path: Path, files: Files, *, inside: str) -
     fits = all(text.isascii() and text.isdigit() and len(text) < 20 for text in sizes)
     if not fits or sum(map(int, sizes)) > files[name][1]:
         raise H1ExportError(path, f"has a tensor that is not inside {shown(location)}", AGAIN)
+
+
+def _texts_of(message: Any) -> Iterator[str | bytes]:
+    """Yield every text of a message of protobuf, which gives one that is not UTF-8 as bytes."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            yield from [value] if isinstance(value, str | bytes) else value
+        elif field.type == field.TYPE_MESSAGE:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                yield from _texts_of(inner)
 
 
 def _tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

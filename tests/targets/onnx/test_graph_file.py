@@ -174,3 +174,42 @@ def test_other_bytes_are_a_model_or_one_line(data: bytes) -> None:
         except H1ExportError as error:
             said = str(error)
         assert len(said) <= 300 + len(str(path))
+
+
+MARKED = "QZ_MARK"  # as long as a text without UTF-8 that takes its place
+
+
+def every_text() -> dict[str, ModelProto]:
+    """Return models with the mark in one of the texts that a graph has."""
+    model = initializer(outside("model.onnx.data"))
+    named = {name: ModelProto.FromString(model.SerializeToString()) for name in ("producer", "opset", "metadata")}
+    named["producer"].producer_name = MARKED
+    named["opset"].opset_import.add(domain=MARKED, version=1)
+    named["metadata"].metadata_props.add(key=MARKED, value="x")
+    for part in ("name", "op_type", "domain", "input", "output", "attribute"):
+        node = helper.make_node("Relu", ["x"], ["y"], name="n")
+        if part in ("input", "output"):
+            getattr(node, part).append(MARKED)
+        elif part == "attribute":
+            node.attribute.add(name=MARKED, type=onnx.AttributeProto.INT, i=1)
+        else:
+            setattr(node, part, MARKED)
+        named[part] = helper.make_model(graph_of(node))
+    for part in ("key", "value", "location", "tensor"):
+        tensor = outside(MARKED if part == "location" else "model.onnx.data")
+        if part == "tensor":
+            tensor.name = MARKED
+        elif part != "location":
+            tensor.external_data.add(key=MARKED if part == "key" else "k", value=MARKED if part == "value" else "v")
+        named[part] = initializer(tensor)
+    return named
+
+
+@pytest.mark.parametrize("name", every_text())
+def test_a_text_that_is_not_utf8(name: str, tmp_path: Path) -> None:
+    """Protobuf gives bytes in its place, with which nothing can be done that is done with texts."""
+    content = every_text()[name].SerializeToString()
+    assert content.count(MARKED.encode()) == 1
+    (tmp_path / "model.onnx").write_bytes(content.replace(MARKED.encode(), b"\xff\xfe_MARK"))
+    with pytest.raises(H1ExportError, match="has a text that is not UTF-8"):
+        read_graph(tmp_path / "model.onnx", FILES)

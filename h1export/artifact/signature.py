@@ -23,7 +23,8 @@ SIGNATURE = f"{MANIFEST}.sig"
 SIGNATURE_BYTES = 64
 MOST_KEY = 4096  # bytes; a key of Ed25519 has some hundred, and what is longer is of another algorithm
 UNSIGNED = frozenset({MANIFEST, SIGNATURE, REPORT, PAGE})  # nothing is decided by the last two
-UNREADABLE = (ValueError, UnsupportedAlgorithm, InternalError)  # the last of OpenSSL, for a key of zero bytes for one
+# InternalError comes from OpenSSL where a file names an algorithm whose keys have another length
+UNREADABLE = (ValueError, UnsupportedAlgorithm, InternalError)
 MAKE_KEY = "give a key that `openssl genpkey -algorithm ed25519` has made"
 
 

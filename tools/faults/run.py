@@ -1,6 +1,7 @@
 """Everything of this folder, in the order of the table that it prints; ``nox -s faults`` runs it.
 
-    python -m faults.run [--only TEXT] [--most N] [--kills N] [--pairs N] [--seed N] [--lines]
+    python -m faults.run [--only TEXT] [--skip TEXT] [--targets NAME,...] [--most N] [--kills N] [--pairs N]
+        [--seed N] [--lines]
 
 Exit code 1: a fault.
 """

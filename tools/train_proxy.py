@@ -30,7 +30,7 @@ def ids_of(work: Path, name: str) -> np.ndarray:
 def run_phase(args: argparse.Namespace) -> None:
     """Train the stable phase to ``--stop``, or decay from the state kept at ``--start`` over ``--length``."""
     text = record_of(args.work)["train"]["sha256"]
-    run = training.start(config(), seed=args.seed, text=text, device=args.device)
+    run = training.start(config(), seed=args.seed, text=text, device=args.device, batch=args.batch)
     state = args.work / STABLE
     if args.verb == "decay":
         kept = args.work / f"stable-{args.start}.pt" if args.start else args.work / STABLE
@@ -69,6 +69,9 @@ def main() -> None:
         if verb in ("train", "decay"):
             sub.add_argument("--device", default="cpu")
             sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the products")
+            sub.add_argument(
+                "--batch", type=int, default=training.BATCH, help="windows of 512 tokens a step, of a new run"
+            )
         if verb == "train":
             sub.add_argument("--stop", type=float, default=40, help="tokens a parameter")
             sub.add_argument("--keep", type=int, default=4, help="keep the state of every so many tokens a parameter")

@@ -94,7 +94,7 @@ def card_of(run: training.Run, record: dict[str, Any], **figures: float) -> str:
         parameters=run.parameters,
         ratio=run.ratio,
         steps=run.step,
-        batch=training.BATCH,
+        batch=run.batch,
         seq=training.SEQ,
         tokens=tokens,
         epochs=tokens / record["train"]["tokens"],

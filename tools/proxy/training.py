@@ -23,7 +23,8 @@ from h1export.writing import write_file
 from proxy.model import forward, init_weights
 
 SEQ = 512
-BATCH = 8
+BATCH = 8  # windows a step on a CPU; a GPU needs more to be busy
+EVAL_BATCH = 8
 CHUNK = 32  # positions; an eighth more tokens a second than 64
 PEAK = 2e-3
 WARM_UP = 300  # steps
@@ -40,8 +41,9 @@ EVAL_WINDOWS = 64
 class Run:
     """A model in training: weights, optimizer, and the place in the text.
 
-    ``done`` counts windows of SEQ tokens since the start, ``decay_from`` is where the decay starts or None in the
-    stable phase, ``stop`` is where this phase ends, and ``seconds`` is the time spent.
+    ``batch`` is the number of windows of SEQ tokens in a step, ``done`` counts windows since the start, ``decay_from``
+    is where the decay starts or None in the stable phase, ``stop`` is where this phase ends, and ``seconds`` is the
+    time spent.
     """
 
     cfg: FalconH1Config
@@ -49,6 +51,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     seed: int
     text: str
+    batch: int = BATCH
     done: int = 0
     step: int = 0
     seconds: float = 0.0
@@ -67,7 +70,7 @@ class Run:
 
     def windows(self, ratio: float) -> int:
         """Return the number of whole batches' windows that make ``ratio`` tokens a parameter."""
-        return math.ceil(ratio * self.parameters / SEQ / BATCH) * BATCH
+        return math.ceil(ratio * self.parameters / SEQ / self.batch) * self.batch
 
     def rate(self) -> float:
         """Return the learning rate of the next step: linear warm-up, constant, linear to zero."""
@@ -103,34 +106,35 @@ class Run:
             setattr(self, name, state[name])
 
 
-KEPT = ("seed", "text", "done", "step", "seconds", "decay_from", "stop")
+KEPT = ("seed", "text", "batch", "done", "step", "seconds", "decay_from", "stop")
 
 
-def start(cfg: FalconH1Config, *, seed: int, text: str, device: str) -> Run:
+def start(cfg: FalconH1Config, *, seed: int, text: str, device: str, batch: int = BATCH) -> Run:
     """Return a run at its first step; ``text`` is the hash of the training ids."""
     weights = {name: p.detach().to(device).requires_grad_() for name, p in init_weights(cfg, seed).items()}
     groups = [
         {"params": [p for p in weights.values() if p.ndim == 2], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in weights.values() if p.ndim != 2], "weight_decay": 0.0},
     ]
-    return Run(cfg, weights, torch.optim.AdamW(groups, lr=PEAK, betas=BETAS, eps=1e-9, fused=True), seed, text)
+    optimizer = torch.optim.AdamW(groups, lr=PEAK, betas=BETAS, eps=1e-9, fused=True)
+    return Run(cfg, weights, optimizer, seed, text, batch)
 
 
-def batches(ids: np.ndarray, *, seed: int, done: int) -> Iterator[Tensor]:
-    """Yield endless [BATCH, SEQ + 1] int64 windows, from the window ``done`` on.
+def batches(ids: np.ndarray, *, seed: int, done: int, batch: int) -> Iterator[Tensor]:
+    """Yield endless [batch, SEQ + 1] int64 windows, from the window ``done`` on.
 
     Each epoch tiles the text from another offset in another order, both drawn from seed and epoch alone.
     """
     tiles = len(ids) // SEQ - 1
-    per_epoch = tiles // BATCH * BATCH
+    per_epoch = tiles // batch * batch
     epoch = done // per_epoch
     first = done % per_epoch
     while True:
         rng = np.random.default_rng([seed, epoch])
         offset = int(rng.integers(SEQ))
         order = rng.permutation(tiles)[:per_epoch]
-        for at in range(first, per_epoch, BATCH):
-            rows = [ids[offset + i * SEQ : offset + i * SEQ + SEQ + 1] for i in order[at : at + BATCH]]
+        for at in range(first, per_epoch, batch):
+            rows = [ids[offset + i * SEQ : offset + i * SEQ + SEQ + 1] for i in order[at : at + batch]]
             yield torch.from_numpy(np.stack(rows).astype(np.int64))
         epoch += 1
         first = 0
@@ -149,7 +153,8 @@ def held_out(run: Run, ids: np.ndarray, widths: np.ndarray, *, dtype: torch.dtyp
     starts = np.linspace(0, len(ids) - SEQ - 1, EVAL_WINDOWS).astype(int)
     windows = np.stack([ids[i : i + SEQ + 1] for i in starts]).astype(np.int64)
     total = sum(
-        nats(run, part.to(device), dtype, reduction="sum").item() for part in torch.from_numpy(windows).split(BATCH)
+        nats(run, part.to(device), dtype, reduction="sum").item()
+        for part in torch.from_numpy(windows).split(EVAL_BATCH)
     )
     return total / math.log(2) / int(widths[windows[:, 1:]].sum())
 
@@ -180,7 +185,7 @@ def train(
     saved = time.monotonic()
     shown = (run.seconds, run.done)
     losses: list[Tensor] = []
-    for ids in batches(train_ids, seed=run.seed, done=run.done):
+    for ids in batches(train_ids, seed=run.seed, done=run.done, batch=run.batch):
         if run.done >= run.stop:
             break
         for group in run.optimizer.param_groups:
@@ -191,7 +196,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(params, CLIP)
         run.optimizer.step()
         before = run.ratio
-        run.done += BATCH
+        run.done += run.batch
         run.step += 1
         losses.append(loss.detach())
         if run.step % SHOW_STEPS == 0 or run.done >= run.stop:

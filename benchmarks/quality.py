@@ -47,7 +47,7 @@ from h1export.quantize.calibration import Calibration
 from h1export.quantize.methods.awq import search_scales
 from h1export.quantize.methods.gptq_model import solve_model
 from h1export.quantize.methods.rtn import quantize_rows
-from h1export.quantize.methods.scale_search import search_rows
+from h1export.quantize.methods.scale_search import plain_rows, search_rows
 from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import QuantizedWeights, Rounded
@@ -112,7 +112,7 @@ def own_methods(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Ca
                 solve_model(
                     store,
                     config,
-                    Rounded(store, precisions, quantize_rows),
+                    Rounded(store, precisions, plain_rows),
                     ids=ids,
                     stage=Stage(Path(folder), host.cores()),
                     progress=SILENT,

@@ -33,6 +33,7 @@ from h1export.progress import SILENT, Progress
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.device import ComputeDevice
 from h1export.quantize.grid import OwnTensor
+from h1export.quantize.methods.guard import GUARD
 from h1export.quantize.methods.select import integers_of, uncalibrated_integers
 from h1export.quantize.scheme import ADAPTERS, PREQUANTIZED, QuantScheme
 from h1export.quantize.source import QuantizedWeights
@@ -53,6 +54,7 @@ CARRIED = (  # files of a checkpoint that an artifact carries as they are
     "chat_template.json",  # beside it, every file of chat templates
 )
 
+CALIBRATION = "calibration"  # the key of a manifest's scheme
 MOST_PACKED = 32  # keys of quantization_config that are named: writers describe their whole recipe there
 
 
@@ -162,7 +164,7 @@ class BuildJob:
                 PREQUANTIZED: packed_format,
             }
         return scheme | (
-            {} if self.ids is None else {"calibration": self.calibration.described(self.ids, self.device.name)}
+            {} if self.ids is None else {CALIBRATION: self.calibration.described(self.ids, self.device.name)}
         )
 
     def write(self, manifest: Manifest, stage: Stage, progress: Progress) -> Manifest:
@@ -178,11 +180,11 @@ class BuildJob:
             own = target.own_tensors(program, self.store, self.integers, options=self.options)
         if self.ids is not None and not stage.dry:
             with dry_stage() as dry:  # a target that refuses the model does so before the long calibration
-                store, integers = integers_of(
+                store, integers, _ = integers_of(
                     self.store, self.config, self.scheme, ids=self.ids, stage=dry, progress=SILENT
                 )
                 target.lower(program, store, integers, options=self.options, stage=dry, progress=SILENT)
-        store, integers = integers_of(
+        store, integers, guard = integers_of(
             self.store,
             self.config,
             self.scheme,
@@ -198,6 +200,9 @@ class BuildJob:
         files = file_table(stage.folder, sizes_only=stage.dry)
         names = ("inputs", "outputs", "weights", "weights_file", "requirements")
         found = {name: getattr(lowered, name) for name in names}
+        if guard is not None:
+            calibration = manifest.scheme[CALIBRATION] | {GUARD: guard.described()}
+            found["scheme"] = {**manifest.scheme, CALIBRATION: calibration}
         manifest = dataclasses.replace(manifest, **found, files=files)
         (stage.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         return manifest

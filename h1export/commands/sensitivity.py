@@ -47,5 +47,5 @@ def measure_sensitivity(
     jobs = jobs or host.cores()
     with tempfile.TemporaryDirectory(prefix="h1export-sensitivity-") as folder:
         stage = Stage(Path(folder), jobs)
-        store, integers = integers_of(store, config, scheme, ids=ids, stage=stage, progress=progress, device=device)
+        store, integers, _ = integers_of(store, config, scheme, ids=ids, stage=stage, progress=progress, device=device)
         return sensitivities(store, config, integers, ids=ids[:SAMPLES], jobs=jobs, progress=progress, device=device)

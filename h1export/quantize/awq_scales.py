@@ -17,6 +17,7 @@ from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 from h1export.progress import Progress
+from h1export.quantize.methods.guard import GuardRecord
 
 SCALING = "scaling.safetensors"  # the file in an artifact that was built with AWQ
 COLUMNS = "columns:"
@@ -30,10 +31,12 @@ class AwqScales:
     Attributes:
         columns: float32 [columns] by which the columns of a projection's weight are multiplied.
         rows: float32 [rows] by which the rows of what produces that projection's input are divided.
+        guard: what the guard has found; None for factors that were not searched here.
     """
 
     columns: Mapping[str, Array]
     rows: Mapping[str, Array]
+    guard: GuardRecord | None = None
 
     @classmethod
     def load(cls, folder: Path) -> AwqScales:

@@ -17,8 +17,9 @@ from h1export.quantize.choices import GROUP_SIZES, Method
 from h1export.quantize.layers import head_tensor, weights_by_input
 from h1export.quantize.methods.awq import EXPONENTS, SEARCH_BYTES
 from h1export.quantize.methods.gptq import ROUNDS
-from h1export.quantize.methods.gptq_model import SOLVE_BYTES
+from h1export.quantize.methods.guard import held_out
 from h1export.quantize.methods.head_groups import GROUPS, POSITIONS, SKETCH
+from h1export.quantize.methods.solved_file import SOLVE_BYTES
 
 PRODUCT_SIZE = 768  # rows and columns of the product that is timed
 PRODUCT_RUNS = 3  # of which the fastest counts
@@ -78,7 +79,8 @@ class _GptqCost(_Shapes):
         widest = max(self._columns, default=0)
         moments = 2 * 8 * sum(columns**2 for columns in self._columns)
         sequences = (jobs + 1) * 2 * 4 * self._length * (sum(self._columns) + 8 * self._hidden_size)
-        running = 4 * self._layer + sequences + moments + 2 * 4 * widest**2
+        held = 2 * 4 * held_out(self._samples) * self._length * sum(self._columns)  # the guard's inputs
+        running = 4 * self._layer + sequences + moments + held + 2 * 4 * widest**2
         # The equations for the scales of a row have groups x groups coefficients.
         fitting = FIT_BYTES * SOLVE_BYTES // 4 * widest // LEAST_GROUP**2
         solving_rows = SOLVE_COPIES * SOLVE_BYTES + fitting
@@ -86,7 +88,8 @@ class _GptqCost(_Shapes):
         rows, columns = self._head
         grouping = (jobs + 1) * 4 * rows * (PROBABILITY_COPIES * POSITIONS + SKETCH) + 2 * 4 * rows * GROUPS
         solving_groups = (jobs + 1) * (8 * 8 * columns**2 + solving_rows)  # every thread has a group's moments
-        head = 5 * rows * columns + max(grouping, solving_groups)
+        judging = 4 * rows * (2 * columns + 4 * POSITIONS)  # a candidate and its codes, some positions' probabilities
+        head = 5 * rows * columns + max(grouping, solving_groups, judging)
         return max(running, solving, head)
 
     def seconds(self, jobs: int) -> float:
@@ -99,11 +102,14 @@ class _GptqCost(_Shapes):
         # Correcting, rounding and fitting cost about the same; a fit has two products.
         turns = 2 + 2 * ROUNDS + 2
         rounding = sum(2 * turns * rows * columns**2 for rows, columns in self._projections)
-        layer = max(forward / jobs, moments) + (inverses + rounding) / jobs
+        held = held_out(self._samples) * self._length
+        judging = sum(3 * 2 * held * rows * columns for rows, columns in self._projections)
+        layer = max(forward / jobs, moments) + (inverses + rounding + judging) / jobs
         rows, columns = self._head
         logits = 2 * 2 * tokens * rows * (columns + SKETCH)  # computed twice
         groups = GROUPS * (2 * 2 * tokens * columns**2 + 2 * 4 * columns**3)  # moments and inverse of each
-        head = (logits + groups + 2 * turns * rows * columns**2) / jobs
+        judging = 4 * 2 * held * rows * columns  # predictions of the full model beside those of two candidates
+        head = (logits + groups + 2 * turns * rows * columns**2) / jobs + judging
         return (self._layers * layer + head) / _flops_per_second()
 
 

@@ -8,7 +8,7 @@ integers of QuantizedTensor, which all targets share, have one scale in fp16 a g
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -121,6 +121,10 @@ class OwnTensor:
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of a tensor of ``shape``."""
         return prod(shape[:-1]) * self.format.row_bytes(shape[-1])
+
+    def of_rows(self, rows: slice | npt.NDArray[np.int64]) -> OwnTensor:
+        """Return the same for some of the tensor's rows."""
+        return replace(self, factors=self.factors[rows])
 
     def unfolded(self, packed: PackedRows) -> Array:
         """Return the weights of the whole tensor without the factors; a row whose factor is 0 is 0."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -19,6 +19,7 @@ from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, layer_prefix
 from h1export.quantize.device import CPU_DEVICE, ComputeDevice
 
 ReadWeight = Callable[[str], Array]  # checkpoint name -> the whole tensor, float32
+ReadRow = Callable[[int], Array]  # token -> its row of the embedding, float32 [1, hidden]
 
 
 def head_tensor(config: FalconH1Config) -> str:
@@ -34,10 +35,14 @@ def weights_by_input(layer: int) -> dict[str, tuple[str, ...]]:
     }
 
 
-def embed(store: WeightStore, config: FalconH1Config, ids: Ids) -> Array:
-    """Returns the first layer's input, float32 [seq, hidden]; only the embedding's rows of ``ids`` [seq] are read."""
+def embed(store: WeightStore, config: FalconH1Config, ids: Ids, *, read: ReadRow | None = None) -> Array:
+    """Returns the first layer's input, float32 [seq, hidden]; only the embedding's rows of ``ids`` [seq] are read.
+
+    They are the checkpoint's, or what ``read`` gives where it is given.
+    """
     used, places = np.unique(ids, return_inverse=True)
-    rows = np.concatenate([store.rows(EMBEDDING, token, token + 1) for token in used])
+    row = read or (lambda token: store.rows(EMBEDDING, token, token + 1))
+    rows = np.concatenate([row(int(token)) for token in used])
     result: Array = rows[places] * np.float32(config.embedding_multiplier)
     return result
 
@@ -98,16 +103,35 @@ class LoadedLayer:
         [seq, columns] or [n * seq, columns]. Called on any thread.
         """
         values = torch.from_numpy(hidden.reshape(-1, *hidden.shape[-2:])).to(self._place)
+        with torch.no_grad():
+            result = self._outputs(values)
+        output: Array = result.reshape(hidden.shape).cpu().numpy()
+        return output, self._thread.inputs
+
+    def gradients(self, hidden: Array, outer: Array, names: Sequence[str]) -> tuple[Array, Sequence[Tensor]]:
+        """Returns the gradients by ``hidden`` [seq, hidden], and by the weights ``names`` of the layer.
+
+        ``outer`` [seq, hidden] is the gradient by the layer's output. Needs plugins.gradients. Called on any thread.
+        """
+        values = torch.from_numpy(hidden[None]).to(self._place).requires_grad_()
+        parameters = dict(self._layer.named_parameters())
+        with torch.enable_grad():
+            result = self._outputs(values)
+        wanted = [values, *(parameters[name] for name in names)]
+        found, *of_weights = torch.autograd.grad(result, wanted, torch.from_numpy(outer[None]).to(self._place))
+        gradient: Array = found[0].cpu().numpy()
+        return gradient, of_weights
+
+    def _outputs(self, values: Tensor) -> Tensor:
+        """Returns the layer's output for ``values``, both [n, seq, hidden]; the inputs of projections are recorded."""
         count, seq = values.shape[:2]
-        inputs = dict[str, Tensor]()
-        self._thread.inputs = inputs
+        self._thread.inputs = dict[str, Tensor]()
         ones = torch.ones(count, seq, device=self._place)
         positions = torch.arange(seq, device=self._place).expand(count, seq)
         (states,) = layer_states([torch.zeros(state.sized(count, 0), device=self._place) for state in self._empty])
-        with torch.no_grad():
-            result, _ = self._layer(values, positions, ones.long(), ones, states)
-        output: Array = result.reshape(hidden.shape).cpu().numpy()
-        return output, inputs
+        result, _ = self._layer(values, positions, ones.long(), ones, states)
+        found: Tensor = result
+        return found
 
     def _record(self, name: str, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
         self._thread.inputs[name] = arguments[0].flatten(0, 1)

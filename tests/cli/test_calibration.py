@@ -100,12 +100,20 @@ def test_the_manifest_says_on_what_integers_were_chosen(spoken_checkpoint: Path,
     assert run(["build", *words, *few, "--out", str(tmp_path / "out")]) == 0
     scheme = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))["scheme"]
     ids = scheme["calibration"].pop("ids")
+    guard = scheme["calibration"]["guard"]
+    assert all(found["solved"] > found["plain"] >= 0 for found in guard["plain"].values())
     assert scheme == {
         "quant": "int4",
         "group_size": 32,
         "method": "gptq",
         "chosen": {},
-        "calibration": {"samples": 2, "length": 100, "seed": 5, "device": "cpu"},
+        "calibration": {
+            "samples": 2,
+            "length": 100,
+            "seed": 5,
+            "device": "cpu",
+            "guard": {"sequences": 1, "plain": guard["plain"]},
+        },
     }
     chosen = Calibration(text, 2, 100, seed=5)
     assert ids == chosen.described(chosen.ids(spoken_checkpoint))["ids"]

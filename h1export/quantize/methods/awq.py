@@ -4,7 +4,8 @@ Source: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compressi
 a power of the inputs' size, and a search finds the power that leaves the least error in the product. A factor on a
 column is undone in what produces that column of the input: in the norm before a projection, or in the rows of a
 projection whose output is the input but for elementwise factors (``ProjectionInput.produced_by``). So the model's
-function changes by float32 rounding only.
+function changes by float32 rounding only. Factors that leave a larger error than none do on the guard's sequences
+(guard.py) are dropped.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from h1export.progress import Progress
 from h1export.quantize.awq_scales import AwqScales
 from h1export.quantize.device import CPU_DEVICE, ComputeDevice
 from h1export.quantize.layers import LoadedLayer, embed, final_norm, weights_by_input
+from h1export.quantize.methods.guard import Errors, GuardRecord, held_out, is_worse
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
 
@@ -86,8 +88,10 @@ class _Search:
         self._device = device
         self._columns: dict[str, Array] = {}
         self._rows: dict[str, Array] = {}
+        self._plain: dict[str, Errors] = {}
 
     def run(self, ids: Ids, progress: Progress) -> AwqScales:
+        searched_on = len(ids) - held_out(len(ids))
         hidden = [embed(self._store, self._config, sample) for sample in ids]
         for layer in range(self._config.num_hidden_layers):
             progress.stage(f"scaling, layer {layer + 1} of {self._config.num_hidden_layers}")
@@ -100,18 +104,23 @@ class _Search:
             )
             scaled = self._scaled_inputs(layer)
             moments = dict[str, Tensor]()
+            held = dict[str, Tensor]()
             runs = in_order((partial(loaded.run, sample) for sample in hidden), self._device.threads(self._jobs))
             for place, (output, inputs) in enumerate(runs):
                 hidden[place] = output
+                sums = moments if place < searched_on else held
                 for name in scaled:
-                    moments[name] = moments.get(name, 0) + inputs[name].T @ inputs[name]
+                    sums[name] = sums.get(name, 0) + inputs[name].T @ inputs[name]
             for name, scaled_input in scaled.items():
-                self._keep(scaled_input, self._best(scaled_input, moments[name]))
+                self._keep(scaled_input, self._judged(scaled_input, moments[name], held.get(name)))
         if LM_HEAD in self._precisions:
             inputs_of_head = [final_norm(self._store, self._config, sample, device=self._device) for sample in hidden]
-            total = sum((inputs.T @ inputs for inputs in inputs_of_head), torch.zeros((), device=self._device.place))
-            self._keep(HEAD_SCALED, self._best(HEAD_SCALED, total))
-        return AwqScales(self._columns, self._rows)
+            total, of_held = (
+                sum((inputs.T @ inputs for inputs in part), torch.zeros((), device=self._device.place))
+                for part in (inputs_of_head[:searched_on], inputs_of_head[searched_on:])
+            )
+            self._keep(HEAD_SCALED, self._judged(HEAD_SCALED, total, of_held if of_held.ndim else None))
+        return AwqScales(self._columns, self._rows, GuardRecord(len(ids) - searched_on, self._plain))
 
     def ones(self) -> AwqScales:
         layers = range(self._config.num_hidden_layers)
@@ -135,6 +144,21 @@ class _Search:
         found = factors.cpu().numpy()
         self._rows |= dict.fromkeys(scaled.produced_by, found)
         self._columns |= dict.fromkeys(scaled.tensors, found)
+
+    def _judged(self, scaled: ScaledInput, moments: Tensor, held: Tensor | None) -> Tensor:
+        """Returns the best factors for an input, or ones where the guard finds these better.
+
+        ``held`` are the second moments on the guard's sequences; None where it has none.
+        """
+        best = self._best(scaled, moments)
+        ones = torch.ones_like(best)
+        if held is None or torch.equal(best, ones):
+            return best
+        errors = np.array([self._error(scaled, factors, held) for factors in (best, ones)])
+        if not is_worse(errors):
+            return best
+        self._plain |= dict.fromkeys((tensor for tensor in scaled.tensors if tensor in self._precisions), errors)
+        return ones
 
     def _best(self, scaled: ScaledInput, moments: Tensor) -> Tensor:
         """Returns the best factors [columns] for an input with these second moments [columns, columns]."""

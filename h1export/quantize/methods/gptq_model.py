@@ -3,7 +3,9 @@
 Two activations of the calibration text go through the model side by side. The *float* one is what the checkpoint's
 weights compute. The *quantised* one is what the layers that are quantised already make of the same text. The steps:
 
-1. Write the embeddings of the calibration text as both inputs of layer 0.
+1. Write the embeddings of the calibration text as both inputs of layer 0. A table that is the head too is rounded
+   plainly before: an error of a row moves the model's input as well as a logit, and the head's moments know of the
+   logit only. The quantised input has the rounded rows, so that the layers make up for them.
 2. For each layer, from the first:
    a. Run the layer with the checkpoint's weights on its float input and on its quantised input. Add up second moments
       of the inputs of every projection: of the quantised input, and of its difference from the float input.
@@ -11,6 +13,7 @@ weights compute. The *quantised* one is what the layers that are quantised alrea
    c. Invert the moments of every projection input, and solve its projections for integers (gptq.py). The difference of
       the two inputs lets a projection make up for what quantisation did to its input.
    d. Run the layer with its integers on the quantised input, and write the output as that of the next layer.
+   e. The guard (guard.py) compares integers with plain ones on sequences that went into no moment.
 3. Solve the head's rows in groups (head_groups.py). The moments for a group weigh positions by how much its tokens
    matter there, and are mixed with the moments of all positions alike.
 
@@ -22,12 +25,11 @@ number of threads: each thread computes on its own, and sums are taken in the or
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
 from types import MappingProxyType
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,39 +44,29 @@ from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import Progress
 from h1export.quantize.device import CPU_DEVICE, ComputeDevice
 from h1export.quantize.grid import OwnTensor
-from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, weights_by_input
-from h1export.quantize.methods.gptq import Inverse, invert, solve_rows
-from h1export.quantize.methods.gptq_grid import solve_own_rows
+from h1export.quantize.layers import LoadedLayer, final_norm, head_tensor, weights_by_input
+from h1export.quantize.methods.gptq import Inverse, invert
+from h1export.quantize.methods.guard import held_out
 from h1export.quantize.methods.head_groups import InputPair, group_head
+from h1export.quantize.methods.layer_runs import (
+    RunLayer,
+    embedded,
+    layer_output,
+    normed_pair,
+    one_block,
+    run_on_both,
+    same_pair,
+)
 from h1export.quantize.methods.moments import Moments
-from h1export.quantize.methods.stored import StoredBlocks, StoredIntegers, StoredMatrix
+from h1export.quantize.methods.solved_file import ALIGN, SOLVE_BYTES, SolvedFile
+from h1export.quantize.methods.stored import StoredIntegers
 from h1export.quantize.source import QuantizedWeights
 
 WORK = f"{SCRATCH}/gptq"  # the file of integers and activations, relative to the stage
 UNWEIGHTED_SHARE = 0.5  # weight of the moments of all positions, beside those weighted for a group of the head's rows
-SOLVE_BYTES = 16 << 20  # bytes of the float32 rows that a thread solves at a time
-ALIGN = 64
 
 # Name of an input -> checkpoint names of the weights that it is multiplied by.
 InputGroups = Mapping[str, tuple[str, ...]]
-# Name of an input -> its value [length, columns].
-Inputs = Mapping[str, Tensor]
-# A layer's input [length, hidden] -> its output [length, hidden], and the inputs of its projections.
-RunLayer = Callable[[Array], tuple[Array, Inputs]]
-
-
-class LayerRuns(NamedTuple):
-    """A layer with the checkpoint's weights, run on both inputs of one sequence.
-
-    Attributes:
-        output: the layer's output for the float input, [length, hidden].
-        float_inputs: the inputs of the layer's projections, for the float input.
-        quantised_inputs: the same for the quantised input; empty where they are not needed.
-    """
-
-    output: Array
-    float_inputs: Inputs
-    quantised_inputs: Inputs
 
 
 def solve_model(
@@ -93,7 +85,7 @@ def solve_model(
     Args:
         store: the checkpoint.
         config: its architecture.
-        rest: the precisions, and the integers of a tensor that no product reads: an embedding that is not the head.
+        rest: the precisions, and integers by plain rounding: an embedding's, and those that the guard finds better.
         ids: calibration tokens [samples, length].
         stage: the place of the scratch file. What an earlier build with the same arguments left there is used.
         progress: receives the name of each layer that is solved.
@@ -136,37 +128,27 @@ class _Solver:
         self._stage = stage
         self._device = device
         self._batch = device.sequences(ids.shape[1])
+        self._solved_on = len(ids) - held_out(len(ids))  # the sequences after these are the guard's
         self._normed: list[InputPair] = []  # the head's inputs, on a GPU
         self._file = file
         self._head = head_tensor(config)
         layers = range(config.num_hidden_layers)
         projections = [tensor for layer in layers for group in weights_by_input(layer).values() for tensor in group]
         tensors = [tensor for tensor in (*projections, self._head) if tensor in rest.precisions]
-        shared = {tensor: self._reserve(tensor, rest) for tensor in tensors if tensor not in own}
-        blocks = {tensor: self._reserve_own(tensor, own[tensor]) for tensor in tensors if tensor in own}
-        self.integers = StoredIntegers(stage.folder, shared, rest, blocks)
+        tied = {self._head} if config.tie_word_embeddings else set[str]()
+        self._solved = SolvedFile(
+            store,
+            rest,
+            own,
+            tensors=tensors,
+            judged=set(tensors) - tied,
+            held=len(ids) - self._solved_on,
+            stage=stage,
+            file=file,
+        )
+        self.integers = self._solved.integers
         self._activations_shape = (*ids.shape, config.hidden_size)
         self._activations = [file.reserve("between", 4 * prod(self._activations_shape), ALIGN) for _ in range(4)]
-
-    def _reserve(self, tensor: str, rest: QuantizedWeights) -> StoredMatrix:
-        """Reserve space in the file for a tensor's integers."""
-        rows, columns = self._store.shape(tensor)
-        scales = rows * columns // rest.precisions[tensor].columns_per_group(columns)
-        codes = self._file.reserve(f"{tensor}.codes", rows * columns, ALIGN)
-        return StoredMatrix((rows, columns), codes, self._file.reserve(f"{tensor}.scales", 2 * scales, ALIGN))
-
-    def _reserve_own(self, tensor: str, own: OwnTensor) -> StoredBlocks:
-        """Reserve space in the file for a tensor in its own format."""
-        rows, columns = self._store.shape(tensor)
-        shape = (rows, own.format.row_bytes(columns))
-        return StoredBlocks(own, shape, self._file.reserve(f"{tensor}.{own.format.name}", prod(shape), ALIGN))
-
-    def _extents(self, tensor: str) -> list[Extent]:
-        """Returns where the integers of ``tensor`` are in the file; nowhere where it is not solved."""
-        if (blocks := self.integers.blocks.get(tensor)) is not None:
-            return [blocks.packed]
-        stored = self.integers.matrices.get(tensor)
-        return [] if stored is None else [stored.codes, stored.scales]
 
     def run(self, progress: Progress) -> None:
         """Solve what is not in the file yet.
@@ -175,17 +157,22 @@ class _Solver:
         """
         layers = self._config.num_hidden_layers
         unsolved = next((layer for layer in range(layers) if self._unsolved(weights_by_input(layer))), layers)
-        if unsolved == layers and not self._is_unsolved(self._head):
+        if unsolved == layers and not self._solved.lacks(self._head):
             return
+        quantised_row = None
+        if self._config.tie_word_embeddings and self._solved.has(self._head):
+            self._solved.write_plain(self._head)
+            quantised_row = partial(_row_of, self.integers, self._head)
         start = next((layer for layer in range(unsolved, 0, -1) if all(map(self._file.holds, self._inputs(layer)))), 0)
         if start == 0:
             self._file.write(
-                self._inputs(0), (partial(_embedded, self._store, self._config, sample) for sample in self._ids)
+                self._inputs(0),
+                (partial(embedded, self._store, self._config, ids, quantised_row=quantised_row) for ids in self._ids),
             )
         for layer in range(start, layers):
             progress.stage(f"GPTQ, layer {layer + 1} of {layers}")
             self._solve_layer(layer, self._unsolved(weights_by_input(layer)))
-        if self._is_unsolved(self._head):
+        if self._solved.lacks(self._head):
             progress.stage("GPTQ, head")
             self._solve_head()
 
@@ -193,38 +180,52 @@ class _Solver:
         """Solve the projections in ``groups``, and write both inputs of the next layer."""
         (float_input, quantised_input) = self._inputs(layer + 1)
         moments = dict[str, Moments]()
+        held = dict[str, list[InputPair]]()
         loaded = LoadedLayer(self._store, self._config, layer, read=self._float_weight, device=self._device)
-        outputs = self._float_outputs(loaded.run, layer, groups, moments=moments)
+        outputs = self._float_outputs(loaded.run, layer, groups, moments=moments, held=held)
         if groups and self._file.holds(float_input):  # an earlier build was killed after it had written this
             deque(outputs, maxlen=0)
         else:
-            self._file.write([float_input], (partial(_one_block, output) for output in outputs))
-        self._solve_groups(groups, moments)
+            self._file.write([float_input], (partial(one_block, output) for output in outputs))
+        self._solve_groups(groups, moments, held)
         quantised = LoadedLayer(self._store, self._config, layer, read=self._quantised_weight, device=self._device)
         self._file.write(
             [quantised_input],
-            (partial(_layer_output, quantised.output, sequence) for _, sequence in self._sequences(layer, self._batch)),
+            (partial(layer_output, quantised.output, sequence) for _, sequence in self._sequences(layer, self._batch)),
         )
 
     def _float_outputs(
-        self, run: RunLayer, layer: int, groups: InputGroups, *, moments: dict[str, Moments]
+        self,
+        run: RunLayer,
+        layer: int,
+        groups: InputGroups,
+        *,
+        moments: dict[str, Moments],
+        held: dict[str, list[InputPair]],
     ) -> Iterator[Array]:
         """Yield the float output of every sequence.
 
-        Meanwhile, ``moments`` gets the moments of the inputs in ``groups``.
+        Meanwhile, ``moments`` gets the moments of the inputs in ``groups``, and ``held`` these inputs themselves where
+        the sequence is one of the guard's.
         """
         runs = (
-            partial(_run_on_both, run, float_input, quantised_input if groups else None)
+            partial(run_on_both, run, float_input, quantised_input if groups else None)
             for float_input, quantised_input in self._sequences(layer, self._batch)
         )
-        for found in in_order(runs, self._stage.jobs):
+        for found, (start, _) in zip(in_order(runs, self._stage.jobs), self._lots(self._batch), strict=True):
             for name in groups:
+                pair = (found.float_inputs[name], found.quantised_inputs[name])
+                if start >= self._solved_on:
+                    held.setdefault(name, []).append(pair)
+                    continue
                 if name not in moments:
-                    moments[name] = Moments.zero(found.quantised_inputs[name].shape[1], self._device)
-                moments[name].add(found.float_inputs[name], found.quantised_inputs[name])
+                    moments[name] = Moments.zero(pair[1].shape[1], self._device)
+                moments[name].add(*pair)
             yield found.output
 
-    def _solve_groups(self, groups: InputGroups, moments: dict[str, Moments]) -> None:
+    def _solve_groups(
+        self, groups: InputGroups, moments: dict[str, Moments], held: Mapping[str, Sequence[InputPair]]
+    ) -> None:
         """Solve and write the projections in ``groups``.
 
         ``moments`` is emptied, so that its memory is freed on the way.
@@ -232,24 +233,9 @@ class _Solver:
         inverses = in_order(
             (partial(_inverse, moments.pop(name), group[0]) for name, group in groups.items()), self._stage.jobs
         )
-        for inverse, group in zip(inverses, groups.values(), strict=True):
+        for inverse, (name, group) in zip(inverses, groups.items(), strict=True):
             for tensor in group:
-                ranges = self._store.row_ranges([tensor], SOLVE_BYTES)
-                self._file.write(
-                    self._extents(tensor), (partial(self._solved_rows, tensor, inverse, rows) for rows in ranges)
-                )
-
-    def _solved_rows(self, tensor: str, inverse: Inverse, rows: tuple[int, int]) -> tuple[Rows, ...]:
-        """Returns the integers of ``rows``, [start, stop), of a projection."""
-        return self._solved(tensor, self._store.rows(tensor, *rows), np.arange(*rows), inverse=inverse)
-
-    def _solved(self, tensor: str, weight: Array, rows: Ids, *, inverse: Inverse) -> tuple[Rows, ...]:
-        """Returns an array for each extent of ``tensor``, for its ``rows``, whose weights are given."""
-        blocks = self.integers.blocks.get(tensor)
-        if blocks is not None:
-            return (solve_own_rows(weight * blocks.own.factors[rows, None], blocks.own.format, inverse, name=tensor),)
-        found = solve_rows(weight, self.integers.precisions[tensor], inverse, name=tensor)
-        return found.codes, found.scales
+                self._solved.write_projection(tensor, inverse, held.get(name, ()))
 
     def _solve_head(self) -> None:
         """Solve and write the head: each group of rows on its own weighted moments, mixed with the unweighted ones."""
@@ -263,12 +249,13 @@ class _Solver:
             partial(self._solve_head_rows, head, rows, weights, unweighted=unweighted)
             for rows, weights in zip(rows_of_groups, found.weights, strict=True)
         )
-        extents = self._extents(self._head)
-        whole = [np.empty((len(head), extent.length // len(head)), np.uint8) for extent in extents]
+        solved = list[Rows]()
         for rows, parts in zip(rows_of_groups, in_order(calls, self._stage.jobs), strict=True):
-            for array, part in zip(whole, parts, strict=True):
-                array[rows] = np.ascontiguousarray(part).view(np.uint8)
-        self._file.write(extents, [partial(tuple, whole)])
+            solved = solved or [np.empty((len(head), *part.shape[1:]), part.dtype) for part in parts]
+            for array, part in zip(solved, parts, strict=True):
+                array[rows] = part
+        held = [call() for call in self._head_inputs(held=True)]
+        self._solved.write_head(self._head, solved, held, head=head, multiplier=self._config.lm_head_multiplier)
 
     def _solve_head_rows(self, head: Tensor, rows: Ids, weights: Tensor, *, unweighted: Moments) -> tuple[Rows, ...]:
         """Returns the integers of ``rows`` of the head, an array for each of its extents.
@@ -282,28 +269,37 @@ class _Solver:
         step = max(1, SOLVE_BYTES // (4 * head.shape[1]))
         parts = [rows[start : start + step] for start in range(0, len(rows), step)]
         found = [
-            self._solved(self._head, head[torch.from_numpy(part).to(head.device)].cpu().numpy(), part, inverse=inverse)
+            self._solved.solved(
+                self._head, head[torch.from_numpy(part).to(head.device)].cpu().numpy(), part, inverse=inverse
+            )
             for part in parts
         ]
         return tuple(np.concatenate(arrays) for arrays in zip(*found, strict=True))
 
-    def _head_inputs(self) -> Iterator[Callable[[], InputPair]]:
-        """Yield a call for every sequence, which returns the float and the quantised input of the head."""
+    def _head_inputs(self, held: bool = False) -> Iterator[Callable[[], InputPair]]:
+        """Yield a call for every sequence to solve on, which returns the float and the quantised input of the head.
+
+        Where ``held`` is set, the sequences are the guard's.
+        """
+        part = slice(self._solved_on, None) if held else slice(self._solved_on)
         norm = partial(final_norm, self._store, self._config, device=self._device)
-        calls = (partial(_normed_pair, norm, *pair) for pair in self._sequences(self._config.num_hidden_layers))
-        if self._device.is_cpu:
+        pairs = list(self._sequences(self._config.num_hidden_layers))[part]
+        calls = (partial(normed_pair, norm, *pair) for pair in pairs)
+        if self._device.is_cpu or held:
             return calls
         if not self._normed:  # every group of rows reads them, and a GPU would wait for the copies
             self._normed = [call() for call in calls]
-        return (partial(_same_pair, pair) for pair in self._normed)
+        return (partial(same_pair, pair) for pair in self._normed)
+
+    def _lots(self, count: int) -> list[tuple[int, int]]:
+        """Returns [start, stop) of lots of at most ``count`` sequences; no lot has some of the guard's and others."""
+        starts = [*range(0, self._solved_on, count), *range(self._solved_on, len(self._ids), count)]
+        return list(zip(starts, [*starts[1:], len(self._ids)], strict=True))
 
     def _unsolved(self, groups: InputGroups) -> InputGroups:
         """Returns the part of ``groups`` that is to be solved and is not in the file."""
-        left = {name: tuple(tensor for tensor in group if self._is_unsolved(tensor)) for name, group in groups.items()}
+        left = {name: tuple(tensor for tensor in group if self._solved.lacks(tensor)) for name, group in groups.items()}
         return {name: group for name, group in left.items() if group}
-
-    def _is_unsolved(self, tensor: str) -> bool:
-        return not all(map(self._file.holds, self._extents(tensor)))
 
     def _inputs(self, layer: int) -> tuple[Extent, Extent]:
         """Returns where the float and the quantised input of ``layer`` are; the number of layers means the head.
@@ -329,8 +325,7 @@ class _Solver:
         if count == 1:
             return zip(*maps, strict=True)
         floats, quantised = maps
-        starts = range(0, len(self._ids), count)
-        return ((floats[start : start + count], quantised[start : start + count]) for start in starts)
+        return ((floats[start:stop], quantised[start:stop]) for start, stop in self._lots(count))
 
     def _float_weight(self, tensor: str) -> Array:
         """Returns a tensor as the checkpoint has it."""
@@ -346,38 +341,5 @@ def _inverse(moments: Moments, name: str) -> Inverse:
     return invert(moments.own, name, moments.drift)
 
 
-# The functions below make what WeightFile.write takes: calls that return a block of rows for each of its extents. They
-# copy sequences that are mapped from the file, because torch takes no array that is read-only.
-
-
-def _embedded(store: WeightStore, config: FalconH1Config, ids: Ids) -> tuple[Array, Array]:
-    """Returns a sequence's embeddings twice: layer 0 has the same float and quantised input."""
-    hidden = embed(store, config, ids)
-    return hidden, hidden
-
-
-def _run_on_both(run: RunLayer, float_input: Array, quantised_input: Array | None) -> LayerRuns:
-    """Run a layer on a sequence's float input, and on its quantised input where one is given."""
-    output, float_inputs = run(np.array(float_input))
-    quantised_inputs: Inputs = {} if quantised_input is None else run(np.array(quantised_input))[1]
-    return LayerRuns(output, float_inputs, quantised_inputs)
-
-
-def _layer_output(output_of: Callable[[Array], Array], sequence: Array) -> tuple[Array]:
-    """Returns a layer's output for a sequence, as a block of one extent."""
-    return (output_of(np.array(sequence)),)
-
-
-def _normed_pair(norm: Callable[[Array], Tensor], float_output: Array, quantised_output: Array) -> InputPair:
-    """Returns the head's two inputs for the last layer's two outputs."""
-    return norm(np.array(float_output)), norm(np.array(quantised_output))
-
-
-def _same_pair(pair: InputPair) -> InputPair:
-    """Returns the head's two inputs, which are computed already."""
-    return pair
-
-
-def _one_block(block: Array) -> tuple[Array]:
-    """Returns a block that is computed already, for one extent."""
-    return (block,)
+def _row_of(integers: StoredIntegers, table: str, token: int) -> Array:
+    return integers.unfolded_rows(table, token, token + 1)

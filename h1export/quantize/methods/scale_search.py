@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from h1export.model.falcon_h1.states import Array
-from h1export.quantize.methods.rtn import nearest_codes, scales_of_largest, unclipped_scales
+from h1export.quantize.methods.rtn import nearest_codes, quantize_rows, scales_of_largest, unclipped_scales
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MIN_SCALE, QuantizedTensor
 
@@ -30,6 +30,15 @@ def search_rows(weight: Array, precision: Precision, row_scale: Array, *, name: 
     groups = weight.reshape(rows, -1, precision.columns_per_group(columns))
     scales = searched_scales(groups, precision, np.ones(groups.shape[1:], np.float32), name=name)
     return QuantizedTensor(nearest_codes(groups, scales, precision).reshape(rows, columns), scales, row_scale)
+
+
+def plain_rows(weight: Array, precision: Precision, row_scale: Array, *, name: str = "weight") -> QuantizedTensor:
+    """Returns what a method that looks at a text falls back to: ``search_rows`` for int4, ``quantize_rows`` for int8.
+
+    Raises:
+        H1ExportError: as quantize_rows does.
+    """
+    return (search_rows if precision.bits == 4 else quantize_rows)(weight, precision, row_scale, name=name)
 
 
 def searched_scales(groups: Array, precision: Precision, importance: Array, *, name: str) -> npt.NDArray[np.float16]:

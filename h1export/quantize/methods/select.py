@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
@@ -17,19 +18,34 @@ from h1export.quantize.device import CPU_DEVICE, ComputeDevice
 from h1export.quantize.grid import OwnTensor
 from h1export.quantize.methods.awq import search_scales, unit_scales
 from h1export.quantize.methods.gptq_model import solve_model
+from h1export.quantize.methods.guard import GuardRecord
 from h1export.quantize.methods.prequantized import Prequantized
 from h1export.quantize.methods.rtn import quantize_rows
-from h1export.quantize.methods.scale_search import search_rows
+from h1export.quantize.methods.scale_search import plain_rows, search_rows
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import QuantizedWeights, Rounded, Rounding
 
-# How each method rounds rows. For gptq this rounds only an embedding that is not the head, which no product reads.
+# How each method rounds rows. For gptq this rounds an embedding, and what the guard finds better so.
 ROUNDINGS: Mapping[Method, Rounding] = {
     "rtn": quantize_rows,
     "search": search_rows,
     "awq": search_rows,
-    "gptq": quantize_rows,
+    "gptq": plain_rows,
 }
+
+
+class Chosen(NamedTuple):
+    """What a method has chosen.
+
+    Attributes:
+        store: the checkpoint's tensors as the artifact will have them.
+        integers: their integers.
+        guard: what the guard has found, for a method that needs a text; None otherwise, and for a dry stage.
+    """
+
+    store: WeightStore
+    integers: QuantizedWeights
+    guard: GuardRecord | None = None
 
 
 def uncalibrated_integers(store: WeightStore, config: FalconH1Config, scheme: QuantScheme) -> QuantizedWeights:
@@ -61,7 +77,7 @@ def integers_of(
     progress: Progress,
     device: ComputeDevice = CPU_DEVICE,
     own: Mapping[str, OwnTensor] = MappingProxyType({}),
-) -> tuple[WeightStore, QuantizedWeights]:
+) -> Chosen:
     """Returns the checkpoint's tensors as the artifact will have them, and their integers.
 
     ``ids`` [samples, length] are calibration tokens, for a method that needs some. In a dry ``stage`` only shapes are
@@ -71,14 +87,17 @@ def integers_of(
     Raises:
         H1ExportError: weights, or inputs of projections, that are not finite or too large.
     """
+    guard: GuardRecord | None = None
     if scheme.method == "awq" and ids is not None:
         factors = _awq_scales(store, config, scheme, ids=ids, stage=stage, progress=progress, device=device)
         factors.save(stage.folder)
+        guard = factors.guard
         store = ScaledStore(store, factors, progress)
     integers = uncalibrated_integers(store, config, scheme)
     if scheme.method == "gptq" and ids is not None and not stage.dry:
-        integers = solve_model(store, config, integers, ids=ids, stage=stage, progress=progress, device=device, own=own)
-    return store, integers
+        solved = solve_model(store, config, integers, ids=ids, stage=stage, progress=progress, device=device, own=own)
+        integers, guard = solved, solved.guard
+    return Chosen(store, integers, guard)
 
 
 def _awq_scales(

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from h1export.artifact.journal import Extent
 from h1export.model.falcon_h1.states import Array
 from h1export.quantize.grid import OwnTensor, PackedRows
+from h1export.quantize.methods.guard import ERRORS, Errors, GuardRecord, is_worse
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedWeights
@@ -45,12 +46,16 @@ class StoredIntegers:
         matrices: where each tensor is stored.
         rest: gives the integers of all other tensors, and the precisions of all tensors.
         blocks: where tensors are stored that a target has in a format of its own.
+        errors: where the errors are by which the guard has judged a tensor.
+        held: the number of sequences on which it has.
     """
 
     folder: Path
     matrices: Mapping[str, StoredMatrix]
     rest: QuantizedWeights
     blocks: Mapping[str, StoredBlocks] = field(default_factory=dict)
+    errors: Mapping[str, Extent] = field(default_factory=dict)
+    held: int = 0
 
     @property
     def precisions(self) -> Mapping[str, Precision]:
@@ -79,11 +84,27 @@ class StoredIntegers:
 
     def unfolded(self, tensor: str) -> Array | None:
         """Returns a whole tensor, dequantised and without µP; None where it is not stored here."""
-        if (stored := self.blocks.get(tensor)) is not None:
-            return stored.own.unfolded(self._mapped(stored.packed, np.uint8, stored.shape))
-        if (matrix := self.matrices.get(tensor)) is not None:
-            return self.rows(tensor, 0, matrix.shape[0]).unfolded()
-        return None
+        stored = self.blocks.get(tensor) or self.matrices.get(tensor)
+        return None if stored is None else self.unfolded_rows(tensor, 0, stored.shape[0])
+
+    def unfolded_rows(self, tensor: str, start: int, stop: int) -> Array:
+        """Returns rows [start, stop) of a tensor, dequantised and without µP."""
+        stored = self.blocks.get(tensor)
+        if stored is None:
+            return self.rows(tensor, start, stop).unfolded()
+        return stored.own.of_rows(slice(start, stop)).unfolded(
+            self._mapped(stored.packed, np.uint8, stored.shape)[start:stop]
+        )
+
+    def errors_of(self, name: str) -> Errors:
+        """Returns the errors that the guard has found for ``name``."""
+        return self._mapped(self.errors[name], np.float64, (ERRORS,)).copy()
+
+    @property
+    def guard(self) -> GuardRecord:
+        """What the guard has found, once all is written."""
+        errors = {name: self.errors_of(name) for name in self.errors}
+        return GuardRecord(self.held, {name: found for name, found in errors.items() if is_worse(found)})
 
     def _mapped(self, extent: Extent, dtype: type[np.generic], shape: tuple[int, int]) -> npt.NDArray[Any]:
         return np.asarray(np.memmap(self.folder / extent.file, dtype, "r", extent.offset, shape))

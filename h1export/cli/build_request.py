@@ -17,7 +17,7 @@ from h1export.cli.ranges import SEED, THREADS, count
 from h1export.cli.target_options import chosen_options, target_flags, target_option_groups
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Budget
-from h1export.quantize.choices import BEST, CPU, GROUP_SIZES, Method, QuantName
+from h1export.quantize.choices import BEST, CPU, GROUP_SIZES, JOINED, Method, QuantName, Step
 from h1export.targets import TargetOptions, target_infos
 
 if TYPE_CHECKING:  # help and completion load neither numpy nor a tokenizer
@@ -63,7 +63,7 @@ DEVICE = cloup.option(
     default=CPU,
     show_default=True,
     metavar="cpu|cuda|cuda:N",
-    help="What runs the model for awq, gptq and budgets.",
+    help="What runs the model for awq, gptq, steps and budgets.",
 )
 PRECISION = (
     cloup.option(
@@ -82,9 +82,9 @@ PRECISION = (
     ),
     cloup.option(
         "--method",
-        type=click.Choice(get_args(Method)),
-        help="How integers are chosen: by rounding, by a search for scales, or by AWQ or GPTQ on a text "
-        "[default: gptq for int4].",
+        metavar=f"{'|'.join(get_args(Method))}{''.join(f'[{JOINED}{step}]' for step in get_args(Step))}",
+        help="How integers are chosen: by rounding, by a search for scales, or by AWQ or GPTQ on a text; steps after "
+        "a + tune codes or scales by the model's predictions on the text [default: gptq for int4].",
     ),
     cloup.option(
         "--precisions", type=click.Path(path_type=Path), help="A plan.yaml of tensors with precisions of their own."
@@ -213,7 +213,7 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         targets: tuple[str, ...],
         quant: QuantName,
         group_size: str,
-        method: Method | None,
+        method: str | None,
         calibration_file: Path | None,
         calibration_samples: int,
         calibration_length: int,

@@ -118,7 +118,7 @@ def plan_build(
     time_needed = lowering + seconds(job.store, scheme, job.integers, artifact_bytes=sum(sizes.values()), jobs=jobs)
     scratch = 0
     if job.ids is not None:
-        cost = cost_of(scheme.method, job.store, job.config, tensors=scheme.precisions(job.config), ids=job.ids)
+        cost = cost_of(scheme, job.store, job.config, tensors=scheme.precisions(job.config), ids=job.ids)
         peak += cost.peak_bytes(jobs)
         time_needed += cost.seconds(jobs) if job.device.is_cpu else 0.0
         scratch = cost.disk_bytes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from math import prod
 from time import perf_counter
 from typing import Protocol
@@ -13,13 +14,16 @@ from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Ids
 from h1export.model.falcon_h1.tensors import layer_prefix
-from h1export.quantize.choices import GROUP_SIZES, Method
+from h1export.quantize.choices import GROUP_SIZES, Step
 from h1export.quantize.layers import head_tensor, weights_by_input
 from h1export.quantize.methods.awq import EXPONENTS, SEARCH_BYTES
 from h1export.quantize.methods.gptq import ROUNDS
 from h1export.quantize.methods.guard import held_out
 from h1export.quantize.methods.head_groups import GROUPS, POSITIONS, SKETCH
 from h1export.quantize.methods.solved_file import SOLVE_BYTES
+from h1export.quantize.methods.tune import BATCH
+from h1export.quantize.methods.tuned_values import STEPS
+from h1export.quantize.scheme import QuantScheme
 
 PRODUCT_SIZE = 768  # rows and columns of the product that is timed
 PRODUCT_RUNS = 3  # of which the fastest counts
@@ -28,6 +32,8 @@ LEAST_GROUP = min(GROUP_SIZES)
 TRY_COPIES = 6  # of a block of rows: weight, scaled, quotients, codes, dequantised, error
 ROUNDING_FLOPS = 2000  # floating-point operations of a product that take as long as rounding one weight
 PROBABILITY_COPIES = 3  # of a few positions' logits: exponents, probabilities, variances
+STATE_COPIES = 3  # of a value that a step tunes: itself, and means of its gradients and of their squares
+GRAPH_COPIES = 4  # of a layer's activations that its gradient needs
 SOLVE_COPIES = 4  # of a block of rows: weight, rest, searched scales, codes
 
 
@@ -48,9 +54,35 @@ class Cost(Protocol):
         ...
 
 
-def cost_of(method: Method, store: WeightStore, config: FalconH1Config, *, tensors: Collection[str], ids: Ids) -> Cost:
-    """Returns the cost of a calibrated ``method`` that quantises ``tensors``."""
-    return (_AwqCost if method == "awq" else _GptqCost)(store, config, tensors, ids=ids)
+def cost_of(
+    scheme: QuantScheme, store: WeightStore, config: FalconH1Config, *, tensors: Collection[str], ids: Ids
+) -> Cost:
+    """Returns the cost of a calibrated ``scheme`` that quantises ``tensors``: its method's, and that of the steps."""
+    found: list[Cost] = []
+    if scheme.base == "awq":
+        found.append(_AwqCost(store, config, tensors, ids=ids))
+    if scheme.base == "gptq":
+        found.append(_GptqCost(store, config, tensors, ids=ids))
+    if scheme.steps:
+        found.append(_StepsCost(scheme.steps, store, config, tensors=tensors, ids=ids))
+    return _Together(found)
+
+
+@dataclass(frozen=True)
+class _Together:
+    """The cost of methods that run one after the other, and whose files stay."""
+
+    parts: Sequence[Cost]
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(part.disk_bytes for part in self.parts)
+
+    def peak_bytes(self, jobs: int) -> int:
+        return max(part.peak_bytes(jobs) for part in self.parts)
+
+    def seconds(self, jobs: int) -> float:
+        return sum(part.seconds(jobs) for part in self.parts)
 
 
 class _Shapes:
@@ -138,6 +170,52 @@ class _AwqCost(_Shapes):
 
     def _flops_of_tries(self, rows: int, columns: int) -> int:
         return len(EXPONENTS) * rows * columns * (2 * columns + ROUNDING_FLOPS)
+
+
+class _StepsCost(_Shapes):
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        store: WeightStore,
+        config: FalconH1Config,
+        *,
+        tensors: Collection[str],
+        ids: Ids,
+    ) -> None:
+        super().__init__(store, config, tensors, ids=ids)
+        self._steps = steps
+        self._codes = self._layers * sum(map(prod, self._projections)) + prod(self._head)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Codes and scales after each step, and what one step saves to go on after a kill."""
+        saved = max(STATE_COPIES * 4 * self._values(step) for step in self._steps)
+        return len(self._steps) * (self._codes + 2 * self._codes // LEAST_GROUP) + saved
+
+    def _values(self, step: Step) -> int:
+        """Returns the number of values that ``step`` tunes, at most."""
+        return self._codes if step == "round" else self._codes // LEAST_GROUP
+
+    def peak_bytes(self, jobs: int) -> int:
+        """Returns the bytes of integers, of a step's values, and the larger of what a layer and the head need."""
+        values = max(2 * self._codes + 4 * STATE_COPIES * self._values(step) for step in self._steps)
+        positions = 4 * self._length * self._hidden_size
+        predictions = self._samples * positions
+        inputs = BATCH * (self._layers + 2) * positions
+        graph = GRAPH_COPIES * 4 * self._length * (sum(self._columns) + 8 * self._hidden_size)
+        layer = 2 * 4 * self._layer + (jobs + 1) * (4 * self._layer + graph)
+        rows, columns = self._head
+        head = 4 * rows * (3 * columns + (jobs + 1) * (columns + PROBABILITY_COPIES * POSITIONS))
+        return values + predictions + inputs + max(layer, head)
+
+    def seconds(self, jobs: int) -> float:
+        rows, columns = self._head
+        # Of a layer: two runs, and a gradient that takes two more; mixers cost about as much as products, and their
+        # reference is computed once more for the gradient. Of the head: two predictions and two products.
+        token = self._layers * 2 * (2 * 4 + 1) * self._layer + 4 * 2 * rows * columns
+        updates = sum(STEPS[step] for step in self._steps) * BATCH * self._length
+        full = 2 * 2 * self._samples * self._length * self._layers * self._layer
+        return (updates * token + full) / jobs / _flops_per_second()
 
 
 def _flops_per_second() -> float:

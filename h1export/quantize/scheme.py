@@ -9,7 +9,7 @@ from typing import get_args
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING, projection_of, tensor_shapes
-from h1export.quantize.choices import GROUP_SIZES, Method, QuantName
+from h1export.quantize.choices import GROUP_SIZES, Method, QuantName, Step, parse_method
 from h1export.quantize.precision import INT8, Precision
 
 ADAPTERS = "adapters"  # the key of a manifest's scheme that lists the adapters that were merged
@@ -28,23 +28,32 @@ class QuantScheme:
         group_size: columns that share an int4 scale.
         method: how integers are chosen. rtn rounds each weight to the nearest code; search looks for the scales that
             leave the least error in the weights; awq and gptq observe the inputs of every projection on a calibration
-            text.
+            text. Steps may follow, which tune the integers by the model's predictions, as in gptq+scales.
         chosen: checkpoint tensor -> the precision that it has in place of ``quant``.
     """
 
     quant: QuantName = "int4"
     group_size: int = 32
-    method: Method = "rtn"
+    method: str = "rtn"
     chosen: Mapping[str, QuantName] = field(default_factory=dict)
 
     @property
     def calibrated(self) -> bool:
         """Whether the method needs a calibration text."""
-        return self.method in ("awq", "gptq")
+        return self.base in ("awq", "gptq") or bool(self.steps)
+
+    @property
+    def base(self) -> Method:
+        """The method without the steps that follow it."""
+        return parse_method(self.method)[0]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps that follow the method, in order."""
+        return parse_method(self.method)[1]
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise H1ExportError("--method", f"{self.method!r} is unknown", f"one of {', '.join(get_args(Method))}")
+        parse_method(self.method)
         if self.quant == "none" and self.method != "rtn":
             raise H1ExportError(
                 "--method", f"{self.method} has nothing to do with --quant none", "leave out one of the two"

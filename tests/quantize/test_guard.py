@@ -71,10 +71,11 @@ def test_what_is_worse(solved: float, plain: float, worse: bool) -> None:
 
 
 def test_a_record_is_json_of_few_digits() -> None:
-    record = GuardRecord(2, {"a": np.array([np.nan, 1.23456789])})
+    record = GuardRecord(2, {"a": np.array([np.nan, 1.23456789])}, {"scales": np.array([1.0, 2.0])})
     assert record.described() == {
         "sequences": 2,
         "plain": {"a": {"solved": None, "plain": 1.2346}},
+        "steps": {"scales": {"after": 1.0, "before": 2.0, "kept": True}},
     }
 
 

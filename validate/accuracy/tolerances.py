@@ -13,7 +13,7 @@ from typing import get_args
 
 from h1export.artifact.manifest import Manifest
 from h1export.errors import H1ExportError
-from h1export.quantize.choices import Method, QuantName
+from h1export.quantize.choices import Method, QuantName, parse_method
 from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import PREQUANTIZED
 from h1export.report.checks import Comparison, Phase
@@ -64,9 +64,7 @@ def tolerances_of(
     quant: QuantName = next((name for name in get_args(QuantName) if name == f"int{bits}"), "none")
     chosen_by = manifest.scheme.get("method", "rtn")
     # floats of a prequantized checkpoint are rounded to nearest, and its integers must be equal
-    method: Method = (
-        "rtn" if chosen_by == PREQUANTIZED else next(name for name in get_args(Method) if name == chosen_by)
-    )
+    method: Method = "rtn" if chosen_by == PREQUANTIZED else parse_method(str(chosen_by))[0]
     brain = "bf16" in manifest.options.values()
     longest = max((weight.bits for weight in manifest.weights), default=0)
     moved = Precision(longest, 0).top * scale_rounding if longest else 0.0

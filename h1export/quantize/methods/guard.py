@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from h1export.model.falcon_h1.states import Array
+from h1export.quantize.choices import Step
 from h1export.quantize.methods.head_groups import POSITIONS, InputPair
 
 SHARE = 20  # sequences of the calibration text for one that is held out
@@ -75,17 +76,23 @@ class GuardRecord:
     Attributes:
         sequences: how many sequences were held out.
         plain: tensor -> the errors of its solved and its plain integers, where the plain ones were kept.
+        steps: step -> the divergences after and before it; a step that has not lowered it was dropped.
     """
 
     sequences: int
     plain: Mapping[str, Errors] = field(default_factory=dict)
+    steps: Mapping[Step, Errors] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
         """Returns the record for the manifest."""
         plain = {
             name: {"solved": _rounded(errors[0]), "plain": _rounded(errors[1])} for name, errors in self.plain.items()
         }
-        return {"sequences": self.sequences, "plain": plain}
+        steps = {
+            step: {"after": _rounded(errors[0]), "before": _rounded(errors[1]), "kept": not is_worse(errors)}
+            for step, errors in self.steps.items()
+        }
+        return {"sequences": self.sequences, "plain": plain} | ({"steps": steps} if steps else {})
 
 
 def _rounded(error: float) -> float | None:

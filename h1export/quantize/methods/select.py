@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -18,10 +19,11 @@ from h1export.quantize.device import CPU_DEVICE, ComputeDevice
 from h1export.quantize.grid import OwnTensor
 from h1export.quantize.methods.awq import search_scales, unit_scales
 from h1export.quantize.methods.gptq_model import solve_model
-from h1export.quantize.methods.guard import GuardRecord
+from h1export.quantize.methods.guard import GuardRecord, held_out
 from h1export.quantize.methods.prequantized import Prequantized
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.methods.scale_search import plain_rows, search_rows
+from h1export.quantize.methods.tune import tune_model
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import QuantizedWeights, Rounded, Rounding
 
@@ -56,7 +58,7 @@ def uncalibrated_integers(store: WeightStore, config: FalconH1Config, scheme: Qu
     Raises:
         H1ExportError: integers that no runtime takes, or a scheme for weights that are in integers already.
     """
-    found = Rounded(store, scheme.precisions(config), ROUNDINGS[scheme.method])
+    found = Rounded(store, scheme.precisions(config), ROUNDINGS[scheme.base])
     if store.packed_format is None:
         return found
     for name in found.precisions.keys() & store.packed.keys():
@@ -88,15 +90,20 @@ def integers_of(
         H1ExportError: weights, or inputs of projections, that are not finite or too large.
     """
     guard: GuardRecord | None = None
-    if scheme.method == "awq" and ids is not None:
+    if scheme.base == "awq" and ids is not None:
         factors = _awq_scales(store, config, scheme, ids=ids, stage=stage, progress=progress, device=device)
         factors.save(stage.folder)
         guard = factors.guard
         store = ScaledStore(store, factors, progress)
     integers = uncalibrated_integers(store, config, scheme)
-    if scheme.method == "gptq" and ids is not None and not stage.dry:
+    if scheme.base == "gptq" and ids is not None and not stage.dry:
         solved = solve_model(store, config, integers, ids=ids, stage=stage, progress=progress, device=device, own=own)
         integers, guard = solved, solved.guard
+    if scheme.steps and ids is not None and not stage.dry:
+        integers, errors = tune_model(
+            store, config, integers, steps=scheme.steps, ids=ids, stage=stage, progress=progress, device=device
+        )
+        guard = replace(guard or GuardRecord(held_out(len(ids))), steps=errors)
     return Chosen(store, integers, guard)
 
 

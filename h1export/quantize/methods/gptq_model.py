@@ -3,9 +3,7 @@
 Two activations of the calibration text go through the model side by side. The *float* one is what the checkpoint's
 weights compute. The *quantised* one is what the layers that are quantised already make of the same text. The steps:
 
-1. Write the embeddings of the calibration text as both inputs of layer 0. A table that is the head too is rounded
-   plainly before: an error of a row moves the model's input as well as a logit, and the head's moments know of the
-   logit only. The quantised input has the rounded rows, so that the layers make up for them.
+1. Write the embeddings of the calibration text as both inputs of layer 0.
 2. For each layer, from the first:
    a. Run the layer with the checkpoint's weights on its float input and on its quantised input. Add up second moments
       of the inputs of every projection: of the quantised input, and of its difference from the float input.
@@ -44,8 +42,8 @@ from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import Progress
 from h1export.quantize.device import CPU_DEVICE, ComputeDevice
 from h1export.quantize.grid import OwnTensor
-from h1export.quantize.layers import LoadedLayer, final_norm, head_tensor, weights_by_input
-from h1export.quantize.methods.gptq import Inverse, invert
+from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, weights_by_input
+from h1export.quantize.methods.gptq import DAMPING, Inverse, invert
 from h1export.quantize.methods.guard import held_out
 from h1export.quantize.methods.head_groups import InputPair, group_head
 from h1export.quantize.methods.layer_runs import (
@@ -64,6 +62,9 @@ from h1export.quantize.source import QuantizedWeights
 
 WORK = f"{SCRATCH}/gptq"  # the file of integers and activations, relative to the stage
 UNWEIGHTED_SHARE = 0.5  # weight of the moments of all positions, beside those weighted for a group of the head's rows
+# Of a head that is the embedding too: its rows are also inputs, so they may not move far for the sake of the logits. On
+# the proxy of benchmarks/, 0.5 to 4 give nearly the same divergence, and DAMPING gives more than plain rounding.
+TIED_DAMPING = 2.0
 
 # Name of an input -> checkpoint names of the weights that it is multiplied by.
 InputGroups = Mapping[str, tuple[str, ...]]
@@ -135,13 +136,11 @@ class _Solver:
         layers = range(config.num_hidden_layers)
         projections = [tensor for layer in layers for group in weights_by_input(layer).values() for tensor in group]
         tensors = [tensor for tensor in (*projections, self._head) if tensor in rest.precisions]
-        tied = {self._head} if config.tie_word_embeddings else set[str]()
         self._solved = SolvedFile(
             store,
             rest,
             own,
             tensors=tensors,
-            judged=set(tensors) - tied,
             held=len(ids) - self._solved_on,
             stage=stage,
             file=file,
@@ -159,15 +158,11 @@ class _Solver:
         unsolved = next((layer for layer in range(layers) if self._unsolved(weights_by_input(layer))), layers)
         if unsolved == layers and not self._solved.lacks(self._head):
             return
-        quantised_row = None
-        if self._config.tie_word_embeddings and self._solved.has(self._head):
-            self._solved.write_plain(self._head)
-            quantised_row = partial(_row_of, self.integers, self._head)
         start = next((layer for layer in range(unsolved, 0, -1) if all(map(self._file.holds, self._inputs(layer)))), 0)
         if start == 0:
             self._file.write(
                 self._inputs(0),
-                (partial(embedded, self._store, self._config, ids, quantised_row=quantised_row) for ids in self._ids),
+                (partial(embedded, self._store, self._config, ids) for ids in self._ids),
             )
         for layer in range(start, layers):
             progress.stage(f"GPTQ, layer {layer + 1} of {layers}")
@@ -254,8 +249,27 @@ class _Solver:
             solved = solved or [np.empty((len(head), *part.shape[1:]), part.dtype) for part in parts]
             for array, part in zip(solved, parts, strict=True):
                 array[rows] = part
-        held = [call() for call in self._head_inputs(held=True)]
-        self._solved.write_head(self._head, solved, held, head=head, multiplier=self._config.lm_head_multiplier)
+        self._solved.write_head(
+            self._head, solved, self._held_inputs, head=head, multiplier=self._config.lm_head_multiplier
+        )
+
+    def _held_inputs(self, table: Array) -> list[InputPair]:
+        """Returns the head's inputs on the guard's sequences; ``table`` has the head's integers, dequantised.
+
+        Where the head is the embedding too, the quantised inputs are those of a model that has ``table`` as both.
+        """
+        pairs = [call() for call in self._head_inputs(held=True)]
+        if not self._config.tie_word_embeddings:
+            return pairs
+        hidden = [
+            embed(self._store, self._config, ids, read=lambda token: table[token : token + 1])
+            for ids in self._ids[self._solved_on :]
+        ]
+        for layer in range(self._config.num_hidden_layers):
+            loaded = LoadedLayer(self._store, self._config, layer, read=self._quantised_weight, device=self._device)
+            hidden = list(in_order((partial(loaded.output, one) for one in hidden), self._stage.jobs))
+        norm = partial(final_norm, self._store, self._config, device=self._device)
+        return [(right, norm(one)) for (right, _), one in zip(pairs, hidden, strict=True)]
 
     def _solve_head_rows(self, head: Tensor, rows: Ids, weights: Tensor, *, unweighted: Moments) -> tuple[Rows, ...]:
         """Returns the integers of ``rows`` of the head, an array for each of its extents.
@@ -265,7 +279,8 @@ class _Solver:
         moments = Moments.zero(head.shape[1], self._device)
         for sequence_weights, inputs in zip(weights, self._head_inputs(), strict=True):
             moments.add(*inputs(), sequence_weights)
-        inverse = _inverse(moments.mixed(unweighted, UNWEIGHTED_SHARE), self._head)
+        damping = TIED_DAMPING if self._config.tie_word_embeddings else DAMPING
+        inverse = _inverse(moments.mixed(unweighted, UNWEIGHTED_SHARE), self._head, damping)
         step = max(1, SOLVE_BYTES // (4 * head.shape[1]))
         parts = [rows[start : start + step] for start in range(0, len(rows), step)]
         found = [
@@ -337,9 +352,5 @@ class _Solver:
         return self._float_weight(tensor) if found is None else found
 
 
-def _inverse(moments: Moments, name: str) -> Inverse:
-    return invert(moments.own, name, moments.drift)
-
-
-def _row_of(integers: StoredIntegers, table: str, token: int) -> Array:
-    return integers.unfolded_rows(table, token, token + 1)
+def _inverse(moments: Moments, name: str, damping: float = DAMPING) -> Inverse:
+    return invert(moments.own, name, moments.drift, damping=damping)

@@ -15,7 +15,7 @@ from torch import Tensor
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
-from h1export.quantize.layers import ReadRow, embed
+from h1export.quantize.layers import embed
 from h1export.quantize.methods.head_groups import InputPair
 
 # Name of an input -> its value [length, columns].
@@ -38,12 +38,10 @@ class LayerRuns(NamedTuple):
     quantised_inputs: Inputs
 
 
-def embedded(
-    store: WeightStore, config: FalconH1Config, ids: Ids, *, quantised_row: ReadRow | None
-) -> tuple[Array, Array]:
-    """Returns a sequence's embeddings by the checkpoint's table, and by that of ``quantised_row`` where it is given."""
+def embedded(store: WeightStore, config: FalconH1Config, ids: Ids) -> tuple[Array, Array]:
+    """Returns a sequence's embeddings twice: layer 0 has the same float and quantised input."""
     hidden = embed(store, config, ids)
-    return hidden, hidden if quantised_row is None else embed(store, config, ids, read=quantised_row)
+    return hidden, hidden
 
 
 def run_on_both(run: RunLayer, float_input: Array, quantised_input: Array | None) -> LayerRuns:

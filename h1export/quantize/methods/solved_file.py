@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 
@@ -43,18 +43,17 @@ class SolvedFile:
         own: Mapping[str, OwnTensor],
         *,
         tensors: Sequence[str],
-        judged: Collection[str],
         held: int,
         stage: Stage,
         file: WeightFile,
     ) -> None:
-        """Reserve space in ``file`` for ``tensors``, and for the errors of those ``judged`` on ``held`` sequences."""
+        """Reserve space in ``file`` for ``tensors``, and for their errors on the ``held`` sequences of the guard."""
         self._store = store
         self._stage = stage
         self._file = file
         shared = {name: self._reserved(name, rest) for name in tensors if name not in own}
         blocks = {name: self._reserved_own(name, own[name]) for name in tensors if name in own}
-        errors = {name: file.reserve(f"{name}.errors", 8 * ERRORS, ALIGN) for name in tensors if name in judged}
+        errors = {name: file.reserve(f"{name}.errors", 8 * ERRORS, ALIGN) for name in tensors}
         self.integers = StoredIntegers(stage.folder, shared, rest, blocks, errors, held)
 
     def _reserved(self, tensor: str, rest: QuantizedWeights) -> StoredMatrix:
@@ -70,15 +69,12 @@ class SolvedFile:
 
     def _extents(self, tensor: str) -> list[Extent]:
         judged = self.integers.errors.get(tensor)
-        errors = [] if judged is None else [judged]
+        if judged is None:
+            return []
         if (blocks := self.integers.blocks.get(tensor)) is not None:
-            return [blocks.packed, *errors]
-        stored = self.integers.matrices.get(tensor)
-        return [] if stored is None else [stored.codes, stored.scales, *errors]
-
-    def has(self, tensor: str) -> bool:
-        """Returns whether the file has space for ``tensor``."""
-        return bool(self._extents(tensor))
+            return [blocks.packed, judged]
+        stored = self.integers.matrices[tensor]
+        return [stored.codes, stored.scales, judged]
 
     def lacks(self, tensor: str) -> bool:
         """Returns whether ``tensor`` is to be written and is not."""
@@ -129,25 +125,35 @@ class SolvedFile:
         return solved, output_errors(weight, list(candidates), held) if held else np.zeros(ERRORS)
 
     def write_head(
-        self, tensor: str, solved: Sequence[Rows], held: Sequence[InputPair], *, head: Tensor, multiplier: float
+        self,
+        tensor: str,
+        solved: Sequence[Rows],
+        held: Callable[[Array], Sequence[InputPair]],
+        *,
+        head: Tensor,
+        multiplier: float,
     ) -> None:
-        """Write the head, solved already; ``head`` is its weight, and ``held`` its inputs on the guard's sequences."""
+        """Write the head, solved already; ``head`` is its weight.
+
+        ``held`` gives its inputs on the guard's sequences, for its integers dequantised.
+        """
         errors = np.zeros(ERRORS)
         rows = (0, len(head))
-        for place, arrays in enumerate((lambda: solved, partial(self.plain, tensor, rows)) if held else ()):
-            candidate = torch.from_numpy(self.values(tensor, arrays(), rows)).to(head.device)
-            errors[place] = divergence(held, head, candidate, multiplier=multiplier)
+        for place, arrays in enumerate((lambda: solved, partial(self.plain, tensor, rows))):
+            candidate = self.values(tensor, arrays(), rows)
+            on_device = torch.from_numpy(candidate).to(head.device)
+            errors[place] = divergence(held(candidate), head, on_device, multiplier=multiplier)
         self._write(tensor, solved, errors)
 
     def _write(self, tensor: str, solved: Sequence[Rows], errors: Errors) -> None:
         """Write the arrays of a whole tensor: ``solved`` ones, or plain ones where the guard finds these better."""
         if is_worse(errors):
-            self.write_plain(tensor, errors)
+            self._write_plain(tensor, errors)
         else:
             self._file.write(self._extents(tensor), [partial(tuple, [*solved, errors])])
 
-    def write_plain(self, tensor: str, errors: Errors | None = None) -> None:
-        """Write a tensor plainly rounded, and the ``errors`` of one that was judged."""
+    def _write_plain(self, tensor: str, errors: Errors) -> None:
+        """Write a tensor plainly rounded, and its ``errors``."""
         parts = in_order((partial(self.plain, tensor, rows) for rows in self.ranges(tensor)), self._stage.jobs)
         arrays = [np.concatenate(blocks) for blocks in zip(*parts, strict=True)]
-        self._file.write(self._extents(tensor), [partial(tuple, [*arrays, *([] if errors is None else [errors])])])
+        self._file.write(self._extents(tensor), [partial(tuple, [*arrays, errors])])

@@ -13,7 +13,6 @@ import pytest
 from h1export.checkpoint.store import WeightStore
 from h1export.cli import run
 from h1export.commands.plan import plan_build
-from h1export.quantize.choices import Method
 from h1export.quantize.scheme import QuantScheme
 from h1export.targets.onnxruntime.options import OrtOptions
 
@@ -36,8 +35,8 @@ def test_sizes_are_exact(quant: str, tiny: Path, tmp_path: Path, capfd: pytest.C
     assert plan["source_bytes"] > plan["artifact_bytes"] or quant == "none"
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
-def test_no_weight_is_read(method: Method, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "rtn+scales"])
+def test_no_weight_is_read(method: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*_: object) -> None:
         raise AssertionError("a weight was read")
 
@@ -48,7 +47,7 @@ def test_no_weight_is_read(method: Method, tiny: Path, tmp_path: Path, monkeypat
     assert (
         plan.state_bytes[100] - plan.state_bytes[0] == 100 * 2 * 4 * 2 * 64 * 4
     )  # keys and values of 4 layers, 2 heads of 64, float32
-    assert (plan.scratch_bytes > 0) == (method == "gptq")
+    assert (plan.scratch_bytes > 0) == (method in ("gptq", "rtn+scales"))
     assert plan.precisions["lm_head.weight"] == "int4, group size 32"
     assert plan.precisions["model.embed_tokens.weight"] == "int8, a scale per row"
     assert plan.precisions["model.final_layernorm.weight"] == "float32"

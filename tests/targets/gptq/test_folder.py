@@ -22,6 +22,7 @@ from h1export.commands.load import load_runner
 from h1export.commands.plan import plan_build
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.tensors import EMBEDDING, LM_HEAD, projection_of, tensor_shapes
+from h1export.quantize.methods import tune, tuned_values
 from h1export.quantize.scheme import QuantScheme
 from h1export.targets.gptq.options import GptqOptions
 
@@ -37,8 +38,12 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("method", ["rtn", "search", "awq", "gptq"])
-def test_the_integers_are_those_of_onnx_runtime(method: str, make_spoken: Callable[..., Path], build: Build) -> None:
+@pytest.mark.parametrize("method", ["rtn", "search", "awq", "gptq", "search+round+scales"])
+def test_the_integers_are_those_of_onnx_runtime(
+    method: str, make_spoken: Callable[..., Path], build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned_values, "STEPS", {"round": 2, "scales": 2})
+    monkeypatch.setattr(tune, "STEPS", {"round": 2, "scales": 2})
     checkpoint = make_spoken(**EIGHTS)
     mine = load_runner(build(checkpoint, "int4", method=method, target="gptq")).stored_weights()
     theirs = load_runner(build(checkpoint, "int4", method=method), kernels="stock").stored_weights()

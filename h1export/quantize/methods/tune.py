@@ -30,7 +30,7 @@ from torch import Tensor
 
 from h1export.artifact.journal import SCRATCH
 from h1export.artifact.stage import Stage
-from h1export.artifact.weight_file import WeightFile, in_order
+from h1export.artifact.weight_file import Rows, WeightFile, in_order
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.projections import FINAL_NORM
@@ -93,9 +93,9 @@ def tune_model(
             extents = [extent for matrix in matrices.values() for extent in (matrix.codes, matrix.scales)]
             if not all(map(file.holds, (*extents, judged))):
                 errors = tuner.run(step, place, progress)
-                arrays = [array for one in tuner.tensors.values() for array in (one.codes, one.scales)]
+                arrays: list[Rows] = [array for one in tuner.tensors.values() for array in (one.codes, one.scales)]
                 file.write([*extents, judged], [partial(tuple, [*arrays, errors])])
-            stored = StoredIntegers(stage.folder, matrices, before, errors={step: judged})
+            stored = StoredIntegers(stage.folder, matrices, before, errors={f"{step}": judged})
             found[step] = stored.errors_of(step)
             tuner.tensors = {name: stored.rows(name, 0, store.shape(name)[0]) for name in matrices}
     blocks = before.blocks if isinstance(before, StoredIntegers) else {}

@@ -139,8 +139,8 @@ class SolvedFile:
         """
         errors = np.zeros(ERRORS)
         rows = (0, len(head))
-        for place, arrays in enumerate((lambda: solved, partial(self.plain, tensor, rows))):
-            candidate = self.values(tensor, arrays(), rows)
+        for place in range(ERRORS):  # one after the other, as both are as large as the head
+            candidate = self.values(tensor, self.plain(tensor, rows) if place else solved, rows)
             on_device = torch.from_numpy(candidate).to(head.device)
             errors[place] = divergence(held(candidate), head, on_device, multiplier=multiplier)
         self._write(tensor, solved, errors)

@@ -106,5 +106,5 @@ class StoredIntegers:
         errors = {name: self.errors_of(name) for name in self.errors}
         return GuardRecord(self.held, {name: found for name, found in errors.items() if is_worse(found)})
 
-    def _mapped(self, extent: Extent, dtype: type[np.generic], shape: tuple[int, int]) -> npt.NDArray[Any]:
+    def _mapped(self, extent: Extent, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
         return np.asarray(np.memmap(self.folder / extent.file, dtype, "r", extent.offset, shape))

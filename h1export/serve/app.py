@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,6 +20,7 @@ from h1export.serve.exchange import (
     EventStream,
     GoneError,
     chunks,
+    next_of,
     read_body,
     refusal,
     unless_gone,
@@ -34,6 +36,14 @@ GONE_STATUS = 499  # in metrics, as other servers count clients that did not wai
 OPEN_PATHS = ("/health",)  # what needs no key
 Endpoint = Callable[[Request], Awaitable[Response]]
 Report = Callable[[str], None]
+
+
+GAUGES: tuple[tuple[str, str, Callable[[ServedModel], float]], ...] = (
+    ("h1export_running", "Choices that are computed.", lambda model: model.scheduler.running),
+    ("h1export_waiting", "Prompts that wait.", lambda model: model.scheduler.waiting),
+    ("h1export_prefix_bytes", "Bytes of kept states.", lambda model: model.store.nbytes if model.store else 0),
+    ("h1export_prefix_points", "Kept states.", lambda model: len(model.store) if model.store else 0),
+)
 
 
 class Api:
@@ -53,15 +63,11 @@ class Api:
         self._metrics = metrics
         self._keys = keys
         self._report = report
-        for name, text, value in (
-            ("h1export_running", "Choices that are computed.", lambda model: model.scheduler.running),
-            ("h1export_waiting", "Prompts that wait.", lambda model: model.scheduler.waiting),
-            ("h1export_prefix_bytes", "Bytes of kept states.", lambda model: model.store.nbytes if model.store else 0),
-            ("h1export_prefix_points", "Kept states.", lambda model: len(model.store) if model.store else 0),
-        ):
-            metrics.gauges(
-                name, text, lambda value=value: [(model.name, value(model)) for model in self._models.values()]
-            )
+        for name, text, value in GAUGES:
+            metrics.gauges(name, text, partial(self._values, value))
+
+    def _values(self, value: Callable[[ServedModel], float]) -> list[tuple[str, float]]:
+        return [(model.name, value(model)) for model in self._models.values()]
 
     def application(self) -> Starlette:
         """Return the ASGI application."""
@@ -152,7 +158,7 @@ class Api:
             if not form.stream:
                 return JSONResponse(await unless_gone(request.receive, whole(channel, answer)))
             stream = chunks(channel, answer, form.wants_usage)
-            first = await unless_gone(request.receive, anext(stream))  # an error before it has a status of its own
+            first = await unless_gone(request.receive, next_of(stream))  # an error before it has a status of its own
             streaming = True
             return EventStream(first, stream, cancel)
         except asyncio.CancelledError:

@@ -121,10 +121,10 @@ class Choice:
     def take(self, logits: Array) -> int | None:
         """Choose a token by the logits after the tokens so far [vocab], and return it; None where the text ends."""
         if self._left == 0:
-            return self._finish(LENGTH)
+            return self._finished(LENGTH)
         token = self._sampler.choose(logits, None if self._grammar is None else self._grammar.allowed())
         if token in self._end:
-            return self._finish(STOP)
+            return self._finished(STOP)
         self._left -= 1
         complete = self._grammar is not None and self._grammar.take(token)
         text, stopped = self._until_stop(self._decoder.step(token))
@@ -133,12 +133,14 @@ class Choice:
             self.emit(Ended(self.index, "", STOP))
             return None
         if complete:
-            return self._finish(STOP)
-        return token if self._left else self._finish(LENGTH)
+            return self._finished(STOP)
+        return token if self._left else self._finished(LENGTH)
 
-    def _finish(self, reason: str) -> None:
+    def _finished(self, reason: str) -> int | None:
+        """End the text, and return None, which is no token."""
         text, stopped = self._until_stop(self._decoder.rest())
         self.emit(Ended(self.index, text if stopped else text + self._held, STOP if stopped else reason))
+        return None
 
     def _until_stop(self, more: str) -> tuple[str, bool]:
         """Return what can be given of the text with ``more``, and whether a stop has ended it."""
@@ -159,5 +161,5 @@ def score(logits: Array, token: int, top: int) -> Scored:
     exact = logits.astype(np.float64)
     logarithms = exact - exact.max()
     logarithms -= np.log(np.exp(logarithms).sum())
-    likeliest = np.argsort(-logarithms, kind="stable")[:top] if top else []
-    return Scored(token, float(logarithms[token]), tuple((int(one), float(logarithms[one])) for one in likeliest))
+    likeliest = np.argsort(-logarithms, kind="stable")[:top].tolist() if top else []
+    return Scored(token, float(logarithms[token]), tuple((one, float(logarithms[one])) for one in likeliest))

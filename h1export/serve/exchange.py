@@ -101,6 +101,11 @@ async def chunks(channel: Channel, answer: Answer, usage: bool) -> AsyncIterator
         yield answer.chunk([], usage, counts=True)
 
 
+async def next_of(stream: AsyncIterator[T]) -> T:
+    """Return the next item."""
+    return await anext(stream)
+
+
 class EventStream(Response):
     """Server-sent events: ``first`` and what follows it, to their end, to an error, or until the client goes away."""
 

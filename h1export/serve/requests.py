@@ -127,9 +127,12 @@ class CompletionRequest(Common, kw_only=True):
             return [self.prompt]
         if not isinstance(self.prompt[0], int) and len(self.prompt) > MOST_PROMPTS:
             raise ProblemError(400, f"there are {MOST_PROMPTS} prompts at most in a request", param="prompt")
-        for kind in (str, int, list):
-            if all(isinstance(item, kind) for item in self.prompt):
-                return [self.prompt] if kind is int else list(self.prompt)  # type: ignore[list-item]
+        tokens = [item for item in self.prompt if isinstance(item, int)]
+        if len(tokens) == len(self.prompt):
+            return [tokens]
+        prompts = [item for item in self.prompt if not isinstance(item, int)]
+        if len(prompts) == len(self.prompt) and len({type(item) for item in prompts}) == 1:
+            return prompts
         raise ProblemError(400, "a list of prompts has texts only, tokens only or lists of tokens only", param="prompt")
 
     def check(self) -> None:

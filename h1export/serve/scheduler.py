@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 from typing import Any, Protocol
 
@@ -108,6 +109,9 @@ class Scheduler:
         queue: The most tasks that wait.
         watch: What is told about the work.
         extend: How sessions are extended.
+
+    Attributes:
+        running: The number of choices that are computed.
     """
 
     def __init__(
@@ -130,8 +134,10 @@ class Scheduler:
         self._waiting: deque[Task] = deque()
         self._prefills: deque[_Prefill] = deque()
         self._rows: list[_Row] = []
+        self._kept: list[_Row] = []  # the rows of the next round
         self._is_closed = False
         self._seconds = 1.0  # a task's, on average
+        self.running = 0
         self._thread = threading.Thread(target=self._run, name="h1export-scheduler", daemon=True)
         self._thread.start()
 
@@ -139,11 +145,6 @@ class Scheduler:
     def waiting(self) -> int:
         """The number of tasks that wait."""
         return len(self._waiting)
-
-    @property
-    def running(self) -> int:
-        """The number of choices that are computed."""
-        return len(self._rows) + sum(len(one.task.choices) for one in list(self._prefills))
 
     def submit(self, tasks: Sequence[Task]) -> None:
         """Let the tasks be computed, all or none of them.
@@ -202,12 +203,17 @@ class Scheduler:
         work = [(row.session, np.array([[row.token]], np.int64)) for row in self._rows]
         work += [(one.prompt.session, one.prompt.next()) for one in prefills]
         answers = self._extend(work)
-        rows = self._rows
-        self._rows = []
-        for row, answer in zip(rows, answers, strict=False):
-            self._guarded(row.task, answer, lambda logits, row=row: self._decoded(row, logits))
-        for one, answer in zip(prefills, answers[len(rows) :], strict=True):
-            self._guarded(one.task, answer, lambda logits, one=one: self._prefilled(one, logits))
+        self._kept = []
+        for row, answer in zip(self._rows, answers, strict=False):
+            self._guarded(row.task, answer, partial(self._decoded, row))
+        for one, answer in zip(prefills, answers[len(self._rows) :], strict=True):
+            self._guarded(one.task, answer, partial(self._prefilled, one))
+        self._rows = self._kept
+        self.running = self._taken()
+
+    def _taken(self) -> int:
+        """Return the number of rows that are not free."""
+        return len(self._rows) + sum(len(one.task.choices) for one in self._prefills)
 
     def _guarded(self, task: Task, answer: Array | BaseException, then: Callable[[Array], None]) -> None:
         """Go on with the logits of a call; whatever fails ends the task, and no other."""
@@ -226,9 +232,10 @@ class Scheduler:
             with self._condition:
                 while self._waiting and self._waiting[0].is_cancelled:
                     self._waiting.popleft()
-                if not self._waiting or self.running + len(self._waiting[0].choices) > self._most_rows:
+                if not self._waiting or self._taken() + len(self._waiting[0].choices) > self._most_rows:
                     return
                 task = self._waiting.popleft()
+                self.running = self._taken() + len(task.choices)
             try:
                 store = self._store if task.top is None else None
                 prompt = Prompt(self._runner, store, task.ids, borders=task.borders)
@@ -268,4 +275,4 @@ class Scheduler:
             self._seconds = 0.9 * self._seconds + 0.1 * (time.monotonic() - row.task.came)
             return
         row.token = token
-        self._rows.append(row)
+        self._kept.append(row)

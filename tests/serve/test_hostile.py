@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx2
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_texts import SCHEMA, TOOL, user
 
@@ -217,13 +218,11 @@ FIELDS = sorted(
 )
 
 
-@settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    path=st.sampled_from(sorted(BODIES)),
-    change=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3),
-)
+CHANGES = st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(path=st.sampled_from(sorted(BODIES)), change=CHANGES)
 def test_any_values_in_any_fields(http: httpx2.Client, path: str, change: dict[str, Any]) -> None:
     answer = http.post(path, content=json.dumps({**BODIES[path], **change, "max_tokens": 1}), headers=JSON)
     if answer.status_code != 200:
@@ -237,43 +236,47 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def raw_request(server: Server, body: bytes, length: int | None = None) -> socket.socket:
+# a text that only its length ends
+ENDLESS = {**BODIES[TEXT], "max_tokens": 3000, "prompt": "import os", "logit_bias": {"1": -100, "3": -100}}
+
+
+@contextmanager
+def connections(server: Server, bodies: Sequence[bytes], length: int = 0) -> Iterator[list[socket.socket]]:
+    """Connections that have sent requests with these bodies, or a beginning of one of ``length`` bytes."""
     host, port = server.url.removeprefix("http://").split(":")
-    found = socket.create_connection((host, int(port)), timeout=20)
-    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length or len(body)}\r\n"
-    found.sendall(head.encode() + b"\r\n" + body)
-    return found
+    with ExitStack() as stack:
+        found = []
+        for body in bodies:
+            one = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            one.sendall(f"{head}Content-Length: {length or len(body)}\r\n\r\n".encode() + body)
+            found.append(one)
+        yield found
 
 
-def test_clients_that_go_away_free_their_rows(server: Server, http: httpx2.Client) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_clients_that_go_away_free_their_rows(server: Server, http: httpx2.Client, stream: bool) -> None:
     """In a stream, while the answer is computed, while they wait, and in the middle of their body."""
-    long = {**BODIES[TEXT], "max_tokens": 3000, "prompt": "import os", "logit_bias": {"1": -100, "3": -100}}
     scheduler = server.models["tiny"].scheduler
-    for stream in (True, False):
-        sockets = [raw_request(server, json.dumps({**long, "stream": stream}).encode()) for _ in range(8)]
+    body = json.dumps({**ENDLESS, "stream": stream}).encode()
+    with connections(server, [body] * 8) as found, connections(server, [b'{"model"'] * 4, 100):
         until(lambda: scheduler.running == 4 and scheduler.waiting == 4)
-        if stream:
-            assert b"data: " in sockets[0].recv(4096)
-        else:
-            sockets += [raw_request(server, b'{"model"', 100) for _ in range(4)]
-        for one in sockets:
-            one.close()
-        until(lambda: scheduler.running == 0 and scheduler.waiting == 0)
+        received = b""
+        while stream and b"data: " not in received:
+            received += found[0].recv(4096)
+    until(lambda: scheduler.running == 0 and scheduler.waiting == 0)
     assert http.post(TEXT, json=BODIES[TEXT]).status_code == 200
 
 
 def test_a_full_queue_says_when_to_come_back(server: Server, http: httpx2.Client) -> None:
-    long = {**BODIES[TEXT], "max_tokens": 3000, "prompt": "import os", "logit_bias": {"1": -100, "3": -100}}
     scheduler = server.models["tiny"].scheduler
-    sockets = [raw_request(server, json.dumps(long).encode()) for _ in range(16)]
-    until(lambda: scheduler.running == 4 and scheduler.waiting == 12)
-    answer = http.post(CHAT, json=BODIES[CHAT])
-    assert check_refused(answer, (429,))["code"] == "queue_full"
-    assert 1 <= int(answer.headers["Retry-After"]) <= 60
-    other = http.post(TEXT, json={**BODIES[TEXT], "model": "again"})
-    assert other.status_code == 200
-    for one in sockets:
-        one.close()
+    with connections(server, [json.dumps(ENDLESS).encode()] * 16):
+        until(lambda: scheduler.running == 4 and scheduler.waiting == 12)
+        answer = http.post(CHAT, json=BODIES[CHAT])
+        assert check_refused(answer, (429,))["code"] == "queue_full"
+        assert 1 <= int(answer.headers["Retry-After"]) <= 60
+        other = http.post(TEXT, json={**BODIES[TEXT], "model": "again"})
+        assert other.status_code == 200
     until(lambda: scheduler.running == 0)
     assert http.post(CHAT, json=BODIES[CHAT]).status_code == 200
 

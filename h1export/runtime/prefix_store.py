@@ -98,12 +98,12 @@ class PrefixStore:
         with self._lock:
             return self._walk(np.asarray(key, np.int64))[1]
 
-    def add(self, key: Sequence[int], save: Callable[[int], SavedStates]) -> bool:
+    def add(self, key: Sequence[int], states: Callable[[int], SavedStates]) -> bool:
         """Keep the states after ``key``, and return whether they are here now.
 
         Args:
             key: The whole sequence's key.
-            save: Returns the states, with keys and values of the tokens from its argument on. It is not called where
+            states: Returns the states, with keys and values of the tokens from its argument on. It is not called where
                 they are here already, or cannot be kept.
         """
         whole = np.asarray(key, np.int64)
@@ -117,7 +117,7 @@ class PrefixStore:
             while self.nbytes + self._fixed_bytes + (len(whole) - known) * self._token_bytes > self._budget:
                 self._drop(next(iter(self._points)))
                 path, known = self._walk(whole)
-            self._insert(whole, known, save(min(known, len(whole) - 1)))
+            self._insert(whole, known, states(min(known, len(whole) - 1)))
         return True
 
     def clear(self) -> None:

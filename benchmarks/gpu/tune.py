@@ -87,7 +87,7 @@ def measure(shape: Shape, row: ScanTiles, kernel: str, *, device: str) -> float 
         batch, tokens = DRY_PREFILL if dry else PREFILL
     case = Case("ssm_scan", shape, batch, tokens)
     with used((shape.d_head, shape.d_state), row, device):
-        right, failed = checked(case, {"h1export": lambda: contenders.own("ssm_scan")}, device)
+        right, failed = checked(case, {"h1export": lambda: contenders.own("ssm_scan")}, device, name=case.name)
         if not right:
             return failed[0].detail
         inputs = [case.inputs(device, seed) for seed in range(1 if dry else 4)]

@@ -57,7 +57,7 @@ def install(wheels: Path, site: Path) -> None:
         done.touch()
 
 
-def environment(bundle: Path, work: Path, device: str, section: Section | None = None) -> dict[str, str]:
+def environment(bundle: Path, work: Path, device: str, *, section: Section | None = None) -> dict[str, str]:
     """Return the environment variables of a section's process; None is for one that is no section's."""
     tree = bundle / places.TREE
     folders = [str(work / SITE), str(tree / "tools"), str(tree / "benchmarks")]
@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for section in sections:
         limit_s = section.dry_limit_s if args.device == "cpu" else section.limit_s
         print(f"{section.letter}  {section.title} (at most {limit_s} s)", flush=True)
-        environ = environment(bundle, work, args.device, section)
+        environ = environment(bundle, work, args.device, section=section)
         result = run_section(section, bundle, work, device=args.device, environ=environ, limit_s=limit_s)
         finished.append({**result, "run": {**run, "versions": versions(environ)}})
         results.write_json(out / results.section_file(section.letter), finished[-1])

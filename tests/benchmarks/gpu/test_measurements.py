@@ -25,10 +25,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The modules of benchmarks/gpu, which are found from the root."""
     root = Path(__file__).parents[3]
     monkeypatch.syspath_prepend(str(root))
-    from benchmarks.gpu import clock, contenders, kernels, models, results, tune
+    from benchmarks.gpu import ceilings, clock, contenders, kernels, models, results, tune
 
     return SimpleNamespace(
-        clock=clock, contenders=contenders, kernels=kernels, models=models, results=results, tune=tune
+        ceilings=ceilings,
+        clock=clock,
+        contenders=contenders,
+        kernels=kernels,
+        models=models,
+        results=results,
+        tune=tune,
     )
 
 

@@ -66,9 +66,7 @@ def test_the_reference_is_the_recurrence_token_by_token(tokens: int, groups: int
         x = inputs["x"][:, t].double()
         state = state * torch.exp(dt * inputs["A"])[..., None, None] + torch.einsum("bh,bhp,bhn->bhpn", dt, x, b)
         rows.append(torch.einsum("bhpn,bhn->bhp", state, c) + inputs["D"][:, None] * x)
-    for found, expected in zip(
-        section.scan_in_float64(inputs, False), (torch.stack(rows, 1), state), strict=True
-    ):
+    for found, expected in zip(section.scan_in_float64(inputs, False), (torch.stack(rows, 1), state), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -77,7 +75,7 @@ def test_references_of_both_models_take_seconds() -> None:
     begun = time.process_time()
     for shape in plugin_bundle.shapes().values():
         for op in (SCAN, CONV):
-            section.references(op.name, shape, "fp16", max(section.TOKENS))
+            section.references(op.name, shape, "fp16", tokens=max(section.TOKENS))
     assert time.process_time() - begun < 5
 
 

@@ -49,7 +49,18 @@ def files(tree: Path) -> list[str]:
 
 def pytest_command(chosen: Sequence[str], report: Path, marker: str) -> list[str]:
     """Return the call of pytest that writes JUnit's ``report``."""
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", marker, "-o", "junit_family=xunit1", f"--junitxml={report}"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "-m",
+        marker,
+        "-o",
+        "junit_family=xunit1",
+        f"--junitxml={report}",
+    ]
     return [sys.executable, "-m", "pytest", *options, *chosen]
 
 
@@ -97,10 +108,10 @@ def run(host: Host) -> Iterator[Row]:
     workers = WORKERS if not host.dry and find_spec("xdist") else ()
     # a dry run is over the interpreter; test_run.py of the repository collects the GPU tests
     chosen, marker = (DRY, "not gpu") if host.dry else (files(tree), "gpu")
-    yield from tested(host, [*chosen, *workers], marker, STOP_S)
+    yield from tested(host, [*chosen, *workers], marker, stop_s=STOP_S)
 
 
-def tested(host: Host, chosen: Sequence[str], marker: str, stop_s: float) -> Iterator[Row]:
+def tested(host: Host, chosen: Sequence[str], marker: str, *, stop_s: float) -> Iterator[Row]:
     """Yield a row for each test of one call of pytest, and a failure where it did not end by itself."""
     report = host.work / "pytest.xml"
     report.unlink(missing_ok=True)

@@ -177,7 +177,7 @@ def recorded(call: Call, lines: Sequence[str]) -> Row:
 
 
 @lru_cache(maxsize=2)  # a call in place has the inputs of the one before it
-def references(op: str, shape: Shape, dtype: str, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def references(op: str, shape: Shape, dtype: str, *, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return y and the state of a call in float64, each with the same of absolute values, which give its size."""
     scans = op == SCAN.name
     inputs = Call(SCAN if scans else CONV, shape, dtype, tokens, False).inputs()
@@ -194,7 +194,7 @@ def compared(call: Call, lines: Sequence[str], folder: Path) -> Row:
     if call.op is CONV:
         limits = (CONV_TOLERANCE + rounding, 0.0)  # the state is a copy of inputs
     figures = {}
-    for index, (exact, size) in enumerate(references(call.op.name, call.shape, call.dtype, call.tokens)):
+    for index, (exact, size) in enumerate(references(call.op.name, call.shape, call.dtype, tokens=call.tokens)):
         data = (folder / f"out{index}.bin").read_bytes()
         dtype = torch.float32 if index and call.op.kind("state") != "*dtype" else own
         if len(data) != exact.numel() * dtype.itemsize:

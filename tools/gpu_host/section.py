@@ -91,5 +91,5 @@ SECTIONS = (
     Section("d", "artifacts", "validate of the CUDA artifacts, and 512 decode steps", 60, threads=4),
     Section("e", "speed", "kernels and models beside their peers and the roofline", 120, peers=True, threads=4),
     Section("f", "calibration", "GPTQ of the 0.5B shape on the GPU", 75),
-    Section("g", "proxy", "training of the quality proxy", 600, on_demand=True),
+    Section("g", "proxy", "training of the quality proxy", 590, on_demand=True),
 )

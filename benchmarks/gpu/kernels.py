@@ -35,6 +35,7 @@ SUBSET = ("0.5B", "7B")
 DRY = Shape("dry", 2, 32, d_state=64, groups=1)
 DRY_TOKENS = (1, 40)
 CHECKED = (2, 600)  # the largest batch and tokens of the comparison with float64, which goes token by token
+PART_TOKENS = 4096  # of the prompts whose kernels are timed one by one
 MEMORY_SHARE = 0.3  # of the device's memory that one case's inputs, outputs and workspace may take
 PREFILL_SHARE, PREFILL_GAIN, DECODE_SHARE, DECODE_BATCH = 0.6, 1.3, 0.8, 64  # what is required of ours
 
@@ -216,6 +217,20 @@ class Bench:
                 else:
                     yield row
 
+    def parts(self, *, end: float) -> Iterator[Row]:
+        """Yield a row for each scan of PART_TOKENS tokens at batch 1, with the time of each of our kernels alone."""
+        tokens = max(DRY_TOKENS) if self.device == "cpu" else PART_TOKENS
+        for case in self.cases():
+            if case.op == "ssm_scan" and case.tokens == tokens and case.batch in {1, 2} and time.monotonic() < end:
+                calls = contenders.own_kernels(case.inputs(self.device), self.device)
+                rounds = 3 if self.device == "cpu" else 15
+                times = clock.interleaved({name: [call] for name, call in calls.items()}, self.device, rounds=rounds)
+                figures = {f"{name}_us": timing.median * 1e6 for name, timing in times.items()}
+                works = scan_work(case.shape.problem(case.batch, case.tokens))
+                figures |= {f"{name}_bound_us": work.seconds(self.gpu) * 1e6 for name, work in works.items()}
+                detail = "dry run: no figure" if self.device == "cpu" else ""
+                yield Row(f"{case.name}: each kernel of h1export", None, figures, detail)
+
     def peers(self, *, end: float) -> Iterator[Row]:
         """Yield the rows of each case beside its peers, and of each that was not timed so and falls short."""
         for case in self.cases():
@@ -265,6 +280,7 @@ def run(device: str, *, full: bool = False, budget: float = 60.0, profile: Path 
     yield ceilings_row(measured, device)
     bench = Bench(device, measured.gpu, full, profile)
     yield from bench.own(end=end)
+    yield from bench.parts(end=end)
     yield from bench.peers(end=end)
 
 

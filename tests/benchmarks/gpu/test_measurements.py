@@ -140,6 +140,14 @@ def test_whole_models_agree_and_are_timed(gpu: SimpleNamespace, tmp_path: Path) 
     assert all(row["detail"] == "dry run: no figure" for row in timed)
 
 
+def test_the_first_candidates_fit_each_shape_that_is_timed(gpu: SimpleNamespace) -> None:
+    for sizes in ((64, 128), (128, 256)):  # of section e's 0.5B and 7B
+        for kernel, tiles in gpu.tune.FIRST.items():
+            made = gpu.tune.first(TILES[sizes], sizes, kernel)
+            assert len(made) == len(tiles)
+            assert all(gpu.tune.fits(each, sizes) and each != TILES[sizes] for each in made)
+
+
 def test_neighbours_fit_and_differ(gpu: SimpleNamespace) -> None:
     for sizes, row in TILES.items():
         assert gpu.tune.fits(row, sizes)

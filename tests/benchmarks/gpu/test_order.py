@@ -73,6 +73,23 @@ def test_what_begins_after_the_end_is_named(gpu: SimpleNamespace, monkeypatch: p
     assert {row.detail for row in rows} == {"left out: the time was over"}
 
 
+def test_each_kernel_of_a_prompt_is_timed_alone(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called in their order on one workspace, the kernels leave what the whole scan computes."""
+    import torch
+
+    (row,) = gpu.kernels.Bench("cpu", GPU).parts(end=math.inf)
+    kernels = ("chunk_state", "state_passing", "chunk_scan")
+    assert set(row.figures) == {f"{name}{what}_us" for name in kernels for what in ("", "_bound")}
+    case = next(case for case in gpu.kernels.cases(True, full=False) if case.op == "ssm_scan" and case.tokens > 1)
+    inputs = case.inputs("cpu")
+    calls = gpu.kernels.contenders.own_kernels(inputs, "cpu")
+    assert tuple(calls) == kernels
+    tensors = calls["chunk_scan"].args[1]
+    y, state = gpu.kernels.contenders.own("ssm_scan").call({**inputs, "state": inputs["state"].clone()})
+    assert torch.equal(tensors["y"], y)
+    assert torch.equal(tensors["new_state"], state)
+
+
 class Config:
     """What Triton's autotuner reads of a configuration, and the seconds that it takes to compile and to run."""
 

@@ -166,6 +166,23 @@ def test_the_page_is_what_the_results_say(tmp_path: Path) -> None:
         page.committed(tmp_path)
 
 
+def test_the_page_tells_what_failed_why_and_what_limits_a_figure(tmp_path: Path) -> None:
+    why = "H1ExportError: | onnxruntime " + "is not what it should be " * 20
+    failing = [{"name": f"test{n}", "passed": False, "figures": {}, "detail": f"{why}\nin a file"} for n in range(3)]
+    slow = {"name": "prefill", "passed": False, "figures": {"median_us": 9.0, "roofline_share": 0.3}, "detail": "alone"}
+    sections = [section(letter="b", rows=failing), section(state="timeout", rows=[slow]), section(letter="g")]
+    text = "".join(f"<!-- {name} -->\n<!-- end -->\n" for name in ("ran", "failed", "figures"))
+    filled = page.filled(text, sections)
+    assert "| not passed: 0 of 3 rows |" in filled
+    assert "| killed at its limit of 9 s: 0 of 1 rows |" in filled
+    assert "- b, 3 rows, such as test0: H1ExportError: \\| onnxruntime is not" in filled
+    assert "- e, 1 rows, such as prefill: less than the share" in filled
+    assert "| e | prefill | median\\_us 9, roofline\\_share 0.3 | alone | H100 | 2027-01-02 |" in filled
+    assert "| g | scan | median\\_us 12.5 |" in filled
+    assert max(map(len, filled.splitlines())) < 300
+    assert page.filled(filled, sections) == filled
+
+
 def gpu_tests(*paths: str) -> set[str]:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *paths]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

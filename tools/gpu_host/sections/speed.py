@@ -34,7 +34,9 @@ def run(host: Host) -> Iterator[Row]:
         measured = ceilings.measure(host.device)
         yield kernels.ceilings_row(measured, host.device)
         bench = kernels.Bench(host.device, measured.gpu)
-        yield from bench.own(end=math.inf if host.dry else start + OWN_S)
+        own_end = math.inf if host.dry else start + OWN_S
+        yield from bench.own(end=own_end)
+        yield from bench.parts(end=own_end)
     artifacts = []
     for quant in bundle.QUANTS:
         try:

@@ -62,11 +62,12 @@ class Inverse:
     correction: Tensor | None
 
 
-def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
+def invert(moments: Tensor, name: str, drift: Tensor | None = None, *, damping: float = DAMPING) -> Inverse:
     """Returns the Inverse of ``moments``, float64 [columns, columns]: the sum of x x^T over inputs x, on any scale.
 
     ``drift``, float64 [columns, columns] on the same scale, is the sum of (t - x) x^T; t is the float input of the
-    position whose quantised input is x.
+    position whose quantised input is x. ``damping`` is the share of the mean second moment that is added to the
+    diagonal: the larger it is, the less a weight may move away from itself for the sake of outputs.
 
     Raises:
         H1ExportError: moments that are not finite; ``name`` names the weight.
@@ -78,15 +79,15 @@ def invert(moments: Tensor, name: str, drift: Tensor | None = None) -> Inverse:
             "are not finite on the calibration text",
             "use --method rtn, and check the checkpoint",
         )
-    damping = DAMPING * float(diagonal.mean()) or 1.0  # where all inputs are zero, weights are rounded to nearest
+    added = damping * float(diagonal.mean()) or 1.0  # where all inputs are zero, weights are rounded to nearest
     order = torch.argsort(diagonal, descending=True, stable=True)
     damped = moments[order][:, order]
-    damped.diagonal().add_(damping)
+    damped.diagonal().add_(added)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     upper = torch.linalg.cholesky(inverse, upper=True)
     if not upper.is_cpu:
         upper = upper.contiguous()  # the kernel reads its rows
-    importance = (diagonal + damping).float()
+    importance = (diagonal + added).float()
     own = moments.float()
     own.diagonal().copy_(importance)
     correction = None if drift is None else (drift[:, order] @ inverse).float()[:, torch.argsort(order)].contiguous()

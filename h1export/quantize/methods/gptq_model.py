@@ -43,7 +43,7 @@ from h1export.progress import Progress
 from h1export.quantize.device import CPU_DEVICE, ComputeDevice
 from h1export.quantize.grid import OwnTensor
 from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, weights_by_input
-from h1export.quantize.methods.gptq import Inverse, invert, solve_rows
+from h1export.quantize.methods.gptq import DAMPING, Inverse, invert, solve_rows
 from h1export.quantize.methods.gptq_grid import solve_own_rows
 from h1export.quantize.methods.head_groups import InputPair, group_head
 from h1export.quantize.methods.moments import Moments
@@ -52,6 +52,9 @@ from h1export.quantize.source import QuantizedWeights
 
 WORK = f"{SCRATCH}/gptq"  # the file of integers and activations, relative to the stage
 UNWEIGHTED_SHARE = 0.5  # weight of the moments of all positions, beside those weighted for a group of the head's rows
+# Of a head that is the embedding too: its rows are also inputs, so they may not move far for the sake of the logits. On
+# the proxy of benchmarks/, 0.5 to 4 give nearly the same divergence, and DAMPING gives more than plain rounding.
+TIED_DAMPING = 2.0
 SOLVE_BYTES = 16 << 20  # bytes of the float32 rows that a thread solves at a time
 ALIGN = 64
 
@@ -278,7 +281,8 @@ class _Solver:
         moments = Moments.zero(head.shape[1], self._device)
         for sequence_weights, inputs in zip(weights, self._head_inputs(), strict=True):
             moments.add(*inputs(), sequence_weights)
-        inverse = _inverse(moments.mixed(unweighted, UNWEIGHTED_SHARE), self._head)
+        damping = TIED_DAMPING if self._config.tie_word_embeddings else DAMPING
+        inverse = _inverse(moments.mixed(unweighted, UNWEIGHTED_SHARE), self._head, damping)
         step = max(1, SOLVE_BYTES // (4 * head.shape[1]))
         parts = [rows[start : start + step] for start in range(0, len(rows), step)]
         found = [
@@ -342,8 +346,8 @@ class _Solver:
         return self._float_weight(tensor) if found is None else found
 
 
-def _inverse(moments: Moments, name: str) -> Inverse:
-    return invert(moments.own, name, moments.drift)
+def _inverse(moments: Moments, name: str, damping: float = DAMPING) -> Inverse:
+    return invert(moments.own, name, moments.drift, damping=damping)
 
 
 # The functions below make what WeightFile.write takes: calls that return a block of rows for each of its extents. They

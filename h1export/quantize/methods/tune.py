@@ -18,14 +18,14 @@ Tensors in a target's own format stay as the method has solved them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from h1export.artifact.journal import SCRATCH
@@ -172,16 +172,16 @@ class _Tuner:
         saved.unlink(missing_ok=True)
         return errors
 
-    def _save(self, file: os.PathLike[str], updates: int) -> None:
+    def _save(self, file: Path, updates: int) -> None:
         """Write what a later build needs to go on after so many ``updates``."""
         state = {f"{name}:{kind}": v for name, values in self._values.items() for kind, v in values.state.items()}
-        part = f"{os.fspath(file)}.part"
-        save_file({**state, "updates": torch.tensor(updates)}, part)
-        os.replace(part, file)
+        part = file.with_suffix(".part")
+        part.write_bytes(save({**state, "updates": torch.tensor(updates)}))
+        part.replace(file)
 
-    def _load(self, file: os.PathLike[str]) -> int:
+    def _load(self, file: Path) -> int:
         """Returns how many updates an earlier build has saved, and takes its values; 0 where there are none."""
-        if not os.path.exists(file):
+        if not file.is_file():
             return 0
         state = load_file(file)
         for name, values in self._values.items():

@@ -16,5 +16,11 @@ def __getattr__(name: str) -> Any:
     if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, inside = LAZY[name]
-    found = import_module(module)
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as error:
+        errors = import_module("h1export.errors")
+        if error.name in errors.BUILDERS:
+            raise errors.builder_missing(error) from None
+        raise
     return getattr(found, inside) if inside else found

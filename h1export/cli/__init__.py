@@ -38,7 +38,7 @@ from h1export.cli.streams import READER_GONE, ReaderGoneError, guarded_streams
 from h1export.cli.trace import trace
 from h1export.cli.trt import trt
 from h1export.cli.validate import validate
-from h1export.errors import MOST_SHOWN, H1ExportError, shortened
+from h1export.errors import BUILDERS, MOST_SHOWN, H1ExportError, builder_missing, shortened
 from h1export.writing import FULL
 
 FAILED = 2
@@ -150,6 +150,8 @@ def _message(error: BaseException) -> str:
     """Return the line that the user reads: where, what is wrong, and the next step."""
     if isinstance(error, H1ExportError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in BUILDERS:
+        return str(builder_missing(error))
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return "interrupted"
     if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""Time calls on a GPU in turns, and measure the two ceilings of the roofline: memory bandwidth and matrix products.
+"""Time calls on a GPU in turns.
 
 A call is timed with CUDA events around a CUDA graph of several calls on different inputs, so that neither the launches
 on the CPU nor the L2 cache count; a call that a graph cannot capture is launched one by one. In a dry run on a CPU the
@@ -14,12 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from roofline import Gpu
 
 Call = Callable[[], Any]
 CACHED = 1 << 28  # bytes of inputs, several times an L2 cache of 50 MB
-COPY = 1 << 30  # bytes that the copy for the bandwidth reads, and again writes
-PRODUCT = 8192  # rows and columns of the matrices for the compute ceiling
 
 
 @dataclass(frozen=True)
@@ -103,28 +100,6 @@ def summary(values: Sequence[float], launched: str) -> Timing:
     """Return the median and the quartiles of samples in seconds."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return Timing(median, low, high, launched)
-
-
-def ceilings(device: str) -> Gpu:
-    """Measure the peaks of this device: bytes per second of a copy, and operations per second of a bf16 product."""
-    dry = device == "cpu"
-    count = COPY // 2 if not dry else 1 << 16
-    size = PRODUCT if not dry else 64
-    source = torch.randn(count, device=device, dtype=torch.bfloat16)
-    target = torch.empty_like(source)
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    b = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    out = torch.empty_like(a)
-    calls = {"copy": [lambda: target.copy_(source)], "product": [lambda: torch.mm(a, b, out=out)]}
-    times = interleaved(calls, device, rounds=3 if dry else 15)
-    copied = 2 * source.numel() * source.element_size()
-    major, minor = (0, 0) if dry else torch.cuda.get_device_capability()
-    return Gpu(
-        device_name(device),
-        10 * major + minor,
-        copied / times["copy"].median,
-        tensor=2 * size**3 / times["product"].median,
-    )
 
 
 def device_name(device: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -118,6 +119,37 @@ def own(op: str) -> Contender:
         lambda ready: launch(**ready, **limits, new_state=ready["state"]),
         lambda answer, ready, inputs: answer,
     )
+
+
+def own_kernels(inputs: Inputs, device: str) -> dict[str, Callable[[], Any]]:
+    """Return a call of each kernel alone that our scan of many tokens launches, by name.
+
+    The order of the launches fills the workspace, so every call has the values that it has within the scan.
+    """
+    launch = import_module("h1export.plugins.ssm_scan.launch")
+    kernel = import_module("h1export.plugins.gpu.kernel")
+    names = import_module("h1export.plugins.gpu.device")
+    batch, tokens, heads, d_head = inputs["x"].shape
+    groups, d_state = inputs["B"].shape[2:]
+    problem = launch.Problem(
+        batch,
+        tokens,
+        heads,
+        groups=groups,
+        d_head=d_head,
+        d_state=d_state,
+        dtype=kernel.DTYPES[inputs["x"].dtype],
+        dt_min=0.0,
+        dt_max=float("inf"),
+        device_name=names.name(inputs["x"].device),
+    )
+    made = {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in problem.workspace().items()}
+    tensors = {**inputs, **made, "y": torch.empty_like(inputs["x"]), "new_state": torch.empty_like(inputs["state"])}
+    calls = {}
+    for each in launch.launches(problem):
+        calls[each.kernel.name] = partial(kernel.run, (each,), tensors)
+        calls[each.kernel.name]()
+    return calls
 
 
 def _mamba_update(inputs: Inputs) -> Inputs:

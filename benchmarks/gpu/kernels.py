@@ -4,32 +4,38 @@
 
 Every contender's result is compared with a float64 recurrence first; one that is wrong or does not run gets a row with
 the reason and no time. The share of the roofline is the time that the bytes and operations of tools/roofline.py take at
-the ceilings measured on this device, over the time measured; one bound serves every contender. Without --full, the
-0.5B and 7B shapes run at batch 1, 8 and 64, and what the budget leaves out gets a row that says so.
+the ceilings measured on this device, over the time measured; one bound serves every contender. Ours is timed alone in
+every case first, and then in turns with the peers, whose autotuning is bounded. Without --full, the 0.5B and 7B shapes
+run at batch 1, 8 and 64, and what the budget leaves out gets a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.gpu import clock, contenders, profiling, results
+from benchmarks.gpu import ceilings, clock, contenders, profiling, results, tuning
+from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.contenders import Contender, Inputs, Makers, Result
+from benchmarks.gpu.tuning import Tuned
 from gpu_host.section import Row
 from roofline import PUBLISHED, Gpu, Shape, Work, conv_work, scan_work
 
+OURS, BESIDE = "h1export", " beside peers"
 BATCHES = (1, 8, 64)
 TOKENS = (1, 512, 4096, 16384)
 SUBSET = ("0.5B", "7B")
 DRY = Shape("dry", 2, 32, d_state=64, groups=1)
 DRY_TOKENS = (1, 40)
 CHECKED = (2, 600)  # the largest batch and tokens of the comparison with float64, which goes token by token
+PART_TOKENS = 4096  # of the prompts whose kernels are timed one by one
 MEMORY_SHARE = 0.3  # of the device's memory that one case's inputs, outputs and workspace may take
 PREFILL_SHARE, PREFILL_GAIN, DECODE_SHARE, DECODE_BATCH = 0.6, 1.3, 0.8, 64  # what is required of ours
 
@@ -88,36 +94,29 @@ def too_large(case: Case, device: str) -> str:
     return f"left out: about {needed >> 20} MiB of {limit >> 20} MiB" if needed > limit else ""
 
 
-def checked(case: Case, makers: Makers, device: str) -> tuple[dict[str, Contender], list[Row]]:
-    """Return the contenders that are right, and a row with the reason for each other one."""
+def checked(case: Case, makers: Makers, device: str, *, name: str) -> tuple[dict[str, Contender], list[Row]]:
+    """Return the contenders that are right, and a row, whose name begins with ``name``, for each other one."""
     small = replace(case, batch=min(case.batch, CHECKED[0]), tokens=min(case.tokens, CHECKED[1]))
     inputs = small.inputs(device)
     expected = small.reference(inputs)
     right: dict[str, Contender] = {}
     rows: list[Row] = []
-    for name, make in makers.items():
-        required = False if name == "h1export" else None
+    for each, make in makers.items():
+        required = False if each == OURS else None
         try:
             contender = make()
             ready = contender.prepare(inputs)
             result = contender.finish(contender.call(ready), ready, inputs)
         except (Exception, SystemExit) as why:  # a peer may raise anything when it is imported or compiled
-            rows.append(
-                Row(f"{case.name}: {name}", required, detail=f"does not run: {type(why).__name__}: {first_line(why)}")
-            )
+            detail = f"does not run: {type(why).__name__}: {first_line(why)}"
+            rows.append(Row(f"{name}: {each}", required, detail=detail))
             continue
         found = contenders.error(result, expected)
         if found <= contenders.SCAN_TOLERANCE:
-            right[name] = contender
+            right[each] = contender
         else:
-            rows.append(
-                Row(
-                    f"{case.name}: {name}",
-                    False if required is False else None,
-                    {"relative_error": found},
-                    "wrong against the float64 reference, so not timed",
-                )
-            )
+            detail = "wrong against the float64 reference, so not timed"
+            rows.append(Row(f"{name}: {each}", required, {"relative_error": found}, detail))
     return right, rows
 
 
@@ -132,13 +131,25 @@ def bound_call(contender: Contender, inputs: Inputs) -> Callable[[], Any]:
     return lambda: contender.call(ready)
 
 
-def case_rows(case: Case, gpu: Gpu, device: str, *, makers: Makers | None = None) -> Iterator[Row]:
-    """Yield a row for every contender of a case."""
+def case_rows(
+    case: Case, gpu: Gpu, device: str, *, makers: Makers | None = None, beside: str = "", tuned: Tuned | None = None
+) -> Iterator[Row]:
+    """Yield a row for every contender of a case.
+
+    Args:
+        case: what is timed.
+        gpu: the ceilings.
+        device: "cuda", or "cpu" for a dry run.
+        makers: the contenders; None for all.
+        beside: what follows the case's name in the names of the rows.
+        tuned: what a limit left out of the peers' autotuning.
+    """
+    name = f"{case.name}{beside}"
     if reason := too_large(case, device):
-        yield Row(case.name, detail=reason)
+        yield Row(name, detail=reason)
         return
     available = makers if makers is not None else contenders.makers(case.op, case.tokens == 1)
-    right, failed = checked(case, available, device)
+    right, failed = checked(case, available, device, name=name)
     yield from failed
     if not right:
         return
@@ -147,8 +158,8 @@ def case_rows(case: Case, gpu: Gpu, device: str, *, makers: Makers | None = None
     calls = {name: [bound_call(contender, each) for each in inputs] for name, contender in right.items()}
     times = clock.interleaved(calls, device, rounds=3 if device == "cpu" else 15)
     bound = case.bound_seconds(gpu)
-    best_peer = min((timing.median for name, timing in times.items() if name != "h1export"), default=None)
-    for name, timing in times.items():
+    best_peer = min((timing.median for peer, timing in times.items() if peer != OURS), default=None)
+    for contender, timing in times.items():
         share = bound / timing.median
         figures = timing.figures() | {
             "roofline_share": share,
@@ -157,11 +168,12 @@ def case_rows(case: Case, gpu: Gpu, device: str, *, makers: Makers | None = None
             "counted_operations": sum(work.operations for work in case.works()),
         }
         passed = None
-        if name == "h1export":
+        detail = "" if contender == OURS or tuned is None else tuned.note
+        if contender == OURS:
             gain = best_peer / timing.median if best_peer is not None else None
             figures["times_faster_than_best_peer"] = gain
             passed = met(case, share, gain) if device != "cpu" else None
-        yield Row(f"{case.name}: {name}", passed, figures, "dry run: no figure" if device == "cpu" else "")
+        yield Row(f"{name}: {contender}", passed, figures, "dry run: no figure" if device == "cpu" else detail)
 
 
 def met(case: Case, share: float, gain: float | None) -> bool | None:
@@ -173,8 +185,89 @@ def met(case: Case, share: float, gain: float | None) -> bool | None:
     return share >= DECODE_SHARE if case.batch == DECODE_BATCH else None
 
 
+@dataclass
+class Bench:
+    """The cases, timed in two passes: ours first, so that what is required has figures, then beside the peers.
+
+    Attributes:
+        device: "cuda", or "cpu" for a dry run.
+        gpu: the measured ceilings.
+        full: all published shapes instead of two.
+        profile: the folder for the profiles of what falls short; None for none.
+        undecided: rows of ours below the share that is required, which a gain over the peers may still replace.
+    """
+
+    device: str
+    gpu: Gpu
+    full: bool = False
+    profile: Path | None = None
+    undecided: dict[Case, Row] = field(default_factory=dict)
+
+    def cases(self) -> list[Case]:
+        """Return the cases in their order."""
+        return cases(self.device == "cpu", full=self.full)
+
+    def own(self, *, end: float) -> Iterator[Row]:
+        """Yield a row for each case that begins before time.monotonic() ``end``, of ours alone."""
+        for case in self.cases():
+            for row in self._timed(case, end=end, tuned=None, beside=""):
+                if row.passed is False and case.tokens > 1 and "median_us" in row.figures:
+                    self.undecided[case] = row
+                    yield replace(row, passed=None, detail=f"below {PREFILL_SHARE}: judged beside its peers")
+                else:
+                    yield row
+
+    def parts(self, *, end: float) -> Iterator[Row]:
+        """Yield a row for each scan of PART_TOKENS tokens at batch 1, with the time of each of our kernels alone."""
+        tokens = max(DRY_TOKENS) if self.device == "cpu" else PART_TOKENS
+        for case in self.cases():
+            if case.op == "ssm_scan" and case.tokens == tokens and case.batch in {1, 2} and time.monotonic() < end:
+                calls = contenders.own_kernels(case.inputs(self.device), self.device)
+                rounds = 3 if self.device == "cpu" else 15
+                times = clock.interleaved({name: [call] for name, call in calls.items()}, self.device, rounds=rounds)
+                figures = {f"{name}_us": timing.median * 1e6 for name, timing in times.items()}
+                works = scan_work(case.shape.problem(case.batch, case.tokens))
+                figures |= {f"{name}_bound_us": work.seconds(self.gpu) * 1e6 for name, work in works.items()}
+                detail = "dry run: no figure" if self.device == "cpu" else ""
+                yield Row(f"{case.name}: each kernel of h1export", None, figures, detail)
+
+    def peers(self, *, end: float) -> Iterator[Row]:
+        """Yield the rows of each case beside its peers, and of each that was not timed so and falls short."""
+        for case in self.cases():
+            with tuning.limited(end=end) as tuned:
+                for row in self._timed(case, end=end, tuned=tuned, beside=BESIDE):
+                    if row.name.endswith(f": {OURS}"):
+                        self.undecided.pop(case, None)
+                    yield row
+        for case, row in self.undecided.items():
+            yield replace(row, name=f"{case.name}{BESIDE}: {OURS}", detail=f"below {PREFILL_SHARE}; no peer was timed")
+
+    def _timed(self, case: Case, *, end: float, tuned: Tuned | None, beside: str) -> Iterator[Row]:
+        """Yield the rows of a case, of all contenders where ``tuned`` tells of the peers, else of ours alone."""
+        if time.monotonic() > end:
+            yield Row(f"{case.name}{beside}", detail="left out: the time was over")
+            return
+        ours: Makers | None = {OURS: partial(contenders.own, case.op)} if tuned is None else None
+        try:
+            for row in case_rows(case, self.gpu, self.device, makers=ours, beside=beside, tuned=tuned):
+                yield row
+                if self.profile is not None and row.passed is False and "median_us" in row.figures:
+                    call = bound_call(contenders.own(case.op), case.inputs(self.device))
+                    profiling.write(self.profile, case.name, call, device=self.device)
+        except torch.OutOfMemoryError as why:
+            yield Row(f"{case.name}{beside}", detail=f"left out: {first_line(why)}")
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+
+
+def ceilings_row(measured: Ceilings, device: str) -> Row:
+    """Return the row of the ceilings."""
+    detail = "dry run: no figure" if device == "cpu" else ""
+    return Row(f"ceilings of {measured.gpu.name}", figures=measured.figures(), detail=detail)
+
+
 def run(device: str, *, full: bool = False, budget: float = 60.0, profile: Path | None = None) -> Iterator[Row]:
-    """Yield the ceilings, then the rows of every case until ``budget`` seconds are over.
+    """Yield the ceilings, then the rows of every case until ``budget`` seconds are over, ours alone first.
 
     Args:
         device: "cuda", or "cpu" for a dry run.
@@ -183,23 +276,12 @@ def run(device: str, *, full: bool = False, budget: float = 60.0, profile: Path 
         profile: the folder for the profiles of what falls short; None for none.
     """
     end = time.monotonic() + budget
-    gpu = clock.ceilings(device)
-    figures: Mapping[str, Any] = {"bandwidth_bytes_per_s": gpu.bandwidth, "bf16_operations_per_s": gpu.tensor}
-    yield Row(f"ceilings of {gpu.name}", figures=figures, detail="dry run: no figure" if device == "cpu" else "")
-    for case in cases(device == "cpu", full=full):
-        if time.monotonic() > end:
-            yield Row(case.name, detail=f"left out: the budget of {budget:g} s was over")
-            continue
-        try:
-            for row in case_rows(case, gpu, device):
-                yield row
-                if profile is not None and row.passed is False and "median_us" in row.figures:
-                    inputs = case.inputs(device)
-                    profiling.write(profile, case.name, bound_call(contenders.own(case.op), inputs), device=device)
-        except torch.OutOfMemoryError as why:
-            yield Row(case.name, detail=f"left out: {first_line(why)}")
-        if device != "cpu":
-            torch.cuda.empty_cache()
+    measured = ceilings.measure(device)
+    yield ceilings_row(measured, device)
+    bench = Bench(device, measured.gpu, full, profile)
+    yield from bench.own(end=end)
+    yield from bench.parts(end=end)
+    yield from bench.peers(end=end)
 
 
 def main() -> None:

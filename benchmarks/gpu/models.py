@@ -12,6 +12,7 @@ twice the bound.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.gpu import clock, results
+from benchmarks.gpu import ceilings, clock, results
 from benchmarks.gpu.kernels import BATCHES, first_line
 from benchmarks.make_checkpoint import config as shape_config
 from gpu_host import dry
@@ -43,6 +44,7 @@ DRY_PREFILLS: Mapping[int, Sequence[int]] = {DRY_DEPTH: (1,), 20: (1,)}
 INT4_SHARE = 0.5  # of the bound, which captured decode of int4 at batch 1 is required to reach
 TOLERANCE = 5e-2  # of the largest logit, between two implementations in fp16
 STEPS, ROUNDS = 16, 5
+SESSIONS_SHARE = 0.6  # of the budget, after which no session of ONNX Runtime begins
 THEIR_KERNELS = ("mamba_ssm", "causal_conv1d")  # packages whose kernels transformers takes where they are installed
 COMPILE_S = 45  # torch.compile is left out when fewer seconds are left
 
@@ -239,15 +241,18 @@ def compiled_rows(models: Models, batch: int, depth: int, *, bound: float, name:
         yield Row(name, detail=f"does not run: {type(why).__name__}: {first_line(why)}")
 
 
-def artifact_rows(folder: Path, gpu: Gpu, device: str) -> Iterator[Row]:
-    """Yield the decode of an artifact at every batch, its kernels launched one by one, and in a captured CUDA graph.
+def artifact_rows(folder: Path, gpu: Gpu, device: str, *, end: float = math.inf) -> Iterator[Row]:
+    """Yield the decode of an artifact at every batch, in a captured CUDA graph, and its kernels launched one by one.
 
-    The bound counts the bytes of its weight file.
+    The bound counts the bytes of its weight file. No session begins after time.monotonic() ``end``.
     """
     artifact = Artifact.open(folder)
     weights = sum(file.stat().st_size for file in folder.glob("*.data"))
     int4 = any(weight.bits == 4 for weight in artifact.manifest.weights)
-    for launched, each in (("launched", artifact), ("captured", captured(artifact))):
+    for launched, each in (("captured", captured(artifact)), ("launched", artifact)):
+        if time.monotonic() > end:
+            yield Row(f"decode {folder.name} {launched}", detail="left out: the time of the sessions was over")
+            continue
         runner = load_runner(each)
         for batch in BATCHES if device != "cpu" else (1,):
             name = f"decode {folder.name} batch {batch}"
@@ -290,10 +295,11 @@ def run(device: str, artifacts: Sequence[Path] = (), *, budget: float = 50.0, gp
         gpu: the measured ceilings; None measures them.
     """
     end = time.monotonic() + budget
-    gpu = gpu or clock.ceilings(device)
+    gpu = gpu or ceilings.measure(device).gpu
+    sessions_end = time.monotonic() + SESSIONS_SHARE * budget
     for folder in artifacts:
         try:
-            yield from artifact_rows(folder, gpu, device)
+            yield from artifact_rows(folder, gpu, device, end=sessions_end)
         except Exception as why:  # a row must not end the section
             passed = None if device == "cpu" and dry.has_no_kernel(why) else False
             yield Row(f"decode {folder.name}", passed, detail=f"does not run: {type(why).__name__}: {first_line(why)}")

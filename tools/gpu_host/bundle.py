@@ -2,7 +2,9 @@
 
 - tree/: tests, tools, benchmarks and pyproject.toml of the commit
 - wheels/: what the host's Python lacks
+- peers/: the wheels of what section e compares the kernels with; no other section sees them
 - artifacts/: built artifacts: embedded-int4, embedded-none, shape-int4, shape-none
+- text/: the tokens on which section g trains the proxy, as `tools/train_proxy.py text` writes them, and compressed
 - plugin/: the TensorRT plugin with machine code of sm_90a, and its test driver, as plugin_bundle.py writes them
 - bundle.json: what pack.py was told, and what it made
 """
@@ -19,6 +21,8 @@ FILE = "bundle.json"
 FORMAT = 1
 TREE = "tree"
 WHEELS = "wheels"
+PEERS = "peers"
+TEXT = "text"
 ARTIFACTS = "artifacts"
 PLUGIN = "plugin"
 MODELS = ("embedded", "shape")  # the trained model inside h1export; the random one of bundle.json's "shape"

@@ -3,7 +3,8 @@
     python tools/gpu_host/pack.py /path/to/parts
 
 Groups: core (tests, tools, wheels, the embedded model, the TensorRT plugin), onnxruntime (onnxruntime-gpu), shape (the
-artifacts of the 0.5B shape; without their data files, which run.py makes again from the seed, unless --shape whole).
+artifacts of the 0.5B shape; without their data files, which run.py makes again from the seed, unless --shape whole),
+and with --text the group text (the tokens on which section g trains the proxy).
 docs/gpu.md has the way of a bundle.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -31,6 +33,7 @@ PART_MB = 40
 GROUPS = ("core", "onnxruntime", "shape")
 TREE = ("tests/", "tools/", "benchmarks/", "pyproject.toml")
 GENERATED = "model.onnx.data"
+TOKENS = "train.u16"
 
 
 def git(*arguments: str) -> str:
@@ -93,6 +96,23 @@ def shape(args: argparse.Namespace, scratch: Path) -> dict[str, Path]:
     return files
 
 
+def text(work: Path, scratch: Path) -> dict[str, Path]:
+    """Return the files of the group text, from the folder of `train_proxy.py text`; the tokens are compressed.
+
+    Raises:
+        SystemExit: the folder has no text.
+    """
+    folder = work / bundle.TEXT
+    tokens = folder / TOKENS
+    if not tokens.is_file():
+        raise SystemExit(f"pack: {tokens}: is not there; run tools/train_proxy.py text {work}")
+    packed = scratch / f"{TOKENS}.xz"
+    with tokens.open("rb") as plain, lzma.open(packed, "wb") as stream:
+        shutil.copyfileobj(plain, stream, 1 << 20)
+    others = {name: path for name, path in below(folder, bundle.TEXT).items() if path != tokens}
+    return others | {f"{bundle.TEXT}/{packed.name}": packed}
+
+
 def pack(args: argparse.Namespace, groups: Sequence[str], out: Path) -> None:
     """Write the parts of ``groups``, index.json and join.py into the new folder ``out``."""
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
@@ -107,8 +127,10 @@ def pack(args: argparse.Namespace, groups: Sequence[str], out: Path) -> None:
                 found[group] = core(args, scratch, own)
             elif group == "onnxruntime":
                 found[group] = runtime
-            else:
+            elif group == "shape":
                 found[group] = shape(args, scratch)
+            else:
+                found[group] = text(args.text, scratch)
         facts = {
             "format": bundle.FORMAT,
             "revision": revision(),
@@ -145,6 +167,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="0.5B", help="a shape of benchmarks/make_checkpoint.py")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--seed", type=int, default=0, help="of the random checkpoint")
+    parser.add_argument(
+        "--text", type=Path, metavar="WORK", help="a folder of tools/train_proxy.py, for the group text"
+    )
     parser.add_argument("--part-mb", type=float, default=PART_MB, help="the largest part, in MB")
     parser.add_argument("--host", type=Path, default=wheels.HOST, help="what the host's Python has, as pip freezes it")
     parser.add_argument("--scratch", type=Path, help="folder for temporary files")
@@ -159,10 +184,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not 0 < args.part_mb <= PART_MB:
         print(f"pack: --part-mb {args.part_mb}: give more than 0 and at most {PART_MB}", file=sys.stderr)
         return 2
+    if args.text is not None:
+        groups.append("text")
     if args.out.exists():
         print(f"pack: {args.out}: exists; give a new folder", file=sys.stderr)
         return 2
-    pack(args, groups, args.out.absolute())
+    try:
+        pack(args, groups, args.out.absolute())
+    except SystemExit as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0
 
 

@@ -30,8 +30,10 @@ from gpu_host import bundle as places  # noqa: E402
 from gpu_host import results  # noqa: E402
 from gpu_host.section import SECTIONS, Section  # noqa: E402
 
+SITE, PEERS_SITE = "site", "site-peers"  # folders of the work folder into which wheels are unpacked
 LOG_CHARACTERS = 4000  # of a section's output, from its end
 NAMED = ("torch", "triton", "transformers", "onnx", "onnx-ir", "onnxruntime-gpu", "onnxruntime", "h1export")
+NAMED += ("mamba-ssm", "fla-core")
 QUERY = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0")
 
 
@@ -55,13 +57,17 @@ def install(wheels: Path, site: Path) -> None:
         done.touch()
 
 
-def environment(bundle: Path, work: Path, device: str) -> dict[str, str]:
-    """Return the environment variables of a section's process."""
+def environment(bundle: Path, work: Path, device: str, *, section: Section | None = None) -> dict[str, str]:
+    """Return the environment variables of a section's process; None is for one that is no section's."""
     tree = bundle / places.TREE
-    folders = [str(work / "site"), str(tree / "tools"), str(tree / "benchmarks")]
+    folders = [str(work / SITE), str(tree / "tools"), str(tree / "benchmarks")]
+    if section is not None and section.peers:
+        folders.append(str(work / PEERS_SITE))
+    threads = {} if section is None or section.threads is None else {"OMP_NUM_THREADS": str(section.threads)}
     inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     return {
         **os.environ,
+        **threads,
         "PYTHONPATH": os.pathsep.join([*folders, *inherited]),
         "TRITON_INTERPRET": "1" if device == "cpu" else "0",
         "HF_HUB_OFFLINE": "1",
@@ -70,24 +76,28 @@ def environment(bundle: Path, work: Path, device: str) -> dict[str, str]:
 
 
 def facts(bundle: Path, device: str, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the run is of: device, driver, CUDA, date, revision and versions."""
+    """Return what the run is of, without versions: device, driver, CUDA, date and revision."""
     name, driver = "CPU", ""
     if device == "cuda":
         shown = subprocess.run(QUERY, capture_output=True, text=True, check=False).stdout.strip().split(", ")
         name, driver = (*shown, "", "")[:2]
     code = "import torch; print(torch.version.cuda or '')"
     asked = subprocess.run([sys.executable, "-c", code], env=dict(environ), capture_output=True, text=True, check=False)
-    site = [entry for entry in environ["PYTHONPATH"].split(os.pathsep) if entry]
-    found = {dist.name.lower(): dist.version for dist in metadata.distributions(path=[*site, *sys.path][::-1])}
     return {
         "device": name,
         "driver": driver,
         "cuda": asked.stdout.strip(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "revision": places.facts(bundle)["revision"],
-        "versions": {"python": sys.version.split()[0], **{n: found[n] for n in NAMED if n in found}},
         "dry": device == "cpu",
     }
+
+
+def versions(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the version of Python, and of each package of NAMED that a section with these variables has."""
+    site = [entry for entry in environ["PYTHONPATH"].split(os.pathsep) if entry]
+    found = {dist.name.lower(): dist.version for dist in metadata.distributions(path=[*site, *sys.path][::-1])}
+    return {"python": sys.version.split()[0], **{name: found[name] for name in NAMED if name in found}}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -167,22 +177,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = args.out.resolve()
         work = (args.work or bundle / "work").resolve()
         out.mkdir(parents=True, exist_ok=True)
-        (work / "site").mkdir(parents=True, exist_ok=True)
-        install(bundle / places.WHEELS, work / "site")
+        for wheels, site in ((places.WHEELS, SITE), (places.PEERS, PEERS_SITE)):
+            (work / site).mkdir(parents=True, exist_ok=True)
+            install(bundle / wheels, work / site)
     except SystemExit as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
         print(f"run: {error.filename}: {error.strerror}; check space and permissions", file=sys.stderr)
         return 2
-    environ = environment(bundle, work, args.device)
-    run = facts(bundle, args.device, environ)
+    run = facts(bundle, args.device, environment(bundle, work, args.device))
     finished = []
     for section in sections:
         limit_s = section.dry_limit_s if args.device == "cpu" else section.limit_s
         print(f"{section.letter}  {section.title} (at most {limit_s} s)", flush=True)
+        environ = environment(bundle, work, args.device, section=section)
         result = run_section(section, bundle, work, device=args.device, environ=environ, limit_s=limit_s)
-        finished.append({**result, "run": run})
+        finished.append({**result, "run": {**run, "versions": versions(environ)}})
         results.write_json(out / results.section_file(section.letter), finished[-1])
         results.collect(out, [known.letter for known in SECTIONS])
     print(results.table(finished))

@@ -65,6 +65,10 @@ class Section:
         limit_s: seconds after which its process is killed on a GPU host.
         dry_limit_s: the same in a dry run.
         on_demand: whether it runs only when --only names it.
+        peers: whether the peers' packages stand on its path. transformers takes mamba-ssm's kernels wherever it finds
+            them, on the CPU too, so no other section may see them.
+        threads: OMP_NUM_THREADS of its process; None leaves it as it is. References of small models on the CPU take
+            many times as long on all cores of a machine that also does other work.
     """
 
     letter: str
@@ -73,17 +77,19 @@ class Section:
     limit_s: int
     dry_limit_s: int = 300
     on_demand: bool = False
+    peers: bool = False
+    threads: int | None = None
 
 
 TOTAL_S = 480  # what the sections that are not on demand may take together
 
 SECTIONS = (
-    Section("a", "environment", "the machine and its software", 20),
-    Section("s", "shape", "the random 0.5B checkpoint and its artifacts, from their seed", 90),
-    Section("b", "kernel_tests", "pytest -m gpu of the kernels and ops", 90),
-    Section("c", "plugin_launches", "the TensorRT plugin's launches on the real driver", 30),
-    Section("d", "artifacts", "validate of the CUDA artifacts, and 512 decode steps", 70, dry_limit_s=300),
-    Section("e", "speed", "kernels and models beside their peers and the roofline", 105),
+    Section("a", "environment", "the machine and its software", 15),
+    Section("s", "shape", "the random 0.5B checkpoint and its artifacts, from their seed", 65),
+    Section("b", "kernel_tests", "pytest -m gpu of the kernels and ops", 125),
+    Section("c", "plugin_launches", "the TensorRT plugin's launches on the real driver", 20, threads=4),
+    Section("d", "artifacts", "validate of the CUDA artifacts, and 512 decode steps", 60, threads=4),
+    Section("e", "speed", "kernels and models beside their peers and the roofline", 120, peers=True, threads=4),
     Section("f", "calibration", "GPTQ of the 0.5B shape on the GPU", 75),
-    Section("g", "proxy", "training of the quality proxy", 600, on_demand=True),
+    Section("g", "proxy", "training of the quality proxy", 590, on_demand=True),
 )

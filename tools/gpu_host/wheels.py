@@ -14,6 +14,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from gpu_host import bundle
+
 HOST = Path(__file__).with_name("host_packages.txt")
 KEPT = "# kept"
 PYTHON = "3.12"
@@ -96,28 +98,27 @@ def own_wheel(root: Path, folder: Path) -> Path:
 
 
 def collect(root: Path, folder: Path, host_file: Path, *, peers: bool) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return (wheels of core, wheels of ONNX Runtime), by their names in the bundle.
+    """Return (wheels of core and of the peers, wheels of ONNX Runtime), by their names in the bundle.
 
     Args:
         root: the checkout.
         folder: where wheels are made and downloaded.
         host_file: what the host has.
-        peers: whether the wheels of gpu_host.peers belong to core.
+        peers: whether the wheels of gpu_host.peers are made too, which get a folder of their own.
     """
     host = host_packages(host_file)
     folder.mkdir(parents=True)
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    core = _closure([*project["dependencies"]], host, folder)
+    core = _closure([*project["dependencies"], *project["optional-dependencies"]["export"]], host, folder)
     core.append(own_wheel(root, folder))
     (folder / "runtime").mkdir()
     known = {**host, **{canonicalize_name(w.name.split("-")[0]): (w.name.split("-")[1], False) for w in core}}
     runtime = _closure(project["optional-dependencies"]["cuda"], known, folder / "runtime")
+    names = [{f"{bundle.WHEELS}/{wheel.name}": wheel for wheel in found} for found in (core, runtime)]
     if peers:
         from gpu_host import peers as others
 
-        (folder / "peers").mkdir()
-        core += list(others.build(folder / "peers"))
-    names = [{f"wheels/{wheel.name}": wheel for wheel in found} for found in (core, runtime)]
+        names[0] |= {f"{bundle.PEERS}/{wheel.name}": wheel for wheel in others.build(folder / "peers")}
     return names[0], names[1]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from h1export.validate.accuracy.text_rows import NOT_REQUESTED, Text, text_rows
 from h1export.validate.accuracy.weights import weight_errors
 
 FP16_MAX = float(np.finfo(np.float16).max)
+LOWERING = (Comparison.STORED, Comparison.DRIFT)  # what a report says first of the cases
+AFTER_LOWERING = (CheckKind.FP16_RANGE, CheckKind.CASE)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,24 @@ def validate(
     Raises:
         H1ExportError: tolerances for metrics that do not exist, or a checkpoint that cannot be loaded.
     """
+    found = validated(artifact, runner, exact, checkpoint=checkpoint, options=options, progress=progress)
+    return Report(subject_facts(artifact.manifest, runner), environment_facts(), tuple(in_order(found)))
+
+
+def validated(
+    artifact: Artifact,
+    runner: Inspectable[Any],
+    exact: Inspectable[Any],
+    *,
+    checkpoint: Path,
+    options: ValidateOptions,
+    progress: Progress,
+) -> Iterator[Row]:
+    """Yield the rows of ``validate``, whose arguments these are, as soon as each is found.
+
+    Raises:
+        H1ExportError: as in ``validate``.
+    """
     tolerances = defaults.tolerances_of(
         artifact.manifest,
         runner.provenance.float32,
@@ -116,13 +136,14 @@ def validate(
         chosen=options.tolerances,
     )
     stored = runner.stored_weights()
-    rows = []
+    integers = []
     scaling = AwqScales.load(artifact.folder)
     store = ScaledStore(WeightStore.open(checkpoint, runner.config, adapters=options.adapters), scaling, SILENT)
     if stored:
         progress.stage("stored weights")
         rounding = runner.provenance.scale_rounding
-        rows.append(_weights_row(artifact, stored, store, rounding=rounding, tolerances=tolerances))
+        integers.append(_weights_row(artifact, stored, store, rounding=rounding, tolerances=tolerances))
+        yield from integers
     floats = runner.stored_floats() if stored and isinstance(runner, StoresRoundedFloats) else {}
     scaled = {
         name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys() - floats.keys()
@@ -130,11 +151,10 @@ def validate(
     held = {**stored, **floats, **scaled} if floats or scaled else stored
     validation = Validation(runner, exact, held, tolerances=tolerances, options=options)
     reference = Reference(checkpoint, options.adapters)
-    rows += published_rows(runner, reference, weight_files(checkpoint, runner.config), tolerances=tolerances)
-    rows += _rows(validation, reference, progress)
+    yield from published_rows(runner, reference, weight_files(checkpoint, runner.config), tolerances=tolerances)
+    yield from _rows(validation, reference, progress)
     if options.bisect:
-        rows += [integers_row(row) for row in rows if row.kind is CheckKind.STORED_INTEGERS]
-    return Report(subject_facts(artifact.manifest, runner), environment_facts(), tuple(rows))
+        yield from map(integers_row, integers)
 
 
 def judge(
@@ -152,7 +172,8 @@ def judge(
     float32 = runner.provenance.float32
     tolerances = defaults.tolerances_for("none", "rtn", float32, exact=float32, chosen=options.tolerances)
     validation = Validation(runner, runner, {}, tolerances=tolerances, options=options)
-    return Report(runner_facts(runner), environment_facts(), tuple(_rows(validation, Reference(checkpoint), progress)))
+    rows = in_order(_rows(validation, Reference(checkpoint), progress))
+    return Report(runner_facts(runner), environment_facts(), tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -177,8 +198,24 @@ class Outputs:
         return greedy_agreement_row(comparison, self.texts, reference)
 
 
-def _rows(validation: Validation, reference: Reference, progress: Progress) -> list[Row]:
-    """Run all checks, and return their rows; the row of the stored integers is not among them.
+def in_order(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of a validation in a report's order, in which the cases of the lowering precede the others'.
+
+    They come last, because the reference is changed for them.
+    """
+    found = list(rows)
+    lowering = [row for row in found if _lowers(row)]
+    others = [row for row in found if not _lowers(row)]
+    first = next((at for at, row in enumerate(others) if row.kind in AFTER_LOWERING), len(others))
+    return [*others[:first], *sorted(lowering, key=lambda row: LOWERING.index(row.comparison)), *others[first:]]
+
+
+def _lowers(row: Row) -> bool:
+    return row.kind is CheckKind.CASE and row.comparison in LOWERING
+
+
+def _rows(validation: Validation, reference: Reference, progress: Progress) -> Iterator[Row]:
+    """Run all checks, and yield their rows; the row of the stored integers is not among them.
 
     The reference holds the checkpoint's weights first, and the stored ones (``validation.stored``) after that.
     """
@@ -192,36 +229,34 @@ def _rows(validation: Validation, reference: Reference, progress: Progress) -> l
         for comparison, judged_runner in validation.comparisons.items()
     }
     magnitudes = runner.magnitudes() if isinstance(runner, TracksMagnitudes) else {}
-    rows = [_fp16_row(magnitudes, tolerances)] if magnitudes else []
+    if magnitudes:
+        yield _fp16_row(magnitudes, tolerances)
     progress.stage("reference")
     for run in shipped.runs:
-        rows += case_rows([JudgedRun(Comparison.SOURCE, run, tolerances)], reference, runner.config)
+        yield from case_rows([JudgedRun(Comparison.SOURCE, run, tolerances)], reference, runner.config)
     progress.stage("text")
-    rows += text_rows([runner], reference, options.text, tolerances=[tolerances])
-    rows.append(shipped.greedy(Comparison.SOURCE, reference))
+    yield from text_rows([runner], reference, options.text, tolerances=[tolerances])
+    yield shipped.greedy(Comparison.SOURCE, reference)
     progress.stage("latency")
-    rows += _latency_rows(runner, reference, options, tolerances=tolerances)
+    yield from _latency_rows(runner, reference, options, tolerances=tolerances)
     if validation.stored:
         progress.stage("reference on the stored weights")
         reference.hold(validation.stored)
-        lowering: list[Row] = []
         for runs in zip(*(outputs.runs for outputs in judged.values()), strict=True):
             compared = [JudgedRun(comparison, run, tolerances) for comparison, run in zip(judged, runs, strict=True)]
-            lowering += case_rows(compared, reference, runner.config)
-        rows = [*sorted(lowering, key=lambda row: row.comparison is not Comparison.STORED), *rows]
-        rows += [outputs.greedy(comparison, reference) for comparison, outputs in judged.items()]
+            yield from case_rows(compared, reference, runner.config)
+        yield from (outputs.greedy(comparison, reference) for comparison, outputs in judged.items())
     if options.contexts:
         progress.stage("long contexts")
-        rows += context_rows(
+        yield from context_rows(
             validation.comparisons, reference, options.contexts, tolerances=tolerances, seed=options.seed
         )
-        rows += cost_rows(runner, options.contexts, seed=options.seed)
+        yield from cost_rows(runner, options.contexts, seed=options.seed)
     if options.bisect:
         progress.stage("layer by layer")
         comparison = next(iter(validation.comparisons))
         tolerance = tolerances[f"{comparison}.states"]
-        rows += bisect(validation.exact, reference, comparison, tolerance=tolerance, seed=options.seed)
-    return rows
+        yield from bisect(validation.exact, reference, comparison, tolerance=tolerance, seed=options.seed)
 
 
 def _weights_row(

@@ -25,10 +25,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The modules of benchmarks/gpu, which are found from the root."""
     root = Path(__file__).parents[3]
     monkeypatch.syspath_prepend(str(root))
-    from benchmarks.gpu import clock, contenders, kernels, models, results, tune
+    from benchmarks.gpu import ceilings, clock, contenders, kernels, models, results, tune
 
     return SimpleNamespace(
-        clock=clock, contenders=contenders, kernels=kernels, models=models, results=results, tune=tune
+        ceilings=ceilings,
+        clock=clock,
+        contenders=contenders,
+        kernels=kernels,
+        models=models,
+        results=results,
+        tune=tune,
     )
 
 
@@ -132,6 +138,14 @@ def test_whole_models_agree_and_are_timed(gpu: SimpleNamespace, tmp_path: Path) 
     timed = [row for row in rows.values() if "median_us" in row["figures"]]
     assert len(timed) == 6  # a decode step and prompts of two lengths, of two models
     assert all(row["detail"] == "dry run: no figure" for row in timed)
+
+
+def test_the_first_candidates_fit_each_shape_that_is_timed(gpu: SimpleNamespace) -> None:
+    for sizes in ((64, 128), (128, 256)):  # of section e's 0.5B and 7B
+        for kernel, tiles in gpu.tune.FIRST.items():
+            made = gpu.tune.first(TILES[sizes], sizes, kernel)
+            assert len(made) == len(tiles)
+            assert all(gpu.tune.fits(each, sizes) and each != TILES[sizes] for each in made)
 
 
 def test_neighbours_fit_and_differ(gpu: SimpleNamespace) -> None:

@@ -1,10 +1,9 @@
-"""Other software on our folder, and the import of onnxruntime itself."""
+"""Other software on our folder."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ import pytest
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.commands.load import load_runner
-from h1export.errors import H1ExportError
 from h1export.runtime.generation import Sampling, generate
-from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime.genai_config import CONFIG
 from h1export.targets.onnxruntime.inference_session import SETTINGS
 from h1export.targets.onnxruntime.layouts import MODEL
@@ -150,31 +147,3 @@ def test_genai_tokenizes_as_tokenizers_does(tiny: Path, build: Build) -> None:
     text = (tiny / "heldout.txt").read_text(encoding="utf-8")
     theirs = og.Tokenizer(og.Model(str(artifact.folder))).encode(text)
     assert list(map(int, theirs)) == load_tokenizer(artifact.folder).encode(text, add_special_tokens=False).ids
-
-
-def fake_versions(installed: dict[str, str]) -> Callable[[str], str]:
-    def version(name: str) -> str:
-        if name not in installed:
-            raise metadata.PackageNotFoundError(name)
-        return installed[name]
-
-    return version
-
-
-@pytest.mark.parametrize(
-    ("installed", "says"),
-    [
-        ({}, r"pip install 'h1export\[ort\]'"),
-        ({"onnxruntime": "1.31", "onnxruntime-gpu": "1.31"}, "overwrite each other"),
-    ],
-)
-def test_the_door_says_what_to_install(installed: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", fake_versions(installed))
-    with pytest.raises(H1ExportError, match=says):
-        sdk.onnxruntime()
-
-
-def test_one_package_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", fake_versions({"onnxruntime-gpu": "1.31"}))
-    module: Any = sdk.onnxruntime()
-    assert module.__name__ == "onnxruntime"

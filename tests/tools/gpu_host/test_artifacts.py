@@ -15,6 +15,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.targets.onnxruntime.fixed_decode import FixedDecode
 from h1export.targets.onnxruntime.runner import OnnxRuntimeRunner
 from h1export.targets.onnxruntime.variants import CPU, CUDA, GRAPH_VARIANTS
+from h1export.validate.accuracy.reference import Reference
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
 from gpu_host.section import Host
@@ -40,6 +41,23 @@ def int4(tiny: Path, build: Callable[..., Artifact], monkeypatch: pytest.MonkeyP
     stand_in = replace(GRAPH_VARIANTS["cuda"], provider=CPU)
     monkeypatch.setitem(GRAPH_VARIANTS, "cuda", stand_in)  # type: ignore[misc]  it is a dict
     return build(tiny, "int4", graph="cuda")
+
+
+@pytest.mark.ort
+def test_rows_are_yielded_when_they_are_found(int4: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A section that is killed keeps the rows it had, so none may wait for the end of the validation."""
+    calls = []
+    full = Reference.full
+
+    def counted(self: Reference, ids: Any) -> Any:
+        calls.append(ids)
+        return full(self, ids)
+
+    monkeypatch.setattr(Reference, "full", counted)
+    seen = {row.name: len(calls) for row in artifacts._validated("x", int4, quick=True)}
+    assert seen["x stored integers source"] == 0
+    assert sorted(seen.values()) == list(seen.values())
+    assert 0 < seen["x case source one token"] < seen["x case stored one token"] < len(calls)
 
 
 @pytest.mark.ort

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,33 @@ def test_outputs_are_judged_by_float64(op: object, tokens: int, tmp_path: Path) 
             assert compared(call, GOOD, tmp_path).passed is passed
         assert compared(call, [*GOOD[:1], "overrun output 0", *GOOD[1:]], tmp_path).passed is False
         assert compared(call, ["cuda cuCtxSynchronize 700"], tmp_path).passed is False
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 70])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_reference_is_the_recurrence_token_by_token(tokens: int, groups: int) -> None:
+    shape = SHAPE._replace(heads=6, groups=groups)
+    inputs = Call(SCAN, shape, "fp16", tokens, False).inputs()
+    state = inputs["state"].double()
+    rows = []
+    for t in range(tokens):
+        dt = torch.nn.functional.softplus(inputs["dt"][:, t].double() + inputs["dt_bias"]).clamp(min=section.DT_MIN)
+        dt = dt * inputs["mask"][:, t, None]
+        b, c = (inputs[name][:, t].double().repeat_interleave(6 // groups, 1) for name in ("B", "C"))
+        x = inputs["x"][:, t].double()
+        state = state * torch.exp(dt * inputs["A"])[..., None, None] + torch.einsum("bh,bhp,bhn->bhpn", dt, x, b)
+        rows.append(torch.einsum("bhpn,bhn->bhp", state, c) + inputs["D"][:, None] * x)
+    for found, expected in zip(section.scan_in_float64(inputs, False), (torch.stack(rows, 1), state), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_references_of_both_models_take_seconds() -> None:
+    """They took the section's time on the first GPU host, token by token."""
+    begun = time.process_time()
+    for shape in plugin_bundle.shapes().values():
+        for op in (SCAN, CONV):
+            section.references(op.name, shape, "fp16", tokens=max(section.TOKENS))
+    assert time.process_time() - begun < 5
 
 
 def test_a_launch_with_another_argument_fails() -> None:

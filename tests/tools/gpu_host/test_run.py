@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,33 @@ def test_the_limit_kills_the_children_and_keeps_the_rows(tmp_path: Path, joined:
             break
         time.sleep(0.1)
     assert not alive(pid)
+
+
+@pytest.mark.parametrize("peers", [False, True])
+@pytest.mark.parametrize("threads", [None, 3])
+def test_peers_stand_on_the_path_of_the_section_that_compares_them_alone(
+    peers: bool, threads: int | None, joined: Path, *, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers takes a peer's kernels wherever it finds them, and calls them on tensors of the CPU."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    environ = run.environment(joined, tmp_path, "cuda", section=replace(SLOW, peers=peers, threads=threads))
+    path = environ["PYTHONPATH"].split(os.pathsep)
+    assert (str(tmp_path / run.PEERS_SITE) in path) is peers
+    assert path[0] == str(tmp_path / run.SITE)  # before the host's own packages, and the peers' too
+    assert environ.get("OMP_NUM_THREADS") == (None if threads is None else "3")
+    assert [section.letter for section in SECTIONS if section.peers] == ["e"]
+
+
+def test_each_wheel_is_unpacked_into_the_folder_of_its_kind(joined: Path, tmp_path: Path) -> None:
+    for folder, package in ((bundle.WHEELS, "own"), (bundle.PEERS, "mamba_ssm")):
+        (joined / folder).mkdir()
+        with zipfile.ZipFile(joined / folder / f"{package}-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{package}/__init__.py", "")
+    work = tmp_path / "work"
+    for wheels_, site in ((bundle.WHEELS, run.SITE), (bundle.PEERS, run.PEERS_SITE)):
+        run.install(joined / wheels_, work / site)
+    found = {file.relative_to(work).as_posix() for file in work.glob("site*/*/__init__.py")}
+    assert found == {"site/own/__init__.py", "site-peers/mamba_ssm/__init__.py"}
 
 
 def test_half_a_line_is_no_row(tmp_path: Path) -> None:
@@ -137,6 +166,23 @@ def test_the_page_is_what_the_results_say(tmp_path: Path) -> None:
         page.committed(tmp_path)
 
 
+def test_the_page_tells_what_failed_why_and_what_limits_a_figure(tmp_path: Path) -> None:
+    why = "H1ExportError: | onnxruntime " + "is not what it should be " * 20
+    failing = [{"name": f"test{n}", "passed": False, "figures": {}, "detail": f"{why}\nin a file"} for n in range(3)]
+    slow = {"name": "prefill", "passed": False, "figures": {"median_us": 9.0, "roofline_share": 0.3}, "detail": "alone"}
+    sections = [section(letter="b", rows=failing), section(state="timeout", rows=[slow]), section(letter="g")]
+    text = "".join(f"<!-- {name} -->\n<!-- end -->\n" for name in ("ran", "failed", "figures"))
+    filled = page.filled(text, sections)
+    assert "| not passed: 0 of 3 rows |" in filled
+    assert "| killed at its limit of 9 s: 0 of 1 rows |" in filled
+    assert "- b, 3 rows, such as test0: H1ExportError: \\| onnxruntime is not" in filled
+    assert "- e, 1 rows, such as prefill: less than the share" in filled
+    assert "| e | prefill | median\\_us 9, roofline\\_share 0.3 | alone | H100 | 2027-01-02 |" in filled
+    assert "| g | scan | median\\_us 12.5 |" in filled
+    assert max(map(len, filled.splitlines())) < 300
+    assert page.filled(filled, sections) == filled
+
+
 def gpu_tests(*paths: str) -> set[str]:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *paths]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -154,8 +200,9 @@ def test_every_gpu_test_is_run_or_named_with_the_reason() -> None:
     }
     # a conftest.py marks tests of its folder
     places = {name if Path(name).name.startswith("test_") else str(Path(name).parent) for name in marked}
-    everything = gpu_tests(*sorted(places | {"tests/plugins", "tests/targets/tensorrt"}))
-    ran = gpu_tests(*kernel_tests.files(ROOT))
+    files = kernel_tests.files(ROOT)
+    everything = gpu_tests(*sorted(places | {"tests/plugins", "tests/targets/tensorrt", *files}))
+    ran = {test for test in everything if test.split("::")[0] in files}
     named = {test for test in everything if test.split("::")[0] in kernel_tests.CANNOT}
     assert ran
     assert named
@@ -169,6 +216,29 @@ def test_skips_are_failures_where_a_gpu_is(tmp_path: Path) -> None:
     report.write_text(f'<testsuites><testsuite>{cases}</testcase><testcase name="c"/></testsuite></testsuites>')
     assert [row.passed for row in kernel_tests.rows(report, skips_pass=False)] == [False, False, True]
     assert [row.passed for row in kernel_tests.rows(report, skips_pass=True)] == [None, False, True]
+
+
+@pytest.mark.parametrize(("seconds", "ended"), [(60, True), (8, False)])
+def test_an_interrupted_pytest_leaves_the_rows_of_the_tests_that_ended(
+    seconds: int, ended: bool, joined: Path, tmp_path: Path
+) -> None:
+    tests = joined / bundle.TREE
+    tests.mkdir()
+    slow = "" if ended else "    import time; time.sleep(600)"
+    (tests / "test_x.py").write_text(f"def test_first():\n    pass\ndef test_second():\n    pass\n{slow}\n")
+    host = Host(joined, tmp_path, "cuda")
+    rows = list(kernel_tests.tested(host, ["test_x.py"], "not gpu", stop_s=seconds))
+    names = {row.name.rpartition("::")[2]: row.passed for row in rows}
+    assert names["test_first"] is True
+    assert ("all tests in time" in names) is not ended
+    assert names.get("test_second") is (True if ended else None)
+
+
+def test_a_pytest_that_cannot_start_is_a_failure(joined: Path, tmp_path: Path) -> None:
+    (joined / bundle.TREE).mkdir()
+    (row,) = kernel_tests.tested(Host(joined, tmp_path, "cuda"), ["--no-such-option"], "gpu", stop_s=60)
+    assert (row.name, row.passed) == ("pytest", False)
+    assert "no-such-option" in row.detail
 
 
 def test_what_a_host_lacks(tmp_path: Path) -> None:

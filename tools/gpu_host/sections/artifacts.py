@@ -15,13 +15,13 @@ import numpy as np
 from gpu_host import bundle, dry
 from gpu_host.captured import captured
 from gpu_host.section import Figure, Host, Row
+from h1export import host as machine
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.resolve import embedded_model
 from h1export.commands.build import build_artifact
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, Array, Ids, StateSpec
-from h1export.progress import SILENT
 from h1export.quantize.scheme import QuantScheme
 from h1export.report import report
 from h1export.report.checks import Comparison
@@ -34,7 +34,7 @@ from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CPU, CUDA
 from h1export.validate.accuracy.parity import JudgedRun, case_rows, run_cases
 from h1export.validate.accuracy.reference import Reference
-from h1export.validate.accuracy.run import ValidateOptions, validate
+from h1export.validate.accuracy.run import ValidateOptions, validated
 from h1export.validate.accuracy.states import row_of_batch
 from h1export.validate.accuracy.tolerances import tolerances_of
 
@@ -43,8 +43,9 @@ PROMPT, CAPTURED_BATCH = 8, 2
 # of the largest logit; two fp16 computations of one step, whose attention may add in another order. The faults that
 # tests/targets/onnxruntime/test_fixed_decode.py plants exceed it.
 CAPTURED_ERROR = 1e-2
-SHAPE_BEGINS_S = 40  # seconds of the section after which the 0.5B shape does not begin
+SHAPE_BEGINS_S = 35  # seconds of the section after which the 0.5B shape does not begin
 PASSED = {report.Verdict.PASS: True, report.Verdict.FAIL: False}  # rows of neither have no tolerance, or do not apply
+THREADS = 4  # of the graph in float32 on the CPU: the embedded model is small
 MEMCPY = ("MemcpyFromHost", "MemcpyToHost")
 # ONNX Runtime itself leaves to the CPU what computes shapes from shapes, which are integers
 SHAPES = frozenset({"Cast", "Concat", "Gather", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"})
@@ -106,17 +107,31 @@ def _built(host: Host, quant: Literal["int4", "none"]) -> Artifact:
     )
 
 
+@dataclass(frozen=True)
+class Told:
+    """A Progress that prints each stage and the seconds before it to the section's log."""
+
+    since: float
+
+    def stage(self, name: str, total_bytes: int = 0) -> None:
+        """Print the stage that begins."""
+        print(f"{time.monotonic() - self.since:.1f} s: {name}", flush=True)
+
+    def advance(self, nbytes: int) -> None:
+        """Do nothing."""
+
+
 def _validated(name: str, artifact: Artifact, *, quick: bool) -> Iterator[Row]:
     """Yield a row for each row of validate's report: all cases, 512 decode steps and states in float32 among them."""
-    found = validate(
+    found = validated(
         artifact,
         load_runner(artifact),
-        load_runner(artifact, float32=True),
+        load_runner(artifact, threads=min(THREADS, machine.cores()), float32=True),
         checkpoint=embedded_model(),
         options=ValidateOptions(pairs=0, quick=quick),
-        progress=SILENT,
+        progress=Told(time.monotonic()),
     )
-    yield from _reported(name, found.rows)
+    yield from _reported(name, found)
 
 
 def _reported(name: str, rows: Iterable[report.Row]) -> Iterator[Row]:
@@ -141,7 +156,8 @@ class InFloat32:
 
 def drift(name: str, artifact: Artifact) -> Iterator[Row]:
     """Yield a row for each quick case: the artifact as it ships beside its graph in float32 on the CPU."""
-    runner, exact = load_runner(artifact), load_runner(artifact, float32=True)
+    runner = load_runner(artifact)
+    exact = load_runner(artifact, float32=True)  # 0.5 billion weights: on all cores
     shipped, reference = runner.provenance.float32, cast("Reference", InFloat32(exact))
     limits = tolerances_of(artifact.manifest, shipped, True, chosen={})
     for made in run_cases(runner, seed=0, quick=True):

@@ -19,7 +19,8 @@ def run(host: Host) -> Iterator[Row]:
     """Yield the machine, each package, the compilers, and whether torch and Triton reach the GPU."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0))
-    yield Row("machine", None, {"cores": cores, "memory_gb": round(memory / 1e9, 1), "system": platform.platform()})
+    system = f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}"
+    yield Row("machine", None, {"cores": cores, "memory_gb": round(memory / 1e9, 1), "system": system})
     for name in NEEDED + OPTIONAL:
         version = _version(name)
         if version is not None:
@@ -27,7 +28,7 @@ def run(host: Host) -> Iterator[Row]:
         else:
             yield Row(f"package {name}", False if name in NEEDED else None, detail="not installed")
     for tool in ("nvcc", "cmake", "c++", "ncu", "nsys"):
-        yield Row(f"tool {tool}", None, {"path": shutil.which(tool)})
+        yield Row(f"tool {tool}", None, {"found": "no" if shutil.which(tool) is None else "yes"})
     yield listed(host)
     import torch
 

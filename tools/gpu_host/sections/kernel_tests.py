@@ -1,10 +1,12 @@
-"""Section b: the repository's GPU tests, by pytest -m gpu, one file after the other.
+"""Section b: the repository's GPU tests, by one call of pytest -m gpu: each call pays for the start of its workers.
 
 Every file with a GPU test is in RUN or in CANNOT; a test of the repository compares them with what pytest collects.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +32,9 @@ CANNOT: Mapping[str, str] = {  # file -> why its GPU tests cannot run on the GPU
     ),
 }
 DRY = ("tests/plugins/gpu/test_conv_kernel.py::test_pieces_chained_by_their_states_are_the_whole",)
-WORKERS = ("-n", "8", "--dist=load")  # Triton compiles on CPU cores
+WORKERS = ("-n", "12", "--dist=load")  # Triton compiles on CPU cores
+STOP_S = 110  # seconds after which pytest is interrupted, so that it still reports the tests that have ended
+INTERRUPTED_S = 10  # seconds that it then has to write its report
 
 
 def files(tree: Path) -> list[str]:
@@ -45,7 +49,18 @@ def files(tree: Path) -> list[str]:
 
 def pytest_command(chosen: Sequence[str], report: Path, marker: str) -> list[str]:
     """Return the call of pytest that writes JUnit's ``report``."""
-    options = ["-q", "-p", "no:cacheprovider", "-m", marker, "-o", "junit_family=xunit1", f"--junitxml={report}"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "-m",
+        marker,
+        "-o",
+        "junit_family=xunit1",
+        f"--junitxml={report}",
+    ]
     return [sys.executable, "-m", "pytest", *options, *chosen]
 
 
@@ -65,25 +80,45 @@ def rows(report: Path, skips_pass: bool) -> Iterator[Row]:
             yield Row(name, True, figures)
 
 
+def call(command: Sequence[str], tree: Path, stop_s: float) -> tuple[str, bool]:
+    """Run pytest in ``tree``, interrupt it after ``stop_s`` seconds, and return its output and whether it ended itself.
+
+    Each worker has one thread for the CPU's operators, because there are as many workers as cores.
+    """
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tree, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    try:
+        return process.communicate(timeout=stop_s)[0], True
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=INTERRUPTED_S)[0], False
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0], False
+
+
 def run(host: Host) -> Iterator[Row]:
     """Yield a row for each test that ran, and one for each file that cannot run here."""
     tree = bundle.tree(host)
     for name, reason in CANNOT.items():
         yield Row(name, None, detail=f"cannot run here: {reason}")
-    calls = [(name, "gpu") for name in files(tree)]
-    if host.dry:  # over the interpreter; test_run.py of the repository collects the GPU tests
-        calls = [(name, "not gpu") for name in DRY]
     workers = WORKERS if not host.dry and find_spec("xdist") else ()
-    for number, (chosen, marker) in enumerate(calls):
-        report = host.work / f"pytest-{number}.xml"
-        report.unlink(missing_ok=True)
-        command = [*pytest_command(chosen.split(), report, marker), *workers]
-        done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
-        if done.returncode == 5:  # no GPU test in it
-            continue
-        if not report.exists():
-            yield Row(
-                chosen, False, detail=f"pytest ended with {done.returncode}: {done.stdout[-800:]}{done.stderr[-800:]}"
-            )
-            continue
+    # a dry run is over the interpreter; test_run.py of the repository collects the GPU tests
+    chosen, marker = (DRY, "not gpu") if host.dry else (files(tree), "gpu")
+    yield from tested(host, [*chosen, *workers], marker, stop_s=STOP_S)
+
+
+def tested(host: Host, chosen: Sequence[str], marker: str, *, stop_s: float) -> Iterator[Row]:
+    """Yield a row for each test of one call of pytest, and a failure where it did not end by itself."""
+    report = host.work / "pytest.xml"
+    report.unlink(missing_ok=True)
+    output, ended = call(pytest_command(chosen, report, marker), bundle.tree(host), stop_s)
+    if report.exists():
         yield from rows(report, skips_pass=host.dry)
+    if not ended:
+        yield Row("all tests in time", False, {"seconds": stop_s}, "interrupted: not every test has a row")
+    elif not report.exists():
+        yield Row("pytest", False, detail=f"no report: {output[-1600:]}")

@@ -75,7 +75,8 @@ def test_it_has_every_option_of_build(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 def transformers_pin() -> SpecifierSet:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (found,) = [parsed.specifier for item in project["optional-dependencies"]["export"] if (parsed := Requirement(item)).name == "transformers"]
+    required = map(Requirement, project["optional-dependencies"]["export"])
+    (found,) = [one.specifier for one in required if one.name == "transformers"]
     return found
 
 

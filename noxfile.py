@@ -35,6 +35,7 @@ TESTED_WITH = (
     "peft",
     "compressed-tensors",
     "accelerate",
+    "openai",
     "cyclonedx-python-lib",
 )
 

@@ -15,7 +15,10 @@ from h1export.commands.chat import Chat
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import StateKind, StateSpec
 from h1export.runtime.continued import ContinuedSequence
-from h1export.runtime.generation import Sampling
+from h1export.runtime.generation import PREFILL_CHUNK, Sampling
+from h1export.runtime.growing import GrowingSession
+from h1export.runtime.prefix_store import PrefixStore
+from h1export.runtime.prompt import Prompt
 from h1export.runtime.runner import Runner
 from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import SteppedSession, open_session
@@ -160,6 +163,70 @@ def check_conversations(runner: Runner[Any], turns: int = 12) -> None:
             sequence.append(int(found.argmax()))
 
 
+def logits_of(runner: Runner[Any], store: PrefixStore | None, ids: Sequence[int], borders: Sequence[int]) -> Any:
+    """The logits after a prompt, and the number of its tokens that were not computed."""
+    prompt = Prompt(runner, store, ids, borders=borders)
+    logits = None
+    while not prompt.is_done:
+        logits = prompt.session.append(prompt.next())
+        prompt.extended()
+    assert logits is not None
+    return logits[0, -1], prompt.reused
+
+
+def check_prefix_store(runner: Runner[Any], exact: bool = True) -> None:
+    """Random trees of conversations longer than a call: logits after reuse are a fresh run's.
+
+    The first store forgets almost everything; in the second one every border is found again. With the states of other
+    points in the places of its own, other logits follow.
+    """
+    random = np.random.default_rng(3)
+    spec = StateSpec.of(runner.config)
+    most = min(runner.limits.max_context or 1 << 20, runner.config.max_position_embeddings) - 1
+    for room in (3, 100):
+        store = PrefixStore(spec, room * spec.nbytes(1, PREFILL_CHUNK))
+        known: list[tuple[list[int], list[int]]] = [([], [])]
+        for _ in range(8):
+            before, borders = known[random.integers(len(known))]
+            ids = [*before, *random.integers(0, runner.config.vocab_size, random.integers(20, 90)).tolist()][:most]
+            expected = max((border for border in borders if border < len(ids)), default=0)
+            borders = [*borders, len(ids) - 3]
+            found, kept = logits_of(runner, store, ids, borders)
+            fresh, _ = logits_of(runner, None, ids, borders)
+            assert np.abs(found - fresh).max() <= (0 if exact else TOLERANCE * np.ptp(fresh))
+            assert kept >= expected or room == 3
+            known.append((ids, borders))
+        assert store.reused > 0
+    ids, borders = known[1]
+    truth, _ = logits_of(runner, store, ids, borders)
+    states = [node.fixed for node in store._points]
+    for node, fixed in zip(store._points, [states[-1], *states], strict=False):
+        node.fixed = fixed
+    stale, kept = logits_of(runner, store, ids, borders)
+    assert kept == borders[0]
+    assert np.abs(stale - truth).max() > 100 * TOLERANCE * np.ptp(truth)
+
+
+def check_forks(runner: Runner[Any]) -> None:
+    """Forks go on from one copy of the states, each in its own way, as sessions that computed everything do."""
+    ids = random_ids(runner, 1, 30)
+    session = GrowingSession(runner)
+    session.append(ids[:, :20])
+    forks = [session.fork() for _ in range(3)]
+    assert forks[0].save() is forks[1].save()
+    kept = {key: array.copy() for key, array in forks[0].save().arrays.items()}
+    for number, fork in enumerate([session, *forks]):
+        alone = GrowingSession(runner)
+        alone.append(ids[:, :20])
+        token = ids[:, 20 + number : 21 + number]
+        assert np.array_equal(fork.append(token), alone.append(token))
+        assert np.array_equal(fork.save(start=20).arrays["0.key"], alone.save(start=20).arrays["0.key"])
+    again = session.fork().fork()
+    again.restore(SavedStates(0, 20, kept))
+    assert np.array_equal(again.append(ids[:, 21:22]), forks[0].append(ids[:, 22:23])) is False
+    assert again.length == 21
+
+
 def shared_length(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
@@ -195,4 +262,6 @@ CHECKS = {
     "other_sessions": check_other_sessions,
     "refused": check_what_cannot_be_saved_or_restored,
     "conversations": check_conversations,
+    "prefix_store": check_prefix_store,
+    "forks": check_forks,
 }

@@ -33,6 +33,7 @@ from h1export.cli.output import say
 from h1export.cli.plan import plan
 from h1export.cli.report import report
 from h1export.cli.sensitivity import sensitivity
+from h1export.cli.serve import serve
 from h1export.cli.signature import sign, verify
 from h1export.cli.streams import READER_GONE, ReaderGoneError, guarded_streams
 from h1export.cli.trace import trace
@@ -83,7 +84,7 @@ def cli() -> None:
 cli.section("Make an artifact", build, plan, sensitivity)
 cli.section("Judge an artifact", validate, doctor, compare, bench, gate, evaluate, report)
 cli.section("Trust an artifact", sign, verify)
-cli.section("Use an artifact", generate, chat)
+cli.section("Use an artifact", generate, chat, serve)
 cli.section("Look inside", inspect, trace)
 cli.section("One target", coreml, trt)
 cli.section("The shell", completion)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 PROMPT = "> "
 HELP = """\
 /reset         begin a new conversation; the system message stays
+/undo          take the last turn and its reply back
 /system TEXT   set the system message; without TEXT, there is none
 /save FILE     write the conversation and its states; `chat OUT --state FILE` goes on from there
 /help          this list
@@ -112,6 +113,7 @@ def _turn(talk: Chat, line: str, *, as_json: bool) -> bool:
 def _command(talk: Chat, word: str, rest: str) -> bool:
     commands: dict[str, Callable[[], Any]] = {
         "/reset": talk.reset,
+        "/undo": talk.undo,
         "/help": lambda: say_text(HELP),
         "/system": lambda: setattr(talk, "system", rest or None),
         "/save": lambda: _save(talk, rest),

@@ -50,27 +50,49 @@ kernels_option = click.option(
 
 
 def sampling_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Add --temperature, --top-k, --top-p and --seed to ``command``, which gets them as its argument ``sampling``."""
+    """Add the options of ``Sampling`` to ``command``, which gets them as its argument ``sampling``."""
 
     @wraps(command)
-    def with_sampling(*arguments: Any, temperature: float, top_k: int, top_p: float, seed: int, **others: Any) -> int:
+    def with_sampling(*arguments: Any, **options: Any) -> int:
         from h1export.runtime.generation import Sampling
 
-        return command(*arguments, sampling=Sampling(temperature, top_k, top_p, seed=seed), **others)
+        chosen = {name: options.pop(name) for name in SAMPLING}
+        return command(*arguments, sampling=Sampling(**chosen), **options)
 
     wrapped: Callable[..., int] = with_sampling
-    for option in (
-        click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the sampling."),
-        click.option(
-            "--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens up to this probability."
-        ),
-        click.option(
-            "--top-k", default=0, show_default=True, type=count(), help="Sample among the k likeliest tokens; 0: all."
-        ),
-        click.option("--temperature", default=0.0, show_default=True, help="0: greedy."),
-    ):
+    for option in reversed(SAMPLING.values()):
         wrapped = option(wrapped)
     return wrapped
+
+
+SAMPLING: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "temperature": click.option("--temperature", default=0.0, show_default=True, help="0: greedy."),
+    "top_k": click.option(
+        "--top-k", default=0, show_default=True, type=count(), help="Sample among the k likeliest tokens; 0: all."
+    ),
+    "top_p": click.option(
+        "--top-p", default=1.0, show_default=True, help="Sample among the likeliest tokens up to this probability."
+    ),
+    "min_p": click.option(
+        "--min-p",
+        default=0.0,
+        show_default=True,
+        help="Sample tokens of at least this share of the likeliest one's chance.",
+    ),
+    "presence_penalty": click.option(
+        "--presence-penalty", default=0.0, show_default=True, help="Subtract it from logits of tokens generated before."
+    ),
+    "frequency_penalty": click.option(
+        "--frequency-penalty", default=0.0, show_default=True, help="Subtract it for each time that they were."
+    ),
+    "repetition_penalty": click.option(
+        "--repetition-penalty",
+        default=1.0,
+        show_default=True,
+        help="Divide positive logits of tokens before by it, and multiply negative ones; 1: none.",
+    ),
+    "seed": click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the sampling."),
+}
 
 
 verify_option = click.option(

@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 
 from h1export.checkpoint.chat_template import ChatTemplate
+from h1export.checkpoint.conversation import ASSISTANT, USER, Conversations
 from h1export.checkpoint.tokenizer import load_tokenizer, stream
-from h1export.checkpoint.vocabulary import prompt_ids
 from h1export.commands.load import load_runner, open_artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.special_tokens import special_tokens
 from h1export.runtime.continued import ContinuedSequence, StoppedError
-from h1export.runtime.generation import Sampling, new_tokens
+from h1export.runtime.generation import Sampler, Sampling, new_tokens
 from h1export.runtime.sharing import OneCall, OneReader, one_call
 from h1export.runtime.state_file import StateFile
 from h1export.targets import Kernels
 
-SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+SYSTEM = "system"
 
 
 class Chat:
@@ -67,8 +67,9 @@ class Chat:
         self._identity = artifact.identity
         self._one_call = OneCall("conversation")
         self._tokenizer = load_tokenizer(out)
-        self._template = ChatTemplate.read(out)
-        self._template.chosen()  # says now that there is none
+        template = ChatTemplate.read(out)
+        template.chosen()  # says now that there is none
+        self._conversations = Conversations(template, self._tokenizer, artifact.config)
         read = None if state is None else StateFile.read(state, self._identity, artifact.config)
         self._runner = load_runner(artifact, threads, kernels=kernels)
         if self._runner.provenance.fallback:
@@ -97,6 +98,18 @@ class Chat:
         """Forget everything but the system message."""
         self.messages = self.messages[: 0 if self.system is None else 1]
 
+    @one_call
+    def undo(self) -> None:
+        """Take the last turn and its reply back; the next turn goes on from the states before them.
+
+        Raises:
+            H1ExportError: There is no turn.
+        """
+        if not any(message["role"] == USER for message in self.messages):
+            raise H1ExportError("undo", "there is no turn yet", "write one first")
+        turn = max(place for place, message in enumerate(self.messages) if message["role"] == USER)
+        self.messages = self.messages[:turn]
+
     def reply(self, text: str, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Add a user's turn, and return the model's reply piece by piece; then both are in the conversation.
 
@@ -115,9 +128,9 @@ class Chat:
 
     def _replied(self, text: str, stop: Callable[[], bool]) -> Iterator[str]:
         messages = [*self.messages, {"role": USER, "content": text}]
-        prompt = self._ids(messages, reply=True)
+        prompt = self._conversations.ids(messages)
         try:
-            logits = self.sequence.become(prompt, [self._border(messages, prompt)], stop)
+            logits = self.sequence.become(prompt, self._conversations.borders(messages, prompt)[-1:], stop)
         except StoppedError:
             return
         said = ""
@@ -125,7 +138,7 @@ class Chat:
             logits,
             self.sequence.append,
             min(self._max_tokens, self.sequence.context - len(prompt)),
-            choose=lambda after: self._sampling.choose(after, self._random),
+            choose=Sampler(self._sampling, prompt, self._random).choose,
             eos=self._end,
         )
         try:
@@ -134,19 +147,6 @@ class Chat:
                 yield piece
         finally:
             self.messages = [*messages, {"role": ASSISTANT, "content": said}]
-
-    def _border(self, messages: list[dict[str, Any]], prompt: list[int]) -> int:
-        """Return up to where ``prompt`` stays as it is when a reply follows: some templates open replies otherwise."""
-        try:
-            return _common(prompt, self._ids([*messages, {"role": ASSISTANT, "content": "x"}], reply=False))
-        except H1ExportError:
-            return 0
-
-    def _ids(self, messages: list[dict[str, Any]], reply: bool) -> list[int]:
-        text = self._template.render(messages, reply=reply)
-        # a chat template writes the special tokens itself
-        ids = prompt_ids(self._tokenizer, text, self._runner.config, add_special_tokens=False)
-        return [int(token) for token in ids]
 
     @one_call
     def save(self, path: Path) -> None:
@@ -158,12 +158,6 @@ class Chat:
         if not any(message["role"] == ASSISTANT for message in self.messages):
             raise H1ExportError("save", "there is no reply yet", "save after a reply")
         StateFile(self._identity, self.messages, self.sequence.save()).write(path)
-
-
-def _common(one: list[int], other: list[int]) -> int:
-    """Return how many tokens the two begin with alike."""
-    pairs = zip(one, other, strict=False)
-    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _until(tokens: Iterator[int], stop: Callable[[], bool]) -> Iterator[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,14 @@ import numpy as np
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array, Ids, StateSpec
-from h1export.runtime.generation import PREFILL_CHUNK
-from h1export.runtime.runner import RestorableSession, Runner
+from h1export.runtime.generation import calls
+from h1export.runtime.growing import GrowingSession
+from h1export.runtime.runner import Runner
 from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.sharing import OneCall, one_call
 
 # Each has the states of the convolutions and scans, and all of them together one set of keys and values.
 MOST_POINTS = 8
-LEAST_CAPACITY = 256
 
 
 class StoppedError(Exception):
@@ -46,21 +46,18 @@ class ContinuedSequence:
         self._runner = runner
         self._spec = StateSpec.of(runner.config)
         self._points: list[SavedStates] = []  # consecutive parts; the states at the end of each can be restored
-        self._session: RestorableSession | None = None
-        self._capacity = 0
+        self._session = GrowingSession(runner)
         self._one_call = OneCall("sequence")
         self.ids: list[int] = []
         self.computed = 0
         if saved is not None:
-            self._reserve(saved.states.length + 1).restore(saved.states)
+            self._session.restore(saved.states)
             self.ids = list(saved.ids)
 
     @property
     def context(self) -> int:
         """The largest number of tokens in the sequence."""
-        limit = self._runner.limits.max_context
-        longest = self._runner.config.max_position_embeddings
-        return longest if limit is None else min(limit, longest)
+        return self._session.context
 
     @one_call
     def become(self, ids: Sequence[int], points: Sequence[int] = (), stop: Callable[[], bool] = lambda: False) -> Array:
@@ -80,16 +77,15 @@ class ContinuedSequence:
         if len(ids) >= self.context:
             raise H1ExportError("prompt", f"has {len(ids)} tokens, and the context is {self.context}", "shorten it")
         self._rewind(self._agreed(ids))
-        session = self._reserve(len(ids) + 1)
-        saved = {point for point in points if len(self.ids) < point <= len(ids)}
+        self._session.reserve(len(ids) + 1)
+        saved = sorted({point for point in points if len(self.ids) < point <= len(ids)})
         logits: Array | None = None
-        for border in sorted(saved | {len(ids)}):
-            for part in _parts(ids[len(self.ids) : border]):
-                if stop():
-                    raise StoppedError
-                logits = self._append(session, part)
-            if border in saved:
-                self._save_point(session)
+        for start, end in calls(len(self.ids), len(ids), saved):
+            if stop():
+                raise StoppedError
+            logits = self._append(np.array([ids[start:end]], np.int64))
+            if end in saved:
+                self._save_point()
         assert logits is not None
         return logits
 
@@ -102,18 +98,18 @@ class ContinuedSequence:
         """
         if len(self.ids) >= self.context:
             raise H1ExportError("append", f"the context of {self.context} tokens is full", "begin a new sequence")
-        return self._append(self._reserve(len(self.ids) + 1), np.array([[token]], np.int64))
+        return self._append(np.array([[token]], np.int64))
 
     @one_call
     def save(self) -> Continued:
         """Return a copy of the sequence so far. Raises H1ExportError where it has no tokens."""
-        if self._session is None or not self.ids:
+        if not self.ids:
             raise H1ExportError("save", "there are no tokens yet", "save after a reply")
         return Continued(tuple(self.ids), self._session.save())
 
-    def _append(self, session: RestorableSession, ids: Ids) -> Array:
+    def _append(self, ids: Ids) -> Array:
         try:
-            logits = session.append(ids)
+            logits = self._session.append(ids)
         except BaseException:  # the states may be those after the tokens, or in between
             self._forget()
             raise
@@ -137,36 +133,17 @@ class ContinuedSequence:
             return
         self._points = [point for point in self._points if point.length <= length]
         if length:
-            assert self._session is not None
             self._session.restore(SavedStates.joined(self._spec, self._points))
             del self.ids[length:]
         else:
             self._forget()
 
     def _forget(self) -> None:
-        self._session = None
-        self._capacity = 0
+        self._session = GrowingSession(self._runner)
         self._points = []
         self.ids = []
 
-    def _reserve(self, tokens: int) -> RestorableSession:
-        """Return the session, with room for ``tokens``; a longer one takes over where it must."""
-        before = self._session
-        if before is None or tokens > self._capacity:
-            self._capacity = min(self.context, max(tokens, 2 * self._capacity, LEAST_CAPACITY))
-            self._session = self._runner.start(1, self._capacity)
-            if before is not None and before.length:
-                self._session.restore(before.save())
-        assert self._session is not None
-        return self._session
-
-    def _save_point(self, session: RestorableSession) -> None:
-        self._points.append(session.save(start=self._points[-1].length if self._points else 0))
+    def _save_point(self) -> None:
+        self._points.append(self._session.save(start=self._points[-1].length if self._points else 0))
         if len(self._points) > MOST_POINTS:  # the first is the one to come back to when all else has changed
             self._points[1:3] = [SavedStates.joined(self._spec, self._points[1:3])]
-
-
-def _parts(ids: Sequence[int]) -> Iterator[Ids]:
-    """Yield ids [1, at most PREFILL_CHUNK], so that the logits of a long prompt do not fill the memory."""
-    for start in range(0, len(ids), PREFILL_CHUNK):
-        yield np.array([ids[start : start + PREFILL_CHUNK]], np.int64)

@@ -136,6 +136,13 @@ class SteppedSession:
         self._padded = False
         self.length = saved.length
 
+    @one_call
+    def fork(self) -> SteppedSession:
+        """Return another session whose rows go on from where these are; both share the states until they differ."""
+        other = SteppedSession(self._runner, self._rows)
+        other._states, other._padded, other.length = self._states, self._padded, self.length
+        return other
+
 
 class RowByRowSession:
     """A session that computes every row alone and without pads, for Runners of one row and rows that change places.
@@ -194,6 +201,13 @@ class RowByRowSession:
     def restore(self, saved: SavedStates) -> None:
         self._rows = [(saved.length, _restored(self._runner, saved, 1))] * len(self._rows)
         self.length = saved.length
+
+    @one_call
+    def fork(self) -> RowByRowSession:
+        """Return another session whose rows go on from where these are; both share the states until they differ."""
+        other = RowByRowSession(self._runner, len(self._rows))
+        other._rows, other.length = list(self._rows), self.length
+        return other
 
     @one_call
     def reorder(self, rows: Sequence[int]) -> None:

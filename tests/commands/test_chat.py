@@ -169,6 +169,26 @@ def test_the_system_message_and_the_beginning_can_change(out: Callable[..., Path
     assert said(talk, TURNS[0]) == plain
 
 
+def test_a_turn_is_taken_back(out: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = out()
+    talk = talk_to(folder)
+    with pytest.raises(H1ExportError, match="there is no turn yet"):
+        talk.undo()
+    talk.system = "Be brief."
+    said(talk, TURNS[0])
+    before = list(talk.messages)
+    other = said(talk, TURNS[1])
+    talk.undo()
+    assert talk.messages == before
+    fed = count_calls(monkeypatch)
+    assert said(talk, TURNS[1]) == other
+    assert sum(fed) < len(rendered(folder, talk.messages[:-1]))  # the states went back to a saved point
+    check_fresh(talk, folder, other)
+    talk.undo()
+    talk.undo()
+    assert talk.messages == [{"role": "system", "content": "Be brief."}]
+
+
 def test_a_reply_that_ends_early_is_part_of_the_conversation(out: Callable[..., Path]) -> None:
     folder = out()
     talk = talk_to(folder, 40)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from saved_sessions import CHECKS, check_save_and_restore
+from saved_sessions import CHECKS, check_prefix_store, check_save_and_restore
 
 from h1export.artifact.artifact import Artifact
 from h1export.commands.load import load_runner
@@ -40,7 +41,9 @@ def test_validate_passes_after_awq(spoken_checkpoint: Path, build: Build) -> Non
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_sessions(check: str, make_checkpoint: Callable[..., Path], build: Build) -> None:
-    CHECKS[check](load_runner(build(make_checkpoint(), "int4", target="gptq")))
+    # PyTorch's kernels add in another order where a tensor begins at another address
+    checks = {**CHECKS, "prefix_store": partial(check_prefix_store, exact=False)}
+    checks[check](load_runner(build(make_checkpoint(), "int4", target="gptq")))
 
 
 def test_save_and_restore(make_checkpoint: Callable[..., Path], build: Build) -> None:

@@ -1,0 +1,1 @@
+"""Serve artifacts over HTTP in the form of OpenAI's API: start with server.py."""

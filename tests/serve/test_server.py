@@ -1,0 +1,148 @@
+"""The command, its signals and its keys."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+from serve_texts import user
+
+from h1export.cli import run
+from h1export.errors import H1ExportError
+from h1export.serve.app import Api
+from h1export.serve.keys import ApiKeys
+from h1export.serve.metrics import Metrics
+from h1export.serve.server import Server, named
+
+
+def test_the_command_serves_until_it_is_told_to_stop(out: Path) -> None:
+    """It says where it listens; a stream that runs at SIGTERM comes to its end, and the exit code is 0."""
+    command = "import sys; from h1export.cli import main; sys.argv[0] = 'h1export'; main()"
+    options = ("--port", "0", "--kernels", "stock", "--threads", "1", "--json", "--quiet")
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "serve", f"mine={out}", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        said = ""
+        while not said.endswith("}\n"):
+            line = process.stdout.readline()
+            assert line
+            said += line
+        place = json.loads(said)
+        assert place["models"] == ["mine"]
+        with openai.OpenAI(base_url=f"{place['url']}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            stream = client.chat.completions.create(
+                model="mine",
+                messages=[user("import os")],
+                max_tokens=150,
+                logit_bias={"1": -100, "3": -100},
+                stream=True,
+            )
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            reasons = [chunk.choices[0].finish_reason for chunk in stream]
+        assert len(reasons) > 20
+        assert reasons[-1] == "length"
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_what_cannot_be_served_is_one_line(
+    out: Path, server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    port = server.url.rpartition(":")[2]
+    (tmp_path / "keys").write_text("# none\n")
+    (tmp_path / "short").write_text("abc\n")
+    cases = {
+        ("serve", str(out), "--port", port): "cannot listen there",
+        ("serve", str(out), str(out), "--port", "0"): "is given twice",
+        ("serve", str(tmp_path), "--port", "0"): "no manifest.json",
+        ("serve", str(out), "--port", "0", "--host", "256.0.0.1"): "cannot listen there",
+        ("serve", str(out), "--port", "0", "--keys", str(tmp_path / "keys")): "has 0 keys",
+        ("serve", str(out), "--port", "0", "--keys", str(tmp_path / "short")): "a line that is no key",
+        ("serve", str(out), "--port", "0", "--keys", str(tmp_path / "none")): "no keys can be read",
+    }
+    for arguments, message in cases.items():
+        assert run([*arguments]) == 2
+        said = capfd.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        assert message in said.err
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    (tmp_path / "a=b").mkdir()
+    folder = str(tmp_path / "a=b")
+    assert named([folder, "x=y=z"]) == {"a=b": Path(folder), "x": Path("y=z")}
+    for wrong in (["=x"], ["a=1", "a=2"], ["\n=x"]):
+        with pytest.raises(H1ExportError, match="give NAME=OUT"):
+            named(wrong)
+
+
+def test_keys(server: Server, tmp_path: Path) -> None:
+    """Everything but /health needs a key of the file, and nothing tells which keys there are."""
+    (tmp_path / "keys").write_text("# ours\nfirst-key-1\n\n  second-key-2  \n")
+    lines: list[str] = []
+    keys = ApiKeys.read(tmp_path / "keys")
+    app = Api(server.models, Metrics(), keys, report=lines.append).application()
+
+    async def statuses() -> dict[str, int]:
+        transport = httpx2.ASGITransport(app=app)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://x") as client:
+            found = {"health": (await client.get("/health")).status_code}
+            for name, value in {
+                "none": None,
+                "first": "Bearer first-key-1",
+                "second": "bearer second-key-2",
+                "wrong": "Bearer first-key-2",
+                "basic": "Basic first-key-1",
+                "comment": "Bearer # ours",
+                "empty": "Bearer ",
+                "latin": "Bearer \xff",
+            }.items():
+                headers = {} if value is None else {"Authorization": value.encode("latin-1")}
+                answer = await client.get("/v1/models", headers=headers)
+                found[name] = answer.status_code
+                assert answer.status_code == 200 or answer.headers["WWW-Authenticate"] == "Bearer"
+                assert (await client.get("/metrics", headers=headers)).status_code == answer.status_code
+            body = {"model": "tiny", "prompt": "x"}
+            found["post"] = (await client.post("/v1/completions", json=body)).status_code
+            return found
+
+    found = asyncio.run(statuses())
+    assert {name for name, status in found.items() if status == 200} == {"health", "first", "second"}
+    assert set(found.values()) == {200, 401}
+    assert lines == []
+
+
+def test_an_error_of_ours_is_a_500_without_its_text(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    app = Api(server.models, Metrics(), None, report=lines.append).application()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a secret of /etc")
+
+    monkeypatch.setattr(server.models["tiny"], "prepare", fail)
+
+    async def ask() -> httpx2.Response:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://x") as client:
+            return await client.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert "secret" not in answer.text
+    assert lines == ["/v1/completions: RuntimeError while a request was answered; the others go on"]

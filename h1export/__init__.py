@@ -16,11 +16,5 @@ def __getattr__(name: str) -> Any:
     if name not in LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, inside = LAZY[name]
-    try:
-        found = import_module(module)
-    except ModuleNotFoundError as error:
-        errors = import_module("h1export.errors")
-        if error.name in errors.BUILDERS:
-            raise errors.builder_missing(error) from None
-        raise
+    found = import_module(module)
     return getattr(found, inside) if inside else found

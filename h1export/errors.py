@@ -41,10 +41,16 @@ class H1ExportError(Exception):
         super().__init__("; ".join(_fitted(where, printable(self.what), printable(shortened(next_step, MOST_SHOWN)))))
 
 
-def builder_missing(error: ModuleNotFoundError) -> H1ExportError:
-    """Return the error of a package of BUILDERS that is not installed."""
-    what = "is not installed, and only running artifacts of --target ort does without it"
-    return H1ExportError(error.name, what, "pip install 'h1export[export]'")
+@contextmanager
+def naming_builders() -> Iterator[None]:
+    """Turn the ModuleNotFoundError of a package of BUILDERS inside into an H1ExportError that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in BUILDERS:
+            raise
+        what = "is not installed, and only running artifacts of --target ort does without it"
+        raise H1ExportError(error.name, what, "pip install 'h1export[export]'") from None
 
 
 def _fitted(where: object, what: str, next_step: str) -> tuple[str, str]:

@@ -64,11 +64,15 @@ class Conversations:
         step = 1
         while len(turns) > step * MOST_BORDERS:
             step *= 2
-        found = [self._border(messages[:place], prompt, how, whole=place == len(messages)) for place in turns[::step]]
-        return sorted(set(found) - {0})
+        found = {self._border(messages[:turn], prompt, turn == len(messages), how=how) for turn in turns[::step]}
+        return sorted(found - {0})
+
+    def last_border(self, messages: Sequence[Message], prompt: Sequence[int]) -> int:
+        """Return up to where ``prompt`` stays as it is when a reply follows; 0 where nothing can follow."""
+        return self._border(messages, prompt, True, how={})
 
     def _border(
-        self, messages: Sequence[Message], prompt: Sequence[int], how: Mapping[str, Any], *, whole: bool
+        self, messages: Sequence[Message], prompt: Sequence[int], whole: bool, *, how: Mapping[str, Any]
     ) -> int:
         try:
             opened = prompt if whole else self.ids(messages, **how)

@@ -130,7 +130,7 @@ class Chat:
         messages = [*self.messages, {"role": USER, "content": text}]
         prompt = self._conversations.ids(messages)
         try:
-            logits = self.sequence.become(prompt, self._conversations.borders(messages, prompt)[-1:], stop)
+            logits = self.sequence.become(prompt, [self._conversations.last_border(messages, prompt)], stop)
         except StoppedError:
             return
         said = ""

@@ -9,7 +9,7 @@ from secrets import token_hex
 from typing import Any
 
 from h1export.serve.choice import Ended, Event, Failed, Piece, Scored, Started
-from h1export.serve.problems import as_problem
+from h1export.serve.problems import failure
 from h1export.serve.tools import Call, ToolText
 
 TokenText = Callable[[int], str]
@@ -68,7 +68,7 @@ class Answer:
             ProblemError: It is an error.
         """
         if isinstance(event, Failed):
-            raise as_problem(event.error) from None
+            raise failure(event.error) from None
         if isinstance(event, Started):
             self._prompt_tokens += event.tokens
             self._reused += event.reused

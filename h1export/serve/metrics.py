@@ -19,6 +19,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         where = {"registry": self._registry}
         self._requests = Counter("h1export_requests", "Answers by path and status.", ["path", "status"], **where)
+        self._failures = Counter("h1export_failures", "Requests that failed here.", ["model"], **where)
         tokens = ("Tokens of prompts (computed or reused) and of answers.", ["model", "kind"])
         self._tokens = Counter("h1export_tokens", *tokens, **where)
         self._first = Histogram(
@@ -32,9 +33,9 @@ class Metrics:
         """Count an answer; ``path`` is that of a route, so that their number has an end."""
         self._requests.labels(path, str(status)).inc()
 
-    def watch(self, model: str) -> ModelWatch:
-        """Return what the scheduler of ``model`` is watched by."""
-        return ModelWatch(self, model)
+    def watch(self, model: str, report: Callable[[str], None]) -> ModelWatch:
+        """Return what the scheduler of ``model`` is watched by; ``report`` is called with a line for each failure."""
+        return ModelWatch(self, model, report)
 
     def gauges(self, name: str, text: str, values: Callable[[], Iterable[tuple[str, float]]]) -> None:
         """Show (model, value) pairs, as they are at the time of asking."""
@@ -48,7 +49,10 @@ class Metrics:
 class ModelWatch:
     """Counts the work of one model; it implements ``scheduler.Watch``."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
+    def __init__(self, metrics: Metrics, model: str, report: Callable[[str], None]) -> None:
+        self._model = model
+        self._report = report
+        self._failed = metrics._failures.labels(model)
         self._computed = metrics._tokens.labels(model, "computed")
         self._reused = metrics._tokens.labels(model, "reused")
         self._generated = metrics._tokens.labels(model, "generated")
@@ -64,6 +68,10 @@ class ModelWatch:
     def token(self, seconds: float) -> None:
         self._generated.inc()
         self._next.observe(seconds)
+
+    def failed(self, error: BaseException) -> None:
+        self._failed.inc()
+        self._report(f"{self._model}: {type(error).__name__} while a request was computed; the others go on")
 
 
 class _Gauges:

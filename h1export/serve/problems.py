@@ -47,9 +47,14 @@ class ProblemError(Exception):
 
 
 def as_problem(error: BaseException) -> ProblemError:
-    """Return what the client is told about ``error``: what it can put right, or that something failed here."""
-    if isinstance(error, ProblemError):
-        return error
+    """Return what the client is told about an error of its request, which it can put right, or of the server."""
     if isinstance(error, H1ExportError):  # without its place, which may be a path of this machine
         return ProblemError(400, f"{error.what}; {error.next_step}")
+    return failure(error)
+
+
+def failure(error: BaseException) -> ProblemError:
+    """Return what the client is told about an error of a request that was right; what failed stays here."""
+    if isinstance(error, ProblemError):
+        return error
     return ProblemError(500, f"the server failed with {type(error).__name__}", SERVER, code="internal_error")

@@ -42,6 +42,10 @@ class Watch(Protocol):
         """A text got a token, ``seconds`` after the one before."""
         ...
 
+    def failed(self, error: BaseException) -> None:
+        """A request that was right has ended with an error."""
+        ...
+
 
 def one_by_one(work: Work) -> list[Array | BaseException]:
     """Extend each session by its ids, and return the logits [new or 1, vocab] of each, or its error.
@@ -224,7 +228,12 @@ class Scheduler:
                 raise answer
             then(answer)
         except BaseException as error:  # panics of libraries in Rust are no Exception
-            task.fail(error)
+            self._fail(task, error)
+
+    def _fail(self, task: Task, error: BaseException) -> None:
+        if not isinstance(error, ProblemError):
+            self._watch.failed(error)
+        task.fail(error)
 
     def _admit(self) -> None:
         """Let waiting tasks begin, in order, while there are rows for them."""
@@ -240,7 +249,7 @@ class Scheduler:
                 store = self._store if task.top is None else None
                 prompt = Prompt(self._runner, store, task.ids, borders=task.borders)
             except BaseException as error:
-                task.fail(error)
+                self._fail(task, error)
                 continue
             self._prefills.append(_Prefill(task, prompt))
 

@@ -77,7 +77,7 @@ class Server:
         self.models: dict[str, ServedModel] = {}
         try:
             for name, out in outs.items():
-                watch = metrics.watch(name)
+                watch = metrics.watch(name, report)
                 self.models[name] = ServedModel(
                     name, out, room, watch=watch, threads=threads, kernels=kernels, verify=verify
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from h1export.artifact.manifest import MANIFEST, Manifest
 from h1export.checkpoint.chat_template import ChatTemplate, TemplateRefusalError
 from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.commands.chat import Chat
+from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.runtime.generation import Sampling
 from h1export.targets.onnxruntime.bound_session import BoundSession
@@ -35,6 +36,22 @@ pytestmark = pytest.mark.ort  # the other targets: test_saved_states.py of each
 @pytest.fixture(scope="module")
 def made(tiny: Path, build: Build) -> Artifact:
     return build(tiny)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once() -> Iterator[None]:
+    """One runner for all copies of an artifact: they differ in their templates only."""
+    runners: dict[tuple[str, str], Any] = {}
+
+    def load(artifact: Artifact, *arguments: Any, **how: Any) -> Any:
+        key = artifact.manifest.source, f"{artifact.manifest.scheme} {arguments} {how}"
+        if key not in runners:
+            runners[key] = load_runner(artifact, *arguments, **how)
+        return runners[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("h1export.commands.chat.load_runner", load)
+        yield
 
 
 @pytest.fixture

@@ -221,7 +221,7 @@ FIELDS = sorted(
 CHANGES = st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(path=st.sampled_from(sorted(BODIES)), change=CHANGES)
 def test_any_values_in_any_fields(http: httpx2.Client, path: str, change: dict[str, Any]) -> None:
     answer = http.post(path, content=json.dumps({**BODIES[path], **change, "max_tokens": 1}), headers=JSON)
@@ -285,7 +285,7 @@ def test_what_others_ask_meanwhile_is_answered(server: Server, http: httpx2.Clie
     """A good answer stays the same between wrong requests; nothing of them stays."""
     good = {**BODIES[CHAT], "max_tokens": 8, **schema(SCHEMA)}
     first = http.post(CHAT, json=good).json()["choices"]
-    for body, headers, _ in list(RAW.values())[:12]:
+    for body, headers, _ in list(RAW.values())[::3]:
         http.post(CHAT, content=body, headers=headers)
         assert http.post(CHAT, json=good).json()["choices"] == first
     assert all(model.scheduler.running == 0 for model in server.models.values())

@@ -71,9 +71,15 @@ class Letters:
 
 
 class Silent:
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
     def began(self, *_: Any, **__: Any) -> None: ...
 
     def token(self, seconds: float) -> None: ...
+
+    def failed(self, error: BaseException) -> None:
+        self.errors.append(type(error).__name__)
 
 
 @dataclass

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
-import subprocess
-import sys
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import openai
@@ -22,44 +26,43 @@ from h1export.serve.metrics import Metrics
 from h1export.serve.server import Server, named
 
 
-def test_the_command_serves_until_it_is_told_to_stop(out: Path) -> None:
+def test_the_command_serves_until_it_is_told_to_stop(out: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """It says where it listens; a stream that runs at SIGTERM comes to its end, and the exit code is 0."""
-    command = "import sys; from h1export.cli import main; sys.argv[0] = 'h1export'; main()"
-    options = ("--port", "0", "--kernels", "stock", "--threads", "1", "--json", "--quiet")
-    process = subprocess.Popen(
-        [sys.executable, "-c", command, "serve", f"mine={out}", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        said = ""
-        while not said.endswith("}\n"):
-            line = process.stdout.readline()
-            assert line
-            said += line
-        place = json.loads(said)
-        assert place["models"] == ["mine"]
-        with openai.OpenAI(base_url=f"{place['url']}/v1", api_key="none", max_retries=0, timeout=60) as client:
-            stream = client.chat.completions.create(
-                model="mine",
-                messages=[user("import os")],
-                max_tokens=150,
-                logit_bias={"1": -100, "3": -100},
-                stream=True,
-            )
-            next(stream)
-            process.send_signal(signal.SIGTERM)
-            reasons = [chunk.choices[0].finish_reason for chunk in stream]
-        assert len(reasons) > 20
-        assert reasons[-1] == "length"
-        assert process.wait(30) == 0
-        assert process.stderr is not None
-        assert process.stderr.read() == ""
-    finally:
-        process.kill()
-        process.wait()
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+
+    def ask() -> list[str | None]:
+        for _ in range(600):
+            with suppress(httpx2.TransportError):
+                if httpx2.get(f"{url}/health").status_code == 200:
+                    break
+            time.sleep(0.05)
+        try:
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+                how: Any = {"max_tokens": 150, "logit_bias": {"1": -100, "3": -100}, "stream": True}
+                stream = client.chat.completions.create(model="mine", messages=[user("import os")], **how)
+                next(stream)
+                os.kill(os.getpid(), signal.SIGTERM)
+                return [chunk.choices[0].finish_reason for chunk in stream]
+        except BaseException:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
+
+    before = signal.getsignal(signal.SIGTERM)
+    options = ("--port", str(port), "--kernels", "stock", "--threads", "1", "--json")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        assert run(["serve", f"mine={out}", *options]) == 0
+        reasons = asked.result()
+    assert len(reasons) > 20
+    assert reasons[-1] == "length"
+    said = capfd.readouterr()
+    assert json.loads(said.out) == {"url": url, "models": ["mine"]}
+    assert said.err == f"serving mine at {url}\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(httpx2.TransportError):
+        httpx2.get(f"{url}/health")
 
 
 def test_what_cannot_be_served_is_one_line(
@@ -127,6 +130,23 @@ def test_keys(server: Server, tmp_path: Path) -> None:
     assert {name for name, status in found.items() if status == 200} == {"health", "first", "second"}
     assert set(found.values()) == {200, 401}
     assert lines == []
+
+
+def test_a_failure_while_a_text_is_computed_is_a_500(
+    server: Server, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where what failed is one of our own errors, with a path in it; a stream has it as an event."""
+
+    def fail(*_: object) -> None:
+        raise H1ExportError("/secret/place", "cannot compute", "build it again")
+
+    monkeypatch.setattr(server.models["tiny"].scheduler, "_decoded", fail)
+    for stream in (False, True):
+        with pytest.raises(openai.APIError, match="the server failed with H1ExportError") as caught:
+            list(client.completions.create(model="tiny", prompt="x", temperature=0, max_tokens=3, stream=stream))
+        assert caught.value.code == "internal_error"
+    monkeypatch.undo()
+    assert client.completions.create(model="tiny", prompt="x", max_tokens=3).choices[0].text
 
 
 def test_an_error_of_ours_is_a_500_without_its_text(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

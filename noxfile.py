@@ -94,7 +94,7 @@ def types(session: nox.Session) -> None:
     Only there do the checkers see the packages that setuptools maps.
     """
     with tempfile.TemporaryDirectory() as folder:
-        session.install(str(wheel(session, Path(folder))), *dev("mypy", "import-linter"), "--no-compile")
+        session.install(f"{wheel(session, Path(folder))}[export]", *dev("mypy", "import-linter"), "--no-compile")
         with session.chdir(folder):
             session.run("mypy", "--config-file", str(PYPROJECT), "--strict", "-p", "h1export")
             session.run("lint-imports", "--config", str(PYPROJECT))
@@ -108,8 +108,8 @@ def tests(session: nox.Session, target: str) -> None:
     Tests that need a browser, a GPU or macOS are left out, and no other may skip.
     """
     own = TARGETS[target]
-    extras = ",".join(dict.fromkeys(extra for info in own for extra in info.test_extras))
-    session.install("-e", f".[{extras}]" if extras else ".", *dev(*TESTED_WITH), "--no-compile")
+    extras = ",".join(dict.fromkeys(("export", *(extra for info in own for extra in info.test_extras))))
+    session.install("-e", f".[{extras}]", *dev(*TESTED_WITH), "--no-compile")
     others = [info for info in INFOS.values() if info.row != target]
     left_out = ("chromium", "gpu", "mac", "slow", *(info.name for info in others))
     wanted = [f"({' or '.join(info.name for info in own)})"] if own else []
@@ -159,7 +159,7 @@ def build(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks on a small model, to see that they run; figures worth quoting come from an idle machine."""
-    session.install("-e", ".[ort,genai,bench]")
+    session.install("-e", ".[export,ort,genai,bench]")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = f"{folder}/checkpoint"
         artifact = f"{folder}/artifact"
@@ -214,7 +214,7 @@ def gate(session: nox.Session) -> None:
 
     It is not part of CI, because it takes long.
     """
-    session.install("-e", ".[ort]")
+    session.install("-e", ".[export,ort]")
     with tempfile.TemporaryDirectory() as folder:
         artifact = f"{folder}/artifact"
         session.run("h1export", "build", "--target", "ort", "--quant", "int4", "--out", artifact)
@@ -231,7 +231,7 @@ def sanitize(session: nox.Session) -> None:
         session.error(
             "no clang++ here: install clang (on Debian, apt-get install clang) and run `nox -s sanitize` again"
         )
-    session.install("-e", ".[ort,trt]", "--no-compile")
+    session.install("-e", ".[export,ort,trt]", "--no-compile")
     artifact = Path(session.create_tmp()).resolve() / "artifact"
     shutil.rmtree(artifact, ignore_errors=True)
     options = ("--target", "ort", "--quant", "int4", "--method", "rtn", "--out", str(artifact))
@@ -247,7 +247,7 @@ def faults(session: nox.Session) -> None:
     It needs Linux and a C compiler, and takes some hours; docs/security.md has its figures. Positional arguments are
     those of tools/faults/run.py, such as --targets ort --only kills.
     """
-    session.install("-e", ".[ort,coreml,trt,report,gguf,mlx]", "--no-compile")
+    session.install("-e", ".[export,ort,coreml,trt,report,gguf,mlx]", "--no-compile")
     with session.chdir(ROOT / "tools"):
         session.run("python", "-m", "faults.run", *session.posargs)
 
@@ -255,7 +255,7 @@ def faults(session: nox.Session) -> None:
 @nox.session
 def fuzz(session: nox.Session) -> None:
     """20,000 changes of every file that h1export reads itself: each is read, or refused in one line."""
-    session.install("-e", ".", *dev("pytest", "pytest-xdist", "hypothesis"), "--no-compile")
+    session.install("-e", ".[export]", *dev("pytest", "pytest-xdist", "hypothesis"), "--no-compile")
     session.run("pytest", "-q", "-n", "auto", "tests/fuzz", *session.posargs, env={"MUTATIONS": "20000"})
 
 
@@ -265,7 +265,7 @@ def endurance(session: nox.Session) -> None:
 
     It is not part of CI, because it takes an hour to two, 9 GB of disk and 6 GB of memory.
     """
-    session.install("-e", ".[ort,trt,coreml]", "--no-compile")
+    session.install("-e", ".[export,ort,trt,coreml]", "--no-compile")
     folder = Path(session.create_tmp()).resolve() / "endurance"
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -281,7 +281,7 @@ def published(session: nox.Session) -> None:
 
     It is not part of CI, because it takes long and some GB of memory and disk. Positional arguments choose configs.
     """
-    session.install("-e", ".[ort]")
+    session.install("-e", ".[export,ort]")
     for config in sorted((ROOT / "tests" / "published").glob("*.json")):
         if session.posargs and config.stem not in session.posargs:
             continue
@@ -299,7 +299,7 @@ def selftest(session: nox.Session) -> None:
 
     It is not part of CI, because it takes long.
     """
-    session.install("-e", ".[ort]", *dev("pytest", "hypothesis"))
+    session.install("-e", ".[export,ort]", *dev("pytest", "hypothesis"))
     session.run("pytest", "-q", "tests/validate/accuracy/test_right_artifacts.py", *session.posargs)
 
 
@@ -318,7 +318,7 @@ def browser(session: nox.Session) -> None:
     It needs Node.js 20 with npm and a Chromium. The examples in Node run in the row `ort` of the tests.
     """
     need_chromium(session)
-    session.install("-e", ".[ort]", *dev("pytest", "hypothesis"))
+    session.install("-e", ".[export,ort]", *dev("pytest", "hypothesis"))
     session.run("pytest", "-q", "-m", "chromium", "tests/examples", *session.posargs)
 
 
@@ -329,7 +329,7 @@ def report(session: nox.Session) -> None:
     Screenshots stay in the session's folder.
     """
     need_chromium(session)
-    session.install("-e", ".[ort,report]", *dev("pytest", "hypothesis"))
+    session.install("-e", ".[export,ort,report]", *dev("pytest", "hypothesis"))
     screenshots = {"H1EXPORT_SCREENSHOTS": session.create_tmp()}
     session.run("pytest", "-q", "-m", "chromium", "tests/report", *session.posargs, env=screenshots)
 
@@ -339,7 +339,7 @@ def gpu(session: nox.Session) -> None:
     """The tests that need an NVIDIA GPU: kernels, engines, torch-tensorrt, ONNX Runtime's CUDA provider."""
     if shutil.which("nvidia-smi") is None:
         session.skip("no NVIDIA GPU here (nvidia-smi is missing): run `nox -s gpu` on a machine that has one")
-    session.install("-e", ".[cuda,trt,torch-trt]", *dev("pytest", "hypothesis"))
+    session.install("-e", ".[export,cuda,trt,torch-trt]", *dev("pytest", "hypothesis"))
     # not collected: it imports onnxruntime-genai, which would install the CPU's onnxruntime over this one
     ignored = ("--ignore=tests/targets/onnxruntime/test_clients.py", "--ignore=tests/integrations")
     session.run(

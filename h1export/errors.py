@@ -19,6 +19,7 @@ UNSHOWN = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of characters, 
 # marks that reorder what stands beside them, and the mark of a file's byte order
 BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 PLACE = re.compile(r"line \d+,? column \d+|end of document")
+BUILDERS = ("torch", "transformers", "onnx_ir")  # packages of the extra `export`, by what imports call them
 
 
 class H1ExportError(Exception):
@@ -38,6 +39,18 @@ class H1ExportError(Exception):
         self.what = shortened(what, MOST_SHOWN)
         self.next_step = next_step
         super().__init__("; ".join(_fitted(where, printable(self.what), printable(shortened(next_step, MOST_SHOWN)))))
+
+
+@contextmanager
+def naming_builders() -> Iterator[None]:
+    """Turn the ModuleNotFoundError of a package of BUILDERS inside into an H1ExportError that says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in BUILDERS:
+            raise
+        what = "is not installed, and only running artifacts of --target ort does without it"
+        raise H1ExportError(error.name, what, "pip install 'h1export[export]'") from None
 
 
 def _fitted(where: object, what: str, next_step: str) -> tuple[str, str]:

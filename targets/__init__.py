@@ -14,6 +14,7 @@ from h1export.targets.options import KERNELS, Kernels, TargetOptions
 
 if TYPE_CHECKING:  # the command line names targets without loading numpy
     from h1export.targets.base import Target
+    from h1export.targets.loading import Load
 
 __all__ = [
     "Kernels",
@@ -21,6 +22,7 @@ __all__ = [
     "TargetOptions",
     "all_kernels",
     "get_target",
+    "load_function",
     "options_class",
     "target_infos",
 ]
@@ -41,6 +43,11 @@ def all_kernels() -> tuple[str, ...]:
 def get_target(name: str) -> Target[Any]:
     """Return the target called ``name``: `target` of its module target.py, which does not import the vendor SDK yet."""
     return cast("Target[Any]", _module(name, "target").target)
+
+
+def load_function(name: str) -> Load:
+    """Return what loads artifacts of the target called ``name``: `load` of its module loading.py."""
+    return cast("Load", _module(name, "loading").load)
 
 
 def options_class(name: str) -> type[TargetOptions]:

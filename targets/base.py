@@ -1,4 +1,4 @@
-"""The protocol of a target: it lowers a Program to the runtime's files, and loads what it wrote."""
+"""The protocol of a target: it lowers a Program to the runtime's files. Its other half, loading.py, runs them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,10 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.progress import Progress
 from h1export.quantize.grid import OwnTensor
 from h1export.quantize.source import QuantizedWeights
-from h1export.runtime.runner import Inspectable
-from h1export.targets.options import Kernels, TargetOptions
+from h1export.targets.options import TargetOptions
 
 if TYPE_CHECKING:  # the command line names targets without loading torch
     from h1export.graphs.program import Program
-
-
-def refuse_native(artifact: Artifact, kernels: Kernels, runtime: str) -> None:
-    """Raise H1ExportError where h1export's own kernels are asked for, of a ``runtime`` for which there are none."""
-    if kernels == "native":
-        raise H1ExportError(
-            artifact.folder, f"{runtime} has no kernels of h1export's own", "leave out --kernels native"
-        )
 
 
 @dataclass(frozen=True)
@@ -116,25 +107,6 @@ class Target(Protocol[OptionsT]):
             artifact: the artifact, whose files were checked.
             build: whether to build what is missing and can be built here.
             progress: shows the stages of such a build.
-        """
-        ...
-
-    def load(
-        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
-    ) -> Inspectable[Any]:
-        """Load what ``lower`` wrote.
-
-        Args:
-            artifact: the artifact.
-            threads: the runtime's number of threads; 0 leaves it to the runtime.
-            float32: whether to compute in float32 even where the artifact rounds activations, so that a lowering error
-                cannot hide behind the rounding.
-            kernels: "native" means h1export's own, "stock" means the runtime's, and "auto" means native where they
-                are available; where they are not, ``Provenance.fallback`` says why. A target with ``other_runtimes``
-                gets their names too, and computes in that one.
-
-        Raises:
-            H1ExportError: The runtime is not installed, or the requested kernels are not available.
         """
         ...
 

@@ -39,7 +39,7 @@ from h1export.cli.streams import READER_GONE, ReaderGoneError, guarded_streams
 from h1export.cli.trace import trace
 from h1export.cli.trt import trt
 from h1export.cli.validate import validate
-from h1export.errors import MOST_SHOWN, H1ExportError, shortened
+from h1export.errors import MOST_SHOWN, H1ExportError, naming_builders, shortened
 from h1export.writing import FULL
 
 FAILED = 2
@@ -109,7 +109,8 @@ def run(arguments: list[str]) -> int:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         check_encoding(arguments)
-        code = int(cli.main(arguments, "h1export", standalone_mode=False) or 0)
+        with naming_builders():
+            code = int(cli.main(arguments, "h1export", standalone_mode=False) or 0)
         sys.stdout.flush()
         return code
     except ReaderGoneError:

@@ -49,7 +49,7 @@ def compare_artifacts(
         text: as in ``scored_text``, in the tokens of the first artifact.
         text_bytes: the number of bytes of the text that are scored; 0 means all.
         speed: what to time, for one thread count; None means that speed is not measured.
-        kernels: as in ``Target.load``.
+        kernels: as in ``targets.loading.Load``.
         adapters: folders of the adapters that they were built with, in order.
         quick: whether to run only the few cases that are ``quick``, and no text.
         progress: shows the stages.

@@ -10,11 +10,11 @@ from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import MANIFEST
 from h1export.checkpoint.lora import described
 from h1export.checkpoint.store import WeightStore
-from h1export.errors import H1ExportError
+from h1export.errors import H1ExportError, naming_builders
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.scheme import ADAPTERS
 from h1export.runtime.runner import Inspectable
-from h1export.targets import Kernels, TargetOptions, all_kernels, get_target, options_class, target_infos
+from h1export.targets import Kernels, TargetOptions, all_kernels, load_function, options_class, target_infos
 from h1export.targets.options import KERNELS
 
 
@@ -37,7 +37,7 @@ def read_options(artifact: Artifact) -> TargetOptions:
 def load_runner(
     artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
 ) -> Inspectable[Any]:
-    """Return a Runner over ``artifact`` from its target; the other arguments are those of ``Target.load``.
+    """Return a Runner over ``artifact`` from its target; the other arguments are those of ``targets.loading.Load``.
 
     Raises:
         H1ExportError: an unknown target or option, or an artifact that does not run here or in the named runtime.
@@ -48,7 +48,8 @@ def load_runner(
         known = kernels in all_kernels()
         what = f"an artifact of --target {artifact.manifest.target} does not run in it" if known else "is unknown"
         raise H1ExportError(f"kernels {kernels}", what, f"one of {', '.join((*KERNELS, *others))}")
-    return get_target(artifact.manifest.target).load(artifact, threads, float32, kernels=kernels)
+    with naming_builders():
+        return load_function(artifact.manifest.target)(artifact, threads, float32, kernels=kernels)
 
 
 def load_folder(
@@ -64,7 +65,7 @@ def load_folder(
 
     ``runtime`` is a runtime beside the target's own, such as "openvino", which ``kernels`` could name as well.
     ``verify`` is a file with the public key of whoever must have signed it, see ``h1export verify``. The other
-    arguments are those of ``Target.load``.
+    arguments are those of ``targets.loading.Load``.
 
     Raises:
         H1ExportError: a damaged artifact, one that is not signed by this key, or one that does not run here.

@@ -48,7 +48,7 @@ def validate_artifact(
         latency_pairs: the number of paired latency runs; 0 means that latency is not measured.
         threads: the number of threads of artifact and reference; 0 leaves it to them.
         progress: shows the stages.
-        kernels: as in ``Target.load``.
+        kernels: as in ``targets.loading.Load``.
         bisect, prompts, contexts: as in ValidateOptions.
         adapters: folders of the adapters that it was built with, in order.
         quick: whether to run only the few cases that are ``quick``, with no text, greedy texts or latency, whatever

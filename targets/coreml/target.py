@@ -19,8 +19,8 @@ from h1export.graphs.program import Program
 from h1export.graphs.trace import trace
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Finding, Lowered, refuse_native
-from h1export.targets.coreml import examine, runner, sdk
+from h1export.targets.base import Finding, Lowered
+from h1export.targets.coreml import examine, sdk
 from h1export.targets.coreml.evaluator import Package
 from h1export.targets.coreml.mac import golden, readme
 from h1export.targets.coreml.mac.verify_on_mac import Settings
@@ -31,7 +31,6 @@ from h1export.targets.coreml.program.blob_storage import BlobStorage
 from h1export.targets.coreml.program.functions import mil_program
 from h1export.targets.coreml.program.layout import CALLS, PREFILL
 from h1export.targets.coreml.program.weights import Float, Var, Weights
-from h1export.targets.options import Kernels
 
 COMPUTE: Mapping[Compute, Float] = {"fp16": np.float16, "fp32": np.float32}
 Port = tuple[str, tuple[int | str, ...]]
@@ -78,12 +77,6 @@ class CoreMLTarget:
 
     def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
         return examine.examine(artifact)
-
-    def load(
-        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
-    ) -> runner.CoreMLRunner:
-        refuse_native(artifact, kernels, "CoreML")
-        return runner.load(artifact)
 
 
 def _check(options: CoreMLOptions) -> None:

@@ -17,15 +17,13 @@ from h1export.progress import Progress
 from h1export.quantize.grid import OwnTensor
 from h1export.quantize.methods.prequantized import need_symmetric
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Finding, Lowered, refuse_native
+from h1export.targets.base import Finding, Lowered
 from h1export.targets.gguf import examine, metadata, modelfile, readme, refuse, sdk
 from h1export.targets.gguf.options import GgufOptions
 from h1export.targets.gguf.read_back import GgufFile
-from h1export.targets.gguf.runner import LlamaRunner
 from h1export.targets.gguf.tensors import tensors_of
 from h1export.targets.gguf.vocabulary import VOCABULARY, IdsOnly, vocabulary_of
 from h1export.targets.gguf.writer import MODEL, write
-from h1export.targets.options import Kernels
 
 ZERO_POINTS = "give a symmetric checkpoint, or build for --target ort"
 OWN_INTEGERS = "own integers"
@@ -99,12 +97,6 @@ class GgufTarget:
 
     def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
         return examine.examine(artifact)
-
-    def load(
-        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
-    ) -> LlamaRunner:
-        refuse_native(artifact, kernels, "llama.cpp")
-        return LlamaRunner(artifact, threads, float32)
 
 
 target = GgufTarget()

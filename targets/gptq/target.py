@@ -14,16 +14,14 @@ from h1export.graphs.program import Program
 from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Finding, Lowered, refuse_native
+from h1export.targets.base import Finding, Lowered
 from h1export.targets.gptq import examine, readme
 from h1export.targets.gptq.options import GptqOptions
 from h1export.targets.gptq.packed_set import PackedSet
-from h1export.targets.gptq.runner import GptqRunner
 from h1export.targets.gptq.weights import float_tensor, packed_tensors
 from h1export.targets.hf_folder.config_json import write_config
 from h1export.targets.hf_folder.ports import INPUTS, outputs
 from h1export.targets.hf_folder.shards import Stored, dtype_counts, write_shards
-from h1export.targets.options import Kernels
 
 
 class GptqTarget:
@@ -63,12 +61,6 @@ class GptqTarget:
 
     def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
         return examine.examine(artifact)
-
-    def load(
-        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
-    ) -> GptqRunner:
-        refuse_native(artifact, kernels, "h1export's graph of a GPTQ folder")
-        return GptqRunner(artifact)
 
 
 def _stored_weight(name: str, store: WeightStore, chosen: PackedSet) -> StoredWeight:

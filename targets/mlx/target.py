@@ -12,16 +12,14 @@ from h1export.graphs.program import Program
 from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
-from h1export.targets.base import Finding, Lowered, refuse_native
+from h1export.targets.base import Finding, Lowered
 from h1export.targets.hf_folder.ports import INPUTS, outputs
 from h1export.targets.hf_folder.shards import dtype_counts, write_shards
 from h1export.targets.mlx import config_json, examine, readme
 from h1export.targets.mlx.check import check
 from h1export.targets.mlx.fold import multiplier_of
 from h1export.targets.mlx.options import MlxOptions
-from h1export.targets.mlx.runner import MlxRunner
 from h1export.targets.mlx.weights import DTYPES, float_tensor, quantization, quantized_tensor
-from h1export.targets.options import Kernels
 
 
 class MlxTarget:
@@ -66,12 +64,6 @@ class MlxTarget:
 
     def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
         return examine.examine(artifact)
-
-    def load(
-        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
-    ) -> MlxRunner:
-        refuse_native(artifact, kernels, "MLX")
-        return MlxRunner(artifact, float32)
 
 
 target = MlxTarget()

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
+import onnx
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import StoredWeight
@@ -64,21 +64,22 @@ def external_arrays(artifact: Artifact, model: str, key: Key) -> dict[str, Any]:
     """
     arrays: dict[str, Any] = {}
     inside = model[: model.rfind("/") + 1]
-    graph = ir.serde.deserialize_model(read_graph(artifact.folder / model, artifact.manifest.files, inside)).graph
-    for name, value in graph.initializers.items():
-        tensor = value.const_value
-        kept = key(name)
-        if not isinstance(tensor, ir.ExternalTensor) or kept is None:
+    for tensor in read_graph(artifact.folder / model, artifact.manifest.files, inside).graph.initializer:
+        kept = key(tensor.name)
+        if tensor.data_location != onnx.TensorProto.EXTERNAL or kept is None:
             continue
-        location = inside + str(tensor.location)
-        shape = tensor.shape.numpy()
-        dtype = tensor.dtype.numpy()
-        if tensor.dtype == ir.DataType.INT4:  # two to a byte
-            shape = (prod(shape) // 2,)
-            dtype = np.dtype(np.uint8)
-        if (tensor.offset or 0) + prod(shape) * dtype.itemsize > artifact.manifest.files[location][1]:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location, offset = inside + entries["location"], int(entries.get("offset", 0))
+        shape = tuple(tensor.dims)
+        if tensor.data_type == onnx.TensorProto.INT4:  # two to a byte
+            shape, dtype = (prod(shape) // 2,), np.dtype(np.uint8)
+        else:
+            dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+        if offset + prod(shape) * dtype.itemsize > artifact.manifest.files[location][1]:
             raise H1ExportError(
-                artifact.folder / model, f"initializer {name!r} is outside {location}", "build the artifact again"
+                artifact.folder / model,
+                f"initializer {tensor.name!r} is outside {location}",
+                "build the artifact again",
             )
-        arrays[kept] = np.memmap(artifact.folder / location, dtype, mode="r", offset=tensor.offset or 0, shape=shape)
+        arrays[kept] = np.memmap(artifact.folder / location, dtype, mode="r", offset=offset, shape=shape)
     return arrays

@@ -13,12 +13,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime.run_options import run_options
 
-BFLOAT16 = int(ir.DataType.BFLOAT16)
+BFLOAT16 = 16  # TensorProto.DataType of onnx.proto
 
 
 def in_numpy(dtype: npt.DTypeLike) -> np.dtype[Any]:

@@ -14,16 +14,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.probes import PREFIX
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.graph_file import read_graph
 from h1export.targets.onnxruntime import cuda_libraries, product_limits
 from h1export.targets.onnxruntime.calls import Serial, refused
-from h1export.targets.onnxruntime.float32_graph import float32_graph
 from h1export.targets.onnxruntime.layouts import LAYOUTS, MODEL
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.variants import CPU, CUDA, FUSED_LEVEL, GraphVariant
@@ -92,29 +88,15 @@ def open_inference_session(
     again = "build the artifact again" + " without --captured-decode" * captured
     read_graph(path, artifact.manifest.files, graph.removesuffix(path.name))
     with refused(path, "onnxruntime cannot load it", again):
-        model = (
-            _changed(path, variant, options, float32=float32, observed=observed) if float32 or observed else str(path)
-        )
+        model: str | bytes = str(path)
+        if float32 or observed:
+            # it needs onnx_ir, without which a program that only runs artifacts starts much faster
+            from h1export.targets.onnxruntime.changed_graph import changed
+
+            model = changed(path, variant, options, float32=float32, observed=observed)
         session = ort.InferenceSession(model, options, providers=chain)
     if not float32 and provider not in session.get_providers():  # onnxruntime only logs it, and would run on the CPU
         raise H1ExportError(
             provider, f"onnxruntime could not start it{cuda_libraries.missing()}", cuda_libraries.NEXT_STEP
         )
     return Serial(session) if captured else session
-
-
-def _changed(path: Path, variant: GraphVariant, options: Any, *, float32: bool, observed: bool) -> bytes:
-    """Return the model in float32 arithmetic, with its probes as outputs, or both. Its external data stays where it is.
-
-    In float32 there are no fp16 activations, and products with integers have accuracy level 0.
-    """
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    model = float32_graph(ir.load(path)) if float32 and variant.halves else ir.load(path)
-    for node in model.graph:
-        if float32 and "accuracy_level" in node.attributes:
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-        if observed:
-            model.graph.outputs.extend(value for value in node.outputs if (value.name or "").startswith(PREFIX))
-    if observed and not any((value.name or "").startswith(PREFIX) for value in model.graph.outputs):
-        raise H1ExportError(path, "names no values between its ops", "build the artifact again")
-    return bytes(ir.to_proto(model).SerializeToString())

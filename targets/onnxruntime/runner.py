@@ -27,11 +27,10 @@ from h1export.targets.onnxruntime import native_library, state_layout
 from h1export.targets.onnxruntime.bfloat16 import run
 from h1export.targets.onnxruntime.bound_session import BoundGraph, BoundSession, check_length
 from h1export.targets.onnxruntime.calls import refused
-from h1export.targets.onnxruntime.emit.dequantize_linear import TABLE
-from h1export.targets.onnxruntime.emit.matmul_nbits import ROWS
 from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL, open_inference_session
 from h1export.targets.onnxruntime.layouts import LAYOUTS
 from h1export.targets.onnxruntime.options import OrtOptions
+from h1export.targets.onnxruntime.read_back import ROWS, TABLE
 from h1export.targets.onnxruntime.variants import CUDA, variant_of
 from h1export.targets.options import Kernels
 
@@ -55,7 +54,7 @@ class OnnxRuntimeRunner:
         artifact: What the target has written.
         threads: The number of threads; 0 leaves it to onnxruntime.
         float32: Whether the graph computes in float32 where the artifact rounds activations.
-        kernels: Which of the two graphs runs, see ``Target.load``.
+        kernels: Which of the two graphs runs, see ``targets.loading.Load``.
     """
 
     def __init__(self, artifact: Artifact, threads: int, float32: bool, *, kernels: Kernels) -> None:

@@ -22,18 +22,17 @@ from h1export.targets.onnx.builder import GraphBuilder, Value
 from h1export.targets.onnx.emit import Emitter, emit, name_probes
 from h1export.targets.onnx.external_data import ExternalData
 from h1export.targets.onnx.op_counts import node_counts
-from h1export.targets.onnxruntime import examine, genai_config, openvino_sdk, readme, transformers_js
+from h1export.targets.onnxruntime import examine, genai_config, readme, transformers_js
 from h1export.targets.onnxruntime.emit import wasm
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.onnxruntime.emit.native import DOMAIN, NativeContext, covers
 from h1export.targets.onnxruntime.emit.packing import INT8_BLOCKS
 from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL
 from h1export.targets.onnxruntime.layouts import LAYOUTS, Layout
-from h1export.targets.onnxruntime.openvino_runner import OpenVinoRunner
+from h1export.targets.onnxruntime.lowerings import lowering_of
 from h1export.targets.onnxruntime.options import OrtOptions
-from h1export.targets.onnxruntime.runner import ROUNDED_LEVEL, OnnxRuntimeRunner
+from h1export.targets.onnxruntime.runner import ROUNDED_LEVEL
 from h1export.targets.onnxruntime.variants import GraphVariant, variant_of
-from h1export.targets.options import Kernels
 
 Dims = tuple[int | str, ...]
 Ports = Mapping[str, tuple[str, Dims]]  # input or output of the graph -> (ONNX name of its dtype, dims)
@@ -60,10 +59,10 @@ class OnnxRuntimeTarget:
         stage: Stage,
         progress: Progress,
     ) -> Lowered:
-        variant = variant_of(options)
+        variant, lowering = variant_of(options), lowering_of(options)
         precisions = set(integers.precisions.values())
         align = max([INT8_BLOCKS[0], *(precision.group_size for precision in precisions)])
-        program = run_passes(program, variant.fuse(_kind_of(integers), align))
+        program = run_passes(program, lowering.fuse(_kind_of(integers), align))
         progress.stage("weights", store.nbytes)
         layout = LAYOUTS[options.layout]
         inputs = _inputs(program, variant, layout)
@@ -72,16 +71,16 @@ class OnnxRuntimeTarget:
         weights = graph + layout.data
         (stage.folder / graph).parent.mkdir(exist_ok=True)
         with ExternalData(stage, weights) as data:
-            context = variant.context(program, store, integers, GraphBuilder(variant.opsets(precisions)), data)
+            context = lowering.context(program, store, integers, GraphBuilder(lowering.opsets(precisions)), data)
             context.accuracy_level = options.accuracy_level
             context.halves = layout.halves
-            ir.save(_model(context, variant.table, inputs, outputs=outputs), stage.folder / graph)
-            if layout.native and variant.native is not None and covers(program):
+            ir.save(_model(context, lowering.table, inputs, outputs=outputs), stage.folder / graph)
+            if layout.native and lowering.native is not None and covers(program):
                 native = NativeContext(
-                    program, store, integers, GraphBuilder({**variant.opsets(precisions), DOMAIN: 1}), data
+                    program, store, integers, GraphBuilder({**lowering.opsets(precisions), DOMAIN: 1}), data
                 )
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
-                ir.save(_model(native, variant.native, inputs, outputs=outputs), stage.folder / NATIVE_MODEL)
+                ir.save(_model(native, lowering.native, inputs, outputs=outputs), stage.folder / NATIVE_MODEL)
         if options.layout == "genai":
             genai_config.write_config(program.config, stage.folder, options)
             readme.write(stage.folder, options)
@@ -96,12 +95,6 @@ class OnnxRuntimeTarget:
 
     def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
         return examine.examine(artifact)
-
-    def load(
-        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
-    ) -> OnnxRuntimeRunner:
-        chosen = OpenVinoRunner if kernels == openvino_sdk.NAME else OnnxRuntimeRunner
-        return chosen(artifact, threads, float32, kernels=kernels)
 
 
 def _kind_of(integers: QuantizedWeights) -> KindOf:

@@ -17,13 +17,10 @@ from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets.base import Finding, Lowered
 from h1export.targets.onnx.op_counts import node_counts
-from h1export.targets.options import Kernels
 from h1export.targets.tensorrt import examine, plugin, readme, sdk
-from h1export.targets.tensorrt.emulator.runner import NetworkRunner
 from h1export.targets.tensorrt.engine import build
 from h1export.targets.tensorrt.engine.config import ENGINE, LIBRARY, RECIPE, RTX_ARCHITECTURES, TRTEXEC, EngineConfig
 from h1export.targets.tensorrt.engine.requirements import EngineRequirements
-from h1export.targets.tensorrt.gpu.runner import EngineRunner
 from h1export.targets.tensorrt.network import lowering
 from h1export.targets.tensorrt.network.layout import DATA, MODEL, Ports
 from h1export.targets.tensorrt.options import RuntimeName, TensorRTOptions
@@ -76,24 +73,6 @@ class TensorRTTarget:
 
     def examine(self, artifact: Artifact, *, build: bool, progress: Progress) -> Iterator[Finding]:
         return examine.examine(artifact, build=build, progress=progress)
-
-    def load(
-        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
-    ) -> EngineRunner | NetworkRunner:
-        """Load the engine on this machine's GPU, or else the network that it was built from, on the CPU.
-
-        Only the network has a ``float32`` form.
-        """
-        if float32 or kernels == "stock":
-            return NetworkRunner(artifact, threads, float32)
-        try:
-            return EngineRunner(artifact)
-        except H1ExportError as error:
-            if kernels == "native":
-                raise
-            return NetworkRunner(
-                artifact, threads, float32, why=f"is computed on the CPU, and not by its engine: {error}"
-            )
 
 
 def _architectures(runtime: RuntimeName, options: TensorRTOptions) -> tuple[int, ...]:

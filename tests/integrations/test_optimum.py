@@ -74,8 +74,9 @@ def test_it_has_every_option_of_build(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def transformers_pin() -> SpecifierSet:
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    (found,) = [parsed.specifier for item in dependencies if (parsed := Requirement(item)).name == "transformers"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = map(Requirement, project["optional-dependencies"]["export"])
+    (found,) = [one.specifier for one in required if one.name == "transformers"]
     return found
 
 

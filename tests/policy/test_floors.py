@@ -23,7 +23,7 @@ TRITON = re.compile(
 )  # modules that are written in Triton, and so need it to be imported
 HEAVY = ("numpy", "torch", "onnx", "onnx_ir", "transformers", "triton", *RUNTIMES)
 SHARED_BY_TARGETS = tuple(
-    f"h1export.targets.{name}" for name in ("base", "hf_folder", "info", "onnx", "options", "sizes")
+    f"h1export.targets.{name}" for name in ("base", "hf_folder", "info", "loading", "onnx", "options", "sizes")
 )
 HOSTED = ("h1export.integrations", "h1export.serve")  # their modules import what only extras install
 
@@ -206,6 +206,11 @@ def test_what_runs_an_artifact_needs_neither_torch_nor_onnx(modules: Mapping[str
     ours = [name for name in modules if inside(name, "h1export.runtime")]
     assert "h1export.runtime.runner" in ours
     assert loaded_by(f"import {', '.join(ours)}", ("torch", "onnx", "onnx_ir", "transformers")) == set()
+
+
+def test_loading_artifacts_of_onnx_runtime_needs_no_builder() -> None:
+    code = "from h1export.cli import chat, generate; from h1export.targets import load_function; load_function('ort')"
+    assert loaded_by(code, ("torch", "onnx_ir", "sympy", "transformers")) == set()
 
 
 def test_importing_every_module_loads_no_runtime(modules: Mapping[str, Any]) -> None:

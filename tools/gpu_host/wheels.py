@@ -109,7 +109,7 @@ def collect(root: Path, folder: Path, host_file: Path, *, peers: bool) -> tuple[
     host = host_packages(host_file)
     folder.mkdir(parents=True)
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    core = _closure([*project["dependencies"]], host, folder)
+    core = _closure([*project["dependencies"], *project["optional-dependencies"]["export"]], host, folder)
     core.append(own_wheel(root, folder))
     (folder / "runtime").mkdir()
     known = {**host, **{canonicalize_name(w.name.split("-")[0]): (w.name.split("-")[1], False) for w in core}}

@@ -21,8 +21,10 @@ the sizes are from onnxruntime/contrib_ops/cuda/bert/ of microsoft/onnxruntime.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from h1export.targets.sizes import ScanSizes
+if TYPE_CHECKING:  # a program that runs artifacts does without torch
+    from h1export.targets.sizes import ScanSizes
 
 FLOAT_BYTES = 4
 

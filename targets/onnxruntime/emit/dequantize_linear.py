@@ -6,7 +6,6 @@ the whole weight in every call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.weight_expr import WeightExpr
 from h1export.model.falcon_h1.states import Array
@@ -22,22 +20,16 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedBlock, quantized_blocks
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS, read_column_major, write_column_major
+from h1export.targets.onnx.column_major import SCALES
+from h1export.targets.onnx.column_major_writer import write_column_major
 from h1export.targets.onnx.emit import Context, initializer_name
 from h1export.targets.onnxruntime.emit.packing import NBitsLayout
-
-# suffix of an embedding's codes, one row a token; a tied head has codes of its own, column by column
-TABLE = ".table"
+from h1export.targets.onnxruntime.read_back import TABLE
 
 
 def folded_scales(tensor: QuantizedTensor) -> Array:
     """Return fp16 scales times the multiplier, float32 [rows, groups]."""
     return tensor.scales.astype(np.float32) * tensor.row_scale[:, None]
-
-
-def unfolded_scales(stored: Array, multiplier: Array) -> npt.NDArray[np.float16]:
-    """Undo ``folded_scales``: dividing by the multiplier lands within half a unit in the last place of float16."""
-    return (stored.astype(np.float64) / multiplier[:, None]).astype(np.float16)
 
 
 def dequantized(c: Context, expr: WeightExpr, precision: Precision) -> Value:
@@ -90,21 +82,3 @@ def embed(c: Context, ids: Value, expr: WeightExpr, *, precision: Precision) -> 
         b.constant(layout.zero_point, np.float32),
     )
     return b.op("Reshape", b.op("Mul", signed, b.op("Unsqueeze", scale, b.ints(3))), b.ints(0, 0, columns))
-
-
-def read_stored(
-    weight: StoredWeight, tensors: Mapping[str, Any], columns: Callable[[str], int]
-) -> Iterator[tuple[str, QuantizedTensor]]:
-    """Yield the integers that an artifact stores, by checkpoint tensor, as read_back.py does; int4 arrays are flat."""
-    (part,) = weight.parts
-    name = weight.initializer
-    multiplier = part.multiplier.rows(part.size)
-    zeros = None
-    if name + CODES in tensors:
-        scales = tensors[name + SCALES].reshape(-1, part.size).T
-        codes = read_column_major(tensors[name + CODES], weight.bits, part.size)
-        zeros = read_column_major(tensors[name + ZEROS], weight.bits, part.size) if name + ZEROS in tensors else None
-    else:
-        codes = np.asarray(tensors[name + TABLE])
-        scales = tensors[name + TABLE + SCALES]
-    yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier, zeros=zeros)

@@ -25,10 +25,10 @@ from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
 from h1export.targets.onnx.emit import Context, initializer_name
 from h1export.targets.onnxruntime.emit.packing import NBitsLayout
+from h1export.targets.onnxruntime.read_back import ROWS
 
 MS = "com.microsoft"
 FLOAT = int(ir.DataType.FLOAT)
-ROWS = ".rows"  # suffix of the name under which an embedding reads codes, one row a token
 
 
 class OrtContext(Context):

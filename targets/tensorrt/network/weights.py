@@ -23,7 +23,8 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedBlock, quantized_blocks
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.column_major import CODES, SCALES, pack, read_column_major, unpack, write_column_major
+from h1export.targets.onnx.column_major import CODES, SCALES, pack, read_column_major, unpack
+from h1export.targets.onnx.column_major_writer import write_column_major
 from h1export.targets.onnx.emit import initializer_name
 from h1export.targets.tensorrt.network.context import TensorRTContext
 

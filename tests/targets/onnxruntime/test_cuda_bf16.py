@@ -25,7 +25,7 @@ from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
 from h1export.report.report import Report
 from h1export.targets.onnx import sdk
-from h1export.targets.onnxruntime import bfloat16, inference_session
+from h1export.targets.onnxruntime import bfloat16, changed_graph
 from h1export.targets.onnxruntime.float32_graph import float32_graph
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.runner import OnnxRuntimeRunner
@@ -122,7 +122,7 @@ def test_bf16_activations_drift_as_far_as_bf16_does(
 ) -> None:
     artifact = bf16(build, tiny, quant)
     exact = load_runner(artifact, float32=True)
-    monkeypatch.setattr(inference_session, "float32_graph", rounded)
+    monkeypatch.setattr(changed_graph, "float32_graph", rounded)
     twin = load_runner(artifact, float32=True)
     ids = np.random.default_rng(0).integers(0, exact.config.vocab_size, (2, 24))
     found = []
@@ -140,7 +140,7 @@ def test_the_tolerances_of_bf16_hold_and_exclude_a_planted_fault(
 ) -> None:
     """fp16's do not hold: bf16 rounds 8 times as far. Without quantisation there is nothing but these tolerances."""
     artifact = bf16(build, tiny, "none")
-    monkeypatch.setattr(inference_session, "float32_graph", rounded)
+    monkeypatch.setattr(changed_graph, "float32_graph", rounded)
     twin = load_runner(artifact, float32=True)
     step = OnnxRuntimeRunner.step
     monkeypatch.setattr(OnnxRuntimeRunner, "provenance", replace(twin.provenance, float32=False))

@@ -26,9 +26,9 @@ from h1export.progress import SILENT
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
-from h1export.targets.onnx import column_major
+from h1export.targets.onnx import column_major, column_major_writer
 from h1export.targets.onnx.builder import GraphBuilder
-from h1export.targets.onnxruntime import state_layout
+from h1export.targets.onnxruntime import read_back, state_layout
 from h1export.targets.onnxruntime.emit import dequantize_linear, portable
 from h1export.targets.onnxruntime.emit.chunked_scan import LENGTH, Chunks, chunked_scan
 from h1export.targets.onnxruntime.options import OrtOptions
@@ -62,9 +62,7 @@ def load(artifact: Artifact) -> onnx.ModelProto:
 def test_scales_come_back_bit_for_bit_whatever_the_multiplier(scale: float, multiplier: float) -> None:
     factor = np.array([multiplier], np.float32)
     tensor = QuantizedTensor(np.zeros((1, 64), np.int8), np.full((1, 2), scale, np.float16), factor)
-    assert np.array_equal(
-        dequantize_linear.unfolded_scales(dequantize_linear.folded_scales(tensor), factor), tensor.scales
-    )
+    assert np.array_equal(read_back.unfolded_scales(dequantize_linear.folded_scales(tensor), factor), tensor.scales)
 
 
 def test_the_table_is_the_legal_vocabulary() -> None:
@@ -243,7 +241,7 @@ def test_the_artifact_holds_the_rules_integers_bit_for_bit(
     """Row blocks make no difference: the vocabulary and in_proj have odd numbers of rows, blocks a few rows."""
     checkpoint = make_checkpoint(name, mamba_n_heads=3, mamba_d_ssm=96)
     artifact = build(checkpoint, quant, graph="portable")
-    for module in (column_major, dequantize_linear):
+    for module in (column_major_writer, dequantize_linear):
         monkeypatch.setattr(module, "BLOCK_BYTES", 3000)
     options = OrtOptions(accuracy_level=0, graph="portable")
     again = build_artifact(checkpoint, "ort", tmp_path / "again", scheme=QuantScheme(quant), options=options)  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import Rounded
 from h1export.targets import get_target
-from h1export.targets.onnx import column_major
+from h1export.targets.onnx import column_major_writer
 from h1export.targets.tensorrt.network import weights
 from h1export.targets.tensorrt.network.lowering import check
 from h1export.targets.tensorrt.network.ops import TABLE
@@ -124,7 +124,7 @@ def test_the_artifact_holds_the_rules_integers(
 ) -> None:
     """Written a few rows at a time; in_proj and the vocabulary have odd numbers of them."""
     checkpoint = make_checkpoint(name, mamba_n_heads=3, mamba_d_ssm=96)
-    for module in (column_major, weights):
+    for module in (column_major_writer, weights):
         monkeypatch.setattr(module, "BLOCK_BYTES", 3000)
     artifact = build_artifact(
         checkpoint, "trt", tmp_path / "out", scheme=QuantScheme("int4"), options=TensorRTOptions(runtime="tensorrt")

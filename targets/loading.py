@@ -1,0 +1,45 @@
+"""The half of a target that runs its artifacts: the function ``load`` of its module loading.py.
+
+Such a module imports nothing that only a build needs, so that a program which runs artifacts starts fast: no torch, no
+onnx, unless the runtime itself is made of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from h1export.artifact.artifact import Artifact
+from h1export.errors import H1ExportError
+from h1export.runtime.runner import Inspectable
+from h1export.targets.options import Kernels
+
+
+class Load(Protocol):
+    """Loads what the target has written."""
+
+    def __call__(
+        self, artifact: Artifact, threads: int = 0, float32: bool = False, *, kernels: Kernels = "auto"
+    ) -> Inspectable[Any]:
+        """Return a Runner over ``artifact``.
+
+        Args:
+            artifact: the artifact.
+            threads: the runtime's number of threads; 0 leaves it to the runtime.
+            float32: whether to compute in float32 even where the artifact rounds activations, so that a lowering error
+                cannot hide behind the rounding.
+            kernels: "native" means h1export's own, "stock" means the runtime's, and "auto" means native where they
+                are available; where they are not, ``Provenance.fallback`` says why. A target with ``other_runtimes``
+                gets their names too, and computes in that one.
+
+        Raises:
+            H1ExportError: The runtime is not installed, or the requested kernels are not available.
+        """
+        ...
+
+
+def refuse_native(artifact: Artifact, kernels: Kernels, runtime: str) -> None:
+    """Raise H1ExportError where h1export's own kernels are asked for, of a ``runtime`` for which there are none."""
+    if kernels == "native":
+        raise H1ExportError(
+            artifact.folder, f"{runtime} has no kernels of h1export's own", "leave out --kernels native"
+        )

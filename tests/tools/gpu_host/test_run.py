@@ -220,8 +220,9 @@ def test_skips_are_failures_where_a_gpu_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("seconds", "ended"), [(60, True), (8, False)])
 def test_an_interrupted_pytest_leaves_the_rows_of_the_tests_that_ended(
-    seconds: int, ended: bool, joined: Path, tmp_path: Path
+    seconds: int, ended: bool, joined: Path, *, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(kernel_tests, "WORKERS", ("-n", "1"))  # twelve take longer to start than there is here
     tests = joined / bundle.TREE
     tests.mkdir()
     slow = "" if ended else "    import time; time.sleep(600)"

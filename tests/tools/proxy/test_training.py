@@ -12,19 +12,20 @@ from proxy import training
 from transformers import FalconH1Config
 
 SEQ = 32
+BATCH = 4
 IDS = np.tile(np.arange(20, 60, dtype=np.uint16), 40)  # 1600 ids, of which each says what the next one is
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"SHOW_STEPS": 1, "EVAL_STEPS": 1000}
-    for name, value in (settings | {"SEQ": SEQ, "BATCH": 4, "CHUNK": 8, "WARM_UP": 4, "PEAK": 1e-2}).items():
+    for name, value in (settings | {"SEQ": SEQ, "CHUNK": 8, "WARM_UP": 4, "PEAK": 1e-2}).items():
         monkeypatch.setattr(training, name, value)
 
 
 def begin(cfg: FalconH1Config, steps: int) -> training.Run:
-    run = training.start(cfg, seed=3, text="of the test", device="cpu")
-    run.stop = steps * training.BATCH
+    run = training.start(cfg, seed=3, text="of the test", device="cpu", batch=BATCH)
+    run.stop = steps * BATCH
     return run
 
 
@@ -86,11 +87,11 @@ def test_a_decay_starts_from_a_kept_state_and_ends_at_zero(
     assert 1 <= decayed.ratio < 1.43
     decayed.step = training.WARM_UP
     decayed.decay_from = decayed.done
-    decayed.stop = decayed.done + 10 * training.BATCH
+    decayed.stop = decayed.done + 10 * BATCH
     rates = []
     for _ in range(10):
         rates.append(decayed.rate() / training.PEAK)
-        decayed.done += training.BATCH
+        decayed.done += BATCH
     assert rates == pytest.approx([1 - i / 10 for i in range(10)])
     assert decayed.rate() == 0
 
@@ -117,10 +118,10 @@ def test_a_state_of_another_seed_or_text_is_refused(
 
 def test_batches_go_on_at_any_place_and_each_epoch_reads_the_text_once_in_another_order() -> None:
     ids = np.arange(SEQ * 21, dtype=np.uint16)
-    per_epoch = 20 // training.BATCH
-    all_of = list(islice(training.batches(ids, seed=1, done=0), 3 * per_epoch))
+    per_epoch = 20 // BATCH
+    all_of = list(islice(training.batches(ids, seed=1, done=0, batch=BATCH), 3 * per_epoch))
     for done in (1, per_epoch - 1, per_epoch, per_epoch + 2):
-        later = list(islice(training.batches(ids, seed=1, done=done * training.BATCH), 2))
+        later = list(islice(training.batches(ids, seed=1, done=done * BATCH, batch=BATCH), 2))
         assert all(torch.equal(a, b) for a, b in zip(later, all_of[done : done + 2], strict=True))
     firsts = [torch.cat(all_of[i * per_epoch : (i + 1) * per_epoch])[:, 0].tolist() for i in range(3)]
     for starts in firsts:

@@ -20,7 +20,7 @@ from h1export.commands.plan import plan_build
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.calibration import Calibration
-from h1export.quantize.methods import gptq_model
+from h1export.quantize.methods import solved_file
 from h1export.quantize.scheme import QuantScheme
 from h1export.targets.gguf.file_types import BASE, file_bytes, matrices, type_of
 from h1export.targets.gguf.mix import mixed
@@ -122,7 +122,7 @@ def test_gptq_solves_in_the_types_of_the_file(
 def test_a_killed_build_goes_on_with_the_same_bytes(
     solved: Artifact, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solve = gptq_model.solve_own_rows
+    solve = solved_file.solve_own_rows
     seen: list[str] = []
 
     def stopping(*args: Any, name: str) -> Any:
@@ -145,13 +145,13 @@ def test_a_killed_build_goes_on_with_the_same_bytes(
             jobs=1,
         )
 
-    monkeypatch.setattr(gptq_model, "solve_own_rows", stopping)
+    monkeypatch.setattr(solved_file, "solve_own_rows", stopping)
     with pytest.raises(KeyboardInterrupt):
         again()
     first = set(seen[:4])
     seen.clear()
     monkeypatch.undo()
-    monkeypatch.setattr(gptq_model, "solve_own_rows", lambda *a, name: (seen.append(name), solve(*a, name=name))[1])
+    monkeypatch.setattr(solved_file, "solve_own_rows", lambda *a, name: (seen.append(name), solve(*a, name=name))[1])
     assert again().manifest.files == solved.manifest.files
     assert seen
     assert not set(seen) & first

@@ -7,6 +7,10 @@ in float32; so this measures the rounding alone, without that of a runtime. The 
 asymmetric int4 in groups of 32, GGUF's Q4_0 as the gguf package rounds it, and with ``--ggml``, llama.cpp's library,
 its Q4_K without an importance matrix. The script needs the extra `bench`. Without CHECKPOINT, the embedded model.
 
+    python benchmarks/quality.py [CHECKPOINT] --parts
+
+has a line for each kind of tensor instead: what it costs where its tensors alone are in 4 bits.
+
     python benchmarks/quality.py [CHECKPOINT] --inside llama.cpp
 
 compares GGUF files inside llama.cpp instead: ours beside llama.cpp's own Q4_0, IQ4_NL, Q4_K_M and Q5_K_M, each with and
@@ -56,6 +60,7 @@ from h1export.validate.accuracy.reference import Reference
 
 GROUP = 32
 BUDGET = 5.0
+PARTS_BY = ("int4 rtn", "int4 search", "int4 gptq")  # methods of the table by parts
 RoundedWeights = dict[str, Array]
 
 
@@ -182,6 +187,22 @@ def peer_methods(checkpoint: Path, library: Path | None) -> Iterator[tuple[str, 
         )  # type: ignore[misc]
 
 
+def parts_table(checkpoint: Path, judge: Judge, samples: int) -> Table:
+    """Return the mean KL where the tensors of one kind alone are in 4 bits, and where all are, by method."""
+    made = {name: make() for name, _, make in own_methods(checkpoint, samples) if name in PARTS_BY}
+    store = WeightStore.open(checkpoint, FalconH1Config.load(checkpoint))
+    full = {name: store.rows(name, 0, store.shape(name)[0]) for name in next(iter(made.values()))}
+    kinds = {name: name.split(".")[-2] for name in full}
+    result = Table("tensors in 4 bits", *made, title="mean KL", box=SIMPLE)
+    for kind in ("", *dict.fromkeys(kinds.values())):
+        figures = [
+            judge.figures(full | {name: weights[name] for name in weights if kind in ("", kinds[name])})["kl"]
+            for weights in made.values()
+        ]
+        result.add_row(kind or "all", *(f"{figure:.5f}" for figure in figures))
+    return result
+
+
 def table(found: list[Quality], tokens: int) -> Table:
     """One line a method; losses relative to the full model."""
     result = Table("method", "bits a weight", "mean KL", "99 %", "loss, bits per byte", "top-1", "seconds", box=SIMPLE)
@@ -204,6 +225,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=Calibration().samples, help="of the calibration text")
     parser.add_argument("--ggml", type=Path, help="llama.cpp's libggml-base.so, for Q4_K")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", action="store_true", help="what each kind of tensor costs, instead of each method")
     parser.add_argument("--inside", choices=["torch", "llama.cpp"], default="torch", help="what computes")
     parser.add_argument("--threads", type=int, default=host.cores(), help="of llama.cpp")
     parser.add_argument("--artifact", type=Path, nargs="*", default=[], help="ours for llama.cpp, instead of building")
@@ -225,6 +247,9 @@ def main() -> None:
         save(args.json, files)
         return
     judge = Judge(checkpoint, ids, nbytes)
+    if args.parts:
+        Console().print(parts_table(checkpoint, judge, args.samples))
+        return
     found = []
     for method, bits, make in (*own_methods(checkpoint, args.samples), *peer_methods(checkpoint, args.ggml)):
         start = time.perf_counter()

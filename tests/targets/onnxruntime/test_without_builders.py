@@ -62,7 +62,7 @@ def test_a_command_that_needs_them_says_so_in_one_line(line: str, tiny: Path, bu
     assert found.stderr.endswith("pip install 'h1export[export]'\n")
 
 
-def test_so_does_python(tiny: Path) -> None:
+def test_so_does_python() -> None:
     found = without_builders(
         "import h1export\nfrom h1export.errors import H1ExportError\n"
         "try:\n    h1export.hf\nexcept H1ExportError as error:\n    print(error)"

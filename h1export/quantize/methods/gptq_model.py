@@ -56,8 +56,8 @@ from h1export.quantize.methods.layer_runs import (
     same_pair,
 )
 from h1export.quantize.methods.moments import Moments
-from h1export.quantize.methods.solved_file import ALIGN, SOLVE_BYTES, SolvedFile
-from h1export.quantize.methods.stored import StoredIntegers
+from h1export.quantize.methods.solved_file import SOLVE_BYTES, SolvedFile
+from h1export.quantize.methods.stored import ALIGN, StoredIntegers
 from h1export.quantize.source import QuantizedWeights
 
 WORK = f"{SCRATCH}/gptq"  # the file of integers and activations, relative to the stage

@@ -21,12 +21,11 @@ from h1export.quantize.methods.gptq_grid import solve_own_rows
 from h1export.quantize.methods.grid_search import round_own_rows
 from h1export.quantize.methods.guard import ERRORS, Errors, divergence, is_worse, output_errors
 from h1export.quantize.methods.head_groups import InputPair
-from h1export.quantize.methods.stored import StoredBlocks, StoredIntegers, StoredMatrix
+from h1export.quantize.methods.stored import ALIGN, StoredBlocks, StoredIntegers, StoredMatrix
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedWeights
 
 SOLVE_BYTES = 16 << 20  # bytes of the float32 rows that a thread solves at a time
-ALIGN = 64
 
 
 class SolvedFile:
@@ -58,9 +57,8 @@ class SolvedFile:
 
     def _reserved(self, tensor: str, rest: QuantizedWeights) -> StoredMatrix:
         rows, columns = self._store.shape(tensor)
-        scales = rows * columns // rest.precisions[tensor].columns_per_group(columns)
-        codes = self._file.reserve(f"{tensor}.codes", rows * columns, ALIGN)
-        return StoredMatrix((rows, columns), codes, self._file.reserve(f"{tensor}.scales", 2 * scales, ALIGN))
+        groups = columns // rest.precisions[tensor].columns_per_group(columns)
+        return StoredMatrix.reserved(self._file, tensor, (rows, columns), groups=groups)
 
     def _reserved_own(self, tensor: str, own: OwnTensor) -> StoredBlocks:
         rows, columns = self._store.shape(tensor)

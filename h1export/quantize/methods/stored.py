@@ -11,12 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.artifact.journal import Extent
+from h1export.artifact.weight_file import WeightFile
 from h1export.model.falcon_h1.states import Array
 from h1export.quantize.grid import OwnTensor, PackedRows
 from h1export.quantize.methods.guard import ERRORS, Errors, GuardRecord, is_worse
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedWeights
+
+ALIGN = 64  # bytes, of every extent in a scratch file
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,13 @@ class StoredMatrix:
     shape: tuple[int, int]
     codes: Extent
     scales: Extent
+
+    @classmethod
+    def reserved(cls, file: WeightFile, name: str, shape: tuple[int, int], *, groups: int) -> StoredMatrix:
+        """Reserve space in ``file`` for a matrix whose rows have ``groups`` scales each."""
+        rows, columns = shape
+        codes = file.reserve(f"{name}.codes", rows * columns, ALIGN)
+        return cls(shape, codes, file.reserve(f"{name}.scales", 2 * rows * groups, ALIGN))
 
 
 @dataclass(frozen=True)

@@ -43,16 +43,16 @@ from h1export.quantize.device import CPU_DEVICE, ComputeDevice
 from h1export.quantize.layers import LoadedLayer, ReadWeight, embed, final_norm, head_tensor, weights_by_input
 from h1export.quantize.methods.guard import ERRORS, Errors, divergence, held_out, is_worse
 from h1export.quantize.methods.head_groups import POSITIONS, InputPair
-from h1export.quantize.methods.stored import StoredIntegers, StoredMatrix
+from h1export.quantize.methods.stored import ALIGN, StoredIntegers, StoredMatrix
 from h1export.quantize.methods.tuned_values import STEPS, CodeValues, ScaleValues, Values
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedWeights
+from h1export.writing import write_file
 
 WORK = f"{SCRATCH}/tuned"  # the file of integers, relative to the stage
 BATCH = 4  # sequences of an update
 SEED = 0
 SAVED_EVERY = 10  # updates
-ALIGN = 64
 
 
 def tune_model(
@@ -103,9 +103,8 @@ def tune_model(
 
 
 def _reserved(file: WeightFile, name: str, tensor: QuantizedTensor) -> StoredMatrix:
-    codes = file.reserve(f"{name}.codes", tensor.codes.nbytes, ALIGN)
-    shape = (tensor.codes.shape[0], tensor.codes.shape[1])
-    return StoredMatrix(shape, codes, file.reserve(f"{name}.scales", tensor.scales.nbytes, ALIGN))
+    rows, columns = tensor.codes.shape
+    return StoredMatrix.reserved(file, name, (rows, columns), groups=tensor.scales.shape[1])
 
 
 class _Tuner:
@@ -175,9 +174,7 @@ class _Tuner:
     def _save(self, file: Path, updates: int) -> None:
         """Write what a later build needs to go on after so many ``updates``."""
         state = {f"{name}:{kind}": v for name, values in self._values.items() for kind, v in values.state.items()}
-        part = file.with_suffix(".part")
-        part.write_bytes(save({**state, "updates": torch.tensor(updates)}))
-        part.replace(file)
+        write_file(file, save({**state, "updates": torch.tensor(updates)}))
 
     def _load(self, file: Path) -> int:
         """Returns how many updates an earlier build has saved, and takes its values; 0 where there are none."""
@@ -283,9 +280,8 @@ class _Tuner:
         return [final_norm(self._store, self._config, one, device=self._device) for one in hidden]
 
     def _embedded(self, sample: int, *, tuned: bool) -> Array:
-        if not (
-            tuned and EMBEDDING in self.tensors
-        ):  # a table of its own is int8 at the least, and loses nothing to speak of
+        # a table of its own is int8 at the least, and loses nothing to speak of
+        if not (tuned and EMBEDDING in self.tensors):
             return embed(self._store, self._config, self._ids[sample])
         table = self._integers(EMBEDDING)
         return embed(self._store, self._config, self._ids[sample], read=partial(_row, table))

@@ -36,6 +36,8 @@ TESTED_WITH = (
     "compressed-tensors",
     "accelerate",
     "openai",
+    "langchain-openai",
+    "tenacity",
     "cyclonedx-python-lib",
 )
 

@@ -315,13 +315,16 @@ def need_chromium(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """The page of examples/browser in headless Chromium, with packages from npm as the lock file says.
+    """The chat page of the server and the page of examples/browser, in headless Chromium.
 
-    It needs Node.js 20 with npm and a Chromium. The examples in Node run in the row `ort` of the tests.
+    It needs Node.js 20 with npm, whose packages are those of the lock file, and a Chromium. The examples in Node run in
+    the row `ort` of the tests. Screenshots of the chat page stay in the session's folder.
     """
     need_chromium(session)
-    session.install("-e", ".[export,ort]", *dev("pytest", "hypothesis"))
-    session.run("pytest", "-q", "-m", "chromium", "tests/examples", *session.posargs)
+    session.install("-e", ".[export,ort,serve]", *dev("pytest", "hypothesis", "openai"))
+    screenshots = {"H1EXPORT_SCREENSHOTS": session.create_tmp()}
+    files = ("tests/serve/test_page.py", "tests/examples")
+    session.run("pytest", "-q", "-m", "chromium", *files, *session.posargs, env=screenshots)
 
 
 @nox.session

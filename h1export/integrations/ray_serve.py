@@ -11,6 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -198,7 +199,8 @@ class Entrance:
                 raise LostError from None
             raise
         finally:
-            messages.cancel()
+            with suppress(Exception):  # it raises again what has ended the call
+                messages.cancel()
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +15,9 @@ from h1export.errors import H1ExportError
 from h1export.report.swept import Swept
 
 RETRIES = 2  # of a task whose process or machine has ended
+REACHABLE = 10.0  # seconds
+NO_RAY = "Ray does not start there"
+NEXT = "give the --address of a cluster, or --in-process"
 OBJECTS = 100 << 20  # bytes of shared memory: results are small
 
 
@@ -31,17 +36,30 @@ def by_ray(
     Raises:
         H1ExportError: There is no cluster at the address, or Ray does not start.
     """
+    _check_reachable(address)
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECTS} if address is None else {}
     try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
+        ray.init(address=address or "local", log_to_driver=False, configure_logging=False, **local)
     except Exception as error:  # Ray raises this class itself where a node takes too long
-        what = f"Ray does not start there ({' '.join(str(error).split())})"
-        next_step = "give the --address of a cluster, or --in-process"
-        raise H1ExportError(address or "this machine", what, next_step) from None
+        what = f"{NO_RAY} ({' '.join(str(error).split())})"
+        raise H1ExportError(address or "this machine", what, NEXT) from None
     try:
         yield from _results(work, wanted, cpus, gpus=gpus)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise H1ExportError where nobody listens at HOST:PORT: Ray would wait for minutes."""
+    found = re.fullmatch(r"(?:ray://)?(?P<host>[^/]+):(?P<port>[0-9]{1,5})", address or "")
+    if found is None:  # a word of Ray's, such as auto
+        return
+    try:
+        socket.create_connection((found["host"], int(found["port"])), REACHABLE).close()
+    except (OSError, OverflowError) as error:
+        raise H1ExportError(
+            str(address), f"{NO_RAY} ({getattr(error, 'strerror', None) or 'no such address'})", NEXT
+        ) from None
 
 
 def _results(work: Callable[[Cell], Swept], wanted: Sequence[Cell], cpus: int, *, gpus: int) -> Iterator[Swept]:

@@ -34,7 +34,7 @@ from h1export.validate.speed.bench import BenchOptions
 WHAT = "a sweep"
 NEXT_STEP = "docs/sweep.md has an example with every key"
 KEY_DIGITS = 8  # of a cell's name
-GROUPED = "int4"  # the precision for which methods and group sizes are tried; the others have one
+GROUPED: QuantName = "int4"  # the precision for which methods and group sizes are tried; the others have one
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Positive = Annotated[int, Meta(ge=1, le=1 << 24)]
 Names = Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -330,9 +330,8 @@ def _options(target: str, given: Mapping[str, Any]) -> TargetOptions:
     known = {one.name: one for one in option_fields(options_class(target))}
     if unknown := sorted(given.keys() - known.keys()):
         raise H1ExportError(f"options of {target}", f"{unknown[0]!r} is unknown", f"one of {', '.join(known)}")
-    return options_class(target)(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    )
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return options_class(target)(**values)
 
 
 def in_turn(work: Callable[[Cell], Swept], wanted: list[Cell]) -> Iterator[Swept]:

@@ -130,7 +130,7 @@ class Replica:
                 room,
                 watch=self._metrics.watch(name, print),
                 threads=settings.threads,
-                kernels=settings.kernels,  # type: ignore[arg-type]  # load_runner refuses others
+                kernels=settings.kernels,
                 verify=None if settings.verify is None else Path(settings.verify),
             )
         keys = None if settings.keys is None else ApiKeys.read(Path(settings.keys))

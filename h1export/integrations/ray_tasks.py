@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import ray
@@ -38,15 +40,16 @@ def by_ray(
     """
     _check_reachable(address)
     local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECTS} if address is None else {}
-    try:
-        ray.init(address=address or "local", log_to_driver=False, configure_logging=False, **local)
-    except Exception as error:  # Ray raises this class itself where a node takes too long
-        what = f"{NO_RAY} ({' '.join(str(error).split())})"
-        raise H1ExportError(address or "this machine", what, NEXT) from None
-    try:
-        yield from _results(work, wanted, cpus, gpus=gpus)
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):  # where the answer of the command goes, Ray prints about processes that end
+        try:
+            ray.init(address=address or "local", log_to_driver=False, configure_logging=False, **local)
+        except Exception as error:  # Ray raises this class itself where a node takes too long
+            what = f"{NO_RAY} ({' '.join(str(error).split())})"
+            raise H1ExportError(address or "this machine", what, NEXT) from None
+        try:
+            yield from _results(work, wanted, cpus, gpus=gpus)
+        finally:
+            ray.shutdown()
 
 
 def _check_reachable(address: str | None) -> None:

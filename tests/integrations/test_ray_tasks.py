@@ -87,6 +87,7 @@ class Run:
         for _ in range(TRIES):
             said, messages = self._process.communicate(timeout=SECONDS)
             if said:
+                assert said.startswith("{"), said
                 return self._process.returncode, json.loads(said)
             assert "Ray does not start" in messages, messages
             self._process = self._started()

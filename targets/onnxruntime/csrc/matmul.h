@@ -19,7 +19,7 @@ struct Weights {
   size_t rows, columns, blocks, row_bytes;
 
   float factor(size_t row) const { return factors ? factors[row] : 1.0f; }
-  float finish(size_t row, float sum) const { return sum * factor(row) + (bias ? bias[row] : 0.0f); }
+  float finish(size_t row, float sum) const { return fma(sum, factor(row), bias ? bias[row] : 0.0f); }
 };
 
 // The tokens of a product: rows of x.

@@ -47,7 +47,7 @@ void multiply_floats(const float* rows, const float* x, size_t stride, const flo
     for (size_t r = 0; r < kRows; ++r) w[r] = load(rows + r * stride + i);
     for (size_t t = 0; t < kTokens; ++t) {
       const f32x8 of_token = load(x + t * stride + i);
-      for (size_t r = 0; r < kRows; ++r) sums[r][t] += w[r] * of_token;
+      for (size_t r = 0; r < kRows; ++r) sums[r][t] = fma(w[r], of_token, sums[r][t]);
     }
   }
   for (size_t t = 0; t < kTokens; ++t) {

@@ -52,7 +52,7 @@ inline void add_chunk(const uint8_t* codes, size_t bytes, const Half* scales, si
       for (size_t part = 0; part < F::kParts; ++part) {
         dot.add(columns_of<F>(packed[r], part), load_bytes<s8x32>(columns + part * 32));
       }
-      sums[r][t] += (to_float(dot.total()) * x_scale + correction) * scale[r];
+      sums[r][t] = fma(fma(to_float(dot.total()), x_scale, correction), scale[r], sums[r][t]);
     }
   }
 }

@@ -85,7 +85,7 @@ def free_port() -> int:
 def servers(args: argparse.Namespace, stack: ExitStack) -> list[Server]:
     """Start h1export, and llama.cpp where it is given, each with room for the most clients."""
     rows, threads, port = str(max(args.clients)), str(args.threads), free_port()
-    ours = [sys.executable, "-m", "h1export", "serve", f"model={args.out}", "--port", str(port)]
+    ours = [str(Path(sys.executable).with_name("h1export")), "serve", f"model={args.out}", "--port", str(port)]
     ours += ["--threads", threads, "--rows", rows, "--queue", "1000"]
     found = [stack.enter_context(started("h1export", ours, "model", port=port, log=args.logs / "h1export.log"))]
     if args.llama_server:

@@ -334,7 +334,8 @@ def ray(session: nox.Session) -> None:
     It is not part of CI, because Ray takes 300 MB of disk and its tests some minutes; two cores and 4 GB of memory are
     enough.
     """
-    session.install("-e", ".[export,ort,ray]", *dev("pytest", "hypothesis", "openai"), "--no-compile")
+    tools = dev("pytest", "hypothesis", "openai", "accelerate")  # conftest.py of the folder imports lm-eval
+    session.install("-e", ".[export,ort,eval,ray]", *tools)  # compiled: Ray gives its agents 15 seconds to begin
     files = ("tests/integrations/test_ray_serve.py", "tests/integrations/test_ray_tasks.py")
     session.run("pytest", "-q", "-s", "-m", "ray", *files, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -45,20 +46,27 @@ class ComputesRows(Protocol):
         ...
 
 
+@dataclass(eq=False, frozen=True)
+class _Alone:
+    """A row that is a session."""
+
+    session: RestorableSession
+
+
 class SeparateRows:
     """Rows that are sessions, each extended by a call of its own."""
 
     def join(self, session: RestorableSession) -> Hashable:
-        return session
+        return _Alone(session)
 
     def append(self, tokens: Mapping[Hashable, int]) -> dict[Hashable, Array | BaseException]:
         answers: dict[Hashable, Array | BaseException] = {}
-        for session, token in tokens.items():
-            assert hasattr(session, "append")
+        for row, token in tokens.items():
+            assert isinstance(row, _Alone)
             try:
-                answers[session] = session.append(np.array([[token]], np.int64))[0, -1]
+                answers[row] = row.session.append(np.array([[token]], np.int64))[0, -1]
             except Exception as error:  # this row's, and no other's
-                answers[session] = error
+                answers[row] = error
         return answers
 
     def leave(self, row: Hashable) -> None:

@@ -82,9 +82,11 @@ class BoundRows:
         rows = sorted((row for row in self._rows if row in tokens), key=lambda row: row.slot)
         if len(rows) != len(tokens):
             raise H1ExportError("rows", "has left, or never joined", "let it join first")
-        refused_rows = {row: error for row in rows if (error := self._refusal(row, tokens[row])) is not None}
-        rows = [row for row in rows if row not in refused_rows]
-        answers: dict[Hashable, Array | BaseException] = {**refused_rows}
+        answers: dict[Hashable, Array | BaseException] = {}
+        for row in rows:
+            if (error := self._refusal(row, tokens[row])) is not None:
+                answers[row] = error
+        rows = [row for row in rows if row not in answers]
         if not rows:
             return answers
         self._align(rows)
@@ -184,5 +186,5 @@ class BoundRows:
 
 def _part_of(buffer: Array, tensor: StateTensor, row: _Row) -> Array:
     """Return the row's part of a state's buffer [slots, ...]."""
-    part = buffer[row.slot]
+    part: Array = buffer[row.slot]
     return part[:, row.end - row.length : row.end] if tensor.kind.grows else part

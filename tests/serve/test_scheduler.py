@@ -104,8 +104,8 @@ class Rounds(SeparateRows):
     error: Exception | None = None
 
     def join(self, session: Any) -> Any:
-        self.places.append(session)
-        return session
+        self.places.append(super().join(session))
+        return self.places[-1]
 
     def append(self, tokens: Any) -> Any:
         self.steps.acquire()

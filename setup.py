@@ -18,6 +18,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any, ClassVar
 
 from setuptools import Command, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -34,8 +35,8 @@ SPEC.loader.exec_module(kernel_build)
 class Wheel(bdist_wheel):
     """A wheel that may have compiled kernels; they use nothing of Python, so it is for every Python of a platform."""
 
-    user_options = [*bdist_wheel.user_options, ("with-kernels", None, "compile the CPU kernels for every level")]
-    boolean_options = [*bdist_wheel.boolean_options, "with-kernels"]
+    user_options: ClassVar = [*bdist_wheel.user_options, ("with-kernels", None, "compile the CPU kernels for every level")]
+    boolean_options: ClassVar = [*bdist_wheel.boolean_options, "with-kernels"]
 
     def initialize_options(self) -> None:
         super().initialize_options()
@@ -54,7 +55,7 @@ class Wheel(bdist_wheel):
 class BuildKernels(Command):
     """Compile the kernels for every level of the wheel's machine, as many at a time as there are cores."""
 
-    user_options: list[tuple[str, str | None, str]] = []
+    user_options: ClassVar = []
     editable_mode = False  # setuptools sets it; an editable installation makes no wheel that the option could reach
 
     def initialize_options(self) -> None:
@@ -86,7 +87,7 @@ class BuildKernels(Command):
         assert self.build_lib is not None
         return Path(self.build_lib, *PACKAGE.split("."), kernel_build.PACKAGED.name)
 
-    def _levels(self) -> tuple[object, ...]:
+    def _levels(self) -> tuple[Any, ...]:
         wheel = self.get_finalized_command("bdist_wheel")
         if not wheel.with_kernels:
             return ()
@@ -96,11 +97,13 @@ class BuildKernels(Command):
             raise SystemExit(f"--with-kernels: there are no levels for {platform}; leave the option out")
         return kernel_build.LEVELS[machine]
 
-    def _compile(self, level: object) -> None:
+    def _compile(self, level: Any) -> None:
         named = os.environ.get("CXX")
         found = next(filter(None, map(shutil.which, kernel_build.COMPILERS)), None)
         if not named and found is None:
-            raise SystemExit(f"--with-kernels: no C++ compiler found ({', '.join(kernel_build.COMPILERS)}); name one in CXX")
+            raise SystemExit(
+                f"--with-kernels: no C++ compiler found ({', '.join(kernel_build.COMPILERS)}); name one in CXX"
+            )
         command = kernel_build.command(
             shlex.split(named) if named else [found], [*kernel_build.WHEEL_FLAGS, *level.flags]
         )

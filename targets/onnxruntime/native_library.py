@@ -78,9 +78,7 @@ def compiled(extra_flags: Sequence[str] = ()) -> Path:
         H1ExportError: There is no compiler, the compiler failed, or the cache cannot be written or trusted
             (h1export/runtime/code_cache.py).
     """
-    command = kernel_build.command(
-        _compiler(), [*kernel_build.for_this_machine(platform.machine()), *extra_flags]
-    )
+    command = kernel_build.command(_compiler(), [*kernel_build.for_this_machine(platform.machine()), *extra_flags])
 
     def make(folder: Path) -> Path:
         _run([*command, *map(str, SOURCES), "-o", str(folder / NAME)])

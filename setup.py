@@ -35,7 +35,10 @@ SPEC.loader.exec_module(kernel_build)
 class Wheel(bdist_wheel):
     """A wheel that may have compiled kernels; they use nothing of Python, so it is for every Python of a platform."""
 
-    user_options: ClassVar = [*bdist_wheel.user_options, ("with-kernels", None, "compile the CPU kernels for every level")]
+    user_options: ClassVar = [
+        *bdist_wheel.user_options,
+        ("with-kernels", None, "compile the CPU kernels for every level"),
+    ]
     boolean_options: ClassVar = [*bdist_wheel.boolean_options, "with-kernels"]
 
     def initialize_options(self) -> None:

@@ -1,4 +1,4 @@
-"""One node of ours in tools/kernel_host: the kernels of a library without ONNX Runtime, also of another CPU's library.
+"""One node of ours in tools/wheels: the kernels of a library without ONNX Runtime, also of another CPU's library.
 
 ``nox -s wheels`` sets H1EXPORT_KERNEL_HOST to the command; then the numeric tests of tests/targets/onnxruntime/native
 compute in it, and no other library is compiled.

@@ -45,8 +45,8 @@ kernels_option = click.option(
     default="auto",
     show_default=True,
     help="native: h1export's own, of the installed wheel or else compiled when first used; compiled: h1export's own, "
-    "always compiled here; stock: the runtime's; auto: native where they are to be had; another name: that runtime's, for "
-    "artifacts that run in it too.",
+    "always compiled here; stock: the runtime's; auto: native where they are to be had; another name: that runtime's, "
+    "for artifacts that run in it too.",
 )
 
 

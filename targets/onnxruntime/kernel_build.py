@@ -52,6 +52,8 @@ TUNED = "-mtune=znver3"
 # The x86-64 psABI defines the levels v3 and v4; Linux names lzcnt "abm", and sse3 "pni". All of v2 comes with avx2.
 V3 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe", "popcnt", "cx16", "lahf_lm", "ssse3", "sse4_2"})
 V4 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+# what Armv8.2 asks for beyond Armv8 that compilers use, and the dot product, which it leaves open
+ARMV8_2 = frozenset({"crc32", "atomics", "asimdrdm", "asimddp"})
 # machine, as os.uname() has it -> its levels, the best first; the last one runs on every such CPU
 LEVELS = {
     "x86_64": (
@@ -61,8 +63,8 @@ LEVELS = {
         Level("sse2", ("-march=x86-64",), frozenset()),
     ),
     "aarch64": (
-        Level("i8mm", ("-march=armv8-a+dotprod+i8mm",), frozenset({"asimddp", "i8mm"})),
-        Level("dotprod", ("-march=armv8-a+dotprod",), frozenset({"asimddp"})),
+        Level("i8mm", ("-march=armv8.2-a+dotprod+i8mm",), ARMV8_2 | {"i8mm"}),
+        Level("dotprod", ("-march=armv8.2-a+dotprod",), ARMV8_2),
         Level("neon", ("-march=armv8-a",), frozenset()),
     ),
 }

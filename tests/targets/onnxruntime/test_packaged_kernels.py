@@ -26,8 +26,8 @@ CPUS = {  # words of /proc/cpuinfo -> the level
     "alder lake": ("x86_64", kernel_build.V3 | {"avx_vnni"}, "avx-vnni"),
     "haswell": ("x86_64", kernel_build.V3, "avx2"),
     "ivy bridge": ("x86_64", frozenset({"avx", "f16c", "popcnt", "sse4_2"}), "sse2"),
-    "graviton3": ("aarch64", frozenset({"asimddp", "i8mm", "sve"}), "i8mm"),
-    "cortex-a76": ("aarch64", frozenset({"asimddp"}), "dotprod"),
+    "graviton3": ("aarch64", kernel_build.ARMV8_2 | {"i8mm", "sve"}, "i8mm"),
+    "cortex-a76": ("aarch64", kernel_build.ARMV8_2, "dotprod"),
     "cortex-a72": ("aarch64", frozenset({"crc32"}), "neon"),
     "power": ("ppc64le", frozenset(), None),
 }

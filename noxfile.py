@@ -171,19 +171,8 @@ def wheels(session: nox.Session) -> None:
     )
     artifact = Path(session.create_tmp()).resolve() / "artifact"
     shutil.rmtree(artifact, ignore_errors=True)
-    session.run(
-        "h1export",
-        "build",
-        "--target",
-        "ort",
-        "--quant",
-        "int4",
-        "--method",
-        "rtn",
-        "--out",
-        str(artifact),
-        silent=True,
-    )
+    options = ("--quant", "int4", "--method", "rtn", "--accuracy-level", "0")
+    session.run("h1export", "build", "--target", "ort", *options, "--out", str(artifact), silent=True)
     with session.chdir(ROOT / "tools"):
         session.run("python", "-m", "wheels.run", str(ROOT / "dist"), str(artifact), *session.posargs)
 

@@ -4,7 +4,8 @@
 
 1. An sdist, and from it a wheel for each machine, whose kernels Debian's GCC compiles; auditwheel names their platform.
 2. This machine's wheel in an environment of its own, with a PATH on which nothing is: `generate` on the kernels of the
-   wheel gives the text of those that are compiled here (at accuracy level 0, where roundings do not add up). The sdist there: the stock graph, with a note.
+   wheel gives the text of those that are compiled here (at accuracy level 0, which does not magnify the roundings of
+   another CPU's tuning). The sdist there: the stock graph, with a note.
 3. The numeric tests of the kernels on every library of every wheel (levels.py).
 
 DIST gets the sdist and the wheels. It needs Debian's g++, g++-aarch64-linux-gnu and qemu-user.

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import platform
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from h1export.targets.onnxruntime.kernel_build import LEVELS, Level
 
 pytestmark = pytest.mark.ort
 
+ROOT = Path(__file__).parents[3]
 LEAST = {machine: levels[-1].name for machine, levels in LEVELS.items()}
 EVERY = [(machine, level) for machine, levels in LEVELS.items() for level in levels]
 LINES = {"x86_64": "flags\t\t: fpu {} sse2\n", "aarch64": "Features\t: fp {} asimd\n"}
@@ -125,3 +128,18 @@ def test_a_cpu_of_which_nothing_is_known_gets_what_every_cpu_has(
     found = native_library.packaged()
     assert found is not None
     assert "-sse2-" in found.name
+
+
+def test_the_page_has_the_levels() -> None:
+    text = (ROOT / "docs" / "wheels.md").read_text("utf-8")
+    (table,) = re.findall(r"<!-- levels -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")][:3] for line in table.splitlines()[2:]]
+    assert rows == [[machine, level.name, f"`{' '.join(level.flags)}`"] for machine, level in EVERY]
+
+
+def test_setup_py_needs_nothing_installed() -> None:
+    """It loads the file by its path, in an environment that has setuptools alone."""
+    file = str(ROOT / "targets" / "onnxruntime" / "kernel_build.py")
+    code = f"import runpy; print(len(runpy.run_path({file!r}, run_name='kernel_build')['LEVELS']))"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{len(LEVELS)}\n"

@@ -27,7 +27,7 @@ FLAGS = (
     "-Wno-psabi",  # vectors that a CPU has not are passed in another way, but within the library only
     f"-I{FOLDER / 'include'}",
 )
-# a wheel's libraries load with the glibc of manylinux_2_28, as onnxruntime's own do, whatever this machine has
+# a wheel's libraries load with the glibc that onnxruntime's wheels ask for, 2.28, whatever this machine has
 WHEEL_FLAGS = ("-s", "-include", f"{FOLDER / 'csrc' / 'old_glibc.h'}")
 
 

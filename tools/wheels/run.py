@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,8 @@ PACKAGES = {
     "qemu-aarch64": "qemu-user",
     "qemu-x86_64": "qemu-user",
 }
-PLATFORM = "manylinux_2_28"  # that of onnxruntime's wheels: older systems have no onnxruntime to load the kernels
+MANYLINUX = re.compile(r"manylinux_2_(\d+)_")
+MOST_GLIBC = 28  # 2.28, that of onnxruntime's wheels: older systems have no onnxruntime to load the kernels
 NOTE = "runs on onnxruntime's own kernels, slower than h1export's"
 PROMPT = ("def main(argv):", "--max-tokens", "24")
 
@@ -63,10 +65,16 @@ def build(dist: Path, machines: Sequence[str]) -> dict[str, Path]:
             words = [sys.executable, "-m", "pip", "wheel", sdist, "--no-deps", "-w", raw, *options]
             run(words, CXX=COMPILERS[machine])
             (made,) = Path(raw).glob("*.whl")
-            audited = [sys.executable, "-m", "auditwheel", "repair", made, "--plat", f"{PLATFORM}_{machine}"]
-            # isa: a library of a level is loaded only where the CPU has its instructions
-            run([*audited, "--only-plat", "--disable-isa-ext-check", "-w", dist])
-        (found[machine],) = dist.glob(f"*{PLATFORM}_{machine}.whl")
+            # "auto", because auditwheel takes the names of its own machine's platforms alone; ISA: a library of a level is
+            # loaded only where the CPU has its instructions
+            options = ["--plat", "auto", "--disable-isa-ext-check", "-w", dist]
+            run([sys.executable, "-m", "auditwheel", "repair", made, *options])
+        (found[machine],) = dist.glob(f"*_{machine}.whl")
+        glibc = MANYLINUX.search(found[machine].name)
+        if glibc is None or int(glibc[1]) > MOST_GLIBC:
+            sys.exit(
+                f"{found[machine].name}: it needs a glibc newer than 2.{MOST_GLIBC}, which onnxruntime's wheels take"
+            )
         print(f"{found[machine].name}: {found[machine].stat().st_size / 1e6:.1f} MB", flush=True)
     return found
 

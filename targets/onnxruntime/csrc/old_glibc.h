@@ -1,5 +1,5 @@
 // Included before every source of a wheel's library: where glibc has a newer version of a function, the version that
-// manylinux_2_28 has too is linked. exp of glibc 2.29 differs only in what it does not do: call a handler of errors.
+// glibc 2.28 has too is linked. exp of glibc 2.29 differs only in what it does not do: call a handler of errors.
 #pragma once
 
 #if defined(__x86_64__)

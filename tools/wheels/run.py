@@ -65,8 +65,8 @@ def build(dist: Path, machines: Sequence[str]) -> dict[str, Path]:
             words = [sys.executable, "-m", "pip", "wheel", sdist, "--no-deps", "-w", raw, *options]
             run(words, CXX=COMPILERS[machine])
             (made,) = Path(raw).glob("*.whl")
-            # "auto", because auditwheel takes the names of its own machine's platforms alone; ISA: a library of a level is
-            # loaded only where the CPU has its instructions
+            # "auto", because auditwheel takes the names of its own machine's platforms alone; no check of instructions,
+            # because a library is loaded only where the CPU has those of its level
             options = ["--plat", "auto", "--disable-isa-ext-check", "-w", dist]
             run([sys.executable, "-m", "auditwheel", "repair", made, *options])
         (found[machine],) = dist.glob(f"*_{machine}.whl")

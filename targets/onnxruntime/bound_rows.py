@@ -23,6 +23,8 @@ from h1export.targets.onnxruntime.calls import refused
 from h1export.targets.onnxruntime.run_options import run_options
 
 LEAST_COLUMNS = 1024
+MOST_USED = 0.8  # of the columns, by the longest row, for which moving rows to the left is worth it
+LEAST_USED = 4  # times the longest row: buffers of more columns are given back
 
 
 @dataclass(eq=False)
@@ -37,8 +39,8 @@ class _Row:
 class BoundRows:
     """Rows over an InferenceSession, whose states are in buffers [slots, ...] that it reads and writes in place.
 
-    Buffers are virtual memory until rows write to them. They double where the longest row needs more columns, and rows
-    move to the left where a shorter move is enough, so that a token costs a few copied columns at most.
+    Buffers are virtual memory until rows write to them. Where no column is free, rows move to the left, or to buffers
+    that are longer, or shorter where long rows have left, so that a token costs a few copied columns at most.
 
     Args:
         graph: The InferenceSession and its graph, on the CPU.
@@ -67,7 +69,8 @@ class BoundRows:
         if len(self._rows) == self._most:
             raise H1ExportError("rows", f"are {self._most} already", "let one leave first")
         saved = session.save()
-        self._reserve(saved.length)
+        if saved.length > self._columns:
+            self._resize(saved.length)
         free = set(range(self._most)) - {row.slot for row in self._rows}
         # where it ends with the others it need not move before the next call
         row = _Row(min(free), max(self._end, saved.length), saved.length)
@@ -106,7 +109,9 @@ class BoundRows:
     def leave(self, row: Hashable) -> None:
         self._rows = [one for one in self._rows if one is not row]
         if not self._rows:
-            self._end = 0
+            self._end = self._columns = 0
+            self._buffers.clear()
+            self._bindings.clear()
 
     def _refusal(self, row: _Row, token: int) -> H1ExportError | None:
         if row.length == self._context:
@@ -137,27 +142,31 @@ class BoundRows:
     def _part(self, tensor: StateTensor, row: _Row) -> Array:
         return _part_of(self._buffers[tensor.past], tensor, row)
 
-    def _reserve(self, columns: int) -> None:
-        """Let the buffers have at least ``columns`` columns."""
-        if columns <= self._columns:
-            return
+    def _resize(self, longest: int) -> None:
+        """Let the buffers have room for rows of ``longest`` tokens and half as many more, and all rows end together."""
         before, self._buffers = self._buffers, {}
-        self._columns = max(2 * columns, LEAST_COLUMNS)
+        self._columns = max(longest + longest // 2, LEAST_COLUMNS)
+        self._end = max((row.length for row in self._rows), default=0)
         self._bindings.clear()
         sizes = {"batch": self._most, PAST: self._columns}
         for tensor in self._graph.states.tensors:
             shape = [sizes[dim] if isinstance(dim, str) else dim for dim in self._graph.variant.shape(tensor)]
             self._buffers[tensor.past] = np.zeros(shape, np.float32)
             for row in self._rows:
-                self._part(tensor, row)[:] = _part_of(before[tensor.past], tensor, row)
+                place = _Row(row.slot, self._end, row.length)
+                self._part(tensor, place)[:] = _part_of(before[tensor.past], tensor, row)
             before.pop(tensor.past, None)  # so that only one tensor is there twice
+        for row in self._rows:
+            row.end = self._end
 
     def _align(self, rows: Sequence[_Row]) -> None:
         """Bring ``rows`` into the first slots, and their ends to one column with a free column behind it."""
-        longest = max(row.length for row in rows)
-        if not longest <= self._end < self._columns:
-            self._reserve(longest + longest // 2 + 1)
-            self._end = longest
+        if not max(row.length for row in rows) <= self._end < self._columns:
+            longest = max(row.length for row in self._rows) + 1
+            if longest > self._columns * MOST_USED or self._columns > max(longest * LEAST_USED, LEAST_COLUMNS):
+                self._resize(longest)
+            else:
+                self._end = longest - 1
         taken = {row.slot for row in rows}
         free = iter([slot for slot in range(len(rows)) if slot not in taken])
         waiting = {row.slot: row for row in self._rows if row not in rows}

@@ -20,7 +20,7 @@ from h1export.quantize.methods.gptq import Inverse, solve_rows
 from h1export.quantize.methods.gptq_grid import solve_own_rows
 from h1export.quantize.methods.grid_search import round_own_rows
 from h1export.quantize.methods.guard import ERRORS, Errors, divergence, is_worse, output_errors
-from h1export.quantize.methods.head_groups import InputPair
+from h1export.quantize.methods.moments import InputPair
 from h1export.quantize.methods.stored import ALIGN, StoredBlocks, StoredIntegers, StoredMatrix
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedWeights

@@ -49,6 +49,8 @@ from h1export.progress import SILENT
 from h1export.quantize.awq_scales import ScaledStore
 from h1export.quantize.budget import Budget
 from h1export.quantize.calibration import Calibration
+from h1export.quantize.choices import CPU
+from h1export.quantize.device import ComputeDevice
 from h1export.quantize.methods.awq import search_scales
 from h1export.quantize.methods.gptq_model import solve_model
 from h1export.quantize.methods.rtn import quantize_rows
@@ -122,6 +124,7 @@ def own_methods(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Ca
                     ids=ids,
                     stage=Stage(Path(folder), host.cores()),
                     progress=SILENT,
+                    device=ComputeDevice.of(CPU),
                 )
             )
 

@@ -12,7 +12,7 @@ from typing import get_args
 import numpy as np
 from quality import Judge, RoundedWeights
 from rich.box import SIMPLE
-from rich.table import Table
+from rich.table import Column, Table
 
 from h1export import host
 from h1export.artifact.stage import Stage
@@ -21,7 +21,8 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING, projection_of, tensor_shapes
 from h1export.progress import SILENT
 from h1export.quantize.calibration import Calibration
-from h1export.quantize.choices import OF_EMBEDDING, Preset
+from h1export.quantize.choices import CPU, OF_EMBEDDING, Preset
+from h1export.quantize.device import ComputeDevice
 from h1export.quantize.methods.select import integers_of
 from h1export.quantize.presets import chosen_by
 from h1export.quantize.scheme import QuantScheme
@@ -72,7 +73,9 @@ def costs(checkpoint: Path, judge: Judge, samples: int) -> Iterator[Cost]:
         full = {name: store.rows(name, 0, store.shape(name)[0]) for name in names}
         with tempfile.TemporaryDirectory() as folder:
             stage = Stage(Path(folder), host.cores(), dry=key in solved)  # dry: plain rounding is enough
-            found = integers_of(store, config, choice.scheme, ids=ids, stage=stage, progress=SILENT).integers
+            found = integers_of(
+                store, config, choice.scheme, ids=ids, stage=stage, progress=SILENT, device=ComputeDevice.of(CPU)
+            ).integers
             weights = {name: found.rows(name, 0, shapes[name][0]).unfolded() for name in precisions}
         kept = {name: value for name, value in solved.get(key, {}).items() if name in precisions}
         if not config.tie_word_embeddings:
@@ -91,7 +94,7 @@ def costs(checkpoint: Path, judge: Judge, samples: int) -> Iterator[Cost]:
 
 def table(found: list[Cost]) -> Table:
     """Return a line for each choice."""
-    result = Table("choice", "MB of matrices", "bits", "mean KL", "99 %", "loss, bits per byte", "top-1", box=SIMPLE)
+    result = Table(Column("choice", no_wrap=True), "MB", "bits", "mean KL", "99 %", "loss", "top-1", box=SIMPLE)
     for cost in found:
         f = cost.figures
         result.add_row(

@@ -28,7 +28,9 @@ from h1export.quantize.scheme import QuantScheme
 
 PRODUCT_SIZE = 768  # rows and columns of the product that is timed
 PRODUCT_RUNS = 3  # of which the fastest counts
-FIT_BYTES = 12  # of a coefficient in the equations for scales, which are there in float32 and in float64
+FIT_BYTES = (
+    28  # of a coefficient in the equations for scales: in float32, and three times in float64 as they are solved
+)
 LEAST_GROUP = min(GROUP_SIZES)
 TRY_COPIES = 6  # of a block of rows: weight, scaled, quotients, codes, dequantised, error
 ROUNDING_FLOPS = 2000  # floating-point operations of a product that take as long as rounding one weight
@@ -36,7 +38,7 @@ PROBABILITY_COPIES = 3  # of a few positions' logits: exponents, probabilities, 
 STATE_COPIES = 3  # of a value that a step tunes: itself, and means of its gradients and of their squares
 GRAPH_COPIES = 4  # of a layer's activations that its gradient needs
 INVERSE_COPIES = 8  # of a matrix of moments in float64, while it is inverted
-SOLVE_COPIES = 4  # of a block of rows: weight, rest, searched scales, codes
+SOLVE_COPIES = 10  # of a block of rows: weight, wanted, rest, codes, what a search tries, both candidates
 
 
 class Cost(Protocol):
@@ -119,10 +121,11 @@ class _GptqCost(_Shapes):
         # The equations for the scales of a row have groups x groups coefficients.
         fitting = FIT_BYTES * SOLVE_BYTES // 4 * widest // LEAST_GROUP**2
         solving_rows = SOLVE_COPIES * SOLVE_BYTES + fitting
-        solving = INVERSE_COPIES * 8 * widest**2 + (jobs + 1) * solving_rows
+        solving = INVERSE_COPIES * 8 * widest**2 + jobs * solving_rows
         rows, columns = self._head
         grouping = (jobs + 1) * 4 * rows * (PROBABILITY_COPIES * POSITIONS + SKETCH) + 2 * 4 * rows * GROUPS
-        solving_groups = (jobs + 1) * (INVERSE_COPIES * 8 * columns**2 + solving_rows)  # every thread has a group's
+        heavy = 3 * 2 * 4 * int(WEIGHING * tokens) * columns  # gathered, and weighted
+        solving_groups = jobs * (INVERSE_COPIES * 8 * columns**2 + solving_rows + heavy)  # every thread has a group's
         judging = 4 * rows * (2 * columns + 4 * POSITIONS)  # a candidate and its codes, some positions' probabilities
         head = 5 * rows * columns + 2 * 4 * tokens * self._hidden_size + max(grouping, solving_groups, judging)
         return max(stopped + weights + max(running, solving), head)

@@ -141,13 +141,14 @@ def test_gptq_has_at_most_six_tenths_of_the_divergence_of_rounding(tiny: Path, t
 
 
 def test_a_tied_head_stays_a_good_embedding(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that move for the logits' sake alone are poor inputs: GPTQ was worse than rounding on this model."""
+    """Rows that move for the logits' sake alone are poor inputs: they leave half as much again on this model."""
     heldout = (tiny / "heldout.txt").read_text(encoding="utf-8")
     (tmp_path / "logits_alone").mkdir()
-    assert share_of_rounding(PROXY, heldout, tmp_path, every=8) < 0.75
+    damped = share_of_rounding(PROXY, heldout, tmp_path, every=8)
+    assert damped < 0.6
     monkeypatch.setattr(module, "TIED_DAMPING", DAMPING)
     monkeypatch.setattr(solved_file, "is_worse", lambda _: False)  # the guard would keep the plain head
-    assert share_of_rounding(PROXY, heldout, tmp_path / "logits_alone", every=8) > 1
+    assert share_of_rounding(PROXY, heldout, tmp_path / "logits_alone", every=8) > 1.4 * damped
 
 
 def test_the_head_is_solved_on_the_contexts_of_its_tokens(

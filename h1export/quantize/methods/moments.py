@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -38,11 +38,11 @@ class Moments:
         bf16 where the device says so. No digit depends on ``jobs``.
         """
         columns = pairs[0][1].shape[1]
-        chunks = list(_chunks(pairs))
+        lots = _lots(pairs)
         starts = [columns * block // ROW_BLOCKS for block in range(ROW_BLOCKS + 1)]
         rows = [slice(start, stop) for start, stop in pairwise(starts) if stop > start]
-        own = (partial(_own_rows, chunks, row) for row in rows)
-        drift = (partial(_drift_rows, chunks, row, halves=device.halves) for row in rows)
+        own = (partial(_own_rows, lots, row) for row in rows)
+        drift = (partial(_drift_rows, lots, row, halves=device.halves) for row in rows)
         found = list(in_order((*own, *drift), jobs))
         upper = torch.zeros(columns, columns, dtype=torch.float64, device=found[0].device)
         for row, block in zip(rows, found, strict=False):
@@ -65,39 +65,43 @@ def weighted(pair: InputPair, weights: Tensor) -> InputPair:
     return pair[0] * roots, pair[1] * roots
 
 
-def _chunks(pairs: Sequence[InputPair]) -> Iterator[InputPair]:
-    """Yield the positions of ``pairs`` in lots of about POSITIONS."""
-    lot: list[InputPair] = []
+def _lots(pairs: Sequence[InputPair]) -> list[list[InputPair]]:
+    """Returns ``pairs`` in lots of about POSITIONS positions."""
+    lots: list[list[InputPair]] = []
+    room = 0
     for pair in pairs:
-        lot.append(pair)
-        if sum(len(found) for _, found in lot) >= POSITIONS:
-            yield _joined(lot)
-            lot = []
-    if lot:
-        yield _joined(lot)
+        if room <= 0:
+            lots.append([])
+            room = POSITIONS
+        lots[-1].append(pair)
+        room -= len(pair[1])
+    return lots
 
 
-def _joined(lot: Sequence[InputPair]) -> InputPair:
-    (right, found), *others = lot
-    return (right, found) if not others else (torch.cat([t for t, _ in lot]), torch.cat([x for _, x in lot]))
-
-
-def _own_rows(chunks: Sequence[InputPair], rows: slice) -> Tensor:
+def _own_rows(lots: Sequence[Sequence[InputPair]], rows: slice) -> Tensor:
     """Returns some rows of ``own``, float64 [rows, columns from the first of the rows]."""
-    sums: Tensor | None = None
-    for _, found in chunks:
-        product = (found[:, rows].T @ found[:, rows.start :]).double()
-        sums = product if sums is None else sums.add_(product)
-    assert sums is not None
+    columns = lots[0][0][1].shape[1] - rows.start
+    like = lots[0][0][1]
+    sums = torch.zeros(rows.stop - rows.start, columns, dtype=torch.float64, device=like.device)
+    for lot in lots:
+        product = torch.zeros(sums.shape, device=like.device)
+        for _, found in lot:
+            product.addmm_(found[:, rows].T, found[:, rows.start :])
+        sums += product
     return sums
 
 
-def _drift_rows(chunks: Sequence[InputPair], rows: slice, *, halves: bool) -> Tensor:
+def _drift_rows(lots: Sequence[Sequence[InputPair]], rows: slice, *, halves: bool) -> Tensor:
     """Returns some rows of ``drift``, float64 [rows, columns]."""
-    sums: Tensor | None = None
-    for right, found in chunks:
-        moved = right[:, rows] - found[:, rows]
-        product = (moved.bfloat16().T @ found.bfloat16()).double() if halves else (moved.T @ found).double()
-        sums = product if sums is None else sums.add_(product)
-    assert sums is not None
+    like = lots[0][0][1]
+    sums = torch.zeros(rows.stop - rows.start, like.shape[1], dtype=torch.float64, device=like.device)
+    for lot in lots:
+        product = torch.zeros(sums.shape, device=like.device)
+        for right, found in lot:
+            moved = right[:, rows] - found[:, rows]
+            if halves:
+                product += moved.bfloat16().T @ found.bfloat16()
+            else:
+                product.addmm_(moved.T, found)
+        sums += product
     return sums

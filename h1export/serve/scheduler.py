@@ -1,7 +1,8 @@
 """Scheduler: one thread that computes the rows of many requests in turns, token by token.
 
-In each round every text gets one token, and then one prompt, in turns, one call of at most PREFILL_CHUNK tokens, so
-that no prompt holds up the texts for longer. Requests join and leave between calls.
+In each round every text gets one token, by one call for all of them where the runtime takes rows of different lengths.
+Then one prompt, in turns, gets one call of at most PREFILL_CHUNK tokens, so that no prompt holds up the texts for
+longer. Requests join and leave between calls.
 """
 
 from __future__ import annotations
@@ -9,26 +10,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
 from typing import Any, Protocol
 
-import numpy as np
-
-from h1export.model.falcon_h1.states import Array, Ids
-from h1export.runtime.growing import GrowingSession
+from h1export.model.falcon_h1.states import Array
 from h1export.runtime.prefix_store import PrefixStore
 from h1export.runtime.prompt import Prompt
+from h1export.runtime.rows import Rows, open_rows
 from h1export.runtime.runner import Runner
 from h1export.serve.choice import Choice, Failed, Scored, Started, score
 from h1export.serve.problems import SERVER, ProblemError
 
 LEAST_WAIT, MOST_WAIT = 1, 60  # seconds of Retry-After
-
-Work = Sequence[tuple[GrowingSession, Ids]]
-Extend = Callable[[Work], "list[Array | BaseException]"]
 
 
 class Watch(Protocol):
@@ -45,20 +41,6 @@ class Watch(Protocol):
     def failed(self, error: BaseException) -> None:
         """A request that was right has ended with an error."""
         ...
-
-
-def one_by_one(work: Work) -> list[Array | BaseException]:
-    """Extend each session by its ids, and return the logits [new or 1, vocab] of each, or its error.
-
-    Every row is a call of its own. Where a runtime computes rows of different lengths in one call, that goes here.
-    """
-    answers: list[Array | BaseException] = []
-    for session, ids in work:
-        try:
-            answers.append(session.append(ids)[0])
-        except Exception as error:  # one row's, and no other's
-            answers.append(error)
-    return answers
 
 
 @dataclass(eq=False)
@@ -96,9 +78,17 @@ class _Prefill:
 
 @dataclass(eq=False)
 class _Row:
+    """A choice that goes on.
+
+    Attributes:
+        place: What Rows call it.
+        token: Its last token.
+        since: When that token came.
+    """
+
     task: Task
     choice: Choice
-    session: GrowingSession
+    place: Hashable
     token: int
     since: float
 
@@ -112,7 +102,7 @@ class Scheduler:
         rows: The most choices computed at once.
         queue: The most tasks that wait.
         watch: What is told about the work.
-        extend: How sessions are extended.
+        together: What computes the rows; None takes ``open_rows``.
 
     Attributes:
         running: The number of choices that are computed.
@@ -126,19 +116,18 @@ class Scheduler:
         rows: int,
         queue: int,
         watch: Watch,
-        extend: Extend = one_by_one,
+        together: Rows | None = None,
     ) -> None:
         self._runner = runner
         self._store = store
         self._most_rows = rows
         self._most_waiting = queue
         self._watch = watch
-        self._extend = extend
+        self._together = open_rows(runner, rows) if together is None else together
         self._condition = threading.Condition()
         self._waiting: deque[Task] = deque()
         self._prefills: deque[_Prefill] = deque()
         self._rows: list[_Row] = []
-        self._kept: list[_Row] = []  # the rows of the next round
         self._is_closed = False
         self._seconds = 1.0  # a task's, on average
         self.running = 0
@@ -196,39 +185,52 @@ class Scheduler:
             task.fail(stopping)
         self._waiting.clear()
         self._prefills.clear()
-        self._rows.clear()
+        self._keep([])
 
     def _round(self) -> None:
-        self._rows = [row for row in self._rows if not row.task.is_cancelled]
+        self._keep([row for row in self._rows if not row.task.is_cancelled])
         self._prefills = deque(one for one in self._prefills if not one.task.is_cancelled)
         self._admit()
-        prefills = [self._prefills[0]] if self._prefills else []
-        self._prefills.rotate(-1)
-        work = [(row.session, np.array([[row.token]], np.int64)) for row in self._rows]
-        work += [(one.prompt.session, one.prompt.next()) for one in prefills]
-        answers = self._extend(work)
-        self._kept = []
-        for row, answer in zip(self._rows, answers, strict=False):
-            self._guarded(row.task, answer, partial(self._decoded, row))
-        for one, answer in zip(prefills, answers[len(self._rows) :], strict=True):
-            self._guarded(one.task, answer, partial(self._prefilled, one))
-        self._rows = self._kept
+        if self._rows:
+            self._decode()
+        if self._prefills:
+            one = self._prefills[0]
+            self._prefills.rotate(-1)
+            self._guarded(one.task, partial(self._prefill, one))
         self.running = self._taken()
+
+    def _keep(self, rows: Collection[_Row]) -> None:
+        """Go on with these rows, and let the others leave."""
+        for row in self._rows:
+            if row not in rows:
+                self._together.leave(row.place)
+        self._rows = list(rows)
+
+    def _decode(self) -> None:
+        """Give every text its next token."""
+        tokens = {row.place: row.token for row in self._rows}
+        answers: Mapping[Hashable, Array | BaseException]
+        try:
+            answers = self._together.append(tokens)
+        except BaseException as error:
+            answers = dict.fromkeys(tokens, error)
+        self._keep(
+            [row for row in self._rows if self._guarded(row.task, partial(self._decoded, row, answers[row.place]))]
+        )
 
     def _taken(self) -> int:
         """Return the number of rows that are not free."""
         return len(self._rows) + sum(len(one.task.choices) for one in self._prefills)
 
-    def _guarded(self, task: Task, answer: Array | BaseException, then: Callable[[Array], None]) -> None:
-        """Go on with the logits of a call; whatever fails ends the task, and no other."""
+    def _guarded(self, task: Task, step: Callable[[], bool]) -> bool:
+        """Return whether the task goes on after ``step``; whatever fails there ends the task, and no other."""
         if task.is_cancelled:
-            return
+            return False
         try:
-            if isinstance(answer, BaseException):
-                raise answer
-            then(answer)
+            return step()
         except BaseException as error:  # panics of libraries in Rust are no Exception
             self._fail(task, error)
+            return False
 
     def _fail(self, task: Task, error: BaseException) -> None:
         if not isinstance(error, ProblemError):
@@ -253,15 +255,17 @@ class Scheduler:
                 continue
             self._prefills.append(_Prefill(task, prompt))
 
-    def _prefilled(self, one: _Prefill, logits: Array) -> None:
+    def _prefill(self, one: _Prefill) -> bool:
+        """Compute a call of a prompt, and return whether there are more."""
         task, prompt = one.task, one.prompt
+        logits = prompt.session.append(prompt.next())[0]
         prompt.extended()
         if task.top is not None:
             begin = prompt.session.length - len(logits)
             following = task.ids[begin + 1 : prompt.session.length + 1]
             one.scored += [score(logits[i], token, task.top) for i, token in enumerate(following)]
         if not prompt.is_done:
-            return
+            return True
         self._prefills.remove(one)
         now = time.monotonic()
         self._watch.began(now - task.came, len(task.ids), prompt.reused, texts=len(task.choices))
@@ -269,19 +273,26 @@ class Scheduler:
         task.choices[0].emit(Started(task.choices[0].index, len(task.ids), prompt.reused, scored))
         sessions = [prompt.session, *(prompt.session.fork() for _ in task.choices[1:])]
         for choice, session in zip(task.choices, sessions, strict=True):
-            self._chosen(_Row(task, choice, session, 0, now), logits[-1])
+            token = self._next(task, choice, logits[-1])
+            if token is not None:
+                self._rows.append(_Row(task, choice, self._together.join(session), token, now))
+        return False
 
-    def _decoded(self, row: _Row, logits: Array) -> None:
+    def _decoded(self, row: _Row, answer: Array | BaseException) -> bool:
+        """Take the logits of a text, or its error, and return whether it goes on."""
+        if isinstance(answer, BaseException):
+            raise answer
         now = time.monotonic()
         self._watch.token(now - row.since)
-        row.since = now
-        self._chosen(row, logits[-1])
-
-    def _chosen(self, row: _Row, logits: Array) -> None:
-        """Give the row its next token, and keep it unless its text has ended or the context is full."""
-        token = row.choice.take(logits)
+        token = self._next(row.task, row.choice, answer)
         if token is None:
-            self._seconds = 0.9 * self._seconds + 0.1 * (time.monotonic() - row.task.came)
-            return
-        row.token = token
-        self._kept.append(row)
+            return False
+        row.since, row.token = now, token
+        return True
+
+    def _next(self, task: Task, choice: Choice, logits: Array) -> int | None:
+        """Return the next token of a text, or None where it has ended."""
+        token = choice.take(logits)
+        if token is None:
+            self._seconds = 0.9 * self._seconds + 0.1 * (time.monotonic() - task.came)
+        return token

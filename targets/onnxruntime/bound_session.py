@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, Ids, StateSpec
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, Ids, StateSpec, StateTensor
 from h1export.runtime.runner import check_call
 from h1export.runtime.saved_states import SavedStates, check_part
 from h1export.runtime.session import WHAT
@@ -22,6 +23,7 @@ from h1export.targets.onnxruntime.fixed_decode import FixedDecode
 from h1export.targets.onnxruntime.run_options import run_options
 from h1export.targets.onnxruntime.variants import GraphVariant
 
+FLOAT32 = np.dtype(np.float32)
 DEVICE_ID = 0  # the device that the provider takes where its options name none
 
 
@@ -148,12 +150,11 @@ class BoundSession:
     def _bind(self, first: int, rows: int) -> Any:
         """Return a binding of ``rows`` rows of every state from ``first`` on; the batch is the first axis."""
         binding = self._graph.session.io_binding()
-        for past, present, value in self._states:
+        for tensor, (past, _, value) in zip(self._graph.states.tensors, self._states, strict=True):
             dtype = np.dtype(self._graph.dtypes[past])
             shape = [rows, *value.shape()[1:]]
-            place = value.data_ptr() + first * prod(shape[1:]) * dtype.itemsize
-            for bind, name in ((binding.bind_input, past), (binding.bind_output, present)):
-                bind(name, self._graph.device, DEVICE_ID, element_type(dtype), shape, place)
+            address = value.data_ptr() + first * prod(shape[1:]) * dtype.itemsize
+            bind_state(binding, tensor, shape, address=address, device=self._graph.device, dtype=dtype)
         return binding
 
     def _run(self, binding: Any, ids: Ids, mask: Ids) -> Array:
@@ -164,6 +165,20 @@ class BoundSession:
             self._graph.session.run_with_iobinding(binding, run_options())
         logits: Array = binding.get_outputs()[-1].numpy()  # outputs are in the order of binding
         return logits
+
+
+def bind_state(
+    binding: Any,
+    tensor: StateTensor,
+    shape: Sequence[int],
+    *,
+    address: int,
+    device: str = "cpu",
+    dtype: np.dtype[Any] = FLOAT32,
+) -> None:
+    """Let a state be read from, and written to, the memory at ``address``."""
+    for bind, name in ((binding.bind_input, tensor.past), (binding.bind_output, tensor.present)):
+        bind(name, device, DEVICE_ID, element_type(dtype), shape, address)
 
 
 def check_length(ids: Ids, longest: int | None) -> None:

@@ -16,6 +16,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateKind
+from h1export.runtime.rows import Rows
 from h1export.runtime.runner import Limits, Provenance, RestorableSession, check_call
 from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import SteppedSession
@@ -25,6 +26,7 @@ from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
 from h1export.targets.onnx.read_back import StoredWeights
 from h1export.targets.onnxruntime import native_library, state_layout
 from h1export.targets.onnxruntime.bfloat16 import run
+from h1export.targets.onnxruntime.bound_rows import BoundRows
 from h1export.targets.onnxruntime.bound_session import BoundGraph, BoundSession, check_length
 from h1export.targets.onnxruntime.calls import refused
 from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL, open_inference_session
@@ -186,7 +188,16 @@ class OnnxRuntimeRunner:
         self._home.check()
         if not self._variant.bound:
             return SteppedSession(self, batch)
-        graph = BoundGraph(
+        return BoundSession(self._graph(), batch, capacity)
+
+    def rows(self, most: int) -> Rows | None:
+        self._home.check()
+        if self._library is None or self._device != "cpu":
+            return None  # the order in which onnxruntime's own kernels add depends on the number of rows
+        return BoundRows(self._graph(), most, self._config.max_position_embeddings)
+
+    def _graph(self) -> BoundGraph:
+        return BoundGraph(
             self._session,
             self._variant,
             self._states,
@@ -197,7 +208,6 @@ class OnnxRuntimeRunner:
             fixed_decode=self._options.captured_decode,
             dtypes={tensor.past: self._dtype(tensor.kind) for tensor in self._states.tensors},
         )
-        return BoundSession(graph, batch, capacity)
 
     def snapshot(self, states: States) -> dict[str, Array]:
         permutation = self._variant.permutation

@@ -25,7 +25,7 @@ def out(tiny: Path, build: Callable[..., Artifact]) -> Path:
 
 @pytest.fixture(scope="session")
 def server(out: Path) -> Iterator[Server]:
-    made = Server({"tiny": out, "again": out}, Place(port=0), Room(ROWS, QUEUE, 64 << 20), kernels="stock", threads=1)
+    made = Server({"tiny": out, "again": out}, Place(port=0), Room(ROWS, QUEUE, 64 << 20), kernels="native", threads=1)
     thread = Thread(target=made.run)
     thread.start()
     yield made

@@ -29,7 +29,7 @@ def truth(out: Path, server: Server) -> Iterator[Truth]:
 
     def generated(prompt: str, tokens: int, chat: bool = False, **sampling: Any) -> str:
         how = Sampling(**sampling)
-        return "".join(generate_text(out, prompt, tokens, sampling=how, chat=chat, kernels="stock", threads=1))
+        return "".join(generate_text(out, prompt, tokens, sampling=how, chat=chat, kernels="native", threads=1))
 
     with pytest.MonkeyPatch.context() as patch:
         for module in ("generate", "chat"):

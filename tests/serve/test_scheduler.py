@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from queue import Queue
@@ -15,26 +16,30 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.runtime.generation import PREFILL_CHUNK, Sampler, Sampling
 from h1export.runtime.prefix_store import PrefixStore
+from h1export.runtime.rows import SeparateRows
 from h1export.runtime.runner import Limits
 from h1export.runtime.saved_states import SavedStates
 from h1export.serve.choice import Choice, Ended, Failed, Piece, Started
 from h1export.serve.problems import ProblemError
-from h1export.serve.scheduler import Scheduler, Task, one_by_one
+from h1export.serve.scheduler import Scheduler, Task
 
 VOCABULARY = 50
 
 
-@dataclass
+@dataclass(eq=False)
 class Counting:
     """A session whose logits prefer the sum of its tokens, modulo VOCABULARY."""
 
     config: FalconH1Config
+    log: list[int]
     length: int = 0
     sum: int = 0
 
     def append(self, ids: Any) -> Any:
         if 13 in ids:
             raise ValueError("an unlucky token")
+        if ids.shape[1] > 1:
+            self.log.append(ids.shape[1])
         self.sum += int(ids.sum())
         self.length += ids.shape[1]
         logits = np.zeros((1, 1, VOCABULARY), np.float32)
@@ -54,10 +59,11 @@ class Counting:
 @dataclass
 class Runner:
     config: FalconH1Config
+    log: list[int]
     limits: Limits = field(default_factory=Limits)
 
     def start(self, batch: int, capacity: int) -> Counting:
-        return Counting(self.config)
+        return Counting(self.config, self.log)
 
 
 class Letters:
@@ -83,16 +89,34 @@ class Silent:
 
 
 @dataclass
-class Rounds:
-    """What each round extends, and when: a round waits until it is let go on."""
+class Rounds(SeparateRows):
+    """What is computed, call by call, and when: a token of the texts waits until it is let go on.
 
-    log: list[list[int]] = field(default_factory=list)
+    Attributes:
+        log: The tokens of each prompt's call, and for each token of the texts the number of texts, negative.
+        places: The rows that have not left.
+        error: What the calls of the texts raise.
+    """
+
+    log: list[int] = field(default_factory=list)
     steps: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    places: list[Any] = field(default_factory=list)
+    error: Exception | None = None
 
-    def extend(self, work: Any) -> Any:
+    def join(self, session: Any) -> Any:
+        self.places.append(session)
+        return session
+
+    def append(self, tokens: Any) -> Any:
         self.steps.acquire()
-        self.log.append([ids.shape[1] for _, ids in work])
-        return one_by_one(work)
+        self.log.append(-len(tokens))
+        if self.error is not None:
+            raise self.error
+        assert all(row in self.places for row in tokens)
+        return super().append(tokens)
+
+    def leave(self, row: Any) -> None:
+        self.places.remove(row)
 
     def go(self, times: int = 1000) -> None:
         self.steps.release(times)
@@ -107,8 +131,8 @@ def rounds() -> Rounds:
 def scheduler(config_of: Callable[..., FalconH1Config], rounds: Rounds) -> Iterator[Scheduler]:
     config = config_of(num_hidden_layers=1, max_position_embeddings=2000)
     store = PrefixStore(StateSpec.of(config), 64 << 20)
-    runner: Any = Runner(config)
-    made = Scheduler(runner, store, rows=4, queue=2, watch=Silent(), extend=rounds.extend)
+    runner: Any = Runner(config, rounds.log)
+    made = Scheduler(runner, store, rows=4, queue=2, watch=Silent(), together=rounds)
     yield made
     rounds.go()
     made.close()
@@ -157,6 +181,14 @@ def expected(ids: Sequence[int], tokens: int) -> str:
     return said
 
 
+def settled(scheduler: Scheduler, rounds: Rounds) -> bool:
+    """Whether nothing is computed soon, and every row has left."""
+    end = time.monotonic() + 20
+    while (scheduler.running or scheduler.waiting) and time.monotonic() < end:
+        time.sleep(0.01)
+    return not (scheduler.running or scheduler.waiting or rounds.places)
+
+
 def test_a_long_prompt_does_not_hold_up_texts(scheduler: Scheduler, rounds: Rounds) -> None:
     """While two prompts are computed by turns, every text gets a token in every round."""
     text, said = task([1, 2], 40)
@@ -170,11 +202,11 @@ def test_a_long_prompt_does_not_hold_up_texts(scheduler: Scheduler, rounds: Roun
     assert texts(said)[0].endswith(expected([1, 2], 40)[-5:])
     assert texts(long[1]) == [expected(long[0].ids, 3)]
     assert texts(other[1]) == [expected(other[0].ids, 3)]
-    during = [work for work in rounds.log if PREFILL_CHUNK in work]
-    assert len(during) == 8
-    assert all(work.count(PREFILL_CHUNK) == 1 and work.count(1) >= 1 for work in during)
-    assert sum(work.count(1) for work in rounds.log) == 39 + 2 + 2
-    assert any(len(work) > 2 for work in during)  # the shorter prompt is done before the longer one, which came first
+    chunks = [place for place, size in enumerate(rounds.log) if size == PREFILL_CHUNK]
+    assert len(chunks) == 8
+    assert 1 not in np.diff(chunks)  # a call for the texts lies between any two
+    assert -sum(size for size in rounds.log if size < 0) == 39 + 2 + 2
+    assert min(rounds.log[: chunks[-1]]) < -1  # the shorter prompt is done before the longer one, which came first
 
 
 def test_requests_join_and_leave_between_tokens(scheduler: Scheduler, rounds: Rounds) -> None:
@@ -187,7 +219,7 @@ def test_requests_join_and_leave_between_tokens(scheduler: Scheduler, rounds: Ro
         scheduler.submit([one])
     found += [texts(events) for _, events in tasks[4:]]
     assert found == [[expected(one.ids, 5 + number)] for number, (one, _) in enumerate(tasks)]
-    assert (scheduler.running, scheduler.waiting) == (0, 0)
+    assert settled(scheduler, rounds)
 
 
 def test_choices_share_a_prompt_and_go_their_own_ways(scheduler: Scheduler, rounds: Rounds) -> None:
@@ -196,7 +228,7 @@ def test_choices_share_a_prompt_and_go_their_own_ways(scheduler: Scheduler, roun
     together, events = task(ids, 8, 4, temperature=3.0)
     scheduler.submit([together])
     found = texts(events, 4)
-    assert sum(size for work in rounds.log for size in work if size > 1) == len(ids)
+    assert sum(size for size in rounds.log if size > 0) == len(ids)
     alone = []
     for index in range(4):
         one, said = task(ids, 8, temperature=3.0)
@@ -226,6 +258,20 @@ def test_an_error_is_its_own_request_s(scheduler: Scheduler, rounds: Rounds) -> 
         "H1ExportError",
     ]
     assert texts(said) == [expected([1, 1], 30)]
+    assert settled(scheduler, rounds)
+
+
+def test_a_call_that_fails_ends_the_texts_in_it(scheduler: Scheduler, rounds: Rounds) -> None:
+    rounds.go()
+    first, second = task([1, 1], 30), task([2, 2], 30, 2)
+    rounds.error = MemoryError("no room")
+    scheduler.submit([first[0], second[0]])
+    assert texts(first[1]) == texts(second[1], 2) == ["MemoryError: no room"]
+    rounds.error = None
+    later, said = task([5, 5], 3)
+    scheduler.submit([later])
+    assert texts(said) == [expected([5, 5], 3)]
+    assert settled(scheduler, rounds)
 
 
 def test_a_cancelled_request_frees_its_rows_at_the_next_round(scheduler: Scheduler, rounds: Rounds) -> None:
@@ -242,7 +288,7 @@ def test_a_cancelled_request_frees_its_rows_at_the_next_round(scheduler: Schedul
     rounds.go()
     assert texts(later) == [expected([5, 5], 3)]
     assert never.empty()
-    assert scheduler.running == 0
+    assert settled(scheduler, rounds)
 
 
 def test_the_queue_has_an_end(scheduler: Scheduler, rounds: Rounds) -> None:
@@ -263,9 +309,9 @@ def test_the_queue_has_an_end(scheduler: Scheduler, rounds: Rounds) -> None:
 
 
 def test_closing_ends_what_is_left(config_of: Callable[..., FalconH1Config]) -> None:
-    runner: Any = Runner(config_of(num_hidden_layers=1))
     rounds = Rounds()
-    scheduler = Scheduler(runner, None, rows=1, queue=5, watch=Silent(), extend=rounds.extend)
+    runner: Any = Runner(config_of(num_hidden_layers=1), rounds.log)
+    scheduler = Scheduler(runner, None, rows=1, queue=5, watch=Silent(), together=rounds)
     tasks = [task([1, 2], 1000) for _ in range(3)]
     for one, _ in tasks:
         scheduler.submit([one])
@@ -274,5 +320,6 @@ def test_closing_ends_what_is_left(config_of: Callable[..., FalconH1Config]) -> 
     rounds.go(3)
     closing.join(20)
     assert [texts(events) for _, events in tasks] == [["ProblemError: the server is stopping"]] * 3
+    assert not rounds.places
     with pytest.raises(ProblemError, match="the server is stopping"):
         scheduler.submit([task([1], 1)[0]])

@@ -6,6 +6,7 @@
 //   mask is not 0, or if c = o.
 //   Source: online softmax over blocks of keys, Dao et al., "FlashAttention" (2022); one token splits its context among
 //   threads.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -179,24 +180,34 @@ void attend_split(const Attention& a, size_t b, size_t kv, size_t begin, size_t 
   }
 }
 
+// Returns the first column that the mask shows, or the token's own one.
+size_t first_shown(const Attention& a, size_t b) {
+  const int64_t* mask = a.mask + b * a.total;
+  return static_cast<size_t>(std::find_if(mask, mask + a.total - 1, [](int64_t shown) { return shown != 0; }) - mask);
+}
+
 // Attends one token: every head of the cache and split of the context is an item, then the splits are brought to one
-// maximum and added.
+// maximum and added. Splits are counted from the first column shown, so that a row's sums do not depend on its pads.
 void attend_one(const Parallel& parallel, const Attention& a) {
-  const size_t splits = (a.total + kSplit - 1) / kSplit, group = a.group();
+  const size_t group = a.group();
+  std::vector<size_t> first(a.batch);
+  for (size_t b = 0; b < a.batch; ++b) first[b] = first_shown(a, b);
+  const size_t splits = (a.total - *std::min_element(first.begin(), first.end()) + kSplit - 1) / kSplit;
   std::vector<Seen> seen(a.batch * a.kv_heads * splits * group);
   std::vector<float> sums(seen.size() * a.dim);
   parallel(a.batch * a.kv_heads * splits, [&](size_t i) {
-    const size_t head = i / splits, begin = i % splits * kSplit;
-    const size_t end = std::min(a.total, begin + kSplit), at = i * group;
-    attend_split(a, head / a.kv_heads, head % a.kv_heads, begin, end, &seen[at], &sums[at * a.dim]);
+    const size_t b = i / splits / a.kv_heads, kv = i / splits % a.kv_heads, at = i * group;
+    const size_t begin = first[b] + i % splits * kSplit, end = std::min(a.total, begin + kSplit);
+    if (begin < end) attend_split(a, b, kv, begin, end, &seen[at], &sums[at * a.dim]);
   });
   for (size_t h = 0; h < a.batch * a.heads; ++h) {
-    const size_t first = h / group * splits * group + h % group;
+    const size_t from = h / group * splits * group + h % group;
+    const size_t used = (a.total - first[h / a.heads] + kSplit - 1) / kSplit;
     float highest = kLowest, weights = 0, *out = a.out + h * a.dim;
-    for (size_t i = 0; i < splits; ++i) highest = std::max(highest, seen[first + i * group].highest);
+    for (size_t i = 0; i < used; ++i) highest = std::max(highest, seen[from + i * group].highest);
     std::fill_n(out, a.dim, 0.0f);
-    for (size_t i = 0; i < splits; ++i) {
-      const size_t part = first + i * group;
+    for (size_t i = 0; i < used; ++i) {
+      const size_t part = from + i * group;
       const float factor = std::exp(seen[part].highest - highest);
       weights += factor * sum(seen[part].weights);
       for (size_t d = 0; d < a.dim; ++d) out[d] += factor * sums[part * a.dim + d];

@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t kRounded = 4;   // the accuracy level
 constexpr size_t kGrain = 16384;  // elements of x that a thread makes at a time: some microseconds
 
-using Multiply = void (*)(const Weights&, const float*, size_t, float*, const Parallel&);
+using Multiply = void (*)(const Weights&, const float*, Tokens, float*, const Parallel&);
 
 template <int kBits, size_t kBlock>
 Multiply of_level(int64_t accuracy_level) {
@@ -199,6 +199,7 @@ class Product {
     require((!factors || factors.shape == Shape{rows_}) && (!bias || bias.shape == Shape{rows_}),
             "factors and bias must be [N]");
     factor.shape.back() = rows_;
+    const bool apart = factor.shape.rank() > 1 && factor.shape[factor.shape.rank() - 2] == Size{1};
     const auto y = call.output<float>(0, factor.shape);
     const Weights weights{
         .codes = codes.data,
@@ -210,7 +211,7 @@ class Product {
         .blocks = blocks.count(),
         .row_bytes = (blocks * block_bytes).count(),
     };
-    multiply_(weights, factor.x, y.rows().count(), y.data, call.parallel);
+    multiply_(weights, factor.x, {.count = y.rows().count(), .apart = apart}, y.data, call.parallel);
   }
 
  private:

@@ -19,14 +19,20 @@ struct Weights {
   size_t rows, columns, blocks, row_bytes;
 
   float factor(size_t row) const { return factors ? factors[row] : 1.0f; }
-  float finish(size_t row, float sum) const { return sum * factor(row) + (bias ? bias[row] : 0.0f); }
+  float finish(size_t row, float sum) const { return fma(sum, factor(row), bias ? bias[row] : 0.0f); }
+};
+
+// The tokens of a product: rows of x.
+struct Tokens {
+  size_t count;
+  bool apart;  // each is the only one of its sequence: its y must not depend on how many sequences there are
 };
 
 // y[t, n] = bias[n] + sum_k x[t, k] * weight[n, k], with x rounded to int8 by blocks, or in float32.
 template <class F>
-void matmul_rounded(const Weights& w, const float* x, size_t tokens, float* y, const Parallel& parallel);
+void matmul_rounded(const Weights& w, const float* x, Tokens tokens, float* y, const Parallel& parallel);
 template <class F>
-void matmul_float(const Weights& w, const float* x, size_t tokens, float* y, const Parallel& parallel);
+void matmul_float(const Weights& w, const float* x, Tokens tokens, float* y, const Parallel& parallel);
 
 // Sizes of one weight format. A row is cut into chunks of 32 bytes, and these into words of 4 bytes.
 template <int kBitsOf, size_t kBlockOf>

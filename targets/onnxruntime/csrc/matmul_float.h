@@ -47,7 +47,7 @@ void multiply_floats(const float* rows, const float* x, size_t stride, const flo
     for (size_t r = 0; r < kRows; ++r) w[r] = load(rows + r * stride + i);
     for (size_t t = 0; t < kTokens; ++t) {
       const f32x8 of_token = load(x + t * stride + i);
-      for (size_t r = 0; r < kRows; ++r) sums[r][t] += w[r] * of_token;
+      for (size_t r = 0; r < kRows; ++r) sums[r][t] = fma(w[r], of_token, sums[r][t]);
     }
   }
   for (size_t t = 0; t < kTokens; ++t) {
@@ -66,7 +66,8 @@ void multiply_all(const float* rows, const float* x, size_t tokens, size_t strid
 }
 
 template <class F>
-void matmul_float(const Weights& w, const float* x, size_t tokens, float* y, const Parallel& parallel) {
+void matmul_float(const Weights& w, const float* x, Tokens all, float* y, const Parallel& parallel) {
+  const size_t tokens = all.count;
   static thread_local Scratch<float> x_memory;
   const size_t stride = (w.row_bytes + F::kChunkBytes - 1) / F::kChunkBytes * F::kChunk;
   for (size_t start = 0; start < tokens; start += kFloatSlab) {

@@ -52,7 +52,7 @@ inline void add_chunk(const uint8_t* codes, size_t bytes, const Half* scales, si
       for (size_t part = 0; part < F::kParts; ++part) {
         dot.add(columns_of<F>(packed[r], part), load_bytes<s8x32>(columns + part * 32));
       }
-      sums[r][t] += (to_float(dot.total()) * x_scale + correction) * scale[r];
+      sums[r][t] = fma(fma(to_float(dot.total()), x_scale, correction), scale[r], sums[r][t]);
     }
   }
 }
@@ -225,12 +225,13 @@ Activations round_tokens(const Weights& w, const float* x, size_t tokens, const 
 }
 
 template <class F>
-void matmul_rounded(const Weights& w, const float* x, size_t tokens, float* y, const Parallel& parallel) {
+void matmul_rounded(const Weights& w, const float* x, Tokens all, float* y, const Parallel& parallel) {
+  const size_t tokens = all.count;
   for (size_t start = 0; start < tokens; start += kSlab) {
     const size_t count = std::min(kSlab, tokens - start);
     float* out = y + start * w.rows;
     const Activations a = round_tokens<F>(w, x + start * w.columns, count, parallel);
-    if (count <= kFewTokens) {
+    if (count <= kFewTokens || all.apart) {
       const size_t grain = std::max<size_t>(2, kRowsBytes / w.row_bytes / 2 * 2);
       parallel_ranges(parallel, w.rows, grain,
                       [&](size_t begin, size_t end) { multiply_few<F>(w, begin, end, a, count, out); });

@@ -65,6 +65,23 @@ inline s8x32 splat4(const int8_t* p) {
   return (s8x32)(i32x8{} + four);
 }
 
+// a b + c, rounded once where the CPU can. Left to the compiler, that may differ from one instantiation of a template to
+// another, and with it what a token's result is beside others.
+inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) {
+#if defined(H1_AVX2) && defined(__FMA__)
+  return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+inline float fma(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 inline f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
 inline f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
 inline f32x8 min(f32x8 a, f32x8 b) { return a < b ? a : b; }

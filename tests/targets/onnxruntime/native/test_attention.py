@@ -126,6 +126,22 @@ def test_a_buffer_bound_to_past_and_present_is_extended_in_place(run_in_place: R
         np.testing.assert_array_equal(present[:, :, total:], inputs[name][:, :, total:])
 
 
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(CASES, st.integers(0, 700))
+def test_one_token_does_not_depend_on_pads_or_other_rows(run_op: RunOp, case: Case, pads: int) -> None:
+    """Bit for bit: a row of a padded batch is the row alone, at whatever column it begins."""
+    inputs, attributes = attention_inputs(case | {"tokens": 1, "room": None, "seed": case["seed"] * 2})
+    wide = dict(inputs)
+    for name in ("past_k", "past_v"):
+        wide[name] = np.concatenate([inputs[name][:, :, :pads] * 7, inputs[name]], axis=2)
+    hidden = wide["past_k"].shape[2] - inputs["past_k"].shape[2]
+    wide["mask"] = np.concatenate([np.zeros((case["batch"], hidden), np.int64), inputs["mask"]], axis=1)
+    together = run_op("Attention", wide, outputs=3, **attributes)[0]
+    for row in range(case["batch"]):
+        alone = {name: array[row : row + 1] for name, array in inputs.items()}
+        np.testing.assert_array_equal(together[row : row + 1], run_op("Attention", alone, outputs=3, **attributes)[0])
+
+
 @pytest.mark.parametrize("tokens", [1, 150])
 def test_large_scores_do_not_overflow(run_op: RunOp, tokens: int) -> None:
     """Scores of some thousands: a softmax that is one-hot, where exp of a score itself would be infinite."""

@@ -134,6 +134,19 @@ def test_rounded(
     assert np.median(differences) < 1e-6 * case.summed(expected)
 
 
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(*SHAPES, st.sampled_from([0, 4]))
+def test_tokens_of_different_sequences_do_not_depend_on_each_other(
+    run_op: RunOp, form: tuple[int, int], rows: int, columns: int, tokens: int, bias: bool, seed: int, level: int
+) -> None:
+    """Bit for bit, however many there are."""
+    case = Case(*form, rows, columns, (tokens, 1), bias, seed)
+    together, every = case.run(run_op, level), case.x
+    for token in {0, tokens // 2, tokens - 1}:
+        case.x = every[token : token + 1]
+        np.testing.assert_array_equal(together[token : token + 1], case.run(run_op, level))
+
+
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(*SHAPES)
 def test_float32(

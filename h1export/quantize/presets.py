@@ -94,12 +94,18 @@ def preset_plans(
     Raises:
         H1ExportError: a tensor of the model that is int4 has no sensitivity.
     """
-    return tuple(_planned(name, config, group_size, measured=measured) for name in (DEFAULT, *RULES))
+    choices: dict[str, Mapping[str, QuantName]] = {DEFAULT: {}}
+    choices |= {preset: chosen_by(preset, config) for preset in RULES}
+    return tuple(
+        _planned(name, QuantScheme("int4", group_size, chosen=chosen), config, measured=measured)
+        for name, chosen in choices.items()
+    )
 
 
-def _planned(name: str, config: FalconH1Config, group_size: int, *, measured: Mapping[str, float] | None) -> PresetPlan:
-    chosen = {} if name == DEFAULT else chosen_by(name, config)  # type: ignore[arg-type]  the keys of RULES
-    precisions = QuantScheme("int4", group_size, chosen=chosen).precisions(config)
+def _planned(
+    name: str, scheme: QuantScheme, config: FalconH1Config, *, measured: Mapping[str, float] | None
+) -> PresetPlan:
+    precisions = scheme.precisions(config)
     shapes = tensor_shapes(config)
     bits = sum(
         precision.stored_bits((shapes[tensor][0], shapes[tensor][1])) for tensor, precision in precisions.items()

@@ -36,6 +36,8 @@ TESTED_WITH = (
     "compressed-tensors",
     "accelerate",
     "openai",
+    "langchain-openai",
+    "tenacity",
     "cyclonedx-python-lib",
 )
 
@@ -111,7 +113,7 @@ def tests(session: nox.Session, target: str) -> None:
     extras = ",".join(dict.fromkeys(("export", *(extra for info in own for extra in info.test_extras))))
     session.install("-e", f".[{extras}]", *dev(*TESTED_WITH), "--no-compile")
     others = [info for info in INFOS.values() if info.row != target]
-    left_out = ("chromium", "gpu", "mac", "slow", *(info.name for info in others))
+    left_out = ("chromium", "gpu", "mac", "ray", "slow", *(info.name for info in others))
     wanted = [f"({' or '.join(info.name for info in own)})"] if own else []
     markers = " and ".join((*wanted, *(f"not {name}" for name in left_out)))
     results = Path(session.create_tmp()) / "results.xml"
@@ -131,10 +133,10 @@ def tests(session: nox.Session, target: str) -> None:
 def build(session: nox.Session) -> None:
     """The wheel alone runs its command in a clean environment; then every extra is installed, and its runtime imported.
 
-    Not installed: `cuda`, whose onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and `torch-trt`. Both need
-    an NVIDIA GPU.
+    Not installed: `cuda`, whose onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and `torch-trt`, because
+    both need an NVIDIA GPU, and `ray`, which `nox -s ray` installs.
     """
-    extras = ",".join(sorted(EXTRAS.keys() - {"cuda", "torch-trt"}))
+    extras = ",".join(sorted(EXTRAS.keys() - {"cuda", "ray", "torch-trt"}))
     with tempfile.TemporaryDirectory() as folder:
         path = wheel(session, Path(folder))
         clean = Path(folder, "clean")
@@ -313,13 +315,29 @@ def need_chromium(session: nox.Session) -> None:
 
 @nox.session
 def browser(session: nox.Session) -> None:
-    """The page of examples/browser in headless Chromium, with packages from npm as the lock file says.
+    """The chat page of the server and the page of examples/browser, in headless Chromium.
 
-    It needs Node.js 20 with npm and a Chromium. The examples in Node run in the row `ort` of the tests.
+    It needs Node.js 20 with npm, whose packages are those of the lock file, and a Chromium. The examples in Node run in
+    the row `ort` of the tests. Screenshots of the chat page stay in the session's folder.
     """
     need_chromium(session)
-    session.install("-e", ".[export,ort]", *dev("pytest", "hypothesis"))
-    session.run("pytest", "-q", "-m", "chromium", "tests/examples", *session.posargs)
+    session.install("-e", ".[export,ort,serve]", *dev("pytest", "hypothesis", "openai"))
+    screenshots = {"H1EXPORT_SCREENSHOTS": session.create_tmp()}
+    files = ("tests/serve/test_page.py", "tests/examples")
+    session.run("pytest", "-q", "-m", "chromium", *files, *session.posargs, env=screenshots)
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Replicas behind Ray Serve, with kills and a full queue, and a sweep by Ray's tasks, on this machine.
+
+    It is not part of CI, because Ray takes 300 MB of disk and its tests some minutes; two cores and 4 GB of memory are
+    enough.
+    """
+    tools = dev("pytest", "hypothesis", "openai", "accelerate")  # conftest.py of the folder imports lm-eval
+    session.install("-e", ".[export,ort,eval,ray]", *tools)  # compiled: Ray gives its agents 15 seconds to begin
+    files = ("tests/integrations/test_ray_serve.py", "tests/integrations/test_ray_tasks.py")
+    session.run("pytest", "-q", "-s", "-m", "ray", *files, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

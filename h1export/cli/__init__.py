@@ -36,6 +36,7 @@ from h1export.cli.sensitivity import sensitivity
 from h1export.cli.serve import serve
 from h1export.cli.signature import sign, verify
 from h1export.cli.streams import READER_GONE, ReaderGoneError, guarded_streams
+from h1export.cli.sweep import sweep
 from h1export.cli.trace import trace
 from h1export.cli.trt import trt
 from h1export.cli.validate import validate
@@ -81,7 +82,7 @@ def cli() -> None:
     """
 
 
-cli.section("Make an artifact", build, plan, sensitivity)
+cli.section("Make an artifact", build, plan, sensitivity, sweep)
 cli.section("Judge an artifact", validate, doctor, compare, bench, gate, evaluate, report)
 cli.section("Trust an artifact", sign, verify)
 cli.section("Use an artifact", generate, chat, serve)

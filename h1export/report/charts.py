@@ -130,6 +130,39 @@ def bars(name: str, x_label: str, labels: Sequence[str], *, values: Mapping[int,
     return _svg(name, draw)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A point of a scatter.
+
+    Attributes:
+        colour: the index of its colour.
+        label: a short text beside it.
+    """
+
+    x: float
+    y: float
+    colour: int
+    label: str
+
+
+def scatter(
+    name: str, x_label: str, y_label: str, *, marks: Sequence[Mark], front: Sequence[tuple[float, float]]
+) -> str:
+    """Return the SVG of labelled points and of the steps through ``front``; the y axis is logarithmic."""
+
+    def draw(axes: Any) -> None:
+        for mark in marks:
+            axes.plot([mark.x], [mark.y], "o", color=SERIES[mark.colour % COLOURS], markersize=4)
+            axes.annotate(mark.label, (mark.x, mark.y), xytext=(3, 3), textcoords="offset points", fontsize=6)
+        axes.plot(*zip(*front, strict=True), "--", color=INK, linewidth=0.8, drawstyle="steps-post")
+        _decades(axes, "y", [mark.y for mark in marks])
+        axes.margins(x=0.15)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+
+    return _svg(name, draw)
+
+
 def _decades(axes: Any, which: str, values: Sequence[float]) -> None:
     """Make the axis ``which`` logarithmic, of whole decades, few of which have labels."""
     shown = [math.log10(value) for value in values if 0 < value < math.inf] or [0.0]

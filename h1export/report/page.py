@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from h1export.model.falcon_h1.states import StateKind
@@ -19,6 +15,7 @@ from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.histogram import Histogram
 from h1export.report.report import AS_FIRST, DECODE_MS, KL, LOGIT_ERROR, PREFILL_MS, SPEED, TENSORS, Row, Verdict
 from h1export.report.stored_report import OTHERS, JudgedArtifact
+from h1export.report.template import template
 
 TEMPLATE = "report.html.jinja"
 SHOWN = 5  # failures at the top of the page
@@ -74,30 +71,9 @@ def page_of(subjects: Sequence[JudgedArtifact]) -> str:
     Raises:
         H1ExportError: matplotlib is not installed.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {
-        "exact": _exact,
-        "short": _short,
-        "check": labels.check_label,
-        "comparison": labels.comparison_label,
-    }
-    template = environment.from_string(files("h1export").joinpath("assets", TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(
+    return template(TEMPLATE, check=labels.check_label, comparison=labels.comparison_label).render(
         subjects=subjects, summary=_summary(subjects), sections=_sections(subjects), classes=CLASSES, shown=SHOWN
     )
-
-
-def _exact(value: float | None) -> str:
-    """Return the number as report.json spells it."""
-    if value is None:
-        return ""
-    return json.dumps(value) if math.isfinite(value) else str(value)
-
-
-def _short(value: float | None) -> str:
-    if value is None:
-        return "n/a"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _summary(subjects: Sequence[JudgedArtifact]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from h1export.errors import H1ExportError
+from h1export.serve import page
 from h1export.serve.exchange import (
     Channel,
     EventStream,
@@ -33,7 +34,7 @@ from h1export.serve.problems import ProblemError
 from h1export.serve.requests import ChatRequest, CompletionRequest, read
 
 GONE_STATUS = 499  # in metrics, as other servers count clients that did not wait
-OPEN_PATHS = ("/health",)  # what needs no key
+OPEN_PATHS = ("/health", *page.FILES)  # what needs no key; the page has a field for one
 Endpoint = Callable[[Request], Awaitable[Response]]
 Report = Callable[[str], None]
 
@@ -78,6 +79,7 @@ class Api:
             self._route("/v1/models/{model:path}", self._one, "GET"),
             self._route("/v1/chat/completions", self._chat, "POST"),
             self._route("/v1/completions", self._complete, "POST"),
+            *(self._route(path, partial(_shown, file), "GET") for path, file in page.responses().items()),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: self._no_route})
 
@@ -166,6 +168,10 @@ class Api:
         finally:
             if not streaming:
                 cancel()
+
+
+async def _shown(file: Response, request: Request) -> Response:
+    return file
 
 
 def _described(model: ServedModel) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
+import lm_eval
 import numpy as np
 import pytest
 import torch
@@ -24,8 +26,10 @@ from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.cli import run
 from h1export.errors import H1ExportError
-from h1export.integrations.lm_eval import ArtifactLM
+from h1export.integrations.lm_eval import ArtifactLM, evaluate
 from h1export.runtime.generation import Sampling, generate
+from h1export.serve.model import Room
+from h1export.serve.server import Place, Server
 from h1export.validate.accuracy.perplexity import WINDOW, Scored, text_figures, windows
 
 Build = Callable[..., Artifact]
@@ -232,6 +236,57 @@ def test_the_command_runs_local_tasks(
     assert found["heldout_rolling"]["bits_per_byte,none"] == pytest.approx(nats / math.log(2) / nbytes)
     assert found["heldout_choice"]["acc,none"] == 1.0  # a line's end against the same backwards
     assert 0 <= found["heldout_continue"]["exact_match,none"] <= 1
+
+
+@pytest.fixture(scope="module")
+def server(artifact: Artifact) -> Iterator[Server]:
+    made = Server({"tiny": artifact.folder}, Place(port=0), Room(4, 12, 0), threads=1)
+    thread = Thread(target=made.run)
+    thread.start()
+    yield made
+    made.stop()
+    thread.join()
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(("batch", "together"), [(3, 1), (1, 3)], ids=["batches", "concurrent"])
+def test_local_completions_of_the_server_gives_the_same_scores(
+    batch: int, together: int, server: Server, artifact: Artifact, tasks: Path, model: ArtifactLM
+) -> None:
+    """lm-eval's own client of OpenAI's API; log probabilities of prompts come by `echo`."""
+    names = ["heldout_rolling", "heldout_choice", "heldout_continue"]
+    ours = evaluate(model, names, tasks, fewshot=None, limit=None, chat=False, unsafe_code=False)
+    asked = {
+        "model": "tiny",
+        "base_url": f"{server.url}/v1/completions",
+        "tokenizer_backend": "huggingface",
+        "tokenizer": str(artifact.folder),
+        "batch_size": batch,
+        "num_concurrent": together,
+        "max_retries": 1,
+    }
+    theirs = lm_eval.simple_evaluate(
+        model="local-completions",
+        model_args=asked,
+        tasks=names,
+        task_manager=TaskManager(include_path=tasks, include_defaults=False),
+        bootstrap_iters=0,
+    )
+    rows = {name: [sample["filtered_resps"] for sample in theirs["samples"][name]] for name in names}
+    for name, metric in zip(names, ("bits_per_byte", "acc", "exact_match"), strict=True):
+        found, expected = (one["results"][name][f"{metric},none"] for one in (theirs, ours))
+        assert found == pytest.approx(expected, rel=1e-5), name
+    documents = [json.loads(line) for line in (tasks / "documents.jsonl").read_text().splitlines()]
+    pairs = [(document["start"], choice) for document in documents for choice in document["choices"]]
+    scores = [score for row in rows["heldout_choice"] for score in row]
+    for (found, greedy), (likelihood, is_greedy) in zip(
+        scores, model.loglikelihood(requests(*pairs), disable_tqdm=True), strict=True
+    ):
+        assert (found, greedy) == (pytest.approx(likelihood, abs=1e-3), is_greedy)
+    asked_texts = [(document["start"], {"until": ["\n"], "max_gen_toks": 8}) for document in documents]
+    assert [text for (text,) in rows["heldout_continue"]] == model.generate_until(
+        requests(*asked_texts), disable_tqdm=True
+    )
 
 
 @pytest.mark.usefixtures("offline")

@@ -1,4 +1,4 @@
-"""The openai package against a server: what it is told is what `generate` says."""
+"""The openai package and LangChain against a server: what they are told is what `generate` says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_openai import ChatOpenAI
 from serve_texts import LONG, SCHEMA, TOOL, user
 
 from h1export.checkpoint.tokenizer import load_tokenizer
@@ -213,6 +217,59 @@ def test_tools_are_called(client: openai.OpenAI, choice: Any) -> None:
     ]
     again = client.chat.completions.create(**{**asked, "messages": result, "max_tokens": 4}, tool_choice="auto")
     assert again.choices[0].finish_reason in ("length", "stop")
+
+
+@pytest.fixture(scope="module")
+def langchain(server: Server) -> Callable[..., ChatOpenAI]:
+    """langchain(seed=3) -> LangChain's client of the server."""
+
+    def made(**options: Any) -> ChatOpenAI:
+        how: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 8, "max_retries": 0, "timeout": 60}
+        return ChatOpenAI(base_url=f"{server.url}/v1", api_key="none", **how | options)
+
+    return made
+
+
+def test_langchain_answers_and_streams(langchain: Callable[..., ChatOpenAI], truth: Truth) -> None:
+    texts = ["import os", "def main(", "class A:"]
+    expected = [truth(text, 8, True) for text in texts]
+    chat = langchain()
+    assert [answer.content for answer in chat.batch(texts, {"max_concurrency": 3})] == expected
+    for text, said in zip(texts, expected, strict=True):
+        chunks = list(chat.stream([HumanMessage(text)]))
+        assert len(chunks) > 2
+        assert "".join(str(chunk.content) for chunk in chunks) == said
+    answer = chat.invoke([SystemMessage("Be brief."), HumanMessage("x"), AIMessage("y"), HumanMessage("z")])
+    assert answer.usage_metadata is not None
+    assert answer.usage_metadata["output_tokens"] <= 8
+    assert answer.response_metadata["finish_reason"] in ("stop", "length")
+    with pytest.raises(openai.NotFoundError, match="there is no model 'nobody'"):
+        langchain(model="nobody").invoke("x")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_langchain_calls_tools(langchain: Callable[..., ChatOpenAI], stream: bool) -> None:
+    """A call comes back parsed, and its result can be sent."""
+    chat = langchain(max_tokens=90, temperature=1, seed=3)
+    bound = chat.bind_tools([TOOL], tool_choice="pair")
+    parts: list[Any] = list(bound.stream("A pair?")) if stream else [bound.invoke("A pair?")]
+    answer = reduce(add, parts)
+    (call,) = answer.tool_calls
+    assert call["name"] == "pair"
+    assert call["args"].keys() == {"a", "b"}
+    result = ToolMessage("done", tool_call_id=call["id"])
+    said = AIMessage(answer.content, tool_calls=answer.tool_calls)
+    again = chat.bind_tools([TOOL]).bind(max_tokens=4).invoke([HumanMessage("A pair?"), said, result])
+    assert again.response_metadata["finish_reason"] in ("stop", "length")
+
+
+def test_langchain_gets_values_of_a_schema(langchain: Callable[..., ChatOpenAI]) -> None:
+    schema = {"title": "pair", **SCHEMA}
+    chat = langchain(max_tokens=60, temperature=1, seed=5)
+    for method in ("json_schema", "function_calling"):
+        value: Any = chat.with_structured_output(schema, method=method).invoke("A pair?")
+        assert value.keys() == {"a", "b"}
+        assert 0 <= value["a"] <= 99
 
 
 def test_metrics_and_health(http: httpx2.Client, client: openai.OpenAI) -> None:

@@ -175,7 +175,8 @@ def test_bodies_without_a_length_have_a_limit_too(http: httpx2.Client, monkeypat
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/index.html", 404),
+        ("POST", "/", 405),
         ("GET", "/v1", 404),
         ("GET", TEXT, 405),
         ("DELETE", CHAT, 405),

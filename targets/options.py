@@ -13,7 +13,8 @@ from h1export.quantize.choices import AUTO
 if TYPE_CHECKING:  # the command line reads options without loading numpy
     from h1export.artifact.artifact import Artifact
 
-KERNELS = ("auto", "native", "stock")
+OWN_KERNELS = ("native", "compiled")  # h1export's: "compiled" never takes those of the installed wheel
+KERNELS = ("auto", *OWN_KERNELS, "stock")
 Kernels = str  # one of KERNELS, or of a target's other_runtimes
 
 

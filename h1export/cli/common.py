@@ -44,8 +44,9 @@ kernels_option = click.option(
     type=click.Choice(all_kernels()),
     default="auto",
     show_default=True,
-    help="native: h1export's own, compiled when first used; stock: the runtime's; auto: native where they compile; "
-    "another name: that runtime's, for artifacts that run in it too.",
+    help="native: h1export's own, of the installed wheel or else compiled when first used; compiled: h1export's own, "
+    "always compiled here; stock: the runtime's; auto: native where they are to be had; another name: that runtime's, "
+    "for artifacts that run in it too.",
 )
 
 

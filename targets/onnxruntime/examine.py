@@ -1,4 +1,4 @@
-"""What a machine has of what an ONNX Runtime artifact needs: the execution provider, and a compiler for our kernels."""
+"""What a machine has of what an ONNX Runtime artifact needs: the execution provider, our kernels or a compiler."""
 
 from __future__ import annotations
 
@@ -48,10 +48,12 @@ def _openvino() -> Finding:
 def _kernels() -> Finding:
     name = "h1export's kernels"
     try:
-        native_library.library()
+        library = native_library.library()
     except H1ExportError as error:
         return Finding(name, None, f"{error.what}; ONNX Runtime's own are used", error.next_step)
-    return Finding(name, True, "compile here")
+    return Finding(
+        name, True, "compile here" if library.name == native_library.NAME else f"of the wheel: {library.name}"
+    )
 
 
 def _loaded(artifact: Artifact) -> Finding:

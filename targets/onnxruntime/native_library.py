@@ -1,6 +1,8 @@
-"""Our own CPU kernels behind ONNX Runtime's custom-op interface, compiled for this machine at their first use.
+"""Our own CPU kernels behind ONNX Runtime's custom-op interface: a library of the wheel, or one compiled here.
 
-csrc/library.cc lists the ops; each is one file beside it. An artifact that uses them also has a graph without them.
+A wheel has one library for each level of instructions (kernel_build.py), and the best one that this CPU has is loaded.
+An installation without them, such as a clone's, compiles the kernels at their first use, for this CPU. csrc/library.cc
+lists the ops; each is one file beside it. An artifact that uses them also has a graph without them.
 """
 
 from __future__ import annotations
@@ -10,44 +12,73 @@ import os
 import platform
 import shlex
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from h1export.errors import H1ExportError
 from h1export.runtime.code_cache import cached
 from h1export.runtime.compilers import CompilerFailedError, run_compiler
+from h1export.targets.onnxruntime import kernel_build
+from h1export.targets.onnxruntime.kernel_build import COMPILERS, HEADERS, SOURCES
 
-FOLDER = Path(__file__).parent
-SOURCES = tuple(sorted((FOLDER / "csrc").glob("*.cc")))
-HEADERS = tuple(sorted([*(FOLDER / "csrc").glob("*.h"), *(FOLDER / "include").glob("*.h")]))
-NAME = "libh1export_ort.so"
-COMPILERS = ("c++", "g++", "clang++")  # in this order, where $CXX is not set
-CPU_FLAG = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-FLAGS = (
-    "-std=c++20",
-    "-O3",
-    CPU_FLAG,
-    "-ffp-contract=fast",
-    "-fPIC",
-    "-shared",
-    "-fvisibility=hidden",
-    f"-I{FOLDER / 'include'}",
-)
+NAME = f"{kernel_build.STEM}.so"
+CPUINFO = Path("/proc/cpuinfo")
 NEXT_STEP = "install a C++20 compiler such as g++, or name one in CXX"
+_compiles: ContextVar[bool] = ContextVar("compiles", default=False)
 
 
-def library(extra_flags: Sequence[str] = ()) -> Path:
-    """Return the library for ``SessionOptions.register_custom_ops_library``, and compile it where it is not cached.
+def library() -> Path:
+    """Return the library for ``SessionOptions.register_custom_ops_library``: the wheel's, else one compiled here.
+
+    A caller that can run without the library catches the error, and must show it.
+
+    Raises:
+        H1ExportError: As ``compiled`` raises it.
+    """
+    found = None if _compiles.get() else packaged()
+    return compiled() if found is None else found
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Let ``library`` compile, within this context, even where the installed wheel has a library for this CPU."""
+    token = _compiles.set(True)
+    try:
+        yield
+    finally:
+        _compiles.reset(token)
+
+
+def packaged() -> Path | None:
+    """Return the library of the installed wheel for the best level that this CPU has; None where there is none.
+
+    The names hold a hash of the sources and flags, so that one of another version is never taken.
+    """
+    if not sys.platform.startswith("linux") or not kernel_build.PACKAGED.is_dir():
+        return None
+    try:
+        features = kernel_build.cpu_features(CPUINFO.read_text("ascii", errors="replace"))
+    except OSError:  # then nothing is known of the CPU, and the level that every CPU has is taken
+        features = frozenset()
+    levels = kernel_build.levels_of(platform.machine(), features)
+    paths = (kernel_build.PACKAGED / kernel_build.file_name(level) for level in levels)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def compiled(extra_flags: Sequence[str] = ()) -> Path:
+    """Return the library as it is compiled for this CPU, from the cache where that has it.
 
     The key of the cache covers the sources, the flags and every macro that the compiler predefines, which name its
-    version and the instruction set of this CPU, because machines may share a home directory. A caller that can run
-    without the library catches the error, and must show it.
+    version and the instruction set of this CPU, because machines may share a home directory.
 
     Raises:
         H1ExportError: There is no compiler, the compiler failed, or the cache cannot be written or trusted
             (h1export/runtime/code_cache.py).
     """
-    command = [*_compiler(), *FLAGS, *extra_flags]
+    command = kernel_build.command(_compiler(), [*kernel_build.for_this_machine(platform.machine()), *extra_flags])
 
     def make(folder: Path) -> Path:
         _run([*command, *map(str, SOURCES), "-o", str(folder / NAME)])
@@ -69,8 +100,7 @@ def _compiler() -> list[str]:
 def _key(command: list[str]) -> str:
     digest = hashlib.sha256(" ".join(command).encode())
     digest.update(_run([*command, "-E", "-dM", "-x", "c++", os.devnull]))
-    for file in (*SOURCES, *HEADERS):
-        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    digest.update(kernel_build.sources_digest(SOURCES, HEADERS))
     return digest.hexdigest()[:32]
 
 

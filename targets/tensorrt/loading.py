@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
-from h1export.targets.options import Kernels
+from h1export.targets.options import OWN_KERNELS, Kernels
 from h1export.targets.tensorrt.emulator.runner import NetworkRunner
 from h1export.targets.tensorrt.gpu.runner import EngineRunner
 
@@ -21,7 +21,7 @@ def load(
     try:
         return EngineRunner(artifact)
     except H1ExportError as error:
-        if kernels == "native":
+        if kernels in OWN_KERNELS:
             raise
         why = f"is computed on the CPU, and not by its engine: {error}"
         return NetworkRunner(artifact, threads, float32, why=why)

@@ -109,7 +109,13 @@ void multiply_few(const Weights& w, size_t begin, size_t end, const Activations&
 }
 
 // kPanel rows, unpacked: codes [words, parts, kPanel, 4], scales [blocks, kPanel] with factors, and bias. Rows that do
-// not exist are zeros.
+// not exist are zeros. Where instructions multiply 8 columns at a time, codes are [words / 2, parts, kPanel, 8].
+#if defined(H1_I8MM)
+constexpr size_t kWordsTogether = 2;
+#else
+constexpr size_t kWordsTogether = 1;
+#endif
+
 struct Panel {
   uint8_t* codes;
   float* scales;
@@ -123,9 +129,18 @@ void unpack(const Weights& w, size_t row, const Panel& panel) {
     uint8_t packed[kPanel][4] = {};
     for (size_t r = 0; r < rows; ++r) std::memcpy(packed[r], w.codes + (row + r) * w.row_bytes + word * 4, 4);
     for (size_t part = 0; part < F::kParts; ++part) {
+      uint8_t* const to = panel.codes + (word / kWordsTogether * F::kParts + part) * kWordsTogether * kPanel * 4;
       for (size_t half = 0; half < kHalves; ++half) {
         const u8x32 columns = columns_of<F>(load_bytes<u8x32>(packed[half * kLanes]), part);
-        std::memcpy(panel.codes + ((word * F::kParts + part) * kHalves + half) * 32, &columns, 32);
+        if constexpr (kWordsTogether == 1) {
+          std::memcpy(to + half * 32, &columns, 32);
+        } else {
+          uint8_t of_rows[kLanes][4];
+          std::memcpy(of_rows, &columns, 32);
+          for (size_t r = 0; r < kLanes; ++r) {
+            std::memcpy(to + (half * kLanes + r) * 8 + word % kWordsTogether * 4, of_rows[r], 4);
+          }
+        }
       }
     }
   }
@@ -140,6 +155,36 @@ void unpack(const Weights& w, size_t row, const Panel& panel) {
 
 // Sums of one block's products for kPanel rows and kPanelTokens tokens, `stride` apart; the block begins at word
 // `block_word`.
+#if defined(H1_I8MM)
+// An instruction multiplies 2 rows and 2 tokens: 4 sums, of the first row first.
+template <class F>
+inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block_word,
+                       i32x8 (&totals)[kPanelTokens][kHalves]) {
+  int32x4_t sums[kPanel / 2][kPanelTokens / 2] = {};
+  for (size_t word = 0; word < F::kWords; word += kWordsTogether) {
+    const int8_t* const words = x + (block_word + word) / kLanes * F::kChunk + (block_word + word) % kLanes * 4;
+    for (size_t part = 0; part < F::kParts; ++part, codes += kPanel * 8) {
+      int8x16_t of_tokens[kPanelTokens / 2];
+      for (size_t t = 0; t < kPanelTokens / 2; ++t) {
+        const int8_t* const first = words + 2 * t * stride + part * 32;
+        of_tokens[t] = vcombine_s8(vld1_s8(first), vld1_s8(first + stride));
+      }
+      for (size_t r = 0; r < kPanel / 2; ++r) {
+        const int8x16_t of_rows = vreinterpretq_s8_u8(vld1q_u8(codes + r * 16));
+        for (size_t t = 0; t < kPanelTokens / 2; ++t) sums[r][t] = vmmlaq_s32(sums[r][t], of_rows, of_tokens[t]);
+      }
+    }
+  }
+  for (size_t t = 0; t < kPanelTokens / 2; ++t) {
+    for (size_t half = 0; half < kHalves; ++half) {
+      const int32x4_t a = sums[4 * half][t], b = sums[4 * half + 1][t];
+      const int32x4_t c = sums[4 * half + 2][t], d = sums[4 * half + 3][t];
+      totals[2 * t][half] = whole<i32x8>(vuzp1q_s32(a, b), vuzp1q_s32(c, d));
+      totals[2 * t + 1][half] = whole<i32x8>(vuzp2q_s32(a, b), vuzp2q_s32(c, d));
+    }
+  }
+}
+#else
 template <class F>
 inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block_word,
                        i32x8 (&totals)[kPanelTokens][kHalves]) {
@@ -161,6 +206,7 @@ inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, siz
     }
   }
 }
+#endif
 
 // A panel times kPanelTokens tokens from `token`; `rows` of its rows exist.
 template <class F>

@@ -8,6 +8,7 @@
 #include <climits>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <exception>
 #include <initializer_list>
 #include <mutex>
@@ -214,28 +215,39 @@ class Call {
     return {sizes, rank};
   }
 
-  // No exception may leave a thread of the pool: the first one is thrown again where the loop was started.
+  // No exception may leave a thread of the pool: what the first one says is thrown again where the loop was started. A
+  // std::exception_ptr would need a newer libstdc++ than a wheel may ask for.
   static void run(const OrtKernelContext* context, size_t count, const std::function<void(size_t)>& body) {
     if (count == 0) return;
     if (count == 1) return body(0);
     Loop loop{.body = body};
     const auto call = [](void* user, size_t index) { static_cast<Loop*>(user)->item(index); };
     check(api->KernelContext_ParallelFor(context, call, count, 0, &loop));  // 0 batches: items go out one by one
-    if (loop.error) std::rethrow_exception(loop.error);
+    if (loop.failed && loop.message[0] == 0) throw std::bad_alloc();
+    if (loop.failed) throw std::runtime_error(loop.message);
   }
 
   struct Loop {
     const std::function<void(size_t)>& body;
     std::mutex mutex = {};
-    std::exception_ptr error = nullptr;
+    bool failed = false;
+    char message[256] = {};  // empty: there was no memory
 
     void item(size_t index) noexcept {
       try {
         body(index);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(mutex);
-        if (!error) error = std::current_exception();
+      } catch (const std::bad_alloc&) {
+        keep("");
+      } catch (const std::exception& error) {
+        keep(error.what());
       }
+    }
+
+    void keep(const char* what) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (failed) return;
+      failed = true;
+      std::snprintf(message, sizeof message, "%s", what);
     }
   };
 

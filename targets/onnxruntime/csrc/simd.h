@@ -10,6 +10,12 @@
 #if defined(__AVX2__) && !defined(H1_PORTABLE)
 #include <immintrin.h>
 #define H1_AVX2 1
+#elif defined(__ARM_NEON) && defined(__aarch64__) && !defined(H1_PORTABLE)
+#include <arm_neon.h>
+#define H1_NEON 1
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define H1_I8MM 1  // products of 2 x 8 and 8 x 2 bytes
+#endif
 #endif
 
 namespace h1 {
@@ -58,6 +64,21 @@ Vector load_bytes(const void* p) {
   return v;
 }
 
+#if defined(H1_NEON)
+// A vector is two registers of the CPU; compilers that take it apart themselves go through single elements.
+template <class Half, class Whole>
+inline void halves(const Whole& v, Half& lower, Half& upper) {
+  static_assert(sizeof(Whole) == 2 * sizeof(Half));
+  std::memcpy(&lower, &v, sizeof lower);
+  std::memcpy(&upper, reinterpret_cast<const char*>(&v) + sizeof lower, sizeof upper);
+}
+template <class Whole, class Half>
+inline Whole whole(Half lower, Half upper) {
+  const Half both[2] = {lower, upper};
+  return load_bytes<Whole>(both);
+}
+#endif
+
 // The 4 bytes at p, eight times.
 inline s8x32 splat4(const int8_t* p) {
   int32_t four;
@@ -70,12 +91,16 @@ inline s8x32 splat4(const int8_t* p) {
 inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) {
 #if defined(H1_AVX2) && defined(__FMA__)
   return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(H1_NEON)
+  float32x4_t of_a[2], of_b[2], of_c[2];
+  halves(a, of_a[0], of_a[1]), halves(b, of_b[0], of_b[1]), halves(c, of_c[0], of_c[1]);
+  return whole<f32x8>(vfmaq_f32(of_c[0], of_a[0], of_b[0]), vfmaq_f32(of_c[1], of_a[1], of_b[1]));
 #else
   return a * b + c;
 #endif
 }
 inline float fma(float a, float b, float c) {
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(H1_NEON)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
@@ -96,6 +121,27 @@ inline bool any(i32x8 v) {
 #endif
 }
 
+inline f32x8 to_float(i32x8 v) {
+#if defined(H1_NEON)
+  int32x4_t lower, upper;
+  halves(v, lower, upper);
+  return whole<f32x8>(vcvtq_f32_s32(lower), vcvtq_f32_s32(upper));
+#else
+  return __builtin_convertvector(v, f32x8);
+#endif
+}
+
+// Rounded towards zero.
+inline i32x8 to_int(f32x8 v) {
+#if defined(H1_NEON)
+  float32x4_t lower, upper;
+  halves(v, lower, upper);
+  return whole<i32x8>(vcvtq_s32_f32(lower), vcvtq_s32_f32(upper));
+#else
+  return __builtin_convertvector(v, i32x8);
+#endif
+}
+
 // exp(x) within 1e-7 relative error; 0 below -87.7, where results would soon be subnormal, and exp(88.37) above 88.37.
 inline f32x8 exp(f32x8 x) {
   x = max(splat(-88.3365447505f), min(splat(88.3762626647950f), x));  // in this order NaN stays NaN
@@ -110,7 +156,7 @@ inline f32x8 exp(f32x8 x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
-  const i32x8 exponent = __builtin_convertvector(n, i32x8) + 127;
+  const i32x8 exponent = to_int(n) + 127;
   const i32x8 power = (exponent > 0 ? exponent : i32x8{}) << 23;  // 2^n, and 0 for what would be subnormal
   f32x8 scale;
   std::memcpy(&scale, &power, sizeof scale);
@@ -132,6 +178,8 @@ struct Half {
 inline float to_float(Half half) {
 #if defined(H1_F16C)
   return _cvtsh_ss(half.bits);
+#elif defined(H1_NEON)
+  return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(half.bits))), 0);
 #else
   constexpr int32_t kNormal = 1 << 10, kInfinite = 31 << 10;  // the smallest of their kinds
   constexpr int32_t kBias = (127 - 15) << 23, kInfiniteBias = (255 - 31) << 23;
@@ -166,6 +214,18 @@ f32x8 repeat(const Half* s) {
     const __m128i halves = _mm_cvtsi64_si128(four);
     return (f32x8)_mm256_cvtph_ps(_mm_unpacklo_epi16(halves, halves));
   }
+#elif defined(H1_NEON)
+  const auto one = [s](size_t i) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(s[i].bits))); };
+  if constexpr (kDistinct == 1) {
+    return whole<f32x8>(one(0), one(0));
+  } else if constexpr (kDistinct == 2) {
+    return whole<f32x8>(one(0), one(1));
+  } else {
+    uint16x4_t four;
+    std::memcpy(&four, s, sizeof four);
+    const float32x4_t floats = vcvt_f32_f16(vreinterpret_f16_u16(four));
+    return whole<f32x8>(vzip1q_f32(floats, floats), vzip2q_f32(floats, floats));
+  }
 #else
   float distinct[kDistinct];
   for (size_t i = 0; i < kDistinct; ++i) distinct[i] = to_float(s[i]);
@@ -174,8 +234,6 @@ f32x8 repeat(const Half* s) {
   return result;
 #endif
 }
-
-inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
 
 // Eight sums of int8 products: lane i gains w[4i] a[4i] + ... + w[4i + 3] a[4i + 3].
 // Dot<4>: w are unsigned and at most 15; at most 8 calls of add, because 16 products of 15 * 127 fill an int16.
@@ -222,6 +280,20 @@ struct Dot<8> {
   }
   i32x8 total() const { return (i32x8)sums; }
   __m256i sums = _mm256_setzero_si256();
+};
+#elif defined(H1_NEON) && defined(__ARM_FEATURE_DOTPROD)
+// Signed times signed, of 4 bits too: codes of 15 are positive.
+template <int kBits>
+struct Dot {
+  void add(u8x32 w, s8x32 a) {
+    int8x16_t w_lower, w_upper, a_lower, a_upper;
+    halves(w, w_lower, w_upper);
+    halves(a, a_lower, a_upper);
+    lower = vdotq_s32(lower, w_lower, a_lower);
+    upper = vdotq_s32(upper, w_upper, a_upper);
+  }
+  i32x8 total() const { return whole<i32x8>(lower, upper); }
+  int32x4_t lower = vdupq_n_s32(0), upper = vdupq_n_s32(0);
 };
 #else
 template <int kBits>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -11,11 +12,13 @@ import numpy as np
 import onnx
 import pytest
 
+from h1export import cli
 from h1export.artifact.artifact import Artifact
 from h1export.commands.build import build_artifact
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.graphs.verify import LEGAL_OPS
+from h1export.targets.onnxruntime import kernel_build, native_library
 from h1export.targets.onnxruntime.emit.cpu import TABLE
 from h1export.targets.onnxruntime.options import OrtOptions
 
@@ -169,19 +172,58 @@ def test_the_graph_over_our_own_kernels(tiny: Path, build: Build) -> None:
     assert places[1].keys() - shared == {f"model.layers.{layer}.mamba.conv1d.weight.taps" for layer in range(layers)}
 
 
-def test_without_a_compiler_the_artifact_runs_all_the_same(
-    tiny: Path, build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.fixture
+def compiled_here() -> Path:
+    """The library that the other tests compile anyway."""
+    return native_library.compiled()
+
+
+def test_without_a_compiler(
+    tiny: Path,
+    build: Build,
+    compiled_here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    """The stock graph runs, and says so in a line; where a wheel has brought the kernels, they run."""
     artifact = build(tiny, "int4")
-    provenance = load_runner(artifact).provenance
-    assert provenance.kernels.startswith("onnxruntime ")
-    assert "no-such-compiler" in provenance.fallback
+    monkeypatch.setattr(kernel_build, "PACKAGED", tmp_path / "kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    stock = load_runner(artifact)
+    assert stock.provenance.kernels.startswith("onnxruntime ")
+    assert "no-such-compiler" in stock.provenance.fallback
+    assert len(stock.provenance.fallback.splitlines()) == 1
     with pytest.raises(H1ExportError, match="no-such-compiler"):
         load_runner(artifact, kernels="native")
 
+    level = kernel_build.LEVELS["aarch64" if platform.machine() == "arm64" else platform.machine()][-1]
+    kernel_build.PACKAGED.mkdir()
+    wheels = Path(shutil.copy(compiled_here, kernel_build.PACKAGED / kernel_build.file_name(level)))
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    ids = np.arange(12)[None]
+    for kernels in ("auto", "native"):
+        ours = load_runner(artifact, kernels=kernels)
+        assert ours.provenance.kernels.startswith("h1export in onnxruntime ")
+        assert ours.provenance.fallback == ""
+        found, wanted = (one.step(ids, np.ones_like(ids), one.initial(1))[0] for one in (ours, stock))
+        assert 0 < np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
 
-def test_kernels_that_an_artifact_has_no_graph_for(tiny: Path, build: Build) -> None:
-    with pytest.raises(H1ExportError, match=r"has no model\.native\.onnx"):
-        load_runner(build(tiny, graph="portable"), kernels="native")
+    # compiling stays a choice
+    assert cli.run(["generate", str(artifact.folder), "x", "--kernels", "compiled", "--max-tokens", "1"]) == 2
+    assert "no C++ compiler found" in capsys.readouterr().err
+    monkeypatch.setattr(native_library, "compiled", lambda: compiled_here)
+    asked: list[Path] = []
+    opened = "h1export.targets.onnxruntime.runner.open_inference_session"
+    monkeypatch.setattr(opened, lambda *_, library, **__: asked.append(library))
+    for kernels in ("compiled", "native"):
+        load_runner(artifact, kernels=kernels)
+    assert asked == [compiled_here, wheels]
+
+
+@pytest.mark.parametrize("kernels", ["native", "compiled"])
+def test_kernels_that_an_artifact_has_no_graph_for(kernels: str, tiny: Path, build: Build) -> None:
+    with pytest.raises(H1ExportError, match=rf"has no model\.native\.onnx; leave out --kernels {kernels}"):
+        load_runner(build(tiny, graph="portable"), kernels=kernels)

@@ -1,4 +1,7 @@
-"""One node of ours at a time, on the library as compiled for this machine, as for others, and in plain C++."""
+"""One node of ours at a time, on the library as compiled for this machine, as for others, and in plain C++.
+
+Where tests/kernel_hosts.py has a command, on that command alone.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,15 @@ import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import kernel_hosts
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from h1export.targets.onnxruntime.native_library import library
+from h1export.targets.onnxruntime.kernel_build import LEVELS
+from h1export.targets.onnxruntime.native_library import compiled as library
 
 DOMAIN = "h1export"
 STATES = {
@@ -23,7 +28,11 @@ STATES = {
 }  # op -> inputs that outputs replace
 VARIANTS: dict[str, tuple[str, ...]] = {"native": (), "vnni": ("-DH1_DOT4",), "portable": ("-DH1_PORTABLE",)}
 if platform.machine() in ("x86_64", "AMD64"):
-    VARIANTS["avx2"] = ("-march=haswell",)  # without the instructions that newer CPUs have
+    # without the instructions that newer CPUs have
+    VARIANTS["avx2"] = next(level.flags for level in LEVELS["x86_64"] if level.name == "avx2")
+HOST = kernel_hosts.command()
+if HOST:
+    VARIANTS = {"host": ()}
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -34,6 +43,8 @@ def native_library(request: pytest.FixtureRequest) -> str:
     A worker of xdist compiles all variants at once, and every second worker begins with the last: two that need the
     same one would wait for one compiler.
     """
+    if HOST:
+        return ""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker:
         for variant in list(VARIANTS)[:: -1 if int(worker.removeprefix("gw")) % 2 else 1]:
@@ -59,6 +70,8 @@ def run_on() -> Callable[[str], Callable[..., list[Any]]]:
             constants: Arrays | None = None,
             **attributes: Any,
         ) -> Any:
+            if HOST:
+                return kernel_hosts.compute(HOST, op, inputs, outputs, threads, attributes)
             made, fed = session(path, op, inputs, outputs, threads, constants or {}, attributes)
             return made.run(None, fed)
 
@@ -82,6 +95,9 @@ def run_in_place(native_library: str) -> Callable[..., list[Any]]:
     """As run_op, with the states' memory bound to the inputs and to the outputs that replace them."""
 
     def run(op: str, inputs: Mapping[str, Any], outputs: int, threads: int = 2, **attributes: Any) -> Any:
+        if HOST:
+            places = {i: list(inputs).index(name) for i, name in enumerate(STATES[op], 1)}
+            return kernel_hosts.compute(HOST, op, inputs, outputs, threads, attributes, places)
         made, fed = session(native_library, op, inputs, outputs, threads, {}, attributes)
         binding = made.io_binding()
         states = STATES[op]

@@ -18,7 +18,7 @@ from sanitize import artifacts
 from h1export import cli
 from h1export.artifact.artifact import Artifact
 from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL
-from h1export.targets.onnxruntime.native_library import library
+from h1export.targets.onnxruntime.native_library import compiled
 
 RunOp = Callable[..., list[Any]]
 Build = Callable[..., Artifact]
@@ -29,7 +29,7 @@ SIZES = (*WRAPPING, 0, 2**31, 2**32 + 8)
 @pytest.fixture(scope="module")
 def run_op(run_on: Callable[[str], RunOp]) -> RunOp:
     """One library: checks come before kernels, whose variants differ."""
-    return run_on(str(library()))
+    return run_on(str(compiled()))
 
 
 def floats(*shape: int) -> Any:

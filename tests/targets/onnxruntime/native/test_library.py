@@ -46,8 +46,8 @@ def fake_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, version: str = 
 
 def test_it_compiles_once(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = fake_compiler(tmp_path, monkeypatch)
-    first = native_library.library()
-    assert first == native_library.library()
+    first = native_library.compiled()
+    assert first == native_library.compiled()
     assert first.is_relative_to(cache)
     assert "--an-argument" in first.read_text()
     assert all(str(source) in first.read_text() for source in native_library.SOURCES)
@@ -59,30 +59,30 @@ def test_another_compiler_cpu_or_flag_has_its_own_library(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_compiler(tmp_path, monkeypatch)
-    paths = {native_library.library(), native_library.library(("-DH1_PORTABLE",))}
+    paths = {native_library.compiled(), native_library.compiled(("-DH1_PORTABLE",))}
     fake_compiler(tmp_path, monkeypatch, version="1, on a CPU with more")
-    paths.add(native_library.library())
+    paths.add(native_library.compiled())
     assert len(paths) == 3
 
 
 @pytest.mark.usefixtures("cache")
 def test_other_sources_have_their_own_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_compiler(tmp_path, monkeypatch)
-    first = native_library.library()
+    first = native_library.compiled()
     header = tmp_path / native_library.HEADERS[0].name
     header.write_text(native_library.HEADERS[0].read_text() + "\n")
     monkeypatch.setattr(native_library, "HEADERS", (header, *native_library.HEADERS[1:]))
-    assert native_library.library() != first
+    assert native_library.compiled() != first
 
 
 @pytest.mark.usefixtures("cache")
 def test_processes_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_compiler(tmp_path, monkeypatch)
-    program = "from h1export.targets.onnxruntime.native_library import library; print(library())"
+    program = "from h1export.targets.onnxruntime.native_library import compiled; print(compiled())"
     running = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {process.communicate()[0].strip() for process in running}
     assert [process.returncode for process in running] == [0, 0, 0]
-    assert paths == {str(native_library.library())}
+    assert paths == {str(native_library.compiled())}
 
 
 @pytest.mark.usefixtures("cache")
@@ -92,22 +92,22 @@ def test_a_failing_compiler_is_quoted(tmp_path: Path, monkeypatch: pytest.Monkey
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     with pytest.raises(H1ExportError, match=r"exit code 3: error 1\); install a C\+\+20 compiler"):
-        native_library.library()
+        native_library.compiled()
 
 
 @pytest.mark.usefixtures("cache")
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(H1ExportError, match=r"no-such-compiler: cannot run .*No such file"):
-        native_library.library()
+        native_library.compiled()
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(H1ExportError, match="no C\\+\\+ compiler found"):
-        native_library.library()
+        native_library.compiled()
 
 
 def test_a_cache_that_cannot_be_written_is_named(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_compiler(tmp_path, monkeypatch)
     cache.write_text("a file where a folder should be")
     with pytest.raises(H1ExportError, match=f"{os.path.basename(cache)}.*cannot be written.*set XDG_CACHE_HOME"):
-        native_library.library()
+        native_library.compiled()

@@ -193,6 +193,26 @@ def test_extreme_codes_and_activations_do_not_overflow(run_op: RunOp) -> None:
                 assert case.error(case.run(run_op, 4), case.reference(rounded=True)) < 1e-6
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 9, 13])
+@pytest.mark.parametrize(("bits", "block"), FORMATS)
+def test_integers_are_exact(run_op: RunOp, bits: int, block: int, *, tokens: int) -> None:
+    """Scales of one, and codes and activations up to the largest: no instruction saturates or drops a bit."""
+    rng = np.random.default_rng(tokens)
+    layout = NBitsLayout(bits, block, 3 * block)
+    zero = layout.zero_point
+    integers = rng.choice([-zero, -zero + 1, 0, zero - 1], (21, layout.columns))
+    x = rng.choice([-127, -126, 0, 1, 127], (tokens, layout.columns))
+    x[:, ::block] = 127  # the scale of every block is 1
+    feeds = {
+        "x": x.astype(np.float32),
+        "codes": layout.pack(integers.astype(np.int8)),
+        "scales": np.ones((21, 3), np.float16),
+    }
+    attributes = {"K": layout.columns, "N": 21, "bits": bits, "block_size": block, "accuracy_level": 4}
+    (y,) = run_op("QMatMul", feeds | {"factors": None, "bias": None}, **attributes)
+    assert np.array_equal(y, x @ integers.T)
+
+
 def test_magnitudes_from_block_to_block(run_op: RunOp) -> None:
     """Zeros, tiny and huge blocks in one row: each block has its own scale."""
     for tokens in (1, 9):

@@ -82,7 +82,7 @@ def test_validate_catches_kernels_that_read_them_as_normal(
     (csrc / "simd.h").write_text(text)
     monkeypatch.setattr(native_library, "SOURCES", tuple(csrc / file.name for file in native_library.SOURCES))
     monkeypatch.setattr(native_library, "HEADERS", (csrc / "simd.h", *native_library.HEADERS))
-    planted = native_library.library(("-O1",))
+    planted = native_library.compiled(("-O1",))
     monkeypatch.setattr(native_library, "library", lambda: planted)
     report = judged(written, artifact)
     assert not report.passed

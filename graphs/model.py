@@ -180,7 +180,8 @@ class MLP(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """Returns the input of down_proj [batch, seq, intermediate]."""
-        return self.up_proj(x) * F.silu(scaled(self.gate_proj(x), self.config.mlp_multipliers[0]))
+        found: Tensor = self.up_proj(x) * F.silu(scaled(self.gate_proj(x), self.config.mlp_multipliers[0]))
+        return found
 
 
 class Layer(nn.Module):

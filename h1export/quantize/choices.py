@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from h1export.errors import H1ExportError
 
@@ -15,7 +15,7 @@ Step = Literal["round", "scales"]  # what may follow a method, to tune its integ
 BEST: Mapping[QuantName, Method] = {"none": "rtn", "int8": "rtn", "int4": "gptq"}
 CPU = "cpu"  # the default --device
 GROUP_SIZES = (32, 64, 128)
-AUTO = "auto"  # leaves the embedding to the other choices
+AUTO: Final = "auto"  # leaves the embedding to the other choices
 Embedding = Literal["auto", "int4", "int8", "fp16"]
 # What --embedding says -> the integers that it means; floats are those of the target, which has to have fp16.
 OF_EMBEDDING: Mapping[str, QuantName] = {"int4": "int4", "int8": "int8", "fp16": "none"}

@@ -69,7 +69,7 @@ def read_dequantize_linear(
         codes = np.asarray(tensors[name + TABLE])
         if weight.bits == 4:
             table = NBitsLayout(weight.bits, weight.group_size, columns(part.tensor))
-            codes = table.unpack(codes.reshape(len(codes), table.blocks, -1))
+            codes = table.unpack(codes.view(np.uint8))
         scales = tensors[name + TABLE + SCALES]
     yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier, zeros=zeros)
 

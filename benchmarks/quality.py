@@ -9,7 +9,8 @@ its Q4_K without an importance matrix. The script needs the extra `bench`. Witho
 
     python benchmarks/quality.py [CHECKPOINT] --parts
 
-has a line for each kind of tensor instead: what it costs where its tensors alone are in 4 bits.
+has a line for each kind of tensor instead: what it costs where its tensors alone are in 4 bits; and ``--presets`` has a
+line for each preset and each precision of the embedding (quality_presets.py).
 
     python benchmarks/quality.py [CHECKPOINT] --inside llama.cpp
 
@@ -48,6 +49,8 @@ from h1export.progress import SILENT
 from h1export.quantize.awq_scales import ScaledStore
 from h1export.quantize.budget import Budget
 from h1export.quantize.calibration import Calibration
+from h1export.quantize.choices import CPU
+from h1export.quantize.device import ComputeDevice
 from h1export.quantize.methods.awq import search_scales
 from h1export.quantize.methods.gptq_model import solve_model
 from h1export.quantize.methods.rtn import quantize_rows
@@ -121,6 +124,7 @@ def own_methods(checkpoint: Path, samples: int) -> Iterator[tuple[str, float, Ca
                     ids=ids,
                     stage=Stage(Path(folder), host.cores()),
                     progress=SILENT,
+                    device=ComputeDevice.of(CPU),
                 )
             )
 
@@ -226,6 +230,7 @@ def main() -> None:
     parser.add_argument("--ggml", type=Path, help="llama.cpp's libggml-base.so, for Q4_K")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--parts", action="store_true", help="what each kind of tensor costs, instead of each method")
+    parser.add_argument("--presets", action="store_true", help="what presets and precisions of the embedding cost")
     parser.add_argument("--inside", choices=["torch", "llama.cpp"], default="torch", help="what computes")
     parser.add_argument("--threads", type=int, default=host.cores(), help="of llama.cpp")
     parser.add_argument("--artifact", type=Path, nargs="*", default=[], help="ours for llama.cpp, instead of building")
@@ -249,6 +254,13 @@ def main() -> None:
     judge = Judge(checkpoint, ids, nbytes)
     if args.parts:
         Console().print(parts_table(checkpoint, judge, args.samples))
+        return
+    if args.presets:
+        import quality_presets
+
+        costs = list(quality_presets.costs(checkpoint, judge, args.samples))
+        Console().print(quality_presets.table(costs))
+        save(args.json, costs)
         return
     found = []
     for method, bits, make in (*own_methods(checkpoint, args.samples), *peer_methods(checkpoint, args.ggml)):

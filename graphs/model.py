@@ -94,7 +94,12 @@ class Mixer(nn.Module):
         self.register_buffer("mup", mup_vector(config), persistent=False)
 
     def forward(self, x: Tensor, real: Tensor, conv: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the mixed values [batch, seq, hidden] and the two new states.
+        """Returns the mixed values [batch, seq, hidden] and the two new states; arguments are those of ``gated``."""
+        gated, conv, recurrent = self.gated(x, real, conv, recurrent)
+        return self.out_proj(gated), conv, recurrent
+
+    def gated(self, x: Tensor, real: Tensor, conv: Tensor, recurrent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the input of out_proj [batch, seq, d_ssm] and the two new states.
 
         Args:
             x: float [batch, seq, hidden].
@@ -126,7 +131,7 @@ class Mixer(nn.Module):
         )
         y = y.view(batch, seq, config.mamba_d_ssm)
         gated = self.norm(y, z) if self.norm is not None else y * F.silu(z)
-        return self.out_proj(gated), conv, recurrent
+        return gated, conv, recurrent
 
 
 class Attention(nn.Module):
@@ -143,13 +148,21 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the attended values [batch, seq, hidden], and all keys and values."""
+        attended, keys, values = self.attended(x, positions, mask, past_k, past_v)
+        return self.o_proj(attended), keys, values
+
+    def attended(
+        self, x: Tensor, positions: Tensor, mask: Tensor, past_k: Tensor, past_v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the input of o_proj [batch, seq, attention_dim], and all keys and values."""
         config = self.config
         (batch, seq) = x.shape[:2]
         q = self.q_proj(x).view(batch, seq, config.num_attention_heads, config.head_dim)
         k = scaled(self.k_proj(x), config.key_multiplier).view(batch, seq, config.num_key_value_heads, config.head_dim)
         v = self.v_proj(x).view(batch, seq, config.num_key_value_heads, config.head_dim)
         out, keys, values = h1.attention(q, k, v, past_k, past_v, positions, mask, config.rope_theta)
-        return self.o_proj(out.view(batch, seq, config.attention_dim)), keys, values
+        return out.view(batch, seq, config.attention_dim), keys, values
 
 
 class MLP(nn.Module):
@@ -163,8 +176,12 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, down = self.config.mlp_multipliers
-        return scaled(self.down_proj(self.up_proj(x) * F.silu(scaled(self.gate_proj(x), gate))), down)
+        return scaled(self.down_proj(self.product(x)), self.config.mlp_multipliers[1])
+
+    def product(self, x: Tensor) -> Tensor:
+        """Returns the input of down_proj [batch, seq, intermediate]."""
+        found: Tensor = self.up_proj(x) * F.silu(scaled(self.gate_proj(x), self.config.mlp_multipliers[0]))
+        return found
 
 
 class Layer(nn.Module):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from h1export.errors import H1ExportError
+from h1export.quantize.choices import AUTO
 
 if TYPE_CHECKING:  # the command line reads options without loading numpy
     from h1export.artifact.artifact import Artifact
@@ -38,7 +39,21 @@ class Flag:
 
 # Flags that several targets have: one option of the command line, with the values and the default of each target.
 COMPUTE = Flag("Dtype of activations.")
+EMBEDDING = Flag(
+    "Precision of the embedding, and of a head that is tied to it; auto: that of the other options.", later=True
+)
 MAX_CONTEXT = Flag("The most tokens of a sequence, prompt included.", minimum=1)
+
+
+def need_halves(embedding: str, compute: str) -> None:
+    """Check the choice of an embedding where floats have the dtype of the activations, ``compute``.
+
+    Raises:
+        H1ExportError: an embedding in fp16 beside other floats.
+    """
+    if embedding == "fp16" and compute != "fp16":
+        what = f"fp16 is not the dtype in which --compute {compute} stores floats"
+        raise H1ExportError("--embedding", what, "use --compute fp16, or leave --embedding out")
 
 
 @dataclass(frozen=True)
@@ -118,6 +133,7 @@ class TargetOptions:
     """
 
     logits: Annotated[Literal["all", "last"], Flag("Positions of a call that get logits.")] = "all"
+    embedding: Annotated[str, EMBEDDING] = AUTO  # a target's own Literal has what it can store
 
     def __post_init__(self) -> None:
         for field in option_fields(type(self)):

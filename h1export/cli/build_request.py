@@ -17,7 +17,7 @@ from h1export.cli.ranges import SEED, THREADS, count
 from h1export.cli.target_options import chosen_options, target_flags, target_option_groups
 from h1export.errors import H1ExportError
 from h1export.quantize.budget import Budget
-from h1export.quantize.choices import BEST, CPU, GROUP_SIZES, JOINED, Method, QuantName, Step
+from h1export.quantize.choices import BEST, CPU, GROUP_SIZES, JOINED, Method, Preset, QuantName, Step
 from h1export.targets import TargetOptions, target_infos
 
 if TYPE_CHECKING:  # help and completion load neither numpy nor a tokenizer
@@ -30,6 +30,7 @@ INTEGER_PARAMETERS = (
     "quant",
     "method",
     "calibration_file",
+    "preset",
     "budget_bits",
     "budget_kl",
     "device",
@@ -88,6 +89,12 @@ PRECISION = (
     ),
     cloup.option(
         "--precisions", type=click.Path(path_type=Path), help="A plan.yaml of tensors with precisions of their own."
+    ),
+    cloup.option(
+        "--preset",
+        type=click.Choice(get_args(Preset)),
+        help="Named rules for int4 builds: int8 where small models lose most (small), or where it buys most for its "
+        "bits (balanced); plan has the figures.",
     ),
     cloup.option(
         "--budget-bits",
@@ -160,10 +167,12 @@ class BuildRequest:
             yield target, named / target if self.out and len(self.options) > 1 else named
 
 
-def _budget(precisions: Path | None, bits: float | None, kl: float | None) -> Budget | None:
-    """The budget, where one of the last two is given. Raises H1ExportError where more than one of the three is."""
-    if sum(given is not None for given in (precisions, bits, kl)) > 1:
-        raise H1ExportError("--precisions, --budget-bits, --budget-kl", "say the same thing twice", "give one of them")
+def _budget(precisions: Path | None, preset: Preset | None, bits: float | None, *, kl: float | None) -> Budget | None:
+    """The budget, where one of the last two is given. Raises H1ExportError where more than one of the four is."""
+    given = {"--precisions": precisions, "--preset": preset, "--budget-bits": bits, "--budget-kl": kl}
+    named = [option for option, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise H1ExportError(", ".join(named), "say the same thing twice", "give one of them")
     return None if bits is None and kl is None else Budget(bits, kl)
 
 
@@ -220,6 +229,7 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         calibration_seed: int,
         device: str,
         precisions: Path | None,
+        preset: Preset | None,
         budget_bits: float | None,
         budget_kl: float | None,
         out: Path | None,
@@ -228,9 +238,11 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         **others: Any,
     ) -> int:
         from h1export.checkpoint import resolve
+        from h1export.model.falcon_h1.config import FalconH1Config
         from h1export.quantize.calibration import Calibration
         from h1export.quantize.device import ComputeDevice
         from h1export.quantize.precision_plan import read_plan
+        from h1export.quantize.presets import chosen_by
         from h1export.quantize.scheme import QuantScheme
 
         options = chosen_options(click.get_current_context(), tuple(dict.fromkeys(targets)))
@@ -240,10 +252,12 @@ def build_options(command: Callable[..., int]) -> Callable[..., int]:
         prequantized = prequantized_format(checkpoint)
         folders = adapter_folders(adapters)
         quant = "none" if prequantized else quant  # of the tensors that the checkpoint has in floats
-        scheme = QuantScheme(
-            quant, int(group_size), method or BEST[quant], chosen=read_plan(precisions) if precisions else {}
-        )
-        budget = _budget(precisions, budget_bits, budget_kl)
+        budget = _budget(precisions, preset, budget_bits, kl=budget_kl)
+        if preset and quant != "int4":
+            raise H1ExportError("--preset", f"has rules for int4 builds, and this one is {quant}", "use --quant int4")
+        chosen = read_plan(precisions) if precisions else {}
+        chosen = chosen_by(preset, FalconH1Config.load(checkpoint)) if preset else chosen
+        scheme = QuantScheme(quant, int(group_size), method or BEST[quant], chosen=chosen)
         if calibration_file is not None and not scheme.calibrated and budget is None:
             raise H1ExportError(
                 "--calibration", f"{scheme.method} looks at no text", "leave it out, or use --method gptq"

@@ -11,7 +11,7 @@ from h1export.cli.build_request import DEVICE
 from h1export.cli.common import adapter_folders, adapter_option, answer, common
 from h1export.cli.output import say_text
 from h1export.cli.ranges import THREADS
-from h1export.quantize.budget import Budget
+from h1export.quantize.budget import Budget, steps
 from h1export.quantize.choices import BEST, GROUP_SIZES
 
 
@@ -57,12 +57,16 @@ def sensitivity(
 ) -> int:
     """Measure which tensors of MODEL need more than int4, and choose precisions within a budget.
 
-    A tensor's figure is the divergence (KL, nats) of MODEL's predictions when this tensor alone is int4.
+    A tensor's figure is the divergence (KL, nats) of MODEL's predictions when this tensor alone is int4. Tensors come
+    in the order in which a budget raises them to int8, with the bits a weight that each step makes and the divergence
+    that it leaves.
 
     \b
     Examples:
       h1export sensitivity --budget-bits 5.0 --out plan.yaml
       h1export build --target ort --precisions plan.yaml
+      h1export sensitivity --json > measured.json
+      h1export plan --target ort --sensitivity measured.json
     """
     from h1export.checkpoint import resolve
     from h1export.cli.tables import ProgressBars
@@ -89,8 +93,12 @@ def sensitivity(
     if out is not None:
         write_file(out, text.encode())
     if as_json:
+        bought = {step.tensor: {"bits": step.bits, "left": step.kl} for step in steps(found)}
         answer(
-            {name: {"kl": tensor.kl, "shape": tensor.shape, "int8": name in raised} for name, tensor in found.items()}
+            {
+                name: {"kl": tensor.kl, "shape": tensor.shape, "int8": name in raised, **bought[name]}
+                for name, tensor in found.items()
+            }
         )
     else:
         say_text(text.rstrip(), quiet)

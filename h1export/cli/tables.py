@@ -275,3 +275,22 @@ def plan_table(plan: Plan) -> Sheet:
         *((precision, f"{count} tensors") for precision, count in plan.by_precision().items()),
     ]
     return pairs_table(f"{plan.target}: {plan.out}", rows)
+
+
+def presets_table(plan: Plan) -> Sheet:
+    """Return a table of int4 without a preset, and with each."""
+    models = list(dict.fromkeys(model for preset in plan.presets for model in preset.measured))
+    table = Table(
+        "preset", "matrices", "bits a weight", "expected KL", *(f"KL of {name}" for name in models), box=SIMPLE
+    )
+    for preset in plan.presets:
+        expected = "not measured" if preset.expected is None else f"{preset.expected:.4f}"
+        others = (f"{preset.measured[model]:.4f}" for model in models)
+        cells = (preset.name, decimal(preset.nbytes), f"{preset.bits:.2f}", expected, *others)
+        table.add_row(*map(cell, cells))
+    notes = ["KL in nats a token, by GPTQ. Those of other models were measured; they say little about this one's size."]
+    if plan.presets[0].expected is None:
+        notes.append("for this model: h1export sensitivity MODEL --json > FILE, then plan --sensitivity FILE")
+    else:
+        notes.append("expected: the sum over the tensors that stay int4, each measured alone")
+    return Sheet(table, notes=tuple(notes), prose=True)

@@ -112,6 +112,7 @@ class BuildJob:
         if type(options) is not own:
             what = f"{type(options).__name__} are not the options of target {target}"
             raise H1ExportError("options", what, f"give {own.__name__}")
+        scheme = scheme.with_embedding(options.embedding)
         config = FalconH1Config.load(checkpoint)
         runtime = get_target(target)
         if isinstance(runtime, SelectiveTarget):

@@ -27,6 +27,8 @@ from h1export.quantize.calibration import Calibration
 from h1export.quantize.cost import cost_of
 from h1export.quantize.methods.rtn import quantize_rows
 from h1export.quantize.precision import Precision
+from h1export.quantize.precision_plan import read_measured
+from h1export.quantize.presets import PresetPlan, preset_plans
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets import TargetOptions
@@ -55,6 +57,7 @@ class Plan:
         scratch_bytes: what the method keeps on that disk until the build is done.
         state_bytes: context length -> bytes of all states of one sequence.
         precisions: checkpoint tensor -> its precision in the artifact.
+        presets: what int4 costs without a preset, and with each; empty for a build that is not int4.
     """
 
     target: str
@@ -68,6 +71,7 @@ class Plan:
     state_bytes: Mapping[int, int]
     precisions: Mapping[str, str]
     gpu: str = ""
+    presets: tuple[PresetPlan, ...] = ()
 
     @property
     def artifact_bytes(self) -> int:
@@ -90,14 +94,17 @@ def plan_build(
     jobs: int = 0,
     calibration: Calibration = Calibration(),  # noqa: B008  frozen
     adapters: Sequence[Path] = (),
+    sensitivity: Path | None = None,
 ) -> Plan:
     """Plan what ``build_artifact`` with these arguments would do.
 
-    ``contexts`` are the lengths at which the size of the states is given.
+    ``contexts`` are the lengths at which the size of the states is given, and ``sensitivity`` is a file with
+    what ``h1export sensitivity --json`` printed.
 
     Raises:
-        H1ExportError: a checkpoint, scheme or option that cannot be exported.
+        H1ExportError: a checkpoint, scheme, option or sensitivity that cannot be used.
     """
+    measured = None if sensitivity is None else read_measured(sensitivity)
     job = BuildJob.open(
         checkpoint,
         target,
@@ -115,10 +122,10 @@ def plan_build(
     lowering = time.perf_counter() - start
     sizes = {name: size for name, (_, size) in files.items()}
     peak = peak_bytes(jobs)
-    time_needed = lowering + seconds(job.store, scheme, job.integers, artifact_bytes=sum(sizes.values()), jobs=jobs)
+    time_needed = lowering + seconds(job.store, job.scheme, job.integers, artifact_bytes=sum(sizes.values()), jobs=jobs)
     scratch = 0
     if job.ids is not None:
-        cost = cost_of(scheme, job.store, job.config, tensors=scheme.precisions(job.config), ids=job.ids)
+        cost = cost_of(job.scheme, job.store, job.config, tensors=job.integers.precisions, ids=job.ids)
         peak += cost.peak_bytes(jobs)
         time_needed += cost.seconds(jobs) if job.device.is_cpu else 0.0
         scratch = cost.disk_bytes
@@ -134,6 +141,7 @@ def plan_build(
         state_bytes={context: StateSpec.of(job.config).nbytes(1, context) for context in contexts},
         precisions=precisions(job.integers, job.config, manifest.weights),
         gpu="" if job.device.is_cpu else job.device.name,
+        presets=preset_plans(job.config, scheme.group_size, measured) if scheme.quant == "int4" else (),
     )
 
 

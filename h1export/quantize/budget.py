@@ -63,6 +63,34 @@ def within_kl(found: Mapping[str, Sensitivity], high: Precision, budget: float) 
 
 
 @dataclass(frozen=True)
+class Step:
+    """One tensor that is raised, after those of the steps before.
+
+    Attributes:
+        tensor: its name.
+        bits: mean bits of a weight after the step, scales included.
+        kl: the sum of the divergences of the tensors that are left, in nats per token.
+    """
+
+    tensor: str
+    bits: float
+    kl: float
+
+
+def steps(found: Mapping[str, Sensitivity], high: Precision = INT8) -> list[Step]:
+    """Returns all tensors in the order in which a budget raises them, with what each step costs and leaves."""
+    order = _by_gain(found, high)
+    return [
+        Step(
+            name,
+            bits=bits_per_weight(found, dict.fromkeys(order[: place + 1], high)),
+            kl=sum(found[left].kl for left in order[place + 1 :]),
+        )
+        for place, name in enumerate(order)
+    ]
+
+
+@dataclass(frozen=True)
 class Budget:
     """A limit on the size of the weights or on the loss of accuracy, one of the two.
 

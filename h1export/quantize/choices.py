@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 from h1export.errors import H1ExportError
 
 QuantName = Literal["none", "int8", "int4"]
 Method = Literal["rtn", "search", "awq", "gptq"]
+Preset = Literal["small", "balanced"]  # named rules, see presets.py
 Step = Literal["round", "scales"]  # what may follow a method, to tune its integers by the model's predictions
 # The default methods. int8 loses so little that no method could save any of it.
 BEST: Mapping[QuantName, Method] = {"none": "rtn", "int8": "rtn", "int4": "gptq"}
 CPU = "cpu"  # the default --device
 GROUP_SIZES = (32, 64, 128)
+AUTO: Final = "auto"  # leaves the embedding to the other choices
+Embedding = Literal["auto", "int4", "int8", "fp16"]
+# What --embedding says -> the integers that it means; floats are those of the target, which has to have fp16.
+OF_EMBEDDING: Mapping[str, QuantName] = {"int4": "int4", "int8": "int8", "fp16": "none"}
 JOINED = "+"  # between a method and its steps, as in gptq+round+scales
 
 

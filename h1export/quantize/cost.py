@@ -18,6 +18,7 @@ from h1export.quantize.choices import GROUP_SIZES, Step
 from h1export.quantize.layers import head_tensor, weights_by_input
 from h1export.quantize.methods.awq import EXPONENTS, SEARCH_BYTES
 from h1export.quantize.methods.gptq import ROUNDS
+from h1export.quantize.methods.gptq_model import WEIGHING
 from h1export.quantize.methods.guard import held_out
 from h1export.quantize.methods.head_groups import GROUPS, POSITIONS, SKETCH
 from h1export.quantize.methods.solved_file import SOLVE_BYTES
@@ -27,14 +28,17 @@ from h1export.quantize.scheme import QuantScheme
 
 PRODUCT_SIZE = 768  # rows and columns of the product that is timed
 PRODUCT_RUNS = 3  # of which the fastest counts
-FIT_BYTES = 12  # of a coefficient in the equations for scales, which are there in float32 and in float64
+FIT_BYTES = (
+    28  # of a coefficient in the equations for scales: in float32, and three times in float64 as they are solved
+)
 LEAST_GROUP = min(GROUP_SIZES)
 TRY_COPIES = 6  # of a block of rows: weight, scaled, quotients, codes, dequantised, error
 ROUNDING_FLOPS = 2000  # floating-point operations of a product that take as long as rounding one weight
 PROBABILITY_COPIES = 3  # of a few positions' logits: exponents, probabilities, variances
 STATE_COPIES = 3  # of a value that a step tunes: itself, and means of its gradients and of their squares
 GRAPH_COPIES = 4  # of a layer's activations that its gradient needs
-SOLVE_COPIES = 4  # of a block of rows: weight, rest, searched scales, codes
+INVERSE_COPIES = 8  # of a matrix of moments in float64, while it is inverted
+SOLVE_COPIES = 10  # of a block of rows: weight, wanted, rest, codes, what a search tries, both candidates
 
 
 class Cost(Protocol):
@@ -109,26 +113,28 @@ class _GptqCost(_Shapes):
     def peak_bytes(self, jobs: int) -> int:
         """Returns the largest of three phases: running a layer, solving its projections, and solving the head."""
         widest = max(self._columns, default=0)
-        moments = 2 * 8 * sum(columns**2 for columns in self._columns)
-        sequences = (jobs + 1) * 2 * 4 * self._length * (sum(self._columns) + 8 * self._hidden_size)
-        held = 2 * 4 * held_out(self._samples) * self._length * sum(self._columns)  # the guard's inputs
-        running = 4 * self._layer + sequences + moments + held + 2 * 4 * widest**2
+        tokens = self._samples * self._length
+        # Both residual streams, and the inputs of the weights before which the layer has stopped.
+        stopped = 2 * 4 * tokens * (self._hidden_size + widest)
+        weights = 2 * 4 * self._layer
+        running = (jobs + 1) * 4 * self._length * (sum(self._columns) + 8 * self._hidden_size)
         # The equations for the scales of a row have groups x groups coefficients.
         fitting = FIT_BYTES * SOLVE_BYTES // 4 * widest // LEAST_GROUP**2
         solving_rows = SOLVE_COPIES * SOLVE_BYTES + fitting
-        solving = moments + 6 * 8 * widest**2 + (jobs + 1) * solving_rows
+        solving = INVERSE_COPIES * 8 * widest**2 + jobs * solving_rows
         rows, columns = self._head
         grouping = (jobs + 1) * 4 * rows * (PROBABILITY_COPIES * POSITIONS + SKETCH) + 2 * 4 * rows * GROUPS
-        solving_groups = (jobs + 1) * (8 * 8 * columns**2 + solving_rows)  # every thread has a group's moments
+        heavy = 3 * 2 * 4 * int(WEIGHING * tokens) * columns  # gathered, and weighted
+        solving_groups = jobs * (INVERSE_COPIES * 8 * columns**2 + solving_rows + heavy)  # every thread has a group's
         judging = 4 * rows * (2 * columns + 4 * POSITIONS)  # a candidate and its codes, some positions' probabilities
-        head = 5 * rows * columns + max(grouping, solving_groups, judging)
-        return max(running, solving, head)
+        head = 5 * rows * columns + 2 * 4 * tokens * self._hidden_size + max(grouping, solving_groups, judging)
+        return max(stopped + weights + max(running, solving), head)
 
     def seconds(self, jobs: int) -> float:
         tokens = self._samples * self._length
-        # A layer runs three times, and its mixers cost about as much as its products.
-        forward = 3 * 2 * 2 * tokens * self._layer
-        moments = sum(2 * 2 * tokens * columns**2 for columns in self._columns)  # on one thread, beside the runs
+        # A layer runs twice, with its own weights and with integers; its mixers take a third of the time of products.
+        forward = 2 * 4 / 3 * 2 * tokens * self._layer
+        moments = sum(2 * 1.6 * tokens * columns**2 for columns in self._columns)  # one of the two is symmetric
         # An inverse has three steps, each of a third to two thirds of a product, in float64.
         inverses = sum(2 * 4 * columns**3 for columns in self._columns)
         # Correcting, rounding and fitting cost about the same; a fit has two products.
@@ -136,10 +142,10 @@ class _GptqCost(_Shapes):
         rounding = sum(2 * turns * rows * columns**2 for rows, columns in self._projections)
         held = held_out(self._samples) * self._length
         judging = sum(3 * 2 * held * rows * columns for rows, columns in self._projections)
-        layer = max(forward / jobs, moments) + (inverses + rounding + judging) / jobs
+        layer = (forward + moments + rounding + judging) / jobs + inverses
         rows, columns = self._head
-        logits = 2 * 2 * tokens * rows * (columns + SKETCH)  # computed twice
-        groups = GROUPS * (2 * 2 * tokens * columns**2 + 2 * 4 * columns**3)  # moments and inverse of each
+        logits = 2 * 2 * tokens * rows * (columns + SKETCH)
+        groups = GROUPS * (2 * 1.6 * WEIGHING * tokens * columns**2 + 2 * 4 * columns**3)  # moments and inverse of each
         judging = 4 * 2 * held * rows * columns  # predictions of the full model beside those of two candidates
         head = (logits + groups + 2 * turns * rows * columns**2) / jobs + judging
         return (self._layers * layer + head) / _flops_per_second()

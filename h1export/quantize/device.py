@@ -25,10 +25,13 @@ class ComputeDevice:
     Attributes:
         place: torch's device.
         name: "cpu", or the GPU's name by its driver, such as "NVIDIA H100 80GB HBM3".
+        halves: whether GPTQ computes a layer's products in bf16, the dtype of the published checkpoints, in which this
+            CPU is about twice as fast. Moments that are inverted, and all else, stay in float32 and float64.
     """
 
     place: torch.device
     name: str
+    halves: bool = False
 
     @classmethod
     def of(cls, choice: str) -> ComputeDevice:
@@ -38,7 +41,7 @@ class ComputeDevice:
             H1ExportError: another word, or a GPU that this torch cannot use here.
         """
         if choice == CPU:
-            return CPU_DEVICE
+            return cls(CPU_DEVICE.place, f"{CPU}, bf16", halves=True) if _multiplies_halves() else CPU_DEVICE
         option = f"--device {choice}"
         if not re.fullmatch(r"cuda(:\d{1,3})?", choice):
             raise H1ExportError("--device", f"{choice!r} is unknown", "give cpu, cuda, or cuda:N")
@@ -96,6 +99,12 @@ class ComputeDevice:
         finally:
             torch.set_num_threads(threads)
             torch.set_float32_matmul_precision(precision)
+
+
+def _multiplies_halves() -> bool:
+    """Returns whether this CPU has instructions for products in bf16."""
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 CPU_DEVICE = ComputeDevice(torch.device(CPU), CPU)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.tensors import EMBEDDING, projection_of, tensor_shapes
-from h1export.quantize.choices import GROUP_SIZES, Method, QuantName, Step, parse_method
+from h1export.quantize.choices import GROUP_SIZES, OF_EMBEDDING, Method, QuantName, Step, parse_method
 from h1export.quantize.precision import INT8, Precision
 
 ADAPTERS = "adapters"  # the key of a manifest's scheme that lists the adapters that were merged
@@ -21,7 +21,8 @@ class QuantScheme:
     """The settings of quantisation.
 
     int4 and int8 also store the embedding in integers. In an int4 build a tied embedding shares the head's int4, and an
-    untied one is int8: only one row of it is read per token, so that 4 bits would cost accuracy and buy no speed.
+    untied one is int8 unless it is chosen: only one row of it is read per token, so that 4 bits would cost accuracy and
+    buy no speed.
 
     Attributes:
         quant: the precision of the projections and the head.
@@ -52,6 +53,11 @@ class QuantScheme:
         """The steps that follow the method, in order."""
         return parse_method(self.method)[1]
 
+    def with_embedding(self, choice: str) -> QuantScheme:
+        """Returns the scheme with the embedding in the precision of OF_EMBEDDING; itself for any other ``choice``."""
+        quant = OF_EMBEDDING.get(choice)
+        return self if quant is None else replace(self, chosen={**self.chosen, EMBEDDING: quant})
+
     def __post_init__(self) -> None:
         parse_method(self.method)
         if self.quant == "none" and self.method != "rtn":
@@ -70,7 +76,7 @@ class QuantScheme:
         quant = self.chosen.get(tensor, self.quant)
         if quant == "none" or projection_of(tensor) is None:
             return None
-        untied_embedding = tensor == EMBEDDING and not config.tie_word_embeddings
+        untied_embedding = tensor == EMBEDDING not in self.chosen and not config.tie_word_embeddings
         return INT8 if quant == "int8" or untied_embedding else Precision(4, self.group_size)
 
     def precisions(self, config: FalconH1Config) -> dict[str, Precision]:
@@ -85,14 +91,10 @@ class QuantScheme:
                 choice.
         """
         shapes = tensor_shapes(config)
-        for name, quant in self.chosen.items():
+        for name in self.chosen:
             if name not in shapes or projection_of(name) is None:
                 raise H1ExportError(
                     f'tensor "{name}"', "is no weight that this model could store in integers", "correct --precisions"
-                )
-            if name == EMBEDDING and not config.tie_word_embeddings and quant == "int4":
-                raise H1ExportError(
-                    f'tensor "{name}"', "is never int4 where it is not the head", "correct --precisions"
                 )
         grouped = {
             name: precision.group_size for name, precision in self.precisions(config).items() if precision.group_size

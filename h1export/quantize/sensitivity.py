@@ -12,6 +12,7 @@ from h1export.artifact.weight_file import in_order
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
+from h1export.model.falcon_h1.tensors import LM_HEAD
 from h1export.progress import Progress
 from h1export.quantize.budget import Sensitivity
 from h1export.quantize.device import CPU_DEVICE, ComputeDevice
@@ -40,6 +41,10 @@ def sensitivities(
     """
     with device.computing():
         return dict(_Measurement(store, config, integers, jobs=device.threads(jobs), device=device).run(ids, progress))
+
+
+def _row(table: Array, token: int) -> Array:
+    return table[token : token + 1]
 
 
 class _Measurement:
@@ -81,7 +86,17 @@ class _Measurement:
         head = head_tensor(self._config)
         if head in self._integers.precisions:
             progress.stage("sensitivity, head")
-            yield head, self._result(head, exact[-1], exact[-1], head=self._on_device(self._read(head, head)))
+            rounded = self._read(head, head)
+            found = exact[-1] if head == LM_HEAD else self._run_on_table(rounded, ids)
+            yield head, self._result(head, exact[-1], found, head=self._on_device(rounded))
+
+    def _run_on_table(self, table: Array, ids: Ids) -> HiddenStates:
+        """Returns the last layer's output where the embedding, which is the head too, is ``table``."""
+        read = partial(_row, table)
+        hidden = [embed(self._store, self._config, sample, read=read) for sample in ids]
+        for layer in range(self._config.num_hidden_layers):
+            hidden = self._run_layer(layer, "", hidden)
+        return hidden
 
     def _on_device(self, weight: Array) -> Tensor:
         return torch.from_numpy(weight).to(self._device.place)

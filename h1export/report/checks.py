@@ -29,6 +29,9 @@ class CheckKind(StrEnum):
     TEXT = "bits per byte"
     """Bits per byte of a text, and the KL divergence from the reference's predictions."""
 
+    COST = "cost"
+    """What the integers that ``Row.case`` names cost on a text: divergence, agreement, greedy length, and how sure."""
+
     GREEDY_TEXT = "greedy text"
     """Tokens of greedy generation before the first that the reference would not have chosen."""
 

@@ -15,6 +15,7 @@ CHECKS: Mapping[CheckKind, Callable[[Row], str]] = {
     CheckKind.BISECT_INTEGERS: lambda row: "bisect integers",
     CheckKind.STORED_INTEGERS: lambda row: "stored integers",
     CheckKind.TEXT: lambda row: "bits per byte",
+    CheckKind.COST: lambda row: f"what {row.case} costs",
     CheckKind.GREEDY_TEXT: lambda row: "greedy text",
     CheckKind.LATENCY: lambda row: f"{row.phase} latency" if row.phase else "latency",
     CheckKind.SPEED: lambda row: f"{row.phase} speed at {row.length}" if row.phase else "speed",

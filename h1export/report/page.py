@@ -10,12 +10,12 @@ from typing import Any
 from markupsafe import Markup
 
 from h1export.model.falcon_h1.states import StateKind
-from h1export.report import charts, labels
+from h1export.report import charts, labels, precisions
 from h1export.report.checks import CheckKind, Comparison, Phase
 from h1export.report.histogram import Histogram
 from h1export.report.report import AS_FIRST, DECODE_MS, KL, LOGIT_ERROR, PREFILL_MS, SPEED, TENSORS, Row, Verdict
 from h1export.report.stored_report import OTHERS, JudgedArtifact
-from h1export.report.template import template
+from h1export.report.template import short, template
 
 TEMPLATE = "report.html.jinja"
 SHOWN = 5  # failures at the top of the page
@@ -85,6 +85,8 @@ def _summary(subjects: Sequence[JudgedArtifact]) -> list[dict[str, Any]]:
     found = [
         line("target", lambda subject: subject.artifact.manifest.target),
         line("weights", lambda subject: str(subject.artifact.manifest.scheme["quant"])),
+        line("precisions of matrices", lambda subject: precisions.plan_words(subject.artifact)),
+        line("bits of a weight in integers", lambda subject: precisions.bits(subject.artifact)),
         line("bytes of all files", lambda subject: subject.nbytes),
         line("lowering: worst logit, of the range", lambda subject: subject.worst(subject.lowering, "logits")),
         line("lowering: worst state", lambda subject: subject.worst(subject.lowering, "states")),
@@ -99,7 +101,7 @@ def _summary(subjects: Sequence[JudgedArtifact]) -> list[dict[str, Any]]:
 
 
 def _sections(subjects: Sequence[JudgedArtifact]) -> list[dict[str, Any]]:
-    sections = [_spread(subjects), _layers(subjects), _contexts(subjects), _sizes(subjects)]
+    sections = [_spread(subjects), _precisions(subjects), _layers(subjects), _contexts(subjects), _sizes(subjects)]
     return [section | {"charts": [chart for chart in section["charts"] if chart]} for section in sections]
 
 
@@ -135,6 +137,33 @@ def _spread(subjects: Sequence[JudgedArtifact]) -> dict[str, Any]:
             ),
             chart("Logits on the text, against the full model", error, text, name=LOGIT_ERROR),
             chart("KL divergence on the text", "nats, of a position", text, name=KL),
+        ],
+    }
+
+
+def _precisions(subjects: Sequence[JudgedArtifact]) -> dict[str, Any]:
+    plans = [precisions.bits_by_layer(subject.artifact) for subject in subjects]
+    series = [charts.Series(index, list(plan), list(plan.values())) for index, plan in enumerate(plans)]
+    found = [(precisions.bits(subject.artifact), subject.figure(CheckKind.TEXT, KL)) for subject in subjects]
+    points = {index: (bits, kl) for index, (bits, kl) in enumerate(found) if kl is not None}
+    caption = "; ".join(
+        f"{subject.name}: {kl:.4g} nats, {short(bits)} bits ({precisions.plan_words(subject.artifact)})"
+        for subject, (bits, kl) in zip(subjects, found, strict=True)
+        if kl is not None
+    )
+    divergence = _chart(
+        "Mean KL",
+        lambda id_: charts.bars(id_, "nats", ["text"], values={i: [kl] for i, (_, kl) in points.items()}),
+        caption,
+    )
+    return {
+        "title": "What precisions cost",
+        "text": "The bits of a weight in every layer's integers, scales included, and the divergence that all layers "
+        "together leave on the text. h1export sensitivity has the share of each tensor, before a build.",
+        "missing": "",
+        "charts": [
+            _line_chart("Bits by layer", "layer", "bits", series=series, log=False),
+            divergence if points else None,
         ],
     }
 

@@ -56,7 +56,7 @@ class Row:
     Attributes:
         kind: what was run.
         comparison: which run was compared with which weights.
-        case: the name of the case, of a CASE.
+        case: the name of the case, of a CASE; the name of the integers, of a COST.
         phase: the phase of inference, of a BISECT or a LATENCY.
         length: tokens, of a CASE, a CONTEXT or a CONTEXT_COST.
         device: the processor that the check ran on, in a report that covers several.

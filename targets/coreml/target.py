@@ -57,7 +57,14 @@ class CoreMLTarget:
         sdk.coremltools()
         (stage.folder / layout.WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
         with BlobStorage(stage, layout.WEIGHTS) as blobs:
-            weights = Weights(store, integers, program.config, blobs=blobs, compute=COMPUTE[options.compute])
+            weights = Weights(
+                store,
+                integers,
+                program.config,
+                blobs=blobs,
+                compute=COMPUTE[options.compute],
+                embedding=options.embedding,
+            )
             built = mil_program(program, weights, CALLS, max_context=options.max_context, state_io=options.state_io)
             progress.stage("weights", store.nbytes)
             notes = {layout.MAX_CONTEXT: str(options.max_context), layout.PREFILL_TOKENS: str(PREFILL.tokens)}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from h1export.targets.options import Flag, TargetOptions
+from h1export.targets.options import EMBEDDING, Flag, TargetOptions
 
 Chosen = Literal["auto", "q4_0", "q4_k", "q5_0", "q5_k", "q6_k", "q8_0", "f16", "bf16", "f32"]
+Table = Literal["auto", "int4", "int8", "fp16", "q4_0", "q4_k", "q5_0", "q5_k", "q6_k", "q8_0", "f16", "bf16", "f32"]
 Mix = Literal["shared", "q4_k_m", "q5_k_m"]
 Floats = Literal["f32", "f16", "bf16"]
 Vocabulary = Literal["auto", "whole", "ids"]
@@ -18,10 +19,11 @@ class GgufOptions(TargetOptions):
     """What a build for llama.cpp can choose.
 
     Attributes:
-        head: the type of the head's tensor, and of the embedding where the two are tied.
-        embedding: the type of an embedding that is not tied. In a build with an int4 head, "auto" is Q6_K for both:
-            at the bytes of the build's own int4 and int8 the two lose a third less (docs/gguf.md). In other builds,
-            and where blocks of 256 columns do not fit, it is the build's own precision.
+        head: the type of the head's tensor.
+        embedding: the type of the embedding's; of one tensor that is both, either option gives it. In a build with an
+            int4 head, "auto" is Q6_K for both: at the bytes of the build's own int4 and int8 the two lose a third less
+            (docs/gguf.md). In other builds, and where blocks of 256 columns do not fit, it is the build's own
+            precision. int4, int8 and fp16 are those of every target.
         mix: "shared" stores the build's own integers, which other targets have too. The others are for int4 builds: a
             file that is no larger than llama.cpp's own of that name, whose types are llama.cpp's, chosen matrix by
             matrix (mix.py), and in which most integers are this target's own.
@@ -31,7 +33,7 @@ class GgufOptions(TargetOptions):
     """
 
     head: Annotated[Chosen, Flag("Type of the head's tensor, and of a tied embedding.", default="auto")] = "auto"
-    embedding: Annotated[Chosen, Flag("Type of an embedding that is not tied.", default="auto")] = "auto"
+    embedding: Annotated[Table, EMBEDDING] = "auto"
     mix: Annotated[
         Mix,
         Flag(

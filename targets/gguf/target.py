@@ -38,9 +38,8 @@ class GgufTarget:
     def check(self, config: FalconH1Config, options: GgufOptions) -> None:
         """See SelectiveTarget."""
         refuse.check_model(config)
-        if config.tie_word_embeddings and options.embedding != "auto":
-            what = "is for an embedding of its own, and this model's is its head"
-            raise H1ExportError("--embedding", what, f"use --head {options.embedding}")
+        if config.tie_word_embeddings and "auto" not in (options.head, options.embedding):
+            raise H1ExportError("--head, --embedding", "name one tensor, which this model has as both", "give one")
 
     def own_tensors(
         self, program: Program, store: WeightStore, integers: QuantizedWeights, *, options: GgufOptions

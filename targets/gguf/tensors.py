@@ -32,8 +32,8 @@ from h1export.quantize.source import HasPackedRows, QuantizedBlock, QuantizedWei
 from h1export.targets.gguf import blocks, names
 from h1export.targets.gguf.grids import FORMATS
 from h1export.targets.gguf.mix import SHARED, mixed
-from h1export.targets.gguf.options import Chosen, GgufOptions
-from h1export.targets.gguf.types import TensorType, integer_type
+from h1export.targets.gguf.options import GgufOptions
+from h1export.targets.gguf.types import OF_CHOICE, TensorType, integer_type
 
 # Integers that this target rounds itself, where an option asks for a type that the build does not have.
 OWN = {
@@ -267,15 +267,15 @@ def _kind(
     Raises:
         H1ExportError: the type's blocks do not divide the columns.
     """
-    chosen: Chosen = "auto"
+    chosen = "auto"
     flag = "--quant"
     is_head = tensor == LM_HEAD or (tensor == EMBEDDING and config.tie_word_embeddings)
     is_table = is_head or tensor == EMBEDDING
     if is_table:
-        chosen = options.head if is_head else options.embedding
-        flag = "--head" if is_head else "--embedding"
+        flag = "--head" if is_head and (tensor != EMBEDDING or options.head != "auto") else "--embedding"
+        chosen = options.head if flag == "--head" else options.embedding
     if chosen != "auto":
-        return _fitting(tensor, columns, TensorType(chosen), flag=flag)
+        return _fitting(tensor, columns, OF_CHOICE.get(chosen) or TensorType(chosen), flag=flag)
     if tensor in mix:
         return _fitting(tensor, columns, mix[tensor], flag="--mix")
     if is_table and precision is not None and four_bits and columns % blocks.SUPER == 0:

@@ -56,6 +56,8 @@ BLOCKS = {
     TensorType.Q6_K: Block(256, 210),
     TensorType.Q8_0: Block(32, 34),
 }
+# The types of the precisions that every target's --embedding names.
+OF_CHOICE = {"int4": TensorType.Q4_0, "int8": TensorType.Q8_0, "fp16": TensorType.F16}
 OF_BITS = {4: TensorType.Q4_0, 8: TensorType.Q8_0}  # the type whose blocks hold the integers of a build, by their bits
 
 

@@ -11,8 +11,9 @@ from h1export.checkpoint.packed_format import QUANTIZATION_CONFIG
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import Multiplier
 from h1export.graphs.program import Program
-from h1export.model.falcon_h1.tensors import tensor_shapes
+from h1export.model.falcon_h1.tensors import EMBEDDING, tensor_shapes
 from h1export.progress import Progress
+from h1export.quantize.choices import AUTO
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets.base import Finding, Lowered
 from h1export.targets.gptq import examine, readme
@@ -22,6 +23,8 @@ from h1export.targets.gptq.weights import float_tensor, packed_tensors
 from h1export.targets.hf_folder.config_json import write_config
 from h1export.targets.hf_folder.ports import INPUTS, outputs
 from h1export.targets.hf_folder.shards import Stored, dtype_counts, write_shards
+
+HALF = "F16"
 
 
 class GptqTarget:
@@ -48,7 +51,9 @@ class GptqTarget:
             if name in chosen.tensors:
                 tensors += packed_tensors(store, integers, name)
             else:
-                tensors.append(float_tensor(store, name))
+                tensors.append(
+                    float_tensor(store, name, HALF if name == EMBEDDING and options.embedding != AUTO else "")
+                )
         first = write_shards(stage, tensors, {"format": "pt"})
         quantization = chosen.quantization_config(config)
         write_config(stage.folder, {QUANTIZATION_CONFIG: quantization} if quantization else {})

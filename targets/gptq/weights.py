@@ -31,9 +31,9 @@ from h1export.targets.hf_folder.shards import Stored, TensorSpec
 from h1export.targets.hf_folder.words import packed
 
 
-def float_tensor(store: WeightStore, name: str) -> Stored:
-    """Return a tensor as the checkpoint stores it, exactly."""
-    dtype = exact_dtype(store, name)
+def float_tensor(store: WeightStore, name: str, dtype: str = "") -> Stored:
+    """Return a tensor in ``dtype``, or as the checkpoint stores it, exactly."""
+    dtype = dtype or exact_dtype(store, name)
     spec = TensorSpec(name, dtype, store.shape(name))
     return Stored((spec,), partial(float_blocks, store, name, dtype))
 

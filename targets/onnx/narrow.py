@@ -27,7 +27,11 @@ def narrow_matrix(c: Context, expr: WeightExpr, dtype: ir.DataType, *, next_step
     Raises:
         H1ExportError: values beyond fp16; ``next_step`` is what the message then proposes.
     """
-    return c.build.once((expr, "matrix"), lambda: c.build.initializer(_write(c, expr, dtype, next_step=next_step)))
+
+    def write() -> Value:
+        return c.build.initializer(c.data.once((expr, dtype), lambda: _write(c, expr, dtype, next_step=next_step)))
+
+    return c.build.once((expr, "matrix"), write)
 
 
 def _write(c: Context, expr: WeightExpr, dtype: ir.DataType, *, next_step: str) -> ir.ExternalTensor:

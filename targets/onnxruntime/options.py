@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from h1export.errors import H1ExportError
-from h1export.targets.options import Flag, TargetOptions
+from h1export.quantize.choices import AUTO, Embedding
+from h1export.targets.options import EMBEDDING, Flag, TargetOptions
 
 Graph = Literal["cpu", "cuda", "portable", "wasm"]
 Activations = Literal["fp16", "bf16"]
@@ -24,6 +25,7 @@ class OrtOptions(TargetOptions):
     """What a build for ONNX Runtime can choose.
 
     Attributes:
+        embedding: the precision of the embedding.
         graph: which of the GRAPH_VARIANTS is made.
         activations: the dtype of activations, keys, values and convolution states in the graph of --graph cuda; the
             other graphs have float32.
@@ -32,6 +34,7 @@ class OrtOptions(TargetOptions):
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 rounds activations to int8, which is fastest.
     """
 
+    embedding: Annotated[Embedding, EMBEDDING] = AUTO
     graph: Annotated[
         Graph,
         Flag(
@@ -71,6 +74,8 @@ class OrtOptions(TargetOptions):
         if self.activations == "bf16" and self.graph != "cuda":
             what = f"bf16 is not a dtype that the activations of --graph {self.graph} have"
             raise H1ExportError("--activations", what, "use --graph cuda, or leave --activations out")
+        if self.embedding == "fp16" and self.activations == "bf16":
+            raise H1ExportError("--embedding", "fp16 is not a dtype that --activations bf16 stores", "use int8 or int4")
         if self.captured_decode and self.graph != "cuda":
             what = f"--graph {self.graph} has no CUDA graph to capture"
             raise H1ExportError("--captured-decode", what, "use --graph cuda, or leave --captured-decode out")

@@ -67,6 +67,9 @@ def read_dequantize_linear(
         zeros = read_column_major(tensors[name + ZEROS], weight.bits, part.size) if name + ZEROS in tensors else None
     else:
         codes = np.asarray(tensors[name + TABLE])
+        if weight.bits == 4:
+            table = NBitsLayout(weight.bits, weight.group_size, columns(part.tensor))
+            codes = table.unpack(codes.view(np.uint8))
         scales = tensors[name + TABLE + SCALES]
     yield part.tensor, QuantizedTensor(codes, unfolded_scales(scales, multiplier), multiplier, zeros=zeros)
 

@@ -74,12 +74,14 @@ class OnnxRuntimeTarget:
             context = lowering.context(program, store, integers, GraphBuilder(lowering.opsets(precisions)), data)
             context.accuracy_level = options.accuracy_level
             context.halves = layout.halves
+            context.narrow_embedding = options.embedding == "fp16"
             ir.save(_model(context, lowering.table, inputs, outputs=outputs), stage.folder / graph)
             if layout.native and lowering.native is not None and covers(program):
                 native = NativeContext(
                     program, store, integers, GraphBuilder({**lowering.opsets(precisions), DOMAIN: 1}), data
                 )
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
+                native.narrow_embedding = context.narrow_embedding
                 ir.save(_model(native, lowering.native, inputs, outputs=outputs), stage.folder / NATIVE_MODEL)
         if options.layout == "genai":
             genai_config.write_config(program.config, stage.folder, options)

@@ -12,6 +12,7 @@ from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.errors import H1ExportError
 from h1export.graphs.program import Program
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.plugins.gpu.cubin import ARCHITECTURES
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
@@ -33,6 +34,12 @@ class TensorRTTarget:
 
     name = "trt"
     packages = ("numpy", "onnx-ir", "torch")
+
+    def check(self, config: FalconH1Config, options: TensorRTOptions) -> None:
+        """See SelectiveTarget."""
+        if config.tie_word_embeddings and options.embedding == "int8":
+            what = "int8 is for an embedding that is not the head: TensorRT multiplies by weights alone in int4 only"
+            raise H1ExportError("--embedding", what, "use --embedding int4 or fp16, or --target ort, which has int8")
 
     def lower(
         self,

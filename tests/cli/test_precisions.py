@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from h1export.cli import run
 from h1export.commands.build import build_artifact
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.progress import SILENT
 from h1export.quantize.budget import Sensitivity
 from h1export.quantize.precision import INT8, Precision
-from h1export.quantize.precision_plan import plan_text, read_plan
+from h1export.quantize.precision_plan import plan_text, read_measured, read_plan
 from h1export.quantize.scheme import QuantScheme
 from h1export.report.checks import CheckKind
 from h1export.report.report import Report, Verdict
@@ -32,6 +34,53 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     }
     (tmp_path / "plan.yaml").write_text(plan_text(found, {"c": INT8}), encoding="utf-8")
     assert read_plan(tmp_path / "plan.yaml") == {"lm_head.weight": "int4", "a.b": "int4", "c": "int8"}
+    # steps: the most sensitive first, and what is left after each
+    lines = [line for line in (tmp_path / "plan.yaml").read_text(encoding="utf-8").splitlines() if "above" in line]
+    assert [line.split(":")[0].strip() for line in lines] == ["lm_head.weight", "a.b", "c"]
+    assert [line.rsplit(" ", 1)[1] for line in lines] == ["0.100000", "0.000000", "0.000000"]
+    assert [re.search(r"int8: ([\d.]+) bits", line)[1] for line in lines] == ["5.750", "7.000", "8.250"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": {"kl": -1.0, "shape": [8, 64], "int8": false}}', "divergence of -1.0"),
+        ('{"a": {"kl": NaN, "shape": [8, 64], "int8": false}}', "is not a file of sensitivities"),
+        ('{"a": {"kl": "high", "shape": [8, 64], "int8": false}}', "is not a file of sensitivities"),
+        ('{"a": {"kl": 1, "int8": false}}', "is not a file of sensitivities"),
+        ('{"a": 0.1}', "is not a file of sensitivities"),
+        ("[0.1]", "is not a file of sensitivities"),
+        ("tensors: {}", "is not a file of sensitivities"),
+    ],
+)
+def test_what_has_no_sensitivities(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "measured.json").write_text(content, encoding="utf-8")
+    with pytest.raises(H1ExportError, match=message):
+        read_measured(tmp_path / "measured.json")
+
+
+def test_only_one_option_chooses_precisions(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(tiny), "--target", "ort", "--preset", "small"]
+    assert run([*words, "--budget-bits", "5"]) == 2
+    assert "--preset, --budget-bits: say the same thing twice; give one of them" in capfd.readouterr().err
+    assert run([*words, "--quant", "int8"]) == 2
+    assert "--preset: has rules for int4 builds, and this one is int8" in capfd.readouterr().err
+
+
+@pytest.mark.ort
+def test_a_plan_has_the_presets(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config = FalconH1Config.load(tiny)
+    names = [name for name, found in QuantScheme("int4").precisions(config).items() if found.bits == 4]
+    found = {name: {"kl": 0.001, "shape": [8, 64], "int8": False, "bits": 4.5, "left": 0.1} for name in names}
+    (tmp_path / "measured.json").write_text(json.dumps(found), encoding="utf-8")
+    words = ["plan", str(tiny), "--target", "ort", "--method", "rtn", "--preset", "small", "--json"]
+    assert run([*words, "--sensitivity", str(tmp_path / "measured.json")]) == 0
+    (plan,) = json.loads(capfd.readouterr().out)
+    expected = {preset["name"]: preset["expected"] for preset in plan["presets"]}
+    assert expected["int4"] == pytest.approx(0.001 * len(names))
+    assert expected["small"] == pytest.approx(0.001 * (len(names) - 2 * config.num_hidden_layers))
+    raised = [name for name, words in plan["precisions"].items() if words.startswith("int8")]
+    assert len(raised) == 2 * config.num_hidden_layers + 1
 
 
 @pytest.mark.parametrize(
@@ -58,7 +107,6 @@ def test_what_is_not_a_plan(content: str, tmp_path: Path) -> None:
     [
         "model.layers.9.mamba.in_proj.weight: int8",
         "model.final_layernorm.weight: int8",
-        "model.embed_tokens.weight: int4",
     ],
 )
 def test_tensors_without_a_choice_are_refused(line: str, tiny: Path, tmp_path: Path) -> None:
@@ -76,7 +124,10 @@ def test_a_plan_goes_into_the_artifact(
     out = tmp_path / "out"
     few = [str(spoken_checkpoint), "--budget-bits", "5.5", "--out", str(plan), "--json"]
     assert run(["sensitivity", *few]) == 0
-    measured = json.loads(capfd.readouterr().out)
+    printed = capfd.readouterr().out
+    (tmp_path / "measured.json").write_text(printed, encoding="utf-8")
+    measured = json.loads(printed)
+    assert read_measured(tmp_path / "measured.json") == {name: tensor["kl"] for name, tensor in measured.items()}
     raised = {name for name, tensor in measured.items() if tensor["int8"]}
     assert 0 < len(raised) < len(measured)
     text = plan.read_text(encoding="utf-8")

@@ -26,6 +26,7 @@ from h1export.quantize.methods import solved_file
 from h1export.quantize.methods.gptq import DAMPING
 from h1export.quantize.methods.gptq_model import solve_model
 from h1export.quantize.methods.rtn import quantize_rows
+from h1export.quantize.methods.staged_layer import STOPS
 from h1export.quantize.methods.stored import StoredIntegers
 from h1export.quantize.scheme import QuantScheme
 from h1export.quantize.source import QuantizedWeights, Rounded
@@ -140,13 +141,14 @@ def test_gptq_has_at_most_six_tenths_of_the_divergence_of_rounding(tiny: Path, t
 
 
 def test_a_tied_head_stays_a_good_embedding(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that move for the logits' sake alone are poor inputs: GPTQ was worse than rounding on this model."""
+    """Rows that move for the logits' sake alone are poor inputs: they leave half as much again on this model."""
     heldout = (tiny / "heldout.txt").read_text(encoding="utf-8")
     (tmp_path / "logits_alone").mkdir()
-    assert share_of_rounding(PROXY, heldout, tmp_path, every=8) < 0.75
+    damped = share_of_rounding(PROXY, heldout, tmp_path, every=8)
+    assert damped < 0.6
     monkeypatch.setattr(module, "TIED_DAMPING", DAMPING)
     monkeypatch.setattr(solved_file, "is_worse", lambda _: False)  # the guard would keep the plain head
-    assert share_of_rounding(PROXY, heldout, tmp_path / "logits_alone", every=8) > 1
+    assert share_of_rounding(PROXY, heldout, tmp_path / "logits_alone", every=8) > 1.4 * damped
 
 
 def test_the_head_is_solved_on_the_contexts_of_its_tokens(
@@ -185,7 +187,7 @@ from h1export.quantize.methods import gptq_model as module, solved_file
 checkpoint, truth, out = map(Path, sys.argv[1:4])
 program = build.trace(FalconH1Config.load(checkpoint), False)
 build.trace = lambda *_: program
-modules = {"solve_rows": solved_file, "run_on_both": module, "layer_output": module}
+modules = {"solve_rows": solved_file, "advance": module, "outputs": module}
 functions = {name: getattr(place, name) for name, place in modules.items()}
 def built(place, name="", last=0):
     child = os.fork()
@@ -204,7 +206,7 @@ def built(place, name="", last=0):
     print(*calls.values(), flush=True)
     os._exit(0)
 assert built(truth) == 0
-first = ("run_on_both", 2), ("solve_rows", 4), ("run_on_both", 2), ("layer_output", 2)
+first = ("advance", 2), ("solve_rows", 4), ("advance", 8), ("outputs", 2)
 for name, last in (*first, ("solve_rows", 4), ("solve_rows", 8), ("solve_rows", 2)):
     assert built(out, name, last) == 9, (name, last)
 assert built(out) == 0
@@ -220,7 +222,7 @@ def test_kills_change_no_byte(spoken_checkpoint: Path, tmp_path: Path) -> None:
     run = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
     first, last = (tuple(map(int, line.split())) for line in run.stdout.splitlines())
     groups = first[0] - 2 * 9
-    assert first[1:] == (3 * 2, 3 * 2)  # three sequences through two layers
+    assert first[1:] == (3 * 2 * len(STOPS), 3 * 2)  # three sequences through two layers, once
     assert groups > 1
     assert last == (groups, 0, 0)  # the head alone
     names = sorted(path.name for path in truth.iterdir())

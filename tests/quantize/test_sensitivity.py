@@ -47,6 +47,16 @@ def test_they_are_those_of_transformers(make_checkpoint: Callable[..., Path]) ->
         reference.hold({name: rounded.store.rows(name, 0, rows)})
 
 
+def test_a_tied_head_is_judged_as_both_of_its_uses(make_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = make_checkpoint("tied", num_hidden_layers=1)
+    rounded, ids, found = measured(checkpoint)
+    reference = Reference(checkpoint)
+    truths = [reference.full(sample)[0] for sample in ids]
+    reference.hold({EMBEDDING: rounded.rows(EMBEDDING, 0, rounded.store.shape(EMBEDDING)[0]).unfolded()})
+    pairs = [(reference.full(sample)[0], truth) for sample, truth in zip(ids, truths, strict=True)]
+    assert found[EMBEDDING].kl == pytest.approx(logit_figures(pairs)["kl"], rel=1e-3)
+
+
 def test_threads_change_no_digit(make_checkpoint: Callable[..., Path]) -> None:
     checkpoint = make_checkpoint("tied", num_hidden_layers=1)
     assert measured(checkpoint, 1)[2] == measured(checkpoint, 3)[2]

@@ -68,7 +68,7 @@ def test_the_page_is_the_same_under_other_names(judged: Judge, rename: Callable[
     assert "bisect prefill" not in after
     assert plain(after) == plain(before)
     assert len(re.findall(r"<data ", after)) == len(re.findall(r"<data ", before)) > 200
-    assert len(re.findall(r"<svg", after)) == 15
+    assert len(re.findall(r"<svg", after)) == 17
 
 
 def printed(report: Report) -> list[list[list[str]]]:

@@ -100,6 +100,8 @@ def test_verdicts_are_on_top_and_charts_for_everything(judged: Judge) -> None:
         "Logits, rounded activations",
         "Logits on the text, against the full model",
         "KL divergence on the text",
+        "Bits by layer",
+        "Mean KL",
         "Residual stream",
         *(f"State: {kind}" for kind in ("key", "value", "conv_state", "recurrent_state")),
         "Worst state",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import shutil
 from collections.abc import Callable
@@ -79,13 +80,14 @@ def test_a_manifest_has_the_options_of_its_target_alone(
     assert found == {
         "ort": {
             "logits": "all",
+            "embedding": "auto",
             "graph": "cpu",
             "activations": "fp16",
             "captured_decode": False,
             "layout": "genai",
             "accuracy_level": 4,
         },
-        "coreml": {"logits": "all", "max_context": 2048, "compute": "fp16", "state_io": False},
+        "coreml": {"logits": "all", "embedding": "auto", "max_context": 2048, "compute": "fp16", "state_io": False},
         "gguf": {
             "logits": "all",
             "head": "auto",
@@ -94,10 +96,11 @@ def test_a_manifest_has_the_options_of_its_target_alone(
             "floats": "f32",
             "vocabulary": "auto",
         },
-        "gptq": {"logits": "all", "unpacked": ()},
-        "mlx": {"logits": "all", "compute": "fp16"},
+        "gptq": {"logits": "all", "embedding": "auto", "unpacked": ()},
+        "mlx": {"logits": "all", "embedding": "auto", "compute": "fp16"},
         "trt": {
             "logits": "all",
+            "embedding": "auto",
             "max_context": 2048,
             "compute": "fp16",
             "max_batch": 1,
@@ -224,6 +227,7 @@ def test_every_option_is_read_by_its_target(target: str) -> None:
     """An option that changes nothing would be a lie in the help."""
     folder = Path(tensorrt_options.__file__).parents[1] / target_infos()[target].folder
     texts = [file.read_text(encoding="utf-8") for file in folder.rglob("*.py") if file.name != "options.py"]
+    texts.append(Path(inspect.getfile(BuildJob)).read_text(encoding="utf-8"))  # what every target has
     for field in option_fields(options_class(target)):
         name = "last_logits" if field.name == "logits" else field.name
         assert any(f"options.{name}" in text or f"(artifact).{name}" in text for text in texts), field.name

@@ -20,6 +20,7 @@ from h1export.report.report import Report, Row
 from h1export.runtime.runner import Comparable, Inspectable, Runner, StoresRoundedFloats, TracksMagnitudes
 from h1export.validate.accuracy import tolerances as defaults
 from h1export.validate.accuracy.bisect import bisect, integers_row
+from h1export.validate.accuracy.cost import cost_row, integers_of
 from h1export.validate.accuracy.facts import environment_facts, runner_facts, subject_facts
 from h1export.validate.accuracy.greedy_agreement import (
     Continuation,
@@ -78,6 +79,7 @@ class Validation:
         stored: checkpoint name -> float32 tensor, for the weights that are quantised, or scaled for quantisation.
         tolerances: metric -> tolerance.
         options: what to run.
+        integers: the name of the artifact's shortest integers; empty where it has none.
     """
 
     runner: Comparable[Any]
@@ -85,6 +87,7 @@ class Validation:
     stored: Mapping[str, Array]
     tolerances: Mapping[str, float]
     options: ValidateOptions
+    integers: str = ""
 
     @property
     def comparisons(self) -> dict[Comparison, Comparable[Any]]:
@@ -149,7 +152,8 @@ def validated(
         name: store.rows(name, 0, store.shape(name)[0]) for name in scaling.tensors - stored.keys() - floats.keys()
     }
     held = {**stored, **floats, **scaled} if floats or scaled else stored
-    validation = Validation(runner, exact, held, tolerances=tolerances, options=options)
+    integers_name = integers_of(artifact.manifest)
+    validation = Validation(runner, exact, held, tolerances=tolerances, options=options, integers=integers_name)
     reference = Reference(checkpoint, options.adapters)
     yield from published_rows(runner, reference, weight_files(checkpoint, runner.config), tolerances=tolerances)
     yield from _rows(validation, reference, progress)
@@ -235,8 +239,11 @@ def _rows(validation: Validation, reference: Reference, progress: Progress) -> I
     for run in shipped.runs:
         yield from case_rows([JudgedRun(Comparison.SOURCE, run, tolerances)], reference, runner.config)
     progress.stage("text")
-    yield from text_rows([runner], reference, options.text, tolerances=[tolerances])
-    yield shipped.greedy(Comparison.SOURCE, reference)
+    (text,) = text_rows([runner], reference, options.text, tolerances=[tolerances])
+    greedy = shipped.greedy(Comparison.SOURCE, reference)
+    yield from (text, greedy)
+    if validation.integers:
+        yield cost_row(validation.integers, text, greedy, tokens=len(options.text.ids), tolerances=tolerances)
     progress.stage("latency")
     yield from _latency_rows(runner, reference, options, tolerances=tolerances)
     if validation.stored:

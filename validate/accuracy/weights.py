@@ -16,6 +16,7 @@ from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MIN_SCALE
 
 ROW_BYTES = 1 << 24  # float32 rows compared at a time
+GROUP_TOP = 31  # the largest code of 6 bits
 FLOAT32 = 2.0**-22  # relative rounding of a few float32 operations, where a runtime rounds at all
 
 
@@ -25,8 +26,10 @@ def weight_errors(
     """Return checkpoint tensor -> figure -> its largest error, in quantisation steps of the group that it is in.
 
     A step is the group's largest weight over 7 (int4) or 127 (int8). The figure ``steps`` is the error of one weight;
-    rounding to nearest leaves half a step at most. The figure ``group`` is the root of a group's mean squared error. A
-    prequantized weight is not rounded, so any difference counts as infinite, beyond the ``rounding`` of its scales.
+    rounding to nearest leaves half a step at most. The figure ``group`` is the root of a group's mean squared error, in
+    steps of 6 bits for int8: methods that make up for errors elsewhere move a weight by a share of it, whatever the
+    step, while a wrong row of int8 is off by about ten of them. A prequantized weight is not rounded, so any difference
+    counts as infinite, beyond the ``rounding`` of its scales.
 
     Args:
         stored: checkpoint tensor -> its dequantised integers without µP, float32 [rows, columns].
@@ -52,7 +55,8 @@ def _errors(found: Array, name: str, weight: StoredWeight, *, store: WeightStore
         groups = truth.reshape(len(truth), -1, weight.group_size or truth.shape[1])
         error = np.abs(found[start : start + len(truth)].reshape(groups.shape) - groups)
         step = np.maximum(np.abs(groups).max(axis=2) / top, MIN_SCALE)
-        largest = {"steps": error.max(axis=2) / step, "group": np.sqrt(np.square(error).mean(axis=2)) / step}
+        moved = np.sqrt(np.square(error).mean(axis=2)) / (step * max(1.0, top / GROUP_TOP))
+        largest = {"steps": error.max(axis=2) / step, "group": moved}
         worst = {figure: max(worst[figure], float(values.max())) for figure, values in largest.items()}
         start += len(truth)
     return worst

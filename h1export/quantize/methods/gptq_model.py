@@ -4,20 +4,20 @@ Two activations of the calibration text go through the model side by side. The *
 weights compute. The *quantised* one is what the layers that are quantised already make of the same text. The steps:
 
 1. Write the embeddings of the calibration text as both inputs of layer 0.
-2. For each layer, from the first:
-   a. Run the layer with the checkpoint's weights on its float input and on its quantised input. Add up second moments
-      of the inputs of every projection: of the quantised input, and of its difference from the float input.
-   b. Write the float output as the float input of the next layer.
-   c. Invert the moments of every projection input, and solve its projections for integers (gptq.py). The difference of
-      the two inputs lets a projection make up for what quantisation did to its input.
-   d. Run the layer with its integers on the quantised input, and write the output as that of the next layer.
-   e. The guard (guard.py) compares integers with plain ones on sequences that went into no moment.
+2. For each layer, from the first, run it once on both inputs, with the checkpoint's weights and with integers, and stop
+   before each weight (staged_layer.py):
+   a. Add up second moments of the weight's inputs: of the quantised input, and of its difference from the float input.
+   b. Invert them, and solve the weight for integers (gptq.py). The difference of the two inputs lets it make up for
+      what quantisation did to its input, in earlier layers and in this one.
+   c. The guard (guard.py) compares integers with plain ones on sequences that went into no moment.
+   d. Go on with the integers. The two outputs of the layer are the inputs of the next one.
 3. Solve the head's rows in groups (head_groups.py). The moments for a group weigh positions by how much its tokens
    matter there, and are mixed with the moments of all positions alike.
 
-Memory holds one layer. The inputs of two layers, float and quantised, and all integers are in one file in the stage's
-scratch folder, so that a build that was killed continues in the layer where it stopped. Bytes do not depend on the
-number of threads: each thread computes on its own, and sums are taken in the order of the sequences.
+Memory holds one layer, and the inputs of a weight for all sequences. The inputs of two layers, float and quantised, and
+all integers are in one file in the stage's scratch folder, so that a build that was killed continues in the layer where
+it stopped. Bytes do not depend on the number of threads: each thread computes on its own, and sums are taken in the
+order of the sequences.
 """
 
 from __future__ import annotations
@@ -45,22 +45,16 @@ from h1export.quantize.grid import OwnTensor
 from h1export.quantize.layers import LoadedLayer, embed, final_norm, head_tensor, weights_by_input
 from h1export.quantize.methods.gptq import DAMPING, Inverse, invert
 from h1export.quantize.methods.guard import held_out
-from h1export.quantize.methods.head_groups import InputPair, group_head
-from h1export.quantize.methods.layer_runs import (
-    RunLayer,
-    embedded,
-    layer_output,
-    normed_pair,
-    one_block,
-    run_on_both,
-    same_pair,
-)
-from h1export.quantize.methods.moments import Moments
+from h1export.quantize.methods.head_groups import group_head
+from h1export.quantize.methods.layer_runs import Stops, advance, embedded, normed_pair, outputs, same_pair, started
+from h1export.quantize.methods.moments import InputPair, Moments, weighted
 from h1export.quantize.methods.solved_file import SOLVE_BYTES, SolvedFile
+from h1export.quantize.methods.staged_layer import STOPS, StagedLayer
 from h1export.quantize.methods.stored import ALIGN, StoredIntegers
 from h1export.quantize.source import QuantizedWeights
 
 WORK = f"{SCRATCH}/gptq"  # the file of integers and activations, relative to the stage
+WEIGHING = 0.25  # the share of positions that the moments for a group of the head's rows have: those that weigh most
 UNWEIGHTED_SHARE = 0.5  # weight of the moments of all positions, beside those weighted for a group of the head's rows
 # Of a head that is the embedding too: its rows are also inputs, so they may not move far for the sake of the logits. On
 # the proxy of benchmarks/, 0.5 to 4 give nearly the same divergence, and DAMPING gives more than plain rounding.
@@ -130,7 +124,7 @@ class _Solver:
         self._device = device
         self._batch = device.sequences(ids.shape[1])
         self._solved_on = len(ids) - held_out(len(ids))  # the sequences after these are the guard's
-        self._normed: list[InputPair] = []  # the head's inputs, on a GPU
+        self._normed: list[InputPair] = []  # the head's inputs
         self._file = file
         self._head = head_tensor(config)
         layers = range(config.num_hidden_layers)
@@ -173,75 +167,42 @@ class _Solver:
 
     def _solve_layer(self, layer: int, groups: InputGroups) -> None:
         """Solve the projections in ``groups``, and write both inputs of the next layer."""
-        (float_input, quantised_input) = self._inputs(layer + 1)
-        moments = dict[str, Moments]()
-        held = dict[str, list[InputPair]]()
-        loaded = LoadedLayer(self._store, self._config, layer, read=self._float_weight, device=self._device)
-        outputs = self._float_outputs(loaded.run, layer, groups, moments=moments, held=held)
-        if groups and self._file.holds(float_input):  # an earlier build was killed after it had written this
-            deque(outputs, maxlen=0)
-        else:
-            self._file.write([float_input], (partial(one_block, output) for output in outputs))
-        self._solve_groups(groups, moments, held)
-        quantised = LoadedLayer(self._store, self._config, layer, read=self._quantised_weight, device=self._device)
-        self._file.write(
-            [quantised_input],
-            (partial(layer_output, quantised.output, sequence) for _, sequence in self._sequences(layer, self._batch)),
+        right = StagedLayer(self._store, self._config, layer, read=self._float_weight, device=self._device)
+        found = StagedLayer(self._store, self._config, layer, read=self._quantised_weight, device=self._device)
+        calls: Iterator[Callable[[], Stops]] = (
+            partial(started, right, found, pair) for pair in self._sequences(layer, self._batch)
         )
+        for stop, names in enumerate(STOPS):
+            at = deque(in_order(calls, self._stage.jobs))
+            self._solve_groups({name: groups[name] for name in names if name in groups}, at)
+            right.put(stop)
+            found.put(stop)
+            calls = _advances(right, found, stop, at=at)
+        shape = self._activations_shape[1:]
+        blocks = (partial(outputs, at, (-1, *shape)) for at in in_order(calls, self._stage.jobs))
+        self._file.write(self._inputs(layer + 1), blocks)
 
-    def _float_outputs(
-        self,
-        run: RunLayer,
-        layer: int,
-        groups: InputGroups,
-        *,
-        moments: dict[str, Moments],
-        held: dict[str, list[InputPair]],
-    ) -> Iterator[Array]:
-        """Yield the float output of every sequence.
-
-        Meanwhile, ``moments`` gets the moments of the inputs in ``groups``, and ``held`` these inputs themselves where
-        the sequence is one of the guard's.
-        """
-        runs = (
-            partial(run_on_both, run, float_input, quantised_input if groups else None)
-            for float_input, quantised_input in self._sequences(layer, self._batch)
-        )
-        for found, (start, _) in zip(in_order(runs, self._stage.jobs), self._lots(self._batch), strict=True):
-            for name in groups:
-                pair = (found.float_inputs[name], found.quantised_inputs[name])
-                if start >= self._solved_on:
-                    held.setdefault(name, []).append(pair)
-                    continue
-                if name not in moments:
-                    moments[name] = Moments.zero(pair[1].shape[1], self._device)
-                moments[name].add(*pair)
-            yield found.output
-
-    def _solve_groups(
-        self, groups: InputGroups, moments: dict[str, Moments], held: Mapping[str, Sequence[InputPair]]
-    ) -> None:
-        """Solve and write the projections in ``groups``.
-
-        ``moments`` is emptied, so that its memory is freed on the way.
-        """
-        inverses = in_order(
-            (partial(_inverse, moments.pop(name), group[0]) for name, group in groups.items()), self._stage.jobs
-        )
-        for inverse, (name, group) in zip(inverses, groups.items(), strict=True):
+    def _solve_groups(self, groups: InputGroups, at: Sequence[Stops]) -> None:
+        """Solve and write the projections in ``groups``; ``at`` are the stops of all lots of sequences before them."""
+        for name, group in groups.items():
+            pairs = [(right.flat(name), found.flat(name)) for right, found in at]
+            seen = sum(start < self._solved_on for start, _ in self._lots(self._batch))
+            moments = Moments.of(pairs[:seen], self._stage.jobs, device=self._device)
+            inverse = _inverse(moments, group[0])
             for tensor in group:
-                self._solved.write_projection(tensor, inverse, held.get(name, ()))
+                self._solved.write_projection(tensor, inverse, pairs[seen:])
 
     def _solve_head(self) -> None:
         """Solve and write the head: each group of rows on its own weighted moments, mixed with the unweighted ones."""
         head = torch.from_numpy(self._float_weight(self._head)).to(self._device.place)
-        found = group_head(self._head_inputs, head, self._config.lm_head_multiplier, jobs=self._stage.jobs)
-        unweighted = Moments.zero(head.shape[1], self._device)
-        for float_input, quantised_input in in_order(self._head_inputs(), self._stage.jobs):
-            unweighted.add(float_input, quantised_input)
+        grouped = head.bfloat16() if self._device.halves else head
+        found = group_head(self._head_inputs, grouped, self._config.lm_head_multiplier, jobs=self._stage.jobs)
+        del grouped
+        pairs = list(in_order(self._head_inputs(), self._stage.jobs))
+        unweighted = Moments.of(pairs, self._stage.jobs, device=self._device)
         rows_of_groups = [torch.nonzero(found.groups == group)[:, 0].numpy() for group in range(len(found.weights))]
         calls = (
-            partial(self._solve_head_rows, head, rows, weights, unweighted=unweighted)
+            partial(self._solve_head_rows, head, rows, weights, pairs=pairs, unweighted=unweighted)
             for rows, weights in zip(rows_of_groups, found.weights, strict=True)
         )
         solved = list[Rows]()
@@ -271,14 +232,22 @@ class _Solver:
         norm = partial(final_norm, self._store, self._config, device=self._device)
         return [(right, norm(one)) for (right, _), one in zip(pairs, hidden, strict=True)]
 
-    def _solve_head_rows(self, head: Tensor, rows: Ids, weights: Tensor, *, unweighted: Moments) -> tuple[Rows, ...]:
+    def _solve_head_rows(
+        self, head: Tensor, rows: Ids, weights: Tensor, *, pairs: Sequence[InputPair], unweighted: Moments
+    ) -> tuple[Rows, ...]:
         """Returns the integers of ``rows`` of the head, an array for each of its extents.
 
-        ``weights`` [samples, length] are those of the positions.
+        ``weights`` [samples, length] are those of the positions of ``pairs``. The positions that weigh least are left
+        out: the unweighted moments have them.
         """
-        moments = Moments.zero(head.shape[1], self._device)
-        for sequence_weights, inputs in zip(weights, self._head_inputs(), strict=True):
-            moments.add(*inputs(), sequence_weights)
+        least = weights.flatten().kthvalue(1 + int((1 - WEIGHING) * weights.numel())).values
+        kept = [torch.nonzero(of_sequence >= least)[:, 0] for of_sequence in weights]
+        heavy = [
+            weighted((pair[0][places], pair[1][places]), of_sequence[places])
+            for pair, of_sequence, places in zip(pairs, weights, kept, strict=True)
+            if len(places)
+        ]
+        moments = Moments.of(heavy, device=self._device)
         damping = TIED_DAMPING if self._config.tie_word_embeddings else DAMPING
         inverse = _inverse(moments.mixed(unweighted, UNWEIGHTED_SHARE), self._head, damping)
         step = max(1, SOLVE_BYTES // (4 * head.shape[1]))
@@ -300,9 +269,9 @@ class _Solver:
         norm = partial(final_norm, self._store, self._config, device=self._device)
         pairs = list(self._sequences(self._config.num_hidden_layers))[part]
         calls = (partial(normed_pair, norm, *pair) for pair in pairs)
-        if self._device.is_cpu or held:
+        if held:
             return calls
-        if not self._normed:  # every group of rows reads them, and a GPU would wait for the copies
+        if not self._normed:  # every group of rows reads them
             self._normed = [call() for call in calls]
         return (partial(same_pair, pair) for pair in self._normed)
 
@@ -350,6 +319,12 @@ class _Solver:
         """Returns a tensor as the artifact will have it, dequantised where it is stored in integers."""
         found = self.integers.unfolded(tensor)
         return self._float_weight(tensor) if found is None else found
+
+
+def _advances(right: StagedLayer, found: StagedLayer, stop: int, *, at: deque[Stops]) -> Iterator[Callable[[], Stops]]:
+    """Yield the calls that advance from the stops ``at``; each is dropped from ``at`` first, so that memory is free."""
+    while at:
+        yield partial(advance, right, found, stop, at=at.popleft())
 
 
 def _inverse(moments: Moments, name: str, damping: float = DAMPING) -> Inverse:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from h1export.model.falcon_h1.states import Array
 from h1export.quantize.choices import Step
-from h1export.quantize.methods.head_groups import POSITIONS, InputPair
+from h1export.quantize.methods.head_groups import POSITIONS
+from h1export.quantize.methods.moments import InputPair
 
 SHARE = 20  # sequences of the calibration text for one that is held out
 GUARD = "guard"  # the key of a manifest's calibration

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from h1export.artifact.weight_file import in_order
+from h1export.quantize.methods.moments import InputPair
 
 GROUPS = 64  # the largest number of groups
 ROWS_A_GROUP = 32  # the least average number of rows in a group
@@ -28,7 +29,6 @@ ROUNDS = 12  # of k-means
 SEED = 0
 POSITIONS = 128  # positions of which a thread holds the probabilities at a time
 
-InputPair = tuple[Tensor, Tensor]  # the head's float and quantised input for a sequence, [length, columns] each
 HeadInputs = Callable[[], Iterator[Callable[[], InputPair]]]  # starts over all sequences, and yields a call for each
 
 
@@ -47,7 +47,9 @@ class HeadGroups:
 
 
 def group_head(inputs: HeadInputs, head: Tensor, multiplier: float, *, jobs: int) -> HeadGroups:
-    """Returns groups of the rows of ``head``, float32 [vocab, columns], whose outputs times ``multiplier`` are logits.
+    """Returns groups of the rows of ``head`` [vocab, columns], whose outputs times ``multiplier`` are logits.
+
+    Outputs are computed in the dtype of ``head``, float32 or bf16.
 
     No digit depends on ``jobs``, the number of threads.
     """
@@ -96,7 +98,7 @@ def _group_weights(pair: Callable[[], InputPair], head: Tensor, multiplier: floa
 
 def _variances(float_input: Tensor, head: Tensor, multiplier: float) -> Tensor:
     """Returns p (1 - p) of every token at every position [positions, vocab]."""
-    probabilities = torch.softmax(multiplier * (float_input @ head.T), dim=1)
+    probabilities = torch.softmax(multiplier * (float_input.to(head.dtype) @ head.T).float(), dim=1)
     return probabilities * (1 - probabilities)
 
 

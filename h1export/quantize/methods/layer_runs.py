@@ -6,36 +6,20 @@ torch takes no array that is read-only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from h1export.checkpoint.store import WeightStore
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.quantize.layers import embed
-from h1export.quantize.methods.head_groups import InputPair
+from h1export.quantize.methods.moments import InputPair
+from h1export.quantize.methods.staged_layer import StagedLayer, Stopped
 
-# Name of an input -> its value [length, columns].
-Inputs = Mapping[str, Tensor]
-# A layer's input [length, hidden] -> its output [length, hidden], and the inputs of its projections.
-RunLayer = Callable[[Array], tuple[Array, Inputs]]
-
-
-class LayerRuns(NamedTuple):
-    """A layer with the checkpoint's weights, run on both inputs of one sequence.
-
-    Attributes:
-        output: the layer's output for the float input, [length, hidden].
-        float_inputs: the inputs of the layer's projections, for the float input.
-        quantised_inputs: the same for the quantised input; empty where they are not needed.
-    """
-
-    output: Array
-    float_inputs: Inputs
-    quantised_inputs: Inputs
+Stops = tuple[Stopped, Stopped]  # with the checkpoint's weights, and with integers
 
 
 def embedded(store: WeightStore, config: FalconH1Config, ids: Ids) -> tuple[Array, Array]:
@@ -44,16 +28,21 @@ def embedded(store: WeightStore, config: FalconH1Config, ids: Ids) -> tuple[Arra
     return hidden, hidden
 
 
-def run_on_both(run: RunLayer, float_input: Array, quantised_input: Array | None) -> LayerRuns:
-    """Run a layer on a sequence's float input, and on its quantised input where one is given."""
-    output, float_inputs = run(np.array(float_input))
-    quantised_inputs: Inputs = {} if quantised_input is None else run(np.array(quantised_input))[1]
-    return LayerRuns(output, float_inputs, quantised_inputs)
+def started(right: StagedLayer, found: StagedLayer, inputs: tuple[Array, Array]) -> Stops:
+    """Returns the first stops of a layer, with the checkpoint's weights and with integers, on inputs from the file."""
+    float_input, quantised_input = (torch.from_numpy(np.array(values)) for values in inputs)
+    return right.start(float_input), found.start(quantised_input)
 
 
-def layer_output(output_of: Callable[[Array], Array], sequence: Array) -> tuple[Array]:
-    """Returns a layer's output for a sequence, as a block of one extent."""
-    return (output_of(np.array(sequence)),)
+def advance(right: StagedLayer, found: StagedLayer, stop: int, *, at: Stops) -> Stops:
+    """Returns the stops after ``at``, as StagedLayer.run does."""
+    return right.run(stop, at[0]), found.run(stop, at[1])
+
+
+def outputs(at: Stops, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Returns a layer's two outputs at its end, in ``shape``, as a block of two extents."""
+    float_output, quantised_output = (one.residual.reshape(shape).cpu().numpy() for one in at)
+    return float_output, quantised_output
 
 
 def normed_pair(norm: Callable[[Array], Tensor], float_output: Array, quantised_output: Array) -> InputPair:
@@ -64,8 +53,3 @@ def normed_pair(norm: Callable[[Array], Tensor], float_output: Array, quantised_
 def same_pair(pair: InputPair) -> InputPair:
     """Returns the head's two inputs, which are computed already."""
     return pair
-
-
-def one_block(block: Array) -> tuple[Array]:
-    """Returns a block that is computed already, for one extent."""
-    return (block,)

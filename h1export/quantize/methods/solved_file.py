@@ -20,7 +20,7 @@ from h1export.quantize.methods.gptq import Inverse, solve_rows
 from h1export.quantize.methods.gptq_grid import solve_own_rows
 from h1export.quantize.methods.grid_search import round_own_rows
 from h1export.quantize.methods.guard import ERRORS, Errors, divergence, is_worse, output_errors
-from h1export.quantize.methods.head_groups import InputPair
+from h1export.quantize.methods.moments import InputPair
 from h1export.quantize.methods.stored import ALIGN, StoredBlocks, StoredIntegers, StoredMatrix
 from h1export.quantize.quantized_tensor import QuantizedTensor
 from h1export.quantize.source import QuantizedWeights
@@ -138,7 +138,7 @@ class SolvedFile:
         errors = np.zeros(ERRORS)
         rows = (0, len(head))
         for place in range(ERRORS):  # one after the other, as both are as large as the head
-            candidate = self.values(tensor, self.plain(tensor, rows) if place else solved, rows)
+            candidate = self.values(tensor, self._plain_arrays(tensor) if place else solved, rows)
             on_device = torch.from_numpy(candidate).to(head.device)
             errors[place] = divergence(held(candidate), head, on_device, multiplier=multiplier)
         self._write(tensor, solved, errors)
@@ -152,6 +152,9 @@ class SolvedFile:
 
     def _write_plain(self, tensor: str, errors: Errors) -> None:
         """Write a tensor plainly rounded, and its ``errors``."""
+        self._file.write(self._extents(tensor), [partial(tuple, [*self._plain_arrays(tensor), errors])])
+
+    def _plain_arrays(self, tensor: str) -> list[Rows]:
+        """Returns arrays for all rows by plain rounding, which threads round block by block."""
         parts = in_order((partial(self.plain, tensor, rows) for rows in self.ranges(tensor)), self._stage.jobs)
-        arrays = [np.concatenate(blocks) for blocks in zip(*parts, strict=True)]
-        self._file.write(self._extents(tensor), [partial(tuple, [*arrays, errors])])
+        return [np.concatenate(blocks) for blocks in zip(*parts, strict=True)]

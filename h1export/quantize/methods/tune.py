@@ -42,7 +42,8 @@ from h1export.quantize.choices import Step
 from h1export.quantize.device import CPU_DEVICE, ComputeDevice
 from h1export.quantize.layers import LoadedLayer, ReadWeight, embed, final_norm, head_tensor, weights_by_input
 from h1export.quantize.methods.guard import ERRORS, Errors, divergence, held_out, is_worse
-from h1export.quantize.methods.head_groups import POSITIONS, InputPair
+from h1export.quantize.methods.head_groups import POSITIONS
+from h1export.quantize.methods.moments import InputPair
 from h1export.quantize.methods.stored import ALIGN, StoredIntegers, StoredMatrix
 from h1export.quantize.methods.tuned_values import STEPS, CodeValues, ScaleValues, Values
 from h1export.quantize.quantized_tensor import QuantizedTensor

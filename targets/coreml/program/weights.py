@@ -18,6 +18,7 @@ from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array
 from h1export.model.falcon_h1.tensors import EMBEDDING
+from h1export.quantize.choices import AUTO
 from h1export.quantize.dequantize import dequantized_blocks
 from h1export.quantize.precision import Precision
 from h1export.quantize.source import QuantizedBlock, QuantizedWeights, quantized_blocks
@@ -56,18 +57,20 @@ class Weights:
         *,
         blobs: BlobStorage,
         compute: Float,
+        embedding: str = AUTO,
     ) -> None:
+        """``embedding`` is the option; int4 and int8 put integers into an embedding that is not tied."""
         self.compute = compute
+        self._gathers_integers = config.tie_word_embeddings or embedding in ("int4", "int8")
         self.stored = list[StoredWeight]()
         self.store = store
         self._integers = integers
-        self._config = config
         self._blobs = blobs
         self._places: dict[str, Callable[[], int]] = {}
 
     def precision(self, expr: WeightExpr) -> Precision | None:
-        """Return the precision of ``expr``; None: it is stored in floats, as an untied embedding is."""
-        if expr.only.tensor == EMBEDDING and not self._config.tie_word_embeddings:
+        """Return the precision of ``expr``; None: it is stored in floats, as an untied embedding is by default."""
+        if expr.only.tensor == EMBEDDING and not self._gathers_integers:
             return None
         return self._integers.precisions.get(expr.only.tensor)
 

@@ -46,7 +46,7 @@ def embedding(c: OrtContext, node: Node) -> None:
     ids = c.value(args_of(node)[1])
     precision = c.precision(expr)
     if precision is None:
-        c.set(node, c.build.op("Gather", c.weight(expr), ids))
+        c.set(node, c.embedded(ids, expr))
     else:
         c.set(node, embed_quantized(c, ids, expr, precision=precision))
 

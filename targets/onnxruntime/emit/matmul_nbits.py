@@ -19,11 +19,13 @@ import onnx_ir as ir
 
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.weight_expr import Multiplier, WeightExpr
+from h1export.model.falcon_h1.tensors import EMBEDDING
 from h1export.quantize.precision import Precision
 from h1export.quantize.source import QuantizedBlock, quantized_blocks
 from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
 from h1export.targets.onnx.emit import Context, initializer_name
+from h1export.targets.onnx.narrow import narrow_matrix
 from h1export.targets.onnxruntime.emit.packing import NBitsLayout
 from h1export.targets.onnxruntime.read_back import ROWS
 
@@ -38,10 +40,30 @@ class OrtContext(Context):
         accuracy_level: the level at which products with integers compute: 0 in float32, 4 with activations rounded to
             int8.
         halves: whether the session may compute with float16, which some GPUs cannot in browsers.
+        narrow_embedding: whether an embedding in floats is stored in float16.
     """
 
     accuracy_level: int = 0
     halves: bool = True
+    narrow_embedding: bool = False
+
+    def weight(self, expr: WeightExpr) -> Value:
+        if not self.narrow_embedding or [part.tensor for part in expr.parts] != [EMBEDDING]:
+            return super().weight(expr)
+        return self.build.once((expr, "wide"), lambda: self.cast(self._halves(expr), ir.DataType.FLOAT))
+
+    def embedded(self, ids: Value, expr: WeightExpr) -> Value:
+        """Emit rows ``ids`` of an embedding in floats, in float32.
+
+        Where no product reads it, rows in float16 become float32 once they are gathered: a session would hold the table
+        in float32 otherwise.
+        """
+        if self.narrow_embedding and self.halves and not self.is_multiplied(EMBEDDING):
+            return self.cast(self.build.op("Gather", self._halves(expr), ids), ir.DataType.FLOAT)
+        return self.build.op("Gather", self.weight(expr), ids)
+
+    def _halves(self, expr: WeightExpr) -> Value:
+        return narrow_matrix(self, expr, ir.DataType.FLOAT16, next_step="leave out --embedding fp16")
 
 
 @dataclass(frozen=True)

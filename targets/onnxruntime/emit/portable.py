@@ -25,6 +25,7 @@ from h1export.targets.onnx.masks import visible_keys
 from h1export.targets.onnx.rotary import rotary_tables
 from h1export.targets.onnxruntime.emit import dequantize_linear
 from h1export.targets.onnxruntime.emit.chunked_scan import Chunks, chunked_scan
+from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.sizes import AttentionSizes, ScanSizes
 
 aten = torch.ops.aten
@@ -47,13 +48,13 @@ def linear(c: Context, node: Node) -> None:
     common.set_product(c, node, c.build.op("MatMul", x, weight))
 
 
-def embedding(c: Context, node: Node) -> None:
+def embedding(c: OrtContext, node: Node) -> None:
     """Emit Gather, and a product with the scales where the embedding is stored in integers."""
     expr = c.expr(args_of(node)[0])
     ids = c.value(args_of(node)[1])
     precision = c.precision(expr)
     if precision is None:
-        c.set(node, c.build.op("Gather", c.weight(expr), ids))
+        c.set(node, c.embedded(ids, expr))
     else:
         c.set(node, dequantize_linear.embed(c, ids, expr, precision=precision))
 

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from h1export.checkpoint.store import WeightStore
-from h1export.commands.build import BuildJob, build_artifact
+from h1export.commands.build import build_artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.quantize.calibration import Calibration
 from h1export.quantize.scheme import QuantScheme
 from h1export.targets.gguf.options import GgufOptions
 from h1export.targets.gguf.refuse import REFUSED, check_model
@@ -88,17 +87,6 @@ def test_rows_that_blocks_do_not_divide_are_refused(make_checkpoint: Callable[..
     checkpoint = make_checkpoint(intermediate_size=200)
     with pytest.raises(H1ExportError, match=r"down_proj.*200 columns.*--quant none --floats f16"):
         build_artifact(checkpoint, "gguf", tmp_path / "out", scheme=QuantScheme("int8"))
-
-
-def test_a_tied_embedding_has_no_type_of_its_own(make_checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(H1ExportError, match=r"--embedding.*use --head q8_0"):
-        BuildJob.open(
-            make_checkpoint("tied"),
-            "gguf",
-            scheme=QuantScheme("int4"),
-            options=GgufOptions(embedding="q8_0"),
-            calibration=Calibration(),
-        )
 
 
 def test_fp16_has_no_place_for_large_weights(copy_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

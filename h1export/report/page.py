@@ -151,11 +151,10 @@ def _precisions(subjects: Sequence[JudgedArtifact]) -> dict[str, Any]:
         for subject, (bits, kl) in zip(subjects, found, strict=True)
         if kl is not None
     )
-    divergence = _chart(
-        "Mean KL",
-        lambda id_: charts.bars(id_, "nats", ["text"], values={i: [kl] for i, (_, kl) in points.items()}),
-        caption,
-    )
+
+    def divergence(name: str) -> str:
+        return charts.bars(name, "nats", ["text"], values={index: [kl] for index, (_, kl) in points.items()})
+
     return {
         "title": "What precisions cost",
         "text": "The bits of a weight in every layer's integers, scales included, and the divergence that all layers "
@@ -163,7 +162,7 @@ def _precisions(subjects: Sequence[JudgedArtifact]) -> dict[str, Any]:
         "missing": "",
         "charts": [
             _line_chart("Bits by layer", "layer", "bits", series=series, log=False),
-            divergence if points else None,
+            _chart("Mean KL", divergence, caption) if points else None,
         ],
     }
 

@@ -12,6 +12,7 @@ from h1export.checkpoint.tokenizer import load_tokenizer
 from h1export.cli import run
 from h1export.errors import H1ExportError
 from h1export.quantize.calibration import SHIPPED, Calibration
+from h1export.quantize.device import ComputeDevice
 from h1export.quantize.scheme import QuantScheme
 
 
@@ -111,7 +112,7 @@ def test_the_manifest_says_on_what_integers_were_chosen(spoken_checkpoint: Path,
             "samples": 2,
             "length": 100,
             "seed": 5,
-            "device": "cpu",
+            "device": ComputeDevice.of("cpu").name,
             "guard": {"sequences": 1, "plain": guard["plain"]},
         },
     }

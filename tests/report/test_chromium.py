@@ -56,7 +56,7 @@ def test_it_renders(
             "JSON.stringify([...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect()))"
         )
     )
-    assert len(charts) == 15
+    assert len(charts) == 17
     assert all(chart["width"] > 240 and chart["height"] > 150 for chart in charts)
     colours = browser.value("getComputedStyle(document.body).backgroundColor + getComputedStyle(document.body).color")
     assert colours == ("rgb(18, 23, 29)rgb(228, 233, 240)" if dark else "rgb(255, 255, 255)rgb(29, 39, 51)")

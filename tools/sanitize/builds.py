@@ -11,13 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from h1export.targets.onnxruntime import native_library
+from h1export.targets.onnxruntime import kernel_build, native_library
 
 HOST_SOURCES = tuple(sorted((Path(__file__).parent / "csrc").glob("*.cc")))
 MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 THREADS = ("-fsanitize=thread",)
 COMMON = ("-std=c++20", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-pthread", "-DH1_EXACT_SCRATCH")
-INCLUDE = native_library.FOLDER / "include"
+INCLUDE = kernel_build.FOLDER / "include"
 # what a sanitizer does at its first report; 23 is an exit code that nothing else gives
 REPORT = 23
 ENVIRONMENT = {
@@ -54,7 +54,7 @@ class Build:
         """Compile the program below ``folder``, a source at a time on every core; objects that are there are kept."""
         objects = folder / self.name
         objects.mkdir(parents=True, exist_ok=True)
-        csrc = native_library.FOLDER / "csrc"
+        csrc = kernel_build.FOLDER / "csrc"
         command = [
             compiler(),
             *COMMON,

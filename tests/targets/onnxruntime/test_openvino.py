@@ -193,13 +193,17 @@ def test_a_graph_with_other_operators_is_refused_by_name(graph: str, tiny: Path,
 def test_artifacts_of_other_targets_are_refused(target: str, tiny: Path, build: Build) -> None:
     artifact = build(tiny, "int4", graph="portable")
     other = replace(artifact.manifest, target=target, options=asdict(options_class(target)()))
-    with pytest.raises(H1ExportError, match=rf"--target {target} does not run in it; one of auto, native, stock"):
+    with pytest.raises(
+        H1ExportError, match=rf"--target {target} does not run in it; one of auto, native, compiled, stock"
+    ):
         load_runner(Artifact(artifact.folder, other), kernels=OPENVINO)
 
 
 def test_unknown_kernels_are_refused(tiny: Path, build: Build) -> None:
     assert all_kernels() == (*KERNELS, OPENVINO)
-    with pytest.raises(H1ExportError, match="kernels tensorrt: is unknown; one of auto, native, stock, openvino"):
+    with pytest.raises(
+        H1ExportError, match="kernels tensorrt: is unknown; one of auto, native, compiled, stock, openvino"
+    ):
         load_runner(build(tiny, "int4", graph="portable"), kernels="tensorrt")
 
 

@@ -18,7 +18,7 @@ from h1export.progress import SILENT
 from h1export.quantize.scheme import QuantScheme
 from h1export.report.checks import CheckKind
 from h1export.report.report import Report, Verdict
-from h1export.targets.onnxruntime import native_library
+from h1export.targets.onnxruntime import kernel_build, native_library
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.validate.accuracy.logits import relative_error
 from h1export.validate.accuracy.run import ValidateOptions, validate
@@ -74,7 +74,7 @@ def test_validate_catches_kernels_that_read_them_as_normal(
 ) -> None:
     written, artifact = subnormal
     assert judged(written, artifact).passed
-    csrc = Path(shutil.copytree(native_library.FOLDER / "csrc", tmp_path / "csrc"))
+    csrc = Path(shutil.copytree(kernel_build.FOLDER / "csrc", tmp_path / "csrc"))
     text = (csrc / "simd.h").read_text()
     for right, wrong in PLANTED:
         assert text.count(right) == 1

@@ -41,6 +41,15 @@ TESTED_WITH = (
     "cyclonedx-python-lib",
 )
 
+# the files with tests marked `slow`
+SLOW = (
+    "tests/validate/accuracy/test_right_artifacts.py",
+    "tests/tools/endurance/test_endurance.py",
+    "tests/cli/test_gate.py",
+    "tests/quantize/test_gptq_model.py",
+    "tests/targets/onnxruntime/test_cuda_bf16.py",
+)
+
 nox.options.default_venv_backend = (
     "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
 )
@@ -318,12 +327,13 @@ def published(session: nox.Session) -> None:
 
 @nox.session
 def selftest(session: nox.Session) -> None:
-    """The self-test of `validate`: thirty right artifacts of random models pass, and each fails with a fault.
+    """The tests that take too long for CI.
 
-    It is not part of CI, because it takes long.
+    Most of them are the self-test of `validate`: thirty right artifacts of random models pass, and each fails with a
+    fault.
     """
     session.install("-e", ".[export,ort]", *dev("pytest", "hypothesis"))
-    session.run("pytest", "-q", "tests/validate/accuracy/test_right_artifacts.py", *session.posargs)
+    session.run("pytest", "-q", "-m", "slow", *SLOW, *session.posargs)
 
 
 def need_chromium(session: nox.Session) -> None:

@@ -7,7 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
+import httpx2
 import numpy as np
 import openai
 
@@ -125,7 +127,10 @@ async def _run(url: str, model: str, wanted: Sequence[Request], *, clients: int)
         while waiting:
             seen.append(await _ask(client, model, waiting.pop()))
 
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=3600) as client:
+    # a connection of its own for each request, because servers close idle ones when they like
+    fresh = openai.DefaultAsyncHttpxClient(limits=httpx2.Limits(max_keepalive_connections=0))
+    how: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": 3600, "http_client": fresh}
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", **how) as client:
         start = time.perf_counter()
         await asyncio.gather(*(one(client) for _ in range(clients)))
         return Figures.of(seen, time.perf_counter() - start)

@@ -118,6 +118,7 @@ def test_a_larger_artifact_fails(built: tuple[str, str], gates: Path, capfd: pyt
 
 
 @pytest.mark.ort
+@pytest.mark.slow
 def test_a_gpu_is_timed_by_the_wall_clock_and_has_ratios_of_its_own(
     built: tuple[str, str], gates: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -214,6 +214,7 @@ assert built(out) == 0
 
 
 @pytest.mark.ort
+@pytest.mark.slow
 def test_kills_change_no_byte(spoken_checkpoint: Path, tmp_path: Path) -> None:
     """Whole builds: also that nothing of the solver's work is in an artifact."""
     truth = tmp_path / "truth"

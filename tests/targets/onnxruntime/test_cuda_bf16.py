@@ -79,7 +79,7 @@ def test_states_are_bf16_but_for_the_recurrent_one(tiny: Path, build: Build) -> 
     assert "are bfloat16" in (artifact.folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("quant", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_integers_are_exact_in_float32_arithmetic(quant: str, tiny: Path, build: Build) -> None:
     artifact = bf16(build, tiny, quant)
     assert worst(rows(artifact, tiny, load_runner(artifact, float32=True), "stored")) <= EXACT

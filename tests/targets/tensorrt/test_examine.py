@@ -82,7 +82,7 @@ def test_a_fitting_machine_is_validated(finished: Path, doctor: Callable[..., An
     assert code == 0, found
     assert all(passed for passed, _, _ in found.values())
     assert found["loading"][1] == "TensorRT 10.15.1 on sm_89"
-    assert {row["case"] for row in rows if row.get("case")} == {"one token", "ragged chunks"}
+    assert {row["case"] for row in rows if row.get("case")} == {"one token", "ragged chunks", "int4"}
 
 
 def test_a_missing_engine_is_built_where_that_is_asked(unfinished: Path, doctor: Callable[..., Any]) -> None:

@@ -54,6 +54,7 @@ def few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long, "BLOCKS", 8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_looks")
 @pytest.mark.parametrize("how", ["session", "hf"])
 def test_long_texts(how: str, artifact: Path) -> None:

@@ -17,7 +17,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from h1export.targets.onnxruntime.kernel_build import LEVELS
+from h1export.targets.onnxruntime.kernel_build import LEVELS, cpu_features
+from h1export.targets.onnxruntime.native_library import CPUINFO
 from h1export.targets.onnxruntime.native_library import compiled as library
 
 DOMAIN = "h1export"
@@ -26,7 +27,9 @@ STATES = {
     "SSMScan": ("state",),
     "Attention": ("past_k", "past_v"),
 }  # op -> inputs that outputs replace
-VARIANTS: dict[str, tuple[str, ...]] = {"native": (), "vnni": ("-DH1_DOT4",), "portable": ("-DH1_PORTABLE",)}
+VARIANTS: dict[str, tuple[str, ...]] = {"native": (), "portable": ("-DH1_PORTABLE",)}
+if not {"avx512_vnni", "avx_vnni"} & cpu_features(CPUINFO.read_text("ascii", errors="replace")):
+    VARIANTS["vnni"] = ("-DH1_DOT4",)  # elsewhere "native" is the same code
 if platform.machine() in ("x86_64", "AMD64"):
     # without the instructions that newer CPUs have
     VARIANTS["avx2"] = next(level.flags for level in LEVELS["x86_64"] if level.name == "avx2")

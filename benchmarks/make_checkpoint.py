@@ -189,6 +189,16 @@ def write_checkpoint(
     if FalconH1Config.load(embedded_model()).vocab_size <= settings["vocab_size"]:
         for name in TOKENIZER_FILES:
             shutil.copyfile(embedded_model() / name, folder / name)
+        fill_vocabulary(folder / TOKENIZER_FILES[0], settings["vocab_size"])
+
+
+def fill_vocabulary(file: Path, tokens: int) -> None:
+    """Give every token that a tokenizer.json lacks a text of its own, because a server streams no token without one."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    named = {*vocabulary.values(), *(token["id"] for token in content["added_tokens"])}
+    vocabulary |= {f"t{token}": token for token in range(tokens) if token not in named}
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def main() -> None:

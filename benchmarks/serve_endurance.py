@@ -122,6 +122,8 @@ def wrong_body(body: dict[str, Any], rng: random.Random) -> bytes:
         changed[name] = rng.choice(JUNK)
     if rng.random() < 0.3:
         changed.pop(rng.choice(list(changed)))
+    if changed.get("max_tokens") is None:
+        changed["max_tokens"] = TOKENS  # one that is right by chance is as short as the others
     data = json.dumps(changed).encode()
     if rng.random() < 0.3:
         data = data[: rng.randrange(len(data))] + rng.choice((b"", b"\xff", b"}", b"[" * 5000))

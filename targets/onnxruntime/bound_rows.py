@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, StateTensor
+from h1export.model.falcon_h1.states import Array, StateTensor
 from h1export.runtime.runner import RestorableSession
 from h1export.runtime.session import WHAT
 from h1export.runtime.sharing import OneCall, one_call
 from h1export.targets.onnxruntime import state_layout
-from h1export.targets.onnxruntime.bound_session import BoundGraph, bind_state
-from h1export.targets.onnxruntime.calls import refused
-from h1export.targets.onnxruntime.run_options import run_options
+from h1export.targets.onnxruntime.bound_session import BoundGraph, bind_state, run_bound
 
 LEAST_COLUMNS = 1024
 MOST_USED = 0.8  # of the columns, by the longest row, for which moving rows to the left is worth it
@@ -82,7 +80,7 @@ class BoundRows:
 
     @one_call
     def append(self, tokens: Mapping[Hashable, int]) -> dict[Hashable, Array | BaseException]:
-        rows = sorted((row for row in self._rows if row in tokens), key=lambda row: row.slot)
+        rows = [row for row in self._rows if row in tokens]
         if len(rows) != len(tokens):
             raise H1ExportError("rows", "has left, or never joined", "let it join first")
         answers: dict[Hashable, Array | BaseException] = {}
@@ -98,7 +96,7 @@ class BoundRows:
         mask = np.zeros((len(rows), self._end + 1), np.int64)
         for row in rows:
             mask[row.slot, row.end - row.length :] = 1
-        logits = self._run(ids, mask)
+        logits = run_bound(self._graph.session, self._binding(len(rows)), ids, mask=mask)
         self._end += 1
         for row in rows:
             row.end += 1
@@ -109,9 +107,11 @@ class BoundRows:
     def leave(self, row: Hashable) -> None:
         self._rows = [one for one in self._rows if one is not row]
         if not self._rows:
-            self._end = self._columns = 0
-            self._buffers.clear()
-            self._bindings.clear()
+            self._end = 0
+            if self._columns > LEAST_COLUMNS:
+                self._columns = 0
+                self._buffers.clear()
+                self._bindings.clear()
 
     def _refusal(self, row: _Row, token: int) -> H1ExportError | None:
         if row.length == self._context:
@@ -119,16 +119,6 @@ class BoundRows:
         if not 0 <= token < self._graph.vocab_size:
             return H1ExportError("append", f"token id {token}", f"the vocabulary is 0 to {self._graph.vocab_size - 1}")
         return None
-
-    def _run(self, ids: Any, mask: Any) -> Array:
-        binding = self._binding(len(ids))
-        binding.bind_cpu_input(INPUT_IDS, ids)
-        binding.bind_cpu_input(ATTENTION_MASK, mask)
-        binding.bind_output(LOGITS)
-        with refused("onnxruntime", "cannot compute the graph of this artifact"):
-            self._graph.session.run_with_iobinding(binding, run_options())
-        logits: Array = binding.get_outputs()[-1].numpy()
-        return logits
 
     def _binding(self, rows: int) -> Any:
         if rows not in self._bindings:
@@ -148,9 +138,8 @@ class BoundRows:
         self._columns = max(longest + longest // 2, LEAST_COLUMNS)
         self._end = max((row.length for row in self._rows), default=0)
         self._bindings.clear()
-        sizes = {"batch": self._most, PAST: self._columns}
         for tensor in self._graph.states.tensors:
-            shape = [sizes[dim] if isinstance(dim, str) else dim for dim in self._graph.variant.shape(tensor)]
+            shape = self._graph.variant.sized(tensor, self._most, self._columns)
             self._buffers[tensor.past] = np.zeros(shape, np.float32)
             for row in self._rows:
                 place = _Row(row.slot, self._end, row.length)

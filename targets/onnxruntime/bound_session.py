@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, Array, Ids, StateSpec, StateTensor
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateSpec, StateTensor
 from h1export.runtime.runner import check_call
 from h1export.runtime.saved_states import SavedStates, check_part
 from h1export.runtime.session import WHAT
@@ -72,11 +72,11 @@ class BoundSession:
         self._graph = graph
         self._capacity = capacity
         value_of = sdk.onnxruntime().OrtValue.ortvalue_from_numpy
-        sizes = {"batch": batch, PAST: capacity}
         self._states: list[tuple[str, str, Any]] = []
         for tensor in graph.states.tensors:
-            shape = [sizes[dim] if isinstance(dim, str) else dim for dim in graph.variant.shape(tensor)]
-            zeros = np.zeros(shape, in_numpy(graph.dtypes[tensor.past]))  # bytes, which are bound by address
+            zeros = np.zeros(
+                graph.variant.sized(tensor, batch, capacity), in_numpy(graph.dtypes[tensor.past])
+            )  # bytes, which are bound by address
             self._states.append((tensor.past, tensor.present, value_of(zeros, self._graph.device, DEVICE_ID)))
         self._batch = batch
         self._one_call = OneCall(WHAT)
@@ -158,13 +158,18 @@ class BoundSession:
         return binding
 
     def _run(self, binding: Any, ids: Ids, mask: Ids) -> Array:
-        binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids))
-        binding.bind_cpu_input(ATTENTION_MASK, mask)
-        binding.bind_output(LOGITS)
-        with refused("onnxruntime", "cannot compute the graph of this artifact"):
-            self._graph.session.run_with_iobinding(binding, run_options())
-        logits: Array = binding.get_outputs()[-1].numpy()  # outputs are in the order of binding
-        return logits
+        return run_bound(self._graph.session, binding, ids, mask=mask)
+
+
+def run_bound(session: Any, binding: Any, ids: Ids, *, mask: Ids) -> Array:
+    """Run a graph whose states are bound, and return its logits float32 [batch, new or 1, vocab]."""
+    binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids))
+    binding.bind_cpu_input(ATTENTION_MASK, mask)
+    binding.bind_output(LOGITS)
+    with refused("onnxruntime", "cannot compute the graph of this artifact"):
+        session.run_with_iobinding(binding, run_options())
+    logits: Array = binding.get_outputs()[-1].numpy()  # outputs are in the order of binding
+    return logits
 
 
 def bind_state(

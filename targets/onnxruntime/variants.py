@@ -53,6 +53,11 @@ class GraphVariant:
         """Return the dims of a state in this graph."""
         return state_layout.shape(tensor, self.permutation)
 
+    def sized(self, tensor: StateTensor, batch: int, past: int) -> tuple[int, ...]:
+        """Return the shape of a state in this graph in numbers, for ``batch`` sequences of ``past`` tokens."""
+        sizes = tensor.sized(batch, past)
+        return tuple(sizes[axis] for axis in self.permutation.get(tensor.kind, range(len(sizes))))
+
     def dtype(self, kind: StateKind) -> str:
         """Return ONNX's name of the dtype of states of this kind."""
         return ONNX_NAMES[self.half if kind in self.halves else np.float32]

@@ -75,7 +75,7 @@ def importance_matrix(store: WeightStore, config: FalconH1Config, ids: Ids) -> d
     found: dict[str, Array] = {}
     hidden = [embed(store, config, sample) for sample in ids]
     for layer in range(config.num_hidden_layers):
-        loaded = LoadedLayer(store, config, layer, read=lambda name: store.rows(name, 0, store.shape(name)[0]))
+        loaded = LoadedLayer(config, layer, read=lambda name: store.rows(name, 0, store.shape(name)[0]))
         groups = weights_by_input(layer)
         sums = dict.fromkeys(groups, np.float32(0))
         for place, sample in enumerate(hidden):

@@ -71,7 +71,6 @@ class LoadedLayer:
 
     def __init__(
         self,
-        store: WeightStore,
         config: FalconH1Config,
         layer: int,
         *,

@@ -114,7 +114,7 @@ class _Measurement:
 
     def _run_layer_on_all(self, layer: int, hidden: list[HiddenStates], rounded: str = "") -> list[HiddenStates]:
         """Returns a layer's output for several lots of sequences, for which it is loaded once."""
-        loaded = LoadedLayer(self._store, self._config, layer, read=partial(self._read, rounded), device=self._device)
+        loaded = LoadedLayer(self._config, layer, read=partial(self._read, rounded), device=self._device)
         found = in_order((partial(loaded.output, sample) for sequences in hidden for sample in sequences), self._jobs)
         return [[next(found) for _ in sequences] for sequences in hidden]
 

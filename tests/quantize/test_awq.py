@@ -93,7 +93,7 @@ def test_products_have_less_error(tensor: str, make_checkpoint: Callable[..., Pa
     factors = search_scales(store, config, precisions, ids=ids(config), jobs=1, progress=SILENT)
     other = np.random.default_rng(1).integers(0, config.vocab_size, 100)
     inputs = (
-        LoadedLayer(store, config, 0, read=lambda tensor: whole(store, tensor))
+        LoadedLayer(config, 0, read=lambda tensor: whole(store, tensor))
         .run(embed(store, config, other))[1]["mamba.in_proj"]
         .numpy()
     )

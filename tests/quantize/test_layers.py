@@ -26,7 +26,7 @@ def test_logits_are_those_of_transformers(checkpoint: Path) -> None:
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 40)
     hidden = embed(store, config, ids)
     for layer in range(config.num_hidden_layers):
-        hidden = LoadedLayer(store, config, layer, read=whole(store)).output(hidden)
+        hidden = LoadedLayer(config, layer, read=whole(store)).output(hidden)
     found = logits(store, config, hidden, head=torch.from_numpy(whole(store)(head_tensor(config)))).numpy()
     assert relative_error(found, Reference(checkpoint).full(ids)[0]) < 1e-5
 
@@ -39,7 +39,7 @@ def test_the_inputs_are_those_of_the_products(make_checkpoint: Callable[..., Pat
     config = FalconH1Config.load(folder)
     store = WeightStore.open(folder, config)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 40)
-    found = LoadedLayer(store, config, 0, read=whole(store)).run(embed(store, config, ids))[1]
+    found = LoadedLayer(config, 0, read=whole(store)).run(embed(store, config, ids))[1]
     model = FalconH1ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     theirs: dict[str, torch.Tensor] = {}
     for group in INPUT_GROUPS.values():

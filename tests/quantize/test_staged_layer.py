@@ -47,14 +47,14 @@ def test_it_computes_what_the_whole_layer_does(
         return store.rows(tensor, 0, store.shape(tensor)[0])
 
     hidden = np.random.default_rng(0).standard_normal((*shape, config.hidden_size)).astype(np.float32)
-    right, inputs = LoadedLayer(store, config, 1, read=read).run(hidden)
-    output, found = run(StagedLayer(store, config, 1, read=read), hidden)
+    right, inputs = LoadedLayer(config, 1, read=read).run(hidden)
+    output, found = run(StagedLayer(config, 1, read=read), hidden)
     assert set(found) == set(INPUT_GROUPS)
     np.testing.assert_allclose(output, right, atol=1e-5 * np.abs(right).max())
     for group, value in found.items():
         torch.testing.assert_close(value, inputs[group], rtol=1e-5, atol=1e-5)
     halves: ComputeDevice = replace(CPU_DEVICE, halves=True)
-    rounded, of_halves = run(StagedLayer(store, config, 1, read=read, device=halves), hidden)
+    rounded, of_halves = run(StagedLayer(config, 1, read=read, device=halves), hidden)
     assert 0 < np.abs(rounded - right).max() < 4 * HALF * np.abs(right).max()
     assert all(value.dtype == torch.float32 for value in of_halves.values())
 
@@ -71,7 +71,7 @@ def test_weights_that_are_put_later_change_what_comes_later(make_checkpoint: Cal
         return values * 0 if zero else values
 
     hidden = torch.from_numpy(np.random.default_rng(0).standard_normal((30, config.hidden_size)).astype(np.float32))
-    staged = StagedLayer(store, config, 0, read=read)
+    staged = StagedLayer(config, 0, read=read)
     at = staged.start(hidden)
     staged.put(0)
     at = staged.run(0, at)

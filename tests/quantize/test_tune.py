@@ -159,10 +159,10 @@ def test_a_layers_gradients_are_its_differences(name: str, make_checkpoint: Call
         return store.rows(tensor, 0, store.shape(tensor)[0]) + moved.get(tensor, np.float32(0))
 
     def value(x: np.ndarray) -> float:  # type: ignore[type-arg]
-        return float((LoadedLayer(store, config, 1, read=read).output(x).astype(np.float64) * outer).sum())
+        return float((LoadedLayer(config, 1, read=read).output(x).astype(np.float64) * outer).sum())
 
     names = ["mamba.in_proj.weight", "self_attn.k_proj.weight", "feed_forward.down_proj.weight"]
-    of_input, of_weights = LoadedLayer(store, config, 1, read=read).gradients(hidden, outer, names)
+    of_input, of_weights = LoadedLayer(config, 1, read=read).gradients(hidden, outer, names)
     step = 1e-2
     wanted = (value(hidden + step * direction) - value(hidden - step * direction)) / (2 * step)
     assert float((of_input * direction).sum()) == pytest.approx(wanted, rel=0.02, abs=1e-3 * float(np.abs(outer).sum()))

@@ -96,7 +96,6 @@ class _Search:
         for layer in range(self._config.num_hidden_layers):
             progress.stage(f"scaling, layer {layer + 1} of {self._config.num_hidden_layers}")
             loaded = LoadedLayer(
-                self._store,
                 self._config,
                 layer,
                 read=lambda name: self._store.rows(name, 0, self._store.shape(name)[0]),

@@ -167,8 +167,8 @@ class _Solver:
 
     def _solve_layer(self, layer: int, groups: InputGroups) -> None:
         """Solve the projections in ``groups``, and write both inputs of the next layer."""
-        right = StagedLayer(self._store, self._config, layer, read=self._float_weight, device=self._device)
-        found = StagedLayer(self._store, self._config, layer, read=self._quantised_weight, device=self._device)
+        right = StagedLayer(self._config, layer, read=self._float_weight, device=self._device)
+        found = StagedLayer(self._config, layer, read=self._quantised_weight, device=self._device)
         calls: Iterator[Callable[[], Stops]] = (
             partial(started, right, found, pair) for pair in self._sequences(layer, self._batch)
         )
@@ -227,7 +227,7 @@ class _Solver:
             for ids in self._ids[self._solved_on :]
         ]
         for layer in range(self._config.num_hidden_layers):
-            loaded = LoadedLayer(self._store, self._config, layer, read=self._quantised_weight, device=self._device)
+            loaded = LoadedLayer(self._config, layer, read=self._quantised_weight, device=self._device)
             hidden = list(in_order((partial(loaded.output, one) for one in hidden), self._stage.jobs))
         norm = partial(final_norm, self._store, self._config, device=self._device)
         return [(right, norm(one)) for (right, _), one in zip(pairs, hidden, strict=True)]

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from h1export.checkpoint.store import WeightStore
 from h1export.graphs.model import Layer, layer_states, mup_vector, scaled
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.projections import (
@@ -64,7 +63,6 @@ class StagedLayer:
 
     def __init__(
         self,
-        store: WeightStore,
         config: FalconH1Config,
         layer: int,
         *,

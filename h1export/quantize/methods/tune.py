@@ -288,7 +288,7 @@ class _Tuner:
         return embed(self._store, self._config, self._ids[sample], read=partial(_row, table))
 
     def _loaded(self, layer: int, read: ReadWeight) -> LoadedLayer:
-        return LoadedLayer(self._store, self._config, layer, read=read, device=self._device)
+        return LoadedLayer(self._config, layer, read=read, device=self._device)
 
     def _integers(self, tensor: str) -> QuantizedTensor:
         values = self._values.get(tensor)

@@ -80,6 +80,11 @@ def rows(report: Path, skips_pass: bool) -> Iterator[Row]:
             yield Row(name, True, figures)
 
 
+def _interruptible() -> None:
+    """Let SIGINT interrupt: where this host runs in a shell's background it is ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def call(command: Sequence[str], tree: Path, stop_s: float) -> tuple[str, bool]:
     """Run pytest in ``tree``, interrupt it after ``stop_s`` seconds, and return its output and whether it ended itself.
 
@@ -87,7 +92,14 @@ def call(command: Sequence[str], tree: Path, stop_s: float) -> tuple[str, bool]:
     """
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=tree, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        cwd=tree,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        preexec_fn=_interruptible,
     )
     try:
         return process.communicate(timeout=stop_s)[0], True

@@ -60,6 +60,19 @@ inline void even_columns_first(int8_t* codes, size_t columns, size_t chunk) {
   }
 }
 
+struct RoundedBlock {
+  float scale;
+  int32_t total;  // of the codes
+};
+
+// Round one block.
+inline RoundedBlock round_block(const float* x, size_t count, int8_t* codes) {
+  const float largest = largest_magnitude(x, count);
+  const float inverse = largest > 1e-30f ? 127 / largest : 0;  // smaller ones would overflow; they are zeros
+  const int32_t total = round_to_int8(x, count, inverse, codes);
+  return {.scale = largest / 127, .total = total};
+}
+
 // Round one token; `zero_point` is that of the weights' codes as they are multiplied.
 template <class F>
 void round_token(const float* x, size_t columns, int zero_point, int8_t* codes, float* floats, size_t chunks) {
@@ -67,11 +80,9 @@ void round_token(const float* x, size_t columns, int zero_point, int8_t* codes, 
   std::memset(floats, 0, chunks * kFloats * sizeof(float));
   for (size_t start = 0; start < columns; start += F::kBlock) {
     const size_t count = std::min(F::kBlock, columns - start), first = start / F::kBlock * F::kWords;
-    const float largest = largest_magnitude(x + start, count), scale = largest / 127;
-    const float inverse = largest > 1e-30f ? 127 / largest : 0;  // smaller ones would overflow; they are zeros
-    const int32_t total = round_to_int8(x + start, count, inverse, codes + start);
-    for (size_t word = first; word < first + F::kWords; ++word) floats[lane_of(word)] = scale;
-    floats[lane_of(first) + kLanes] = -static_cast<float>(zero_point * total) * scale;
+    const RoundedBlock block = round_block(x + start, count, codes + start);
+    for (size_t word = first; word < first + F::kWords; ++word) floats[lane_of(word)] = block.scale;
+    floats[lane_of(first) + kLanes] = -static_cast<float>(zero_point * block.total) * block.scale;
   }
   if constexpr (F::kParts == 2) even_columns_first(codes, chunks * F::kChunk, F::kChunk);
 }

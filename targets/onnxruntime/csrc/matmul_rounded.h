@@ -10,6 +10,7 @@
 
 #include "activations.h"
 #include "matmul.h"
+#include "matmul_wide.h"
 #include "simd.h"
 
 namespace h1 {
@@ -273,6 +274,9 @@ Activations round_tokens(const Weights& w, const float* x, size_t tokens, const 
 template <class F>
 void matmul_rounded(const Weights& w, const float* x, Tokens all, float* y, const Parallel& parallel) {
   const size_t tokens = all.count;
+#if defined(H1_WIDE)
+  if (tokens > kFewTokens && !all.apart) return matmul_wide<F>(w, x, tokens, y, parallel);
+#endif
   for (size_t start = 0; start < tokens; start += kSlab) {
     const size_t count = std::min(kSlab, tokens - start);
     float* out = y + start * w.rows;

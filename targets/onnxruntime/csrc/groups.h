@@ -20,8 +20,8 @@
 
 namespace h1 {
 
-constexpr size_t kWide = 16;      // rows of a panel: the lanes of a vector
-constexpr uint8_t kSigned = 0;    // added to the codes of tokens for instructions that multiply signed bytes by signed
+constexpr size_t kWide = 16;    // rows of a panel: the lanes of a vector
+constexpr uint8_t kSigned = 0;  // added to the codes of tokens for instructions that multiply signed bytes by signed
 constexpr uint8_t kUnsigned = 128;  // and for those that multiply unsigned ones by signed
 
 // Columns beside each other in a row of a tile; a block is one step, or two.
@@ -71,7 +71,7 @@ int8_t* unpack_word(__m512i packed, int8_t* to) {
     const __m512i mask = _mm512_set1_epi8(15), zero_point = _mm512_set1_epi8(F::kZeroPoint);
     const __m512i even = _mm512_sub_epi8(_mm512_and_si512(packed, mask), zero_point);
     const __m512i odd = _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(packed, 4), mask), zero_point);
-    const __m512 first = _mm512_castsi512_ps(_mm512_unpacklo_epi8(even, odd));  // two words of rows 0, 1, 4, 5, ...
+    const __m512 first = _mm512_castsi512_ps(_mm512_unpacklo_epi8(even, odd));   // two words of rows 0, 1, 4, 5, ...
     const __m512 second = _mm512_castsi512_ps(_mm512_unpackhi_epi8(even, odd));  // and of rows 2, 3, 6, 7, ...
     _mm512_storeu_ps(to, _mm512_shuffle_ps(first, second, 0x88));
     _mm512_storeu_ps(to + 64, _mm512_shuffle_ps(first, second, 0xdd));
@@ -116,7 +116,8 @@ void unpack_wide(const Weights& w, size_t row, const WidePanel& panel) {
     panel.bias[r] = w.bias ? w.bias[row_at(r)] : 0;
     const float factor = w.factor(row_at(r));
     const Half* const scales = w.scales + row_at(r) * w.blocks;
-    for (size_t block = 0; block < w.blocks; ++block) panel.scales[block * kWide + r] = factor * to_float(scales[block]);
+    for (size_t block = 0; block < w.blocks; ++block)
+      panel.scales[block * kWide + r] = factor * to_float(scales[block]);
   }
 }
 

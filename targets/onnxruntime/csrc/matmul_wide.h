@@ -40,7 +40,7 @@ class Vectors {
     for (size_t block = 0; block < blocks; ++block) {
       __m512i of_block[kTokens];
       const __m512i offsets = _mm512_loadu_si512(panel.offsets + block * kWide);
-      for (size_t t = 0; t < kTokens; ++t) of_block[t] = offsets;
+      for (__m512i& sum : of_block) sum = offsets;
       for (size_t step = 0; step < F::kBlock / kDepth<F>; ++step, x += kTokens * kDepth<F>) {
 #pragma GCC unroll 8
         for (size_t word = 0; word < kDepth<F> / 4; ++word, rows += 64) {
@@ -186,7 +186,8 @@ void matmul_groups(const Weights& w, const float* x, size_t all, float* y, const
     const float* const from = x + start * w.columns;
     parallel(groups, [&](size_t group) {
       const size_t token = group * kTokens;
-      const Group to{.codes = rounded.codes + token * w.blocks * F::kBlock, .scales = rounded.scales + token * w.blocks};
+      const Group to{.codes = rounded.codes + token * w.blocks * F::kBlock,
+                     .scales = rounded.scales + token * w.blocks};
       round_group<F, kTokens>(from + token * w.columns, std::min(kTokens, tokens - token), w.columns, Sums<F>::kCodes,
                               w.blocks, to);
     });

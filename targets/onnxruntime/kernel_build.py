@@ -52,12 +52,14 @@ TUNED = "-mtune=znver3"
 # The x86-64 psABI defines the levels v3 and v4; Linux names lzcnt "abm", and sse3 "pni". All of v2 comes with avx2.
 V3 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe", "popcnt", "cx16", "lahf_lm", "ssse3", "sse4_2"})
 V4 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+VNNI = ("-march=x86-64-v4", "-mavx512vnni")
 # what Armv8.2 asks for beyond Armv8 that compilers use, and the dot product, which it leaves open
 ARMV8_2 = frozenset({"crc32", "atomics", "asimdrdm", "asimddp"})
 # machine, as os.uname() has it -> its levels, the best first; the last one runs on every such CPU
 LEVELS = {
     "x86_64": (
-        Level("avx512-vnni", ("-march=x86-64-v4", "-mavx512vnni", TUNED), V4 | {"avx512_vnni"}),
+        Level("amx", (*VNNI, "-mamx-tile", "-mamx-int8", TUNED), V4 | {"avx512_vnni", "amx_tile", "amx_int8"}),
+        Level("avx512-vnni", (*VNNI, TUNED), V4 | {"avx512_vnni"}),
         Level("avx-vnni", ("-march=x86-64-v3", "-mavxvnni", TUNED), V3 | {"avx_vnni"}),
         Level("avx2", ("-march=x86-64-v3", TUNED), V3),
         Level("sse2", ("-march=x86-64",), frozenset()),

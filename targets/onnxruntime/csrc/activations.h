@@ -18,6 +18,7 @@ struct Activations {
   size_t chunks;
 };
 constexpr size_t kFloats = 2 * kLanes;  // of a chunk
+constexpr size_t kSlab = 1024;          // tokens rounded at a time, to bound the memory for them
 
 // Where the scale for a word's sum lies; its correction is kLanes behind.
 constexpr size_t lane_of(size_t word) { return word / kLanes * kFloats + word % kLanes; }
@@ -60,6 +61,26 @@ inline void even_columns_first(int8_t* codes, size_t columns, size_t chunk) {
   }
 }
 
+// Codes of a chunk, or of 8 words, as Dot takes them: int4 even (0) or odd (1) columns, int8 with their sign.
+template <class F>
+u8x32 columns_of(u8x32 packed, size_t part) {
+  if constexpr (F::kBits == 8) return packed ^ static_cast<uint8_t>(F::kZeroPoint);
+  return part == 0 ? packed & 15 : packed >> 4;
+}
+
+struct RoundedBlock {
+  float scale;
+  int32_t total;  // of the codes
+};
+
+// Round one block.
+inline RoundedBlock round_block(const float* x, size_t count, int8_t* codes) {
+  const float largest = largest_magnitude(x, count);
+  const float inverse = largest > 1e-30f ? 127 / largest : 0;  // smaller ones would overflow; they are zeros
+  const int32_t total = round_to_int8(x, count, inverse, codes);
+  return {.scale = largest / 127, .total = total};
+}
+
 // Round one token; `zero_point` is that of the weights' codes as they are multiplied.
 template <class F>
 void round_token(const float* x, size_t columns, int zero_point, int8_t* codes, float* floats, size_t chunks) {
@@ -67,13 +88,29 @@ void round_token(const float* x, size_t columns, int zero_point, int8_t* codes, 
   std::memset(floats, 0, chunks * kFloats * sizeof(float));
   for (size_t start = 0; start < columns; start += F::kBlock) {
     const size_t count = std::min(F::kBlock, columns - start), first = start / F::kBlock * F::kWords;
-    const float largest = largest_magnitude(x + start, count), scale = largest / 127;
-    const float inverse = largest > 1e-30f ? 127 / largest : 0;  // smaller ones would overflow; they are zeros
-    const int32_t total = round_to_int8(x + start, count, inverse, codes + start);
-    for (size_t word = first; word < first + F::kWords; ++word) floats[lane_of(word)] = scale;
-    floats[lane_of(first) + kLanes] = -static_cast<float>(zero_point * total) * scale;
+    const RoundedBlock block = round_block(x + start, count, codes + start);
+    for (size_t word = first; word < first + F::kWords; ++word) floats[lane_of(word)] = block.scale;
+    floats[lane_of(first) + kLanes] = -static_cast<float>(zero_point * block.total) * block.scale;
   }
   if constexpr (F::kParts == 2) even_columns_first(codes, chunks * F::kChunk, F::kChunk);
+}
+
+// Round `tokens` tokens into memory of the calling thread.
+template <class F>
+Activations round_tokens(const Weights& w, const float* x, size_t tokens, const Parallel& parallel) {
+  static thread_local Scratch<int8_t> code_memory;
+  static thread_local Scratch<float> float_memory;
+  const size_t chunks = (w.row_bytes + F::kChunkBytes - 1) / F::kChunkBytes;
+  int8_t* codes = code_memory.get(tokens * chunks * F::kChunk);
+  float* floats = float_memory.get(tokens * chunks * kFloats);
+  const int zero_point = F::kBits == 4 ? F::kZeroPoint : 0;  // int8 codes are made signed before they are multiplied
+  parallel_ranges(parallel, tokens, std::max<size_t>(1, (1 << 15) / w.columns), [=](size_t begin, size_t end) {
+    for (size_t t = begin; t < end; ++t) {
+      round_token<F>(x + t * w.columns, w.columns, zero_point, codes + t * chunks * F::kChunk,
+                     floats + t * chunks * kFloats, chunks);
+    }
+  });
+  return {.codes = codes, .floats = floats, .chunks = chunks};
 }
 
 }  // namespace h1

@@ -21,7 +21,7 @@ constexpr size_t kKeys = 64;      // keys of a block: they and their values stay
 constexpr size_t kOneKeys = 32;   // the same for one token: the heads of a group read them again from the L1 cache
 constexpr size_t kSplit = 512;    // keys of one item for a thread, for one token
 constexpr size_t kQueries = 264;  // rows (tokens times heads of a group) of one item for a thread, for several tokens
-constexpr size_t kRows = 6;       // rows whose scores are computed, normalised and used at a time
+constexpr size_t kRows = kTileRows;  // rows whose scores are computed, normalised and used at a time
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr float kLowest = -1e30f;  // below any score, but finite: exp(kHidden - kLowest) is 0
 

@@ -34,9 +34,10 @@ inline f32x8 load(const float* p) {
 inline void store(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
 
 // Keeps a loaded vector in a register, where the compiler would load it again as an operand of every instruction.
-inline void in_register([[maybe_unused]] f32x8& v) {
+template <class V>
+void in_register([[maybe_unused]] V& v) {
 #if defined(H1_AVX2)
-  asm("" : "+x"(v));
+  asm("" : "+v"(v));
 #endif
 }
 

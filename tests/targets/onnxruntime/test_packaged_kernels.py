@@ -24,6 +24,8 @@ LEAST = {machine: levels[-1].name for machine, levels in LEVELS.items()}
 EVERY = [(machine, level) for machine, levels in LEVELS.items() for level in levels]
 LINES = {"x86_64": "flags\t\t: fpu {} sse2\n", "aarch64": "Features\t: fp {} asimd\n"}
 CPUS = {  # words of /proc/cpuinfo -> the level
+    "sapphire rapids": ("x86_64", kernel_build.V4 | {"avx512_vnni", "amx_tile", "amx_int8", "amx_bf16"}, "amx"),
+    "the same under a system without tiles": ("x86_64", kernel_build.V4 | {"avx512_vnni"}, "avx512-vnni"),
     "zen4": ("x86_64", kernel_build.V4 | {"avx512_vnni", "avx512_bf16"}, "avx512-vnni"),
     "skylake-x, without VNNI": ("x86_64", kernel_build.V4, "avx2"),
     "alder lake": ("x86_64", kernel_build.V3 | {"avx_vnni"}, "avx-vnni"),

@@ -28,11 +28,13 @@ STATES = {
     "Attention": ("past_k", "past_v"),
 }  # op -> inputs that outputs replace
 VARIANTS: dict[str, tuple[str, ...]] = {"native": (), "portable": ("-DH1_PORTABLE",)}
-if not {"avx512_vnni", "avx_vnni"} & cpu_features(CPUINFO.read_text("ascii", errors="replace")):
+FEATURES = cpu_features(CPUINFO.read_text("ascii", errors="replace"))
+if not {"avx512_vnni", "avx_vnni"} & FEATURES:
     VARIANTS["vnni"] = ("-DH1_DOT4",)  # elsewhere "native" is the same code
 if platform.machine() in ("x86_64", "AMD64"):
     # without the instructions that newer CPUs have
-    VARIANTS["avx2"] = next(level.flags for level in LEVELS["x86_64"] if level.name == "avx2")
+    lower = ("avx512-vnni", "avx2") if "amx_int8" in FEATURES else ("avx2",)
+    VARIANTS |= {level.name: level.flags for level in LEVELS["x86_64"] if level.name in lower}
 HOST = kernel_hosts.command()
 if HOST:
     VARIANTS = {"host": ()}

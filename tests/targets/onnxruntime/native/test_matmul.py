@@ -103,12 +103,12 @@ class Case:
 
 
 # Few tokens and many take different kernels (the limit is 8). Their steps are 2 or 4 rows and 4 tokens, or 16 rows and
-# 4 tokens.
+# 4, 12 or 16 tokens; an item for a thread has up to 64 rows.
 SHAPES = (
     st.sampled_from(FORMATS),
     st.integers(1, 70),
     st.integers(1, 400),
-    st.integers(1, 23),
+    st.integers(1, 33),
     st.booleans(),
     st.integers(0, 2**32 - 1),
 )

@@ -59,8 +59,9 @@ class OnnxRuntimeTarget:
         stage: Stage,
         progress: Progress,
     ) -> Lowered:
-        variant, lowering = variant_of(options), lowering_of(options)
+        lowering = lowering_of(options)
         precisions = set(integers.precisions.values())
+        variant = variant_of(options, integers=bool(precisions))
         align = max([INT8_BLOCKS[0], *(precision.group_size for precision in precisions)])
         program = run_passes(program, lowering.fuse(_kind_of(integers), align))
         progress.stage("weights", store.nbytes)

@@ -130,7 +130,9 @@ def attention(c: Context, node: Node) -> None:
 def grouped_attention(c: Context, node: Node, make_mask: Callable[[Context, Any, Any], tuple[Value, ...]]) -> None:
     """Emit an h1.attention; ``make_mask`` returns the bias, seqlens_k and total_sequence_length, once for all layers.
 
-    Its arguments are the context, and the nodes of the attention mask and of the positions.
+    Its arguments are the context, and the nodes of the attention mask and of the positions. A cache of another dtype
+    than the activations' is converted where it enters and leaves; new keys and values are rounded before they are read,
+    as a later call will read them.
     """
     q, k, v, past_k, past_v, positions, mask, _theta = args_of(node)
     sizes = AttentionSizes.of(node)
@@ -141,13 +143,18 @@ def grouped_attention(c: Context, node: Node, make_mask: Callable[[Context, Any,
         b.op("RotaryEmbedding", _flat(c, x), cos, sin, num_heads=heads)
         for x, heads in ((q, sizes.heads), (k, sizes.kv_heads))
     ]
+    cache = c.value(past_k).dtype
+    wide = ir.DataType.from_numpy(np.dtype(c.activations))
+    narrow = cache if cache is not None and cache != wide else None
+    query, key, value, *past = *rotated, _flat(c, v), c.value(past_k), c.value(past_v)
+    if narrow is not None:
+        key, value = (c.cast(c.cast(new, narrow), wide) for new in (key, value))
+        past = [c.cast(old, wide) for old in past]
     out, keys, values = b.ops(
         "GroupQueryAttention",
         3,
-        *rotated,
-        _flat(c, v),
-        c.value(past_k),
-        c.value(past_v),
+        *(query, key, value),
+        *past,
         seqlens,
         total,
         None,
@@ -159,6 +166,8 @@ def grouped_attention(c: Context, node: Node, make_mask: Callable[[Context, Any,
         kv_num_heads=sizes.kv_heads,
         scale=sizes.scale,
     )
+    if narrow is not None:
+        keys, values = c.cast(keys, narrow), c.cast(values, narrow)
     c.set(node, b.op("Reshape", out, b.ints(0, 0, sizes.heads, sizes.head_dim)), keys, values)
 
 

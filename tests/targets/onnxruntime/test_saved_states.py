@@ -21,6 +21,8 @@ Build = Callable[..., Artifact]
 GRAPHS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "native": ({}, {"kernels": "native"}),
     "stock": ({}, {"kernels": "stock"}),
+    "native, fp16 cache": ({"kv": "fp16"}, {"kernels": "native"}),
+    "stock, fp16 cache": ({"kv": "fp16"}, {"kernels": "stock"}),
     "portable": ({"graph": "portable"}, {}),
     "last_logits": ({"logits": "last"}, {"kernels": "stock"}),
 }
@@ -44,7 +46,7 @@ def test_sessions(runner: Runner[Any], check: str) -> None:
 
 @pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16])
 def test_states_of_16_bits(half: type[Any], make_checkpoint: Callable[..., Path], build: Build) -> None:
-    """What is in buffers of 16 bits comes back bit for bit; a CPU's graph has none, so only buffers are looked at."""
+    """What is in buffers of 16 bits comes back bit for bit; a CPU cannot run all of these, so buffers are looked at."""
     runner: Any = load_runner(build(make_checkpoint()), kernels="stock")
     session = runner.start(2, 20)
     assert isinstance(session, BoundSession)

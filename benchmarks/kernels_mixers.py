@@ -97,7 +97,10 @@ ATTENTION = {
     }}""",
 }
 ATTENTION[HALVES] = (
-    ATTENTION[NATIVE].replace("float[1,2,p,64]", "float16[1,2,p,64]").replace("keys", "half_keys").replace("values", "half_values")
+    ATTENTION[NATIVE]
+    .replace("float[1,2,p,64]", "float16[1,2,p,64]")
+    .replace("keys", "half_keys")
+    .replace("values", "half_values")
 )
 IN_PLACE = {  # output -> the input whose memory it is
     "new": "state",

@@ -12,7 +12,7 @@ WIDTHS = {"FLOAT16": 2, "BFLOAT16": 2}  # bytes of a number, by the manifest's n
 WIDEST = 4  # of the others, and of states that are no inputs of a graph
 
 
-def state_bytes(manifest: Manifest, config: FalconH1Config, batch: int, past: int) -> int:
+def state_bytes(manifest: Manifest, config: FalconH1Config, past: int, *, batch: int = 1) -> int:
     """Return the bytes of all states of ``batch`` sequences after ``past`` tokens.
 
     A state that the manifest does not name as an input, because the runtime keeps it, counts as float32.

@@ -82,6 +82,6 @@ def _artifact(folder: Path) -> dict[str, Any]:
         "quantised_tensors": sum(len(weight.parts) for weight in manifest.weights),
         "inputs": dict(manifest.inputs),
         "outputs": dict(manifest.outputs),
-        "state_bytes": {str(past): state_bytes(manifest, artifact.config, 1, past) for past in CONTEXTS},
+        "state_bytes": {str(past): state_bytes(manifest, artifact.config, past) for past in CONTEXTS},
         "config": dict(manifest.config),
     }

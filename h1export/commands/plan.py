@@ -138,7 +138,7 @@ def plan_build(
         source_bytes=job.store.nbytes,
         disk_free=disk_free(out),
         scratch_bytes=scratch,
-        state_bytes={context: state_bytes(manifest, job.config, 1, context) for context in contexts},
+        state_bytes={context: state_bytes(manifest, job.config, context) for context in contexts},
         precisions=precisions(job.integers, job.config, manifest.weights),
         gpu="" if job.device.is_cpu else job.device.name,
         presets=preset_plans(job.config, scheme.group_size, measured) if scheme.quant == "int4" else (),

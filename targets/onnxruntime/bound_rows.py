@@ -125,9 +125,7 @@ class BoundRows:
             binding = self._graph.session.io_binding()
             for tensor in self._graph.states.tensors:
                 buffer = self._buffers[tensor.past]
-                bind_state(
-                    binding, tensor, [rows, *buffer.shape[1:]], address=buffer.ctypes.data, dtype=buffer.dtype
-                )
+                bind_state(binding, tensor, [rows, *buffer.shape[1:]], address=buffer.ctypes.data, dtype=buffer.dtype)
             self._bindings[rows] = binding
         return self._bindings[rows]
 

@@ -31,9 +31,9 @@ class OrtOptions(TargetOptions):
         activations: the dtype of activations, keys, values and convolution states in the graph of --graph cuda; the
             other graphs have float32.
         captured_decode: whether sessions of the graph of --graph cuda replay a CUDA graph for a call of one token.
-        kv: the dtype of keys and values of --graph cpu, in the states and in sessions' memory; auto: fp16 beside weights
-            in integers, and float32 beside weights in floats, where a build is exact. Those of --graph cuda have the
-            dtype of its activations, and those of the other graphs float32.
+        kv: the dtype of keys and values of --graph cpu; auto: fp16 beside weights in integers, and float32 beside
+            weights in floats, where a build is exact. Those of --graph cuda have the dtype of its activations, and
+            those of the other graphs float32.
         layout: which of the LAYOUTS names the files, inputs and outputs.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 rounds activations to int8, which is fastest.
     """

@@ -22,4 +22,4 @@ def test_they_are_those_of_the_arrays(kv: str, tiny: Path, build: Callable[..., 
     for tokens in (1, 9):
         _, states = runner.step(np.ones((2, tokens), np.int64), np.ones((2, tokens), np.int64), runner.initial(2))
         expected = sum(array.nbytes for array in states.values())
-        assert state_bytes(artifact.manifest, artifact.config, 2, past=tokens) == expected
+        assert state_bytes(artifact.manifest, artifact.config, tokens, batch=2) == expected

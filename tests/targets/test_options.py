@@ -98,6 +98,7 @@ def test_a_manifest_has_the_options_of_its_target_alone(
             "activations": "fp16",
             "captured_decode": False,
             "layout": "genai",
+            "kv": "auto",
             "accuracy_level": 4,
         },
         "coreml": {"logits": "all", "embedding": "auto", "max_context": 2048, "compute": "fp16", "state_io": False},

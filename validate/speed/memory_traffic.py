@@ -31,7 +31,7 @@ def step_bytes(manifest: Manifest, config: FalconH1Config, batch: int, depth: in
     if not config.tie_word_embeddings:
         row = _row_bytes(manifest, config)
         weights -= (config.vocab_size - batch) * row
-    return weights + state_bytes(manifest, config, batch, depth)
+    return weights + state_bytes(manifest, config, depth, batch=batch)
 
 
 def float_bytes(config: FalconH1Config) -> int:

@@ -86,7 +86,7 @@ class OnnxRuntimeTarget:
                 ir.save(_model(native, lowering.native, inputs, outputs=outputs), stage.folder / NATIVE_MODEL)
         if options.layout == "genai":
             genai_config.write_config(program.config, stage.folder, options)
-            readme.write(stage.folder, options)
+            readme.write(stage.folder, options, narrow=bool(variant.halves) and not variant.half_activations)
         else:
             transformers_js.write(stage.folder, program.config, options, dtype=dtype)
         return Lowered(inputs, outputs, tuple(context.stored), weights_file=weights)

@@ -4,6 +4,8 @@
 //   ones go behind them. P >= total: a buffer of capacity P, extended in place where past and present are one memory.
 //   Otherwise P = total - T, and present is a grown copy. Column c is visible to the token at column o if c <= o and
 //   mask is not 0, or if c = o.
+//   Caches are floats, or halves: new keys and values are then rounded to nearest before anything reads them. Scores and
+//   sums are floats.
 //   Source: online softmax over blocks of keys, Dao et al., "FlashAttention" (2022); one token splits its context among
 //   threads.
 #include <algorithm>

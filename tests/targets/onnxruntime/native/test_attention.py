@@ -210,6 +210,26 @@ def test_every_half_is_read_and_every_float_rounded_as_numpy_does(run_op: RunOp)
     np.testing.assert_array_equal(out[:, 0], values.astype(np.float32))
 
 
+@pytest.mark.parametrize("fault", ["towards zero", "to a neighbour", "read before it is rounded", "past rounded again"])
+def test_a_fault_of_rounding_is_found(run_op: RunOp, fault: str) -> None:
+    case = {"batch": 1, "tokens": 3, "past": 5, "room": None, "kv_heads": 1, "group": 2, "dim": 32, "seed": 0}
+    inputs, attributes = attention_inputs(case | {"cache": np.float16})
+    out, keys, values = (array.copy() for array in run_op("Attention", inputs, outputs=3, **attributes))
+    compare([out, keys, values], inputs, attributes)
+    exact_keys, exact_values = (expected_cache(inputs, attributes, name) for name in ("k", "v"))
+    if fault == "towards zero":
+        beyond = np.abs(values) > np.abs(exact_values)
+        values[beyond] = np.nextafter(values, np.float16(0))[beyond]
+    elif fault == "to a neighbour":
+        keys[0, 0, -1, 7] = np.nextafter(keys[0, 0, -1, 7], np.float16(np.inf))
+    elif fault == "read before it is rounded":
+        out = definition(inputs, attributes, exact_keys, exact_values)
+    else:
+        keys[:, :, 0] = np.nextafter(keys[:, :, 0], np.float16(0))
+    with pytest.raises(AssertionError):
+        compare([out, keys, values], inputs, attributes)
+
+
 def test_caches_of_two_dtypes_are_an_error(run_op: RunOp) -> None:
     case = {"batch": 1, "tokens": 4, "past": 6, "room": None, "kv_heads": 1, "group": 1, "dim": 8, "seed": 0}
     inputs, attributes = attention_inputs(case)

@@ -142,7 +142,7 @@ def check_what_cannot_be_saved_or_restored(runner: Runner[Any]) -> None:
             short.restore(saved)
 
 
-def check_conversations(runner: Runner[Any], turns: int = 12) -> None:
+def check_conversations(runner: Runner[Any], turns: int = 12, tolerance: float = TOLERANCE) -> None:
     """A random tree of sequences: logits equal a fresh run's, and only what is new is computed."""
     random = np.random.default_rng(7)
     sequence = ContinuedSequence(runner)
@@ -155,7 +155,7 @@ def check_conversations(runner: Runner[Any], turns: int = 12) -> None:
         before = sequence.computed
         found = sequence.become(ids, [max(1, len(ids) - 2)])
         fresh = runner.start(1, ROOM).append(np.array([ids]))[0, -1]
-        assert np.abs(found - fresh).max() <= TOLERANCE * np.ptp(fresh)
+        assert np.abs(found - fresh).max() <= tolerance * np.ptp(fresh)
         assert int(found.argmax()) == int(fresh.argmax())
         assert len(ids) - shared <= sequence.computed - before <= len(ids)
         known.append(ids)

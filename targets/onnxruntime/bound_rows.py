@@ -125,7 +125,7 @@ class BoundRows:
             binding = self._graph.session.io_binding()
             for tensor in self._graph.states.tensors:
                 buffer = self._buffers[tensor.past]
-                bind_state(binding, tensor, [rows, *buffer.shape[1:]], address=buffer.ctypes.data)
+                bind_state(binding, tensor, [rows, *buffer.shape[1:]], address=buffer.ctypes.data, dtype=buffer.dtype)
             self._bindings[rows] = binding
         return self._bindings[rows]
 
@@ -140,7 +140,7 @@ class BoundRows:
         self._bindings.clear()
         for tensor in self._graph.states.tensors:
             shape = self._graph.variant.sized(tensor, self._most, self._columns)
-            self._buffers[tensor.past] = np.zeros(shape, np.float32)
+            self._buffers[tensor.past] = np.zeros(shape, self._graph.dtypes[tensor.past])
             for row in self._rows:
                 place = _Row(row.slot, self._end, row.length)
                 self._part(tensor, place)[:] = _part_of(before[tensor.past], tensor, row)

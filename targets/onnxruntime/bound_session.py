@@ -23,7 +23,6 @@ from h1export.targets.onnxruntime.fixed_decode import FixedDecode
 from h1export.targets.onnxruntime.run_options import run_options
 from h1export.targets.onnxruntime.variants import GraphVariant
 
-FLOAT32 = np.dtype(np.float32)
 DEVICE_ID = 0  # the device that the provider takes where its options name none
 
 
@@ -179,7 +178,7 @@ def bind_state(
     *,
     address: int,
     device: str = "cpu",
-    dtype: np.dtype[Any] = FLOAT32,
+    dtype: np.dtype[Any],
 ) -> None:
     """Let a state be read from, and written to, the memory at ``address``."""
     for bind, name in ((binding.bind_input, tensor.past), (binding.bind_output, tensor.present)):

@@ -51,6 +51,9 @@ The graph has operators of ai.onnx only. ONNX Runtime on CPUs turns its integer 
 activations to int8 unless the session option `session.qdq_matmulnbits_accuracy_level` is "0"; genai_config.json sets it
 to "{level}", as built.
 """
+NARROW = """
+Keys and values are float16, everything else float32; `h1export build --kv fp32` makes them float32.
+"""
 CUDA = """
 Keys, values and the convolution state are {half}, the recurrent state and the logits float32. Needs the package
 onnxruntime-gpu (or onnxruntime-genai-cuda) and the CUDAExecutionProvider.
@@ -109,11 +112,11 @@ def write_transformers_js(folder: Path, options: OrtOptions, *, dtype: str, has_
     (folder / README).write_text(text, encoding="utf-8")
 
 
-def write(folder: Path, options: OrtOptions) -> None:
-    """Write README.md into ``folder``."""
+def write(folder: Path, options: OrtOptions, *, narrow: bool) -> None:
+    """Write README.md into ``folder``; ``narrow``: keys and values have 16 bits beside activations in float32."""
     runtime = "ONNX Runtime on CPUs"
     session = "onnxruntime"
-    notes = ROW_BY_ROW
+    notes = ROW_BY_ROW + NARROW * narrow
     if options.graph == "portable":
         runtime = "any ONNX runtime"
         session = "onnxruntime, or another runtime"

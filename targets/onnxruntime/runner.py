@@ -33,7 +33,7 @@ from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL, open_in
 from h1export.targets.onnxruntime.layouts import LAYOUTS
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.read_back import ROWS, TABLE
-from h1export.targets.onnxruntime.variants import CUDA, variant_of
+from h1export.targets.onnxruntime.variants import CUDA, variant_in
 from h1export.targets.options import Kernels
 
 # suffixes of the names of initializers from which stored weights are read
@@ -66,7 +66,7 @@ class OnnxRuntimeRunner:
         self._options = OrtOptions.read(artifact)
         self._layout = LAYOUTS[self._options.layout]
         self._states = self._layout.states(self._config)
-        self._variant = variant_of(self._options)
+        self._variant = variant_in(artifact)
         rounded = bool(self._variant.halves) or (
             bool(artifact.manifest.weights) and self._options.accuracy_level == ROUNDED_LEVEL
         )

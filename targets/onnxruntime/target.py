@@ -59,8 +59,9 @@ class OnnxRuntimeTarget:
         stage: Stage,
         progress: Progress,
     ) -> Lowered:
-        variant, lowering = variant_of(options), lowering_of(options)
+        lowering = lowering_of(options)
         precisions = set(integers.precisions.values())
+        variant = variant_of(options, integers=bool(precisions))
         align = max([INT8_BLOCKS[0], *(precision.group_size for precision in precisions)])
         program = run_passes(program, lowering.fuse(_kind_of(integers), align))
         progress.stage("weights", store.nbytes)
@@ -85,7 +86,7 @@ class OnnxRuntimeTarget:
                 ir.save(_model(native, lowering.native, inputs, outputs=outputs), stage.folder / NATIVE_MODEL)
         if options.layout == "genai":
             genai_config.write_config(program.config, stage.folder, options)
-            readme.write(stage.folder, options)
+            readme.write(stage.folder, options, narrow=bool(variant.halves) and not variant.half_activations)
         else:
             transformers_js.write(stage.folder, program.config, options, dtype=dtype)
         return Lowered(inputs, outputs, tuple(context.stored), weights_file=weights)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from h1export.artifact.manifest import Manifest
+from h1export.artifact.state_bytes import state_bytes
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.model.falcon_h1.tensors import EMBEDDING, tensor_shapes
@@ -30,7 +31,7 @@ def step_bytes(manifest: Manifest, config: FalconH1Config, batch: int, depth: in
     if not config.tie_word_embeddings:
         row = _row_bytes(manifest, config)
         weights -= (config.vocab_size - batch) * row
-    return weights + StateSpec.of(config).nbytes(batch, depth)
+    return weights + state_bytes(manifest, config, depth, batch=batch)
 
 
 def float_bytes(config: FalconH1Config) -> int:

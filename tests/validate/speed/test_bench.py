@@ -56,7 +56,8 @@ def test_a_ratio_is_taken_round_by_round() -> None:
 def test_step_bytes_are_what_the_graph_holds(
     config: str, quant: str, make_checkpoint: Callable[..., Path], build: Build
 ) -> None:
-    artifact = build(make_checkpoint(config), quant)
+    kv = "fp16" if quant == "int4" else "fp32"
+    artifact = build(make_checkpoint(config), quant, kv=kv)
     model_config = artifact.config
     manifest = artifact.manifest
     graph = ir.load(artifact.folder / "model.onnx").graph
@@ -72,7 +73,7 @@ def test_step_bytes_are_what_the_graph_holds(
     weights = step_bytes(manifest, model_config, 1, depth=0) - StateSpec.of(model_config).nbytes(1, 0)
     assert weights == pytest.approx(sum(sizes.values()), rel=0.05)  # alignment; the embedding's repeated int8 scales
     assert manifest.files[manifest.weights_file][1] == max(size for _, size in manifest.files.values())
-    per_token = 2 * 4 * model_config.num_hidden_layers * model_config.kv_dim
+    per_token = 2 * (2 if kv == "fp16" else 4) * model_config.num_hidden_layers * model_config.kv_dim
     assert (
         step_bytes(manifest, model_config, 3, depth=100) - step_bytes(manifest, model_config, 3, depth=0)
         == 3 * 100 * per_token

@@ -90,8 +90,8 @@ def test_accuracy_level_4_drifts_and_says_how_far(kernels: Kernels, tiny: Path, 
     assert 1e-4 < drift < 0.08  # int8 activations cannot be exact; the upper end is the default gate
 
 
-def test_last_logits_are_the_last_of_all(tiny: Path, build: Build) -> None:
-    last = build(tiny, logits="last")
+def test_last_logits_of_earlier_builds_are_the_last_of_all(tiny: Path, build: Build, earlier_build: Build) -> None:
+    last = earlier_build(tiny)
     full = build(tiny)
     ids = np.arange(2, 9)[None]
     mask = np.ones((1, 7), np.int64)

@@ -305,7 +305,7 @@ def test_scores_of_a_prompt_are_all_that_needs_every_position(config_of: Callabl
         scheduler.submit([one])
         started = events.get(timeout=20)
         assert isinstance(started, Started)
-        likeliest = [score.likeliest[0][0] for score in started.scored[1:]]
+        likeliest = [score.top[0][0] for score in started.scored[1:]]
         assert likeliest == ([] if one.top is None else (np.cumsum(ids)[:-1] % VOCABULARY).tolist())
         assert texts(events) == [expected(ids, 1)]
     assert runner.kept == [1, 1, None, None]

@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saved_sessions import check_kept_logits
 
 from h1export.artifact.artifact import Artifact
 from h1export.cli import run
+from h1export.commands.build import build_artifact
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import KEPT
+from h1export.runtime.continued import ContinuedSequence
+from h1export.runtime.generation import Sampling, generate
 from h1export.runtime.session import open_session
+from h1export.targets.onnxruntime.bound_session import BoundSession
+from h1export.targets.onnxruntime.emit import kept
 from h1export.targets.onnxruntime.layouts import LAYOUTS
 from h1export.targets.onnxruntime.options import OrtOptions
 
@@ -69,9 +74,7 @@ def test_long_calls_keep_the_end(keep: int | None, tiny: Path, build: Build) -> 
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_the_head_computes_what_is_asked_for(
-    layout: str, make_checkpoint: Callable[..., Path], build: Build, tmp_path: Path
-) -> None:
+def test_the_head_computes_what_is_asked_for(layout: str, make_checkpoint: Callable[..., Path], build: Build) -> None:
     """A client with onnxruntime alone: the input may be left out, where the layout's client can see such inputs."""
     artifact = build(make_checkpoint(), layout=layout)
     path = artifact.folder / LAYOUTS[layout].graph_of(artifact)  # type: ignore[index]
@@ -89,10 +92,6 @@ def test_the_head_computes_what_is_asked_for(
         assert np.abs(found - whole[:, -keep:]).max() <= EXACT * np.ptp(whole)
     if layout == "genai":
         assert np.array_equal(session.run(["logits"], feeds)[0], whole)
-    # the logits come from the head, and so does what is left out
-    model = onnx.load(path, load_external_data=False)
-    slices = [node for node in model.graph.node if node.op_type == "Slice" and not node.output[0].startswith("val_0")]
-    assert slices
 
 
 def test_an_option_that_fixes_them_is_refused(
@@ -126,3 +125,33 @@ def test_artifacts_of_earlier_builds_run(make_checkpoint: Callable[..., Path], e
     assert runner.start(1, 9).append(np.arange(2, 9)[None], keep=1).shape[1] == 1
     with pytest.raises(H1ExportError, match="those of the last one only"):
         open_session(runner, 1, 9).append(np.arange(2, 9)[None], keep=2)
+
+
+def test_prompts_are_computed_for_their_last_logits(
+    make_checkpoint: Callable[..., Path], build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What generates, chats and completes reads one position; whoever asks for more pays for it."""
+    runner = load_runner(build(make_checkpoint()))
+    asked: list[int | None] = []
+    append = BoundSession.append
+
+    def noted(session: BoundSession, ids: Any, *, keep: int | None = None) -> Any:
+        asked.append(keep)
+        return append(session, ids, keep=keep)
+
+    monkeypatch.setattr(BoundSession, "append", noted)
+    prompt = np.arange(200) % 50
+    next(generate(runner, prompt, 2, sampling=Sampling(), eos=frozenset()))
+    ContinuedSequence(runner).become(prompt.tolist())
+    open_session(runner, 1, 200).append(prompt[None], keep=1)
+    assert asked == [1] * 6
+
+
+def test_a_graph_that_keeps_the_wrong_end_is_seen(
+    make_checkpoint: Callable[..., Path], build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The test of the test: without the sign, the first n positions are left out."""
+    monkeypatch.setattr(kept, "_first", lambda c, given: c.build.op("Reshape", given, c.build.ints(-1)))
+    runner = load_runner(build_artifact(make_checkpoint(), "ort", tmp_path / "wrong"), kernels="stock")
+    with pytest.raises(AssertionError):
+        check_kept_logits(runner)

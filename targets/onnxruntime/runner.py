@@ -76,8 +76,6 @@ class OnnxRuntimeRunner:
         self._halves = frozenset() if float32 else self._variant.halves
         self._choose(threads, float32, kernels)
         self._session = self._open(captured=self._options.captured_decode and not float32)
-        self._asks = asks_for_logits(self._session)
-        self._every = {KEPT: np.array(ALL, np.int64)} if self._asks else {}
         self._past = next(tensor.past for tensor in self._states.tensors if tensor.kind.grows)
         self._outputs = [LOGITS, *(tensor.present for tensor in self._states.tensors)]
 
@@ -95,6 +93,15 @@ class OnnxRuntimeRunner:
             float32=float32,
             library=self._library,
         )
+
+    @cached_property
+    def _asks(self) -> bool:
+        return asks_for_logits(self._session)
+
+    @cached_property
+    def _every(self) -> States:
+        """What a call for all logits gives the graph beside ids, mask and states."""
+        return {KEPT: np.array(ALL, np.int64)} if self._asks else {}
 
     def _run(self, session: Any, names: Sequence[str], feeds: States) -> list[npt.NDArray[Any]]:
         """Return the outputs of these names; whoever computes raises exceptions of its own."""

@@ -188,7 +188,7 @@ def run_bound(graph: BoundGraph, binding: Any, ids: Ids, *, mask: Ids, keep: int
     with refused("onnxruntime", "cannot compute the graph of this artifact"):
         graph.session.run_with_iobinding(binding, run_options())
     logits: Array = binding.get_outputs()[-1].numpy()  # outputs are in the order of binding
-    return kept(logits, keep)
+    return logits if graph.asks_for_logits else kept(logits, keep)
 
 
 def bind_state(

@@ -286,6 +286,18 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
 
 
 @pytest.fixture
+def earlier_build(build: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Artifact]:
+    """Builds with the logits of the last position for ONNX Runtime, as before calls said how many they want."""
+
+    def make(checkpoint: Path, *arguments: Any, **chosen: Any) -> Artifact:
+        with monkeypatch.context() as patched:
+            patched.setattr("h1export.targets.onnxruntime.options.OrtOptions.asks_for_logits", False)
+            return build(checkpoint, *arguments, **chosen, logits="last")
+
+    return make
+
+
+@pytest.fixture
 def without_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let builds for TensorRT write an empty plugin: no compiler runs, and sizes that no kernel has are allowed."""
 

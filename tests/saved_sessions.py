@@ -256,6 +256,24 @@ def check_chat(artifact: Artifact, folder: Path, kernels: Kernels = "auto") -> N
     assert "".join(again.reply("more")) == "".join(talk.reply("more"))
 
 
+def check_kept_logits(runner: Runner[Any]) -> None:
+    """The logits that are asked for are those of the last positions, and leave the same states."""
+    ids = random_ids(runner, 1, 20)
+    session = runner.start(1, ROOM)
+    whole, after = session.append(ids), session.append(ids[:, :1])
+    for keep in (1, 3, 20, 33):
+        session = runner.start(1, ROOM)
+        for wrong in (0, -1):
+            with pytest.raises(H1ExportError, match=f"logits of {wrong} positions"):
+                session.append(ids, keep=wrong)
+        found = session.append(ids, keep=keep)
+        assert found.shape == whole[:, -keep:].shape
+        assert np.abs(found - whole[:, -keep:]).max() <= TOLERANCE * np.ptp(whole)
+        assert np.abs(session.append(ids[:, :1], keep=keep) - after).max() <= TOLERANCE * np.ptp(after)
+    if whole.shape[1] > 1:  # other positions are seen
+        assert np.abs(whole[:, -1] - whole[:, -2]).max() > 100 * TOLERANCE * np.ptp(whole)
+
+
 CHECKS = {
     "copy": check_saved_is_a_copy,
     "stale": check_a_stale_state_is_seen,
@@ -264,4 +282,5 @@ CHECKS = {
     "conversations": check_conversations,
     "prefix_store": check_prefix_store,
     "forks": check_forks,
+    "kept": check_kept_logits,
 }

@@ -96,7 +96,7 @@ class BoundRows:
         mask = np.zeros((len(rows), self._end + 1), np.int64)
         for row in rows:
             mask[row.slot, row.end - row.length :] = 1
-        logits = run_bound(self._graph.session, self._binding(len(rows)), ids, mask=mask)
+        logits = run_bound(self._graph, self._binding(len(rows)), ids, mask=mask)
         self._end += 1
         for row in rows:
             row.end += 1

@@ -106,5 +106,18 @@ class OrtOptions(TargetOptions):
         """Whether keys and values can have 16 bits where activations are float32."""
         return self.graph == "cpu" and self.layout == "genai"
 
+    @property
+    def asks_for_logits(self) -> bool:
+        """Whether a call says how many of its last positions get logits, by an input of the graph.
+
+        The graph of --graph cuda has no such input: the arithmetic with it would run on the GPU, and its result would
+        be copied to the CPU, where a slice has its bounds. A call with such a copy cannot be captured.
+        """
+        return self.graph != "cuda"
+
+    @property
+    def traces_last(self) -> bool:
+        return self.asks_for_logits or self.last_logits
+
 
 Options = OrtOptions

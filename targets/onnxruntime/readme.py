@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from h1export.model.falcon_h1.states import KEPT
 from h1export.targets.onnxruntime.options import OrtOptions
 
 README = "README.md"
@@ -43,7 +44,11 @@ Does not work, because the recurrent states hold no history and cannot be reorde
 `input_ids` int64 [batch, sequence]; `attention_mask` int64 [batch, past + sequence], 1 for real tokens, pads on the
 left only; `past_key_values.N.*`: zeros before the first token (keys and values with past 0), then the `present.N.*` of
 the previous call.
-{notes}"""
+{kept}{notes}"""
+
+KEPT_POSITIONS = f"""`{KEPT}` int64, a number that may be left out: n gives the logits of the last n tokens of each
+row, 0 those of all.
+"""
 
 ROW_BY_ROW = "A batch of several rows takes several tokens at once only from empty states (GroupQueryAttention).\n"
 PORTABLE = """
@@ -71,6 +76,7 @@ own.
 
 - A batch is padded on the left; the tokenizer of this folder does so.
 - The recurrent states hold no history: a cache (`past_key_values`) can be continued, and not cut back.
+- `generate` asks for the logits of the last token, by the input `num_logits_to_keep`, and a call of the model for all.
 {notes}- In a browser the file of the weights is read whole. In WebAssembly it has to fit into 4 GB together with what
   the session makes of it.
 """
@@ -117,6 +123,7 @@ def write(folder: Path, options: OrtOptions, *, narrow: bool) -> None:
     runtime = "ONNX Runtime on CPUs"
     session = "onnxruntime"
     notes = ROW_BY_ROW + NARROW * narrow
+    kept = KEPT_POSITIONS if options.asks_for_logits else ""
     if options.graph == "portable":
         runtime = "any ONNX runtime"
         session = "onnxruntime, or another runtime"
@@ -126,4 +133,6 @@ def write(folder: Path, options: OrtOptions, *, narrow: bool) -> None:
     elif options.graph == "cuda":
         runtime = "ONNX Runtime on CUDA"
         notes = ROW_BY_ROW + CUDA.format(half={"fp16": "float16", "bf16": "bfloat16"}[options.activations])
-    (folder / README).write_text(TEXT.format(runtime=runtime, session=session, notes=notes), encoding="utf-8")
+    (folder / README).write_text(
+        TEXT.format(runtime=runtime, session=session, kept=kept, notes=notes), encoding="utf-8"
+    )

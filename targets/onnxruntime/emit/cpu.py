@@ -20,6 +20,7 @@ from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context, Emitter, masked
 from h1export.targets.onnx.mamba import drive, log_decay, shifted_products, skip, step_sizes
 from h1export.targets.onnx.rotary import rotary_tables
+from h1export.targets.onnxruntime.emit import kept
 from h1export.targets.onnxruntime.emit.matmul_nbits import MS, OrtContext, embed_quantized, matmul_nbits
 from h1export.targets.sizes import AttentionSizes, ScanSizes
 
@@ -201,4 +202,5 @@ TABLE: Mapping[Any, Emitter[OrtContext]] = {
     aten.rms_norm.default: rms_norm,
     aten.silu.default: silu,
     aten.add.Tensor: add,
+    aten.narrow.default: kept.narrow,
 }

@@ -133,8 +133,8 @@ def test_both_graphs_read_rounded_keys_and_values_however_the_prompt_is_cut(tiny
     assert np.abs(stock - ours).max() <= 2e-4 * np.ptp(ours)  # queries and results are rounded there too
 
 
-def test_last_logits_are_the_last_of_all(tiny: Path, build: Build) -> None:
-    last = build(tiny, logits="last")
+def test_last_logits_of_earlier_builds_are_the_last_of_all(tiny: Path, build: Build, earlier_build: Build) -> None:
+    last = earlier_build(tiny)
     full = build(tiny)
     ids = np.arange(2, 9)[None]
     mask = np.ones((1, 7), np.int64)

@@ -26,14 +26,16 @@ GRAPHS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "native, fp16 cache": ({"kv": "fp16"}, {"kernels": "native"}),
     "stock, fp16 cache": ({"kv": "fp16"}, {"kernels": "stock"}),
     "portable": ({"graph": "portable"}, {}),
-    "last_logits": ({"logits": "last"}, {"kernels": "stock"}),
+    "earlier": ({}, {"kernels": "stock"}),
 }
 
 
 @pytest.fixture(params=GRAPHS)
-def runner(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], build: Build) -> Runner[Any]:
+def runner(
+    request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], build: Build, earlier_build: Build
+) -> Runner[Any]:
     options, how = GRAPHS[request.param]
-    return load_runner(build(make_checkpoint(), **options), **how)
+    return load_runner((earlier_build if request.param == "earlier" else build)(make_checkpoint(), **options), **how)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -57,7 +57,8 @@ activations to int8 unless the session option `session.qdq_matmulnbits_accuracy_
 to "{level}", as built.
 """
 NARROW = """
-Keys and values are float16, everything else float32; `h1export build --kv fp32` makes them float32.
+Keys and values are float16, everything else float32. ONNX Runtime's own attention is slower with float16 after some
+thousand tokens; `h1export build --kv fp32` makes them float32.
 """
 CUDA = """
 Keys, values and the convolution state are {half}, the recurrent state and the logits float32. Needs the package

@@ -127,7 +127,7 @@ def session(
     names = [name if value is not None else "" for name, value in inputs.items()]
     results = [f"out{i}" for i in range(outputs)]
     # an output that replaces a state has its dtype, and the others are float32
-    kinds = {f"out{i}": inputs[state].dtype for i, state in enumerate(STATES.get(op, ()), 1) if i < outputs}
+    kinds = {f"out{i}": fed[state].dtype for i, state in enumerate(STATES.get(op, ()), 1) if state in fed}
     graph = helper.make_graph(
         [helper.make_node(op, names, results, domain=DOMAIN, **attributes)],
         "one_node",

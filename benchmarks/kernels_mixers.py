@@ -35,6 +35,7 @@ CHANNELS = 1792
 HEAD = '<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1, "h1export": 1]> g (float[1,t,4120] row, '
 STOCK = "stock"
 NATIVE = "native"
+HALVES = "native, fp16 cache"
 
 CONV = {
     STOCK: """float[1,3,1792] state, float[1792] w0, float[1792] w1, float[1792] w2, float[1792] w3,
@@ -95,7 +96,16 @@ ATTENTION = {
                                                      v_offset = 3992, scale = 0.125>(row, cos, sin, ones, keys, values)
     }}""",
 }
-IN_PLACE = {"new": "state", "new_keys": "keys", "new_values": "values"}  # output -> the input whose memory it is
+ATTENTION[HALVES] = (
+    ATTENTION[NATIVE]
+    .replace("float[1,2,p,64]", "float16[1,2,p,64]")
+    .replace("keys", "half_keys")
+    .replace("values", "half_values")
+)
+IN_PLACE = {  # output -> the input whose memory it is
+    "new": "state",
+    **{f"new_{name}": name for name in ("keys", "values", "half_keys", "half_values")},
+}
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,7 @@ def layer(tokens: int, past: int, rng: np.random.Generator) -> Mapping[str, Any]
         return rng.standard_normal(shape, np.float32)
 
     angles = rng.uniform(0, 6, (1, tokens, 32))
+    keys, values = (normal(1, 2, total, 64) for _ in range(2))
     w = normal(4, CHANNELS)
     return {
         "row": normal(1, tokens, WIDTH),
@@ -167,8 +178,8 @@ def layer(tokens: int, past: int, rng: np.random.Generator) -> Mapping[str, Any]
         "sin": np.sin(angles).astype(np.float32),
         "ones": np.ones((1, total), np.int64),
         **{"last": np.array([total - 1], np.int32), "total": np.array(total, np.int32)},
-        "keys": normal(1, 2, total, 64),
-        "values": normal(1, 2, total, 64),
+        **{"keys": keys, "values": values},
+        **{"half_keys": keys.astype(np.float16), "half_values": values.astype(np.float16)},
     }
 
 
@@ -209,13 +220,15 @@ def main() -> None:
     for tokens, past in ((1, 127), (1, 2047), (1, 8191), (512, 0), (2048, 0), (512, 1536)):
         rows.append(("attention", ATTENTION, (1,), tokens, past))
     table = Table(title=f"microseconds per layer, {args.threads} threads")
-    for column in ("op", "tokens", "past", STOCK, NATIVE, "ratio"):
+    for column in ("op", "tokens", "past", STOCK, NATIVE, "ratio", HALVES):
         table.add_column(column, justify="right")
     for op, texts, state, tokens, past in rows:
         if args.only in (None, op):
             result = rounds(texts, state, tokens, past=past, args=args)
             ratio = result[STOCK] / result[NATIVE] if result[NATIVE] else math.nan
-            table.add_row(op, str(tokens), str(past), f"{result[STOCK]:.1f}", f"{result[NATIVE]:.1f}", f"{ratio:.2f}")
+            halves = f"{result[HALVES]:.1f}" if HALVES in result else ""
+            times = (f"{result[STOCK]:.1f}", f"{result[NATIVE]:.1f}", f"{ratio:.2f}", halves)
+            table.add_row(op, str(tokens), str(past), *times)
     Console().print(table)
 
 

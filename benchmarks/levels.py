@@ -49,7 +49,7 @@ def seconds(runner: Inspectable, ids: np.ndarray, tokens: int) -> tuple[float, f
     """Return the seconds of a prefill of ``ids`` and of one decoded token, and what was computed."""
     session = runner.start(1, ids.shape[1] + tokens)
     start = time.perf_counter()
-    logits = session.append(ids)
+    logits = session.append(ids, keep=1)
     prefill = time.perf_counter() - start
     start = time.perf_counter()
     for _ in range(tokens):

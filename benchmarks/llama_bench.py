@@ -1,4 +1,4 @@
-"""llama.cpp as a peer: one run of its own llama-bench for every timing."""
+"""llama.cpp as a peer: one run of its own llama-bench for every timing, and of llama-batched-bench for several rows."""
 
 from __future__ import annotations
 
@@ -18,33 +18,44 @@ from h1export.validate.speed.worker import Timing
 class LlamaBench:
     """A GGUF file under llama-bench, timed as a WorkerProcess is.
 
-    Each run warms up and fills the context itself.
+    Each run warms up and fills the context itself. Several rows are timed by llama-batched-bench, which is beside it.
+
+    Args:
+        program: llama-bench.
+        gguf: the model.
+        threads: how many of them compute.
+        steps: the tokens of one timing of decode.
+        cache: llama.cpp's type of keys and values. Where it is not f16, flash attention is asked for, without which
+            llama.cpp does not take other values.
     """
 
-    def __init__(self, program: Path, gguf: Path, threads: int, *, steps: int) -> None:
+    def __init__(self, program: Path, gguf: Path, threads: int, *, steps: int, cache: str = "f16") -> None:
         self._program = program
         self._gguf = gguf
         self._threads = threads
         self._steps = steps
+        self._cache = cache
         self._peak = 0
-        self.kernels = "llama.cpp"
+        self.kernels = f"llama.cpp, keys and values in {cache}"
 
     def speed(self, timing: Timing) -> float:
-        """Tokens per second. Raises H1ExportError where llama-bench fails."""
+        """Tokens per second, of all rows together. Raises H1ExportError where llama.cpp's program fails."""
+        words = arguments if timing.batch == 1 else batched_arguments
+        command = [
+            *words(self._program, self._gguf, self._threads, steps=self._steps, timing=timing),
+            *cache_arguments(self._cache),
+        ]
         with tempfile.TemporaryFile("w+", encoding="utf-8") as out:
             try:
-                _, peak = run_watched(
-                    arguments(self._program, self._gguf, self._threads, steps=self._steps, timing=timing),
-                    "VmHWM",
-                    stdout=out,
-                )
+                _, peak = run_watched(command, "VmHWM", stdout=out)
             except (OSError, CalledProcessError) as error:
-                raise H1ExportError(
-                    self._program, f"does not run {self._gguf.name} ({error})", "run it by hand"
-                ) from None
+                raise H1ExportError(command[0], f"does not run {self._gguf.name} ({error})", "run it by hand") from None
             out.seek(0)
-            run = find_run(out.read(), timing)
+            text = out.read()
         self._peak = max(self._peak, peak)
+        if timing.batch > 1:
+            return find_batched_speed(text, timing)
+        run = find_run(text, timing)
         self.kernels = f"llama.cpp {run['build_commit']}, keys and values in {run['type_k']}"
         return float(run["avg_ts"])
 
@@ -65,6 +76,40 @@ def arguments(program: Path, gguf: Path, threads: int, *, steps: int, timing: Ti
         "json",
         *(word for option, value in numbers.items() for word in (option, str(value))),
     ]
+
+
+def batched_arguments(program: Path, gguf: Path, threads: int, *, steps: int, timing: Timing) -> list[str]:
+    """The command line of one run of llama-batched-bench; its rows have at least one token before."""
+    depth = max(1, timing.tokens)
+    numbers = {"-t": threads, "-c": timing.batch * (depth + steps), "-npp": depth, "-ntg": steps, "-npl": timing.batch}
+    return [
+        str(program.with_name("llama-batched-bench")),
+        "-m",
+        str(gguf),
+        "--output-format",
+        "jsonl",
+        *(word for option, value in numbers.items() for word in (option, str(value))),
+    ]
+
+
+def cache_arguments(cache: str) -> list[str]:
+    """What asks llama.cpp's programs for keys and values of a type."""
+    return [] if cache == "f16" else ["-ctk", cache, "-ctv", cache, "-fa", "1"]
+
+
+def find_batched_speed(text: str, timing: Timing) -> float:
+    """Tokens per second of all rows together, in llama-batched-bench's lines of JSON.
+
+    Raises:
+        H1ExportError: there is no such run in it, or two.
+    """
+    try:
+        runs = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        (run,) = [run for run in runs if run["pl"] == timing.batch]
+        return float(run["speed_tg" if timing.phase is Phase.DECODE else "speed_pp"])
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"its JSON has not one run of {timing.batch} rows ({type(error).__name__}: {error})"
+        raise H1ExportError("llama-batched-bench", what, "compare its version with what is read here") from None
 
 
 def find_run(text: str, timing: Timing) -> dict[str, Any]:

@@ -4,9 +4,10 @@
         --json peers.json --plots FOLDER
 
 All peers take turns round by round, at one thread count after the other; medians over the rounds count, and ratios are
-taken round by round. Every peer has a process of its own; its memory is the peak beyond what its interpreter held
-before the model. GGUF files are made beforehand by llama.cpp's tools, so their export is not measured. Needs the extras
-ort and bench.
+taken round by round. Decode of several rows is in tokens of all rows together; llama.cpp's own batched bench, which has
+to lie beside llama-bench, times its side. Every peer has a process of its own; its memory is the peak beyond what its
+interpreter held before the model. GGUF files are made beforehand by llama.cpp's tools, so their export is not measured.
+Needs the extras ort and bench.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ HERE = Path(__file__).parent
 LLAMA, H1EXPORT, EAGER, EXPORTER = PEERS = ("llama.cpp", "h1export", "eager", "OnnxExporter")
 STEPS = 32  # tokens in one decode timing
 EAGER_STEPS = 8  # it is slower
+CACHE_BYTES = {"f16": 2, "q8_0": 34 / 32}  # llama.cpp's type -> bytes of a key's or a value's number
 
 
 class Measured(Protocol):
@@ -120,16 +122,16 @@ def eager(checkpoint: Path, config: FalconH1Config, dtype: str) -> Peer:
     )
 
 
-def gguf(program: Path | None, file: Path | None, config: FalconH1Config) -> Peer:
-    """llama.cpp on one GGUF file."""
+def gguf(program: Path | None, file: Path | None, config: FalconH1Config, *, cache: str) -> Peer:
+    """llama.cpp on one GGUF file, with keys and values of a type."""
     if program is None or file is None:
         return absent(LLAMA, "not run: give --llama-bench and --gguf")
     size = file.stat().st_size
-    step = partial(
-        least_bytes, config=config, weights=size, embedding_bits=4.5, kv_bytes=2
-    )  # its keys and values are float16
+    step = partial(least_bytes, config=config, weights=size, embedding_bits=4.5, kv_bytes=CACHE_BYTES[cache])
     return Peer(
-        Facts(f"{LLAMA} {file.stem}", size), lambda threads: LlamaBench(program, file, threads, steps=STEPS), step
+        Facts(f"{LLAMA} {file.stem}, {cache} cache", size),
+        lambda threads: LlamaBench(program, file, threads, steps=STEPS, cache=cache),
+        step,
     )
 
 
@@ -165,7 +167,7 @@ def absent(name: str, note: str) -> Peer:
     return Peer(Facts(name, note=note), start, lambda depth: 0)
 
 
-def least_bytes(depth: int, config: FalconH1Config, weights: float, *, embedding_bits: float, kv_bytes: int) -> float:
+def least_bytes(depth: int, config: FalconH1Config, weights: float, *, embedding_bits: float, kv_bytes: float) -> float:
     """What a decode step has to read of ``weights`` bytes with an embedding table inside, and of its states.
 
     The table counts as one row where it is not the head's too; the states are float32 but for keys and values.
@@ -229,7 +231,7 @@ class Run:
         speed = estimate(found)
         share = (
             peer.step_bytes(timing.tokens) * speed.median / self.bandwidth[threads].median
-            if timing.phase is Phase.DECODE
+            if timing.phase is Phase.DECODE and timing.batch == 1
             else None
         )
         rivals = [
@@ -254,7 +256,8 @@ def peers_of(args: argparse.Namespace, scratch: Path) -> Iterator[Peer]:
             yield h1export_peer(args.checkpoint, group_size, scratch)
     if LLAMA in args.peers:
         for file in args.gguf or [None]:
-            yield gguf(args.llama_bench, file, config)
+            for cache in args.cache:
+                yield gguf(args.llama_bench, file, config, cache=cache)
     if EAGER in args.peers:
         for dtype in ("float32", "bfloat16"):
             yield eager(args.checkpoint, config, dtype)
@@ -274,7 +277,11 @@ def main() -> None:
     parser.add_argument(
         "--group-size", type=int, nargs="*", default=[32, 128], help="group sizes of h1export's artifacts"
     )
-    parser.add_argument("--depth", type=int, nargs="*", default=[0, 2048, 8192])
+    parser.add_argument(
+        "--cache", nargs="*", choices=list(CACHE_BYTES), default=list(CACHE_BYTES), help="llama.cpp's keys and values"
+    )
+    parser.add_argument("--depth", type=int, nargs="*", default=[0, 2048, 8192, 32768])
+    parser.add_argument("--rows", type=int, nargs="*", default=[4, 8, 16], help="sequences decoded together")
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
@@ -288,6 +295,7 @@ def main() -> None:
     timings = [
         *(Timing(Phase.DECODE, depth) for depth in args.depth),
         *(Timing(Phase.PREFILL, length) for length in args.prefill),
+        *(Timing(Phase.DECODE, 0, rows) for rows in args.rows),
     ]
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         run = Run(list(peers_of(args, Path(scratch))), tuple(timings), args.rounds)

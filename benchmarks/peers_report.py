@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,17 +89,20 @@ def _bytes(count: int | None) -> str:
 def _speeds(results: Results, threads: int, bandwidth: Estimate) -> Table:
     cells = [cell for cell in results.cells if cell.threads == threads]
     timings = list(dict.fromkeys(cell.timing for cell in cells))
-    table = Table(
-        "tokens/s", *(f"{timing.phase} {timing.tokens}" for timing in timings), title=f"threads: {threads}", box=SIMPLE
-    )
+    table = Table("tokens/s", *(_heading(timing) for timing in timings), title=f"threads: {threads}", box=SIMPLE)
     for facts in results.peers:
         table.add_row(facts.name, *(_cell(cell) for cell in cells if cell.peer == facts.name))
     table.caption = (
         f"medians of {results.rounds} interleaved rounds, plus or minus half the 95 % interval; "
         "x: relative to llama.cpp's fastest; "
-        f"%: of the measured read bandwidth, {bandwidth.median / 1e9:.1f} GB/s; batch 1"
+        f"%: of the measured read bandwidth, {bandwidth.median / 1e9:.1f} GB/s; batch 1 where nothing else is said"
     )
     return table
+
+
+def _heading(timing: Timing) -> str:
+    rows = f", {timing.batch} rows" if timing.batch > 1 else ""
+    return f"{timing.phase} {timing.tokens}{rows}"
 
 
 def _cell(cell: Cell) -> str:
@@ -121,14 +124,10 @@ def plot(results: Results, folder: Path) -> list[Path]:
     files = []
     for threads in results.bandwidth:
         cells = [cell for cell in results.cells if cell.threads == threads and cell.speed is not None]
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        for axes, phase in zip(figure.subplots(1, 2), Phase, strict=True):
-            _bars(
-                axes,
-                phase,
-                [cell for cell in cells if cell.timing.phase is phase],
-                peers=list(dict.fromkeys(cell.peer for cell in cells)),
-            )
+        figure = Figure(figsize=(15, 4), layout="constrained")
+        peers = list(dict.fromkeys(cell.peer for cell in cells))
+        for axes, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+            _bars(axes, panel, [cell for cell in cells if panel.has(cell.timing)], peers=peers)
         figure.legend(
             *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small"
         )
@@ -138,12 +137,44 @@ def plot(results: Results, folder: Path) -> list[Path]:
     return files
 
 
-def _bars(axes: Any, phase: Phase, cells: Sequence[Cell], *, peers: Sequence[str]) -> None:
-    tokens = sorted({cell.timing.tokens for cell in cells})
+@dataclass(frozen=True)
+class Panel:
+    """One part of a figure: which timings it has, where each lies on the x axis, and what the axes say."""
+
+    has: Callable[[Timing], bool]
+    place: Callable[[Timing], int]
+    x_label: str
+    y_label: str
+
+
+PANELS = (
+    Panel(
+        lambda timing: timing.phase is Phase.DECODE and timing.batch == 1,
+        lambda timing: timing.tokens,
+        "tokens before",
+        "decode, tokens/s",
+    ),
+    Panel(
+        lambda timing: timing.phase is Phase.PREFILL,
+        lambda timing: timing.tokens,
+        "tokens of the prompt",
+        "prefill, tokens/s",
+    ),
+    Panel(
+        lambda timing: timing.phase is Phase.DECODE and timing.tokens == 0,
+        lambda timing: timing.batch,
+        "rows",
+        "decode of all rows, tokens/s",
+    ),
+)
+
+
+def _bars(axes: Any, panel: Panel, cells: Sequence[Cell], *, peers: Sequence[str]) -> None:
+    places_of = sorted({panel.place(cell.timing) for cell in cells})
     width = 0.8 / len(peers)
     for index, peer in enumerate(peers):
         found = [
-            (tokens.index(cell.timing.tokens), cell.speed)
+            (places_of.index(panel.place(cell.timing)), cell.speed)
             for cell in cells
             if cell.peer == peer and cell.speed is not None
         ]
@@ -158,6 +189,6 @@ def _bars(axes: Any, phase: Phase, cells: Sequence[Cell], *, peers: Sequence[str
             color=f"C{index}",
             error_kw={"linewidth": 0.8},
         )
-    axes.set_xticks(range(len(tokens)), [str(count) for count in tokens])
-    axes.set_xlabel("tokens before" if phase is Phase.DECODE else "tokens of the prompt")
-    axes.set_ylabel(f"{phase}, tokens/s")
+    axes.set_xticks(range(len(places_of)), [str(place) for place in places_of])
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)

@@ -47,9 +47,9 @@ class SlowedSession:
     def length(self) -> int:
         return self._sequences.length
 
-    def append(self, ids: Ids) -> Array:
+    def append(self, ids: Ids, *, keep: int | None = None) -> Array:
         start = time.process_time()
-        logits = self._sequences.append(ids)
+        logits = self._sequences.append(ids, keep=keep)
         end = start + self._factor * (time.process_time() - start)
         while time.process_time() < end:
             pass

@@ -145,6 +145,11 @@ class TargetOptions:
         """Whether only the last position gets logits."""
         return self.logits == "last"
 
+    @property
+    def traces_last(self) -> bool:
+        """Whether the model is traced with the logits of the last position only."""
+        return self.last_logits
+
     @classmethod
     def read(cls, artifact: Artifact) -> Self:
         """Return the options that ``artifact`` was built with.

@@ -258,7 +258,7 @@ def checkpoint(switches: str, make_checkpoint: Callable[..., Path]) -> Path:
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
     """build(checkpoint, "int4", graph="cuda") -> an artifact, made once; treat it as read-only.
 
-    The keywords are fields of the target's options; the accuracy level is 0, which keeps float32, unless it is given.
+    The keywords are fields of the target's options; products, keys and values are float32 unless they say otherwise.
     Integers are rounded unless ``method`` says otherwise; the calibration text is short.
     """
     made: dict[tuple[Any, ...], Artifact] = {}
@@ -272,7 +272,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
         **chosen: Any,
     ) -> Artifact:
         own = options_class(target)
-        exact = {"accuracy_level": 0} if "accuracy_level" in {field.name for field in fields(own)} else {}
+        names = {field.name for field in fields(own)} - ({"kv"} if chosen.get("graph") == "cuda" else set())
+        exact = {name: value for name, value in {"accuracy_level": 0, "kv": "fp32"}.items() if name in names}
         options = own(**exact | chosen)
         key = (checkpoint, quant, group_size, target, method, options)
         if key not in made:
@@ -280,6 +281,18 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
             out = tmp_path_factory.mktemp("built") / "out"
             made[key] = build_artifact(checkpoint, target, out, scheme=scheme, options=options, calibration=SHORT)
         return made[key]
+
+    return make
+
+
+@pytest.fixture
+def earlier_build(build: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Artifact]:
+    """Builds with the logits of the last position for ONNX Runtime, as before calls said how many they want."""
+
+    def make(checkpoint: Path, *arguments: Any, **chosen: Any) -> Artifact:
+        with monkeypatch.context() as patched:
+            patched.setattr("h1export.targets.onnxruntime.options.OrtOptions.asks_for_logits", False)
+            return build(checkpoint, *arguments, **chosen, logits="last")
 
     return make
 

@@ -142,7 +142,7 @@ def check_what_cannot_be_saved_or_restored(runner: Runner[Any]) -> None:
             short.restore(saved)
 
 
-def check_conversations(runner: Runner[Any], turns: int = 12) -> None:
+def check_conversations(runner: Runner[Any], turns: int = 12, tolerance: float = TOLERANCE) -> None:
     """A random tree of sequences: logits equal a fresh run's, and only what is new is computed."""
     random = np.random.default_rng(7)
     sequence = ContinuedSequence(runner)
@@ -155,7 +155,7 @@ def check_conversations(runner: Runner[Any], turns: int = 12) -> None:
         before = sequence.computed
         found = sequence.become(ids, [max(1, len(ids) - 2)])
         fresh = runner.start(1, ROOM).append(np.array([ids]))[0, -1]
-        assert np.abs(found - fresh).max() <= TOLERANCE * np.ptp(fresh)
+        assert np.abs(found - fresh).max() <= tolerance * np.ptp(fresh)
         assert int(found.argmax()) == int(fresh.argmax())
         assert len(ids) - shared <= sequence.computed - before <= len(ids)
         known.append(ids)
@@ -256,6 +256,24 @@ def check_chat(artifact: Artifact, folder: Path, kernels: Kernels = "auto") -> N
     assert "".join(again.reply("more")) == "".join(talk.reply("more"))
 
 
+def check_kept_logits(runner: Runner[Any]) -> None:
+    """The logits that are asked for are those of the last positions, and leave the same states."""
+    ids = random_ids(runner, 1, 20)
+    session = runner.start(1, ROOM)
+    whole, after = session.append(ids), session.append(ids[:, :1])
+    for keep in (1, 3, 20, 33):
+        session = runner.start(1, ROOM)
+        for wrong in (0, -1):
+            with pytest.raises(H1ExportError, match=f"logits of {wrong} positions"):
+                session.append(ids, keep=wrong)
+        found = session.append(ids, keep=keep)
+        assert found.shape == whole[:, -keep:].shape
+        assert np.abs(found - whole[:, -keep:]).max() <= TOLERANCE * np.ptp(whole)
+        assert np.abs(session.append(ids[:, :1], keep=keep) - after).max() <= TOLERANCE * np.ptp(after)
+    if whole.shape[1] > 1:  # other positions are seen
+        assert np.abs(whole[:, -1] - whole[:, -2]).max() > 100 * TOLERANCE * np.ptp(whole)
+
+
 CHECKS = {
     "copy": check_saved_is_a_copy,
     "stale": check_a_stale_state_is_seen,
@@ -264,4 +282,5 @@ CHECKS = {
     "conversations": check_conversations,
     "prefix_store": check_prefix_store,
     "forks": check_forks,
+    "kept": check_kept_logits,
 }

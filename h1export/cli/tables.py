@@ -211,10 +211,17 @@ def _speeds_table(report: BenchReport) -> Sheet:
         first = [f"{speed.model + 1}"] if paired else []
         ratio = _estimate(speed.ratio) if speed.ratio else []
         table.add_row(*(cell(value) for value in (*first, *cells, *ratio)))
-    bandwidth = ", ".join(
-        f"{estimate.median / 1e9:.1f} GB/s with threads {threads}" for threads, estimate in report.bandwidth.items()
-    )
-    lines = [f"medians of {report.options.repeats} interleaved rounds", f"measured read bandwidth {bandwidth}"]
+    lines = [f"medians of {report.options.repeats} interleaved rounds"]
+    for threads, found in report.bandwidth.items():
+        lines.append(
+            f"read bandwidth {found.best / 1e9:.1f} GB/s with threads {threads}: the best of {found.reads} reads"
+            + " and of the decode steps, which were faster" * (found.best > found.read)
+        )
+        if not found.is_quiet:
+            lines.append(
+                f"the machine was not quiet, or weights lie in a cache: the median of the reads with threads {threads} "
+                f"is {found.typical / found.best:.0%} of the best"
+            )
     return Sheet(table, notes=(*lines, *(f"left out: {reason}" for reason in report.left_out)), prose=True)
 
 

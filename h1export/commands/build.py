@@ -175,7 +175,7 @@ class BuildJob:
             (stage.folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self.checkpoint / name, stage.folder / name)
         progress.stage("trace")
-        program = run_passes(trace(self.config, self.options.last_logits), passes_for(self.store.order_name))
+        program = run_passes(trace(self.config, self.options.traces_last), passes_for(self.store.order_name))
         own: Mapping[str, OwnTensor] = {}
         if isinstance(target, HasOwnFormats):
             own = target.own_tensors(program, self.store, self.integers, options=self.options)

@@ -10,6 +10,7 @@ from typing import Any
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import MANIFEST
+from h1export.artifact.state_bytes import state_bytes
 from h1export.checkpoint.packed_formats import ignored_packed_keys
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.tokenizer import TOKENIZER, load_tokenizer
@@ -19,7 +20,7 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.model.falcon_h1.tensors import tensor_shapes
 
-CONTEXTS = (0, 2048, 16384)  # tokens at which state sizes are given
+CONTEXTS = (0, 2048, 16384)  # tokens at which the bytes of a sequence's states are given: a checkpoint's in float32
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "quantised": None
         if store.packed_format is None
         else {**dataclasses.asdict(store.packed_format), "tensors": len(store.packed)},
-        "state_bytes": state_bytes(config),
+        "state_bytes": {str(past): StateSpec.of(config).nbytes(1, past) for past in CONTEXTS},
         "ignored_keys": list(FalconH1Config.ignored(folder)),
         "ignored_quantization_keys": list(ignored_packed_keys(folder)),
         "ignored_tensors": list(store.ignored),
@@ -81,12 +82,6 @@ def _artifact(folder: Path) -> dict[str, Any]:
         "quantised_tensors": sum(len(weight.parts) for weight in manifest.weights),
         "inputs": dict(manifest.inputs),
         "outputs": dict(manifest.outputs),
-        "state_bytes": state_bytes(artifact.config),
+        "state_bytes": {str(past): state_bytes(manifest, artifact.config, past) for past in CONTEXTS},
         "config": dict(manifest.config),
     }
-
-
-def state_bytes(config: FalconH1Config) -> dict[str, int]:
-    """Context length -> bytes of all states of one sequence in float32."""
-    states = StateSpec.of(config)
-    return {str(context): states.nbytes(1, context) for context in CONTEXTS}

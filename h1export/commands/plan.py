@@ -16,11 +16,11 @@ from h1export import host
 from h1export.artifact.artifact import NO_SHA256, file_table
 from h1export.artifact.manifest import StoredWeight
 from h1export.artifact.stage import dry_stage
+from h1export.artifact.state_bytes import state_bytes
 from h1export.artifact.weight_file import BLOCK_BYTES
 from h1export.checkpoint.store import WeightStore
 from h1export.commands.build import BuildJob
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import StateSpec
 from h1export.model.falcon_h1.tensors import tensor_shapes
 from h1export.progress import SILENT, Progress
 from h1export.quantize.calibration import Calibration
@@ -138,7 +138,7 @@ def plan_build(
         source_bytes=job.store.nbytes,
         disk_free=disk_free(out),
         scratch_bytes=scratch,
-        state_bytes={context: StateSpec.of(job.config).nbytes(1, context) for context in contexts},
+        state_bytes={context: state_bytes(manifest, job.config, context) for context in contexts},
         precisions=precisions(job.integers, job.config, manifest.weights),
         gpu="" if job.device.is_cpu else job.device.name,
         presets=preset_plans(job.config, scheme.group_size, measured) if scheme.quant == "int4" else (),

@@ -109,7 +109,7 @@ class ContinuedSequence:
 
     def _append(self, ids: Ids) -> Array:
         try:
-            logits = self._session.append(ids)
+            logits = self._session.append(ids, keep=1)
         except BaseException:  # the states may be those after the tokens, or in between
             self._forget()
             raise

@@ -156,7 +156,7 @@ def _tokens(
     sampler = Sampler(sampling, prompt.tolist())
     session = runner.start(1, capacity=min(len(prompt) + max_tokens, context))
     for start, end in calls(0, len(prompt)):
-        logits = session.append(prompt[None, start:end])
+        logits = session.append(prompt[None, start:end], keep=1)
     yield from new_tokens(
         logits[0, -1],
         lambda token: session.append(np.array([[token]]))[0, -1],

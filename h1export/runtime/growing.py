@@ -40,11 +40,11 @@ class GrowingSession:
         return longest if limit is None else min(limit, longest)
 
     @one_call
-    def append(self, ids: Ids) -> Array:
-        """Extend the sequence by ids int64 [1, new], and return logits float32 [1, new or 1, vocab].
+    def append(self, ids: Ids, *, keep: int | None = None) -> Array:
+        """Extend the sequence by ids int64 [1, new], and return logits float32 [1, positions, vocab].
 
         Raises:
-            H1ExportError: The context is full, or the session refuses the ids.
+            H1ExportError: The context is full, or the session refuses the call.
         """
         end = self.length + ids.shape[-1]
         if end > self.context:
@@ -52,7 +52,7 @@ class GrowingSession:
             raise H1ExportError("append", what, "begin a new sequence")
         session = self._reserve(end)
         self._shared = None  # whatever comes of the call, these are no longer its states
-        logits = session.append(ids)
+        logits = session.append(ids, keep=keep)
         self.length = end
         return logits
 

@@ -70,7 +70,10 @@ class Prompt:
         return self.session.length == len(self._ids)
 
     def next(self) -> Ids:
-        """Return ids int64 [1, new] of the next call; extend ``session`` by them, and then call ``extended``."""
+        """Return ids int64 [1, new] of the next call; extend ``session`` by them, and then call ``extended``.
+
+        Whoever only goes on from the prompt asks ``session`` for the logits of the last position.
+        """
         start, end = next(calls(self.session.length, len(self._ids), self._borders))
         return self._ids[None, start:end]
 

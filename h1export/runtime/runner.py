@@ -68,12 +68,17 @@ class Session(Protocol):
 
     length: int
 
-    def append(self, ids: Ids) -> Array:
-        """Extend every row, and return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
+    def append(self, ids: Ids, *, keep: int | None = None) -> Array:
+        """Extend every row by ids int64 [batch, new], and return logits float32 [batch, positions, vocab].
+
+        Args:
+            ids: The new tokens.
+            keep: The number of last positions whose logits are returned, all where there are fewer; None means as many
+                as the Runner gives. What is not returned need not be computed.
 
         Raises:
-            H1ExportError: The ids do not fit the vocabulary, the batch or the capacity, another call is running, or
-                this process is a fork of the one that opened the session.
+            H1ExportError: The ids do not fit the vocabulary, the batch or the capacity, ``keep`` is no positive number,
+                another call is running, or this process is a fork of the one that opened the session.
         """
         ...
 
@@ -214,12 +219,25 @@ class TracksMagnitudes(Protocol):
         ...
 
 
-def check_call(ids: Ids, mask: Ids, past: int, *, vocab_size: int) -> None:
-    """Check the inputs of ``Runner.step``, as every runtime does before it computes.
+def check_keep(keep: int | None) -> None:
+    """Check how many positions a caller of ``Session.append`` asks for. Raises H1ExportError for less than one."""
+    if keep is not None and keep < 1:
+        raise H1ExportError("append", f"logits of {keep} positions", "ask for one or more, or leave it out for all")
+
+
+def kept(logits: Array, keep: int | None) -> Array:
+    """Return the logits [batch, positions, vocab] of the last ``keep`` positions; None means all."""
+    return logits if keep is None else logits[:, -keep:]
+
+
+def check_call(ids: Ids, mask: Ids, past: int, *, vocab_size: int, keep: int | None = None) -> None:
+    """Check the inputs of ``Runner.step`` and ``Session.append``, as every runtime does before it computes.
 
     Raises:
-        H1ExportError: The shapes do not fit, token ids lie outside the vocabulary, or the mask is not left padding.
+        H1ExportError: The shapes do not fit, token ids lie outside the vocabulary, the mask is not left padding, or
+            ``keep`` is no positive number.
     """
+    check_keep(keep)
     if ids.ndim != 2 or not ids.size or mask.shape != (ids.shape[0], past + ids.shape[1]):
         what = f"input_ids {list(ids.shape)} and attention_mask {list(mask.shape)} after {past} tokens"
         raise H1ExportError("step", what, "expected [batch, new] and [batch, past + new]")

@@ -14,7 +14,7 @@ import numpy as np
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array, Ids, StateSpec
 from h1export.runtime.generation import PREFILL_CHUNK
-from h1export.runtime.runner import Restorable, RestorableSession, Runner, check_call
+from h1export.runtime.runner import Restorable, RestorableSession, Runner, check_call, check_keep
 from h1export.runtime.saved_states import SavedStates, check_part
 from h1export.runtime.sharing import OneCall, one_call
 
@@ -76,11 +76,15 @@ class InPlaceSession:
     @one_call
     def append(self, ids: Ids, mask: Ids | None = None, keep: int | None = None) -> Array:
         _check_logits(self._all_logits, ids, keep)
+        new = ids.shape[-1]
         if mask is not None and not mask.all():
             raise H1ExportError(
                 "attention_mask", "has pads that the session was not opened for", "say so when it is opened"
             )
-        answers = [self._session.append(ids[..., start:end]) for start, end in _calls(ids.shape[-1], keep)]
+        answers = [
+            self._session.append(ids[..., start:end], keep=None if keep is None else max(1, keep - (new - end)))
+            for start, end in _calls(new, keep)
+        ]
         self.length = self._session.length
         return _last(answers, keep)
 
@@ -232,7 +236,8 @@ def _restorable(runner: Runner[Any]) -> Restorable[Any]:
 
 
 def _check_logits(all_logits: bool, ids: Ids, keep: int | None) -> None:
-    """Check that the logits of the last ``keep`` positions exist; raise H1ExportError where they do not."""
+    """Check that there are logits of the last ``keep`` positions; raise H1ExportError where there are none."""
+    check_keep(keep)
     if not all_logits and keep is not None and min(keep, ids.shape[-1]) > 1:
         what = f"logits of {keep} positions, and the artifact gives those of the last one only"
         raise H1ExportError("logits", what, "ask for the last one, or build with --logits all")

@@ -258,7 +258,7 @@ class Scheduler:
     def _prefill(self, one: _Prefill) -> bool:
         """Compute a call of a prompt, and return whether there are more."""
         task, prompt = one.task, one.prompt
-        logits = prompt.session.append(prompt.next())[0]
+        logits = prompt.session.append(prompt.next(), keep=1 if task.top is None else None)[0]
         prompt.extended()
         if task.top is not None:
             begin = prompt.session.length - len(logits)

@@ -17,7 +17,7 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import probe_names
 from h1export.model.falcon_h1.states import Array, Ids, StateKind, StateSpec
 from h1export.quantize.quantized_tensor import QuantizedTensor
-from h1export.runtime.runner import Limits, Provenance, check_call
+from h1export.runtime.runner import Limits, Provenance, check_call, kept
 from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import WHAT
 from h1export.runtime.sharing import Home, OneCall, one_call
@@ -191,9 +191,10 @@ class CoreMLSession:
         self.length = states.length
 
     @one_call
-    def append(self, ids: Ids) -> Array:
+    def append(self, ids: Ids, *, keep: int | None = None) -> Array:
         end = self.length + ids.shape[-1]
-        check_call(ids, np.ones((len(ids), end), np.int64), self.length, vocab_size=self._runner.config.vocab_size)
+        mask = np.ones((len(ids), end), np.int64)
+        check_call(ids, mask, self.length, vocab_size=self._runner.config.vocab_size, keep=keep)
         if end > self._capacity or len(ids) != 1:
             what = f"{len(ids)} rows of {end} tokens"
             raise H1ExportError(
@@ -201,7 +202,7 @@ class CoreMLSession:
             )
         logits = self._advance(self._held, ids, position=self.length)
         self.length = end
-        return logits
+        return kept(logits, keep)
 
     @one_call
     def save(self, row: int = 0, start: int = 0) -> SavedStates:

@@ -15,7 +15,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids, StateSpec
-from h1export.runtime.runner import Limits, Provenance, check_call
+from h1export.runtime.runner import Limits, Provenance, check_call, kept
 from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import WHAT
 from h1export.runtime.sharing import Home, OneCall, one_call
@@ -185,16 +185,17 @@ class LlamaSession:
         self.length = 0
 
     @one_call
-    def append(self, ids: Ids) -> Array:
+    def append(self, ids: Ids, *, keep: int | None = None) -> Array:
         end = self.length + ids.shape[-1]
-        check_call(ids, np.ones((len(ids), end), np.int64), self.length, vocab_size=self._runner.config.vocab_size)
+        mask = np.ones((len(ids), end), np.int64)
+        check_call(ids, mask, self.length, vocab_size=self._runner.config.vocab_size, keep=keep)
         if end > self._capacity or len(ids) != 1:
             what = f"{len(ids)} rows of {end} tokens"
             next_step = f"there is room for one of {self._capacity}; start with a larger capacity"
             raise H1ExportError("append", what, next_step)
-        logits = self._context.decode(ids[0], self.length, every=self._every)
+        logits = self._context.decode(ids[0], self.length, every=self._every and keep != 1)
         self.length = end
-        return logits[None]
+        return kept(logits[None], keep)
 
     @one_call
     def save(self, row: int = 0, start: int = 0) -> SavedStates:

@@ -50,18 +50,18 @@ class MlxModel:
             if float32:
                 self._model.set_dtype(self._mx.float32)
 
-    def check(self, ids: Ids, mask: Ids, past: int) -> None:
-        """Check a call. Raises H1ExportError for ids, masks or batches that are not taken."""
-        check_call(ids, mask, past, vocab_size=self.config.vocab_size)
+    def check(self, ids: Ids, mask: Ids, past: int, *, keep: int | None = None) -> None:
+        """Check a call. Raises H1ExportError for ids, masks or batches that are not taken, and for a wrong ``keep``."""
+        check_call(ids, mask, past, vocab_size=self.config.vocab_size, keep=keep)
         if len(ids) != 1 or not mask.all():
             raise H1ExportError("step", f"{len(ids)} rows, {int((mask == 0).sum())} pads", NO_PADS)
 
-    def logits(self, ids: Ids, caches: Caches) -> Array:
-        """Return logits float32 [1, new or 1, vocab] of ids [1, new], and advance ``caches``."""
+    def logits(self, ids: Ids, caches: Caches, *, keep: int | None = None) -> Array:
+        """Return logits float32 [1, positions, vocab] of the last ``keep`` of ids [1, new], and advance ``caches``."""
         with sdk.refused(self._folder, "mlx-lm cannot compute it"):
             found = self._model(self._mx.array(ids.astype(np.int32)), cache=caches)
-            if self.last_logits:
-                found = found[:, -1:]
+            if self.last_logits or keep is not None:
+                found = found[:, -(1 if self.last_logits else keep) :]
             logits: Array = np.array(found.astype(self._mx.float32))
         return logits
 

@@ -90,15 +90,15 @@ class MlxSession:
         self._caches = model.caches(States(0, {}))
         self.length = 0
 
-    def append(self, ids: Ids) -> Array:
+    def append(self, ids: Ids, *, keep: int | None = None) -> Array:
         end = self.length + ids.shape[-1]
-        self._model.check(ids, np.ones((1, end), np.int64), self.length)
+        self._model.check(ids, np.ones((1, end), np.int64), self.length, keep=keep)
         if end > self._capacity:
             what = f"1 rows of {end} tokens"
             raise H1ExportError(
                 "append", what, f"there is room for one of {self._capacity}; start with a larger capacity"
             )
-        logits = self._model.logits(ids, self._caches)
+        logits = self._model.logits(ids, self._caches, keep=keep)
         self.length = end
         return logits
 

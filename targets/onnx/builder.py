@@ -51,6 +51,10 @@ class GraphBuilder:
             raise ValueError(f"two initializers are called {tensor.name!r}")
         return value
 
+    def overridable(self, name: str, default: npt.NDArray[Any]) -> Value:
+        """Return an input that callers may leave out: an initializer that is listed among the inputs, too."""
+        return self._tape.initializer(ir.tensor(default, name=name))
+
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> Value:
         """Return a small constant inside the model file, one per value."""
         array = np.asarray(value, dtype)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch.fx import Node
@@ -106,8 +107,8 @@ class Context:
 
     @property
     def masked(self) -> float:
-        """The number that hides a key when added to its score: finite, so that a row of pads stays finite."""
-        return -float(ml_dtypes.finfo(self.activations).max) / 2  # type: ignore[no-untyped-call]
+        """The number that hides a key when added to its score, in the activations' dtype."""
+        return masked(self.activations)
 
     def has(self, node: Node) -> bool:
         """Whether an emitter of an earlier node has made this one's value too."""
@@ -181,6 +182,11 @@ class Context:
         self.stored.append(
             StoredWeight(initializer_name(expr), precision.bits, precision.group_size, axis=expr.axis, parts=parts)
         )
+
+
+def masked(dtype: npt.DTypeLike) -> float:
+    """Return a number of ``dtype`` that hides a key when added to its score: finite, so that a row of pads stays so."""
+    return -float(ml_dtypes.finfo(dtype).max) / 2  # type: ignore[no-untyped-call]
 
 
 def _alone(block: Callable[[], Array]) -> tuple[Array]:

@@ -96,7 +96,7 @@ class BoundRows:
         mask = np.zeros((len(rows), self._end + 1), np.int64)
         for row in rows:
             mask[row.slot, row.end - row.length :] = 1
-        logits = run_bound(self._graph.session, self._binding(len(rows)), ids, mask=mask)
+        logits = run_bound(self._graph, self._binding(len(rows)), ids, mask=mask)
         self._end += 1
         for row in rows:
             row.end += 1
@@ -125,7 +125,7 @@ class BoundRows:
             binding = self._graph.session.io_binding()
             for tensor in self._graph.states.tensors:
                 buffer = self._buffers[tensor.past]
-                bind_state(binding, tensor, [rows, *buffer.shape[1:]], address=buffer.ctypes.data)
+                bind_state(binding, tensor, [rows, *buffer.shape[1:]], address=buffer.ctypes.data, dtype=buffer.dtype)
             self._bindings[rows] = binding
         return self._bindings[rows]
 
@@ -140,7 +140,7 @@ class BoundRows:
         self._bindings.clear()
         for tensor in self._graph.states.tensors:
             shape = self._graph.variant.sized(tensor, self._most, self._columns)
-            self._buffers[tensor.past] = np.zeros(shape, np.float32)
+            self._buffers[tensor.past] = np.zeros(shape, self._graph.dtypes[tensor.past])
             for row in self._rows:
                 place = _Row(row.slot, self._end, row.length)
                 self._part(tensor, place)[:] = _part_of(before[tensor.past], tensor, row)

@@ -10,8 +10,18 @@ from typing import Any
 import numpy as np
 
 from h1export.errors import H1ExportError
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateSpec, StateTensor
-from h1export.runtime.runner import check_call
+from h1export.model.falcon_h1.states import (
+    ALL,
+    ATTENTION_MASK,
+    INPUT_IDS,
+    KEPT,
+    LOGITS,
+    Array,
+    Ids,
+    StateSpec,
+    StateTensor,
+)
+from h1export.runtime.runner import check_call, kept
 from h1export.runtime.saved_states import SavedStates, check_part
 from h1export.runtime.session import WHAT
 from h1export.runtime.sharing import OneCall, one_call
@@ -23,7 +33,6 @@ from h1export.targets.onnxruntime.fixed_decode import FixedDecode
 from h1export.targets.onnxruntime.run_options import run_options
 from h1export.targets.onnxruntime.variants import GraphVariant
 
-FLOAT32 = np.dtype(np.float32)
 DEVICE_ID = 0  # the device that the provider takes where its options name none
 
 
@@ -41,6 +50,7 @@ class BoundGraph:
         longest_call: The most tokens of a row in one call; None means that there is no limit.
         fixed_decode: Whether a call of one token after others runs at fixed shapes, so that it can be captured.
         dtypes: The dtype of each state, by the name of its input.
+        asks_for_logits: Whether an input of the graph says how many positions get logits.
     """
 
     session: Any
@@ -52,6 +62,7 @@ class BoundGraph:
     longest_call: int | None = None
     fixed_decode: bool = False
     dtypes: dict[str, type[Any]] = field(default_factory=dict)
+    asks_for_logits: bool = False
 
 
 class BoundSession:
@@ -85,15 +96,16 @@ class BoundSession:
         self.length = 0
 
     @one_call
-    def append(self, ids: Ids) -> Array:
-        """Extend every row, and return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
+    def append(self, ids: Ids, *, keep: int | None = None) -> Array:
+        """Extend every row by ids int64 [batch, new], and return logits float32 [batch, positions, vocab].
 
         Raises:
-            H1ExportError: The ids do not fit the vocabulary, the batch, the capacity or the graph's longest call.
+            H1ExportError: The ids do not fit the vocabulary, the batch, the capacity or the graph's longest call, or
+                ``keep`` is no positive number.
         """
         end = self.length + ids.shape[-1]
         mask = np.ones((len(ids), end), np.int64)
-        check_call(ids, mask, self.length, vocab_size=self._graph.vocab_size)
+        check_call(ids, mask, self.length, vocab_size=self._graph.vocab_size, keep=keep)
         check_length(ids, self._graph.longest_call)
         if end > self._capacity or len(ids) != self._batch:
             what = f"{len(ids)} rows of {end} tokens"
@@ -103,11 +115,14 @@ class BoundSession:
         if self._fixed is not None and self.length and ids.shape[1] == 1:
             logits = self._fixed.step(ids, self.length)
         elif self._batch == 1 or not self.length or ids.shape[1] == 1 or self._graph.batched_append:
-            logits = self._run(self._whole, ids, mask)
+            logits = run_bound(self._graph, self._whole, ids, mask=mask, keep=keep)
         else:
-            rows = range(self._batch)
+            parts = [np.s_[row : row + 1] for row in range(self._batch)]
             logits = np.concatenate(
-                [self._run(self._bind(row, 1), ids[row : row + 1], mask[row : row + 1]) for row in rows]
+                [
+                    run_bound(self._graph, self._bind(part.start, 1), ids[part], mask=mask[part], keep=keep)
+                    for part in parts
+                ]
             )
         self.length = end
         return logits
@@ -157,19 +172,22 @@ class BoundSession:
             bind_state(binding, tensor, shape, address=address, device=self._graph.device, dtype=dtype)
         return binding
 
-    def _run(self, binding: Any, ids: Ids, mask: Ids) -> Array:
-        return run_bound(self._graph.session, binding, ids, mask=mask)
 
+def run_bound(graph: BoundGraph, binding: Any, ids: Ids, *, mask: Ids, keep: int | None = None) -> Array:
+    """Run a graph whose states are bound; return logits float32 [batch, positions, vocab] of the last ``keep`` tokens.
 
-def run_bound(session: Any, binding: Any, ids: Ids, *, mask: Ids) -> Array:
-    """Run a graph whose states are bound, and return its logits float32 [batch, new or 1, vocab]."""
+    None means as many as the graph gives.
+    """
     binding.bind_cpu_input(INPUT_IDS, np.ascontiguousarray(ids))
     binding.bind_cpu_input(ATTENTION_MASK, mask)
+    if graph.asks_for_logits:
+        asked = sdk.onnxruntime().OrtValue.ortvalue_from_numpy(np.array(keep or ALL, np.int64))  # outlives the run
+        binding.bind_ortvalue_input(KEPT, asked)  # bind_cpu_input knows no input that has a default
     binding.bind_output(LOGITS)
     with refused("onnxruntime", "cannot compute the graph of this artifact"):
-        session.run_with_iobinding(binding, run_options())
+        graph.session.run_with_iobinding(binding, run_options())
     logits: Array = binding.get_outputs()[-1].numpy()  # outputs are in the order of binding
-    return logits
+    return logits if graph.asks_for_logits else kept(logits, keep)
 
 
 def bind_state(
@@ -179,7 +197,7 @@ def bind_state(
     *,
     address: int,
     device: str = "cpu",
-    dtype: np.dtype[Any] = FLOAT32,
+    dtype: np.dtype[Any],
 ) -> None:
     """Let a state be read from, and written to, the memory at ``address``."""
     for bind, name in ((binding.bind_input, tensor.past), (binding.bind_output, tensor.present)):

@@ -12,7 +12,7 @@ from h1export.targets.onnxruntime import native_library, openvino_runner, openvi
 from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.runner import OnnxRuntimeRunner
-from h1export.targets.onnxruntime.variants import variant_of
+from h1export.targets.onnxruntime.variants import variant_in
 
 
 def examine(artifact: Artifact) -> Iterator[Finding]:
@@ -23,7 +23,7 @@ def examine(artifact: Artifact) -> Iterator[Finding]:
         yield Finding.of("ONNX Runtime", error)
         return
     yield Finding("ONNX Runtime", True, str(ort.__version__))
-    provider = variant_of(OrtOptions.read(artifact)).provider
+    provider = variant_in(artifact).provider
     try:
         sdk.check_provider(provider)
     except H1ExportError as error:

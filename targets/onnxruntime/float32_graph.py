@@ -1,4 +1,4 @@
-"""The CUDA graph in float32 arithmetic, so that a CPU can run it and no rounding hides a fault."""
+"""A graph with values in 16 bits in float32 arithmetic, so that a CPU can run it and no rounding hides a fault."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOAT = ir.DataType.FLOAT
 
 
-def float32_graph(model: ir.Model) -> ir.Model:
-    """Replace fp16 and bf16 by float32 in ``model`` and return it: inputs, outputs, casts and initializers."""
+def float32_graph(model: ir.Model, *, weights: bool) -> ir.Model:
+    """Replace fp16 and bf16 by float32 in ``model`` and return it: inputs, outputs and casts.
+
+    ``weights``: initializers too. Where activations are float32 anyway, those in 16 bits are scales and tables, which
+    their ops read as they are.
+    """
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.dtype in HALVES:
             value.dtype = FLOAT
-    for name, value in model.graph.initializers.items():
+    for name, value in model.graph.initializers.items() if weights else ():
         tensor = value.const_value
         if tensor is not None and tensor.dtype in HALVES:
             value.const_value = ir.tensor(tensor.numpy().astype(np.float32), name=name)

@@ -16,6 +16,7 @@ from typing import Any
 
 from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
+from h1export.model.falcon_h1.states import KEPT
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.graph_file import read_graph
 from h1export.targets.onnxruntime import cuda_libraries, product_limits
@@ -100,3 +101,11 @@ def open_inference_session(
             provider, f"onnxruntime could not start it{cuda_libraries.missing()}", cuda_libraries.NEXT_STEP
         )
     return Serial(session) if captured else session
+
+
+def asks_for_logits(session: Any) -> bool:
+    """Whether the graph of ``session`` has the input that says how many positions get logits.
+
+    The graph of --graph cuda and those of earlier builds do not.
+    """
+    return any(port.name == KEPT for port in (*session.get_inputs(), *session.get_overridable_initializers()))

@@ -48,6 +48,8 @@ class Layout:
         state: the class of a state, which names its input and its output.
         halves: whether the clients of this layout can compute with float16 wherever they run.
         native: whether a second graph over the same weights is for h1export's own kernels.
+        optional_kept: whether callers may leave out the input that says how many positions get logits. Clients in
+            JavaScript see no input that may be left out.
     """
 
     graphs: Mapping[int, tuple[str, str]]
@@ -56,6 +58,7 @@ class Layout:
     state: type[StateTensor] = StateTensor
     halves: bool = True
     native: bool = True
+    optional_kept: bool = True
 
     def graph(self, precisions: Collection[Precision]) -> tuple[str, str]:
         """Return the path of the graph and the client's name of its precision, by those of the weights in integers."""
@@ -96,5 +99,6 @@ LAYOUTS: Mapping[LayoutName, Layout] = {
         state=TransformersJsState,
         halves=False,
         native=False,
+        optional_kept=False,
     ),
 }

@@ -9,6 +9,7 @@ from typing import Any
 from h1export.graphs.passes import KindOf, Pass, fusions
 from h1export.graphs.passes.flatten_splits import FlattenSplits
 from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
+from h1export.graphs.passes.narrow_summands import NarrowSummands
 from h1export.quantize.precision import Precision
 from h1export.targets.onnx.emit import Emitter
 from h1export.targets.onnxruntime.emit import cpu, cuda, portable, wasm
@@ -40,8 +41,12 @@ def _microsoft(precisions: Collection[Precision]) -> dict[str, int]:
     return dict(cpu.OPSETS)
 
 
+def _fused(kind_of: KindOf, align: int) -> tuple[Pass, ...]:
+    return (NarrowSummands(), *fusions(kind_of, align))
+
+
 LOWERINGS: Mapping[Graph, Lowering] = {
-    "cpu": Lowering(cpu.TABLE, _microsoft, fusions, native=emitters.TABLE),
+    "cpu": Lowering(cpu.TABLE, _microsoft, _fused, native=emitters.TABLE),
     "cuda": Lowering(
         cuda.TABLE,
         _microsoft,
@@ -50,9 +55,11 @@ LOWERINGS: Mapping[Graph, Lowering] = {
         context=cuda.CudaContext,
     ),
     "portable": Lowering(
-        portable.TABLE, lambda precisions: {"": portable.opset(precisions)}, lambda kind_of, align: ()
+        portable.TABLE,
+        lambda precisions: {"": portable.opset(precisions)},
+        lambda kind_of, align: (NarrowSummands(),),
     ),
-    "wasm": Lowering(wasm.TABLE, _microsoft, fusions),
+    "wasm": Lowering(wasm.TABLE, _microsoft, _fused),
 }
 
 

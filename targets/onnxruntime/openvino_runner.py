@@ -71,6 +71,14 @@ class CompiledModel:
         self._idle.put(request)
         return values
 
+    def get_inputs(self) -> list[SimpleNamespace]:
+        """Return an object with the attribute ``name`` for each input."""
+        return [SimpleNamespace(name=port.get_any_name()) for port in self._compiled.inputs]
+
+    def get_overridable_initializers(self) -> list[SimpleNamespace]:
+        """Return nothing: OpenVINO makes constants of them."""
+        return []
+
     def get_outputs(self) -> list[SimpleNamespace]:
         """Return an object with the attribute ``name`` for each output."""
         return [SimpleNamespace(name=output.get_any_name()) for output in self._compiled.outputs]

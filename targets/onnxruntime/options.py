@@ -13,6 +13,7 @@ from h1export.targets.options import EMBEDDING, Flag, TargetOptions
 Graph = Literal["cpu", "cuda", "portable", "wasm"]
 Activations = Literal["fp16", "bf16"]
 LayoutName = Literal["genai", "transformers.js"]
+Kv = Literal["auto", "fp16", "fp32"]
 
 # The accuracy levels that the products of a graph have, the default first. Those of the portable graph become
 # MatMulNBits in ONNX Runtime on CPUs.
@@ -30,6 +31,9 @@ class OrtOptions(TargetOptions):
         activations: the dtype of activations, keys, values and convolution states in the graph of --graph cuda; the
             other graphs have float32.
         captured_decode: whether sessions of the graph of --graph cuda replay a CUDA graph for a call of one token.
+        kv: the dtype of keys and values of --graph cpu; auto: fp16 beside weights in integers, and float32 beside
+            weights in floats, where a build is exact. Those of --graph cuda have the dtype of its activations, and
+            those of the other graphs float32.
         layout: which of the LAYOUTS names the files, inputs and outputs.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 rounds activations to int8, which is fastest.
     """
@@ -54,6 +58,14 @@ class OrtOptions(TargetOptions):
         LayoutName,
         Flag("The client whose names of files, inputs and outputs the artifact has.", later=True),
     ] = "genai"
+    kv: Annotated[
+        Kv,
+        Flag(
+            "Dtype of keys and values with --graph cpu; fp16 halves what a token at a great depth reads, and auto is "
+            "fp16 beside weights in integers.",
+            later=True,
+        ),
+    ] = AUTO
     accuracy_level: Annotated[
         int,
         Flag(
@@ -79,9 +91,33 @@ class OrtOptions(TargetOptions):
         if self.captured_decode and self.graph != "cuda":
             what = f"--graph {self.graph} has no CUDA graph to capture"
             raise H1ExportError("--captured-decode", what, "use --graph cuda, or leave --captured-decode out")
+        if self.kv != AUTO and self.graph == "cuda":
+            what = "keys and values of --graph cuda have the dtype of its activations"
+            raise H1ExportError("--kv", what, "use --activations, and leave --kv out")
+        if self.kv == "fp16" and not self.narrow_cache:
+            what = "fp16 is a dtype that only --graph cpu with --layout genai has for keys and values"
+            raise H1ExportError("--kv", what, "use fp32, or leave --kv out")
         if self.layout == "transformers.js" and self.graph == "cuda":
             what = "transformers.js runs on CPUs, in WebAssembly and on WebGPU, and --graph cuda on none of them"
             raise H1ExportError("--layout", what, "use --graph cpu, wasm or portable, or leave --layout out")
+
+    @property
+    def narrow_cache(self) -> bool:
+        """Whether keys and values can have 16 bits where activations are float32."""
+        return self.graph == "cpu" and self.layout == "genai"
+
+    @property
+    def asks_for_logits(self) -> bool:
+        """Whether a call says how many of its last positions get logits, by an input of the graph.
+
+        The graph of --graph cuda has no such input: the arithmetic with it would run on the GPU, and its result would
+        be copied to the CPU, where a slice has its bounds. A call with such a copy cannot be captured.
+        """
+        return self.graph != "cuda"
+
+    @property
+    def traces_last(self) -> bool:
+        return self.asks_for_logits or self.last_logits
 
 
 Options = OrtOptions

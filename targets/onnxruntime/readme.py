@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from h1export.model.falcon_h1.states import KEPT
 from h1export.targets.onnxruntime.options import OrtOptions
 
 README = "README.md"
@@ -43,13 +44,21 @@ Does not work, because the recurrent states hold no history and cannot be reorde
 `input_ids` int64 [batch, sequence]; `attention_mask` int64 [batch, past + sequence], 1 for real tokens, pads on the
 left only; `past_key_values.N.*`: zeros before the first token (keys and values with past 0), then the `present.N.*` of
 the previous call.
-{notes}"""
+{kept}{notes}"""
+
+KEPT_POSITIONS = f"""`{KEPT}` int64, a number that may be left out: n gives the logits of the last n tokens of each
+row, 0 those of all.
+"""
 
 ROW_BY_ROW = "A batch of several rows takes several tokens at once only from empty states (GroupQueryAttention).\n"
 PORTABLE = """
 The graph has operators of ai.onnx only. ONNX Runtime on CPUs turns its integer products into a kernel that rounds
 activations to int8 unless the session option `session.qdq_matmulnbits_accuracy_level` is "0"; genai_config.json sets it
 to "{level}", as built.
+"""
+NARROW = """
+Keys and values are float16, everything else float32. ONNX Runtime's own attention is slower with float16 after some
+thousand tokens; `h1export build --kv fp32` makes them float32.
 """
 CUDA = """
 Keys, values and the convolution state are {half}, the recurrent state and the logits float32. Needs the package
@@ -68,6 +77,7 @@ own.
 
 - A batch is padded on the left; the tokenizer of this folder does so.
 - The recurrent states hold no history: a cache (`past_key_values`) can be continued, and not cut back.
+- `generate` asks for the logits of the last token, by the input `num_logits_to_keep`, and a call of the model for all.
 {notes}- In a browser the file of the weights is read whole. In WebAssembly it has to fit into 4 GB together with what
   the session makes of it.
 """
@@ -109,11 +119,12 @@ def write_transformers_js(folder: Path, options: OrtOptions, *, dtype: str, has_
     (folder / README).write_text(text, encoding="utf-8")
 
 
-def write(folder: Path, options: OrtOptions) -> None:
-    """Write README.md into ``folder``."""
+def write(folder: Path, options: OrtOptions, *, narrow: bool) -> None:
+    """Write README.md into ``folder``; ``narrow``: keys and values have 16 bits beside activations in float32."""
     runtime = "ONNX Runtime on CPUs"
     session = "onnxruntime"
-    notes = ROW_BY_ROW
+    notes = ROW_BY_ROW + NARROW * narrow
+    kept = KEPT_POSITIONS if options.asks_for_logits else ""
     if options.graph == "portable":
         runtime = "any ONNX runtime"
         session = "onnxruntime, or another runtime"
@@ -123,4 +134,6 @@ def write(folder: Path, options: OrtOptions) -> None:
     elif options.graph == "cuda":
         runtime = "ONNX Runtime on CUDA"
         notes = ROW_BY_ROW + CUDA.format(half={"fp16": "float16", "bf16": "bfloat16"}[options.activations])
-    (folder / README).write_text(TEXT.format(runtime=runtime, session=session, notes=notes), encoding="utf-8")
+    (folder / README).write_text(
+        TEXT.format(runtime=runtime, session=session, kept=kept, notes=notes), encoding="utf-8"
+    )

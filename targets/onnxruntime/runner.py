@@ -15,7 +15,7 @@ from h1export.checkpoint.packed_format import ORDER
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateKind
+from h1export.model.falcon_h1.states import ALL, ATTENTION_MASK, INPUT_IDS, KEPT, LOGITS, Array, Ids, StateKind
 from h1export.runtime.rows import Rows
 from h1export.runtime.runner import Limits, Provenance, RestorableSession, check_call
 from h1export.runtime.saved_states import SavedStates
@@ -29,11 +29,11 @@ from h1export.targets.onnxruntime.bfloat16 import run
 from h1export.targets.onnxruntime.bound_rows import BoundRows
 from h1export.targets.onnxruntime.bound_session import BoundGraph, BoundSession, check_length
 from h1export.targets.onnxruntime.calls import refused
-from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL, open_inference_session
+from h1export.targets.onnxruntime.inference_session import NATIVE_MODEL, asks_for_logits, open_inference_session
 from h1export.targets.onnxruntime.layouts import LAYOUTS
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.read_back import ROWS, TABLE
-from h1export.targets.onnxruntime.variants import CUDA, variant_of
+from h1export.targets.onnxruntime.variants import CUDA, variant_in
 from h1export.targets.options import Kernels
 
 # suffixes of the names of initializers from which stored weights are read
@@ -66,7 +66,7 @@ class OnnxRuntimeRunner:
         self._options = OrtOptions.read(artifact)
         self._layout = LAYOUTS[self._options.layout]
         self._states = self._layout.states(self._config)
-        self._variant = variant_of(self._options)
+        self._variant = variant_in(artifact)
         rounded = bool(self._variant.halves) or (
             bool(artifact.manifest.weights) and self._options.accuracy_level == ROUNDED_LEVEL
         )
@@ -93,6 +93,15 @@ class OnnxRuntimeRunner:
             float32=float32,
             library=self._library,
         )
+
+    @cached_property
+    def _asks(self) -> bool:
+        return asks_for_logits(self._session)
+
+    @cached_property
+    def _every(self) -> States:
+        """What a call for all logits gives the graph beside ids, mask and states."""
+        return {KEPT: np.array(ALL, np.int64)} if self._asks else {}
 
     def _run(self, session: Any, names: Sequence[str], feeds: States) -> list[npt.NDArray[Any]]:
         """Return the outputs of these names; whoever computes raises exceptions of its own."""
@@ -147,7 +156,7 @@ class OnnxRuntimeRunner:
         check_length(ids, self._longest_call)
         if ids.shape[0] > 1 and ids.shape[1] > 1 and past > 0 and not self._batched_append:
             return self._row_by_row(ids, mask, states)
-        feeds = {INPUT_IDS: ids, ATTENTION_MASK: mask, **states}
+        feeds = {INPUT_IDS: ids, ATTENTION_MASK: mask, **states, **self._every}
         logits, *present = self._run(self._session, self._outputs, feeds)
         return logits, {tensor.past: state for tensor, state in zip(self._states.tensors, present, strict=True)}
 
@@ -173,7 +182,7 @@ class OnnxRuntimeRunner:
         check_call(ids, mask, self.length(states), vocab_size=self._config.vocab_size)
         self._home.check()
         names = [output.name for output in self._observed.get_outputs()]
-        values = self._run(self._observed, names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states})
+        values = self._run(self._observed, names, {INPUT_IDS: ids, ATTENTION_MASK: mask, **states, **self._every})
         found = dict(zip(names, values, strict=True))
         probes = {
             probe: part
@@ -206,6 +215,7 @@ class OnnxRuntimeRunner:
             device=self._device,
             longest_call=self._longest_call,
             fixed_decode=self._options.captured_decode,
+            asks_for_logits=self._asks,
             dtypes={tensor.past: self._dtype(tensor.kind) for tensor in self._states.tensors},
         )
 

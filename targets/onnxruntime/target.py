@@ -5,16 +5,29 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from h1export.artifact.artifact import Artifact
 from h1export.artifact.stage import Stage
 from h1export.checkpoint.store import WeightStore
 from h1export.checkpoint.weight_expr import WeightExpr
+from h1export.errors import H1ExportError
 from h1export.graphs.passes import KindOf, run_passes
 from h1export.graphs.program import Program
 from h1export.model.falcon_h1.config import FalconH1Config
-from h1export.model.falcon_h1.states import ATTENTION_MASK, BATCH, INPUT_IDS, LOGITS, PAST, SEQUENCE, TOTAL
+from h1export.model.falcon_h1.states import (
+    ALL,
+    ATTENTION_MASK,
+    BATCH,
+    INPUT_IDS,
+    KEPT,
+    LOGITS,
+    PAST,
+    POSITIONS,
+    SEQUENCE,
+    TOTAL,
+)
 from h1export.progress import Progress
 from h1export.quantize.source import QuantizedWeights
 from h1export.targets.base import Finding, Lowered
@@ -46,6 +59,9 @@ class OnnxRuntimeTarget:
 
     def check(self, config: FalconH1Config, options: OrtOptions) -> None:
         """See SelectiveTarget."""
+        if options.asks_for_logits and options.last_logits:
+            what = f"the graph of --graph {options.graph} computes the logits that a call asks for"
+            raise H1ExportError("--logits", what, f"leave --logits out, and give the input {KEPT}")
         if options.graph == "wasm":
             wasm.check(config)
 
@@ -59,13 +75,14 @@ class OnnxRuntimeTarget:
         stage: Stage,
         progress: Progress,
     ) -> Lowered:
-        variant, lowering = variant_of(options), lowering_of(options)
+        lowering = lowering_of(options)
         precisions = set(integers.precisions.values())
+        variant = variant_of(options, integers=bool(precisions))
         align = max([INT8_BLOCKS[0], *(precision.group_size for precision in precisions)])
         program = run_passes(program, lowering.fuse(_kind_of(integers), align))
         progress.stage("weights", store.nbytes)
         layout = LAYOUTS[options.layout]
-        inputs = _inputs(program, variant, layout)
+        inputs = _inputs(program, options, variant, layout=layout)
         outputs = _outputs(program, options, variant, layout=layout)
         graph, dtype = layout.graph(precisions)
         weights = graph + layout.data
@@ -75,17 +92,19 @@ class OnnxRuntimeTarget:
             context.accuracy_level = options.accuracy_level
             context.halves = layout.halves
             context.narrow_embedding = options.embedding == "fp16"
-            ir.save(_model(context, lowering.table, inputs, outputs=outputs), stage.folder / graph)
+            ir.save(_model(context, lowering.table, layout, inputs=inputs, outputs=outputs), stage.folder / graph)
             if layout.native and lowering.native is not None and covers(program):
                 native = NativeContext(
                     program, store, integers, GraphBuilder({**lowering.opsets(precisions), DOMAIN: 1}), data
                 )
                 native.accuracy_level = options.accuracy_level // ROUNDED_LEVEL * ROUNDED_LEVEL  # QMatMul has 0 and 4
                 native.narrow_embedding = context.narrow_embedding
-                ir.save(_model(native, lowering.native, inputs, outputs=outputs), stage.folder / NATIVE_MODEL)
+                ir.save(
+                    _model(native, lowering.native, layout, inputs=inputs, outputs=outputs), stage.folder / NATIVE_MODEL
+                )
         if options.layout == "genai":
             genai_config.write_config(program.config, stage.folder, options)
-            readme.write(stage.folder, options)
+            readme.write(stage.folder, options, narrow=bool(variant.halves) and not variant.half_activations)
         else:
             transformers_js.write(stage.folder, program.config, options, dtype=dtype)
         return Lowered(inputs, outputs, tuple(context.stored), weights_file=weights)
@@ -108,11 +127,18 @@ def _kind_of(integers: QuantizedWeights) -> KindOf:
     return kind_of
 
 
-def _model(context: OrtContext, table: Mapping[Any, Emitter[Any]], inputs: Ports, *, outputs: Ports) -> ir.Model:
+def _model(
+    context: OrtContext, table: Mapping[Any, Emitter[Any]], layout: Layout, *, inputs: Ports, outputs: Ports
+) -> ir.Model:
     """Emit the context's program by the emitters of ``table``, and name the values that probes read."""
-    graph_inputs = [_declare(name, dtype, dims) for name, (dtype, dims) in inputs.items()]
+    declared = {name: _declare(name, dtype, dims) for name, (dtype, dims) in inputs.items()}
+    if KEPT in declared:
+        if layout.optional_kept:
+            declared[KEPT] = context.build.overridable(KEPT, np.array(ALL, np.int64))
+        context.kept = declared[KEPT]
+    graph_inputs = list(declared.values())
     names = (INPUT_IDS, ATTENTION_MASK, *(tensor.past for tensor in context.program.states.tensors))
-    by_name = dict(zip(names, graph_inputs, strict=True))
+    by_name = dict(zip(names, graph_inputs, strict=False))  # the layout has other names for the same states
     for node in context.program.graph.nodes:
         if node.op == "placeholder" and node.name in context.program.inputs:
             context.set(node, by_name[context.program.inputs[node.name]])
@@ -130,14 +156,18 @@ def _declare(name: str, dtype: str, dims: Dims) -> Value:
     return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(ir.DataType[dtype]))
 
 
-def _inputs(program: Program, variant: GraphVariant, layout: Layout) -> dict[str, tuple[str, Dims]]:
-    """Return the inputs of the graph in the order of the program's."""
+def _inputs(
+    program: Program, options: OrtOptions, variant: GraphVariant, *, layout: Layout
+) -> dict[str, tuple[str, Dims]]:
+    """Return the inputs of the graph: those of the program in its order, and then how many positions get logits."""
     ports: dict[str, tuple[str, Dims]] = {
         INPUT_IDS: ("INT64", (BATCH, SEQUENCE)),
         ATTENTION_MASK: ("INT64", (BATCH, TOTAL)),
     }
     for tensor in layout.states(program.config).tensors:
         ports[tensor.past] = (variant.dtype(tensor.kind), variant.shape(tensor))
+    if options.asks_for_logits:
+        ports[KEPT] = ("INT64", ())
     return {name: (dtype, layout.dims(dims)) for name, (dtype, dims) in ports.items()}
 
 
@@ -145,7 +175,8 @@ def _outputs(
     program: Program, options: OrtOptions, variant: GraphVariant, *, layout: Layout
 ) -> dict[str, tuple[str, Dims]]:
     """Return the outputs of the graph in the order of the program's."""
-    logits: Dims = (BATCH, 1 if options.last_logits else SEQUENCE, program.config.vocab_size)
+    positions = POSITIONS if options.asks_for_logits else 1 if options.last_logits else SEQUENCE
+    logits: Dims = (BATCH, positions, program.config.vocab_size)
     ports: dict[str, tuple[str, Dims]] = {LOGITS: ("FLOAT", logits)}
     for tensor in layout.states(program.config).tensors:
         dims = tuple(TOTAL if dim == PAST else dim for dim in variant.shape(tensor))

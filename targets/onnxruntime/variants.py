@@ -12,10 +12,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from h1export.artifact.artifact import Artifact
 from h1export.model.falcon_h1.states import StateKind, StateTensor
+from h1export.quantize.choices import AUTO
 from h1export.targets.onnx.read_back import ReadStored
 from h1export.targets.onnxruntime import read_back, state_layout
 from h1export.targets.onnxruntime.emit import cuda_kernels
+from h1export.targets.onnxruntime.layouts import LAYOUTS
 from h1export.targets.onnxruntime.options import Graph, OrtOptions
 
 CPU = "CPUExecutionProvider"
@@ -23,6 +26,7 @@ CUDA = "CUDAExecutionProvider"
 # The session option for the MatMulNBits nodes that onnxruntime makes of DequantizeLinear and MatMul.
 FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"
 ONNX_NAMES: Mapping[Any, str] = {np.float32: "FLOAT", np.float16: "FLOAT16", ml_dtypes.bfloat16: "BFLOAT16"}
+GROWING = frozenset(kind for kind in StateKind if kind.grows)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class GraphVariant:
         permutation: kind of state -> the order of its axes in the graph.
         halves: the kinds of states that have 16 bits; the others are float32.
         half: the dtype of 16 bits, float16 or ml_dtypes.bfloat16.
+        half_activations: whether activations and weights in floats have 16 bits too.
         batched_append: whether several rows may take several tokens each after a past.
         bound: whether past and present keys may be one buffer longer than the sequence, as BoundSession needs.
         read_stored: reads the integers of a weight from the initializers.
@@ -44,6 +49,7 @@ class GraphVariant:
     permutation: state_layout.Permutation = field(default_factory=lambda: state_layout.PERMUTATION)
     halves: frozenset[StateKind] = frozenset()
     half: type[Any] = np.float16
+    half_activations: bool = False
     batched_append: bool = False
     bound: bool = False
     read_stored: ReadStored = read_back.read_matmul_nbits
@@ -68,7 +74,8 @@ GRAPH_VARIANTS: Mapping[Graph, GraphVariant] = {
     "cuda": GraphVariant(
         provider=CUDA,
         permutation=state_layout.CUDA_PERMUTATION,
-        halves=frozenset({StateKind.KEY, StateKind.VALUE, StateKind.CONV}),
+        halves=GROWING | {StateKind.CONV},
+        half_activations=True,
         bound=True,
         longest_call=cuda_kernels.longest_call,
     ),
@@ -77,7 +84,29 @@ GRAPH_VARIANTS: Mapping[Graph, GraphVariant] = {
 }
 
 
-def variant_of(options: OrtOptions) -> GraphVariant:
-    """Return the variant of a build's options."""
+def variant_of(options: OrtOptions, integers: bool) -> GraphVariant:
+    """Return the variant that a build with these options writes.
+
+    Args:
+        options: The options.
+        integers: Whether weights are stored in integers, beside which the default of --kv is fp16.
+    """
     variant = GRAPH_VARIANTS[options.graph]
-    return replace(variant, half=ml_dtypes.bfloat16) if options.activations == "bf16" else variant
+    if options.activations == "bf16":
+        variant = replace(variant, half=ml_dtypes.bfloat16)
+    if options.kv == "fp16" or (options.kv == AUTO and integers and options.narrow_cache):
+        variant = replace(variant, halves=variant.halves | GROWING)
+    return variant
+
+
+def variant_in(artifact: Artifact) -> GraphVariant:
+    """Return the variant that ``artifact`` has; its manifest says which states have 16 bits."""
+    options = OrtOptions.read(artifact)
+    inputs = artifact.manifest.inputs
+    wide = ONNX_NAMES[np.float32]
+    narrow = {
+        tensor.kind
+        for tensor in LAYOUTS[options.layout].states(artifact.config).tensors
+        if tensor.past in inputs and inputs[tensor.past][0] != wide
+    }
+    return replace(variant_of(options, integers=False), halves=frozenset(narrow))

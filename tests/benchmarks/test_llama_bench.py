@@ -97,3 +97,31 @@ def test_a_timing_is_one_run_of_the_program(llama_bench: ModuleType, tmp_path: P
     program.write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(H1ExportError, match=r"does not run m\.gguf"):
         peer.speed(DECODE)
+
+
+# what llama-batched-bench of the same commit prints between its lines for people
+BATCHED = """
+{"n_kv_max": 136, "pp": 1, "tg": 16, "pl": 8, "t_tg": 1.6, "speed_pp": 90.1, "speed_tg": 80.3, "speed": 82.0}
+"""
+
+
+def test_several_rows_are_read_from_the_batched_bench(llama_bench: ModuleType) -> None:
+    assert llama_bench.find_batched_speed(BATCHED, Timing(Phase.DECODE, 0, 8)) == 80.3
+    assert llama_bench.find_batched_speed(BATCHED, Timing(Phase.PREFILL, 1, 8)) == 90.1
+
+
+@pytest.mark.parametrize("text", ["", BATCHED * 2, BATCHED.replace("speed_tg", "tokens"), "{"])
+def test_another_batched_output_is_an_error(llama_bench: ModuleType, text: str) -> None:
+    with pytest.raises(H1ExportError, match="not one run of 8 rows"):
+        llama_bench.find_batched_speed(text, Timing(Phase.DECODE, 0, 8))
+
+
+def test_rows_and_caches_reach_the_command(llama_bench: ModuleType) -> None:
+    words = llama_bench.batched_arguments(
+        Path("bin/llama-bench"), Path("m.gguf"), 2, steps=32, timing=Timing(Phase.DECODE, 0, 8)
+    )
+    assert words[0] == "bin/llama-batched-bench"
+    options = dict(zip(words[words.index("-t") :: 2], words[words.index("-t") + 1 :: 2], strict=True))
+    assert options == {"-t": "2", "-c": "264", "-npp": "1", "-ntg": "32", "-npl": "8"}
+    assert llama_bench.cache_arguments("f16") == []
+    assert llama_bench.cache_arguments("q8_0") == ["-ctk", "q8_0", "-ctv", "q8_0", "-fa", "1"]

@@ -162,7 +162,7 @@ def test_another_build_has_no_baseline(
 ) -> None:
     gates.write_text(COUNTED)
     assert run(["gate", *built, "--gates", str(gates), "--write-baseline"]) == 0
-    other = build(Path(built[1]), "int4", logits="last")
+    other = build(Path(built[1]), "int4", accuracy_level=4)
     assert run(["gate", str(other.folder), built[1], "--gates", str(gates)]) == 2
     assert "of another model, or of other build options" in capfd.readouterr().err
 

@@ -44,9 +44,8 @@ def test_no_weight_is_read(method: str, tiny: Path, tmp_path: Path, monkeypatch:
     plan = plan_build(
         tiny, "ort", tmp_path / "out", scheme=QuantScheme("int4", 32, method), options=OrtOptions(), contexts=(0, 100)
     )
-    assert (
-        plan.state_bytes[100] - plan.state_bytes[0] == 100 * 2 * 4 * 2 * 64 * 4
-    )  # keys and values of 4 layers, 2 heads of 64, float32
+    # keys and values of 4 layers, 2 heads of 64, 16 bits
+    assert plan.state_bytes[100] - plan.state_bytes[0] == 100 * 2 * 4 * 2 * 64 * 2
     assert (plan.scratch_bytes > 0) == (method in ("gptq", "rtn+scales"))
     assert plan.precisions["lm_head.weight"] == "int4, group size 32"
     assert plan.precisions["model.embed_tokens.weight"] == "int8, a scale per row"

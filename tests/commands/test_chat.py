@@ -124,9 +124,10 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     fed: list[int] = []
     append = BoundSession.append
 
-    def counted(self: BoundSession, ids: Any) -> Any:
+    def counted(self: BoundSession, ids: Any, *, keep: int | None = None) -> Any:
         fed.append(ids.shape[1])
-        return append(self, ids)
+        assert keep == 1 or fed[-1] == 1  # nobody reads the logits inside a turn
+        return append(self, ids, keep=keep)
 
     monkeypatch.setattr(BoundSession, "append", counted)
     return fed

@@ -13,7 +13,9 @@ from h1export.graphs.passes import PassError, fusions, run_passes
 from h1export.graphs.passes.flatten_splits import FlattenSplits
 from h1export.graphs.passes.fuse_parallel_projections import FuseParallelProjections
 from h1export.graphs.passes.fuse_summed_projections import FuseSummedProjections
+from h1export.graphs.passes.narrow_summands import NarrowSummands
 from h1export.graphs.program import Program
+from h1export.graphs.trace import trace
 
 aten = torch.ops.aten
 SAME = 1e-6  # of the range: a sum over concatenated columns is taken in another order
@@ -89,3 +91,22 @@ def test_a_split_of_a_split_breaks_the_promise(passed: Program) -> None:
     nested = run_passes(passed, [FuseParallelProjections(alike)])
     with pytest.raises(PassError, match="splits of splits"):
         FlattenSplits().ensures(nested)
+
+
+def test_a_narrowed_sum_is_a_sum_of_what_is_narrowed(full_lab: Any, deviation: Callable[..., float]) -> None:
+    before = run_passes(trace(full_lab.config, last_only=True))
+    after = run_passes(before, [NarrowSummands()])
+    assert deviation(full_lab.run(after, CHUNKS), full_lab.run(before, CHUNKS)) == 0
+    (norm,) = [node.args[0] for node in after.calls(aten.rms_norm.default) if _is_final(after, node)]
+    assert [x.target for x in norm.all_input_nodes] == [aten.narrow.default] * 2
+    with pytest.raises(PassError, match="narrowed sums"):
+        NarrowSummands().ensures(before)
+
+
+def test_sums_of_every_position_stay(passed: Program) -> None:
+    assert run_passes(passed, [NarrowSummands()]).rewrites[-1].count == 0
+
+
+def _is_final(program: Program, norm: Any) -> bool:
+    expr = program.weight_of(norm.args[2])
+    return expr is not None and expr.only.tensor.endswith("final_layernorm.weight")

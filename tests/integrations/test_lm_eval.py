@@ -121,9 +121,9 @@ def test_likelihoods_are_those_of_transformers(model: ArtifactLM, theirs: Any) -
 
 
 def test_last_logits_are_enough_and_long_contexts_lose_their_beginning(
-    model: ArtifactLM, tiny: Path, build: Build, heldout: str
+    model: ArtifactLM, tiny: Path, earlier_build: Build, heldout: str
 ) -> None:
-    last = ArtifactLM(build(tiny, logits="last").folder, max_length=40)
+    last = ArtifactLM(earlier_build(tiny).folder, max_length=40)
     pair = (heldout[:800], heldout[800:840])
     context, continuation = last._encode_pair(*pair)
     (found,) = last.loglikelihood(requests(pair), disable_tqdm=True)

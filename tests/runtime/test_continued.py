@@ -34,7 +34,7 @@ class Memory:
     tokens: list[int] = field(default_factory=list)
     sum: int = 0
 
-    def append(self, ids: Any) -> Any:
+    def append(self, ids: Any, *, keep: int | None = None) -> Any:
         assert self.length + ids.shape[1] <= self.capacity
         for token in ids[0]:
             self.sum = (3 * self.sum + int(token) + 1) % PRIME
@@ -189,7 +189,7 @@ def test_a_failed_call_is_not_gone_on_from(runner: Any, monkeypatch: pytest.Monk
     sequence = ContinuedSequence(runner)
     sequence.become([1, 2, 3])
 
-    def fail(self: Memory, ids: Any) -> None:
+    def fail(self: Memory, ids: Any, *, keep: int | None = None) -> None:
         self.sum = 77  # half done
         raise KeyboardInterrupt
 

@@ -35,7 +35,7 @@ class Divided:
     columns: list[int] = field(default_factory=list)
     sum: int = 0
 
-    def append(self, ids: Any) -> Any:
+    def append(self, ids: Any, *, keep: int | None = None) -> Any:
         for token in ids[0].tolist():
             self.sum = (3 * self.sum + token + 1) % PRIME
             self.columns.append(self.sum)

@@ -32,19 +32,22 @@ class Counting:
 
     config: FalconH1Config
     log: list[int]
+    kept: list[int | None]
     length: int = 0
     sum: int = 0
 
-    def append(self, ids: Any) -> Any:
+    def append(self, ids: Any, *, keep: int | None = None) -> Any:
         if 13 in ids:
             raise ValueError("an unlucky token")
         if ids.shape[1] > 1:
             self.log.append(ids.shape[1])
-        self.sum += int(ids.sum())
+            self.kept.append(keep)
+        sums = self.sum + np.cumsum(ids[0])
+        self.sum = int(sums[-1])
         self.length += ids.shape[1]
-        logits = np.zeros((1, 1, VOCABULARY), np.float32)
-        logits[0, 0, self.sum % VOCABULARY] = 5
-        return logits
+        logits = np.zeros((1, len(sums), VOCABULARY), np.float32)
+        logits[0, np.arange(len(sums)), sums % VOCABULARY] = 5
+        return logits if keep is None else logits[:, -keep:]
 
     def save(self, row: int = 0, start: int = 0) -> SavedStates:
         spec = StateSpec.of(self.config)
@@ -60,10 +63,11 @@ class Counting:
 class Runner:
     config: FalconH1Config
     log: list[int]
+    kept: list[int | None] = field(default_factory=list)
     limits: Limits = field(default_factory=Limits)
 
     def start(self, batch: int, capacity: int) -> Counting:
-        return Counting(self.config, self.log)
+        return Counting(self.config, self.log, self.kept)
 
 
 class Letters:
@@ -289,6 +293,23 @@ def test_a_cancelled_request_frees_its_rows_at_the_next_round(scheduler: Schedul
     assert texts(later) == [expected([5, 5], 3)]
     assert never.empty()
     assert settled(scheduler, rounds)
+
+
+def test_scores_of_a_prompt_are_all_that_needs_every_position(config_of: Callable[..., FalconH1Config]) -> None:
+    runner: Any = Runner(config_of(num_hidden_layers=1), [])
+    scheduler = Scheduler(runner, None, rows=1, queue=2, watch=Silent(), together=SeparateRows())
+    ids = [1, 2, 5, 4] * (PREFILL_CHUNK // 2)
+    plain, scored = task(ids, 1), task(ids, 1)
+    scored[0].top = 1
+    for one, events in (plain, scored):
+        scheduler.submit([one])
+        started = events.get(timeout=20)
+        assert isinstance(started, Started)
+        likeliest = [score.top[0][0] for score in started.scored[1:]]
+        assert likeliest == ([] if one.top is None else (np.cumsum(ids)[:-1] % VOCABULARY).tolist())
+        assert texts(events) == [expected(ids, 1)]
+    assert runner.kept == [1, 1, None, None]
+    scheduler.close()
 
 
 def test_the_queue_has_an_end(scheduler: Scheduler, rounds: Rounds) -> None:

@@ -43,6 +43,19 @@ from h1export.targets.tensorrt.options import TensorRTOptions
             lambda: OrtOptions(accuracy_level=3),
             "--accuracy-level: 3 is not a level that the kernels of --graph cpu have",
         ),
+        (lambda: OrtOptions(kv="bf16"), "--kv: cannot be 'bf16'; give auto or fp16 or fp32"),  # type: ignore[arg-type]
+        (
+            lambda: OrtOptions(kv="fp16", graph="wasm"),
+            "--kv: fp16 is a dtype that only --graph cpu with --layout genai has for keys and values; use fp32",
+        ),
+        (
+            lambda: OrtOptions(kv="fp16", layout="transformers.js"),
+            "--kv: fp16 is a dtype that only --graph cpu with --layout genai has for keys and values; use fp32",
+        ),
+        (
+            lambda: OrtOptions(kv="fp32", graph="cuda"),
+            "--kv: keys and values of --graph cuda have the dtype of its activations; use --activations",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused(make: Callable[[], TargetOptions], message: str) -> None:
@@ -85,6 +98,7 @@ def test_a_manifest_has_the_options_of_its_target_alone(
             "activations": "fp16",
             "captured_decode": False,
             "layout": "genai",
+            "kv": "auto",
             "accuracy_level": 4,
         },
         "coreml": {"logits": "all", "embedding": "auto", "max_context": 2048, "compute": "fp16", "state_io": False},

@@ -103,8 +103,8 @@ class Recorded:
         session = self._runner.start(batch, capacity)
         append = session.append
 
-        def noted(ids: Any) -> Any:
-            found = append(ids)
+        def noted(ids: Any, *, keep: int | None = None) -> Any:
+            found = append(ids, keep=keep)
             self.last = found[0, -1]
             return found
 

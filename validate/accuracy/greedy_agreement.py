@@ -48,7 +48,7 @@ def continuations(runner: Runner[Any], starts: Sequence[Ids]) -> Iterator[Contin
     for prompt in starts:
         session = runner.start(1, capacity=PROMPT_TOKENS + NEW_TOKENS)
         tokens = []
-        logits = session.append(prompt[None])
+        logits = session.append(prompt[None], keep=1)
         for _ in range(NEW_TOKENS):
             tokens.append(int(logits[0, -1].argmax()))
             if len(tokens) < NEW_TOKENS:

@@ -109,5 +109,5 @@ def _cost(runner: Runner[Any], ids: Ids) -> dict[str, float]:
 
 def _timed(session: Session, ids: Ids) -> float:
     start = time.perf_counter()
-    session.append(ids)
+    session.append(ids, keep=1)
     return time.perf_counter() - start

@@ -146,7 +146,7 @@ class CachedSession:
         self._cache = None
         self.length = 0
 
-    def append(self, ids: Ids) -> Array:
+    def append(self, ids: Ids, *, keep: int | None = None) -> Array:
         with torch.no_grad():
             result = self._model(torch.from_numpy(ids), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         self._cache = result.past_key_values

@@ -19,7 +19,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.errors import H1ExportError
 from h1export.progress import Progress
 from h1export.report.checks import Phase
-from h1export.validate.speed.memory_traffic import read_bandwidth, step_bytes
+from h1export.validate.speed.memory_traffic import Bandwidth, Turn, step_bytes
 from h1export.validate.speed.statistics import Estimate, estimate, ratio
 from h1export.validate.speed.worker import TimedModel, Timing, WorkerProcess
 
@@ -102,8 +102,8 @@ class Speed:
         batch: sequences at a time.
         tokens_per_second: those of all sequences of the batch together.
         step_bytes: bytes that one decode step of the whole batch reads; None for prefill.
-        bandwidth_share: the bandwidth that these bytes take at this speed, as a share of the measured one; None for
-            prefill.
+        bandwidth_share: the bandwidth that these bytes take at this speed, as a share of the best one, at most 1; None
+            for prefill.
         ratio: this speed by that of the other model, for the first of two.
         samples: tokens per second of each round.
     """
@@ -131,7 +131,7 @@ class BenchReport:
     Attributes:
         options: what was to be measured.
         machine: see host.machine_facts.
-        bandwidth: thread count -> bytes a second.
+        bandwidth: thread count -> how fast memory was read.
         measured: the models, one or two.
         speeds: one for each model and configuration.
         left_out: the timings that were not possible, each with the reason.
@@ -139,7 +139,7 @@ class BenchReport:
 
     options: BenchOptions
     machine: Mapping[str, Any]
-    bandwidth: Mapping[int, Estimate]
+    bandwidth: Mapping[int, Bandwidth]
     measured: tuple[Measured, ...]
     speeds: tuple[Speed, ...]
     left_out: tuple[str, ...]
@@ -188,12 +188,17 @@ def bench(candidates: Sequence[Candidate], options: BenchOptions, progress: Prog
         for threads in options.threads
     }
     jobs, left_out = _jobs(workers, candidates, options)
-    memory_jobs = {threads: read_bandwidth(threads) for threads in options.threads}
+    turns = {threads: Turn(threads) for threads in options.threads}
     progress.stage("warm-up")
-    interleave(jobs | memory_jobs, 1)
+    interleave(jobs | turns, 1)
     progress.stage(f"{options.repeats} rounds")
-    samples = interleave(jobs | memory_jobs, options.repeats)
-    bandwidth = {threads: estimate(samples[threads]) for threads in options.threads}
+    samples = interleave(jobs | turns, options.repeats)
+    decoded: dict[int, list[float]] = {threads: [] for threads in options.threads}
+    for i, threads, timing in jobs:
+        if timing.phase is Phase.DECODE:
+            nbytes = candidates[i].step_bytes(timing.batch, timing.tokens)
+            decoded[threads] += [nbytes * speed / timing.batch for speed in samples[i, threads, timing]]
+    bandwidth = {threads: Bandwidth.of(turn.reads, decoded[threads]) for threads, turn in turns.items()}
     measured = []
     for i, candidate in enumerate(candidates):
         kernels = workers[i, options.threads[0]].kernels
@@ -214,7 +219,7 @@ def bench(candidates: Sequence[Candidate], options: BenchOptions, progress: Prog
         other = samples.get((1, threads, timing))
         against = ratio(found, other) if i == 0 and other else None
         speeds.append(
-            _speed(candidates[i], (i, threads, timing), found, bandwidth=bandwidth[threads].median, against=against)
+            _speed(candidates[i], (i, threads, timing), found, bandwidth=bandwidth[threads].best, against=against)
         )
     return BenchReport(
         options,

@@ -129,7 +129,8 @@ class RunnerModel:
         return timing.batch * sum(calls) / (self._clock() - start)
 
     def _append(self, session: Session, timing: Timing, tokens: int) -> None:
-        session.append(self._random.integers(0, self._model.config.vocab_size, (timing.batch, tokens), dtype=np.int64))
+        ids = self._random.integers(0, self._model.config.vocab_size, (timing.batch, tokens), dtype=np.int64)
+        session.append(ids, keep=1)  # as generation does
 
 
 class WorkerProcess:

@@ -26,8 +26,11 @@ from h1export.model.falcon_h1.config import FalconH1Config
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 LOGITS = "logits"
+KEPT = "num_logits_to_keep"  # how many of the last positions of each row get logits, or ALL
+ALL = 0
 BATCH = "batch"
 SEQUENCE = "sequence"
+POSITIONS = "positions"  # those that get logits
 PAST = "past"
 TOTAL = "total"
 

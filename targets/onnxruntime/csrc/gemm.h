@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "simd.h"
+#include "wide.h"
 
 namespace h1 {
 
@@ -14,8 +14,8 @@ struct Strided {
 };
 
 // What a tile of gemm holds in registers: kTileRows x 2 vectors of sums, beside two vectors of b and one element of a.
-#if defined(__AVX512F__) && !defined(H1_PORTABLE)
-using Wide = float __attribute__((vector_size(64)));
+#if defined(H1_AVX512)
+using Wide = f32x16;
 constexpr size_t kTileRows = 12;  // of 32 registers
 #else
 using Wide = f32x8;
@@ -26,7 +26,7 @@ constexpr size_t kTileRows = 6;  // of 16 registers
 template <class V, size_t Rows, size_t Vectors>
 [[gnu::noinline]] void gemm_tile(size_t depth, Strided a, const float* b, size_t b_row, float* c, size_t c_row,
                                  const float* beta) {
-  constexpr size_t kWidth = sizeof(V) / sizeof(float), kTogether = 3;  // rows one address away from a base
+  constexpr size_t kWidth = lanes<V>, kTogether = 3;  // rows one address away from a base
   V sum[Rows][Vectors] = {};
   const float* bases[(Rows + kTogether - 1) / kTogether];
   for (size_t i = 0; i < Rows; i += kTogether) bases[i / kTogether] = a.data + i * a.row;
@@ -75,7 +75,6 @@ inline void gemm_strip(size_t rows, size_t depth, Strided a, const float* b, siz
 // [rows, columns] row by row; columns a multiple of kLanes.
 inline void gemm(size_t rows, size_t columns, size_t depth, Strided a, const float* b, size_t b_row, float* c,
                  size_t c_row, const float* beta) {
-  constexpr size_t kWidth = sizeof(Wide) / sizeof(float);
   size_t j = 0;
   if (rows == 1) {  // whole rows of b, because memory is the limit
     for (; j + 8 * kLanes <= columns; j += 8 * kLanes) {
@@ -83,14 +82,14 @@ inline void gemm(size_t rows, size_t columns, size_t depth, Strided a, const flo
     }
   }
   const auto strips = [&]<class V, size_t Vectors>() {
-    constexpr size_t kStrip = Vectors * sizeof(V) / sizeof(float);
+    constexpr size_t kStrip = Vectors * lanes<V>;
     for (; j + kStrip <= columns; j += kStrip) {
       gemm_strip<V, Vectors>(rows, depth, a, b + j, b_row, c + j, c_row, beta);
     }
   };
   strips.template operator()<Wide, 2>();
   strips.template operator()<Wide, 1>();
-  if constexpr (kWidth > kLanes) strips.template operator()<f32x8, 1>();
+  if constexpr (lanes<Wide> > kLanes) strips.template operator()<f32x8, 1>();
 }
 
 }  // namespace h1

@@ -49,10 +49,10 @@ inline f32x8 load_part(const float* p, size_t count) {
 }
 inline void store_part(float* p, f32x8 v, size_t count) { std::memcpy(p, &v, count * sizeof(float)); }
 
-// out[i] = f(i, read) for `width` floats, a vector at a time; read(p) loads as many as there are left, so f reads from
-// p + i.
-template <class F>
-inline void map(float* out, size_t width, const F& f) {
+// out[i] = f(i, read) for `width` floats or halves, a vector at a time; read(p) loads as many as there are left, so f
+// reads from p + i.
+template <class T, class F>
+inline void map(T* out, size_t width, const F& f) {
   const size_t rest = width % kLanes, whole = width - rest;
   for (size_t i = 0; i < whole; i += kLanes) store(out + i, f(i, [](const float* p) { return load(p); }));
   if (rest) store_part(out + whole, f(whole, [rest](const float* p) { return load_part(p, rest); }), rest);
@@ -195,6 +195,61 @@ inline float to_float(Half half) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 #endif
+}
+
+// Rounded to nearest, ties to even; infinite beyond the largest number.
+inline Half to_half(float value) {
+  constexpr uint32_t kNormal = (127 - 14) << 23, kInfinite = 255u << 23, kUnit = 126u << 23;  // 0.5 counts in 2^-24
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > kInfinite) {
+    half = 0x7e00;  // NaN
+  } else if (magnitude < kNormal) {
+    float rounded;
+    std::memcpy(&rounded, &magnitude, sizeof rounded);
+    rounded += 0.5f;
+    std::memcpy(&half, &rounded, sizeof half);
+    half -= kUnit;
+  } else {
+    half = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - ((127 - 15) << 23)) >> 13;
+    if (half > 0x7c00u) half = 0x7c00;
+  }
+  return {static_cast<uint16_t>(half | sign)};
+}
+
+inline f32x8 load(const Half* p) {
+#if defined(H1_F16C)
+  return (f32x8)_mm256_cvtph_ps(load_bytes<__m128i>(p));
+#elif defined(H1_NEON)
+  const auto four = [p](size_t at) { return vcvt_f32_f16(vreinterpret_f16_u16(load_bytes<uint16x4_t>(p + at))); };
+  return whole<f32x8>(four(0), four(4));
+#else
+  f32x8 v;
+  for (size_t i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+inline void store(Half* p, f32x8 v) {
+#if defined(H1_F16C)
+  const __m128i halves = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &halves, sizeof halves);
+#elif defined(H1_NEON)
+  float32x4_t lower, upper;
+  halves(v, lower, upper);
+  const float16x4_t both[2] = {vcvt_f16_f32(lower), vcvt_f16_f32(upper)};
+  std::memcpy(p, both, sizeof both);
+#else
+  for (size_t i = 0; i < kLanes; ++i) p[i] = to_half(v[i]);
+#endif
+}
+
+inline void store_part(Half* p, f32x8 v, size_t count) {
+  Half all[kLanes];
+  store(all, v);
+  std::memcpy(p, all, count * sizeof(Half));
 }
 
 // The halves at s, each repeated: 8 / kDistinct times. Written out where compilers go through memory.

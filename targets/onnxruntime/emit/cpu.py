@@ -17,9 +17,10 @@ from h1export.graphs.program import args_of
 from h1export.plugins import h1
 from h1export.targets.onnx import aten as common
 from h1export.targets.onnx.builder import Value
-from h1export.targets.onnx.emit import Context, Emitter
+from h1export.targets.onnx.emit import Context, Emitter, masked
 from h1export.targets.onnx.mamba import drive, log_decay, shifted_products, skip, step_sizes
 from h1export.targets.onnx.rotary import rotary_tables
+from h1export.targets.onnxruntime.emit import kept
 from h1export.targets.onnxruntime.emit.matmul_nbits import MS, OrtContext, embed_quantized, matmul_nbits
 from h1export.targets.sizes import AttentionSizes, ScanSizes
 
@@ -130,7 +131,9 @@ def attention(c: Context, node: Node) -> None:
 def grouped_attention(c: Context, node: Node, make_mask: Callable[[Context, Any, Any], tuple[Value, ...]]) -> None:
     """Emit an h1.attention; ``make_mask`` returns the bias, seqlens_k and total_sequence_length, once for all layers.
 
-    Its arguments are the context, and the nodes of the attention mask and of the positions.
+    Its arguments are the context, and the nodes of the attention mask and of the positions. Where the cache
+    has another dtype than the activations, the operator has that of the cache: to convert the cache around it would
+    take longer than attention does.
     """
     q, k, v, past_k, past_v, positions, mask, _theta = args_of(node)
     sizes = AttentionSizes.of(node)
@@ -141,11 +144,16 @@ def grouped_attention(c: Context, node: Node, make_mask: Callable[[Context, Any,
         b.op("RotaryEmbedding", _flat(c, x), cos, sin, num_heads=heads)
         for x, heads in ((q, sizes.heads), (k, sizes.kv_heads))
     ]
+    wide = ir.DataType.from_numpy(np.dtype(c.activations))
+    dtype = c.value(past_k).dtype or wide
+    operands = [*rotated, _flat(c, v)]
+    if dtype != wide:
+        operands = [c.cast(operand, dtype) for operand in operands]
+        bias = b.once((bias, dtype), lambda: _narrow_bias(c, bias, dtype))
     out, keys, values = b.ops(
         "GroupQueryAttention",
         3,
-        *rotated,
-        _flat(c, v),
+        *operands,
         c.value(past_k),
         c.value(past_v),
         seqlens,
@@ -159,6 +167,8 @@ def grouped_attention(c: Context, node: Node, make_mask: Callable[[Context, Any,
         kv_num_heads=sizes.kv_heads,
         scale=sizes.scale,
     )
+    if dtype != wide:
+        out = c.cast(out, wide)
     c.set(node, b.op("Reshape", out, b.ints(0, 0, sizes.heads, sizes.head_dim)), keys, values)
 
 
@@ -177,6 +187,11 @@ def _attention_mask(c: Context, mask: Any, positions: Any) -> tuple[Value, Value
     return bias, build.op("Expand", last, batch), build.op("Squeeze", c.cast(total, ir.DataType.INT32))
 
 
+def _narrow_bias(c: Context, bias: Value, dtype: ir.DataType) -> Value:
+    """Return the bias in a dtype with fewer bits, in which what hides a key is finite too."""
+    return c.cast(c.build.op("Max", bias, c.build.constant(masked(dtype.numpy()), np.float32)), dtype)
+
+
 TABLE: Mapping[Any, Emitter[OrtContext]] = {
     **common.TABLE,
     h1.ssm_scan.default: ssm_scan,
@@ -187,4 +202,5 @@ TABLE: Mapping[Any, Emitter[OrtContext]] = {
     aten.rms_norm.default: rms_norm,
     aten.silu.default: silu,
     aten.add.Tensor: add,
+    aten.narrow.default: kept.narrow,
 }

@@ -41,11 +41,13 @@ class OrtContext(Context):
             int8.
         halves: whether the session may compute with float16, which some GPUs cannot in browsers.
         narrow_embedding: whether an embedding in floats is stored in float16.
+        kept: the number of last positions that get logits, int64; None where the graph has no such input.
     """
 
     accuracy_level: int = 0
     halves: bool = True
     narrow_embedding: bool = False
+    kept: Value | None = None
 
     def weight(self, expr: WeightExpr) -> Value:
         if not self.narrow_embedding or [part.tensor for part in expr.parts] != [EMBEDDING]:

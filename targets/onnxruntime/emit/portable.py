@@ -23,7 +23,7 @@ from h1export.targets.onnx.emit import Context, Emitter
 from h1export.targets.onnx.mamba import drive, log_decay, shifted_products, skip, step_sizes
 from h1export.targets.onnx.masks import visible_keys
 from h1export.targets.onnx.rotary import rotary_tables
-from h1export.targets.onnxruntime.emit import dequantize_linear
+from h1export.targets.onnxruntime.emit import dequantize_linear, kept
 from h1export.targets.onnxruntime.emit.chunked_scan import Chunks, chunked_scan
 from h1export.targets.onnxruntime.emit.matmul_nbits import OrtContext
 from h1export.targets.sizes import AttentionSizes, ScanSizes
@@ -149,4 +149,5 @@ TABLE: Mapping[Any, Emitter[Any]] = {
     aten.embedding.default: embedding,
     aten.rms_norm.default: rms_norm,
     aten.silu.default: silu,
+    aten.narrow.default: kept.narrow,
 }

@@ -11,7 +11,7 @@ import torch
 
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, Array, Ids, StateSpec, StateTensor
-from h1export.runtime.runner import check_call
+from h1export.runtime.runner import check_call, kept
 from h1export.runtime.saved_states import SavedStates
 from h1export.runtime.session import WHAT
 from h1export.runtime.sharing import OneCall, one_call
@@ -66,15 +66,15 @@ class EngineSession:
         return made
 
     @one_call
-    def append(self, ids: Ids) -> Array:
-        """Return logits float32 [batch, new or 1, vocab] of ids int64 [batch, new].
+    def append(self, ids: Ids, *, keep: int | None = None) -> Array:
+        """Return logits float32 [batch, positions, vocab] of the last ``keep`` of ids int64 [batch, new].
 
         Raises H1ExportError beyond the limits.
         """
         mask = np.ones((len(ids), self.length + ids.shape[-1]), np.int64)
+        self._check(ids, mask, keep)
         if ids.shape[1:] != (1,):
-            return self.advance(ids, mask)
-        self._check(ids, mask)
+            return kept(self.advance(ids, mask), keep)
         with self._engine.gpu.current():
             self._mask[:, self.length] = 1
             self._write_indices.fill_(self.length)
@@ -135,8 +135,8 @@ class EngineSession:
         self._padded = False
         self.length = saved.length
 
-    def _check(self, ids: Ids, mask: Ids) -> None:
-        check_call(ids, mask, self.length, vocab_size=self._engine.artifact.config.vocab_size)
+    def _check(self, ids: Ids, mask: Ids, keep: int | None = None) -> None:
+        check_call(ids, mask, self.length, vocab_size=self._engine.artifact.config.vocab_size, keep=keep)
         if len(ids) != self._batch:
             raise H1ExportError("append", f"{len(ids)} rows", f"these are {self._batch} sequences")
         self._engine.limits.check_room("append", mask.shape[1])

@@ -42,9 +42,8 @@ SHARED = {"self_attn.q_proj": "mamba.in_proj"}  # k_proj and v_proj have groups 
 
 def built(written: Written, out: Path, chosen: dict[str, Any] | None = None, **options: Any) -> Artifact:
     scheme = QuantScheme("none", chosen=chosen or {})
-    return build_artifact(
-        written.folder, "ort", out, scheme=scheme, options=OrtOptions(**{"accuracy_level": 0} | options)
-    )
+    exact = {"accuracy_level": 0} | ({} if options.get("graph") == "cuda" else {"kv": "fp32"})
+    return build_artifact(written.folder, "ort", out, scheme=scheme, options=OrtOptions(**exact | options))
 
 
 def answer(artifact: Artifact, **loaded: Any) -> Array:

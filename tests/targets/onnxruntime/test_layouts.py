@@ -25,6 +25,7 @@ from h1export.commands.generate import generate_text
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.states import KEPT
 from h1export.runtime.generation import Sampling
 from h1export.targets.onnxruntime import transformers_js
 from h1export.targets.onnxruntime.layouts import LAYOUTS
@@ -67,8 +68,10 @@ def test_files_inputs_and_outputs_have_the_names_of_transformers_js(
     }
     present = {name.replace("past_key_values", "present").replace("past_", "present_") for name in states}
     inputs = {value.name: value for value in model.graph.input}
-    assert inputs.keys() == {"input_ids", "attention_mask", *states} == artifact.manifest.inputs.keys()
+    assert inputs.keys() == {"input_ids", "attention_mask", *states, KEPT} == artifact.manifest.inputs.keys()
     assert {value.name for value in model.graph.output} == {"logits", *present} == artifact.manifest.outputs.keys()
+    assert KEPT not in {one.name for one in model.graph.initializer}  # no input that may be left out is seen there
+    assert not inputs.pop(KEPT).type.tensor_type.shape.dim  # transformers.js gives a number
     for name, value in inputs.items():
         dims = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         assert dims[0] == "batch_size", name  # the one symbol that transformers.js gives a size; others become 0

@@ -90,8 +90,51 @@ def test_accuracy_level_4_drifts_and_says_how_far(kernels: Kernels, tiny: Path, 
     assert 1e-4 < drift < 0.08  # int8 activations cannot be exact; the upper end is the default gate
 
 
-def test_last_logits_are_the_last_of_all(tiny: Path, build: Build) -> None:
-    last = build(tiny, logits="last")
+@both_kernels
+def test_keys_and_values_in_16_bits_drift_and_are_exact_in_float32(kernels: Kernels, tiny: Path, build: Build) -> None:
+    artifact = build(tiny, "int4", kv="fp16")
+    assert artifact.manifest.inputs["past_key_values.0.key"][0] == "FLOAT16"
+    assert artifact.manifest.outputs["present.0.value"][0] == "FLOAT16"
+    assert artifact.manifest.inputs["past_key_values.0.recurrent_state"][0] == "FLOAT"
+    assert_exact(rows(artifact, tiny, "stored", kernels), EXACT)  # the same file in float32 arithmetic
+    drift = rows(artifact, tiny, "drift", kernels)
+    logits = max(row.figures["logits"] for row in drift)
+    print(f"keys and values in fp16: logits drift by {logits:.2e} of their range")
+    assert 1e-5 < logits < 1e-3  # a key has 11 bits
+    assert all(row.figures["states"] < 2e-3 for row in drift)
+
+
+def test_the_default_is_16_bits_beside_integers_and_float32_beside_floats(tiny: Path, build: Build) -> None:
+    for quant, expected in (("int4", "FLOAT16"), ("none", "FLOAT")):
+        inputs = build(tiny, quant, kv="auto").manifest.inputs
+        assert inputs["past_key_values.3.value"][0] == expected
+    for other in ({"graph": "portable"}, {"graph": "wasm"}, {"layout": "transformers.js"}):
+        inputs = build(tiny, "int4", kv="auto", **other).manifest.inputs
+        assert inputs["past_key_values.3.value"][0] == "FLOAT"
+
+
+def test_both_graphs_read_rounded_keys_and_values_however_the_prompt_is_cut(tiny: Path, build: Build) -> None:
+    """What a call has computed itself is read as a later call will read it."""
+    artifact = build(tiny, "int4", kv="fp16")
+    ids = np.random.default_rng(1).integers(0, 4096, (1, 70))
+    found = []
+    for kernels in ("native", "stock"):
+        runner: Any = load_runner(artifact, kernels=kernels)
+        for cuts in ((70,), (1, 40, 41, 70)):
+            states = runner.initial(1)
+            start = 0
+            for end in cuts:
+                logits, states = runner.step(ids[:, start:end], np.ones((1, end), np.int64), states)
+                start = end
+            found.append(logits[:, -1])
+    ours, ours_cut, stock, stock_cut = found
+    assert np.abs(ours_cut - ours).max() <= 5e-5 * np.ptp(ours)  # a key that is rounded to its other neighbour is rare
+    assert np.abs(stock_cut - stock).max() <= 5e-5 * np.ptp(ours)
+    assert np.abs(stock - ours).max() <= 2e-4 * np.ptp(ours)  # queries and results are rounded there too
+
+
+def test_last_logits_of_earlier_builds_are_the_last_of_all(tiny: Path, build: Build, earlier_build: Build) -> None:
+    last = earlier_build(tiny)
     full = build(tiny)
     ids = np.arange(2, 9)[None]
     mask = np.ones((1, 7), np.int64)

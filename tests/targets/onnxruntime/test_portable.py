@@ -96,10 +96,6 @@ def test_int8_takes_widths_that_no_block_divides(name: str, make_checkpoint: Cal
     assert_exact(build(checkpoint, "int8", graph="portable"), checkpoint, "stored")
 
 
-def test_last_logits_are_the_last_of_all(tiny: Path, build: Build) -> None:
-    assert_exact(build(tiny, logits="last", graph="portable"), tiny, "source")
-
-
 def test_accuracy_level_is_that_of_the_kernel_onnxruntime_makes(tiny: Path, build: Build) -> None:
     ids = np.arange(2, 9)[None]
     mask = np.ones((1, 7), np.int64)

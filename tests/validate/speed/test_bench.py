@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from h1export.artifact.artifact import Artifact
+from h1export.cli.tables import bench_tables
 from h1export.commands.bench import bench_artifact
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
@@ -20,8 +23,9 @@ from h1export.model.falcon_h1.states import StateSpec
 from h1export.report.checks import Phase
 from h1export.runtime.runner import Limits
 from h1export.validate.accuracy.reference import Reference
-from h1export.validate.speed.bench import BenchOptions, interleave
-from h1export.validate.speed.memory_traffic import READ_BYTES, read_bandwidth, step_bytes
+from h1export.validate.speed import memory_traffic
+from h1export.validate.speed.bench import BenchOptions, BenchReport, interleave
+from h1export.validate.speed.memory_traffic import READ_BYTES, READS, Bandwidth, Turn, read_bandwidth, step_bytes
 from h1export.validate.speed.statistics import CONFIDENCE, estimate, ratio
 from h1export.validate.speed.worker import RunnerModel, Timing, WorkerProcess
 
@@ -56,7 +60,8 @@ def test_a_ratio_is_taken_round_by_round() -> None:
 def test_step_bytes_are_what_the_graph_holds(
     config: str, quant: str, make_checkpoint: Callable[..., Path], build: Build
 ) -> None:
-    artifact = build(make_checkpoint(config), quant)
+    kv = "fp16" if quant == "int4" else "fp32"
+    artifact = build(make_checkpoint(config), quant, kv=kv)
     model_config = artifact.config
     manifest = artifact.manifest
     graph = ir.load(artifact.folder / "model.onnx").graph
@@ -72,7 +77,7 @@ def test_step_bytes_are_what_the_graph_holds(
     weights = step_bytes(manifest, model_config, 1, depth=0) - StateSpec.of(model_config).nbytes(1, 0)
     assert weights == pytest.approx(sum(sizes.values()), rel=0.05)  # alignment; the embedding's repeated int8 scales
     assert manifest.files[manifest.weights_file][1] == max(size for _, size in manifest.files.values())
-    per_token = 2 * 4 * model_config.num_hidden_layers * model_config.kv_dim
+    per_token = 2 * (2 if kv == "fp16" else 4) * model_config.num_hidden_layers * model_config.kv_dim
     assert (
         step_bytes(manifest, model_config, 3, depth=100) - step_bytes(manifest, model_config, 3, depth=0)
         == 3 * 100 * per_token
@@ -107,6 +112,42 @@ def test_bandwidth_reads_all_of_the_array(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(seen) == 3
 
 
+def test_the_best_read_counts_and_a_disturbed_machine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted slow moment: once it changes nothing, and all the time it is said."""
+    rates = iter((9e9, 10e9, 9.5e9, 2e9, 10e9, 2e9, 3e9, 10e9, 2e9, 2e9))
+    monkeypatch.setattr(memory_traffic, "read_bandwidth", lambda threads: lambda: next(rates))
+    turn = Turn(1)
+    assert turn() == 10e9
+    once = Bandwidth.of(turn.reads, [8e9])
+    assert (once.best, once.typical, once.reads, once.is_quiet) == (10e9, 9.5e9, READS, True)
+    assert turn() == 10e9
+    often = Bandwidth.of(turn.reads[READS:], [8e9])
+    assert (often.best, often.is_quiet) == (10e9, False)
+
+
+def test_a_decode_that_reads_faster_is_the_bandwidth() -> None:
+    found = Bandwidth.of([4e9, 5e9, 4e9], [3e9, 18e9])
+    assert (found.best, found.read, found.is_quiet) == (18e9, 5e9, False)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    reads=st.lists(st.floats(1e6, 1e12), min_size=1, max_size=30),
+    decodes=st.lists(st.floats(1e6, 1e12), min_size=1, max_size=9),
+)
+def test_no_share_is_above_one(reads: list[float], decodes: list[float]) -> None:
+    assert estimate(decodes).median / Bandwidth.of(reads, decodes).best <= 1
+
+
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_the_table_says_whether_the_machine_was_quiet(disturbed: bool) -> None:
+    bandwidth = Bandwidth.of([10e9] + ([3e9] * 3 if disturbed else [9e9] * 3), [5e9])
+    report = BenchReport(BenchOptions(), {}, {2: bandwidth}, measured=(), speeds=(), left_out=())
+    notes = "\n".join(bench_tables(report)[-1].notes)
+    assert "read bandwidth 10.0 GB/s with threads 2: the best of 4 reads" in notes
+    assert ("the machine was not quiet" in notes) == disturbed
+
+
 @pytest.mark.ort
 def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> None:
     runner = load_runner(build(tiny, "int4", accuracy_level=4), threads=1)
@@ -125,9 +166,9 @@ def test_a_sequence_is_brought_to_its_depth_once(tiny: Path, build: Build) -> No
         def length(self) -> int:
             return self.inner.length
 
-        def append(self, ids: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
+        def append(self, ids: np.ndarray[tuple[int, int], np.dtype[np.int64]], *, keep: int) -> None:
             calls.append((self.inner.length, ids.shape[1]))
-            self.inner.append(ids)
+            assert self.inner.append(ids, keep=keep).shape[1] == 1  # what generation computes is timed
 
     model = RunnerModel(Counted(), steps=3)  # type: ignore[arg-type]
     assert model.speed(Timing(Phase.DECODE, 520, 2)) > 0
@@ -163,8 +204,9 @@ def test_two_artifacts_are_measured_in_turns(tiny: Path, build: Build) -> None:
                 artifacts[speed.model].manifest, artifacts[speed.model].config, speed.batch, depth=speed.tokens
             )
             assert speed.bandwidth_share == pytest.approx(
-                speed.step_bytes * speed.tokens_per_second.median / speed.batch / report.bandwidth[1].median
+                speed.step_bytes * speed.tokens_per_second.median / speed.batch / report.bandwidth[1].best
             )
+            assert speed.bandwidth_share <= 1
     int4, full = report.measured
     assert int4.peak_bytes[1] > artifacts[0].manifest.files["model.onnx.data"][1]
     assert (int4.built_as["quant"], int4.built_as["accuracy_level"], full.built_as["quant"]) == ("int4", 4, "none")

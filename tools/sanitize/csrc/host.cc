@@ -22,6 +22,7 @@ struct OrtKernelInfo {
 };
 struct OrtKernelContext {
   host::Node* node;
+  const OrtCustomOp* op;
   std::vector<OrtValue> inputs, outputs;
   std::vector<host::Tensor> made;
 };
@@ -36,8 +37,9 @@ namespace {
 constexpr int64_t kMostElements = 1 << 24;  // of an output; ONNX Runtime ends a larger one than memory likewise
 constexpr unsigned char kUnwritten = 0xee;
 
-std::map<std::string, const OrtCustomOp*>& ops() {
-  static std::map<std::string, const OrtCustomOp*> found;
+// Ops of one name take other dtypes.
+std::multimap<std::string, const OrtCustomOp*>& ops() {
+  static std::multimap<std::string, const OrtCustomOp*> found;
   return found;
 }
 
@@ -62,7 +64,8 @@ OrtStatus* output(OrtKernelContext* context, size_t index, const int64_t* sizes,
     context->outputs[index].tensor = &context->node->inputs[replaced->second];
   } else {
     tensor.shape = shape;
-    tensor.memory.assign(static_cast<size_t>(count) * sizeof(float), static_cast<char>(kUnwritten));
+    tensor.type = context->op->GetOutputType(context->op, index);
+    tensor.memory.assign(static_cast<size_t>(count) * width_of(tensor.type), static_cast<char>(kUnwritten));
     context->outputs[index].tensor = &tensor;
   }
   return *value = &context->outputs[index], nullptr;
@@ -128,7 +131,7 @@ const OrtApi* make_api() {
     return *domain = &only, static_cast<OrtStatus*>(nullptr);
   };
   api.CustomOpDomain_Add = [](OrtCustomOpDomain*, const OrtCustomOp* op) noexcept {
-    ops()[op->GetName(op)] = op;
+    ops().emplace(op->GetName(op), op);
     return static_cast<OrtStatus*>(nullptr);
   };
   api.AddCustomOpDomain = [](OrtSessionOptions*, OrtCustomOpDomain*) noexcept {
@@ -150,7 +153,15 @@ std::string taken(OrtStatus* status) {
   return message;
 }
 
-const OrtCustomOp* op_of(const std::string& name) {
+bool takes(const OrtCustomOp* op, const Node& node) {
+  for (size_t i = 0; i < std::min(node.inputs.size(), op->GetInputTypeCount(op)); ++i) {
+    if (node.given[i] && node.inputs[i].type != op->GetInputType(op, i)) return false;
+  }
+  return true;
+}
+
+// The op of the node's name that takes its dtypes, or any of the name, which then refuses them.
+const OrtCustomOp* op_of(const Node& node) {
   if (ops().empty()) {
     static const OrtApiBase base{.GetApi = [](uint32_t) noexcept { return the_api(); },
                                  .GetVersionString = []() noexcept { return "stand-in"; }};
@@ -158,11 +169,14 @@ const OrtCustomOp* op_of(const std::string& name) {
     const std::string error = taken(RegisterCustomOps(&options, &base));
     if (!error.empty()) std::fprintf(stderr, "%s\n", error.c_str()), std::abort();
   }
-  return ops().at(name);
+  const auto [begin, end] = ops().equal_range(node.op);
+  if (begin == end) std::fprintf(stderr, "no op %s\n", node.op.c_str()), std::abort();
+  const auto found = std::find_if(begin, end, [&](const auto& named) { return takes(named.second, node); });
+  return (found == end ? begin : found)->second;
 }
 
 Result compute(const OrtCustomOp* op, void* kernel, Node& node) {
-  OrtKernelContext context{.node = &node, .inputs = {}, .outputs = {}, .made = {}};
+  OrtKernelContext context{.node = &node, .op = op, .inputs = {}, .outputs = {}, .made = {}};
   context.outputs.resize(node.outputs), context.made.resize(node.outputs);
   for (size_t i = 0; i < node.inputs.size(); ++i) context.inputs.push_back({node.given[i] ? &node.inputs[i] : nullptr});
   Result result;
@@ -201,7 +215,7 @@ int64_t elements(const std::vector<int64_t>& shape, int64_t most) {
 }
 
 Result run(Node& node, size_t calls) {
-  const OrtCustomOp* const op = op_of(node.op);
+  const OrtCustomOp* const op = op_of(node);
   const OrtKernelInfo info{&node};
   void* kernel = nullptr;
   Result result{.error = taken(op->CreateKernelV2(op, the_api(), &info, &kernel)), .outputs = {}};

@@ -163,7 +163,8 @@ Node attention(Choice& choice) {
   add(choice, node, {batch, tokens, spare + (heads + 2 * kv_heads) * dim});
   for (int i = 0; i < 2; ++i) add(choice, node, {batch, tokens, dim / 2});
   add(choice, node, {batch, total}, kInteger);
-  for (int i = 0; i < 2; ++i) add(choice, node, {batch, kv_heads, rows, dim});
+  const auto cache = static_cast<ONNXTensorElementDataType>(choice.of({kFloat, kHalf}));
+  for (int i = 0; i < 2; ++i) add(choice, node, {batch, kv_heads, rows, dim}, cache);
   if (rows >= total && choice.one_in(2)) node.in_place.insert({{1, 4}, {2, 5}});
   return node;
 }

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper
+from onnx import helper
 
 from h1export.targets.onnxruntime.kernel_build import LEVELS, cpu_features
 from h1export.targets.onnxruntime.native_library import CPUINFO
@@ -35,6 +35,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     # without the instructions that newer CPUs have
     lower = ("avx512-vnni", "avx2") if "amx_int8" in FEATURES else ("avx2",)
     VARIANTS |= {level.name: level.flags for level in LEVELS["x86_64"] if level.name in lower}
+FLOAT32 = np.dtype(np.float32)
 HOST = kernel_hosts.command()
 if HOST:
     VARIANTS = {"host": ()}
@@ -125,6 +126,8 @@ def session(
     fed = {name: value for name, value in inputs.items() if value is not None and name not in constants}
     names = [name if value is not None else "" for name, value in inputs.items()]
     results = [f"out{i}" for i in range(outputs)]
+    # an output that replaces a state has its dtype, and the others are float32
+    kinds = {f"out{i}": fed[state].dtype for i, state in enumerate(STATES.get(op, ()), 1) if state in fed}
     graph = helper.make_graph(
         [helper.make_node(op, names, results, domain=DOMAIN, **attributes)],
         "one_node",
@@ -132,7 +135,10 @@ def session(
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
             for name, value in fed.items()
         ],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in results],
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(kinds.get(name, FLOAT32)), None)
+            for name in results
+        ],
         [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model = helper.make_model(

@@ -25,6 +25,7 @@ CASES = st.fixed_dictionaries(
         "kv_heads": st.integers(1, 3),
         "group": st.sampled_from([1, 2, 3, 4, 7, 8]),
         "dim": st.sampled_from([32, 64, 128, 8, 40]),
+        "cache": st.sampled_from([np.float32, np.float16]),
         "seed": st.integers(0, 999),
     }
 )
@@ -33,11 +34,12 @@ CASES = st.fixed_dictionaries(
 def attention_inputs(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
     """Random inputs and attributes; every second seed has pads, up to a whole row.
 
-    ``room``: rows of the cache behind the new tokens.
+    ``room``: rows of the cache behind the new tokens. ``cache``: the dtype of keys and values.
     """
     rng = np.random.default_rng(case["seed"])
     batch, tokens, past, kv_heads, dim = (case[name] for name in ("batch", "tokens", "past", "kv_heads", "dim"))
     heads = kv_heads * case["group"]
+    cache = case.get("cache", np.float32)
     total = past + tokens
     rows = past if case["room"] is None else total + case["room"]
     pads = rng.integers(0, total + 1, batch) * (case["seed"] % 2)
@@ -49,8 +51,8 @@ def attention_inputs(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
         "cos": np.cos(angles).astype(np.float32),
         "sin": np.sin(angles).astype(np.float32),
         "mask": (np.arange(total) >= pads[:, None]).astype(np.int64),
-        "past_k": rng.standard_normal((batch, kv_heads, rows, dim), np.float32),
-        "past_v": rng.standard_normal((batch, kv_heads, rows, dim), np.float32),
+        "past_k": rng.standard_normal((batch, kv_heads, rows, dim), np.float32).astype(cache),
+        "past_v": rng.standard_normal((batch, kv_heads, rows, dim), np.float32).astype(cache),
     }
     attributes: dict[str, Any] = {"num_heads": heads, "kv_heads": kv_heads, "head_dim": dim, "scale": dim**-0.5}
     return inputs, attributes | {name: int(start) + OFFSETS[name] for name, start in zip(OFFSETS, starts, strict=True)}
@@ -63,27 +65,31 @@ def rotate(x: Any, inputs: dict[str, Any]) -> Any:
     return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
 
-def definition(inputs: dict[str, Any], attributes: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """out, and the keys and values of all tokens, [batch, kv_heads, total, dim]."""
+def new_tokens(inputs: dict[str, Any], attributes: dict[str, Any], name: str) -> Any:
+    """The columns of q, k or v as [batch, tokens, heads, dim], queries and keys rotated."""
+    count = attributes["num_heads" if name == "q" else "kv_heads"]
+    dim = attributes["head_dim"]
+    start = attributes[f"{name}_offset"]
     qkv = inputs["qkv"].astype(np.float64)
+    columns = qkv[..., start : start + count * dim].reshape(*qkv.shape[:2], count, dim)
+    return columns if name == "v" else rotate(columns, inputs)
+
+
+def expected_cache(inputs: dict[str, Any], attributes: dict[str, Any], name: str) -> Any:
+    """The keys or values of all tokens, [batch, kv_heads, total, dim], the new ones not rounded."""
+    new = new_tokens(inputs, attributes, name).transpose(0, 2, 1, 3)
+    past = inputs["mask"].shape[1] - new.shape[2]
+    return np.concatenate([inputs[f"past_{name}"][:, :, :past].astype(np.float64), new], axis=2)
+
+
+def definition(inputs: dict[str, Any], attributes: dict[str, Any], keys: Any, values: Any) -> Any:
+    """The output over these keys and values of all tokens."""
     mask = inputs["mask"] != 0
-    (batch, tokens) = qkv.shape[:2]
+    (batch, tokens) = inputs["qkv"].shape[:2]
     total = mask.shape[1]
     past = total - tokens
-    dim = attributes["head_dim"]
-    heads = attributes["num_heads"]
     kv_heads = attributes["kv_heads"]
-
-    def columns(name: str, count: int) -> Any:
-        return qkv[..., attributes[name] : attributes[name] + count * dim].reshape(batch, tokens, count, dim)
-
-    new_k = rotate(columns("k_offset", kv_heads), inputs)
-    new_v = columns("v_offset", kv_heads)
-    keys, values = (
-        np.concatenate([inputs[name][:, :, :past].astype(np.float64), new.transpose(0, 2, 1, 3)], axis=2)
-        for name, new in (("past_k", new_k), ("past_v", new_v))
-    )
-    query = rotate(columns("q_offset", heads), inputs).reshape(batch, tokens, kv_heads, heads // kv_heads, dim)
+    query = new_tokens(inputs, attributes, "q").reshape(batch, tokens, kv_heads, -1, attributes["head_dim"])
     column = np.arange(total)
     own = np.arange(past, total)[:, None]
     visible = ((column <= own) & mask[:, None]) | (column == own)
@@ -91,16 +97,24 @@ def definition(inputs: dict[str, Any], attributes: dict[str, Any]) -> tuple[Any,
     scores = np.where(visible[:, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     out = np.einsum("bkgtc,bkcd->btkgd", weights / weights.sum(-1, keepdims=True), values)
-    return out.reshape(batch, tokens, heads * dim), keys, values
+    return out.reshape(batch, tokens, -1)
 
 
 def compare(got: list[Any], inputs: dict[str, Any], attributes: dict[str, Any]) -> None:
-    """Outputs within tolerance, values bit for bit."""
-    out, keys, values = definition(inputs, attributes)
-    total = keys.shape[2]
+    """The past and new values bit for bit; new keys, and what is computed of the cache as it is, within tolerance."""
+    total = inputs["mask"].shape[1]
+    dtype = inputs["past_k"].dtype
+    assert got[1].dtype == got[2].dtype == dtype
+    found_keys, found_values = (array[:, :, :total] for array in got[1:])
+    keys, values = (expected_cache(inputs, attributes, name) for name in ("k", "v"))
+    np.testing.assert_array_equal(found_values, values.astype(np.float32).astype(dtype))
+    past = total - inputs["qkv"].shape[1]
+    np.testing.assert_array_equal(found_keys[:, :, :past], inputs["past_k"][:, :, :past])
+    rounding = np.spacing(np.abs(found_keys)).astype(np.float64) / 2 if dtype == np.float16 else 0
+    allowed = OUTPUT * np.abs(keys).max(initial=0) + rounding
+    assert (np.abs(found_keys - keys) <= allowed).all()
+    out = definition(inputs, attributes, found_keys.astype(np.float64), found_values.astype(np.float64))
     np.testing.assert_allclose(got[0], out, rtol=0, atol=OUTPUT * np.abs(inputs["qkv"]).max())
-    np.testing.assert_allclose(got[1][:, :, :total], keys, rtol=0, atol=OUTPUT * np.abs(keys).max())
-    np.testing.assert_array_equal(got[2][:, :, :total], values.astype(np.float32))
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
@@ -142,14 +156,15 @@ def test_one_token_does_not_depend_on_pads_or_other_rows(run_op: RunOp, case: Ca
         np.testing.assert_array_equal(together[row : row + 1], run_op("Attention", alone, outputs=3, **attributes)[0])
 
 
+@pytest.mark.parametrize("cache", [np.float32, np.float16])
 @pytest.mark.parametrize("tokens", [1, 150])
-def test_large_scores_do_not_overflow(run_op: RunOp, tokens: int) -> None:
+def test_large_scores_do_not_overflow(run_op: RunOp, tokens: int, cache: Any) -> None:
     """Scores of some thousands: a softmax that is one-hot, where exp of a score itself would be infinite."""
     case = {"batch": 1, "tokens": tokens, "past": 700, "room": None, "kv_heads": 1, "group": 4, "dim": 64, "seed": 2}
-    inputs, attributes = attention_inputs(case)
+    inputs, attributes = attention_inputs(case | {"cache": cache})
     inputs["past_k"] *= 300
-    out, *_ = run_op("Attention", inputs, outputs=3, **attributes)
-    expected, *_ = definition(inputs, attributes)
+    out, keys, values = run_op("Attention", inputs, outputs=3, **attributes)
+    expected = definition(inputs, attributes, keys.astype(np.float64), values.astype(np.float64))
     np.testing.assert_allclose(out, expected, rtol=0, atol=5e-3)  # a score of 5000 is 3e-4 off in float32
 
 
@@ -165,4 +180,59 @@ def test_a_cache_of_another_size_is_an_error(run_op: RunOp) -> None:
     inputs, attributes = attention_inputs(case)
     inputs["past_k"] = inputs["past_v"] = np.zeros((1, 1, 7, 8), np.float32)
     with pytest.raises(Exception, match="Attention: past must hold the past exactly"):
+        run_op("Attention", inputs, outputs=3, **attributes)
+
+
+def test_every_half_is_read_and_every_float_rounded_as_numpy_does(run_op: RunOp) -> None:
+    """Values pass through one token's attention to itself alone: numbers of every size, halfway cases, infinities."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = halves[np.isfinite(halves)].astype(np.float32)
+    middles = (finite[:-1] + finite[1:]) / 2
+    numbers = np.concatenate([finite, middles, np.nextafter(middles, 0), np.nextafter(middles, np.inf), [1e6, -1e6]])
+    numbers = np.resize(numbers.astype(np.float32), (1, numbers.size // 128 + 1, 128))
+    tokens = numbers.shape[1]
+    case = {"batch": 1, "tokens": tokens, "past": 0, "room": None, "kv_heads": 1, "group": 1, "dim": 128, "seed": 0}
+    inputs, attributes = attention_inputs(case | {"cache": np.float16})
+    start = attributes["v_offset"]
+    inputs["qkv"][..., start : start + 128] = numbers
+    *_, values = run_op("Attention", inputs, outputs=3, **attributes)
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(values[:, 0], numbers.astype(np.float16))
+    # two tokens with one value and equal scores: their mean is the value
+    values = values[0, 0, np.isfinite(values[0, 0]).all(-1)]
+    alone = {"qkv": np.zeros((len(values), 1, inputs["qkv"].shape[2]), np.float32)}
+    alone |= {name: np.zeros((len(values), 1, 64), np.float32) for name in ("cos", "sin")}
+    alone |= {"mask": np.array([[1, 0]] * len(values)), "past_k": np.zeros((len(values), 1, 2, 128), np.float16)}
+    alone["qkv"][:, 0, attributes["k_offset"] : attributes["k_offset"] + 128] = 1
+    alone["past_v"] = np.stack([values, values], axis=1)[:, None]
+    alone["qkv"][:, 0, start : start + 128] = values
+    out, *_ = run_op("Attention", alone, outputs=3, **attributes)
+    np.testing.assert_array_equal(out[:, 0], values.astype(np.float32))
+
+
+@pytest.mark.parametrize("fault", ["towards zero", "to a neighbour", "read before it is rounded", "past rounded again"])
+def test_a_fault_of_rounding_is_found(run_op: RunOp, fault: str) -> None:
+    case = {"batch": 1, "tokens": 3, "past": 5, "room": None, "kv_heads": 1, "group": 2, "dim": 32, "seed": 0}
+    inputs, attributes = attention_inputs(case | {"cache": np.float16})
+    out, keys, values = (array.copy() for array in run_op("Attention", inputs, outputs=3, **attributes))
+    compare([out, keys, values], inputs, attributes)
+    exact_keys, exact_values = (expected_cache(inputs, attributes, name) for name in ("k", "v"))
+    if fault == "towards zero":
+        beyond = np.abs(values) > np.abs(exact_values)
+        values[beyond] = np.nextafter(values, np.float16(0))[beyond]
+    elif fault == "to a neighbour":
+        keys[0, 0, -1, 7] = np.nextafter(keys[0, 0, -1, 7], np.float16(np.inf))
+    elif fault == "read before it is rounded":
+        out = definition(inputs, attributes, exact_keys, exact_values)
+    else:
+        keys[:, :, 0] = np.nextafter(keys[:, :, 0], np.float16(0))
+    with pytest.raises(AssertionError):
+        compare([out, keys, values], inputs, attributes)
+
+
+def test_caches_of_two_dtypes_are_an_error(run_op: RunOp) -> None:
+    case = {"batch": 1, "tokens": 4, "past": 6, "room": None, "kv_heads": 1, "group": 1, "dim": 8, "seed": 0}
+    inputs, attributes = attention_inputs(case)
+    inputs["past_v"] = inputs["past_v"].astype(np.float16)
+    with pytest.raises(Exception, match="Attention"):
         run_op("Attention", inputs, outputs=3, **attributes)

@@ -48,7 +48,11 @@ def subnormal(make_gptq: Callable[..., Written], tmp_path_factory: pytest.TempPa
 
     edit(written.folder, change)
     artifact = build_artifact(
-        written.folder, "ort", folder / "out", scheme=QuantScheme("none"), options=OrtOptions(accuracy_level=0)
+        written.folder,
+        "ort",
+        folder / "out",
+        scheme=QuantScheme("none"),
+        options=OrtOptions(accuracy_level=0, kv="fp32"),
     )
     return written, artifact
 

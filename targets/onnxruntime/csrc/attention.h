@@ -1,0 +1,120 @@
+// What attention to one token and to several have in common: the arguments, the cache, and the online softmax.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "gemm.h"
+
+namespace h1 {
+
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+constexpr float kLowest = -1e30f;  // below any score, but finite: exp(kHidden - kLowest) is 0
+
+// T: float or Half, of which keys and values are.
+template <class T>
+struct Attention {
+  size_t batch, tokens, total, heads, kv_heads, dim, width, past_rows, rows;
+  float scale;
+  const float *q, *k, *v;  // at their first column
+  const float *cos, *sin;
+  const int64_t* mask;
+  const T *past_k, *past_v;
+  float* out;
+  T *keys, *values;
+
+  size_t past() const { return total - tokens; }
+  size_t group() const { return heads / kv_heads; }
+  size_t token(size_t b, size_t t) const { return b * tokens + t; }
+  size_t cache(size_t b, size_t kv, size_t column) const { return ((b * kv_heads + kv) * rows + column) * dim; }
+};
+
+// Sets out to factor x, rotated: pairs are (i, i + dim / 2).
+template <class T, class Out>
+void rotate(const Attention<T>& a, size_t token, const float* x, float factor, Out* out) {
+  const size_t half = a.dim / 2;
+  const float *cos = a.cos + token * half, *sin = a.sin + token * half;
+  map(out, half,
+      [&](size_t i, auto read) { return factor * (read(x + i) * read(cos + i) - read(x + half + i) * read(sin + i)); });
+  map(out + half, half,
+      [&](size_t i, auto read) { return factor * (read(x + half + i) * read(cos + i) + read(x + i) * read(sin + i)); });
+}
+
+// Writes the cache of one head: the past where it is elsewhere, then the new tokens.
+template <class T>
+void append(const Attention<T>& a, size_t b, size_t kv) {
+  const size_t from = (b * a.kv_heads + kv) * a.past_rows * a.dim, to = a.cache(b, kv, 0);
+  if (a.past_k != a.keys) std::copy_n(a.past_k + from, a.past_rows * a.dim, a.keys + to);
+  if (a.past_v != a.values) std::copy_n(a.past_v + from, a.past_rows * a.dim, a.values + to);
+  for (size_t t = 0; t < a.tokens; ++t) {
+    const size_t column = a.token(b, t) * a.width + kv * a.dim, row = a.cache(b, kv, a.past() + t);
+    rotate(a, a.token(b, t), a.k + column, 1, a.keys + row);
+    map(a.values + row, a.dim, [&](size_t i, auto read) { return read(a.v + column + i); });
+  }
+}
+
+// Writes the queries of `tokens` tokens that read one head of the cache, rotated and scaled: row t * group + g.
+template <class T>
+void gather_queries(const Attention<T>& a, size_t b, size_t kv, size_t first, size_t tokens, float* queries) {
+  for (size_t t = first; t < first + tokens; ++t) {
+    for (size_t h = kv * a.group(); h < (kv + 1) * a.group(); ++h, queries += a.dim) {
+      rotate(a, a.token(b, t), a.q + a.token(b, t) * a.width + h * a.dim, a.scale, queries);
+    }
+  }
+}
+
+// Sets bias[i] to 0 where the mask shows column begin + i, to kHidden where not; returns how many it shows.
+template <class T>
+size_t read_mask(const Attention<T>& a, size_t b, size_t begin, size_t count, float* bias) {
+  const int64_t* mask = a.mask + b * a.total + begin;
+  size_t shown = 0;
+  for (size_t i = 0; i < count; ++i) {
+    bias[i] = mask[i] ? 0 : kHidden;
+    shown += mask[i] != 0;
+  }
+  return shown;
+}
+
+// What one query has seen of its context so far: values weighted by exp(score - highest). The sum of weights is kept in
+// lanes.
+struct Seen {
+  float highest = kLowest;
+  f32x8 weights{};
+};
+
+// Turns the scores of `count` keys (a multiple of kLanes) into weights. Returns the factor that brings the row's sum of
+// values so far to the new maximum: 1 for most blocks, which have no new one.
+inline float normalise(size_t count, float* scores, Seen& seen) {
+  f32x8 top = load(scores);
+  for (size_t i = kLanes; i < count; i += kLanes) top = max(top, load(scores + i));
+  float factor = 1;
+  if (any(top > seen.highest)) {
+    const float before = seen.highest;
+    for (size_t i = 0; i < kLanes; ++i) seen.highest = std::max(seen.highest, float(top[i]));
+    factor = std::exp(before - seen.highest);
+    seen.weights *= factor;
+  }
+  for (size_t i = 0; i < count; i += kLanes) {
+    const f32x8 weight = exp(load(scores + i) - seen.highest);
+    store(scores + i, weight);
+    seen.weights += weight;
+  }
+  return factor;
+}
+
+// `count` numbers of a cache (a multiple of kLanes) in float32: where they are, or in `scratch`.
+inline const float* as_floats(const float* numbers, size_t, float*) { return numbers; }
+inline const float* as_floats(const Half* numbers, size_t count, float* scratch) {
+  for (size_t i = 0; i < count; i += kLanes) store(scratch + i, load(numbers + i));
+  return scratch;
+}
+
+// The floats of scratch that as_floats needs for `count` numbers of a cache.
+template <class T>
+constexpr size_t widened(size_t count) {
+  return std::is_same_v<T, float> ? 0 : count;
+}
+
+}  // namespace h1

@@ -1,0 +1,62 @@
+// Vectors of 512 bits where the CPU has them, for kernels that are written over any vector of floats: f32x8 of simd.h
+// is the other one.
+#pragma once
+
+#include "simd.h"
+
+namespace h1 {
+
+template <class V>
+constexpr size_t lanes = sizeof(V) / sizeof(float);
+
+// What load_as<V> reads: f32x8 or f32x16, from floats or halves.
+template <class V, class T>
+V load_as(const T* p) {
+  return load(p);
+}
+
+// Returns the sum of v[i]'s lanes in lane i.
+inline f32x8 sums(const f32x8 (&v)[kLanes]) {
+#if defined(H1_AVX2)
+  const auto add = [](f32x8 a, f32x8 b) { return f32x8(_mm256_hadd_ps(__m256(a), __m256(b))); };
+  const f32x8 low = add(add(v[0], v[1]), add(v[2], v[3])), high = add(add(v[4], v[5]), add(v[6], v[7]));
+  return f32x8(_mm256_permute2f128_ps(__m256(low), __m256(high), 0x20)) +
+         f32x8(_mm256_permute2f128_ps(__m256(low), __m256(high), 0x31));
+#else
+  return f32x8{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3]), sum(v[4]), sum(v[5]), sum(v[6]), sum(v[7])};
+#endif
+}
+
+#if defined(H1_AVX2) && defined(__AVX512F__)
+#define H1_AVX512 1
+using f32x16 = float __attribute__((vector_size(64)));
+
+template <>
+inline f32x16 load_as<f32x16>(const float* p) {
+  return load_bytes<f32x16>(p);
+}
+template <>
+inline f32x16 load_as<f32x16>(const Half* p) {
+  // GCC 12 warns of the form without a mask, which is the same instruction
+  return (f32x16)_mm512_maskz_cvtph_ps(0xffff, load_bytes<__m256i>(p));
+}
+
+inline f32x16 sums(const f32x16 (&v)[16]) {
+  const auto in_quarters = [](f32x16 a, f32x16 b) {  // sums of pairs, those of a and b in turn
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  };
+  const auto of_four = [&](size_t i) {  // in each quarter, the sums of the quarters of four vectors
+    const f32x16 a = in_quarters(v[i], v[i + 1]), b = in_quarters(v[i + 2], v[i + 3]);
+    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  };
+  const auto quarters = [](f32x16 a, f32x16 b) {  // sums of neighbouring quarters, first those of a
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  };
+  return quarters(quarters(of_four(0), of_four(4)), quarters(of_four(8), of_four(12)));
+}
+#endif
+
+}  // namespace h1

@@ -60,8 +60,9 @@ class MlxModel:
         """Return logits float32 [1, positions, vocab] of the last ``keep`` of ids [1, new], and advance ``caches``."""
         with sdk.refused(self._folder, "mlx-lm cannot compute it"):
             found = self._model(self._mx.array(ids.astype(np.int32)), cache=caches)
-            if self.last_logits or keep is not None:
-                found = found[:, -(1 if self.last_logits else keep) :]
+            last = 1 if self.last_logits else keep
+            if last is not None:
+                found = found[:, -last:]
             logits: Array = np.array(found.astype(self._mx.float32))
         return logits
 

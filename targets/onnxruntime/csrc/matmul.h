@@ -30,9 +30,9 @@ struct Tokens {
 
 // y[t, n] = bias[n] + sum_k x[t, k] * weight[n, k], with x rounded to int8 by blocks, or in float32.
 template <class F>
-void matmul_rounded(const Weights& w, const float* x, Tokens all, float* y, const Parallel& parallel);
+void matmul_rounded(const Weights& w, const float* x, Tokens tokens, float* y, const Parallel& parallel);
 template <class F>
-void matmul_float(const Weights& w, const float* x, Tokens all, float* y, const Parallel& parallel);
+void matmul_float(const Weights& w, const float* x, Tokens tokens, float* y, const Parallel& parallel);
 
 // Sizes of one weight format. A row is cut into chunks of 32 bytes, and these into words of 4 bytes.
 template <int kBitsOf, size_t kBlockOf>

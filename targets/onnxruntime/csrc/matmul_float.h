@@ -66,12 +66,11 @@ void multiply_all(const float* rows, const float* x, size_t tokens, size_t strid
 }
 
 template <class F>
-void matmul_float(const Weights& w, const float* x, Tokens all, float* y, const Parallel& parallel) {
-  const size_t tokens = all.count;
+void matmul_float(const Weights& w, const float* x, Tokens tokens, float* y, const Parallel& parallel) {
   static thread_local Scratch<float> x_memory;
   const size_t stride = (w.row_bytes + F::kChunkBytes - 1) / F::kChunkBytes * F::kChunk;
-  for (size_t start = 0; start < tokens; start += kFloatSlab) {
-    const size_t count = std::min(kFloatSlab, tokens - start);
+  for (size_t start = 0; start < tokens.count; start += kFloatSlab) {
+    const size_t count = std::min(kFloatSlab, tokens.count - start);
     float* copies = x_memory.get(count * stride);
     for (size_t t = 0; t < count; ++t) reorder<F>(x + (start + t) * w.columns, w.columns, copies + t * stride, stride);
     parallel_ranges(parallel, w.rows, kFloatGrain, [&](size_t begin, size_t end) {

@@ -36,7 +36,7 @@ def test_an_export_is_a_build(
     tiny: Path, build: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    expected = build(tiny, "int8", accuracy_level=4)
+    expected = build(tiny, "int8", accuracy_level=4, kv="auto")
     optimum(
         monkeypatch, "export", "h1export", "--target", "ort", "--quant", "int8", "--quiet", "-m", str(tiny), str(out)
     )

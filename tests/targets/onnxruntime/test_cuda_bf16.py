@@ -99,10 +99,10 @@ def test_the_artifact_holds_the_rules_integers_and_scales_bit_for_bit(tiny: Path
             assert np.array_equal(found.scales, truth.scales), part.tensor
 
 
-def rounded(model: ir.Model) -> ir.Model:
+def rounded(model: ir.Model, *, weights: bool) -> ir.Model:
     """The graph in float32, every value rounded to bf16 where the graph has bf16."""
     kinds = dtypes(ir.to_proto(model))
-    proto = ir.to_proto(float32_graph(model))
+    proto = ir.to_proto(float32_graph(model, weights=weights))
     nodes = list(proto.graph.node)
     del proto.graph.node[:]
     for node in nodes:

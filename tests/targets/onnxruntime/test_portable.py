@@ -239,7 +239,7 @@ def test_the_artifact_holds_the_rules_integers_bit_for_bit(
     artifact = build(checkpoint, quant, graph="portable")
     for module in (column_major_writer, dequantize_linear):
         monkeypatch.setattr(module, "BLOCK_BYTES", 3000)
-    options = OrtOptions(accuracy_level=0, graph="portable")
+    options = OrtOptions(accuracy_level=0, graph="portable", kv="fp32")
     again = build_artifact(checkpoint, "ort", tmp_path / "again", scheme=QuantScheme(quant), options=options)  # type: ignore[arg-type]
     assert again.manifest.files == artifact.manifest.files
     stored: Any = load_runner(artifact).stored_weights()

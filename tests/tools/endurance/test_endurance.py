@@ -66,16 +66,16 @@ def test_long_texts(how: str, artifact: Path) -> None:
 
 @pytest.mark.usefixtures("few_looks")
 def test_a_state_that_is_lost_on_the_way_is_found(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = BoundSession._run
+    append = BoundSession.append
 
-    def forgetful(session: Any, *arguments: Any) -> Any:
+    def forgetful(session: Any, *arguments: Any, **options: Any) -> Any:
         if session.length == 30:
             session._states[0][2].update_inplace(np.zeros_like(session._states[0][2].numpy()))
-        return run(session, *arguments)
+        return append(session, *arguments, **options)
 
     def tokens(artifact: Path, count: int, watch: Watch) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(BoundSession, "_run", forgetful)
+            patch.setattr(BoundSession, "append", forgetful)
             return generated(artifact, count, watch)
 
     generated = long.session_tokens

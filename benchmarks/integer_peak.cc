@@ -56,9 +56,9 @@ int64_t multiply() {
   asm volatile("" : "+v"(a), "+v"(b));
   for (int i = 0; i < kSteps; ++i) {
 #pragma GCC unroll 12
-    for (Vector& sum : sums) {
-      sum = step(sum, a, b);
-      asm("" : "+v"(sum));
+    for (int k = 0; k < kSums; ++k) {  // an index, without which the sums would be in memory
+      sums[k] = step(sums[k], a, b);
+      asm("" : "+v"(sums[k]));
     }
   }
   for (Vector& sum : sums) asm volatile("" : : "v"(sum));

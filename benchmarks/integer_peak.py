@@ -32,7 +32,7 @@ SOURCE = Path(__file__).with_suffix(".cc")
 def peak(level: Level, folder: Path) -> Callable[[], float]:
     """Compile the loop for a level, and return a function that gives its int8 products a second."""
     path = folder / f"{level.name}.so"
-    flags = ("-O2", "-std=c++20", "-shared", "-fPIC", *level.flags)
+    flags = ("-O3", "-std=c++20", "-shared", "-fPIC", *level.flags)
     subprocess.run([COMPILERS[0], *flags, SOURCE, "-o", path], check=True)
     function = ctypes.CDLL(str(path)).products_per_second
     function.restype = ctypes.c_double

@@ -10,7 +10,7 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
     !defined(H1_PORTABLE)
-#define H1_WIDE 1
+#define H1_AVX512_VNNI 1
 
 #include <immintrin.h>
 
@@ -20,16 +20,15 @@
 
 namespace h1 {
 
-constexpr size_t kWide = 16;    // rows of a panel: the lanes of a vector
-constexpr uint8_t kSigned = 0;  // added to the codes of tokens for instructions that multiply signed bytes by signed
-constexpr uint8_t kUnsigned = 128;  // and for those that multiply unsigned ones by signed
+constexpr size_t kWide = 16;        // rows of a panel: the lanes of a vector
+constexpr uint8_t kUnsigned = 128;  // added to the codes of tokens for instructions that take unsigned ones
 
 // Columns beside each other in a row of a tile; a block is one step, or two.
 template <class F>
 constexpr size_t kDepth = std::min<size_t>(F::kBlock, 64);
 
-// `kTokens` rounded tokens: codes [blocks, steps, kTokens, kDepth], scales [blocks, kTokens]. Tokens and columns that do
-// not exist have a scale of zero, or meet weights of zero.
+// `kTokens` rounded tokens: codes [blocks, steps, kTokens, kDepth], scales [blocks, kTokens]. Columns that do not exist
+// are zeros, and tokens that do not exist have scales of zero.
 struct Group {
   uint8_t* codes;
   float* scales;

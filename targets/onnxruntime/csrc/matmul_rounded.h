@@ -102,7 +102,7 @@ void multiply_few(const Weights& w, size_t begin, size_t end, const Activations&
 template <class F>
 void matmul_rounded(const Weights& w, const float* x, Tokens tokens, float* y, const Parallel& parallel) {
   if (tokens.count > kFewTokens && !tokens.apart) {
-#if defined(H1_WIDE)
+#if defined(H1_AVX512_VNNI)
     return matmul_wide<F>(w, x, tokens.count, y, parallel);
 #else
     return matmul_panels<F>(w, x, tokens.count, y, parallel);

@@ -9,7 +9,7 @@
 
 #include "groups.h"
 
-#if defined(H1_WIDE)
+#if defined(H1_AVX512_VNNI)
 
 #if defined(__AMX_INT8__) && defined(__linux__)
 #define H1_TILES 1
@@ -19,8 +19,7 @@
 
 namespace h1 {
 
-constexpr size_t kPanelsOfItem = 4;      // their codes stay in the second-level cache, and a group's in the first
-constexpr size_t kMostWideTokens = 960;  // tokens rounded at a time, to bound the memory for them: 80 groups of 12
+constexpr size_t kPanelsOfItem = 4;  // their codes stay in the second-level cache, and a group's in the first
 
 // Adds the sums of a block for a token, times their scales.
 inline __m512 add_scaled(__m512i sums, float x_scale, __m512 w_scales, __m512 to) {
@@ -32,7 +31,7 @@ template <class F>
 class Vectors {
  public:
   static constexpr size_t kTokens = 12;
-  static constexpr uint8_t kCodes = kUnsigned;
+  static constexpr uint8_t kBias = kUnsigned;
 
   void operator()(const Group& group, const WidePanel& panel, size_t blocks, __m512 (&sums)[kTokens]) const {
     const uint8_t* x = group.codes;
@@ -75,7 +74,7 @@ template <class F>
 class Tiles {
  public:
   static constexpr size_t kTokens = 16;
-  static constexpr uint8_t kCodes = kSigned;
+  static constexpr uint8_t kBias = 0;  // signed codes
 
   Tiles() {
     struct alignas(64) {
@@ -156,7 +155,7 @@ void multiply_item(const Weights& w, size_t row, const Group& x, size_t tokens, 
                 .bias = scales + floats,
                 .offsets = offset_memory.get(panels * floats) + i * floats};
     unpack_wide<F>(w, row + i * kWide, panel[i]);
-    if (Sums<F>::kCodes == kUnsigned) sum_offsets<F>(panel[i], w.blocks);
+    if (Sums<F>::kBias != 0) sum_offsets<F>(panel[i], w.blocks);
   }
   const Sums<F> add_products;
   for (size_t token = 0; token < tokens; token += kTokens) {
@@ -177,10 +176,11 @@ void multiply_item(const Weights& w, size_t row, const Group& x, size_t tokens, 
 template <class F, template <class> class Sums>
 void matmul_groups(const Weights& w, const float* x, size_t all, float* y, const Parallel& parallel) {
   constexpr size_t kTokens = Sums<F>::kTokens, kRows = kPanelsOfItem * kWide;
+  constexpr size_t kMost = kSlab / kTokens * kTokens;  // whole groups
   static thread_local Scratch<uint8_t> code_memory;
   static thread_local Scratch<float> scale_memory;
-  for (size_t start = 0; start < all; start += kMostWideTokens) {
-    const size_t tokens = std::min(kMostWideTokens, all - start), groups = (tokens + kTokens - 1) / kTokens;
+  for (size_t start = 0; start < all; start += kMost) {
+    const size_t tokens = std::min(kMost, all - start), groups = (tokens + kTokens - 1) / kTokens;
     const Group rounded{.codes = code_memory.get(groups * kTokens * w.blocks * F::kBlock),
                         .scales = scale_memory.get(groups * kTokens * w.blocks)};
     const float* const from = x + start * w.columns;
@@ -188,7 +188,7 @@ void matmul_groups(const Weights& w, const float* x, size_t all, float* y, const
       const size_t token = group * kTokens;
       const Group to{.codes = rounded.codes + token * w.blocks * F::kBlock,
                      .scales = rounded.scales + token * w.blocks};
-      round_group<F, kTokens>(from + token * w.columns, std::min(kTokens, tokens - token), w.columns, Sums<F>::kCodes,
+      round_group<F, kTokens>(from + token * w.columns, std::min(kTokens, tokens - token), w.columns, Sums<F>::kBias,
                               w.blocks, to);
     });
     parallel((w.rows + kRows - 1) / kRows,

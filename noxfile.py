@@ -46,8 +46,12 @@ SLOW = (
     "tests/validate/accuracy/test_right_artifacts.py",
     "tests/tools/endurance/test_endurance.py",
     "tests/cli/test_gate.py",
+    "tests/cli/test_plan.py",
     "tests/quantize/test_gptq_model.py",
+    "tests/targets/onnxruntime/native/test_subnormal_scales.py",
+    "tests/targets/onnxruntime/test_cuda.py",
     "tests/targets/onnxruntime/test_cuda_bf16.py",
+    "tests/tools/gpu_host/test_dry_run.py",
 )
 
 nox.options.default_venv_backend = (
@@ -330,9 +334,9 @@ def selftest(session: nox.Session) -> None:
     """The tests that take too long for CI.
 
     Most of them are the self-test of `validate`: thirty right artifacts of random models pass, and each fails with a
-    fault.
+    fault. A dry run of the GPU host's bundle is among them.
     """
-    session.install("-e", ".[export,ort]", *dev("pytest", "hypothesis"))
+    session.install("-e", ".[export,ort,trt]", *dev("pytest", "hypothesis"))
     session.run("pytest", "-q", "-m", "slow", *SLOW, *session.posargs)
 
 

@@ -56,6 +56,7 @@ def baseline_of(gates: Path) -> Baseline:
     return read_baselines(gates.with_name("gates.baseline.json"))["ort int4"]
 
 
+@pytest.mark.slow
 @pytest.mark.ort
 def test_a_baseline_is_kept_by_what_it_is_of(
     built: tuple[str, str], gates: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -53,6 +53,7 @@ def test_no_weight_is_read(method: str, tiny: Path, tmp_path: Path, monkeypatch:
     assert sum(plan.by_precision().values()) == len(plan.precisions)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_near_the_measured_one(tiny: Path, tmp_path: Path) -> None:
     """Each in a process of its own, as a user runs them."""
     words = ["--target", "ort", "--method", "rtn", "--out", str(tmp_path / "out"), "--jobs", "2"]

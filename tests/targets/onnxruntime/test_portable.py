@@ -82,11 +82,13 @@ def test_only_operators_of_onnx(
 
 
 def test_float32_is_exact_for_every_switch(checkpoint: Path, build: Build) -> None:
-    """A few cases: the graph with integers, which differs in its products alone, has them all."""
+    """A few cases for every switch; the graph with integers, which differs in its products alone, has all cases."""
     assert_exact(build(checkpoint, graph="portable"), checkpoint, "source", quick=True)
 
 
-def test_int4_is_exact_against_its_own_weights_for_every_switch(checkpoint: Path, build: Build) -> None:
+@pytest.mark.parametrize("name", ["plain", "tied", "odd_sizes", "everything"])
+def test_int4_is_exact_against_its_own_weights(name: str, make_checkpoint: Callable[..., Path], build: Build) -> None:
+    checkpoint = make_checkpoint(name)
     assert_exact(build(checkpoint, "int4", graph="portable"), checkpoint, "stored")
 
 

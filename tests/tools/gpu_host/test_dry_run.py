@@ -12,6 +12,7 @@ from gpu_host import join, pack, results
 from gpu_host.section import SECTIONS
 
 
+@pytest.mark.slow
 @pytest.mark.trt
 def test_every_section_passes_in_a_dry_run(tmp_path: Path) -> None:
     parts = tmp_path / "parts"

@@ -102,8 +102,16 @@ def edited_graph(
     return Artifact.open(copy)
 
 
-@pytest.mark.parametrize(("quant", "level"), [("none", 0), ("int4", 4)])
-@pytest.mark.parametrize("key", MULTIPLIERS, ids=str)
+@pytest.mark.parametrize(
+    ("key", "quant", "level"),
+    [
+        *((key, "none", 0) for key in MULTIPLIERS),
+        # beside integers, one of each place where the graph keeps a multiplier
+        *((key, "int4", 4) for key in ("embedding_multiplier", "ssm_out_multiplier", ("ssm_multipliers", 1))),
+        (("mlp_multipliers", 0), "int4", 4),
+    ],
+    ids=str,
+)
 def test_a_dropped_multiplier_fails(
     key: Any, quant: str, level: int, make_checkpoint: MakeCheckpoint, build: Build, tmp_path: Path
 ) -> None:

@@ -73,6 +73,7 @@ def test_logits_are_those_of_the_writers_weights(
     assert relative_error(logits[0], gptq_logits(written, IDS)) < EXACT
 
 
+@pytest.mark.slow
 def test_validate_catches_kernels_that_read_them_as_normal(
     subnormal: tuple[Written, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

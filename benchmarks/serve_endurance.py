@@ -4,7 +4,7 @@
 
 Of the requests, each is compared with what `h1export generate` writes for the same prompt, sampling and seed. Beside
 them go random wrong bodies, which have to be refused with 4xx, and streams that are left in the middle. Memory is that
-of the server's process after the first fifth. The exit code is 1 where an answer was wrong. Needs the extra `serve`.
+of the server's process at rest, after the first fifth. The exit code is 1 where an answer was wrong. Needs the extra `serve`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -31,7 +31,8 @@ from h1export.runtime.generation import Sampling
 CLIENTS = 8
 TOKENS = 12
 WRONG_EVERY, LEFT_EVERY = 5, 50  # requests between two wrong ones, and between two streams that are left
-SAMPLE_EVERY = 250  # requests between two looks at the memory
+SAMPLE_EVERY = 250  # requests between two looks at the memory, for which the server is left alone
+REST = 0.5  # seconds without a request before a look
 PROMPTS = ("import os", "def f(x):\n    return", "class A:\n" + "    x = 1\n" * 60, "# " + "words of a comment " * 40)
 SAMPLINGS = (
     {"temperature": 0.0},
@@ -92,12 +93,11 @@ class Case:
 
 @dataclass
 class Found:
-    """What went wrong, and the memory of the server's process in bytes, by the number of answers."""
+    """What went wrong, and the memory of the server's process in bytes at each look."""
 
     faults: list[str] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
     memory: list[int] = field(default_factory=list)
-    answers: int = 0
 
 
 def cases(out: Path) -> list[Case]:
@@ -162,23 +162,24 @@ async def be_wrong(client: httpx2.AsyncClient, case: Case, found: Found, *, rng:
 async def run(server: Server, right: Sequence[Case], count: int) -> Found:
     """Ask ``count`` right requests, CLIENTS at a time, and the others beside them."""
     found = Found()
-    numbers = iter(range(count))
 
-    async def one(client: httpx2.AsyncClient) -> None:
+    async def one(client: httpx2.AsyncClient, numbers: Iterator[int]) -> None:
         for number in numbers:
             case, rng = right[number % len(right)], random.Random(number)
             await ask(client, case, found)
-            found.answers += 1
             if number % WRONG_EVERY == 0:
                 await be_wrong(client, case, found, rng=rng)
             if number % LEFT_EVERY == 0:
                 await leave(client, case)
-            if found.answers % SAMPLE_EVERY == 0:
-                found.memory.append(status_bytes(server.pid, "VmRSS"))
-                print(found.answers, f"{found.memory[-1] / 1e6:.1f} MB", f"{len(found.faults)} faults", flush=True)
 
     async with httpx2.AsyncClient(base_url=server.url, timeout=600) as client:
-        await asyncio.gather(*(one(client) for _ in range(CLIENTS)))
+        for start in range(0, count, SAMPLE_EVERY):
+            stop = min(start + SAMPLE_EVERY, count)
+            numbers = iter(range(start, stop))
+            await asyncio.gather(*(one(client, numbers) for _ in range(CLIENTS)))
+            await asyncio.sleep(REST)
+            found.memory.append(status_bytes(server.pid, "VmRSS"))
+            print(stop, f"{found.memory[-1] / 1e6:.1f} MB", f"{len(found.faults)} faults", flush=True)
     return found
 
 

@@ -141,8 +141,8 @@ void multiply_four(const Weights& w, size_t row, const Activations& a, size_t to
   const __m128 factors = w.factors ? _mm_maskz_loadu_ps(exist, w.factors + row) : _mm_set1_ps(1);
   const __m128 bias = w.bias ? _mm_maskz_loadu_ps(exist, w.bias + row) : _mm_setzero_ps();
   for (size_t t = 0; t < kTokens; ++t) {
-    const __m256 halves = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, sums[t], 0),
-                                        _mm512_maskz_extractf32x8_ps(0xff, sums[t], 1));
+    const auto half = [&]<int kHalf>() { return _mm512_maskz_extractf32x8_ps(0xff, sums[t], kHalf); };
+    const __m256 halves = _mm256_add_ps(half.template operator()<0>(), half.template operator()<1>());
     const __m128 sum = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
     _mm_mask_storeu_ps(y + (token + t) * w.rows + row, exist, _mm_fmadd_ps(sum, factors, bias));
   }

@@ -3,8 +3,8 @@
 //   y[t, n] = bias[n] + factor[n] * sum over blocks b of
 //             scale_w[n, b] * (scale_x[t, b] * (sum of code_w * code_x) + correction[t, b])
 //
-// Few tokens (decode) are multiplied here: each row is read once, as stored, and vectors run along its columns; memory
-// is the limit. Many (prefill) are multiplied by matmul_wide.h or matmul_panels.h: panels of rows are unpacked once, and
+// Few tokens (decode) are multiplied here, or by fours.h: each row is read once, as stored, and vectors run along its
+// columns; memory is the limit. Many (prefill) are multiplied by matmul_wide.h or matmul_panels.h: panels of rows are unpacked once, and
 // integer units are the limit.
 #pragma once
 

@@ -95,22 +95,32 @@ void round_token(const float* x, size_t columns, int zero_point, int8_t* codes, 
   if constexpr (F::kParts == 2) even_columns_first(codes, chunks * F::kChunk, F::kChunk);
 }
 
-// Round `tokens` tokens into memory of the calling thread.
-template <class F>
-Activations round_tokens(const Weights& w, const float* x, size_t tokens, const Parallel& parallel) {
+// Round `tokens` tokens into memory of the calling thread; finish(codes, floats, chunks) may change how a token lies
+// there. There are enough chunks for a row, and a multiple of kMultiple.
+template <class F, size_t kMultiple = 1, class Finish>
+Activations round_tokens(const Weights& w, const float* x, size_t tokens, const Parallel& parallel,
+                         const Finish& finish) {
   static thread_local Scratch<int8_t> code_memory;
   static thread_local Scratch<float> float_memory;
-  const size_t chunks = (w.row_bytes + F::kChunkBytes - 1) / F::kChunkBytes;
+  constexpr size_t kBytes = F::kChunkBytes * kMultiple;
+  const size_t chunks = (w.row_bytes + kBytes - 1) / kBytes * kMultiple;
   int8_t* codes = code_memory.get(tokens * chunks * F::kChunk);
   float* floats = float_memory.get(tokens * chunks * kFloats);
   const int zero_point = F::kBits == 4 ? F::kZeroPoint : 0;  // int8 codes are made signed before they are multiplied
   parallel_ranges(parallel, tokens, std::max<size_t>(1, (1 << 15) / w.columns), [=](size_t begin, size_t end) {
     for (size_t t = begin; t < end; ++t) {
-      round_token<F>(x + t * w.columns, w.columns, zero_point, codes + t * chunks * F::kChunk,
-                     floats + t * chunks * kFloats, chunks);
+      int8_t* const of_token = codes + t * chunks * F::kChunk;
+      float* const floats_of_token = floats + t * chunks * kFloats;
+      round_token<F>(x + t * w.columns, w.columns, zero_point, of_token, floats_of_token, chunks);
+      finish(of_token, floats_of_token, chunks);
     }
   });
   return {.codes = codes, .floats = floats, .chunks = chunks};
+}
+
+template <class F>
+Activations round_tokens(const Weights& w, const float* x, size_t tokens, const Parallel& parallel) {
+  return round_tokens<F>(w, x, tokens, parallel, [](int8_t*, float*, size_t) {});
 }
 
 }  // namespace h1

@@ -130,6 +130,7 @@ void attend_split(const Attention<T>& a, size_t b, size_t kv, size_t begin, size
     });
     for (size_t g = 0; g < group; ++g) {
       float* row = scores + g * kOneKeys;
+      std::fill(row + count, row + padded, 0.0f);  // what was left there may be NaN, which no bias hides
       for (size_t i = 0; i < padded; i += kLanes) store(row + i, load(row + i) + load(bias + i));
       factors[g] = normalise(padded, row, seen[g]);
     }

@@ -22,6 +22,8 @@ struct Weights {
   float finish(size_t row, float sum) const { return fma(sum, factor(row), bias ? bias[row] : 0.0f); }
 };
 
+constexpr size_t kAhead = 4096;  // bytes of codes fetched ahead with few tokens: memory answers late
+
 // The tokens of a product: rows of x.
 struct Tokens {
   size_t count;

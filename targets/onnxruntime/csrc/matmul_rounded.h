@@ -3,12 +3,13 @@
 //   y[t, n] = bias[n] + factor[n] * sum over blocks b of
 //             scale_w[n, b] * (scale_x[t, b] * (sum of code_w * code_x) + correction[t, b])
 //
-// Few tokens (decode) are multiplied here: each row is read once, as stored, and vectors run along its columns; memory
-// is the limit. Many (prefill) are multiplied by matmul_wide.h or matmul_panels.h: panels of rows are unpacked once, and
+// Few tokens (decode) are multiplied here, or by fours.h: each row is read once, as stored, and vectors run along its
+// columns; memory is the limit. Many (prefill) are multiplied by matmul_wide.h or matmul_panels.h: panels of rows are unpacked once, and
 // integer units are the limit.
 #pragma once
 
 #include "activations.h"
+#include "fours.h"
 #include "matmul.h"
 #include "matmul_panels.h"
 #include "matmul_wide.h"
@@ -17,7 +18,6 @@
 namespace h1 {
 
 constexpr size_t kFewTokens = 8;        // up to here a panel is not worth unpacking
-constexpr size_t kAhead = 4096;         // bytes of codes fetched ahead with few tokens: memory answers late
 constexpr size_t kRowsBytes = 1 << 16;  // weights of one item for a thread, with few tokens
 
 template <class F>
@@ -99,6 +99,34 @@ void multiply_few(const Weights& w, size_t begin, size_t end, const Activations&
   }
 }
 
+// Rounds few tokens, and multiplies them by rows [begin, end).
+template <class F>
+struct Few {
+  static constexpr size_t kRows = 2;  // that are multiplied together
+
+  static Activations round(const Weights& w, const float* x, size_t tokens, const Parallel& parallel) {
+    return round_tokens<F>(w, x, tokens, parallel);
+  }
+  static void multiply(const Weights& w, size_t begin, size_t end, const Activations& a, size_t tokens, float* y) {
+    multiply_few<F>(w, begin, end, a, tokens, y);
+  }
+};
+
+#if defined(H1_AVX512_VNNI)
+template <class F>
+  requires kInFours<F>
+struct Few<F> {
+  static constexpr size_t kRows = kFour;
+
+  static Activations round(const Weights& w, const float* x, size_t tokens, const Parallel& parallel) {
+    return round_tokens<F, 2>(w, x, tokens, parallel, pair_chunks<F>);
+  }
+  static void multiply(const Weights& w, size_t begin, size_t end, const Activations& a, size_t tokens, float* y) {
+    multiply_fours<F>(w, begin, end, a, tokens, y);
+  }
+};
+#endif
+
 template <class F>
 void matmul_rounded(const Weights& w, const float* x, Tokens tokens, float* y, const Parallel& parallel) {
   if (tokens.count > kFewTokens && !tokens.apart) {
@@ -108,12 +136,14 @@ void matmul_rounded(const Weights& w, const float* x, Tokens tokens, float* y, c
     return matmul_panels<F>(w, x, tokens.count, y, parallel);
 #endif
   }
-  const size_t grain = std::max<size_t>(2, kRowsBytes / w.row_bytes / 2 * 2);
+  constexpr size_t kRows = Few<F>::kRows;
+  const size_t grain = std::max(kRows, kRowsBytes / w.row_bytes / kRows * kRows);
   for (size_t start = 0; start < tokens.count; start += kSlab) {
     const size_t count = std::min(kSlab, tokens.count - start);
-    const Activations a = round_tokens<F>(w, x + start * w.columns, count, parallel);
+    const Activations a = Few<F>::round(w, x + start * w.columns, count, parallel);
+    float* const to = y + start * w.rows;
     parallel_ranges(parallel, w.rows, grain,
-                    [&](size_t begin, size_t end) { multiply_few<F>(w, begin, end, a, count, y + start * w.rows); });
+                    [&](size_t begin, size_t end) { Few<F>::multiply(w, begin, end, a, count, to); });
   }
 }
 

@@ -108,6 +108,34 @@ RIGHT = {("a_offset", 0), ("gate_offset", 0), ("offset", 0), ("dt_offset", 0), (
 }
 
 
+def of_tokens(op: str, tokens: int, *, past: int = 2) -> dict[str, Any]:
+    """The inputs of VALID, which have 3 tokens after 2, for other numbers of them."""
+    inputs = dict(VALID[op][0])
+    for name, value in inputs.items():
+        if name == "mask" and op == "Attention":
+            inputs[name] = np.ones((2, past + tokens), np.int64)
+        elif name in ("past_k", "past_v"):
+            inputs[name] = floats(2, 1, past, 8)
+        elif value.ndim > 1 and value.shape[1] == 3 and name != "state":
+            inputs[name] = np.repeat(value[:, :1], tokens, axis=1)
+    return inputs
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9, 17])
+@pytest.mark.parametrize("op", VALID)
+def test_what_an_earlier_call_left_is_not_read(run_op: RunOp, op: str, tokens: int) -> None:
+    """Threads keep their memory from call to call: after numbers that are NaN, results are those of before."""
+    _, outputs, attributes = VALID[op]
+    inputs = of_tokens(op, tokens)
+    longer = of_tokens(op, tokens, past=100)
+    spoilt = {name: np.full_like(value, np.nan) if value.dtype.kind == "f" else value for name, value in longer.items()}
+    expected = run_op(op, inputs, outputs, threads=1, **attributes)
+    assert all(np.isfinite(array).all() for array in expected)
+    run_op(op, spoilt, outputs, threads=1, **attributes)
+    for found, right in zip(run_op(op, inputs, outputs, threads=1, **attributes), expected, strict=True):
+        np.testing.assert_array_equal(found, right)
+
+
 def run(run_op: RunOp, op: str, inputs: dict[str, Any] | None = None, **attributes: Any) -> list[Any]:
     given, outputs, valid = VALID[op]
     return run_op(op, given | (inputs or {}), outputs=outputs, **valid | attributes)

@@ -3,8 +3,8 @@
     python benchmarks/name_tokens.py model-Q4_0.gguf named-Q4_0.gguf
 
 A checkpoint of benchmarks/make_checkpoint.py has random weights, and names for its tokens that no tokenizer of
-llama.cpp splits a text into. Token n gets the name " tn", so that an answer of any tokens has a text. Prompts have to be
-token ids. Needs the package gguf.
+llama.cpp splits a text into. Token n gets the name " tn", so that an answer of any tokens has a text. Prompts have to
+be token ids. Needs the package gguf.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 Of the requests, each is compared with what `h1export generate` writes for the same prompt, sampling and seed. Beside
 them go random wrong bodies, which have to be refused with 4xx, and streams that are left in the middle. Memory is that
-of the server's process at rest, after the first fifth. The exit code is 1 where an answer was wrong. Needs the extra `serve`.
+of the server's process at rest, after the first fifth. The exit code is 1 where an answer was wrong. Needs the extra
+`serve`.
 """
 
 from __future__ import annotations

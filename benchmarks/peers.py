@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -67,11 +68,13 @@ class Peer:
         facts: what is known before it runs.
         start: thread count -> the peer, loaded.
         step_bytes: depth -> what one decode step has to read.
+        warms_itself: whether each of its timings is a process that begins with a warm-up.
     """
 
     facts: Facts
     start: Callable[[int], Measured]
     step_bytes: Callable[[int], float]
+    warms_itself: bool = False
 
 
 def h1export_peer(checkpoint: Path, group_size: int, scratch: Path) -> Peer:
@@ -132,6 +135,7 @@ def gguf(program: Path | None, file: Path | None, config: FalconH1Config, *, cac
         Facts(f"{LLAMA} {file.stem}, {cache} cache", size),
         lambda threads: LlamaBench(program, file, threads, steps=STEPS, cache=cache),
         step,
+        warms_itself=True,
     )
 
 
@@ -201,13 +205,14 @@ class Run:
                 loaded[name] = peer.start(threads)
             except H1ExportError as error:
                 notes |= {(name, timing): error.what for timing in self.timings}
-        for timing in self.timings:  # the warm-up, in which a peer may fail
-            for name, measured in loaded.items():
-                try:
-                    measured.speed(timing)
-                    jobs[name, timing] = partial(measured.speed, timing)
-                except H1ExportError as error:
-                    notes[name, timing] = error.what
+        for timing in self.timings:
+            for peer in self.peers:
+                key = peer.facts.name, timing
+                if key in notes:
+                    continue
+                jobs[key] = partial(_speed, loaded[peer.facts.name], timing, key=key, notes=notes)
+                if not peer.warms_itself:
+                    jobs[key]()
             print(f"threads {threads}: {timing.phase} {timing.tokens} warmed up", file=sys.stderr)
         samples = interleave(jobs, self.rounds)
         self.bandwidth[threads] = estimate(samples.pop(None))
@@ -225,7 +230,7 @@ class Run:
         self, peer: Peer, threads: int, timing: Timing, *, samples: Mapping[Any, list[float]], notes: Mapping[Any, str]
     ) -> Cell:
         name = peer.facts.name
-        if (name, timing) not in samples:
+        if (name, timing) in notes:
             return Cell(name, threads, timing, note=notes[name, timing])
         found = samples[name, timing]
         speed = estimate(found)
@@ -237,10 +242,19 @@ class Run:
         rivals = [
             samples[other.facts.name, timing]
             for other in self.peers
-            if is_llama(other) and (other.facts.name, timing) in samples
+            if is_llama(other) and (other.facts.name, timing) not in notes
         ]
         best = max(rivals, key=lambda rival: estimate(rival).median, default=None)
         return Cell(name, threads, timing, speed, share, ratio(found, best) if best else None, tuple(found))
+
+
+def _speed(measured: Measured, timing: Timing, *, key: Any, notes: dict[Any, str]) -> float:
+    """Tokens per second, or NaN where the peer fails, with the reason in ``notes``."""
+    try:
+        return measured.speed(timing)
+    except H1ExportError as error:
+        notes[key] = error.what
+        return math.nan
 
 
 def is_llama(peer: Peer) -> bool:

@@ -19,7 +19,11 @@ UNSHOWN = ("Cc", "Cs", "Zl", "Zp")  # control characters, halves of characters, 
 # marks that reorder what stands beside them, and the mark of a file's byte order
 BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
 PLACE = re.compile(r"line \d+,? column \d+|end of document")
-BUILDERS = ("torch", "transformers", "onnx_ir")  # packages of the extra `export`, by what imports call them
+BUILDING = "only running artifacts of --target ort does without it"
+EXTRAS = {  # package, by what imports call it -> the extra that installs it, and why it is missed
+    **dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "cyclonedx"), ("export", BUILDING)),
+    "cryptography": ("sign", "signatures need it"),
+}
 
 
 class H1ExportError(Exception):
@@ -42,15 +46,16 @@ class H1ExportError(Exception):
 
 
 @contextmanager
-def naming_builders() -> Iterator[None]:
-    """Turn the ModuleNotFoundError of a package of BUILDERS inside into an H1ExportError that says how to get it."""
+def naming_extras() -> Iterator[None]:
+    """Turn the ModuleNotFoundError of a package of EXTRAS inside into an H1ExportError that says how to get it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in BUILDERS:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
             raise
-        what = "is not installed, and only running artifacts of --target ort does without it"
-        raise H1ExportError(error.name, what, "pip install 'h1export[export]'") from None
+        extra, why = EXTRAS[package]
+        raise H1ExportError(package, f"is not installed, and {why}", f"pip install 'h1export[{extra}]'") from None
 
 
 def _fitted(where: object, what: str, next_step: str) -> tuple[str, str]:

@@ -40,7 +40,7 @@ from h1export.cli.sweep import sweep
 from h1export.cli.trace import trace
 from h1export.cli.trt import trt
 from h1export.cli.validate import validate
-from h1export.errors import MOST_SHOWN, H1ExportError, naming_builders, shortened
+from h1export.errors import MOST_SHOWN, H1ExportError, naming_extras, shortened
 from h1export.writing import FULL
 
 FAILED = 2
@@ -110,7 +110,7 @@ def run(arguments: list[str]) -> int:
 def _run(arguments: list[str], debug: bool) -> int:
     try:
         check_encoding(arguments)
-        with naming_builders():
+        with naming_extras():
             code = int(cli.main(arguments, "h1export", standalone_mode=False) or 0)
         sys.stdout.flush()
         return code

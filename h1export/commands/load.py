@@ -10,7 +10,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.artifact.manifest import MANIFEST
 from h1export.checkpoint.lora import described
 from h1export.checkpoint.store import WeightStore
-from h1export.errors import H1ExportError, naming_builders
+from h1export.errors import H1ExportError, naming_extras
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.scheme import ADAPTERS
 from h1export.runtime.runner import Inspectable
@@ -48,7 +48,7 @@ def load_runner(
         known = kernels in all_kernels()
         what = f"an artifact of --target {artifact.manifest.target} does not run in it" if known else "is unknown"
         raise H1ExportError(f"kernels {kernels}", what, f"one of {', '.join((*KERNELS, *others))}")
-    with naming_builders():
+    with naming_extras():
         return load_function(artifact.manifest.target)(artifact, threads, float32, kernels=kernels)
 
 

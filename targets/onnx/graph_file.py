@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import onnx
+from google.protobuf.message import DecodeError
 
 from h1export import forms
 from h1export.errors import H1ExportError
 from h1export.model.config_reader import shown
+from h1export.targets.onnx import graph_messages
 
 AGAIN = "build the artifact again"
 MOST_BYTES = 256 << 20  # of a graph without its weights; that of the largest published model has a few MB
@@ -22,29 +23,39 @@ MOST_NESTED = 16  # graphs within graphs
 Files = Mapping[str, tuple[str, int]]  # of the manifest: name -> (sha256, bytes)
 
 
-def read_graph(path: Path, files: Files, inside: str = "") -> onnx.ModelProto:
-    """Return the model at ``path`` without its external data.
+def read_graph(path: Path, files: Files, inside: str = "") -> Any:
+    """Return the model at ``path`` without its external data, as a ModelProto of graph_messages.py.
 
     ``inside`` is the folder of the artifact that the graph and its data are in, with a slash; empty: its own.
 
     Raises:
         H1ExportError: the file cannot be read, is too large or no model, or has data outside ``files``.
     """
+    return _read(path, files, inside)[1]
+
+
+def checked_bytes(path: Path, files: Files) -> bytes:
+    """Return the bytes of the model at ``path``, which ``read_graph`` takes.
+
+    Raises:
+        H1ExportError: As ``read_graph`` raises it.
+    """
+    return _read(path, files, "")[0]
+
+
+def _read(path: Path, files: Files, inside: str) -> tuple[bytes, Any]:
+    content = forms.content(path, AGAIN, MOST_BYTES)
     try:
-        model = onnx.load_model_from_string(forms.content(path, AGAIN, MOST_BYTES))
-    except H1ExportError:
-        raise
-    except Exception as error:  # onnx does not document which exceptions protobuf raises
-        raise H1ExportError(path, f"cannot be read ({type(error).__name__})", AGAIN) from None
-    if any(isinstance(text, bytes) for text in _texts_of(model)):
-        raise H1ExportError(path, "has a text that is not UTF-8", AGAIN)
+        model = graph_messages.parse(content)
+    except DecodeError:
+        raise H1ExportError(path, "is no ONNX graph, or has a text that is not UTF-8", AGAIN) from None
     for tensor in _tensors_of(model):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+        if tensor.data_location == graph_messages.EXTERNAL or tensor.external_data:
             _check(tensor, path, files, inside=inside)
-    return model
+    return content, model
 
 
-def _check(tensor: onnx.TensorProto, path: Path, files: Files, *, inside: str) -> None:
+def _check(tensor: Any, path: Path, files: Files, *, inside: str) -> None:
     places = {entry.key: entry.value for entry in tensor.external_data}
     location = places.get("location", "")
     name = inside + location
@@ -56,17 +67,7 @@ def _check(tensor: onnx.TensorProto, path: Path, files: Files, *, inside: str) -
         raise H1ExportError(path, f"has a tensor that is not inside {shown(location)}", AGAIN)
 
 
-def _texts_of(message: Any) -> Iterator[str | bytes]:
-    """Yield every text of a message of protobuf, which gives one that is not UTF-8 as bytes."""
-    for field, value in message.ListFields():
-        if field.type == field.TYPE_STRING:
-            yield from [value] if isinstance(value, str | bytes) else value
-        elif field.type == field.TYPE_MESSAGE:
-            for inner in [value] if hasattr(value, "ListFields") else value:
-                yield from _texts_of(inner)
-
-
-def _tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+def _tensors_of(model: Any) -> Iterator[Any]:
     yield from _tensors(model.graph, 0)
     for training in model.training_info:
         for graph in (training.initialization, training.algorithm):
@@ -77,20 +78,20 @@ def _tensors_of(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             yield from _values(attribute, 0)
 
 
-def _tensors(graph: onnx.GraphProto, depth: int) -> Iterator[onnx.TensorProto]:
+def _tensors(graph: Any, depth: int) -> Iterator[Any]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
     yield from _attributes(graph.node, depth)
 
 
-def _attributes(nodes: Any, depth: int) -> Iterator[onnx.TensorProto]:
+def _attributes(nodes: Any, depth: int) -> Iterator[Any]:
     for node in nodes:
         for attribute in node.attribute:
             yield from _values(attribute, depth)
 
 
-def _values(attribute: onnx.AttributeProto, depth: int) -> Iterator[onnx.TensorProto]:
+def _values(attribute: Any, depth: int) -> Iterator[Any]:
     """Yield the tensors of an attribute, whatever it says its type is; deeper graphs than any of ours are not read."""
     if attribute.HasField("t"):
         yield attribute.t

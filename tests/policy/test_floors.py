@@ -210,7 +210,7 @@ def test_what_runs_an_artifact_needs_neither_torch_nor_onnx(modules: Mapping[str
 
 def test_loading_artifacts_of_onnx_runtime_needs_no_builder() -> None:
     code = "from h1export.cli import chat, generate; from h1export.targets import load_function; load_function('ort')"
-    assert loaded_by(code, ("torch", "onnx_ir", "sympy", "transformers")) == set()
+    assert loaded_by(code, ("torch", "onnx", "onnx_ir", "sympy", "transformers", "cyclonedx")) == set()
 
 
 def test_importing_every_module_loads_no_runtime(modules: Mapping[str, Any]) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto, helper, load_model_from_string
 
 from h1export.errors import H1ExportError
 from h1export.targets.onnx import sdk
-from h1export.targets.onnx.graph_file import Files, read_graph
+from h1export.targets.onnx.graph_file import Files, checked_bytes
 from h1export.targets.tensorrt.emulator.partition import Partitioner, Subgraph
 from h1export.targets.tensorrt.network.layout import MODEL, TORCH
 from h1export.targets.tensorrt.plugin.schema import OPS
@@ -43,7 +43,7 @@ class Execution:
         self._folder = folder
         self._threads = threads
         self._rounded = rounded
-        network = read_graph(folder / MODEL, files)
+        network = load_model_from_string(checked_bytes(folder / MODEL, files))
         self._partitioner = Partitioner(network, rounded, shown)
         self._shown = tuple(shown)
         self._outputs = [output.name for output in network.graph.output]

@@ -207,7 +207,6 @@ def every_text() -> dict[str, ModelProto]:
 
 @pytest.mark.parametrize("name", every_text())
 def test_a_text_that_is_not_utf8(name: str, tmp_path: Path) -> None:
-    """Protobuf gives bytes in its place, with which nothing can be done that is done with texts."""
     content = every_text()[name].SerializeToString()
     assert content.count(MARKED.encode()) == 1
     (tmp_path / "model.onnx").write_bytes(content.replace(MARKED.encode(), b"\xff\xfe_MARK"))

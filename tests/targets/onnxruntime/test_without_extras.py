@@ -1,4 +1,4 @@
-"""An artifact runs where PyTorch, transformers and onnx-ir are not installed; what needs them says how to get them."""
+"""An artifact runs where no package of an extra but ort is installed; what needs another says how to get it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from h1export.artifact.artifact import Artifact
 from h1export.commands.generate import generate_text
-from h1export.errors import BUILDERS
+from h1export.errors import EXTRAS
 from h1export.runtime.generation import Sampling
 
 pytestmark = pytest.mark.ort
@@ -23,15 +23,15 @@ import sys
 
 class Hidden:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {BUILDERS!r}:
+        if name.split(".")[0] in {tuple(EXTRAS)!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
 sys.meta_path.insert(0, Hidden())
 """
 
 
-def without_builders(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a process that cannot import BUILDERS."""
+def without_extras(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process that cannot import EXTRAS."""
     return subprocess.run(
         [sys.executable, "-c", HIDDEN + code, *arguments], capture_output=True, text=True, check=False
     )
@@ -39,7 +39,7 @@ def without_builders(code: str, *arguments: str) -> subprocess.CompletedProcess[
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run h1export in such a process."""
-    return without_builders("from h1export.cli import main; main()", *arguments)
+    return without_extras("from h1export.cli import main; main()", *arguments)
 
 
 def test_generate_and_inspect(tiny: Path, build: Build) -> None:
@@ -62,8 +62,16 @@ def test_a_command_that_needs_them_says_so_in_one_line(line: str, tiny: Path, bu
     assert found.stderr.endswith("pip install 'h1export[export]'\n")
 
 
+def test_signatures_need_an_extra_of_their_own(tiny: Path, build: Build, tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    key.write_text("a key")
+    found = command("verify", str(build(tiny, "int4").folder), "--key", str(key))
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.endswith("is not installed, and signatures need it; pip install 'h1export[sign]'\n")
+
+
 def test_so_does_python() -> None:
-    found = without_builders(
+    found = without_extras(
         "import h1export\nfrom h1export.errors import H1ExportError\n"
         "try:\n    h1export.hf\nexcept H1ExportError as error:\n    print(error)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,8 @@ class LoadedLayer:
         self._empty = StateSpec.of(config).of_layer(0)
         self._thread = threading.local()
         for name in INPUT_GROUPS:
-            self._layer.get_submodule(name).register_forward_pre_hook(partial(self._record, name))
+            # no method: a layer that refers to itself is kept, with its weights, until Python looks for cycles
+            self._layer.get_submodule(name).register_forward_pre_hook(partial(_record, self._thread, name))
 
     def output(self, hidden: Array) -> Array:
         """Returns the layer's output for ``hidden``, both [seq, hidden] or [n, seq, hidden]. Called on any thread."""
@@ -132,5 +134,6 @@ class LoadedLayer:
         found: Tensor = result
         return found
 
-    def _record(self, name: str, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._thread.inputs[name] = arguments[0].flatten(0, 1)
+
+def _record(thread: Any, name: str, _: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    thread.inputs[name] = arguments[0].flatten(0, 1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +60,24 @@ def test_it_computes_what_the_whole_layer_does(
     rounded, of_halves = run(StagedLayer(config, 1, read=read, device=halves), hidden)
     assert 0 < np.abs(rounded - right).max() < 4 * HALF * np.abs(right).max()
     assert all(value.dtype == torch.float32 for value in of_halves.values())
+
+
+@pytest.mark.parametrize("kind", [StagedLayer, LoadedLayer])
+def test_a_layer_goes_with_its_last_name(kind: Any, make_checkpoint: Callable[..., Path]) -> None:
+    """Weights of a layer that nobody uses are free at once, and not when Python next looks for cycles."""
+    checkpoint = make_checkpoint()
+    config = FalconH1Config.load(checkpoint)
+    store = WeightStore.open(checkpoint, config)
+    hidden = np.zeros((8, config.hidden_size), np.float32)
+    layer = kind(config, 0, read=lambda tensor: store.rows(tensor, 0, store.shape(tensor)[0]))
+    run(layer, hidden) if kind is StagedLayer else layer.run(hidden)
+    gone = weakref.ref(layer)
+    gc.disable()
+    try:
+        del layer
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_weights_that_are_put_later_change_what_comes_later(make_checkpoint: Callable[..., Path]) -> None:

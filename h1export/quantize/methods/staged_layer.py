@@ -8,7 +8,7 @@ all. Products are computed in bf16 where the device says so, and inputs and resi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -84,7 +84,6 @@ class StagedLayer:
         )
         self._layer.mamba.mup = mup_vector(config).to(device.place)
         self._empty = StateSpec.of(config).of_layer(0)
-        self._steps: tuple[Callable[[Stopped], Stopped], ...] = (self._mix, self._add, self._multiply, self._end)
 
     def put(self, stop: int) -> None:
         """Read the weights before which the layer stops at STOPS[stop]."""
@@ -106,8 +105,10 @@ class StagedLayer:
 
         The weights of ``stop`` were put. Called on any thread.
         """
+        # not an attribute: a layer that refers to itself is kept, with its weights, until Python looks for cycles
+        steps = (self._mix, self._add, self._multiply, self._end)
         with torch.no_grad(), self._products():
-            found = self._steps[stop](at)
+            found = steps[stop](at)
         return Stopped(found.residual.float(), {name: value.float() for name, value in found.inputs.items()})
 
     def _products(self) -> AbstractContextManager[object]:

@@ -119,9 +119,9 @@ def test_keys_and_values_in_int8_drift_and_are_exact_in_float32(kernels: Kernels
     drift = rows(artifact, tiny, "drift", kernels)
     figures = {name: max(row.figures[name] for row in drift) for name in ("logits", "states", "kl")}
     print(f"keys and values in int8: drift {figures}")
-    assert 1e-3 < figures["logits"] < tolerances.CODES["logits"] / 2
-    assert figures["states"] < tolerances.CODES["states"] / 2
-    assert figures["kl"] < tolerances.CODES["kl"] / 2
+    assert 1e-3 < figures["logits"] < 5e-3 < tolerances.CODES["logits"] / 5
+    assert figures["states"] < 8e-3
+    assert figures["kl"] < 5e-5
 
 
 def test_the_default_is_16_bits_beside_integers_and_float32_beside_floats(tiny: Path, build: Build) -> None:

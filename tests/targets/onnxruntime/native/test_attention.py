@@ -203,7 +203,7 @@ def test_large_scores_do_not_overflow(run_op: RunOp, tokens: int, cache: Any) ->
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4])
 def test_what_an_earlier_call_has_left_is_not_read(run_op: RunOp, group: int) -> None:
-    """Numbers that are none, in all of the memory that a thread keeps, and then a context of fewer keys than a vector has."""
+    """NaN in all of the memory that a thread keeps, and then a context of fewer keys than a vector has."""
     case = {"batch": 1, "tokens": 1, "past": 70, "room": None, "kv_heads": 1, "group": group, "dim": 32, "seed": 0}
     inputs, attributes = attention_inputs(case)
     inputs["qkv"][:] = np.nan

@@ -23,7 +23,8 @@ def float32_graph(model: ir.Model, *, weights: bool) -> ir.Model:
         if value.dtype == ir.DataType.INT8 and value.shape is not None:
             *outer, width = value.shape
             value.dtype = FLOAT
-            value.shape = ir.Shape([*outer, int8_rows.columns_of(int(width))])
+            if isinstance(width, int):
+                value.shape = ir.Shape([*outer, int8_rows.columns_of(width)])
     for name, value in model.graph.initializers.items() if weights else ():
         tensor = value.const_value
         if tensor is not None and tensor.dtype in HALVES:

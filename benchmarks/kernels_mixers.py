@@ -23,6 +23,7 @@ import onnxruntime as ort
 from rich.console import Console
 from rich.table import Table
 
+from h1export.targets.onnxruntime import int8_rows
 from h1export.targets.onnxruntime.native_library import library
 
 LAYERS = 36
@@ -36,6 +37,7 @@ HEAD = '<ir_version: 10, opset_import: ["": 23, "com.microsoft": 1, "h1export": 
 STOCK = "stock"
 NATIVE = "native"
 HALVES = "native, fp16 cache"
+CODES = "native, int8 cache"
 
 CONV = {
     STOCK: """float[1,3,1792] state, float[1792] w0, float[1792] w1, float[1792] w2, float[1792] w3,
@@ -96,16 +98,16 @@ ATTENTION = {
                                                      v_offset = 3992, scale = 0.125>(row, cos, sin, ones, keys, values)
     }}""",
 }
-ATTENTION[HALVES] = (
-    ATTENTION[NATIVE]
-    .replace("float[1,2,p,64]", "float16[1,2,p,64]")
-    .replace("keys", "half_keys")
-    .replace("values", "half_values")
-)
-IN_PLACE = {  # output -> the input whose memory it is
-    "new": "state",
-    **{f"new_{name}": name for name in ("keys", "values", "half_keys", "half_values")},
-}
+for name, prefix, cache in ((HALVES, "half", "float16[1,2,p,64]"), (CODES, "int8", "int8[1,2,p,68]")):
+    ATTENTION[name] = (
+        ATTENTION[NATIVE]
+        .replace("float[1,2,p,64]", cache)
+        .replace("keys", f"{prefix}_keys")
+        .replace("values", f"{prefix}_values")
+    )
+IN_PLACE = {"new": "state"}  # output -> the input whose memory it is
+for prefix in ("", "half_", "int8_"):
+    IN_PLACE |= {f"new_{prefix}{name}": f"{prefix}{name}" for name in ("keys", "values")}
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def layer(tokens: int, past: int, rng: np.random.Generator) -> Mapping[str, Any]
         **{"last": np.array([total - 1], np.int32), "total": np.array(total, np.int32)},
         **{"keys": keys, "values": values},
         **{"half_keys": keys.astype(np.float16), "half_values": values.astype(np.float16)},
+        **{"int8_keys": int8_rows.encode(keys), "int8_values": int8_rows.encode(values)},
     }
 
 
@@ -217,17 +220,17 @@ def main() -> None:
     rows: list[tuple[str, Mapping[str, str], tuple[int, ...], int, int]] = []
     for tokens in (1, 512, 2048):
         rows += [("conv", CONV, (1, 3, CHANNELS), tokens, 0), ("scan", SCAN, (1, HEADS, N, P), tokens, 0)]
-    for tokens, past in ((1, 127), (1, 2047), (1, 8191), (512, 0), (2048, 0), (512, 1536)):
+    for tokens, past in ((1, 127), (1, 2047), (1, 8191), (1, 32767), (512, 0), (2048, 0), (512, 1536)):
         rows.append(("attention", ATTENTION, (1,), tokens, past))
     table = Table(title=f"microseconds per layer, {args.threads} threads")
-    for column in ("op", "tokens", "past", STOCK, NATIVE, "ratio", HALVES):
+    for column in ("op", "tokens", "past", STOCK, NATIVE, "ratio", HALVES, CODES):
         table.add_column(column, justify="right")
     for op, texts, state, tokens, past in rows:
         if args.only in (None, op):
             result = rounds(texts, state, tokens, past=past, args=args)
             ratio = result[STOCK] / result[NATIVE] if result[NATIVE] else math.nan
-            halves = f"{result[HALVES]:.1f}" if HALVES in result else ""
-            times = (f"{result[STOCK]:.1f}", f"{result[NATIVE]:.1f}", f"{ratio:.2f}", halves)
+            narrow = [f"{result[name]:.1f}" if name in result else "" for name in (HALVES, CODES)]
+            times = (f"{result[STOCK]:.1f}", f"{result[NATIVE]:.1f}", f"{ratio:.2f}", *narrow)
             table.add_row(op, str(tokens), str(past), *times)
     Console().print(table)
 

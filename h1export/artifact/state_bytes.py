@@ -8,7 +8,8 @@ from h1export.artifact.manifest import Manifest
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 
-WIDTHS = {"FLOAT16": 2, "BFLOAT16": 2}  # bytes of a number, by the manifest's names
+ROWS = "INT8"  # of the manifest: states in codes, whose last axis has scales behind them
+WIDTHS = {"FLOAT16": 2, "BFLOAT16": 2, ROWS: 1}  # bytes of a number, by the manifest's names
 WIDEST = 4  # of the others, and of states that are no inputs of a graph
 
 
@@ -17,8 +18,11 @@ def state_bytes(manifest: Manifest, config: FalconH1Config, past: int, *, batch:
 
     A state that the manifest does not name as an input, because the runtime keeps it, counts as float32.
     """
-    return sum(
-        WIDTHS.get(manifest.inputs[tensor.past][0] if tensor.past in manifest.inputs else "", WIDEST)
-        * prod(tensor.sized(batch, past))
-        for tensor in StateSpec.of(config).tensors
-    )
+    total = 0
+    for tensor in StateSpec.of(config).tensors:
+        dtype, dims = manifest.inputs.get(tensor.past, ("", ()))
+        shape = tensor.sized(batch, past)
+        if dtype == ROWS:
+            shape = (*shape[:-1], *(size for size in dims[-1:] if isinstance(size, int)))
+        total += WIDTHS.get(dtype, WIDEST) * prod(shape)
+    return total

@@ -1,4 +1,4 @@
-"""GraphBuilder: an ONNX graph under construction, on onnx_ir's Tape."""
+"""GraphBuilder: an ONNX graph, or a function of one, under construction, on onnx_ir's Tape."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class GraphBuilder:
         self._tape = tape.Tape()
         self._opsets = dict(opsets)
         self._once: dict[Hashable, Any] = {}
+        self._functions: dict[str, ir.Function] = {}
 
     def op(self, op_type: str, *inputs: Value | None, domain: str = "", **attributes: Any) -> Value:
         """Append a node with one output."""
@@ -36,6 +37,12 @@ class GraphBuilder:
     ) -> tuple[Value, ...]:
         """Append a node with several outputs."""
         return tuple(self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs, domain=domain))
+
+    def call(self, function: ir.Function, *inputs: Value | None) -> Value:
+        """Append a call of a function with one output, which becomes a function of the model."""
+        self._functions[function.name] = function
+        self._opsets[function.domain] = 1
+        return self.op(function.name, *inputs, domain=function.domain)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return what ``make()`` returned the first time: the values of a subgraph that all layers share."""
@@ -59,8 +66,10 @@ class GraphBuilder:
         """Return a small constant inside the model file, one per value."""
         array = np.asarray(value, dtype)
         key = ("constant", array.dtype.str, array.shape, array.tobytes())
-        name = f"const_{len(self._once)}"
-        return self.once(key, lambda: self._tape.initializer(ir.tensor(array, name=name)))
+        return self.once(key, lambda: self._constant(array))
+
+    def _constant(self, array: npt.NDArray[Any]) -> Value:
+        return self._tape.initializer(ir.tensor(array, name=f"const_{len(self._once)}"))
 
     def ints(self, *values: int) -> Value:
         """Return a 1-D int64 constant."""
@@ -72,7 +81,23 @@ class GraphBuilder:
         initializers = self._tape.initializers
         graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=initializers, opset_imports=self._opsets, name=name)
         model = ir.Model(
-            graph, ir_version=IR_VERSIONS[self._opsets[""]], producer_name="h1export", producer_version=__version__
+            graph,
+            ir_version=IR_VERSIONS[self._opsets[""]],
+            producer_name="h1export",
+            producer_version=__version__,
+            functions=tuple(self._functions.values()),
         )
         RemoveUnusedNodesPass()(model)
         return model
+
+
+class FunctionBuilder(GraphBuilder):
+    """A GraphBuilder for the body of a function, which has no initializers: its constants are nodes."""
+
+    def _constant(self, array: npt.NDArray[Any]) -> Value:
+        return self.op("Constant", value=ir.tensor(array))
+
+    def function(self, domain: str, name: str, *, given: Value, result: Value) -> ir.Function:
+        """Return the finished function with one input and one output."""
+        graph = ir.Graph([given], [result], nodes=self._tape.nodes, opset_imports=self._opsets, name=name)
+        return ir.Function(domain, name, graph=graph, attributes=())

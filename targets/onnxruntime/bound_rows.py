@@ -17,7 +17,6 @@ from h1export.model.falcon_h1.states import Array, StateTensor
 from h1export.runtime.runner import RestorableSession
 from h1export.runtime.session import WHAT
 from h1export.runtime.sharing import OneCall, one_call
-from h1export.targets.onnxruntime import state_layout
 from h1export.targets.onnxruntime.bound_session import BoundGraph, bind_state, run_bound
 
 LEAST_COLUMNS = 1024
@@ -73,8 +72,7 @@ class BoundRows:
         # where it ends with the others it need not move before the next call
         row = _Row(min(free), max(self._end, saved.length), saved.length)
         for tensor in self._graph.states.tensors:
-            state = state_layout.permute(tensor.kind, saved.arrays[tensor.key], self._graph.variant.permutation)
-            self._part(tensor, row)[:] = state[0]
+            self._part(tensor, row)[:] = self._graph.state_layout.stored(tensor.kind, saved.arrays[tensor.key])[0]
         self._rows.append(row)
         return row
 
@@ -139,8 +137,9 @@ class BoundRows:
         self._end = max((row.length for row in self._rows), default=0)
         self._bindings.clear()
         for tensor in self._graph.states.tensors:
-            shape = self._graph.variant.sized(tensor, self._most, self._columns)
-            self._buffers[tensor.past] = np.zeros(shape, self._graph.dtypes[tensor.past])
+            layout = self._graph.state_layout
+            shape = layout.sized(tensor, self._most, self._columns)
+            self._buffers[tensor.past] = np.zeros(shape, layout.dtype(tensor.kind))
             for row in self._rows:
                 place = _Row(row.slot, self._end, row.length)
                 self._part(tensor, place)[:] = _part_of(before[tensor.past], tensor, row)

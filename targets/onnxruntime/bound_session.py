@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -26,12 +26,11 @@ from h1export.runtime.saved_states import SavedStates, check_part
 from h1export.runtime.session import WHAT
 from h1export.runtime.sharing import OneCall, one_call
 from h1export.targets.onnx import sdk
-from h1export.targets.onnxruntime import state_layout
 from h1export.targets.onnxruntime.bfloat16 import element_type, in_numpy
 from h1export.targets.onnxruntime.calls import refused
 from h1export.targets.onnxruntime.fixed_decode import FixedDecode
 from h1export.targets.onnxruntime.run_options import run_options
-from h1export.targets.onnxruntime.variants import GraphVariant
+from h1export.targets.onnxruntime.state_layout import StateLayout
 
 DEVICE_ID = 0  # the device that the provider takes where its options name none
 
@@ -42,26 +41,24 @@ class BoundGraph:
 
     Attributes:
         session: The InferenceSession.
-        variant: How the graph was built.
+        state_layout: How the graph stores states.
         states: The states of the model.
         vocab_size: The number of token ids.
         batched_append: Whether the graph takes several rows when several tokens are appended to a past.
         device: onnxruntime's name of the device that has the states, "cpu" or "cuda".
         longest_call: The most tokens of a row in one call; None means that there is no limit.
         fixed_decode: Whether a call of one token after others runs at fixed shapes, so that it can be captured.
-        dtypes: The dtype of each state, by the name of its input.
         asks_for_logits: Whether an input of the graph says how many positions get logits.
     """
 
     session: Any
-    variant: GraphVariant
+    state_layout: StateLayout
     states: StateSpec
     vocab_size: int
     batched_append: bool
     device: str = "cpu"
     longest_call: int | None = None
     fixed_decode: bool = False
-    dtypes: dict[str, type[Any]] = field(default_factory=dict)
     asks_for_logits: bool = False
 
 
@@ -83,12 +80,12 @@ class BoundSession:
         self._graph = graph
         self._capacity = capacity
         value_of = sdk.onnxruntime().OrtValue.ortvalue_from_numpy
-        self._states: list[tuple[str, str, Any]] = []
+        self._layout = graph.state_layout
+        self._states: dict[str, Any] = {}  # by the name of the input
         for tensor in graph.states.tensors:
-            zeros = np.zeros(
-                graph.variant.sized(tensor, batch, capacity), in_numpy(graph.dtypes[tensor.past])
-            )  # bytes, which are bound by address
-            self._states.append((tensor.past, tensor.present, value_of(zeros, self._graph.device, DEVICE_ID)))
+            shape = self._layout.sized(tensor, batch, capacity)
+            zeros = np.zeros(shape, in_numpy(self._layout.dtype(tensor.kind)))  # bytes, which are bound by address
+            self._states[tensor.past] = value_of(zeros, self._graph.device, DEVICE_ID)
         self._batch = batch
         self._one_call = OneCall(WHAT)
         self._whole = self._bind(0, batch)
@@ -128,11 +125,10 @@ class BoundSession:
         return logits
 
     def _fixed_decode(self) -> FixedDecode:
-        values = {past: value for past, _, value in self._states}
         return FixedDecode(
             self._graph.session,
             self._bind(0, self._batch),
-            [values[tensor.past] for tensor in self._graph.states.tensors if not tensor.kind.grows],
+            [self._states[tensor.past] for tensor in self._graph.states.tensors if not tensor.kind.grows],
             device=self._graph.device,
             batch=self._batch,
             capacity=self._capacity,
@@ -142,31 +138,30 @@ class BoundSession:
     @one_call
     def save(self, row: int = 0, start: int = 0) -> SavedStates:
         check_part(row, self._batch, start, length=self.length)
-        permutation = self._graph.variant.permutation
         found = {}
-        for tensor, (past, _, value) in zip(self._graph.states.tensors, self._states, strict=True):
-            state = value.numpy()[row : row + 1].view(self._graph.dtypes[past])  # a copy, from the device if need be
-            found[tensor.key] = state_layout.permute(tensor.kind, state.astype(np.float32), permutation)
+        for tensor in self._graph.states.tensors:
+            state = self._states[tensor.past].numpy()[row : row + 1]  # a copy, from the device if need be
+            used = state[:, :, : self.length] if tensor.kind.grows else state
+            found[tensor.key] = self._layout.canonical(tensor.kind, used.view(self._layout.dtype(tensor.kind)))
         return SavedStates.of(self._graph.states, found, 0, start=start, length=self.length)
 
     @one_call
     def restore(self, saved: SavedStates) -> None:
         saved.check(self._graph.states, self._capacity)
-        permutation = self._graph.variant.permutation
-        for tensor, (past, _, value) in zip(self._graph.states.tensors, self._states, strict=True):
-            state = state_layout.permute(tensor.kind, saved.arrays[tensor.key], permutation)
-            dtype = np.dtype(self._graph.dtypes[past])
+        for tensor in self._graph.states.tensors:
+            value = self._states[tensor.past]
             whole = np.ascontiguousarray(value.numpy())
             place = np.s_[:, :, : saved.length] if tensor.kind.grows else np.s_[:]
-            whole[place] = state.astype(dtype).view(whole.dtype)
+            whole[place] = self._layout.stored(tensor.kind, saved.arrays[tensor.key]).view(whole.dtype)
             value.update_inplace(whole)
         self.length = saved.length
 
     def _bind(self, first: int, rows: int) -> Any:
         """Return a binding of ``rows`` rows of every state from ``first`` on; the batch is the first axis."""
         binding = self._graph.session.io_binding()
-        for tensor, (past, _, value) in zip(self._graph.states.tensors, self._states, strict=True):
-            dtype = np.dtype(self._graph.dtypes[past])
+        for tensor in self._graph.states.tensors:
+            value = self._states[tensor.past]
+            dtype = np.dtype(self._layout.dtype(tensor.kind))
             shape = [rows, *value.shape()[1:]]
             address = value.data_ptr() + first * prod(shape[1:]) * dtype.itemsize
             bind_state(binding, tensor, shape, address=address, device=self._graph.device, dtype=dtype)

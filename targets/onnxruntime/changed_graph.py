@@ -16,11 +16,11 @@ from h1export.targets.onnxruntime.variants import GraphVariant
 def changed(path: Path, variant: GraphVariant, options: Any, *, float32: bool, observed: bool) -> bytes:
     """Return the model in float32 arithmetic, with its probes as outputs, or both. Its external data stays where it is.
 
-    In float32 there are no fp16 activations or states, and products with integers have accuracy level 0.
+    In float32 there are no narrower activations or states, and products with integers have accuracy level 0.
     """
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     model = ir.load(path)
-    if float32 and variant.halves:
+    if float32 and variant.state_layout.dtypes:
         model = float32_graph(model, weights=variant.half_activations)
     for node in model.graph:
         if float32 and "accuracy_level" in node.attributes:

@@ -11,25 +11,31 @@ from typing import Any
 
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.special_tokens import SpecialTokens, special_tokens
-from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateTensor
+from h1export.model.falcon_h1.states import ATTENTION_MASK, INPUT_IDS, LOGITS, StateKind, StateSpec, StateTensor
 from h1export.targets.onnxruntime.inference_session import SETTINGS
 from h1export.targets.onnxruntime.layouts import MODEL
 from h1export.targets.onnxruntime.options import OrtOptions
+from h1export.targets.onnxruntime.state_layout import StateLayout
 from h1export.targets.onnxruntime.variants import FUSED_LEVEL
 
 CONFIG = "genai_config.json"
 
 
-def write_config(model_config: FalconH1Config, folder: Path, options: OrtOptions) -> None:
-    """Write the config into a folder that carries the checkpoint's generation_config.json where it has one."""
+def write_config(model_config: FalconH1Config, folder: Path, options: OrtOptions, *, states: StateLayout) -> None:
+    """Write the config into a folder that carries the checkpoint's generation_config.json where it has one.
+
+    The client reads ``head_size`` as the last size of keys and values, which it allocates; ``states`` says what it is.
+    """
+    key = next(tensor for tensor in StateSpec.of(model_config).tensors if tensor.kind is StateKind.KEY)
+    settings = {"session_options": _session_options(options), "head_size": states.sized(key, 1, 0)[-1]}
     config = {
-        "model": _model(model_config, special_tokens(folder, model_config), _session_options(options)),
+        "model": _model(model_config, special_tokens(folder, model_config), settings),
         "search": _search(model_config),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def _model(model_config: FalconH1Config, tokens: SpecialTokens, session_options: dict[str, Any]) -> dict[str, Any]:
+def _model(model_config: FalconH1Config, tokens: SpecialTokens, settings: dict[str, Any]) -> dict[str, Any]:
     def pattern(side: str, kind: StateKind) -> str:
         name = StateTensor(0, kind, ())
         return (name.past if side == "past" else name.present).replace(".0.", ".%d.")
@@ -43,9 +49,9 @@ def _model(model_config: FalconH1Config, tokens: SpecialTokens, session_options:
         "context_length": model_config.max_position_embeddings,
         "vocab_size": model_config.vocab_size,
         "decoder": {
-            "session_options": session_options,
+            "session_options": settings["session_options"],
             "filename": MODEL,
-            "head_size": model_config.head_dim,
+            "head_size": settings["head_size"],
             "hidden_size": model_config.hidden_size,
             "num_attention_heads": model_config.num_attention_heads,
             "num_key_value_heads": model_config.num_key_value_heads,

@@ -13,7 +13,7 @@ from h1export.targets.options import EMBEDDING, Flag, TargetOptions
 Graph = Literal["cpu", "cuda", "portable", "wasm"]
 Activations = Literal["fp16", "bf16"]
 LayoutName = Literal["genai", "transformers.js"]
-Kv = Literal["auto", "fp16", "fp32"]
+Kv = Literal["auto", "fp16", "int8", "fp32"]
 
 # The accuracy levels that the products of a graph have, the default first. Those of the portable graph become
 # MatMulNBits in ONNX Runtime on CPUs.
@@ -31,9 +31,9 @@ class OrtOptions(TargetOptions):
         activations: the dtype of activations, keys, values and convolution states in the graph of --graph cuda; the
             other graphs have float32.
         captured_decode: whether sessions of the graph of --graph cuda replay a CUDA graph for a call of one token.
-        kv: the dtype of keys and values of --graph cpu; auto: fp16 beside weights in integers, and float32 beside
-            weights in floats, where a build is exact. Those of --graph cuda have the dtype of its activations, and
-            those of the other graphs float32.
+        kv: the dtype of keys and values of --graph cpu; int8: rows of int8_rows.py; auto: fp16 beside weights in
+            integers, and float32 beside weights in floats, where a build is exact. Those of --graph cuda have the dtype
+            of its activations, and those of the other graphs float32.
         layout: which of the LAYOUTS names the files, inputs and outputs.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 rounds activations to int8, which is fastest.
     """
@@ -61,8 +61,8 @@ class OrtOptions(TargetOptions):
     kv: Annotated[
         Kv,
         Flag(
-            "Dtype of keys and values with --graph cpu; fp16 halves what a token at a great depth reads, and auto is "
-            "fp16 beside weights in integers.",
+            "Dtype of keys and values with --graph cpu; fp16 halves what a token at a great depth reads, int8 nearly "
+            "halves it again, and auto is fp16 beside weights in integers.",
             later=True,
         ),
     ] = AUTO
@@ -94,8 +94,8 @@ class OrtOptions(TargetOptions):
         if self.kv != AUTO and self.graph == "cuda":
             what = "keys and values of --graph cuda have the dtype of its activations"
             raise H1ExportError("--kv", what, "use --activations, and leave --kv out")
-        if self.kv == "fp16" and not self.narrow_cache:
-            what = "fp16 is a dtype that only --graph cpu with --layout genai has for keys and values"
+        if self.kv in ("fp16", "int8") and not self.narrow_cache:
+            what = f"{self.kv} is a dtype that only --graph cpu with --layout genai has for keys and values"
             raise H1ExportError("--kv", what, "use fp32, or leave --kv out")
         if self.layout == "transformers.js" and self.graph == "cuda":
             what = "transformers.js runs on CPUs, in WebAssembly and on WebGPU, and --graph cuda on none of them"
@@ -103,7 +103,10 @@ class OrtOptions(TargetOptions):
 
     @property
     def narrow_cache(self) -> bool:
-        """Whether keys and values can have 16 bits where activations are float32."""
+        """Whether keys and values can have fewer bits than activations in float32.
+
+        transformers.js allocates them in float32, by what config.json says.
+        """
         return self.graph == "cpu" and self.layout == "genai"
 
     @property

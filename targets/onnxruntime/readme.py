@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from h1export.model.falcon_h1.states import KEPT
+import numpy as np
+
+from h1export.model.falcon_h1.states import KEPT, StateKind
+from h1export.targets.onnxruntime import int8_rows
 from h1export.targets.onnxruntime.options import OrtOptions
+from h1export.targets.onnxruntime.state_layout import StateLayout
 
 README = "README.md"
 
@@ -59,6 +63,12 @@ to "{level}", as built.
 NARROW = """
 Keys and values are float16, everything else float32. ONNX Runtime's own attention is slower with float16 after some
 thousand tokens; `h1export build --kv fp32` makes them float32.
+"""
+INT8 = f"""
+Keys and values are int8, everything else float32: for each head and token head_dim codes, and behind them two bytes for
+the scale of each {int8_rows.BLOCK} codes, 1.0625 bytes a number. A scale is bits 15 to 30 of a float32, whose other
+bits are 0, least significant byte first; a number is its code times its scale. `model.onnx` converts all of them to
+float32 for each call, which takes time and memory at a great depth; h1export's own kernels read them as they are.
 """
 CUDA = """
 Keys, values and the convolution state are {half}, the recurrent state and the logits float32. Needs the package
@@ -119,11 +129,11 @@ def write_transformers_js(folder: Path, options: OrtOptions, *, dtype: str, has_
     (folder / README).write_text(text, encoding="utf-8")
 
 
-def write(folder: Path, options: OrtOptions, *, narrow: bool) -> None:
-    """Write README.md into ``folder``; ``narrow``: keys and values have 16 bits beside activations in float32."""
+def write(folder: Path, options: OrtOptions, states: StateLayout) -> None:
+    """Write README.md into ``folder``, of a graph that stores states by ``states``."""
     runtime = "ONNX Runtime on CPUs"
     session = "onnxruntime"
-    notes = ROW_BY_ROW + NARROW * narrow
+    notes = ROW_BY_ROW + {np.float16: NARROW, np.int8: INT8}.get(states.dtype(StateKind.KEY), "")
     kept = KEPT_POSITIONS if options.asks_for_logits else ""
     if options.graph == "portable":
         runtime = "any ONNX runtime"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from h1export.checkpoint.packed_format import ORDER
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.probes import PREFIX, probes_in
-from h1export.model.falcon_h1.states import ALL, ATTENTION_MASK, INPUT_IDS, KEPT, LOGITS, Array, Ids, StateKind
+from h1export.model.falcon_h1.states import ALL, ATTENTION_MASK, INPUT_IDS, KEPT, LOGITS, Array, Ids
 from h1export.runtime.rows import Rows
 from h1export.runtime.runner import Limits, Provenance, RestorableSession, check_call
 from h1export.runtime.saved_states import SavedStates
@@ -24,7 +25,7 @@ from h1export.runtime.sharing import Home
 from h1export.targets.onnx import sdk
 from h1export.targets.onnx.column_major import CODES, SCALES, ZEROS
 from h1export.targets.onnx.read_back import StoredWeights
-from h1export.targets.onnxruntime import native_library, state_layout
+from h1export.targets.onnxruntime import native_library
 from h1export.targets.onnxruntime.bfloat16 import run
 from h1export.targets.onnxruntime.bound_rows import BoundRows
 from h1export.targets.onnxruntime.bound_session import BoundGraph, BoundSession, check_length
@@ -67,13 +68,14 @@ class OnnxRuntimeRunner:
         self._layout = LAYOUTS[self._options.layout]
         self._states = self._layout.states(self._config)
         self._variant = variant_in(artifact)
-        rounded = bool(self._variant.halves) or (
+        rounded = bool(self._variant.state_layout.dtypes) or (
             bool(artifact.manifest.weights) and self._options.accuracy_level == ROUNDED_LEVEL
         )
         self._float32 = float32 or not rounded
         # in float32, attention is computed on the CPU: the CUDA provider has no GroupQueryAttention for it
         self._device = "cuda" if self._variant.provider == CUDA and not float32 else "cpu"
-        self._halves = frozenset() if float32 else self._variant.halves
+        layout = self._variant.state_layout
+        self._state_layout = replace(layout, dtypes={}) if float32 else layout
         self._choose(threads, float32, kernels)
         self._session = self._open(captured=self._options.captured_decode and not float32)
         self._past = next(tensor.past for tensor in self._states.tensors if tensor.kind.grows)
@@ -139,15 +141,8 @@ class OnnxRuntimeRunner:
         return None if longest is None else longest(self._config.mamba_d_conv)
 
     def initial(self, batch: int) -> States:
-        zeros = self._states.zeros(batch)
-        permutation = self._variant.permutation
-        return {
-            t.past: state_layout.permute(t.kind, zeros[t.key], permutation).astype(self._dtype(t.kind))
-            for t in self._states.tensors
-        }
-
-    def _dtype(self, kind: StateKind) -> type[Any]:
-        return self._variant.half if kind in self._halves else np.float32
+        layout = self._state_layout
+        return {t.past: np.zeros(layout.sized(t, batch, 0), layout.dtype(t.kind)) for t in self._states.tensors}
 
     def step(self, ids: Ids, mask: Ids, states: States) -> tuple[Array, States]:
         self._home.check()
@@ -208,7 +203,7 @@ class OnnxRuntimeRunner:
     def _graph(self) -> BoundGraph:
         return BoundGraph(
             self._session,
-            self._variant,
+            self._state_layout,
             self._states,
             self._config.vocab_size,
             self._batched_append,
@@ -216,22 +211,14 @@ class OnnxRuntimeRunner:
             longest_call=self._longest_call,
             fixed_decode=self._options.captured_decode,
             asks_for_logits=self._asks,
-            dtypes={tensor.past: self._dtype(tensor.kind) for tensor in self._states.tensors},
         )
 
     def snapshot(self, states: States) -> dict[str, Array]:
-        permutation = self._variant.permutation
-        return {
-            t.key: state_layout.permute(t.kind, states[t.past].astype(np.float32), permutation)
-            for t in self._states.tensors
-        }
+        return {t.key: self._state_layout.canonical(t.kind, states[t.past]) for t in self._states.tensors}
 
     def restored(self, saved: SavedStates, batch: int) -> States:
-        permutation = self._variant.permutation
         return {
-            t.past: state_layout.permute(t.kind, np.repeat(saved.arrays[t.key], batch, axis=0), permutation).astype(
-                self._dtype(t.kind)
-            )
+            t.past: self._state_layout.stored(t.kind, np.repeat(saved.arrays[t.key], batch, axis=0))
             for t in self._states.tensors
         }
 

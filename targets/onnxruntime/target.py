@@ -45,7 +45,8 @@ from h1export.targets.onnxruntime.layouts import LAYOUTS, Layout
 from h1export.targets.onnxruntime.lowerings import lowering_of
 from h1export.targets.onnxruntime.options import OrtOptions
 from h1export.targets.onnxruntime.runner import ROUNDED_LEVEL
-from h1export.targets.onnxruntime.variants import GraphVariant, variant_of
+from h1export.targets.onnxruntime.state_layout import StateLayout
+from h1export.targets.onnxruntime.variants import check_heads, variant_of
 
 Dims = tuple[int | str, ...]
 Ports = Mapping[str, tuple[str, Dims]]  # input or output of the graph -> (ONNX name of its dtype, dims)
@@ -64,6 +65,7 @@ class OnnxRuntimeTarget:
             raise H1ExportError("--logits", what, f"leave --logits out, and give the input {KEPT}")
         if options.graph == "wasm":
             wasm.check(config)
+        check_heads(config, options)
 
     def lower(
         self,
@@ -82,8 +84,9 @@ class OnnxRuntimeTarget:
         program = run_passes(program, lowering.fuse(_kind_of(integers), align))
         progress.stage("weights", store.nbytes)
         layout = LAYOUTS[options.layout]
-        inputs = _inputs(program, options, variant, layout=layout)
-        outputs = _outputs(program, options, variant, layout=layout)
+        states = variant.state_layout
+        inputs = _inputs(program, options, states, layout=layout)
+        outputs = _outputs(program, options, states, layout=layout)
         graph, dtype = layout.graph(precisions)
         weights = graph + layout.data
         (stage.folder / graph).parent.mkdir(exist_ok=True)
@@ -103,8 +106,8 @@ class OnnxRuntimeTarget:
                     _model(native, lowering.native, layout, inputs=inputs, outputs=outputs), stage.folder / NATIVE_MODEL
                 )
         if options.layout == "genai":
-            genai_config.write_config(program.config, stage.folder, options)
-            readme.write(stage.folder, options, narrow=bool(variant.halves) and not variant.half_activations)
+            genai_config.write_config(program.config, stage.folder, options, states=states)
+            readme.write(stage.folder, options, states)
         else:
             transformers_js.write(stage.folder, program.config, options, dtype=dtype)
         return Lowered(inputs, outputs, tuple(context.stored), weights_file=weights)
@@ -157,7 +160,7 @@ def _declare(name: str, dtype: str, dims: Dims) -> Value:
 
 
 def _inputs(
-    program: Program, options: OrtOptions, variant: GraphVariant, *, layout: Layout
+    program: Program, options: OrtOptions, states: StateLayout, *, layout: Layout
 ) -> dict[str, tuple[str, Dims]]:
     """Return the inputs of the graph: those of the program in its order, and then how many positions get logits."""
     ports: dict[str, tuple[str, Dims]] = {
@@ -165,22 +168,22 @@ def _inputs(
         ATTENTION_MASK: ("INT64", (BATCH, TOTAL)),
     }
     for tensor in layout.states(program.config).tensors:
-        ports[tensor.past] = (variant.dtype(tensor.kind), variant.shape(tensor))
+        ports[tensor.past] = (states.dtype_name(tensor.kind), states.shape(tensor))
     if options.asks_for_logits:
         ports[KEPT] = ("INT64", ())
     return {name: (dtype, layout.dims(dims)) for name, (dtype, dims) in ports.items()}
 
 
 def _outputs(
-    program: Program, options: OrtOptions, variant: GraphVariant, *, layout: Layout
+    program: Program, options: OrtOptions, states: StateLayout, *, layout: Layout
 ) -> dict[str, tuple[str, Dims]]:
     """Return the outputs of the graph in the order of the program's."""
     positions = POSITIONS if options.asks_for_logits else 1 if options.last_logits else SEQUENCE
     logits: Dims = (BATCH, positions, program.config.vocab_size)
     ports: dict[str, tuple[str, Dims]] = {LOGITS: ("FLOAT", logits)}
     for tensor in layout.states(program.config).tensors:
-        dims = tuple(TOTAL if dim == PAST else dim for dim in variant.shape(tensor))
-        ports[tensor.present] = (variant.dtype(tensor.kind), dims)
+        dims = tuple(TOTAL if dim == PAST else dim for dim in states.shape(tensor))
+        ports[tensor.present] = (states.dtype_name(tensor.kind), dims)
     return {name: (dtype, layout.dims(dims)) for name, (dtype, dims) in ports.items()}
 
 

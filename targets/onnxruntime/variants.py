@@ -13,20 +13,24 @@ import ml_dtypes
 import numpy as np
 
 from h1export.artifact.artifact import Artifact
-from h1export.model.falcon_h1.states import StateKind, StateTensor
+from h1export.artifact.manifest import MANIFEST
+from h1export.errors import H1ExportError
+from h1export.model.config_reader import shown
+from h1export.model.falcon_h1.config import FalconH1Config
+from h1export.model.falcon_h1.states import StateKind
 from h1export.quantize.choices import AUTO
 from h1export.targets.onnx.read_back import ReadStored
-from h1export.targets.onnxruntime import read_back, state_layout
+from h1export.targets.onnxruntime import int8_rows, read_back
 from h1export.targets.onnxruntime.emit import cuda_kernels
 from h1export.targets.onnxruntime.layouts import LAYOUTS
 from h1export.targets.onnxruntime.options import Graph, OrtOptions
+from h1export.targets.onnxruntime.state_layout import CUDA_PERMUTATION, ONNX_NAMES, StateLayout
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 # The session option for the MatMulNBits nodes that onnxruntime makes of DequantizeLinear and MatMul.
 FUSED_LEVEL = "session.qdq_matmulnbits_accuracy_level"
-ONNX_NAMES: Mapping[Any, str] = {np.float32: "FLOAT", np.float16: "FLOAT16", ml_dtypes.bfloat16: "BFLOAT16"}
-GROWING = frozenset(kind for kind in StateKind if kind.grows)
+GROWING = tuple(kind for kind in StateKind if kind.grows)
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,8 @@ class GraphVariant:
 
     Attributes:
         provider: ONNX Runtime's name of the execution provider that runs the graph.
-        permutation: kind of state -> the order of its axes in the graph.
-        halves: the kinds of states that have 16 bits; the others are float32.
-        half: the dtype of 16 bits, float16 or ml_dtypes.bfloat16.
-        half_activations: whether activations and weights in floats have 16 bits too.
+        state_layout: how the graph stores states.
+        half_activations: whether activations and weights in floats have 16 bits.
         batched_append: whether several rows may take several tokens each after a past.
         bound: whether past and present keys may be one buffer longer than the sequence, as BoundSession needs.
         read_stored: reads the integers of a weight from the initializers.
@@ -46,35 +48,23 @@ class GraphVariant:
     """
 
     provider: str = CPU
-    permutation: state_layout.Permutation = field(default_factory=lambda: state_layout.PERMUTATION)
-    halves: frozenset[StateKind] = frozenset()
-    half: type[Any] = np.float16
+    state_layout: StateLayout = field(default_factory=StateLayout)
     half_activations: bool = False
     batched_append: bool = False
     bound: bool = False
     read_stored: ReadStored = read_back.read_matmul_nbits
     longest_call: Callable[[int], int] | None = None
 
-    def shape(self, tensor: StateTensor) -> tuple[int | str, ...]:
-        """Return the dims of a state in this graph."""
-        return state_layout.shape(tensor, self.permutation)
-
-    def sized(self, tensor: StateTensor, batch: int, past: int) -> tuple[int, ...]:
-        """Return the shape of a state in this graph in numbers, for ``batch`` sequences of ``past`` tokens."""
-        sizes = tensor.sized(batch, past)
-        return tuple(sizes[axis] for axis in self.permutation.get(tensor.kind, range(len(sizes))))
-
-    def dtype(self, kind: StateKind) -> str:
-        """Return ONNX's name of the dtype of states of this kind."""
-        return ONNX_NAMES[self.half if kind in self.halves else np.float32]
+    def with_dtypes(self, dtypes: Mapping[StateKind, type[Any]]) -> GraphVariant:
+        """Return the variant with states of these dtypes, and float32 where there is none."""
+        return replace(self, state_layout=replace(self.state_layout, dtypes=dtypes))
 
 
 GRAPH_VARIANTS: Mapping[Graph, GraphVariant] = {
     "cpu": GraphVariant(bound=True),
     "cuda": GraphVariant(
         provider=CUDA,
-        permutation=state_layout.CUDA_PERMUTATION,
-        halves=GROWING | {StateKind.CONV},
+        state_layout=StateLayout(CUDA_PERMUTATION, dict.fromkeys((*GROWING, StateKind.CONV), np.float16)),
         half_activations=True,
         bound=True,
         longest_call=cuda_kernels.longest_call,
@@ -93,20 +83,44 @@ def variant_of(options: OrtOptions, integers: bool) -> GraphVariant:
     """
     variant = GRAPH_VARIANTS[options.graph]
     if options.activations == "bf16":
-        variant = replace(variant, half=ml_dtypes.bfloat16)
+        variant = variant.with_dtypes(dict.fromkeys(variant.state_layout.dtypes, ml_dtypes.bfloat16))
     if options.kv == "fp16" or (options.kv == AUTO and integers and options.narrow_cache):
-        variant = replace(variant, halves=variant.halves | GROWING)
+        variant = variant.with_dtypes(dict.fromkeys(GROWING, np.float16))
+    if options.kv == "int8":
+        variant = variant.with_dtypes(dict.fromkeys(GROWING, np.int8))
     return variant
 
 
+def check_heads(config: FalconH1Config, options: OrtOptions) -> None:
+    """Check that the heads of a model fit the dtype of keys and values.
+
+    Raises:
+        H1ExportError: they do not.
+    """
+    if options.kv == "int8" and config.head_dim % int8_rows.BLOCK:
+        what = (
+            f"int8 has a scale for every {int8_rows.BLOCK} columns, and the heads of this model have {config.head_dim}"
+        )
+        raise H1ExportError("--kv", what, "use fp16 or fp32, or leave --kv out")
+
+
 def variant_in(artifact: Artifact) -> GraphVariant:
-    """Return the variant that ``artifact`` has; its manifest says which states have 16 bits."""
+    """Return the variant that ``artifact`` has; its manifest says which dtypes its states have.
+
+    Raises:
+        H1ExportError: The manifest has a dtype that states do not have.
+    """
     options = OrtOptions.read(artifact)
     inputs = artifact.manifest.inputs
-    wide = ONNX_NAMES[np.float32]
-    narrow = {
-        tensor.kind
-        for tensor in LAYOUTS[options.layout].states(artifact.config).tensors
-        if tensor.past in inputs and inputs[tensor.past][0] != wide
-    }
-    return replace(variant_of(options, integers=False), halves=frozenset(narrow))
+    dtypes: dict[StateKind, type[Any]] = {}
+    for tensor in LAYOUTS[options.layout].states(artifact.config).tensors:
+        name, dims = inputs.get(tensor.past, (ONNX_NAMES[np.float32], ()))
+        dtype = next((dtype for dtype, known in ONNX_NAMES.items() if known == name), None)
+        heads = artifact.config.head_dim
+        as_rows = tensor.kind.grows and not heads % int8_rows.BLOCK and dims[-1:] == (int8_rows.width(heads),)
+        if dtype is None or (dtype is np.int8 and not as_rows):
+            what = f"has the state {tensor.past} in {shown(name)} {shown(list(dims))}, which no graph has"
+            raise H1ExportError(artifact.folder / MANIFEST, what, "build the artifact again")
+        if dtype is not np.float32:
+            dtypes[tensor.kind] = dtype
+    return variant_of(options, integers=False).with_dtypes(dtypes)

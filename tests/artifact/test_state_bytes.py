@@ -15,7 +15,7 @@ from h1export.commands.load import load_runner
 
 
 @pytest.mark.ort
-@pytest.mark.parametrize("kv", ["fp16", "fp32"])
+@pytest.mark.parametrize("kv", ["fp16", "int8", "fp32"])
 def test_they_are_those_of_the_arrays(kv: str, tiny: Path, build: Callable[..., Artifact]) -> None:
     artifact = build(tiny, "int4", kv=kv)
     runner: Any = load_runner(artifact, kernels="stock")

@@ -43,14 +43,14 @@ from h1export.targets.tensorrt.options import TensorRTOptions
             lambda: OrtOptions(accuracy_level=3),
             "--accuracy-level: 3 is not a level that the kernels of --graph cpu have",
         ),
-        (lambda: OrtOptions(kv="bf16"), "--kv: cannot be 'bf16'; give auto or fp16 or fp32"),  # type: ignore[arg-type]
+        (lambda: OrtOptions(kv="bf16"), "--kv: cannot be 'bf16'; give auto or fp16 or int8 or fp32"),  # type: ignore[arg-type]
         (
             lambda: OrtOptions(kv="fp16", graph="wasm"),
             "--kv: fp16 is a dtype that only --graph cpu with --layout genai has for keys and values; use fp32",
         ),
         (
-            lambda: OrtOptions(kv="fp16", layout="transformers.js"),
-            "--kv: fp16 is a dtype that only --graph cpu with --layout genai has for keys and values; use fp32",
+            lambda: OrtOptions(kv="int8", layout="transformers.js"),
+            "--kv: int8 is a dtype that only --graph cpu with --layout genai has for keys and values; use fp32",
         ),
         (
             lambda: OrtOptions(kv="fp32", graph="cuda"),

@@ -4,8 +4,8 @@
 //   ones go behind them. P >= total: a buffer of capacity P, extended in place where past and present are one memory.
 //   Otherwise P = total - T, and present is a grown copy. Column c is visible to the token at column o if c <= o and
 //   mask is not 0, or if c = o.
-//   Caches are floats, or halves: new keys and values are then rounded to nearest before anything reads them. Scores and
-//   sums are floats.
+//   Caches are floats, halves, or int8 with D + D / 16 columns (cache_rows.h): new keys and values are rounded to nearest
+//   before anything reads them. Scores and sums are floats.
 //   Source: online softmax over blocks of keys, Dao et al., "FlashAttention" (2022); one token splits its context among
 //   threads.
 #include "attention.h"
@@ -41,7 +41,8 @@ template <class T>
 class AttentionOp {
  public:
   static constexpr const char* name = "Attention";
-  static constexpr Port cache = std::is_same_v<T, Half> ? halves(4) : floats(4);
+  static constexpr bool has_scales = std::is_same_v<T, int8_t>;
+  static constexpr Port cache = has_scales ? signed_bytes(4) : std::is_same_v<T, Half> ? halves(4) : floats(4);
   static constexpr Port inputs[] = {floats(3), floats(3), floats(3), integers(2), cache, cache};
   static constexpr Port outputs[] = {floats(3), cache, cache};
 
@@ -55,6 +56,7 @@ class AttentionOp {
         scale_(attributes.finite("scale")) {
     require(divides(kv_heads_, heads_), "kv_heads must divide num_heads");
     require(divides(kLanes, dim_), "head_dim must be a multiple of 8");
+    require(!has_scales || divides(kScaled, dim_), "head_dim must be a multiple of 32 beside a cache in int8");
   }
 
   void compute(const Call& call) const {
@@ -71,14 +73,16 @@ class AttentionOp {
     for (const auto* table : {&cos, &sin}) {
       require(table->shape == Shape{batch, tokens, dim_.value() / 2}, "cos and sin must be [batch, tokens, dim / 2]");
     }
+    const Size row = static_cast<int64_t>(stored<T>(dim_.count()));
     for (const auto* past : {&past_k, &past_v}) {
-      require(past->shape == Shape{batch, kv_heads_, past_rows, dim_},
-              "past must be [batch, kv_heads, rows, head_dim]");
+      require(past->shape == Shape{batch, kv_heads_, past_rows, row},
+              has_scales ? "past must be [batch, kv_heads, rows, head_dim + head_dim / 16]"
+                         : "past must be [batch, kv_heads, rows, head_dim]");
     }
     require(mask.shape[0] == batch && total >= tokens, "mask must be [batch, past + tokens]");
     require(past_rows >= total || past_rows == total - tokens,
             "past must hold the past exactly, or have room for all tokens");
-    const Shape grown{batch, kv_heads_, std::max(past_rows, total), dim_};
+    const Shape grown{batch, kv_heads_, std::max(past_rows, total), row};
     const auto out = call.output<float>(0, {batch, tokens, heads_ * dim_});
     const auto keys = call.output<T>(1, grown), values = call.output<T>(2, grown);
     if (keys.size() == Size{0}) return;  // no batch, or neither a past nor tokens
@@ -123,6 +127,11 @@ const OrtCustomOp* attention_op() {
 
 const OrtCustomOp* half_attention_op() {
   static const Op<AttentionOp<Half>> op;
+  return &op;
+}
+
+const OrtCustomOp* int8_attention_op() {
+  static const Op<AttentionOp<int8_t>> op;
   return &op;
 }
 

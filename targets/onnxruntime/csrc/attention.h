@@ -4,16 +4,17 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
 
+#include "cache_rows.h"
 #include "gemm.h"
+#include "parallel.h"
 
 namespace h1 {
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 constexpr float kLowest = -1e30f;  // below any score, but finite: exp(kHidden - kLowest) is 0
 
-// T: float or Half, of which keys and values are.
+// T: of what the rows of keys and values consist, see cache_rows.h.
 template <class T>
 struct Attention {
   size_t batch, tokens, total, heads, kv_heads, dim, width, past_rows, rows;
@@ -28,12 +29,14 @@ struct Attention {
   size_t past() const { return total - tokens; }
   size_t group() const { return heads / kv_heads; }
   size_t token(size_t b, size_t t) const { return b * tokens + t; }
-  size_t cache(size_t b, size_t kv, size_t column) const { return ((b * kv_heads + kv) * rows + column) * dim; }
+  size_t cache(size_t b, size_t kv, size_t column) const {
+    return ((b * kv_heads + kv) * rows + column) * stored<T>(dim);
+  }
 };
 
 // Sets out to factor x, rotated: pairs are (i, i + dim / 2).
-template <class T, class Out>
-void rotate(const Attention<T>& a, size_t token, const float* x, float factor, Out* out) {
+template <class T>
+void rotate(const Attention<T>& a, size_t token, const float* x, float factor, float* out) {
   const size_t half = a.dim / 2;
   const float *cos = a.cos + token * half, *sin = a.sin + token * half;
   map(out, half,
@@ -45,13 +48,16 @@ void rotate(const Attention<T>& a, size_t token, const float* x, float factor, O
 // Writes the cache of one head: the past where it is elsewhere, then the new tokens.
 template <class T>
 void append(const Attention<T>& a, size_t b, size_t kv) {
-  const size_t from = (b * a.kv_heads + kv) * a.past_rows * a.dim, to = a.cache(b, kv, 0);
-  if (a.past_k != a.keys) std::copy_n(a.past_k + from, a.past_rows * a.dim, a.keys + to);
-  if (a.past_v != a.values) std::copy_n(a.past_v + from, a.past_rows * a.dim, a.values + to);
+  static thread_local Scratch<float> scratch;
+  float* const key = scratch.get(a.dim);
+  const size_t past = a.past_rows * stored<T>(a.dim), from = (b * a.kv_heads + kv) * past, to = a.cache(b, kv, 0);
+  if (a.past_k != a.keys) std::copy_n(a.past_k + from, past, a.keys + to);
+  if (a.past_v != a.values) std::copy_n(a.past_v + from, past, a.values + to);
   for (size_t t = 0; t < a.tokens; ++t) {
     const size_t column = a.token(b, t) * a.width + kv * a.dim, row = a.cache(b, kv, a.past() + t);
-    rotate(a, a.token(b, t), a.k + column, 1, a.keys + row);
-    map(a.values + row, a.dim, [&](size_t i, auto read) { return read(a.v + column + i); });
+    rotate(a, a.token(b, t), a.k + column, 1, key);
+    store_row(a.keys + row, key, a.dim);
+    store_row(a.values + row, a.v + column, a.dim);
   }
 }
 
@@ -102,19 +108,6 @@ inline float normalise(size_t count, float* scores, Seen& seen) {
     seen.weights += weight;
   }
   return factor;
-}
-
-// `count` numbers of a cache (a multiple of kLanes) in float32: where they are, or in `scratch`.
-inline const float* as_floats(const float* numbers, size_t, float*) { return numbers; }
-inline const float* as_floats(const Half* numbers, size_t count, float* scratch) {
-  for (size_t i = 0; i < count; i += kLanes) store(scratch + i, load(numbers + i));
-  return scratch;
-}
-
-// The floats of scratch that as_floats needs for `count` numbers of a cache.
-template <class T>
-constexpr size_t widened(size_t count) {
-  return std::is_same_v<T, float> ? 0 : count;
 }
 
 }  // namespace h1

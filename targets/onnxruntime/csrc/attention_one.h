@@ -29,13 +29,18 @@ constexpr size_t kTile = lanes<V> / Heads;
 template <class V, size_t Heads, class T>
 inline V score(const float* queries, const T* keys, size_t dim) {
   constexpr size_t kCount = kTile<V, Heads>;
+  using Part = Columns<V, T>;
   V products[lanes<V>] = {};
-  for (size_t d = 0; d < dim; d += lanes<V>) {
-    V key[kCount];
-    for (size_t i = 0; i < kCount; ++i) key[i] = load_as<V>(keys + i * dim + d);
-    for (size_t h = 0; h < Heads; ++h) {
-      const V query = load_as<V>(queries + h * dim + d);
-      for (size_t i = 0; i < kCount; ++i) products[h * kCount + i] += query * key[i];
+  for (size_t d = 0; d < dim; d += Part::width) {
+    Part parts[kCount];
+    for (size_t i = 0; i < kCount; ++i) parts[i] = Part::of(keys + i * stored<T>(dim), dim, d);
+    for (size_t j = 0; j < Part::width; j += lanes<V>) {
+      V key[kCount];
+      for (size_t i = 0; i < kCount; ++i) key[i] = parts[i].vector(j);
+      for (size_t h = 0; h < Heads; ++h) {
+        const V query = load_as<V>(queries + h * dim + d + j);
+        for (size_t i = 0; i < kCount; ++i) products[h * kCount + i] += query * key[i];
+      }
     }
   }
   return sums(products);
@@ -46,12 +51,13 @@ inline V score(const float* queries, const T* keys, size_t dim) {
 template <class V, size_t Heads, class T>
 void scores_of(const float* queries, const T* keys, size_t count, size_t dim, T* last, float* scores, const T* values) {
   constexpr size_t kCount = kTile<V, Heads>;
+  const size_t row = stored<T>(dim);
   for (size_t i = 0; i < count; i += kCount) {
-    const T* tile = keys + i * dim;
-    prefetch(kCount * dim, values + i * dim);
-    prefetch(kCount * dim, tile + kOneKeys * dim);
+    const T* tile = keys + i * row;
+    prefetch(kCount * row, values + i * row);
+    prefetch(kCount * row, tile + kOneKeys * row);
     if (count - i < kCount) {
-      std::fill(std::copy_n(tile, (count - i) * dim, last), last + kCount * dim, T{});
+      std::fill(std::copy_n(tile, (count - i) * row, last), last + kCount * row, T{});
       tile = last;
     }
     const V found = score<V, Heads>(queries, tile, dim);
@@ -61,20 +67,26 @@ void scores_of(const float* queries, const T* keys, size_t count, size_t dim, T*
   }
 }
 
-// sums[h] = factors[h] sums[h] + the values weighted by weights[h], for `Vectors` vectors of columns.
+// sums[h] = factors[h] sums[h] + the values weighted by weights[h], for `Vectors` vectors of columns from `column` on,
+// which their width divides.
 template <class V, size_t Heads, size_t Vectors, class T>
-inline void weigh(const float* weights, const T* values, size_t count, size_t dim, const float* factors, float* sums) {
+inline void weigh(const float* weights, const T* values, size_t count, size_t dim, const float* factors, float* sums,
+                  size_t column) {
+  constexpr size_t kWidth = Vectors * lanes<V>, kPart = std::min(kWidth, Columns<V, T>::width);
   V sum[Heads][Vectors] = {};
   for (size_t i = 0; i < count; ++i) {
     V value[Vectors];
-    for (size_t j = 0; j < Vectors; ++j) value[j] = load_as<V>(values + i * dim + j * lanes<V>);
+    for (size_t start = 0; start < kWidth; start += kPart) {
+      const auto part = Columns<V, T>::of(values + i * stored<T>(dim), dim, column + start);
+      for (size_t d = 0; d < kPart; d += lanes<V>) value[(start + d) / lanes<V>] = part.vector(d);
+    }
     for (size_t h = 0; h < Heads; ++h) {
       for (size_t j = 0; j < Vectors; ++j) sum[h][j] += weights[h * kOneKeys + i] * value[j];
     }
   }
   for (size_t h = 0; h < Heads; ++h) {
     for (size_t j = 0; j < Vectors; ++j) {
-      float* out = sums + h * dim + j * lanes<V>;
+      float* out = sums + h * dim + column + j * lanes<V>;
       const V all = factors[h] * load_as<V>(out) + sum[h][j];
       std::memcpy(out, &all, sizeof all);
     }
@@ -86,7 +98,7 @@ template <class V, size_t Heads, size_t Vectors, class T>
 void weigh_all(const float* weights, const T* values, size_t count, size_t dim, const float* factors, float* sums,
                size_t column = 0) {
   for (; column + Vectors * lanes<V> <= dim; column += Vectors * lanes<V>) {
-    weigh<V, Heads, Vectors>(weights, values + column, count, dim, factors, sums + column);
+    weigh<V, Heads, Vectors>(weights, values, count, dim, factors, sums, column);
   }
   if constexpr (Vectors > 1) {
     if (column < dim) weigh_all<V, Heads, Vectors / 2>(weights, values, count, dim, factors, sums, column);
@@ -111,7 +123,7 @@ void attend_split(const Attention<T>& a, size_t b, size_t kv, size_t begin, size
   const size_t group = a.group();
   float* queries = scratch.get(group * a.dim + group * (kOneKeys + 1) + kOneKeys);
   float *scores = queries + group * a.dim, *bias = scores + group * kOneKeys, *factors = bias + kOneKeys;
-  T* last = last_keys.get(lanes<V> * a.dim);
+  T* last = last_keys.get(lanes<V> * stored<T>(a.dim));
   gather_queries(a, b, kv, 0, 1, queries);
   std::fill_n(seen, group, Seen{});
   std::fill_n(sums, group * a.dim, 0.0f);
@@ -130,7 +142,7 @@ void attend_split(const Attention<T>& a, size_t b, size_t kv, size_t begin, size
     });
     for (size_t g = 0; g < group; ++g) {
       float* row = scores + g * kOneKeys;
-      std::fill(row + count, row + padded, 0.0f);  // what was left there may be NaN, which no bias hides
+      std::fill(row + count, row + padded, 0.0f);  // a tile has less than kLanes, and an earlier call may have left NaN
       for (size_t i = 0; i < padded; i += kLanes) store(row + i, load(row + i) + load(bias + i));
       factors[g] = normalise(padded, row, seen[g]);
     }

@@ -50,12 +50,12 @@ class Tile {
     const size_t shown = read_mask(a_, b_, start, count, bias_);
     if (shown == 0 && start + count <= own(0)) return;
     const size_t at = a_.cache(b_, kv_, start);
-    const float* const keys = as_floats(a_.keys + at, count * a_.dim, floats_);
+    const float* const keys = as_floats(a_.keys + at, count, a_.dim, floats_);
     for (size_t d = 0; d < a_.dim; ++d) {  // transposed, so that gemm's vectors run over keys
       for (size_t i = 0; i < count; ++i) keys_[d * kKeys + i] = keys[i * a_.dim + d];
       std::fill(keys_ + d * kKeys + count, keys_ + (d + 1) * kKeys, 0.0f);
     }
-    const float* const values = as_floats(a_.values + at, count * a_.dim, floats_);
+    const float* const values = as_floats(a_.values + at, count, a_.dim, floats_);
     for (size_t row = 0; row < rows_; row += kRows) {
       const size_t rows = std::min(kRows, rows_ - row), last = own(row + rows - 1);
       if (last < start) continue;

@@ -6,6 +6,7 @@ namespace h1 {
 const OrtCustomOp* attention_op();
 const OrtCustomOp* causal_conv_op();
 const OrtCustomOp* half_attention_op();
+const OrtCustomOp* int8_attention_op();
 const OrtCustomOp* norm_qmatmul_op();
 const OrtCustomOp* pair_qmatmul_op();
 const OrtCustomOp* qmatmul_op();
@@ -19,8 +20,9 @@ namespace {
 OrtCustomOpDomain* make_domain() {
   OrtCustomOpDomain* domain = nullptr;
   check(api->CreateCustomOpDomain("h1export", &domain));
-  for (const OrtCustomOp* op : {attention_op(), half_attention_op(), causal_conv_op(), norm_qmatmul_op(),
-                                pair_qmatmul_op(), qmatmul_op(), silu_mul_op(), silu_qmatmul_op(), ssm_scan_op()}) {
+  for (const OrtCustomOp* op :
+       {attention_op(), half_attention_op(), int8_attention_op(), causal_conv_op(), norm_qmatmul_op(),
+        pair_qmatmul_op(), qmatmul_op(), silu_mul_op(), silu_qmatmul_op(), ssm_scan_op()}) {
     check(api->CustomOpDomain_Add(domain, op));
   }
   return domain;

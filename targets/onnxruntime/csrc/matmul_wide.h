@@ -147,13 +147,16 @@ void multiply_item(const Weights& w, size_t row, const Group& x, size_t tokens, 
   static thread_local Scratch<float> float_memory;
   static thread_local Scratch<int32_t> offset_memory;
   const size_t panels = std::min(kPanelsOfItem, (w.rows - row + kWide - 1) / kWide), floats = w.blocks * kWide;
+  float* const all_floats = float_memory.get(panels * (floats + kWide));
+  int8_t* const all_codes = code_memory.get(panels * floats * F::kBlock);
+  int32_t* const all_offsets = offset_memory.get(panels * floats);
   WidePanel panel[kPanelsOfItem];
   for (size_t i = 0; i < panels; ++i) {
-    float* const scales = float_memory.get(panels * (floats + kWide)) + i * (floats + kWide);
-    panel[i] = {.codes = code_memory.get(panels * floats * F::kBlock) + i * floats * F::kBlock,
+    float* const scales = all_floats + i * (floats + kWide);
+    panel[i] = {.codes = all_codes + i * floats * F::kBlock,
                 .scales = scales,
                 .bias = scales + floats,
-                .offsets = offset_memory.get(panels * floats) + i * floats};
+                .offsets = all_offsets + i * floats};
     unpack_wide<F>(w, row + i * kWide, panel[i]);
     if (Sums<F>::kBias != 0) sum_offsets<F>(panel[i], w.blocks);
   }

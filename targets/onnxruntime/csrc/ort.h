@@ -127,6 +127,7 @@ struct Port {
 constexpr Port floats(uint32_t rank = 0) { return {.rank = rank}; }
 constexpr Port optional_floats(uint32_t rank) { return {.rank = rank, .optional = true}; }
 constexpr Port halves(uint32_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, .rank = rank}; }
+constexpr Port signed_bytes(uint32_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, .rank = rank}; }
 constexpr Port bytes(uint32_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8, .rank = rank}; }
 constexpr Port integers(uint32_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64, .rank = rank}; }
 
@@ -134,11 +135,12 @@ constexpr Port integers(uint32_t rank) { return {.type = ONNX_TENSOR_ELEMENT_DAT
 template <class T>
 constexpr bool reads(ONNXTensorElementDataType type) {
   constexpr bool kFloat = std::is_same_v<T, float>, kInteger = std::is_same_v<T, int64_t>;
-  constexpr bool kByte = std::is_same_v<T, uint8_t>;
-  return type == (kFloat     ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
-                  : kInteger ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
-                  : kByte    ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
-                             : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
+  constexpr bool kByte = std::is_same_v<T, uint8_t>, kSignedByte = std::is_same_v<T, int8_t>;
+  return type == (kFloat        ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT
+                  : kInteger    ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
+                  : kByte       ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
+                  : kSignedByte ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8
+                                : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16);
 }
 
 // One call of a node, whose inputs are declared by `ports`.

@@ -232,6 +232,21 @@ inline f32x8 load(const Half* p) {
 #endif
 }
 
+// Eight codes.
+inline f32x8 load(const int8_t* p) {
+#if defined(H1_AVX2)
+  return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_bytes<int64_t>(p))));
+#elif defined(H1_NEON)
+  const int16x8_t eight = vmovl_s8(load_bytes<int8x8_t>(p));
+  const int32x4_t lower = vmovl_s16(vget_low_s16(eight)), upper = vmovl_s16(vget_high_s16(eight));
+  return whole<f32x8>(vcvtq_f32_s32(lower), vcvtq_f32_s32(upper));
+#else
+  f32x8 v;
+  for (size_t i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 inline void store(Half* p, f32x8 v) {
 #if defined(H1_F16C)
   const __m128i halves = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -9,7 +9,7 @@ namespace h1 {
 template <class V>
 constexpr size_t lanes = sizeof(V) / sizeof(float);
 
-// What load_as<V> reads: f32x8 or f32x16, from floats or halves.
+// What load_as<V> reads: f32x8 or f32x16, from floats, halves or codes.
 template <class V, class T>
 V load_as(const T* p) {
   return load(p);
@@ -39,6 +39,10 @@ template <>
 inline f32x16 load_as<f32x16>(const Half* p) {
   // GCC 12 warns of the form without a mask, which is the same instruction
   return (f32x16)_mm512_maskz_cvtph_ps(0xffff, load_bytes<__m256i>(p));
+}
+template <>
+inline f32x16 load_as<f32x16>(const int8_t* p) {
+  return (f32x16)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, load_bytes<__m128i>(p)));
 }
 
 inline f32x16 sums(const f32x16 (&v)[16]) {

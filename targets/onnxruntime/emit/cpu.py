@@ -5,7 +5,7 @@ com.microsoft is ONNX Runtime's own domain; its ops are described in the project
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from h1export.targets.onnx.builder import Value
 from h1export.targets.onnx.emit import Context, Emitter, masked
 from h1export.targets.onnx.mamba import drive, log_decay, shifted_products, skip, step_sizes
 from h1export.targets.onnx.rotary import rotary_tables
-from h1export.targets.onnxruntime.emit import kept
+from h1export.targets.onnxruntime.emit import int8_cache, kept
 from h1export.targets.onnxruntime.emit.matmul_nbits import MS, OrtContext, embed_quantized, matmul_nbits
 from h1export.targets.sizes import AttentionSizes, ScanSizes
 
@@ -133,7 +133,8 @@ def grouped_attention(c: Context, node: Node, make_mask: Callable[[Context, Any,
 
     Its arguments are the context, and the nodes of the attention mask and of the positions. Where the cache
     has another dtype than the activations, the operator has that of the cache: to convert the cache around it would
-    take longer than attention does.
+    take longer than attention does. A cache in int8 is converted, because the operator's own kind of int8 has one
+    scale for all tokens.
     """
     q, k, v, past_k, past_v, positions, mask, _theta = args_of(node)
     sizes = AttentionSizes.of(node)
@@ -146,16 +147,18 @@ def grouped_attention(c: Context, node: Node, make_mask: Callable[[Context, Any,
     ]
     wide = ir.DataType.from_numpy(np.dtype(c.activations))
     dtype = c.value(past_k).dtype or wide
-    operands = [*rotated, _flat(c, v)]
+    operands = [*rotated, _flat(c, v), c.value(past_k), c.value(past_v)]
+    present: tuple[Value, ...] = ()
+    if dtype == ir.DataType.INT8:
+        present, operands = _decoded(c, operands, sizes, mask=mask, positions=positions)
+        dtype = wide
     if dtype != wide:
-        operands = [c.cast(operand, dtype) for operand in operands]
+        operands[:3] = [c.cast(operand, dtype) for operand in operands[:3]]
         bias = b.once((bias, dtype), lambda: _narrow_bias(c, bias, dtype))
-    out, keys, values = b.ops(
+    out, *grown = b.ops(
         "GroupQueryAttention",
         3,
         *operands,
-        c.value(past_k),
-        c.value(past_v),
         seqlens,
         total,
         None,
@@ -169,7 +172,28 @@ def grouped_attention(c: Context, node: Node, make_mask: Callable[[Context, Any,
     )
     if dtype != wide:
         out = c.cast(out, wide)
-    c.set(node, b.op("Reshape", out, b.ints(0, 0, sizes.heads, sizes.head_dim)), keys, values)
+    c.set(node, b.op("Reshape", out, b.ints(0, 0, sizes.heads, sizes.head_dim)), *(present or grown))
+
+
+def _decoded(
+    c: Context, operands: Sequence[Value], sizes: AttentionSizes, *, mask: Any, positions: Any
+) -> tuple[tuple[Value, ...], list[Value]]:
+    """Return (present keys and values in int8, operands): what GroupQueryAttention reads of q, k, v and the cache."""
+    b = c.build
+
+    def lengths() -> tuple[Value, Value]:
+        total = b.op("Shape", c.value(mask), start=1, end=2)
+        return b.op("Sub", total, b.op("Shape", c.value(positions), start=1, end=2)), total
+
+    past_length, total = b.once((mask, positions, "lengths"), lengths)
+    query, *new, past_keys, past_values = operands
+    keys, values = (
+        int8_cache.appended(
+            b, one, past, past_length=past_length, total=total, heads=sizes.kv_heads, dim=sizes.head_dim
+        )
+        for one, past in zip(new, (past_keys, past_values), strict=True)
+    )
+    return (keys[0], values[0]), [query, keys[1], values[1], keys[2], values[2]]
 
 
 def _attention_mask(c: Context, mask: Any, positions: Any) -> tuple[Value, Value, Value]:

@@ -30,10 +30,12 @@ Build = Callable[..., Artifact]
 def runner(request: pytest.FixtureRequest, make_checkpoint: Callable[..., Path], build: Build) -> Runner[Any]:
     """Activations are rounded to int8 where they can be; more than 8 rows would take another product otherwise.
 
-    Keys and values have 16 bits beside int4.
+    Keys and values have 16 bits beside int4, and are int8 beside int8.
     """
     path = make_checkpoint(max_position_embeddings=CONTEXT)
-    how = {"int4": {"accuracy_level": 4, "kv": "fp16"}, "int8": {"accuracy_level": 4}, "none": {}}[request.param]
+    how = {"int4": {"accuracy_level": 4, "kv": "fp16"}, "int8": {"accuracy_level": 4, "kv": "int8"}, "none": {}}[
+        request.param
+    ]
     return load_runner(build(path, request.param, **how), kernels="native")
 
 

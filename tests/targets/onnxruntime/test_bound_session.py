@@ -17,10 +17,12 @@ Build = Callable[..., Artifact]
 
 
 @pytest.mark.parametrize("kernels", ["stock", "native"])
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("batch", "kv"), [(1, "fp16"), (2, "fp32"), (2, "int8")])
 @pytest.mark.parametrize("spare", [0, 30])
-def test_appending_in_place_is_step(batch: int, spare: int, kernels: Kernels, tiny: Path, build: Build) -> None:
-    runner = load_runner(build(tiny, "int4", kv="fp16" if batch == 1 else "fp32"), kernels=kernels)
+def test_appending_in_place_is_step(
+    batch: int, kv: str, spare: int, kernels: Kernels, tiny: Path, build: Build
+) -> None:
+    runner = load_runner(build(tiny, "int4", kv=kv), kernels=kernels)
     ids = np.random.default_rng(0).integers(0, runner.config.vocab_size, (batch, 33))
     session = runner.start(batch, capacity=33 + spare)
     states = runner.initial(batch)

@@ -44,7 +44,9 @@ def continued(generator: og.Generator, count: int, batch: int = 1) -> list[list[
     return [[int(token) for token in generator.get_sequence(row)[length:]] for row, length in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("how", [{}, {"kv": "fp16"}, {"graph": "portable"}], ids=["cpu", "fp16", "portable"])
+@pytest.mark.parametrize(
+    "how", [{}, {"kv": "fp16"}, {"kv": "int8"}, {"graph": "portable"}], ids=["cpu", "fp16", "int8", "portable"]
+)
 @pytest.mark.parametrize("cuts", [(), (3,), (1, 2, 7)])
 def test_genai_generates_what_we_generate_however_the_prompt_is_cut(
     cuts: tuple[int, ...], how: dict[str, Any], tiny: Path, build: Build

@@ -43,7 +43,7 @@ def test_sharing(runner: Any, check: str) -> None:
 def test_sessions_share_no_buffer(make_checkpoint: Callable[..., Path], build: Build) -> None:
     runner: Any = load_runner(build(make_checkpoint()))
     sessions = [runner.start(1, ROOM) for _ in range(3)]
-    places = [value.data_ptr() for session in sessions for _, _, value in session._states]
+    places = [value.data_ptr() for session in sessions for value in session._states.values()]
     assert len(set(places)) == len(places)
 
 

@@ -247,6 +247,47 @@ def test_a_graph_without_names_is_not_bisected(make_checkpoint: MakeCheckpoint, 
         runner.observe(np.ones((1, 3), np.int64), np.ones((1, 3), np.int64), runner.initial(1))
 
 
+def exponents(rows: Any) -> Any:
+    rows[..., 65] += rows[..., 65] != 0
+    return rows
+
+
+def shifted_block(rows: Any) -> Any:
+    rows[..., :64] = np.roll(rows[..., :64], 32, axis=-1)
+    return rows
+
+
+def stale_rows(rows: Any) -> Any:
+    rows[:, :, 1:] = rows[:, :, :-1].copy()
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "level"),
+    [("key", exponents, 0), ("value", exponents, 4), ("value", shifted_block, 0), ("key", stale_rows, 4)],
+)
+def test_a_fault_of_rows_in_int8_fails(
+    kind: str, fault: Callable[[Any], Any], level: int, make_checkpoint: MakeCheckpoint, build: Build
+) -> None:
+    """Of one layer, in the rows that a call adds; the judge of the lowering reads float32, and must not see it."""
+    truth = make_checkpoint(head_dim=64)
+    artifact = build(truth, "int4", kv="int8", accuracy_level=level)
+    name = f"past_key_values.1.{kind}"
+
+    def change(states: Any, new: Any) -> Any:
+        past = states[name].shape[2]
+        return {**new, name: np.concatenate([new[name][:, :, :past], fault(new[name][:, :, past:].copy())], axis=2)}
+
+    exact = load_runner(artifact, float32=True)
+    options = ValidateOptions(pairs=0, quick=True)
+    right, wrong = (
+        validate(artifact, shipped, exact, checkpoint=truth, options=options, progress=SILENT)
+        for shipped in (load_runner(artifact), with_changed_states(artifact, change))
+    )
+    assert right.passed, right.to_json()
+    assert {row.comparison for row in failed(wrong)} - {Comparison.SOURCE} == {Comparison.DRIFT}
+
+
 def with_changed_states(artifact: Artifact, change: Callable[[Any, Any], Any]) -> Any:
     """A Runner that hands on what ``change`` makes of the states before and after a call."""
     runner: Any = load_runner(artifact)

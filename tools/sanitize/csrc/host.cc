@@ -194,6 +194,7 @@ size_t width_of(ONNXTensorElementDataType type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
       return 8;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
       return 1;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
       return 2;

@@ -13,6 +13,7 @@ using Shape = std::vector<int64_t>;
 constexpr ONNXTensorElementDataType kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr ONNXTensorElementDataType kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
 constexpr ONNXTensorElementDataType kByte = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+constexpr ONNXTensorElementDataType kSignedByte = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
 constexpr ONNXTensorElementDataType kInteger = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
 constexpr int64_t kMostInput = 1 << 20;  // elements of an input that was changed
 
@@ -151,7 +152,7 @@ Node attention(Choice& choice) {
   Node node;
   const int64_t batch = choice.of({1, 2, 0}), tokens = choice.of({1, 1, 2, 7, 65, 0}),
                 past = choice.of({0, 1, 8, 70, 600});
-  const int64_t kv_heads = choice.of({1, 2}), heads = kv_heads * choice.of({1, 3}), dim = choice.of({8, 24, 64});
+  const int64_t kv_heads = choice.of({1, 2}), heads = kv_heads * choice.of({1, 3}), dim = choice.of({8, 24, 64, 96});
   const int64_t total = past + tokens, spare = choice.of({0, 4});
   const int64_t rows = choice.of({past, total, total + 3});
   node.op = "Attention";
@@ -163,8 +164,10 @@ Node attention(Choice& choice) {
   add(choice, node, {batch, tokens, spare + (heads + 2 * kv_heads) * dim});
   for (int i = 0; i < 2; ++i) add(choice, node, {batch, tokens, dim / 2});
   add(choice, node, {batch, total}, kInteger);
-  const auto cache = static_cast<ONNXTensorElementDataType>(choice.of({kFloat, kHalf}));
-  for (int i = 0; i < 2; ++i) add(choice, node, {batch, kv_heads, rows, dim}, cache);
+  const auto cache =
+      static_cast<ONNXTensorElementDataType>(choice.of({kFloat, kHalf, dim % 32 ? kFloat : kSignedByte}));
+  const int64_t row = cache == kSignedByte ? dim + dim / 16 : dim;
+  for (int i = 0; i < 2; ++i) add(choice, node, {batch, kv_heads, rows, row}, cache);
   if (rows >= total && choice.one_in(2)) node.in_place.insert({{1, 4}, {2, 5}});
   return node;
 }
@@ -272,7 +275,7 @@ void make_hostile(Choice& choice, Node& node) {
       node.given[index] = !node.given[index];
       return;
     case 6: {
-      input.type = static_cast<ONNXTensorElementDataType>(choice.of({kFloat, kHalf, kByte, kInteger}));
+      input.type = static_cast<ONNXTensorElementDataType>(choice.of({kFloat, kHalf, kByte, kSignedByte, kInteger}));
       return reshape(choice, input, input.shape);
     }
     case 7:

@@ -10,11 +10,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from h1export.targets.onnxruntime import int8_rows
+
 RunOp = Callable[..., list[Any]]
 Case = dict[str, Any]
 
 OUTPUT = 2e-6  # of the range: dozens of roundings at 6e-8
 OFFSETS = {"q_offset": 3, "k_offset": 1, "v_offset": 2}  # added to where q, k and v start
+
+
+def stored(numbers: Any, cache: Any) -> Any:
+    """Keys or values as a cache of this dtype has them."""
+    return int8_rows.encode(np.float32(numbers)) if cache == np.int8 else numbers.astype(cache)
+
+
+def read(cache: Any) -> Any:
+    """The numbers of a cache, float64."""
+    return (int8_rows.decode(cache) if cache.dtype == np.int8 else cache).astype(np.float64)
+
+
+def fitting(case: Case) -> Case:
+    """The case with heads that the dtype of the cache allows."""
+    return case | {"dim": 96} if case["cache"] == np.int8 and case["dim"] % int8_rows.BLOCK else case
+
 
 CASES = st.fixed_dictionaries(
     {
@@ -25,10 +43,10 @@ CASES = st.fixed_dictionaries(
         "kv_heads": st.integers(1, 3),
         "group": st.sampled_from([1, 2, 3, 4, 7, 8]),
         "dim": st.sampled_from([32, 64, 128, 8, 40]),
-        "cache": st.sampled_from([np.float32, np.float16]),
+        "cache": st.sampled_from([np.float32, np.float16, np.int8]),
         "seed": st.integers(0, 999),
     }
-)
+).map(fitting)
 
 
 def attention_inputs(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -51,8 +69,8 @@ def attention_inputs(case: Case) -> tuple[dict[str, Any], dict[str, Any]]:
         "cos": np.cos(angles).astype(np.float32),
         "sin": np.sin(angles).astype(np.float32),
         "mask": (np.arange(total) >= pads[:, None]).astype(np.int64),
-        "past_k": rng.standard_normal((batch, kv_heads, rows, dim), np.float32).astype(cache),
-        "past_v": rng.standard_normal((batch, kv_heads, rows, dim), np.float32).astype(cache),
+        "past_k": stored(rng.standard_normal((batch, kv_heads, rows, dim), np.float32), cache),
+        "past_v": stored(rng.standard_normal((batch, kv_heads, rows, dim), np.float32), cache),
     }
     attributes: dict[str, Any] = {"num_heads": heads, "kv_heads": kv_heads, "head_dim": dim, "scale": dim**-0.5}
     return inputs, attributes | {name: int(start) + OFFSETS[name] for name, start in zip(OFFSETS, starts, strict=True)}
@@ -79,7 +97,7 @@ def expected_cache(inputs: dict[str, Any], attributes: dict[str, Any], name: str
     """The keys or values of all tokens, [batch, kv_heads, total, dim], the new ones not rounded."""
     new = new_tokens(inputs, attributes, name).transpose(0, 2, 1, 3)
     past = inputs["mask"].shape[1] - new.shape[2]
-    return np.concatenate([inputs[f"past_{name}"][:, :, :past].astype(np.float64), new], axis=2)
+    return np.concatenate([read(inputs[f"past_{name}"][:, :, :past]), new], axis=2)
 
 
 def definition(inputs: dict[str, Any], attributes: dict[str, Any], keys: Any, values: Any) -> Any:
@@ -107,17 +125,31 @@ def compare(got: list[Any], inputs: dict[str, Any], attributes: dict[str, Any]) 
     assert got[1].dtype == got[2].dtype == dtype
     found_keys, found_values = (array[:, :, :total] for array in got[1:])
     keys, values = (expected_cache(inputs, attributes, name) for name in ("k", "v"))
-    np.testing.assert_array_equal(found_values, values.astype(np.float32).astype(dtype))
+    np.testing.assert_array_equal(found_values, stored(values.astype(np.float32), dtype))
     past = total - inputs["qkv"].shape[1]
     np.testing.assert_array_equal(found_keys[:, :, :past], inputs["past_k"][:, :, :past])
-    rounding = np.spacing(np.abs(found_keys)).astype(np.float64) / 2 if dtype == np.float16 else 0
+    rounding = roundings(found_keys[:, :, past:])
     allowed = OUTPUT * np.abs(keys).max(initial=0) + rounding
-    assert (np.abs(found_keys - keys) <= allowed).all()
-    out = definition(inputs, attributes, found_keys.astype(np.float64), found_values.astype(np.float64))
+    assert (np.abs(read(found_keys) - keys)[:, :, past:] <= allowed).all()
+    out = definition(inputs, attributes, read(found_keys), read(found_values))
     np.testing.assert_allclose(got[0], out, rtol=0, atol=OUTPUT * np.abs(inputs["qkv"]).max())
 
 
-@settings(deadline=None, max_examples=30, derandomize=True)
+def roundings(keys: Any) -> Any:
+    """How far each number of new keys may be from what was rounded; in int8 the largest code of a block is checked."""
+    if keys.dtype == np.float16:
+        return np.spacing(np.abs(keys)).astype(np.float64) / 2
+    if keys.dtype != np.int8:
+        return 0
+    dim = int8_rows.columns_of(keys.shape[-1])
+    blocks = np.abs(keys[..., :dim].astype(int)).reshape(*keys.shape[:-1], dim // int8_rows.BLOCK, int8_rows.BLOCK)
+    assert (blocks.max(-1) == int8_rows.TOP).all()
+    ones = keys.copy()
+    ones[..., :dim] = 1
+    return read(ones) * 0.501  # a division in float32 may end on the other side of a middle
+
+
+@settings(deadline=None, max_examples=45, derandomize=True)
 @given(CASES)
 def test_is_the_definition(run_op: RunOp, case: Case) -> None:
     inputs, attributes = attention_inputs(case)
@@ -147,7 +179,8 @@ def test_one_token_does_not_depend_on_pads_or_other_rows(run_op: RunOp, case: Ca
     inputs, attributes = attention_inputs(case | {"tokens": 1, "room": None, "seed": case["seed"] * 2})
     wide = dict(inputs)
     for name in ("past_k", "past_v"):
-        wide[name] = np.concatenate([inputs[name][:, :, :pads] * 7, inputs[name]], axis=2)
+        others = stored(7 * read(inputs[name][:, :, :pads]), case["cache"])
+        wide[name] = np.concatenate([others, inputs[name]], axis=2)
     hidden = wide["past_k"].shape[2] - inputs["past_k"].shape[2]
     wide["mask"] = np.concatenate([np.zeros((case["batch"], hidden), np.int64), inputs["mask"]], axis=1)
     together = run_op("Attention", wide, outputs=3, **attributes)[0]
@@ -156,16 +189,27 @@ def test_one_token_does_not_depend_on_pads_or_other_rows(run_op: RunOp, case: Ca
         np.testing.assert_array_equal(together[row : row + 1], run_op("Attention", alone, outputs=3, **attributes)[0])
 
 
-@pytest.mark.parametrize("cache", [np.float32, np.float16])
+@pytest.mark.parametrize("cache", [np.float32, np.float16, np.int8])
 @pytest.mark.parametrize("tokens", [1, 150])
 def test_large_scores_do_not_overflow(run_op: RunOp, tokens: int, cache: Any) -> None:
     """Scores of some thousands: a softmax that is one-hot, where exp of a score itself would be infinite."""
     case = {"batch": 1, "tokens": tokens, "past": 700, "room": None, "kv_heads": 1, "group": 4, "dim": 64, "seed": 2}
     inputs, attributes = attention_inputs(case | {"cache": cache})
-    inputs["past_k"] *= 300
+    inputs["past_k"] = stored(300 * read(inputs["past_k"]), cache)
     out, keys, values = run_op("Attention", inputs, outputs=3, **attributes)
-    expected = definition(inputs, attributes, keys.astype(np.float64), values.astype(np.float64))
+    expected = definition(inputs, attributes, read(keys), read(values))
     np.testing.assert_allclose(out, expected, rtol=0, atol=5e-3)  # a score of 5000 is 3e-4 off in float32
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4])
+def test_what_an_earlier_call_has_left_is_not_read(run_op: RunOp, group: int) -> None:
+    """NaN in all of the memory that a thread keeps, and then a context of fewer keys than a vector has."""
+    case = {"batch": 1, "tokens": 1, "past": 70, "room": None, "kv_heads": 1, "group": group, "dim": 32, "seed": 0}
+    inputs, attributes = attention_inputs(case)
+    inputs["qkv"][:] = np.nan
+    assert np.isnan(run_op("Attention", inputs, outputs=3, threads=1, **attributes)[0]).all()
+    inputs, attributes = attention_inputs(case | {"past": 0})
+    compare(run_op("Attention", inputs, outputs=3, threads=1, **attributes), inputs, attributes)
 
 
 def test_a_width_that_vectors_do_not_divide_is_an_error(run_op: RunOp) -> None:
@@ -228,6 +272,59 @@ def test_a_fault_of_rounding_is_found(run_op: RunOp, fault: str) -> None:
         keys[:, :, 0] = np.nextafter(keys[:, :, 0], np.float16(0))
     with pytest.raises(AssertionError):
         compare([out, keys, values], inputs, attributes)
+
+
+def test_every_number_is_stored_in_int8_as_the_definition_says(run_op: RunOp) -> None:
+    """Blocks of every magnitude, halfway cases, zeros, subnormals, infinities and NaN; past rows stay as they are."""
+    rng = np.random.default_rng(0)
+    numbers = rng.standard_normal((1, 600, 4, 32)) * 2.0 ** rng.integers(-149, 127, (1, 600, 4, 1))
+    numbers[:, :150] = rng.integers(-254, 255, (1, 150, 4, 32)) / 2
+    numbers[:, :150, :, 3] = 127
+    with np.errstate(over="ignore"):
+        numbers = numbers.astype(np.float32)
+    odd = rng.random(numbers.shape) < 0.003
+    numbers[odd] = rng.choice(np.float32([0, -0.0, 1e-45, 2.0**-126, 3.4e38, np.inf, -np.inf, np.nan]), odd.sum())
+    numbers = numbers.reshape(1, 600, 128)
+    case = {"batch": 1, "tokens": 600, "past": 3, "room": None, "kv_heads": 1, "group": 1, "dim": 128, "seed": 0}
+    inputs, attributes = attention_inputs(case | {"cache": np.int8})
+    start = attributes["v_offset"]
+    inputs["qkv"][..., start : start + 128] = numbers
+    out, _, values = run_op("Attention", inputs, outputs=3, **attributes)
+    np.testing.assert_array_equal(values[:, :, 3:], int8_rows.encode(numbers[:, None]))
+    np.testing.assert_array_equal(values[:, :, :3], inputs["past_v"])
+    assert np.isnan(out[0, -1]).any()  # nothing that is not a number becomes one
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("fault", ["exponent", "code", "scales change places", "read before it is rounded", "past"])
+def test_a_fault_of_codes_is_found(run_op: RunOp, fault: str, tokens: int) -> None:
+    case = {"batch": 1, "tokens": tokens, "past": 5, "room": None, "kv_heads": 1, "group": 2, "dim": 64, "seed": 0}
+    inputs, attributes = attention_inputs(case | {"cache": np.int8})
+    out, keys, values = (array.copy() for array in run_op("Attention", inputs, outputs=3, **attributes))
+    compare([out, keys, values], inputs, attributes)
+    if fault == "exponent":
+        keys[0, 0, -1, 65] += 1
+    elif fault == "code":
+        values[0, 0, -1, 7] += 1
+    elif fault == "scales change places":
+        keys[0, 0, -1, 64:] = keys[0, 0, -1, [66, 67, 64, 65]]
+    elif fault == "read before it is rounded":
+        out = definition(inputs, attributes, *(expected_cache(inputs, attributes, name) for name in ("k", "v")))
+    else:
+        keys[:, :, 0, 3] += 1
+    with pytest.raises(AssertionError):
+        compare([out, keys, values], inputs, attributes)
+
+
+@pytest.mark.parametrize(
+    ("dim", "width", "message"), [(40, 42, "multiple of 32"), (64, 64, "head_dim / 16"), (32, 36, "")]
+)
+def test_rows_of_another_width_are_an_error(run_op: RunOp, dim: int, width: int, message: str) -> None:
+    case = {"batch": 1, "tokens": 2, "past": 3, "room": None, "kv_heads": 1, "group": 1, "dim": dim, "seed": 0}
+    inputs, attributes = attention_inputs(case)
+    inputs["past_k"] = inputs["past_v"] = np.zeros((1, 1, 3, width), np.int8)
+    with pytest.raises(Exception, match=f"Attention.*{message}"):
+        run_op("Attention", inputs, outputs=3, **attributes)
 
 
 def test_caches_of_two_dtypes_are_an_error(run_op: RunOp) -> None:

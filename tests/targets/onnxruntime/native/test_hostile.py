@@ -213,6 +213,22 @@ def test_a_mask_of_attention_is_not_optional(run_op: RunOp) -> None:
         run(run_op, "Attention", {"mask": None})
 
 
+def test_a_cache_in_int8_with_one_size_changed(run_op: RunOp) -> None:
+    caches = {name: np.ones((2, 1, 2, 34), np.int8) for name in ("past_k", "past_v")}
+    tables = {name: floats(2, 3, 16) for name in ("cos", "sin")}
+    fits = {"qkv": floats(2, 3, 128), **tables, **caches}
+    sizes = {"head_dim": 32, "k_offset": 64, "v_offset": 96}
+    assert len(run(run_op, "Attention", fits, **sizes)) == 3
+    for name, value in caches.items():
+        for axis in range(4):
+            for count in (0, value.shape[axis] + 1, 32):
+                shape = [*value.shape]
+                shape[axis] = count
+                refused(run_op, "Attention", fits | {name: np.ones(shape, np.int8)}, **sizes)
+    for dim in (2**16, 24, 2**62):
+        refused(run_op, "Attention", fits, **sizes | {"head_dim": dim})
+
+
 @pytest.mark.parametrize(
     ("op", "shapes"),
     [

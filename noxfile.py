@@ -44,7 +44,9 @@ TESTED_WITH = (
 # the files with tests marked `slow`
 SLOW = (
     "tests/validate/accuracy/test_right_artifacts.py",
+    "tests/validate/speed/test_bench.py",
     "tests/tools/endurance/test_endurance.py",
+    "tests/cli/test_cli.py",
     "tests/cli/test_gate.py",
     "tests/cli/test_plan.py",
     "tests/quantize/test_gptq_model.py",

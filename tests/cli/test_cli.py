@@ -372,6 +372,7 @@ def test_graphs_that_contradict_themselves_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_bench_against_another_artifact(
     built: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

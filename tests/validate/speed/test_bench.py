@@ -214,6 +214,7 @@ def test_two_artifacts_are_measured_in_turns(tiny: Path, build: Build) -> None:
 
 
 @pytest.mark.ort
+@pytest.mark.slow
 def test_the_reference_is_measured_in_turns(make_checkpoint: Callable[..., Path], build: Build, tiny: Path) -> None:
     checkpoint = make_checkpoint()
     artifact = build(checkpoint, "int4")

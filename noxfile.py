@@ -333,11 +333,7 @@ def published(session: nox.Session) -> None:
 
 @nox.session
 def selftest(session: nox.Session) -> None:
-    """The tests that take too long for CI.
-
-    Most of them are the self-test of `validate`: thirty right artifacts of random models pass, and each fails with a
-    fault. A dry run of the GPU host's bundle is among them.
-    """
+    """The tests that take too long for CI: the self-test of `validate`, the dry run of the GPU host's bundle, and others."""
     session.install("-e", ".[export,ort,trt]", *dev("pytest", "hypothesis"))
     session.run("pytest", "-q", "-m", "slow", *SLOW, *session.posargs)
 

@@ -333,7 +333,7 @@ def published(session: nox.Session) -> None:
 
 @nox.session
 def selftest(session: nox.Session) -> None:
-    """The tests that take too long for CI: the self-test of `validate`, the dry run of the GPU host's bundle, and others."""
+    """The tests that take too long for CI: `validate`'s self-test, the GPU bundle's dry run, and others."""
     session.install("-e", ".[export,ort,trt]", *dev("pytest", "hypothesis"))
     session.run("pytest", "-q", "-m", "slow", *SLOW, *session.posargs)
 

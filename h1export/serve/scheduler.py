@@ -1,8 +1,8 @@
 """Scheduler: one thread that computes the rows of many requests in turns, token by token.
 
 In each round every text gets one token, by one call for all of them where the runtime takes rows of different lengths.
-Then prompts, in turns, get a call each, of PREFILL_CHUNK tokens together at most, so that no prompts hold up the texts
-for longer. Requests join and leave between calls.
+Then one prompt, in turns, gets one call of at most PREFILL_CHUNK tokens, so that no prompt holds up the texts for
+longer. Requests join and leave between calls.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from math import ceil
 from typing import Any, Protocol
 
 from h1export.model.falcon_h1.states import Array
-from h1export.runtime.generation import PREFILL_CHUNK
 from h1export.runtime.prefix_store import PrefixStore
 from h1export.runtime.prompt import Prompt
 from h1export.runtime.rows import Rows, open_rows
@@ -194,7 +193,10 @@ class Scheduler:
         self._admit()
         if self._rows:
             self._decode()
-        self._prefill_in_turns()
+        if self._prefills:
+            one = self._prefills[0]
+            self._prefills.rotate(-1)
+            self._guarded(one.task, partial(self._prefill, one))
         self.running = self._taken()
 
     def _keep(self, rows: Collection[_Row]) -> None:
@@ -215,18 +217,6 @@ class Scheduler:
         self._keep(
             [row for row in self._rows if self._guarded(row.task, partial(self._decoded, row, answers[row.place]))]
         )
-
-    def _prefill_in_turns(self) -> None:
-        """Give prompts a call each, until these have as many tokens as one call may have."""
-        tokens = 0
-        for _ in range(len(self._prefills)):
-            one = self._prefills[0]
-            new = one.prompt.next().size
-            if tokens and tokens + new > PREFILL_CHUNK:
-                break
-            tokens += new
-            self._prefills.rotate(-1)
-            self._guarded(one.task, partial(self._prefill, one))
 
     def _taken(self) -> int:
         """Return the number of rows that are not free."""

@@ -213,23 +213,6 @@ def test_a_long_prompt_does_not_hold_up_texts(scheduler: Scheduler, rounds: Roun
     assert min(rounds.log[: chunks[-1]]) < -1  # the shorter prompt is done before the longer one, which came first
 
 
-def test_short_prompts_begin_together_as_far_as_one_call_has_tokens(scheduler: Scheduler, rounds: Rounds) -> None:
-    text, said = task([1, 2], 12)
-    scheduler.submit([text])
-    rounds.go(1)
-    while not isinstance(said.get(timeout=20), Piece):
-        pass
-    sizes = (PREFILL_CHUNK // 2, PREFILL_CHUNK // 4 + 1, PREFILL_CHUNK // 2)
-    others = [task([1 + number] * size, 2) for number, size in enumerate(sizes)]
-    scheduler.submit([one for one, _ in others])
-    rounds.go()
-    assert [texts(events) for _, events in others] == [[expected(one.ids, 2)] for one, _ in others]
-    prompts = [place for place, size in enumerate(rounds.log) if size > 2]
-    assert [rounds.log[place] for place in prompts] == list(sizes)
-    assert list(np.diff(prompts)) == [1, 2]  # a call for the texts before the third, which has no room beside the two
-    assert settled(scheduler, rounds)
-
-
 def test_requests_join_and_leave_between_tokens(scheduler: Scheduler, rounds: Rounds) -> None:
     rounds.go()
     tasks = [task([1, 3 + number], 5 + number) for number in range(6)]

@@ -61,35 +61,30 @@ class FourRows {
     // in the order of memory, what is read some rows later
     for (size_t r = 0; r < kFour; ++r) __builtin_prefetch(codes_[0] + (pair * kFour + r) * 64 + kAhead);
     __builtin_prefetch(scales_[0] + pair * kFour * kBlocks + kAhead / 64 * kBlocks);
-    Pair found;
-    __m128i scales[kFour];
-    for (size_t r = 0; r < kFour; ++r) {
-      found.packed[r] = _mm512_loadu_si512(codes_[r] + pair * 64);
-      scales[r] = halves(scales_[r] + pair * kBlocks, kBlocks * sizeof(Half));
-    }
-    found.scales = in_order(scales);
-    return found;
+    return read(pair, kBlocks, [](const uint8_t* codes) { return _mm512_loadu_si512(codes); });
   }
 
   // The last pair, of which `bytes` and `blocks` exist; the others are zeros.
   Pair part(size_t pair, size_t bytes, size_t blocks) const {
-    Pair found;
-    __m128i scales[kFour];
-    for (size_t r = 0; r < kFour; ++r) {
-      found.packed[r] = _mm512_maskz_loadu_epi8((uint64_t{1} << bytes) - 1, codes_[r] + pair * 64);
-      scales[r] = halves(scales_[r] + pair * kBlocks, blocks * sizeof(Half));
-    }
-    found.scales = in_order(scales);
-    return found;
+    const __mmask64 exist = (uint64_t{1} << bytes) - 1;
+    return read(pair, blocks, [exist](const uint8_t* codes) { return _mm512_maskz_loadu_epi8(exist, codes); });
   }
 
  private:
   static constexpr size_t kBlocks = 128 / F::kBlock;  // in a pair of chunks: 4, 2 or 1
 
-  static __m128i halves(const Half* from, size_t bytes) {
-    int64_t found = 0;
-    std::memcpy(&found, from, bytes);
-    return _mm_cvtsi64_si128(found);
+  template <class Load>
+  Pair read(size_t pair, size_t blocks, const Load& load) const {
+    Pair found;
+    __m128i scales[kFour];
+    for (size_t r = 0; r < kFour; ++r) {
+      found.packed[r] = load(codes_[r] + pair * 64);
+      int64_t halves = 0;
+      std::memcpy(&halves, scales_[r] + pair * kBlocks, blocks * sizeof(Half));
+      scales[r] = _mm_cvtsi64_si128(halves);
+    }
+    found.scales = in_order(scales);
+    return found;
   }
 
   static __m512 in_order(const __m128i (&of_row)[kFour]) {

@@ -73,9 +73,17 @@ class Sampling:
             raise H1ExportError("sampling", what, "give finite numbers; a repetition penalty of 1 changes nothing")
 
     def choose(self, logits: Array, rng: np.random.Generator) -> int:
-        """Choose the next token by its logits [vocab]; the penalties are ``Sampler``'s."""
+        """Choose the next token by its logits [vocab]; the penalties are ``Sampler``'s.
+
+        Raises:
+            H1ExportError: A logit is no number, or every token is excluded.
+        """
+        likeliest = int(logits.argmax())  # of a NaN, where there is one
+        if not isfinite(logits[likeliest]):
+            what = f"that of token {likeliest}, the largest, is {logits[likeliest]}"
+            raise H1ExportError("logits", what, "check the artifact: h1export validate")
         if self.temperature == 0:
-            return int(logits.argmax())
+            return likeliest
         scaled = logits.astype(np.float64) / self.temperature
         order = np.argsort(-scaled, kind="stable")[: self.top_k or len(scaled)]
         probabilities = np.exp(scaled[order] - scaled[order[0]])

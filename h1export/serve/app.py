@@ -30,7 +30,7 @@ from h1export.serve.exchange import (
 from h1export.serve.keys import ApiKeys
 from h1export.serve.metrics import CONTENT_TYPE, Metrics
 from h1export.serve.model import ServedModel
-from h1export.serve.problems import ProblemError
+from h1export.serve.problems import ProblemError, for_operator
 from h1export.serve.requests import ChatRequest, CompletionRequest, read
 
 GONE_STATUS = 499  # in metrics, as other servers count clients that did not wait
@@ -95,7 +95,7 @@ class Api:
                 return Response(status_code=GONE_STATUS)  # nobody reads it
             except Exception as error:
                 if not isinstance(error, ProblemError | H1ExportError):
-                    self._report(f"{path}: {type(error).__name__} while a request was answered; the others go on")
+                    self._report(for_operator(path, error))
                 response = refusal(error)
             self._metrics.answered(path, response.status_code)
             return response

@@ -8,6 +8,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
+from h1export.serve.problems import for_operator
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -71,7 +73,7 @@ class ModelWatch:
 
     def failed(self, error: BaseException) -> None:
         self._failed.inc()
-        self._report(f"{self._model}: {type(error).__name__} while a request was computed; the others go on")
+        self._report(for_operator(self._model, error))
 
 
 class _Gauges:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
-from h1export.errors import MOST_SHOWN, H1ExportError, printable, shortened
+from h1export.errors import MOST_SHOWN, H1ExportError, printable, reason, shortened
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -58,3 +60,13 @@ def failure(error: BaseException) -> ProblemError:
     if isinstance(error, ProblemError):
         return error
     return ProblemError(500, f"the server failed with {type(error).__name__}", SERVER, code="internal_error")
+
+
+def for_operator(where: str, error: BaseException) -> str:
+    """Return a line about an error of a request that was right: where, which, its reason, and the place that raised.
+
+    It is for whoever runs the server; the client gets ``failure``.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({PurePath(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return printable(f"{where}: {type(error).__name__}: {reason(error)}{place}; the other requests go on")

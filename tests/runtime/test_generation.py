@@ -95,3 +95,12 @@ def test_a_mask_leaves_what_it_allows() -> None:
 def test_what_is_no_sampling(wrong: dict[str, Any]) -> None:
     with pytest.raises(H1ExportError, match=r"sampling: "):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_choose_nothing(wrong: float, temperature: float) -> None:
+    logits = LOGITS.copy()
+    logits[2 if wrong != -np.inf else np.s_[:]] = wrong  # a single excluded token is none's fault
+    with pytest.raises(H1ExportError, match=r"^logits: that of token \d, the largest, is "):
+        Sampler(Sampling(temperature=temperature)).choose(logits)

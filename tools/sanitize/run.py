@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from h1export.targets.onnxruntime import native_library
+from h1export.targets.onnxruntime import kernel_build, native_library
 from sanitize import builds, plugin_cases
 from sanitize.builds import ENVIRONMENT, MEMORY, REPORT, THREADS, Build
 
@@ -43,7 +43,7 @@ def nodes(program: Path, seed: int, count: int, *, changes: int = CHANGES, calls
 
 def planted(folder: Path) -> str:
     """Return the report that a planted fault gives; raises where there is none."""
-    source = native_library.FOLDER / "csrc" / "silu_mul.cc"
+    source = kernel_build.FOLDER / "csrc" / "silu_mul.cc"
     text = source.read_text("utf-8")
     assert text.count(PLANTED[0]) == 1
     copy = folder / "silu_mul.cc"

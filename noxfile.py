@@ -53,6 +53,7 @@ SLOW = (
     "tests/targets/onnxruntime/native/test_subnormal_scales.py",
     "tests/targets/onnxruntime/test_cuda.py",
     "tests/targets/onnxruntime/test_cuda_bf16.py",
+    "tests/targets/onnxruntime/test_numerics.py",
     "tests/tools/gpu_host/test_dry_run.py",
 )
 

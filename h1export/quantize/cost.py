@@ -17,7 +17,7 @@ from h1export.model.falcon_h1.tensors import layer_prefix
 from h1export.quantize.choices import GROUP_SIZES, Step
 from h1export.quantize.layers import head_tensor, weights_by_input
 from h1export.quantize.methods.awq import EXPONENTS, SEARCH_BYTES
-from h1export.quantize.methods.gptq import ROUNDS
+from h1export.quantize.methods.descent import SWEEPS
 from h1export.quantize.methods.gptq_model import WEIGHING
 from h1export.quantize.methods.guard import held_out
 from h1export.quantize.methods.head_groups import GROUPS, POSITIONS, SKETCH
@@ -137,8 +137,8 @@ class _GptqCost(_Shapes):
         moments = sum(2 * 1.6 * tokens * columns**2 for columns in self._columns)  # one of the two is symmetric
         # An inverse has three steps, each of a third to two thirds of a product, in float64.
         inverses = sum(2 * 4 * columns**3 for columns in self._columns)
-        # Correcting, rounding and fitting cost about the same; a fit has two products.
-        turns = 2 + 2 * ROUNDS + 2
+        # Correcting and rounding cost a product each, a fit two, and a sweep of the descent two.
+        turns = 1 + 1 + 2 * 2 + 2 * SWEEPS
         rounding = sum(2 * turns * rows * columns**2 for rows, columns in self._projections)
         held = held_out(self._samples) * self._length
         judging = sum(3 * 2 * held * rows * columns for rows, columns in self._projections)

@@ -4,7 +4,8 @@ Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generativ
 act-order, lazy blocks, and the inverse by Cholesky. Three things differ:
 
 - Groups are static: a group's scale is chosen before any column is rounded, so that act-order may separate its columns.
-- Afterwards the scales are fitted to the codes by least squares.
+- Afterwards the scales are fitted to the codes by least squares, the codes move for these scales (descent.py), and the
+  scales are fitted again.
 - What is rounded is not the checkpoint's weight. It is the weight that, on the inputs of the quantised model, gives
   outputs nearest to the checkpoint's on the float model's inputs (the aim of Li et al., "GPTAQ", 2025, here by least
   squares before the rounding).
@@ -28,12 +29,12 @@ from torch import Tensor
 from h1export.errors import H1ExportError
 from h1export.model.falcon_h1.states import Array
 from h1export.plugins.gptq_rounding.launch import COLUMNS, round_columns
+from h1export.quantize.methods.descent import descended
 from h1export.quantize.methods.scale_search import searched_scales, searched_scales_on_gpu
 from h1export.quantize.precision import Precision
 from h1export.quantize.quantized_tensor import MAX_SCALE, MIN_SCALE, QuantizedTensor
 
 DAMPING = 0.01  # the share of the mean second moment that is added to the diagonal
-ROUNDS = 1  # fits of scales, each followed by a rounding; a second changes no measurable figure of two models
 OLD_SCALE_WEIGHT = 1e-4  # relative weight of the old scales in a fit
 MAX_SCALE_CHANGE = 1.5  # largest factor by which a fit may change a scale
 LAZY_COLUMNS = COLUMNS  # 128: columns whose corrections are applied to all later ones together, as one matrix product
@@ -97,8 +98,8 @@ def invert(moments: Tensor, name: str, drift: Tensor | None = None, *, damping: 
 def solve_rows(weight: Array, precision: Precision, inverse: Inverse, *, name: str) -> QuantizedTensor:
     """Returns the integers of ``weight`` [rows, columns], with row scales of 1; rows do not influence each other.
 
-    Searched scales come first. Then GPTQ chooses codes for the scales, and a fit chooses scales for the codes, ROUNDS
-    times.
+    Searched scales come first, and GPTQ chooses codes for them. Then a fit chooses scales for the codes, codes move for
+    the scales, and a second fit is the last.
 
     Raises:
         H1ExportError: as quantize_rows does.
@@ -114,9 +115,9 @@ def solve_rows(weight: Array, precision: Precision, inverse: Inverse, *, name: s
     else:
         scales = searched_scales_on_gpu(groups, precision, importance, name=name)
     codes = round_rows(wanted, scales, precision, inverse=inverse)
-    for _ in range(ROUNDS):
-        scales = fitted_scales(wanted, codes, scales, inverse=inverse)
-        codes = round_rows(wanted, scales, precision, inverse=inverse)
+    scales = fitted_scales(wanted, codes, scales, inverse=inverse)
+    steps = torch.from_numpy(scales.astype(np.float32)).to(wanted.device)
+    codes = descended(wanted, codes, steps, moments=inverse.moments, lowest=-precision.top, highest=precision.top)
     scales = fitted_scales(wanted, codes, scales, inverse=inverse)
     return QuantizedTensor(codes.cpu().numpy(), scales, np.ones(rows, np.float32))
 

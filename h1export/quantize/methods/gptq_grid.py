@@ -1,7 +1,7 @@
 """GPTQ into a GridFormat: as in gptq.py, with the steps and offsets that the format has.
 
-Codes are chosen for searched scales. Then, ROUNDS times, the blocks' scales and minimums are fitted to the codes by
-least squares, with the integers of the groups as they are, and codes are chosen again.
+Codes are chosen for searched scales. Then the blocks' scales and minimums are fitted to the codes by least squares,
+with the integers of the groups as they are, and again after codes have moved for them (descent.py).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from h1export.model.falcon_h1.states import Array
 from h1export.quantize.grid import BlockScales, GridFormat, PackedRows, in_fp16
+from h1export.quantize.methods.descent import descended
 from h1export.quantize.methods.gptq import (
     MAX_SCALE_CHANGE,
     OLD_SCALE_WEIGHT,
-    ROUNDS,
     Inverse,
     column_by_column,
     feed_back,
@@ -40,9 +40,11 @@ def solve_own_rows(weight: Array, format_: GridFormat, inverse: Inverse, *, name
     parts = [searched(block, inverse.importance, format_, name=name) for block in blocks]
     scales = BlockScales(*(torch.cat(column) for column in zip(*map(_fields, parts), strict=True)))
     codes = round_on_grid(wanted, scales, format_, inverse=inverse)
-    for _ in range(ROUNDS):
-        scales = fitted(wanted, codes, scales, inverse=inverse)
-        codes = round_on_grid(wanted, scales, format_, inverse=inverse)
+    scales = fitted(wanted, codes, scales, inverse=inverse)
+    offsets = scales.offsets.repeat_interleave(format_.width, 1)
+    codes = descended(
+        wanted + offsets, codes, scales.steps, moments=inverse.moments, lowest=format_.lowest, highest=format_.highest
+    )
     scales = fitted(wanted, codes, scales, inverse=inverse)
     on_cpu = BlockScales(*(field.cpu() for field in _fields(scales)))
     return format_.pack(on_cpu, codes.cpu().numpy())

@@ -39,8 +39,8 @@ from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import StateSpec
 from h1export.report.checks import Phase
 from h1export.validate.speed.bench import interleave
-from h1export.validate.speed.memory_traffic import read_bandwidth, step_bytes
-from h1export.validate.speed.statistics import Estimate, estimate, ratio
+from h1export.validate.speed.memory_traffic import Bandwidth, Turn, step_bytes
+from h1export.validate.speed.statistics import estimate, ratio
 from h1export.validate.speed.worker import RunnerModel, Timing, WorkerProcess
 
 HERE = Path(__file__).parent
@@ -189,7 +189,7 @@ class Run:
     peers: list[Peer]
     timings: tuple[Timing, ...]
     rounds: int
-    bandwidth: dict[int, Estimate] = field(default_factory=dict)
+    bandwidth: dict[int, Bandwidth] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
     peaks: list[tuple[str, int, int]] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
@@ -197,7 +197,8 @@ class Run:
     def at(self, threads: int) -> None:
         """Measure every peer with ``threads`` threads; the cells of one that fails have the reason."""
         loaded: dict[str, Measured] = {}
-        jobs: dict[Any, Callable[[], float]] = {None: read_bandwidth(threads)}
+        turn = Turn(threads)
+        jobs: dict[Any, Callable[[], float]] = {None: turn}
         notes: dict[Any, str] = {}
         for peer in self.peers:
             name = peer.facts.name
@@ -215,7 +216,8 @@ class Run:
                     jobs[key]()
             print(f"threads {threads}: {timing.phase} {timing.tokens} warmed up", file=sys.stderr)
         samples = interleave(jobs, self.rounds)
-        self.bandwidth[threads] = estimate(samples.pop(None))
+        samples.pop(None)
+        self.bandwidth[threads] = Bandwidth.of(turn.reads, self._decode_reads(samples))
         self.cells += [
             self._cell(peer, threads, timing, samples=samples, notes=notes)
             for peer in self.peers
@@ -226,6 +228,14 @@ class Run:
             with suppress(H1ExportError):  # its process has ended, and the cells have the reason
                 self.peaks.append((name, threads, measured.finish()))
 
+    def _decode_reads(self, samples: Mapping[Any, list[float]]) -> Iterator[float]:
+        """Yield the bytes per second that the fastest decode of each peer and length has read."""
+        for peer in self.peers:
+            for timing in filter(_is_read_bound, self.timings):
+                speeds = [speed for speed in samples.get((peer.facts.name, timing), ()) if not math.isnan(speed)]
+                if speeds:
+                    yield peer.step_bytes(timing.tokens) * max(speeds)
+
     def _cell(
         self, peer: Peer, threads: int, timing: Timing, *, samples: Mapping[Any, list[float]], notes: Mapping[Any, str]
     ) -> Cell:
@@ -235,8 +245,8 @@ class Run:
         found = samples[name, timing]
         speed = estimate(found)
         share = (
-            peer.step_bytes(timing.tokens) * speed.median / self.bandwidth[threads].median
-            if timing.phase is Phase.DECODE and timing.batch == 1
+            peer.step_bytes(timing.tokens) * speed.median / self.bandwidth[threads].best
+            if _is_read_bound(timing)
             else None
         )
         rivals = [
@@ -246,6 +256,11 @@ class Run:
         ]
         best = max(rivals, key=lambda rival: estimate(rival).median, default=None)
         return Cell(name, threads, timing, speed, share, ratio(found, best) if best else None, tuple(found))
+
+
+def _is_read_bound(timing: Timing) -> bool:
+    """Whether a step reads every weight once for a single token."""
+    return timing.phase is Phase.DECODE and timing.batch == 1
 
 
 def _speed(measured: Measured, timing: Timing, *, key: Any, notes: dict[Any, str]) -> float:

@@ -41,22 +41,6 @@ TESTED_WITH = (
     "cyclonedx-python-lib",
 )
 
-# the files with tests marked `slow`
-SLOW = (
-    "tests/validate/accuracy/test_right_artifacts.py",
-    "tests/validate/speed/test_bench.py",
-    "tests/tools/endurance/test_endurance.py",
-    "tests/cli/test_cli.py",
-    "tests/cli/test_gate.py",
-    "tests/cli/test_plan.py",
-    "tests/quantize/test_gptq_model.py",
-    "tests/targets/onnxruntime/native/test_subnormal_scales.py",
-    "tests/targets/onnxruntime/test_cuda.py",
-    "tests/targets/onnxruntime/test_cuda_bf16.py",
-    "tests/targets/onnxruntime/test_numerics.py",
-    "tests/tools/gpu_host/test_dry_run.py",
-)
-
 nox.options.default_venv_backend = (
     "virtualenv"  # with pip, whose configuration on a machine picks the CPU build of torch
 )
@@ -336,7 +320,8 @@ def published(session: nox.Session) -> None:
 def selftest(session: nox.Session) -> None:
     """The tests that take too long for CI: `validate`'s self-test, the GPU bundle's dry run, and others."""
     session.install("-e", ".[export,ort,trt]", *dev("pytest", "hypothesis"))
-    session.run("pytest", "-q", "-m", "slow", *SLOW, *session.posargs)
+    files = sorted(str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.slow" in file.read_text("utf-8"))
+    session.run("pytest", "-q", "-m", "slow", *files, *session.posargs)
 
 
 def need_chromium(session: nox.Session) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SWEEPS = 2  # over all columns; they take five sixths of what can be had
+SWEEPS = 2  # over all columns; two take five sixths of what four do
 LAZY_COLUMNS = 64  # columns whose moves reach all others together, as one matrix product
 
 

@@ -24,7 +24,7 @@ class Evaluator:
     Ops compute in float32; an fp16 result is rounded once, at the op's output. A device may round intermediate results
     elsewhere, so its bits may differ. Declared types, shapes and bounds are checked in every run.
 
-    Threads may share it. All evaluators of a process take turns, because each limits torch's threads while it runs.
+    Threads may share it. All evaluators of a process take turns, because each limits torch's threads while it compiles or runs.
 
     Args:
         package: the package.
@@ -39,7 +39,8 @@ class Evaluator:
     def __init__(self, package: Package, function: str | None = None, without_weights: bool = False) -> None:
         self._package = package
         self.function: Function = package.function(function or package.default_function)
-        compiler = Compiler(package, self.function, without_weights)
+        with _one_thread():
+            compiler = Compiler(package, self.function, without_weights)
         self._steps = compiler.steps
         self._output_slots = compiler.output_slots
         self._input_slots = compiler.input_slots
@@ -129,9 +130,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Limit torch to one thread, and let one evaluator run at a time.
+    """Limit torch to one thread, and let one evaluator compile or run at a time.
 
-    It only does small conversions here, which can take a hundred times as long with a second thread to wait for.
+    Its small conversions can take a hundred times as long with a second thread to wait for. And a forked process would
+    wait forever for the threads that its parent's torch had.
     """
     with _turn:
         threads = torch.get_num_threads()

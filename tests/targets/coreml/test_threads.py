@@ -53,11 +53,17 @@ def test_magnitudes_and_threads_of_torch_are_those_of_one_thread(artifact: Artif
 
 
 def test_a_fork_may_load_what_a_thread_was_running(artifact: Artifact) -> None:
-    """The turn of a thread that a forked process does not have is not waited for there."""
+    """Neither the turn nor torch's threads, which a forked process does not have, are waited for there."""
 
     def work() -> None:
         assert not evaluator._turn.locked()
-        load_runner(artifact)
+        by_session(load_runner(artifact), 0)
 
-    with evaluator._turn:
-        in_fork(work)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1 << 20).half()  # torch has threads from here on
+        with evaluator._turn:
+            in_fork(work)
+    finally:
+        torch.set_num_threads(before)

@@ -24,7 +24,8 @@ class Evaluator:
     Ops compute in float32; an fp16 result is rounded once, at the op's output. A device may round intermediate results
     elsewhere, so its bits may differ. Declared types, shapes and bounds are checked in every run.
 
-    Threads may share it. All evaluators of a process take turns, because each limits torch's threads while it compiles or runs.
+    Threads may share it. All evaluators of a process take turns, because each limits torch's threads while it compiles
+    or runs.
 
     Args:
         package: the package.

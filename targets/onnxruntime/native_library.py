@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -78,10 +79,19 @@ def compiled(extra_flags: Sequence[str] = ()) -> Path:
         H1ExportError: There is no compiler, the compiler failed, or the cache cannot be written or trusted
             (h1export/runtime/code_cache.py).
     """
+    from h1export.host import cores  # psutil would cost each start 20 ms
+
     command = kernel_build.command(_compiler(), [*kernel_build.for_this_machine(platform.machine()), *extra_flags])
 
     def make(folder: Path) -> Path:
-        _run([*command, *map(str, SOURCES), "-o", str(folder / NAME)])
+        def compile_one(source: Path) -> str:
+            out = str(folder / f"{source.stem}.o")
+            _run([*command, "-c", str(source), "-o", out])
+            return out
+
+        with ThreadPoolExecutor(cores()) as pool:
+            objects = list(pool.map(compile_one, SOURCES))
+        _run([*command, *objects, "-o", str(folder / NAME)])
         return folder / NAME
 
     return cached("native", _key(command), NAME, make=make)

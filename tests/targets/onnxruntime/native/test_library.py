@@ -6,6 +6,7 @@ Compilers here are small scripts.
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +14,16 @@ from pathlib import Path
 import pytest
 
 from h1export.errors import H1ExportError
-from h1export.targets.onnxruntime import native_library
+from h1export.targets.onnxruntime import kernel_build, native_library
 
-# writes its arguments to what follows -o; counts its runs; "-dM" asks what the compiler defines
+# writes its arguments to what follows -o, and to the log, a line a run; "-dM" asks what the compiler defines
 FAKE = """#!{python}
 import os, pathlib, sys
 if "-dM" in sys.argv:
     print("#define __VERSION__", {version!r})
 else:
     log = os.open({log!r}, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-    os.write(log, b"x")
+    os.write(log, (" ".join(sys.argv) + "\\n").encode())
     pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_text(" ".join(sys.argv))
 """
 
@@ -35,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fake_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, version: str = "1") -> Path:
-    """Make $CXX such a script; the file whose length counts its compilations."""
+    """Make $CXX such a script; return the log of its runs."""
     script = folder / "fake-c++"
     log = folder / "log"
     script.write_text(FAKE.format(python=sys.executable, log=str(log), version=version))
@@ -49,9 +50,10 @@ def test_it_compiles_once(cache: Path, tmp_path: Path, monkeypatch: pytest.Monke
     first = native_library.compiled()
     assert first == native_library.compiled()
     assert first.is_relative_to(cache)
-    assert "--an-argument" in first.read_text()
-    assert all(str(source) in first.read_text() for source in native_library.SOURCES)
-    assert len(log.read_text()) == 1
+    *compilations, link = log.read_text().splitlines()
+    assert sorted(Path(line.partition(" -c ")[2].split()[0]) for line in compilations) == list(native_library.SOURCES)
+    assert all(f"{source.stem}.o" in link for source in native_library.SOURCES)
+    assert all("--an-argument" in line for line in (*compilations, link))
     assert {file.name for file in first.parent.iterdir()} == {native_library.NAME, f"{native_library.NAME}.sha256"}
 
 
@@ -111,3 +113,10 @@ def test_a_cache_that_cannot_be_written_is_named(cache: Path, tmp_path: Path, mo
     cache.write_text("a file where a folder should be")
     with pytest.raises(H1ExportError, match=f"{os.path.basename(cache)}.*cannot be written.*set XDG_CACHE_HOME"):
         native_library.compiled()
+
+
+def test_the_sources_have_no_warnings_for_this_cpu() -> None:
+    """The other levels' are errors where the tests compile them (conftest.py)."""
+    flags = (*kernel_build.for_this_machine(platform.machine()), "-Wall", "-Wextra", "-Werror", "-fsyntax-only")
+    for source in kernel_build.SOURCES:
+        subprocess.run([*kernel_build.command(["c++"], flags), str(source)], check=True)

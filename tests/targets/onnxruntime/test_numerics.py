@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,20 @@ both_kernels = pytest.mark.parametrize("kernels", ["stock", "native"])
 both_kernels_slowly = pytest.mark.parametrize("kernels", [pytest.param("stock", marks=pytest.mark.slow), "native"])
 
 
-def rows(artifact: Artifact, checkpoint: Path, against: str, kernels: Kernels = "auto") -> list[Row]:
+def compared(artifact: Artifact, checkpoint: Path, kernels: Kernels = "auto") -> dict[str, list[Row]]:
+    """The rows of a validation that compare outputs, by what they compare."""
     shipped, exact = (load_runner(artifact, float32=float32, kernels=kernels) for float32 in (False, True))
     report = validate(artifact, shipped, exact, checkpoint=checkpoint, options=NO_LATENCY, progress=SILENT)
     assert report.passed, report.to_json()
-    return [row for row in report.rows if row.comparison == against and row.compares_outputs]
+    found = defaultdict(list)
+    for row in report.rows:
+        if row.compares_outputs:
+            found[row.comparison].append(row)
+    return found
+
+
+def rows(artifact: Artifact, checkpoint: Path, against: str, kernels: Kernels = "auto") -> list[Row]:
+    return compared(artifact, checkpoint, kernels)[against]
 
 
 def assert_exact(found: list[Row], limit: float) -> None:
@@ -89,9 +99,9 @@ def test_larger_groups_are_exact(group_size: int, tiny: Path, build: Build) -> N
 
 @both_kernels
 def test_accuracy_level_4_drifts_and_says_how_far(kernels: Kernels, tiny: Path, build: Build) -> None:
-    artifact = build(tiny, "int4", accuracy_level=4)
-    assert_exact(rows(artifact, tiny, "stored", kernels), EXACT)  # the same file in float32 arithmetic
-    drift = max(row.figures["logits"] for row in rows(artifact, tiny, "drift", kernels))
+    found = compared(build(tiny, "int4", accuracy_level=4), tiny, kernels)
+    assert_exact(found["stored"], EXACT)  # the same file in float32 arithmetic
+    drift = max(row.figures["logits"] for row in found["drift"])
     print(f"accuracy level 4: logits drift by {drift:.2e} of their range")
     assert 1e-4 < drift < 0.08  # int8 activations cannot be exact; the upper end is the default gate
 
@@ -102,8 +112,9 @@ def test_keys_and_values_in_16_bits_drift_and_are_exact_in_float32(kernels: Kern
     assert artifact.manifest.inputs["past_key_values.0.key"][0] == "FLOAT16"
     assert artifact.manifest.outputs["present.0.value"][0] == "FLOAT16"
     assert artifact.manifest.inputs["past_key_values.0.recurrent_state"][0] == "FLOAT"
-    assert_exact(rows(artifact, tiny, "stored", kernels), EXACT)  # the same file in float32 arithmetic
-    drift = rows(artifact, tiny, "drift", kernels)
+    found = compared(artifact, tiny, kernels)
+    assert_exact(found["stored"], EXACT)  # the same file in float32 arithmetic
+    drift = found["drift"]
     logits = max(row.figures["logits"] for row in drift)
     print(f"keys and values in fp16: logits drift by {logits:.2e} of their range")
     assert 1e-5 < logits < 1e-3  # a key has 11 bits
@@ -117,8 +128,9 @@ def test_keys_and_values_in_int8_drift_and_are_exact_in_float32(kernels: Kernels
     assert artifact.manifest.inputs["past_key_values.0.key"] == ("INT8", ("batch", 2, "past", dim + dim // 16))
     assert artifact.manifest.outputs["present.0.value"][0] == "INT8"
     assert artifact.manifest.inputs["past_key_values.0.recurrent_state"][0] == "FLOAT"
-    assert_exact(rows(artifact, tiny, "stored", kernels), EXACT)  # the same file in float32 arithmetic
-    drift = rows(artifact, tiny, "drift", kernels)
+    found = compared(artifact, tiny, kernels)
+    assert_exact(found["stored"], EXACT)  # the same file in float32 arithmetic
+    drift = found["drift"]
     figures = {name: max(row.figures[name] for row in drift) for name in ("logits", "states", "kl")}
     print(f"keys and values in int8: drift {figures}")
     assert 1e-3 < figures["logits"] < 5e-3 < tolerances.CODES["logits"] / 5

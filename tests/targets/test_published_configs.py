@@ -60,8 +60,15 @@ def behind(checkpoint: Path, tokens: list[int]) -> float:
     return float(((best - chosen) / (best - worst)).max())
 
 
-@pytest.mark.parametrize("target", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in target_infos()])
-@pytest.mark.parametrize("name", PUBLISHED)
+def cases() -> list[Any]:
+    """Every config on every target."""
+    pairs = [(name, target) for name in PUBLISHED for target in target_infos()]
+    marks = {pair: [getattr(pytest.mark, pair[1])] for pair in pairs}
+    marks["Falcon-H1-0.5B-Base", "mlx"].append(pytest.mark.slow)  # its products take most of a minute on a CPU
+    return [pytest.param(*pair, marks=marks[pair], id="-".join(pair)) for pair in pairs]
+
+
+@pytest.mark.parametrize(("name", "target"), cases())
 @pytest.mark.usefixtures("without_plugin")
 def test_a_published_config_builds_validates_and_generates(
     name: str, target: str, checkpoint_of: Callable[[str], Path], tmp_path: Path

@@ -36,10 +36,15 @@ def ours(out: Path, threads: int) -> list[str]:
     return [program, "generate", str(out), PROMPT, "--max-tokens", "1", "--threads", str(threads)]
 
 
-def theirs(program: Path, gguf: Path, threads: int) -> list[str]:
+def theirs(program: Path, gguf: Path, threads: int, *, prompt: int = TOKENS) -> list[str]:
     """The command that computes a prompt, whose last logits are those of the first token."""
-    numbers = ("-p", str(TOKENS), "-n", "0", "-r", "1", "-t", str(threads))
+    numbers = ("-p", str(prompt), "-n", "0", "-r", "1", "-t", str(threads))
     return [str(program), "-m", str(gguf), *numbers, "--no-warmup"]
+
+
+def bytes_read(artifact: Artifact) -> int:
+    """Return the bytes of the files that generation reads."""
+    return sum(size for name, (_, size) in artifact.manifest.files.items() if name not in UNUSED)
 
 
 def watched(command: list[str]) -> tuple[float, int]:
@@ -58,9 +63,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     artifact = Artifact.open(args.out)
-    read = sum(size for name, (_, size) in artifact.manifest.files.items() if name not in UNUSED)
     commands = {"h1export": ours(args.out, args.threads)}
-    sizes = {"h1export": read + state_bytes(artifact.manifest, artifact.config, TOKENS)}
+    sizes = {"h1export": bytes_read(artifact) + state_bytes(artifact.manifest, artifact.config, TOKENS)}
     if args.llama_bench and args.gguf:
         commands["llama.cpp"] = theirs(args.llama_bench, args.gguf, args.threads)
         sizes["llama.cpp"] = args.gguf.stat().st_size + state_bytes(artifact.manifest, artifact.config, TOKENS)

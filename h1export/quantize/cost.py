@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from time import perf_counter
 from typing import Protocol
 
@@ -118,14 +118,13 @@ class _GptqCost(_Shapes):
         stopped = 2 * 4 * tokens * (self._hidden_size + widest)
         weights = 2 * 4 * self._layer
         running = (jobs + 1) * 4 * self._length * (sum(self._columns) + 8 * self._hidden_size)
-        # The equations for the scales of a row have groups x groups coefficients.
-        fitting = FIT_BYTES * SOLVE_BYTES // 4 * widest // LEAST_GROUP**2
-        solving_rows = SOLVE_COPIES * SOLVE_BYTES + fitting
-        solving = INVERSE_COPIES * 8 * widest**2 + jobs * solving_rows
+        solving_rows = max((_solving_bytes(*shape, jobs=jobs) for shape in self._projections), default=0)
+        solving = INVERSE_COPIES * 8 * widest**2 + solving_rows
         rows, columns = self._head
         grouping = (jobs + 1) * 4 * rows * (PROBABILITY_COPIES * POSITIONS + SKETCH) + 2 * 4 * rows * GROUPS
         heavy = 3 * 2 * 4 * int(WEIGHING * tokens) * columns  # gathered, and weighted
-        solving_groups = jobs * (INVERSE_COPIES * 8 * columns**2 + solving_rows + heavy)  # every thread has a group's
+        # Every thread has a group's.
+        solving_groups = jobs * (INVERSE_COPIES * 8 * columns**2 + heavy) + _solving_bytes(rows, columns, jobs=jobs)
         judging = 4 * rows * (2 * columns + 4 * POSITIONS)  # a candidate and its codes, some positions' probabilities
         head = 5 * rows * columns + 2 * 4 * tokens * self._hidden_size + max(grouping, solving_groups, judging)
         return max(stopped + weights + max(running, solving), head)
@@ -149,6 +148,14 @@ class _GptqCost(_Shapes):
         judging = 4 * 2 * held * rows * columns  # predictions of the full model beside those of two candidates
         head = (logits + groups + 2 * turns * rows * columns**2) / jobs + judging
         return (self._layers * layer + head) / _flops_per_second()
+
+
+def _solving_bytes(rows: int, columns: int, *, jobs: int) -> int:
+    """Returns the bytes of the blocks of rows of a weight that ``jobs`` threads solve at a time."""
+    weight = 4 * rows * columns
+    blocks = min(weight, min(jobs, ceil(weight / SOLVE_BYTES)) * SOLVE_BYTES)
+    # The equations for the scales of a row have groups x groups coefficients.
+    return blocks * SOLVE_COPIES + FIT_BYTES * blocks // 4 * columns // LEAST_GROUP**2
 
 
 class _AwqCost(_Shapes):

@@ -37,6 +37,7 @@ from h1export.artifact.journal import SCRATCH, Extent
 from h1export.artifact.stage import Stage
 from h1export.artifact.weight_file import Rows, WeightFile, in_order
 from h1export.checkpoint.store import WeightStore
+from h1export.host import return_freed_memory
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.model.falcon_h1.states import Array, Ids
 from h1export.progress import Progress
@@ -164,6 +165,7 @@ class _Solver:
         if self._solved.lacks(self._head):
             progress.stage("GPTQ, head")
             self._solve_head()
+            return_freed_memory()
 
     def _solve_layer(self, layer: int, groups: InputGroups) -> None:
         """Solve the projections in ``groups``, and write both inputs of the next layer."""
@@ -174,7 +176,9 @@ class _Solver:
         )
         for stop, names in enumerate(STOPS):
             at = deque(in_order(calls, self._stage.jobs))
+            return_freed_memory()
             self._solve_groups({name: groups[name] for name in names if name in groups}, at)
+            return_freed_memory()
             right.put(stop)
             found.put(stop)
             calls = _advances(right, found, stop, at=at)
@@ -198,6 +202,7 @@ class _Solver:
         grouped = head.bfloat16() if self._device.halves else head
         found = group_head(self._head_inputs, grouped, self._config.lm_head_multiplier, jobs=self._stage.jobs)
         del grouped
+        return_freed_memory()
         pairs = list(in_order(self._head_inputs(), self._stage.jobs))
         unweighted = Moments.of(pairs, self._stage.jobs, device=self._device)
         rows_of_groups = [torch.nonzero(found.groups == group)[:, 0].numpy() for group in range(len(found.weights))]
@@ -210,6 +215,7 @@ class _Solver:
             solved = solved or [np.empty((len(head), *part.shape[1:]), part.dtype) for part in parts]
             for array, part in zip(solved, parts, strict=True):
                 array[rows] = part
+            return_freed_memory()
         self._solved.write_head(
             self._head, solved, self._held_inputs, head=head, multiplier=self._config.lm_head_multiplier
         )

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ LEVELS = kernel_build.LEVELS["aarch64"][:-1]  # the last one has plain C++
 KINDS = ("sdot", "smmla", "vector", "load", "store", "prefetch", "scalar")
 MOST_ERROR = 1e-2  # of the root mean square; rounding activations to int8 by blocks costs some 5e-3
 TOOLS = "aarch64-linux-gnu-"
+PACKAGES = {"gcc": "gcc", f"{TOOLS}g++": "g++-aarch64-linux-gnu", "cmake": "cmake", "qemu-aarch64": "qemu-user"}
 
 
 def run(*words: object) -> str:
@@ -100,6 +102,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 1024], metavar=("ROWS", "COLUMNS"))
     args = parser.parse_args()
+    missing = [package for program, package in PACKAGES.items() if not shutil.which(program)]
+    if missing:
+        sys.exit(f"instructions: on Debian, apt-get install {' '.join(missing)}")
     table = Table(title=f"instructions for a weight and an activation, {' x '.join(map(str, args.shape))}")
     for heading in ("level", "tokens", "program", "all", *KINDS):
         table.add_column(heading, justify="right")

@@ -83,7 +83,10 @@ def lint(session: nox.Session) -> None:
     plugin = ROOT / "targets" / "tensorrt" / "plugin" / "csrc"
     driver = ROOT / "tools" / "gpu_host" / "driver"
     hosts = [ROOT / "tools" / name / "csrc" for name in ("sanitize", "faults", "wheels")]
-    sources = [str(file) for folder in (kernels, plugin, driver, *hosts) for file in sorted(folder.glob("*.[ch]*"))]
+    drivers = ROOT / "benchmarks" / "instructions"
+    sources = [
+        str(file) for folder in (kernels, plugin, driver, *hosts, drivers) for file in sorted(folder.glob("*.[ch]*"))
+    ]
     session.run("clang-format", "--dry-run", "--Werror", *sources)
     flags = ("-std=c++20", "-march=native", "-isystem", str(kernels.parent / "include"))
     session.run("clang-tidy", "--quiet", *map(str, sorted(kernels.glob("*.cc"))), "--", *flags, silent=True)

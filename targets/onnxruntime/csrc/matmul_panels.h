@@ -4,6 +4,7 @@
 
 #include "activations.h"
 #include "matmul.h"
+#include "rows_neon.h"
 #include "simd.h"
 
 namespace h1 {
@@ -57,13 +58,16 @@ void unpack(const Weights& w, size_t row, const Panel& panel) {
   }
 }
 
-// Sums of one block's products for kPanel rows and kPanelTokens tokens, `stride` apart; the block begins at word
-// `block_word`.
+#if defined(H1_NEON_DOT)
+// Sums of one block's products for kPanel rows and kPanelTokens tokens, `stride` apart, four rows in a register; the
+// block begins at word `block_word`.
+constexpr size_t kFours = kPanel / 4;
+
 #if defined(H1_I8MM)
 // An instruction multiplies 2 rows and 2 tokens: 4 sums, of the first row first.
 template <class F>
 inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block_word,
-                       i32x8 (&totals)[kPanelTokens][kHalves]) {
+                       int32x4_t (&totals)[kPanelTokens][kFours]) {
   int32x4_t sums[kPanel / 2][kPanelTokens / 2] = {};
   for (size_t word = 0; word < F::kWords; word += kWordsTogether) {
     const int8_t* const words = x + (block_word + word) / kLanes * F::kChunk + (block_word + word) % kLanes * 4;
@@ -76,19 +80,79 @@ inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, siz
       for (size_t r = 0; r < kPanel / 2; ++r) {
         const int8x16_t of_rows = vreinterpretq_s8_u8(vld1q_u8(codes + r * 16));
         for (size_t t = 0; t < kPanelTokens / 2; ++t) sums[r][t] = vmmlaq_s32(sums[r][t], of_rows, of_tokens[t]);
+        asm volatile("" ::: "memory");  // loads stay behind what was computed before, as below
       }
     }
   }
   for (size_t t = 0; t < kPanelTokens / 2; ++t) {
-    for (size_t half = 0; half < kHalves; ++half) {
-      const int32x4_t a = sums[4 * half][t], b = sums[4 * half + 1][t];
-      const int32x4_t c = sums[4 * half + 2][t], d = sums[4 * half + 3][t];
-      totals[2 * t][half] = whole<i32x8>(vuzp1q_s32(a, b), vuzp1q_s32(c, d));
-      totals[2 * t + 1][half] = whole<i32x8>(vuzp2q_s32(a, b), vuzp2q_s32(c, d));
+    for (size_t four = 0; four < kFours; ++four) {
+      totals[2 * t][four] = vuzp1q_s32(sums[2 * four][t], sums[2 * four + 1][t]);
+      totals[2 * t + 1][four] = vuzp2q_s32(sums[2 * four][t], sums[2 * four + 1][t]);
     }
   }
 }
 #else
+// Adds word kWord of four of each token, 4 columns, times those of kPanel rows from `codes` on.
+template <int kWord>
+inline void add_word(const uint8_t* codes, const int8x16_t (&of_tokens)[kPanelTokens],
+                     int32x4_t (&totals)[kPanelTokens][kFours]) {
+  for (size_t four = 0; four < kFours; ++four) {
+    const int8x16_t of_rows = vreinterpretq_s8_u8(vld1q_u8(codes + four * 16));
+    for (size_t t = 0; t < kPanelTokens; ++t) {
+      totals[t][four] = vdotq_laneq_s32(totals[t][four], of_rows, of_tokens[t], kWord);
+      asm volatile("" : "+w"(totals[t][four]));  // in this order, or GCC runs out of registers
+    }
+  }
+}
+
+template <class F>
+inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block_word,
+                       int32x4_t (&totals)[kPanelTokens][kFours]) {
+  constexpr size_t kGroup = std::min<size_t>(F::kWords, 4);  // words that lie beside each other in one chunk
+  constexpr size_t kStep = F::kParts * kPanel * 4;
+  for (auto& of_token : totals) std::fill_n(of_token, kFours, vdupq_n_s32(0));
+  for (size_t first = 0; first < F::kWords; first += kGroup) {
+    const int8_t* const words = x + (block_word + first) / kLanes * F::kChunk + (block_word + first) % kLanes * 4;
+    for (size_t part = 0; part < F::kParts; ++part) {
+      int8x16_t of_tokens[kPanelTokens] = {};
+      for (size_t t = 0; t < kPanelTokens; ++t) std::memcpy(&of_tokens[t], words + t * stride + part * 32, kGroup * 4);
+      const uint8_t* at = codes + first * kStep + part * kPanel * 4;
+      add_word<0>(at, of_tokens, totals);
+      at = later(at + kStep);
+      add_word<1>(at, of_tokens, totals);
+      if constexpr (kGroup > 2) {
+        at = later(at + kStep);
+        add_word<2>(at, of_tokens, totals);
+        at = later(at + kStep);
+        add_word<3>(at, of_tokens, totals);
+      }
+    }
+  }
+}
+#endif
+
+// Adds one block's products for kPanel rows and kPanelTokens tokens to their sums; `floats` of a token are
+// `floats_stride` after those of the one before.
+template <class F>
+inline void add_block(const Panel& panel, size_t block, const int8_t* x, size_t stride, const float* floats,
+                      size_t floats_stride, f32x8 (&sums)[kPanelTokens][kHalves]) {
+  int32x4_t totals[kPanelTokens][kFours];
+  block_sums<F>(panel.codes + block * F::kBlock * kPanel, x, stride, block * F::kWords, totals);
+  float* const to = reinterpret_cast<float*>(&sums);
+  for (size_t t = 0; t < kPanelTokens; ++t) {
+    const float* const scale = floats + t * floats_stride + lane_of(block * F::kWords);
+    const float32x4_t correction = vld1q_dup_f32(scale + kLanes);
+    for (size_t four = 0; four < kFours; ++four) {
+      const float32x4_t value = vfmaq_n_f32(correction, vcvtq_f32_s32(totals[t][four]), scale[0]);
+      const float32x4_t of_rows = vld1q_f32(panel.scales + block * kPanel + four * 4);
+      float* const sum = to + t * kPanel + four * 4;
+      vst1q_f32(sum, vfmaq_f32(vld1q_f32(sum), value, of_rows));
+    }
+  }
+}
+#else
+// Sums of one block's products for kPanel rows and kPanelTokens tokens, `stride` apart; the block begins at word
+// `block_word`.
 template <class F>
 inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block_word,
                        i32x8 (&totals)[kPanelTokens][kHalves]) {
@@ -121,6 +185,9 @@ void multiply_panel(const Weights& w, const Panel& panel, size_t row, size_t row
   for (size_t t = 0; t < kPanelTokens; ++t) __builtin_prefetch(y + (token + t) * w.rows + row, 1);
   f32x8 sums[kPanelTokens][kHalves] = {};
   for (size_t block = 0; block < w.blocks; ++block) {
+#if defined(H1_NEON_DOT)
+    add_block<F>(panel, block, x, a.chunks * F::kChunk, floats, a.chunks * kFloats, sums);
+#else
     i32x8 totals[kPanelTokens][kHalves] = {};
     block_sums<F>(panel.codes + block * F::kBlock * kPanel, x, a.chunks * F::kChunk, block * F::kWords, totals);
     for (size_t t = 0; t < kPanelTokens; ++t) {
@@ -130,6 +197,7 @@ void multiply_panel(const Weights& w, const Panel& panel, size_t row, size_t row
         sums[t][half] += value * load(panel.scales + block * kPanel + half * kLanes);
       }
     }
+#endif
   }
   for (size_t t = 0; t < kPanelTokens; ++t) {
     float* out = y + (token + t) * w.rows + row;

@@ -3,9 +3,9 @@
 //   y[t, n] = bias[n] + factor[n] * sum over blocks b of
 //             scale_w[n, b] * (scale_x[t, b] * (sum of code_w * code_x) + correction[t, b])
 //
-// Few tokens (decode) are multiplied here, or by fours.h: each row is read once, as stored, and vectors run along its
-// columns; memory is the limit. Many (prefill) are multiplied by matmul_wide.h or matmul_panels.h: panels of rows are unpacked once, and
-// integer units are the limit.
+// Few tokens (decode) are multiplied here, or by fours.h or rows_neon.h: each row is read once, as stored, and vectors run
+// along its columns; memory is the limit. Many (prefill) are multiplied by matmul_wide.h or matmul_panels.h: panels of
+// rows are unpacked once, and integer units are the limit.
 #pragma once
 
 #include "activations.h"
@@ -13,6 +13,7 @@
 #include "matmul.h"
 #include "matmul_panels.h"
 #include "matmul_wide.h"
+#include "rows_neon.h"
 #include "simd.h"
 
 namespace h1 {
@@ -123,6 +124,21 @@ struct Few<F> {
   }
   static void multiply(const Weights& w, size_t begin, size_t end, const Activations& a, size_t tokens, float* y) {
     multiply_fours<F>(w, begin, end, a, tokens, y);
+  }
+};
+#endif
+
+#if defined(H1_NEON_DOT)
+template <class F>
+  requires kInRegisters<F>
+struct Few<F> {
+  static constexpr size_t kRows = 4;
+
+  static Activations round(const Weights& w, const float* x, size_t tokens, const Parallel& parallel) {
+    return round_tokens<F>(w, x, tokens, parallel);
+  }
+  static void multiply(const Weights& w, size_t begin, size_t end, const Activations& a, size_t tokens, float* y) {
+    multiply_few_in_registers<F>(w, begin, end, a, tokens, y);
   }
 };
 #endif

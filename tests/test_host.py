@@ -77,3 +77,14 @@ def test_a_process_is_pinned_to_as_many_cores_as_threads() -> None:
         assert host.pin(99) == (max(before),)
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries decide for themselves")
+def test_freed_memory_goes_back() -> None:
+    """Small blocks below one that is still held: glibc keeps them."""
+    blocks = [np.ones(8192) for _ in range(1000)]
+    last = np.ones(8192)
+    held = host.anonymous_bytes()
+    del blocks
+    host.return_freed_memory()
+    assert host.anonymous_bytes() < held - 900 * last.nbytes

@@ -178,7 +178,6 @@ class _Solver:
             at = deque(in_order(calls, self._stage.jobs))
             return_freed_memory()
             self._solve_groups({name: groups[name] for name in names if name in groups}, at)
-            return_freed_memory()
             right.put(stop)
             found.put(stop)
             calls = _advances(right, found, stop, at=at)
@@ -198,6 +197,7 @@ class _Solver:
 
     def _solve_head(self) -> None:
         """Solve and write the head: each group of rows on its own weighted moments, mixed with the unweighted ones."""
+        return_freed_memory()
         head = torch.from_numpy(self._float_weight(self._head)).to(self._device.place)
         grouped = head.bfloat16() if self._device.halves else head
         found = group_head(self._head_inputs, grouped, self._config.lm_head_multiplier, jobs=self._stage.jobs)
@@ -215,7 +215,7 @@ class _Solver:
             solved = solved or [np.empty((len(head), *part.shape[1:]), part.dtype) for part in parts]
             for array, part in zip(solved, parts, strict=True):
                 array[rows] = part
-            return_freed_memory()
+        return_freed_memory()
         self._solved.write_head(
             self._head, solved, self._held_inputs, head=head, multiplier=self._config.lm_head_multiplier
         )

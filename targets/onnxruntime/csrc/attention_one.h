@@ -88,7 +88,7 @@ inline void weigh(const float* weights, const T* values, size_t count, size_t di
     for (size_t j = 0; j < Vectors; ++j) {
       float* out = sums + h * dim + column + j * lanes<V>;
       const V all = factors[h] * load_as<V>(out) + sum[h][j];
-      std::memcpy(out, &all, sizeof all);
+      store_bytes(out, all);
     }
   }
 }

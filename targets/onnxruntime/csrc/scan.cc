@@ -69,7 +69,8 @@ void step_columns(size_t rows, size_t width, float decay, const float* B, const 
   load_all(u, drive);
   for (size_t n = 0; n < rows; ++n) {
     for (size_t j = 0; j < Count; ++j) {
-      const V S = decay * load_as<V>(state + n * width + j * kWidth) + B[n] * drive[j];
+      V S = load_bytes<V>(state + n * width + j * kWidth);
+      S = decay * S + B[n] * drive[j];
       store_bytes(new_state + n * width + j * kWidth, S);
       sum[j] += C[n] * S;
     }

@@ -9,21 +9,17 @@ namespace h1 {
 template <class V>
 constexpr size_t lanes = sizeof(V) / sizeof(float);
 
-// What load_as<V> reads: f32x8 or f32x16, from floats, halves or codes, or one float.
+// What load_as<V> reads: f32x8 or f32x16, from floats, halves or codes.
 template <class V, class T>
 V load_as(const T* p) {
   return load(p);
-}
-template <>
-inline float load_as<float>(const float* p) {
-  return *p;
 }
 
 // Vectors that lie one after another. GCC keeps arrays in memory that it copies as one block, but for vectors of its own.
 template <class V, size_t Count>
 void load_all(const float* p, V (&v)[Count]) {
 #if defined(H1_NEON)
-  for (size_t i = 0; i < Count; ++i) v[i] = load_as<V>(p + i * lanes<V>);
+  for (size_t i = 0; i < Count; ++i) v[i] = load_bytes<V>(p + i * lanes<V>);
 #else
   std::memcpy(v, p, sizeof v);
 #endif

@@ -15,7 +15,8 @@ V load_as(const T* p) {
   return load(p);
 }
 
-// Vectors that lie one after another. GCC keeps arrays in memory that it copies as one block, but for vectors of its own.
+// Vectors that lie one after another. GCC keeps an array in memory that it copies as one block, unless it has vectors of
+// its own.
 template <class V, size_t Count>
 void load_all(const float* p, V (&v)[Count]) {
 #if defined(H1_NEON)

@@ -84,11 +84,13 @@ inline void weigh(const float* weights, const T* values, size_t count, size_t di
       for (size_t j = 0; j < Vectors; ++j) sum[h][j] += weights[h * kOneKeys + i] * value[j];
     }
   }
+  H1_UNROLL
   for (size_t h = 0; h < Heads; ++h) {
+    H1_UNROLL
     for (size_t j = 0; j < Vectors; ++j) {
       float* out = sums + h * dim + column + j * lanes<V>;
       const V all = factors[h] * load_as<V>(out) + sum[h][j];
-      std::memcpy(out, &all, sizeof all);
+      store_bytes(out, all);
     }
   }
 }

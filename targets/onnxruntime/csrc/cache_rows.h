@@ -82,7 +82,7 @@ inline void store_row(int8_t* row, const float* columns, size_t dim) {
     i32x8 tops{};  // magnitudes are in the order of their bits, and infinities and NaN are beyond all others
     for (size_t i = 0; i < kScaled; i += kLanes) {
       const i32x8 bits = load_bytes<i32x8>(columns + d + i) & kMagnitude;
-      tops = bits > tops ? bits : tops;
+      tops = max(bits, tops);
     }
     int32_t top = 0;
     for (size_t i = 0; i < kLanes; ++i) top = std::max(top, static_cast<int32_t>(tops[i]));

@@ -53,7 +53,7 @@ template <class V, size_t Rows, size_t Vectors>
     for (size_t j = 0; j < Vectors; ++j) {
       float* out = c + i * c_row + j * kWidth;
       if (beta != nullptr) sum[i][j] += beta[i] * load_bytes<V>(out);
-      std::memcpy(out, &sum[i][j], sizeof(V));
+      store_bytes(out, sum[i][j]);
     }
   }
 }

@@ -30,11 +30,23 @@ void dequantise(const uint8_t* codes, const Half* scales, float factor, size_t r
   for (size_t byte = 0; byte < row_bytes; byte += kStep) {
     const float scale = to_float(scales[byte / kBytes]) * factor;
     float* to = out + byte / F::kChunkBytes * F::kChunk + byte % F::kChunkBytes;
+#if defined(H1_NEON)
+    static_assert(kStep % kLanes == 0);
+    for (size_t i = 0; i < kStep; i += kLanes) {  // GCC computes the loop below one code after another
+      const uint8x8_t eight = load_bytes<uint8x8_t>(codes + byte + i);
+      const auto weights = [scale](uint8x8_t code) {
+        return to_float(vreinterpret_s8_u8(vsub_u8(code, vdup_n_u8(F::kZeroPoint)))) * scale;
+      };
+      if constexpr (F::kParts == 2) store(to + F::kChunkBytes + i, weights(vshr_n_u8(eight, 4)));
+      store(to + i, weights(F::kParts == 2 ? vand_u8(eight, vdup_n_u8(15)) : eight));
+    }
+#else
     for (size_t i = 0; i < kStep; ++i) {
       const int code = codes[byte + i];
       if constexpr (F::kParts == 2) to[F::kChunkBytes + i] = static_cast<float>((code >> 4) - F::kZeroPoint) * scale;
       to[i] = static_cast<float>((F::kParts == 2 ? code & 15 : code) - F::kZeroPoint) * scale;
     }
+#endif
   }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "activations.h"
+#include "dot.h"
 #include "matmul.h"
 #include "rows_neon.h"
 #include "simd.h"

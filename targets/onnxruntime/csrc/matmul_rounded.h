@@ -9,6 +9,7 @@
 #pragma once
 
 #include "activations.h"
+#include "dot.h"
 #include "fours.h"
 #include "matmul.h"
 #include "matmul_panels.h"

@@ -56,7 +56,9 @@ inline void add_half(const HalfChunk& row, float32x4_t scales, const int8_t* x, 
   const float* const of_half = floats + kHalf / 2 * kFloats + kHalf % 2 * 4;
   const int32x4_t even = vdotq_s32(vdupq_n_s32(0), row.even, vld1q_s8(columns));
   const float32x4_t dot = vcvtq_f32_s32(vdotq_s32(even, row.odd, vld1q_s8(columns + 32)));
-  sums = vfmaq_laneq_f32(sums, vfmaq_n_f32(vld1q_f32(of_half + kLanes), dot, of_half[0]), scales, kPlace<F, kHalf>);
+  const float32x4_t scaled = vfmaq_n_f32(vld1q_f32(of_half + kLanes), dot, of_half[0]);
+  constexpr int kLane = kPlace<F, kHalf>;  // the next is a macro of clang, which would see two arguments
+  sums = vfmaq_laneq_f32(sums, scaled, scales, kLane);
 }
 
 // kCount halves of chunks of kRows rows times those of kTokens tokens, added to the sums of both halves of chunks.

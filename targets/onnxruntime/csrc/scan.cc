@@ -16,6 +16,11 @@ namespace {
 constexpr size_t kChunk = 48;    // tokens; more of them cost more within chunks, fewer cost more between them
 constexpr size_t kRows = 24;     // of a chunk's lower triangle, multiplied as one rectangle
 constexpr size_t kColumns = 64;  // of a head's state in one item for a thread: columns do not depend on each other
+#if defined(H1_NEON)
+constexpr size_t kStepVectors = 4;  // of a row of the state, for one token: their sums and inputs stay in registers
+#else
+constexpr size_t kStepVectors = 8;
+#endif
 
 struct Scan {
   size_t batch, tokens, heads, groups, d_head, d_state;
@@ -61,17 +66,16 @@ void step_columns(size_t rows, size_t width, float decay, const float* B, const 
                   const float* state, float* new_state, float* y) {
   constexpr size_t kWidth = sizeof(V) / sizeof(float);  // NOLINT(bugprone-sizeof-expression): V may be float
   V sum[Count] = {}, drive[Count];
-  std::memcpy(drive, u, sizeof drive);
+  load_all(u, drive);
   for (size_t n = 0; n < rows; ++n) {
     for (size_t j = 0; j < Count; ++j) {
-      V S;
-      std::memcpy(&S, state + n * width + j * kWidth, sizeof S);
+      V S = load_bytes<V>(state + n * width + j * kWidth);
       S = decay * S + B[n] * drive[j];
-      std::memcpy(new_state + n * width + j * kWidth, &S, sizeof S);
+      store_bytes(new_state + n * width + j * kWidth, S);
       sum[j] += C[n] * S;
     }
   }
-  std::memcpy(y, sum, sizeof sum);
+  store_all(y, sum);
 }
 
 // Advances one head of one sequence by one token: the state is read once and written once.
@@ -89,7 +93,7 @@ void step_head(const Scan& s, size_t b, size_t h) {
       step_some(s.d_state, s.d_head, decay, B, C, u + p, s.state + at + p, s.new_state + at + p, y + p);
     }
   };
-  columns(step_columns<f32x8, 8>, 8 * kLanes);
+  columns(step_columns<f32x8, kStepVectors>, kStepVectors * kLanes);
   columns(step_columns<f32x8, 1>, kLanes);
   columns(step_columns<float, 1>, 1);
   write(s, b, 0, h, 0, s.d_head, y);
@@ -126,11 +130,17 @@ void prepare(const Scan& s, size_t b, size_t g, size_t begin, size_t length, flo
 
 // Returns first - second[i] for kLanes i, rounded to float32 once.
 inline f32x8 difference(double first, const double* second) {
+#if defined(H1_NEON)
+  const auto two = [=](size_t i) { return vdupq_n_f64(first) - vld1q_f64(second + i); };
+  const auto four = [=](size_t i) { return vcvt_high_f32_f64(vcvt_f32_f64(two(i)), two(i + 2)); };
+  return {four(0), four(4)};
+#else
   using f64x8 = double __attribute__((vector_size(64)));
   f64x8 v;
   std::memcpy(&v, second, sizeof v);
   v = first - v;
   return __builtin_convertvector(v, f32x8);
+#endif
 }
 
 // Sets mixing[i][j] = CB[i][j] exp(sum of decays from j + 1 to i) for j <= i < length, and zeros up to the end of each

@@ -1,6 +1,5 @@
-// Vectors of 256 bits. Floats use the compilers' vector extension, which every CPU has; int8 dot products have one
-// primitive with a variant for each instruction set. H1_PORTABLE picks the plain variant anywhere, so that it can be
-// tested.
+// Vectors of 256 bits: the compilers' vector extension, which every CPU has, or pairs of registers (registers_neon.h).
+// H1_PORTABLE picks the plain variant of everything anywhere, so that it can be tested.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +10,7 @@
 #include <immintrin.h>
 #define H1_AVX2 1
 #elif defined(__ARM_NEON) && defined(__aarch64__) && !defined(H1_PORTABLE)
-#include <arm_neon.h>
+#include "registers_neon.h"
 #define H1_NEON 1
 #if defined(__ARM_FEATURE_MATMUL_INT8)
 #define H1_I8MM 1  // products of 2 x 8 and 8 x 2 bytes
@@ -20,18 +19,46 @@
 
 namespace h1 {
 
+constexpr size_t kLanes = 8;
+
+#if !defined(H1_NEON)
 using f32x8 = float __attribute__((vector_size(32)));
 using i32x8 = int32_t __attribute__((vector_size(32)));
 using s8x32 = int8_t __attribute__((vector_size(32)));
 using u8x32 = uint8_t __attribute__((vector_size(32)));
-constexpr size_t kLanes = 8;
 
-inline f32x8 load(const float* p) {
-  f32x8 v;
+// b where a or b is NaN.
+inline f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
+inline f32x8 min(f32x8 a, f32x8 b) { return a < b ? a : b; }
+inline i32x8 max(i32x8 a, i32x8 b) { return a > b ? a : b; }
+#endif
+
+template <class Vector>
+Vector load_bytes(const void* p) {
+#if defined(H1_NEON)
+  if constexpr (requires { Vector::at(p); }) return Vector::at(p);
+#endif
+  Vector v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-inline void store(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
+template <class Vector>
+void store_bytes(void* p, const Vector& v) {
+#if defined(H1_NEON)
+  if constexpr (requires { v.copy_to(p); }) return v.copy_to(p);
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+
+inline f32x8 load(const float* p) { return load_bytes<f32x8>(p); }
+inline void store(float* p, f32x8 v) { store_bytes(p, v); }
+
+// Before a loop over an array of vectors, which GCC keeps in memory there unless it unrolls the loop early.
+#if defined(H1_NEON)
+#define H1_UNROLL _Pragma("GCC unroll 8")
+#else
+#define H1_UNROLL
+#endif
 
 // Keeps a loaded vector in a register, where the compiler would load it again as an operand of every instruction.
 template <class V>
@@ -58,33 +85,16 @@ inline void map(T* out, size_t width, const F& f) {
   if (rest) store_part(out + whole, f(whole, [rest](const float* p) { return load_part(p, rest); }), rest);
 }
 
-template <class Vector>
-Vector load_bytes(const void* p) {
-  Vector v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-#if defined(H1_NEON)
-// A vector is two registers of the CPU; compilers that take it apart themselves go through single elements.
-template <class Half, class Whole>
-inline void halves(const Whole& v, Half& lower, Half& upper) {
-  static_assert(sizeof(Whole) == 2 * sizeof(Half));
-  std::memcpy(&lower, &v, sizeof lower);
-  std::memcpy(&upper, reinterpret_cast<const char*>(&v) + sizeof lower, sizeof upper);
-}
-template <class Whole, class Half>
-inline Whole whole(Half lower, Half upper) {
-  const Half both[2] = {lower, upper};
-  return load_bytes<Whole>(both);
-}
-#endif
-
 // The 4 bytes at p, eight times.
 inline s8x32 splat4(const int8_t* p) {
   int32_t four;
   std::memcpy(&four, p, sizeof four);
+#if defined(H1_NEON)
+  const int8x16_t fours = vreinterpretq_s8_s32(vdupq_n_s32(four));
+  return {fours, fours};
+#else
   return (s8x32)(i32x8{} + four);
+#endif
 }
 
 // a b + c, rounded once where the CPU can. Left to the compiler, that may differ from one instantiation of a template to
@@ -93,9 +103,7 @@ inline f32x8 fma(f32x8 a, f32x8 b, f32x8 c) {
 #if defined(H1_AVX2) && defined(__FMA__)
   return (f32x8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(H1_NEON)
-  float32x4_t of_a[2], of_b[2], of_c[2];
-  halves(a, of_a[0], of_a[1]), halves(b, of_b[0], of_b[1]), halves(c, of_c[0], of_c[1]);
-  return whole<f32x8>(vfmaq_f32(of_c[0], of_a[0], of_b[0]), vfmaq_f32(of_c[1], of_a[1], of_b[1]));
+  return {vfmaq_f32(c.lower, a.lower, b.lower), vfmaq_f32(c.upper, a.upper, b.upper)};
 #else
   return a * b + c;
 #endif
@@ -108,15 +116,28 @@ inline float fma(float a, float b, float c) {
 #endif
 }
 
-inline f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
-inline f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
-inline f32x8 min(f32x8 a, f32x8 b) { return a < b ? a : b; }
-inline float sum(f32x8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+inline f32x8 splat(float x) {
+#if defined(H1_NEON)
+  return x;
+#else
+  return f32x8{x, x, x, x, x, x, x, x};
+#endif
+}
+inline float sum(f32x8 v) {
+#if defined(H1_NEON)
+  const float32x4_t four = v.lower + v.upper;
+  return vaddv_f32(vget_low_f32(four) + vget_high_f32(four));
+#else
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
+}
 
 // Whether any lane of a comparison holds.
 inline bool any(i32x8 v) {
 #if defined(H1_AVX2)
   return _mm256_movemask_ps(_mm256_castsi256_ps(__m256i(v))) != 0;
+#elif defined(H1_NEON)
+  return vmaxvq_u32(vreinterpretq_u32_s32(vorrq_s32(v.lower, v.upper))) != 0;
 #else
   return (v[0] | v[1] | v[2] | v[3] | v[4] | v[5] | v[6] | v[7]) != 0;
 #endif
@@ -124,22 +145,35 @@ inline bool any(i32x8 v) {
 
 inline f32x8 to_float(i32x8 v) {
 #if defined(H1_NEON)
-  int32x4_t lower, upper;
-  halves(v, lower, upper);
-  return whole<f32x8>(vcvtq_f32_s32(lower), vcvtq_f32_s32(upper));
+  return {vcvtq_f32_s32(v.lower), vcvtq_f32_s32(v.upper)};
 #else
   return __builtin_convertvector(v, f32x8);
 #endif
 }
 
+#if defined(H1_NEON)
+inline f32x8 to_float(int8x8_t v) {
+  const int16x8_t eight = vmovl_s8(v);
+  return to_float(i32x8{vmovl_s16(vget_low_s16(eight)), vmovl_s16(vget_high_s16(eight))});
+}
+#endif
+
 // Rounded towards zero.
 inline i32x8 to_int(f32x8 v) {
 #if defined(H1_NEON)
-  float32x4_t lower, upper;
-  halves(v, lower, upper);
-  return whole<i32x8>(vcvtq_s32_f32(lower), vcvtq_s32_f32(upper));
+  return {vcvtq_s32_f32(v.lower), vcvtq_s32_f32(v.upper)};
 #else
   return __builtin_convertvector(v, i32x8);
+#endif
+}
+
+inline f32x8 float_of_bits(i32x8 bits) {
+#if defined(H1_NEON)
+  return {vreinterpretq_f32_s32(bits.lower), vreinterpretq_f32_s32(bits.upper)};
+#else
+  f32x8 v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
 #endif
 }
 
@@ -158,10 +192,8 @@ inline f32x8 exp(f32x8 x) {
   p = p * r + 5.0000001201e-1f;
   p = (p * r) * r + r + 1.0f;
   const i32x8 exponent = to_int(n) + 127;
-  const i32x8 power = (exponent > 0 ? exponent : i32x8{}) << 23;  // 2^n, and 0 for what would be subnormal
-  f32x8 scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return p * scale;
+  const i32x8 power = max(exponent, i32x8{}) << 23;  // 2^n, and 0 for what would be subnormal
+  return p * float_of_bits(power);
 }
 
 inline f32x8 silu(f32x8 x) { return x / (1.0f + exp(-x)); }
@@ -224,7 +256,7 @@ inline f32x8 load(const Half* p) {
   return (f32x8)_mm256_cvtph_ps(load_bytes<__m128i>(p));
 #elif defined(H1_NEON)
   const auto four = [p](size_t at) { return vcvt_f32_f16(vreinterpret_f16_u16(load_bytes<uint16x4_t>(p + at))); };
-  return whole<f32x8>(four(0), four(4));
+  return {four(0), four(4)};
 #else
   f32x8 v;
   for (size_t i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
@@ -237,9 +269,7 @@ inline f32x8 load(const int8_t* p) {
 #if defined(H1_AVX2)
   return (f32x8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load_bytes<int64_t>(p))));
 #elif defined(H1_NEON)
-  const int16x8_t eight = vmovl_s8(load_bytes<int8x8_t>(p));
-  const int32x4_t lower = vmovl_s16(vget_low_s16(eight)), upper = vmovl_s16(vget_high_s16(eight));
-  return whole<f32x8>(vcvtq_f32_s32(lower), vcvtq_f32_s32(upper));
+  return to_float(load_bytes<int8x8_t>(p));
 #else
   f32x8 v;
   for (size_t i = 0; i < kLanes; ++i) v[i] = p[i];
@@ -252,10 +282,8 @@ inline void store(Half* p, f32x8 v) {
   const __m128i halves = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   std::memcpy(p, &halves, sizeof halves);
 #elif defined(H1_NEON)
-  float32x4_t lower, upper;
-  halves(v, lower, upper);
-  const float16x4_t both[2] = {vcvt_f16_f32(lower), vcvt_f16_f32(upper)};
-  std::memcpy(p, both, sizeof both);
+  const float16x8_t eight = vcombine_f16(vcvt_f16_f32(v.lower), vcvt_f16_f32(v.upper));
+  std::memcpy(p, &eight, sizeof eight);
 #else
   for (size_t i = 0; i < kLanes; ++i) p[i] = to_half(v[i]);
 #endif
@@ -288,14 +316,14 @@ f32x8 repeat(const Half* s) {
 #elif defined(H1_NEON)
   const auto one = [s](size_t i) { return vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(s[i].bits))); };
   if constexpr (kDistinct == 1) {
-    return whole<f32x8>(one(0), one(0));
+    return {one(0), one(0)};
   } else if constexpr (kDistinct == 2) {
-    return whole<f32x8>(one(0), one(1));
+    return {one(0), one(1)};
   } else {
     uint16x4_t four;
     std::memcpy(&four, s, sizeof four);
     const float32x4_t floats = vcvt_f32_f16(vreinterpret_f16_u16(four));
-    return whole<f32x8>(vzip1q_f32(floats, floats), vzip2q_f32(floats, floats));
+    return {vzip1q_f32(floats, floats), vzip2q_f32(floats, floats)};
   }
 #else
   float distinct[kDistinct];
@@ -305,76 +333,5 @@ f32x8 repeat(const Half* s) {
   return result;
 #endif
 }
-
-// Eight sums of int8 products: lane i gains w[4i] a[4i] + ... + w[4i + 3] a[4i + 3].
-// Dot<4>: w are unsigned and at most 15; at most 8 calls of add, because 16 products of 15 * 127 fill an int16.
-// Dot<8>: w are signed; |a| is at most 127.
-#if defined(H1_AVX2)
-template <int kBits>
-struct Dot;
-
-// Whether dot4 is one instruction. H1_DOT4 may be defined on any machine: the same results by the same road, for tests.
-#if !defined(H1_DOT4) && (defined(__AVX512VNNI__) && defined(__AVX512VL__) || defined(__AVXVNNI__))
-#define H1_DOT4
-#endif
-
-inline __m256i dot4(__m256i sum, __m256i u, __m256i s) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return _mm256_dpbusd_epi32(sum, u, s);
-#elif defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(sum, u, s);
-#else
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
-#endif
-}
-
-template <>
-struct Dot<4> {
-#if defined(H1_DOT4)
-  void add(u8x32 w, s8x32 a) { sums = dot4(sums, (__m256i)w, (__m256i)a); }
-  i32x8 total() const { return (i32x8)sums; }
-#else
-  void add(u8x32 w, s8x32 a) {
-    sums = _mm256_add_epi16(sums, _mm256_maddubs_epi16((__m256i)w, (__m256i)a));
-    asm("" : "+x"(sums));  // or GCC adds products to each other first, and runs out of registers for them
-  }
-  i32x8 total() const { return (i32x8)_mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
-#endif
-  __m256i sums = _mm256_setzero_si256();
-};
-
-template <>
-struct Dot<8> {
-  // w a = |w| (a with w's sign): unsigned times signed, and no sum of two products leaves an int16
-  void add(u8x32 w, s8x32 a) {
-    sums = dot4(sums, _mm256_abs_epi8((__m256i)w), _mm256_sign_epi8((__m256i)a, (__m256i)w));
-  }
-  i32x8 total() const { return (i32x8)sums; }
-  __m256i sums = _mm256_setzero_si256();
-};
-#elif defined(H1_NEON) && defined(__ARM_FEATURE_DOTPROD)
-// Signed times signed, of 4 bits too: codes of 15 are positive.
-template <int kBits>
-struct Dot {
-  void add(u8x32 w, s8x32 a) {
-    int8x16_t w_lower, w_upper, a_lower, a_upper;
-    halves(w, w_lower, w_upper);
-    halves(a, a_lower, a_upper);
-    lower = vdotq_s32(lower, w_lower, a_lower);
-    upper = vdotq_s32(upper, w_upper, a_upper);
-  }
-  i32x8 total() const { return whole<i32x8>(lower, upper); }
-  int32x4_t lower = vdupq_n_s32(0), upper = vdupq_n_s32(0);
-};
-#else
-template <int kBits>
-struct Dot {
-  void add(u8x32 w, s8x32 a) {
-    for (int i = 0; i < 32; ++i) sums[i / 4] += (kBits == 8 ? (int8_t)w[i] : w[i]) * a[i];
-  }
-  i32x8 total() const { return sums; }
-  i32x8 sums{};
-};
-#endif
 
 }  // namespace h1

@@ -15,6 +15,25 @@ V load_as(const T* p) {
   return load(p);
 }
 
+// Vectors that lie one after another. GCC keeps an array in memory that it copies as one block, unless it has vectors of
+// its own.
+template <class V, size_t Count>
+void load_all(const float* p, V (&v)[Count]) {
+#if defined(H1_NEON)
+  for (size_t i = 0; i < Count; ++i) v[i] = load_bytes<V>(p + i * lanes<V>);
+#else
+  std::memcpy(v, p, sizeof v);
+#endif
+}
+template <class V, size_t Count>
+void store_all(float* p, const V (&v)[Count]) {
+#if defined(H1_NEON)
+  for (size_t i = 0; i < Count; ++i) store_bytes(p + i * lanes<V>, v[i]);
+#else
+  std::memcpy(p, v, sizeof v);
+#endif
+}
+
 // Returns the sum of v[i]'s lanes in lane i.
 inline f32x8 sums(const f32x8 (&v)[kLanes]) {
 #if defined(H1_AVX2)
@@ -22,6 +41,13 @@ inline f32x8 sums(const f32x8 (&v)[kLanes]) {
   const f32x8 low = add(add(v[0], v[1]), add(v[2], v[3])), high = add(add(v[4], v[5]), add(v[6], v[7]));
   return f32x8(_mm256_permute2f128_ps(__m256(low), __m256(high), 0x20)) +
          f32x8(_mm256_permute2f128_ps(__m256(low), __m256(high), 0x31));
+#elif defined(H1_NEON)
+  const auto add = [&v](size_t i) {  // two sums of each of two vectors
+    const float64x2_t a = vreinterpretq_f64_f32(v[i].lower + v[i].upper);
+    const float64x2_t b = vreinterpretq_f64_f32(v[i + 1].lower + v[i + 1].upper);
+    return vreinterpretq_f32_f64(vzip1q_f64(a, b)) + vreinterpretq_f32_f64(vzip2q_f64(a, b));
+  };
+  return {vpaddq_f32(add(0), add(2)), vpaddq_f32(add(4), add(6))};
 #else
   return f32x8{sum(v[0]), sum(v[1]), sum(v[2]), sum(v[3]), sum(v[4]), sum(v[5]), sum(v[6]), sum(v[7])};
 #endif

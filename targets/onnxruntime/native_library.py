@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 
 from h1export.errors import H1ExportError
@@ -79,22 +80,19 @@ def compiled(extra_flags: Sequence[str] = ()) -> Path:
         H1ExportError: There is no compiler, the compiler failed, or the cache cannot be written or trusted
             (h1export/runtime/code_cache.py).
     """
+    command = kernel_build.command(_compiler(), [*kernel_build.for_this_machine(platform.machine()), *extra_flags])
+    return cached("native", _key(command), NAME, make=partial(_compile, command))
+
+
+def _compile(command: list[str], folder: Path) -> Path:
+    """Compile each source to an object in ``folder``, all cores at once, and return the library that they make."""
     from h1export.host import cores  # psutil would cost each start 20 ms
 
-    command = kernel_build.command(_compiler(), [*kernel_build.for_this_machine(platform.machine()), *extra_flags])
-
-    def make(folder: Path) -> Path:
-        def compile_one(source: Path) -> str:
-            out = str(folder / f"{source.stem}.o")
-            _run([*command, "-c", str(source), "-o", out])
-            return out
-
-        with ThreadPoolExecutor(cores()) as pool:
-            objects = list(pool.map(compile_one, SOURCES))
-        _run([*command, *objects, "-o", str(folder / NAME)])
-        return folder / NAME
-
-    return cached("native", _key(command), NAME, make=make)
+    objects = {source: str(folder / f"{source.stem}.o") for source in SOURCES}
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(lambda source: _run([*command, "-c", str(source), "-o", objects[source]]), objects))
+    _run([*command, *objects.values(), "-o", str(folder / NAME)])
+    return folder / NAME
 
 
 def _compiler() -> list[str]:

@@ -119,4 +119,4 @@ def test_the_sources_have_no_warnings_for_this_cpu() -> None:
     """The other levels' are errors where the tests compile them (conftest.py)."""
     flags = (*kernel_build.for_this_machine(platform.machine()), "-Wall", "-Wextra", "-Werror", "-fsyntax-only")
     for source in kernel_build.SOURCES:
-        subprocess.run([*kernel_build.command(["c++"], flags), str(source)], check=True)
+        subprocess.run([*kernel_build.command(native_library._compiler(), flags), str(source)], check=True)

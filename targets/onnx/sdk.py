@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,7 @@ def installed() -> dict[str, str]:
     return beside or dict(list(elsewhere.items())[:1])
 
 
+@cache  # it is asked for at every token, and a look at what is installed takes a millisecond
 def onnxruntime() -> ModuleType:
     """Return the module.
 

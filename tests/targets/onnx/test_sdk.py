@@ -23,7 +23,9 @@ def no_onnxruntime() -> Iterator[None]:
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == sdk.MODULE}
     for name in before:
         del sys.modules[name]
+    sdk.onnxruntime.cache_clear()
     yield
+    sdk.onnxruntime.cache_clear()
     sys.modules.pop(sdk.MODULE, None)
     sys.modules.update(before)
 

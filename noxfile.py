@@ -124,7 +124,7 @@ def tests(session: nox.Session, target: str) -> None:
     ignored = [f"--ignore={folder}" for info in others for folder in info.test_folders]
     # a worker for each core, with one thread each: small models leave a second thread idle
     workers = ("-n", "auto", "--maxprocesses=4", "--dist=loadscope")
-    # a worker that dies ends the row, because loadscope waits for ever for its tests; one that hangs says where and dies
+    # a worker that dies ends the row: loadscope waits for ever for its tests; one that hangs says where, and dies
     ends = ("--max-worker-restart=0", "-o", "faulthandler_timeout=600", "-o", "faulthandler_exit_on_timeout=true")
     threads = {"OMP_NUM_THREADS": "1"}
     session.run(

@@ -1,12 +1,18 @@
-"""Checks of any target's Runner: many threads get what one gets, sessions take one call, forks are refused."""
+"""Checks of any target's Runner: many threads get what one gets, sessions take one call, forks are refused.
+
+And a session that has computed a token needs no file for the next one.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
 from threading import Barrier
 from typing import Any
 
@@ -127,4 +133,42 @@ def check_fork(runner: Runner[Any]) -> None:
     assert np.array_equal(runner.start(1, ROOM).append(ids), before)
 
 
-CHECKS = {"threads": check_threads, "one_call": check_one_call, "fork": check_fork}
+@cache
+def opened_files() -> list[list[object]]:
+    """Lists, each of which gets the name of every file that this process opens from now on; a hook stays for ever."""
+    lists: list[list[object]] = []
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event in ("open", "os.listdir", "os.scandir"):
+            for one in lists:
+                one.append(arguments[0])
+
+    sys.addaudithook(hook)
+    return lists
+
+
+@contextmanager
+def watched() -> Iterator[list[object]]:
+    """What is opened meanwhile."""
+    found: list[object] = []
+    opened_files().append(found)
+    try:
+        yield found
+    finally:
+        opened_files()[:] = [one for one in opened_files() if one is not found]
+
+
+def check_files(runner: Runner[Any]) -> None:
+    """Tokens after the first ones read no file and no folder: what is installed is looked up before."""
+    ids = random_ids(runner, 9, 2)
+    session = runner.start(1, ROOM)
+    states = runner.step(ids[:, :5], np.ones((1, 5), np.int64), runner.initial(1))[1]
+    session.append(ids[:, :5])
+    session.append(ids[:, 5:6])
+    with watched() as files:
+        session.append(ids[:, 6:7])
+        runner.step(ids[:, 5:6], np.ones((1, 6), np.int64), states)
+    assert not files, files[:3]
+
+
+CHECKS = {"threads": check_threads, "one_call": check_one_call, "fork": check_fork, "files": check_files}

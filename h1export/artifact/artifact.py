@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from h1export.artifact.files import NOT_PLAIN, names, plain_size, sha256_file
@@ -67,9 +68,9 @@ class Artifact:
         """The sha256 of the manifest: the same for artifacts whose files are the same, byte for byte."""
         return hashlib.sha256(self.manifest.to_json().encode()).hexdigest()
 
-    @property
+    @cached_property
     def config(self) -> FalconH1Config:
-        """The architecture, read from the artifact's own copy of config.json."""
+        """The architecture, read once from the artifact's own copy of config.json."""
         return FalconH1Config.load(self.folder)
 
 

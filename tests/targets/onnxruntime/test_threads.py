@@ -16,6 +16,7 @@ from h1export.artifact.artifact import Artifact
 from h1export.commands.load import load_runner
 from h1export.errors import H1ExportError
 from h1export.runtime.sharing import OneCall
+from h1export.targets.onnx import sdk
 from h1export.targets.onnxruntime import product_limits
 from h1export.targets.onnxruntime.bound_session import BoundSession
 from h1export.targets.onnxruntime.calls import Serial
@@ -73,6 +74,15 @@ def test_without_the_guard_the_checks_fail(
     for name in ("one_call", "fork"):
         with pytest.raises((AssertionError, pytest.fail.Exception)):
             CHECKS[name](runner)
+
+
+def test_a_lookup_at_every_token_is_seen(
+    make_checkpoint: Callable[..., Path], build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = load_runner(build(make_checkpoint()))
+    monkeypatch.setattr(sdk, "onnxruntime", sdk.onnxruntime.__wrapped__)  # without its cache
+    with pytest.raises(AssertionError):
+        CHECKS["files"](runner)
 
 
 def test_captured_sessions_run_one_call_at_a_time() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from h1export.artifact.artifact import Artifact
 from h1export.checkpoint.resolve import embedded_model
 from h1export.commands.build import build_artifact
+from h1export.graphs.program import Program
+from h1export.graphs.trace import trace
 from h1export.model.falcon_h1.config import FalconH1Config
 from h1export.quantize.calibration import Calibration
 from h1export.quantize.scheme import QuantScheme
@@ -134,6 +136,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``switches`` runs once for every entry of SWITCHES."""
     if "switches" in metafunc.fixturenames:
         metafunc.parametrize("switches", list(SWITCHES), scope="session")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_trace_once() -> Iterator[None]:
+    """Builds of one architecture share its trace, which takes two seconds; each gets a copy, whose graph it changes."""
+    copies: dict[tuple[str, bool], Program] = {}
+
+    def copied(config: FalconH1Config, last_only: bool = False) -> Program:
+        key = (repr(config), last_only)
+        if key not in copies:
+            copies[key] = trace(config, last_only)
+        return copy.deepcopy(copies[key])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("h1export.commands.build.trace", copied)
+        yield
 
 
 @pytest.fixture(scope="session")

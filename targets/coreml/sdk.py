@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -67,6 +68,7 @@ def proto() -> Proto:
     return Proto(module("coremltools.proto.Model_pb2"), module("coremltools.proto.MIL_pb2"), error)
 
 
+@cache  # every op that is emitted asks for one
 def module(name: str) -> ModuleType:
     """Import and return a module of coremltools.
 

@@ -324,7 +324,7 @@ def published(session: nox.Session) -> None:
 @nox.session
 def selftest(session: nox.Session) -> None:
     """The tests that take too long for CI: `validate`'s self-test, the GPU bundle's dry run, and others."""
-    session.install("-e", ".[export,ort,trt,mlx]", *dev("pytest", "hypothesis"))
+    session.install("-e", ".[export,ort,trt,mlx,gguf]", *dev("pytest", "hypothesis"))
     files = sorted(str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.slow" in file.read_text("utf-8"))
     session.run("pytest", "-q", "-m", "slow", *files, *session.posargs)
 

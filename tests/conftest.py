@@ -141,13 +141,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def each_trace_once() -> Iterator[None]:
     """Builds of one architecture share its trace, which takes two seconds; each gets a copy, whose graph it changes."""
-    copies: dict[tuple[str, bool], Program] = {}
+    traces: dict[tuple[str, bool], Program] = {}
 
     def copied(config: FalconH1Config, last_only: bool = False) -> Program:
         key = (repr(config), last_only)
-        if key not in copies:
-            copies[key] = trace(config, last_only)
-        return copy.deepcopy(copies[key])
+        if key not in traces:
+            traces[key] = trace(config, last_only)
+        return copy.deepcopy(traces[key])
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("h1export.commands.build.trace", copied)

@@ -57,8 +57,8 @@ int64_t multiply() {
   for (int i = 0; i < kSteps; ++i) {
 #pragma GCC unroll 12
     for (int k = 0; k < kSums; ++k) {  // an index, without which the sums would be in memory
+      asm("" : "+v"(a));               // or what does not change is multiplied once
       sums[k] = step(sums[k], a, b);
-      asm("" : "+v"(sums[k]));
     }
   }
   for (Vector& sum : sums) asm volatile("" : : "v"(sum));

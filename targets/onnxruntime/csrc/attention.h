@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "cache_rows.h"
+#include "elementary.h"
 #include "gemm.h"
 #include "parallel.h"
 
@@ -90,11 +91,13 @@ struct Seen {
   f32x8 weights{};
 };
 
-// Turns the scores of `count` keys (a multiple of kLanes) into weights. Returns the factor that brings the row's sum of
-// values so far to the new maximum: 1 for most blocks, which have no new one.
-inline float normalise(size_t count, float* scores, Seen& seen) {
-  f32x8 top = load(scores);
-  for (size_t i = kLanes; i < count; i += kLanes) top = max(top, load(scores + i));
+// Turns the scores of `count` keys (a multiple of the lanes of V) into weights. Returns the factor that brings the row's
+// sum of values so far to the new maximum: 1 for most blocks, which have no new one.
+template <class V>
+float normalise(size_t count, float* scores, Seen& seen) {
+  V tops = load_as<V>(scores);
+  for (size_t i = lanes<V>; i < count; i += lanes<V>) tops = max(tops, load_as<V>(scores + i));
+  const f32x8 top = max_of_parts(tops);
   float factor = 1;
   if (any(top > seen.highest)) {
     const float before = seen.highest;
@@ -102,11 +105,13 @@ inline float normalise(size_t count, float* scores, Seen& seen) {
     factor = std::exp(before - seen.highest);
     seen.weights *= factor;
   }
-  for (size_t i = 0; i < count; i += kLanes) {
-    const f32x8 weight = exp(load(scores + i) - seen.highest);
-    store(scores + i, weight);
-    seen.weights += weight;
+  V weights{};
+  for (size_t i = 0; i < count; i += lanes<V>) {
+    const V weight = exp(load_as<V>(scores + i) - seen.highest);
+    store_bytes(scores + i, weight);
+    weights += weight;
   }
+  seen.weights += sum_of_parts(weights);
   return factor;
 }
 

@@ -146,7 +146,7 @@ void attend_split(const Attention<T>& a, size_t b, size_t kv, size_t begin, size
       float* row = scores + g * kOneKeys;
       std::fill(row + count, row + padded, 0.0f);  // a tile has less than kLanes, and an earlier call may have left NaN
       for (size_t i = 0; i < padded; i += kLanes) store(row + i, load(row + i) + load(bias + i));
-      factors[g] = normalise(padded, row, seen[g]);
+      factors[g] = normalise<f32x8>(padded, row, seen[g]);
     }
     in_fours(group, [&](auto heads, size_t g) {
       weigh_all<V, heads, lanes<V> / heads>(scores + g * kOneKeys, values, count, a.dim, factors + g, sums + g * a.dim);

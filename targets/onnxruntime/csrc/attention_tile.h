@@ -8,16 +8,17 @@
 
 namespace h1 {
 
-constexpr size_t kKeys = 64;         // keys of a block: they and their values stay in the L1 or L2 cache
-constexpr size_t kQueries = 264;     // rows (tokens times heads of a group) of one item for a thread
-constexpr size_t kRows = kTileRows;  // rows whose scores are computed, normalised and used at a time
+constexpr size_t kKeys = 64;            // keys of a block: they and their values stay in the L1 or L2 cache
+constexpr size_t kQueries = 264;        // rows (tokens times heads of a group) of one item for a thread
+constexpr size_t kWidth = lanes<Wide>;  // keys whose scores a vector holds
+constexpr size_t kRows = kTileRows;     // rows whose scores are computed, normalised and used at a time
 
 // Several tokens, one head of the cache: blocks of keys against rows of queries.
 template <class T>
 class Tile {
  public:
   Tile(const Attention<T>& a, size_t b, size_t kv, size_t first, size_t tokens)
-      : a_(a), b_(b), kv_(kv), first_(first), tokens_(tokens), rows_(tokens * a.group()) {
+      : a_(a), b_(b), kv_(kv), first_(first), tokens_(tokens), group_(a.group()), rows_(tokens * group_) {
     static thread_local Scratch<float> scratch;
     static thread_local Scratch<Seen> seen;
     queries_ = scratch.get(2 * rows_ * a.dim + kKeys * (a.dim + kRows + 1) + widened<T>(kKeys * a.dim));
@@ -44,28 +45,24 @@ class Tile {
   }
 
  private:
-  size_t own(size_t row) const { return a_.past() + first_ + row / a_.group(); }  // its token's column
+  size_t own(size_t row) const { return a_.past() + first_ + row / group_; }  // its token's column
 
   void block(size_t start, size_t count) {
     const size_t shown = read_mask(a_, b_, start, count, bias_);
     if (shown == 0 && start + count <= own(0)) return;
     const size_t at = a_.cache(b_, kv_, start);
-    const float* const keys = as_floats(a_.keys + at, count, a_.dim, floats_);
-    for (size_t d = 0; d < a_.dim; ++d) {  // transposed, so that gemm's vectors run over keys
-      for (size_t i = 0; i < count; ++i) keys_[d * kKeys + i] = keys[i * a_.dim + d];
-      std::fill(keys_ + d * kKeys + count, keys_ + (d + 1) * kKeys, 0.0f);
-    }
+    transpose_rows(a_.keys + at, count, a_.dim, keys_, kKeys);
     const float* const values = as_floats(a_.values + at, count, a_.dim, floats_);
     for (size_t row = 0; row < rows_; row += kRows) {
       const size_t rows = std::min(kRows, rows_ - row), last = own(row + rows - 1);
       if (last < start) continue;
-      const size_t seen = std::min(count, last + 1 - start), padded = (seen + kLanes - 1) / kLanes * kLanes;
+      const size_t seen = std::min(count, last + 1 - start), padded = (seen + kWidth - 1) / kWidth * kWidth;
       const Strided queries{.data = queries_ + row * a_.dim, .row = a_.dim, .column = 1};
       gemm(rows, padded, a_.dim, queries, keys_, kKeys, scores_, kKeys, nullptr);
       float factors[kRows];
       for (size_t i = 0; i < rows; ++i) {
         hide(row + i, start, count, padded, shown < count, scores_ + i * kKeys);
-        factors[i] = normalise(padded, scores_ + i * kKeys, seen_[row + i]);
+        factors[i] = normalise<Wide>(padded, scores_ + i * kKeys, seen_[row + i]);
       }
       const Strided weights{.data = scores_, .row = kKeys, .column = 1};
       gemm(rows, a_.dim, seen, weights, values, a_.dim, sums_ + row * a_.dim, a_.dim, factors);
@@ -85,7 +82,7 @@ class Tile {
   }
 
   const Attention<T>& a_;
-  const size_t b_, kv_, first_, tokens_, rows_;
+  const size_t b_, kv_, first_, tokens_, group_, rows_;
   float *queries_, *sums_, *keys_, *scores_, *bias_, *floats_;
   Seen* seen_;
 };

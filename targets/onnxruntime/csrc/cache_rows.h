@@ -118,6 +118,22 @@ const float* as_floats(const T* rows, size_t count, size_t dim, float* scratch) 
   }
 }
 
+// Sets out[d * stride + i] to column d of row i, for `count` rows, and to zeros for those up to `stride`, a multiple of
+// kLanes.
+template <class T>
+void transpose_rows(const T* rows, size_t count, size_t dim, float* out, size_t stride) {
+  for (size_t first = 0; first < stride; first += kLanes) {
+    for (size_t d = 0; d < dim; d += kLanes) {
+      f32x8 block[kLanes] = {};
+      for (size_t i = 0; i < kLanes && first + i < count; ++i) {
+        block[i] = Columns<f32x8, T>::of(rows + (first + i) * stored<T>(dim), dim, d).vector(0);
+      }
+      transpose(block);
+      for (size_t i = 0; i < kLanes; ++i) store(out + (d + i) * stride + first, block[i]);
+    }
+  }
+}
+
 template <class T>
 constexpr size_t widened(size_t count) {
   return std::is_same_v<T, float> ? 0 : count;

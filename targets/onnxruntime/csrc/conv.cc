@@ -2,8 +2,8 @@
 //   -> y [B, T, C], new_state [B, taps - 1, C]
 //   y[t] = silu(bias + sum_i weight[i] * inputs[t + i]) with inputs = state followed by x[..., offset : +C], zeros
 //   where mask is 0. new_state holds the last taps - 1 inputs, oldest first, and may be the memory of state.
+#include "elementary.h"
 #include "ort.h"
-#include "simd.h"
 
 namespace h1 {
 namespace {
@@ -31,7 +31,8 @@ void causal_conv(const Conv& conv, size_t begin, size_t end) {
     const float* window[kMostTaps];
     for (size_t i = 0; i < conv.taps; ++i) window[i] = conv.input(t + i);
     map(conv.y + t * conv.channels, conv.channels, [&](size_t c, auto read) {
-      f32x8 sum = conv.bias == nullptr ? f32x8{} : read(conv.bias + c);
+      using V = decltype(read(conv.weight + c));
+      V sum = conv.bias == nullptr ? V{} : read(conv.bias + c);
       for (size_t i = 0; i < conv.taps; ++i) sum += read(conv.weight + i * conv.channels + c) * read(window[i] + c);
       return silu(sum);
     });

@@ -14,6 +14,7 @@
 // float32. Each op saves a node, whose few microseconds nothing hides when there is one token.
 #include "matmul.h"
 
+#include "elementary.h"
 #include "matmul_float.h"
 #include "matmul_rounded.h"
 #include "ort.h"

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "elementary.h"
 #include "gemm.h"
 #include "ort.h"
 
@@ -54,7 +55,7 @@ void write(const Scan& s, size_t b, size_t t, size_t h, size_t first, size_t wid
   const float* x = s.x(b, t, h) + first;
   const float* gate = s.gate ? s.gate_of(b, t, h) + first : nullptr;
   map(s.out(b, t, h) + first, width, [&](size_t p, auto read) {
-    const f32x8 sum = read(y + p) + s.D[h] * read(x + p);
+    const auto sum = read(y + p) + s.D[h] * read(x + p);
     return gate == nullptr ? sum : sum * silu(read(gate + p));
   });
 }
@@ -143,13 +144,25 @@ inline f32x8 difference(double first, const double* second) {
 #endif
 }
 
+// The same for as many i as V has lanes.
+template <class V>
+V differences(double first, const double* second) {
+  return difference(first, second);
+}
+#if defined(H1_AVX512)
+template <>
+f32x16 differences(double first, const double* second) {
+  return joined(difference(first, second), difference(first, second + kLanes));
+}
+#endif
+
 // Sets mixing[i][j] = CB[i][j] exp(sum of decays from j + 1 to i) for j <= i < length, and zeros up to the end of each
 // rectangle of kRows.
 void mix(size_t length, const double* total, const float* CB, float* mixing) {
   for (size_t i = 0; i < length; ++i) {
     float* row = mixing + i * kChunk;
-    for (size_t j = 0; j <= i; j += kLanes) {
-      store(row + j, load(CB + i * kChunk + j) * exp(difference(total[i], total + j)));
+    for (size_t j = 0; j <= i; j += lanes<Wide>) {
+      store_bytes(row + j, load_bytes<Wide>(CB + i * kChunk + j) * exp(differences<Wide>(total[i], total + j)));
     }
     std::fill(row + i + 1, row + (i / kRows + 1) * kRows, 0.0f);
   }

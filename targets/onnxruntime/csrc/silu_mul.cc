@@ -1,8 +1,8 @@
 // SiluMul(a [..., Wa], gate [..., Wg]) -> y [..., width]
 //   y = a[..., a_offset : +width] * silu(gate[..., gate_offset : +width]); both may be one tensor, the output of one
 //   projection.
+#include "elementary.h"
 #include "ort.h"
-#include "simd.h"
 
 namespace h1 {
 namespace {
@@ -10,9 +10,7 @@ namespace {
 constexpr size_t kGrain = 16384;  // elements of one item for a thread: some microseconds
 
 void silu_mul_row(const float* a, const float* gate, float* y, size_t width) {
-  size_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) store(y + i, load(a + i) * silu(load(gate + i)));
-  if (const size_t rest = width - i) store_part(y + i, load_part(a + i, rest) * silu(load_part(gate + i, rest)), rest);
+  map(y, width, [=](size_t i, auto read) { return read(a + i) * silu(read(gate + i)); });
 }
 
 class SiluMul {

@@ -27,9 +27,14 @@ using i32x8 = int32_t __attribute__((vector_size(32)));
 using s8x32 = int8_t __attribute__((vector_size(32)));
 using u8x32 = uint8_t __attribute__((vector_size(32)));
 
-// b where a or b is NaN.
+// b where a or b is NaN, which is what the instruction gives that compilers do not find.
+#if defined(H1_AVX2)
+inline f32x8 max(f32x8 a, f32x8 b) { return (f32x8)_mm256_max_ps((__m256)a, (__m256)b); }
+inline f32x8 min(f32x8 a, f32x8 b) { return (f32x8)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 inline f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
 inline f32x8 min(f32x8 a, f32x8 b) { return a < b ? a : b; }
+#endif
 inline i32x8 max(i32x8 a, i32x8 b) { return a > b ? a : b; }
 #endif
 
@@ -75,15 +80,6 @@ inline f32x8 load_part(const float* p, size_t count) {
   return v;
 }
 inline void store_part(float* p, f32x8 v, size_t count) { std::memcpy(p, &v, count * sizeof(float)); }
-
-// out[i] = f(i, read) for `width` floats or halves, a vector at a time; read(p) loads as many as there are left, so f
-// reads from p + i.
-template <class T, class F>
-inline void map(T* out, size_t width, const F& f) {
-  const size_t rest = width % kLanes, whole = width - rest;
-  for (size_t i = 0; i < whole; i += kLanes) store(out + i, f(i, [](const float* p) { return load(p); }));
-  if (rest) store_part(out + whole, f(whole, [rest](const float* p) { return load_part(p, rest); }), rest);
-}
 
 // The 4 bytes at p, eight times.
 inline s8x32 splat4(const int8_t* p) {
@@ -176,27 +172,6 @@ inline f32x8 float_of_bits(i32x8 bits) {
   return v;
 #endif
 }
-
-// exp(x) within 1e-7 relative error; 0 below -87.7, where results would soon be subnormal, and exp(88.37) above 88.37.
-inline f32x8 exp(f32x8 x) {
-  x = max(splat(-88.3365447505f), min(splat(88.3762626647950f), x));  // in this order NaN stays NaN
-  // x = n log 2 + r with |r| <= log(2) / 2: adding and subtracting 1.5 * 2^23 rounds to an integer
-  const f32x8 round = splat(12582912.0f);
-  const f32x8 n = (x * 1.44269504088896341f + round) - round;
-  const f32x8 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log 2 in two parts, the first exact in n's products
-  f32x8 p = splat(1.9875691500e-4f);                            // Cephes' expf
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  const i32x8 exponent = to_int(n) + 127;
-  const i32x8 power = max(exponent, i32x8{}) << 23;  // 2^n, and 0 for what would be subnormal
-  return p * float_of_bits(power);
-}
-
-inline f32x8 silu(f32x8 x) { return x / (1.0f + exp(-x)); }
 
 // A float16. Scales of our own are positive and normal; ready-made integers may have any, and each is read as IEEE 754
 // says: subnormals and zeros exactly, signs kept, infinities and NaN as what they are in float32.

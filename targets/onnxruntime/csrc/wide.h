@@ -2,6 +2,8 @@
 // is the other one.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace h1 {
@@ -34,6 +36,10 @@ void store_all(float* p, const V (&v)[Count]) {
 #endif
 }
 
+// The sums, and the maxima, of a vector's parts of kLanes.
+inline f32x8 sum_of_parts(f32x8 v) { return v; }
+inline f32x8 max_of_parts(f32x8 v) { return v; }
+
 // Returns the sum of v[i]'s lanes in lane i.
 inline f32x8 sums(const f32x8 (&v)[kLanes]) {
 #if defined(H1_AVX2)
@@ -53,9 +59,38 @@ inline f32x8 sums(const f32x8 (&v)[kLanes]) {
 #endif
 }
 
+// Lane j of v[i] becomes lane i of v[j].
+inline void transpose(f32x8 (&v)[kLanes]) {
+#if defined(H1_AVX2)
+  __m256 pairs[kLanes], fours[kLanes];  // of two rows, and of four, in each half
+  for (size_t i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps((__m256)v[i], (__m256)v[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps((__m256)v[i], (__m256)v[i + 1]);
+  }
+  for (size_t i = 0; i < kLanes; i += 4) {
+    for (size_t j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  }
+  for (size_t i = 0; i < kLanes / 2; ++i) {
+    v[i] = (f32x8)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    v[i + kLanes / 2] = (f32x8)_mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
+#else
+  float from[kLanes][kLanes], to[kLanes][kLanes];
+  for (size_t i = 0; i < kLanes; ++i) store(from[i], v[i]);
+  for (size_t i = 0; i < kLanes; ++i) {
+    for (size_t j = 0; j < kLanes; ++j) to[j][i] = from[i][j];
+  }
+  for (size_t i = 0; i < kLanes; ++i) v[i] = load(to[i]);
+#endif
+}
+
 #if defined(H1_AVX2) && defined(__AVX512F__)
 #define H1_AVX512 1
 using f32x16 = float __attribute__((vector_size(64)));
+using i32x16 = int32_t __attribute__((vector_size(64)));
 
 template <>
 inline f32x16 load_as<f32x16>(const float* p) {
@@ -70,6 +105,20 @@ template <>
 inline f32x16 load_as<f32x16>(const int8_t* p) {
   return (f32x16)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, load_bytes<__m128i>(p)));
 }
+
+inline f32x16 max(f32x16 a, f32x16 b) { return (f32x16)_mm512_maskz_max_ps(0xffff, (__m512)a, (__m512)b); }
+inline f32x16 min(f32x16 a, f32x16 b) { return (f32x16)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b); }
+inline i32x16 max(i32x16 a, i32x16 b) { return a > b ? a : b; }
+inline i32x16 to_int(f32x16 v) { return __builtin_convertvector(v, i32x16); }
+inline f32x16 float_of_bits(i32x16 bits) { return (f32x16)bits; }
+
+inline f32x16 joined(f32x8 lower, f32x8 upper) {
+  return __builtin_shufflevector(lower, upper, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+inline f32x8 lower(f32x16 v) { return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline f32x8 upper(f32x16 v) { return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline f32x8 sum_of_parts(f32x16 v) { return lower(v) + upper(v); }
+inline f32x8 max_of_parts(f32x16 v) { return max(lower(v), upper(v)); }
 
 inline f32x16 sums(const f32x16 (&v)[16]) {
   const auto in_quarters = [](f32x16 a, f32x16 b) {  // sums of pairs, those of a and b in turn
@@ -88,5 +137,23 @@ inline f32x16 sums(const f32x16 (&v)[16]) {
   return quarters(quarters(of_four(0), of_four(4)), quarters(of_four(8), of_four(12)));
 }
 #endif
+
+// out[i] = f(i, read) for `width` floats or halves, a vector at a time; read(p) loads as many as there are left, so f
+// reads from p + i.
+template <class T, class F>
+inline void map(T* out, size_t width, const F& f) {
+  size_t i = 0;
+#if defined(H1_AVX512)
+  if constexpr (std::is_same_v<T, float>) {
+    for (; i + lanes<f32x16> <= width; i += lanes<f32x16>) {
+      store_bytes(out + i, f(i, [](const float* p) { return load_bytes<f32x16>(p); }));
+    }
+  }
+#endif
+  for (; i + kLanes <= width; i += kLanes) store(out + i, f(i, [](const float* p) { return load(p); }));
+  if (const size_t rest = width - i) {
+    store_part(out + i, f(i, [rest](const float* p) { return load_part(p, rest); }), rest);
+  }
+}
 
 }  // namespace h1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,7 @@ INFOS = sys.modules[SPEC.name].discover([ROOT / "targets"])
 TARGETS = {"core": [], **{info.row: [one for one in INFOS.values() if one.row == info.row] for info in INFOS.values()}}
 SDKS = [module for info in INFOS.values() for module in (*info.shared_sdk_modules, *info.sdk_modules)]
 
+CXX_FLAGS = ("-std=c++20", "-march=native")  # of the kernels, for clang-tidy
 TESTED_WITH = (
     "pytest",
     "pytest-xdist",
@@ -88,8 +90,14 @@ def lint(session: nox.Session) -> None:
         str(file) for folder in (kernels, plugin, driver, *hosts, drivers) for file in sorted(folder.glob("*.[ch]*"))
     ]
     session.run("clang-format", "--dry-run", "--Werror", *sources)
-    flags = ("-std=c++20", "-march=native", "-isystem", str(kernels.parent / "include"))
-    session.run("clang-tidy", "--quiet", *map(str, sorted(kernels.glob("*.cc"))), "--", *flags, silent=True)
+    include = str(kernels.parent / "include")
+    commands = [
+        {"directory": str(kernels), "file": file, "arguments": ["c++", *CXX_FLAGS, "-isystem", include, "-c", file]}
+        for file in map(str, sorted(kernels.glob("*.cc")))
+    ]
+    database = Path(session.create_tmp()).resolve()
+    (database / "compile_commands.json").write_text(json.dumps(commands), "utf-8")
+    session.run("run-clang-tidy.py", "-quiet", "-p", str(database), silent=True)
 
 
 @nox.session
@@ -136,31 +144,33 @@ def tests(session: nox.Session, target: str) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """The wheel alone runs its command in a clean environment; then every extra is installed, and its runtime imported.
-
-    Not installed: `cuda`, whose onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and `torch-trt`, because
-    both need an NVIDIA GPU, and `ray`, which `nox -s ray` installs.
-    """
-    extras = ",".join(sorted(EXTRAS.keys() - {"cuda", "ray", "torch-trt"}))
+    """The wheel alone runs its command in a clean environment."""
     with tempfile.TemporaryDirectory() as folder:
         path = wheel(session, Path(folder))
         clean = Path(folder, "clean")
         session.run("python", "-m", "venv", str(clean))
         with session.chdir(folder):
             session.run(f"{clean}/bin/pip", "install", "-q", "--no-compile", str(path), external=True)
-            session.run(f"{clean}/bin/h1export", "--help", external=True)
-            session.run(f"{clean}/bin/pip", "install", "-q", "--no-compile", f"{path}[{extras}]", external=True)
             session.run(f"{clean}/bin/pip", "check", external=True)
-            session.run(
-                f"{clean}/bin/optimum-cli", "export", "h1export", "--help", external=True, silent=True
-            )  # optimum finds ours
+            session.run(f"{clean}/bin/h1export", "--help", external=True)
+
+
+@nox.session
+def extras(session: nox.Session) -> None:
+    """Every extra is installed beside the others, from the wheel, and its runtime imported.
+
+    Not installed: `cuda`, whose onnxruntime-gpu overwrites the files of `ort`'s onnxruntime, and `torch-trt`, because
+    both need an NVIDIA GPU, and `ray`, which `nox -s ray` installs.
+    """
+    names = ",".join(sorted(EXTRAS.keys() - {"cuda", "ray", "torch-trt"}))
+    with tempfile.TemporaryDirectory() as folder:
+        session.install(f"{wheel(session, Path(folder))}[{names}]", "--no-compile")
+        with session.chdir(folder):
+            session.run("python", "-m", "pip", "check")
+            session.run("optimum-cli", "export", "h1export", "--help", silent=True)  # optimum finds ours
             for runtime in (*SDKS, "triton"):
-                session.run(
-                    f"{clean}/bin/python",
-                    "-c",
-                    f"import {runtime}; print({runtime}.__name__, getattr({runtime}, '__version__', ''))",
-                    external=True,
-                )
+                words = f"import {runtime}; print({runtime}.__name__, getattr({runtime}, '__version__', ''))"
+                session.run("python", "-c", words)
 
 
 @nox.session

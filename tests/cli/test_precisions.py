@@ -167,7 +167,9 @@ def test_a_plan_goes_into_the_artifact(
 
 
 @pytest.mark.ort
-@pytest.mark.parametrize(("quant", "chosen"), [("none", "int4"), ("none", "int8"), ("int8", "int4")])
+@pytest.mark.parametrize(
+    ("quant", "chosen"), [("none", "int4"), pytest.param("none", "int8", marks=pytest.mark.slow), ("int8", "int4")]
+)
 def test_single_tensors_are_judged_by_their_own_integers(quant: str, chosen: str, tiny: Path, tmp_path: Path) -> None:
     """Where the scheme itself has none, or longer ones."""
     plan = tmp_path / "plan.yaml"

@@ -79,7 +79,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> ComputeDevice:
     return PRETENDED
 
 
-@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "everything"])
 def test_gptq_moves_every_tensor_to_the_device(
     name: str, make_checkpoint: Callable[..., Path], tmp_path: Path, pretended: ComputeDevice
 ) -> None:

@@ -140,6 +140,7 @@ def test_gptq_has_at_most_six_tenths_of_the_divergence_of_rounding(tiny: Path, t
     assert share_of_rounding(tiny, (tiny / "heldout.txt").read_text(encoding="utf-8"), tmp_path, every=15) < 0.6
 
 
+@pytest.mark.slow
 def test_a_tied_head_stays_a_good_embedding(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that move for the logits' sake alone are poor inputs: they leave half as much again on this model."""
     heldout = (tiny / "heldout.txt").read_text(encoding="utf-8")

@@ -86,13 +86,13 @@ def test_int8_takes_widths_that_no_block_divides(name: str, make_checkpoint: Cal
     assert_exact(rows(build(checkpoint, "int8"), checkpoint, "stored"), EXACT)
 
 
-@pytest.mark.parametrize("quant", ["none", "int8", "int4"])
+@pytest.mark.parametrize("quant", ["none", pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_the_embedded_model_is_exact(quant: str, tiny: Path, build: Build) -> None:
     found = rows(build(tiny, quant), tiny, "source" if quant == "none" else "stored")
     assert_exact(found, EXACT)
 
 
-@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("group_size", [pytest.param(64, marks=pytest.mark.slow), 128])
 def test_larger_groups_are_exact(group_size: int, tiny: Path, build: Build) -> None:
     assert_exact(rows(build(tiny, "int4", group_size=group_size), tiny, "stored"), EXACT)
 

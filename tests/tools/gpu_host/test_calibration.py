@@ -18,6 +18,7 @@ from gpu_host.section import Host  # noqa: E402
 from gpu_host.sections import calibration  # noqa: E402
 
 
+@pytest.mark.slow
 def test_a_dry_run_solves_builds_and_says_where_the_time_went(tmp_path: Path) -> None:
     beside, built = calibration.run(Host(tmp_path, tmp_path, "cpu"))
     assert (beside.passed, beside.figures["tensors"], beside.figures["least_equal"]) == (True, 9, 1.0)

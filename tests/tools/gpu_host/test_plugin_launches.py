@@ -21,6 +21,7 @@ SHAPE = plugin_bundle.shapes()["embedded"]
 GOOD = ["built -1 0 7 0", "enqueued 0"]
 
 
+@pytest.mark.slow
 def test_the_dry_run_passes(tmp_path: Path) -> None:
     rows = list(section.run(Host(tmp_path / "bundle", tmp_path, "cpu")))
     assert [row for row in rows if not row.passed] == []

@@ -164,12 +164,13 @@ void multiply_item(const Weights& w, size_t row, const Group& x, size_t tokens, 
   for (size_t token = 0; token < tokens; token += kTokens) {
     const Group group{.codes = x.codes + token * w.blocks * F::kBlock, .scales = x.scales + token * w.blocks};
     for (size_t i = 0; i < panels; ++i) {
-      const size_t first = row + i * kWide;
+      const size_t first = row + i * kWide, count = std::min(kTokens, tokens - token);
+      for (size_t t = 0; t < count; ++t) __builtin_prefetch(y + (token + t) * w.rows + first, 1);
       __m512 sums[kTokens];
       for (__m512& sum : sums) sum = _mm512_loadu_ps(panel[i].bias);
       add_products(group, panel[i], w.blocks, sums);
       const auto mask = static_cast<__mmask16>((1U << std::min(kWide, w.rows - first)) - 1);
-      for (size_t t = 0; t < std::min(kTokens, tokens - token); ++t) {
+      for (size_t t = 0; t < count; ++t) {
         _mm512_mask_storeu_ps(y + (token + t) * w.rows + first, mask, sums[t]);
       }
     }

@@ -230,10 +230,22 @@ void multiply_many(const Weights& w, size_t row, const Activations& a, size_t to
   }
 }
 
+// How many tokens of a product are rounded at a time: what they take stays in a second-level cache of 1 MiB while all
+// panels pass over it, if they are not so few that unpacking would take longer.
+template <class F>
+size_t tokens_of_slab(const Weights& w) {
+  constexpr size_t kBytes = 1 << 20, kLeast = 256;
+  const size_t chunks = (w.row_bytes + F::kChunkBytes - 1) / F::kChunkBytes;
+  return std::clamp(kBytes / (chunks * (F::kChunk + kFloats * sizeof(float))), kLeast, kSlab);
+}
+
+// At least kPanelTokens tokens.
 template <class F>
 void matmul_panels(const Weights& w, const float* x, size_t tokens, float* y, const Parallel& parallel) {
-  for (size_t start = 0; start < tokens; start += kSlab) {
-    const size_t count = std::min(kSlab, tokens - start);
+  const size_t most = tokens_of_slab<F>(w);
+  for (size_t start = 0, count = 0; start < tokens; start += count) {
+    const size_t left = tokens - start;
+    count = left <= most ? left : std::min(most, left - kPanelTokens);  // as many as a step takes are left
     const Activations a = round_tokens<F>(w, x + start * w.columns, count, parallel);
     parallel((w.rows + kPanel - 1) / kPanel,
              [&](size_t panel) { multiply_many<F>(w, panel * kPanel, a, count, y + start * w.rows); });

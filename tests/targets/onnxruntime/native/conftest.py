@@ -36,6 +36,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     lower = ("avx512-vnni", "avx2") if "amx_int8" in FEATURES else ("avx2",)
     VARIANTS |= {level.name: level.flags for level in LEVELS["x86_64"] if level.name in lower}
 FLOAT32 = np.dtype(np.float32)
+GUARD = 4096  # floats behind an output
 HOST = kernel_hosts.command()
 if HOST:
     VARIANTS = {"host": ()}
@@ -116,6 +117,30 @@ def run_in_place(native_library: str) -> Callable[..., list[Any]]:
             binding.bind_ortvalue_output(f"out{i}", values[name])
         made.run_with_iobinding(binding)
         return [binding.get_outputs()[0].numpy(), *(values[name].numpy() for name in states)]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_guarded(native_library: str) -> Callable[..., Any]:
+    """run_guarded(op, inputs, shape, **attributes) -> the one output, which is float32.
+
+    Nothing may be written behind it. A host has no such memory, and its outputs alone are looked at.
+    """
+
+    def run(op: str, inputs: Mapping[str, Any], shape: tuple[int, ...], **attributes: Any) -> Any:
+        if HOST:
+            return kernel_hosts.compute(HOST, op, inputs, 1, 2, attributes)[0]
+        made, fed = session(native_library, op, inputs, 1, 2, {}, attributes)
+        size = int(np.prod(shape))
+        memory = np.full(size + GUARD, -1, np.float32)
+        binding = made.io_binding()
+        for name, value in fed.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
+        binding.bind_output("out0", "cpu", 0, np.float32, shape, memory.ctypes.data)
+        made.run_with_iobinding(binding)
+        assert (memory[size:] == -1).all(), "written behind the output"
+        return memory[:size].reshape(shape)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Every check of this project as a nox session. Plain ``nox`` runs what CI runs, on nox's own Python."""
+"""Every check of this project as a nox session. Plain ``nox`` runs what .ci/run runs, on nox's own Python."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def published(session: nox.Session) -> None:
 @nox.session
 def selftest(session: nox.Session) -> None:
     """The tests that take too long for CI: `validate`'s self-test, the GPU bundle's dry run, and others."""
-    session.install("-e", ".[export,ort,trt,mlx,gguf]", *dev("pytest", "hypothesis"))
+    session.install("-e", ".[export,ort,coreml,trt,mlx,gguf]", *dev("pytest", "hypothesis"))
     files = sorted(str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.slow" in file.read_text("utf-8"))
     session.run("pytest", "-q", "-m", "slow", *files, *session.posargs)
 

@@ -1,4 +1,4 @@
-// The most int8 products a second that one thread gets from the CPU's widest instruction for them: 8 or more independent
+// The most int8 products a second that one thread gets from the CPU's widest instruction for them: 4 or more independent
 // sums, operands in registers. integer_peak.py compiles it once for each level of the kernels.
 #include <chrono>
 #include <cstdint>

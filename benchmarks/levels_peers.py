@@ -52,6 +52,8 @@ def main() -> None:
     args = parser.parse_args()
     artifact = Artifact.open(args.artifact)
     found = libraries(args.kernels)
+    if len({level for level, _ in args.pair}) < len(args.pair):
+        parser.error("one --pair for each level")
     if missing := [level for level, _ in args.pair if level not in found]:
         parser.error(f"{args.kernels} has no library of {missing} that this CPU runs; it has {sorted(found)}")
     runners = {level: runner(artifact, found[level], args.threads) for level, _ in args.pair}

@@ -18,7 +18,7 @@ struct Activations {
   size_t chunks;
 };
 constexpr size_t kFloats = 2 * kLanes;  // of a chunk
-constexpr size_t kSlab = 1024;          // tokens rounded at a time, to bound the memory for them
+constexpr size_t kSlab = 1024;          // tokens rounded at a time at most, to bound the memory for them
 
 // Where the scale for a word's sum lies; its correction is kLanes behind.
 constexpr size_t lane_of(size_t word) { return word / kLanes * kFloats + word % kLanes; }

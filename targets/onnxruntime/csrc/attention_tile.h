@@ -8,10 +8,10 @@
 
 namespace h1 {
 
-constexpr size_t kKeys = 64;            // keys of a block: they and their values stay in the L1 or L2 cache
-constexpr size_t kQueries = 264;        // rows (tokens times heads of a group) of one item for a thread
-constexpr size_t kWidth = lanes<Wide>;  // keys whose scores a vector holds
-constexpr size_t kRows = kTileRows;     // rows whose scores are computed, normalised and used at a time
+constexpr size_t kKeys = 64;             // keys of a block: they and their values stay in the L1 or L2 cache
+constexpr size_t kQueries = 264;         // rows (tokens times heads of a group) of one item for a thread
+constexpr size_t kScores = lanes<Wide>;  // keys whose scores a vector holds
+constexpr size_t kRows = kTileRows;      // rows whose scores are computed, normalised and used at a time
 
 // Several tokens, one head of the cache: blocks of keys against rows of queries.
 template <class T>
@@ -37,8 +37,8 @@ class Tile {
     const size_t end = own(rows_ - 1) + 1;
     for (size_t start = 0; start < end; start += kKeys) block(start, std::min(kKeys, end - start));
     for (size_t row = 0; row < rows_; ++row) {
-      const size_t g = row % a_.group(), t = first_ + row / a_.group();
-      float* out = a_.out + (a_.token(b_, t) * a_.heads + kv_ * a_.group() + g) * a_.dim;
+      const size_t g = row % group_, t = first_ + row / group_;
+      float* out = a_.out + (a_.token(b_, t) * a_.heads + kv_ * group_ + g) * a_.dim;
       const float weights = sum(seen_[row].weights);
       for (size_t d = 0; d < a_.dim; ++d) out[d] = sums_[row * a_.dim + d] / weights;
     }
@@ -56,7 +56,7 @@ class Tile {
     for (size_t row = 0; row < rows_; row += kRows) {
       const size_t rows = std::min(kRows, rows_ - row), last = own(row + rows - 1);
       if (last < start) continue;
-      const size_t seen = std::min(count, last + 1 - start), padded = (seen + kWidth - 1) / kWidth * kWidth;
+      const size_t seen = std::min(count, last + 1 - start), padded = (seen + kScores - 1) / kScores * kScores;
       const Strided queries{.data = queries_ + row * a_.dim, .row = a_.dim, .column = 1};
       gemm(rows, padded, a_.dim, queries, keys_, kKeys, scores_, kKeys, nullptr);
       float factors[kRows];

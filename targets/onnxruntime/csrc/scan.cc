@@ -151,7 +151,7 @@ V differences(double first, const double* second) {
 }
 #if defined(H1_AVX512)
 template <>
-f32x16 differences(double first, const double* second) {
+f32x16 differences<f32x16>(double first, const double* second) {
   return joined(difference(first, second), difference(first, second + kLanes));
 }
 #endif

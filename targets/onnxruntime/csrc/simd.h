@@ -27,7 +27,7 @@ using i32x8 = int32_t __attribute__((vector_size(32)));
 using s8x32 = int8_t __attribute__((vector_size(32)));
 using u8x32 = uint8_t __attribute__((vector_size(32)));
 
-// b where a or b is NaN: one instruction, which compilers do not find.
+// Floats: b where a or b is NaN, for which compilers do not find the one instruction.
 #if defined(H1_AVX2)
 inline f32x8 max(f32x8 a, f32x8 b) { return (f32x8)_mm256_max_ps((__m256)a, (__m256)b); }
 inline f32x8 min(f32x8 a, f32x8 b) { return (f32x8)_mm256_min_ps((__m256)a, (__m256)b); }

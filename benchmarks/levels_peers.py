@@ -12,8 +12,11 @@ figures of an idle machine only.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +28,7 @@ from rich.table import Table
 
 from h1export.artifact.artifact import Artifact
 from h1export.report.checks import Phase
+from h1export.runtime.runner import Inspectable
 from h1export.validate.speed.worker import Timing
 
 LIBRARY = "GGML_BACKEND_PATH"  # the environment variable from which llama.cpp's programs take a library
@@ -36,6 +40,43 @@ def pair(text: str) -> tuple[str, Path]:
     if not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"{text}: not LEVEL=FILE with a file that exists")
     return level, Path(path).resolve()
+
+
+Speeds = dict[tuple[str, int], tuple[list[float], list[float]]]  # level and prompt -> ours, llama.cpp's
+
+
+def measure(
+    pairs: Sequence[tuple[str, Path]],
+    runners: Mapping[str, Inspectable],
+    prompts: Sequence[np.ndarray],
+    *,
+    llama: LlamaBench,
+    rounds: int,
+) -> Speeds:
+    """Return the tokens per second of each level and prompt [1, tokens], a pair a round."""
+    for one in runners.values():
+        seconds(one, max(prompts, key=np.size), 1)  # the first call allocates
+    speeds: Speeds = defaultdict(lambda: ([], []))
+    for _ in range(rounds):
+        for (level, path), ids in itertools.product(pairs, prompts):
+            tokens = ids.shape[1]
+            ours, theirs = speeds[level, tokens]
+            ours.append(tokens / seconds(runners[level], ids, 1)[0])
+            with mock.patch.dict(os.environ, {LIBRARY: str(path)}):
+                theirs.append(llama.speed(Timing(Phase.PREFILL, tokens)))
+    return speeds
+
+
+def table(speeds: Speeds, title: str) -> Table:
+    """Return the table of medians, with the lowest and the highest ratio."""
+    made = Table(title=title)
+    for heading in ("level", "prefill", "h1export", "llama.cpp", "ratio"):
+        made.add_column(heading, justify="right")
+    for (level, tokens), (ours, theirs) in speeds.items():
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        made.add_row(level, str(tokens), f"{statistics.median(ours):.4g}", f"{statistics.median(theirs):.4g}", spread)
+    return made
 
 
 def main() -> None:
@@ -52,33 +93,17 @@ def main() -> None:
     args = parser.parse_args()
     artifact = Artifact.open(args.artifact)
     found = libraries(args.kernels)
-    if len({level for level, _ in args.pair}) < len(args.pair):
+    levels = [level for level, _ in args.pair]
+    if len(set(levels)) < len(levels):
         parser.error("one --pair for each level")
-    if missing := [level for level, _ in args.pair if level not in found]:
-        parser.error(f"{args.kernels} has no library of {missing} that this CPU runs; it has {sorted(found)}")
-    runners = {level: runner(artifact, found[level], args.threads) for level, _ in args.pair}
-    llama = LlamaBench(args.llama_bench, args.gguf, args.threads, steps=1)
+    if missing := set(levels) - found.keys():
+        parser.error(f"{args.kernels} has no library of {sorted(missing)} that this CPU runs; it has {sorted(found)}")
+    runners = {level: runner(artifact, found[level], args.threads) for level in levels}
     rng = np.random.default_rng(0)
-    prompts = {count: rng.integers(0, artifact.config.vocab_size, (1, count)) for count in args.prefill}
-    for one in runners.values():
-        seconds(one, prompts[max(prompts)], 1)  # the first call allocates
-    speeds: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for _ in range(args.rounds):
-        for level, path in args.pair:
-            for count, ids in prompts.items():
-                own = count / seconds(runners[level], ids, 1)[0]
-                with mock.patch.dict(os.environ, {LIBRARY: str(path)}):
-                    theirs = llama.speed(Timing(Phase.PREFILL, count))
-                speeds.setdefault((level, count), []).append((own, theirs))
-    table = Table(title=f"tokens per second, {args.threads} threads, {args.rounds} rounds")
-    for heading in ("level", "prefill", "h1export", "llama.cpp", "ratio"):
-        table.add_column(heading, justify="right")
-    for (level, count), pairs in speeds.items():
-        ratios = [own / theirs for own, theirs in pairs]
-        medians = (f"{statistics.median(one):.4g}" for one in zip(*pairs, strict=True))
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        table.add_row(level, str(count), *medians, spread)
-    Console(width=120).print(table)
+    prompts = [rng.integers(0, artifact.config.vocab_size, (1, count)) for count in args.prefill]
+    llama = LlamaBench(args.llama_bench, args.gguf, args.threads, steps=1)
+    speeds = measure(args.pair, runners, prompts, llama=llama, rounds=args.rounds)
+    Console(width=120).print(table(speeds, f"tokens per second, {args.threads} threads, {args.rounds} rounds"))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def cases() -> list[Any]:
     """Every config on every target."""
     pairs = [(name, target) for name in PUBLISHED for target in target_infos()]
     marks = {pair: [getattr(pytest.mark, pair[1])] for pair in pairs}
-    for target in target_infos().keys() - {"ort"}:  # most of a minute each for some
+    for target in target_infos().keys() - {"ort"}:  # some take most of a minute
         marks["Falcon-H1-0.5B-Base", target].append(pytest.mark.slow)
     return [pytest.param(*pair, marks=marks[pair], id="-".join(pair)) for pair in pairs]
 

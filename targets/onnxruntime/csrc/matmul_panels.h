@@ -152,13 +152,16 @@ inline void add_block(const Panel& panel, size_t block, const int8_t* x, size_t 
   }
 }
 #else
-// Sums of one block's products for kPanel rows and kPanelTokens tokens; the block begins at word `block_word` of each.
+// Sums of one block's products for kPanel rows and kPanelTokens tokens, `stride` apart; the block begins at word
+// `block_word`.
 template <class F>
-inline void block_sums(const uint8_t* codes, const int8_t* const (&x)[kPanelTokens], size_t block_word,
+inline void block_sums(const uint8_t* codes, const int8_t* x, size_t stride, size_t block_word,
                        i32x8 (&totals)[kPanelTokens][kHalves]) {
   constexpr size_t kGroup = std::min<size_t>(F::kWords, 4);  // words that Dot may sum; they lie in one chunk
   for (size_t first = 0; first < F::kWords; first += kGroup) {
     const size_t at = (block_word + first) / kLanes * F::kChunk + (block_word + first) % kLanes * 4;
+    const int8_t* words[kPanelTokens];
+    for (size_t t = 0; t < kPanelTokens; ++t) words[t] = x + t * stride + at;
     Dot<F::kBits> dots[kPanelTokens][kHalves];
 #pragma GCC unroll 8
     for (size_t i = 0; i < kGroup * F::kParts; ++i, codes += kHalves * 32) {
@@ -166,7 +169,7 @@ inline void block_sums(const uint8_t* codes, const int8_t* const (&x)[kPanelToke
       in_register(left);
       in_register(right);
       for (size_t t = 0; t < kPanelTokens; ++t) {
-        const s8x32 four = splat4(x[t] + at + i % F::kParts * 32 + i / F::kParts * 4);
+        const s8x32 four = splat4(words[t] + i % F::kParts * 32 + i / F::kParts * 4);
         dots[t][0].add(left, four);
         dots[t][1].add(right, four);
       }
@@ -186,16 +189,12 @@ void multiply_panel(const Weights& w, const Panel& panel, size_t row, size_t row
   const float* floats = a.floats + token * a.chunks * kFloats;
   for (size_t t = 0; t < kPanelTokens; ++t) __builtin_prefetch(y + (token + t) * w.rows + row, 1);
   f32x8 sums[kPanelTokens][kHalves] = {};
-#if !defined(H1_NEON_DOT)
-  const int8_t* of_tokens[kPanelTokens];
-  for (size_t t = 0; t < kPanelTokens; ++t) of_tokens[t] = x + t * a.chunks * F::kChunk;
-#endif
   for (size_t block = 0; block < w.blocks; ++block) {
 #if defined(H1_NEON_DOT)
     add_block<F>(panel, block, x, a.chunks * F::kChunk, floats, a.chunks * kFloats, sums);
 #else
     i32x8 totals[kPanelTokens][kHalves] = {};
-    block_sums<F>(panel.codes + block * F::kBlock * kPanel, of_tokens, block * F::kWords, totals);
+    block_sums<F>(panel.codes + block * F::kBlock * kPanel, x, a.chunks * F::kChunk, block * F::kWords, totals);
     for (size_t t = 0; t < kPanelTokens; ++t) {
       const float* scale = floats + t * a.chunks * kFloats + lane_of(block * F::kWords);
       for (size_t half = 0; half < kHalves; ++half) {
@@ -245,7 +244,7 @@ void matmul_panels(const Weights& w, const float* x, size_t tokens, float* y, co
   const size_t most = tokens_of_slab<F>(w);
   for (size_t start = 0, count = 0; start < tokens; start += count) {
     const size_t left = tokens - start;
-    count = left <= most ? left : std::min(most, left - kPanelTokens);  // as many as a step takes are left
+    count = left <= most ? left : std::min(most, left - kPanelTokens);  // so many as a step takes remain
     const Activations a = round_tokens<F>(w, x + start * w.columns, count, parallel);
     parallel((w.rows + kPanel - 1) / kPanel,
              [&](size_t panel) { multiply_many<F>(w, panel * kPanel, a, count, y + start * w.rows); });

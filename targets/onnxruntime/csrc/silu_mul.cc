@@ -9,10 +9,6 @@ namespace {
 
 constexpr size_t kGrain = 16384;  // elements of one item for a thread: some microseconds
 
-void silu_mul_row(const float* a, const float* gate, float* y, size_t width) {
-  map(y, width, [=](size_t i, auto read) { return read(a + i) * silu(read(gate + i)); });
-}
-
 class SiluMul {
  public:
   static constexpr const char* name = "SiluMul";
@@ -38,7 +34,8 @@ class SiluMul {
     const float *left = a.from(a_offset_), *right = gate.from(gate_offset_);
     parallel_ranges(call.parallel, rows, std::max<size_t>(1, kGrain / width), [&](size_t begin, size_t end) {
       for (size_t row = begin; row < end; ++row) {
-        silu_mul_row(left + row * a_width, right + row * gate_width, y.data + row * width, width);
+        const float *of_a = left + row * a_width, *of_gate = right + row * gate_width;
+        map(y.data + row * width, width, [=](size_t i, auto read) { return read(of_a + i) * silu(read(of_gate + i)); });
       }
     });
   }

@@ -264,12 +264,6 @@ inline void store(Half* p, f32x8 v) {
 #endif
 }
 
-inline void store_part(Half* p, f32x8 v, size_t count) {
-  Half all[kLanes];
-  store(all, v);
-  std::memcpy(p, all, count * sizeof(Half));
-}
-
 // The halves at s, each repeated: 8 / kDistinct times. Written out where compilers go through memory.
 template <int kDistinct>
 f32x8 repeat(const Half* s) {

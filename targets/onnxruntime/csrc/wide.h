@@ -2,8 +2,6 @@
 // is the other one.
 #pragma once
 
-#include <type_traits>
-
 #include "simd.h"
 
 namespace h1 {
@@ -138,16 +136,14 @@ inline f32x16 sums(const f32x16 (&v)[16]) {
 }
 #endif
 
-// out[i] = f(i, read) for `width` floats or halves, a vector at a time; read(p) loads as many as there are left, so f
-// reads from p + i.
-template <class T, class F>
-inline void map(T* out, size_t width, const F& f) {
+// out[i] = f(i, read) for `width` floats, a vector at a time; read(p) loads as many as there are left, so f reads from
+// p + i.
+template <class F>
+inline void map(float* out, size_t width, const F& f) {
   size_t i = 0;
 #if defined(H1_AVX512)
-  if constexpr (std::is_same_v<T, float>) {
-    for (; i + lanes<f32x16> <= width; i += lanes<f32x16>) {
-      store_bytes(out + i, f(i, [](const float* p) { return load_bytes<f32x16>(p); }));
-    }
+  for (; i + lanes<f32x16> <= width; i += lanes<f32x16>) {
+    store_bytes(out + i, f(i, [](const float* p) { return load_bytes<f32x16>(p); }));
   }
 #endif
   for (; i + kLanes <= width; i += kLanes) store(out + i, f(i, [](const float* p) { return load(p); }));

@@ -36,7 +36,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     lower = ("avx512-vnni", "avx2") if "amx_int8" in FEATURES else ("avx2",)
     VARIANTS |= {level.name: level.flags for level in LEVELS["x86_64"] if level.name in lower}
 FLOAT32 = np.dtype(np.float32)
-GUARD = 4096  # floats behind an output
+GUARD, BEHIND = 16384, 0xA5  # bytes behind an output, and what they are
 HOST = kernel_hosts.command()
 if HOST:
     VARIANTS = {"host": ()}
@@ -67,7 +67,7 @@ def compiled(variant: str) -> str:
 
 @pytest.fixture(scope="session")
 def run_on() -> Callable[[str], Callable[..., list[Any]]]:
-    """run_on(library) -> run_op."""
+    """run_on(library) -> run_op, which looks at the memory behind outputs too, but not on a command."""
 
     def on(path: str) -> Callable[..., list[Any]]:
         def run(
@@ -81,7 +81,9 @@ def run_on() -> Callable[[str], Callable[..., list[Any]]]:
             if HOST:
                 return kernel_hosts.compute(HOST, op, inputs, outputs, threads, attributes)
             made, fed = session(path, op, inputs, outputs, threads, constants or {}, attributes)
-            return made.run(None, fed)
+            results = made.run(None, fed)
+            look_behind(made, fed, results)
+            return results
 
         return run
 
@@ -121,28 +123,18 @@ def run_in_place(native_library: str) -> Callable[..., list[Any]]:
     return run
 
 
-@pytest.fixture(scope="session")
-def run_guarded(native_library: str) -> Callable[..., Any]:
-    """run_guarded(op, inputs, shape, **attributes) -> the one output, which is float32.
-
-    Nothing may be written behind it. A host has no such memory, and its outputs alone are looked at.
-    """
-
-    def run(op: str, inputs: Mapping[str, Any], shape: tuple[int, ...], **attributes: Any) -> Any:
-        if HOST:
-            return kernel_hosts.compute(HOST, op, inputs, 1, 2, attributes)[0]
-        made, fed = session(native_library, op, inputs, 1, 2, {}, attributes)
-        size = int(np.prod(shape))
-        memory = np.full(size + GUARD, -1, np.float32)
-        binding = made.io_binding()
-        for name, value in fed.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
-        binding.bind_output("out0", "cpu", 0, np.float32, shape, memory.ctypes.data)
-        made.run_with_iobinding(binding)
-        assert (memory[size:] == -1).all(), "written behind the output"
-        return memory[:size].reshape(shape)
-
-    return run
+def look_behind(made: Any, fed: Mapping[str, Any], results: list[Any]) -> None:
+    """Compute again into memory of these sizes: the bytes behind it must stay, and the results be the same."""
+    binding = made.io_binding()
+    for name, value in fed.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value))
+    memory = [np.full(result.nbytes + GUARD, BEHIND, np.uint8) for result in results]
+    for port, result, at in zip(made.get_outputs(), results, memory, strict=True):
+        binding.bind_output(port.name, "cpu", 0, result.dtype, result.shape, at.ctypes.data)
+    made.run_with_iobinding(binding)
+    for result, at in zip(results, memory, strict=True):
+        assert (at[result.nbytes :] == BEHIND).all(), "written behind an output"
+        assert at[: result.nbytes].tobytes() == result.tobytes()
 
 
 def session(

@@ -160,16 +160,13 @@ def test_float32(
 
 @pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (8, 32)])
 @pytest.mark.parametrize(("columns", "slab"), [(64, 1024), (4096, 256)])
-def test_few_tokens_behind_a_slab(
-    run_guarded: Callable[..., Any], bits: int, block: int, *, columns: int, slab: int
-) -> None:
+def test_few_tokens_behind_a_slab(run_op: RunOp, bits: int, block: int, *, columns: int, slab: int) -> None:
     """Tokens are rounded by slabs of as many as fit a cache, and multiplied four at a time and more."""
     for tokens in (slab, slab + 1, slab + 2, slab + 3, slab + 4, 2 * slab + 1):
         case = Case(bits, block, 20, columns, (tokens,))
         case.x = np.rint(20 * case.x)  # integers, and a block's largest is 127: none lies between two codes
         case.x[:, ::block] = 127
-        y = run_guarded("QMatMul", {"x": case.x, **case.weight}, (tokens, 20), accuracy_level=4, **case.attributes)
-        assert case.error(y, case.reference(rounded=True)) < 1e-6, tokens
+        assert case.error(case.run(run_op, 4), case.reference(rounded=True)) < 1e-6, tokens
 
 
 @pytest.mark.parametrize("level", [0, 4])
